@@ -1,0 +1,181 @@
+"""From a PyTorch model to one ONNX file that every runtime can run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxscript
+import torch
+from torch import Tensor, nn
+
+from maskrcnn.checkpoint import metadata_of
+from maskrcnn.errors import UserError
+from maskrcnn.export import functions, schemas
+from maskrcnn.files import atomic_path
+from maskrcnn.metadata import KEY
+from maskrcnn.model import ops
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.plugins import contract
+from maskrcnn.runtime.compare import EXACT, Difference
+from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.validation import compare_backends
+
+OPSET = 20  # the first with every operator used here in its present form
+OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
+# Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
+FORBIDDEN_OPS = frozenset(
+    {"If", "Loop", "Scan", "NonZero", "NonMaxSuppression", "Unique", "Compress", "SequenceConstruct"}
+)
+
+
+class _InOrder(nn.Module):
+    """The model with its outputs in the order of `OUTPUTS`."""
+
+    def __init__(self, model: MaskRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(images, image_sizes)
+        return tuple(outputs[name] for name in OUTPUTS)
+
+
+def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) -> Difference:
+    """Writes `output` and returns how much it differs from PyTorch.
+
+    Batch size, height and width stay dynamic. The file is compared with the model in PyTorch on batch sizes and
+    shapes that it was not traced with, an image without detections among them, before it is kept.
+
+    Args:
+        model: any model of this package; it is not changed.
+        output: the file to write; nothing is left there when this fails.
+        source: the checkpoint, whose hash the file keeps.
+
+    Raises:
+        UserError: when the graph holds an operator it must not, or the file disagrees with PyTorch.
+    """
+    model = model.eval()
+    proto = _trace(model)
+    _add_functions(proto, aligned=model.config.pool_aligned, levels=len(model.config.strides_px))
+    metadata = metadata_of(model.config, source)
+    metadata = dataclasses.replace(metadata, versions={**metadata.versions, "onnx": onnx.__version__})
+    onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
+    check_graph(proto, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(output) as draft:
+        onnx.save(proto, str(draft))
+        onnx.checker.check_model(str(draft), full_check=True)
+        difference = compare_backends(
+            TorchBackend(model, source=source, device="cpu"),
+            OnnxRuntimeBackend(Path(draft), providers=["CPUExecutionProvider"]),
+            EXACT,
+        )
+        if not difference.within(EXACT):
+            raise UserError(
+                f"an ONNX file that disagrees with PyTorch; {difference}",
+                f"boxes within {EXACT.box_px} px, scores within {EXACT.score}, masks within {EXACT.mask}",
+                "check the weights for NaN and extreme values; report the model if they are sound",
+            )
+    return difference
+
+
+def op_counts(proto: onnx.ModelProto) -> Counter[str]:
+    """How often each operator occurs in the main graph; custom ops are named `domain::Op`."""
+    return Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node
+    )
+
+
+def check_graph(proto: onnx.ModelProto, path: Path) -> None:
+    """Refuses a main graph with control flow or data-dependent shapes.
+
+    Raises:
+        UserError: naming the operators.
+    """
+    found = sorted(set(op_counts(proto)) & FORBIDDEN_OPS)
+    if found:
+        raise UserError(
+            f"{path}: a main graph with {', '.join(found)}",
+            "no control flow and no data-dependent shapes",
+            "write the model's part that needs them as a custom op",
+        )
+
+
+def _trace(model: MaskRCNN) -> onnx.ModelProto:
+    divisor = model.config.preprocessing.divisor
+    images = torch.zeros(2, 3, 2 * divisor, 3 * divisor)
+    sizes = torch.tensor([[2 * divisor, 3 * divisor], [2 * divisor - 5, 2 * divisor]])
+    dim = torch.export.Dim
+    batch = dim("N", min=1, max=4096)
+    rows, columns = divisor * dim("rows", min=1, max=512), divisor * dim("columns", min=1, max=512)
+    with schemas.registered(), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _InOrder(model),
+            (images, sizes),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images", "image_sizes"],
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"images": {0: batch, 2: rows, 3: columns}, "image_sizes": {0: batch}},
+            custom_translation_table={
+                torch.ops.maskrcnn.multilevel_roi_align.default: _roi_align_node,
+                torch.ops.maskrcnn.batched_nms.default: _nms_node,
+            },
+            verbose=False,
+        )
+        return program.model_proto
+
+
+_CUSTOM = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
+
+
+def _roi_align_node(features, rois, output_size, sampling_ratio, aligned, min_level):
+    return _CUSTOM.MultilevelRoiAlign(
+        *features,
+        rois,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        aligned=int(aligned),
+        min_level=min_level,
+        canonical_level=ops.CANONICAL_LEVEL,
+        canonical_size=ops.CANONICAL_SIZE_PX,
+        level_epsilon=ops.LEVEL_EPSILON,
+    )
+
+
+def _nms_node(boxes, groups, counts, iou_threshold, max_output):
+    return _CUSTOM.BatchedNms(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
+
+
+def _add_functions(proto: onnx.ModelProto, *, aligned: bool, levels: int) -> None:
+    opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
+    proto.functions.extend(
+        [
+            functions.multilevel_roi_align(levels, aligned=aligned, min_level=2, opset=opset),
+            functions.batched_nms(opset),
+        ]
+    )
+    if not any(entry.domain == contract.DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid(contract.DOMAIN, contract.VERSION))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silences the exporter's chatter; its errors still come through as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,168 @@
+"""The custom ops as ONNX functions in standard operators, so that any runtime can run the file.
+
+A runtime that knows `maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms` (TensorRT with our plugins) runs
+its own; every other one inlines these bodies. Bodies may use data-dependent operators; the main graph may not.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from maskrcnn.plugins import contract
+
+# aligned=False is torchvision v1's RoIAlign; ONNX calls the two pixel models by these names.
+_COORDINATES = {False: "output_half_pixel", True: "half_pixel"}
+
+
+def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opset: int) -> onnx.FunctionProto:
+    """`MultilevelRoiAlign` for pyramids of `num_levels` levels: each RoI is pooled at its own level only.
+
+    A function body can depend neither on the number of inputs nor turn an integer into a mode's name, so both
+    are fixed here, and with them `min_level`.
+    """
+    op = contract.MULTILEVEL_ROI_ALIGN
+    levels = range(num_levels)
+    names = [f"p{i}" for i in levels]
+    pool = "".join(
+        f"""
+        scale_{i} = Constant<value_float = {0.5 ** (min_level + i)}>()
+        number_{i} = Constant<value_float = {float(i)}>()
+        here_{i} = Equal(level, number_{i})
+        found_{i} = NonZero(here_{i})
+        rows_{i} = Squeeze(found_{i}, zero_axis)
+        boxes_{i} = Gather(flat, rows_{i})
+        image_{i} = Gather(image, rows_{i})
+        pooled_{i} = RoiAlign<coordinate_transformation_mode = "{_COORDINATES[aligned]}", mode = "avg",
+            output_height: int = @output_size, output_width: int = @output_size,
+            sampling_ratio: int = @sampling_ratio, spatial_scale = {0.5 ** (min_level + i)}>
+            (p{i}, boxes_{i}, image_{i})"""
+        for i in levels
+    )
+    text = f"""
+    <domain: "{contract.DOMAIN}", opset_import: ["": {opset}]>
+    {op.name} <{", ".join(op.attributes)}> ({", ".join(names)}, rois) => (pooled)
+    {{
+        canonical_level_int = Constant<value_int: int = @canonical_level>()
+        canonical_level = Cast<to = 1>(canonical_level_int)
+        canonical_size = Constant<value_float: float = @canonical_size>()
+        epsilon = Constant<value_float: float = @level_epsilon>()
+        zero = Constant<value_float = 0.0>()
+        highest = Constant<value_float = {float(num_levels - 1)}>()
+        first = Constant<value_float = {float(min_level)}>()
+        two = Constant<value_float = 2.0>()
+        zero_axis = Constant<value_ints = [0]>()
+        box_shape = Constant<value_ints = [-1, 4]>()
+        flat_shape = Constant<value_ints = [-1]>()
+        flat = Reshape(rois, box_shape)
+        x1, y1, x2, y2 = Split<axis = 1, num_outputs = 4>(flat)
+        width = Sub(x2, x1)
+        height = Sub(y2, y1)
+        area_column = Mul(width, height)
+        area = Reshape(area_column, flat_shape)
+        size = Sqrt(area)
+        relative = Div(size, canonical_size)
+        logarithm = Log(relative)
+        log_of_two = Log(two)
+        octaves = Div(logarithm, log_of_two)
+        octaves_up = Add(octaves, canonical_level)
+        octaves_up_epsilon = Add(octaves_up, epsilon)
+        exponent = Floor(octaves_up_epsilon)
+        level_any = Sub(exponent, first)
+        level = Clip(level_any, zero, highest)
+
+        rois_shape = Shape(rois)
+        n = Gather<axis = 0>(rois_shape, zero_axis)
+        one_axis = Constant<value_ints = [1]>()
+        r = Gather<axis = 0>(rois_shape, one_axis)
+        zero_scalar = Constant<value_int = 0>()
+        one_scalar = Constant<value_int = 1>()
+        n_scalar = Squeeze(n)
+        images = Range(zero_scalar, n_scalar, one_scalar)
+        image_column = Unsqueeze(images, one_axis)
+        n_by_r = Concat<axis = 0>(n, r)
+        image_grid = Expand(image_column, n_by_r)
+        image = Reshape(image_grid, flat_shape)
+        {pool}
+        by_level = Concat<axis = 0>({", ".join(f"pooled_{i}" for i in levels)})
+        order = Concat<axis = 0>({", ".join(f"rows_{i}" for i in levels)})
+        order_shape = Shape(order)
+        total = Squeeze(order_shape)
+        positions = Range(zero_scalar, total, one_scalar)
+        place = ScatterElements<axis = 0>(order, order, positions)
+        in_order = Gather<axis = 0>(by_level, place)
+        pooled_shape = Shape<start = 1>(in_order)
+        full_shape = Concat<axis = 0>(n, r, pooled_shape)
+        pooled = Reshape(in_order, full_shape)
+    }}"""
+    return onnx.parser.parse_function(text)
+
+
+def batched_nms(opset: int) -> onnx.FunctionProto:
+    """`BatchedNms` on the standard NonMaxSuppression, one of its classes per group.
+
+    Scores are the negative row numbers, so that order and ties are exactly the caller's.
+    """
+    op = contract.BATCHED_NMS
+    text = f"""
+    <domain: "{contract.DOMAIN}", opset_import: ["": {opset}]>
+    {op.name} <{", ".join(op.attributes)}> (boxes, groups, counts) => (indices, num)
+    {{
+        zero = Constant<value_int = 0>()
+        one = Constant<value_int = 1>()
+        zero_axis = Constant<value_ints = [0]>()
+        one_axis = Constant<value_ints = [1]>()
+        two_axis = Constant<value_ints = [2]>()
+        flat_shape = Constant<value_ints = [-1]>()
+        iou_threshold = Constant<value_float: float = @iou_threshold>()
+        max_output = Constant<value_int: int = @max_output>()
+        groups_shape = Shape(groups)
+        k_axis = Gather<axis = 0>(groups_shape, one_axis)
+        k = Squeeze(k_axis)
+        rows = Range(zero, k, one)
+        row_line = Unsqueeze(rows, zero_axis)
+        counts_long = Cast<to = 7>(counts)
+        count_column = Unsqueeze(counts_long, one_axis)
+        live = Less(row_line, count_column)
+
+        groups_long = Cast<to = 7>(groups)
+        highest_group = ReduceMax<keepdims = 0>(groups_long)
+        num_groups = Add(highest_group, one)
+        all_groups = Range(zero, num_groups, one)
+        group_column = Unsqueeze(all_groups, one_axis)
+        groups_wide = Unsqueeze(groups_long, one_axis)
+        own_group = Equal(groups_wide, group_column)
+        live_wide = Unsqueeze(live, one_axis)
+        member = And(own_group, live_wide)
+        row_float = Cast<to = 1>(rows)
+        order_score = Neg(row_float)
+        never = Constant<value_float = -1.0e9>()
+        limit = Constant<value_float = -1.0e8>()
+        nms_scores = Where(member, order_score, never)
+        selected = NonMaxSuppression(boxes, nms_scores, k, iou_threshold, limit)
+
+        ends = Constant<value_ints = [0, 2]>()
+        kept_places = Gather<axis = 1>(selected, ends)
+        nothing = ConstantOfShape<value = int64[1] {{0}}>(groups_shape)
+        kept_count_shape = Shape<start = 0, end = 1>(kept_places)
+        ones = ConstantOfShape<value = int64[1] {{1}}>(kept_count_shape)
+        kept = ScatterND(nothing, kept_places, ones)
+        kept_bool = Cast<to = 9>(kept)
+        # Kept rows keep their number, the others get numbers past the end; the M smallest are the answer.
+        row_past = Add(rows, k)
+        rank = Where(kept_bool, rows, row_past)
+        m = Min(max_output, k)
+        m_axis = Reshape(m, flat_shape)
+        first_ranks, first_rows = TopK<axis = 1, largest = 0, sorted = 1>(rank, m_axis)
+        is_kept = Less(first_ranks, k)
+        chosen = Where(is_kept, first_ranks, zero)
+        missing = Sub(max_output, m)
+        missing_axis = Reshape(missing, flat_shape)
+        no_pad = Constant<value_ints = [0, 0, 0]>()
+        pads = Concat<axis = 0>(no_pad, missing_axis)
+        padded = Pad(chosen, pads)
+        indices = Cast<to = 6>(padded)
+        kept_number = Cast<to = 7>(is_kept)
+        num_long = ReduceSum<keepdims = 0>(kept_number, one_axis)
+        num = Cast<to = 6>(num_long)
+    }}"""
+    return onnx.parser.parse_function(text)

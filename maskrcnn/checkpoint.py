@@ -1,0 +1,224 @@
+"""Reading and writing weights.
+
+A checkpoint is one safetensors file: the weights, and in its header the model's configuration as JSON. Nothing
+here unpickles arbitrary objects.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torchvision
+from safetensors.torch import save
+from torch import Tensor
+
+from maskrcnn import __version__
+from maskrcnn.config import ModelConfig, from_dict, model_config, to_dict
+from maskrcnn.errors import UserError
+from maskrcnn.files import atomic_path
+from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
+from maskrcnn.model.detector import MaskRCNN
+
+SUFFIX = ".safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return {"maskrcnn": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Writes tensors and a JSON header to `path`, all or nothing."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        Path(temporary).write_bytes(save(tensors, metadata={KEY: json.dumps(header)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header that `write_tensors` wrote.
+
+    Raises:
+        UserError: when the file is missing, is not safetensors, or is not ours.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}", "a checkpoint", "check the path, or train one: `maskrcnn train`")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise not_ours(path, f"not a checkpoint ({error})") from error
+    if header is None:
+        raise not_ours(path, "safetensors without maskrcnn's header")
+    return tensors, json.loads(header)
+
+
+def save_checkpoint(path: Path, model: MaskRCNN, **extra: Any) -> None:
+    """Writes a model's weights and configuration; `extra` is kept in the header."""
+    header = {"config": to_dict(model.config), "versions": versions(), **extra}
+    write_tensors(path, model.state_dict(), header)
+
+
+def load_checkpoint(path: Path) -> MaskRCNN:
+    """The model of a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        UserError: when the file is no checkpoint of ours or its weights do not fit its configuration.
+    """
+    tensors, header = read_tensors(path)
+    model = MaskRCNN(from_dict(ModelConfig, header["config"]))
+    load_weights(model, tensors, path)
+    return model.eval()
+
+
+def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str) -> None:
+    """Loads a state dict whose names and shapes must be the model's own.
+
+    Raises:
+        UserError: naming the first tensors that are missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    tensors = {name: value for name, value in tensors.items() if name not in optional or name in own}
+    missing = sorted(set(own) - set(tensors) - optional)
+    left_over = sorted(set(tensors) - set(own))
+    left_over = [name for name in left_over if not name.endswith("num_batches_tracked")]
+    shapes = [
+        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing or left_over or shapes:
+        problems = [
+            f"{len(found)} {what} (first: {', '.join(found[:3])})"
+            for found, what in ((missing, "missing"), (left_over, "left over"), (shapes, "of another shape"))
+            if found
+        ]
+        raise UserError(
+            f"{source}: tensors that do not fit {model.config.name} with {model.config.num_classes} classes: "
+            + "; ".join(problems),
+            "a state dict of this architecture and class count",
+            "name the right architecture with --model; a class count must match the dataset's",
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from a `.pth` or `.safetensors` file, with the older torchvision names brought up to date.
+
+    Raises:
+        UserError: when the file is missing or holds anything but tensors.
+    """
+    if path.suffix == SUFFIX:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not path.is_file():
+        raise UserError(f"no file {path}", "a torchvision state dict", "check the path given with --weights")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a state dict of plain tensors ({str(error).splitlines()[0][:120]})",
+            "a file written by torch.save(model.state_dict(), …)",
+            "save the state dict alone, without optimizer or model objects",
+        ) from error
+    if isinstance(values, dict) and isinstance(values.get("model"), dict):
+        values = values["model"]  # torchvision's reference scripts keep it there
+    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
+        raise UserError(
+            f"{path}: a {type(values).__name__} that is not names → tensors",
+            "a state dict",
+            "save it with torch.save(model.state_dict(), FILE)",
+        )
+    return {_current_name(name): value for name, value in values.items()}
+
+
+def _current_name(name: str) -> str:
+    """The present name of a tensor that torchvision once called otherwise."""
+    prefix = "roi_heads.mask_head.mask_fcn"
+    if name.startswith(prefix):
+        number, kind = name.removeprefix(prefix).split(".")
+        return f"roi_heads.mask_head.{int(number) - 1}.0.{kind}"
+    for part in ("rpn.head.conv.", "backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."):
+        rest = name.removeprefix(part)
+        if rest != name and part == "rpn.head.conv." and rest in ("weight", "bias"):
+            return f"{part}0.0.{rest}"
+        if rest != name and part != "rpn.head.conv." and rest.split(".", 1)[-1] in ("weight", "bias"):
+            level, kind = rest.split(".")
+            return f"{part}{level}.0.{kind}"
+    return name
+
+
+def load_torchvision(
+    path: Path, name: str, class_names: tuple[str, ...] = (), category_ids: tuple[int, ...] = ()
+) -> MaskRCNN:
+    """A model from a torchvision state dict; the class count is read from the weights.
+
+    Args:
+        path: the state dict.
+        name: the architecture, one of `maskrcnn.config.MODELS`.
+        class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
+        category_ids: likewise; by default 1, 2, ….
+
+    Raises:
+        UserError: when file and architecture do not fit.
+    """
+    tensors = read_state_dict(path)
+    key = "roi_heads.box_predictor.cls_score.weight"
+    if key not in tensors:
+        raise UserError(
+            f"{path}: no tensor {key}",
+            "a state dict of a torchvision Mask R-CNN",
+            "check that --weights names a detector, not a classifier",
+        )
+    count = tensors[key].shape[0] - 1
+    if not class_names:
+        class_names = _default_class_names(count)
+    if len(class_names) != count:
+        raise UserError(
+            f"{len(class_names)} class names for weights of {count} classes",
+            f"{count} names",
+            "name every class but background",
+        )
+    config = model_config(
+        name, class_names=class_names, category_ids=category_ids or tuple(range(1, count + 1))
+    )
+    model = MaskRCNN(config)
+    load_weights(model, tensors, path)
+    return model.eval()
+
+
+def _default_class_names(count: int) -> tuple[str, ...]:
+    if count == 90:
+        meta = torchvision.models.detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta
+        return tuple(meta["categories"][1:])
+    return tuple(f"class_{label}" for label in range(1, count + 1))
+
+
+def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadata:
+    """The metadata that files made from this model carry."""
+    return ModelMetadata(
+        model=config.name,
+        class_names=config.class_names,
+        category_ids=config.category_ids,
+        preprocessing=config.preprocessing,
+        detections=config.detections,
+        source_sha256=sha256_of(source) if source else "",
+        versions=versions(),
+    )
+
+
+def load_model(path: Path, name: str | None = None) -> MaskRCNN:
+    """A checkpoint of ours, or with `name` a torchvision state dict of that architecture."""
+    return load_torchvision(path, name) if name else load_checkpoint(path)
+
+
+def with_classes(config: ModelConfig, names: tuple[str, ...], ids: tuple[int, ...]) -> ModelConfig:
+    """The same model for another set of classes."""
+    return replace(config, class_names=names, category_ids=ids)

@@ -1,0 +1,1 @@
+"""Images, COCO-format annotations and the generated shapes dataset, without torch."""

@@ -1,0 +1,51 @@
+"""Pictures of detections."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from maskrcnn.postprocess import Detections
+
+_OPACITY = 0.45
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """A bright colour, different for neighbouring indices (golden-ratio hues)."""
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(index * 0.61803398875 % 1.0, 0.75, 1.0))
+
+
+def overlay(image: np.ndarray, detections: Detections, class_names: tuple[str, ...]) -> Image.Image:
+    """The image with each detection's mask, outline, box, class and score, the best on top.
+
+    Args:
+        image: uint8 `[H, W, 3]` RGB.
+        detections: of this image, in its pixels.
+        class_names: of labels 1, 2, ….
+    """
+    canvas = image.astype(np.float32)
+    order = range(len(detections.scores) - 1, -1, -1)
+    masks = detections.full_masks()
+    for k in order:
+        mask, colour = masks[k], np.array(colour_of(k), np.float32)
+        canvas[mask] = (1 - _OPACITY) * canvas[mask] + _OPACITY * colour
+        canvas[_outline(mask)] = colour
+    picture = Image.fromarray(canvas.round().astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for k in order:
+        box = [float(v) for v in detections.boxes_xyxy_px[k]]
+        text = f"{class_names[detections.labels[k] - 1]} {detections.scores[k]:.2f}"
+        draw.rectangle(box, outline=colour_of(k))
+        left, top, right, bottom = draw.textbbox((box[0] + 2, max(box[1] - 12, 0)), text)
+        draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour_of(k))
+        draw.text((left, max(box[1] - 12, 0)), text, fill="black")
+    return picture
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask bool `[H, W]` with a neighbour outside it."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner

@@ -1,0 +1,15 @@
+"""The one error that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Something outside the program is not as it must be: a file, a flag, a missing library.
+
+    Args:
+        came: what was found, naming the file, line or object.
+        expected: what would have been right.
+        do: what the user can do about it, a command where there is one.
+    """
+
+    def __init__(self, came: str, expected: str, do: str) -> None:
+        self.came, self.expected, self.do = came, expected, do
+        super().__init__(f"came: {came}\nexpected: {expected}\ndo: {do}")

@@ -1,0 +1,100 @@
+"""The detector: images in, padded detections out."""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+
+from maskrcnn.config import LossConfig, ModelConfig
+from maskrcnn.model.roi_heads import RoiHeads
+from maskrcnn.model.rpn import RegionProposalNetwork
+
+BODY_CHANNELS = {"resnet18": 64, "resnet34": 64, "resnet50": 256}  # of C2; doubles at each stage
+
+
+def _backbone(config: ModelConfig) -> BackboneWithFPN:
+    """ResNet with FPN, its parameters named as torchvision's detectors name them."""
+    norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    body = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    first = BODY_CHANNELS[config.backbone]
+    return BackboneWithFPN(
+        body,
+        {f"layer{stage + 1}": str(stage) for stage in range(4)},
+        [first * 2**stage for stage in range(4)],
+        config.fpn_channels,
+    )
+
+
+class MaskRCNN(nn.Module):
+    """Mask R-CNN on fixed shapes (He et al. 2017).
+
+    Everything after the image is a batched tensor padded to a fixed count, and nothing branches on a value, so
+    the same code trains, runs, exports and compiles. A torchvision state dict of the same architecture loads
+    unchanged.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = _backbone(config)
+        self.rpn = RegionProposalNetwork(config)
+        self.roi_heads = RoiHeads(config)
+        mean, std = config.preprocessing.mean, config.preprocessing.std
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
+        """Pixels with zero mean and unit spread, and zero in the padding.
+
+        Args:
+            images: `[N, 3, H, W]` RGB, 0–255, padded right and bottom.
+            image_sizes: int64 `[N, 2]`, (height, width) before padding.
+        """
+        rows = torch.arange(images.shape[2], device=images.device)[None, :] < image_sizes[:, :1]
+        columns = torch.arange(images.shape[3], device=images.device)[None, :] < image_sizes[:, 1:]
+        inside = rows[:, None, :, None] & columns[:, None, None, :]
+        return (images.float() - self.mean) / self.std * inside
+
+    def features(self, images: Tensor, image_sizes: Tensor) -> list[Tensor]:
+        """P2 … P6, each `[N, C, H_l, W_l]`."""
+        return list(self.backbone(self.normalise(images, image_sizes)).values())
+
+    def forward(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+        """Detections in pixels of the resized images.
+
+        Args:
+            images: float32 or uint8 `[N, 3, H, W]` RGB, 0–255, padded right and bottom; H and W multiples of 32.
+            image_sizes: int64 `[N, 2]`, (height, width) before padding.
+
+        Returns:
+            `num_detections` int32 `[N]`; `boxes` float32 `[N, D, 4]` xyxy; `scores` float32 `[N, D]`,
+            descending; `labels` int64 `[N, D]`, from 1; `masks` float32 `[N, D, 28, 28]`, probabilities in
+            the frame of the box. Rows from `num_detections` on are zero.
+        """
+        features = self.features(images, image_sizes)
+        proposals, used = self.rpn.proposals(self.rpn(features, images), image_sizes)
+        return self.roi_heads(features, proposals, used, image_sizes)
+
+    def losses(self, images: Tensor, image_sizes: Tensor, truth: dict, loss: LossConfig) -> dict[str, Tensor]:
+        """The five losses of a batch, scalars whose sum is minimised.
+
+        Args:
+            truth: padded ground truth, see `RoiHeads.losses`.
+            loss: matching and sampling constants.
+        """
+        features = self.features(images, image_sizes)
+        output = self.rpn(features, images)
+        objectness, rpn_box = self.rpn.losses(output, truth["boxes"], truth["valid"], loss)
+        with torch.no_grad():
+            proposals, used = self.rpn.proposals(output, image_sizes)
+        classification, box, mask = self.roi_heads.losses(features, proposals, used, truth, loss)
+        return {
+            "objectness": objectness,
+            "rpn_box": rpn_box,
+            "classification": classification,
+            "box": box,
+            "mask": mask,
+        }

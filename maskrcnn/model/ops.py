@@ -1,0 +1,203 @@
+"""The two custom operations of the detector, in PyTorch.
+
+`multilevel_roi_align` and `batched_nms` are what `export/` turns into the ONNX nodes
+`maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms`. While a model is being exported both appear as one
+opaque operator each; otherwise they are ordinary PyTorch code.
+
+Pixel model: a box (x1, y1, x2, y2) covers the continuous region [x1, x2] × [y1, y2]; pixel (i, j) of a feature
+map has its centre at (j + 0.5, i + 0.5) with `aligned`, and at (j, i) without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+CANONICAL_LEVEL, CANONICAL_SIZE_PX = 4, 224.0  # FPN equation 1: a 224 px box is pooled at P4
+LEVEL_EPSILON = 1e-6  # torchvision adds it to the logarithm, so that exact powers of two round up
+
+
+def assign_levels(rois: Tensor, *, min_level: int, num_levels: int) -> Tensor:
+    """Index of the pyramid level that pools each RoI (Lin et al. 2017, equation 1).
+
+    Args:
+        rois: `[…, 4]` xyxy in pixels of the network's input; areas may be zero.
+        min_level: the exponent of the first level's stride (2 for P2).
+        num_levels: how many levels there are.
+
+    Returns:
+        int64 `[…]` in `[0, num_levels)`; level index 0 is `min_level`.
+    """
+    width, height = rois[..., 2] - rois[..., 0], rois[..., 3] - rois[..., 1]
+    size = torch.sqrt(width * height)
+    level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE_PX) + LEVEL_EPSILON)
+    return level.clamp(min_level, min_level + num_levels - 1).to(torch.int64) - min_level
+
+
+def _axis_taps(
+    start: Tensor, length: Tensor, size: Tensor, bins: int, ratio: int, *, aligned: bool
+) -> tuple[Tensor, Tensor]:
+    """Grid indices and weights `[P, bins, 2 · ratio]` of bilinear sampling along one axis.
+
+    `start`, `length` `[P]` are in grid units, `size` `[P]` is the grid's length.
+    """
+    if not aligned:
+        length = length.clamp(min=1.0)
+    positions = torch.arange(bins * ratio, device=start.device, dtype=start.dtype)
+    where = start[:, None] + (positions + 0.5) * (length / (bins * ratio))[:, None]
+    limit = size[:, None].to(where.dtype)
+    inside = (where >= -1.0) & (where <= limit)
+    where = torch.minimum(where.clamp(min=0.0), limit - 1)
+    low = where.floor()
+    high = torch.minimum(low + 1, limit - 1)
+    fraction = where - low
+    index = torch.stack([low, high], dim=-1).to(torch.int64)
+    weight = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None]
+    return index.unflatten(1, (bins, ratio)).flatten(2), weight.unflatten(1, (bins, ratio)).flatten(2)
+
+
+def _pool_by_table(
+    features: list[Tensor],
+    rois: Tensor,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+) -> Tensor:
+    """RoIAlign as one weighted table look-up over all levels and images.
+
+    Every pixel of every level is a row of one table, and an output bin is a weighted sum of
+    (2 · sampling_ratio)² rows. Shapes depend on shapes only, each RoI reads its own level alone, and the sum
+    runs over contiguous channels, so this is fast on a CPU and free of synchronisation on a GPU.
+    """
+    batch, count = rois.shape[:2]
+    channels = features[0].shape[1]
+    rois = rois.to(torch.float32)
+    heights = torch.tensor([f.shape[2] for f in features], device=rois.device)
+    widths = torch.tensor([f.shape[3] for f in features], device=rois.device)
+    sizes = batch * heights * widths
+    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]).to(torch.float32)
+
+    level = assign_levels(rois, min_level=min_level, num_levels=len(features)).flatten()
+    image = torch.arange(batch, device=rois.device).repeat_interleave(count)
+    height, width = heights[level], widths[level]
+    base = (sizes.cumsum(0) - sizes)[level] + image * height * width
+
+    scale = torch.exp2(-(level + min_level).to(torch.float32))[:, None]
+    x1, y1, x2, y2 = (rois.flatten(0, 1) * scale - (0.5 if aligned else 0.0)).unbind(1)
+    rows, row_weights = _axis_taps(y1, y2 - y1, height, output_size, sampling_ratio, aligned=aligned)
+    columns, column_weights = _axis_taps(x1, x2 - x1, width, output_size, sampling_ratio, aligned=aligned)
+    rows = base[:, None, None] + rows * width[:, None, None]
+    index = rows[:, :, None, :, None] + columns[:, None, :, None, :]
+    weight = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :] / sampling_ratio**2
+    pooled = F.embedding_bag(
+        index.flatten(0, 2).flatten(1),
+        table,
+        per_sample_weights=weight.flatten(0, 2).flatten(1),
+        mode="sum",
+    )
+    return pooled.view(batch, count, output_size, output_size, channels).permute(0, 1, 4, 2, 3)
+
+
+@torch.library.custom_op("maskrcnn::multilevel_roi_align", mutates_args=())
+def _multilevel_roi_align(
+    features: list[Tensor],
+    rois: Tensor,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+) -> Tensor:
+    return _pool_by_table(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
+
+
+@_multilevel_roi_align.register_fake
+def _(features, rois, output_size, sampling_ratio, aligned, min_level):
+    shape = (rois.shape[0], rois.shape[1], features[0].shape[1], output_size, output_size)
+    return rois.new_empty(shape, dtype=torch.float32)
+
+
+def multilevel_roi_align(
+    features: list[Tensor],
+    rois: Tensor,
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int = 2,
+) -> Tensor:
+    """Average of bilinear samples in each of S × S bins of each RoI, at the RoI's own pyramid level.
+
+    Args:
+        features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
+        rois: `[N, R, 4]` xyxy in pixels of the network's input. R may be zero.
+        output_size: S, bins per axis.
+        sampling_ratio: sampling points per bin and axis, ≥ 1.
+        aligned: whether pixel centres lie at half-integers (see the module's pixel model).
+        min_level: exponent of the first level's stride.
+
+    Returns:
+        float32 `[N, R, C, S, S]`, accumulated in float32 whatever the features' type.
+
+    Raises:
+        ValueError: for a sampling ratio below 1.
+
+    Source: He et al. 2017, section 3; torchvision's `MultiScaleRoIAlign`.
+    """
+    if sampling_ratio < 1:
+        raise ValueError(f"came: sampling_ratio {sampling_ratio}; expected: 1 or more; do: pass a fixed ratio")
+    pool = _multilevel_roi_align if torch.compiler.is_exporting() else _pool_by_table
+    return pool(features, rois, output_size, sampling_ratio, aligned, min_level)
+
+
+@torch.library.custom_op("maskrcnn::batched_nms", mutates_args=())
+def _batched_nms(
+    boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    indices = torch.zeros(boxes.shape[0], max_output, dtype=torch.int32, device=boxes.device)
+    kept_counts = torch.zeros(boxes.shape[0], dtype=torch.int32, device=boxes.device)
+    # Earlier rows win: descending keys keep the given order.
+    order_keys = torch.arange(boxes.shape[1], 0, -1, dtype=torch.float32, device=boxes.device)
+    for image, count in enumerate(counts.tolist()):
+        group_of = groups[image, :count]
+        kept = []
+        for group in group_of.unique().tolist():
+            members = torch.nonzero(group_of == group).flatten()
+            survivors = torchvision.ops.nms(boxes[image, members], order_keys[members], iou_threshold)
+            kept.append(members[survivors])
+        if kept:
+            rows = torch.cat(kept).sort().values[:max_output]
+            indices[image, : len(rows)] = rows.to(torch.int32)
+            kept_counts[image] = len(rows)
+    return indices, kept_counts
+
+
+@_batched_nms.register_fake
+def _(boxes, groups, counts, iou_threshold, max_output):
+    return (
+        boxes.new_empty((boxes.shape[0], max_output), dtype=torch.int32),
+        boxes.new_empty((boxes.shape[0],), dtype=torch.int32),
+    )
+
+
+def batched_nms(
+    boxes: Tensor, groups: Tensor, counts: Tensor, *, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression inside each group of each image.
+
+    Args:
+        boxes: float32 `[N, K, 4]` xyxy, sorted by descending score.
+        groups: int32 `[N, K]`, values ≥ 0; only boxes of the same group suppress each other.
+        counts: int32 `[N]`; rows from `counts[n]` on are padding.
+        iou_threshold: a box goes when its IoU with a kept one is greater than this.
+        max_output: M, rows of the result.
+
+    Returns:
+        indices int32 `[N, M]` of kept rows in ascending order (that is, by descending score), zero past the
+        end, and their number int32 `[N]`.
+
+    Source: `torchvision.ops.batched_nms`, computed per group instead of by shifted coordinates.
+    """
+    return _batched_nms(boxes, groups, counts, iou_threshold, max_output)

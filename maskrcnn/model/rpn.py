@@ -1,0 +1,131 @@
+"""Region proposal network: from feature maps to a fixed number of proposals per image."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.rpn import RPNHead
+
+from maskrcnn.config import LossConfig, ModelConfig
+from maskrcnn.model.anchors import cell_anchors, grid_anchors
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, is_at_least, pairwise_iou, take_rows
+from maskrcnn.model.ops import batched_nms
+from maskrcnn.model.sampling import match_anchors, sample_balanced
+
+BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+MIN_SIDE_PX = 1e-3  # torchvision's rpn: smaller proposals are dropped
+
+
+class RpnOutput(NamedTuple):
+    """Anchors of all levels in order, with what the head says of each."""
+
+    anchors: list[Tensor]  # per level [A_l, 4]
+    logits: list[Tensor]  # per level [N, A_l]
+    deltas: list[Tensor]  # per level [N, A_l, 4]
+
+
+class RegionProposalNetwork(nn.Module):
+    """Scores anchors and keeps the best, non-overlapping ones (Ren et al. 2015)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        ratios = config.anchor_aspect_ratios
+        self.head = RPNHead(config.fpn_channels, len(ratios))
+        for level, size in enumerate(config.anchor_sizes_px):
+            self.register_buffer(f"cells_{level}", cell_anchors(size, ratios), persistent=False)
+
+    def forward(self, features: list[Tensor], images: Tensor) -> RpnOutput:
+        """Head outputs for `features`, per level `[N, C, H_l, W_l]`, in the anchors' order."""
+        logits, deltas = self.head(features)
+        return RpnOutput(
+            [grid_anchors(getattr(self, f"cells_{i}"), f, images) for i, f in enumerate(features)],
+            [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits],
+            # [N, A·4, H, W] → [N, H·W·A, 4]
+            [x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)).float() for x in deltas],
+        )
+
+    def proposals(self, output: RpnOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The best proposals of each image.
+
+        Returns:
+            boxes `[N, R, 4]` by descending objectness, clipped to the image, zero where unused, and whether
+            each row is used, bool `[N, R]`.
+        """
+        config = self.config
+        candidates = config.rpn_candidates_per_level
+        wanted = config.proposals
+        if self.training:
+            candidates, wanted = config.rpn_candidates_per_level_training, config.proposals_training
+        levels = [
+            self._best_of_level(anchors, logits, deltas, candidates)
+            for anchors, logits, deltas in zip(*output, strict=True)
+        ]
+        boxes, logits = torch.stack([b for b, _ in levels], dim=1), torch.stack([s for _, s in levels], dim=1)
+        batch, depth = boxes.shape[:2]  # [N, L, K, 4]
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (depth, candidates))
+        # Padding and degenerate boxes form a group of their own: they suppress nothing and are dropped after.
+        usable = is_at_least(boxes, MIN_SIDE_PX) & (logits > -torch.inf)
+        scores = torch.sigmoid(logits).masked_fill(~usable, -1.0)
+        boxes, usable = boxes.flatten(0, 1), usable.flatten(0, 1)
+        kept, kept_counts = batched_nms(
+            boxes,
+            (~usable).to(torch.int32),
+            torch.full_like(boxes[:, 0, 0], candidates).to(torch.int32),
+            iou_threshold=config.rpn_nms_iou,
+            max_output=candidates,
+        )
+        kept = kept.to(torch.int64)
+        past_end = torch.arange(candidates, device=kept.device)[None, :] >= kept_counts[:, None]
+        scores = take_rows(scores.flatten(0, 1), kept).masked_fill(past_end, -1.0)
+        boxes = take_rows(boxes, kept).unflatten(0, (batch, depth)).flatten(1, 2)
+        scores, order = scores.unflatten(0, (batch, depth)).flatten(1).topk(min(wanted, depth * candidates))
+        used = scores >= 0
+        return take_rows(boxes, order) * used[..., None], used
+
+    def _best_of_level(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes `[N, K, 4]` and logits `[N, K]` of a level's best anchors; logits are -inf past the last."""
+        # A level may hold fewer than K anchors. Padding keeps K a constant for every image size.
+        logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
+        index = index.clamp(max=anchors.shape[0] - 1)
+        return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
+
+    def losses(self, output: RpnOutput, truth_boxes: Tensor, truth_valid: Tensor, loss: LossConfig):
+        """Objectness and box losses on sampled anchors.
+
+        Args:
+            truth_boxes: `[N, G, 4]`, padded.
+            truth_valid: bool `[N, G]`.
+
+        Returns:
+            scalars (objectness, box).
+        """
+        anchors = torch.cat(output.anchors)
+        logits, deltas = torch.cat(output.logits, dim=1), torch.cat(output.deltas, dim=1)
+        with torch.no_grad():
+            picks = []
+            for boxes, valid in zip(truth_boxes, truth_valid, strict=True):
+                # One image at a time: anchors × objects is the largest array of the step.
+                iou = pairwise_iou(anchors, boxes).masked_fill(~valid, -1.0)
+                matched, positive, negative = match_anchors(
+                    iou, valid, foreground=loss.rpn_foreground_iou, background=loss.rpn_background_iou
+                )
+                index, is_positive, is_sampled = sample_balanced(
+                    positive, negative, count=loss.rpn_samples, positive_fraction=loss.rpn_positive_fraction
+                )
+                # Slots that are no positives regress to themselves; their weight is zero.
+                reference = anchors[index]
+                target = torch.where(is_positive[:, None], boxes[matched[index]], reference)
+                picks.append((index, is_positive, is_sampled, encode_boxes(target, reference, BOX_WEIGHTS)))
+            index, is_positive, is_sampled, target = (torch.stack(x) for x in zip(*picks, strict=True))
+        total = is_sampled.sum().clamp(min=1)
+        objectness = F.binary_cross_entropy_with_logits(
+            take_rows(logits, index), is_positive.float(), reduction="none"
+        )
+        box = F.smooth_l1_loss(take_rows(deltas, index), target, beta=loss.smooth_l1_beta, reduction="none")
+        return (objectness * is_sampled).sum() / total, (box.sum(-1) * is_positive).sum() / total

@@ -1,0 +1,200 @@
+"""Images to the detector's input: resized, padded and batched as torchvision does it, with NumPy alone.
+
+Pixel centres lie at half-integers: pixel i covers [i, i + 1) and its value is that of position i + 0.5.
+Resizing by linear interpolation reads output pixel j at input position (j + 0.5) · in / out, clamped to the
+first and last centre; nothing is smoothed beforehand when an image shrinks (torch's `align_corners=False`
+without `antialias`). Normalisation is in the graph, so pixels stay between 0 and 255 here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from maskrcnn.errors import UserError
+
+_BAND_ROWS = 32  # output rows resized at once; the band's buffers then stay in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the detector's input; `mean` and `std` are applied inside the graph."""
+
+    min_size_px: int = 800  # wanted length of the shorter side
+    max_size_px: int = 1333  # the longer side may not exceed this
+    divisor: int = 32  # height and width of a batch are multiples of it
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channel_order: str = "RGB"  # or "BGR"; images given are always RGB
+
+    def __post_init__(self) -> None:
+        sizes = (self.min_size_px, self.max_size_px, self.divisor)
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise _unusable(
+                f"min_size_px, max_size_px, divisor = {sizes}",
+                "whole numbers of at least 1",
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+            raise _unusable(
+                f"mean {self.mean}, std {self.std}",
+                "three numbers each, those of std above 0",
+            )
+        if self.channel_order not in ("RGB", "BGR"):
+            raise _unusable(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The preprocessing that `to_dict` wrote.
+
+        Raises:
+            UserError: naming the keys that are unknown or missing, or a value that cannot be used.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        wrong = [
+            f"{kind} key(s) {', '.join(sorted(keys))}"
+            for kind, keys in (("unknown", values.keys() - names), ("missing", names - values.keys()))
+            if keys
+        ]
+        if wrong:
+            raise _unusable(" and ".join(wrong), f"the keys {', '.join(sorted(names))}")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise _unusable(f"values of wrong type ({error})", "what `to_dict` writes") from error
+
+
+def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width of an image after resizing, in pixels.
+
+    The shorter side becomes `min_size_px` unless the longer one would then exceed `max_size_px`; both are
+    rounded down, in the arithmetic of torchvision's `GeneralizedRCNNTransform`. Where that rounds a side to
+    nothing (torchvision then fails) the side has 1 pixel.
+    """
+    scale = min(preprocessing.min_size_px / min(size_hw), preprocessing.max_size_px / max(size_hw))
+    height, width = (max(int(side * scale), 1) for side in size_hw)
+    return height, width
+
+
+def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """An image resized by linear interpolation, channels first and not rounded.
+
+    Args:
+        image: `[H, W, C]` uint8 or float32, H and W at least 1.
+        size_hw: height and width wanted, at least 1.
+
+    Returns:
+        `[C, h, w]` float32, within 1e-3 of a grey level of `torch.nn.functional.interpolate(mode="bilinear",
+        align_corners=False)`.
+    """
+    resized = np.empty((image.shape[2], *size_hw), np.float32)
+    _resize_into(image, resized)
+    return resized
+
+
+def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """The detector's inputs `images` and `image_sizes` for a list of images of any sizes.
+
+    Args:
+        images: at least one `[H, W, 3]` uint8 RGB image.
+        preprocessing: the model's, from its metadata.
+
+    Returns:
+        `images` `[N, 3, H, W]` float32, values 0–255, padded with zeros at the right and at the bottom to one
+        size that is a multiple of the divisor; `image_sizes` `[N, 2]` int64, (height, width) before padding.
+
+    Raises:
+        UserError: for an empty list, and for an image of another type or shape or without pixels.
+    """
+    if len(images) == 0:
+        raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
+    for index, image in enumerate(images):
+        _check_image(image, index)
+    sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
+    padded_hw = [
+        -(-max(side) // preprocessing.divisor) * preprocessing.divisor for side in zip(*sizes, strict=True)
+    ]
+    batch = np.zeros((len(images), 3, *padded_hw), np.float32)
+    for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
+        channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
+        _resize_into(channels, slot[:, :height, :width])
+    return batch, np.array(sizes, np.int64)
+
+
+def linear_taps(
+    size_in: int, size_out: int, start: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where linear interpolation along one axis reads for the output pixels `start` to `stop` (default: all).
+
+    Returns:
+        `low`, `high` `[K]` int64, the two input pixels (equal at the border), and the weight `[K]` float32 of
+        `high`; that of `low` is one minus it.
+    """
+    scale = np.float32(size_in) / np.float32(size_out)
+    centres = np.arange(start, size_out if stop is None else stop, dtype=np.float32) + np.float32(0.5)
+    # The product is taken in float64 and rounded once after the subtraction: torch's builds fuse the two.
+    # Rounding twice moves the weight by up to 1e-4 near position 1000, several hundredths of a grey level.
+    positions = (centres.astype(np.float64) * np.float64(scale) - 0.5).astype(np.float32)
+    positions = np.maximum(positions, np.float32(0))
+    low = np.minimum(positions.astype(np.int64), size_in - 1)
+    high = np.minimum(low + 1, size_in - 1)
+    return low, high, np.clip(positions - low.astype(np.float32), np.float32(0), np.float32(1))
+
+
+def _resize_into(image: np.ndarray, out: np.ndarray) -> None:
+    """Resizes `image` `[H, W, C]` into `out` `[C, h, w]` float32, which may be a part of a larger array."""
+    height, width = out.shape[1:]
+    top, bottom, weight_y = linear_taps(image.shape[0], height)
+    left, right, weight_x = linear_taps(image.shape[1], width)
+    weight_y = weight_y[:, None]
+    for channel, plane in enumerate(np.ascontiguousarray(image.transpose(2, 0, 1))):
+        for start in range(0, height, _BAND_ROWS):
+            rows = slice(start, min(start + _BAND_ROWS, height))
+            upper = plane[top[rows]].astype(np.float32)
+            lower = plane[bottom[rows]].astype(np.float32)
+            band = _lerp(upper, lower, weight_y[rows])
+            # mode="clip" spares NumPy a checking pass; no index is out of range.
+            first = np.take(band, left, axis=1, mode="clip")
+            second = np.take(band, right, axis=1, mode="clip")
+            out[channel, rows] = _lerp(first, second, weight_x)
+
+
+def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """`low + weight · (high − low)`, written over `high`."""
+    high -= low
+    high *= weight
+    high += low
+    return high
+
+
+def _check_image(image: Any, index: int) -> None:
+    """Raises a UserError unless `image` is `[H, W, 3]` uint8 with pixels."""
+    shape = getattr(image, "shape", None)
+    dtype = getattr(image, "dtype", type(image).__name__)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or shape[2] != 3:
+        described = f"{dtype}" if shape is None else f"{dtype} of shape {tuple(shape)}"
+        raise UserError(
+            f"image {index} is {described}",
+            "a NumPy array of uint8 and shape (H, W, 3), RGB",
+            "read it with maskrcnn.data.images.read_image, or convert it",
+        )
+    if image.size == 0:
+        raise UserError(
+            f"image {index} of shape {tuple(shape)}", "at least 1×1 pixel", "leave empty images out"
+        )
+
+
+def _unusable(came: str, expected: str) -> UserError:
+    return UserError(
+        f"preprocessing with {came}",
+        expected,
+        "correct the configuration, or use the version of maskrcnn that wrote the file",
+    )

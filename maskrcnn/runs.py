@@ -1,0 +1,49 @@
+"""Where runs and their artefacts lie, and which one is the newest. Needs no library.
+
+A run is a folder below `runs/`: `config.json`, `log.jsonl`, `best.safetensors`, `last.safetensors`,
+`state.safetensors` (to resume from), and what was made of it: `model.onnx`, `model.fp16.xml` ….
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskrcnn.errors import UserError
+
+FOLDER = Path("runs")
+BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
+CONFIG, LOG, ONNX = "config.json", "log.jsonl", "model.onnx"
+
+
+def new_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
+    """A new empty folder `parent/prefix-NUMBER`."""
+    numbers = [
+        int(path.name.rpartition("-")[2])
+        for path in parent.glob(f"{prefix}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    run = parent / f"{prefix}-{max(numbers, default=0) + 1}"
+    run.mkdir(parents=True)
+    return run
+
+
+def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER) -> Path:
+    """The file matching `pattern` in any run that was written last.
+
+    Raises:
+        UserError: when there is none; `what` and `make_with` (a command) word it.
+    """
+    found = sorted(parent.glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"no {what} in {parent}/", f"a file {parent}/*/{pattern}", f"run `{make_with}` first")
+    return found[-1]
+
+
+def newest_checkpoint() -> Path:
+    """The best checkpoint of the newest run that has one."""
+    return newest(BEST, what="checkpoint", make_with="maskrcnn train")
+
+
+def newest_onnx() -> Path:
+    """The ONNX file exported last."""
+    return newest("*.onnx", what="ONNX file", make_with="maskrcnn export --onnx")

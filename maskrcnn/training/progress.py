@@ -1,0 +1,70 @@
+"""What a user sees while training: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
+
+
+class EpochProgress:
+    """Counts images of the whole run and shows loss, images/s and the time that is left."""
+
+    def __init__(self, total_images: int, done_images: int, console: Console) -> None:
+        self.console = console
+        self.total, self.done = total_images, done_images
+        self.started, self.at_start = time.perf_counter(), done_images
+        self.last_line = self.started
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.task = self.bar.add_task("training", total=total_images, completed=done_images, numbers="")
+
+    def rate(self) -> float:
+        """Images per second since this process began training."""
+        return (self.done - self.at_start) / max(time.perf_counter() - self.started, 1e-9)
+
+    def advance(self, images: int, *, epoch: int, loss: float) -> None:
+        """Records a batch."""
+        self.done += images
+        numbers = f"epoch {epoch}  loss {loss:.3f}  {self.rate():.1f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, numbers=numbers)
+        elif time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.perf_counter()
+            left = (self.total - self.done) / max(self.rate(), 1e-9)
+            self.console.print(f"{numbers}  {self.done}/{self.total} images  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        self.console.print(text)
+
+
+@contextmanager
+def epoch_progress(total_images: int, done_images: int) -> Iterator[EpochProgress]:
+    """A progress display for the time of the context."""
+    progress = EpochProgress(total_images, done_images, Console(file=sys.stderr, highlight=False))
+    if progress.bar is None:
+        yield progress
+        return
+    with progress.bar:
+        yield progress
+
+
+def table_line(values: dict[str, Any]) -> str:
+    """Figures of an epoch on one line."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

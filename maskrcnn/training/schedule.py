@@ -1,0 +1,32 @@
+"""Learning-rate schedules as functions of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+
+from maskrcnn.config import TrainConfig
+from maskrcnn.errors import UserError
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of an optimizer step.
+
+    Args:
+        config: gives the peak, the warm-up and the schedule.
+        step: steps done before this one, over all epochs.
+        steps_per_epoch: optimizer steps of one epoch.
+
+    Raises:
+        UserError: for a schedule that is neither "cosine" nor "step".
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = min(config.warmup_steps, total // 2)
+    if step < warmup:
+        return config.learning_rate * max((step + 1) / warmup, 1e-3)
+    if config.schedule == "cosine":
+        done = (step - warmup) / max(total - warmup, 1)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "step":
+        passed = sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+        return config.learning_rate * 0.1**passed
+    raise UserError(f"schedule {config.schedule!r}", "cosine or step", "set --schedule to one of them")

@@ -1,0 +1,67 @@
+"""The one table of the custom ops: names, inputs, outputs, attributes.
+
+The ONNX nodes, their function bodies, the NumPy reference and the TensorRT plugins are all tested against it.
+Op names must not equal a standard ONNX op's: TensorRT's parser would take its own importer first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "maskrcnn"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output. `shape` uses the letters of docs/architecture.md; `dtype` is a NumPy name."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+    variadic: bool = False  # stands for one or more tensors, its name a prefix
+
+
+@dataclass(frozen=True)
+class Op:
+    """One custom op. `attributes` maps each name to its Python type."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: dict[str, type]
+    doc: str
+
+
+MULTILEVEL_ROI_ALIGN = Op(
+    name="MultilevelRoiAlign",
+    inputs=(
+        Tensor("P", "float", ("N", "C", "H_l", "W_l"), variadic=True),
+        Tensor("rois", "float32", ("N", "R", 4)),
+    ),
+    outputs=(Tensor("pooled", "float", ("N", "R", "C", "S", "S")),),
+    attributes={
+        "output_size": int,  # S
+        "sampling_ratio": int,  # points per bin and axis
+        "aligned": int,  # 1: pixel centres at half-integers
+        "min_level": int,  # exponent of the first level's stride
+        "canonical_level": int,  # FPN equation 1: the level of a box of canonical_size
+        "canonical_size": float,  # pixels
+        "level_epsilon": float,  # added to the logarithm
+    },
+    doc="RoIAlign of each RoI at its own pyramid level.",
+)
+
+BATCHED_NMS = Op(
+    name="BatchedNms",
+    inputs=(
+        Tensor("boxes", "float32", ("N", "K", 4)),
+        Tensor("groups", "int32", ("N", "K")),
+        Tensor("counts", "int32", ("N",)),
+    ),
+    outputs=(Tensor("indices", "int32", ("N", "M")), Tensor("num", "int32", ("N",))),
+    attributes={"iou_threshold": float, "max_output": int},
+    doc="Greedy NMS inside each group of boxes that are sorted by descending score.",
+)
+
+OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS)}

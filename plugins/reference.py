@@ -1,0 +1,115 @@
+"""The custom ops in plain NumPy: slow, short, and what every other implementation is compared with.
+
+Pixel model: with `aligned`, the pixel (i, j) of a feature map has its centre at (j + 0.5, i + 0.5) in units of
+its stride; without, at (j, i).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def level_of(
+    roi: np.ndarray,
+    num_levels: int,
+    min_level: int,
+    canonical_level: int,
+    canonical_size: float,
+    level_epsilon: float,
+) -> int:
+    """Index of the level that pools one RoI `[4]` xyxy px (Lin et al. 2017, equation 1)."""
+    area = np.float32(roi[2] - roi[0]) * np.float32(roi[3] - roi[1])
+    if not area > 0:
+        return 0
+    size = np.float32(np.sqrt(area)) / np.float32(canonical_size)
+    level = np.floor(canonical_level + np.log2(size) + np.float32(level_epsilon))
+    return int(min(max(level, min_level), min_level + num_levels - 1)) - min_level
+
+
+def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
+    """The value `[C]` of a feature map `[C, H, W]` at a point in pixel units; zero outside [-1, size]."""
+    height, width = feature.shape[1:]
+    if y < -1 or y > height or x < -1 or x > width:
+        return np.zeros(feature.shape[0], np.float32)
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    y0, x0 = math.floor(y), math.floor(x)
+    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    dy, dx = np.float32(y - y0), np.float32(x - x0)
+    top = feature[:, y0, x0] * (1 - dx) + feature[:, y0, x1] * dx
+    bottom = feature[:, y1, x0] * (1 - dx) + feature[:, y1, x1] * dx
+    return (top * (1 - dy) + bottom * dy).astype(np.float32)
+
+
+def multilevel_roi_align(
+    features: list[np.ndarray],
+    rois: np.ndarray,
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: int,
+    min_level: int = 2,
+    canonical_level: int = 4,
+    canonical_size: float = 224.0,
+    level_epsilon: float = 1e-6,
+) -> np.ndarray:
+    """`MultilevelRoiAlign` of the contract: features per level `[N, C, H_l, W_l]`, rois `[N, R, 4]`.
+
+    Returns:
+        float32 `[N, R, C, S, S]`.
+    """
+    batch, count = rois.shape[:2]
+    pooled = np.zeros((batch, count, features[0].shape[1], output_size, output_size), np.float32)
+    for n in range(batch):
+        for r in range(count):
+            roi = rois[n, r]
+            level = level_of(roi, len(features), min_level, canonical_level, canonical_size, level_epsilon)
+            feature = features[level][n].astype(np.float32)
+            x1, y1, x2, y2 = roi.astype(np.float32) / 2.0 ** (min_level + level) - (0.5 if aligned else 0.0)
+            width, height = x2 - x1, y2 - y1
+            if not aligned:
+                width, height = max(width, 1.0), max(height, 1.0)
+            bin_width, bin_height = width / output_size, height / output_size
+            for i in range(output_size):
+                for j in range(output_size):
+                    total = np.zeros(feature.shape[0], np.float32)
+                    for a in range(sampling_ratio):
+                        for b in range(sampling_ratio):
+                            y = y1 + bin_height * (i + (a + 0.5) / sampling_ratio)
+                            x = x1 + bin_width * (j + (b + 0.5) / sampling_ratio)
+                            total += bilinear(feature, y, x)
+                    pooled[n, r, :, i, j] = total / sampling_ratio**2
+    return pooled
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two boxes `[4]` xyxy; NaN where both areas are zero."""
+    width = max(min(first[2], second[2]) - max(first[0], second[0]), np.float32(0))
+    height = max(min(first[3], second[3]) - max(first[1], second[1]), np.float32(0))
+    overlap = width * height
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
+    union = areas[0] + areas[1] - overlap
+    return float(overlap / union) if union != 0 else math.nan
+
+
+def batched_nms(
+    boxes: np.ndarray, groups: np.ndarray, counts: np.ndarray, *, iou_threshold: float, max_output: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`BatchedNms` of the contract: boxes `[N, K, 4]` by descending score, groups `[N, K]`, counts `[N]`.
+
+    Returns:
+        indices int32 `[N, M]`, zero past the end, and their number int32 `[N]`.
+    """
+    indices = np.zeros((boxes.shape[0], max_output), np.int32)
+    num = np.zeros(boxes.shape[0], np.int32)
+    for n in range(boxes.shape[0]):
+        kept: list[int] = []
+        for k in range(min(int(counts[n]), boxes.shape[1])):
+            rivals = (j for j in kept if groups[n, j] == groups[n, k])
+            if not any(iou(boxes[n, j], boxes[n, k]) > iou_threshold for j in rivals):
+                kept.append(k)
+        kept = kept[:max_output]
+        indices[n, : len(kept)] = kept
+        num[n] = len(kept)
+    return indices, num

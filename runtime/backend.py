@@ -1,0 +1,90 @@
+"""What every backend is: a description of its tensors and a function from arrays to arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from maskrcnn.errors import UserError
+from maskrcnn.metadata import ModelMetadata
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor; `None` in the shape is any length."""
+
+    dtype: str  # a NumPy name
+    shape: tuple[int | None, ...]
+
+
+def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Inputs and outputs of the detector contract (docs/architecture.md)."""
+    rows = metadata.detections
+    inputs = {
+        "images": TensorSpec("float32", (None, 3, None, None)),
+        "image_sizes": TensorSpec("int64", (None, 2)),
+    }
+    outputs = {
+        "num_detections": TensorSpec("int32", (None,)),
+        "boxes": TensorSpec("float32", (None, rows, 4)),
+        "scores": TensorSpec("float32", (None, rows)),
+        "labels": TensorSpec("int64", (None, rows)),
+        "masks": TensorSpec("float32", (None, rows, 28, 28)),
+    }
+    return inputs, outputs
+
+
+class Backend(ABC):
+    """A loaded model. Subclasses give `describe` and `infer`; callers call the object."""
+
+    name: str  # of the software that runs it, as tables show it
+    precision: str  # of the arithmetic, as tables show it
+    metadata: ModelMetadata
+
+    @abstractmethod
+    def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+        """Inputs and outputs by name."""
+
+    @abstractmethod
+    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for inputs that have been checked."""
+
+    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Checks names, types and shapes, then infers.
+
+        Raises:
+            UserError: for feeds that do not fit `describe`.
+        """
+        inputs, _ = self.describe()
+        if set(feeds) != set(inputs):
+            raise _bad_feed(f"inputs {sorted(feeds)}", f"{sorted(inputs)}")
+        for name, spec in inputs.items():
+            value = feeds[name]
+            if str(value.dtype) != spec.dtype or not _fits(value.shape, spec.shape):
+                raise _bad_feed(
+                    f"{name} {value.dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}"
+                )
+        images, sizes = feeds["images"], feeds["image_sizes"]
+        divisor = self.metadata.preprocessing.divisor
+        if len(images) == 0 or len(images) != len(sizes):
+            raise _bad_feed(f"{len(images)} images with {len(sizes)} sizes", "as many of both, at least one")
+        if images.shape[2] % divisor or images.shape[3] % divisor or 0 in images.shape[2:]:
+            raise _bad_feed(f"images of {images.shape[2]}×{images.shape[3]}", f"multiples of {divisor}")
+        return self.infer(feeds)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        w is None or s == w for s, w in zip(shape, wanted, strict=True)
+    )
+
+
+def _bad_feed(came: str, expected: str) -> UserError:
+    return UserError(came, expected, "prepare images with maskrcnn.preprocess.batch_images")
+
+
+def missing_library(name: str, enables: str, install: str) -> UserError:
+    """The error for a backend whose library is not installed."""
+    return UserError(f"no Python package {name}", f"{name}, to {enables}", f"`{install}`; see `maskrcnn doctor`")

@@ -1,0 +1,151 @@
+"""Whether two sets of detector outputs say the same, and the tolerance that this needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What counts as the same."""
+
+    box_px: float
+    score: float
+    mask: float
+    min_iou: float = 0.5  # with which detections of the same label are paired
+    unpaired_share: float = 0.0  # of the reference's detections that may lack a partner
+
+
+EXACT = Tolerance(box_px=0.1, score=1e-3, mask=1e-2)
+# bfloat16 keeps 8 bits: 0.4 % of a value, and more after fifty layers.
+HALF = Tolerance(box_px=6.0, score=0.15, mask=0.7, unpaired_share=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The largest differences between paired detections, and how many found no partner."""
+
+    images: int
+    detections: int  # of the reference
+    box_px: float
+    score: float
+    mask: float
+    unpaired: int  # detections of either side without partner, those at a threshold's edge left out
+    images_without_detections: int
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether the difference is inside a tolerance; NaN never is."""
+        return (
+            self.box_px <= tolerance.box_px
+            and self.score <= tolerance.score
+            and self.mask <= tolerance.mask
+            and self.unpaired <= tolerance.unpaired_share * self.detections
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.detections} detections on {self.images} images "
+            f"({self.images_without_detections} without any): tolerance needed: boxes {self.box_px:.2g} px, "
+            f"scores {self.score:.2g}, masks {self.mask:.2g}, {self.unpaired} unpaired"
+        )
+
+
+def merge(parts: list[Difference]) -> Difference:
+    """The difference over several batches."""
+    return Difference(
+        images=sum(p.images for p in parts),
+        detections=sum(p.detections for p in parts),
+        box_px=_largest([p.box_px for p in parts]),
+        score=_largest([p.score for p in parts]),
+        mask=_largest([p.mask for p in parts]),
+        unpaired=sum(p.unpaired for p in parts),
+        images_without_detections=sum(p.images_without_detections for p in parts),
+    )
+
+
+def compare_outputs(
+    reference: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    tolerance: Tolerance,
+    *,
+    score_threshold: float = 0.05,
+) -> Difference:
+    """Pairs the detections of two outputs of the same batch, image by image.
+
+    Detections are paired by label and best IoU. One without a partner is excused when its score lies within
+    the tolerance of the score below which its side keeps nothing.
+
+    Args:
+        reference: outputs by name, as the detector contract has them.
+        other: the same of the other model.
+        tolerance: decides which detections are excused.
+        score_threshold: the model's.
+    """
+    rows = reference["scores"].shape[1]
+    parts = []
+    for n in range(len(reference["num_detections"])):
+        first, second = (
+            {name: side[name][n, : side["num_detections"][n]] for name in ("boxes", "scores", "labels", "masks")}
+            for side in (reference, other)
+        )
+        parts.append(_compare_image(first, second, tolerance, score_threshold, rows))
+    return merge(parts)
+
+
+def _compare_image(
+    first: dict[str, np.ndarray],
+    second: dict[str, np.ndarray],
+    tolerance: Tolerance,
+    score_threshold: float,
+    rows: int,
+) -> Difference:
+    pairs, alone_first, alone_second = _pair(first, second, tolerance.min_iou)
+    unpaired = 0
+    for side, alone in ((first, alone_first), (second, alone_second)):
+        full = len(side["scores"]) == rows
+        edge = side["scores"].min() if full else score_threshold
+        unpaired += int((side["scores"][alone] > edge + tolerance.score).sum())
+    a, b = (np.array([pair[k] for pair in pairs], np.int64) for k in (0, 1))
+    return Difference(
+        images=1,
+        detections=len(first["scores"]),
+        box_px=_largest(np.abs(first["boxes"][a] - second["boxes"][b])),
+        score=_largest(np.abs(first["scores"][a] - second["scores"][b])),
+        mask=_largest(np.abs(first["masks"][a] - second["masks"][b])),
+        unpaired=unpaired,
+        images_without_detections=int(len(first["scores"]) == 0),
+    )
+
+
+def _pair(
+    first: dict[str, np.ndarray], second: dict[str, np.ndarray], min_iou: float
+) -> tuple[list[tuple[int, int]], list[int], list[int]]:
+    """Index pairs of the same label, best IoU first come, and the indices left alone on either side."""
+    free = list(range(len(second["scores"])))
+    pairs, alone = [], []
+    for k, (box, label) in enumerate(zip(first["boxes"], first["labels"], strict=True)):
+        candidates = [j for j in free if second["labels"][j] == label]
+        overlaps = _iou(box, second["boxes"][candidates])
+        if len(candidates) and overlaps.max() >= min_iou:
+            best = candidates[int(overlaps.argmax())]
+            free.remove(best)
+            pairs.append((k, best))
+        else:
+            alone.append(k)
+    return pairs, alone, free
+
+
+def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU `[K]` of one box `[4]` with boxes `[K, 4]`."""
+    size = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    overlap = size.clip(min=0).prod(axis=1)
+    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - overlap
+    return overlap / np.maximum(union, 1e-9)
+
+
+def _largest(values) -> float:
+    """The largest value, zero of nothing, NaN where there is one."""
+    values = np.asarray(values, np.float64)
+    return float(values.max()) if values.size else 0.0

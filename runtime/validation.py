@@ -1,0 +1,35 @@
+"""Comparing a model with another on inputs that neither was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.compare import Difference, Tolerance, compare_outputs, merge
+
+
+def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds of several batch sizes and shapes: drawn shapes, an even grey image, and an empty slot.
+
+    An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights.
+    """
+    rng = np.random.default_rng(seed)
+    for batch, blocks in ((1, (5, 7)), (3, (8, 6)), (2, (12, 10))):
+        height, width = (max(1, round(b * 32 / divisor)) * divisor for b in blocks)
+        sizes = [(height, width), (height - 17, width - 40), (0, 0)][:batch]
+        images = np.zeros((batch, 3, height, width), np.float32)
+        for image, (h, w) in zip(images, sizes, strict=True):
+            if h:
+                image[:, :h, :w] = shapes_image(rng, (h, w))[0].transpose(2, 0, 1)
+        yield {"images": images, "image_sizes": np.array(sizes, np.int64)}
+    grey = np.full((1, 3, 4 * divisor, 4 * divisor), 128, np.float32)
+    yield {"images": grey, "image_sizes": np.array([[4 * divisor, 4 * divisor]], np.int64)}
+
+
+def compare_backends(reference: Backend, other: Backend, tolerance: Tolerance) -> Difference:
+    """The difference of two backends on `validation_batches`."""
+    batches = validation_batches(reference.metadata.preprocessing.divisor)
+    return merge([compare_outputs(reference(feeds), other(feeds), tolerance) for feeds in batches])

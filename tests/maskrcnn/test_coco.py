@@ -1,0 +1,432 @@
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_api
+from pycocotools.cocoeval import COCOeval
+
+from maskrcnn.data.coco import CocoDataset, find_split, instance_mask
+from maskrcnn.data.segmentation import _runs_from_counts
+from maskrcnn.errors import UserError
+
+REAL = Path(os.environ.get("MASKRCNN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+HEIGHT, WIDTH = 6, 8
+
+SQUARE = {  # columns 1 … 4, rows 2 … 4 of image 5
+    "id": 7,
+    "image_id": 5,
+    "category_id": 30,
+    "bbox": [1, 2, 4, 3],
+    "area": 12,
+    "iscrowd": 0,
+    "segmentation": [[1, 2, 5, 2, 5, 5, 1, 5]],
+}
+CONTENT = {
+    "images": [
+        {"id": 5, "file_name": "five.png", "height": HEIGHT, "width": WIDTH},
+        {"id": 2, "file_name": "sub/two.png", "height": 4, "width": 4},
+    ],
+    "categories": [{"id": 30, "name": "dog"}, {"id": 4, "name": "cat"}],
+    "annotations": [SQUARE],
+}
+
+
+def write(root, content=CONTENT, split="val", images=True):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / "annotations" / f"instances_{split}.json").write_text(text)
+    if images:
+        for name in ("five.png", "sub/two.png"):
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / name).touch()
+    return root
+
+
+def load(root, *annotations, **changes):
+    return CocoDataset.load(write(root, {**CONTENT, "annotations": list(annotations), **changes}), "val")
+
+
+def only(dataset):
+    (record,) = [record for record in dataset.images if record.instances]
+    (instance,) = record.instances
+    return record, instance
+
+
+# --- splits ------------------------------------------------------------------------------------------
+
+
+def test_exact_name_wins_over_names_that_begin_with_it(tmp_path):
+    for split in ("train", "train2017", "val2017"):
+        write(tmp_path, split=split)
+    (tmp_path / "annotations" / "captions_test.json").touch()
+    assert find_split(tmp_path, "train") == "train"
+    assert find_split(tmp_path, "train2017") == "train2017"
+    assert find_split(tmp_path, "val") == "val2017"
+
+
+def test_unknown_and_ambiguous_splits_list_what_exists(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*annotations"):
+        find_split(tmp_path, "val")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(UserError, match=r"no split 'val'.*\nexpected: files instances_<split>\.json"):
+        find_split(tmp_path, "val")
+    for split in ("val2014", "val2017"):
+        write(tmp_path, split=split)
+    with pytest.raises(UserError, match=r"several splits for 'val' .*: val2014, val2017"):
+        find_split(tmp_path, "val")
+    for kind in ("train", ""):
+        with pytest.raises(UserError, match=rf"no split '{kind}' .*\nexpected: one of: val2014, val2017"):
+            find_split(tmp_path, kind)
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def test_labels_follow_ascending_category_ids(tmp_path):
+    dataset = CocoDataset.load(write(tmp_path), "val")
+    assert dataset.class_names == ("cat", "dog") and dataset.category_ids == (4, 30)
+    assert (dataset.root, dataset.split) == (tmp_path, "val")
+    assert dataset.annotation_path == tmp_path / "annotations" / "instances_val.json"
+    five, two = dataset.images
+    assert (five.id, five.path, five.height, five.width) == (5, tmp_path / "val" / "five.png", 6, 8)
+    assert two.path == tmp_path / "val" / "sub" / "two.png" and two.instances == ()
+    (square,) = five.instances
+    assert (square.annotation_id, square.label, square.is_crowd, square.area_px) == (7, 2, False, 12.0)
+    assert square.box_xyxy_px == (1.0, 2.0, 5.0, 5.0)
+    assert dataset.skipped == {} and dataset.skipped_examples == {}
+
+
+def test_boxes_are_cut_to_the_image_and_stay_whole_for_the_evaluation(tmp_path):
+    dataset = load(tmp_path, {**SQUARE, "bbox": [-1, 2, 20, 3.5]})
+    assert only(dataset)[1].box_xyxy_px == (0.0, 2.0, 8.0, 5.5)
+    assert dataset.ground_truth().anns[7]["bbox"] == [-1, 2, 20, 3.5]
+
+
+def test_dataset_travels_to_a_worker_process(tmp_path):
+    record, instance = only(pickle.loads(pickle.dumps(CocoDataset.load(write(tmp_path), "val"))))
+    assert instance_mask(record, instance).sum() == 12
+
+
+# --- masks -------------------------------------------------------------------------------------------
+
+BLOCK = np.zeros((HEIGHT, WIDTH), bool)
+BLOCK[2:5, 1:5] = True
+# Column by column: 6 + 2 empty, then 3 of the object and 3 empty four times, and the last three columns.
+BLOCK_RUNS = [8, 3, 3, 3, 3, 3, 3, 3, 1 + 3 * 6]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        SQUARE["segmentation"],
+        [[1, 2, 3, 2, 3, 5, 1, 5], [3, 2, 5, 2, 5, 5, 3, 5]],
+        {"size": [HEIGHT, WIDTH], "counts": BLOCK_RUNS},
+        {"size": [HEIGHT, WIDTH], "counts": "83300000`0"},
+    ],
+    ids=["polygon", "two polygons", "uncompressed", "compressed"],
+)
+def test_every_kind_of_segmentation_gives_the_same_mask(tmp_path, segmentation):
+    mask = instance_mask(*only(load(tmp_path, {**SQUARE, "segmentation": segmentation})))
+    assert mask.dtype == bool and mask.flags.c_contiguous
+    np.testing.assert_array_equal(mask, BLOCK)
+
+
+def test_overlapping_polygons_are_merged_and_not_added(tmp_path):
+    twice = {**SQUARE, "segmentation": SQUARE["segmentation"] * 2}
+    np.testing.assert_array_equal(instance_mask(*only(load(tmp_path, twice))), BLOCK)
+
+
+def test_polygon_area_of_a_large_triangle(tmp_path):
+    image = {"id": 5, "file_name": "five.png", "height": 400, "width": 500}
+    triangle = {
+        **SQUARE,
+        "bbox": [50, 40, 300, 320],
+        "segmentation": [[50, 40, 350, 40, 50, 360]],
+        "area": None,
+    }
+    record, instance = only(load(tmp_path, triangle, images=[image]))
+    mask = instance_mask(record, instance)
+    assert mask.shape == (400, 500)
+    assert mask.sum() == pytest.approx(300 * 320 / 2, rel=0.01)
+    assert mask[45, 60] and mask[200, 100] and not mask[300, 300] and not mask[200, 20]
+    assert instance.area_px == mask.sum()  # the file gives none
+
+
+def test_run_lengths_equal_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    for density in (0.001, 0.02, 0.5, 0.98):
+        for size in [(1, 1), (37, 53), (300, 2000)]:
+            mask = np.asfortranarray(rng.random(size) < density)
+            flat = mask.ravel(order="F")
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], flat])))
+            expected = np.diff(np.concatenate([[0], edges, [flat.size]]))
+            counts = mask_api.encode(mask.astype(np.uint8))["counts"].decode()
+            np.testing.assert_array_equal(_runs_from_counts(counts), expected)
+
+
+# --- annotations that are skipped --------------------------------------------------------------------
+
+RLE = {"size": [HEIGHT, WIDTH], "counts": BLOCK_RUNS}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "text"),
+    [
+        ({"image_id": 99}, "unknown image", "image_id 99"),
+        ({"image_id": [5]}, "unknown image", r"image_id \[5\]"),
+        ({"category_id": 1}, "unknown category", "category_id 1"),
+        ({"category_id": None}, "unknown category", "category_id None"),
+        ({"iscrowd": "no"}, "unknown crowd flag", "'no'"),
+        ({"bbox": [1, 2, 0, 3]}, "invalid box", r"\[1, 2, 0, 3\]"),
+        ({"bbox": [1, 2, 4, -3]}, "invalid box", "-3"),
+        ({"bbox": [1, 2, 4, math.nan]}, "invalid box", "nan"),
+        ({"bbox": [1, 2, 4, math.inf]}, "invalid box", "inf"),
+        ({"bbox": [1, 2, 4, 10**400]}, "invalid box", "1000"),
+        ({"bbox": [1, 2, 4]}, "invalid box", r"\[1, 2, 4\]"),
+        ({"bbox": ["1", 2, 4, 3]}, "invalid box", "'1'"),
+        ({"bbox": None}, "invalid box", "None"),
+        ({"bbox": [8, 2, 4, 3]}, "box outside the image", "image 8×6"),
+        ({"bbox": [1, -3, 4, 3]}, "box outside the image", "image 8×6"),
+        ({"segmentation": None}, "no segmentation", "None"),
+        ({"segmentation": []}, "no segmentation", r"\[\]"),
+        ({"segmentation": {**RLE, "counts": [48]}}, "no segmentation", "without object pixels"),
+        ({"segmentation": [[1, 2, 5, 5]]}, "malformed segmentation", "three or more pairs"),
+        ({"segmentation": [[1, 2, 5, 2, 5, 5, 1]]}, "malformed segmentation", "three or more pairs"),
+        ({"segmentation": [1, 2, 5, 2, 5, 5]}, "malformed segmentation", "three or more pairs"),
+        ({"segmentation": [[1, 2, 5, 2, 5, math.nan]]}, "malformed segmentation", "three or more pairs"),
+        ({"segmentation": [*SQUARE["segmentation"], []]}, "malformed segmentation", "three or more pairs"),
+        ({"segmentation": [[1, 2, 5, 2, 5, 1e9]]}, "malformed segmentation", "outside the image"),
+        ({"segmentation": [[-9, 2, 5, 2, 5, 5]]}, "malformed segmentation", "outside the image"),
+        ({"segmentation": [[1, -1e9, 5, 2, 5, 5]]}, "malformed segmentation", "outside the image"),
+        ({"segmentation": "RLE"}, "malformed segmentation", "neither a list"),
+        ({"segmentation": {"counts": BLOCK_RUNS}}, "malformed segmentation", "neither a list"),
+        ({"segmentation": {**RLE, "size": [WIDTH, HEIGHT]}}, "malformed segmentation", r"size \[8, 6\]"),
+        ({"segmentation": {**RLE, "counts": [8, 3]}}, "malformed segmentation", "add up to 6×8"),
+        ({"segmentation": {**RLE, "counts": [8, 80, -40]}}, "malformed segmentation", "add up to 6×8"),
+        ({"segmentation": {**RLE, "counts": "83300000"}}, "malformed segmentation", "add up to 6×8"),
+        ({"segmentation": {**RLE, "counts": "83300000`"}}, "malformed segmentation", "add up to 6×8"),
+        (
+            {"segmentation": {**RLE, "counts": "8`2hN"}},
+            "malformed segmentation",
+            "add up to 6×8",
+        ),  # 8, 80, -40
+        ({"segmentation": {**RLE, "counts": "ooooooooooo0"}}, "malformed segmentation", "add up to 6×8"),
+        ({"segmentation": {**RLE, "counts": "\ud800 \x00"}}, "malformed segmentation", "add up to 6×8"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_faulty_annotation_is_counted_and_left_out(tmp_path, change, reason, text):
+    dataset = load(tmp_path, SQUARE, {**SQUARE, "id": 8, **change}, {**SQUARE, "id": 9, **change})
+    assert dataset.skipped == {reason: 2}
+    assert only(dataset)[1].annotation_id == 7
+    assert list(dataset.skipped_examples) == [reason]
+    message = dataset.skipped_examples[reason]
+    assert message.startswith("annotation 8: ")
+    assert re.search(text, message), message
+    assert list(dataset.ground_truth().anns) == [7]
+
+
+def test_annotation_that_is_no_object_or_lacks_everything(tmp_path):
+    dataset = load(tmp_path, 3, {}, SQUARE)
+    assert dataset.skipped == {"not an object": 1, "unknown image": 1}
+    assert dataset.skipped_examples["unknown image"] == "annotation number 1: image_id None"
+    assert only(dataset)[1].annotation_id == 7
+
+
+# --- what is wrong with the file ---------------------------------------------------------------------
+
+
+def changed(path, value):
+    """CONTENT with the entry at `path` set, or removed where `value` is the ellipsis."""
+    content = copy.deepcopy(CONTENT)
+    *front, last = path
+    target = content
+    for key in front:
+        target = target[key]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return content
+
+
+TWO_IMAGES, TWO_CATEGORIES = CONTENT["images"], CONTENT["categories"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "the file is of type list"),
+        (changed(["images"], ...), "the file has no key 'images'"),
+        (changed(["annotations"], ...), "the file has no key 'annotations'"),
+        (changed(["categories"], ...), "the file has no key 'categories'"),
+        (changed(["annotations"], {}), "'annotations' of the file is of type dict"),
+        (changed(["images"], []), "no images"),
+        (changed(["categories"], []), "no categories"),
+        (changed(["images", 1], 3), r"images\[1\] is of type int"),
+        (changed(["images", 1, "height"], ...), r"images\[1\] has no key 'height'"),
+        (changed(["images", 1, "width"], "4"), r"'width' of images\[1\] is of type str"),
+        (changed(["images", 1, "width"], 0), r"images\[1\] measures 0×4"),
+        (changed(["images", 0, "id"], True), r"'id' of images\[0\] is of type bool"),
+        (changed(["images", 1, "id"], 5), "image id 5 occurs twice"),
+        (changed(["categories", 1, "id"], 30), "category id 30 occurs twice"),
+        (changed(["categories", 1, "name"], ...), r"categories\[1\] has no key 'name'"),
+        (changed(["images", 1, "file_name"], "../val2/two.png"), "outside the image folder"),
+        (changed(["images", 1, "file_name"], "sub/../../two.png"), "outside the image folder"),
+        (changed(["images", 1, "file_name"], "/etc/passwd"), "outside the image folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 60 else "",
+)
+def test_structure_errors_name_the_file_and_the_place(tmp_path, content, text):
+    write(tmp_path, content)
+    with pytest.raises(UserError, match=rf"came: .*instances_val\.json: .*{text}"):
+        CocoDataset.load(tmp_path, "val")
+
+
+def test_dots_that_stay_inside_are_allowed(tmp_path):
+    write(tmp_path, changed(["images", 1, "file_name"], "sub/../sub/./two.png"))
+    assert CocoDataset.load(tmp_path, "val").images[1].path == tmp_path / "val" / "sub" / "two.png"
+
+
+def test_missing_annotation_file_and_missing_images(tmp_path):
+    with pytest.raises(UserError, match=r"instances_val\.json cannot be read \(No such file"):
+        CocoDataset.load(tmp_path, "val")
+    write(tmp_path, images=False)
+    with pytest.raises(UserError, match=r"2 of 2 images of .* are missing, the first is .*five\.png"):
+        CocoDataset.load(tmp_path, "val")
+    write(tmp_path)
+    (tmp_path / "val" / "sub" / "two.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 images of .* are missing, the first is .*two\.png"):
+        CocoDataset.load(tmp_path, "val")
+
+
+# --- ground truth ------------------------------------------------------------------------------------
+
+
+def average_precision(truth, kind, shift=0):
+    """COCO's AP of the ground truth's own boxes and masks (crowds left out) given as detections."""
+    detections = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": [a["bbox"][0] + shift, *a["bbox"][1:]],
+            "segmentation": mask_api.merge([truth.annToRLE(a)]),
+            "score": 0.9,
+        }
+        for a in truth.anns.values()
+        if not a["iscrowd"]
+    ]
+    if kind == "bbox":
+        for detection in detections:
+            del detection["segmentation"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(detections), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats[0]
+
+
+def test_ground_truth_holds_the_files_values_and_prints_nothing(tmp_path, capsys):
+    crowd = {**SQUARE, "id": 11, "iscrowd": 1, "segmentation": RLE, "area": 5.5}
+    truth = load(tmp_path, SQUARE, crowd).ground_truth()
+    assert capsys.readouterr().out == ""
+    assert sorted(truth.imgs) == [2, 5] and truth.imgs[2]["file_name"] == "sub/two.png"
+    assert {i: c["name"] for i, c in truth.cats.items()} == {4: "cat", 30: "dog"}
+    assert [a["id"] for a in truth.imgToAnns[5]] == [7, 11]
+    assert {key: truth.anns[11][key] for key in ("category_id", "area", "iscrowd", "bbox")} == {
+        "category_id": 30,
+        "area": 5.5,
+        "iscrowd": 1,
+        "bbox": [1, 2, 4, 3],
+    }
+    np.testing.assert_array_equal(truth.annToMask(truth.anns[11]), BLOCK)
+
+
+def test_ids_that_the_evaluation_would_misread_are_renumbered(tmp_path):
+    copies = [{**SQUARE, "id": given} for given in (0, 7, 7, -1, "a", 9)]
+    del copies[4]["id"]
+    dataset = load(tmp_path, *copies)
+    assert [i.annotation_id for i in dataset.images[0].instances] == [10, 7, 11, 12, 13, 9]
+    assert sorted(dataset.ground_truth().anns) == [7, 9, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_detection_matched_to_the_first_annotation_counts(tmp_path, kind):
+    truth = load(tmp_path, {**SQUARE, "id": 0}).ground_truth()
+    assert average_precision(truth, kind) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("area", [None, 0, -3, math.nan, "big"])
+def test_unusable_area_is_counted_from_the_mask(tmp_path, area):
+    assert load(tmp_path, {**SQUARE, "area": area}).ground_truth().anns[7]["area"] == 12
+
+
+def test_evaluation_does_not_touch_the_dataset(tmp_path):
+    dataset = CocoDataset.load(write(tmp_path), "val")
+    average_precision(dataset.ground_truth(), "segm")
+    assert isinstance(only(dataset)[1].segmentation, list)
+
+
+# --- real data ---------------------------------------------------------------------------------------
+
+
+def real(name):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no dataset {name} in {REAL} (MASKRCNN_DATA)")
+    return REAL / name
+
+
+def test_real_coco_is_read_completely():
+    root = real("coco")
+    train, val = (CocoDataset.load(root, find_split(root, kind)) for kind in ("train", "val"))
+    assert (train.split, val.split) == ("train2017", "val2017")
+    assert train.skipped == val.skipped == {}
+    assert (len(train.images), len(val.images), len(val.class_names)) == (90, 66, 80)
+    instances = [[i for record in d.images for i in record.instances] for d in (train, val)]
+    assert [len(found) for found in instances] == [803, 560]
+    assert sum(i.is_crowd for found in instances for i in found) == 17
+    assert val.class_names[0] == "person" and val.category_ids[-1] == 90
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_real_ground_truth_evaluated_against_itself(kind):
+    truth = CocoDataset.load(real("coco"), "val2017").ground_truth()
+    assert average_precision(truth, kind) == pytest.approx(1.0)
+    if kind == "bbox":
+        assert average_precision(truth, kind, shift=20) < 0.8
+
+
+@pytest.mark.parametrize("name", ["coco", "nuclei"])
+def test_real_masks_fit_their_boxes_and_areas(name):
+    root = real(name)
+    dataset = CocoDataset.load(root, find_split(root, "val"))
+    assert dataset.skipped == {}
+    for record in dataset.images:
+        for instance in record.instances[:10]:
+            mask = instance_mask(record, instance)
+            rows, columns = np.nonzero(mask)
+            drawn = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            # Spikes thinner than a pixel belong to the official boxes but leave no pixel in the mask.
+            np.testing.assert_allclose(drawn, instance.box_xyxy_px, atol=4)
+            assert mask.sum() == pytest.approx(instance.area_px, rel=0.1, abs=25)
+
+
+def test_data_modules_need_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import maskrcnn.data.coco, maskrcnn.data.images, maskrcnn.data.shapes, maskrcnn.files"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

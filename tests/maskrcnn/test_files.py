@@ -1,0 +1,80 @@
+import json
+import math
+
+import pytest
+
+from maskrcnn.errors import UserError
+from maskrcnn.files import atomic_path, make_folder, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_takes_its_place_only_at_the_end(tmp_path):
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path and temporary.suffix == ".onnx"
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt])
+def test_exception_leaves_the_old_file_and_nothing_else(tmp_path, exception):
+    target = tmp_path / "weights.bin"
+    target.write_text("old")
+    with pytest.raises(exception), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise exception
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["weights.bin"]
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path):
+    with atomic_path(tmp_path / "a.txt") as first, atomic_path(tmp_path / "a.txt") as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a.txt").read_text() == "first"  # the outer block ends last
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_block_that_writes_nothing_is_an_error(tmp_path):
+    expected = pytest.raises(RuntimeError, match=r"nothing was written .* to become .*absent\.txt")
+    with expected, atomic_path(tmp_path / "absent.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_missing_parents_are_made(tmp_path):
+    with atomic_path(tmp_path / "a" / "b" / "c.txt") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "a" / "b" / "c.txt").read_text() == "x"
+
+
+def test_parent_that_is_a_file_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"folder .*inner cannot be made"):
+        make_folder(tmp_path / "file" / "inner")
+    with pytest.raises(UserError, match="cannot be made"), atomic_path(tmp_path / "file" / "x.json"):
+        pass
+
+
+def test_json_round_trip_in_utf8(tmp_path):
+    value = {"name": "Zürich 犬", "values": [1, 2.5, None, True]}
+    write_json(tmp_path / "v.json", value)
+    raw = (tmp_path / "v.json").read_bytes()
+    assert json.loads(raw) == value
+    assert "Zürich 犬".encode() in raw and raw.endswith(b"}\n") and b"\r" not in raw
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.nan, ValueError), ({1, 2}, TypeError)])
+def test_values_that_json_cannot_hold_leave_the_old_file(tmp_path, value, error):
+    write_json(tmp_path / "v.json", {"ap": 0.5})
+    with pytest.raises(error):
+        write_json(tmp_path / "v.json", {"ap": value})
+    assert json.loads((tmp_path / "v.json").read_text()) == {"ap": 0.5}
+    assert names(tmp_path) == ["v.json"]

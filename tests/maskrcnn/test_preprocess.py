@@ -1,0 +1,204 @@
+"""Preprocessing against torchvision's own transform and torch's own interpolation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import interpolate
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from maskrcnn.errors import UserError
+from maskrcnn.preprocess import Preprocessing, batch_images, linear_taps, resize_bilinear, resized_size
+
+GREY_LEVEL = 1e-3  # agreement wanted, of 255; float32's own rounding of a value near 255 is 1.5e-5
+
+
+def torchvision_transform(preprocessing: Preprocessing) -> GeneralizedRCNNTransform:
+    """torchvision's transform of the same sizes that leaves the pixel values alone."""
+    return GeneralizedRCNNTransform(
+        preprocessing.min_size_px,
+        preprocessing.max_size_px,
+        image_mean=[0.0, 0.0, 0.0],
+        image_std=[1.0, 1.0, 1.0],
+        size_divisible=preprocessing.divisor,
+    ).eval()
+
+
+def torchvision_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """The size that torchvision's transform gives; meta tensors have a shape and no pixels, so this is quick."""
+    image, _ = torchvision_transform(preprocessing).resize(torch.empty(3, *size_hw, device="meta"))
+    return tuple(image.shape[-2:])
+
+
+def random_image(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def torch_resized(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None].float()
+    return interpolate(planes, size=size_hw, mode="bilinear", align_corners=False)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "expected"),
+    [
+        ((480, 640), (800, 1066)),  # COCO's most common size
+        ((640, 480), (1066, 800)),
+        ((427, 640), (800, 1199)),
+        ((800, 1333), (800, 1333)),
+        ((500, 500), (800, 800)),
+        ((1080, 1920), (749, 1333)),  # the long side decides
+        ((1, 5000), (1, 1333)),  # torchvision fails here, for it rounds the height to 0
+    ],
+)
+def test_resized_size_by_hand(size_hw, expected):
+    assert resized_size(size_hw, Preprocessing()) == expected
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [Preprocessing(), Preprocessing(min_size_px=128, max_size_px=192), Preprocessing(min_size_px=333)],
+)
+def test_resized_size_equals_torchvision_in_a_wide_sweep(preprocessing):
+    sides = [*range(1, 40), *range(40, 2200, 61)]
+    compared = 0
+    for height in sides:
+        for width in sides:
+            if max(height, width) > preprocessing.max_size_px * min(height, width):
+                continue  # a side would round to nothing, which torchvision cannot do
+            expected = torchvision_size((height, width), preprocessing)
+            assert resized_size((height, width), preprocessing) == expected, (height, width)
+            compared += 1
+    assert compared > 4000
+
+
+@settings(deadline=None)
+@given(
+    size_hw=st.tuples(st.integers(20, 6000), st.integers(20, 6000)),
+    min_size_px=st.integers(1, 1500),
+    extra_px=st.integers(0, 1500),
+)
+def test_resized_size_equals_torchvision(size_hw, min_size_px, extra_px):
+    preprocessing = Preprocessing(min_size_px=min_size_px, max_size_px=min_size_px + extra_px)
+    if max(size_hw) > preprocessing.max_size_px * min(size_hw):
+        return
+    assert resized_size(size_hw, preprocessing) == torchvision_size(size_hw, preprocessing)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size_hw=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    new_hw=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+)
+def test_resize_equals_torch(seed, size_hw, new_hw):
+    image = random_image(seed, *size_hw)
+    np.testing.assert_allclose(
+        resize_bilinear(image, new_hw), torch_resized(image, new_hw), rtol=0, atol=GREY_LEVEL
+    )
+
+
+@pytest.mark.parametrize("size_hw", [(480, 640), (1080, 1920), (427, 640), (3, 1900)])
+def test_resize_equals_torch_at_real_sizes(size_hw):
+    # Far from the origin a position has few bits left for the weight: here careless rounding shows.
+    image = random_image(1, *size_hw)
+    new_hw = resized_size(size_hw, Preprocessing())
+    np.testing.assert_allclose(
+        resize_bilinear(image, new_hw), torch_resized(image, new_hw), rtol=0, atol=GREY_LEVEL
+    )
+
+
+def test_resize_by_hand():
+    image = np.array([[[0.0], [100.0]]], np.float32)
+    resized = resize_bilinear(image, (2, 4))
+    np.testing.assert_array_equal(resized, [[[0, 25, 75, 100], [0, 25, 75, 100]]])
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    image = random_image(2, 65, 33)
+    np.testing.assert_array_equal(resize_bilinear(image, (65, 33)), image.transpose(2, 0, 1))
+
+
+def test_resize_takes_float_and_reversed_views():
+    image = random_image(3, 21, 34)
+    expected = resize_bilinear(image, (50, 40))
+    np.testing.assert_array_equal(resize_bilinear(image.astype(np.float32), (50, 40)), expected)
+    np.testing.assert_array_equal(resize_bilinear(image[..., ::-1], (50, 40)), expected[::-1])
+    np.testing.assert_array_equal(image, random_image(3, 21, 34))
+
+
+def test_taps_of_a_part_are_a_part_of_all_taps():
+    whole = linear_taps(30, 101)
+    for part, full in zip(linear_taps(30, 101, 17, 60), whole, strict=True):
+        np.testing.assert_array_equal(part, full[17:60])
+
+
+@pytest.mark.parametrize("sizes", [[(40, 60)], [(40, 60), (61, 37), (50, 50)], [(7, 90), (90, 7)]])
+def test_batch_equals_torchvision(sizes):
+    preprocessing = Preprocessing(min_size_px=96, max_size_px=160)
+    images = [random_image(seed, *size) for seed, size in enumerate(sizes)]
+    batch, image_sizes = batch_images(images, preprocessing)
+    expected, _ = torchvision_transform(preprocessing)(
+        [torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() for image in images]
+    )
+    assert batch.dtype == np.float32 and image_sizes.dtype == np.int64
+    assert image_sizes.tolist() == [list(size) for size in expected.image_sizes]
+    assert batch.shape == tuple(expected.tensors.shape)
+    np.testing.assert_allclose(batch, expected.tensors.numpy(), rtol=0, atol=GREY_LEVEL)
+    for slot, (height, width) in zip(batch, image_sizes, strict=True):
+        assert not slot[:, height:].any() and not slot[:, :, width:].any()
+
+
+def test_batch_in_bgr_order():
+    image = random_image(5, 30, 40)
+    rgb, _ = batch_images([image], Preprocessing(min_size_px=32))
+    bgr, _ = batch_images([image], Preprocessing(min_size_px=32, channel_order="BGR"))
+    np.testing.assert_array_equal(bgr, rgb[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        ([], "an empty list of images"),
+        ([np.zeros((4, 4, 3), np.float32)], r"image 0 is float32 of shape \(4, 4, 3\)"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)], r"image 1 is uint8 of shape \(4, 4\)"),
+        ([np.zeros((4, 4, 4), np.uint8)], r"image 0 is uint8 of shape \(4, 4, 4\)"),
+        ([np.zeros((0, 4, 3), np.uint8)], r"image 0 of shape \(0, 4, 3\)\nexpected: at least 1×1 pixel"),
+        (["cat.jpg"], "image 0 is str"),
+    ],
+)
+def test_batch_refuses_other_images(images, text):
+    with pytest.raises(UserError, match=text):
+        batch_images(images, Preprocessing())
+
+
+def test_preprocessing_survives_json():
+    preprocessing = Preprocessing(min_size_px=640, max_size_px=1024, divisor=64, channel_order="BGR")
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"min_size": 3}, r"unknown key\(s\) min_size\n"),
+        ({"mean": None}, "values of wrong type"),
+        ({"divisor": 0}, r"divisor = \(800, 1333, 0\)"),
+        ({"max_size_px": "1333"}, "whole numbers of at least 1"),
+        ({"std": [1.0, 1.0]}, "three numbers each"),
+        ({"std": [1.0, 0.0, 1.0]}, "those of std above 0"),
+        ({"channel_order": "rgb"}, "channel_order 'rgb'\nexpected: 'RGB' or 'BGR'"),
+    ],
+)
+def test_preprocessing_refuses_other_values(changes, text):
+    with pytest.raises(UserError, match=text):
+        Preprocessing.from_dict({**Preprocessing().to_dict(), **changes})
+
+
+def test_preprocessing_names_missing_and_unknown_keys_together():
+    values = Preprocessing().to_dict()
+    values["size_px"] = values.pop("divisor")
+    with pytest.raises(UserError, match=r"unknown key\(s\) size_px and missing key\(s\) divisor"):
+        Preprocessing.from_dict(values)
