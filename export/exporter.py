@@ -111,8 +111,10 @@ def check_graph(proto: onnx.ModelProto, path: Path) -> None:
 
 def _trace(model: MaskRCNN) -> onnx.ModelProto:
     divisor = model.config.preprocessing.divisor
-    images = torch.zeros(2, 3, 2 * divisor, 3 * divisor)
-    sizes = torch.tensor([[2 * divisor, 3 * divisor], [2 * divisor - 5, 2 * divisor]])
+    # No axis of any level may have length 1 while tracing: it would be taken for a broadcast one.
+    height, width = 6 * divisor, 10 * divisor
+    images = torch.zeros(2, 3, height, width)
+    sizes = torch.tensor([[height, width], [height - 5, width - 40]])
     dim = torch.export.Dim
     batch = dim("N", min=1, max=4096)
     rows, columns = divisor * dim("rows", min=1, max=512), divisor * dim("columns", min=1, max=512)
@@ -170,12 +172,14 @@ def _add_functions(proto: onnx.ModelProto, *, aligned: bool, levels: int) -> Non
 @contextlib.contextmanager
 def _quiet():
     """Silences the exporter's chatter; its errors still come through as exceptions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

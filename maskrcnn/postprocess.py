@@ -26,13 +26,17 @@ class Detections:
     boxes_xyxy_px: np.ndarray  # [D, 4] float32
     scores: np.ndarray  # [D] float32, 0–1
     labels: np.ndarray  # [D] int64, 1 … number of classes
-    masks: (
-        np.ndarray | None
-    )  # [D, 28, 28] float32 probabilities in the box frame; None: a model without masks
+    masks: np.ndarray | None  # [D, 28, 28] float32 probabilities in the box frame; None: without a mask head
     size_hw: tuple[int, int]  # of the original image
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def above(self, score: float) -> Detections:
+        """Only the detections of at least this score."""
+        keep = self.scores >= score
+        masks = None if self.masks is None else self.masks[keep]
+        return Detections(self.boxes_xyxy_px[keep], self.scores[keep], self.labels[keep], masks, self.size_hw)
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
         """Masks in the whole image, `[D, H, W]` bool: where the probability exceeds `threshold`.

@@ -92,8 +92,8 @@ def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
         size_hw: height and width wanted, at least 1.
 
     Returns:
-        `[C, h, w]` float32, within 1e-3 of a grey level of `torch.nn.functional.interpolate(mode="bilinear",
-        align_corners=False)`.
+        `[C, h, w]` float32, equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`
+        within 1e-3 of a grey level, apart from what torch's own result depends on its number of threads.
     """
     resized = np.empty((image.shape[2], *size_hw), np.float32)
     _resize_into(image, resized)
@@ -140,8 +140,8 @@ def linear_taps(
     """
     scale = np.float32(size_in) / np.float32(size_out)
     centres = np.arange(start, size_out if stop is None else stop, dtype=np.float32) + np.float32(0.5)
-    # The product is taken in float64 and rounded once after the subtraction: torch's builds fuse the two.
-    # Rounding twice moves the weight by up to 1e-4 near position 1000, several hundredths of a grey level.
+    # Rounded once, after the subtraction, as torch does with one thread. With several it rounds the product
+    # as well, which moves a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
     positions = (centres.astype(np.float64) * np.float64(scale) - 0.5).astype(np.float32)
     positions = np.maximum(positions, np.float32(0))
     low = np.minimum(positions.astype(np.int64), size_in - 1)

@@ -47,11 +47,11 @@ class EpochProgress:
         elif time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
             left = (self.total - self.done) / max(self.rate(), 1e-9)
-            self.console.print(f"{numbers}  {self.done}/{self.total} images  {left:.0f} s left")
+            self.console.print(f"{numbers}  {self.done}/{self.total} images  {left:.0f} s left", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
 
 @contextmanager

@@ -188,6 +188,16 @@ def test_unpack_keeps_the_images_apart():
     assert made[0].masks.dtype == np.float32 and made[0].labels.dtype == np.int64
 
 
+def test_above_keeps_the_confident():
+    made = made_detections(6, 9, (60, 80))
+    threshold = float(made.scores[3])
+    kept = made.above(threshold)
+    assert len(kept) == 4 and kept.size_hw == made.size_hw
+    np.testing.assert_array_equal(kept.full_masks(), made.full_masks()[:4])
+    boxes_only = Detections(made.boxes_xyxy_px, made.scores, made.labels, None, made.size_hw)
+    assert len(boxes_only.above(2.0)) == 0 and boxes_only.above(2.0).masks is None
+
+
 def test_unpack_refuses_sizes_of_other_images():
     outputs = {"num_detections": np.zeros(2, np.int32), "boxes": np.zeros((2, 1, 4), np.float32)}
     with pytest.raises(UserError, match="2 num_detections, 2 boxes, 2 image_sizes, 1 original_sizes"):

@@ -1,0 +1,38 @@
+# Everything from a fresh clone, with Python and a package registry: `make test`, `make demo`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test lint demo clean .venv
+.DELETE_ON_ERROR:
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Train, export, build an engine, compare them all, and look at one picture; all of it lands in demo/.
+demo: .venv
+	mkdir -p demo
+	cd demo && ../$(BIN)/maskrcnn train
+	cd demo && ../$(BIN)/maskrcnn export --onnx
+	cd demo && ../$(BIN)/maskrcnn build-engine --fp16
+	cd demo && ../$(BIN)/python ../benchmarks/run.py
+	cd demo && ../$(BIN)/maskrcnn predict runs/shapes/val/000000.png
+
+# The folder's own date says nothing, so a stamp in it is what gets older than pyproject.toml.
+.venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+# Back to a fresh clone, but for what was trained outside demo/.
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

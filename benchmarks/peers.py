@@ -1,0 +1,207 @@
+"""torchvision's own Mask R-CNN behind the interface of our Detector, so that both are measured alike."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_api
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from maskrcnn.config import ModelConfig
+from maskrcnn.errors import UserError
+from maskrcnn.files import atomic_path
+from maskrcnn.metadata import ModelMetadata
+from maskrcnn.postprocess import Detections
+from maskrcnn.runtime.backend import missing_library
+
+LEGACY_OPSET = 17
+
+
+def torchvision_from_config(config: ModelConfig) -> MaskRCNN:
+    """torchvision's Mask R-CNN of our configuration, with random weights, in evaluation mode.
+
+    Raises:
+        UserError: for what torchvision's first version of the model does not have.
+    """
+    if config.pool_aligned or config.preprocessing.divisor != 32 or config.preprocessing.channel_order != "RGB":
+        raise UserError(
+            f"{config.name} with pool_aligned={config.pool_aligned}, divisor="
+            f"{config.preprocessing.divisor}, channel_order={config.preprocessing.channel_order!r}",
+            "unaligned pooling, divisor 32 and RGB, as torchvision has them",
+            "compare without torchvision",
+        )
+    channels, classes = config.fpn_channels, config.num_classes + 1
+    levels, ratio = [str(level) for level in range(len(config.strides_px))], config.pool_sampling_ratio
+    last = config.mask_head_channels[-1]
+    return MaskRCNN(
+        _backbone(config),
+        min_size=config.preprocessing.min_size_px,
+        max_size=config.preprocessing.max_size_px,
+        image_mean=list(config.preprocessing.mean),
+        image_std=list(config.preprocessing.std),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((size,) for size in config.anchor_sizes_px),
+            (config.anchor_aspect_ratios,) * len(config.anchor_sizes_px),
+        ),
+        rpn_pre_nms_top_n_test=config.rpn_candidates_per_level,
+        rpn_post_nms_top_n_test=config.proposals,
+        rpn_nms_thresh=config.rpn_nms_iou,
+        box_roi_pool=MultiScaleRoIAlign(levels, config.box_pool_size, ratio),
+        box_head=TwoMLPHead(channels * config.box_pool_size**2, config.box_head_channels),
+        box_predictor=FastRCNNPredictor(config.box_head_channels, classes),
+        box_score_thresh=config.score_threshold,
+        box_nms_thresh=config.nms_iou,
+        box_detections_per_img=config.detections,
+        mask_roi_pool=MultiScaleRoIAlign(levels, config.mask_pool_size, ratio),
+        mask_head=MaskRCNNHeads(channels, config.mask_head_channels, 1),
+        mask_predictor=MaskRCNNPredictor(last, last, classes),
+    ).eval()
+
+
+def _backbone(config: ModelConfig) -> BackboneWithFPN:
+    norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    body = get_model(config.backbone, weights=None, norm_layer=norm)
+    first = body.inplanes // 8
+    return BackboneWithFPN(
+        body,
+        {f"layer{stage + 1}": str(stage) for stage in range(4)},
+        [first * 2**stage for stage in range(4)],
+        config.fpn_channels,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PastedDetections(Detections):
+    """Detections whose masks torchvision has already pasted into the image."""
+
+    pasted: np.ndarray  # [D, H, W] bool
+
+    def full_masks(self, threshold: float = 0.5) -> np.ndarray:
+        """The pasted masks; only the threshold 0.5 is kept."""
+        return self.pasted
+
+    def rles(self, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """The same as COCO's compressed run lengths."""
+        encoded = mask_api.encode(np.asfortranarray(self.pasted.transpose(1, 2, 0).astype(np.uint8)))
+        return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def _detections(found: Mapping[str, np.ndarray], size_hw: tuple[int, int]) -> PastedDetections:
+    return PastedDetections(
+        boxes_xyxy_px=np.asarray(found["boxes"], np.float32).reshape(-1, 4),
+        scores=np.asarray(found["scores"], np.float32),
+        labels=np.asarray(found["labels"], np.int64),
+        masks=None,
+        size_hw=size_hw,
+        pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5,
+    )
+
+
+def _floats(image: np.ndarray) -> Tensor:
+    """`[3, H, W]` float32 in 0–1, as torchvision's models take images."""
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+class TorchvisionDetector:
+    """torchvision's model in eager PyTorch.
+
+    Args:
+        model: from `torchvision_from_config`, with its weights loaded.
+        metadata: of the same model of ours.
+    """
+
+    def __init__(self, model: MaskRCNN, metadata: ModelMetadata) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.metadata = model.eval().to(self.device), metadata
+
+    def detect(self, images: list[np.ndarray]) -> list[Detections]:
+        """As `maskrcnn.runtime.Detector.detect`."""
+        with torch.inference_mode():
+            found = self.model([_floats(image).to(self.device) for image in images])
+        return [
+            _detections({name: value.cpu().numpy() for name, value in one.items()}, image.shape[:2])
+            for one, image in zip(found, images, strict=True)
+        ]
+
+
+class TorchvisionOnnxDetector:
+    """A legacy export of torchvision's model in ONNX Runtime.
+
+    Args:
+        path: a file that `export_legacy` wrote.
+        metadata: of the same model of ours.
+    """
+
+    def __init__(self, path: Path, metadata: ModelMetadata) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise missing_library("onnxruntime", f"run {path}", "pip install onnxruntime-gpu") from error
+        from maskrcnn.runtime.onnxruntime_backend import usable_providers
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only, as in our own backend
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=usable_providers())
+        self.metadata = metadata
+
+    def detect(self, images: list[np.ndarray]) -> list[Detections]:
+        """As `maskrcnn.runtime.Detector.detect`, of one image."""
+        if len(images) != 1:
+            raise UserError(
+                f"{len(images)} images",
+                "one image: the legacy export fixes their number",
+                "run it image by image",
+            )
+        names = [output.name for output in self.session.get_outputs()]
+        values = self.session.run(names, {"image": _floats(images[0]).numpy()})
+        return [_detections(dict(zip(names, values, strict=True)), images[0].shape[:2])]
+
+
+def export_legacy(model: MaskRCNN, example: np.ndarray, output: Path) -> None:
+    """Writes torchvision's model with PyTorch's older, tracing ONNX exporter; the image's size stays dynamic.
+
+    Args:
+        model: torchvision's, on the CPU.
+        example: uint8 `[H, W, 3]`, with detections: the exporter traces what happens to it.
+        output: the file to write.
+    """
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with atomic_path(output) as draft, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model.cpu().eval(),
+                ([_floats(example)],),
+                str(draft),
+                dynamo=False,
+                opset_version=LEGACY_OPSET,
+                input_names=["image"],
+                output_names=["boxes", "labels", "scores", "masks"],
+                dynamic_axes={
+                    "image": {1: "height", 2: "width"},
+                    "boxes": {0: "detections"},
+                    "labels": {0: "detections"},
+                    "scores": {0: "detections"},
+                    "masks": {0: "detections", 2: "height", 3: "width"},
+                },
+            )
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,39 @@
+"""A small detector and a small dataset, made once for all tests."""
+
+from pathlib import Path
+
+import pytest
+from tiny import lively_model, tiny_config
+
+from maskrcnn.checkpoint import save_checkpoint
+from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.model.detector import MaskRCNN
+
+
+@pytest.fixture(scope="session")
+def model() -> MaskRCNN:
+    return lively_model(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, model) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "best.safetensors"
+    save_checkpoint(path, model)
+    return path
+
+
+@pytest.fixture(scope="session")
+def onnx_file(tmp_path_factory, checkpoint) -> Path:
+    from maskrcnn.checkpoint import load_checkpoint
+    from maskrcnn.export.exporter import export_onnx
+
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
+    export_onnx(load_checkpoint(checkpoint), path, source=checkpoint)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    return generate_shapes(
+        tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96
+    )

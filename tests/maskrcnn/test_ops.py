@@ -1,0 +1,187 @@
+"""The PyTorch custom ops against the NumPy truth, torchvision and hand-typed values."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskrcnn.model.ops import assign_levels, batched_nms, multilevel_roi_align
+from maskrcnn.plugins import reference
+
+
+def pyramid(rng: torch.Generator, batch: int, channels: int, size: int = 64) -> list[torch.Tensor]:
+    return [torch.randn(batch, channels, size >> i, size >> i, generator=rng) for i in range(4)]
+
+
+def random_rois(rng: torch.Generator, batch: int, count: int, extent: float) -> torch.Tensor:
+    corners = torch.rand(batch, count, 2, generator=rng) * extent
+    sides = torch.exp(torch.rand(batch, count, 2, generator=rng) * 7) * 0.7  # 0.7 … 770 px: every level
+    return torch.cat([corners, corners + sides], dim=-1)
+
+
+def test_roi_align_of_a_ramp_is_the_ramp_at_the_bin_centres():
+    # Bilinear sampling of f(y, x) = 10 y + x is exact, and samples are symmetric around each bin's centre.
+    ramp = 10 * torch.arange(32.0)[:, None] + torch.arange(32.0)[None, :]
+    features = [ramp[None, None], torch.zeros(1, 1, 16, 16)]
+    rois = torch.tensor([[[8.0, 16.0, 40.0, 48.0]]])  # at stride 4: x from 2 to 10, y from 4 to 12
+    pooled = multilevel_roi_align(features, rois, output_size=2, sampling_ratio=2, aligned=False)
+    assert pooled[0, 0, 0].tolist() == [[60 + 4, 60 + 8], [100 + 4, 100 + 8]]
+    pooled = multilevel_roi_align(features, rois, output_size=2, sampling_ratio=2, aligned=True)
+    assert pooled[0, 0, 0].tolist() == [[55 + 3.5, 55 + 7.5], [95 + 3.5, 95 + 7.5]]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), (14, 2), (3, 1), (2, 3)])
+def test_roi_align_equals_the_reference(aligned, output_size, sampling_ratio):
+    rng = torch.Generator().manual_seed(1)
+    features, rois = pyramid(rng, 2, 3), random_rois(rng, 2, 12, 260.0) - 20
+    ours = multilevel_roi_align(
+        features, rois, output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned
+    )
+    truth = reference.multilevel_roi_align(
+        [f.numpy() for f in features],
+        rois.numpy(),
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        aligned=int(aligned),
+    )
+    # Single precision, coordinates up to 1000: a position is known to 1e-4 pixels.
+    np.testing.assert_allclose(ours.numpy(), truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_roi_align_equals_torchvision(seed):
+    rng = torch.Generator().manual_seed(seed)
+    features, rois = pyramid(rng, 3, 5, 128), random_rois(rng, 3, 200, 500.0) - 10
+    pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+    theirs = pool({str(i): f for i, f in enumerate(features)}, list(rois), [(512, 512)] * 3)
+    ours = multilevel_roi_align(features, rois, output_size=7, sampling_ratio=2, aligned=False)
+    torch.testing.assert_close(ours.flatten(0, 1), theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_roi_align_gradient_equals_torchvisions():
+    rng = torch.Generator().manual_seed(5)
+    rois = random_rois(rng, 2, 40, 200.0)
+    weight = torch.randn(80, 4, 7, 7, generator=rng)
+    gradients = []
+    for ours in (True, False):
+        features = [f.requires_grad_() for f in pyramid(torch.Generator().manual_seed(6), 2, 4)]
+        if ours:
+            out = multilevel_roi_align(features, rois, output_size=7, sampling_ratio=2, aligned=False)
+            out = out.flatten(0, 1)
+        else:
+            pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
+            out = pool({str(i): f for i, f in enumerate(features)}, list(rois), [(256, 256)] * 2)
+        (out * weight).sum().backward()
+        gradients.append([f.grad for f in features])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_roi_align_scales_with_its_box():
+    # Doubling the map by repetition and the box with it moves the level by one and keeps averages of wide bins.
+    feature = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(3))
+    small = torch.tensor([[[64.0, 64.0, 164.0, 164.0]]])
+    one = multilevel_roi_align(
+        [feature, feature], small, output_size=2, sampling_ratio=2, aligned=True, min_level=2
+    )
+    two = multilevel_roi_align(
+        [feature, feature], 2 * small, output_size=2, sampling_ratio=2, aligned=True, min_level=2
+    )
+    torch.testing.assert_close(one, two)
+
+
+def test_roi_align_of_no_rois_is_empty():
+    features = pyramid(torch.Generator().manual_seed(0), 2, 3)
+    pooled = multilevel_roi_align(
+        features, torch.zeros(2, 0, 4), output_size=7, sampling_ratio=2, aligned=False
+    )
+    assert pooled.shape == (2, 0, 3, 7, 7)
+
+
+def test_roi_align_refuses_an_adaptive_ratio():
+    features = pyramid(torch.Generator().manual_seed(0), 1, 3)
+    with pytest.raises(ValueError, match="expected: 1 or more"):
+        multilevel_roi_align(features, torch.zeros(1, 1, 4), output_size=7, sampling_ratio=0, aligned=False)
+
+
+def test_levels_follow_equation_1():
+    sides = torch.tensor([0.0, 1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 896.0, 5000.0])
+    rois = torch.stack([torch.zeros(10), torch.zeros(10), sides, sides], dim=1)
+    assert assign_levels(rois, min_level=2, num_levels=4).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_nms_by_hand():
+    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 10, 10.0], [0, 0, 1, 1]]])
+    groups = torch.tensor([[0, 0, 0, 1, 0]], dtype=torch.int32)
+    kept, count = batched_nms(boxes, groups, torch.tensor([4]), iou_threshold=0.5, max_output=4)
+    assert kept.tolist() == [[0, 2, 3, 0]]  # 1 falls to 0; 3 is of another group; 4 is padding
+    assert count.tolist() == [3]
+    kept, count = batched_nms(boxes, groups, torch.tensor([5]), iou_threshold=0.95, max_output=2)
+    assert (kept.tolist(), count.tolist()) == ([[0, 1]], [2])
+
+
+def test_nms_keeps_a_box_at_exactly_the_threshold():
+    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 5.0]]])  # IoU 0.5
+    groups = torch.zeros(1, 2, dtype=torch.int32)
+    for threshold, kept in ((0.5, 2), (0.499, 1)):
+        _, count = batched_nms(boxes, groups, torch.tensor([2]), iou_threshold=threshold, max_output=2)
+        assert count.tolist() == [kept]
+
+
+def test_nms_of_nothing():
+    kept, count = batched_nms(
+        torch.zeros(2, 3, 4),
+        torch.zeros(2, 3, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        iou_threshold=0.5,
+        max_output=5,
+    )
+    assert kept.tolist() == [[0] * 5] * 2
+    assert count.tolist() == [0, 0]
+
+
+@st.composite
+def nms_problems(draw):
+    count, batch = draw(st.integers(1, 24)), draw(st.integers(1, 3))
+    side = st.integers(0, 12)
+    boxes = np.array(
+        [[[draw(side), draw(side), draw(side), draw(side)] for _ in range(count)] for _ in range(batch)],
+        np.float32,
+    )
+    boxes[..., 2:] += boxes[..., :2]
+    groups = np.array([[draw(st.integers(0, 3)) for _ in range(count)] for _ in range(batch)], np.int32)
+    counts = np.array([draw(st.integers(0, count)) for _ in range(batch)], np.int32)
+    return boxes, groups, counts, draw(st.integers(1, 26)), draw(st.sampled_from([0.3, 0.5, 0.7]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(nms_problems())
+def test_nms_equals_the_reference(problem):
+    boxes, groups, counts, rows, threshold = problem
+    ours = batched_nms(
+        torch.from_numpy(boxes),
+        torch.from_numpy(groups),
+        torch.from_numpy(counts),
+        iou_threshold=threshold,
+        max_output=rows,
+    )
+    truth = reference.batched_nms(boxes, groups, counts, iou_threshold=threshold, max_output=rows)
+    np.testing.assert_array_equal(ours[0].numpy(), truth[0])
+    np.testing.assert_array_equal(ours[1].numpy(), truth[1])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nms_keeps_what_torchvision_keeps_in_its_order(seed):
+    rng = torch.Generator().manual_seed(seed)
+    corners = torch.rand(300, 2, generator=rng) * 60
+    boxes = torch.cat([corners, corners + 5 + torch.rand(300, 2, generator=rng) * 30], dim=1)
+    scores = torch.rand(300, generator=rng).sort(descending=True).values
+    groups = torch.randint(0, 6, (300,), generator=rng)
+    theirs = torchvision.ops.batched_nms(boxes, scores, groups, 0.5)
+    kept, count = batched_nms(
+        boxes[None], groups[None].to(torch.int32), torch.tensor([300]), iou_threshold=0.5, max_output=300
+    )
+    assert kept[0, : count[0]].tolist() == theirs.tolist()

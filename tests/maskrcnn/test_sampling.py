@@ -1,0 +1,82 @@
+"""Matching and sampling against torchvision's rules."""
+
+import pytest
+import torch
+from torchvision.models.detection._utils import Matcher
+
+from maskrcnn.model.boxes import pairwise_iou
+from maskrcnn.model.sampling import match_anchors, sample_balanced
+
+
+def boxes(count: int, seed: int) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=rng) * 60
+    return torch.cat([corners, corners + 5 + torch.rand(count, 2, generator=rng) * 40], dim=1)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_matching_equals_torchvision(seed, keep_best):
+    iou = pairwise_iou(boxes(300, seed), boxes(6, seed + 100))
+    theirs = Matcher(0.7, 0.3, allow_low_quality_matches=keep_best)(iou.T)
+    valid = torch.tensor([True] * 6 + [False] * 3)
+    padded = torch.cat([iou, torch.full((300, 3), -1.0)], dim=1)
+    matched, positive, negative = match_anchors(
+        padded, valid, foreground=0.7, background=0.3, keep_best=keep_best
+    )
+    assert torch.equal(positive, theirs >= 0)
+    assert torch.equal(negative, theirs == Matcher.BELOW_LOW_THRESHOLD)
+    assert torch.equal(matched[positive], theirs[positive])
+    assert positive.any() == (theirs >= 0).any()
+
+
+def test_without_objects_every_box_is_negative():
+    padded = torch.full((50, 2), -1.0)
+    _, positive, negative = match_anchors(
+        padded, torch.zeros(2, dtype=torch.bool), foreground=0.7, background=0.3
+    )
+    assert not positive.any()
+    assert negative.all()
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "taken_positives", "taken_negatives"),
+    [(100, 500, 16, 48), (5, 500, 5, 59), (0, 500, 0, 64), (100, 20, 16, 20), (3, 0, 3, 0)],
+)
+def test_a_sample_has_the_right_numbers_of_each(positives, negatives, taken_positives, taken_negatives):
+    torch.manual_seed(0)
+    kind = torch.zeros(700, dtype=torch.int64)
+    order = torch.randperm(700)
+    kind[order[:positives]], kind[order[positives : positives + negatives]] = 1, 2
+    index, is_positive, is_sampled = sample_balanced(
+        kind == 1, kind == 2, count=64, positive_fraction=0.25
+    )
+    assert is_positive.sum() == taken_positives
+    assert is_sampled.sum() == taken_positives + taken_negatives
+    assert (kind[index[is_positive]] == 1).all()
+    assert (kind[index[is_sampled & ~is_positive]] == 2).all()
+    assert is_positive[:taken_positives].all()
+    assert len(set(index[is_sampled].tolist())) == taken_positives + taken_negatives
+
+
+def test_samples_are_random_and_even():
+    torch.manual_seed(0)
+    positive = torch.zeros(40, dtype=torch.bool)
+    hits = torch.zeros(40)
+    for _ in range(2000):
+        index, _, is_sampled = sample_balanced(positive, ~positive, count=10, positive_fraction=0.5)
+        hits[index[is_sampled]] += 1
+    # Each box is taken with probability 1/4: 500 ± 19.4; six standard deviations either way.
+    assert hits.min() > 500 - 120
+    assert hits.max() < 500 + 120
+
+
+def test_fewer_boxes_than_samples():
+    index, is_positive, is_sampled = sample_balanced(
+        torch.tensor([True, False, False]),
+        torch.tensor([False, True, False]),
+        count=8,
+        positive_fraction=0.5,
+    )
+    assert index.shape == (3,)
+    assert (is_positive.sum(), is_sampled.sum()) == (1, 2)

@@ -1,0 +1,90 @@
+"""Our detector and torchvision's, with the same weights, find the same in the same images."""
+
+import numpy as np
+import pytest
+import torch
+from matching import Mismatch, compare_detections, merge
+from parity import both_detectors
+from peers import TorchvisionDetector, torchvision_from_config
+from random_weights import calibrate, calibrated_state_dict
+
+from maskrcnn.checkpoint import load_weights
+from maskrcnn.config import model_config
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing
+from maskrcnn.runtime.detector import Detector
+from maskrcnn.runtime.torch_backend import TorchBackend
+
+MIXED_SIZES = [(120, 160), (200, 150), (97, 211)]
+SMALL = model_config(
+    "maskrcnn_resnet18_fpn_small",
+    class_names=("a", "b", "c", "d", "e"),
+    category_ids=(1, 2, 3, 4, 5),
+    preprocessing=Preprocessing(min_size_px=128, max_size_px=213),
+)
+
+
+def images_of(sizes, seed=1):
+    rng = np.random.default_rng(seed)
+    return [shapes_image(rng, size)[0] for size in sizes]
+
+
+def mismatches(theirs, ours, images) -> list[Mismatch]:
+    pairs = zip(theirs.detect(images), ours.detect(images), strict=True)
+    return [compare_detections(a, b, rows=ours.metadata.detections) for a, b in pairs]
+
+
+def assert_equal(found: Mismatch):
+    """Equal up to what float32 sums in another order give, which random weights amplify."""
+    assert found.detections == found.other_detections
+    assert found.unpaired == 0
+    assert found.box_px < 0.05
+    assert found.score < 5e-4
+    assert found.mask_px <= 60
+    assert found.jumped <= 3
+
+
+@pytest.fixture(scope="module")
+def small_pair():
+    torch.manual_seed(0)
+    theirs = torchvision_from_config(SMALL)
+    calibrate(theirs, images_of([(128, 160)] * 4, seed=0))
+    ours = MaskRCNN(SMALL)
+    load_weights(ours, theirs.state_dict(), "calibrated weights")
+    detector = Detector(TorchBackend(ours, device="cpu"))
+    return TorchvisionDetector(theirs, detector.metadata), detector
+
+
+def test_each_image_alone(small_pair):
+    found = merge([mismatches(*small_pair, [image])[0] for image in images_of(MIXED_SIZES)])
+    assert found.detections >= 20 and found.labels >= 2
+    assert_equal(found)
+
+
+def test_batch_of_mixed_sizes(small_pair):
+    found = merge(mismatches(*small_pair, images_of(MIXED_SIZES)))
+    assert found.detections >= 20 and found.labels >= 2
+    assert_equal(found)
+
+
+def test_plain_architecture():
+    sizes = {"min_size_px": 128, "max_size_px": 213}
+    images = images_of([(120, 160), (160, 120)], seed=2)
+    weights = calibrated_state_dict("maskrcnn_resnet18_fpn", 6, images, 0, **sizes)
+    ours, theirs = both_detectors("maskrcnn_resnet18_fpn", weights, **sizes)
+    found = merge(mismatches(theirs, ours, images))
+    assert found.detections >= 10 and found.labels >= 3
+    assert_equal(found)
+
+
+def test_calibrated_weights_depend_on_the_seed_alone():
+    made = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = torchvision_from_config(SMALL)
+        calibrate(model, images_of([(64, 64)]))
+        made.append(model.state_dict())
+    first, same, other = made
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["backbone.body.conv1.weight"], other["backbone.body.conv1.weight"])

@@ -1,0 +1,43 @@
+"""A deployment machine needs no torch: the runtime imports without it and every other large library."""
+
+import subprocess
+import sys
+
+BLOCKED = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "PIL", "pycocotools")
+
+PROGRAM = """
+import importlib.abc, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+{statement}
+loaded = sorted(name for name in {blocked!r} if name in sys.modules)
+assert not loaded, loaded
+"""
+
+
+def run_blocked(statement: str) -> subprocess.CompletedProcess:
+    """Runs a statement in a Python where the blocked libraries cannot be imported."""
+    program = PROGRAM.format(blocked=BLOCKED, statement=statement)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def test_the_block_works():
+    for name in BLOCKED:
+        done = run_blocked(f"import {name}")
+        assert done.returncode != 0 and f"No module named '{name}' (blocked)" in done.stderr
+
+
+def test_runtime_imports():
+    done = run_blocked("import maskrcnn.runtime")
+    assert done.returncode == 0, done.stderr
+
+
+def test_light_modules_import():
+    names = ("errors", "files", "metadata", "preprocess", "postprocess", "doctor", "plugins.contract")
+    done = run_blocked("import " + ", ".join(f"maskrcnn.{name}" for name in names))
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,143 @@
+"""What is installed is what lies in the folders, under the package's own name and nowhere else."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it on Python 3.10
+
+# What a wheel must carry besides Python: the sources that are compiled where the package is used.
+COMPILED_LATER = {".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp", ".inl", ".cmake"}
+NOT_AT_THE_TOP = ("export", "plugins", "runtime", "tests", "benchmarks", "docs")
+
+
+def settings(root: Path) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+
+
+def packages_on_disk(root: Path, package_dir: dict[str, str]) -> set[str]:
+    """The packages that the folders named in `package-dir` hold: each folder with a Python file in it."""
+    found = set()
+    for package, folder in package_dir.items():
+        for path in (root / folder).rglob("*.py"):
+            inner = path.parent.relative_to(root / folder).parts
+            found.add(".".join([package, *inner]))
+    return found
+
+
+def files_wanted(root: Path, package_dir: dict[str, str]) -> set[str]:
+    """The names in the wheel of everything that has to be installed."""
+    return {
+        (Path(package.replace(".", "/")) / path.relative_to(root / folder)).as_posix()
+        for package, folder in package_dir.items()
+        for path in (root / folder).rglob("*")
+        if path.suffix in {".py", *COMPILED_LATER} or path.name == "CMakeLists.txt"
+    }
+
+
+def leaked(names: list[str]) -> list[str]:
+    """The names in a wheel that lie outside the package and its own description."""
+    return [
+        name
+        for name in names
+        if (top := name.partition("/")[0]) in NOT_AT_THE_TOP
+        or not (top == "maskrcnn" or top.endswith(".dist-info"))
+    ]
+
+
+def copy_of_sources(root: Path, target: Path, folders: list[str]) -> Path:
+    """A copy of what a wheel is built from: a build leaves folders behind, and reads those it left before."""
+    for folder in folders:
+        shutil.copytree(root / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        if (root / name).is_file():
+            shutil.copy(root / name, target)
+    return target
+
+
+def has_setuptools() -> bool:
+    if importlib.util.find_spec("setuptools") is None:
+        return False
+    return int(version("setuptools").partition(".")[0]) >= 77
+
+
+@pytest.fixture(scope="module")
+def wheel(root, tmp_path_factory) -> list[str]:
+    """The names in a wheel built from a copy of the repository."""
+    folders = list(settings(root)["package-dir"].values())
+    source = copy_of_sources(root, tmp_path_factory.mktemp("source"), folders)
+    (source / "tests").mkdir()  # bait: what setuptools would find by itself must not be installed
+    (source / "tests" / "__init__.py").touch()
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(out),
+        str(source),
+    ]
+    if has_setuptools():
+        command.append("--no-build-isolation")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_the_packages_are_the_folders(root):
+    assert packages_on_disk(root, settings(root)["package-dir"]) == set(settings(root)["packages"])
+
+
+def test_the_wheel_holds_every_file(wheel, root):
+    missing = files_wanted(root, settings(root)["package-dir"]) - set(wheel)
+    assert not missing, f"missing in the wheel: {sorted(missing)}"
+
+
+def test_nothing_leaks_from_the_wheel(wheel):
+    assert not leaked(wheel)
+
+
+def test_the_check_finds_a_package_that_is_not_listed(tmp_path):
+    (tmp_path / "plugins" / "roi_align").mkdir(parents=True)
+    (tmp_path / "plugins" / "__init__.py").touch()
+    (tmp_path / "plugins" / "roi_align" / "kernel.py").touch()
+    (tmp_path / "plugins" / "pictures").mkdir()
+    found = packages_on_disk(tmp_path, {"maskrcnn.plugins": "plugins"})
+    assert found == {"maskrcnn.plugins", "maskrcnn.plugins.roi_align"}
+
+
+def test_the_check_wants_sources_that_are_compiled_later(tmp_path):
+    (tmp_path / "plugins" / "roi_align").mkdir(parents=True)
+    for name in ("op.py", "kernel.cuh", "CMakeLists.txt", "notes.md"):
+        (tmp_path / "plugins" / "roi_align" / name).touch()
+    folder = "maskrcnn/plugins/roi_align/"
+    assert files_wanted(tmp_path, {"maskrcnn.plugins": "plugins"}) == {
+        folder + "op.py",
+        folder + "kernel.cuh",
+        folder + "CMakeLists.txt",
+    }
+
+
+def test_the_check_finds_leaks():
+    names = [
+        "maskrcnn/cli.py",
+        "maskrcnn-1.dist-info/METADATA",
+        "export/__init__.py",
+        "tests/test_x.py",
+        "x.py",
+    ]
+    assert leaked(names) == ["export/__init__.py", "tests/test_x.py", "x.py"]

@@ -1,0 +1,46 @@
+"""The smallest detectors that still have every part."""
+
+import torch
+
+from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """The smallest detector with every part: some 11 million parameters, most of them ResNet-18's."""
+    values = {
+        "fpn_channels": 16,
+        "box_head_channels": 32,
+        "mask_head_channels": (16,),
+        "rpn_candidates_per_level": 60,
+        "rpn_candidates_per_level_training": 60,
+        "proposals": 40,
+        "proposals_training": 40,
+        "candidates": 60,
+        "detections": 12,
+        "preprocessing": Preprocessing(min_size_px=96, max_size_px=160),
+        "class_names": ("circle", "rectangle", "triangle"),
+        "category_ids": (1, 2, 3),
+    }
+    return model_config("maskrcnn_resnet18_fpn_small", **{**values, **changes})
+
+
+def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
+    """A random model that detects: batch-norm statistics from noise, last layers with a spread of scores."""
+    torch.manual_seed(seed)
+    model = MaskRCNN(config)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = None  # a plain average
+        model.train()
+        for _ in range(3):
+            model.features(torch.rand(4, 3, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
+        model.eval()
+        model.rpn.head.cls_logits.weight *= 30
+        model.rpn.head.bbox_pred.weight *= 10
+        model.roi_heads.box_predictor.cls_score.weight *= 8
+        model.roi_heads.box_predictor.bbox_pred.weight *= 5
+        model.roi_heads.mask_predictor.mask_fcn_logits.weight *= 3
+    return model
