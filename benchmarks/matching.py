@@ -30,7 +30,8 @@ class Mismatch:
     jumped: int = 0  # pairs of masks pasted into windows that differ, see `compare_detections`
     mask_px: int = 0  # pixels of one pair of masks that differ, at most; without those that jumped
     mask_px_sum: int = 0  # likewise, of all pairs
-    mask_iou: float = 1.0  # of one pair of masks, at least
+    mask_iou: float = 1.0  # of one pair of masks, at least; likewise
+    jumped_mask_iou: float = 1.0  # the same of those that jumped
 
     def within(self, *, box_px: float, score: float, mask_iou: float, unpaired_share: float) -> bool:
         """Whether the difference is inside these bounds."""
@@ -46,18 +47,21 @@ class Mismatch:
             f"{self.detections} and {self.other_detections} detections, {self.labels} labels, "
             f"{self.unpaired} unpaired, {self.excused} at the edge, {self.reordered} reordered; "
             f"boxes {self.box_px:.2g} px, scores {self.score:.2g}, masks {self.mask_px} px "
-            f"(sum {self.mask_px_sum}), {self.jumped} windows jumped, mask IoU ≥ {self.mask_iou:.4f}"
+            f"(sum {self.mask_px_sum}, IoU ≥ {self.mask_iou:.4f})"
+            + (f", {self.jumped} windows jumped (IoU ≥ {self.jumped_mask_iou:.2f})" if self.jumped else "")
         )
 
 
 def merge(parts: Sequence[Mismatch]) -> Mismatch:
     """The mismatch over several images."""
-    sums = ("images", "detections", "other_detections", "unpaired", "excused", "reordered", "jumped", "mask_px_sum")
+    sums = ("images", "detections", "other_detections", "unpaired", "excused", "reordered", "jumped")
+    sums += ("mask_px_sum",)
+    smallest = ("mask_iou", "jumped_mask_iou")
     largest = ("labels", "box_px", "score", "mask_px")
     return Mismatch(
         **{name: sum(getattr(part, name) for part in parts) for name in sums},
         **{name: max((getattr(part, name) for part in parts), default=0) for name in largest},
-        mask_iou=min((part.mask_iou for part in parts), default=1.0),
+        **{name: min((getattr(part, name) for part in parts), default=1.0) for name in smallest},
     )
 
 
@@ -87,7 +91,7 @@ def compare_detections(
     differing = (masks ^ other_masks).sum(axis=(1, 2))
     windows, other_windows = _windows(reference)[first], _windows(other)[second]
     jumped = (windows != other_windows).any(axis=1) & (np.abs(windows - other_windows) <= 1).all(axis=1)
-    union = (masks | other_masks).sum(axis=(1, 2))
+    lost = differing / np.maximum((masks | other_masks).sum(axis=(1, 2)), 1)
     return Mismatch(
         images=1,
         detections=len(reference),
@@ -101,7 +105,8 @@ def compare_detections(
         jumped=int(jumped.sum()),
         mask_px=int(_largest(differing[~jumped])),
         mask_px_sum=int(differing[~jumped].sum()),
-        mask_iou=1.0 - _largest(differing / np.maximum(union, 1)),
+        mask_iou=1.0 - _largest(lost[~jumped]),
+        jumped_mask_iou=1.0 - _largest(lost[jumped]),
     )
 
 

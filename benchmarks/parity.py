@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     names, photos = load_photos(given.data, given.split, given.images)
     sizes = {"min_size_px": given.size, "max_size_px": round(given.size * 1333 / 800)}
-    weights = calibrated_state_dict(
-        given.model, given.classes, photos[:CALIBRATION_IMAGES], given.seed, **sizes
-    )
+    weights = calibrated_state_dict(given.model, given.classes, photos[:CALIBRATION_IMAGES], given.seed, **sizes)
     ours, theirs = both_detectors(given.model, weights, **sizes)
     alone = []
     for name, photo in zip(names, photos, strict=True):

@@ -185,7 +185,11 @@ def export_legacy(model: MaskRCNN, example: np.ndarray, output: Path) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with atomic_path(output) as draft, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            atomic_path(output) as draft,
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model.cpu().eval(),

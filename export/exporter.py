@@ -89,9 +89,7 @@ def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) ->
 
 def op_counts(proto: onnx.ModelProto) -> Counter[str]:
     """How often each operator occurs in the main graph; custom ops are named `domain::Op`."""
-    return Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node
-    )
+    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node)
 
 
 def check_graph(proto: onnx.ModelProto, path: Path) -> None:

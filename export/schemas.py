@@ -16,13 +16,9 @@ _TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)"}
 
 
 def _parameter(tensor: contract.Tensor) -> OpSchema.FormalParameter:
-    option = (
-        OpSchema.FormalParameterOption.Variadic if tensor.variadic else OpSchema.FormalParameterOption.Single
-    )
+    option = OpSchema.FormalParameterOption.Variadic if tensor.variadic else OpSchema.FormalParameterOption.Single
     shape = ", ".join(map(str, tensor.shape))
-    return OpSchema.FormalParameter(
-        tensor.name, _TYPES[tensor.dtype], description=f"[{shape}]", param_option=option
-    )
+    return OpSchema.FormalParameter(tensor.name, _TYPES[tensor.dtype], description=f"[{shape}]", param_option=option)
 
 
 def schema(op: contract.Op) -> OpSchema:
@@ -54,8 +50,7 @@ def schema(op: contract.Op) -> OpSchema:
         outputs=[_parameter(tensor) for tensor in op.outputs],
         type_constraints=[v for v in variables if v[0] in used],
         attributes=[
-            OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True)
-            for name, kind in op.attributes.items()
+            OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in op.attributes.items()
         ],
     )
 

@@ -186,9 +186,7 @@ def load_torchvision(
             f"{count} names",
             "name every class but background",
         )
-    config = model_config(
-        name, class_names=class_names, category_ids=category_ids or tuple(range(1, count + 1))
-    )
+    config = model_config(name, class_names=class_names, category_ids=category_ids or tuple(range(1, count + 1)))
     model = MaskRCNN(config)
     load_weights(model, tensors, path)
     return model.eval()

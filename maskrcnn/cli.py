@@ -78,12 +78,12 @@ def train(
     """Trains a detector. With no argument: a small one on generated shapes."""
     from maskrcnn.checkpoint import read_tensors
     from maskrcnn.recipes import training_config
-    from maskrcnn.training.trainer import read_run, start_run
+    from maskrcnn.training.trainer import Trainer, read_run
 
     if resume is not None:
         config = read_run(resume)
         trainset, valset = _datasets(Path(config.data), config.train_split, config.val_split)
-        trainer = start_run(config, resume, trainset)
+        trainer = Trainer(config, resume, trainset)
         trainer.load_state()
         console.print(f"continuing {resume} after epoch {trainer.epoch} of {config.epochs}")
     else:
@@ -106,10 +106,10 @@ def train(
             seed=seed,
             device=device,
         )
-        start = (read_tensors(weights)[0], weights) if weights else None
-        trainer = start_run(config, _run_folder(output), trainset)
-        if start:
-            trainer.load_weights(*start)
+        trainer = Trainer(config, _run_folder(output), trainset)
+        if weights is not None:
+            trainer.load_weights(read_tensors(weights)[0], weights)
+        trainer.begin()
     console.print(
         f"{config.model.name} on {trainer.device} in {trainer.precision}: {len(trainset.images)} images of "
         f"{trainset.root}, {config.epochs} epochs → {trainer.run}"
@@ -120,10 +120,9 @@ def train(
 
 def _run_folder(output: Path | None) -> Path:
     if output is None:
-        return runs.new_run()
+        return runs.next_run()
     if (output / runs.CONFIG).exists():
         raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
-    output.mkdir(parents=True, exist_ok=True)
     return output
 
 

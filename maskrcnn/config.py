@@ -127,9 +127,7 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         UserError: for a name that is not in `MODELS`.
     """
     if name not in MODELS:
-        raise UserError(
-            f"model {name!r}", f"one of {', '.join(MODELS)}", "name one of these models with --model"
-        )
+        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "name one of these models with --model")
     return ModelConfig(**{"name": name, **MODELS[name], **changes})
 
 

@@ -67,9 +67,7 @@ def diagnose() -> list[Finding]:
         lambda: [_openvino(facts["openvino"])],
         lambda: _tensorrt(facts, driver),
         _compilers,
-        lambda: [
-            _library("pycocotools", facts["pycocotools"], "COCO data and AP", "pip install pycocotools")
-        ],
+        lambda: [_library("pycocotools", facts["pycocotools"], "COCO data and AP", "pip install pycocotools")],
     ]
     return [finding for group in groups for finding in _without_raising(group)]
 
@@ -143,9 +141,7 @@ def _torch(torch: Facts, torchvision: Facts, driver: str | None) -> list[Finding
 def _onnx(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
     runtime = facts["onnxruntime"]
     has_gpu_wheel = (  # as in pyproject.toml
-        platform.machine() in ("x86_64", "AMD64")
-        and sys.platform in ("linux", "win32")
-        and sys.version_info >= (3, 11)
+        platform.machine() in ("x86_64", "AMD64") and sys.platform in ("linux", "win32") and sys.version_info >= (3, 11)
     )
     install = f"pip install 'onnxruntime{'-gpu' if has_gpu_wheel else ''}>=1.23'"
     findings = [
@@ -184,9 +180,7 @@ def _tensorrt(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
         tensorrt,
         Finding("TensorRT headers", _tensorrt_headers(), "compiling the C++ plugin library", headers),
         _library("cuda-python", facts["cuda-python"], driver_api, "pip install 'cuda-python>=12.6'"),
-        _library(
-            "PyCUDA", facts["pycuda"], "GPU memory without cuda-python", "pip install pycuda (needs nvcc)"
-        ),
+        _library("PyCUDA", facts["pycuda"], "GPU memory without cuda-python", "pip install pycuda (needs nvcc)"),
     ]
 
 

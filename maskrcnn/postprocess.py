@@ -122,9 +122,7 @@ def unpack(
     return unpacked
 
 
-def paste_mask(
-    mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, int]
-) -> tuple[np.ndarray, int, int]:
+def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, int, int]:
     """The part of a pasted mask that lies inside the image.
 
     Args:
@@ -176,9 +174,7 @@ def coco_results(
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": float(score),
         }
-        for (x0, y0, x1, y1), score, label in zip(
-            boxes.tolist(), detections.scores, detections.labels, strict=True
-        )
+        for (x0, y0, x1, y1), score, label in zip(boxes.tolist(), detections.scores, detections.labels, strict=True)
     ]
     if with_masks:
         for result, rle in zip(results, detections.rles(), strict=True):

@@ -119,9 +119,7 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     for index, image in enumerate(images):
         _check_image(image, index)
     sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
-    padded_hw = [
-        -(-max(side) // preprocessing.divisor) * preprocessing.divisor for side in zip(*sizes, strict=True)
-    ]
+    padded_hw = [-(-max(side) // preprocessing.divisor) * preprocessing.divisor for side in zip(*sizes, strict=True)]
     batch = np.zeros((len(images), 3, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
@@ -187,9 +185,7 @@ def _check_image(image: Any, index: int) -> None:
             "read it with maskrcnn.data.images.read_image, or convert it",
         )
     if image.size == 0:
-        raise UserError(
-            f"image {index} of shape {tuple(shape)}", "at least 1×1 pixel", "leave empty images out"
-        )
+        raise UserError(f"image {index} of shape {tuple(shape)}", "at least 1×1 pixel", "leave empty images out")
 
 
 def _unusable(came: str, expected: str) -> UserError:

@@ -15,16 +15,14 @@ BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
 CONFIG, LOG, ONNX = "config.json", "log.jsonl", "model.onnx"
 
 
-def new_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
-    """A new empty folder `parent/prefix-NUMBER`."""
+def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
+    """The path `parent/prefix-NUMBER` with the number after the highest there is."""
     numbers = [
         int(path.name.rpartition("-")[2])
         for path in parent.glob(f"{prefix}-*")
         if path.name.rpartition("-")[2].isdigit()
     ]
-    run = parent / f"{prefix}-{max(numbers, default=0) + 1}"
-    run.mkdir(parents=True)
-    return run
+    return parent / f"{prefix}-{max(numbers, default=0) + 1}"
 
 
 def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER) -> Path:

@@ -63,9 +63,7 @@ class Backend(ABC):
         for name, spec in inputs.items():
             value = feeds[name]
             if str(value.dtype) != spec.dtype or not _fits(value.shape, spec.shape):
-                raise _bad_feed(
-                    f"{name} {value.dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}"
-                )
+                raise _bad_feed(f"{name} {value.dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}")
         images, sizes = feeds["images"], feeds["image_sizes"]
         divisor = self.metadata.preprocessing.divisor
         if len(images) == 0 or len(images) != len(sizes):
@@ -76,9 +74,7 @@ class Backend(ABC):
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        w is None or s == w for s, w in zip(shape, wanted, strict=True)
-    )
+    return len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
 
 
 def _bad_feed(came: str, expected: str) -> UserError:

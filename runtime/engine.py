@@ -9,7 +9,6 @@ import platform
 import tempfile
 from pathlib import Path
 
-
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
 from maskrcnn.runtime.compare import EXACT, HALF, Difference
@@ -83,7 +82,7 @@ def build_openvino_engine(onnx_path: Path, output: Path, *, half: bool) -> tuple
     if not accepted:
         raise UserError(
             f"engine that departs from {onnx_path}: {difference}",
-            f"at most boxes {tolerance.box_px} px, scores {tolerance.score}, masks {tolerance.mask}, "
+            f"at most boxes {tolerance.box_px} px, scores {tolerance.score}, masks {tolerance.mask_mean} on average, "
             f"{tolerance.unpaired_share:.0%} unpaired",
             f"look at {kept} with `maskrcnn evaluate`, or build with --fp32",
         )

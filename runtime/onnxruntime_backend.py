@@ -41,9 +41,7 @@ class OnnxRuntimeBackend(Backend):
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors only; warnings name CUDA libraries a CPU machine lacks
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=providers or usable_providers()
-            )
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers or usable_providers())
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
             raise not_ours(path, f"not a model that ONNX Runtime loads ({str(error)[:200]})") from error
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)

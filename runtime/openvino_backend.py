@@ -109,8 +109,7 @@ def _read_engine(core, path: Path):
     wanted = metadata.stamp.get("execution", "fp32")
     if wanted == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UserError(
-            f"{path}: built for bfloat16 execution ({metadata.stamp.get('cpu', 'another CPU')}); "
-            "this CPU has none",
+            f"{path}: built for bfloat16 execution ({metadata.stamp.get('cpu', 'another CPU')}); this CPU has none",
             "a CPU with AVX512-BF16 or AMX",
             "rebuild here: `maskrcnn build-engine --fp16 --target openvino`",
         )

@@ -34,6 +34,4 @@ def onnx_file(tmp_path_factory, checkpoint) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    return generate_shapes(
-        tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96
-    )
+    return generate_shapes(tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96)

@@ -221,9 +221,7 @@ def _read_json(path: Path) -> Any:
             "point --data at such a folder and name a split that it has",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise _structure_error(
-            path, f"not JSON ({error})", "a complete JSON file in COCO's format"
-        ) from error
+        raise _structure_error(path, f"not JSON ({error})", "a complete JSON file in COCO's format") from error
 
 
 def _value(path: Path, entry: Any, where: str, key: str, kind: type) -> Any:

@@ -90,9 +90,7 @@ class TrainingSamples(Dataset):
         boxes, labels, masks = self._objects(record)
         if rng.random() < self.flip_probability:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
-            boxes = np.stack(
-                [record.width - boxes[:, 2], boxes[:, 1], record.width - boxes[:, 0], boxes[:, 3]], axis=1
-            )
+            boxes = np.stack([record.width - boxes[:, 2], boxes[:, 1], record.width - boxes[:, 0], boxes[:, 3]], axis=1)
         size = resized_size(image.shape[:2], self.preprocessing)
         scale = np.array([size[1] / record.width, size[0] / record.height], np.float32)
         pixels = resize_bilinear(image.copy(), size)
@@ -103,19 +101,14 @@ class TrainingSamples(Dataset):
         objects = [instance for instance in record.instances if not instance.is_crowd]
         boxes = np.array([o.box_xyxy_px for o in objects], np.float32).reshape(-1, 4)
         labels = np.array([o.label for o in objects], np.int64)
-        masks = [
-            mask_in_box(instance_mask(record, o), box)
-            for o, box in zip(objects, boxes, strict=True)
-        ]
+        masks = [mask_in_box(instance_mask(record, o), box) for o, box in zip(objects, boxes, strict=True)]
         return boxes, labels, np.array(masks, np.uint8).reshape(-1, MASK_SIDE, MASK_SIDE)
 
 
 def collate(samples: list[tuple], divisor: int) -> Batch:
     """Samples padded to common sizes; H and W become multiples of `divisor`."""
     objects = max(1, *(len(labels) for _, _, _, labels, _ in samples))
-    height, width = (
-        -(-max(pixels.shape[axis] for _, pixels, *_ in samples) // divisor) * divisor for axis in (1, 2)
-    )
+    height, width = (-(-max(pixels.shape[axis] for _, pixels, *_ in samples) // divisor) * divisor for axis in (1, 2))
     count = len(samples)
     batch = Batch(
         images=torch.zeros(count, 3, height, width),

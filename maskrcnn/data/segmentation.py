@@ -72,9 +72,7 @@ def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray:
     # pycocotools walks the outline in steps of a fifth of a pixel: a stray 1e9 would cost gigabytes.
     x, y = points[0::2], points[1::2]
     if min(x.min() + width, y.min() + height) < 0 or x.max() > 2 * width or y.max() > 2 * height:
-        raise AnnotationError(
-            "malformed segmentation", "polygon farther than one image size outside the image"
-        )
+        raise AnnotationError("malformed segmentation", "polygon farther than one image size outside the image")
     return points
 
 

@@ -100,9 +100,7 @@ def generate_shapes(
     return out
 
 
-def shapes_image(
-    rng: np.random.Generator, size_hw: tuple[int, int]
-) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+def shapes_image(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """One random image: `[H, W, 3]` uint8 RGB, and for each object its label and visible mask `[H, W]` bool.
 
     Sizes scale with the shorter side. Masks do not overlap; the last object is the frontmost. About one

@@ -45,9 +45,7 @@ class RoiHeads(nn.Module):
     def classify(self, features: list[Tensor], proposals: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits `[N, R, 1 + C]` and box deltas `[N, R, 1 + C, 4]` of proposals `[N, R, 4]`."""
         batch, count = proposals.shape[:2]
-        logits, deltas = self.box_predictor(
-            self.box_head(self._pool(features, proposals, self.config.box_pool_size))
-        )
+        logits, deltas = self.box_predictor(self.box_head(self._pool(features, proposals, self.config.box_pool_size)))
         classes = self.config.num_classes + 1
         return (
             logits.float().view(batch, count, classes),
@@ -95,7 +93,9 @@ class RoiHeads(nn.Module):
         roi = torch.div(pair, classes, rounding_mode="floor")
         label = pair - roi * classes + 1
         boxes = decode_boxes(
-            take_rows(deltas.flatten(1, 2), roi * (classes + 1) + label), take_rows(proposals, roi), BOX_WEIGHTS
+            take_rows(deltas.flatten(1, 2), roi * (classes + 1) + label),
+            take_rows(proposals, roi),
+            BOX_WEIGHTS,
         )
         boxes = clip_boxes(boxes, image_sizes)
         scores, order = scores.masked_fill(~is_at_least(boxes, MIN_SIDE_PX), -1.0).topk(candidates)
@@ -190,7 +190,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, rois: Tensor, owner: Tensor, size
         rois: `[N, P, 4]`.
         owner: int64 `[N, P]`, each RoI's object.
     """
-    batch, objects, side = masks.shape[:3]
+    batch, side = masks.shape[0], masks.shape[2]
     own = take_rows(boxes, owner)
     frame = (own[..., 2:] - own[..., :2]).clamp(min=1e-3)
     relative = (rois - own[..., :2].repeat(1, 1, 2)) / frame.repeat(1, 1, 2)  # own box = [0, 1]²

@@ -86,9 +86,7 @@ class RegionProposalNetwork(nn.Module):
         used = scores >= 0
         return take_rows(boxes, order) * used[..., None], used
 
-    def _best_of_level(
-        self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int
-    ) -> tuple[Tensor, Tensor]:
+    def _best_of_level(self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
         """Boxes `[N, K, 4]` and logits `[N, K]` of a level's best anchors; logits are -inf past the last."""
         # A level may hold fewer than K anchors. Padding keeps K a constant for every image size.
         logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
@@ -124,8 +122,6 @@ class RegionProposalNetwork(nn.Module):
                 picks.append((index, is_positive, is_sampled, encode_boxes(target, reference, BOX_WEIGHTS)))
             index, is_positive, is_sampled, target = (torch.stack(x) for x in zip(*picks, strict=True))
         total = is_sampled.sum().clamp(min=1)
-        objectness = F.binary_cross_entropy_with_logits(
-            take_rows(logits, index), is_positive.float(), reduction="none"
-        )
+        objectness = F.binary_cross_entropy_with_logits(take_rows(logits, index), is_positive.float(), reduction="none")
         box = F.smooth_l1_loss(take_rows(deltas, index), target, beta=loss.smooth_l1_beta, reduction="none")
         return (objectness * is_sampled).sum() / total, (box.sum(-1) * is_positive).sum() / total

@@ -18,7 +18,7 @@ from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.loader import TrainingSamples, training_loader
 from maskrcnn.errors import UserError
-from maskrcnn.files import write_json
+from maskrcnn.files import make_folder, write_json
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training.progress import epoch_progress, table_line
 from maskrcnn.training.schedule import learning_rate
@@ -74,9 +74,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config.weight_decay), lr=config.learning_rate, momentum=config.momentum
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            momentum=config.momentum,
         )
         self.epoch, self.best_ap = 0, -1.0  # epochs done; best mask AP so far
+
+    def begin(self) -> None:
+        """Makes the folder of a new run and writes its configuration there."""
+        make_folder(self.run)
+        write_json(self.run / runs.CONFIG, to_dict(self.config))
 
     def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:
         """Starts from given weights instead of random ones."""
@@ -96,9 +103,7 @@ class Trainer:
         """Continues from the state that `save_state` wrote."""
         path = self.run / runs.STATE
         tensors, header = read_tensors(path)
-        load_weights(
-            self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path
-        )
+        load_weights(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
         for index, parameter in enumerate(self._parameters()):
             momentum = tensors.get(f"momentum.{index}")
             if momentum is not None:
@@ -134,8 +139,8 @@ class Trainer:
                     figures |= evaluate(self.model.eval())
                     if figures["mask_ap"] > self.best_ap:
                         self.best_ap = figures["mask_ap"]
-                        save_checkpoint(self.run / runs.BEST, self.model, **_provenance(figures))
-                save_checkpoint(self.run / runs.LAST, self.model, **_provenance(figures))
+                        save_checkpoint(self.run / runs.BEST, self.model, figures=figures)
+                save_checkpoint(self.run / runs.LAST, self.model, figures=figures)
                 self.save_state()
                 with open(self.run / runs.LOG, "a", encoding="utf-8") as log:
                     log.write(json.dumps(figures) + "\n")
@@ -181,17 +186,6 @@ class Trainer:
 def _format_of(parameter: Tensor) -> torch.memory_format:
     channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _provenance(figures: dict[str, Any]) -> dict[str, Any]:
-    return {"figures": figures}
-
-
-def start_run(config: TrainConfig, run: Path, dataset: CocoDataset) -> Trainer:
-    """A trainer for a new run; its configuration is written to the run's folder."""
-    trainer = Trainer(config, run, dataset)
-    write_json(run / runs.CONFIG, to_dict(config))
-    return trainer
 
 
 def read_run(run: Path) -> TrainConfig:

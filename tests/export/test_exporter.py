@@ -19,7 +19,20 @@ from maskrcnn.runtime.torch_backend import TorchBackend
 ALLOWED_OPS = {
     *("Add", "And", "Cast", "Clip", "Concat", "Conv", "ConvTranspose", "Div", "Exp", "Expand", "Floor"),
     *("Gather", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
-    *("MaxPool", "Min", "Mul", "Not", "Or", "Pad", "Range", "ReduceSum", "Relu", "Reshape", "Resize", "Shape"),
+    *(
+        "MaxPool",
+        "Min",
+        "Mul",
+        "Not",
+        "Or",
+        "Pad",
+        "Range",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "Shape",
+    ),
     *("Sigmoid", "Slice", "Softmax", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze", "Where"),
     *("maskrcnn::MultilevelRoiAlign", "maskrcnn::BatchedNms"),
 }

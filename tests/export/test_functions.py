@@ -29,10 +29,7 @@ def model_of(function: onnx.FunctionProto, op: contract.Op, inputs: dict, attrib
             onnx.helper.make_tensor_value_info(name, kinds[str(value.dtype)], [None] * value.ndim)
             for name, value in inputs.items()
         ],
-        [
-            onnx.helper.make_tensor_value_info(t.name, kinds[t.dtype], [None] * len(t.shape))
-            for t in op.outputs
-        ],
+        [onnx.helper.make_tensor_value_info(t.name, kinds[t.dtype], [None] * len(t.shape)) for t in op.outputs],
     )
     return onnx.helper.make_model(
         graph,

@@ -69,11 +69,8 @@ def test_anchors_equal_torchvision_at_every_level(size_hw):
         features.append(torch.zeros(1, 1, height, width))
         # P6 is a max-pool of stride 2 and kernel 1: it rounds up.
         height, width = (height // 2, width // 2) if level < 3 else (-(-height // 2), -(-width // 2))
-    theirs = AnchorGenerator(tuple((s,) for s in sizes), (ratios,) * 5)(
-        ImageList(images, [size_hw]), features
-    )[0]
+    theirs = AnchorGenerator(tuple((s,) for s in sizes), (ratios,) * 5)(ImageList(images, [size_hw]), features)[0]
     ours = [
-        grid_anchors(cell_anchors(size, ratios), feature, images)
-        for size, feature in zip(sizes, features, strict=True)
+        grid_anchors(cell_anchors(size, ratios), feature, images) for size, feature in zip(sizes, features, strict=True)
     ]
     torch.testing.assert_close(torch.cat(ours), theirs)

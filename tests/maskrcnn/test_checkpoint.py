@@ -41,7 +41,7 @@ def test_a_checkpoint_comes_back_equal(tmp_path, model):
 def test_configurations_survive_json():
     config = tiny_config()
     assert from_dict(ModelConfig, to_dict(config)) == config
-    with pytest.raises(UserError, match="unknown field.* wings"):
+    with pytest.raises(UserError, match=r"unknown field.* wings"):
         from_dict(ModelConfig, {**to_dict(config), "wings": 2})
 
 
@@ -109,9 +109,7 @@ def test_older_torchvision_names_load(tmp_path):
     assert set(renamed) != set(weights)
     torch.save(renamed, tmp_path / "old.pth")
     model = load_torchvision(tmp_path / "old.pth", "maskrcnn_resnet50_fpn")
-    assert torch.equal(
-        model.state_dict()["roi_heads.mask_head.3.0.weight"], weights["roi_heads.mask_head.3.0.weight"]
-    )
+    assert torch.equal(model.state_dict()["roi_heads.mask_head.3.0.weight"], weights["roi_heads.mask_head.3.0.weight"])
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):

@@ -157,10 +157,7 @@ def test_listed_providers_are_not_taken_for_usable_ones():
         findings["ONNX Runtime on CUDA"].remedy
     )
     facts["onnxruntime"]["lacks"] = "libcudnn.so.9: cannot open shared object file"
-    assert (
-        "unusable: libcudnn.so.9: cannot"
-        in by_component(doctor._onnx(facts, "H100"))["ONNX Runtime on CUDA"].remedy
-    )
+    assert "unusable: libcudnn.so.9: cannot" in by_component(doctor._onnx(facts, "H100"))["ONNX Runtime on CUDA"].remedy
     facts["onnxruntime"]["providers"]["CUDAExecutionProvider"] = ""
     assert by_component(doctor._onnx(facts, "H100"))["ONNX Runtime on CUDA"].found == "can be created"
 
@@ -194,9 +191,7 @@ def test_tensorrt_headers(tmp_path, monkeypatch, text):
 
 def test_cpu_of_x86_and_arm_and_unknown(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(
-        "processor\t: 0\nmodel name\t: Xeon 8481C\nflags\t\t: fpu avx2 amx_bf16\npower management:\n"
-    )
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Xeon 8481C\nflags\t\t: fpu avx2 amx_bf16\npower management:\n")
     assert doctor._cpu(str(cpuinfo)) == f"Xeon 8481C, {os.cpu_count()} logical cores: avx2 amx_bf16"
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")
     assert doctor._cpu(str(cpuinfo)).endswith(": asimd bf16 i8mm")

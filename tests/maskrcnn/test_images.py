@@ -10,9 +10,7 @@ from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 
 # 2 × 3 pixels of distinct colours, typed by hand.
-COLOURS = np.array(
-    [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [255, 255, 255]]], np.uint8
-)
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [200, 100, 50], [255, 255, 255]]], np.uint8)
 
 
 def save(path, array, mode=None, **options):

@@ -9,7 +9,14 @@ import torch
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
-from maskrcnn.data.loader import MASK_SIDE, EpochSampler, TrainingSamples, collate, mask_in_box, training_loader
+from maskrcnn.data.loader import (
+    MASK_SIDE,
+    EpochSampler,
+    TrainingSamples,
+    collate,
+    mask_in_box,
+    training_loader,
+)
 from maskrcnn.errors import UserError
 from maskrcnn.preprocess import Preprocessing
 
@@ -29,7 +36,7 @@ def test_a_sample_is_the_image_and_its_boxes_at_the_new_size(shapes):
     data = samples(shapes)
     index = with_objects(data)
     record = data.dataset.images[index]
-    image_id, pixels, boxes, labels, masks = data[0, index]
+    image_id, pixels, boxes, labels, _ = data[0, index]
     assert image_id == record.id
     assert pixels.shape == (3, 192, 192)  # 96 px doubled
     np.testing.assert_allclose(boxes, 2 * np.array([i.box_xyxy_px for i in record.instances]), rtol=1e-6)
@@ -107,9 +114,7 @@ def test_the_order_depends_on_seed_and_epoch_and_covers_everything():
 def test_batches_do_not_depend_on_the_number_of_workers(shapes, workers):
     batches = []
     for count in (0, workers):
-        loader, sampler = training_loader(
-            samples(shapes, flip=0.5), batch_size=4, workers=count, pin_memory=False
-        )
+        loader, sampler = training_loader(samples(shapes, flip=0.5), batch_size=4, workers=count, pin_memory=False)
         sampler.epoch = 2
         batches.append([(b.image_ids, b.images, b.masks) for b in loader])
     assert len(batches[0]) == 3

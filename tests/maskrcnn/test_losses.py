@@ -82,12 +82,8 @@ def test_rpn_losses_equal_torchvisions_formula_on_all_anchors():
         positive, negative = found >= 0, found == -1
         sampled = positive | negative
         count += int(sampled.sum())
-        objectness += F.binary_cross_entropy_with_logits(
-            logits[n][sampled], positive[sampled].float(), reduction="sum"
-        )
-        goal = BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(
-            target["boxes"][n][found[positive]], anchors[positive]
-        )
+        objectness += F.binary_cross_entropy_with_logits(logits[n][sampled], positive[sampled].float(), reduction="sum")
+        goal = BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(target["boxes"][n][found[positive]], anchors[positive])
         box += F.smooth_l1_loss(deltas[n][positive], goal, beta=1 / 9, reduction="sum")
     assert float(ours[0]) == pytest.approx(float(objectness / count), rel=1e-5)
     assert float(ours[1]) == pytest.approx(float(box / count), rel=1e-4)

@@ -37,9 +37,7 @@ def test_roi_align_of_a_ramp_is_the_ramp_at_the_bin_centres():
 def test_roi_align_equals_the_reference(aligned, output_size, sampling_ratio):
     rng = torch.Generator().manual_seed(1)
     features, rois = pyramid(rng, 2, 3), random_rois(rng, 2, 12, 260.0) - 20
-    ours = multilevel_roi_align(
-        features, rois, output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned
-    )
+    ours = multilevel_roi_align(features, rois, output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned)
     truth = reference.multilevel_roi_align(
         [f.numpy() for f in features],
         rois.numpy(),
@@ -84,9 +82,7 @@ def test_roi_align_scales_with_its_box():
     # Doubling the map by repetition and the box with it moves the level by one and keeps averages of wide bins.
     feature = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(3))
     small = torch.tensor([[[64.0, 64.0, 164.0, 164.0]]])
-    one = multilevel_roi_align(
-        [feature, feature], small, output_size=2, sampling_ratio=2, aligned=True, min_level=2
-    )
+    one = multilevel_roi_align([feature, feature], small, output_size=2, sampling_ratio=2, aligned=True, min_level=2)
     two = multilevel_roi_align(
         [feature, feature], 2 * small, output_size=2, sampling_ratio=2, aligned=True, min_level=2
     )
@@ -95,9 +91,7 @@ def test_roi_align_scales_with_its_box():
 
 def test_roi_align_of_no_rois_is_empty():
     features = pyramid(torch.Generator().manual_seed(0), 2, 3)
-    pooled = multilevel_roi_align(
-        features, torch.zeros(2, 0, 4), output_size=7, sampling_ratio=2, aligned=False
-    )
+    pooled = multilevel_roi_align(features, torch.zeros(2, 0, 4), output_size=7, sampling_ratio=2, aligned=False)
     assert pooled.shape == (2, 0, 3, 7, 7)
 
 

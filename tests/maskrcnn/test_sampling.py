@@ -21,9 +21,7 @@ def test_matching_equals_torchvision(seed, keep_best):
     theirs = Matcher(0.7, 0.3, allow_low_quality_matches=keep_best)(iou.T)
     valid = torch.tensor([True] * 6 + [False] * 3)
     padded = torch.cat([iou, torch.full((300, 3), -1.0)], dim=1)
-    matched, positive, negative = match_anchors(
-        padded, valid, foreground=0.7, background=0.3, keep_best=keep_best
-    )
+    matched, positive, negative = match_anchors(padded, valid, foreground=0.7, background=0.3, keep_best=keep_best)
     assert torch.equal(positive, theirs >= 0)
     assert torch.equal(negative, theirs == Matcher.BELOW_LOW_THRESHOLD)
     assert torch.equal(matched[positive], theirs[positive])
@@ -32,9 +30,7 @@ def test_matching_equals_torchvision(seed, keep_best):
 
 def test_without_objects_every_box_is_negative():
     padded = torch.full((50, 2), -1.0)
-    _, positive, negative = match_anchors(
-        padded, torch.zeros(2, dtype=torch.bool), foreground=0.7, background=0.3
-    )
+    _, positive, negative = match_anchors(padded, torch.zeros(2, dtype=torch.bool), foreground=0.7, background=0.3)
     assert not positive.any()
     assert negative.all()
 
@@ -48,9 +44,7 @@ def test_a_sample_has_the_right_numbers_of_each(positives, negatives, taken_posi
     kind = torch.zeros(700, dtype=torch.int64)
     order = torch.randperm(700)
     kind[order[:positives]], kind[order[positives : positives + negatives]] = 1, 2
-    index, is_positive, is_sampled = sample_balanced(
-        kind == 1, kind == 2, count=64, positive_fraction=0.25
-    )
+    index, is_positive, is_sampled = sample_balanced(kind == 1, kind == 2, count=64, positive_fraction=0.25)
     assert is_positive.sum() == taken_positives
     assert is_sampled.sum() == taken_positives + taken_negatives
     assert (kind[index[is_positive]] == 1).all()

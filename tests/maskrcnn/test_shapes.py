@@ -148,9 +148,7 @@ def test_complete_folder_is_used_as_it_is(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    "damage", ["other arguments", "image gone", "annotations cut", "foreign file", "a file"]
-)
+@pytest.mark.parametrize("damage", ["other arguments", "image gone", "annotations cut", "foreign file", "a file"])
 def test_any_other_folder_is_refused_and_left_alone(tmp_path, damage):
     out, arguments = tmp_path / "s", {"train_images": 2, "val_images": 1, "size_px": 32}
     if damage == "foreign file":
@@ -218,9 +216,7 @@ def test_finishing_second_uses_the_first_ones_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"train_images": 0}, {"val_images": 0}, {"size_px": 16}, {"seed": -1}], ids=str
-)
+@pytest.mark.parametrize("arguments", [{"train_images": 0}, {"val_images": 0}, {"size_px": 16}, {"seed": -1}], ids=str)
 def test_arguments_out_of_range(tmp_path, arguments):
     with pytest.raises(UserError, match="at least 1 image of each, at least 32 px"):
         generate_shapes(tmp_path / "s", **arguments)

@@ -92,9 +92,7 @@ def objection(found: Import) -> str | None:
 
 
 def _objection_in_plugins(found: Import) -> str | None:
-    if found.name.partition(".")[0] in sys.stdlib_module_names or within(
-        found.name, "numpy", "maskrcnn.plugins"
-    ):
+    if found.name.partition(".")[0] in sys.stdlib_module_names or within(found.name, "numpy", "maskrcnn.plugins"):
         return None
     if within(found.name, "tensorrt"):
         return None if found.is_lazy else "TensorRT is imported inside the functions that need it"

@@ -49,8 +49,7 @@ def leaked(names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if (top := name.partition("/")[0]) in NOT_AT_THE_TOP
-        or not (top == "maskrcnn" or top.endswith(".dist-info"))
+        if (top := name.partition("/")[0]) in NOT_AT_THE_TOP or not (top == "maskrcnn" or top.endswith(".dist-info"))
     ]
 
 

@@ -24,14 +24,10 @@ def too_long(path: Path) -> bool:
 @pytest.mark.parametrize("name", ["work", "root"])
 def test_the_check_finds_private_paths(name):
     assert private_paths(f"fine\nsee '/{name}/main/x.py'") == [f"2: see '/{name}/main/x.py'"]
-    assert (
-        private_paths(f"(/{name})") and private_paths(f"PATH=/{name}/bin") and private_paths(f"a:/{name}/b")
-    )
+    assert private_paths(f"(/{name})") and private_paths(f"PATH=/{name}/bin") and private_paths(f"a:/{name}/b")
 
 
-@pytest.mark.parametrize(
-    "text", ["a/work/b", "https://host/root/x", "$HOME/work", "/workspace/x", "/root-file"]
-)
+@pytest.mark.parametrize("text", ["a/work/b", "https://host/root/x", "$HOME/work", "/workspace/x", "/root-file"])
 def test_the_check_passes_other_paths(text):
     assert not private_paths(text)
 

@@ -1,0 +1,253 @@
+"""What a benchmark compares: every model file on every backend, and torchvision, or why one cannot run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import TorchvisionDetector, TorchvisionOnnxDetector, export_legacy, torchvision_from_config
+
+from maskrcnn import runs
+from maskrcnn.checkpoint import SUFFIX, metadata_of
+from maskrcnn.errors import UserError
+from maskrcnn.metadata import sha256_of
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.runtime.detector import Detector
+from maskrcnn.runtime.engine import tensorrt_obstacle
+from maskrcnn.training.trainer import choose_precision
+
+LEGACY_EXPORT = "torchvision legacy export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the table for each batch size."""
+
+    model: str  # the file's name, or what torchvision's is called
+    backend: str
+    precision: str  # where it cannot be opened; what was opened tells its own
+    open: Callable[[], Any]  # a Detector, or a peer with the same methods; raises where it cannot run
+    is_reference: bool = False  # every other one is compared with this
+    peer: str = ""  # "eager" or "onnx": what the ratios refer to
+    largest_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefacts:
+    """The files of one model."""
+
+    checkpoint: Path | None = None
+    onnx: tuple[Path, ...] = ()
+    engines: tuple[Path, ...] = ()  # OpenVINO's .xml
+    others: tuple[Path, ...] = ()  # files that no backend of ours runs
+    complete: bool = True  # whether to say what is missing
+
+
+def newest_artefacts() -> Artefacts:
+    """The newest run's best checkpoint and what was made of it.
+
+    Raises:
+        UserError: where there is no run.
+    """
+    checkpoint = runs.newest_checkpoint()
+    folder = checkpoint.parent
+    engines = [path for path in sorted(folder.glob("*.xml")) if ".rejected" not in path.suffixes]
+    return Artefacts(
+        checkpoint=checkpoint,
+        onnx=tuple(sorted(folder.glob("*.onnx"))),
+        engines=tuple(engines),
+        others=tuple(sorted(folder.glob("*.engine"))),
+    )
+
+
+def given_artefacts(paths: Sequence[Path]) -> Artefacts:
+    """The files named on the command line.
+
+    Raises:
+        UserError: for a file that does not exist, and for two checkpoints.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"no file {path}", "a checkpoint, an ONNX file or an engine", "check the path")
+    checkpoints = [path for path in paths if path.suffix == SUFFIX]
+    if len(checkpoints) > 1:
+        raise UserError(
+            f"{len(checkpoints)} checkpoints", "at most one, which the other files were made from", "name one"
+        )
+    known = (SUFFIX, ".onnx", ".xml")
+    return Artefacts(
+        checkpoint=checkpoints[0] if checkpoints else None,
+        onnx=tuple(path for path in paths if path.suffix == ".onnx"),
+        engines=tuple(path for path in paths if path.suffix == ".xml"),
+        others=tuple(path for path in paths if path.suffix not in known),
+        complete=False,
+    )
+
+
+def our_contenders(artefacts: Artefacts) -> list[Contender]:
+    """Every file on every backend that can run it; the first that is no failure is the reference."""
+    found = []
+    if artefacts.checkpoint:
+        found += _of_checkpoint(artefacts.checkpoint)
+    for path in artefacts.onnx:
+        source = artefacts.checkpoint
+        found += [
+            _of_file(path, "ONNX Runtime", "onnxruntime", "fp32", source=source),
+            _of_file(path, "OpenVINO", "openvino", "fp32", source=source, options={"precision": "fp32"}),
+        ]
+    found += [_of_engine(path, artefacts.onnx) for path in artefacts.engines]
+    found += [_of_file(path, path.suffix.removeprefix("."), None, "") for path in artefacts.others]
+    if artefacts.complete:
+        found += _missing(artefacts)
+    if found and not artefacts.checkpoint:
+        found[0] = replace(found[0], is_reference=True)
+    return found
+
+
+def _of_checkpoint(path: Path) -> list[Contender]:
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    half = "fp16" if device == "CUDA" else "bf16"
+
+    def open_half() -> Detector:
+        if device == "CPU" and choose_precision("auto", torch.device("cpu")) != "bf16":
+            raise UserError("this CPU has no bfloat16 instructions", "AVX512-BF16 or AMX", "use a CPU that has them")
+        return Detector.load(path, precision=half)
+
+    found = [
+        Contender(
+            model=path.name,
+            backend=f"PyTorch {device}",
+            precision="fp32",
+            open=lambda: Detector.load(path),
+            is_reference=True,
+        ),
+        Contender(model=path.name, backend=f"PyTorch {device}", precision=half, open=open_half),
+    ]
+    if device == "CPU":
+        no_gpu = UserError("no CUDA GPU that PyTorch can use", "an NVIDIA GPU", "see `maskrcnn doctor`")
+        found.append(_absent(path.name, "PyTorch CUDA", "fp16", no_gpu))
+    return found
+
+
+def _of_file(
+    path: Path,
+    backend: str,
+    key: str | None,
+    precision: str,
+    *,
+    source: Path | None = None,
+    options: dict[str, str] | None = None,
+) -> Contender:
+    def open_file() -> Detector:
+        detector = Detector.load(path, key, **(options or {}))
+        _check_source(path, detector, source, "maskrcnn export --onnx")
+        return detector
+
+    return Contender(model=path.name, backend=backend, precision=precision, open=open_file)
+
+
+def _of_engine(path: Path, onnx: Sequence[Path]) -> Contender:
+    """An engine; its metadata tells the precision, and the ONNX file that it was built from."""
+    source = onnx[0] if len(onnx) == 1 else None
+
+    def open_engine() -> Detector:
+        detector = Detector.load(path)
+        _check_source(path, detector, source, "maskrcnn build-engine --fp16")
+        return detector
+
+    return Contender(model=path.name, backend="OpenVINO engine", precision="", open=open_engine)
+
+
+def precision_of(detector: Any) -> str:
+    """The arithmetic of an opened detector, and the weights' type where that is another."""
+    backend = getattr(detector, "backend", None)
+    if backend is None:
+        return "fp32"  # a peer
+    weights = backend.metadata.stamp.get("weights", backend.precision)
+    return backend.precision if weights == backend.precision else f"{backend.precision}, {weights} weights"
+
+
+def _check_source(path: Path, detector: Detector, source: Path | None, command: str) -> None:
+    """Refuses a file made from other weights: its numbers would not belong in the table."""
+    made_from = detector.metadata.source_sha256
+    if source is not None and made_from and made_from != sha256_of(source):
+        raise UserError(
+            f"{path.name} was not made from the present {source.name}",
+            "files of one model",
+            f"run `{command}`",
+        )
+
+
+def _missing(artefacts: Artefacts) -> list[Contender]:
+    """Rows for what would be in the table if it had been made."""
+    found = []
+    if not artefacts.onnx:
+        error = UserError("no ONNX file in the run", "an export", "run `maskrcnn export --onnx`")
+        found += [_absent("model.onnx", backend, "fp32", error) for backend in ("ONNX Runtime", "OpenVINO")]
+    if not artefacts.engines:
+        error = UserError("no engine in the run", "an engine", "run `maskrcnn build-engine --fp16`")
+        found.append(_absent("model.fp16.xml", "OpenVINO engine", "bf16", error))
+    if not artefacts.others:
+        found.append(_absent("model.engine", "TensorRT", "fp16", tensorrt_obstacle()))
+    return found
+
+
+def _absent(model: str, backend: str, precision: str, error: UserError) -> Contender:
+    def refuse() -> Any:
+        raise error
+
+    return Contender(model=model, backend=backend, precision=precision, open=refuse)
+
+
+def peer_contenders(model: MaskRCNN, folder: Path, example: np.ndarray) -> list[Contender]:
+    """torchvision's model with the weights of ours, eager and exported.
+
+    Args:
+        model: ours.
+        folder: where the export may be written.
+        example: image that the exporter traces.
+    """
+    metadata = metadata_of(model.config)
+
+    def peer() -> Any:
+        theirs = torchvision_from_config(model.config)
+        theirs.load_state_dict(model.state_dict())
+        return theirs
+
+    def exported() -> TorchvisionOnnxDetector:
+        path = folder / "torchvision.onnx"
+        export_legacy(peer(), example, path)
+        return TorchvisionOnnxDetector(path, metadata)
+
+    device = "CUDA" if torch.cuda.is_available() else "CPU"
+    return [
+        Contender(
+            model="torchvision",
+            backend=f"PyTorch {device}",
+            precision="fp32",
+            open=lambda: TorchvisionDetector(peer(), metadata),
+            peer="eager",
+        ),
+        Contender(
+            model=LEGACY_EXPORT,
+            backend="ONNX Runtime",
+            precision="fp32",
+            open=exported,
+            peer="onnx",
+            largest_batch=1,
+        ),
+    ]
+
+
+def validation_split(checkpoint: Path | None) -> tuple[Path, str] | None:
+    """The dataset and the split that a run was validated on, as its configuration says."""
+    path = checkpoint.with_name(runs.CONFIG) if checkpoint else None
+    if path is None or not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return Path(config["data"]), config["val_split"]

@@ -1,0 +1,167 @@
+"""On which images a benchmark runs, and with what weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from contenders import Artefacts, validation_split
+from progress import Progress
+from random_weights import calibrated_state_dict
+
+from maskrcnn.checkpoint import SUFFIX, load_weights, save_checkpoint
+from maskrcnn.config import model_config
+from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.images import read_image
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing, resize_bilinear, resized_size
+
+POOL = 8  # distinct images that are timed; all fit the caches of shapes that libraries keep
+_GENERATED_SIZE_HW = (128, 128)
+_RESNET50 = "maskrcnn_resnet50_fpn"
+_CLASSES = 91  # with background, COCO's
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Workload:
+    """What every contender does."""
+
+    name: str
+    pool: list[np.ndarray]  # images that are timed
+    batches: tuple[int, ...]
+    repeat: int
+    dataset: CocoDataset | None  # for AP
+    notes: tuple[str, ...] = ()
+
+    def batch(self, size: int, turn: int) -> list[np.ndarray]:
+        """The images of one call; the same for every contender in the same turn."""
+        return [self.pool[(turn * size + k) % len(self.pool)] for k in range(size)]
+
+
+def dataset_workload(
+    artefacts: Artefacts,
+    *,
+    data: Path | None,
+    split: str | None,
+    batches: tuple[int, ...],
+    repeat: int,
+    images: int | None,
+) -> Workload:
+    """Images of a dataset: the one given, else that of the run's validation, else generated ones."""
+    notes = []
+    found = (data, find_split(data, split or "val")) if data else validation_split(artefacts.checkpoint)
+    if found and not data and not found[0].is_dir():
+        notes.append(f"no AP: the run's dataset {found[0]} is not there; name one with --data")
+        found = None
+    elif not found:
+        notes.append("no AP: no dataset is known for these files; name one with --data")
+    if not found:
+        return Workload(
+            name="generated shapes",
+            pool=generated_images(POOL, _GENERATED_SIZE_HW),
+            batches=batches,
+            repeat=repeat,
+            dataset=None,
+            notes=tuple(notes),
+        )
+    dataset = CocoDataset.load(*found)
+    if images is not None:
+        dataset = replace(dataset, images=dataset.images[:images])
+    return Workload(
+        name=f"{found[0].name} {found[1]}, {len(dataset.images)} images",
+        pool=[read_image(record.path) for record in dataset.images[:POOL]],
+        batches=batches,
+        repeat=repeat,
+        dataset=dataset,
+        notes=tuple(notes),
+    )
+
+
+def resnet50_workload(
+    folder: Path,
+    progress: Progress,
+    *,
+    size_hw: tuple[int, int],
+    data: Path | None,
+    split: str | None,
+    batches: tuple[int, ...],
+    repeat: int,
+) -> tuple[Artefacts, Workload]:
+    """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of one size."""
+    pool, kind = _images_of_size(size_hw, data, split)
+    progress.say(f"{_RESNET50}: random weights, batch norm and heads set from {kind}")
+    sizes = {"min_size_px": min(size_hw), "max_size_px": max(size_hw)}
+    weights = calibrated_state_dict(_RESNET50, _CLASSES, pool[:4], seed=0, **sizes)
+    config = model_config(
+        _RESNET50,
+        class_names=tuple(f"class_{label}" for label in range(1, _CLASSES)),
+        category_ids=tuple(range(1, _CLASSES)),
+        preprocessing=Preprocessing(**sizes),
+    )
+    model = MaskRCNN(config)
+    load_weights(model, weights, "calibrated weights")
+    checkpoint = folder / f"resnet50{SUFFIX}"
+    save_checkpoint(checkpoint, model)
+    notes: list[str] = []
+    artefacts = _make_files(model, checkpoint, progress, notes)
+    workload = Workload(
+        name=f"{_RESNET50}, random weights, {kind} of {size_hw[0]}×{size_hw[1]}",
+        pool=pool,
+        batches=batches,
+        repeat=repeat,
+        dataset=None,
+        notes=(*notes, "random weights: detections are compared, an AP would mean nothing"),
+    )
+    return artefacts, workload
+
+
+def _make_files(model: MaskRCNN, checkpoint: Path, progress: Progress, notes: list[str]) -> Artefacts:
+    """The ONNX file and the engine of a checkpoint; a step that fails becomes a note."""
+    artefacts = Artefacts(checkpoint=checkpoint)
+    try:
+        from maskrcnn.export.exporter import export_onnx
+
+        progress.say("exporting to ONNX")
+        onnx = checkpoint.with_suffix(".onnx")
+        notes.append(f"ONNX file compared with PyTorch: {export_onnx(model, onnx, source=checkpoint)}")
+        artefacts = replace(artefacts, onnx=(onnx,))
+
+        from maskrcnn.runtime.engine import build_openvino_engine
+
+        progress.say("building the OpenVINO engine")
+        engine = checkpoint.with_suffix(".fp16.xml")
+        _, difference = build_openvino_engine(onnx, engine, half=True)
+        notes.append(f"engine compared with the ONNX file: {difference}")
+        return replace(artefacts, engines=(engine,))
+    except (UserError, ImportError) as error:
+        notes.append(f"not made: {' '.join(str(error).split())}")
+        progress.say(notes[-1])
+        rejected = list(checkpoint.parent.glob("*.rejected.xml"))
+        return replace(artefacts, engines=tuple(rejected))
+
+
+def generated_images(count: int, size_hw: tuple[int, int]) -> list[np.ndarray]:
+    """Drawn shapes, uint8 `[H, W, 3]` each."""
+    return [shapes_image(np.random.default_rng((0, k)), size_hw)[0] for k in range(count)]
+
+
+def _images_of_size(size_hw: tuple[int, int], data: Path | None, split: str | None) -> tuple[list[np.ndarray], str]:
+    """Images of exactly this size, and what they are."""
+    if data is None:
+        return generated_images(POOL, size_hw), "generated shapes"
+    records = CocoDataset.load(data, find_split(data, split or "val")).images[:POOL]
+    return [_fitted(read_image(record.path), size_hw) for record in records], "photos"
+
+
+def _fitted(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """An image resized to fit into `size_hw`, and padded right and bottom with black."""
+    if (image.shape[0] > image.shape[1]) != (size_hw[0] > size_hw[1]):
+        image = np.ascontiguousarray(image.transpose(1, 0, 2))
+    wanted = resized_size(image.shape[:2], Preprocessing(min_size_px=min(size_hw), max_size_px=max(size_hw)))
+    resized = resize_bilinear(image, tuple(np.minimum(wanted, size_hw).tolist()))
+    fitted = np.zeros((*size_hw, 3), np.uint8)
+    fitted[: resized.shape[1], : resized.shape[2]] = resized.transpose(1, 2, 0).round().astype(np.uint8)
+    return fitted

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: the whole road, and every bad input of it."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from maskrcnn import cli, runs
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["maskrcnn", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "_file", None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def road(tmp_path, checkpoint, onnx_file):
+    """A run with a checkpoint and an exported file in the present folder."""
+    folder = tmp_path / "runs" / "train-1"
+    folder.mkdir(parents=True)
+    shutil.copy(checkpoint, folder / runs.BEST)
+    shutil.copy(onnx_file, folder / runs.ONNX)
+    return folder
+
+
+def expect_error(result, *parts):
+    code, _, err = result
+    assert code == 1, err
+    for word in ("came:", "expected:", "do:", *parts):
+        assert word in err, err
+
+
+def picture(path, size=(96, 80)):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+# The road
+
+
+def test_train_evaluate_and_predict(run, shapes, tmp_path):
+    code, out, err = run("train", "--data", shapes, "--epochs", 1, "--min-size", 64, "--workers", 0)
+    assert code == 0, err
+    assert "best mask AP" in out
+    best = tmp_path / "runs" / "train-1" / runs.BEST
+    assert best.exists()
+    code, out, err = run("evaluate", best, "--data", shapes, "--json", "metrics.json")
+    assert code == 0, err
+    assert "AP_small" in out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["box"]) == len(metrics["mask"]) == 12
+    code, out, err = run("predict", shapes / "val" / "000000.png")
+    assert code == 0, err
+    assert (tmp_path / "predictions" / "000000.png").exists()
+
+
+def test_build_engine_takes_the_newest_export(run, road):
+    code, out, err = run("build-engine", "--fp16")
+    assert code == 0, err
+    assert "building the CPU engine with OpenVINO" in out
+    assert (road / "model.fp16.xml").exists()
+    assert (road / "model.fp16.bin").exists()
+
+
+def test_predict_writes_pictures_and_coco_results(run, road, tmp_path):
+    (tmp_path / "sub").mkdir()
+    pictures = [picture(tmp_path / "a.png"), picture(tmp_path / "sub" / "a.png", (60, 120))]
+    code, _, err = run("predict", *pictures, "--model", road / runs.ONNX, "--threshold", 0.2)
+    assert code == 0, err
+    folder = tmp_path / "predictions"
+    assert Image.open(folder / "a-1.png").size == (80, 96)
+    assert Image.open(folder / "a-2.png").size == (120, 60)
+    results = json.loads((folder / "results.json").read_text())
+    assert {r["image_id"] for r in results} <= {1, 2}
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
+
+
+def test_a_torchvision_state_dict_exports_in_one_command(run, tmp_path):
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    theirs = torchvision.models.detection.MaskRCNN(backbone, num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    code, out, err = run(
+        "export", "--weights", "w.pth", "--model", "maskrcnn_resnet18_fpn", "--onnx", "--output", "out.onnx"
+    )
+    assert code == 0, err
+    assert "tolerance needed" in out
+    from maskrcnn.runtime.detector import load_backend
+
+    assert load_backend(tmp_path / "out.onnx").metadata.class_names == ("class_1", "class_2")
+
+
+def test_version_and_doctor(run):
+    assert run("--version")[1].strip().count(".") == 2
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "torch" in out
+
+
+# Bad input
+
+
+def test_nothing_to_work_on_names_the_command_before(run):
+    expect_error(run("export", "--onnx"), "no checkpoint", "maskrcnn train")
+    expect_error(run("build-engine", "--fp16"), "no ONNX file", "maskrcnn export --onnx")
+
+
+def test_a_tensorrt_engine_says_what_is_missing(run, road):
+    expect_error(run("build-engine", "--fp16", "--target", "tensorrt"), "tensorrt", "pip install")
+    assert not list(road.glob("*.xml"))
+
+
+def test_flags_that_contradict(run, road):
+    expect_error(run("export"), "no format", "--onnx")
+    expect_error(run("export", "--onnx", "--weights", "w.pth"), "--weights without --model")
+    expect_error(run("build-engine"), "no precision")
+    expect_error(run("build-engine", "--fp16", "--fp32"), "both")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_predict_refuses_what_is_no_image_and_writes_nothing(run, road, tmp_path, content):
+    good = picture(tmp_path / "good.png")
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:200] if content is None else content)
+    expect_error(run("predict", good, bad), "bad.png")
+    expect_error(run("predict", good, tmp_path / "gone.png"), "gone.png")
+    assert not (tmp_path / "predictions").exists()
+
+
+def broken_dataset(shapes, tmp_path, change):
+    root = shutil.copytree(shapes, tmp_path / "data")
+    for path in (root / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(change(content)))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: ["nothing"], "instances_train.json"),
+        (lambda c: {"images": c["images"]}, "annotations"),
+        (lambda c: {**c, "images": [], "annotations": []}, "instances_train.json"),
+        (lambda c: {**c, "images": [{**c["images"][0], "file_name": "../../x.png"}]}, "../../x.png"),
+        (lambda c: {**c, "categories": []}, "instances_train.json"),
+    ],
+)
+def test_a_dataset_that_is_none_is_refused(run, shapes, tmp_path, change, message):
+    root = broken_dataset(shapes, tmp_path, change)
+    expect_error(run("train", "--data", root), message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_annotations_are_counted_and_skipped(run, shapes, tmp_path):
+    def spoil(content):
+        content["annotations"][0]["bbox"] = [5, 5, 0, 10]
+        content["annotations"][1]["image_id"] = 987654
+        return content
+
+    root = broken_dataset(shapes, tmp_path, spoil)
+    code, out, err = run("train", "--data", root, "--epochs", 1, "--min-size", 64, "--workers", 0)
+    assert code == 0, err
+    assert "skipped 1 annotation(s): invalid box" in out
+    assert "skipped 1 annotation(s): unknown image" in out
+
+
+def test_a_missing_folder_or_split_is_named(run, shapes, tmp_path):
+    expect_error(run("train", "--data", tmp_path / "nowhere"), "nowhere")
+    expect_error(run("train", "--data", shapes, "--split", "test"), "test")
+
+
+def test_a_run_is_not_overwritten(run, shapes, road, tmp_path):
+    (road / runs.CONFIG).write_text("{}")
+    expect_error(run("train", "--data", shapes, "--output", road), "--resume")
+    expect_error(run("train", "--resume", tmp_path), "config.json")
+
+
+def test_a_checkpoint_of_another_class_count_is_refused(run, shapes, tmp_path, checkpoint):
+    def add(content):
+        content["categories"].append({"id": 9, "name": "star"})
+        return content
+
+    root = broken_dataset(shapes, tmp_path, add)
+    expect_error(run("train", "--data", root, "--weights", checkpoint), "do not fit")
+    assert not (tmp_path / "runs").exists()
+    expect_error(run("evaluate", checkpoint, "--data", root), "without category id(s) [9]")
+
+
+def test_an_unknown_model_lists_the_known(run, shapes):
+    expect_error(run("train", "--data", shapes, "--model", "yolo"), "'yolo'", "maskrcnn_resnet50_fpn")
+
+
+def test_files_of_the_wrong_kind(run, shapes, tmp_path):
+    for name, words in (
+        ("text.safetensors", "not a checkpoint"),
+        ("text.onnx", "text.onnx"),
+        ("text.pth", "kind '.pth'"),
+    ):
+        (tmp_path / name).write_text("hello")
+        expect_error(run("evaluate", name, "--data", shapes), words)
+    expect_error(run("export", "text.safetensors", "--onnx"), "not a checkpoint")
+    expect_error(run("build-engine", "text.onnx", "--fp16"), "text.onnx")
+    expect_error(run("export", "--onnx", "--weights", "text.pth", "--model", "maskrcnn_resnet50_fpn"), "state dict")
+    assert not list(tmp_path.glob("*.xml"))
+    assert not (tmp_path / "model.onnx").exists()

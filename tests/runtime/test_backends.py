@@ -1,0 +1,256 @@
+"""Every backend: the same detections, the same checks, and files that are not ours."""
+
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.images import read_image
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.metadata import KEY
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.backend import detector_specs
+from maskrcnn.runtime.compare import EXACT, HALF
+from maskrcnn.runtime.detector import load_backend
+from maskrcnn.runtime.engine import build_openvino_engine
+from maskrcnn.runtime.evaluate import METRICS, evaluate
+from maskrcnn.runtime.validation import compare_backends
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, onnx_file):
+    path = tmp_path_factory.mktemp("engine") / "model.fp32.xml"
+    build_openvino_engine(onnx_file, path, half=False)
+    return path
+
+
+@pytest.fixture(params=["torch", "onnxruntime", "openvino", "engine"])
+def backend(request, checkpoint, onnx_file, engine):
+    kinds = {
+        "torch": lambda: load_backend(checkpoint, device="cpu"),
+        "onnxruntime": lambda: load_backend(onnx_file),
+        "openvino": lambda: load_backend(onnx_file, "openvino"),
+        "engine": lambda: load_backend(engine),
+    }
+    return kinds[request.param]()
+
+
+def feeds(batch: int = 2) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(0).uniform(0, 255, (batch, 3, 64, 96)).astype(np.float32)
+    return {"images": images, "image_sizes": np.array([[64, 96]] * batch, np.int64)}
+
+
+def test_every_backend_agrees_with_pytorch(backend, checkpoint):
+    difference = compare_backends(load_backend(checkpoint, device="cpu"), backend, EXACT)
+    assert difference.within(EXACT), str(difference)
+    assert difference.detections > 10
+    assert difference.images_without_detections > 0
+
+
+def test_outputs_have_the_contracts_names_types_and_shapes(backend):
+    outputs = backend(feeds())
+    _, specs = detector_specs(backend.metadata)
+    assert set(outputs) == set(specs)
+    for name, spec in specs.items():
+        assert str(outputs[name].dtype) == spec.dtype, name
+        assert outputs[name].shape == (2, *spec.shape[1:]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": np.zeros((2, 3, 64, 96), np.uint8)}, r"images uint8"),
+        ({"images": np.zeros((2, 1, 64, 96), np.float32)}, r"expected: images float32 \[None, 3"),
+        ({"images": np.zeros((2, 3, 60, 96), np.float32)}, "images of 60×96\nexpected: multiples of 32"),
+        ({"images": np.zeros((1, 3, 64, 96), np.float32)}, "1 images with 2 sizes"),
+        ({"images": np.zeros((0, 3, 64, 96), np.float32)}, "0 images with 2 sizes"),
+        ({"extra": np.zeros(1)}, "inputs .*extra"),
+    ],
+)
+def test_wrong_feeds_are_refused_before_inference(backend, change, message):
+    with pytest.raises(UserError, match=message):
+        backend({**feeds(), **change})
+
+
+def test_a_detector_returns_boxes_in_the_original_image(onnx_file):
+    image = shapes_image(np.random.default_rng(4), (300, 200))[0]
+    detector = Detector.load(onnx_file)
+    alone = detector.detect([image])[0]
+    assert len(alone) > 0
+    assert alone.size_hw == (300, 200)
+    assert alone.boxes_xyxy_px[:, 2].max() <= 200
+    assert alone.boxes_xyxy_px[:, 3].max() <= 300
+    assert alone.full_masks().shape == (len(alone), 300, 200)
+
+
+def test_evaluation_scores_all_metrics_and_writes_coco_results(onnx_file, shapes):
+    dataset = CocoDataset.load(shapes, "val")
+    done = []
+    found = evaluate(Detector.load(onnx_file), dataset, batch_size=4, progress=done.append)
+    assert sum(done) == found.images == 6
+    assert set(found.box) == set(found.mask) == set(METRICS)
+    assert {r["image_id"] for r in found.results} <= {record.id for record in dataset.images}
+    assert json.loads(json.dumps(found.results))[0]["segmentation"]["size"] == [96, 96]
+
+
+class TruthTeller(Detector):
+    """A detector that says what the annotations say."""
+
+    def __init__(self, dataset):
+        from tiny import tiny_config
+
+        from maskrcnn.checkpoint import metadata_of
+
+        self.dataset, self.next = dataset, 0
+        self.truth_metadata = metadata_of(tiny_config())
+
+    @property
+    def metadata(self):
+        return self.truth_metadata
+
+    def detect(self, images):
+        from maskrcnn.data.coco import instance_mask
+        from maskrcnn.data.loader import mask_in_box
+        from maskrcnn.postprocess import Detections
+
+        answers = []
+        for image in images:
+            record = self.dataset.images[self.next]
+            self.next += 1
+            np.testing.assert_array_equal(image, read_image(record.path))
+            boxes = np.array([i.box_xyxy_px for i in record.instances], np.float32).reshape(-1, 4)
+            masks = [
+                mask_in_box(instance_mask(record, i), b, 28) / 255.0
+                for i, b in zip(record.instances, boxes, strict=True)
+            ]
+            answers.append(
+                Detections(
+                    boxes,
+                    np.ones(len(boxes), np.float32),
+                    np.array([i.label for i in record.instances], np.int64),
+                    np.array(masks, np.float32).reshape(-1, 28, 28),
+                    image.shape[:2],
+                )
+            )
+        return answers
+
+
+def test_a_perfect_detector_gets_a_perfect_score(shapes):
+    dataset = CocoDataset.load(shapes, "val")
+    found = evaluate(TruthTeller(dataset), dataset, batch_size=2)
+    assert found.box["AP"] == pytest.approx(1.0)
+    assert found.mask["AP50"] == pytest.approx(1.0)
+    assert found.mask["AP"] > 0.85  # 28 × 28 pixels draw an outline only so well
+
+
+def test_a_model_of_other_classes_is_refused(onnx_file, shapes, tmp_path):
+    import shutil
+
+    root = shutil.copytree(shapes, tmp_path / "other")
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 17, "name": "star"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"3 classes without category id\(s\) \[17\]"):
+        evaluate(Detector.load(onnx_file), CocoDataset.load(root, "val"))
+
+
+def test_a_half_precision_engine_is_kept_when_it_agrees(tmp_path, onnx_file):
+    path = tmp_path / "model.fp16.xml"
+    metadata, difference = build_openvino_engine(onnx_file, path, half=True)
+    assert difference.within(HALF)
+    assert metadata.precision == "fp16"
+    full = onnx_file.stat().st_size
+    assert path.with_suffix(".bin").stat().st_size < 0.6 * full
+    loaded = load_backend(path)
+    assert loaded.metadata.stamp["compared"] == str(difference)
+    assert loaded.metadata.class_names == ("circle", "rectangle", "triangle")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.fp16.bin", "model.fp16.xml"]
+
+
+def test_an_engine_that_departs_is_set_aside(tmp_path, onnx_file, monkeypatch):
+    from maskrcnn.runtime import engine
+
+    monkeypatch.setattr(engine, "HALF", engine.dataclasses.replace(HALF, mask_mean=0.0, box_px=0.0))
+    path = tmp_path / "model.fp16.xml"
+    with pytest.raises(UserError, match=r"engine that departs from .*tolerance needed"):
+        build_openvino_engine(onnx_file, path, half=True)
+    assert not path.exists()
+    assert (tmp_path / "model.fp16.rejected.xml").exists()
+
+
+def test_an_engine_for_bfloat16_names_what_this_cpu_lacks(tmp_path, onnx_file, monkeypatch):
+    import openvino
+
+    path = tmp_path / "model.fp16.xml"
+    build_openvino_engine(onnx_file, path, half=True)
+    text = path.read_text().replace(
+        "&quot;execution&quot;: &quot;fp32&quot;", "&quot;execution&quot;: &quot;bf16&quot;"
+    )
+    path.write_text(text)
+    real = openvino.Core.get_property
+
+    def without_bf16(self, device, name):
+        return ["FP32"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name)
+
+    monkeypatch.setattr(openvino.Core, "get_property", without_bf16)
+    with pytest.raises(UserError, match=r"built for bfloat16 execution .* this CPU has none"):
+        load_backend(path)
+
+
+def foreign_onnx(path, metadata=None):
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value], [out])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    if metadata:
+        onnx.helper.set_model_props(model, {KEY: metadata})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("backend_name", ["onnxruntime", "openvino"])
+def test_a_foreign_onnx_file_is_refused(tmp_path, backend_name):
+    path = foreign_onnx(tmp_path / "foreign.onnx")
+    with pytest.raises(UserError, match="without maskrcnn's metadata"):
+        load_backend(path, backend_name)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"foreign\.onnx: not a"):
+        load_backend(path, backend_name)
+    with pytest.raises(UserError, match="no file"):
+        load_backend(tmp_path / "missing.onnx", backend_name)
+
+
+def test_a_contract_of_another_version_is_refused(tmp_path):
+    path = foreign_onnx(tmp_path / "old.onnx", json.dumps({"contract": 99}))
+    with pytest.raises(UserError, match="contract version 99"):
+        load_backend(path)
+
+
+def test_a_foreign_engine_is_refused(tmp_path):
+    (tmp_path / "m.xml").write_text("<net/>")
+    with pytest.raises(UserError, match=r"no engine .* with its m\.bin"):
+        load_backend(tmp_path / "m.xml")
+    (tmp_path / "m.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="not an engine of ours"):
+        load_backend(tmp_path / "m.xml")
+
+
+def test_files_and_backends_that_do_not_go_together(tmp_path, onnx_file):
+    with pytest.raises(UserError, match=r"a file of kind '\.pth'"):
+        load_backend(tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"backend 'torch' for .*\nexpected: onnxruntime or openvino"):
+        load_backend(onnx_file, "torch")
+    with pytest.raises(UserError, match="a TensorRT engine"):
+        load_backend(tmp_path / "model.engine")
+
+
+@pytest.mark.parametrize(("library", "kind"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_library_says_how_to_install_it(onnx_file, monkeypatch, library, kind):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"no Python package {library}[\\s\\S]*pip install {library}"):
+        load_backend(onnx_file, kind)

@@ -1,0 +1,90 @@
+"""Comparing detections: what is a difference, and what is excused."""
+
+import numpy as np
+import pytest
+
+from maskrcnn.runtime.compare import EXACT, Tolerance, compare_outputs
+
+ROWS = 6
+
+
+def outputs(*images: list[tuple]) -> dict[str, np.ndarray]:
+    """Detector outputs from lists of (box, score, label), masks all 0.5."""
+    result = {
+        "num_detections": np.array([len(image) for image in images], np.int32),
+        "boxes": np.zeros((len(images), ROWS, 4), np.float32),
+        "scores": np.zeros((len(images), ROWS), np.float32),
+        "labels": np.zeros((len(images), ROWS), np.int64),
+        "masks": np.zeros((len(images), ROWS, 28, 28), np.float32),
+    }
+    for n, image in enumerate(images):
+        for k, (box, score, label) in enumerate(image):
+            result["boxes"][n, k], result["scores"][n, k], result["labels"][n, k] = box, score, label
+            result["masks"][n, k] = 0.5
+    return result
+
+
+A, B = ((0, 0, 10, 10), 0.9, 1), ((40, 40, 60, 60), 0.8, 2)
+
+
+def test_equal_outputs_need_no_tolerance():
+    difference = compare_outputs(outputs([A, B], []), outputs([A, B], []), EXACT)
+    assert (difference.box_px, difference.score, difference.mask, difference.unpaired) == (0, 0, 0, 0)
+    assert (difference.images, difference.detections, difference.images_without_detections) == (2, 2, 1)
+    assert difference.within(EXACT)
+
+
+def test_order_does_not_matter_and_the_largest_difference_is_reported():
+    other = outputs([((40, 40, 60, 61.5), 0.7, 2), A])
+    other["masks"][0, 0, 3, 3] = 0.25
+    difference = compare_outputs(outputs([A, B]), other, EXACT)
+    assert difference.box_px == pytest.approx(1.5)
+    assert difference.score == pytest.approx(0.1)
+    assert difference.mask == pytest.approx(0.25)
+    assert difference.mask_mean == pytest.approx(0.25 / 28**2)
+    assert not difference.within(EXACT)
+    assert difference.within(Tolerance(box_px=2, score=0.2, mask=0.3, mask_mean=0.01))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [A],  # one is missing
+        [A, (B[0], B[1], 1)],  # of another label
+        [A, ((50, 40, 90, 60), 0.8, 2)],  # elsewhere
+        [A, B, ((80, 80, 90, 90), 0.5, 1)],  # one too many
+    ],
+)
+def test_a_detection_without_partner_is_a_disagreement(other):
+    difference = compare_outputs(outputs([A, B]), outputs(other), EXACT)
+    assert difference.unpaired > 0
+    assert not difference.within(EXACT)
+
+
+def test_a_detection_at_the_score_threshold_is_excused():
+    faint = ((80, 80, 90, 90), 0.0505, 1)
+    assert compare_outputs(outputs([A, faint]), outputs([A]), EXACT).within(EXACT)
+    plain = ((80, 80, 90, 90), 0.06, 1)
+    assert not compare_outputs(outputs([A, plain]), outputs([A]), EXACT).within(EXACT)
+
+
+def test_the_last_of_a_full_output_is_excused():
+    boxes = [((20 * k, 0, 20 * k + 10, 10), 0.9 - 0.1 * k, 1) for k in range(ROWS)]
+    swapped = [*boxes[:-1], ((500, 0, 510, 10), boxes[-1][1], 1)]
+    assert compare_outputs(outputs(boxes), outputs(swapped), EXACT).within(EXACT)
+    early = [((500, 0, 510, 10), 0.9, 1), *boxes[1:]]
+    assert not compare_outputs(outputs(boxes), outputs(early), EXACT).within(EXACT)
+
+
+def test_nan_is_never_within():
+    bad = outputs([A])
+    bad["masks"][0, 0, 0, 0] = np.nan
+    difference = compare_outputs(outputs([A]), bad, EXACT)
+    assert not difference.within(Tolerance(box_px=1e9, score=1e9, mask=1e9, mask_mean=1e9))
+
+
+def test_the_text_names_the_tolerance_that_was_needed():
+    other = outputs([((0, 0, 10, 10.5), 0.9, 1)])
+    text = str(compare_outputs(outputs([A]), other, EXACT))
+    assert "boxes 0.5 px" in text
+    assert "1 detections on 1 images" in text
