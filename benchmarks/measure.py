@@ -190,7 +190,13 @@ def _time(entries: list[_Entry], workload: Workload, batch: int, progress: Progr
     warmup = min(workload.repeat, len(workload.pool)) if len(shapes) > 1 else 1
     total = len(calls) * (workload.repeat + warmup)
     with progress.steps(f"timing at batch {batch}: {workload.repeat} rounds", total) as stepper:
-        return time_in_turns(calls, repeat=workload.repeat, warmup=warmup, progress=lambda name: stepper.advance())
+        return time_in_turns(
+            calls,
+            repeat=workload.repeat,
+            warmup=warmup,
+            budget_s=workload.budget_s,
+            progress=lambda name: stepper.advance(),
+        )
 
 
 def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress) -> None:

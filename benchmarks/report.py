@@ -75,6 +75,7 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("backend", lambda row: row.backend),
     ("precision", lambda row: row.precision),
     ("batch", lambda row: str(row.batch)),
+    ("calls", lambda row: str(row.samples or "")),
     ("p50 ms", _number("p50_ms", ".1f")),
     ("p90 ms", _number("p90_ms", ".1f")),
     ("p99 ms", _number("p99_ms", ".1f")),
@@ -96,7 +97,7 @@ def _page(text: str, workload: Workload, environment: dict[str, Any]) -> str:
         "",
         text,
         "",
-        f"- Timed: {TIMED}. {workload.repeat} calls each, in turns. Percentiles are nearest-rank samples.",
+        f"- Timed: {TIMED}. The calls of all rows of a batch size take turns. Percentiles are nearest-rank samples.",
         "- × torchvision: torchvision's p50 in eager PyTorch divided by the row's, at the same batch size; "
         "× tv ONNX: likewise its legacy export in ONNX Runtime. Above 1 the row is faster.",
         "- Δ: difference to the reference, PyTorch FP32. AP is measured image by image.",

@@ -37,7 +37,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="dataset in COCO layout; default: what the run was validated on")
     add("--split", help="split of --data; default val")
     add("--batch", type=_numbers, help="batch sizes, as 1,4")
-    add("--repeat", type=int, help="measured calls of each model and batch size")
+    add(
+        "--repeat", type=int, help="measured calls of each model and batch size; default 20, or fewer on a slow machine"
+    )
     add("--images", type=int, help="images to evaluate on; default all")
     add("--no-peers", action="store_true", help="leave torchvision out")
     add("--output", type=Path, help="folder for results.json and results.md; default: beside the model")
@@ -87,6 +89,7 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
             split=given.split,
             batches=given.batch or (1,),
             repeat=given.repeat or 7,
+            budget_s=None if given.repeat else 180.0,
         )
     artefacts = given_artefacts(given.model) if given.model else newest_artefacts()
     return artefacts, dataset_workload(
@@ -95,6 +98,7 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
         split=given.split,
         batches=given.batch or (1, 4),
         repeat=given.repeat or 20,
+        budget_s=None if given.repeat else 35.0,
         images=given.images,
     )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 REST_S = 0.03
+LEAST_REPEAT = 3
 PACKAGES = (
     "maskrcnn",
     "torch",
@@ -66,6 +67,7 @@ def time_in_turns(
     repeat: int,
     warmup: int = 1,
     rest_s: float = REST_S,
+    budget_s: float | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
@@ -78,6 +80,7 @@ def time_in_turns(
         repeat: measured rounds.
         warmup: rounds before them, not measured.
         rest_s: pause before each call.
+        budget_s: no round begins later than this, once there are `LEAST_REPEAT`.
         seed: decides the order inside the rounds.
         clock: seconds.
         sleep: pauses.
@@ -89,7 +92,10 @@ def time_in_turns(
     order, rng = list(calls), random.Random(seed)
     latencies: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, Exception] = {}
+    started = clock()
     for turn in range(-warmup, repeat):
+        if budget_s is not None and turn >= LEAST_REPEAT and clock() - started > budget_s:
+            break
         rng.shuffle(order)
         for name in order:
             if name in errors:

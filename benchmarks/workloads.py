@@ -34,6 +34,7 @@ class Workload:
     batches: tuple[int, ...]
     repeat: int
     dataset: CocoDataset | None  # for AP
+    budget_s: float | None = None  # for the timing of one batch size, see `time_in_turns`
     notes: tuple[str, ...] = ()
 
     def batch(self, size: int, turn: int) -> list[np.ndarray]:
@@ -48,6 +49,7 @@ def dataset_workload(
     split: str | None,
     batches: tuple[int, ...],
     repeat: int,
+    budget_s: float | None,
     images: int | None,
 ) -> Workload:
     """Images of a dataset: the one given, else that of the run's validation, else generated ones."""
@@ -64,6 +66,7 @@ def dataset_workload(
             pool=generated_images(POOL, _GENERATED_SIZE_HW),
             batches=batches,
             repeat=repeat,
+            budget_s=budget_s,
             dataset=None,
             notes=tuple(notes),
         )
@@ -75,6 +78,7 @@ def dataset_workload(
         pool=[read_image(record.path) for record in dataset.images[:POOL]],
         batches=batches,
         repeat=repeat,
+        budget_s=budget_s,
         dataset=dataset,
         notes=tuple(notes),
     )
@@ -89,6 +93,7 @@ def resnet50_workload(
     split: str | None,
     batches: tuple[int, ...],
     repeat: int,
+    budget_s: float | None,
 ) -> tuple[Artefacts, Workload]:
     """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of one size."""
     pool, kind = _images_of_size(size_hw, data, split)
@@ -112,6 +117,7 @@ def resnet50_workload(
         pool=pool,
         batches=batches,
         repeat=repeat,
+        budget_s=budget_s,
         dataset=None,
         notes=(*notes, "random weights: detections are compared, an AP would mean nothing"),
     )

@@ -13,3 +13,7 @@ class UserError(Exception):
     def __init__(self, came: str, expected: str, do: str) -> None:
         self.came, self.expected, self.do = came, expected, do
         super().__init__(f"came: {came}\nexpected: {expected}\ndo: {do}")
+
+    def __reduce__(self) -> tuple:
+        """So that it survives the way between processes."""
+        return type(self), (self.came, self.expected, self.do)

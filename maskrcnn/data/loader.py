@@ -76,8 +76,14 @@ class TrainingSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int]) -> tuple | UserError:
+        """One sample, or the error that its file deserves: PyTorch would lose an error raised in a worker."""
+        try:
+            return self._sample(*key)
+        except UserError as error:
+            return error
+
+    def _sample(self, epoch: int, index: int) -> tuple:
         record = self.dataset.images[index]
         rng = np.random.default_rng((self.seed, epoch, index))
         image = read_image(record.path)
@@ -148,14 +154,18 @@ class _Collate:
     def __init__(self, divisor: int) -> None:
         self.divisor = divisor
 
-    def __call__(self, samples: list[tuple]) -> Batch:
-        return collate(samples, self.divisor)
+    def __call__(self, samples: list[tuple | UserError]) -> Batch | UserError:
+        errors = [sample for sample in samples if isinstance(sample, UserError)]
+        return errors[0] if errors else collate(samples, self.divisor)
 
 
 def training_loader(
     samples: TrainingSamples, *, batch_size: int, workers: int, pin_memory: bool
 ) -> tuple[DataLoader, EpochSampler]:
-    """Batches of one epoch, the last one possibly smaller; set `sampler.epoch` before iterating."""
+    """Batches of one epoch, the last one possibly smaller; set `sampler.epoch` before iterating.
+
+    Where a file cannot be used, the loader yields the `UserError` in place of the batch.
+    """
     sampler = EpochSampler(len(samples), samples.seed)
     loader = DataLoader(
         samples,

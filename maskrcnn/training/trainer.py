@@ -152,6 +152,8 @@ class Trainer:
         totals: dict[str, float] = {}
         steps = len(loader)
         for number, batch in enumerate(loader):
+            if isinstance(batch, UserError):
+                raise batch
             step = self.epoch * steps + number
             rate = learning_rate(self.config, step, steps)
             for group in self.optimizer.param_groups:

@@ -184,6 +184,13 @@ def test_bad_annotations_are_counted_and_skipped(run, shapes, tmp_path):
     assert "skipped 1 annotation(s): unknown image" in out
 
 
+def test_training_names_the_image_that_it_cannot_read(run, shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "cut")
+    victim = root / "train" / "000003.png"
+    victim.write_bytes(victim.read_bytes()[:300])
+    expect_error(run("train", "--data", root, "--epochs", 1, "--min-size", 64, "--workers", 1), "000003.png")
+
+
 def test_a_missing_folder_or_split_is_named(run, shapes, tmp_path):
     expect_error(run("train", "--data", tmp_path / "nowhere"), "nowhere")
     expect_error(run("train", "--data", shapes, "--split", "test"), "test")

@@ -135,5 +135,17 @@ def test_an_image_of_another_size_than_annotated_is_named(shapes, tmp_path):
             annotation["segmentation"]["size"][0] += 1
     content["annotations"] = [a for a in content["annotations"] if isinstance(a["segmentation"], list)]
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"96×96 pixels\nexpected: 96×97"):
-        samples(root)[0, 0]
+    found = samples(root)[0, 0]
+    assert isinstance(found, UserError)
+    assert "96×96 pixels\nexpected: 96×97" in str(found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_comes_out_of_the_loader_as_its_error(shapes, tmp_path, workers):
+    root = shutil.copytree(shapes, tmp_path / "cut")
+    victim = root / "train" / "000003.png"
+    victim.write_bytes(victim.read_bytes()[:300])
+    loader, _ = training_loader(samples(root), batch_size=4, workers=workers, pin_memory=False)
+    errors = [batch for batch in loader if isinstance(batch, UserError)]
+    assert len(errors) == 1
+    assert "000003.png" in errors[0].came

@@ -1,0 +1,157 @@
+"""The benchmark on a tiny random model: every row is there, and what cannot run says why."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import run
+from matching import compare_detections
+from measure import one_line
+
+from maskrcnn.errors import UserError
+from maskrcnn.postprocess import Detections
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, checkpoint, onnx_file, shapes):
+    """A working folder with a run that has been exported."""
+    made = tmp_path / "runs" / "train-1"
+    made.mkdir(parents=True)
+    shutil.copy(checkpoint, made / "best.safetensors")
+    shutil.copy(onnx_file, made / "model.onnx")
+    (made / "config.json").write_text(json.dumps({"data": str(shapes), "val_split": "val"}))
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def by_key(rows):
+    return {(row.model, row.backend, row.precision, row.batch): row for row in rows}
+
+
+def test_newest_run_with_peers(folder):
+    rows = run.main(["--repeat", "2", "--images", "3", "--batch", "1,2"])
+    found = by_key(rows)
+    half = "fp16" if any("CUDA" in row.backend and row.status == "ok" for row in rows) else "bf16"
+    assert {(row.model, row.precision) for row in rows} >= {
+        ("best.safetensors", "fp32"),
+        ("best.safetensors", half),
+        ("model.onnx", "fp32"),
+        ("model.fp16.xml", "bf16"),
+        ("model.engine", "fp16"),
+        ("torchvision", "fp32"),
+        ("torchvision legacy export", "fp32"),
+    }
+    reference = next(row for row in rows if row.check == "reference")
+    assert reference.status == "ok" and reference.mask_ap_difference == 0
+    for batch in (1, 2):
+        ours = found["model.onnx", "OpenVINO", "fp32", batch]
+        assert ours.status == "ok", ours.reason
+        assert 0 < ours.p50_ms <= ours.p90_ms <= ours.p99_ms
+        assert ours.samples == 2 and ours.images_per_s > 0 and ours.times_torchvision > 0
+        assert abs(ours.mask_ap_difference) < 1e-3
+    assert found["torchvision", reference.backend, "fp32", 1].times_torchvision == 1
+    assert found["torchvision legacy export", "ONNX Runtime", "fp32", 1].times_torchvision_onnx == 1
+    beyond = found["torchvision legacy export", "ONNX Runtime", "fp32", 2]
+    assert beyond.status == "not run" and "at most 1 image" in beyond.reason
+    assert all(row.reason for row in rows if row.status != "ok")
+
+    content = json.loads((folder / "benchmark" / "results.json").read_text(encoding="utf-8"))
+    assert content["schema"] == 1 and len(content["rows"]) == len(rows)
+    assert content["environment"]["versions"]["torch"]
+    page = (folder / "benchmark" / "results.md").read_text(encoding="utf-8")
+    assert page.count("\n| ") == len(rows) + 2  # and the head
+    assert not list((folder / "benchmark").glob(".*"))
+
+
+def test_missing_library_and_missing_export_are_rows(folder, monkeypatch):
+    (folder / "model.onnx").rename(folder / "elsewhere")
+    shutil.copy(folder / "elsewhere", folder / "other.onnx")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    rows = run.main(["--repeat", "1", "--images", "1", "--batch", "1", "--no-peers"])
+    row = next(row for row in rows if row.backend == "OpenVINO")
+    assert row.status == "not run" and "openvino" in row.reason and "pip install" in row.reason
+    engine = next(row for row in rows if row.backend == "OpenVINO engine")
+    assert "build-engine" in engine.reason
+    assert not any(row.peer for row in rows)
+
+
+def test_export_of_another_checkpoint_is_refused(folder, model):
+    from maskrcnn.checkpoint import save_checkpoint
+
+    save_checkpoint(folder / "best.safetensors", model, note="another file")
+    rows = run.main(["--repeat", "1", "--images", "1", "--batch", "1", "--no-peers"])
+    for row in rows:
+        if row.model == "model.onnx":
+            assert row.status == "not run" and "maskrcnn export --onnx" in row.reason
+
+
+def test_no_run_is_an_error_with_a_way_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="maskrcnn train"):
+        run.main([])
+
+
+def test_given_file_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.onnx"):
+        run.main(["--model", str(tmp_path / "nothing.onnx")])
+
+
+def test_given_onnx_alone(tmp_path, onnx_file):
+    rows = run.main(["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)])
+    assert [row.backend for row in rows] == ["ONNX Runtime", "OpenVINO"]
+    assert rows[0].check == "reference" and rows[1].status == "ok"
+    assert rows[0].mask_ap is None
+    assert "no AP" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["800", "801x1088", "32x32", "axb"])
+def test_size_is_checked(text):
+    with pytest.raises(SystemExit):
+        run.parse(["--size", text])
+
+
+def test_reasons_are_one_line():
+    assert "\n" not in one_line(UserError("a\nb", "c", "d"))
+    assert one_line(RuntimeError("x\n" * 500)).startswith("RuntimeError: x x")
+
+
+def detections(boxes, scores, labels):
+    count = len(boxes)
+    return Detections(
+        np.array(boxes, np.float32).reshape(count, 4),
+        np.array(scores, np.float32),
+        np.array(labels, np.int64),
+        np.ones((count, 28, 28), np.float32),
+        (60, 80),
+    )
+
+
+def test_detections_are_paired_by_label_and_overlap():
+    first = detections([[5, 5, 25, 25], [30, 10, 50, 40]], [0.9, 0.5], [1, 2])
+    second = detections([[30, 10, 50, 41], [5, 5, 25, 25]], [0.9, 0.8], [2, 1])
+    found = compare_detections(first, second)
+    assert (found.unpaired, found.reordered) == (0, 2)
+    assert found.box_px == 1
+    assert found.score == pytest.approx(0.4)
+
+
+def test_another_label_is_no_partner():
+    found = compare_detections(detections([[5, 5, 25, 25]], [0.9], [1]), detections([[5, 5, 25, 25]], [0.9], [2]))
+    assert found.unpaired == 2
+    assert not found.within(box_px=1, score=1, mask_iou=0, unpaired_share=0.5)
+
+
+def test_detection_at_the_threshold_may_be_alone():
+    found = compare_detections(detections([[5, 5, 25, 25]], [0.0504], [1]), detections([], [], []))
+    assert (found.unpaired, found.excused) == (0, 1)
+
+
+def test_a_box_at_a_whole_pixel_makes_a_mask_jump():
+    # A box of 28 px grows by one pixel on each side: this one's right side comes to lie at 44.
+    first = detections([[15, 5, 43, 33]], [0.9], [1])
+    second = detections([[15, 5, 42.999, 33]], [0.9], [1])
+    assert compare_detections(first, first).jumped == 0
+    found = compare_detections(first, second)
+    assert found.jumped == 1 and found.mask_px == 0
