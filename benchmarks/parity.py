@@ -4,17 +4,20 @@
 
 Weights are random, with batch-norm statistics and heads set from photos of the split (see `random_weights`).
 Boxes, scores, labels and pasted masks are compared in the pixels of the original photos: each photo alone,
-and then some photos of mixed sizes as one batch.
+and then some photos of mixed sizes as one batch. `--floor` also compares torchvision with itself in another
+memory layout, where convolutions add in another order: float32 can do no better than that.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matching import Mismatch, compare_detections, merge
 from peers import TorchvisionDetector
 from random_weights import BACKBONES, calibrated_state_dict, torchvision_model
@@ -52,7 +55,7 @@ def both_detectors(
 
 
 def compare_batch(
-    reference: TorchvisionDetector | Detector, other: Detector, images: Sequence[np.ndarray]
+    reference: TorchvisionDetector | Detector, other: TorchvisionDetector | Detector, images: Sequence[np.ndarray]
 ) -> list[Mismatch]:
     """The mismatch of each image of a batch."""
     batches = (reference.detect(list(images)), other.detect(list(images)))
@@ -79,20 +82,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=BACKBONES, default="maskrcnn_resnet50_fpn")
     parser.add_argument("--classes", type=int, default=91, help="with background")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--floor", action="store_true", help="also compare torchvision with itself")
     given = parser.parse_args(arguments)
 
     names, photos = load_photos(given.data, given.split, given.images)
     sizes = {"min_size_px": given.size, "max_size_px": round(given.size * 1333 / 800)}
     weights = calibrated_state_dict(given.model, given.classes, photos[:CALIBRATION_IMAGES], given.seed, **sizes)
     ours, theirs = both_detectors(given.model, weights, **sizes)
-    alone = []
+    twin = _channels_last(theirs) if given.floor else None
+    alone, floor = [], []
     for name, photo in zip(names, photos, strict=True):
         alone += compare_batch(theirs, ours, [photo])
         print(f"{name} {photo.shape[1]}×{photo.shape[0]}: {alone[-1]}", flush=True)
+        if twin:
+            floor += compare_batch(theirs, twin, [photo])
     print(f"\nbatch 1, {len(alone)} photos: {merge(alone)}")
+    if twin:
+        print(f"torchvision with itself, {len(floor)} photos: {merge(floor)}")
     mixed = _of_mixed_sizes(photos)
     shapes = ", ".join(f"{photo.shape[1]}×{photo.shape[0]}" for photo in mixed)
     print(f"one batch of {shapes}: {merge(compare_batch(theirs, ours, mixed))}")
+
+
+def _channels_last(detector: TorchvisionDetector) -> TorchvisionDetector:
+    """The same detector with its weights, and so its features, in channels-last memory layout."""
+    model = copy.deepcopy(detector.model).to(memory_format=torch.channels_last)
+    return TorchvisionDetector(model, detector.metadata)
 
 
 def _of_mixed_sizes(photos: Sequence[np.ndarray]) -> list[np.ndarray]:
