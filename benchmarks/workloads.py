@@ -148,7 +148,8 @@ def _make_files(model: MaskRCNN, checkpoint: Path, progress: Progress, notes: li
         notes.append(f"engine compared with the ONNX file: {difference}")
         return replace(artefacts, engines=(engine,))
     except (UserError, ImportError) as error:
-        notes.append(" ".join(str(error).split()))
+        text = error.came if isinstance(error, UserError) else str(error)
+        notes.append(" ".join(text.split()).replace(f"{checkpoint.parent}/", ""))
         progress.say(notes[-1])
         return replace(artefacts, engines=_rejected_engine(checkpoint.with_suffix(".fp16.xml")))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,11 @@ def _current_name(name: str) -> str:
 
 
 def load_torchvision(
-    path: Path, name: str, class_names: tuple[str, ...] = (), category_ids: tuple[int, ...] = ()
+    path: Path,
+    name: str,
+    class_names: tuple[str, ...] = (),
+    category_ids: tuple[int, ...] = (),
+    batch_norm_epsilon: float | None = None,
 ) -> MaskRCNN:
     """A model from a torchvision state dict; the class count is read from the weights.
 
@@ -165,6 +168,8 @@ def load_torchvision(
         name: the architecture, one of `maskrcnn.config.MODELS`.
         class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
         category_ids: likewise; by default 1, 2, ….
+        batch_norm_epsilon: of the model that was saved, which its file does not tell; by default what
+            `default_batch_norm_epsilon` reads off the tensors.
 
     Raises:
         UserError: when file and architecture do not fit.
@@ -186,10 +191,27 @@ def load_torchvision(
             f"{count} names",
             "name every class but background",
         )
-    config = model_config(name, class_names=class_names, category_ids=category_ids or tuple(range(1, count + 1)))
+    if batch_norm_epsilon is None:
+        batch_norm_epsilon = default_batch_norm_epsilon(tensors, count)
+    config = model_config(
+        name,
+        class_names=class_names,
+        category_ids=category_ids or tuple(range(1, count + 1)),
+        batch_norm_epsilon=batch_norm_epsilon,
+    )
     model = MaskRCNN(config)
     load_weights(model, tensors, path)
     return model.eval()
+
+
+def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int) -> float:
+    """The epsilon with which torchvision would run these weights.
+
+    Its COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
+    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has 1e-5.
+    """
+    frozen = not any(name.endswith("num_batches_tracked") for name in tensors)
+    return 0.0 if frozen and class_count == 90 else 1e-5
 
 
 def _default_class_names(count: int) -> tuple[str, ...]:
@@ -210,13 +232,3 @@ def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadat
         source_sha256=sha256_of(source) if source else "",
         versions=versions(),
     )
-
-
-def load_model(path: Path, name: str | None = None) -> MaskRCNN:
-    """A checkpoint of ours, or with `name` a torchvision state dict of that architecture."""
-    return load_torchvision(path, name) if name else load_checkpoint(path)
-
-
-def with_classes(config: ModelConfig, names: tuple[str, ...], ids: tuple[int, ...]) -> ModelConfig:
-    """The same model for another set of classes."""
-    return replace(config, class_names=names, category_ids=ids)

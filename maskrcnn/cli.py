@@ -176,6 +176,9 @@ def export(
     output: Annotated[Path | None, typer.Option(help="Default: model.onnx beside the checkpoint.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A torchvision state dict instead.")] = None,
     model: Annotated[str | None, typer.Option(help="With --weights: its architecture.")] = None,
+    batch_norm_epsilon: Annotated[
+        float | None, typer.Option(help="With --weights: default 0 for COCO_V1's frozen 90 classes, else 1e-5.")
+    ] = None,
 ) -> None:
     """Exports a checkpoint or a torchvision state dict to one ONNX file, checked against PyTorch."""
     from maskrcnn.checkpoint import load_checkpoint, load_torchvision
@@ -187,7 +190,12 @@ def export(
     if weights is not None and model is None:
         raise UserError("--weights without --model", "the architecture of the weights", "add --model NAME")
     source = weights or checkpoint or runs.newest_checkpoint()
-    loaded = load_torchvision(source, model) if weights else load_checkpoint(source)
+    if weights is not None:
+        loaded = load_torchvision(source, model, batch_norm_epsilon=batch_norm_epsilon)
+        config = loaded.config
+        console.print(f"{config.num_classes} classes, batch norm epsilon {config.batch_norm_epsilon:g}")
+    else:
+        loaded = load_checkpoint(source)
     target = output or source.with_name(runs.ONNX)
 
     from maskrcnn.export.exporter import export_onnx

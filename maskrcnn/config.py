@@ -26,6 +26,7 @@ class ModelConfig:
     category_ids: tuple[int, ...] = ()  # the dataset's own id of label k is category_ids[k - 1]
     backbone: str = "resnet50"
     frozen_batch_norm: bool = False  # statistics and affine fixed, for fine-tuning in small batches
+    batch_norm_epsilon: float = 1e-5  # 0 for torchvision's COCO_V1 weights, whose file does not say so
     fpn_channels: int = 256
     anchor_sizes_px: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level P2 … P6
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw
 from maskrcnn.postprocess import Detections
 
 _OPACITY = 0.45
+_MIN_SIDE_PX = 640  # smaller pictures are enlarged, so that the text does not hide them
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -20,13 +22,17 @@ def colour_of(index: int) -> tuple[int, int, int]:
 def overlay(image: np.ndarray, detections: Detections, class_names: tuple[str, ...]) -> Image.Image:
     """The image with each detection's mask, outline, box, class and score, the best on top.
 
+    Small images are enlarged by a whole factor to at least 640 px on their longer side.
+
     Args:
         image: uint8 `[H, W, 3]` RGB.
         detections: of this image, in its pixels.
         class_names: of labels 1, 2, ….
     """
-    canvas = image.astype(np.float32)
-    order = range(len(detections.scores) - 1, -1, -1)
+    scale = max(1, -(-_MIN_SIDE_PX // max(image.shape[:2])))
+    detections = _enlarged(detections, scale)
+    canvas = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1).astype(np.float32)
+    order = range(len(detections) - 1, -1, -1)
     masks = detections.full_masks()
     for k in order:
         mask, colour = masks[k], np.array(colour_of(k), np.float32)
@@ -42,6 +48,12 @@ def overlay(image: np.ndarray, detections: Detections, class_names: tuple[str, .
         draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour_of(k))
         draw.text((left, max(box[1] - 12, 0)), text, fill="black")
     return picture
+
+
+def _enlarged(detections: Detections, scale: int) -> Detections:
+    """The detections in a picture of `scale` times the size."""
+    height, width = detections.size_hw
+    return replace(detections, boxes_xyxy_px=detections.boxes_xyxy_px * scale, size_hw=(height * scale, width * scale))
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

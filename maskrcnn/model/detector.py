@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ BODY_CHANNELS = {"resnet18": 64, "resnet34": 64, "resnet50": 256}  # of C2; doub
 
 def _backbone(config: ModelConfig) -> BackboneWithFPN:
     """ResNet with FPN, its parameters named as torchvision's detectors name them."""
-    norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
     first = BODY_CHANNELS[config.backbone]
     return BackboneWithFPN(

@@ -72,7 +72,7 @@ class RoiHeads(nn.Module):
         """
         boxes, scores, labels, count = self._detect(features, proposals, used, image_sizes)
         live = torch.arange(boxes.shape[1], device=boxes.device)[None, :] < count[:, None]
-        masks = torch.sigmoid(self.mask_logits(features, boxes, labels)) * live[..., None, None]
+        masks = torch.sigmoid(self._masks_of_live(features, boxes, labels, count)) * live[..., None, None]
         return {
             "num_detections": count,
             "boxes": boxes,
@@ -80,6 +80,17 @@ class RoiHeads(nn.Module):
             "labels": labels,
             "masks": masks,
         }
+
+    def _masks_of_live(self, features: list[Tensor], boxes: Tensor, labels: Tensor, count: Tensor) -> Tensor:
+        """Mask logits `[N, D, 28, 28]`; on a CPU in eager mode unused rows are not computed but zero.
+
+        Elsewhere all D rows are: reading the count would make a GPU wait, and is no part of an exported graph.
+        """
+        if boxes.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.mask_logits(features, boxes, labels)
+        most, rows = int(count.max()), boxes.shape[1]
+        logits = self.mask_logits(features, boxes[:, :most], labels[:, :most])
+        return F.pad(logits, (0, 0, 0, 0, 0, rows - most))
 
     def _detect(self, features: list[Tensor], proposals: Tensor, used: Tensor, image_sizes: Tensor):
         config = self.config

@@ -88,8 +88,8 @@ def test_predict_writes_pictures_and_coco_results(run, road, tmp_path):
     code, _, err = run("predict", *pictures, "--model", road / runs.ONNX, "--threshold", 0.2)
     assert code == 0, err
     folder = tmp_path / "predictions"
-    assert Image.open(folder / "a-1.png").size == (80, 96)
-    assert Image.open(folder / "a-2.png").size == (120, 60)
+    assert Image.open(folder / "a-1.png").size == (7 * 80, 7 * 96)
+    assert Image.open(folder / "a-2.png").size == (6 * 120, 6 * 60)
     results = json.loads((folder / "results.json").read_text())
     assert {r["image_id"] for r in results} <= {1, 2}
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
