@@ -42,7 +42,7 @@ class Measurement:
     backend: str
     precision: str
     batch: int
-    status: str = "ok"  # ok | not run | differs | failed
+    status: str = "ok"  # ok | inexact | not run | differs | failed
     reason: str = ""  # one line, where the status is not ok
     peer: str = ""
     samples: int = 0

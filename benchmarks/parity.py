@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import model_config
-from maskrcnn.errors import UserError
+from maskrcnn.errors import told_to_the_user
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
 from maskrcnn.runtime.detector import Detector
@@ -118,8 +117,5 @@ def _of_mixed_sizes(photos: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    try:
+    with told_to_the_user():
         main()
-    except UserError as error:
-        print(f"error\n{error}", file=sys.stderr)
-        sys.exit(1)

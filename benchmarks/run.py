@@ -10,7 +10,6 @@ detections agree with PyTorch FP32; what cannot run has a row that says why.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from timing import environment
 from workloads import Workload, dataset_workload, resnet50_workload
 
 from maskrcnn.checkpoint import load_checkpoint
-from maskrcnn.errors import UserError
+from maskrcnn.errors import told_to_the_user
 
 RESNET50 = "resnet50"
 DEFAULT_OUTPUT = Path("runs") / "benchmark"
@@ -111,8 +110,5 @@ def _default_output(given: argparse.Namespace, artefacts: Artefacts) -> Path:
 
 
 if __name__ == "__main__":
-    try:
+    with told_to_the_user():
         main()
-    except UserError as error:
-        print(f"error\n{error}", file=sys.stderr)
-        sys.exit(1)

@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that `maskrcnn --help` answ
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,7 @@ import typer
 from rich.console import Console
 
 from maskrcnn import __version__, runs
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, told_to_the_user
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,11 +38,8 @@ class Target(str, Enum):
 
 def main() -> None:
     """Runs the command line; an error that a user can mend becomes three lines and exit code 1."""
-    try:
+    with told_to_the_user():
         app()
-    except UserError as error:
-        print(f"error\n{error}", file=sys.stderr)
-        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)

@@ -168,17 +168,22 @@ def _openvino(facts: Facts) -> Finding:
 
 
 def _tensorrt(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
-    enables = "TensorRT engines on NVIDIA GPUs"
+    enables = "TensorRT engines on NVIDIA GPUs, in a later version of maskrcnn"
     install = "pip install 'tensorrt>=10.9' (downloads from pypi.nvidia.com)"
     tensorrt = _library("TensorRT (Python)", facts["tensorrt"], enables, install)
     if tensorrt.found and not facts["tensorrt"].get("builder"):
         why = "there is no NVIDIA driver" if driver is None else _failure(facts["tensorrt"])
         tensorrt = dataclasses.replace(tensorrt, found=f"{tensorrt.found}, cannot build here: {why}")
     headers = "`apt install libnvinfer-headers-dev` from NVIDIA, or TensorRT_ROOT set to TensorRT's folder"
-    driver_api = "build TensorRT engines from Python, and pass them GPU memory"
+    driver_api = "GPU memory for TensorRT engines, in a later version of maskrcnn"
     return [
         tensorrt,
-        Finding("TensorRT headers", _tensorrt_headers(), "compiling the C++ plugin library", headers),
+        Finding(
+            "TensorRT headers",
+            _tensorrt_headers(),
+            "compiling the C++ plugin library, in a later version of maskrcnn",
+            headers,
+        ),
         _library("cuda-python", facts["cuda-python"], driver_api, "pip install 'cuda-python>=12.6'"),
         _library("PyCUDA", facts["pycuda"], "GPU memory without cuda-python", "pip install pycuda (needs nvcc)"),
     ]

@@ -1,5 +1,11 @@
 """The one error that a user is meant to read."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something outside the program is not as it must be: a file, a flag, a missing library.
@@ -17,3 +23,13 @@ class UserError(Exception):
     def __reduce__(self) -> tuple:
         """So that it survives the way between processes."""
         return type(self), (self.came, self.expected, self.do)
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """A `UserError` inside this context ends the program: its text on standard error, exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error\n{error}", file=sys.stderr)
+        sys.exit(1)
