@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,10 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
     Raises:
         UserError: naming the first tensors that are missing, left over, or of another shape.
     """
+    counter = "num_batches_tracked"  # frozen batch norm saves none, and nothing reads it
     own = model.state_dict()
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    tensors = {name: value for name, value in tensors.items() if name not in optional or name in own}
-    missing = sorted(set(own) - set(tensors) - optional)
-    left_over = sorted(set(tensors) - set(own))
-    left_over = [name for name in left_over if not name.endswith("num_batches_tracked")]
+    missing = sorted(name for name in set(own) - set(tensors) if not name.endswith(counter))
+    left_over = sorted(name for name in set(tensors) - set(own) if not name.endswith(counter))
     shapes = [
         f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
         for name in own
@@ -138,19 +137,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {_current_name(name): value for name, value in values.items()}
 
 
+# Names that torchvision once gave, and their present form.
+_RENAMED = (
+    (re.compile(r"(rpn\.head\.conv)\.(weight|bias)"), r"\1.0.0.\2"),
+    (re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)"), r"\1.0.\2"),
+    (
+        re.compile(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(weight|bias)"),
+        lambda found: f"roi_heads.mask_head.{int(found[1]) - 1}.0.{found[2]}",
+    ),
+)
+
+
 def _current_name(name: str) -> str:
     """The present name of a tensor that torchvision once called otherwise."""
-    prefix = "roi_heads.mask_head.mask_fcn"
-    if name.startswith(prefix):
-        number, kind = name.removeprefix(prefix).split(".")
-        return f"roi_heads.mask_head.{int(number) - 1}.0.{kind}"
-    for part in ("rpn.head.conv.", "backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."):
-        rest = name.removeprefix(part)
-        if rest != name and part == "rpn.head.conv." and rest in ("weight", "bias"):
-            return f"{part}0.0.{rest}"
-        if rest != name and part != "rpn.head.conv." and rest.split(".", 1)[-1] in ("weight", "bias"):
-            level, kind = rest.split(".")
-            return f"{part}{level}.0.{kind}"
+    for pattern, present in _RENAMED:
+        if found := pattern.fullmatch(name):
+            return present(found) if callable(present) else found.expand(present)
     return name
 
 
