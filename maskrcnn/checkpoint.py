@@ -46,17 +46,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: when the file is missing, is not safetensors, or is not ours.
     """
+    tensors, header = _read_safetensors(path)
+    if header is None:
+        raise not_ours(path, "safetensors without maskrcnn's header")
+    return tensors, json.loads(header)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of any safetensors file, and our header where it has one."""
     if not path.is_file():
         raise UserError(f"no file {path}", "a checkpoint", "check the path, or train one: `maskrcnn train`")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise not_ours(path, f"not a checkpoint ({error})") from error
-    if header is None:
-        raise not_ours(path, "safetensors without maskrcnn's header")
-    return tensors, json.loads(header)
 
 
 def save_checkpoint(path: Path, model: MaskRCNN, **extra: Any) -> None:
@@ -114,8 +119,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         UserError: when the file is missing or holds anything but tensors.
     """
     if path.suffix == SUFFIX:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _read_safetensors(path)[0]
     if not path.is_file():
         raise UserError(f"no file {path}", "a torchvision state dict", "check the path given with --weights")
     try:

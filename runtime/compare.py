@@ -113,7 +113,7 @@ def _compare_image(
     for side, alone in ((first, alone_first), (second, alone_second)):
         full = len(side["scores"]) == rows
         edge = side["scores"].min() if full else score_threshold
-        unpaired += int((side["scores"][alone] > edge + tolerance.score).sum())
+        unpaired += int((~(side["scores"][alone] <= edge + tolerance.score)).sum())  # NaN is never excused
     a, b = (np.array([pair[k] for pair in pairs], np.int64) for k in (0, 1))
     masks = np.abs(first["masks"][a] - second["masks"][b])
     return Difference(

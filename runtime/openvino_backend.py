@@ -10,6 +10,8 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, detector_specs, missing_library
 
+_HINTS = {"fp32": "f32", "bf16": "bf16"}  # our names of precisions, and OpenVINO's
+
 
 def import_openvino():
     """The openvino module.
@@ -71,9 +73,11 @@ class OpenVinoBackend(Backend):
         else:
             model, self.metadata = _read_engine(core, path)
         self.precision = precision or _execution_precision(self.metadata)
+        if self.precision not in _HINTS:
+            raise UserError(f"precision {self.precision!r}", " or ".join(_HINTS), "choose one of these")
         options = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.precision],
+            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
         }
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
@@ -106,8 +110,7 @@ def _read_engine(core, path: Path):
     except RuntimeError as error:
         raise not_ours(path, f"not an engine of ours ({str(error)[:200]})") from error
     metadata = ModelMetadata.from_json(text, path)
-    wanted = metadata.stamp.get("execution", "fp32")
-    if wanted == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if _execution_precision(metadata) == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UserError(
             f"{path}: built for bfloat16 execution ({metadata.stamp.get('cpu', 'another CPU')}); this CPU has none",
             "a CPU with AVX512-BF16 or AMX",

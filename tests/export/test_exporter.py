@@ -162,10 +162,11 @@ def test_a_disagreeing_file_is_not_written(tmp_path, model, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_nan_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["roi_heads.mask_predictor.mask_fcn_logits.bias", "backbone.body.conv1.weight"])
+def test_nan_weights_are_refused(tmp_path, name):
     model = lively_model(tiny_config())
     with torch.no_grad():
-        model.roi_heads.mask_predictor.mask_fcn_logits.bias.fill_(torch.nan)
-    with pytest.raises(UserError, match="NaN"):
+        model.state_dict()[name].flatten()[0] = torch.nan
+    with pytest.raises(UserError, match=rf"weights with NaN or infinity: 1 tensor\(s\), first {name}"):
         export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -58,6 +58,14 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "gone.safetensors")
 
 
+def test_safetensors_given_as_weights_are_checked_like_checkpoints(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*gone\.safetensors"):
+        read_state_dict(tmp_path / "gone.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        read_state_dict(tmp_path / "bad.safetensors")
+
+
 def test_foreign_safetensors_are_refused(tmp_path):
     from safetensors.torch import save_file
 

@@ -249,6 +249,11 @@ def test_files_and_backends_that_do_not_go_together(tmp_path, onnx_file):
         load_backend(tmp_path / "model.engine")
 
 
+def test_a_precision_that_openvino_lacks_is_named(onnx_file):
+    with pytest.raises(UserError, match="precision 'fp8'\nexpected: fp32 or bf16"):
+        load_backend(onnx_file, "openvino", precision="fp8")
+
+
 @pytest.mark.parametrize(("library", "kind"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_a_missing_library_says_how_to_install_it(onnx_file, monkeypatch, library, kind):
     monkeypatch.setitem(sys.modules, library, None)

@@ -83,6 +83,15 @@ def test_nan_is_never_within():
     assert not difference.within(Tolerance(box_px=1e9, score=1e9, mask=1e9, mask_mean=1e9))
 
 
+@pytest.mark.parametrize("name", ["boxes", "scores"])
+def test_nan_boxes_or_scores_are_not_excused_as_lying_at_the_edge(name):
+    bad = outputs([A])
+    bad["scores"][0, 0] = np.nan
+    bad[name][0, 0] = np.nan
+    assert not compare_outputs(outputs([]), bad, EXACT).within(EXACT)
+    assert not compare_outputs(outputs([A]), bad, EXACT).within(EXACT)
+
+
 def test_the_text_names_the_tolerance_that_was_needed():
     other = outputs([((0, 0, 10, 10.5), 0.9, 1)])
     text = str(compare_outputs(outputs([A]), other, EXACT))
