@@ -27,6 +27,7 @@ class Mismatch:
     reordered: int = 0  # pairs at different ranks
     box_px: float = 0.0
     score: float = 0.0
+    masks: int = 0  # pairs whose masks were compared
     jumped: int = 0  # pairs of masks pasted into windows that differ, see `compare_detections`
     mask_px: int = 0  # pixels of one pair of masks that differ, at most; without those that jumped
     mask_px_sum: int = 0  # likewise, of all pairs
@@ -43,11 +44,11 @@ class Mismatch:
         )
 
     def __str__(self) -> str:
+        masks = f", masks {self.mask_px} px (sum {self.mask_px_sum}, IoU ≥ {self.mask_iou:.4f})" if self.masks else ""
         return (
             f"{self.detections} and {self.other_detections} detections, {self.labels} labels, "
             f"{self.unpaired} unpaired, {self.excused} at the edge, {self.reordered} reordered; "
-            f"boxes {self.box_px:.2g} px, scores {self.score:.2g}, masks {self.mask_px} px "
-            f"(sum {self.mask_px_sum}, IoU ≥ {self.mask_iou:.4f})"
+            f"boxes {self.box_px:.2g} px, scores {self.score:.2g}{masks}"
             + (f", {self.jumped} windows jumped (IoU ≥ {self.jumped_mask_iou:.2f})" if self.jumped else "")
         )
 
@@ -55,7 +56,7 @@ class Mismatch:
 def merge(parts: Sequence[Mismatch]) -> Mismatch:
     """The mismatch over several images."""
     sums = ("images", "detections", "other_detections", "unpaired", "excused", "reordered", "jumped")
-    sums += ("mask_px_sum",)
+    sums += ("masks", "mask_px_sum")
     smallest = ("mask_iou", "jumped_mask_iou")
     largest = ("labels", "box_px", "score", "mask_px")
     return Mismatch(
@@ -87,11 +88,6 @@ def compare_detections(
         at_edge = int((side.scores[indices] <= lowest + edge).sum())
         unpaired, excused = unpaired + len(indices) - at_edge, excused + at_edge
     first, second = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
-    masks, other_masks = reference.full_masks()[first], other.full_masks()[second]
-    differing = (masks ^ other_masks).sum(axis=(1, 2))
-    windows, other_windows = _windows(reference)[first], _windows(other)[second]
-    jumped = (windows != other_windows).any(axis=1) & (np.abs(windows - other_windows) <= 1).all(axis=1)
-    lost = differing / np.maximum((masks | other_masks).sum(axis=(1, 2)), 1)
     return Mismatch(
         images=1,
         detections=len(reference),
@@ -102,12 +98,25 @@ def compare_detections(
         reordered=int((first != second).sum()),
         box_px=_largest(np.abs(reference.boxes_xyxy_px[first] - other.boxes_xyxy_px[second])),
         score=_largest(np.abs(reference.scores[first] - other.scores[second])),
-        jumped=int(jumped.sum()),
-        mask_px=int(_largest(differing[~jumped])),
-        mask_px_sum=int(differing[~jumped].sum()),
-        mask_iou=1.0 - _largest(lost[~jumped]),
-        jumped_mask_iou=1.0 - _largest(lost[jumped]),
+        **(_compare_masks(reference, other, first, second) if reference.has_masks or other.has_masks else {}),
     )
+
+
+def _compare_masks(reference: Detections, other: Detections, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """The fields of `Mismatch` about masks, for pairs of detections `first[k]` and `second[k]`."""
+    masks, other_masks = reference.full_masks()[first], other.full_masks()[second]
+    differing = (masks ^ other_masks).sum(axis=(1, 2))
+    windows, other_windows = _windows(reference)[first], _windows(other)[second]
+    jumped = (windows != other_windows).any(axis=1) & (np.abs(windows - other_windows) <= 1).all(axis=1)
+    lost = differing / np.maximum((masks | other_masks).sum(axis=(1, 2)), 1)
+    return {
+        "masks": len(masks),
+        "jumped": int(jumped.sum()),
+        "mask_px": int(_largest(differing[~jumped])),
+        "mask_px_sum": int(differing[~jumped].sum()),
+        "mask_iou": 1.0 - _largest(lost[~jumped]),
+        "jumped_mask_iou": 1.0 - _largest(lost[jumped]),
+    }
 
 
 def pair_up(reference: Detections, other: Detections) -> tuple[list[tuple[int, int]], list[int], list[int]]:

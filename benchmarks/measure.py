@@ -99,10 +99,11 @@ def measure(contenders: Sequence[Contender], workload: Workload, progress: Progr
 
 
 def detect_and_encode(detector: Any, images: list) -> list[Detections]:
-    """What is timed: from decoded images to boxes, scores, labels and pasted masks as run lengths."""
+    """What is timed: from decoded images to boxes, scores, labels and, if any, pasted masks as run lengths."""
     found = detector.detect(images)
     for detections in found:
-        detections.rles()
+        if detections.has_masks:
+            detections.rles()
     return found
 
 
@@ -207,7 +208,8 @@ def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress) -> 
         for entry in running:
             try:
                 entry.summary = evaluate(entry.detector, workload.dataset, progress=stepper.advance).summary()
-                progress.say(f"{entry.name}: mask AP {entry.summary['mask_ap']:.4f}")
+                figures = (f"{name.replace('_ap', ' AP')} {value:.4f}" for name, value in entry.summary.items())
+                progress.say(f"{entry.name}: {', '.join(figures)}")
             except Exception as error:
                 entry.reason = f"no AP: {one_line(error)}"
                 progress.say(f"{entry.name}: {entry.reason}")

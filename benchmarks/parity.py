@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from matching import Mismatch, compare_detections, merge
 from peers import TorchvisionDetector
-from random_weights import BACKBONES, calibrated_state_dict, torchvision_model
+from random_weights import calibrated_state_dict, torchvision_model
 from torch import Tensor
 
 from maskrcnn.checkpoint import load_weights
-from maskrcnn.config import model_config
+from maskrcnn.config import MODELS, model_config
 from maskrcnn.errors import told_to_the_user
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--size", type=int, default=800, help="shorter side of the resized photo, px")
-    parser.add_argument("--model", choices=BACKBONES, default="maskrcnn_resnet50_fpn")
+    parser.add_argument("--model", choices=list(MODELS), default="maskrcnn_resnet50_fpn")
     parser.add_argument("--classes", type=int, default=91, help="with background")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--floor", action="store_true", help="also compare torchvision with itself")

@@ -1,4 +1,4 @@
-"""torchvision's own Mask R-CNN behind the interface of our Detector, so that both are measured alike."""
+"""torchvision's own detectors behind the interface of our Detector, so that both are measured alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch
 from pycocotools import mask as mask_api
 from torch import Tensor, nn
 from torchvision.models import get_model
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from maskrcnn.config import ModelConfig
+from maskrcnn.config import LossConfig, ModelConfig
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
@@ -33,11 +35,15 @@ from maskrcnn.runtime.backend import missing_library
 LEGACY_OPSET = 17
 
 
-def torchvision_from_config(config: ModelConfig) -> MaskRCNN:
-    """torchvision's Mask R-CNN of our configuration, with random weights, in evaluation mode.
+def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None) -> FasterRCNN:
+    """torchvision's Mask R-CNN or Faster R-CNN of our configuration, with random weights, in evaluation mode.
+
+    Args:
+        config: of our model.
+        loss: how it trains; by default as torchvision's own models do.
 
     Raises:
-        UserError: for what torchvision's first version of the model does not have.
+        UserError: for what torchvision's models do not have.
     """
     if config.pool_aligned or config.preprocessing.divisor != 32 or config.preprocessing.channel_order != "RGB":
         raise UserError(
@@ -46,36 +52,61 @@ def torchvision_from_config(config: ModelConfig) -> MaskRCNN:
             "unaligned pooling, divisor 32 and RGB, as torchvision has them",
             "compare without torchvision",
         )
-    channels, classes = config.fpn_channels, config.num_classes + 1
     levels, ratio = [str(level) for level in range(len(config.strides_px))], config.pool_sampling_ratio
-    last = config.mask_head_channels[-1]
-    return MaskRCNN(
+    ratios, loss = config.anchor_aspect_ratios, loss or LossConfig()
+    return (MaskRCNN if config.has_masks else FasterRCNN)(
         _backbone(config),
         min_size=config.preprocessing.min_size_px,
         max_size=config.preprocessing.max_size_px,
         image_mean=list(config.preprocessing.mean),
         image_std=list(config.preprocessing.std),
         rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in config.anchor_sizes_px),
-            (config.anchor_aspect_ratios,) * len(config.anchor_sizes_px),
+            tuple((size,) for size in config.anchor_sizes_px), (ratios,) * len(config.anchor_sizes_px)
         ),
+        rpn_head=RPNHead(config.fpn_channels, len(ratios), conv_depth=config.rpn_convolutions),
+        rpn_pre_nms_top_n_train=config.rpn_candidates_per_level_training,
         rpn_pre_nms_top_n_test=config.rpn_candidates_per_level,
+        rpn_post_nms_top_n_train=config.proposals_training,
         rpn_post_nms_top_n_test=config.proposals,
         rpn_nms_thresh=config.rpn_nms_iou,
+        rpn_fg_iou_thresh=loss.rpn_foreground_iou,
+        rpn_bg_iou_thresh=loss.rpn_background_iou,
+        rpn_batch_size_per_image=loss.rpn_samples,
+        rpn_positive_fraction=loss.rpn_positive_fraction,
         box_roi_pool=MultiScaleRoIAlign(levels, config.box_pool_size, ratio),
-        box_head=TwoMLPHead(channels * config.box_pool_size**2, config.box_head_channels),
-        box_predictor=FastRCNNPredictor(config.box_head_channels, classes),
+        box_head=_box_head(config),
+        box_predictor=FastRCNNPredictor(config.box_head_channels, config.num_classes + 1),
         box_score_thresh=config.score_threshold,
         box_nms_thresh=config.nms_iou,
         box_detections_per_img=config.detections,
-        mask_roi_pool=MultiScaleRoIAlign(levels, config.mask_pool_size, ratio),
-        mask_head=MaskRCNNHeads(channels, config.mask_head_channels, 1),
-        mask_predictor=MaskRCNNPredictor(last, last, classes),
+        box_fg_iou_thresh=loss.box_foreground_iou,
+        box_bg_iou_thresh=loss.box_foreground_iou,
+        box_batch_size_per_image=loss.box_samples,
+        box_positive_fraction=loss.box_positive_fraction,
+        **(_mask_parts(config, levels, ratio) if config.has_masks else {}),
     ).eval()
 
 
+def _box_head(config: ModelConfig) -> nn.Module:
+    channels, side = config.fpn_channels, config.box_pool_size
+    if not config.box_head_convolutions:
+        return TwoMLPHead(channels * side**2, config.box_head_channels)
+    return FastRCNNConvFCHead(
+        (channels, side, side), list(config.box_head_convolutions), [config.box_head_channels], nn.BatchNorm2d
+    )
+
+
+def _mask_parts(config: ModelConfig, levels: list[str], ratio: int) -> dict[str, nn.Module]:
+    norm, last = nn.BatchNorm2d if config.head_batch_norm else None, config.mask_head_channels[-1]
+    return {
+        "mask_roi_pool": MultiScaleRoIAlign(levels, config.mask_pool_size, ratio),
+        "mask_head": MaskRCNNHeads(config.fpn_channels, config.mask_head_channels, 1, norm),
+        "mask_predictor": MaskRCNNPredictor(last, last, config.num_classes + 1),
+    }
+
+
 def _backbone(config: ModelConfig) -> BackboneWithFPN:
-    norm = FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
+    norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = get_model(config.backbone, weights=None, norm_layer=norm)
     first = body.inplanes // 8
     return BackboneWithFPN(
@@ -83,6 +114,7 @@ def _backbone(config: ModelConfig) -> BackboneWithFPN:
         {f"layer{stage + 1}": str(stage) for stage in range(4)},
         [first * 2**stage for stage in range(4)],
         config.fpn_channels,
+        norm_layer=nn.BatchNorm2d if config.head_batch_norm else None,
     )
 
 
@@ -91,6 +123,11 @@ class PastedDetections(Detections):
     """Detections whose masks torchvision has already pasted into the image."""
 
     pasted: np.ndarray  # [D, H, W] bool
+
+    @property
+    def has_masks(self) -> bool:
+        """Always: models without masks give plain `Detections`."""
+        return True
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
         """The pasted masks; only the threshold 0.5 is kept."""
@@ -102,15 +139,17 @@ class PastedDetections(Detections):
         return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
-def _detections(found: Mapping[str, np.ndarray], size_hw: tuple[int, int]) -> PastedDetections:
-    return PastedDetections(
-        boxes_xyxy_px=np.asarray(found["boxes"], np.float32).reshape(-1, 4),
-        scores=np.asarray(found["scores"], np.float32),
-        labels=np.asarray(found["labels"], np.int64),
-        masks=None,
-        size_hw=size_hw,
-        pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5,
-    )
+def _detections(found: Mapping[str, np.ndarray], size_hw: tuple[int, int]) -> Detections:
+    values = {
+        "boxes_xyxy_px": np.asarray(found["boxes"], np.float32).reshape(-1, 4),
+        "scores": np.asarray(found["scores"], np.float32),
+        "labels": np.asarray(found["labels"], np.int64),
+        "masks": None,
+        "size_hw": size_hw,
+    }
+    if "masks" not in found:
+        return Detections(**values)
+    return PastedDetections(**values, pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5)
 
 
 def _floats(image: np.ndarray) -> Tensor:
@@ -126,7 +165,7 @@ class TorchvisionDetector:
         metadata: of the same model of ours.
     """
 
-    def __init__(self, model: MaskRCNN, metadata: ModelMetadata) -> None:
+    def __init__(self, model: FasterRCNN, metadata: ModelMetadata) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.metadata = model.eval().to(self.device), metadata
 
@@ -173,7 +212,7 @@ class TorchvisionOnnxDetector:
         return [_detections(dict(zip(names, values, strict=True)), images[0].shape[:2])]
 
 
-def export_legacy(model: MaskRCNN, example: np.ndarray, output: Path) -> None:
+def export_legacy(model: FasterRCNN, example: np.ndarray, output: Path) -> None:
     """Writes torchvision's model with PyTorch's older, tracing ONNX exporter; the image's size stays dynamic.
 
     Args:
@@ -181,6 +220,9 @@ def export_legacy(model: MaskRCNN, example: np.ndarray, output: Path) -> None:
         example: uint8 `[H, W, 3]`, with detections: the exporter traces what happens to it.
         output: the file to write.
     """
+    outputs = {name: {0: "detections"} for name in ("boxes", "labels", "scores")}
+    if model.roi_heads.has_mask():
+        outputs["masks"] = {0: "detections", 2: "height", 3: "width"}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -198,14 +240,8 @@ def export_legacy(model: MaskRCNN, example: np.ndarray, output: Path) -> None:
                 dynamo=False,
                 opset_version=LEGACY_OPSET,
                 input_names=["image"],
-                output_names=["boxes", "labels", "scores", "masks"],
-                dynamic_axes={
-                    "image": {1: "height", 2: "width"},
-                    "boxes": {0: "detections"},
-                    "labels": {0: "detections"},
-                    "scores": {0: "detections"},
-                    "masks": {0: "detections", 2: "height", 3: "width"},
-                },
+                output_names=list(outputs),
+                dynamic_axes={"image": {1: "height", 2: "width"}, **outputs},
             )
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Random Mask R-CNN weights whose detections are worth comparing.
+"""Random weights whose detections are worth comparing.
 
 A network as it is initialised says nothing: its features grow from layer to layer until every score is 1.0.
 Here one forward pass over a few images sets each layer in turn to outputs of known mean and spread, so that
@@ -20,12 +20,13 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 import torchvision
+from peers import torchvision_from_config
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-BACKBONES = {f"maskrcnn_resnet{depth}_fpn": f"resnet{depth}" for depth in (18, 34, 50)}
+from maskrcnn.config import model_config
+from maskrcnn.preprocess import Preprocessing
 
 # Standard deviation of each layer's outputs, by the first pattern that its name matches.
 _SPREADS = (
@@ -43,22 +44,26 @@ _PAIRS_PER_IMAGE = 100  # wanted (proposal, class) pairs above the threshold; su
 
 def torchvision_model(
     model_name: str, num_classes: int, *, min_size_px: int = 800, max_size_px: int = 1333
-) -> MaskRCNN:
-    """torchvision's Mask R-CNN of this name with new random weights, in evaluation mode.
+) -> FasterRCNN:
+    """torchvision's model of this name with new random weights, in evaluation mode.
+
+    Where torchvision has a builder of this name it builds the model, else our configuration says what it is.
 
     Args:
-        model_name: one of `BACKBONES`.
+        model_name: one of `maskrcnn.config.MODELS`.
         num_classes: with background, as torchvision counts.
         min_size_px, max_size_px: of torchvision's resizing.
     """
-    sizes = {"min_size": min_size_px, "max_size": max_size_px}
-    if model_name == "maskrcnn_resnet50_fpn":
-        build = torchvision.models.detection.maskrcnn_resnet50_fpn
+    if model_name in torchvision.models.list_models(module=torchvision.models.detection):
+        build = torchvision.models.get_model_builder(model_name)
+        sizes = {"min_size": min_size_px, "max_size": max_size_px}
         return build(weights=None, weights_backbone=None, num_classes=num_classes, **sizes).eval()
-    backbone = resnet_fpn_backbone(
-        backbone_name=BACKBONES[model_name], weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
+    config = model_config(
+        model_name,
+        class_names=tuple(f"class_{label}" for label in range(1, num_classes)),
+        preprocessing=Preprocessing(min_size_px=min_size_px, max_size_px=max_size_px),
     )
-    return MaskRCNN(backbone, num_classes, **sizes).eval()
+    return torchvision_from_config(config)
 
 
 def calibrated_state_dict(
@@ -73,7 +78,7 @@ def calibrated_state_dict(
     """A random state dict with sensible detections on images like those given.
 
     Args:
-        model_name: one of `BACKBONES`.
+        model_name: one of `maskrcnn.config.MODELS`.
         num_classes: with background.
         images: uint8 `[H, W, 3]` RGB; they should differ, as the images do that are compared; eight are enough.
         seed: decides the weights.
@@ -87,7 +92,7 @@ def calibrated_state_dict(
 
 
 @torch.no_grad()
-def calibrate(model: MaskRCNN, images: Sequence[np.ndarray]) -> None:
+def calibrate(model: FasterRCNN, images: Sequence[np.ndarray]) -> None:
     """Sets a torchvision model's batch-norm statistics and head layers from images, in one forward pass."""
     model.eval()
     for module in model.modules():
@@ -112,15 +117,16 @@ def calibrate(model: MaskRCNN, images: Sequence[np.ndarray]) -> None:
         shift = _background_shift(logits, [len(rows) for rows in proposals])
         heads.box_predictor.cls_score.bias[0] += shift
         logits[:, 0] += shift
-        boxes, _, _ = heads.postprocess_detections(logits, deltas, proposals, sizes)
-        heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+        if heads.has_mask():
+            boxes, _, _ = heads.postprocess_detections(logits, deltas, proposals, sizes)
+            heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
     model.eval()
 
 
 def _spread_of(name: str, module: nn.Module) -> float | None:
     """The standard deviation wanted of a layer's outputs; None for layers that batch norm takes care of."""
-    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-        return None
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) or module.bias is None:
+        return None  # torchvision's convolutions before batch norm have no bias
     return next((spread for pattern, spread in _SPREADS if re.match(pattern, name)), None)
 
 
@@ -145,8 +151,7 @@ def _standardise_in_next_pass(layer: nn.Module, spread: float) -> torch.utils.ho
         channel = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
         layer.weight *= factor.view([-1 if axis == channel else 1 for axis in range(layer.weight.dim())])
         offset = -mean * factor
-        if layer.bias is not None:
-            layer.bias.mul_(factor).add_(offset)
+        layer.bias.mul_(factor).add_(offset)
         shape = [1, -1] + [1] * (outputs.dim() - 2)
         return outputs * factor.view(shape) + offset.view(shape)
 

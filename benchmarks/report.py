@@ -14,8 +14,8 @@ from maskrcnn.files import atomic_path, write_json
 
 SCHEMA = 1
 TIMED = (
-    "one call from decoded images in memory (uint8 RGB) to boxes, scores, labels and masks pasted into the "
-    "original image and encoded as COCO run lengths: preprocessing, inference and postprocessing, of "
+    "one call from decoded images in memory (uint8 RGB) to boxes, scores, labels and, where the model has them, masks "
+    "pasted into the original image and encoded as COCO run lengths: preprocessing, inference and postprocessing, of "
     "torchvision's model as of ours"
 )
 
@@ -45,13 +45,17 @@ def table(rows: Sequence[Measurement]) -> str:
     """The rows as a Markdown table, its columns of even width."""
     with_onnx = any(row.times_torchvision_onnx for row in rows)
     columns = [column for column in _COLUMNS if with_onnx or column[0] != "× tv ONNX"]
-    if not any(row.box_ap is not None for row in rows):
-        columns = [column for column in columns if "AP" not in column[0]]
-    lines = [[name for name, _ in columns]]
-    lines += [[show(row) for _, show in columns] for row in rows]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    widths[-1] = len(columns[-1][0])  # reasons are long
-    lines.insert(1, ["-" * width for width in widths])
+    for kind in ("box", "mask"):
+        if not any(getattr(row, f"{kind}_ap") is not None for row in rows):
+            columns = [column for column in columns if f"{kind} AP" not in column[0]]
+    return aligned([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])
+
+
+def aligned(head: list[str], rows: Sequence[list[str]]) -> str:
+    """A Markdown table, its columns of even width but for the last, whose texts are long."""
+    widths = [max(len(line[k]) for line in (head, *rows)) for k in range(len(head))]
+    widths[-1] = len(head[-1])
+    lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
@@ -91,7 +95,6 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
 
 
 def _page(text: str, workload: Workload, environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     lines = [
         f"# Benchmark: {workload.name}",
         "",
@@ -103,10 +106,18 @@ def _page(text: str, workload: Workload, environment: dict[str, Any]) -> str:
         "- Δ: difference to the reference, PyTorch FP32. AP is measured image by image.",
         "- Inexact: half precision whose detections depart from the reference beyond the tolerance.",
         *[f"- {note}" for note in workload.notes],
+        *machine(environment),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def machine(environment: dict[str, Any]) -> list[str]:
+    """What `timing.environment` says, as two items of a list."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return [
         f"- Machine: {environment['cpu']}, {environment['cores']} cores, "
         f"{environment['torch_threads']} PyTorch threads, {environment['memory_gb']} GB, "
         f"GPU: {environment['gpu'] or 'none'}; {environment['system']}, Python {environment['python']}",
         f"- Versions: {versions}; commit {environment['commit'] or 'unknown'}; {environment['date']}",
-        "",
     ]
-    return "\n".join(lines)

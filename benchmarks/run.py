@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from arguments import numbers, size_hw
 from contenders import Artefacts, given_artefacts, newest_artefacts, our_contenders, peer_contenders
 from measure import Measurement, measure
 from progress import Progress
@@ -35,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, action="append", default=[], help="file to measure, repeatable; default: newest run")
     add("--data", type=Path, help="dataset in COCO layout; default: what the run was validated on")
     add("--split", help="split of --data; default val")
-    add("--batch", type=_numbers, help="batch sizes, as 1,4")
+    add("--batch", type=numbers, help="batch sizes, as 1,4")
     add(
         "--repeat", type=int, help="measured calls of each model and batch size; default 20, or fewer on a slow machine"
     )
@@ -43,22 +44,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-peers", action="store_true", help="leave torchvision out")
     add("--output", type=Path, help="folder for results.json and results.md; default: beside the model")
     add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
-    add("--size", type=_size, default=(800, 1088), help="of the workload's images, height×width, as 800x1088")
+    add("--size", type=size_hw, default=(800, 1088), help="of the workload's images, height×width, as 800x1088")
     return parser.parse_args(arguments)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(part) for part in text.split(","))
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: batch sizes are 1 or more")
-    return numbers
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, width = (int(part) for part in text.lower().replace("×", "x").split("x"))
-    if height % 32 or width % 32 or min(height, width) < 64:
-        raise argparse.ArgumentTypeError(f"{text}: sides are multiples of 32, at least 64")
-    return height, width
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Measurement]:

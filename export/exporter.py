@@ -29,7 +29,7 @@ from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.runtime.validation import compare_backends
 
 OPSET = 20  # the first with every operator used here in its present form
-OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")
+OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")  # without the last for a model without masks
 # Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
 FORBIDDEN_OPS = frozenset(
     {"If", "Loop", "Scan", "NonZero", "NonMaxSuppression", "Unique", "Compress", "SequenceConstruct"}
@@ -42,10 +42,11 @@ class _InOrder(nn.Module):
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.model = model
+        self.names = OUTPUTS if model.config.has_masks else OUTPUTS[:-1]
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images, image_sizes)
-        return tuple(outputs[name] for name in OUTPUTS)
+        return tuple(outputs[name] for name in self.names)
 
 
 def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) -> Difference:
@@ -127,16 +128,16 @@ def _trace(model: MaskRCNN) -> onnx.ModelProto:
     images = torch.zeros(2, 3, height, width)
     sizes = torch.tensor([[height, width], [height - 5, width - 40]])
     dim = torch.export.Dim
-    batch = dim("N", min=1, max=4096)
+    ordered, batch = _InOrder(model), dim("N", min=1, max=4096)
     rows, columns = divisor * dim("rows", min=1, max=512), divisor * dim("columns", min=1, max=512)
     with schemas.registered(), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _InOrder(model),
+            ordered,
             (images, sizes),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images", "image_sizes"],
-            output_names=list(OUTPUTS),
+            output_names=list(ordered.names),
             dynamic_shapes={"images": {0: batch, 2: rows, 3: columns}, "image_sizes": {0: batch}},
             custom_translation_table={
                 torch.ops.maskrcnn.multilevel_roi_align.default: _roi_align_node,

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from maskrcnn import __version__
-from maskrcnn.config import ModelConfig, from_dict, model_config, to_dict
+from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
@@ -46,20 +46,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: when the file is missing, is not safetensors, or is not ours.
     """
-    tensors, header = _read_safetensors(path)
+    tensors, header = read_safetensors(path)
     if header is None:
         raise not_ours(path, "safetensors without maskrcnn's header")
-    return tensors, json.loads(header)
+    return tensors, header
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of any safetensors file, and our header where it has one."""
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of any safetensors file, and our header where it has one.
+
+    Raises:
+        UserError: when the file is missing or not safetensors.
+    """
     if not path.is_file():
         raise UserError(f"no file {path}", "a checkpoint", "check the path, or train one: `maskrcnn train`")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(KEY)
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, None if header is None else json.loads(header)
     except (safetensors.SafetensorError, OSError) as error:
         raise not_ours(path, f"not a checkpoint ({error})") from error
 
@@ -77,9 +82,25 @@ def load_checkpoint(path: Path) -> MaskRCNN:
         UserError: when the file is no checkpoint of ours or its weights do not fit its configuration.
     """
     tensors, header = read_tensors(path)
-    model = MaskRCNN(from_dict(ModelConfig, header["config"]))
+    model = MaskRCNN(config_of(header, path))
     load_weights(model, tensors, path)
     return model.eval()
+
+
+def config_of(header: dict[str, Any], path: Path) -> ModelConfig:
+    """The configuration in a checkpoint's header.
+
+    Raises:
+        UserError: when the file is the state of a run, or of a version whose fields are not known.
+    """
+    config = header.get("config", {})
+    if not config or "model" in config:
+        raise UserError(
+            f"{path}: not a checkpoint but the state of a run",
+            "a checkpoint, such as best.safetensors or last.safetensors",
+            "name one of those; a run is continued with `maskrcnn train --resume FOLDER`",
+        )
+    return from_dict(ModelConfig, config)
 
 
 def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str) -> None:
@@ -107,19 +128,26 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
             f"{source}: tensors that do not fit {model.config.name} with {model.config.num_classes} classes: "
             + "; ".join(problems),
             "a state dict of this architecture and class count",
-            "name the right architecture with --model; a class count must match the dataset's",
+            "name the right architecture with --model",
         )
     model.load_state_dict(tensors, strict=False)
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """A state dict from a `.pth` or `.safetensors` file, with the older torchvision names brought up to date.
+
+    Returns:
+        the tensors, and our header where the file is a checkpoint of ours.
 
     Raises:
         UserError: when the file is missing or holds anything but tensors.
     """
-    if path.suffix == SUFFIX:
-        return _read_safetensors(path)[0]
+    tensors, header = read_safetensors(path) if path.suffix == SUFFIX else (_read_pickled(path), None)
+    return {_current_name(name): value for name, value in tensors.items()}, header
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors that torch.save wrote; nothing else is unpickled."""
     if not path.is_file():
         raise UserError(f"no file {path}", "a torchvision state dict", "check the path given with --weights")
     try:
@@ -138,7 +166,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             "a state dict",
             "save it with torch.save(model.state_dict(), FILE)",
         )
-    return {_current_name(name): value for name, value in values.items()}
+    return values
 
 
 # Names that torchvision once gave, and their present form.
@@ -160,73 +188,6 @@ def _current_name(name: str) -> str:
     return name
 
 
-def load_torchvision(
-    path: Path,
-    name: str,
-    class_names: tuple[str, ...] = (),
-    category_ids: tuple[int, ...] = (),
-    batch_norm_epsilon: float | None = None,
-) -> MaskRCNN:
-    """A model from a torchvision state dict; the class count is read from the weights.
-
-    Args:
-        path: the state dict.
-        name: the architecture, one of `maskrcnn.config.MODELS`.
-        class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
-        category_ids: likewise; by default 1, 2, ….
-        batch_norm_epsilon: of the model that was saved, which its file does not tell; by default what
-            `default_batch_norm_epsilon` reads off the tensors.
-
-    Raises:
-        UserError: when file and architecture do not fit.
-    """
-    tensors = read_state_dict(path)
-    key = "roi_heads.box_predictor.cls_score.weight"
-    if key not in tensors:
-        raise UserError(
-            f"{path}: no tensor {key}",
-            "a state dict of a torchvision Mask R-CNN",
-            "check that --weights names a detector, not a classifier",
-        )
-    count = tensors[key].shape[0] - 1
-    if not class_names:
-        class_names = _default_class_names(count)
-    if len(class_names) != count:
-        raise UserError(
-            f"{len(class_names)} class names for weights of {count} classes",
-            f"{count} names",
-            "name every class but background",
-        )
-    if batch_norm_epsilon is None:
-        batch_norm_epsilon = default_batch_norm_epsilon(tensors, count)
-    config = model_config(
-        name,
-        class_names=class_names,
-        category_ids=category_ids or tuple(range(1, count + 1)),
-        batch_norm_epsilon=batch_norm_epsilon,
-    )
-    model = MaskRCNN(config)
-    load_weights(model, tensors, path)
-    return model.eval()
-
-
-def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int) -> float:
-    """The epsilon with which torchvision would run these weights.
-
-    Its COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
-    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has 1e-5.
-    """
-    frozen = not any(name.endswith("num_batches_tracked") for name in tensors)
-    return 0.0 if frozen and class_count == 90 else 1e-5
-
-
-def _default_class_names(count: int) -> tuple[str, ...]:
-    if count == 90:
-        meta = torchvision.models.detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta
-        return tuple(meta["categories"][1:])
-    return tuple(f"class_{label}" for label in range(1, count + 1))
-
-
 def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadata:
     """The metadata that files made from this model carry."""
     return ModelMetadata(
@@ -235,6 +196,7 @@ def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadat
         category_ids=config.category_ids,
         preprocessing=config.preprocessing,
         detections=config.detections,
+        has_masks=config.has_masks,
         source_sha256=sha256_of(source) if source else "",
         versions=versions(),
     )

@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 
 from maskrcnn import __version__, runs
+from maskrcnn.config import TrainConfig
 from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.options import assignments, merged, read_settings, with_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,8 +26,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Datasets in COCO format.")
 app.add_typer(data_app, name="data")
 console = Console(highlight=False, soft_wrap=True)
-
-SHAPES = runs.FOLDER / "shapes"  # where the generated dataset lies when no data is named
 
 
 class Target(str, Enum):
@@ -50,149 +50,81 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
+@with_settings(TrainConfig)
 def train(
     data: Annotated[Path | None, typer.Option(help="COCO-format folder; without it, drawn shapes.")] = None,
-    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
-    val_split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
+    split: Annotated[str | None, typer.Option(help="Split to train on; default train….")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Split to evaluate on; default val….")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture; default a small one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options go before it.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting, as model.detections=300 or augment.mosaic_probability=0.5.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/train-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine or step.")] = None,
-    step_epochs: Annotated[str | None, typer.Option(help="With step: epochs of decay, as 8,11.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     min_size: Annotated[int | None, typer.Option(help="Shorter side of the resized image, px.")] = None,
     max_size: Annotated[int | None, typer.Option(help="Longest side of the resized image, px.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="Data loading processes.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides weights, order and augmentation.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    *,
+    settings: dict[str, Any],
 ) -> None:
-    """Trains a detector. With no argument: a small one on generated shapes."""
-    from maskrcnn.checkpoint import read_tensors
-    from maskrcnn.recipes import training_config
-    from maskrcnn.training.trainer import Trainer, read_run
+    """Trains a detector. With no argument: a small one on generated shapes.
 
-    if resume is not None:
-        config = read_run(resume)
-        trainset, valset = _datasets(Path(config.data), config.train_split, config.val_split)
-        trainer = Trainer(config, resume, trainset)
-        trainer.load_state()
-        console.print(f"continuing {resume} after epoch {trainer.epoch} of {config.epochs}")
-    else:
-        trainset, valset = _datasets(_data_or_shapes(data), split, val_split)
-        steps = tuple(int(epoch) for epoch in step_epochs.split(",")) if step_epochs else None
-        config = training_config(
-            trainset,
-            valset,
-            model=model,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            schedule=schedule,
-            step_epochs=steps,
-            precision=precision,
-            min_size_px=min_size,
-            max_size_px=max_size,
-            workers=workers,
-            evaluate_every=evaluate_every,
-            seed=seed,
-            device=device,
-        )
-        trainer = Trainer(config, _run_folder(output), trainset)
-        if weights is not None:
-            trainer.load_weights(read_tensors(weights)[0], weights)
-        trainer.begin()
-    console.print(
-        f"{config.model.name} on {trainer.device} in {trainer.precision}: {len(trainset.images)} images of "
-        f"{trainset.root}, {config.epochs} epochs → {trainer.run}"
-    )
-    trainer.fit(_evaluation_during_training(valset, config.batch_size))
-    console.print(f"best mask AP {trainer.best_ap:.4f}: {trainer.run / runs.BEST}")
+    With several GPUs or machines: torchrun --nproc-per-node N -m maskrcnn train …
+    """
+    if resume is not None and (data or split or val_split or model or output or config):
+        came = "--resume with --data, --split, --val-split, --model, --config or --output"
+        raise UserError(came, "the run as it began", "leave those out; other options change the run from here on")
+    named = {"data": data and str(data), "train_split": split, "val_split": val_split, "model": model}
+    sizes = {"min_size_px": min_size, "max_size_px": max_size}
+    chosen = read_settings(config) if config else {}
+    if isinstance(chosen.get("model"), str):
+        chosen["model"] = {"name": chosen["model"]}
+    for layer in (
+        assignments(assign or []),
+        {name: value for name, value in named.items() if value is not None and name != "model"},
+        {"model": {"name": model}} if model else {},
+        {"model": {"preprocessing": {k: v for k, v in sizes.items() if v is not None}}} if any(sizes.values()) else {},
+        settings,
+    ):
+        chosen = merged(chosen, layer)
 
+    from maskrcnn.cli_train import run_training
 
-def _run_folder(output: Path | None) -> Path:
-    if output is None:
-        return runs.next_run()
-    if (output / runs.CONFIG).exists():
-        raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
-    return output
-
-
-def _data_or_shapes(data: Path | None) -> Path:
-    from maskrcnn.data.shapes import generate_shapes
-
-    return data if data is not None else generate_shapes(SHAPES)
-
-
-def _load_split(root: Path, kind: str) -> Any:
-    """A split of a dataset; what was skipped is printed."""
-    from maskrcnn.data.coco import CocoDataset, find_split
-
-    dataset = CocoDataset.load(root, find_split(root, kind))
-    for reason, count in dataset.skipped.items():
-        console.print(
-            f"{dataset.annotation_path}: skipped {count} annotation(s): {reason}, "
-            f"first: {dataset.skipped_examples[reason]}"
-        )
-    return dataset
-
-
-def _datasets(root: Path, split: str, val_split: str) -> tuple[Any, Any]:
-    """The training and the validation split, checked to have the same classes."""
-    trainset, valset = _load_split(root, split), _load_split(root, val_split)
-    if trainset.category_ids != valset.category_ids:
-        raise UserError(
-            f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",
-            "the same categories in both splits",
-            "write one category list into both JSON files",
-        )
-    return trainset, valset
-
-
-def _evaluation_during_training(valset: Any, batch_size: int) -> Any:
-    from maskrcnn.runtime import Detector
-    from maskrcnn.runtime.evaluate import evaluate
-    from maskrcnn.runtime.torch_backend import TorchBackend
-
-    def run(model: Any) -> dict[str, float]:
-        backend = TorchBackend(model, device=str(next(model.parameters()).device))
-        return evaluate(Detector(backend), valset, batch_size=batch_size).summary()
-
-    return run
+    run_training(console, output=output, resume=resume, settings=chosen)
 
 
 @app.command()
 def export(
     checkpoint: Annotated[Path | None, typer.Argument(help="Default: the newest run's best.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Default: model.onnx beside the checkpoint.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A torchvision state dict instead.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Default: model.onnx beside the file; MODEL.onnx for a name.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Instead: a torchvision file or name (COCO_V1, DEFAULT), or a checkpoint.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="With --weights: its architecture.")] = None,
     batch_norm_epsilon: Annotated[
         float | None, typer.Option(help="With --weights: default 0 for COCO_V1's frozen 90 classes, else 1e-5.")
     ] = None,
 ) -> None:
-    """Exports a checkpoint or a torchvision state dict to one ONNX file, checked against PyTorch."""
-    from maskrcnn.checkpoint import load_checkpoint, load_torchvision
+    """Exports a checkpoint or torchvision's weights to one ONNX file, checked against PyTorch."""
+    from maskrcnn.checkpoint import load_checkpoint
+    from maskrcnn.pretrained import load_detector
 
     if not onnx:
         raise UserError("no format", "--onnx", "run `maskrcnn export --onnx`")
     if weights is not None and checkpoint is not None:
         raise UserError(f"{checkpoint} and --weights {weights}", "one of the two", "drop one of them")
-    if weights is not None and model is None:
-        raise UserError("--weights without --model", "the architecture of the weights", "add --model NAME")
-    source = weights or checkpoint or runs.newest_checkpoint()
     if weights is not None:
-        loaded = load_torchvision(source, model, batch_norm_epsilon=batch_norm_epsilon)
+        loaded, source = load_detector(weights, model, batch_norm_epsilon=batch_norm_epsilon)
         config = loaded.config
         console.print(f"{config.num_classes} classes, batch norm epsilon {config.batch_norm_epsilon:g}")
     else:
+        source = checkpoint or runs.newest_checkpoint()
         loaded = load_checkpoint(source)
-    target = output or source.with_name(runs.ONNX)
+    named = weights is not None and source != Path(weights)
+    target = output or (Path(f"{loaded.config.name}.onnx") if named else source.with_name(runs.ONNX))
 
     from maskrcnn.export.exporter import export_onnx
 
@@ -250,14 +182,15 @@ def predict(
     pixels = [read_image(path) for path in images]  # all are read before anything is written
     names = [_picture_name(path, images) for path in images]
     detector = Detector.load(model or runs.newest_checkpoint(), backend)
+    metadata = detector.metadata
     output.mkdir(parents=True, exist_ok=True)
     results = []
     for number, (path, image, name) in enumerate(zip(images, pixels, names, strict=True), start=1):
         found = detector.detect([image])[0]
-        results += coco_results(found, number, detector.metadata.category_ids, with_masks=True)
+        results += coco_results(found, number, metadata.category_ids, with_masks=metadata.has_masks)
         confident = found.above(threshold)
         with atomic_path(output / name) as draft:
-            overlay(image, confident, detector.metadata.class_names).save(draft, format="PNG")
+            overlay(image, confident, metadata.class_names).save(draft, format="PNG")
         console.print(f"{path}: {len(confident)} of {len(found)} detections drawn → {output / name}")
     write_json(output / "results.json", results)
     write_json(output / "images.json", {str(n): str(path) for n, path in enumerate(images, start=1)})
@@ -283,11 +216,12 @@ def evaluate(
     """The 12 COCO metrics for boxes and for masks, by pycocotools."""
     from rich.progress import Progress
 
+    from maskrcnn.cli_train import load_split
     from maskrcnn.files import write_json
     from maskrcnn.runtime import Detector
     from maskrcnn.runtime.evaluate import evaluate as run
 
-    dataset = _load_split(data, split)
+    dataset = load_split(console, data, split)
     detector = Detector.load(model, backend)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=len(dataset.images))
@@ -321,3 +255,36 @@ def data_shapes(
 
     path = generate_shapes(out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
     console.print(f"{train_images} + {val_images} pictures in {path}")
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[Path, typer.Argument(help="COCO-format folder.")],
+    split: Annotated[list[str] | None, typer.Option(help="Split to check, repeatable; default all.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for pictures of what is odd, and of samples.")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Most pictures of each problem.")] = 16,
+    json: Annotated[Path | None, typer.Option(help="Write the whole report there.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on remarks too.")] = False,
+) -> None:
+    """Looks for what training would refuse, leave out, or learn wrongly from.
+
+    Exit code 1 for errors, at which training stops; 0 where there are only remarks, unless --strict.
+    """
+    from rich.progress import Progress
+
+    from maskrcnn.data.check import check_dataset
+    from maskrcnn.data.check_pictures import write_pictures
+    from maskrcnn.files import write_json
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("checking", total=None)
+        report = check_dataset(
+            data, split or (), progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    console.print(report.text(), markup=False)
+    if output is not None:
+        console.print(f"{write_pictures(report, output, per_problem=pictures)} pictures → {output}")
+    if json is not None:
+        write_json(json, report.to_dict())
+    if report.by_problem(is_error=True) or (strict and report.findings):
+        raise typer.Exit(1)

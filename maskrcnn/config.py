@@ -6,6 +6,8 @@ The same objects are built from the command line, stored in a checkpoint as JSON
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from maskrcnn.preprocess import Preprocessing
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Mask R-CNN with a ResNet-FPN backbone (He et al. 2017; Lin et al. 2017).
+    """A Mask R-CNN with a ResNet-FPN backbone (He et al. 2017; Lin et al. 2017), or a Faster R-CNN: without masks.
 
     Defaults are those of torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image.
     Labels run from 1 to `len(class_names)`; label 0 is background and padding.
@@ -25,22 +27,26 @@ class ModelConfig:
     class_names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()  # the dataset's own id of label k is category_ids[k - 1]
     backbone: str = "resnet50"
-    frozen_batch_norm: bool = False  # statistics and affine fixed, for fine-tuning in small batches
-    batch_norm_epsilon: float = 1e-5  # 0 for torchvision's COCO_V1 weights, whose file does not say so
+    frozen_batch_norm: bool = False  # the ResNet's statistics and affine fixed, for fine-tuning in small batches
+    batch_norm_epsilon: float = 1e-5  # the ResNet's; 0 for torchvision's v1 COCO_V1 weights, whose file does not say so
     fpn_channels: int = 256
+    head_batch_norm: bool = False  # after the convolutions of FPN and mask head too; never frozen
     anchor_sizes_px: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level P2 … P6
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    rpn_convolutions: int = 1  # before the RPN's two predictors
     rpn_candidates_per_level: int = 1000  # best anchors of a level that go into NMS
     rpn_candidates_per_level_training: int = 2000
     proposals: int = 1000  # proposals per image that reach the box head
     proposals_training: int = 2000
     rpn_nms_iou: float = 0.7
     box_head_channels: int = 1024
+    box_head_convolutions: tuple[int, ...] = ()  # channels; with batch norm, before one linear layer. Without: two
     box_pool_size: int = 7
+    has_masks: bool = True  # whether there is a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
     pool_sampling_ratio: int = 2  # sampling points per bin and axis
-    pool_aligned: bool = False  # False: torchvision v1 and ONNX output_half_pixel; True: half_pixel
+    pool_aligned: bool = False  # False: torchvision and ONNX output_half_pixel; True: half_pixel
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     candidates: int = 1000  # best (proposal, class) pairs per image that go into NMS
@@ -59,6 +65,60 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training samples, in the order in which they are made.
+
+    Probabilities are per sample, from 0 (never) to 1 (always). Lengths are pixels of the resized image.
+    """
+
+    # Colours (torchvision's ColorJitter). Factors are drawn from 1 - x to 1 + x, the shift of hue from -x to x.
+    colour_probability: float = 0.0
+    colour_brightness: float = 0.125
+    colour_contrast: float = 0.5
+    colour_saturation: float = 0.5
+    colour_hue: float = 0.05  # of the whole circle of hues; at most 0.5
+
+    flip_probability: float = 0.5  # left to right
+    vertical_flip_probability: float = 0.0  # upside down
+
+    # Size. One of the sides is drawn for each sample; without any it is the model's min_size_px.
+    shorter_sides_px: tuple[int, ...] = ()
+    # Large-scale jitter (Ghiasi et al. 2021) instead: the image is scaled and cut or padded to a square canvas.
+    jitter_probability: float = 0.0
+    jitter_least_scale: float = 0.1  # 1 just fits the canvas
+    jitter_largest_scale: float = 2.0
+    jitter_canvas_px: int = 0  # side of the canvas; 0 is the model's min_size_px
+
+    # Composition. Partners are other images of the dataset, with colours, flips and sizes of their own.
+    mosaic_probability: float = 0.0  # four images around a random point (Bochkovskiy et al. 2020)
+    perspective_probability: float = 0.0  # a tilted view; the corners move inwards
+    perspective_distortion: float = 0.2  # by at most this share of half a side, 0 to 1
+    mixup_probability: float = 0.0  # two images blended, with the objects of both (Zhang et al. 2019)
+    mixup_alpha: float = 8.0  # the first image's share is drawn from Beta(alpha, alpha); large: near one half
+    copy_paste_probability: float = 0.0  # some objects of another image on top (Ghiasi et al. 2021)
+
+    least_visible: float = 0.1  # objects of which less is left, as a share of their area, are dropped
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if each.name.endswith("_probability"):
+                check_range(f"augment.{each.name}", getattr(self, each.name), low=0, high=1)
+        for name in ("colour_brightness", "colour_contrast", "colour_saturation", "jitter_canvas_px"):
+            check_range(f"augment.{name}", getattr(self, name), low=0)
+        check_range("augment.colour_hue", self.colour_hue, low=0, high=0.5)
+        for side in self.shorter_sides_px:
+            check_range("augment.shorter_sides_px", side, low=1)
+        check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
+        check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
+        check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)
+        check_range("augment.mixup_alpha", self.mixup_alpha, low=1e-3)
+        check_range("augment.least_visible", self.least_visible, low=0, high=1)
+
+
+BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Matching, sampling and loss constants (Ren et al. 2015; values of torchvision)."""
 
@@ -70,32 +130,88 @@ class LossConfig:
     box_samples: int = 512
     box_positive_fraction: float = 0.25
     smooth_l1_beta: float = 1 / 9
+    rpn_box_loss: str = "smooth_l1"  # one of BOX_LOSSES, on the RPN's boxes
+    box_loss: str = "smooth_l1"  # likewise, on the detections' boxes
+    rpn_box_loss_weight: float = 1.0
+    box_loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("rpn_box_loss", "box_loss"):
+            check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
+
+
+def _setting(default: Any, text: str, *choices: str) -> Any:
+    """A field that is an option of `maskrcnn train` too, with its help text and its possible values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """One training run. Every field with a help text is an option of `maskrcnn train`, and a key of its YAML file.
+
+    One optimizer step takes `batch_size` images, whatever the number of processes and of accumulated batches:
+    those change where the step is computed and not what it is.
+    """
 
     model: ModelConfig
     loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     data: str = ""  # folder in COCO layout
     train_split: str = "train"
     val_split: str = "val"
-    epochs: int = 12
-    batch_size: int = 8  # images per optimizer step
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_steps: int = 200  # linear from learning_rate / 1000
-    schedule: str = "cosine"  # cosine | step
-    step_epochs: tuple[int, ...] = ()  # for "step": learning rate × 0.1 after each of these epochs
-    clip_gradient_norm: float = 10.0  # 0 switches clipping off
-    precision: str = "auto"  # auto | fp32 | bf16 (autocast)
-    flip_probability: float = 0.5
-    workers: int = 1  # data loading processes; 0 loads in the training process
-    seed: int = 0
-    evaluate_every: int = 1  # epochs; the last one is always evaluated
-    device: str = "auto"  # auto | cpu | cuda
+    weights: str = _setting(
+        "", "Weights to start from: a checkpoint, a torchvision state dict, or a name such as COCO_V1, IMAGENET1K_V2."
+    )
+    epochs: int = _setting(12, "Passes over the data.")
+    batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
+    accumulate: int = _setting(1, "Parts that a batch is computed in, one after another; saves memory.")
+    group_by_aspect_ratio: bool = _setting(True, "Landscape and portrait images in batches of their own.")
+    optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adamw")
+    learning_rate: float = _setting(0.02, "Peak learning rate.")
+    momentum: float = _setting(0.9, "Momentum of SGD.")
+    weight_decay: float = _setting(1e-4, "Decay of convolution and linear weights; 0.05 is usual for AdamW.")
+    warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000; at most half the run.")
+    schedule: str = _setting("cosine", "Decay of the learning rate.", "cosine", "step")
+    step_epochs: tuple[int, ...] = _setting((), "With step: epochs after which the rate decays, as 8,11.")
+    step_factor: float = _setting(0.1, "With step: factor of each decay.")
+    clip_gradient_norm: float = _setting(10.0, "Largest gradient norm; 0 switches clipping off.")
+    precision: str = _setting("auto", "Arithmetic.", "auto", "fp32", "bf16", "fp16")
+    ema_decay: float = _setting(0.0, "Decay of averaged weights, which are evaluated and saved; 0 is off.")
+    batch_norm: str = _setting(
+        "train", "Statistics: own of each process, fixed, or over all processes.", "train", "frozen", "sync"
+    )
+    trainable_stages: int = _setting(5, "Backbone stages that train, from the last; 5 is all, 3 is usual for COCO.")
+    on_nonfinite: str = _setting("stop", "At a loss or gradient that is not finite.", "stop", "skip")
+    workers: int = _setting(1, "Data loading processes; 0 loads in the training process.")
+    seed: int = _setting(0, "Decides weights, order, augmentation and sampling.")
+    evaluate_every: int = _setting(1, "Epochs between evaluations; the last one is always evaluated.")
+    tensorboard: bool = _setting(True, "TensorBoard scalars and pictures in the run's folder.")
+    pictures: int = _setting(4, "Pictures of augmented samples, and of predictions at each evaluation.")
+    device: str = _setting("auto", "Where to train.", "auto", "cpu", "cuda")
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if choices := each.metadata.get("choices"):
+                check_choice(each.name, getattr(self, each.name), choices)
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
+            check_range(name, getattr(self, name), low=1)
+        for name in ("workers", "warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
+            check_range(name, getattr(self, name), low=0)
+        check_range("trainable_stages", self.trainable_stages, low=0, high=5)
+        check_range("ema_decay", self.ema_decay, low=0, high=1)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises a UserError unless the value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"choose {name} among them")
+
+
+def check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
+    """Raises a UserError unless low ≤ value ≤ high."""
+    if not low <= value <= high:
+        bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise UserError(f"{name} {value}", bounds, f"set {name} to such a number")
 
 
 _SMALL = {
@@ -112,12 +228,19 @@ _SMALL = {
     "detections": 30,
 }
 
-# The models that can be named on the command line: only what differs from ModelConfig's defaults.
+# Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers", as torchvision builds it.
+_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
+
+# The models that can be named on the command line: only what differs from ModelConfig's defaults. Where torchvision
+# has a model of the same name, it is the same model.
 MODELS: dict[str, dict[str, Any]] = {
-    "maskrcnn_resnet18_fpn": {"backbone": "resnet18"},
-    "maskrcnn_resnet34_fpn": {"backbone": "resnet34"},
-    "maskrcnn_resnet50_fpn": {"backbone": "resnet50"},
     "maskrcnn_resnet18_fpn_small": _SMALL,
+    **{
+        f"{family}_resnet{depth}_fpn{version}": {"backbone": f"resnet{depth}", "has_masks": has_masks, **changes}
+        for family, has_masks in (("maskrcnn", True), ("fasterrcnn", False))
+        for version, changes in (("", {}), ("_v2", _V2))
+        for depth in (18, 34, 50, 101)
+    },
 }
 
 
@@ -138,24 +261,55 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """The configuration that `to_dict` wrote; lists become tuples.
+    """The configuration that `to_dict` wrote; lists become tuples, and fields left out have their default.
 
     Raises:
-        UserError: for fields that this version does not know.
+        UserError: for fields that this version does not know, and values of the wrong type.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    types = typing.get_type_hints(kind)
+    made = {}
+    for key, value in _known(kind, values).items():
+        nested = dataclasses.is_dataclass(types[key]) and isinstance(value, dict)
+        made[key] = from_dict(types[key], value) if nested else _value(f"{kind.__name__}.{key}", types[key], value)
+    return kind(**made)
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """A configuration with some fields changed; sections are nested dictionaries of changes themselves.
+
+    Raises:
+        UserError: for fields that the configuration does not have, and values of the wrong type.
+    """
+    types = typing.get_type_hints(type(config))
+    made = {}
+    for key, value in _known(type(config), changes).items():
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
+            made[key] = changed(getattr(config, key), value)
+        else:
+            made[key] = _value(f"{type(config).__name__}.{key}", types[key], value)
+    return dataclasses.replace(config, **made)
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(names))
     if unknown:
         raise UserError(
             f"{kind.__name__} with unknown field(s) {', '.join(unknown)}",
-            f"fields among {', '.join(fields)}",
-            "use the version of maskrcnn that wrote the file, or remove the fields",
+            f"fields among {', '.join(names)}",
+            "correct the name; a file of another version of maskrcnn is read by that version",
         )
-    nested = {"model": ModelConfig, "loss": LossConfig, "preprocessing": Preprocessing}
-    made = {}
-    for key, value in values.items():
-        if key in nested and isinstance(value, dict):
-            made[key] = from_dict(nested[key], value)
-        else:
-            made[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**made)
+    return values
+
+
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """`value` as a field of type `kind` holds it: lists become tuples, whole numbers floats where asked for."""
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        inner = typing.get_args(kind)[0]
+        return tuple(_value(name, inner, item) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(kind) is None and type(value) is not kind:
+        came = f"{name} {value!r} of type {type(value).__name__}"
+        raise UserError(came, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
+    return value

@@ -20,9 +20,9 @@ def colour_of(index: int) -> tuple[int, int, int]:
 
 
 def overlay(image: np.ndarray, detections: Detections, class_names: tuple[str, ...]) -> Image.Image:
-    """The image with each detection's mask, outline, box, class and score, the best on top.
+    """The image with each detection's box, class and score and, where there are masks, mask and outline.
 
-    Small images are enlarged by a whole factor to at least 640 px on their longer side.
+    The best is on top. Small images are enlarged by a whole factor to at least 640 px on their longer side.
 
     Args:
         image: uint8 `[H, W, 3]` RGB.
@@ -33,8 +33,8 @@ def overlay(image: np.ndarray, detections: Detections, class_names: tuple[str, .
     detections = _enlarged(detections, scale)
     canvas = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1).astype(np.float32)
     order = range(len(detections) - 1, -1, -1)
-    masks = detections.full_masks()
-    for k in order:
+    masks = detections.full_masks() if detections.has_masks else None
+    for k in order if masks is not None else ():
         mask, colour = masks[k], np.array(colour_of(k), np.float32)
         canvas[mask] = (1 - _OPACITY) * canvas[mask] + _OPACITY * colour
         canvas[_outline(mask)] = colour

@@ -25,6 +25,7 @@ class ModelMetadata:
     category_ids: tuple[int, ...]  # the dataset's ids of labels 1, 2, …
     preprocessing: Preprocessing
     detections: int  # rows of the outputs
+    has_masks: bool = True  # whether `masks` is among the outputs; files of before Faster R-CNN do not say
     precision: str = "fp32"  # of weights and arithmetic in this file
     source_sha256: str = ""  # of the file this one was made from
     versions: dict[str, str] = field(default_factory=dict)  # of the software that wrote it

@@ -32,6 +32,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether the model that found them has a mask head."""
+        return self.masks is not None
+
     def above(self, score: float) -> Detections:
         """Only the detections of at least this score."""
         keep = self.scores >= score

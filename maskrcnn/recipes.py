@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from maskrcnn.config import LossConfig, TrainConfig, model_config
+from maskrcnn.config import LossConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.errors import UserError
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
 SHAPES_SIZE_PX = 128  # side of a generated picture, and what a small model on shapes sees
@@ -18,38 +18,46 @@ _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
 
 
 def training_config(
-    dataset: CocoDataset, validation: CocoDataset, *, model: str | None = None, **wishes: Any
+    dataset: CocoDataset, validation: CocoDataset, settings: dict[str, Any] | None = None
 ) -> TrainConfig:
     """The configuration for training on a dataset.
 
     Args:
         dataset: what to train on; its classes become the model's.
         validation: what to evaluate on.
-        model: one of `maskrcnn.config.MODELS`; by default the small one.
-        wishes: fields of `TrainConfig`, and `min_size_px` and `max_size_px`; None leaves the default.
+        settings: fields of `TrainConfig`, sections as nested dictionaries. `model` may be a name alone, one of
+            `maskrcnn.config.MODELS`; by default it is the small one.
 
     Raises:
-        UserError: for an unknown model.
+        UserError: for an unknown model or field, a value that cannot be, or classes other than the dataset's.
     """
-    name = model or SMALL_MODEL
-    wishes = {key: value for key, value in wishes.items() if value is not None}
+    settings = dict(settings or {})
+    model = settings.pop("model", {})
+    model = {"name": model} if isinstance(model, str) else dict(model)
+    name = model.setdefault("name", SMALL_MODEL)
+    sizes = dict(model.get("preprocessing", {}))
     small = name == SMALL_MODEL
     native = max(max(record.height, record.width) for record in dataset.images)
     default_size = (SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
-    min_size = wishes.pop("min_size_px", default_size)
-    max_size = wishes.pop("max_size_px", max(min_size, round(min_size * 1333 / 800)))
-    config = model_config(
-        name,
-        class_names=dataset.class_names,
-        category_ids=dataset.category_ids,
-        preprocessing=Preprocessing(min_size_px=min_size, max_size_px=max_size),
-    )
+    min_size = sizes.setdefault("min_size_px", default_size)
+    sizes.setdefault("max_size_px", max(min_size, round(min_size * 1333 / 800)))
     base = TrainConfig(
-        model=config,
+        model=model_config(name, class_names=dataset.class_names, category_ids=dataset.category_ids),
+        loss=_SMALL_LOSS if small else LossConfig(),
+    )
+    config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
+    if config.model.class_names != dataset.class_names or config.model.category_ids != dataset.category_ids:
+        raise UserError(
+            f"settings for the classes {config.model.class_names[:5]}",
+            f"those of {dataset.annotation_path}: {dataset.class_names[:5]}",
+            "leave class_names and category_ids out of the settings, or train on that dataset",
+        )
+    frozen = config.batch_norm == "frozen" or config.model.frozen_batch_norm
+    return replace(
+        config,
+        batch_norm="frozen" if frozen else config.batch_norm,
+        model=replace(config.model, frozen_batch_norm=frozen),
         data=str(dataset.root),
         train_split=dataset.split,
         val_split=validation.split,
     )
-    if small:
-        base = replace(base, loss=_SMALL_LOSS)
-    return replace(base, **wishes)

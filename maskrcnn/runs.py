@@ -1,7 +1,8 @@
 """Where runs and their artefacts lie, and which one is the newest. Needs no library.
 
 A run is a folder below `runs/`: `config.json`, `log.jsonl`, `best.safetensors`, `last.safetensors`,
-`state.safetensors` (to resume from), and what was made of it: `model.onnx`, `model.fp16.xml` ….
+`state.safetensors` (to resume from), `pictures/`, `tensorboard/`, and what was made of it: `model.onnx`,
+`model.fp16.xml` ….
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from maskrcnn.errors import UserError
 FOLDER = Path("runs")
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
 CONFIG, LOG, ONNX = "config.json", "log.jsonl", "model.onnx"
+EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 
 def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:

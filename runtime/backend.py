@@ -31,8 +31,9 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
         "boxes": TensorSpec("float32", (None, rows, 4)),
         "scores": TensorSpec("float32", (None, rows)),
         "labels": TensorSpec("int64", (None, rows)),
-        "masks": TensorSpec("float32", (None, rows, 28, 28)),
     }
+    if metadata.has_masks:
+        outputs["masks"] = TensorSpec("float32", (None, rows, 28, 28))
     return inputs, outputs
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maskrcnn.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
@@ -35,8 +37,8 @@ class Difference:
     detections: int  # of the reference
     box_px: float
     score: float
-    mask: float
-    mask_mean: float
+    mask: float | None  # of any pixel; None: models without masks
+    mask_mean: float | None
     unpaired: int  # detections of either side without partner, those at a threshold's edge left out
     images_without_detections: int
 
@@ -45,16 +47,17 @@ class Difference:
         return (
             self.box_px <= tolerance.box_px
             and self.score <= tolerance.score
-            and self.mask <= tolerance.mask
-            and self.mask_mean <= tolerance.mask_mean
+            and (self.mask is None or self.mask <= tolerance.mask)
+            and (self.mask_mean is None or self.mask_mean <= tolerance.mask_mean)
             and self.unpaired <= tolerance.unpaired_share * self.detections
         )
 
     def __str__(self) -> str:
+        masks = "" if self.mask is None else f"masks {self.mask:.2g} (mean {self.mask_mean:.2g}), "
         return (
             f"{self.detections} detections on {self.images} images "
             f"({self.images_without_detections} without any): tolerance needed: boxes {self.box_px:.2g} px, "
-            f"scores {self.score:.2g}, masks {self.mask:.2g} (mean {self.mask_mean:.2g}), {self.unpaired} unpaired"
+            f"scores {self.score:.2g}, {masks}{self.unpaired} unpaired"
         )
 
 
@@ -65,8 +68,8 @@ def merge(parts: list[Difference]) -> Difference:
         detections=sum(p.detections for p in parts),
         box_px=_largest([p.box_px for p in parts]),
         score=_largest([p.score for p in parts]),
-        mask=_largest([p.mask for p in parts]),
-        mask_mean=_largest([p.mask_mean for p in parts]),
+        mask=_largest_there_is([p.mask for p in parts]),
+        mask_mean=_largest_there_is([p.mask_mean for p in parts]),
         unpaired=sum(p.unpaired for p in parts),
         images_without_detections=sum(p.images_without_detections for p in parts),
     )
@@ -89,13 +92,18 @@ def compare_outputs(
         other: the same of the other model.
         tolerance: decides which detections are excused.
         score_threshold: the model's.
+
+    Raises:
+        UserError: when one of the two has masks and the other has none.
     """
+    if set(reference) != set(other):
+        raise UserError(f"outputs {sorted(other)}", f"{sorted(reference)}", "compare models of one architecture")
     rows = reference["scores"].shape[1]
+    names = sorted(set(reference) - {"num_detections"})
     parts = []
     for n in range(len(reference["num_detections"])):
         first, second = (
-            {name: side[name][n, : side["num_detections"][n]] for name in ("boxes", "scores", "labels", "masks")}
-            for side in (reference, other)
+            {name: side[name][n, : side["num_detections"][n]] for name in names} for side in (reference, other)
         )
         parts.append(_compare_image(first, second, tolerance, score_threshold, rows))
     return merge(parts)
@@ -115,14 +123,14 @@ def _compare_image(
         edge = side["scores"].min() if full else score_threshold
         unpaired += int((~(side["scores"][alone] <= edge + tolerance.score)).sum())  # NaN is never excused
     a, b = (np.array([pair[k] for pair in pairs], np.int64) for k in (0, 1))
-    masks = np.abs(first["masks"][a] - second["masks"][b])
+    masks = np.abs(first["masks"][a] - second["masks"][b]) if "masks" in first else None
     return Difference(
         images=1,
         detections=len(first["scores"]),
         box_px=_largest(np.abs(first["boxes"][a] - second["boxes"][b])),
         score=_largest(np.abs(first["scores"][a] - second["scores"][b])),
-        mask=_largest(masks),
-        mask_mean=_largest(masks.mean(axis=(1, 2))),
+        mask=None if masks is None else _largest(masks),
+        mask_mean=None if masks is None else _largest(masks.mean(axis=(1, 2))),
         unpaired=unpaired,
         images_without_detections=int(len(first["scores"]) == 0),
     )
@@ -152,6 +160,12 @@ def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     overlap = size.clip(min=0).prod(axis=1)
     union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - overlap
     return overlap / np.maximum(union, 1e-9)
+
+
+def _largest_there_is(values: list[float | None]) -> float | None:
+    """The largest value of those that are not None; None when all are."""
+    present = [value for value in values if value is not None]
+    return _largest(present) if present else None
 
 
 def _largest(values) -> float:

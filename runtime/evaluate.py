@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.coco import CocoDataset, ImageRecord
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 from maskrcnn.postprocess import coco_results
@@ -37,23 +37,27 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of boxes and of masks, the detections behind them, and the time they took."""
+    """Metrics of boxes and, where there are, of masks, the detections behind them, and the time they took."""
 
     box: dict[str, float]
-    mask: dict[str, float]
+    mask: dict[str, float] | None  # None: a model without masks
     results: list[dict[str, Any]]  # COCO results format
     images: int
     detect_seconds: float  # decoding, preprocessing, inference, postprocessing
 
     def summary(self) -> dict[str, float]:
-        """Box and mask AP."""
-        return {"box_ap": self.box["AP"], "mask_ap": self.mask["AP"]}
+        """`box_ap` and, where there are masks, `mask_ap`."""
+        return {f"{kind}_ap": metrics["AP"] for kind, metrics in self._kinds().items()}
 
     def table(self) -> str:
         """All metrics as text."""
-        lines = [f"{'':10}{'box':>8}{'mask':>8}"]
-        lines += [f"{name:10}{self.box[name]:8.4f}{self.mask[name]:8.4f}" for name in METRICS]
+        kinds = self._kinds()
+        lines = [f"{'':10}" + "".join(f"{kind:>8}" for kind in kinds)]
+        lines += [f"{name:10}" + "".join(f"{metrics[name]:8.4f}" for metrics in kinds.values()) for name in METRICS]
         return "\n".join(lines)
+
+    def _kinds(self) -> dict[str, dict[str, float]]:
+        return {"box": self.box} | ({"mask": self.mask} if self.mask is not None else {})
 
 
 def evaluate(
@@ -75,20 +79,61 @@ def evaluate(
         UserError: when the model was trained on other classes, or an image cannot be read.
     """
     check_classes(detector, dataset)
+    results, seconds = detect_records(detector, dataset.images, batch_size=batch_size, progress=progress)
+    return score_results(dataset, results, with_masks=detector.metadata.has_masks, detect_seconds=seconds)
+
+
+def detect_records(
+    detector: Detector,
+    records: Sequence[ImageRecord],
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[list[dict[str, Any]], float]:
+    """Runs a detector on images; several processes can each take a part of a dataset.
+
+    Args:
+        detector: any backend.
+        records: the images, in any order; none give no results.
+        batch_size: images per inference.
+        progress: called with the number of images done in each batch.
+
+    Returns:
+        the detections in COCO's results format, with masks where the model has them, and the seconds that
+        decoding, preprocessing, inference and postprocessing took.
+
+    Raises:
+        UserError: when an image cannot be read.
+    """
+    metadata = detector.metadata
     results, began = [], time.perf_counter()
-    for records in _batches(dataset.images, batch_size):
-        detections = detector.detect([read_image(record.path) for record in records])
-        for record, found in zip(records, detections, strict=True):
-            results += coco_results(found, record.id, detector.metadata.category_ids, with_masks=True)
-        progress(len(records))
-    seconds = time.perf_counter() - began
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        detections = detector.detect([read_image(record.path) for record in batch])
+        for record, found in zip(batch, detections, strict=True):
+            results += coco_results(found, record.id, metadata.category_ids, with_masks=metadata.has_masks)
+        progress(len(batch))
+    return results, time.perf_counter() - began
+
+
+def score_results(
+    dataset: CocoDataset, results: list[dict[str, Any]], *, with_masks: bool, detect_seconds: float = 0.0
+) -> Evaluation:
+    """The metrics of results on the whole of a dataset, by pycocotools.
+
+    Args:
+        dataset: the ground truth; an image without results counts as one in which nothing was found.
+        results: in COCO's results format, in any order.
+        with_masks: score `segmentation` too.
+        detect_seconds: what finding them took.
+    """
     truth = dataset.ground_truth()
     return Evaluation(
         box=_score(truth, results, "bbox"),
-        mask=_score(truth, results, "segm"),
+        mask=_score(truth, results, "segm") if with_masks else None,
         results=results,
         images=len(dataset.images),
-        detect_seconds=seconds,
+        detect_seconds=detect_seconds,
     )
 
 
@@ -106,11 +151,6 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
             f"a model of the {len(dataset.category_ids)} classes of {dataset.annotation_path}",
             "evaluate on the dataset that the model was trained for, or train on this one",
         )
-
-
-def _batches(items: tuple, size: int) -> Iterator[tuple]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _score(truth, results: list[dict[str, Any]], kind: str) -> dict[str, float]:

@@ -33,5 +33,22 @@ def onnx_file(tmp_path_factory, checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
+def boxes_model() -> MaskRCNN:
+    """A Faster R-CNN, which has no masks."""
+    return lively_model(tiny_config(has_masks=False))
+
+
+@pytest.fixture(scope="session")
+def boxes_onnx_file(tmp_path_factory, boxes_model) -> Path:
+    """Its export, beside its checkpoint `best.safetensors`."""
+    from maskrcnn.export.exporter import export_onnx
+
+    folder = tmp_path_factory.mktemp("boxes")
+    save_checkpoint(folder / "best.safetensors", boxes_model)
+    export_onnx(boxes_model, folder / "model.onnx", source=folder / "best.safetensors")
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     return generate_shapes(tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96)

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from maskrcnn.data.segmentation import (
 )
 from maskrcnn.errors import UserError
 
+_PREFIX = "instances_"  # of annotation files
 _LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
 
 
@@ -54,6 +55,17 @@ class ImageRecord:
     instances: tuple[Instance, ...]
 
 
+@dataclass(frozen=True)
+class SkippedAnnotation:
+    """An annotation that was left out, and why."""
+
+    reason: str  # the same for all of its kind
+    name: str  # "annotation 7"
+    detail: str  # what came
+    image_id: int | None  # where the image is known
+    bbox: Any  # as the file has it
+
+
 @dataclass(frozen=True, eq=False)
 class CocoDataset:
     """One split of a dataset.
@@ -67,17 +79,21 @@ class CocoDataset:
     class_names: tuple[str, ...]  # in ascending order of the category id
     category_ids: tuple[int, ...]
     images: tuple[ImageRecord, ...]  # in the order of the file
-    skipped: dict[str, int]  # reason -> annotations left out for it
-    skipped_examples: dict[str, str]  # reason -> the first of them
+    skipped_annotations: tuple[SkippedAnnotation, ...]
     file_boxes_xywh_px: dict[int, tuple[float, ...]]  # annotation id -> box uncut, for the evaluation
 
     @classmethod
-    def load(cls, root: str | Path, split: str) -> CocoDataset:
+    def load(cls, root: str | Path, split: str, *, require_images: bool = True) -> CocoDataset:
         """Reads the annotations of `split`; image files are looked for and not opened.
 
         Left out and counted are annotations of an unknown image or category, with a box that is not four
         finite numbers of positive size or lies wholly outside the image, and with a segmentation that is
         missing, empty or malformed.
+
+        Args:
+            root: the dataset's folder.
+            split: its exact name.
+            require_images: whether missing image files are an error.
 
         Raises:
             UserError: where the annotation file is missing, is not JSON or not of COCO's structure (the
@@ -85,24 +101,23 @@ class CocoDataset:
                 image folder, or where image files are missing.
         """
         root = Path(root)
-        path = root / "annotations" / f"instances_{split}.json"
+        path = root / "annotations" / f"{_PREFIX}{split}.json"
         content = _read_json(path)
         lists = {key: _value(path, content, "the file", key, list) for key in _TOP_LEVEL_KEYS}
         categories = _categories(path, lists["categories"])
         images = _images(path, root / split, lists["images"])
+        if require_images:
+            _require_files(path, root / split, [file for file, _, _ in images.values()])
         labels = {category_id: label for label, category_id in enumerate(categories, start=1)}
         found: dict[int, list[Instance]] = defaultdict(list)
-        skipped: dict[str, int] = defaultdict(int)
-        examples: dict[str, str] = {}
+        skipped: list[SkippedAnnotation] = []
         next_id = 1 + max((_usable_id(entry) or 0 for entry in lists["annotations"]), default=0)
         file_boxes: dict[int, tuple[float, ...]] = {}
         for index, entry in enumerate(lists["annotations"]):
             try:
                 image_id, values = _checked_annotation(entry, images, labels)
             except AnnotationError as fault:
-                skipped[fault.reason] += 1
-                name = entry.get("id", f"number {index}") if isinstance(entry, dict) else f"number {index}"
-                examples.setdefault(fault.reason, f"annotation {name}: {fault.detail}")
+                skipped.append(_skipped(entry, index, images, fault))
                 continue
             annotation_id = _usable_id(entry)
             if annotation_id is None or annotation_id in file_boxes:
@@ -119,10 +134,21 @@ class CocoDataset:
                 ImageRecord(image_id, file, height, width, tuple(found[image_id]))
                 for image_id, (file, height, width) in images.items()
             ),
-            skipped=dict(skipped),
-            skipped_examples=examples,
+            skipped_annotations=tuple(skipped),
             file_boxes_xywh_px=file_boxes,
         )
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many annotations were left out for each reason."""
+        return dict(Counter(annotation.reason for annotation in self.skipped_annotations))
+
+    @property
+    def skipped_examples(self) -> dict[str, str]:
+        """The first annotation left out for each reason."""
+        backwards = reversed(self.skipped_annotations)
+        first = {annotation.reason: f"{annotation.name}: {annotation.detail}" for annotation in backwards}
+        return {reason: first[reason] for reason in self.skipped}
 
     def ground_truth(self) -> COCO:
         """The annotations that were not skipped, as pycocotools' evaluation takes them; prints nothing.
@@ -164,6 +190,18 @@ class CocoDataset:
         }
 
 
+def list_splits(root: str | Path) -> list[str]:
+    """The names of all splits of a dataset, sorted.
+
+    Raises:
+        UserError: where there is no folder `annotations`.
+    """
+    folder = Path(root) / "annotations"
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}", _LAYOUT, "point --data at the folder that holds annotations/")
+    return sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json"))
+
+
 def find_split(root: str | Path, kind: str) -> str:
     """The name of the split of a kind: `kind` itself, else the only split whose name begins with it.
 
@@ -175,10 +213,7 @@ def find_split(root: str | Path, kind: str) -> str:
         UserError: listing the splits there are, where none or several fit.
     """
     folder = Path(root) / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}", _LAYOUT, "point --data at the folder that holds annotations/")
-    prefix = "instances_"
-    splits = sorted(path.stem[len(prefix) :] for path in folder.glob(f"{prefix}*.json"))
+    splits = list_splits(root)
     fitting = [kind] if kind in splits else [name for name in splits if kind and name.startswith(kind)]
     if len(fitting) == 1:
         return fitting[0]
@@ -187,7 +222,7 @@ def find_split(root: str | Path, kind: str) -> str:
         raise UserError(came, "one split", "name one of them exactly")
     raise UserError(
         f"no split {kind!r} in {folder}",
-        f"one of: {', '.join(splits)}" if splits else f"files {prefix}<split>.json",
+        f"one of: {', '.join(splits)}" if splits else f"files {_PREFIX}<split>.json",
         "name a split that exists, or add its annotation file",
     )
 
@@ -198,7 +233,7 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     A polygon thinner than a pixel can give a mask without pixels.
     """
     rle = compressed_rle(instance.segmentation, record.height, record.width)
-    return np.ascontiguousarray(mask_api.decode(rle)).astype(bool)
+    return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
 
 
 # --- the file as a whole -----------------------------------------------------------------------------
@@ -268,14 +303,17 @@ def _images(path: Path, folder: Path, entries: list[Any]) -> dict[int, tuple[Pat
             came = f"'file_name' of {where} is {name!r}, outside the image folder"
             raise _structure_error(path, came, f"a path relative to {folder} that stays in it")
         images[image_id] = (folder / inside, height, width)
-    missing = [file for file, _, _ in images.values() if not os.path.isfile(file)]
+    return images
+
+
+def _require_files(path: Path, folder: Path, files: list[Path]) -> None:
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(images)} images of {path} are missing, the first is {missing[0]}",
+            f"{len(missing)} of {len(files)} images of {path} are missing, the first is {missing[0]}",
             f"every image of the file below {folder}",
             "complete the image folder, or remove the entries from the annotation file",
         )
-    return images
 
 
 # --- one annotation ----------------------------------------------------------------------------------
@@ -285,6 +323,18 @@ def _usable_id(entry: Any) -> int | None:
     """The annotation's id, unless pycocotools would misread it: to its matching, 0 means unmatched."""
     value = entry.get("id") if isinstance(entry, dict) else None
     return value if type(value) is int and value > 0 else None
+
+
+def _skipped(entry: Any, index: int, images: dict[int, Any], fault: AnnotationError) -> SkippedAnnotation:
+    values = entry if isinstance(entry, dict) else {}
+    image_id = values.get("image_id")
+    return SkippedAnnotation(
+        reason=fault.reason,
+        name=f"annotation {values.get('id', f'number {index}')}",
+        detail=fault.detail,
+        image_id=image_id if type(image_id) is int and image_id in images else None,
+        bbox=values.get("bbox"),
+    )
 
 
 def _checked_annotation(

@@ -47,7 +47,8 @@ def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmenta
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise AnnotationError(malformed, "neither a list of polygons nor an object with size and counts")
     if segmentation["size"] != [height, width]:
-        raise AnnotationError(malformed, f"RLE of size {segmentation['size']!r}, image [{height}, {width}]")
+        came = f"RLE of size {segmentation['size']!r}, image [{height}, {width}]"
+        raise AnnotationError("mask of another size than the image", came)
     runs = _runs_from_counts(segmentation["counts"])
     if runs is None or runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise AnnotationError(malformed, f"RLE whose runs do not add up to {height}×{width} pixels")

@@ -36,7 +36,8 @@ def encode_boxes(boxes: Tensor, references: Tensor, weights: tuple[float, float,
     size = boxes[..., 2:] - boxes[..., :2]
     shift = (boxes[..., :2] + boxes[..., 2:] - references[..., :2] - references[..., 2:]) * 0.5 / reference_size
     scale = torch.log(size / reference_size)
-    return torch.cat([shift, scale], dim=-1) * shift.new_tensor(weights)
+    deltas = torch.cat([shift, scale], dim=-1).unbind(-1)
+    return torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)], dim=-1)
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:

@@ -11,27 +11,28 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
 from maskrcnn.config import LossConfig, ModelConfig
+from maskrcnn.model import roi_heads, rpn
+from maskrcnn.model.losses import Share, Truth, own_count, roi_losses, rpn_losses
 from maskrcnn.model.roi_heads import RoiHeads
 from maskrcnn.model.rpn import RegionProposalNetwork
-
-BODY_CHANNELS = {"resnet18": 64, "resnet34": 64, "resnet50": 256}  # of C2; doubles at each stage
 
 
 def _backbone(config: ModelConfig) -> BackboneWithFPN:
     """ResNet with FPN, its parameters named as torchvision's detectors name them."""
     norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
-    first = BODY_CHANNELS[config.backbone]
+    first = body.inplanes // 8  # channels of C2; they double at each stage
     return BackboneWithFPN(
         body,
         {f"layer{stage + 1}": str(stage) for stage in range(4)},
         [first * 2**stage for stage in range(4)],
         config.fpn_channels,
+        norm_layer=nn.BatchNorm2d if config.head_batch_norm else None,
     )
 
 
 class MaskRCNN(nn.Module):
-    """Mask R-CNN on fixed shapes (He et al. 2017).
+    """Mask R-CNN on fixed shapes (He et al. 2017), or Faster R-CNN where the configuration has no masks.
 
     Everything after the image is a batched tensor padded to a fixed count, and nothing branches on a value, so
     the same code trains, runs, exports and compiles. A torchvision state dict of the same architecture loads
@@ -73,30 +74,35 @@ class MaskRCNN(nn.Module):
 
         Returns:
             `num_detections` int32 `[N]`; `boxes` float32 `[N, D, 4]` xyxy; `scores` float32 `[N, D]`,
-            descending; `labels` int64 `[N, D]`, from 1; `masks` float32 `[N, D, 28, 28]`, probabilities in
-            the frame of the box. Rows from `num_detections` on are zero.
+            descending; `labels` int64 `[N, D]`, from 1; with a mask head `masks` float32 `[N, D, 28, 28]`,
+            probabilities in the frame of the box. Rows from `num_detections` on are zero.
         """
         features = self.features(images, image_sizes)
         proposals, used = self.rpn.proposals(self.rpn(features, images), image_sizes)
         return self.roi_heads(features, proposals, used, image_sizes)
 
-    def losses(self, images: Tensor, image_sizes: Tensor, truth: dict, loss: LossConfig) -> dict[str, Tensor]:
-        """The five losses of a batch, scalars whose sum is minimised.
+    def losses(
+        self, images: Tensor, image_sizes: Tensor, truth: Truth, loss: LossConfig, share: Share = own_count
+    ) -> dict[str, Tensor]:
+        """The losses of a batch, scalars whose sum is minimised.
 
         Args:
-            truth: padded ground truth, see `RoiHeads.losses`.
+            images: as for `forward`.
+            image_sizes: as for `forward`.
+            truth: padded ground truth: `boxes` float32 `[N, G, 4]` xyxy in pixels of the resized image, `labels`
+                int64 `[N, G]`, `valid` bool `[N, G]`, `masks` uint8 `[N, G, M, M]` of 0 or 255, each the part of
+                the image that `mask_frames` float32 `[N, G, 4]` says, and `seeds` int64 `[N]`, which decide
+                which anchors and proposals are sampled.
             loss: matching and sampling constants.
+            share: makes a count of this process a mean over all processes, see `maskrcnn.model.losses`.
+
+        Returns:
+            `objectness`, `rpn_box`, `classification`, `box` and, with a mask head, `mask`.
         """
+        truth = {**truth, "image_sizes": image_sizes}
         features = self.features(images, image_sizes)
         output = self.rpn(features, images)
-        objectness, rpn_box = self.rpn.losses(output, truth["boxes"], truth["valid"], loss)
+        losses = rpn_losses(output, truth, loss, rpn.BOX_WEIGHTS, share)
         with torch.no_grad():
             proposals, used = self.rpn.proposals(output, image_sizes)
-        classification, box, mask = self.roi_heads.losses(features, proposals, used, truth, loss)
-        return {
-            "objectness": objectness,
-            "rpn_box": rpn_box,
-            "classification": classification,
-            "box": box,
-            "mask": mask,
-        }
+        return losses | roi_losses(self.roi_heads, features, proposals, used, truth, loss, roi_heads.BOX_WEIGHTS, share)

@@ -10,6 +10,8 @@ map has its centre at (j + 0.5, i + 0.5) with `aligned`, and at (j, i) without.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torchvision
 from torch import Tensor
@@ -58,6 +60,11 @@ def _axis_taps(
     return index.unflatten(1, (bins, ratio)).flatten(2), weight.unflatten(1, (bins, ratio)).flatten(2)
 
 
+def _numbers(values: list[int], device: torch.device) -> Tensor:
+    """Whole numbers on a device, int64; `torch.tensor` would make the host wait for a GPU."""
+    return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
+
+
 def _pool_by_table(
     features: list[Tensor],
     rois: Tensor,
@@ -75,13 +82,12 @@ def _pool_by_table(
     batch, count = rois.shape[:2]
     channels = features[0].shape[1]
     rois = rois.to(torch.float32)
-    heights = torch.tensor([f.shape[2] for f in features], device=rois.device)
-    widths = torch.tensor([f.shape[3] for f in features], device=rois.device)
+    heights, widths = (_numbers([f.shape[axis] for f in features], rois.device) for axis in (2, 3))
     sizes = batch * heights * widths
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features]).to(torch.float32)
 
     level = assign_levels(rois, min_level=min_level, num_levels=len(features)).flatten()
-    image = torch.arange(batch, device=rois.device).repeat_interleave(count)
+    image = torch.arange(batch * count, device=rois.device) // count if count else level
     height, width = heights[level], widths[level]
     base = (sizes.cumsum(0) - sizes)[level] + image * height * width
 
@@ -156,6 +162,10 @@ def multilevel_roi_align(
 def _batched_nms(
     boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
+    if boxes.is_cuda and importlib.util.find_spec("triton"):  # comes with torch's CUDA builds for Linux
+        from maskrcnn.model.nms_triton import batched_nms_triton
+
+        return batched_nms_triton(boxes, groups, counts, iou_threshold, max_output)
     indices = torch.zeros(boxes.shape[0], max_output, dtype=torch.int32, device=boxes.device)
     kept_counts = torch.zeros(boxes.shape[0], dtype=torch.int32, device=boxes.device)
     # Earlier rows win: descending keys keep the given order.

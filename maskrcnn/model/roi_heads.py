@@ -5,30 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from maskrcnn.config import LossConfig, ModelConfig
-from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, is_at_least, pairwise_iou, take_rows
+from maskrcnn.config import ModelConfig
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
 from maskrcnn.model.ops import batched_nms, multilevel_roi_align
-from maskrcnn.model.sampling import match_anchors, sample_balanced
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_SIDE_PX = 1e-2  # torchvision's roi_heads: smaller detections are dropped
 
 
 class RoiHeads(nn.Module):
-    """Classifies and refines proposals, then segments the detections (He et al. 2017, section 3)."""
+    """Classifies and refines proposals, then segments the detections (He et al. 2017, section 3).
+
+    Without a mask head it is the second half of a Faster R-CNN (Ren et al. 2015).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.has_masks = config.has_masks
         channels, classes = config.fpn_channels, config.num_classes + 1
-        self.box_head = TwoMLPHead(channels * config.box_pool_size**2, config.box_head_channels)
+        self.box_head = _box_head(config)
         self.box_predictor = FastRCNNPredictor(config.box_head_channels, classes)
-        self.mask_head = MaskRCNNHeads(channels, list(config.mask_head_channels), dilation=1)
-        last = config.mask_head_channels[-1]
-        self.mask_predictor = MaskRCNNPredictor(last, last, classes)
+        if config.has_masks:
+            norm = nn.BatchNorm2d if config.head_batch_norm else None
+            self.mask_head = MaskRCNNHeads(channels, list(config.mask_head_channels), dilation=1, norm_layer=norm)
+            last = config.mask_head_channels[-1]
+            self.mask_predictor = MaskRCNNPredictor(last, last, classes)
 
     def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
         """`[N · R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
@@ -71,15 +76,12 @@ class RoiHeads(nn.Module):
             image_sizes: int64 `[N, 2]`.
         """
         boxes, scores, labels, count = self._detect(features, proposals, used, image_sizes)
+        found = {"num_detections": count, "boxes": boxes, "scores": scores, "labels": labels}
+        if not self.has_masks:
+            return found
         live = torch.arange(boxes.shape[1], device=boxes.device)[None, :] < count[:, None]
         masks = torch.sigmoid(self._masks_of_live(features, boxes, labels, count)) * live[..., None, None]
-        return {
-            "num_detections": count,
-            "boxes": boxes,
-            "scores": scores,
-            "labels": labels,
-            "masks": masks,
-        }
+        return found | {"masks": masks}
 
     def _masks_of_live(self, features: list[Tensor], boxes: Tensor, labels: Tensor, count: Tensor) -> Tensor:
         """Mask logits `[N, D, 28, 28]`; on a CPU in eager mode unused rows are not computed but zero.
@@ -127,90 +129,15 @@ class RoiHeads(nn.Module):
             count,
         )
 
-    def losses(self, features: list[Tensor], proposals: Tensor, used: Tensor, truth: dict, loss: LossConfig):
-        """Classification, box and mask losses on sampled proposals.
 
-        Args:
-            truth: `boxes` `[N, G, 4]`, `labels` int64 `[N, G]`, `valid` bool `[N, G]`, and `masks` uint8
-                `[N, G, M, M]`, each object's mask in the frame of its own box.
-
-        Returns:
-            scalars (classification, box, mask).
-        """
-        with torch.no_grad():
-            sample = _sample_rois(proposals, used, truth, loss)
-        rois, labels, positive, sampled, owner = sample
-        logits, deltas = self.classify(features, rois)
-        total = sampled.sum().clamp(min=1)
-        classification = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        classification = (classification * sampled.flatten()).sum() / total
-
-        truth_boxes = take_rows(truth["boxes"], owner)
-        target_box = torch.where(positive[..., None], truth_boxes, rois)
-        target_box = torch.where(sampled[..., None], target_box, target_box.new_tensor([0.0, 0.0, 1.0, 1.0]))
-        reference = torch.where(sampled[..., None], rois, rois.new_tensor([0.0, 0.0, 1.0, 1.0]))
-        target = encode_boxes(target_box, reference, BOX_WEIGHTS)
-        own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
-        box = F.smooth_l1_loss(own, target, beta=loss.smooth_l1_beta, reduction="none").sum(-1)
-        box = (box * positive).sum() / total
-
-        first = int(loss.box_samples * loss.box_positive_fraction)  # positives fill the first slots
-        rois, labels, positive, owner = (x[:, :first] for x in (rois, labels, positive, owner))
-        logits = self.mask_logits(features, rois, labels)
-        with torch.no_grad():
-            target = mask_targets(truth["masks"], truth["boxes"], rois, owner, logits.shape[-1])
-        mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
-        return classification, box, (mask * positive).sum() / positive.sum().clamp(min=1)
-
-
-def _sample_rois(proposals: Tensor, used: Tensor, truth: dict, loss: LossConfig):
-    """RoIs `[N, S, 4]`, their labels, whether positive, whether sampled, and their object's index."""
-    # The objects themselves are proposals too (torchvision's add_gt_proposals).
-    proposals = torch.cat([proposals, truth["boxes"]], dim=1)
-    used = torch.cat([used, truth["valid"]], dim=1)
-    picks = []
-    for boxes, is_used, truth_boxes, valid, labels in zip(
-        proposals, used, truth["boxes"], truth["valid"], truth["labels"], strict=True
-    ):
-        iou = pairwise_iou(boxes, truth_boxes).masked_fill(~valid, -1.0)
-        matched, positive, negative = match_anchors(
-            iou,
-            valid,
-            foreground=loss.box_foreground_iou,
-            background=loss.box_foreground_iou,
-            keep_best=False,
-        )
-        index, is_positive, is_sampled = sample_balanced(
-            positive & is_used,
-            negative & is_used,
-            count=loss.box_samples,
-            positive_fraction=loss.box_positive_fraction,
-        )
-        owner = matched[index]
-        label = torch.where(is_positive, labels[owner], torch.zeros_like(owner))
-        picks.append((boxes[index], label, is_positive, is_sampled, owner))
-    return tuple(torch.stack(x) for x in zip(*picks, strict=True))
-
-
-def mask_targets(masks: Tensor, boxes: Tensor, rois: Tensor, owner: Tensor, size: int) -> Tensor:
-    """Each RoI's view of its object's mask, float32 `[N, P, size, size]` in [0, 1].
-
-    Args:
-        masks: uint8 `[N, G, M, M]`, 0 or 255, each object's mask stretched over its own box.
-        boxes: `[N, G, 4]` the objects' boxes.
-        rois: `[N, P, 4]`.
-        owner: int64 `[N, P]`, each RoI's object.
-    """
-    batch, side = masks.shape[0], masks.shape[2]
-    own = take_rows(boxes, owner)
-    frame = (own[..., 2:] - own[..., :2]).clamp(min=1e-3)
-    relative = (rois - own[..., :2].repeat(1, 1, 2)) / frame.repeat(1, 1, 2)  # own box = [0, 1]²
-    bins = (torch.arange(size, device=rois.device) + 0.5) / size
-    x = relative[..., 0, None] + bins * (relative[..., 2] - relative[..., 0])[..., None]
-    y = relative[..., 1, None] + bins * (relative[..., 3] - relative[..., 1])[..., None]
-    columns, rows = (x * side).floor(), (y * side).floor()  # nearest pixel of the stored mask
-    inside = ((rows >= 0) & (rows < side))[..., :, None] & ((columns >= 0) & (columns < side))[..., None, :]
-    rows, columns = rows.clamp(0, side - 1).long(), columns.clamp(0, side - 1).long()
-    image = torch.arange(batch, device=rois.device)[:, None, None, None]
-    sampled = masks[image, owner[..., None, None], rows[..., :, None], columns[..., None, :]]
-    return sampled.float() / 255 * inside
+def _box_head(config: ModelConfig) -> nn.Module:
+    """What turns pooled features `[R, C, S, S]` into one vector `[R, box_head_channels]` each."""
+    channels, side = config.fpn_channels, config.box_pool_size
+    if not config.box_head_convolutions:
+        return TwoMLPHead(channels * side**2, config.box_head_channels)
+    return FastRCNNConvFCHead(
+        (channels, side, side),
+        list(config.box_head_convolutions),
+        [config.box_head_channels],
+        norm_layer=nn.BatchNorm2d,
+    )

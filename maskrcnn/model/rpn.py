@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.rpn import RPNHead
 
-from maskrcnn.config import LossConfig, ModelConfig
+from maskrcnn.config import ModelConfig
 from maskrcnn.model.anchors import cell_anchors, grid_anchors
-from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, is_at_least, pairwise_iou, take_rows
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
 from maskrcnn.model.ops import batched_nms
-from maskrcnn.model.sampling import match_anchors, sample_balanced
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_SIDE_PX = 1e-3  # torchvision's rpn: smaller proposals are dropped
@@ -34,7 +33,7 @@ class RegionProposalNetwork(nn.Module):
         super().__init__()
         self.config = config
         ratios = config.anchor_aspect_ratios
-        self.head = RPNHead(config.fpn_channels, len(ratios))
+        self.head = RPNHead(config.fpn_channels, len(ratios), conv_depth=config.rpn_convolutions)
         for level, size in enumerate(config.anchor_sizes_px):
             self.register_buffer(f"cells_{level}", cell_anchors(size, ratios), persistent=False)
 
@@ -92,36 +91,3 @@ class RegionProposalNetwork(nn.Module):
         logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
         index = index.clamp(max=anchors.shape[0] - 1)
         return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
-
-    def losses(self, output: RpnOutput, truth_boxes: Tensor, truth_valid: Tensor, loss: LossConfig):
-        """Objectness and box losses on sampled anchors.
-
-        Args:
-            truth_boxes: `[N, G, 4]`, padded.
-            truth_valid: bool `[N, G]`.
-
-        Returns:
-            scalars (objectness, box).
-        """
-        anchors = torch.cat(output.anchors)
-        logits, deltas = torch.cat(output.logits, dim=1), torch.cat(output.deltas, dim=1)
-        with torch.no_grad():
-            picks = []
-            for boxes, valid in zip(truth_boxes, truth_valid, strict=True):
-                # One image at a time: anchors × objects is the largest array of the step.
-                iou = pairwise_iou(anchors, boxes).masked_fill(~valid, -1.0)
-                matched, positive, negative = match_anchors(
-                    iou, valid, foreground=loss.rpn_foreground_iou, background=loss.rpn_background_iou
-                )
-                index, is_positive, is_sampled = sample_balanced(
-                    positive, negative, count=loss.rpn_samples, positive_fraction=loss.rpn_positive_fraction
-                )
-                # Slots that are no positives regress to themselves; their weight is zero.
-                reference = anchors[index]
-                target = torch.where(is_positive[:, None], boxes[matched[index]], reference)
-                picks.append((index, is_positive, is_sampled, encode_boxes(target, reference, BOX_WEIGHTS)))
-            index, is_positive, is_sampled, target = (torch.stack(x) for x in zip(*picks, strict=True))
-        total = is_sampled.sum().clamp(min=1)
-        objectness = F.binary_cross_entropy_with_logits(take_rows(logits, index), is_positive.float(), reduction="none")
-        box = F.smooth_l1_loss(take_rows(deltas, index), target, beta=loss.smooth_l1_beta, reduction="none")
-        return (objectness * is_sampled).sum() / total, (box.sum(-1) * is_positive).sum() / total

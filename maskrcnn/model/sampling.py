@@ -33,14 +33,36 @@ def match_anchors(
     return matched, positive, negative & ~positive
 
 
+_BITS = 29  # of a random key; positives get the next bit, so that all keys of a sample fit an int32
+
+
+def random_keys(seed: Tensor, count: int) -> Tensor:
+    """Random whole numbers that depend on the seed alone: int32 `[count]` in [0, 2^29).
+
+    A hash of (seed, position) instead of a generator's stream: the same image gets the same sample on every
+    device, in every process and after every resumption, and no generator's state has to be kept.
+
+    Args:
+        seed: int64 scalar.
+        count: how many.
+
+    Source: the finaliser of splitmix64 (Steele et al. 2014).
+    """
+    value = seed + torch.arange(1, count + 1, device=seed.device) * -7046029254386353131  # 2^64 / golden ratio
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        value = (value ^ (value >> shift & (1 << 64 - shift) - 1)) * factor
+    return (value >> 31 & (1 << _BITS) - 1).to(torch.int32)
+
+
 def sample_balanced(
-    positive: Tensor, negative: Tensor, *, count: int, positive_fraction: float
+    positive: Tensor, negative: Tensor, seed: Tensor, *, count: int, positive_fraction: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A random sample of `count` boxes with at most `positive_fraction` positives, filled up with negatives.
 
     Args:
         positive: bool `[A]`.
         negative: bool `[A]`, disjoint from `positive`; boxes that are neither are never taken.
+        seed: int64 scalar that decides the sample.
 
     Returns:
         index int64 `[S]` with S = min(count, A), positives in the first slots; is_positive bool `[S]`;
@@ -48,9 +70,10 @@ def sample_balanced(
     """
     size = min(count, positive.shape[0])
     wanted = min(int(count * positive_fraction), size)
-    random = torch.rand(positive.shape, device=positive.device)
-    key = torch.where(negative, random, torch.full_like(random, -1.0))
-    chosen_key, chosen = torch.where(positive, random + 2.0, torch.full_like(random, -1.0)).topk(wanted)
-    key = key.scatter(0, chosen, torch.where(chosen_key >= 2.0, chosen_key, key[chosen]))
+    random = random_keys(seed, positive.shape[0])
+    never = torch.full_like(random, -1)
+    key = torch.where(negative, random, never)
+    chosen_key, chosen = torch.where(positive, random + (1 << _BITS), never).topk(wanted)
+    key = key.scatter(0, chosen, torch.where(chosen_key >= 1 << _BITS, chosen_key, key[chosen]))
     key, index = key.topk(size)
-    return index, key >= 2.0, key >= 0.0
+    return index, key >= 1 << _BITS, key >= 0

@@ -55,9 +55,10 @@ class EpochProgress:
 
 
 @contextmanager
-def epoch_progress(total_images: int, done_images: int) -> Iterator[EpochProgress]:
-    """A progress display for the time of the context."""
-    progress = EpochProgress(total_images, done_images, Console(file=sys.stderr, highlight=False))
+def epoch_progress(total_images: int, done_images: int, *, shown: bool = True) -> Iterator[EpochProgress]:
+    """A progress display for the time of the context; one that is not shown says nothing."""
+    console = Console(file=sys.stderr, highlight=False, quiet=not shown)
+    progress = EpochProgress(total_images, done_images, console)
     if progress.bar is None:
         yield progress
         return

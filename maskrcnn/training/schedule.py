@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from maskrcnn.config import TrainConfig
-from maskrcnn.errors import UserError
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -15,9 +14,6 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         config: gives the peak, the warm-up and the schedule.
         step: steps done before this one, over all epochs.
         steps_per_epoch: optimizer steps of one epoch.
-
-    Raises:
-        UserError: for a schedule that is neither "cosine" nor "step".
     """
     total = config.epochs * steps_per_epoch
     warmup = min(config.warmup_steps, total // 2)
@@ -26,7 +22,5 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     if config.schedule == "cosine":
         done = (step - warmup) / max(total - warmup, 1)
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "step":
-        passed = sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
-        return config.learning_rate * 0.1**passed
-    raise UserError(f"schedule {config.schedule!r}", "cosine or step", "set --schedule to one of them")
+    passed = sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+    return config.learning_rate * config.step_factor**passed

@@ -2,205 +2,272 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import load_weights, read_tensors, save_checkpoint, write_tensors
-from maskrcnn.config import TrainConfig, from_dict, to_dict
+from maskrcnn.checkpoint import load_weights, save_checkpoint
+from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.loader import TrainingSamples, training_loader
+from maskrcnn.data.loader import Batch, TrainingSamples, training_loader
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.training import state
+from maskrcnn.training.device import choose_device, choose_precision
+from maskrcnn.training.distributed import Processes
+from maskrcnn.training.logbook import Logbook, Picture
+from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, make_optimizer
+from maskrcnn.training.pictures import pictures_of_samples
 from maskrcnn.training.progress import epoch_progress, table_line
+from maskrcnn.training.readout import Readout
 from maskrcnn.training.schedule import learning_rate
+from maskrcnn.training.step import Step
 
-# Evaluates a model and returns at least "box_ap" and "mask_ap" in [0, 1].
+# Evaluates a model and returns at least "box_ap", and "mask_ap" for one with masks, in [0, 1]; the same in every
+# process.
 Evaluate = Callable[[MaskRCNN], dict[str, float]]
+# Draws a model's predictions.
+Draw = Callable[[MaskRCNN], list[Picture]]
 
-
-def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
-
-    Raises:
-        UserError: when CUDA is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda", "a CUDA GPU that torch can use", "see `maskrcnn doctor`, or use cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16" for "auto", "fp32" or "bf16": bfloat16 where the processor multiplies in it."""
-    if name not in ("auto", "fp32", "bf16"):
-        raise UserError(f"precision {name!r}", "auto, fp32 or bf16", "set --precision to one of them")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
-
-
-def parameter_groups(model: MaskRCNN, weight_decay: float) -> list[dict[str, Any]]:
-    """Convolution and linear weights decay; biases and normalisation do not."""
-    decayed, free = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.dim() > 1 else free).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+SECONDS_BETWEEN_STATES = 600.0  # of an epoch that takes longer than that; the end of an epoch is always saved
+MOST_SKIPPED = 100  # steps in a row without a finite gradient: nothing is being learnt
 
 
 class Trainer:
-    """One run: a configuration, a folder, and the state that a kill must not lose."""
+    """One run: a configuration, a folder, and the state that a kill must not lose.
 
-    def __init__(self, config: TrainConfig, run: Path, dataset: CocoDataset) -> None:
+    Args:
+        config: what to train and how.
+        run: the folder.
+        dataset: what to train on.
+        processes: those that train together; by default this one alone.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run: Path, dataset: CocoDataset, processes: Processes | None = None
+    ) -> None:
         self.config, self.run = config, run
-        self.device = choose_device(config.device)
+        self.processes = processes or Processes()
+        self.device = choose_device(config.device, self.processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
-        self.samples = TrainingSamples(
-            dataset, config.model.preprocessing, flip_probability=config.flip_probability, seed=config.seed
-        )
+        self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config.weight_decay),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-        )
-        self.epoch, self.best_ap = 0, -1.0  # epochs done; best mask AP so far
+        self.frozen = freeze_stages(self.model, config.trainable_stages)
+        if config.batch_norm == "sync":
+            self.model = _synchronised(self.model, self.device)
+        self.averaged = AveragedWeights(self.model, config.ema_decay) if config.ema_decay else None
+        self.optimizer = make_optimizer(self.model, config)
+        self._to_training()
+        self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
+        self.progress = state.Progress()
+        self.readout = Readout()
 
     def begin(self) -> None:
-        """Makes the folder of a new run and writes its configuration there."""
-        make_folder(self.run)
-        write_json(self.run / runs.CONFIG, to_dict(self.config))
+        """Makes the folder of a new run and writes its configuration and first state there."""
+        if self.processes.is_first:
+            make_folder(self.run)
+            write_json(self.run / runs.CONFIG, to_dict(self.config))
+            self._save_state()
+        self.processes.wait()
 
-    def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:
+    def load_weights(self, tensors: dict[str, Tensor], source: Path | str) -> None:
         """Starts from given weights instead of random ones."""
         load_weights(self.model, tensors, source)
-
-    def save_state(self) -> None:
-        """Everything that continuing needs, in one file that is replaced whole."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for index, parameter in enumerate(self._parameters()):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{index}"] = momentum
-        header = {"config": to_dict(self.config), "epoch": self.epoch, "best_ap": self.best_ap}
-        write_tensors(self.run / runs.STATE, tensors, header)
+        if self.averaged is not None:
+            self.averaged.model.load_state_dict(self.model.state_dict())
 
     def load_state(self) -> None:
-        """Continues from the state that `save_state` wrote."""
-        path = self.run / runs.STATE
-        tensors, header = read_tensors(path)
-        load_weights(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
-        for index, parameter in enumerate(self._parameters()):
-            momentum = tensors.get(f"momentum.{index}")
-            if momentum is not None:
-                momentum = momentum.to(parameter.device).contiguous(memory_format=_format_of(parameter))
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
-        self.epoch, self.best_ap = header["epoch"], header["best_ap"]
+        """Continues from the last state that was saved, with any number of processes."""
+        self.progress = state.load_state(self.run / runs.STATE, self.step)
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def fit(self, evaluate: Evaluate, draw: Draw | None = None) -> dict[str, Any]:
+        """Trains to the last epoch and returns the figures of the last evaluation.
 
-    def fit(self, evaluate: Evaluate) -> dict[str, Any]:
-        """Trains to the last epoch and returns the figures of the last evaluation."""
-        config = self.config
-        loader, sampler = training_loader(
+        Raises:
+            UserError: when a file cannot be used, when memory runs out, or when the loss is not finite.
+        """
+        config, progress = self.config, self.progress
+        self.loader, sampler = training_loader(
             self.samples,
             batch_size=config.batch_size,
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            accumulate=config.accumulate,
+            group_by_aspect_ratio=config.group_by_aspect_ratio,
         )
+        self.steps_per_epoch = len(self.loader) // config.accumulate
         images = len(self.samples)
+        done = progress.epoch * images + progress.step * config.batch_size
         figures: dict[str, Any] = {}
-        with epoch_progress(config.epochs * images, self.epoch * images) as progress:
-            while self.epoch < config.epochs:
-                sampler.epoch = self.epoch
-                # The epoch decides all randomness, so a resumed run repeats what an unbroken one does.
-                torch.manual_seed(config.seed * 1_000_003 + self.epoch)
-                began = time.perf_counter()
-                losses = self._train_epoch(loader, progress)
-                seconds = time.perf_counter() - began
-                self.epoch += 1
-                figures = {"epoch": self.epoch, **losses, "images_per_s": images / seconds}
-                if self.epoch % config.evaluate_every == 0 or self.epoch == config.epochs:
-                    figures |= evaluate(self.model.eval())
-                    if figures["mask_ap"] > self.best_ap:
-                        self.best_ap = figures["mask_ap"]
-                        save_checkpoint(self.run / runs.BEST, self.model, figures=figures)
-                save_checkpoint(self.run / runs.LAST, self.model, figures=figures)
-                self.save_state()
-                with open(self.run / runs.LOG, "a", encoding="utf-8") as log:
-                    log.write(json.dumps(figures) + "\n")
-                progress.say(table_line(figures))
+        self.logbook = self._open_logbook()
+        with epoch_progress(config.epochs * images, done, shown=self.processes.is_first) as self.display:
+            while progress.epoch < config.epochs:
+                # The epoch and the index decide all randomness, so a resumed run repeats what an unbroken one does.
+                sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
+                began, before = time.perf_counter(), progress.step
+                self._train_epoch()
+                rate = (self.steps_per_epoch - before) * config.batch_size / (time.perf_counter() - began)
+                figures = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
+                if self.logbook is not None:
+                    self.logbook.epoch(progress.epoch * self.steps_per_epoch, figures)
+                self.display.say(table_line(figures))
+        if self.logbook is not None:
+            self.logbook.close()
         return figures
 
-    def _train_epoch(self, loader, progress) -> dict[str, float]:
-        self.model.train()
-        totals: dict[str, float] = {}
-        steps = len(loader)
-        for number, batch in enumerate(loader):
-            if isinstance(batch, UserError):
-                raise batch
-            step = self.epoch * steps + number
-            rate = learning_rate(self.config, step, steps)
+    def _open_logbook(self) -> Logbook | None:
+        """The first process keeps the log."""
+        if not self.processes.is_first:
+            return None
+        first = self.progress.epoch * self.steps_per_epoch + self.progress.step
+        return Logbook(self.run, tensorboard=self.config.tensorboard, first_step=first)
+
+    def _train_epoch(self) -> None:
+        """Takes the steps of an epoch that are left, saving the state now and then."""
+        config, progress = self.config, self.progress
+        saved = time.monotonic()
+        for parts in _grouped(self.loader, config.accumulate):
+            number = progress.epoch * self.steps_per_epoch + progress.step
+            if number == 0 and self.logbook is not None:
+                self.logbook.pictures(0, pictures_of_samples(parts[0], config.model.class_names, config.pictures))
+            rate = learning_rate(config, number, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            losses = self._step(batch.to(self.device), step)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value / steps
-            progress.advance(len(batch.image_ids), epoch=self.epoch + 1, loss=losses["loss"])
-        return totals
+            images = [image for part in parts for image in part.image_ids]
+            with _memory_explained(parts):
+                self.readout.push((number, rate, images), self.step.run(parts))
+            progress.step += 1
+            self._read(wait=False)
+            if self.processes.is_first and time.monotonic() - saved > SECONDS_BETWEEN_STATES:
+                self._read(wait=True)
+                self._save_state()
+                saved = time.monotonic()
+        self._read(wait=True)
 
-    def _step(self, batch, step: int) -> dict[str, float]:
-        config = self.config
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self.model.losses(images, batch.image_sizes, batch.truth(), config.loss)
-        loss = torch.stack(list(losses.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.clip_gradient_norm:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), config.clip_gradient_norm)
-        values = {"loss": float(loss.detach()), **{k: float(v.detach()) for k, v in losses.items()}}
-        if not math.isfinite(values["loss"]):
+    def _read(self, *, wait: bool) -> None:
+        """Takes in the figures of the steps that the device has finished."""
+        progress = self.progress
+        for (number, rate, images), figures in self.readout.pop(wait=wait):
+            finite = self._check(number, images, figures)
+            for name, value in figures.items() if finite else ():
+                progress.totals[name] = progress.totals.get(name, 0.0) + value
+            if self.logbook is not None:
+                self.logbook.step(number, {**figures, "learning_rate": rate})
+            epoch = number // self.steps_per_epoch + 1
+            self.display.advance(self.config.batch_size, epoch=epoch, loss=figures["loss"])
+
+    def _check(self, number: int, images: list[int], figures: dict[str, float]) -> bool:
+        """Whether a step was taken; stops, or says that it was skipped.
+
+        Raises:
+            UserError: where the run is to stop at a step that is not finite, or nearly all steps are such.
+        """
+        if figures["finite"]:
+            self.progress.skipped = 0
+            return True
+        if self.precision == "fp16" and math.isfinite(figures["loss"]):
+            return False  # the scaler tries how far it can go; this is no fault
+        self.progress.skipped += 1
+        self.progress.totals["nonfinite_steps"] = self.progress.totals.get("nonfinite_steps", 0.0) + 1
+        came = f"loss {figures['loss']}, gradient norm {figures['gradient_norm']} at step {number}, images {images}"
+        if self.config.on_nonfinite == "stop" or self.progress.skipped > MOST_SKIPPED:
             raise UserError(
-                f"loss {values['loss']} at step {step}, images {batch.image_ids}",
-                "a finite loss",
-                f"lower --learning-rate, look at these images; {self.run / runs.STATE} is the last good state",
+                came,
+                "a finite loss and gradient",
+                f"look at these images, lower --learning-rate, or skip such steps with --on-nonfinite skip; "
+                f"continue the last good state with --resume {self.run}",
             )
-        self.optimizer.step()
-        return values
+        self.display.say(f"skipped: {came}")
+        return False
+
+    def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
+        """Evaluates, saves checkpoints and state, and returns the figures of the epoch."""
+        config, progress = self.config, self.progress
+        steps = max(self.steps_per_epoch - int(progress.totals.get("nonfinite_steps", 0)), 1)
+        figures: dict[str, Any] = {"epoch": progress.epoch + 1}
+        figures |= {k: v if k == "nonfinite_steps" else v / steps for k, v in progress.totals.items() if k != "finite"}
+        progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
+        model = self.evaluated_model()
+        if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
+            figures |= evaluate(model.eval())
+            better = score_of(figures) > progress.best_ap
+            progress.best_ap = max(score_of(figures), progress.best_ap)
+            if self.processes.is_first and better:
+                save_checkpoint(self.run / runs.BEST, model, figures=figures)
+            if self.logbook is not None and draw is not None and config.pictures:
+                self.logbook.pictures(progress.epoch * self.steps_per_epoch, draw(model))
+        if self.processes.is_first:
+            save_checkpoint(self.run / runs.LAST, model, figures=figures)
+            self._save_state()
+        self.processes.wait()
+        self._to_training()
+        return figures
+
+    def evaluated_model(self) -> MaskRCNN:
+        """The model that is evaluated and saved: the averaged weights where there are such."""
+        return self.model if self.averaged is None else self.averaged.model
+
+    def _to_training(self) -> None:
+        self.model.train()
+        for module in self.frozen:
+            module.eval()  # their batch-norm statistics stay as they are
+
+    def _save_state(self) -> None:
+        state.save_state(self.run / runs.STATE, self.step, self.config, self.progress)
 
 
-def _format_of(parameter: Tensor) -> torch.memory_format:
-    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
+def score_of(figures: dict[str, float]) -> float:
+    """What the best checkpoint is the best by: mask AP, or box AP for a model without masks."""
+    return figures.get("mask_ap", figures["box_ap"])
 
 
-def read_run(run: Path) -> TrainConfig:
-    """The configuration of an interrupted run.
+def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:
+    if device.type != "cuda":
+        raise UserError(
+            f"--batch-norm sync on {device.type}",
+            "GPUs, the only device on which PyTorch synchronises batch norm",
+            "use --batch-norm frozen, or train",
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    Raises:
-        UserError: when the folder is no run or has no state to continue from.
-    """
-    for name in (runs.CONFIG, runs.STATE):
-        if not (run / name).is_file():
-            raise UserError(
-                f"{run} without {name}",
-                "the folder of a run that finished at least one epoch",
-                "start anew: `maskrcnn train`",
-            )
-    return from_dict(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))
+
+def _grouped(loader, count: int) -> Iterator[list[Batch]]:
+    """The loader's batches, `count` at a time; an error that a worker met is raised here."""
+    parts: list[Batch] = []
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        parts.append(batch)
+        if len(parts) == count:
+            yield parts
+            parts = []
+
+
+@contextmanager
+def _memory_explained(parts: list[Batch]) -> Iterator[None]:
+    """Turns running out of memory into an error that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
+        text = str(error)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+            raise
+        shapes = ", ".join("×".join(map(str, part.images.shape)) for part in parts)
+        objects = max(part.boxes.shape[1] for part in parts)
+        raise UserError(
+            f"out of memory with images of {shapes} and up to {objects} objects each ({text.splitlines()[:1]})",
+            "a batch that fits",
+            "raise --accumulate (nearly the same result, less memory), use --precision bf16, or lower --batch-size, "
+            "--min-size and --max-size; --resume continues with the new values",
+        ) from error

@@ -65,6 +65,24 @@ def test_newest_run_with_peers(folder):
     assert not list((folder / "benchmark").glob(".*"))
 
 
+def test_a_model_without_masks_has_rows_of_box_ap_alone(tmp_path, boxes_onnx_file, shapes):
+    files = ["--model", str(boxes_onnx_file.with_name("best.safetensors")), "--model", str(boxes_onnx_file)]
+    options = ["--data", str(shapes), "--repeat", "1", "--images", "3", "--batch", "1", "--output", str(tmp_path)]
+    rows = run.main([*files, *options])
+    running = [row for row in rows if row.status == "ok"]
+    assert {row.model for row in running} >= {
+        "best.safetensors",
+        "model.onnx",
+        "torchvision",
+        "torchvision legacy export",
+    }
+    for row in running:
+        assert row.box_ap is not None and row.mask_ap is None and row.mask_ap_difference is None
+        assert "masks" not in row.check
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "box AP" in page and "| mask AP" not in page
+
+
 def test_missing_library_and_missing_export_are_rows(folder, monkeypatch):
     (folder / "model.onnx").rename(folder / "elsewhere")
     shutil.copy(folder / "elsewhere", folder / "other.onnx")

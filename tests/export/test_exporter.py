@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import lively_model, tiny_config
+from tiny import TINY_V2, lively_model, tiny_config
 
 from maskrcnn.errors import UserError
 from maskrcnn.export import exporter
@@ -119,6 +119,32 @@ def test_the_file_agrees_with_pytorch(onnx_file, model, batch, size_hw):
     difference = compare_outputs(reference, OnnxRuntimeBackend(onnx_file)(data), EXACT)
     assert difference.within(EXACT), str(difference)
     assert reference["num_detections"].sum() > 0
+
+
+def test_version_2_exports_and_agrees(tmp_path):
+    model = lively_model(tiny_config(**TINY_V2))
+    with torch.no_grad():  # batch norm in heads, as it would be after training
+        for norm in (m for m in model.roi_heads.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+    difference = export_onnx(model, tmp_path / "v2.onnx")  # raises where it does not agree
+    assert difference.detections > 10
+    proto = onnx.load(tmp_path / "v2.onnx")
+    assert set(op_counts(proto)) <= ALLOWED_OPS
+    assert [output.name for output in proto.graph.output] == list(OUTPUTS)
+
+
+def test_a_model_without_masks_exports_without_them(boxes_onnx_file, boxes_model):
+    proto = onnx.load(boxes_onnx_file)
+    assert [output.name for output in proto.graph.output] == ["num_detections", "boxes", "scores", "labels"]
+    assert op_counts(proto)["maskrcnn::MultilevelRoiAlign"] == 1
+    backend = OnnxRuntimeBackend(boxes_onnx_file)
+    assert not backend.metadata.has_masks
+    data = feeds(2, 96, 128, seed=4)
+    reference = TorchBackend(boxes_model, device="cpu")(data)
+    difference = compare_outputs(reference, backend(data), EXACT)
+    assert difference.within(EXACT) and difference.mask is None and difference.detections > 0
+    assert "masks" not in str(difference)
 
 
 def test_unused_rows_are_zero(onnx_file):

@@ -1,31 +1,24 @@
-"""Checkpoints and torchvision state dicts."""
+"""Checkpoints, and state dicts in files."""
 
+import json
 import os
 import pickle
 
 import pytest
 import torch
-import torchvision
 from tiny import tiny_config
 
 from maskrcnn.checkpoint import (
     load_checkpoint,
-    load_torchvision,
     metadata_of,
     read_state_dict,
     save_checkpoint,
+    write_tensors,
 )
 from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.model.detector import MaskRCNN
-
-
-def torchvision_weights(classes: int = 4) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return torchvision.models.get_model(
-        "maskrcnn_resnet50_fpn", weights=None, weights_backbone=None, num_classes=classes
-    ).state_dict()
 
 
 def test_a_checkpoint_comes_back_equal(tmp_path, model):
@@ -85,93 +78,6 @@ def test_weights_of_another_class_count_name_the_tensors(tmp_path, model):
     assert "[4, 32] instead of [2, 32]" in str(caught.value)
 
 
-def test_a_torchvision_state_dict_loads_and_tells_its_classes(tmp_path):
-    weights = torchvision_weights()
-    torch.save(weights, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet50_fpn")
-    assert model.config.class_names == ("class_1", "class_2", "class_3")
-    assert model.config.category_ids == (1, 2, 3)
-    for name, value in weights.items():
-        assert torch.equal(value, model.state_dict()[name]), name
-
-
-def test_coco_weights_get_cocos_names(tmp_path):
-    torch.save({"model": torchvision_weights(91)}, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet50_fpn")
-    assert model.config.class_names[0] == "person"
-    assert model.config.class_names[89] == "toothbrush"
-    assert model.config.category_ids[89] == 90
-
-
-def frozen(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict as a model with frozen batch norm saves it."""
-    return {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-
-
-@pytest.mark.parametrize(("classes", "is_frozen", "epsilon"), [(91, True, 0.0), (91, False, 1e-5), (4, True, 1e-5)])
-def test_batch_norm_epsilon_is_the_one_that_torchvision_would_use(tmp_path, classes, is_frozen, epsilon):
-    weights = torchvision_weights(classes)
-    torch.save(frozen(weights) if is_frozen else weights, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet50_fpn")
-    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {epsilon}
-    chosen = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet50_fpn", batch_norm_epsilon=1e-3)
-    assert chosen.config.batch_norm_epsilon == 1e-3
-
-
-def test_frozen_weights_of_coco_give_torchvisions_features(tmp_path):
-    from torchvision.models.detection._utils import overwrite_eps
-    from torchvision.ops import FrozenBatchNorm2d
-
-    torch.manual_seed(1)
-    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=0
-    )
-    theirs = torchvision.models.detection.MaskRCNN(backbone, num_classes=91).eval()
-    for name, value in theirs.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(1e-5, 4e-5)  # so small that the epsilon decides
-        if name.endswith(("bn1.weight", "bn2.weight", "downsample.1.weight")):
-            value *= 2e-3
-    overwrite_eps(theirs, 0.0)
-    torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    ours = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
-    image = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = theirs.backbone(image)
-        found = ours.backbone(image)
-    for level, feature in expected.items():
-        torch.testing.assert_close(found[level], feature, rtol=1e-3, atol=1e-4 * float(feature.abs().max()))
-
-
-def test_older_torchvision_names_load(tmp_path):
-    weights = torchvision_weights()
-    renamed = {}
-    for name, value in weights.items():
-        old = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        for part in ("inner_blocks", "layer_blocks"):
-            for level in range(4):
-                old = old.replace(f"fpn.{part}.{level}.0.", f"fpn.{part}.{level}.")
-        for layer in range(4):
-            old = old.replace(f"mask_head.{layer}.0.", f"mask_head.mask_fcn{layer + 1}.")
-        renamed[old] = value
-    assert set(renamed) != set(weights)
-    torch.save(renamed, tmp_path / "old.pth")
-    model = load_torchvision(tmp_path / "old.pth", "maskrcnn_resnet50_fpn")
-    assert torch.equal(model.state_dict()["roi_heads.mask_head.3.0.weight"], weights["roi_heads.mask_head.3.0.weight"])
-
-
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    torch.save(torchvision_weights(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match="do not fit maskrcnn_resnet18_fpn"):
-        load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
-
-
-def test_a_classifier_is_no_detector(tmp_path):
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"no tensor roi_heads\.box_predictor"):
-        load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
-
-
 class Trap:
     """Unpickling this would create a file."""
 
@@ -207,3 +113,26 @@ def test_metadata_survives_json_and_guards_its_contract(tmp_path, model):
         ModelMetadata.from_json(metadata.to_json().replace('"contract": 1', '"contract": 7'), path)
     with pytest.raises(UserError, match="metadata that cannot be read"):
         ModelMetadata.from_json("{}", path)
+
+
+def test_metadata_of_before_faster_rcnn_means_masks(tmp_path, model):
+    values = json.loads(metadata_of(model.config).to_json())
+    assert values.pop("has_masks") is True
+    assert ModelMetadata.from_json(json.dumps(values), tmp_path / "x.onnx").has_masks
+    boxes_only = metadata_of(tiny_config(has_masks=False))
+    assert not ModelMetadata.from_json(boxes_only.to_json(), tmp_path / "x.onnx").has_masks
+
+
+def test_a_configuration_of_before_the_variants_still_loads(tmp_path, model):
+    path = tmp_path / "old.safetensors"
+    newer = ("head_batch_norm", "rpn_convolutions", "box_head_convolutions", "has_masks")
+    config = {name: value for name, value in to_dict(model.config).items() if name not in newer}
+    write_tensors(path, model.state_dict(), {"config": config})
+    assert load_checkpoint(path).config == model.config
+
+
+def test_the_state_of_a_run_is_no_checkpoint(tmp_path, model):
+    path = tmp_path / "state.safetensors"
+    write_tensors(path, {"model.x": torch.zeros(1)}, {"config": {"model": to_dict(model.config)}})
+    with pytest.raises(UserError, match=r"the state of a run[\s\S]*best\.safetensors"):
+        load_checkpoint(path)

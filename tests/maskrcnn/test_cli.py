@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -110,6 +111,34 @@ def test_a_torchvision_state_dict_exports_in_one_command(run, tmp_path):
     assert load_backend(tmp_path / "out.onnx").metadata.class_names == ("class_1", "class_2")
 
 
+def test_weights_of_other_classes_start_with_new_class_layers(run, shapes, tmp_path):
+    run("train", "--data", shapes, "--epochs", 1, "--min-size", 64, "--workers", 0)
+    best = tmp_path / "runs" / "train-1" / runs.BEST
+    root = broken_dataset(shapes, tmp_path, add_star)
+    code, out, err = run("train", "--data", root, "--weights", best, "--epochs", 1, "--min-size", 64, "--workers", 0)
+    assert code == 0, err
+    assert "they know 3 classes, this model 4" in out
+    line = next(line for line in out.splitlines() if line.startswith("starting anew: "))
+    assert len(line.split(", ")) == 6 and "roi_heads.mask_predictor.mask_fcn_logits.bias" in line
+
+
+def test_a_model_without_masks_goes_the_whole_road(run, boxes_onnx_file, shapes, tmp_path):
+    folder = tmp_path / "runs" / "train-1"
+    folder.mkdir(parents=True)
+    shutil.copy(boxes_onnx_file.with_name("best.safetensors"), folder / runs.BEST)
+    shutil.copy(boxes_onnx_file, folder / runs.ONNX)
+    code, out, err = run("build-engine", "--fp32", "--target", "openvino")
+    assert code == 0 and "masks" not in out, err
+    code, out, err = run("evaluate", folder / "model.fp32.xml", "--data", shapes, "--json", "metrics.json")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["box"]) == 12 and metrics["mask"] is None
+    code, out, err = run("predict", shapes / "val" / "000000.png", "--threshold", 0.1)
+    assert code == 0, err
+    results = json.loads((tmp_path / "predictions" / "results.json").read_text())
+    assert results and set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+
+
 def test_version_and_doctor(run):
     assert run("--version")[1].strip().count(".") == 2
     code, out, _ = run("doctor")
@@ -202,15 +231,33 @@ def test_a_run_is_not_overwritten(run, shapes, road, tmp_path):
     expect_error(run("train", "--resume", tmp_path), "config.json")
 
 
-def test_a_checkpoint_of_another_class_count_is_refused(run, shapes, tmp_path, checkpoint):
-    def add(content):
-        content["categories"].append({"id": 9, "name": "star"})
-        return content
+def add_star(content):
+    content["categories"].append({"id": 9, "name": "star"})
+    return content
 
-    root = broken_dataset(shapes, tmp_path, add)
-    expect_error(run("train", "--data", root, "--weights", checkpoint), "do not fit")
+
+def test_weights_of_another_architecture_are_refused(run, shapes, tmp_path, checkpoint):
+    expect_error(run("train", "--data", shapes, "--weights", checkpoint, "--model", "maskrcnn_resnet18_fpn"), "not fit")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_of_another_class_count_is_not_evaluated(run, shapes, tmp_path, checkpoint):
+    root = broken_dataset(shapes, tmp_path, add_star)
     expect_error(run("evaluate", checkpoint, "--data", root), "without category id(s) [9]")
+
+
+def test_weights_without_a_network_name_the_file_to_fetch(run, shapes, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    wanted = ("/models/resnet18-f37072fd.pth", str(tmp_path / "torch"), "--weights FILE")
+    expect_error(run("train", "--data", shapes, "--weights", "IMAGENET1K_V1"), *wanted)
+    wanted = ("/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", str(tmp_path / "torch"), "--weights FILE")
+    command = ("export", "--onnx", "--weights", "COCO_V1", "--model", "fasterrcnn_resnet50_fpn")
+    expect_error(run(*command), *wanted)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_model_lists_the_known(run, shapes):

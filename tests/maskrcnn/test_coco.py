@@ -210,7 +210,7 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": BLOCK_RUNS}
         ({"segmentation": [[1, -1e9, 5, 2, 5, 5]]}, "malformed segmentation", "outside the image"),
         ({"segmentation": "RLE"}, "malformed segmentation", "neither a list"),
         ({"segmentation": {"counts": BLOCK_RUNS}}, "malformed segmentation", "neither a list"),
-        ({"segmentation": {**RLE, "size": [WIDTH, HEIGHT]}}, "malformed segmentation", r"size \[8, 6\]"),
+        ({"segmentation": {**RLE, "size": [WIDTH, HEIGHT]}}, "mask of another size than the image", r"size \[8, 6\]"),
         ({"segmentation": {**RLE, "counts": [8, 3]}}, "malformed segmentation", "add up to 6×8"),
         ({"segmentation": {**RLE, "counts": [8, 80, -40]}}, "malformed segmentation", "add up to 6×8"),
         ({"segmentation": {**RLE, "counts": "83300000"}}, "malformed segmentation", "add up to 6×8"),

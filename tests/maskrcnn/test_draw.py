@@ -1,5 +1,7 @@
 """Overlay pictures."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from maskrcnn.draw import colour_of, overlay
@@ -32,6 +34,14 @@ def test_small_images_are_enlarged_with_their_detections():
     assert picture.shape == (7 * 64, 7 * 100, 3)
     assert picture[7 * 50, 7 * 70].any()
     assert not picture[7 * 10, 7 * 10].any()
+
+
+def test_without_masks_only_boxes_are_drawn():
+    image = np.full((700, 800, 3), 100, np.uint8)
+    found = replace(detections((700, 800), (200, 300, 400, 500)), masks=None)
+    picture = np.asarray(overlay(image, found, ("disc",)))
+    assert (picture[400, 300] == 100).all()
+    assert (picture[500, 300] == colour_of(0)).all()  # the box's lower side
 
 
 def test_no_detections_leave_the_picture_as_it_is():

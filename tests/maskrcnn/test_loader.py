@@ -6,26 +6,28 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from solid import write_solid_dataset
 
+from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.crops import MASK_SIDE
 from maskrcnn.data.images import read_image
-from maskrcnn.data.loader import (
-    MASK_SIDE,
-    EpochSampler,
-    TrainingSamples,
-    collate,
-    mask_in_box,
-    training_loader,
-)
+from maskrcnn.data.loader import collate, training_loader
+from maskrcnn.data.samples import Sample, TrainingSamples
+from maskrcnn.data.view import Objects
 from maskrcnn.errors import UserError
 from maskrcnn.preprocess import Preprocessing
 
 TWICE = Preprocessing(min_size_px=192, max_size_px=400)
+EVERYTHING = {
+    f"{name}_probability": 0.5 for name in ("colour", "flip", "jitter", "mosaic", "perspective", "mixup", "copy_paste")
+}
 
 
-def samples(root, flip=0.0, seed=0, preprocessing=TWICE) -> TrainingSamples:
-    dataset = CocoDataset.load(root, "train")
-    return TrainingSamples(dataset, preprocessing, flip_probability=flip, seed=seed)
+def samples(root, preprocessing=TWICE, **changes) -> TrainingSamples:
+    """Samples of the training split; without changes, as they are in the file."""
+    augment = AugmentConfig(**{"flip_probability": 0.0, **changes})
+    return TrainingSamples(CocoDataset.load(root, "train"), preprocessing, augment=augment, seed=0)
 
 
 def with_objects(data: TrainingSamples) -> int:
@@ -36,47 +38,41 @@ def test_a_sample_is_the_image_and_its_boxes_at_the_new_size(shapes):
     data = samples(shapes)
     index = with_objects(data)
     record = data.dataset.images[index]
-    image_id, pixels, boxes, labels, _ = data[0, index]
-    assert image_id == record.id
-    assert pixels.shape == (3, 192, 192)  # 96 px doubled
-    np.testing.assert_allclose(boxes, 2 * np.array([i.box_xyxy_px for i in record.instances]), rtol=1e-6)
-    assert labels.tolist() == [i.label for i in record.instances]
+    sample = data[0, index]
+    assert sample.image_id == record.id
+    assert sample.image.shape == (3, 192, 192)  # 96 px doubled
+    np.testing.assert_allclose(sample.objects.boxes, 2 * np.array([i.box_xyxy_px for i in record.instances]), rtol=1e-6)
+    assert sample.objects.labels.tolist() == [i.label for i in record.instances]
     original = read_image(record.path).astype(np.float32)
-    np.testing.assert_allclose(pixels.mean(axis=(1, 2)), original.mean(axis=(0, 1)), atol=0.5)
+    np.testing.assert_allclose(sample.image.mean(axis=(1, 2)), original.mean(axis=(0, 1)), atol=0.5)
 
 
 def test_a_stored_mask_has_the_area_of_the_object(shapes):
     data = samples(shapes)
-    for record in data.dataset.images:
-        for instance in record.instances:
-            full = instance_mask(record, instance)
-            x1, y1, x2, y2 = instance.box_xyxy_px
-            stored = mask_in_box(full, np.array([x1, y1, x2, y2], np.float32))
-            share = (stored == 255).mean() * (x2 - x1) * (y2 - y1) / full.sum()
-            assert share == pytest.approx(1, abs=0.06)
+    for index, record in enumerate(data.dataset.images):
+        found = data[0, index].objects
+        for instance, mask, frame in zip(record.instances, found.masks, found.frames, strict=True):
+            area = (mask == 255).mean() * (frame[2] - frame[0]) * (frame[3] - frame[1])
+            assert area == pytest.approx(4 * instance_mask(record, instance).sum(), rel=0.02)
 
 
 def test_a_flipped_sample_mirrors_pixels_boxes_and_masks(shapes):
-    plain, flipped = samples(shapes), samples(shapes, flip=1.0)
+    plain, flipped = samples(shapes), samples(shapes, flip_probability=1.0)
     index = with_objects(plain)
-    _, pixels, boxes, labels, masks = plain[0, index]
-    _, mirrored, mirrored_boxes, same_labels, mirrored_masks = flipped[0, index]
-    np.testing.assert_allclose(mirrored, pixels[:, :, ::-1], atol=1e-3)
-    np.testing.assert_allclose(mirrored_boxes[:, [2, 0]], 192 - boxes[:, [0, 2]], atol=1e-4)
-    np.testing.assert_array_equal(mirrored_boxes[:, [1, 3]], boxes[:, [1, 3]])
-    np.testing.assert_array_equal(mirrored_masks, masks[:, :, ::-1])
-    np.testing.assert_array_equal(labels, same_labels)
+    one, other = plain[0, index], flipped[0, index]
+    np.testing.assert_allclose(other.image, one.image[:, :, ::-1], atol=1e-3)
+    np.testing.assert_allclose(other.objects.boxes[:, [2, 0]], 192 - one.objects.boxes[:, [0, 2]], atol=1e-4)
+    np.testing.assert_array_equal(other.objects.boxes[:, [1, 3]], one.objects.boxes[:, [1, 3]])
+    assert (other.objects.masks > 0).sum() == (one.objects.masks > 0).sum()
+    np.testing.assert_array_equal(other.objects.labels, one.objects.labels)
 
 
 def test_a_batch_is_padded_and_says_what_is_real():
-    def sample(image_id, height, width, objects):
-        return (
-            image_id,
-            np.full((3, height, width), 9, np.float32),
-            np.arange(4 * objects, dtype=np.float32).reshape(objects, 4),
-            np.arange(1, objects + 1),
-            np.full((objects, MASK_SIDE, MASK_SIDE), 255, np.uint8),
-        )
+    def sample(image_id, height, width, count):
+        boxes = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
+        masks = np.full((count, MASK_SIDE, MASK_SIDE), 255, np.uint8)
+        objects = Objects(boxes, np.arange(1, count + 1), masks, boxes + 1)
+        return Sample(image_id, np.full((3, height, width), 9, np.float32), objects, seed=image_id + 70)
 
     batch = collate([sample(5, 33, 50, 2), sample(6, 64, 20, 0)], divisor=32)
     assert batch.images.shape == (2, 3, 64, 64)
@@ -85,43 +81,54 @@ def test_a_batch_is_padded_and_says_what_is_real():
     assert batch.valid.tolist() == [[True, True], [False, False]]
     assert batch.labels.tolist() == [[1, 2], [0, 0]]
     assert batch.boxes[0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert batch.image_ids == [5, 6]
+    assert batch.mask_frames[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert batch.masks.float().mean(dim=(1, 2, 3)).tolist() == [255, 0]
+    assert (batch.image_ids, batch.seeds.tolist()) == ([5, 6], [75, 76])
+    assert collate([sample(6, 64, 20, 0)], divisor=32).boxes.shape == (1, 1, 4)  # a slot without an object
 
 
-def test_a_batch_without_any_object_still_has_a_slot(shapes):
-    image = np.zeros((3, 32, 32), np.float32)
-    nothing = (
-        1,
-        image,
-        np.zeros((0, 4), np.float32),
-        np.zeros(0, np.int64),
-        np.zeros((0, MASK_SIDE, MASK_SIDE), np.uint8),
-    )
-    assert collate([nothing], divisor=32).boxes.shape == (1, 1, 4)
+def test_the_parts_of_all_processes_are_the_batches_of_one(shapes):
+    def parts(**options):
+        loader, sampler = training_loader(
+            samples(shapes, flip_probability=0.5), batch_size=4, workers=0, pin_memory=False, **options
+        )
+        sampler.epoch = 1
+        return {tuple(batch.image_ids): batch for batch in loader}
+
+    whole = parts()
+    assert {len(ids) for ids in whole} == {4} and len(whole) == 3
+    shared = [parts(rank=rank, world_size=2, accumulate=2) for rank in (0, 1)]
+    assert [len(found) for found in shared] == [6, 6]
+    for ids, batch in whole.items():
+        for n, image_id in enumerate(ids):
+            (part,) = (found[(image_id,)] for found in shared if (image_id,) in found)
+            assert torch.equal(part.images[0], batch.images[n])
+            assert torch.equal(part.seeds[0], batch.seeds[n])
 
 
-def test_the_order_depends_on_seed_and_epoch_and_covers_everything():
-    sampler = EpochSampler(20, seed=3)
-    first = list(sampler)
-    assert first == list(sampler)
-    assert sorted(index for _, index in first) == list(range(20))
-    sampler.epoch = 1
-    assert [index for _, index in sampler] != [index for _, index in first]
-    assert {epoch for epoch, _ in sampler} == {1}
+def test_batches_are_grouped_by_aspect_ratio(tmp_path):
+    dataset = CocoDataset.load(write_solid_dataset(tmp_path / "solid"), "train")  # four of twelve are portrait
+    data = TrainingSamples(dataset, Preprocessing(min_size_px=32, max_size_px=64), seed=0)
+    loader, _ = training_loader(data, batch_size=4, workers=0, pin_memory=False, group_by_aspect_ratio=True)
+    portrait = [{bool(height > width) for height, width in batch.image_sizes.tolist()} for batch in loader]
+    assert sorted(map(str, portrait)) == ["{False}", "{False}", "{True}"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_do_not_depend_on_the_number_of_workers(shapes, workers):
+def test_batches_do_not_depend_on_the_number_of_workers(shapes):
     batches = []
-    for count in (0, workers):
-        loader, sampler = training_loader(samples(shapes, flip=0.5), batch_size=4, workers=count, pin_memory=False)
+    for workers in (0, 2):
+        state = torch.get_rng_state()
+        loader, sampler = training_loader(
+            samples(shapes, **EVERYTHING), batch_size=4, workers=workers, pin_memory=False
+        )
         sampler.epoch = 2
-        batches.append([(b.image_ids, b.images, b.masks) for b in loader])
+        batches.append(list(loader))
+        assert torch.equal(torch.get_rng_state(), state)
     assert len(batches[0]) == 3
     for one, other in zip(*batches, strict=True):
-        assert one[0] == other[0]
-        assert torch.equal(one[1], other[1])
-        assert torch.equal(one[2], other[2])
+        assert one.image_ids == other.image_ids
+        for name, value in vars(one).items():
+            assert name == "image_ids" or torch.equal(value, getattr(other, name)), name
 
 
 def test_an_image_of_another_size_than_annotated_is_named(shapes, tmp_path):

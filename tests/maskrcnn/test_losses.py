@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torchvision
 from tiny import lively_model, tiny_config
 from torch.nn import functional as F
 
-from maskrcnn.config import LossConfig
-from maskrcnn.model.roi_heads import mask_targets
+from maskrcnn.config import BOX_LOSSES, LossConfig
+from maskrcnn.model.boxes import encode_boxes
+from maskrcnn.model.losses import box_loss, iou_loss, rpn_losses
+from maskrcnn.model.rpn import BOX_WEIGHTS
 
 TAKE_ALL = LossConfig(rpn_samples=100_000, box_samples=100_000, box_positive_fraction=1.0)
 
@@ -23,6 +26,8 @@ def truth(objects: int = 3, padding: int = 0) -> dict[str, torch.Tensor]:
         "labels": F.pad(labels, (0, padding)),
         "valid": F.pad(torch.ones(2, objects, dtype=torch.bool), (0, padding)),
         "masks": F.pad(masks, (0, 0, 0, 0, 0, padding)),
+        "mask_frames": F.pad(boxes, pad),
+        "seeds": torch.tensor([11, 12]),
     }
 
 
@@ -69,7 +74,7 @@ def test_rpn_losses_equal_torchvisions_formula_on_all_anchors():
     images, sizes = batch()
     target = truth()
     output = model.rpn(model.features(images, sizes), images)
-    ours = model.rpn.losses(output, target["boxes"], target["valid"], TAKE_ALL)
+    ours = rpn_losses(output, target, TAKE_ALL, BOX_WEIGHTS)
 
     from torchvision.models.detection._utils import BoxCoder, Matcher
     from torchvision.ops import box_iou
@@ -85,18 +90,81 @@ def test_rpn_losses_equal_torchvisions_formula_on_all_anchors():
         objectness += F.binary_cross_entropy_with_logits(logits[n][sampled], positive[sampled].float(), reduction="sum")
         goal = BoxCoder((1.0, 1.0, 1.0, 1.0)).encode_single(target["boxes"][n][found[positive]], anchors[positive])
         box += F.smooth_l1_loss(deltas[n][positive], goal, beta=1 / 9, reduction="sum")
-    assert float(ours[0]) == pytest.approx(float(objectness / count), rel=1e-5)
-    assert float(ours[1]) == pytest.approx(float(box / count), rel=1e-4)
+    assert float(ours["objectness"]) == pytest.approx(float(objectness / count), rel=1e-5)
+    assert float(ours["rpn_box"]) == pytest.approx(float(box / count), rel=1e-4)
 
 
-def test_mask_targets_by_hand():
-    # A mask whose left half is set, in a box 100 wide; the RoI is shifted right by half a width.
-    masks = torch.zeros(1, 2, 112, 112, dtype=torch.uint8)
-    masks[0, 1, :, :56] = 255
-    boxes = torch.tensor([[[0, 0, 1, 1.0], [100, 100, 200, 200.0]]])
-    rois = torch.tensor([[[100, 100, 200, 200.0], [50, 100, 150, 200.0], [125, 150, 225, 250.0]]])
-    owner = torch.tensor([[1, 1, 1]])
-    same, left, low = mask_targets(masks, boxes, rois, owner, 4)[0]
-    assert same.tolist() == [[1, 1, 0, 0]] * 4
-    assert left.tolist() == [[0, 0, 1, 1]] * 4  # outside the box there is nothing
-    assert low.tolist() == [[1, 0, 0, 0]] * 2 + [[0, 0, 0, 0]] * 2
+def pairs(count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes and targets that overlap, touch, contain one another or lie apart."""
+    rng = torch.Generator().manual_seed(4)
+    first, second = (torch.rand(count, 2, generator=rng) * 30 for _ in range(2))
+    sides = 1 + 30 * torch.rand(2, count, 2, generator=rng)
+    first, second = torch.cat([first, first + sides[0]], dim=1), torch.cat([second, second + sides[1]], dim=1)
+    second[:10] = first[:10]
+    second[10:20] = first[10:20] + 100
+    return first, second
+
+
+@pytest.mark.parametrize("kind", ["giou", "diou", "ciou"])
+def test_iou_losses_equal_torchvisions(kind):
+    theirs = {
+        "giou": torchvision.ops.generalized_box_iou_loss,
+        "diou": torchvision.ops.distance_box_iou_loss,
+        "ciou": torchvision.ops.complete_box_iou_loss,
+    }[kind]
+    values, gradients = [], []
+    for function in (theirs, lambda boxes, target: iou_loss(boxes, target, kind)):
+        boxes, target = pairs()
+        boxes.requires_grad_()
+        loss = function(boxes, target)
+        loss.sum().backward()
+        values.append(loss.detach())
+        gradients.append(boxes.grad)
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_iou_loss_by_hand():
+    boxes = torch.tensor([[0, 0, 10, 10.0], [0, 0, 10, 10], [0, 0, 10, 10]])
+    target = torch.tensor([[0, 0, 10, 10.0], [5, 0, 15, 10], [20, 0, 30, 10]])
+    torch.testing.assert_close(iou_loss(boxes, target, "iou"), torch.tensor([0.0, 2 / 3, 1.0]))
+
+
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_every_box_loss_vanishes_at_its_target_and_falls_towards_it(kind):
+    references, target = pairs()
+    wanted = encode_boxes(target, references, BOX_WEIGHTS)
+    at_target = box_loss(kind, wanted, target, references, BOX_WEIGHTS, 1 / 9)
+    assert float(at_target.max()) < 1e-4
+    deltas = torch.zeros_like(wanted, requires_grad=True)
+    optimizer = torch.optim.SGD([deltas], lr=0.05)
+    first = None
+    for _ in range(50):
+        loss = box_loss(kind, deltas, target, references, BOX_WEIGHTS, 1 / 9)
+        first = loss.detach() if first is None else first
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    assert float(loss.detach().mean()) < 0.95 * float(first.mean())
+
+
+@pytest.mark.parametrize("kind", BOX_LOSSES)
+def test_a_detector_trains_with_every_box_loss(kind):
+    model = lively_model(tiny_config()).train()
+    loss = LossConfig(rpn_samples=64, box_samples=32, rpn_box_loss=kind, box_loss=kind, box_loss_weight=2.0)
+    sum(model.losses(*batch(), truth(), loss).values()).backward()
+    for name in ("rpn.head.bbox_pred.weight", "roi_heads.box_predictor.bbox_pred.weight"):
+        gradient = model.get_parameter(name).grad
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_only_the_seeds_decide_the_sample():
+    model, target = lively_model(tiny_config()).eval(), truth()
+    few = LossConfig(rpn_samples=16, box_samples=8)
+    found = []
+    for seeds in ([1, 2], [1, 2], [3, 4]):
+        torch.manual_seed(len(found))
+        losses = model.losses(*batch(), {**target, "seeds": torch.tensor(seeds)}, few)
+        found.append(float(sum(losses.values()).detach()))
+    assert found[0] == found[1]
+    assert found[0] != found[2]

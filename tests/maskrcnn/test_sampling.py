@@ -5,7 +5,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 
 from maskrcnn.model.boxes import pairwise_iou
-from maskrcnn.model.sampling import match_anchors, sample_balanced
+from maskrcnn.model.sampling import match_anchors, random_keys, sample_balanced
 
 
 def boxes(count: int, seed: int) -> torch.Tensor:
@@ -44,7 +44,9 @@ def test_a_sample_has_the_right_numbers_of_each(positives, negatives, taken_posi
     kind = torch.zeros(700, dtype=torch.int64)
     order = torch.randperm(700)
     kind[order[:positives]], kind[order[positives : positives + negatives]] = 1, 2
-    index, is_positive, is_sampled = sample_balanced(kind == 1, kind == 2, count=64, positive_fraction=0.25)
+    index, is_positive, is_sampled = sample_balanced(
+        kind == 1, kind == 2, torch.tensor(5), count=64, positive_fraction=0.25
+    )
     assert is_positive.sum() == taken_positives
     assert is_sampled.sum() == taken_positives + taken_negatives
     assert (kind[index[is_positive]] == 1).all()
@@ -54,11 +56,10 @@ def test_a_sample_has_the_right_numbers_of_each(positives, negatives, taken_posi
 
 
 def test_samples_are_random_and_even():
-    torch.manual_seed(0)
     positive = torch.zeros(40, dtype=torch.bool)
     hits = torch.zeros(40)
-    for _ in range(2000):
-        index, _, is_sampled = sample_balanced(positive, ~positive, count=10, positive_fraction=0.5)
+    for seed in range(2000):
+        index, _, is_sampled = sample_balanced(positive, ~positive, torch.tensor(seed), count=10, positive_fraction=0.5)
         hits[index[is_sampled]] += 1
     # Each box is taken with probability 1/4: 500 ± 19.4; six standard deviations either way.
     assert hits.min() > 500 - 120
@@ -69,8 +70,23 @@ def test_fewer_boxes_than_samples():
     index, is_positive, is_sampled = sample_balanced(
         torch.tensor([True, False, False]),
         torch.tensor([False, True, False]),
+        torch.tensor(0),
         count=8,
         positive_fraction=0.5,
     )
     assert index.shape == (3,)
     assert (is_positive.sum(), is_sampled.sum()) == (1, 2)
+
+
+def test_random_keys_are_splitmix64():
+    mask = (1 << 64) - 1
+
+    def expected(seed: int, position: int) -> int:
+        value = (seed + position * 0x9E3779B97F4A7C15) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        return (value >> 31) & ((1 << 29) - 1)
+
+    for seed in (0, 12345, 2**63 - 1):
+        found = random_keys(torch.tensor(seed), 50).tolist()
+        assert found == [expected(seed, position) for position in range(1, 51)]

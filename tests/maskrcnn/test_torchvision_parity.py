@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from matching import Mismatch, compare_detections, merge
 from parity import both_detectors
 from peers import TorchvisionDetector, torchvision_from_config
-from random_weights import calibrate, calibrated_state_dict
+from random_weights import calibrate, calibrated_state_dict, torchvision_model
+from torchvision.models import get_model, list_models
 
 from maskrcnn.checkpoint import load_weights
-from maskrcnn.config import model_config
+from maskrcnn.config import MODELS, model_config
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
@@ -76,6 +78,46 @@ def test_plain_architecture():
     found = merge(mismatches(theirs, ours, images))
     assert found.detections >= 10 and found.labels >= 3
     assert_equal(found)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) & set(list_models(module=torchvision.models.detection))))
+def test_models_that_torchvision_builds_itself(name):
+    few = {"rpn_candidates_per_level": 100, "proposals": 60}  # the heads of version 2 are slow
+    config = model_config(
+        name,
+        class_names=tuple("abcdef"),
+        category_ids=tuple(range(1, 7)),
+        preprocessing=Preprocessing(min_size_px=128, max_size_px=213),
+        **few,
+    )
+    torch.manual_seed(0)
+    theirs = get_model(
+        name,
+        weights=None,
+        weights_backbone=None,
+        num_classes=7,
+        min_size=128,
+        max_size=213,
+        rpn_pre_nms_top_n_test=few["rpn_candidates_per_level"],
+        rpn_post_nms_top_n_test=few["proposals"],
+    )
+    images = images_of([(120, 160), (160, 120)], seed=2)
+    calibrate(theirs, images)
+    ours = MaskRCNN(config)
+    load_weights(ours, theirs.state_dict(), "calibrated weights")
+    detector = Detector(TorchBackend(ours, device="cpu"))
+    found = merge(mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images))
+    assert found.detections >= 10 and found.labels >= 3
+    assert found.masks == (found.detections if config.has_masks else 0)
+    assert_equal(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_torchvisions_tensors(name):
+    with torch.device("meta"):  # shapes alone
+        theirs = torchvision_model(name, 4).state_dict()
+        ours = MaskRCNN(model_config(name, class_names=("a", "b", "c"))).state_dict()
+    assert {n: v.shape for n, v in ours.items()} == {n: v.shape for n, v in theirs.items()}
 
 
 def test_calibrated_weights_depend_on_the_seed_alone():

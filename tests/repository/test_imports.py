@@ -13,7 +13,7 @@ FOLDERS = {  # folder in the repository: package it installs as
     "export": "maskrcnn.export",
     "runtime": "maskrcnn.runtime",
 }
-TOP_MODULES = ("maskrcnn.cli", "maskrcnn.__main__")  # these may import everything
+TOP_MODULES = ("maskrcnn.cli", "maskrcnn.cli_train", "maskrcnn.__main__")  # these may import everything
 TORCH_BACKEND = "maskrcnn.runtime.torch_backend"
 # What the runtime may use of the package: modules that need no torch.
 LIGHT_MODULES = tuple(

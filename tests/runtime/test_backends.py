@@ -17,7 +17,7 @@ from maskrcnn.runtime.backend import detector_specs
 from maskrcnn.runtime.compare import EXACT, HALF
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.evaluate import METRICS, evaluate
+from maskrcnn.runtime.evaluate import METRICS, detect_records, evaluate, score_results
 from maskrcnn.runtime.validation import compare_backends
 
 
@@ -97,6 +97,42 @@ def test_evaluation_scores_all_metrics_and_writes_coco_results(onnx_file, shapes
     assert json.loads(json.dumps(found.results))[0]["segmentation"]["size"] == [96, 96]
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "openvino", "engine"])
+def test_a_model_without_masks_runs_in_every_backend(kind, tmp_path, boxes_onnx_file, shapes):
+    path = boxes_onnx_file.with_name("best.safetensors") if kind == "torch" else boxes_onnx_file
+    if kind == "engine":
+        path = tmp_path / "model.fp32.xml"
+        build_openvino_engine(boxes_onnx_file, path, half=False)
+    backend = load_backend(path, "openvino") if kind == "openvino" else load_backend(path)
+    assert set(backend(feeds())) == {"num_detections", "boxes", "scores", "labels"}
+    dataset = CocoDataset.load(shapes, "val")
+    found = evaluate(Detector(backend), dataset)
+    assert found.mask is None
+    assert set(found.summary()) == {"box_ap"}
+    assert found.table().split("\n")[0].split() == ["box"]
+    assert len(found.results) > 0 and "segmentation" not in found.results[0]
+
+
+def test_results_of_parts_of_a_dataset_score_like_the_whole(onnx_file, shapes):
+    dataset = CocoDataset.load(shapes, "val")
+    detector = Detector.load(onnx_file)
+    whole = evaluate(detector, dataset)
+    parts = [detect_records(detector, dataset.images[start::2], batch_size=1)[0] for start in (1, 0)]
+    assert all(parts) and detect_records(detector, ())[0] == []
+    scored = score_results(dataset, parts[0] + parts[1], with_masks=True)
+    assert scored.box == whole.box and scored.mask == whole.mask
+    assert scored.summary() == whole.summary() and scored.table() == whole.table()
+    assert score_results(dataset, parts[0], with_masks=False).mask is None
+
+
+def mask_in_box(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """A mask bool `[H, W]` stretched over its box, nearest pixel: float32 `[28, 28]`."""
+    x1, y1, x2, y2 = box
+    centres = (np.arange(28) + 0.5) / 28
+    rows, columns = (y1 + centres * (y2 - y1)).astype(int), (x1 + centres * (x2 - x1)).astype(int)
+    return mask[rows][:, columns].astype(np.float32)
+
+
 class TruthTeller(Detector):
     """A detector that says what the annotations say."""
 
@@ -114,7 +150,6 @@ class TruthTeller(Detector):
 
     def detect(self, images):
         from maskrcnn.data.coco import instance_mask
-        from maskrcnn.data.loader import mask_in_box
         from maskrcnn.postprocess import Detections
 
         answers = []
@@ -123,10 +158,7 @@ class TruthTeller(Detector):
             self.next += 1
             np.testing.assert_array_equal(image, read_image(record.path))
             boxes = np.array([i.box_xyxy_px for i in record.instances], np.float32).reshape(-1, 4)
-            masks = [
-                mask_in_box(instance_mask(record, i), b, 28) / 255.0
-                for i, b in zip(record.instances, boxes, strict=True)
-            ]
+            masks = [mask_in_box(instance_mask(record, i), b) for i, b in zip(record.instances, boxes, strict=True)]
             answers.append(
                 Detections(
                     boxes,

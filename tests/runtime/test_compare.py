@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from maskrcnn.errors import UserError
 from maskrcnn.runtime.compare import EXACT, Tolerance, compare_outputs
 
 ROWS = 6
@@ -32,6 +33,21 @@ def test_equal_outputs_need_no_tolerance():
     assert (difference.box_px, difference.score, difference.mask, difference.unpaired) == (0, 0, 0, 0)
     assert (difference.images, difference.detections, difference.images_without_detections) == (2, 2, 1)
     assert difference.within(EXACT)
+
+
+def without_masks(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: value for name, value in values.items() if name != "masks"}
+
+
+def test_models_without_masks_are_compared_by_their_boxes():
+    moved = outputs([((0, 0, 10, 11), 0.9, 1), B])
+    difference = compare_outputs(without_masks(outputs([A, B])), without_masks(moved), EXACT)
+    assert difference.mask is None and difference.mask_mean is None
+    assert difference.box_px == pytest.approx(1)
+    assert not difference.within(EXACT)
+    assert difference.within(Tolerance(box_px=1, score=0, mask=0, mask_mean=0))
+    with pytest.raises(UserError, match=r"outputs .*'masks'"):
+        compare_outputs(without_masks(moved), moved, EXACT)
 
 
 def test_order_does_not_matter_and_the_largest_difference_is_reported():

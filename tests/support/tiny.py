@@ -6,6 +6,9 @@ from maskrcnn.config import ModelConfig, model_config
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
 
+# What makes a model one of version 2, as small as the rest.
+TINY_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (16, 16)}
+
 
 def tiny_config(**changes) -> ModelConfig:
     """The smallest detector with every part: some 11 million parameters, most of them ResNet-18's."""
@@ -38,9 +41,12 @@ def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
         for _ in range(3):
             model.features(torch.rand(4, 3, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
         model.eval()
+        for convolution in model.rpn.head.conv[1:]:  # they start so small that scores would tie
+            convolution[0].weight *= 10
         model.rpn.head.cls_logits.weight *= 30
         model.rpn.head.bbox_pred.weight *= 10
         model.roi_heads.box_predictor.cls_score.weight *= 8
         model.roi_heads.box_predictor.bbox_pred.weight *= 5
-        model.roi_heads.mask_predictor.mask_fcn_logits.weight *= 3
+        if config.has_masks:
+            model.roi_heads.mask_predictor.mask_fcn_logits.weight *= 3
     return model

@@ -1,0 +1,133 @@
+"""Where the time of the training data goes.
+
+    python benchmarks/data.py DATASET [--split train] [--min-size 800] [--images 200] [--workers 2]
+
+Prints for one core: the stages of a plain sample; whole samples with each augmentation switched on alone; and the
+rate of the loader with its workers. DATASET is a folder in COCO layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from timing import environment
+
+from maskrcnn.config import AugmentConfig
+from maskrcnn.data.augment import Augmentation
+from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.images import read_image
+from maskrcnn.data.loader import collate, training_loader
+from maskrcnn.data.samples import Sample, TrainingSamples
+from maskrcnn.data.view import objects_in_view
+from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.preprocess import Preprocessing
+
+BATCH_SIZE = 8
+AUGMENTATIONS = {
+    "flip": {},
+    "colours": {"colour_probability": 1.0},
+    "large-scale jitter": {"jitter_probability": 1.0},
+    "perspective": {"perspective_probability": 1.0},
+    "mosaic": {"mosaic_probability": 1.0},
+    "mixup": {"mixup_probability": 1.0},
+    "copy-paste": {"copy_paste_probability": 1.0},
+}
+
+
+def stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: int) -> dict[str, float]:
+    """Seconds per image in each stage of a sample that is mirrored and resized; flipping copies nothing."""
+    config = AugmentConfig()
+    augmentation, rng = Augmentation(config, preprocessing), np.random.default_rng(0)
+    seconds = dict.fromkeys(("decode", "flip and resize", "masks", "collate"), 0.0)
+
+    def timed(stage: str, call: Callable):
+        began = time.perf_counter()
+        result = call()
+        seconds[stage] += (time.perf_counter() - began) / images
+        return result
+
+    waiting: list[Sample] = []
+    for number in range(images):
+        record = dataset.images[number % len(dataset.images)]
+        view = augmentation.view((record.height, record.width), rng)
+        picture = timed("decode", lambda record=record: read_image(record.path))
+        image = timed("flip and resize", lambda picture=picture, view=view: augmentation.image(picture, view, rng))
+        objects = timed("masks", lambda record=record, view=view: objects_in_view(record, view, config.least_visible))
+        waiting.append(Sample(record.id, image, objects, 0))
+        if len(waiting) == BATCH_SIZE:
+            timed("collate", lambda waiting=waiting: collate(waiting, preprocessing.divisor))
+            waiting = []
+    return seconds
+
+
+def sample_seconds(dataset: CocoDataset, preprocessing: Preprocessing, augment: AugmentConfig, images: int) -> float:
+    """Seconds per whole sample, not collated.
+
+    Raises:
+        UserError: for a file that cannot be used.
+    """
+    samples = TrainingSamples(dataset, preprocessing, augment=augment, seed=0)
+    began = time.perf_counter()
+    for number in range(images):
+        found = samples[number // len(samples), number % len(samples)]
+        if isinstance(found, UserError):
+            raise found
+    return (time.perf_counter() - began) / images
+
+
+def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int, images: int) -> float:
+    """Images per second that the loader gives, its workers started and warm."""
+    samples = TrainingSamples(dataset, preprocessing, seed=0)
+    loader, sampler = training_loader(samples, batch_size=BATCH_SIZE, workers=workers, pin_memory=False)
+    count, began, batches = 0, None, -(-images // BATCH_SIZE)
+    while count < batches:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            if began is None:
+                began = time.perf_counter()  # after the first batch, which waited for the workers
+                continue
+            count += 1
+            if count == batches:
+                break
+        sampler.epoch += 1
+    return count * BATCH_SIZE / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Prints three tables and the machine."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--min-size", type=int, default=800)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(1)  # as in a worker
+    with told_to_the_user():
+        dataset = CocoDataset.load(given.dataset, find_split(given.dataset, given.split))
+        preprocessing = Preprocessing(min_size_px=given.min_size, max_size_px=round(given.min_size * 1333 / 800))
+        seconds = stage_seconds(dataset, preprocessing, given.images)
+        print(f"{'stage':22}{'ms per image':>14}{'images/s':>12}")
+        for stage, value in {**seconds, "all stages": sum(seconds.values())}.items():
+            print(_line(stage, value))
+        print(f"\n{'sample with':22}{'ms per image':>14}{'images/s':>12}")
+        for name, values in AUGMENTATIONS.items():
+            print(_line(name, sample_seconds(dataset, preprocessing, AugmentConfig(**values), given.images)))
+        rate = loader_rate(dataset, preprocessing, given.workers, given.images)
+        print(f"\nloader, {given.workers} worker(s): {rate:.1f} images/s")
+    print(json.dumps(environment()))
+
+
+def _line(name: str, seconds: float) -> str:
+    return f"{name:22}{1000 * seconds:14.2f}{1 / max(seconds, 1e-9):12.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""`maskrcnn train`: joins the processes, prepares the run, and gives the trainer its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from maskrcnn import pretrained, runs
+from maskrcnn.checkpoint import SUFFIX
+from maskrcnn.config import TrainConfig, changed, to_dict
+from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.images import read_image
+from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.draw import overlay
+from maskrcnn.errors import UserError
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.recipes import training_config
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.evaluate import check_classes, detect_records, score_results
+from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.training.distributed import Processes, joined
+from maskrcnn.training.logbook import Picture
+from maskrcnn.training.state import read_run
+from maskrcnn.training.trainer import Trainer
+
+SHAPES = runs.FOLDER / "shapes"  # where the generated dataset lies when no data is named
+DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
+
+
+def run_training(console: Console, *, output: Path | None, resume: Path | None, settings: dict[str, Any]) -> None:
+    """Trains a new run, or the rest of an interrupted one.
+
+    Args:
+        console: where the first process prints; the others are silent.
+        output: folder of a new run.
+        resume: folder of the run to continue, with `settings` changed.
+        settings: see `training_config`.
+    """
+    with joined(settings.get("device", "auto")) as processes:
+        if not processes.is_first:
+            console = Console(quiet=True)
+        begin = _continued if resume is not None else _begun
+        trainer, valset = begin(console, processes, resume or output, settings)
+        config = trainer.config
+        console.print(
+            f"{config.model.name} on {trainer.device} in {trainer.precision}"
+            + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
+            + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}"
+        )
+        trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
+        kind = "mask" if config.model.has_masks else "box"
+        console.print(f"best {kind} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
+
+
+def _begun(
+    console: Console, processes: Processes, output: Path | None, settings: dict[str, Any]
+) -> tuple[Trainer, CocoDataset]:
+    settings = dict(settings)
+    splits = settings.pop("train_split", "train"), settings.pop("val_split", "val")
+    root = Path(settings.pop("data", "") or _drawn_shapes(processes))
+    trainset, valset = _datasets(console, root, *splits)
+    config, weights = _configured(trainset, valset, settings)
+    run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
+    trainer = Trainer(config, run, trainset, processes)
+    if weights is not None:
+        tensors, told = pretrained.finetuning_tensors(trainer.model, weights)
+        trainer.load_weights(tensors, weights.source)
+        for line in told.lines():
+            console.print(line)
+    trainer.begin()
+    return trainer, valset
+
+
+def _configured(
+    trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
+) -> tuple[TrainConfig, pretrained.StartingWeights | None]:
+    """The configuration, changed as the weights to start from want it, and those weights."""
+    spec = settings.get("weights")
+    if not spec:
+        return training_config(trainset, valset, settings), None
+    if Path(spec).suffix == SUFFIX and "model" not in settings:
+        saved = pretrained.starting_weights(spec).config
+        kept = ("class_names", "category_ids")  # those are the dataset's
+        if saved is not None:
+            settings = settings | {"model": {k: v for k, v in to_dict(saved).items() if k not in kept}}
+    config = training_config(trainset, valset, settings)
+    weights = pretrained.starting_weights(spec, config.model)
+    changes = pretrained.model_changes(weights, config.model)
+    if "batch_norm" in settings:  # what was asked for counts
+        changes["frozen_batch_norm"] = config.model.frozen_batch_norm
+    batch_norm = "frozen" if changes["frozen_batch_norm"] else config.batch_norm
+    return replace(config, batch_norm=batch_norm, model=replace(config.model, **changes)), weights
+
+
+def _continued(
+    console: Console, processes: Processes, run: Path, settings: dict[str, Any]
+) -> tuple[Trainer, CocoDataset]:
+    before = read_run(run)
+    config = changed(before, {name: value for name, value in settings.items() if name != "weights"})
+    for name, value in to_dict(config).items():
+        if value != to_dict(before)[name]:
+            console.print(f"{name}: {value} instead of {to_dict(before)[name]}")
+    trainset, valset = _datasets(console, Path(config.data), config.train_split, config.val_split)
+    trainer = Trainer(config, run, trainset, processes)
+    trainer.load_state()
+    done = trainer.progress
+    console.print(f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps")
+    return trainer, valset
+
+
+def _new_folder(output: Path | None) -> Path:
+    if output is None:
+        return runs.next_run()
+    if (output / runs.CONFIG).exists():
+        raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
+    return output
+
+
+def _drawn_shapes(processes: Processes) -> Path:
+    if processes.is_first:
+        generate_shapes(SHAPES)
+    processes.wait()
+    return SHAPES
+
+
+def load_split(console: Console, root: Path, kind: str) -> CocoDataset:
+    """A split of a dataset; what was skipped is printed."""
+    dataset = CocoDataset.load(root, find_split(root, kind))
+    for reason, count in dataset.skipped.items():
+        console.print(
+            f"{dataset.annotation_path}: skipped {count} annotation(s): {reason}, "
+            f"first: {dataset.skipped_examples[reason]}"
+        )
+    return dataset
+
+
+def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the validation split, checked to have the same classes."""
+    trainset, valset = load_split(console, root, split), load_split(console, root, val_split)
+    if trainset.category_ids != valset.category_ids:
+        raise UserError(
+            f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",
+            "the same categories in both splits",
+            "write one category list into both JSON files",
+        )
+    return trainset, valset
+
+
+def _detector(model: MaskRCNN) -> Detector:
+    return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
+
+
+def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) -> Callable:
+    """COCO evaluation over all processes: each detects on its images, the first scores, all get the figures."""
+
+    def run(model: MaskRCNN) -> dict[str, float]:
+        detector = _detector(model)
+        check_classes(detector, valset)
+        records = valset.images[processes.rank :: processes.world_size]
+        found, seconds = detect_records(detector, records, batch_size=max(1, config.batch_size // processes.world_size))
+        gathered = processes.gather(found)
+        figures = None
+        if processes.is_first:
+            results = [result for part in gathered for result in part]
+            scores = score_results(valset, results, with_masks=config.model.has_masks, detect_seconds=seconds)
+            figures = scores.summary()
+        return processes.from_first(figures)
+
+    return run
+
+
+def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
+    """Predictions on the first images of the validation split."""
+
+    def draw(model: MaskRCNN) -> list[Picture]:
+        detector = _detector(model)
+        pictures = []
+        for number, record in enumerate(valset.images[: config.pictures]):
+            image = read_image(record.path)
+            found = detector.detect([image])[0].above(DRAWN_SCORE)
+            pictures.append((f"prediction-{number}", np.asarray(overlay(image, found, config.model.class_names))))
+        return pictures
+
+    return draw

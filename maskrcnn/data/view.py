@@ -1,0 +1,121 @@
+"""A picture and its objects as the detector gets to see them: cut, mirrored and resized.
+
+Every change of a sample that keeps rows rows and columns columns is one `View`. Pixels, masks and boxes go through
+the same one; nothing is computed that is cut away afterwards, and masks are handled one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from maskrcnn.data.coco import ImageRecord, Instance, instance_mask
+from maskrcnn.data.crops import MASK_SIDE, mask_crop, mask_extent, resized_mask
+
+MIN_SIDE_PX = 1.0  # boxes with a shorter side teach nothing
+
+
+@dataclass(frozen=True)
+class View:
+    """A window of a picture, perhaps mirrored, resized, in the top left corner of a canvas."""
+
+    window: tuple[int, int, int, int]  # top, left, bottom, right in pixels of the picture; ends exclusive
+    size_hw: tuple[int, int]  # of the window after resizing
+    canvas_hw: tuple[int, int]  # at least as large
+    is_mirrored: bool = False  # left to right
+    is_upside_down: bool = False
+
+    def cut(self, picture: np.ndarray) -> np.ndarray:
+        """The window of `[H, W, …]`, mirrored and not yet resized; no copy."""
+        top, left, bottom, right = self.window
+        part = picture[top:bottom, left:right]
+        return part[:: -1 if self.is_upside_down else 1, :: -1 if self.is_mirrored else 1]
+
+    def cuts(self, size_hw: tuple[int, int]) -> bool:
+        """Whether it leaves out a part of a picture of this size."""
+        return self.window != (0, 0, *size_hw)
+
+    def on_canvas(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
+        """The canvas `[3, h, w]` with resized pixels float32 `[3, *size_hw]`, and `fill` `[3]` beside them."""
+        if self.size_hw == self.canvas_hw:
+            return pixels
+        canvas = np.empty((3, *self.canvas_hw), np.float32)
+        canvas[:] = fill[:, None, None]
+        canvas[:, : self.size_hw[0], : self.size_hw[1]] = pixels
+        return canvas
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """The canvas of a mask: bool `[h, w]` from bool `[H, W]`."""
+        canvas = np.zeros(self.canvas_hw, bool)
+        canvas[: self.size_hw[0], : self.size_hw[1]] = resized_mask(self.cut(mask), self.size_hw)
+        return canvas
+
+    def box(self, box_xyxy_px: np.ndarray) -> np.ndarray:
+        """A box of the picture on the canvas, cut to the window: float32 `[4]`."""
+        top, left, bottom, right = self.window
+        x1, y1, x2, y2 = np.asarray(box_xyxy_px, np.float32) - np.array([left, top, left, top], np.float32)
+        if self.is_mirrored:
+            x1, x2 = right - left - x2, right - left - x1
+        if self.is_upside_down:
+            y1, y2 = bottom - top - y2, bottom - top - y1
+        return self.scaled_box(np.array([x1, y1, x2, y2], np.float32))
+
+    def scaled_box(self, box_xyxy_px: np.ndarray) -> np.ndarray:
+        """A box of the cut window on the canvas: float32 `[4]`."""
+        top, left, bottom, right = self.window
+        window_wh, size_wh = (right - left, bottom - top), self.size_hw[::-1]
+        scale = np.array(size_wh, np.float32) / np.array(window_wh, np.float32)
+        return np.clip(box_xyxy_px * np.tile(scale, 2), 0, np.tile(np.array(size_wh, np.float32), 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The objects of one sample, on the canvas."""
+
+    boxes: np.ndarray  # float32 [G, 4] xyxy
+    labels: np.ndarray  # int64 [G]
+    masks: np.ndarray  # uint8 [G, MASK_SIDE, MASK_SIDE], see crops.py
+    frames: np.ndarray  # float32 [G, 4] xyxy, what the masks cover
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def stacked(cls, rows: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]]) -> Objects:
+        """From (box, label, mask, frame) of each object."""
+        boxes, labels, masks, frames = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return cls(
+            boxes=np.array(boxes, np.float32).reshape(-1, 4),
+            labels=np.array(labels, np.int64),
+            masks=np.array(masks, np.uint8).reshape(-1, MASK_SIDE, MASK_SIDE),
+            frames=np.array(frames, np.float32).reshape(-1, 4),
+        )
+
+
+def instances_of(record: ImageRecord) -> list[Instance]:
+    """The objects of an image; crowd regions are none."""
+    return [instance for instance in record.instances if not instance.is_crowd]
+
+
+def objects_in_view(record: ImageRecord, view: View, least_visible: float) -> Objects:
+    """The objects of an image on the canvas.
+
+    Boxes are the annotated ones, except those of objects that the view cuts: theirs are the extents of what is left.
+    Left out are objects without a pixel in the resized image, with a side below `MIN_SIDE_PX`, or of which less than
+    `least_visible` of the area is left.
+    """
+    rows = []
+    for instance in instances_of(record):
+        mask = instance_mask(record, instance)
+        part, box = view.cut(mask), view.box(instance.box_xyxy_px)
+        if view.cuts(mask.shape):
+            whole, left = np.count_nonzero(mask), np.count_nonzero(part)
+            if left == 0 or left < least_visible * whole:
+                continue
+            if left < whole:
+                box = view.scaled_box(np.array(mask_extent(part), np.float32))
+        made = mask_crop(part, view.size_hw)
+        if made is not None and min(box[2:] - box[:2]) >= MIN_SIDE_PX:
+            rows.append((box, instance.label, *made))
+    return Objects.stacked(rows)

@@ -1,0 +1,111 @@
+"""Settings of a run from the command line and from YAML: one dataclass stands behind both."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from maskrcnn.errors import UserError
+
+
+def with_settings(kind: type) -> Callable[[Callable], Callable]:
+    """A decorator that gives a command an option for each field of a dataclass that has a help text.
+
+    The command gets those that the user gave as a dictionary `settings`.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
+        types = typing.get_type_hints(kind)
+        fields = [f for f in dataclasses.fields(kind) if "help" in f.metadata]
+        made = [_parameter(f, types[f.name]) for f in fields]
+
+        @functools.wraps(command)
+        def with_dictionary(**values: Any) -> Any:
+            given = {f.name: _given(values.pop(f.name), types[f.name]) for f in fields}
+            return command(**values, settings={name: value for name, value in given.items() if value is not None})
+
+        with_dictionary.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
+        with_dictionary.__annotations__ = {p.name: p.annotation for p in own + made}
+        return with_dictionary
+
+    return decorate
+
+
+def _parameter(setting: dataclasses.Field, kind: Any) -> inspect.Parameter:
+    choices = setting.metadata["choices"]
+    text = setting.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+    if setting.default not in ("", ()):
+        text += f" Default {setting.default}."
+    option = typer.Option(help=text, show_default=False)
+    shown = kind if kind in (int, float, bool) else str
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
+    )
+
+
+def _given(value: Any, kind: Any) -> Any:
+    """An option's value as the field holds it; `8,11` becomes a tuple."""
+    if value is None or typing.get_origin(kind) is not tuple:
+        return value
+    inner = typing.get_args(kind)[0]
+    try:
+        return tuple(inner(part) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"{value!r}", f"{inner.__name__} values with commas between, as 8,11", "correct it") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, or of the JSON that a run keeps (which is YAML too).
+
+    Raises:
+        UserError: when the file is missing, is not YAML or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", "a YAML file of settings", "check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({error})", "a YAML file of settings", "correct the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {type(values).__name__}", "a mapping of settings", "write `epochs: 12` and the like")
+    return values
+
+
+def assignments(texts: list[str]) -> dict[str, Any]:
+    """Nested settings from `section.field=value` texts; values are read as YAML.
+
+    Raises:
+        UserError: for a text without `=` or a value that is not YAML.
+    """
+    made: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not all(name.split(".")):
+            raise UserError(f"--set {text}", "section.field=value", "write for example --set model.detections=300")
+        section = made
+        *sections, last = name.split(".")
+        for part in sections:
+            section = section.setdefault(part, {})
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}", "a value that is YAML", "quote it or correct it") from error
+    return made
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both settings; where both have one the second's counts, section by section."""
+    made = dict(first)
+    for name, value in second.items():
+        both = isinstance(value, dict) and isinstance(made.get(name), dict)
+        made[name] = merged(made[name], value) if both else value
+    return made

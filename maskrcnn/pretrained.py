@@ -1,0 +1,320 @@
+"""Weights to start from: a checkpoint of ours, a file of torchvision's, or the name of torchvision's weights.
+
+A name is that of a member of torchvision's enumerations: `COCO_V1` or `DEFAULT` for the whole detector,
+`IMAGENET1K_V1` or `IMAGENET1K_V2` for the backbone alone. Its file is downloaded once by torch.hub, which keeps it.
+"""
+
+from __future__ import annotations
+
+import http.client
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models import WeightsEnum
+
+from maskrcnn.checkpoint import SUFFIX, config_of, load_weights, read_state_dict
+from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.errors import UserError
+from maskrcnn.model.detector import MaskRCNN
+
+BODY = "backbone.body."
+MASK_HEAD = "roi_heads.mask_"
+# The tensors whose shape depends on the number of classes.
+OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+_CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
+_FILE_SUFFIXES = (SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
+_COCO_LABELS = 90  # of torchvision's COCO weights: COCO's ids, of which ten are unused
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """Tensors to start from, and what is known of them."""
+
+    tensors: dict[str, Tensor]  # named as in our model
+    source: str  # as messages call it
+    path: Path  # the file
+    config: ModelConfig | None = None  # of the model that saved them, where the file says
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether they are a classifier's, which has nothing but the ResNet in common with a detector."""
+        return all(name.startswith(BODY) for name in self.tensors)
+
+    @property
+    def class_count(self) -> int:
+        """Classes without background; 0 for a backbone alone."""
+        return self.tensors[_CLASSIFIER].shape[0] - 1 if _CLASSIFIER in self.tensors else 0
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of labels 1, 2, …, or None where nobody knows them."""
+        if self.config is not None:
+            return self.config.class_names
+        return coco_labels() if self.class_count == _COCO_LABELS else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """What `finetuning_tensors` did not take from the weights."""
+
+    source: str
+    classes: str  # what became of what was learnt about classes, and why; empty for a backbone alone
+    reset: tuple[str, ...] = ()  # tensors that depend on the classes, and start anew because those are others
+    added: tuple[str, ...] = ()  # tensors that the weights do not have, and that start anew
+    dropped: tuple[str, ...] = ()  # tensors that the model does not have
+
+    def lines(self) -> list[str]:
+        """The same as lines for a user."""
+        told = [f"starting from {self.source}" + (f"; {self.classes}" if self.classes else "")]
+        if self.reset:
+            told.append(f"starting anew: {', '.join(self.reset)}")
+        if self.added:
+            told.append(f"not in these weights, starting anew: {_parts(self.added)}")
+        if self.dropped:
+            told.append(f"not in this model, left out: {_parts(self.dropped)}")
+        return told
+
+
+def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> StartingWeights:
+    """Reads weights.
+
+    Args:
+        spec: a checkpoint of ours, a state dict in `.pth` or `.safetensors` as torchvision and its reference
+            scripts save them, of a detector or a classifier, or the name of torchvision's weights: a member of the
+            enumeration for the detector or the backbone (`COCO_V1`), or one in full
+            (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
+        config: of the model that they are for; it says what a name stands for.
+
+    Raises:
+        UserError: when the file cannot be read, the name is unknown, or its file is neither in torch.hub's folder
+            nor can be downloaded.
+    """
+    path, source = Path(spec), str(spec)
+    if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
+        weights = _named(source, config)
+        path, source = _downloaded(weights), repr(weights)
+    tensors, header = read_state_dict(path)
+    saved = config_of(header, path) if header else None
+    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved)
+
+
+def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
+    """The fields of `config` that must change for these weights to mean what they meant: batch norm's.
+
+    A backbone that was trained on ImageNet keeps its statistics, as in torchvision's detectors: all but those of
+    version 2, which have batch norm in their heads and train them all.
+    """
+    if weights.config is not None:
+        return {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
+    if weights.is_backbone:
+        return {"frozen_batch_norm": not config.head_batch_norm, "batch_norm_epsilon": 1e-5}
+    return {
+        "frozen_batch_norm": _is_frozen(weights.tensors),
+        "batch_norm_epsilon": default_batch_norm_epsilon(weights.tensors, weights.class_count),
+    }
+
+
+def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
+    """Weights made to fit a model of other classes, or of other parts.
+
+    What keeps the model's present values: the tensors whose shape depends on the number of classes, unless the
+    classes are the same; a mask head that the weights do not have; with a classifier's weights all but the backbone.
+    Left out is a mask head that the model does not have. The rest goes as it is to `load_weights`, which refuses
+    what does not fit.
+
+    Returns:
+        the tensors for `load_weights`, and what was done to them.
+    """
+    own, tensors = model.state_dict(), dict(weights.tensors)
+    same, classes = _compare_classes(weights, model.config)
+    reset = [] if same else [name for name in own if name.startswith(OF_CLASSES) and name in tensors]
+    added, dropped = _other_parts(own, tensors)
+    for name in dropped:
+        del tensors[name]
+    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
+        source=weights.source, classes=classes, reset=tuple(reset), added=tuple(added), dropped=tuple(dropped)
+    )
+
+
+def load_detector(
+    spec: str | Path, name: str | None = None, *, batch_norm_epsilon: float | None = None
+) -> tuple[MaskRCNN, Path]:
+    """A whole model from weights, in evaluation mode on the CPU, and the file that they came from.
+
+    Args:
+        spec: as for `starting_weights`.
+        name: the architecture, one of `maskrcnn.config.MODELS`; a checkpoint of ours knows its own.
+        batch_norm_epsilon: as for `load_torchvision`.
+
+    Raises:
+        UserError: when weights and architecture do not fit, or the architecture is not known.
+    """
+    config = model_config(name) if name else None
+    weights = starting_weights(spec, config) if config or Path(spec).suffix == SUFFIX else None
+    if weights is not None and weights.config is not None:
+        model = _of_checkpoint(weights, name, batch_norm_epsilon)
+    elif weights is not None and name is not None:
+        model = load_torchvision(weights, name, batch_norm_epsilon=batch_norm_epsilon)
+    else:
+        raise UserError("--weights without --model", "the architecture of the weights", "add --model NAME")
+    return model, weights.path
+
+
+def _of_checkpoint(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> MaskRCNN:
+    """The model of a checkpoint, which no option may contradict."""
+    config = weights.config
+    if name not in (None, config.name) or batch_norm_epsilon not in (None, config.batch_norm_epsilon):
+        raise UserError(
+            f"{weights.source}: a checkpoint of {config.name} with batch norm epsilon {config.batch_norm_epsilon:g}, "
+            "and options that say otherwise",
+            "a checkpoint alone, which knows its architecture",
+            "leave out --model and --batch-norm-epsilon",
+        )
+    model = MaskRCNN(config)
+    load_weights(model, weights.tensors, weights.source)
+    return model.eval()
+
+
+def load_torchvision(
+    weights: StartingWeights | str | Path,
+    name: str,
+    class_names: tuple[str, ...] = (),
+    category_ids: tuple[int, ...] = (),
+    batch_norm_epsilon: float | None = None,
+) -> MaskRCNN:
+    """A model from torchvision's weights, in evaluation mode; the class count is read from them.
+
+    Args:
+        weights: read already, or what `starting_weights` reads.
+        name: the architecture, one of `maskrcnn.config.MODELS`.
+        class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
+        category_ids: likewise; by default 1, 2, ….
+        batch_norm_epsilon: of the model that was saved, which its file does not tell; by default what
+            `default_batch_norm_epsilon` reads off the tensors.
+
+    Raises:
+        UserError: when weights and architecture do not fit.
+    """
+    if not isinstance(weights, StartingWeights):
+        weights = starting_weights(weights, model_config(name))
+    count = weights.class_count
+    if not count:
+        raise UserError(
+            f"{weights.source}: no tensor {_CLASSIFIER}",
+            "the weights of a whole detector",
+            "name a detector, not a classifier; to train a detector from a backbone: `maskrcnn train --weights`",
+        )
+    class_names = class_names or weights.class_names or tuple(f"class_{label}" for label in range(1, count + 1))
+    if len(class_names) != count:
+        raise UserError(
+            f"{len(class_names)} class names for weights of {count} classes",
+            f"{count} names",
+            "name every class but background",
+        )
+    if batch_norm_epsilon is None:
+        batch_norm_epsilon = default_batch_norm_epsilon(weights.tensors, count)
+    config = model_config(
+        name,
+        class_names=class_names,
+        category_ids=category_ids or tuple(range(1, count + 1)),
+        batch_norm_epsilon=batch_norm_epsilon,
+    )
+    model = MaskRCNN(config)
+    load_weights(model, weights.tensors, weights.source)
+    return model.eval()
+
+
+def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int) -> float:
+    """The epsilon with which torchvision would run these weights.
+
+    Its first COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
+    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has 1e-5.
+    """
+    return 0.0 if _is_frozen(tensors) and class_count == _COCO_LABELS else 1e-5
+
+
+def coco_labels() -> tuple[str, ...]:
+    """The names of labels 1 to 90 of torchvision's COCO weights; unused ones are "N/A"."""
+    return tuple(torchvision.models.detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
+
+
+def _is_frozen(tensors: dict[str, Tensor]) -> bool:
+    """Whether the ResNet was saved with frozen batch norm."""
+    return not any(name.startswith(BODY) and name.endswith("num_batches_tracked") for name in tensors)
+
+
+def _for_detector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A detector's tensors as they are; a ResNet classifier's as the detector's backbone."""
+    if not {"conv1.weight", "fc.weight"} <= set(tensors):
+        return tensors
+    return {BODY + name: value for name, value in tensors.items() if not name.startswith("fc.")}
+
+
+def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:
+    """Whether label k means the same to both, and the reason in words."""
+    count, names = weights.class_count, weights.class_names
+    if weights.is_backbone:
+        return True, ""
+    if count != config.num_classes:
+        return False, f"they know {count} classes, this model {config.num_classes}"
+    if names is None:
+        return True, f"their {count} classes have no names and are taken for this model's"
+    for label, (theirs, ours) in enumerate(zip(names, config.class_names, strict=True), start=1):
+        if theirs != ours:
+            return False, f"they know other classes: label {label} is {theirs!r} to them and {ours!r} here"
+    return True, f"they know the same {count} classes"
+
+
+def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The model's tensors of parts that the weights lack altogether, and the other way round."""
+    own, given = list(own), list(given)
+    if all(name.startswith(BODY) for name in given):
+        return [name for name in own if not name.startswith(BODY)], []
+    ours, theirs = ([name for name in names if name.startswith(MASK_HEAD)] for names in (own, given))
+    return ([] if theirs else ours), ([] if ours else theirs)
+
+
+def _parts(names: Iterable[str]) -> str:
+    """Tensors by module: "rpn.head (6 tensors), …"."""
+    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{part} ({count} tensors)" for part, count in counts.items())
+
+
+def _named(name: str, config: ModelConfig | None) -> WeightsEnum:
+    """The member of torchvision's enumerations that a name stands for."""
+    members: dict[str, WeightsEnum] = {}
+    for architecture in (config.backbone, config.name) if config else ():
+        if architecture in torchvision.models.list_models():  # of ours, some have no counterpart there
+            members |= torchvision.models.get_model_weights(architecture).__members__
+    if name in members:
+        return members[name]
+    try:
+        return torchvision.models.get_weight(name)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"weights {name!r}: no file, and no weights of torchvision's" + (f" for {config.name}" if config else ""),
+            f"a file, or one of {', '.join(members)}" if members else "a file",
+            "check the path or the name given with --weights",
+        ) from error
+
+
+def _downloaded(weights: WeightsEnum) -> Path:
+    """The file of torchvision's weights in torch.hub's folder, where it is downloaded to if need be."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+    if not path.is_file():
+        try:
+            weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
+            raise UserError(
+                f"{weights!r}: {weights.url} cannot be downloaded ({error})",
+                f"the network, or that file as {path}",
+                "download it elsewhere, and put it there or name it with --weights FILE",
+            ) from error
+    return path

@@ -1,0 +1,99 @@
+"""One process or many: everything that training must know of the others.
+
+`torchrun … -m maskrcnn train` starts the processes and tells each its number in the environment.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from maskrcnn.errors import UserError
+
+# One process scores an evaluation while the others wait.
+_PATIENCE = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    objects: Any = None  # the group that exchanges Python objects
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints and writes files."""
+        return self.rank == 0
+
+    def share(self, count: Tensor) -> Tensor:
+        """The mean of a count over all processes."""
+        if self.world_size == 1:
+            return count
+        total = count.detach().clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of the processes, in every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.objects)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+        return self.gather(value if self.is_first else None)[0]
+
+    def wait(self) -> None:
+        """Returns once every process is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.objects)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """The processes that `torchrun` started; this one alone where it started none.
+
+    Args:
+        device: "auto", "cpu" or "cuda": GPUs talk by NCCL, CPUs by gloo.
+
+    Raises:
+        UserError: when the environment names processes but not where to meet.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Processes()
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={world_size} in the environment, without {', '.join(missing)}",
+            "all of what torchrun sets",
+            "start with `torchrun --nproc-per-node N -m maskrcnn train …`, or unset WORLD_SIZE",
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
+    objects = dist.new_group(backend="gloo", timeout=_PATIENCE) if gpu else None
+    processes = Processes(dist.get_rank(), world_size, local_rank, objects)
+    try:
+        yield processes
+        # Or one that is done would cut off those that are not. It is also what the gloo threads do last: an exchange
+        # of objects holds tensors that Python knows, and letting go of them while Python ends aborts the process.
+        processes.wait()
+    finally:
+        dist.destroy_process_group()

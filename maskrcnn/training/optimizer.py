@@ -1,0 +1,83 @@
+"""What of the model trains, the optimizer that trains it, and averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from maskrcnn.config import TrainConfig
+from maskrcnn.model.detector import MaskRCNN
+
+# Stages of a ResNet from the last to the first, as torchvision's `trainable_backbone_layers` counts them.
+_STAGES = (("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
+
+
+def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
+    """Stops the gradients of all but the last `trainable` stages of the backbone; returns the frozen modules.
+
+    The caller keeps those in evaluation mode, so that their batch-norm statistics stay as well.
+    """
+    frozen = [getattr(model.backbone.body, name) for stage in _STAGES[trainable:] for name in stage]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Convolution and linear weights decay; biases and normalisation do not."""
+    decayed, free = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.dim() > 1 else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run, in its fused form: one that can skip a step without the host knowing."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    if config.momentum:
+        # The fused kernel leaves new momentum uninitialised when it skips the first step; zeros are the same start.
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+class AveragedWeights:
+    """An exponential moving average of a model's weights and batch-norm statistics.
+
+    The decay rises to its value as (1 + n) / (10 + n) over the first n steps, so that random initial weights are
+    forgotten quickly (as TensorFlow's `ExponentialMovingAverage` does with `num_updates`). PyTorch's own
+    `AveragedModel` copies its counter to the device at every step, which makes the host wait.
+
+    Args:
+        model: followed by `update`.
+        decay: in [0, 1); 0.999 remembers about a thousand steps.
+    """
+
+    def __init__(self, model: MaskRCNN, decay: float) -> None:
+        self.source, self.decay, self.steps = model, decay, 0
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    def update(self) -> None:
+        """Takes the source's weights into the average."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        pairs = list(zip(_values(self.model), _values(self.source), strict=True))
+        floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
+        get_ema_multi_avg_fn(decay)(*(list(side) for side in zip(*floats, strict=True)), None)
+        for mean, value in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(value)
+        self.steps += 1
+
+
+def _values(model: nn.Module) -> list[Tensor]:
+    return [value.detach() for value in itertools.chain(model.parameters(), model.buffers())]

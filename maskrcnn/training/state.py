@@ -1,0 +1,94 @@
+"""The resumable state of a run: everything that a kill must not lose, in one file that is replaced whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskrcnn import runs
+from maskrcnn.checkpoint import load_weights, read_tensors, write_tensors
+from maskrcnn.config import TrainConfig, from_dict, to_dict
+from maskrcnn.errors import UserError
+from maskrcnn.training.step import Step
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done of the epoch after them
+    best_ap: float = -1.0
+    skipped: int = 0  # steps in a row that were skipped because they were not finite
+    totals: dict[str, float] = field(default_factory=dict)  # sums of the losses over the steps of this epoch
+
+
+def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) -> None:
+    """Writes weights, averaged weights, the optimizer's and the scaler's state, and the progress."""
+    tensors = {f"model.{name}": value for name, value in step.model.state_dict().items()}
+    for number, parameter in enumerate(step.parameters):
+        for name, value in step.optimizer.state[parameter].items():
+            tensors[f"optimizer.{number}.{name}"] = value
+    header: dict[str, Any] = {"config": to_dict(config), "progress": dataclasses.asdict(progress)}
+    if step.averaged is not None:
+        tensors |= {f"averaged.{name}": value for name, value in step.averaged.model.state_dict().items()}
+        header["averaged_steps"] = step.averaged.steps
+    if step.scaler.is_enabled():
+        header["scaler"] = step.scaler.state_dict()
+    write_tensors(path, tensors, header)
+
+
+def load_state(path: Path, step: Step) -> Progress:
+    """Puts the state that `save_state` wrote into a step whose optimizer has done nothing yet.
+
+    Raises:
+        UserError: when the file is not such a state, or of another model.
+    """
+    tensors, header = read_tensors(path)
+    load_weights(step.model, _part(tensors, "model."), path)
+    for number, parameter in enumerate(step.parameters):
+        for name, value in _part(tensors, f"optimizer.{number}.").items():
+            step.optimizer.state[parameter][name] = _like(value, parameter)
+    if step.averaged is not None:
+        load_weights(step.averaged.model, _part(tensors, "averaged.") or _part(tensors, "model."), path)
+        step.averaged.steps = header.get("averaged_steps", 0)
+    if step.scaler.is_enabled() and "scaler" in header:
+        step.scaler.load_state_dict(header["scaler"])
+    try:
+        return Progress(**header["progress"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} without a run's progress ({error})",
+            f"the {runs.STATE} of a run of this version",
+            "start anew: `maskrcnn train`, with --weights to begin with this run's weights",
+        ) from error
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of the optimizer on the parameter's device, in its memory layout."""
+    value = value.to(parameter.device)
+    if value.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def read_run(run: Path) -> TrainConfig:
+    """The configuration of an interrupted run.
+
+    Raises:
+        UserError: when the folder is no run or has no state to continue from.
+    """
+    for name in (runs.CONFIG, runs.STATE):
+        if not (run / name).is_file():
+            raise UserError(f"{run} without {name}", "the folder of a run", "start anew: `maskrcnn train`")
+    return from_dict(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))

@@ -1,0 +1,122 @@
+"""Our losses and their gradients equal torchvision's, on the same weights, images and sampled RoIs.
+
+All proposals and anchors are sampled, so that both sample the same ones.
+"""
+
+import numpy as np
+import pytest
+import torch
+from peers import torchvision_from_config
+from random_weights import calibrate
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+
+from maskrcnn.checkpoint import load_weights
+from maskrcnn.config import AugmentConfig, LossConfig, model_config
+from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.images import read_image
+from maskrcnn.data.loader import TrainingSamples, collate
+from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing
+
+ALL = 100_000
+TAKE_ALL = LossConfig(rpn_samples=ALL, rpn_positive_fraction=1.0, box_samples=ALL, box_positive_fraction=1.0)
+NAMES = {
+    "objectness": "loss_objectness",
+    "rpn_box": "loss_rpn_box_reg",
+    "classification": "loss_classifier",
+    "box": "loss_box_reg",
+    "mask": "loss_mask",
+}
+SMALL = {
+    "fpn_channels": 32,
+    "box_head_channels": 64,
+    "mask_head_channels": (32, 32),
+    "anchor_sizes_px": (12, 24, 48, 96, 192),
+    "rpn_candidates_per_level_training": 60,
+    "proposals_training": 80,
+    "class_names": ("circle", "rectangle", "triangle"),
+    "category_ids": (1, 2, 3),
+    "frozen_batch_norm": True,
+    "preprocessing": Preprocessing(min_size_px=112, max_size_px=160),
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> CocoDataset:
+    root = generate_shapes(
+        tmp_path_factory.mktemp("parity") / "shapes", train_images=3, val_images=1, size_px=96, seed=5
+    )
+    return CocoDataset.load(root, "train")
+
+
+def torchvision_like(config) -> torch.nn.Module:
+    """torchvision's model that samples every anchor and proposal, in training mode but for batch norm."""
+    model = torchvision_from_config(config)
+    model.rpn._pre_nms_top_n["training"] = config.rpn_candidates_per_level_training
+    model.rpn._post_nms_top_n["training"] = config.proposals_training
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler = BalancedPositiveNegativeSampler(ALL, 1.0)
+    return model
+
+
+def in_training(model: torch.nn.Module) -> torch.nn.Module:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def their_targets(dataset):
+    images, targets = [], []
+    for record in dataset.images:
+        masks = np.stack([instance_mask(record, instance) for instance in record.instances])
+        images.append(torch.from_numpy(read_image(record.path)).permute(2, 0, 1) / 255)
+        targets.append(
+            {
+                "boxes": torch.tensor([instance.box_xyxy_px for instance in record.instances]),
+                "labels": torch.tensor([instance.label for instance in record.instances]),
+                "masks": torch.from_numpy(masks.astype(np.uint8)),
+            }
+        )
+    return images, targets
+
+
+def our_batch(dataset, config):
+    plain = AugmentConfig(flip_probability=0.0)
+    samples = TrainingSamples(dataset, config.preprocessing, augment=plain, seed=0)
+    return collate([samples[0, index] for index in range(len(samples))], config.preprocessing.divisor)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("maskrcnn_resnet18_fpn", {}),
+        ("fasterrcnn_resnet18_fpn", {}),
+        ("maskrcnn_resnet50_fpn_v2", {"backbone": "resnet18", "box_head_convolutions": (32, 32)}),
+    ],
+    ids=["v1", "faster", "v2"],
+)
+def test_losses_and_gradients_equal_torchvisions(dataset, name, changes):
+    torch.manual_seed(3)
+    config = model_config(name, **{**SMALL, **changes})
+    theirs = torchvision_like(config)
+    calibrate(theirs, [read_image(record.path) for record in dataset.images])
+    ours = MaskRCNN(config)
+    load_weights(ours, theirs.state_dict(), "torchvision's weights")
+    batch = our_batch(dataset, config)
+
+    found = in_training(ours).losses(batch.images, batch.image_sizes, batch.truth(), TAKE_ALL)
+    sum(found.values()).backward()
+    wanted = in_training(theirs)(*their_targets(dataset))
+    sum(wanted.values()).backward()
+
+    assert {NAMES[name] for name in found} == set(wanted)
+    for name, value in found.items():
+        assert float(value.detach()) > 1e-4, name
+        assert float(value.detach()) == pytest.approx(float(wanted[NAMES[name]].detach()), rel=2e-4), name
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        difference = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
+        assert float(difference) < 2e-3, name
