@@ -58,7 +58,8 @@ def train(
     model: Annotated[str | None, typer.Option(help="Architecture; default a small one.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options go before it.")] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as model.detections=300 or augment.mosaic_probability=0.5.")
+        list[str] | None,
+        typer.Option("--set", help="Any setting, as model.detections=300 or augment.mosaic_probability=0.5."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/train-N.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,

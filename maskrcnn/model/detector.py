@@ -101,8 +101,11 @@ class MaskRCNN(nn.Module):
         """
         truth = {**truth, "image_sizes": image_sizes}
         features = self.features(images, image_sizes)
-        output = self.rpn(features, images)
-        losses = rpn_losses(output, truth, loss, rpn.BOX_WEIGHTS, share)
+        anchors = self.rpn.anchors(features, images)
+        # Before the head runs without gradients: autocast keeps the half-precision copies of weights that it made
+        # first, and those made without gradients would have none.
+        losses = rpn_losses(self.rpn, features, anchors, truth, loss, rpn.BOX_WEIGHTS, share)
         with torch.no_grad():
+            output = self.rpn(features, images)
             proposals, used = self.rpn.proposals(output, image_sizes)
         return losses | roi_losses(self.roi_heads, features, proposals, used, truth, loss, roi_heads.BOX_WEIGHTS, share)

@@ -22,7 +22,7 @@ from maskrcnn.model.sampling import match_anchors, sample_balanced
 
 if TYPE_CHECKING:
     from maskrcnn.model.roi_heads import RoiHeads
-    from maskrcnn.model.rpn import RpnOutput
+    from maskrcnn.model.rpn import RegionProposalNetwork
 
 Truth = dict[str, Tensor]
 Share = Callable[[Tensor], Tensor]
@@ -90,30 +90,37 @@ def box_loss(
 
 
 def rpn_losses(
-    output: RpnOutput, truth: Truth, loss: LossConfig, weights: Weights, share: Share = own_count
+    rpn: RegionProposalNetwork,
+    features: list[Tensor],
+    anchors: list[Tensor],
+    truth: Truth,
+    loss: LossConfig,
+    weights: Weights,
+    share: Share = own_count,
 ) -> dict[str, Tensor]:
     """Objectness and box loss of sampled anchors: scalars `objectness` and `rpn_box`.
 
     Args:
-        output: of the proposal network.
+        rpn: says what it makes of the sampled anchors.
+        features: P2 … P6.
+        anchors: of each level, `[A_l, 4]`.
         truth: see `MaskRCNN.losses`.
         loss: matching and sampling constants.
         weights: of the deltas.
         share: see the module.
     """
-    anchors = torch.cat(output.anchors)
-    logits, deltas = torch.cat(output.logits, dim=1), torch.cat(output.deltas, dim=1)
     with torch.no_grad():
+        all_anchors = torch.cat(anchors)
         # One image at a time: anchors × objects is the largest array of the step.
         picks = [
-            _sample_anchors(anchors, boxes, valid, seed, loss)
+            _sample_anchors(all_anchors, boxes, valid, seed, loss)
             for boxes, valid, seed in zip(truth["boxes"], truth["valid"], truth["seeds"], strict=True)
         ]
         index, positive, sampled, target = (torch.stack(x) for x in zip(*picks, strict=True))
     total = share(sampled.sum().float()).clamp(min=_SMALLEST_COUNT)
-    objectness = F.binary_cross_entropy_with_logits(take_rows(logits, index), positive.float(), reduction="none")
-    rows = take_rows(deltas, index)
-    box = box_loss(loss.rpn_box_loss, rows, target, anchors[index], weights, loss.smooth_l1_beta)
+    logits, deltas = rpn.at_anchors(features, index)
+    objectness = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
+    box = box_loss(loss.rpn_box_loss, deltas, target, all_anchors[index], weights, loss.smooth_l1_beta)
     return {
         "objectness": (objectness * sampled).sum() / total,
         "rpn_box": loss.rpn_box_loss_weight * (box * positive).sum() / total,
@@ -173,10 +180,21 @@ def roi_losses(
         "box": loss.box_loss_weight * (box * positive).sum() / total,
     }
     if heads.has_masks:
-        first = int(loss.box_samples * loss.box_positive_fraction)  # positives fill the first slots
+        first = _mask_rows(positive, int(loss.box_samples * loss.box_positive_fraction))
         rows = (x[:, :first] for x in (rois, labels, positive, owner))
         losses["mask"] = _mask_loss(heads, features, *rows, truth, share)
     return losses
+
+
+def _mask_rows(positive: Tensor, most: int) -> int:
+    """How many of the first slots, which the positives fill, the mask head has to look at.
+
+    On a CPU in eager mode as many as the image with the most positives has. Elsewhere all that may be positive:
+    reading the count would make a GPU wait, and is no part of a compiled graph.
+    """
+    if positive.device.type != "cpu" or torch.compiler.is_compiling():
+        return most
+    return min(max(int(positive.sum(dim=1).max()), 1), most)
 
 
 def _mask_loss(heads, features, rois, labels, positive, owner, truth: Truth, share: Share) -> Tensor:

@@ -41,11 +41,38 @@ class RegionProposalNetwork(nn.Module):
         """Head outputs for `features`, per level `[N, C, H_l, W_l]`, in the anchors' order."""
         logits, deltas = self.head(features)
         return RpnOutput(
-            [grid_anchors(getattr(self, f"cells_{i}"), f, images) for i, f in enumerate(features)],
+            self.anchors(features, images),
             [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits],
             # [N, A·4, H, W] → [N, H·W·A, 4]
             [x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)).float() for x in deltas],
         )
+
+    def anchors(self, features: list[Tensor], images: Tensor) -> list[Tensor]:
+        """Anchors `[A_l, 4]` of each level; of the features and images only the shapes are read."""
+        return [grid_anchors(getattr(self, f"cells_{i}"), f, images) for i, f in enumerate(features)]
+
+    def at_anchors(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head says of a few anchors: logits `[N, S]` and deltas `[N, S, 4]`.
+
+        The head looks at the surroundings of these anchors alone, as far as its convolutions see. It says the same
+        as `forward`, but where only some hundred anchors have a loss, its gradients cost hardly anything.
+
+        Args:
+            features: P2 … P6.
+            index: int64 `[N, S]`, into the anchors of all levels in order.
+        """
+        convolutions = [block[0] for block in self.head.conv]
+        per_cell = len(self.config.anchor_aspect_ratios)
+        values, inside = surroundings(features, torch.div(index, per_cell, rounding_mode="floor"), len(convolutions))
+        for convolution in convolutions:
+            # Outside the map there is padding, before the second convolution as before the first.
+            values = F.relu(F.conv2d(values * inside, convolution.weight, convolution.bias))
+            inside = inside[:, :, 1:-1, 1:-1]
+        own = (index % per_cell).flatten()[:, None]
+        logits = self.head.cls_logits(values).flatten(1).float().gather(1, own)
+        deltas = self.head.bbox_pred(values).flatten(1).float().unflatten(1, (per_cell, 4))
+        deltas = deltas.gather(1, own[..., None].expand(-1, 1, 4))
+        return logits.view(index.shape), deltas.view(*index.shape, 4)
 
     def proposals(self, output: RpnOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The best proposals of each image.
@@ -91,3 +118,34 @@ class RegionProposalNetwork(nn.Module):
         logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
         index = index.clamp(max=anchors.shape[0] - 1)
         return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
+
+
+def surroundings(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Squares of feature maps around cells, as a convolution with padding sees them.
+
+    Args:
+        features: levels `[N, C, H_l, W_l]`.
+        cells: int64 `[N, S]`, into the cells of all levels, row by row.
+        radius: r, cells on each side.
+
+    Returns:
+        values `[N · S, C, 2r + 1, 2r + 1]`, and whether each cell lies inside its map, bool
+        `[N · S, 1, 2r + 1, 2r + 1]`; what lies outside has some finite value.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=cells.device)
+    image = torch.arange(cells.shape[0], device=cells.device)[:, None, None, None]
+    values, inside, first = 0, False, 0
+    for feature in features:
+        height, width = feature.shape[2:]
+        cell = cells - first
+        here = ((cell >= 0) & (cell < height * width))[..., None, None]
+        cell = cell.clamp(0, height * width - 1)
+        row = (torch.div(cell, width, rounding_mode="floor")[..., None] + offsets)[..., None]
+        column = (cell % width)[..., None, None] + offsets
+        within = (row >= 0) & (row < height) & (column >= 0) & (column < width) & here
+        index = (image * height + row.clamp(0, height - 1)) * width + column.clamp(0, width - 1)
+        table = feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1])
+        values = values + F.embedding(index, table) * within[..., None]  # one level's is not zero
+        inside = inside | within
+        first += height * width
+    return values.flatten(0, 1).permute(0, 3, 1, 2), inside.flatten(0, 1)[:, None]

@@ -73,8 +73,9 @@ def test_rpn_losses_equal_torchvisions_formula_on_all_anchors():
     model = lively_model(tiny_config()).eval()
     images, sizes = batch()
     target = truth()
-    output = model.rpn(model.features(images, sizes), images)
-    ours = rpn_losses(output, target, TAKE_ALL, BOX_WEIGHTS)
+    features = model.features(images, sizes)
+    output = model.rpn(features, images)
+    ours = rpn_losses(model.rpn, features, output.anchors, target, TAKE_ALL, BOX_WEIGHTS)
 
     from torchvision.models.detection._utils import BoxCoder, Matcher
     from torchvision.ops import box_iou
@@ -168,3 +169,27 @@ def test_only_the_seeds_decide_the_sample():
         found.append(float(sum(losses.values()).detach()))
     assert found[0] == found[1]
     assert found[0] != found[2]
+
+
+@pytest.mark.parametrize("convolutions", [1, 2, 3])
+def test_the_head_says_the_same_of_single_anchors_as_of_the_whole_map(convolutions):
+    model = lively_model(tiny_config(rpn_convolutions=convolutions)).eval()
+    images, sizes = batch()
+    whole, single = [], []
+    for found in (whole, single):
+        features = [feature.detach().requires_grad_() for feature in model.features(images, sizes)]
+        model.zero_grad()
+        output = model.rpn(features, images)
+        count = sum(len(anchors) for anchors in output.anchors)
+        index = torch.arange(count).expand(2, count)  # every anchor: all corners and edges of all levels
+        if found is whole:
+            logits, deltas = torch.cat(output.logits, 1), torch.cat(output.deltas, 1)
+        else:
+            logits, deltas = model.rpn.at_anchors(features, index)
+        rng = torch.Generator().manual_seed(2)
+        weights = torch.randn(count, generator=rng)
+        ((logits * weights).sum() + (deltas.sin() * weights[:, None]).sum()).backward()
+        gradients = [p.grad for p in model.rpn.parameters()] + [f.grad for f in features]
+        found += [logits.detach(), deltas.detach(), *gradients]
+    for a, b in zip(whole, single, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
