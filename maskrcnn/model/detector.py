@@ -8,10 +8,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FrozenBatchNorm2d
 
 from maskrcnn.config import LossConfig, ModelConfig
 from maskrcnn.model import roi_heads, rpn
+from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, fold_norms
 from maskrcnn.model.losses import Share, Truth, own_count, roi_losses, rpn_losses
 from maskrcnn.model.roi_heads import RoiHeads
 from maskrcnn.model.rpn import RegionProposalNetwork
@@ -19,8 +19,8 @@ from maskrcnn.model.rpn import RegionProposalNetwork
 
 def _backbone(config: ModelConfig) -> BackboneWithFPN:
     """ResNet with FPN, its parameters named as torchvision's detectors name them."""
-    norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
-    body = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    norm = partial(FoldedBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
+    body = fold_norms(torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm))
     first = body.inplanes // 8  # channels of C2; they double at each stage
     return BackboneWithFPN(
         body,

@@ -69,8 +69,8 @@ def test_report_of_both_trainers(tmp_path, capsys):
     assert list(report.stages_ms["fp32"]) == [
         "transfer and layout",
         "backbone and FPN",
-        "RPN head",
         "RPN losses",
+        "RPN head",
         "proposals",
         "RoI heads and losses",
         "backward and clipping",

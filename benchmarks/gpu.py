@@ -1,0 +1,102 @@
+"""Everything of this project that only a GPU can tell, in one command.
+
+    python benchmarks/gpu.py OUT
+
+runs the tests that need a GPU, the training benchmark, the ops beside torchvision's and the latency table, each in a
+process of its own, writes what they print and their JSON to the folder OUT, and says of each whether it passed, failed,
+ran out of time, or was left out and for want of what. Exit code 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timing import environment
+
+from maskrcnn.files import make_folder, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One command, and the Python packages without which it cannot run; `{out}` is the output folder."""
+
+    name: str
+    command: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    limit_s: int = 240
+
+
+def checks(precisions: str = "fp32,bf16") -> list[Check]:
+    """What is run, the quickest first."""
+    train = ("benchmarks/train.py", "--device", "cuda", "--markdown", "--precision", precisions)
+    shapes = ("-m", "maskrcnn", "train", "--device", "cuda", "--epochs", "3", "--output", "{out}/run")
+    return [
+        Check("tests", ("-m", "pytest", "-q", "-rs", "-k", "gpu or cuda", "tests"), ("pytest", "hypothesis")),
+        Check("ops", ("benchmarks/ops.py", "--device", "cuda")),
+        Check("train-small", (*train, "--model", "maskrcnn_resnet18_fpn_small", "--batch", "8,32",
+                              "--steps", "30", "--json", "{out}/train-small.json")),
+        Check("train-resnet50", (*train, "--model", "maskrcnn_resnet50_fpn", "--batch", "2,8", "--steps", "20",
+                                 "--json", "{out}/train-resnet50.json")),
+        Check("shapes", shapes, ("pycocotools", "onnx")),
+        Check("latency", ("benchmarks/run.py", "--workload", "resnet50", "--output", "{out}/latency"),
+              ("pycocotools", "onnx", "onnxruntime")),
+    ]  # fmt: skip
+
+
+def run(check: Check, out: Path) -> dict[str, object]:
+    """The outcome of a check; its output is in `OUT/NAME.txt`."""
+    missing = [name for name in check.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"name": check.name, "outcome": "left out", "why": f"no package {', '.join(missing)}"}
+    command = [sys.executable, *(part.format(out=out) for part in check.command)]
+    began, log = time.perf_counter(), out / f"{check.name}.txt"
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=check.limit_s).returncode
+            outcome = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            outcome = "failed"
+            file.write(f"\nstopped after {check.limit_s} s\n")
+    seconds = round(time.perf_counter() - began, 1)
+    found = {"name": check.name, "outcome": outcome, "seconds": seconds, "command": command[1:]}
+    return found | ({} if outcome == "passed" else {"why": _last_line(log)})
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the checks and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for what the checks print and measure")
+    parser.add_argument("--only", nargs="+", help="names of checks", choices=[check.name for check in checks()])
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("left out: no CUDA GPU that torch can use; see `maskrcnn doctor`")
+        return 0
+    out = given.out.resolve()
+    make_folder(out)
+    found = []
+    for check in checks():
+        if given.only and check.name not in given.only:
+            continue
+        found.append(run(check, out))
+        print("  ".join(str(found[-1].get(key, "")) for key in ("name", "outcome", "seconds", "why")), flush=True)
+        write_json(out / "gpu.json", {"environment": environment(), "checks": found})
+    return int(any(each["outcome"] == "failed" for each in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Frozen batch norm that costs nothing: it is computed in the convolution before it.
+
+A frozen norm multiplies each channel by a constant and adds one. Done on its own that reads and writes every feature
+map twice more, and under autocast turns it to float32. Here the constants go into the convolution's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
+
+
+class FoldedBatchNorm2d(FrozenBatchNorm2d):
+    """A frozen norm whose arithmetic a `FoldedConv2d` has done; names and values are torchvision's."""
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel, `[C]`."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input; in an exported graph the norm itself, which runtimes fold without loss of readability."""
+        return super().forward(x) if torch.compiler.is_exporting() else x
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution without bias that applies the norm after it."""
+
+    norm: FoldedBatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What convolution and norm give together."""
+        if torch.compiler.is_exporting():
+            return super().forward(x)
+        scale, shift = self.norm.constants()
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fold_norms(body: nn.Module) -> nn.Module:
+    """Makes every convolution of a ResNet that a `FoldedBatchNorm2d` follows a `FoldedConv2d`; returns the ResNet."""
+    for module in list(body.modules()):
+        for convolution, norm in _pairs(module):
+            if isinstance(norm, FoldedBatchNorm2d):
+                convolution.__class__ = FoldedConv2d
+                # Not as a submodule: the norm has its place, and its name, in the ResNet.
+                object.__setattr__(convolution, "norm", norm)
+    return body
+
+
+def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """A ResNet names conv1 and bn1 alike, and puts the two of a shortcut one after the other."""
+    children = dict(module.named_children())
+    for name, child in children.items():
+        if name.startswith("conv"):
+            yield child, children[f"bn{name[4:]}"]
+    if list(children) == ["0", "1"] and isinstance(children["0"], nn.Conv2d):
+        yield children["0"], children["1"]

@@ -1,0 +1,40 @@
+"""The command that runs what needs a GPU."""
+
+import gpu
+import pytest
+import torch
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([str(tmp_path / "out")]) == 0
+    assert "no CUDA GPU" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("check", "outcome", "why"),
+    [
+        (gpu.Check("fine", ("-c", "print('{out}')")), "passed", None),
+        (gpu.Check("broken", ("-c", "raise SystemExit('no luck')")), "failed", "no luck"),
+        (gpu.Check("slow", ("-c", "import time; time.sleep(60)"), limit_s=1), "failed", "stopped after 1 s"),
+        (gpu.Check("lacking", ("-c", ""), ("no_such_package",)), "left out", "no package no_such_package"),
+    ],
+)
+def test_outcomes(tmp_path, check, outcome, why):
+    found = gpu.run(check, tmp_path)
+    assert (found["outcome"], found.get("why")) == (outcome, why)
+
+
+def test_a_failed_check_fails_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("a", ("-c", "")), gpu.Check("b", ("-c", "1/0"))])
+    assert gpu.main([str(tmp_path), "--only", "a"]) == 0
+    assert gpu.main([str(tmp_path)]) == 1
+    assert (tmp_path / "gpu.json").is_file()
+
+
+def test_the_files_that_it_runs_exist():
+    scripts = [check.command[0] for check in gpu.checks() if check.command[0].endswith(".py")]
+    assert scripts and all((gpu.ROOT / script).is_file() for script in scripts)

@@ -1,0 +1,56 @@
+"""A training step on a GPU: the CPU's losses, and no waiting."""
+
+import pytest
+import torch
+from tiny import lively_model, tiny_config
+
+from maskrcnn.config import LossConfig, TrainConfig
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.loader import training_loader
+from maskrcnn.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+def trainer_and_batch(shapes, folder, **changes):
+    config = TrainConfig(
+        model=tiny_config(frozen_batch_norm=True),
+        loss=LossConfig(rpn_samples=32, box_samples=16),
+        batch_size=4,
+        workers=0,
+        **{"precision": "fp32", **changes},
+    )
+    trainer = Trainer(config, folder / "run", CocoDataset.load(shapes, "train"))
+    trainer.load_weights(lively_model(tiny_config()).state_dict(), "a lively model")
+    loader, _ = training_loader(trainer.samples, batch_size=4, workers=0, pin_memory=True)
+    return trainer, next(iter(loader))
+
+
+def test_gpu_losses_and_gradients_equal_the_cpus(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    for device in ("cpu", "cuda"):
+        trainer, batch = trainer_and_batch(shapes, tmp_path, device=device, learning_rate=0.0)
+        figures = trainer.step.run([batch])
+        assert figures["finite"]
+        found.append([{k: float(v) for k, v in figures.items()}, [p.grad.cpu() for p in trainer.step.parameters]])
+    (figures, gradients), (figures_gpu, gradients_gpu) = found
+    assert figures_gpu == pytest.approx(figures, rel=1e-3)
+    for a, b in zip(gradients, gradients_gpu, strict=True):
+        assert (a - b).norm() <= 2e-2 * a.norm() + 1e-5
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "ema_decay": 0.9}, {"precision": "bf16"}])
+def test_a_gpu_step_never_waits(shapes, tmp_path, changes):
+    trainer, batch = trainer_and_batch(shapes, tmp_path, device="cuda", **changes)
+    for _ in range(3):  # kernels are compiled and memory is reserved
+        trainer.step.run([batch])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            figures = trainer.step.run([batch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert bool(figures["finite"])
