@@ -182,7 +182,7 @@ class TrainConfig:
     )
     trainable_stages: int = _setting(5, "Backbone stages that train, from the last; 5 is all, 3 is usual for COCO.")
     on_nonfinite: str = _setting("stop", "At a loss or gradient that is not finite.", "stop", "skip")
-    workers: int = _setting(1, "Data loading processes; 0 loads in the training process.")
+    workers: int = _setting(-1, "Data loading processes; 0 loads in the training process, -1 uses the other cores.")
     seed: int = _setting(0, "Decides weights, order, augmentation and sampling.")
     evaluate_every: int = _setting(1, "Epochs between evaluations; the last one is always evaluated.")
     tensorboard: bool = _setting(True, "TensorBoard scalars and pictures in the run's folder.")
@@ -195,7 +195,8 @@ class TrainConfig:
                 check_choice(each.name, getattr(self, each.name), choices)
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
             check_range(name, getattr(self, name), low=1)
-        for name in ("workers", "warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
+        check_range("workers", self.workers, low=-1)
+        for name in ("warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
             check_range(name, getattr(self, name), low=0)
         check_range("trainable_stages", self.trainable_stages, low=0, high=5)
         check_range("ema_decay", self.ema_decay, low=0, high=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from maskrcnn.errors import UserError
@@ -29,6 +31,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             f"start torchrun with --nproc-per-node {available}",
         )
     return torch.device("cuda", local_rank)
+
+
+def choose_workers(wanted: int, processes: int = 1) -> int:
+    """Data loading processes: as many as wanted, or for -1 the cores beside the training ones, 1 to 8.
+
+    Args:
+        wanted: -1, 0 or more.
+        processes: training processes on this machine.
+    """
+    if wanted >= 0:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // processes - 1))
 
 
 def choose_precision(name: str, device: torch.device) -> str:

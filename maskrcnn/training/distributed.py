@@ -29,6 +29,7 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
     objects: Any = None  # the group that exchanges Python objects
 
     @property
@@ -89,7 +90,13 @@ def joined(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     dist.init_process_group("nccl" if gpu else "gloo", timeout=_PATIENCE)
     objects = dist.new_group(backend="gloo", timeout=_PATIENCE) if gpu else None
-    processes = Processes(dist.get_rank(), world_size, local_rank, objects)
+    processes = Processes(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        objects=objects,
+    )
     try:
         yield processes
         # Or one that is done would cut off those that are not. It is also what the gloo threads do last: an exchange

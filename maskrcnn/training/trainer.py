@@ -21,7 +21,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training import state
-from maskrcnn.training.device import choose_device, choose_precision
+from maskrcnn.training.device import choose_device, choose_precision, choose_workers
 from maskrcnn.training.distributed import Processes
 from maskrcnn.training.logbook import Logbook, Picture
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, make_optimizer
@@ -99,7 +99,7 @@ class Trainer:
         self.loader, sampler = training_loader(
             self.samples,
             batch_size=config.batch_size,
-            workers=config.workers,
+            workers=choose_workers(config.workers, self.processes.local_size),
             pin_memory=self.device.type == "cuda",
             rank=self.processes.rank,
             world_size=self.processes.world_size,

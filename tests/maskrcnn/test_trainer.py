@@ -20,7 +20,7 @@ from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.training import trainer as trainer_module
-from maskrcnn.training.device import choose_precision
+from maskrcnn.training.device import choose_precision, choose_workers
 from maskrcnn.training.schedule import learning_rate
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
@@ -377,3 +377,14 @@ def test_precision_is_chosen_by_the_processor(monkeypatch):
     assert choose_precision("fp32", cpu) == "fp32"
     with pytest.raises(UserError, match="precision 'fp8'"):
         choose_precision("fp8", cpu)
+
+
+def test_workers_take_the_other_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    assert [choose_workers(n) for n in (-1, 0, 3)] == [8, 0, 3]
+    assert [choose_workers(-1, processes) for processes in (2, 4, 12)] == [5, 2, 1]
+
+
+def test_synchronised_batch_norm_needs_gpus(shapes, tmp_path):
+    with pytest.raises(UserError, match="--batch-norm sync on cpu"):
+        Trainer(config(shapes, batch_norm="sync"), tmp_path, CocoDataset.load(shapes, "train"))
