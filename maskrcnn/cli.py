@@ -217,12 +217,14 @@ def evaluate(
     """The 12 COCO metrics for boxes and for masks, by pycocotools."""
     from rich.progress import Progress
 
-    from maskrcnn.cli_train import load_split
+    from maskrcnn.data.coco import CocoDataset, find_split
     from maskrcnn.files import write_json
     from maskrcnn.runtime import Detector
     from maskrcnn.runtime.evaluate import evaluate as run
 
-    dataset = load_split(console, data, split)
+    dataset = CocoDataset.load(data, find_split(data, split))
+    for line in dataset.skipped_lines():
+        console.print(line)
     detector = Detector.load(model, backend)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=len(dataset.images))

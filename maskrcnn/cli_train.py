@@ -128,20 +128,11 @@ def _drawn_shapes(processes: Processes) -> Path:
     return SHAPES
 
 
-def load_split(console: Console, root: Path, kind: str) -> CocoDataset:
-    """A split of a dataset; what was skipped is printed."""
-    dataset = CocoDataset.load(root, find_split(root, kind))
-    for reason, count in dataset.skipped.items():
-        console.print(
-            f"{dataset.annotation_path}: skipped {count} annotation(s): {reason}, "
-            f"first: {dataset.skipped_examples[reason]}"
-        )
-    return dataset
-
-
 def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have the same classes."""
-    trainset, valset = load_split(console, root, split), load_split(console, root, val_split)
+    trainset, valset = (CocoDataset.load(root, find_split(root, kind)) for kind in (split, val_split))
+    for line in (*trainset.skipped_lines(), *valset.skipped_lines()):
+        console.print(line)
     if trainset.category_ids != valset.category_ids:
         raise UserError(
             f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",

@@ -150,6 +150,13 @@ class CocoDataset:
         first = {annotation.reason: f"{annotation.name}: {annotation.detail}" for annotation in backwards}
         return {reason: first[reason] for reason in self.skipped}
 
+    def skipped_lines(self) -> list[str]:
+        """What was left out, a line for each reason."""
+        return [
+            f"{self.annotation_path}: skipped {count} annotation(s): {reason}, first: {self.skipped_examples[reason]}"
+            for reason, count in self.skipped.items()
+        ]
+
     def ground_truth(self) -> COCO:
         """The annotations that were not skipped, as pycocotools' evaluation takes them; prints nothing.
 

@@ -20,9 +20,9 @@ assert not loaded, loaded
 """
 
 
-def run_blocked(statement: str) -> subprocess.CompletedProcess:
+def run_blocked(statement: str, blocked: tuple[str, ...] = BLOCKED) -> subprocess.CompletedProcess:
     """Runs a statement in a Python where the blocked libraries cannot be imported."""
-    program = PROGRAM.format(blocked=BLOCKED, statement=statement)
+    program = PROGRAM.format(blocked=blocked, statement=statement)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
@@ -41,3 +41,12 @@ def test_light_modules_import():
     names = ("errors", "files", "metadata", "preprocess", "postprocess", "doctor", "plugins.contract")
     done = run_blocked("import " + ", ".join(f"maskrcnn.{name}" for name in names))
     assert done.returncode == 0, done.stderr
+
+
+def test_an_exported_model_is_evaluated_without_torch(onnx_file, shapes):
+    command = ["evaluate", str(onnx_file), "--data", str(shapes)]
+    done = run_blocked(
+        f"from maskrcnn.cli import app; app({command}, standalone_mode=False)", ("torch", "torchvision", "openvino")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "AP50" in done.stdout
