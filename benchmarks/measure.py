@@ -30,7 +30,7 @@ HALF_BOUNDS = {
     "box_px": HALF.box_px,
     "score": HALF.score,
     "mask_iou": 0.5,
-    "unpaired_share": HALF.unpaired_share,
+    "unpaired_share": HALF.departing_share,
 }
 
 

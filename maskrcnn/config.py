@@ -130,6 +130,7 @@ class LossConfig:
     box_samples: int = 512
     box_positive_fraction: float = 0.25
     smooth_l1_beta: float = 1 / 9
+    mask_target_aligned: bool = True  # False: half a pixel to the right and down, as torchvision's targets are
     rpn_box_loss: str = "smooth_l1"  # one of BOX_LOSSES, on the RPN's boxes
     box_loss: str = "smooth_l1"  # likewise, on the detections' boxes
     rpn_box_loss_weight: float = 1.0

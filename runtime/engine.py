@@ -83,7 +83,7 @@ def build_openvino_engine(onnx_path: Path, output: Path, *, half: bool) -> tuple
         raise UserError(
             f"engine that departs from {onnx_path}: {difference}",
             f"at most boxes {tolerance.box_px} px, scores {tolerance.score}, masks {tolerance.mask_mean} on average, "
-            f"{tolerance.unpaired_share:.0%} unpaired",
+            f"and at most {tolerance.departing_share:.0%} of the detections beyond that or unpaired",
             f"look at {kept} with `maskrcnn evaluate`, or build with --fp32",
         )
     return metadata, difference

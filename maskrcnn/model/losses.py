@@ -182,7 +182,7 @@ def roi_losses(
     if heads.has_masks:
         first = _mask_rows(positive, int(loss.box_samples * loss.box_positive_fraction))
         rows = (x[:, :first] for x in (rois, labels, positive, owner))
-        losses["mask"] = _mask_loss(heads, features, *rows, truth, share)
+        losses["mask"] = _mask_loss(heads, features, *rows, truth, loss, share)
     return losses
 
 
@@ -197,7 +197,7 @@ def _mask_rows(positive: Tensor, most: int) -> int:
     return min(max(int(positive.sum(dim=1).max()), 1), most)
 
 
-def _mask_loss(heads, features, rois, labels, positive, owner, truth: Truth, share: Share) -> Tensor:
+def _mask_loss(heads, features, rois, labels, positive, owner, truth: Truth, loss: LossConfig, share: Share) -> Tensor:
     rois = _repeated(rois, positive)
     logits = heads.mask_logits(features, rois, labels)
     with torch.no_grad():
@@ -208,6 +208,7 @@ def _mask_loss(heads, features, rois, labels, positive, owner, truth: Truth, sha
             owner,
             truth["image_sizes"],
             logits.shape[-1],
+            aligned=loss.mask_target_aligned,
         )
     mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
     return (mask * positive).sum() / share(positive.sum().float()).clamp(min=_SMALLEST_COUNT)

@@ -16,11 +16,20 @@ from maskrcnn.model.boxes import take_rows
 MAX_SAMPLES = 8  # per bin and axis. A RoI of IoU ≥ 0.5 is at most twice its object's side: 2 · 112 / 28 crop pixels
 
 
-def mask_targets(masks: Tensor, frames: Tensor, rois: Tensor, owner: Tensor, image_sizes: Tensor, size: int) -> Tensor:
+def mask_targets(
+    masks: Tensor,
+    frames: Tensor,
+    rois: Tensor,
+    owner: Tensor,
+    image_sizes: Tensor,
+    size: int,
+    *,
+    aligned: bool = False,
+) -> Tensor:
     """Each RoI's view of its object's mask, float32 `[N, P, size, size]` in [0, 1].
 
-    Equal to `torchvision.models.detection.roi_heads.project_masks_on_boxes` up to rounding for objects whose crop is
-    at full resolution, and close to it for the larger ones.
+    Without `aligned` equal to `torchvision.models.detection.roi_heads.project_masks_on_boxes`, up to rounding for
+    objects whose crop is at full resolution, and close to it for the larger ones.
 
     Args:
         masks: uint8 `[N, G, M, M]`, 0 or 255, a crop of each object's mask.
@@ -29,11 +38,15 @@ def mask_targets(masks: Tensor, frames: Tensor, rois: Tensor, owner: Tensor, ima
         owner: int64 `[N, P]`, each RoI's object.
         image_sizes: int64 `[N, 2]`, (height, width) of the resized images.
         size: bins per side.
+        aligned: whether pixel centres lie at half-integers, where they are; torchvision's targets have them at
+            integers, which moves masks by half a pixel to the right and down.
     """
     side = masks.shape[-1]
     own = take_rows(frames, owner)
     image = torch.arange(masks.shape[0], device=masks.device)[:, None]
     crops = masks[image, owner].to(rois.dtype)
+    if aligned:
+        rois = rois - 0.5  # below, pixel i lies at i
     rows, columns = (
         _axis_weights(
             rois[..., axis],

@@ -17,7 +17,7 @@ def pictures_of_samples(batch: Batch, class_names: tuple[str, ...], count: int) 
     owner = torch.arange(batch.boxes.shape[1]).expand(batch.boxes.shape[:2])
     # Padding has boxes without area; any box will do for it.
     rois = torch.where(batch.valid[..., None], batch.boxes, torch.arange(4) // 2)
-    masks = mask_targets(batch.masks, batch.mask_frames, rois, owner, batch.image_sizes, 28)
+    masks = mask_targets(batch.masks, batch.mask_frames, rois, owner, batch.image_sizes, 28, aligned=True)
     pictures = []
     for n in range(min(count, len(batch.images))):
         valid = batch.valid[n]

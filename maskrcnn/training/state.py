@@ -47,6 +47,8 @@ def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) 
 def load_state(path: Path, step: Step) -> Progress:
     """Puts the state that `save_state` wrote into a step whose optimizer has done nothing yet.
 
+    Where the batch size has changed amid an epoch, the progress counts as many images in steps of the new size.
+
     Raises:
         UserError: when the file is not such a state, or of another model.
     """
@@ -61,7 +63,9 @@ def load_state(path: Path, step: Step) -> Progress:
     if step.scaler.is_enabled() and "scaler" in header:
         step.scaler.load_state_dict(header["scaler"])
     try:
-        return Progress(**header["progress"])
+        progress = Progress(**header["progress"])
+        progress.step = progress.step * header["config"]["batch_size"] // step.config.batch_size
+        return progress
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} without a run's progress ({error})",

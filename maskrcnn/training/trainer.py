@@ -61,9 +61,9 @@ class Trainer:
         self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
-        self.frozen = freeze_stages(self.model, config.trainable_stages)
         if config.batch_norm == "sync":
             self.model = _synchronised(self.model, self.device)
+        self.frozen = freeze_stages(self.model, config.trainable_stages)
         self.averaged = AveragedWeights(self.model, config.ema_decay) if config.ema_decay else None
         self.optimizer = make_optimizer(self.model, config)
         self._to_training()
@@ -194,9 +194,9 @@ class Trainer:
     def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
         """Evaluates, saves checkpoints and state, and returns the figures of the epoch."""
         config, progress = self.config, self.progress
-        steps = max(self.steps_per_epoch - int(progress.totals.get("nonfinite_steps", 0)), 1)
+        taken = max(progress.totals.pop("finite", 0.0), 1.0)
         figures: dict[str, Any] = {"epoch": progress.epoch + 1}
-        figures |= {k: v if k == "nonfinite_steps" else v / steps for k, v in progress.totals.items() if k != "finite"}
+        figures |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
         progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
         model = self.evaluated_model()
         if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:

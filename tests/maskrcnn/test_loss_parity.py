@@ -20,7 +20,13 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
 
 ALL = 100_000
-TAKE_ALL = LossConfig(rpn_samples=ALL, rpn_positive_fraction=1.0, box_samples=ALL, box_positive_fraction=1.0)
+TAKE_ALL = LossConfig(
+    rpn_samples=ALL,
+    rpn_positive_fraction=1.0,
+    box_samples=ALL,
+    box_positive_fraction=1.0,
+    mask_target_aligned=False,
+)
 NAMES = {
     "objectness": "loss_objectness",
     "rpn_box": "loss_rpn_box_reg",

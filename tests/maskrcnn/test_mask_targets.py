@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
@@ -161,3 +162,25 @@ def test_extents_by_hand():
     assert mask_extent(mask) is None
     mask[1, 2] = mask[3, 6] = True
     assert mask_extent(mask) == (2, 1, 7, 4)
+
+
+def test_aligned_targets_equal_aligned_roi_align():
+    rng = np.random.default_rng(3)
+    mask = np.zeros((64, 80), bool)
+    mask[10:50, 20:60] = rng.random((40, 40)) > 0.4
+    crop, frame = mask_crop(mask, mask.shape)
+    rois = torch.tensor([[18.0, 8.0, 62.0, 52.0], [25.5, 15.25, 58.0, 47.0], [20.0, 10.0, 60.0, 50.0]])
+    found = mask_targets(
+        torch.from_numpy(crop)[None, None],
+        torch.from_numpy(frame)[None, None],
+        rois[None],
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.tensor([[64, 80]]),
+        28,
+        aligned=True,
+    )[0]
+    full = torch.from_numpy(mask)[None, None].float()
+    boxes = torch.cat([torch.zeros(3, 1), rois], dim=1)
+    torch.testing.assert_close(found, torchvision.ops.roi_align(full, boxes, 28, aligned=True)[:, 0], rtol=0, atol=1e-4)
+    half = torchvision.ops.roi_align(full, boxes, 28, aligned=False)[:, 0]
+    assert (found - half).abs().max() > 0.1

@@ -113,3 +113,19 @@ def test_the_text_names_the_tolerance_that_was_needed():
     text = str(compare_outputs(outputs([A]), other, EXACT))
     assert "boxes 0.5 px" in text
     assert "1 detections on 1 images" in text
+
+
+def test_a_share_of_detections_may_depart_but_never_be_nan():
+    boxes = [((40 * k, 0, 40 * k + 30, 30), 0.9 - 0.1 * k, 1) for k in range(5)]
+    moved = [((10, 0, 40, 30), 0.9, 1), *boxes[1:]]
+    fifth = Tolerance(box_px=5, score=0.1, mask=1, mask_mean=1, min_iou=0.3, departing_share=0.2)
+    none = Tolerance(box_px=5, score=0.1, mask=1, mask_mean=1, min_iou=0.3)
+    found = compare_outputs(outputs(boxes), outputs(moved), fifth)
+    assert (found.departing, found.unpaired, found.box_px) == (1, 0, 10)
+    assert found.within(fifth)
+    assert not found.within(none)
+    two = compare_outputs(outputs(boxes), outputs([moved[0], ((50, 0, 80, 30), 0.8, 1), *boxes[2:]]), fifth)
+    assert two.departing == 2 and not two.within(fifth)
+    bad = outputs(boxes)
+    bad["boxes"][0, 3] = np.nan
+    assert not compare_outputs(outputs(boxes), bad, fifth).within(fifth)
