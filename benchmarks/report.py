@@ -61,8 +61,10 @@ def aligned(head: list[str], rows: Sequence[list[str]]) -> str:
     )
 
 
-def _number(name: str, form: str) -> Callable[[Measurement], str]:
-    def show(row: Measurement) -> str:
+def number(name: str, form: str) -> Callable[[Any], str]:
+    """A column that shows a field of a row, and nothing where it is None."""
+
+    def show(row: Any) -> str:
         value = getattr(row, name)
         return "" if value is None else format(value, form)
 
@@ -80,16 +82,16 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("precision", lambda row: row.precision),
     ("batch", lambda row: str(row.batch)),
     ("calls", lambda row: str(row.samples or "")),
-    ("p50 ms", _number("p50_ms", ".1f")),
-    ("p90 ms", _number("p90_ms", ".1f")),
-    ("p99 ms", _number("p99_ms", ".1f")),
-    ("images/s", _number("images_per_s", ".2f")),
-    ("× torchvision", _number("times_torchvision", ".2f")),
-    ("× tv ONNX", _number("times_torchvision_onnx", ".2f")),
-    ("box AP", _number("box_ap", ".4f")),
-    ("mask AP", _number("mask_ap", ".4f")),
-    ("Δ box AP", _number("box_ap_difference", "+.4f")),
-    ("Δ mask AP", _number("mask_ap_difference", "+.4f")),
+    ("p50 ms", number("p50_ms", ".1f")),
+    ("p90 ms", number("p90_ms", ".1f")),
+    ("p99 ms", number("p99_ms", ".1f")),
+    ("images/s", number("images_per_s", ".2f")),
+    ("× torchvision", number("times_torchvision", ".2f")),
+    ("× tv ONNX", number("times_torchvision_onnx", ".2f")),
+    ("box AP", number("box_ap", ".4f")),
+    ("mask AP", number("mask_ap", ".4f")),
+    ("Δ box AP", number("box_ap_difference", "+.4f")),
+    ("Δ mask AP", number("mask_ap_difference", "+.4f")),
     ("status", _status),
 ]
 

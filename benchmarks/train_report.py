@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from report import aligned, machine
+from report import aligned, machine, number
 
 SCHEMA = 1
 TIMED = (
@@ -101,14 +101,6 @@ def _stages(precision: str, stages: dict[str, float]) -> str:
     return f"- Stages of our step in {precision}, one after another: {parts}."
 
 
-def _number(name: str, form: str) -> Callable[[TrainingRow], str]:
-    def show(row: TrainingRow) -> str:
-        value = getattr(row, name)
-        return "" if value is None else format(value, form)
-
-    return show
-
-
 def _ratio(row: TrainingRow) -> str:
     if row.times_torchvision is None:
         return ""
@@ -119,11 +111,11 @@ _COLUMNS: list[tuple[str, Callable[[TrainingRow], str]]] = [
     ("trainer", lambda row: row.trainer),
     ("precision", lambda row: row.precision),
     ("steps", lambda row: str(row.steps or "")),
-    ("p50 s", _number("p50_s", ".3f")),
-    ("p90 s", _number("p90_s", ".3f")),
-    ("images/s", _number("images_per_s", ".2f")),
+    ("p50 s", number("p50_s", ".3f")),
+    ("p90 s", number("p90_s", ".3f")),
+    ("images/s", number("images_per_s", ".2f")),
     ("× torchvision", _ratio),
-    ("peak MB", _number("peak_memory_mb", ".0f")),
-    ("syncs", _number("synchronisations", "d")),
+    ("peak MB", number("peak_memory_mb", ".0f")),
+    ("syncs", number("synchronisations", "d")),
     ("status", lambda row: f"{row.status}: {row.reason}".replace("|", "/") if row.reason else row.status),
 ]

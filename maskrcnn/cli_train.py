@@ -18,6 +18,7 @@ from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.draw import overlay
 from maskrcnn.errors import UserError
+from maskrcnn.files import write_json
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.recipes import training_config
 from maskrcnn.runtime import Detector
@@ -83,13 +84,12 @@ def _configured(
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
-    if Path(spec).suffix == SUFFIX and "model" not in settings:
-        saved = pretrained.starting_weights(spec).config
+    weights = pretrained.starting_weights(spec) if Path(spec).suffix == SUFFIX else None
+    if weights is not None and weights.config is not None and "model" not in settings:
         kept = ("class_names", "category_ids")  # those are the dataset's
-        if saved is not None:
-            settings = settings | {"model": {k: v for k, v in to_dict(saved).items() if k not in kept}}
+        settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}
     config = training_config(trainset, valset, settings)
-    weights = pretrained.starting_weights(spec, config.model)
+    weights = weights or pretrained.starting_weights(spec, config.model)
     changes = pretrained.model_changes(weights, config.model)
     if "batch_norm" in settings:  # what was asked for counts
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
@@ -102,12 +102,15 @@ def _continued(
 ) -> tuple[Trainer, CocoDataset]:
     before = read_run(run)
     config = changed(before, {name: value for name, value in settings.items() if name != "weights"})
+    old = to_dict(before)
     for name, value in to_dict(config).items():
-        if value != to_dict(before)[name]:
-            console.print(f"{name}: {value} instead of {to_dict(before)[name]}")
+        if value != old[name]:
+            console.print(f"{name}: {value} instead of {old[name]}")
     trainset, valset = _datasets(console, Path(config.data), config.train_split, config.val_split)
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
+    if processes.is_first:  # so that the next --resume goes on with the same settings
+        write_json(run / runs.CONFIG, to_dict(config))
     done = trainer.progress
     console.print(f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps")
     return trainer, valset

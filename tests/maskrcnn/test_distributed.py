@@ -96,6 +96,7 @@ def test_two_processes_train_evaluate_and_are_continued_by_one(shapes, tmp_path,
     assert figures[0]["box_ap"] == pytest.approx(alone["box"]["AP"], abs=1e-3)
     again = python("-m", "maskrcnn", "train", "--resume", "run", "--epochs", 2, cwd=tmp_path)
     assert "epochs: 2 instead of 1" in again.stdout
+    assert json.loads((tmp_path / "run" / runs.CONFIG).read_text())["epochs"] == 2, "the next --resume does the same"
     assert read_tensors(tmp_path / "run" / runs.STATE)[1]["progress"]["epoch"] == 2
 
 
