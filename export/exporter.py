@@ -27,6 +27,7 @@ from maskrcnn.runtime.compare import EXACT, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.runtime.validation import compare_backends
+from maskrcnn.stages import OF_MASKS, STAGES
 
 OPSET = 20  # the first with every operator used here in its present form
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")  # without the last for a model without masks
@@ -36,17 +37,20 @@ FORBIDDEN_OPS = frozenset(
 )
 
 
-class _InOrder(nn.Module):
-    """The model with its outputs in the order of `OUTPUTS`."""
+class _WithStages(nn.Module):
+    """The model with its outputs in the order of `OUTPUTS`, then the tensors on the way, which so get their names."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.model = model
-        self.names = OUTPUTS if model.config.has_masks else OUTPUTS[:-1]
+        self.outputs = OUTPUTS if model.config.has_masks else OUTPUTS[:-1]
+        without = () if model.config.has_masks else OF_MASKS
+        self.names = (*self.outputs, *(name for name in STAGES if name not in (*OUTPUTS, *without)))
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(images, image_sizes)
-        return tuple(outputs[name] for name in self.names)
+        stages: dict[str, Tensor] = {}
+        self.model(images, image_sizes, stages)
+        return tuple(stages[name] for name in self.names)
 
 
 def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) -> Difference:
@@ -128,24 +132,27 @@ def _trace(model: MaskRCNN) -> onnx.ModelProto:
     images = torch.zeros(2, 3, height, width)
     sizes = torch.tensor([[height, width], [height - 5, width - 40]])
     dim = torch.export.Dim
-    ordered, batch = _InOrder(model), dim("N", min=1, max=4096)
+    wrapped, batch = _WithStages(model), dim("N", min=1, max=4096)
     rows, columns = divisor * dim("rows", min=1, max=512), divisor * dim("columns", min=1, max=512)
     with schemas.registered(), _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            ordered,
+            wrapped,
             (images, sizes),
             dynamo=True,
             opset_version=OPSET,
             input_names=["images", "image_sizes"],
-            output_names=list(ordered.names),
+            output_names=list(wrapped.names),
             dynamic_shapes={"images": {0: batch, 2: rows, 3: columns}, "image_sizes": {0: batch}},
             custom_translation_table={
                 torch.ops.maskrcnn.multilevel_roi_align.default: _roi_align_node,
                 torch.ops.maskrcnn.batched_nms.default: _nms_node,
+                torch.ops.maskrcnn.live_rows.default: _live_rows_node,
             },
             verbose=False,
         )
-        return program.model_proto
+        proto = program.model_proto
+    del proto.graph.output[len(wrapped.outputs) :]
+    return proto
 
 
 _CUSTOM = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
@@ -169,12 +176,17 @@ def _nms_node(boxes, groups, counts, iou_threshold, max_output):
     return _CUSTOM.BatchedNms(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
 
 
+def _live_rows_node(boxes, labels, counts):
+    return _CUSTOM.LiveRows(boxes, labels, counts)
+
+
 def _add_functions(proto: onnx.ModelProto, *, aligned: bool, levels: int) -> None:
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     proto.functions.extend(
         [
             functions.multilevel_roi_align(levels, aligned=aligned, min_level=2, opset=opset),
             functions.batched_nms(opset),
+            functions.live_rows(opset),
         ]
     )
     if not any(entry.domain == contract.DOMAIN for entry in proto.opset_import):

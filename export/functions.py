@@ -167,3 +167,24 @@ def batched_nms(opset: int) -> onnx.FunctionProto:
         num = Cast<to = 6>(num_long)
     }}"""
     return onnx.parser.parse_function(text)
+
+
+def live_rows(opset: int) -> onnx.FunctionProto:
+    """`LiveRows`, which spares a mask head the rows without a detection."""
+    op = contract.LIVE_ROWS
+    text = f"""
+    <domain: "{contract.DOMAIN}", opset_import: ["": {opset}]>
+    {op.name} (boxes, labels, counts) => (live_boxes, live_labels)
+    {{
+        one = Constant<value_int = 1>()
+        flat_shape = Constant<value_ints = [-1]>()
+        start = Constant<value_ints = [0]>()
+        row_axis = Constant<value_ints = [1]>()
+        counts_long = Cast<to = 7>(counts)
+        most = ReduceMax<keepdims = 0>(counts_long)
+        at_least_one = Max(most, one)
+        end = Reshape(at_least_one, flat_shape)
+        live_boxes = Slice(boxes, start, end, row_axis)
+        live_labels = Slice(labels, start, end, row_axis)
+    }}"""
+    return onnx.parser.parse_function(text)

@@ -12,7 +12,7 @@ from maskrcnn.plugins import contract
 
 _ATTRIBUTE_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
 _FEATURE_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)"}
+_TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
 
 
 def _parameter(tensor: contract.Tensor) -> OpSchema.FormalParameter:

@@ -64,4 +64,16 @@ BATCHED_NMS = Op(
     doc="Greedy NMS inside each group of boxes that are sorted by descending score.",
 )
 
-OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS)}
+LIVE_ROWS = Op(
+    name="LiveRows",
+    inputs=(
+        Tensor("boxes", "float32", ("N", "D", 4)),
+        Tensor("labels", "int64", ("N", "D")),
+        Tensor("counts", "int32", ("N",)),
+    ),
+    outputs=(Tensor("live_boxes", "float32", ("N", "L", 4)), Tensor("live_labels", "int64", ("N", "L"))),
+    attributes={},
+    doc="The first L rows, L the largest count and at least 1; or all D rows, which is as right and has no plugin.",
+)
+
+OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS, LIVE_ROWS)}

@@ -113,3 +113,13 @@ def batched_nms(
         indices[n, : len(kept)] = kept
         num[n] = len(kept)
     return indices, num
+
+
+def live_rows(boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`LiveRows` of the contract: boxes `[N, D, 4]`, labels `[N, D]`, counts `[N]`.
+
+    Returns:
+        boxes `[N, L, 4]` and labels `[N, L]`.
+    """
+    most = max(int(counts.max()), 1)
+    return boxes[:, :most], labels[:, :most]

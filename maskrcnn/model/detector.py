@@ -15,6 +15,7 @@ from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, fold_norms
 from maskrcnn.model.losses import Share, Truth, own_count, roi_losses, rpn_losses
 from maskrcnn.model.roi_heads import RoiHeads
 from maskrcnn.model.rpn import RegionProposalNetwork
+from maskrcnn.stages import LEVELS, record
 
 
 def _backbone(config: ModelConfig) -> BackboneWithFPN:
@@ -65,21 +66,29 @@ class MaskRCNN(nn.Module):
         """P2 … P6, each `[N, C, H_l, W_l]`."""
         return list(self.backbone(self.normalise(images, image_sizes)).values())
 
-    def forward(self, images: Tensor, image_sizes: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, image_sizes: Tensor, stages: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Detections in pixels of the resized images.
 
         Args:
             images: float32 or uint8 `[N, 3, H, W]` RGB, 0–255, padded right and bottom; H and W multiples of 32.
             image_sizes: int64 `[N, 2]`, (height, width) before padding.
+            stages: gets the tensors on the way, under the names of `maskrcnn.stages`.
 
         Returns:
             `num_detections` int32 `[N]`; `boxes` float32 `[N, D, 4]` xyxy; `scores` float32 `[N, D]`,
             descending; `labels` int64 `[N, D]`, from 1; with a mask head `masks` float32 `[N, D, 28, 28]`,
             probabilities in the frame of the box. Rows from `num_detections` on are zero.
         """
-        features = self.features(images, image_sizes)
-        proposals, used = self.rpn.proposals(self.rpn(features, images), image_sizes)
-        return self.roi_heads(features, proposals, used, image_sizes)
+        normalised = self.normalise(images, image_sizes)
+        features = list(self.backbone(normalised).values())
+        record(stages, normalised=normalised, **dict(zip(LEVELS, features, strict=True)))
+        output = self.rpn(features, images)
+        record(stages, **output.stages())
+        proposals, used = self.rpn.proposals(output, image_sizes)
+        record(stages, proposals=proposals)
+        return self.roi_heads(features, proposals, used, image_sizes, stages)
 
     def losses(
         self, images: Tensor, image_sizes: Tensor, truth: Truth, loss: LossConfig, share: Share = own_count

@@ -211,3 +211,36 @@ def batched_nms(
     Source: `torchvision.ops.batched_nms`, computed per group instead of by shifted coordinates.
     """
     return _batched_nms(boxes, groups, counts, iou_threshold, max_output)
+
+
+@torch.library.custom_op("maskrcnn::live_rows", mutates_args=())
+def _live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    most = max(int(counts.max()), 1) if len(counts) else 1
+    return boxes[:, :most].clone(), labels[:, :most].clone()
+
+
+@_live_rows.register_fake
+def _(boxes, labels, counts):
+    rows = torch.library.get_ctx().new_dynamic_size(min=1, max=boxes.shape[1])
+    return boxes.new_empty((boxes.shape[0], rows, 4)), labels.new_empty((labels.shape[0], rows))
+
+
+def live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The first L rows, which hold all detections of the batch: L is the largest count, at least 1.
+
+    Only on a CPU. Elsewhere all D rows come back: reading the counts would make a GPU wait.
+
+    Args:
+        boxes: `[N, D, 4]`.
+        labels: `[N, D]`.
+        counts: int32 `[N]`, of used rows.
+
+    Returns:
+        boxes `[N, L, 4]` and labels `[N, L]`.
+    """
+    if torch.compiler.is_exporting():
+        return _live_rows(boxes, labels, counts)
+    if boxes.device.type != "cpu" or torch.compiler.is_compiling():
+        return boxes, labels
+    most = max(int(counts.max()), 1)
+    return boxes[:, :most], labels[:, :most]

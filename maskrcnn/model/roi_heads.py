@@ -10,7 +10,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from maskrcnn.config import ModelConfig
 from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
-from maskrcnn.model.ops import batched_nms, multilevel_roi_align
+from maskrcnn.model.ops import batched_nms, live_rows, multilevel_roi_align
+from maskrcnn.stages import record
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MIN_SIDE_PX = 1e-2  # torchvision's roi_heads: smaller detections are dropped
@@ -36,36 +37,46 @@ class RoiHeads(nn.Module):
             self.mask_predictor = MaskRCNNPredictor(last, last, classes)
 
     def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
-        """`[N · R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
+        """`[N, R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
         config = self.config
-        pooled = multilevel_roi_align(
+        return multilevel_roi_align(
             features[: len(config.strides_px)],
             rois,
             output_size=size,
             sampling_ratio=config.pool_sampling_ratio,
             aligned=config.pool_aligned,
         )
-        return pooled.flatten(0, 1)
 
-    def classify(self, features: list[Tensor], proposals: Tensor) -> tuple[Tensor, Tensor]:
+    def classify(
+        self, features: list[Tensor], proposals: Tensor, stages: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Class logits `[N, R, 1 + C]` and box deltas `[N, R, 1 + C, 4]` of proposals `[N, R, 4]`."""
         batch, count = proposals.shape[:2]
-        logits, deltas = self.box_predictor(self.box_head(self._pool(features, proposals, self.config.box_pool_size)))
+        pooled = self._pool(features, proposals, self.config.box_pool_size)
+        logits, deltas = self.box_predictor(self.box_head(pooled.flatten(0, 1)))
         classes = self.config.num_classes + 1
-        return (
-            logits.float().view(batch, count, classes),
-            deltas.float().view(batch, count, classes, 4),
-        )
+        logits, deltas = logits.float().view(batch, count, classes), deltas.float().view(batch, count, classes, 4)
+        record(stages, box_features=pooled, class_logits=logits, box_deltas=deltas)
+        return logits, deltas
 
-    def mask_logits(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+    def mask_logits(
+        self, features: list[Tensor], boxes: Tensor, labels: Tensor, stages: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Mask logits `[N, D, 28, 28]` of each box's own class, for boxes `[N, D, 4]`, labels `[N, D]`."""
         pooled = self._pool(features, boxes, self.config.mask_pool_size)
-        logits = self.mask_predictor(self.mask_head(pooled)).float()  # [N·D, 1 + C, 28, 28]
+        logits = self.mask_predictor(self.mask_head(pooled.flatten(0, 1))).float()  # [N·D, 1 + C, 28, 28]
         index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, logits.shape[2], logits.shape[3])
-        return logits.gather(1, index).squeeze(1).unflatten(0, (labels.shape[0], labels.shape[1]))
+        logits = logits.gather(1, index).squeeze(1).unflatten(0, (labels.shape[0], labels.shape[1]))
+        record(stages, mask_features=pooled, mask_logits=logits)
+        return logits
 
     def forward(
-        self, features: list[Tensor], proposals: Tensor, used: Tensor, image_sizes: Tensor
+        self,
+        features: list[Tensor],
+        proposals: Tensor,
+        used: Tensor,
+        image_sizes: Tensor,
+        stages: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Detections as the contract in docs/architecture.md names them.
 
@@ -74,30 +85,24 @@ class RoiHeads(nn.Module):
             proposals: `[N, R, 4]`.
             used: bool `[N, R]`, whether a proposal is one.
             image_sizes: int64 `[N, 2]`.
+            stages: see `MaskRCNN.forward`.
         """
-        boxes, scores, labels, count = self._detect(features, proposals, used, image_sizes)
+        logits, deltas = self.classify(features, proposals, stages)
+        boxes, scores, labels, count = self._detect(logits, deltas, proposals, used, image_sizes)
         found = {"num_detections": count, "boxes": boxes, "scores": scores, "labels": labels}
-        if not self.has_masks:
-            return found
-        live = torch.arange(boxes.shape[1], device=boxes.device)[None, :] < count[:, None]
-        masks = torch.sigmoid(self._masks_of_live(features, boxes, labels, count)) * live[..., None, None]
-        return found | {"masks": masks}
+        record(stages, **found)
+        if self.has_masks:
+            rows = boxes.shape[1]
+            live = torch.arange(rows, device=boxes.device)[None, :] < count[:, None]
+            logits = self.mask_logits(features, *live_rows(boxes, labels, count), stages)
+            padded = F.pad(torch.sigmoid(logits), (0, 0, 0, 0, 0, rows - logits.shape[1]))
+            found["masks"] = padded * live[..., None, None]
+            record(stages, masks=found["masks"])
+        return found
 
-    def _masks_of_live(self, features: list[Tensor], boxes: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-        """Mask logits `[N, D, 28, 28]`; on a CPU in eager mode unused rows are not computed but zero.
-
-        Elsewhere all D rows are: reading the count would make a GPU wait, and is no part of an exported graph.
-        """
-        if boxes.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.mask_logits(features, boxes, labels)
-        most, rows = int(count.max()), boxes.shape[1]
-        logits = self.mask_logits(features, boxes[:, :most], labels[:, :most])
-        return F.pad(logits, (0, 0, 0, 0, 0, rows - most))
-
-    def _detect(self, features: list[Tensor], proposals: Tensor, used: Tensor, image_sizes: Tensor):
+    def _detect(self, logits: Tensor, deltas: Tensor, proposals: Tensor, used: Tensor, image_sizes: Tensor):
         config = self.config
         classes, rois = config.num_classes, proposals.shape[1]
-        logits, deltas = self.classify(features, proposals)
         scores = F.softmax(logits, dim=-1)[..., 1:]
         scores = scores.masked_fill(~used[..., None] | (scores <= config.score_threshold), -1.0)
         # The best (proposal, class) pairs, decoded, without the degenerate, in order of score.

@@ -13,6 +13,7 @@ from maskrcnn.config import ModelConfig
 from maskrcnn.model.anchors import cell_anchors, grid_anchors
 from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
 from maskrcnn.model.ops import batched_nms
+from maskrcnn.stages import LEVELS
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 MIN_SIDE_PX = 1e-3  # torchvision's rpn: smaller proposals are dropped
@@ -24,6 +25,15 @@ class RpnOutput(NamedTuple):
     anchors: list[Tensor]  # per level [A_l, 4]
     logits: list[Tensor]  # per level [N, A_l]
     deltas: list[Tensor]  # per level [N, A_l, 4]
+
+    def stages(self) -> dict[str, Tensor]:
+        """What the head says, under the names of `maskrcnn.stages`."""
+        named = {"objectness": self.logits, "anchor_deltas": self.deltas}
+        return {
+            f"{name}_{level}": value
+            for name, values in named.items()
+            for level, value in zip(LEVELS, values, strict=True)
+        }
 
 
 class RegionProposalNetwork(nn.Module):
