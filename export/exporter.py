@@ -7,7 +7,6 @@ import dataclasses
 import io
 import logging
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from maskrcnn.checkpoint import metadata_of
 from maskrcnn.errors import UserError
 from maskrcnn.export import functions, schemas
+from maskrcnn.export.graph import op_counts
+from maskrcnn.export.tidy import tidy
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import KEY
 from maskrcnn.model import ops
@@ -30,6 +31,7 @@ from maskrcnn.runtime.validation import compare_backends
 from maskrcnn.stages import OF_MASKS, STAGES
 
 OPSET = 20  # the first with every operator used here in its present form
+TORCH = (2, 10)  # the oldest whose exporter this was tried with
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")  # without the last for a model without masks
 # Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
 FORBIDDEN_OPS = frozenset(
@@ -53,7 +55,9 @@ class _WithStages(nn.Module):
         return tuple(stages[name] for name in self.names)
 
 
-def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) -> Difference:
+def export_onnx(
+    model: MaskRCNN, output: Path, *, source: Path | None = None, opset: int = OPSET
+) -> Difference:
     """Writes `output` and returns how much it differs from PyTorch.
 
     Batch size, height and width stay dynamic. The file is compared with the model in PyTorch on batch sizes and
@@ -63,14 +67,16 @@ def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) ->
         model: any model of this package; it is not changed.
         output: the file to write; nothing is left there when this fails.
         source: the checkpoint, whose hash the file keeps.
+        opset: of ONNX's operators, 20 or newer.
 
     Raises:
-        UserError: for weights that are not finite, when the graph holds an operator it must not, or when the
+        UserError: for weights that are not finite, an opset or a PyTorch that is too old, when the graph holds an operator it must not, or when the
             file disagrees with PyTorch.
     """
+    _check_versions(opset)
     _check_weights(model)
     model = model.eval()
-    proto = _trace(model)
+    proto = _trace(model, opset)
     _add_functions(proto, aligned=model.config.pool_aligned, levels=len(model.config.strides_px))
     metadata = metadata_of(model.config, source)
     metadata = dataclasses.replace(metadata, versions={**metadata.versions, "onnx": onnx.__version__})
@@ -94,6 +100,18 @@ def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None) ->
     return difference
 
 
+def _check_versions(opset: int) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise UserError(
+            f"opset {opset}", f"{OPSET} to {newest}, the newest of onnx {onnx.__version__}", f"use --opset {OPSET}"
+        )
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < TORCH:
+        oldest = ".".join(map(str, TORCH))
+        raise UserError(f"torch {torch.__version__}", f"{oldest} or newer", f"pip install 'torch>={oldest}' torchvision")
+
+
 def _check_weights(model: MaskRCNN) -> None:
     """Refuses weights with NaN or infinity: they detect nothing, in PyTorch as in any other runtime, and so agree."""
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
@@ -103,11 +121,6 @@ def _check_weights(model: MaskRCNN) -> None:
             "finite weights",
             "export an earlier checkpoint, or train again with a lower --learning-rate",
         )
-
-
-def op_counts(proto: onnx.ModelProto) -> Counter[str]:
-    """How often each operator occurs in the main graph; custom ops are named `domain::Op`."""
-    return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node)
 
 
 def check_graph(proto: onnx.ModelProto, path: Path) -> None:
@@ -125,7 +138,7 @@ def check_graph(proto: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _trace(model: MaskRCNN) -> onnx.ModelProto:
+def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
     divisor = model.config.preprocessing.divisor
     # No axis of any level may have length 1 while tracing: it would be taken for a broadcast one.
     height, width = 6 * divisor, 10 * divisor
@@ -139,7 +152,7 @@ def _trace(model: MaskRCNN) -> onnx.ModelProto:
             wrapped,
             (images, sizes),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["images", "image_sizes"],
             output_names=list(wrapped.names),
             dynamic_shapes={"images": {0: batch, 2: rows, 3: columns}, "image_sizes": {0: batch}},
@@ -152,6 +165,7 @@ def _trace(model: MaskRCNN) -> onnx.ModelProto:
         )
         proto = program.model_proto
     del proto.graph.output[len(wrapped.outputs) :]
+    tidy(proto)
     return proto
 
 

@@ -32,10 +32,11 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
         rows_{i} = Squeeze(found_{i}, zero_axis)
         boxes_{i} = Gather(flat, rows_{i})
         image_{i} = Gather(image, rows_{i})
+        features_{i} = Cast<to = 1>(p{i})
         pooled_{i} = RoiAlign<coordinate_transformation_mode = "{_COORDINATES[aligned]}", mode = "avg",
             output_height: int = @output_size, output_width: int = @output_size,
             sampling_ratio: int = @sampling_ratio, spatial_scale = {0.5 ** (min_level + i)}>
-            (p{i}, boxes_{i}, image_{i})"""
+            (features_{i}, boxes_{i}, image_{i})"""
         for i in levels
     )
     text = f"""
@@ -92,7 +93,8 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
         in_order = Gather<axis = 0>(by_level, place)
         pooled_shape = Shape<start = 1>(in_order)
         full_shape = Concat<axis = 0>(n, r, pooled_shape)
-        pooled = Reshape(in_order, full_shape)
+        pooled_float = Reshape(in_order, full_shape)
+        pooled = CastLike(pooled_float, p0)
     }}"""
     return onnx.parser.parse_function(text)
 

@@ -8,7 +8,8 @@ from tiny import TINY_V2, lively_model, tiny_config
 
 from maskrcnn.errors import UserError
 from maskrcnn.export import exporter
-from maskrcnn.export.exporter import FORBIDDEN_OPS, OUTPUTS, check_graph, export_onnx, op_counts
+from maskrcnn.export.exporter import FORBIDDEN_OPS, OUTPUTS, check_graph, export_onnx
+from maskrcnn.export.graph import op_counts
 from maskrcnn.metadata import sha256_of
 from maskrcnn.plugins import contract
 from maskrcnn.runtime.compare import EXACT, compare_outputs

@@ -1,0 +1,85 @@
+"""Which values a graph's tensors take on images: the ground for 8-bit scales and for what FP16 can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from maskrcnn.data.images import read_image
+from maskrcnn.errors import UserError
+from maskrcnn.export.graph import copy_of
+from maskrcnn.metadata import ModelMetadata
+from maskrcnn.preprocess import batch_images
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+Feeds = dict[str, np.ndarray]
+
+
+def images_in(folder: Path, limit: int) -> list[Path]:
+    """The images of a folder and its sub-folders: at most `limit`, evenly spread over the sorted names.
+
+    Raises:
+        UserError: when there is no such folder or no image in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}", "a folder of images", "name one with images like those to be seen later")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(
+            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})",
+            "some images like those that the model will see, a hundred are plenty",
+            "put images there, or name another folder",
+        )
+    places = np.linspace(0, len(found) - 1, min(limit, len(found))).round().astype(int)
+    return [found[place] for place in places]
+
+
+def feeds_of(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[Feeds]:
+    """One batch of one image for each file, prepared as the model wants it."""
+    for path in paths:
+        images, sizes = batch_images([read_image(path)], metadata.preprocessing)
+        yield {"images": images, "image_sizes": sizes}
+
+
+def observe(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The least and the largest number of each value, for each batch.
+
+    Args:
+        proto: a model in single precision.
+        feeds: inputs by name.
+        names: of float values in its main graph.
+
+    Returns:
+        for each name `[B, 2]` float32: minimum and maximum of each of the B batches.
+
+    Raises:
+        UserError: where a value is not finite.
+    """
+    model = copy_of(proto)
+    del model.graph.output[:]
+    for name in names:
+        for op in ("ReduceMin", "ReduceMax"):
+            model.graph.node.append(onnx.helper.make_node(op, [name], [f"{name}_{op}"], keepdims=0))
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(f"{name}_{op}"))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rows = [session.run(None, each) for each in feeds]
+    values = np.array(rows, np.float32).reshape(len(rows), len(names), 2)
+    bad = [name for k, name in enumerate(names) if not np.isfinite(values[:, k]).all()]
+    if bad:
+        raise UserError(
+            f"activations that are not finite in single precision, first {bad[0]}",
+            "finite activations",
+            "check the weights and the images",
+        )
+    return {name: values[:, k] for k, name in enumerate(names)}
+
+
+def largest_magnitudes(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]) -> dict[str, float]:
+    """The largest magnitude of each value over all batches."""
+    return {name: float(np.abs(seen).max(initial=0.0)) for name, seen in observe(proto, feeds, names).items()}

@@ -1,0 +1,194 @@
+"""Half precision written into the graph, by a rule that can be read off the graph itself.
+
+Convolutions and matrix products compute in half precision, and so does what only passes their results on: addition,
+ReLU, pooling, resizing, RoIAlign's features. Everything else stays in single precision: normalisation of the pixels,
+anchors, box coordinates, scores, NMS, RoI coordinates. A weight or an activation too large for the type keeps its node
+in single precision too. The graph says all of it in `Cast` nodes, so every runtime does the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from maskrcnn.export.graph import Graph, copy_of, remove_unused_constants, sort_nodes
+from maskrcnn.plugins import contract
+
+HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+# Operators that are worth half precision, and the inputs that carry features.
+COMPUTING = {"Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
+# Operators that stay in half precision where all their features are in it already.
+PASSING = {
+    **{"Add": (0, 1), "Concat": None, "Relu": (0,), "MaxPool": (0,), "Resize": (0,)},
+    **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
+    **{"GatherElements": (0,), "Slice": (0,)},
+}
+_ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
+LARGEST_FP16 = 65504.0
+BFLOAT16_OPSET = 22
+MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
+_FLOAT_OUTPUT_ONLY = ("Shape", "Size")  # read any type, and no values
+
+
+@dataclass
+class CastReport:
+    """Which nodes compute in half precision, and why the others do not."""
+
+    precision: str
+    half: Counter[str] = field(default_factory=Counter)  # by operator
+    kept: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → names of nodes
+    casts: int = 0
+
+    def text(self) -> str:
+        """Some lines for a user."""
+        operators = ", ".join(f"{count} {name}" for name, count in self.half.most_common())
+        lines = [f"{self.precision}: {self.half.total()} nodes ({operators}); {self.casts} casts"]
+        for reason, names in self.kept.items():
+            named = "" if len(names) > 6 else f": {', '.join(names)}"
+            lines.append(f"fp32: {len(names)} nodes, {reason}{named}")
+        return "\n".join(lines)
+
+
+RULE = "coordinates, scores and their arithmetic"
+
+
+def to_half(
+    proto: onnx.ModelProto, precision: str = "fp16", *, largest: Mapping[str, float] | None = None
+) -> tuple[onnx.ModelProto, CastReport]:
+    """A copy of an exported model that computes in half precision; inputs and outputs keep their types.
+
+    Args:
+        proto: a model that `export_onnx` wrote, in single precision.
+        precision: "fp16" or "bf16".
+        largest: of values by name, the largest magnitude that was observed on images; see `largest_magnitudes`.
+            Without it activations are taken to fit. bfloat16 has the range of single precision and needs none.
+
+    Returns:
+        the model, and what was done.
+    """
+    model = copy_of(proto)
+    report = CastReport(precision)
+    half = _choose(Graph(model), precision, largest or {}, report)
+    _insert_casts(model, half, precision, report)
+    remove_unused_constants(model.graph)
+    sort_nodes(model.graph)
+    _retype(model, half, HALF_TYPES[precision])
+    if precision == "bf16":
+        _raise_opset(model)
+    return model, report
+
+
+def feature_inputs(node: onnx.NodeProto) -> list[str] | None:
+    """The inputs of a node that can be in half precision, or None where the rule keeps the node as it is."""
+    if node.domain == contract.DOMAIN:
+        return list(node.input[:-1]) if node.op_type == _ROI_ALIGN else None
+    if node.domain:
+        return None
+    places = COMPUTING.get(node.op_type, PASSING.get(node.op_type, ()))
+    if places == ():
+        return None
+    return [name for k, name in enumerate(node.input) if name and (places is None or k in places)]
+
+
+def candidates(proto: onnx.ModelProto) -> list[str]:
+    """Values whose magnitude decides what can be in half precision: what candidates read and make."""
+    graph, names = Graph(proto), {}
+    half = _choose(graph, "bf16", {}, CastReport("bf16"))
+    for node in proto.graph.node:
+        if node.output[0] in half:
+            features = [name for name in feature_inputs(node) if name not in graph.constants]
+            names.update(dict.fromkeys((*features, node.output[0])))
+    return list(names)
+
+
+def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: CastReport) -> set[str]:
+    """Names of the values that are made in half precision."""
+    half: set[str] = set()
+    for node in graph.graph.node:
+        features = feature_inputs(node)
+        if features is None:
+            if _makes_floats(node):
+                report.kept[RULE].append(node.name)
+            continue
+        carried = [name for name in features if name not in graph.constants]
+        computes = node.op_type in COMPUTING or node.op_type == _ROI_ALIGN
+        if not computes and not (carried and all(name in half for name in carried)):
+            continue  # it passes on what is no feature: indices, shapes, coordinates
+        reason = _too_large(graph, node, features, largest) if precision == "fp16" else None
+        if reason:
+            report.kept[reason].append(node.name)
+            continue
+        half.add(node.output[0])
+        report.half[node.op_type] += 1
+    return half
+
+
+def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest: Mapping[str, float]) -> str | None:
+    """Why FP16 cannot hold what this node reads or makes."""
+    for name in features:
+        value = graph.constant(name)
+        if value is not None and value.size and not np.abs(value).max() <= LARGEST_FP16:
+            return "weights beyond the range of FP16"
+    carried = [name for name in features if name not in graph.constants]
+    if any(not largest.get(name, 0.0) * MARGIN <= LARGEST_FP16 for name in (*carried, node.output[0])):
+        return f"activations within a factor {MARGIN:g} of the range of FP16, or beyond it"
+    return None
+
+
+def _makes_floats(node: onnx.NodeProto) -> bool:
+    return node.op_type in ("Sub", "Mul", "Div", "Exp", "Sigmoid", "Softmax", "TopK", "Clip", "Pad", "Floor")
+
+
+def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report: CastReport) -> None:
+    graph, kind = Graph(model), HALF_TYPES[precision]
+    made: dict[tuple[str, int], str] = {}
+
+    def converted(name: str, to: int) -> str:
+        if (name, to) not in made:
+            suffix = precision if to == kind else "fp32"
+            made[name, to] = f"{name}_{suffix}"
+            if name in graph.constants:
+                graph.add_constant(made[name, to], graph.constant(name).astype(_NUMPY[precision]))
+            else:
+                node = onnx.helper.make_node("Cast", [name], [made[name, to]], f"{name}/to_{suffix}", to=to)
+                model.graph.node.append(node)
+                report.casts += 1
+        return made[name, to]
+
+    for node in list(model.graph.node):
+        features = set(feature_inputs(node) or ()) if node.output[0] in half else set()
+        for k, name in enumerate(node.input):
+            if name in features and name not in half:
+                if name not in graph.constants or graph.float_type(name):
+                    node.input[k] = converted(name, kind)
+            elif name in half and name not in features and node.op_type not in _FLOAT_OUTPUT_ONLY:
+                node.input[k] = converted(name, TensorProto.FLOAT)
+    _keep_outputs(model, half, converted)
+
+
+def _keep_outputs(model: onnx.ModelProto, half: set[str], converted) -> None:
+    """A value in half precision that is an output of the graph is cast back under its own name."""
+    for value in model.graph.output:
+        if value.name in half:
+            raise AssertionError(f"{value.name} is in half precision; the rule keeps outputs in single precision")
+
+
+def _retype(model: onnx.ModelProto, half: set[str], kind: int) -> None:
+    for value in model.graph.value_info:
+        if value.name in half:
+            value.type.tensor_type.elem_type = kind
+
+
+def _raise_opset(model: onnx.ModelProto) -> None:
+    """Opset 22, whose convolutions take bfloat16; from 20 to 22 our operators gained types and changed in nothing else."""
+    for holder in (model, *model.functions):
+        for entry in holder.opset_import:
+            if entry.domain == "":
+                entry.version = max(entry.version, BFLOAT16_OPSET)
