@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import from_numpy
-from torchvision.ops import box_iou
 
 from maskrcnn.postprocess import Detections
+from maskrcnn.runtime.matching import of_equal_label, pair_in_order, pairwise_iou
 
 MIN_IOU = 0.5  # with which detections of the same label are paired
 
@@ -81,13 +80,14 @@ def compare_detections(
         rows: the most detections that a side reports.
         threshold: the score below which nothing is reported.
     """
-    pairs, alone, other_alone = pair_up(reference, other)
+    overlaps = pairwise_iou(reference.boxes_xyxy_px, other.boxes_xyxy_px)
+    overlaps = of_equal_label(overlaps, reference.labels, other.labels)
+    first, second, alone, other_alone = pair_in_order(overlaps, MIN_IOU)
     unpaired = excused = 0
     for side, indices in ((reference, alone), (other, other_alone)):
         lowest = side.scores.min() if len(side) >= rows else threshold
         at_edge = int((side.scores[indices] <= lowest + edge).sum())
         unpaired, excused = unpaired + len(indices) - at_edge, excused + at_edge
-    first, second = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
     return Mismatch(
         images=1,
         detections=len(reference),
@@ -117,22 +117,6 @@ def _compare_masks(reference: Detections, other: Detections, first: np.ndarray, 
         "mask_iou": 1.0 - _largest(lost[~jumped]),
         "jumped_mask_iou": 1.0 - _largest(lost[jumped]),
     }
-
-
-def pair_up(reference: Detections, other: Detections) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Index pairs of the same label and the best IoU, and the indices left alone on either side."""
-    overlaps = box_iou(from_numpy(reference.boxes_xyxy_px), from_numpy(other.boxes_xyxy_px)).numpy()
-    overlaps = np.where(reference.labels[:, None] == other.labels[None, :], overlaps, -1.0)
-    pairs, alone = [], []
-    for k in range(len(reference)):
-        best = int(overlaps[k].argmax()) if len(other) else 0
-        if len(other) and overlaps[k, best] >= MIN_IOU:
-            pairs.append((k, best))
-            overlaps[:, best] = -1.0
-        else:
-            alone.append(k)
-    taken = {pair[1] for pair in pairs}
-    return pairs, alone, [k for k in range(len(other)) if k not in taken]
 
 
 def _windows(detections: Detections) -> np.ndarray:

@@ -30,9 +30,20 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Detections
+from maskrcnn.preprocess import Preprocessing
 from maskrcnn.runtime.backend import missing_library
 
 LEGACY_OPSET = 17
+# What torchvision's models cannot be told otherwise; Detectron2's conventions are others.
+MODEL_CONVENTIONS = (
+    "stride_in_1x1",
+    "anchors_rounded",
+    "anchor_strides_px",
+    "pool_aligned",
+    "proposal_min_side_px",
+    "detection_min_side_px",
+)
+PIXEL_CONVENTIONS = ("divisor", "channel_order", "resize")
 
 
 def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None) -> FasterRCNN:
@@ -45,13 +56,7 @@ def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None)
     Raises:
         UserError: for what torchvision's models do not have.
     """
-    if config.pool_aligned or config.preprocessing.divisor != 32 or config.preprocessing.channel_order != "RGB":
-        raise UserError(
-            f"{config.name} with pool_aligned={config.pool_aligned}, divisor="
-            f"{config.preprocessing.divisor}, channel_order={config.preprocessing.channel_order!r}",
-            "unaligned pooling, divisor 32 and RGB, as torchvision has them",
-            "compare without torchvision",
-        )
+    _check_conventions(config)
     levels, ratio = [str(level) for level in range(len(config.strides_px))], config.pool_sampling_ratio
     ratios, loss = config.anchor_aspect_ratios, loss or LossConfig()
     return (MaskRCNN if config.has_masks else FasterRCNN)(
@@ -85,6 +90,19 @@ def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None)
         box_positive_fraction=loss.box_positive_fraction,
         **(_mask_parts(config, levels, ratio) if config.has_masks else {}),
     ).eval()
+
+
+def _check_conventions(config: ModelConfig) -> None:
+    given = [(name, config, ModelConfig()) for name in MODEL_CONVENTIONS]
+    given += [(name, config.preprocessing, Preprocessing()) for name in PIXEL_CONVENTIONS]
+    other = [(name, getattr(ours, name), getattr(plain, name)) for name, ours, plain in given]
+    other = [(name, value, wanted) for name, value, wanted in other if value != wanted]
+    if other:
+        raise UserError(
+            f"{config.name} with " + ", ".join(f"{name}={value!r}" for name, value, _ in other),
+            ", ".join(f"{name}={wanted!r}" for name, _, wanted in other) + ", as torchvision's models have it",
+            "compare without torchvision",
+        )
 
 
 def _box_head(config: ModelConfig) -> nn.Module:

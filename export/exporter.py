@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from maskrcnn.checkpoint import metadata_of
 from maskrcnn.errors import UserError
 from maskrcnn.export import functions, schemas
-from maskrcnn.export.graph import op_counts
+from maskrcnn.export.graph import op_counts, set_metadata
 from maskrcnn.export.tidy import tidy
 from maskrcnn.files import atomic_path
-from maskrcnn.metadata import KEY
 from maskrcnn.model import ops
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.plugins import contract
@@ -80,7 +79,7 @@ def export_onnx(
     _add_functions(proto, aligned=model.config.pool_aligned, levels=len(model.config.strides_px))
     metadata = metadata_of(model.config, source)
     metadata = dataclasses.replace(metadata, versions={**metadata.versions, "onnx": onnx.__version__})
-    onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
+    set_metadata(proto, metadata)
     check_graph(proto, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as draft:
@@ -94,7 +93,7 @@ def export_onnx(
         if not difference.within(EXACT):
             raise UserError(
                 f"an ONNX file that disagrees with PyTorch; {difference}",
-                f"boxes within {EXACT.box_px} px, scores within {EXACT.score}, masks within {EXACT.mask}",
+                str(EXACT),
                 "check the weights for NaN and extreme values; report the model if they are sound",
             )
     return difference

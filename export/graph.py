@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from maskrcnn.metadata import KEY, ModelMetadata
+
 
 class Graph:
     """Indices over the main graph of a model; edits go to the model itself.
@@ -37,10 +39,14 @@ class Graph:
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
         """Adds an initializer; one of the same name must not exist."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = numpy_helper.from_array(np.asarray(value), name)
         self.graph.initializer.append(tensor)
         self.constants[name] = self.graph.initializer[-1]
         return name
+
+    def replace_constant(self, name: str, value: np.ndarray) -> None:
+        """Gives an initializer another value, and type."""
+        self.constants[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
 
     def float_type(self, name: str) -> bool:
         """Whether an initializer holds single-precision numbers."""
@@ -85,3 +91,8 @@ def remove_unused_constants(graph: onnx.GraphProto) -> None:
 def op_counts(proto: onnx.ModelProto) -> Counter[str]:
     """How often each operator occurs in the main graph; custom ops are named `domain::Op`."""
     return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node)
+
+
+def set_metadata(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
+    """Replaces the model's metadata."""
+    onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})

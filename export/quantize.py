@@ -52,7 +52,8 @@ class QuantizationReport:
     def text(self) -> str:
         """Some lines for a user."""
         operators = ", ".join(f"{count} {name}" for name, count in self.quantized.most_common())
-        left = f"left out: {', '.join(self.kept)}" if self.kept else "nothing left out"
+        layers = dict.fromkeys(name.partition("#")[0] for name in self.kept)  # a head sees every level
+        left = f"left out: {', '.join(layers)}" if layers else "nothing left out"
         return f"int8: {self.quantized.total()} nodes ({operators}), scales from {self.images} images\n{left}"
 
 
@@ -108,6 +109,30 @@ def to_int8(
     remove_unused_constants(model.graph)
     sort_nodes(model.graph)
     return model, pass_.report
+
+
+def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose activations are int8 with zero point 0 and whose biases are not quantised, as TensorRT demands.
+
+    The range of an activation is kept, its larger side decides the scale. A model without 8-bit integers comes back
+    as it is.
+    """
+    model = copy_of(proto)
+    graph = Graph(model)
+    parameters = {tuple(node.input[1:3]) for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for scale_name, zero_point_name in parameters:
+        scale, zero_point = graph.constant(scale_name), graph.constant(zero_point_name)
+        if zero_point.dtype == np.uint8:
+            side = max(int(zero_point), 255 - int(zero_point))
+            graph.replace_constant(scale_name, np.float32(scale * side / 127))
+            graph.replace_constant(zero_point_name, np.int8(0))
+    for node in list(model.graph.node):
+        integers = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if integers is not None and integers.dtype == np.int32:
+            graph.add_constant(node.output[0], integers.astype(np.float32) * graph.constant(node.input[1]))
+            model.graph.node.remove(node)
+    remove_unused_constants(model.graph)
+    return model
 
 
 def _quantizable(graph: Graph, features: set[str]) -> list[onnx.NodeProto]:

@@ -1,7 +1,7 @@
 """Reading and writing weights.
 
 A checkpoint is one safetensors file: the weights, and in its header the model's configuration as JSON. Nothing
-here unpickles arbitrary objects.
+here unpickles arbitrary objects: torch's reader admits tensors alone, ours (`pickles.py`) NumPy arrays.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 import torchvision
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from maskrcnn import __version__
 from maskrcnn.config import ModelConfig, from_dict, to_dict
+from maskrcnn.detectron2 import is_detectron2
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.pickles import SUFFIX as PICKLE_SUFFIX
+from maskrcnn.pickles import read_pickle
 
 SUFFIX = ".safetensors"
 
@@ -134,7 +138,11 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """A state dict from a `.pth` or `.safetensors` file, with the older torchvision names brought up to date.
+    """A state dict from a file, with the older torchvision names brought up to date and Detectron2's as they are.
+
+    Args:
+        path: a `.safetensors` file, a `.pkl` file of NumPy arrays as Detectron2's model zoo has them, or what
+            torch.save wrote.
 
     Returns:
         the tensors, and our header where the file is a checkpoint of ours.
@@ -142,8 +150,13 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     Raises:
         UserError: when the file is missing or holds anything but tensors.
     """
-    tensors, header = read_safetensors(path) if path.suffix == SUFFIX else (_read_pickled(path), None)
-    return {_current_name(name): value for name, value in tensors.items()}, header
+    if path.suffix == SUFFIX:
+        tensors, header = read_safetensors(path)
+    else:
+        tensors, header = _read_arrays(path) if path.suffix == PICKLE_SUFFIX else _read_pickled(path), None
+    if not is_detectron2(tensors):
+        tensors = {_current_name(name): value for name, value in tensors.items()}
+    return tensors, header
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
@@ -159,7 +172,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             "save the state dict alone, without optimizer or model objects",
         ) from error
     if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        values = values["model"]  # torchvision's reference scripts keep it there
+        values = values["model"]  # torchvision's reference scripts and Detectron2 keep it there
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
         raise UserError(
             f"{path}: a {type(values).__name__} that is not names → tensors",
@@ -167,6 +180,24 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             "save it with torch.save(model.state_dict(), FILE)",
         )
     return values
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    """The arrays of a pickle of Detectron2's model zoo as tensors."""
+    values = read_pickle(path)
+    arrays = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(arrays, dict) or not all(_is_numeric(value) for value in arrays.values()):
+        keys = f" with {', '.join(map(str, list(values)[:3]))}" if isinstance(values, dict) else ""
+        raise UserError(
+            f"{path}: a pickled {type(values).__name__}{keys}",
+            "a dict whose entry 'model' holds names → arrays, as files of Detectron2's model zoo have it",
+            "use a detector of Detectron2's model zoo; backbones alone and Detectron's first version are others",
+        )
+    return {name: torch.tensor(value) for name, value in arrays.items()}
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, np.number)) and value.dtype.kind in "fiu"
 
 
 # Names that torchvision once gave, and their present form.

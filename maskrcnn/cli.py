@@ -96,43 +96,49 @@ def train(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Default: the newest run's best.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Or an ONNX file, with --precision. Default: the newest run's best.")
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Default: model.onnx beside the file; MODEL.onnx for a name.")
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Instead: a torchvision file or name (COCO_V1, DEFAULT), or a checkpoint.")
+    precision: Annotated[str, typer.Option(help="Of the graph: fp32, fp16, bf16 or int8.")] = "fp32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of images: for int8's scales; for fp16's range too.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="With --weights: its architecture.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Most images to take from it.")] = 64,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="With int8: layers to leave out; first, last, heads, backbone, fpn or names. Default last."),
+    ] = None,
+    tensorrt: Annotated[bool, typer.Option("--tensorrt", help="A file for TensorRT's parser and our plugins.")] = False,
+    aot: Annotated[bool, typer.Option("--aot", help="With --tensorrt: plugins compiled into the engine.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX's operators; default 20.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Instead: a torchvision file or name (COCO_V1, DEFAULT), a Detectron2 file, a checkpoint."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With torchvision's --weights: their architecture.")] = None,
     batch_norm_epsilon: Annotated[
         float | None, typer.Option(help="With --weights: default 0 for COCO_V1's frozen 90 classes, else 1e-5.")
     ] = None,
 ) -> None:
-    """Exports a checkpoint or torchvision's weights to one ONNX file, checked against PyTorch."""
-    from maskrcnn.checkpoint import load_checkpoint
-    from maskrcnn.pretrained import load_detector
+    """Exports a model to one ONNX file, checked against what it was made from."""
+    from maskrcnn.cli_export import Int8Options, Source, run_export
 
     if not onnx:
         raise UserError("no format", "--onnx", "run `maskrcnn export --onnx`")
-    if weights is not None and checkpoint is not None:
-        raise UserError(f"{checkpoint} and --weights {weights}", "one of the two", "drop one of them")
-    if weights is not None:
-        loaded, source = load_detector(weights, model, batch_norm_epsilon=batch_norm_epsilon)
-        config = loaded.config
-        console.print(f"{config.num_classes} classes, batch norm epsilon {config.batch_norm_epsilon:g}")
-    else:
-        source = checkpoint or runs.newest_checkpoint()
-        loaded = load_checkpoint(source)
-    named = weights is not None and source != Path(weights)
-    target = output or (Path(f"{loaded.config.name}.onnx") if named else source.with_name(runs.ONNX))
-
-    from maskrcnn.export.exporter import export_onnx
-
-    with console.status(f"exporting {source}"):
-        difference = export_onnx(loaded, target, source=source)
-    console.print(f"compared with PyTorch: {difference}")
-    console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB, from {source})")
+    run_export(
+        console,
+        Source(path=checkpoint, weights=weights, model=model, batch_norm_epsilon=batch_norm_epsilon),
+        output=output,
+        precision=precision,
+        int8=Int8Options(calibration=calibration, keep=tuple(keep or ()), images=calibration_images),
+        opset=opset,
+        tensorrt=tensorrt,
+        aot=aot,
+    )
 
 
 @app.command("build-engine")
@@ -140,29 +146,22 @@ def build_engine(
     model: Annotated[Path | None, typer.Argument(help="ONNX file; default: the newest export.")] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Single precision.")] = False,
+    int8: Annotated[
+        Path | None, typer.Option(metavar="CALIBRATION_DIR", help="8-bit integers, scales from these images.")
+    ] = None,
+    calibration_images: Annotated[int, typer.Option(min=1, help="Most images to take from it.")] = 64,
+    keep: Annotated[list[str] | None, typer.Option(help="With --int8: as for export.")] = None,
     target: Annotated[Target, typer.Option(help="auto: TensorRT where it can be, else OpenVINO.")] = Target.AUTO,
     output: Annotated[Path | None, typer.Option(help="Default: beside the ONNX file.")] = None,
 ) -> None:
     """Builds the fastest engine for this machine and compares it with the ONNX file."""
-    from maskrcnn.runtime.engine import build_openvino_engine, tensorrt_obstacle
+    from maskrcnn.cli_export import Int8Options, run_build_engine
 
-    if fp16 == fp32:
-        raise UserError("both --fp16 and --fp32" if fp16 else "no precision", "one of them", "add --fp16")
-    source = model or runs.newest_onnx()
-    obstacle = tensorrt_obstacle()
-    if target is Target.TENSORRT:
-        raise obstacle
-    if target is Target.AUTO:
-        console.print(f"TensorRT: {obstacle.came}; building the CPU engine with OpenVINO")
-    path = output or source.with_suffix(".fp16.xml" if fp16 else ".fp32.xml")
-    if path.suffix != ".xml":
-        raise UserError(f"--output {path}", "a name that ends in .xml", f"use --output {path.with_suffix('.xml')}")
-    with console.status(f"building from {source}"):
-        metadata, difference = build_openvino_engine(source, path, half=fp16)
-    stamp = metadata.stamp
-    console.print(f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}")
-    console.print(f"compared with ONNX Runtime: {difference}")
-    console.print(f"{path} and {path.with_suffix('.bin').name}, from {source}")
+    chosen = [name for name, value in (("--fp16", fp16), ("--fp32", fp32), ("--int8", int8)) if value]
+    if len(chosen) != 1:
+        raise UserError(" and ".join(chosen) or "no precision", "one of --fp16, --fp32, --int8", "add --fp16")
+    options = Int8Options(calibration=int8, keep=tuple(keep or ()), images=calibration_images)
+    run_build_engine(console, model, half=fp16, int8=options, target=target.value, output=output)
 
 
 @app.command()
@@ -235,6 +234,52 @@ def evaluate(
     console.print(f"{found.images / found.detect_seconds:.2f} images/s, from file to pasted masks")
     if json is not None:
         write_json(json, {"model": str(model), "box": found.box, "mask": found.mask, "results": found.results})
+
+
+@app.command()
+def verify(
+    reference: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint, ONNX file or engine.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Another, measured by the first.")],
+    images: Annotated[list[Path] | None, typer.Option(help="Image or folder, repeatable; default drawn.")] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Compare at most so many.")] = 16,
+    size: Annotated[int | None, typer.Option(min=1, help="Shorter side of the resized images, px.")] = None,
+    tolerance: Annotated[str | None, typer.Option(help="exact, half or int8; default by precision.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report there as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write it there as an HTML page with pictures.")] = None,
+) -> None:
+    """Compares two models stage by stage, and says which stage departs first.
+
+    Exit code 1 when one does.
+    """
+    from maskrcnn.cli_verify import run_verify
+
+    options = {"size_px": size, "tolerance": tolerance, "json": json, "report": report}
+    if not run_verify(console, reference, other, images=images or (), max_images=max_images, **options):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="ONNX file, OpenVINO engine (.xml) or checkpoint (.safetensors).")],
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to count operations at, px.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
+) -> None:
+    """What a model file is: tensors, precision, size, operations, origin, and where ONNX Runtime would run its nodes."""
+    from maskrcnn.cli_graph import run_inspect
+
+    run_inspect(console, file, size=size, json=json)
+
+
+@app.command()
+def lint(
+    file: Annotated[Path, typer.Argument(help="ONNX file, ours or any other.")],
+    json: Annotated[Path | None, typer.Option(help="Write all findings there.")] = None,
+) -> None:
+    """What TensorRT's ONNX parser would reject or run badly, without TensorRT. Exit code 1 for errors."""
+    from maskrcnn.cli_graph import run_lint
+
+    if run_lint(console, file, json=json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -84,7 +84,7 @@ def _configured(
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
-    weights = pretrained.starting_weights(spec) if Path(spec).suffix == SUFFIX else None
+    weights = pretrained.starting_weights(spec) if Path(spec).is_file() or Path(spec).suffix == SUFFIX else None
     if weights is not None and weights.config is not None and "model" not in settings:
         kept = ("class_names", "category_ids")  # those are the dataset's
         settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}

@@ -29,26 +29,31 @@ class ModelConfig:
     backbone: str = "resnet50"
     frozen_batch_norm: bool = False  # the ResNet's statistics and affine fixed, for fine-tuning in small batches
     batch_norm_epsilon: float = 1e-5  # the ResNet's; 0 for torchvision's v1 COCO_V1 weights, whose file does not say so
+    stride_in_1x1: bool = False  # which convolution of a bottleneck halves a map: True: its first, as in Detectron2
     fpn_channels: int = 256
     head_batch_norm: bool = False  # after the convolutions of FPN and mask head too; never frozen
     anchor_sizes_px: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level P2 … P6
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    anchors_rounded: bool = True  # whether their corners are whole pixels from their centre, as torchvision's
+    anchor_strides_px: tuple[int, ...] = ()  # one per level; (): image side // map side, as torchvision has it
     rpn_convolutions: int = 1  # before the RPN's two predictors
     rpn_candidates_per_level: int = 1000  # best anchors of a level that go into NMS
     rpn_candidates_per_level_training: int = 2000
     proposals: int = 1000  # proposals per image that reach the box head
     proposals_training: int = 2000
     rpn_nms_iou: float = 0.7
+    proposal_min_side_px: float = 1e-3  # proposals with a shorter side are dropped; 0: only empty ones
     box_head_channels: int = 1024
     box_head_convolutions: tuple[int, ...] = ()  # channels; with batch norm, before one linear layer. Without: two
     box_pool_size: int = 7
     has_masks: bool = True  # whether there is a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
-    pool_sampling_ratio: int = 2  # sampling points per bin and axis
+    pool_sampling_ratio: int = 2  # sampling points per bin and axis; 0: as many as a bin is pixels long, rounded up
     pool_aligned: bool = False  # False: torchvision and ONNX output_half_pixel; True: half_pixel
     score_threshold: float = 0.05
     nms_iou: float = 0.5
+    detection_min_side_px: float = 1e-2  # detections with a shorter side are dropped; 0: only empty ones
     candidates: int = 1000  # best (proposal, class) pairs per image that go into NMS
     detections: int = 100  # rows of the output; unused rows are zero
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -161,7 +166,7 @@ class TrainConfig:
     train_split: str = "train"
     val_split: str = "val"
     weights: str = _setting(
-        "", "Weights to start from: a checkpoint, a torchvision state dict, or a name such as COCO_V1, IMAGENET1K_V2."
+        "", "Weights to start from: a checkpoint, a file of torchvision's or Detectron2's, or a name such as COCO_V1."
     )
     epochs: int = _setting(12, "Passes over the data.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")

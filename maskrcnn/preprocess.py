@@ -4,6 +4,9 @@ Pixel centres lie at half-integers: pixel i covers [i, i + 1) and its value is t
 Resizing by linear interpolation reads output pixel j at input position (j + 0.5) · in / out, clamped to the
 first and last centre; nothing is smoothed beforehand when an image shrinks (torch's `align_corners=False`
 without `antialias`). Normalisation is in the graph, so pixels stay between 0 and 255 here.
+
+Detectron2 resizes otherwise, and `Preprocessing.resize` says so for its weights: with Pillow, which smooths when an
+image shrinks and rounds to whole grey levels.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 
+RESIZES = ("torchvision", "pillow")
 _BAND_ROWS = 32  # output rows resized at once; the band's buffers then stay in a core's cache
 
 
@@ -30,6 +34,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channel_order: str = "RGB"  # or "BGR"; images given are always RGB
+    resize: str = "torchvision"  # or "pillow", as Detectron2; files of before that choice do not say
 
     def __post_init__(self) -> None:
         sizes = (self.min_size_px, self.max_size_px, self.divisor)
@@ -45,6 +50,8 @@ class Preprocessing:
             )
         if self.channel_order not in ("RGB", "BGR"):
             raise _unusable(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
+        if self.resize not in RESIZES:
+            raise _unusable(f"resize {self.resize!r}", f"one of {', '.join(RESIZES)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -61,7 +68,7 @@ class Preprocessing:
         names = {field.name for field in dataclasses.fields(cls)}
         wrong = [
             f"{kind} key(s) {', '.join(sorted(keys))}"
-            for kind, keys in (("unknown", values.keys() - names), ("missing", names - values.keys()))
+            for kind, keys in (("unknown", values.keys() - names), ("missing", names - values.keys() - {"resize"}))
             if keys
         ]
         if wrong:
@@ -76,11 +83,24 @@ def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tupl
     """Height and width of an image after resizing, in pixels.
 
     The shorter side becomes `min_size_px` unless the longer one would then exceed `max_size_px`; both are
-    rounded down, in the arithmetic of torchvision's `GeneralizedRCNNTransform`. Where that rounds a side to
-    nothing (torchvision then fails) the side has 1 pixel.
+    rounded down, in the arithmetic of torchvision's `GeneralizedRCNNTransform`, or with "pillow" to the nearest, in
+    that of Detectron2's `ResizeShortestEdge`. Where that rounds a side to nothing (both then fail) it has 1 pixel.
     """
+    if preprocessing.resize == "pillow":
+        return _nearest_size(size_hw, preprocessing)
     scale = min(preprocessing.min_size_px / min(size_hw), preprocessing.max_size_px / max(size_hw))
     height, width = (max(int(side * scale), 1) for side in size_hw)
+    return height, width
+
+
+def _nearest_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """As `resized_size`, in two steps and double precision: that decides sides that end near one half."""
+    shorter, wanted = min(size_hw), float(preprocessing.min_size_px)
+    sides = [wanted if side == shorter else wanted / shorter * side for side in size_hw]
+    if max(sides) > preprocessing.max_size_px:
+        scale = preprocessing.max_size_px / max(sides)
+        sides = [side * scale for side in sides]
+    height, width = (max(int(side + 0.5), 1) for side in sides)
     return height, width
 
 
@@ -98,6 +118,31 @@ def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     resized = np.empty((image.shape[2], *size_hw), np.float32)
     _resize_into(image, resized)
     return resized
+
+
+def resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """An image resized by Pillow's bilinear filter, which smooths when it shrinks.
+
+    Args:
+        image: `[H, W, 3]` uint8, H and W at least 1.
+        size_hw: height and width wanted, at least 1.
+
+    Returns:
+        `[h, w, 3]` uint8.
+
+    Raises:
+        UserError: where Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(
+            "a model whose images Pillow resizes, and no Pillow",
+            "Pillow: this model's weights are Detectron2's",
+            "pip install pillow",
+        ) from error
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized)
 
 
 def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +168,10 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     batch = np.zeros((len(images), 3, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
-        _resize_into(channels, slot[:, :height, :width])
+        if preprocessing.resize == "pillow":
+            slot[:, :height, :width] = resize_pillow(channels, (height, width)).transpose(2, 0, 1)
+        else:
+            _resize_into(channels, slot[:, :height, :width])
     return batch, np.array(sizes, np.int64)
 
 

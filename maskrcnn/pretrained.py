@@ -1,4 +1,4 @@
-"""Weights to start from: a checkpoint of ours, a file of torchvision's, or the name of torchvision's weights.
+"""Weights to start from: a checkpoint of ours, a file of torchvision's or Detectron2's, or a name of torchvision's.
 
 A name is that of a member of torchvision's enumerations: `COCO_V1` or `DEFAULT` for the whole detector,
 `IMAGENET1K_V1` or `IMAGENET1K_V2` for the backbone alone. Its file is downloaded once by torch.hub, which keeps it.
@@ -6,6 +6,7 @@ A name is that of a member of torchvision's enumerations: `COCO_V1` or `DEFAULT`
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 from collections import Counter
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ import torchvision
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from maskrcnn.checkpoint import SUFFIX, config_of, load_weights, read_state_dict
+from maskrcnn.checkpoint import PICKLE_SUFFIX, SUFFIX, config_of, load_weights, read_state_dict
 from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.detectron2 import CONVENTIONS, from_detectron2, is_detectron2
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
 
@@ -29,7 +31,7 @@ MASK_HEAD = "roi_heads.mask_"
 # The tensors whose shape depends on the number of classes.
 OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 _CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
-_FILE_SUFFIXES = (SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
+_FILE_SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
 _COCO_LABELS = 90  # of torchvision's COCO weights: COCO's ids, of which ten are unused
 
 
@@ -40,7 +42,7 @@ class StartingWeights:
     tensors: dict[str, Tensor]  # named as in our model
     source: str  # as messages call it
     path: Path  # the file
-    config: ModelConfig | None = None  # of the model that saved them, where the file says
+    config: ModelConfig | None = None  # of the model that saved them, where that is known
 
     @property
     def is_backbone(self) -> bool:
@@ -87,9 +89,9 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
 
     Args:
         spec: a checkpoint of ours, a state dict in `.pth` or `.safetensors` as torchvision and its reference
-            scripts save them, of a detector or a classifier, or the name of torchvision's weights: a member of the
-            enumeration for the detector or the backbone (`COCO_V1`), or one in full
-            (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
+            scripts save them, of a detector or a classifier, a detector of Detectron2's in `.pkl` or `.pth`, or the
+            name of torchvision's weights: a member of the enumeration for the detector or the backbone (`COCO_V1`),
+            or one in full (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
         config: of the model that they are for; it says what a name stands for.
 
     Raises:
@@ -102,23 +104,43 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
         path, source = _downloaded(weights), repr(weights)
     tensors, header = read_state_dict(path)
     saved = config_of(header, path) if header else None
+    if saved is None and (path.suffix == PICKLE_SUFFIX or is_detectron2(tensors)):
+        tensors, saved = from_detectron2(tensors, path)
     return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved)
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
-    """The fields of `config` that must change for these weights to mean what they meant: batch norm's.
+    """The fields of `config` that must change for these weights to mean what they meant.
 
+    Those are batch norm's, and where the model that saved them has other conventions than `config`'s defaults, these.
     A backbone that was trained on ImageNet keeps its statistics, as in torchvision's detectors: all but those of
     version 2, which have batch norm in their heads and train them all.
     """
     if weights.config is not None:
-        return {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
+        norm = {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
+        return _other_conventions(weights.config, config) | norm
     if weights.is_backbone:
         return {"frozen_batch_norm": not config.head_batch_norm, "batch_norm_epsilon": 1e-5}
     return {
         "frozen_batch_norm": _is_frozen(weights.tensors),
         "batch_norm_epsilon": default_batch_norm_epsilon(weights.tensors, weights.class_count),
     }
+
+
+def _other_conventions(saved: ModelConfig, config: ModelConfig) -> dict[str, Any]:
+    """The conventions of the saved model, as far as `config` leaves them at the default and so takes no side."""
+    changes = _where_default(config, saved, [name for name in CONVENTIONS if name != "preprocessing"])
+    of_pixels = _where_default(config.preprocessing, saved.preprocessing, ["mean", "std", "resize"])
+    if of_pixels:
+        changes["preprocessing"] = dataclasses.replace(config.preprocessing, **of_pixels)
+    return changes
+
+
+def _where_default(config: Any, saved: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Values of `saved` that differ from the default where those of `config` do not."""
+    plain = type(config)()
+    unset = [name for name in names if getattr(config, name) == getattr(plain, name)]
+    return {name: getattr(saved, name) for name in unset if getattr(saved, name) != getattr(plain, name)}
 
 
 def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
@@ -150,14 +172,16 @@ def load_detector(
 
     Args:
         spec: as for `starting_weights`.
-        name: the architecture, one of `maskrcnn.config.MODELS`; a checkpoint of ours knows its own.
+        name: the architecture, one of `maskrcnn.config.MODELS`; a checkpoint of ours knows its own, and Detectron2's
+            tensors tell theirs.
         batch_norm_epsilon: as for `load_torchvision`.
 
     Raises:
         UserError: when weights and architecture do not fit, or the architecture is not known.
     """
     config = model_config(name) if name else None
-    weights = starting_weights(spec, config) if config or Path(spec).suffix == SUFFIX else None
+    knows_itself = Path(spec).is_file() or Path(spec).suffix in (SUFFIX, PICKLE_SUFFIX)
+    weights = starting_weights(spec, config) if config or knows_itself else None
     if weights is not None and weights.config is not None:
         model = _of_checkpoint(weights, name, batch_norm_epsilon)
     elif weights is not None and name is not None:
@@ -174,7 +198,7 @@ def _of_checkpoint(weights: StartingWeights, name: str | None, batch_norm_epsilo
         raise UserError(
             f"{weights.source}: a checkpoint of {config.name} with batch norm epsilon {config.batch_norm_epsilon:g}, "
             "and options that say otherwise",
-            "a checkpoint alone, which knows its architecture",
+            "the file alone, which tells its architecture",
             "leave out --model and --batch-norm-epsilon",
         )
     model = MaskRCNN(config)

@@ -27,13 +27,18 @@ def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
     return parent / f"{prefix}-{max(numbers, default=0) + 1}"
 
 
-def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER) -> Path:
+def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER, variants: bool = True) -> Path:
     """The file matching `pattern` in any run that was written last.
+
+    Args:
+        variants: whether a name with several suffixes counts.
 
     Raises:
         UserError: when there is none; `what` and `make_with` (a command) word it.
     """
     found = sorted(parent.glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
+    if not variants:
+        found = [path for path in found if len(path.suffixes) == 1]
     if not found:
         raise UserError(f"no {what} in {parent}/", f"a file {parent}/*/{pattern}", f"run `{make_with}` first")
     return found[-1]
@@ -45,5 +50,5 @@ def newest_checkpoint() -> Path:
 
 
 def newest_onnx() -> Path:
-    """The ONNX file exported last."""
-    return newest("*.onnx", what="ONNX file", make_with="maskrcnn export --onnx")
+    """The ONNX file exported last, in single precision; variants of it have a second suffix, as model.fp16.onnx."""
+    return newest("*.onnx", what="ONNX file", make_with="maskrcnn export --onnx", variants=False)

@@ -42,7 +42,7 @@ MULTILEVEL_ROI_ALIGN = Op(
     outputs=(Tensor("pooled", "float", ("N", "R", "C", "S", "S")),),
     attributes={
         "output_size": int,  # S
-        "sampling_ratio": int,  # points per bin and axis
+        "sampling_ratio": int,  # points per bin and axis; 0: ceil(RoI's side in pixels of its level / S)
         "aligned": int,  # 1: pixel centres at half-integers
         "min_level": int,  # exponent of the first level's stride
         "canonical_level": int,  # FPN equation 1: the level of a box of canonical_size

@@ -71,15 +71,18 @@ def multilevel_roi_align(
             if not aligned:
                 width, height = max(width, 1.0), max(height, 1.0)
             bin_width, bin_height = width / output_size, height / output_size
+            # An adaptive ratio puts no samples at all into an empty RoI.
+            ratio_y = sampling_ratio or max(math.ceil(bin_height), 0)
+            ratio_x = sampling_ratio or max(math.ceil(bin_width), 0)
             for i in range(output_size):
                 for j in range(output_size):
                     total = np.zeros(feature.shape[0], np.float32)
-                    for a in range(sampling_ratio):
-                        for b in range(sampling_ratio):
-                            y = y1 + bin_height * (i + (a + 0.5) / sampling_ratio)
-                            x = x1 + bin_width * (j + (b + 0.5) / sampling_ratio)
+                    for a in range(ratio_y):
+                        for b in range(ratio_x):
+                            y = y1 + bin_height * (i + (a + 0.5) / ratio_y)
+                            x = x1 + bin_width * (j + (b + 0.5) / ratio_x)
                             total += bilinear(feature, y, x)
-                    pooled[n, r, :, i, j] = total / sampling_ratio**2
+                    pooled[n, r, :, i, j] = total / max(ratio_y * ratio_x, 1)
     return pooled
 
 

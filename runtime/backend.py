@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,28 @@ class Backend(ABC):
     @abstractmethod
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs that have been checked."""
+
+    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Tensors on the way from images to detections, from a second, instrumented copy of the model.
+
+        Asking for a tensor keeps a runtime from fusing it away, and may change the precision around it. So what a
+        model detects is what the call says, not what is found here.
+
+        Args:
+            feeds: as for a call, checked.
+            names: of `maskrcnn.stages`; outputs may be among them.
+
+        Returns:
+            those that the model has under these names; files written before stages had names have the outputs only.
+
+        Raises:
+            UserError: for a backend that cannot show them.
+        """
+        raise UserError(
+            f"a model in {self.name}",
+            "a backend that shows the tensors on the way",
+            "verify the ONNX file or the checkpoint that this one was made from",
+        )
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Checks names, types and shapes, then infers.

@@ -7,11 +7,14 @@ import importlib.util
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
-from maskrcnn.runtime.compare import EXACT, HALF, Difference
+from maskrcnn.runtime.compare import EXACT, HALF, INT8, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, read_onnx
 from maskrcnn.runtime.validation import compare_backends
@@ -33,13 +36,23 @@ def tensorrt_obstacle() -> UserError:
     )
 
 
-def build_openvino_engine(onnx_path: Path, output: Path, *, half: bool) -> tuple[ModelMetadata, Difference]:
-    """Builds an engine, compares it with the ONNX file in ONNX Runtime, and keeps it if they agree.
+def build_openvino_engine(
+    onnx_path: Path,
+    output: Path,
+    *,
+    half: bool,
+    reference: Path | None = None,
+    batches: Sequence[dict[str, np.ndarray]] | None = None,
+) -> tuple[ModelMetadata, Difference]:
+    """Builds an engine, compares it with an ONNX file in ONNX Runtime, and keeps it if they agree.
 
     Args:
-        onnx_path: a file written by `maskrcnn export --onnx`.
+        onnx_path: a file written by `maskrcnn export --onnx`, in single precision or with 8-bit integers.
         output: where to write the `.xml`; the weights lie beside it in `.bin`.
-        half: store weights in float16, and execute in bfloat16 where the CPU has it.
+        half: store weights in float16, and execute in bfloat16 where the CPU has it: all of a file in single
+            precision, the layers that are left in single precision of one with 8-bit integers.
+        reference: the ONNX file to compare with; by default the one that the engine is built from.
+        batches: inputs to compare on; by default `validation_batches`.
 
     Raises:
         UserError: when the engine differs from the ONNX file by more than its precision explains; it is then
@@ -47,31 +60,36 @@ def build_openvino_engine(onnx_path: Path, output: Path, *, half: bool) -> tuple
     """
     openvino = import_openvino()
     model, metadata = read_onnx(onnx_path)
+    if metadata.precision not in ("fp32", "int8"):
+        came, expected = f"{onnx_path}: a file in {metadata.precision}", "one in single precision, or with int8"
+        raise UserError(came, expected, "build from model.onnx with --fp16")
     core = openvino.Core()
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     execution = "bf16" if half and has_bf16 else "fp32"
     if execution == "bf16":
         keep_coordinates_in_fp32(model)
+    weights = "int8" if metadata.precision == "int8" else "fp16" if half else "fp32"
     metadata = dataclasses.replace(
         metadata,
-        precision="fp16" if half else "fp32",
-        source_sha256=sha256_of(onnx_path),
+        precision=weights,
+        source_sha256=sha256_of(reference or onnx_path),
         stamp={
+            **metadata.stamp,
             "target": "openvino",
             "execution": execution,
-            "weights": "fp16" if half else "fp32",
+            "weights": weights,
             "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
             "machine": platform.machine(),
             "openvino": openvino.get_version(),
         },
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    tolerance = HALF if half else EXACT
+    tolerance = INT8 if weights == "int8" else HALF if half else EXACT
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".engine-") as folder:
         draft = Path(folder) / output.name
         _save(openvino, model, metadata, draft, half=half)
-        reference = OnnxRuntimeBackend(onnx_path, providers=["CPUExecutionProvider"])
-        difference = compare_backends(reference, OpenVinoBackend(draft), tolerance)
+        against = OnnxRuntimeBackend(reference or onnx_path, providers=["CPUExecutionProvider"])
+        difference = compare_backends(against, OpenVinoBackend(draft), tolerance, batches)
         accepted = difference.within(tolerance)
         metadata.stamp["compared"] = str(difference)
         _save(openvino, model, metadata, draft, half=half)
@@ -81,10 +99,9 @@ def build_openvino_engine(onnx_path: Path, output: Path, *, half: bool) -> tuple
         os.replace(draft, kept)
     if not accepted:
         raise UserError(
-            f"engine that departs from {onnx_path}: {difference}",
-            f"at most boxes {tolerance.box_px} px, scores {tolerance.score}, masks {tolerance.mask_mean} on average, "
-            f"and at most {tolerance.departing_share:.0%} of the detections beyond that or unpaired",
-            f"look at {kept} with `maskrcnn evaluate`, or build with --fp32",
+            f"engine that departs from {reference or onnx_path}: {difference}",
+            str(tolerance),
+            f"look at {kept} with `maskrcnn verify` and `maskrcnn evaluate`, or build with --fp32",
         )
     return metadata, difference
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ class OnnxRuntimeBackend(Backend):
             raise missing_library("onnxruntime", f"run {path}", "pip install onnxruntime-gpu") from error
         if not path.is_file():
             raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
-        options = onnxruntime.SessionOptions()
+        self.path = path
+        self._instrumented: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
+        options = self._options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors only; warnings name CUDA libraries a CPU machine lacks
         try:
@@ -58,6 +61,29 @@ class OnnxRuntimeBackend(Backend):
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, self.session.run(names, feeds), strict=True))
+
+    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        if self._instrumented is None or self._instrumented[0] != tuple(names):
+            self._instrumented = tuple(names), self._instrumented_session(names)
+        session = self._instrumented[1]
+        present = [output.name for output in session.get_outputs() if output.name in names]
+        return dict(zip(present, session.run(present, feeds), strict=True))
+
+    def _instrumented_session(self, names: Sequence[str]):
+        """A session of the same graph, which has the named tensors among its outputs."""
+        import onnxruntime
+
+        try:
+            import onnx
+        except ImportError as error:
+            raise missing_library("onnx", f"look into {self.path}", "pip install onnx") from error
+        model = onnx.load(self.path)
+        outputs = {output.name for output in model.graph.output}
+        values = {name for node in model.graph.node for name in node.output}
+        # Without a type: ONNX Runtime infers it, and an FP16 graph has others than an FP32 one.
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
+        providers = self.session.get_providers()
+        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=providers)
 
 
 def usable_providers() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, detector_specs, missing_library
+from maskrcnn.runtime.onnx_file import read_model
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # our names of precisions, and OpenVINO's
 
@@ -35,21 +37,9 @@ def read_onnx(path: Path):
         UserError: when the file is missing or not ours.
     """
     openvino = import_openvino()
-    try:
-        import onnx
-        import onnx.inliner
-    except ImportError as error:
-        raise missing_library("onnx", f"read {path}", "pip install onnx") from error
-    if not path.is_file():
-        raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
-    try:
-        model = onnx.load(path)
-    except Exception as error:  # protobuf's decode error has no stable base class
-        raise not_ours(path, f"not an ONNX file ({error})") from error
-    text = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
-    if text is None:
-        raise not_ours(path, "an ONNX file without maskrcnn's metadata")
-    metadata = ModelMetadata.from_json(text, path)
+    model, metadata = read_model(path)
+    import onnx.inliner
+
     inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
     return openvino.Core().read_model(inlined.SerializeToString()), metadata
 
@@ -68,19 +58,20 @@ class OpenVinoBackend(Backend):
     def __init__(self, path: Path, *, precision: str | None = None, threads: int = 0) -> None:
         openvino = import_openvino()
         core = openvino.Core()
-        if path.suffix == ".onnx":
-            model, self.metadata = read_onnx(path)
-        else:
-            model, self.metadata = _read_engine(core, path)
-        self.precision = precision or _execution_precision(self.metadata)
-        if self.precision not in _HINTS:
-            raise UserError(f"precision {self.precision!r}", " or ".join(_HINTS), "choose one of these")
+        self.path = path
+        model, self.metadata = _read(core, path)
+        execution = precision or _execution_precision(self.metadata)
+        if execution not in _HINTS:
+            raise UserError(f"precision {execution!r}", " or ".join(_HINTS), "choose one of these")
+        self.precision = _shown_precision(self.metadata, execution)
         options = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+            "INFERENCE_PRECISION_HINT": _HINTS[execution],
         }
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
+        self._options = options
+        self._instrumented = None  # (names, request)
         self.compiled = core.compile_model(model, "CPU", options)
         self.request = self.compiled.create_infer_request()
 
@@ -92,9 +83,40 @@ class OpenVinoBackend(Backend):
         _, outputs = self.describe()
         return {name: self.request.get_tensor(name).data.copy() for name in outputs}
 
+    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        if self._instrumented is None or self._instrumented[0] != tuple(names):
+            self._instrumented = tuple(names), self._instrumented_request(names)
+        request = self._instrumented[1]
+        request.infer(feeds, share_inputs=True)
+        present = {name for output in request.model_outputs for name in output.get_names()}
+        return {name: request.get_tensor(name).data.copy() for name in names if name in present}
+
+    def _instrumented_request(self, names: Sequence[str]):
+        """An inference request of the same model, which has the named tensors among its outputs."""
+        core = import_openvino().Core()
+        model, _ = _read(core, self.path)
+        values = {name for node in model.get_ordered_ops() for out in node.outputs() for name in out.get_names()}
+        outputs = {name for output in model.outputs for name in output.get_names()}
+        model.add_outputs([name for name in names if name in values - outputs])
+        return core.compile_model(model, "CPU", self._options).create_infer_request()
+
+
+def _read(core, path: Path):
+    """(OpenVINO model, metadata) of an engine or an ONNX file."""
+    return read_onnx(path) if path.suffix == ".onnx" else _read_engine(core, path)
+
 
 def _execution_precision(metadata: ModelMetadata) -> str:
     return metadata.stamp.get("execution", "fp32")
+
+
+def _shown_precision(metadata: ModelMetadata, execution: str) -> str:
+    """What the graph's own casts or 8-bit integers are done in, and the rest where that is another type."""
+    if "target" in metadata.stamp and metadata.precision != "int8":
+        return execution  # the engine's weights have a type of their own
+    if metadata.precision == "int8" and execution != "fp32":
+        return f"int8, {execution}"
+    return execution if metadata.precision == "fp32" else metadata.precision
 
 
 def _read_engine(core, path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,22 @@ class TorchBackend(Backend):
         return detector_specs(self.metadata)
 
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._run(feeds, None)
+
+    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+        found: dict[str, torch.Tensor] = {}
+        self._run(feeds, found)
+        return {name: _array(found[name]) for name in names if name in found}
+
+    def _run(self, feeds: dict[str, np.ndarray], stages: dict[str, torch.Tensor] | None) -> dict[str, np.ndarray]:
         kind = PRECISIONS[self.precision]
         images, sizes = (torch.from_numpy(feeds[name]).to(self.device) for name in ("images", "image_sizes"))
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=kind, enabled=kind is not None):
-            outputs = self.model(images, sizes)
-        return {name: value.cpu().numpy() for name, value in outputs.items()}
+            outputs = self.model(images, sizes, stages)
+        return {name: _array(value) for name, value in outputs.items()}
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    """A tensor in NumPy, which has no bfloat16."""
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()

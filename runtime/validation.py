@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -29,7 +29,10 @@ def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.nda
     yield {"images": grey, "image_sizes": np.array([[4 * divisor, 4 * divisor]], np.int64)}
 
 
-def compare_backends(reference: Backend, other: Backend, tolerance: Tolerance) -> Difference:
-    """The difference of two backends on `validation_batches`."""
-    batches = validation_batches(reference.metadata.preprocessing.divisor)
+def compare_backends(
+    reference: Backend, other: Backend, tolerance: Tolerance, batches: Iterable[dict[str, np.ndarray]] | None = None
+) -> Difference:
+    """The difference of two backends on `batches`, by default `validation_batches`."""
+    if batches is None:
+        batches = validation_batches(reference.metadata.preprocessing.divisor)
     return merge([compare_outputs(reference(feeds), other(feeds), tolerance) for feeds in batches])

@@ -48,8 +48,11 @@ def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
 
 
 def is_at_least(boxes: Tensor, side_px: float) -> Tensor:
-    """Whether both sides of each box `[…, 4]` measure at least `side_px`."""
-    return ((boxes[..., 2] - boxes[..., 0]) >= side_px) & ((boxes[..., 3] - boxes[..., 1]) >= side_px)
+    """Whether both sides of each box `[…, 4]` measure at least `side_px`; with 0, more than nothing."""
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    if side_px == 0:
+        return (width > 0) & (height > 0)
+    return (width >= side_px) & (height >= side_px)
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:

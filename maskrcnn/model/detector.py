@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from maskrcnn.config import LossConfig, ModelConfig
 from maskrcnn.model import roi_heads, rpn
@@ -22,6 +23,8 @@ def _backbone(config: ModelConfig) -> BackboneWithFPN:
     """ResNet with FPN, its parameters named as torchvision's detectors name them."""
     norm = partial(FoldedBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = fold_norms(torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm))
+    if config.stride_in_1x1:
+        _stride_first(body)
     first = body.inplanes // 8  # channels of C2; they double at each stage
     return BackboneWithFPN(
         body,
@@ -30,6 +33,13 @@ def _backbone(config: ModelConfig) -> BackboneWithFPN:
         config.fpn_channels,
         norm_layer=nn.BatchNorm2d if config.head_batch_norm else None,
     )
+
+
+def _stride_first(body: ResNet) -> None:
+    """Lets the first convolution of a bottleneck halve the map, as in He et al. 2015, instead of its second."""
+    for block in body.modules():
+        if isinstance(block, Bottleneck):  # a block of two 3 × 3 convolutions strides in its first anyway
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 class MaskRCNN(nn.Module):

@@ -107,6 +107,45 @@ def _pool_by_table(
     return pooled.view(batch, count, output_size, output_size, channels).permute(0, 1, 4, 2, 3)
 
 
+def _pool_adaptively(features: list[Tensor], rois: Tensor, output_size: int, aligned: bool, min_level: int) -> Tensor:
+    """RoIAlign whose number of sampling points follows from each RoI's size: torchvision's kernel, level by level.
+
+    At the levels that are not its own a RoI is empty, and the kernel has next to nothing to do.
+    """
+    batch, count = rois.shape[:2]
+    rois = rois.to(torch.float32).flatten(0, 1)
+    level = assign_levels(rois, min_level=min_level, num_levels=len(features))
+    image = torch.arange(batch * count, device=rois.device) // count if count else level
+    boxes = torch.cat([image[:, None].to(torch.float32), rois], dim=1)
+    pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
+    for index, feature in enumerate(features):
+        here = level == index
+        found = torchvision.ops.roi_align(
+            feature.to(torch.float32),
+            boxes * here[:, None],
+            output_size,
+            spatial_scale=0.5 ** (min_level + index),
+            sampling_ratio=0,
+            aligned=aligned,
+        )
+        pooled = torch.where(here[:, None, None, None], found, pooled)
+    return pooled.unflatten(0, (batch, count))
+
+
+def _pool(
+    features: list[Tensor],
+    rois: Tensor,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+) -> Tensor:
+    """The table look-up; but torchvision's kernel where the number of samples depends on the RoI and has no shape."""
+    if sampling_ratio == 0:
+        return _pool_adaptively(features, rois, output_size, aligned, min_level)
+    return _pool_by_table(features, rois, output_size, sampling_ratio, aligned, min_level)
+
+
 @torch.library.custom_op("maskrcnn::multilevel_roi_align", mutates_args=())
 def _multilevel_roi_align(
     features: list[Tensor],
@@ -116,7 +155,7 @@ def _multilevel_roi_align(
     aligned: bool,
     min_level: int,
 ) -> Tensor:
-    return _pool_by_table(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
+    return _pool(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
 
 
 @_multilevel_roi_align.register_fake
@@ -140,7 +179,8 @@ def multilevel_roi_align(
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
         rois: `[N, R, 4]` xyxy in pixels of the network's input. R may be zero.
         output_size: S, bins per axis.
-        sampling_ratio: sampling points per bin and axis, ≥ 1.
+        sampling_ratio: sampling points per bin and axis; 0: ceil(RoI's side / S) of them along each axis, the side
+            in pixels of its level, and an empty RoI gives zeros (torchvision's -1, ONNX's and Detectron2's 0).
         aligned: whether pixel centres lie at half-integers (see the module's pixel model).
         min_level: exponent of the first level's stride.
 
@@ -148,13 +188,13 @@ def multilevel_roi_align(
         float32 `[N, R, C, S, S]`, accumulated in float32 whatever the features' type.
 
     Raises:
-        ValueError: for a sampling ratio below 1.
+        ValueError: for a sampling ratio below 0.
 
     Source: He et al. 2017, section 3; torchvision's `MultiScaleRoIAlign`.
     """
-    if sampling_ratio < 1:
-        raise ValueError(f"came: sampling_ratio {sampling_ratio}; expected: 1 or more; do: pass a fixed ratio")
-    pool = _multilevel_roi_align if torch.compiler.is_exporting() else _pool_by_table
+    if sampling_ratio < 0:
+        raise ValueError(f"came: sampling_ratio {sampling_ratio}; expected: 0 or more; do: pass 0 for an adaptive one")
+    pool = _multilevel_roi_align if torch.compiler.is_exporting() else _pool
     return pool(features, rois, output_size, sampling_ratio, aligned, min_level)
 
 

@@ -14,7 +14,6 @@ from maskrcnn.model.ops import batched_nms, live_rows, multilevel_roi_align
 from maskrcnn.stages import record
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-MIN_SIDE_PX = 1e-2  # torchvision's roi_heads: smaller detections are dropped
 
 
 class RoiHeads(nn.Module):
@@ -116,7 +115,7 @@ class RoiHeads(nn.Module):
             BOX_WEIGHTS,
         )
         boxes = clip_boxes(boxes, image_sizes)
-        scores, order = scores.masked_fill(~is_at_least(boxes, MIN_SIDE_PX), -1.0).topk(candidates)
+        scores, order = scores.masked_fill(~is_at_least(boxes, config.detection_min_side_px), -1.0).topk(candidates)
         boxes, label = take_rows(boxes, order), take_rows(label, order)
         kept, count = batched_nms(
             boxes,

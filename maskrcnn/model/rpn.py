@@ -16,7 +16,6 @@ from maskrcnn.model.ops import batched_nms
 from maskrcnn.stages import LEVELS
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-MIN_SIDE_PX = 1e-3  # torchvision's rpn: smaller proposals are dropped
 
 
 class RpnOutput(NamedTuple):
@@ -45,7 +44,8 @@ class RegionProposalNetwork(nn.Module):
         ratios = config.anchor_aspect_ratios
         self.head = RPNHead(config.fpn_channels, len(ratios), conv_depth=config.rpn_convolutions)
         for level, size in enumerate(config.anchor_sizes_px):
-            self.register_buffer(f"cells_{level}", cell_anchors(size, ratios), persistent=False)
+            cells = cell_anchors(size, ratios, rounded=config.anchors_rounded)
+            self.register_buffer(f"cells_{level}", cells, persistent=False)
 
     def forward(self, features: list[Tensor], images: Tensor) -> RpnOutput:
         """Head outputs for `features`, per level `[N, C, H_l, W_l]`, in the anchors' order."""
@@ -59,7 +59,11 @@ class RegionProposalNetwork(nn.Module):
 
     def anchors(self, features: list[Tensor], images: Tensor) -> list[Tensor]:
         """Anchors `[A_l, 4]` of each level; of the features and images only the shapes are read."""
-        return [grid_anchors(getattr(self, f"cells_{i}"), f, images) for i, f in enumerate(features)]
+        strides = self.config.anchor_strides_px or (None,) * len(features)
+        return [
+            grid_anchors(getattr(self, f"cells_{level}"), feature, images, stride_px)
+            for level, (feature, stride_px) in enumerate(zip(features, strides, strict=True))
+        ]
 
     def at_anchors(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """What the head says of a few anchors: logits `[N, S]` and deltas `[N, S, 4]`.
@@ -104,7 +108,7 @@ class RegionProposalNetwork(nn.Module):
         batch, depth = boxes.shape[:2]  # [N, L, K, 4]
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (depth, candidates))
         # Padding and degenerate boxes form a group of their own: they suppress nothing and are dropped after.
-        usable = is_at_least(boxes, MIN_SIDE_PX) & (logits > -torch.inf)
+        usable = is_at_least(boxes, config.proposal_min_side_px) & (logits > -torch.inf)
         scores = torch.sigmoid(logits).masked_fill(~usable, -1.0)
         boxes, usable = boxes.flatten(0, 1), usable.flatten(0, 1)
         kept, kept_counts = batched_nms(

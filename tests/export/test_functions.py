@@ -70,19 +70,21 @@ def nms_model(inputs: dict, *, iou_threshold: float, max_output: int):
     return model_of(functions.batched_nms(OPSET), contract.BATCHED_NMS, inputs, attributes)
 
 
+@pytest.mark.parametrize("ratio", [2, 0])
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize(("batch", "count"), [(1, 30), (3, 7)])
-def test_roi_align_in_onnxruntime_equals_the_reference(aligned, batch, count):
+def test_roi_align_in_onnxruntime_equals_the_reference(aligned, batch, count, ratio):
     rng = np.random.default_rng(0)
     inputs = {f"P{i + 2}": rng.normal(size=(batch, 3, 64 >> i, 48 >> i)).astype(np.float32) for i in range(4)}
     corners = rng.uniform(-20, 200, (batch, count, 2))
     rois = np.concatenate([corners, corners + np.exp(rng.uniform(0, 6.5, (batch, count, 2)))], axis=2)
+    rois[0, 1], rois[0, 2, 2] = 0, rois[0, 2, 0]  # an unused row, and a RoI without width
     features = list(inputs.values())
     inputs["rois"] = rois.astype(np.float32)
-    model = roi_align_model(inputs, output_size=5, sampling_ratio=2, aligned=aligned)
+    model = roi_align_model(inputs, output_size=5, sampling_ratio=ratio, aligned=aligned)
     pooled = run(model, inputs, "onnxruntime")[0]
     truth = reference.multilevel_roi_align(
-        features, inputs["rois"], output_size=5, sampling_ratio=2, aligned=int(aligned)
+        features, inputs["rois"], output_size=5, sampling_ratio=ratio, aligned=int(aligned)
     )
     np.testing.assert_allclose(pooled, truth, atol=1e-3)
 

@@ -51,6 +51,8 @@ def test_iou_equals_torchvision_and_is_zero_for_points():
 def test_smallest_side_decides():
     boxes = torch.tensor([[0, 0, 1, 9.0], [0, 0, 2, 2.0], [3, 3, 3, 3.0]])
     assert is_at_least(boxes, 2.0).tolist() == [False, True, False]
+    sides = torch.tensor([[3.0, 3, 3, 9], [3, 3, 9, 3], [9, 3, 3, 9], [3, 3, 3.0001, 3.0001]])
+    assert is_at_least(sides, 0).tolist() == [False, False, False, True]
 
 
 def test_rows_are_taken_per_image():

@@ -33,7 +33,7 @@ def test_roi_align_of_a_ramp_is_the_ramp_at_the_bin_centres():
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), (14, 2), (3, 1), (2, 3)])
+@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), (14, 2), (3, 1), (2, 3), (7, 0), (3, 0)])
 def test_roi_align_equals_the_reference(aligned, output_size, sampling_ratio):
     rng = torch.Generator().manual_seed(1)
     features, rois = pyramid(rng, 2, 3), random_rois(rng, 2, 12, 260.0) - 20
@@ -89,16 +89,77 @@ def test_roi_align_scales_with_its_box():
     torch.testing.assert_close(one, two)
 
 
-def test_roi_align_of_no_rois_is_empty():
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_roi_align_of_no_rois_is_empty(ratio):
     features = pyramid(torch.Generator().manual_seed(0), 2, 3)
-    pooled = multilevel_roi_align(features, torch.zeros(2, 0, 4), output_size=7, sampling_ratio=2, aligned=False)
+    pooled = multilevel_roi_align(features, torch.zeros(2, 0, 4), output_size=7, sampling_ratio=ratio, aligned=False)
     assert pooled.shape == (2, 0, 3, 7, 7)
 
 
-def test_roi_align_refuses_an_adaptive_ratio():
+def test_an_adaptive_ratio_by_hand():
+    # A RoI of 8 × 2 pixels in 2 × 2 bins: 4 samples along x and 1 along y. They lie on the pixels of row 3 or 4.
+    feature = torch.zeros(1, 1, 16, 16)
+    feature[0, 0, 3, 2:6] = torch.tensor([4.0, 8.0, 0.0, 12.0])
+    rois = torch.tensor([[[8.0, 12.0, 40.0, 20.0]]])
+    settings = {"output_size": 2, "sampling_ratio": 0, "aligned": True}
+    pooled = multilevel_roi_align([feature], rois, **settings)
+    assert pooled[0, 0, 0].tolist() == [[6.0, 0.0], [0.0, 0.0]]
+    truth = reference.multilevel_roi_align([feature.numpy()], rois.numpy(), **settings)
+    assert truth[0, 0, 0].tolist() == [[6.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_an_adaptive_ratio_equals_torchvisions_level_by_level(aligned):
+    rng = torch.Generator().manual_seed(7)
+    features, rois = pyramid(rng, 2, 5, 128), random_rois(rng, 2, 150, 500.0) - 10
+    rois[0, :3] = torch.tensor([[0.0, 0, 0, 0], [5, 5, 5, 90], [300, 20, 420, 20]])  # empty, as unused rows are
+    ours = multilevel_roi_align(features, rois, output_size=7, sampling_ratio=0, aligned=aligned)
+    level = assign_levels(rois, min_level=2, num_levels=4)
+    assert len(level.unique()) == 4
+    for n in range(2):
+        for k, feature in enumerate(features):
+            here = level[n] == k
+            boxes = torch.nn.functional.pad(rois[n, here], (1, 0), value=n)
+            theirs = torchvision.ops.roi_align(feature, boxes, 7, 0.25 / 2**k, -1, aligned)
+            torch.testing.assert_close(ours[n, here], theirs, atol=2e-5, rtol=1e-5)
+    if aligned:
+        assert not ours[0, :3].any()
+
+
+def test_an_adaptive_ratio_has_torchvisions_gradient():
+    rng = torch.Generator().manual_seed(5)
+    rois, weight = random_rois(rng, 2, 40, 200.0), torch.randn(80, 4, 7, 7, generator=rng)
+    pool = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, -1)
+    gradients = []
+    for is_ours in (True, False):
+        features = [f.requires_grad_() for f in pyramid(torch.Generator().manual_seed(6), 2, 4)]
+        if is_ours:
+            out = multilevel_roi_align(features, rois, output_size=7, sampling_ratio=0, aligned=False).flatten(0, 1)
+        else:
+            out = pool({str(i): f for i, f in enumerate(features)}, list(rois), [(256, 256)] * 2)
+        (out * weight).sum().backward()
+        gradients.append([f.grad for f in features])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_an_adaptive_ratio_takes_half_precision_and_compiles_to_one_graph(kind):
+    rng = torch.Generator().manual_seed(2)
+    features, rois = pyramid(rng, 2, 3), random_rois(rng, 2, 9, 200.0)
+    settings = {"output_size": 3, "sampling_ratio": 0, "aligned": True}
+    half = [feature.to(kind) for feature in features]
+    pooled = multilevel_roi_align(half, rois, **settings)
+    assert pooled.dtype == torch.float32 and pooled.shape == (2, 9, 3, 3, 3)
+    torch.testing.assert_close(pooled, multilevel_roi_align([f.float() for f in half], rois, **settings))
+    compiled = torch.compile(multilevel_roi_align, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(half, rois, **settings), pooled)
+
+
+def test_roi_align_refuses_a_negative_ratio():
     features = pyramid(torch.Generator().manual_seed(0), 1, 3)
-    with pytest.raises(ValueError, match="expected: 1 or more"):
-        multilevel_roi_align(features, torch.zeros(1, 1, 4), output_size=7, sampling_ratio=0, aligned=False)
+    with pytest.raises(ValueError, match="expected: 0 or more"):
+        multilevel_roi_align(features, torch.zeros(1, 1, 4), output_size=7, sampling_ratio=-1, aligned=False)
 
 
 def test_levels_follow_equation_1():

@@ -1,12 +1,15 @@
 """Preprocessing against torchvision's own transform and torch's own interpolation."""
 
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -177,6 +180,54 @@ def test_batch_in_bgr_order():
     np.testing.assert_array_equal(bgr, rgb[:, ::-1])
 
 
+PILLOW = Preprocessing(min_size_px=96, max_size_px=160, resize="pillow")
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "expected"),
+    [
+        ((480, 640), (800, 1067)),  # 1066.67 px
+        ((640, 480), (1067, 800)),
+        ((427, 640), (800, 1199)),
+        ((1080, 1920), (750, 1333)),  # 749.8 px
+        ((500, 500), (800, 800)),
+        ((1600, 2401), (800, 1201)),  # 1200.5 px
+        ((1, 5000), (1, 1333)),  # a side may not vanish
+    ],
+)
+def test_resized_size_for_pillow_is_rounded_to_the_nearest(size_hw, expected):
+    assert resized_size(size_hw, Preprocessing(resize="pillow")) == expected
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize("size_hw", [(40, 60), (333, 201), (1000, 700), (7, 90)])
+def test_resizing_with_pillow_is_pillows(size_hw, order):
+    image = random_image(1, *size_hw)
+    batch, sizes = batch_images([image, random_image(2, 50, 50)], replace(PILLOW, channel_order=order))
+    height, width = (int(side) for side in sizes[0])
+    assert (height, width) == resized_size(size_hw, PILLOW)
+    expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    expected = expected[..., ::-1] if order == "BGR" else expected
+    np.testing.assert_array_equal(batch[0, :, :height, :width], expected.transpose(2, 0, 1).astype(np.float32))
+    assert batch.dtype == np.float32
+    assert not batch[0, :, height:].any() and not batch[0, :, :, width:].any()
+
+
+def test_pillow_smooths_where_torchvision_does_not():
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[::2] = 255
+    smooth, _ = batch_images([stripes], PILLOW)
+    sharp, _ = batch_images([stripes], replace(PILLOW, resize="torchvision"))
+    assert smooth.std() < 10 < sharp.std()
+
+
+def test_without_pillow_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    batch_images([random_image(1, 30, 40)], Preprocessing(min_size_px=32))  # needs none
+    with pytest.raises(UserError, match="pip install pillow"):
+        batch_images([random_image(1, 30, 40)], PILLOW)
+
+
 @pytest.mark.parametrize(
     ("images", "text"),
     [
@@ -196,6 +247,13 @@ def test_batch_refuses_other_images(images, text):
 def test_preprocessing_survives_json():
     preprocessing = Preprocessing(min_size_px=640, max_size_px=1024, divisor=64, channel_order="BGR")
     assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+    assert Preprocessing.from_dict(json.loads(json.dumps(PILLOW.to_dict()))) == PILLOW
+
+
+def test_a_file_that_does_not_say_how_to_resize_means_as_torchvision():
+    values = Preprocessing(min_size_px=640).to_dict()
+    del values["resize"]
+    assert Preprocessing.from_dict(values) == Preprocessing(min_size_px=640, resize="torchvision")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +266,7 @@ def test_preprocessing_survives_json():
         ({"std": [1.0, 1.0]}, "three numbers each"),
         ({"std": [1.0, 0.0, 1.0]}, "those of std above 0"),
         ({"channel_order": "rgb"}, "channel_order 'rgb'\nexpected: 'RGB' or 'BGR'"),
+        ({"resize": "opencv"}, "resize 'opencv'\nexpected: one of torchvision, pillow"),
     ],
 )
 def test_preprocessing_refuses_other_values(changes, text):

@@ -1,5 +1,7 @@
 """Our detector and torchvision's, with the same weights, find the same in the same images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torchvision.models import get_model, list_models
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import MODELS, model_config
 from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing
 from maskrcnn.runtime.detector import Detector
@@ -68,6 +71,35 @@ def test_batch_of_mixed_sizes(small_pair):
     found = merge(mismatches(*small_pair, images_of(MIXED_SIZES)))
     assert found.detections >= 20 and found.labels >= 2
     assert_equal(found)
+
+
+def test_an_adaptive_number_of_samples():
+    config = replace(SMALL, pool_sampling_ratio=0)
+    torch.manual_seed(0)
+    theirs = torchvision_from_config(config)
+    calibrate(theirs, images_of([(128, 160)] * 4, seed=0))
+    ours = MaskRCNN(config)
+    load_weights(ours, theirs.state_dict(), "calibrated weights")
+    detector = Detector(TorchBackend(ours, device="cpu"))
+    found = merge(mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images_of(MIXED_SIZES)))
+    assert found.detections >= 20
+    assert_equal(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"stride_in_1x1": True}, "stride_in_1x1=True\nexpected: stride_in_1x1=False, as torchvision"),
+        ({"anchors_rounded": False, "pool_aligned": True}, "anchors_rounded=False, pool_aligned=True\n"),
+        ({"anchor_strides_px": (4, 8, 16, 32, 64)}, r"anchor_strides_px=\(4, 8, 16, 32, 64\)\nexpected: \S+=\(\)"),
+        ({"detection_min_side_px": 0.0}, "detection_min_side_px=0.0"),
+        ({"preprocessing": Preprocessing(resize="pillow")}, "resize='pillow'\nexpected: resize='torchvision'"),
+        ({"preprocessing": Preprocessing(divisor=64)}, "divisor=64\nexpected: divisor=32"),
+    ],
+)
+def test_conventions_that_torchvision_does_not_have_are_refused(changes, text):
+    with pytest.raises(UserError, match=text):
+        torchvision_from_config(replace(SMALL, **changes))
 
 
 def test_plain_architecture():

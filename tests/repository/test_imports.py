@@ -13,7 +13,8 @@ FOLDERS = {  # folder in the repository: package it installs as
     "export": "maskrcnn.export",
     "runtime": "maskrcnn.runtime",
 }
-TOP_MODULES = ("maskrcnn.cli", "maskrcnn.cli_train", "maskrcnn.__main__")  # these may import everything
+# These may import everything.
+TOP_MODULES = ("maskrcnn.cli", "maskrcnn.cli_export", "maskrcnn.cli_graph", "maskrcnn.cli_train", "maskrcnn.cli_verify", "maskrcnn.__main__")
 TORCH_BACKEND = "maskrcnn.runtime.torch_backend"
 # What the runtime may use of the package: modules that need no torch.
 LIGHT_MODULES = tuple(
@@ -28,6 +29,8 @@ LIGHT_MODULES = tuple(
         "data.images",
         "data.segmentation",  # the masks of data.coco
         "data.shapes",
+        "draw",
+        "stages",
     )
 )
 TORCH = ("torch", "torchvision")

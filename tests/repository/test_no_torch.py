@@ -50,3 +50,12 @@ def test_an_exported_model_is_evaluated_without_torch(onnx_file, shapes):
     )
     assert done.returncode == 0, done.stderr
     assert "AP50" in done.stdout
+
+
+def test_an_exported_model_is_verified_without_torch(onnx_file):
+    command = ["verify", str(onnx_file), str(onnx_file)]
+    done = run_blocked(
+        f"from maskrcnn.cli import app; app({command}, standalone_mode=False)", ("torch", "torchvision", "openvino")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no stage departs" in done.stdout

@@ -1,0 +1,146 @@
+"""Files made from an exported file: in half precision, with 8-bit integers, or for TensorRT's parser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from maskrcnn.errors import UserError
+from maskrcnn.export.graph import set_metadata
+from maskrcnn.export.lint import LintReport, lint
+from maskrcnn.export.observe import feeds_of, images_in, largest_magnitudes, observe
+from maskrcnn.export.precision import HALF_TYPES, CastReport, candidates, to_half
+from maskrcnn.export.quantize import DEFAULT_KEEP, QuantizationReport, ranges, symmetric, to_int8, values_to_observe
+from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.files import atomic_path
+from maskrcnn.metadata import ModelMetadata, sha256_of
+from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.compare import HALF, INT8, Difference, Tolerance
+from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+from maskrcnn.runtime.validation import compare_backends, validation_batches
+
+CALIBRATION_IMAGES = 64
+COMPARED_IMAGES = 8
+
+
+def write_half(source: Path, output: Path, precision: str, images: Path | None = None) -> tuple[CastReport, Difference]:
+    """Writes a file that computes in half precision, and compares it with the one that it is made from.
+
+    Args:
+        source: a file that `export_onnx` wrote.
+        output: the file to write.
+        precision: "fp16", or "bf16", which ONNX Runtime has no kernels for; OpenVINO runs that one.
+        images: a folder of images; activations that come near the end of FP16's range on them, or on drawn shapes,
+            stay in single precision.
+
+    Raises:
+        UserError: for a source that is not ours or not in single precision, and where the result departs by more
+            than half precision explains; it then lies beside `output` under the name `*.rejected.onnx`.
+    """
+    if precision not in HALF_TYPES:
+        raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "choose one of these")
+    proto, metadata = _single_precision(source)
+    batches = list(validation_batches(metadata.preprocessing.divisor))
+    if images is not None:
+        batches += feeds_of(images_in(images, COMPARED_IMAGES), metadata)
+    model, report = to_half(proto, precision, largest=largest_magnitudes(proto, batches, candidates(proto)))
+    _describe(model, metadata, source, precision, {"casts": report.text()})
+    backend = OnnxRuntimeBackend if precision == "fp16" else OpenVinoBackend
+    return report, _write(model, output, source, backend, HALF, batches)
+
+
+def write_int8(
+    source: Path,
+    output: Path,
+    calibration: Path,
+    *,
+    keep: Sequence[str] = DEFAULT_KEEP,
+    limit: int = CALIBRATION_IMAGES,
+) -> tuple[QuantizationReport, Difference]:
+    """Writes a file that computes with 8-bit integers, and compares it with the one that it is made from.
+
+    Args:
+        source: a file that `export_onnx` wrote.
+        output: the file to write.
+        calibration: a folder of images like those to be seen later.
+        keep: layers to leave in single precision, see `to_int8`.
+        limit: images to take from the folder, at most.
+
+    Raises:
+        UserError: as `write_half`, and for a folder without images.
+    """
+    proto, metadata = _single_precision(source)
+    paths = images_in(calibration, limit)
+    observed = observe(proto, feeds_of(paths, metadata), values_to_observe(proto))
+    model, report = to_int8(proto, ranges(observed), keep=keep)
+    report.images = len(paths)
+    _describe(model, metadata, source, "int8", {"quantization": report.text()})
+    batches = feeds_of(images_in(calibration, COMPARED_IMAGES), metadata)
+    return report, _write(model, output, source, OnnxRuntimeBackend, INT8, batches)
+
+
+def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintReport:
+    """Writes a copy for TensorRT's parser, see `tensorrt_flavour`.
+
+    Args:
+        source: a file of ours, in any precision.
+        output: the file to write.
+        aot: see `tensorrt_flavour`.
+
+    Returns:
+        what the lint says of the copy.
+
+    Raises:
+        UserError: for a source that is not ours.
+    """
+    proto, _ = read_model(source)
+    flavour = tensorrt_flavour(symmetric(proto), aot=aot)
+    with atomic_path(output) as draft:
+        onnx.save(flavour, str(draft))
+    return lint(flavour)
+
+
+def _single_precision(source: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    proto, metadata = read_model(source)
+    if metadata.precision != "fp32":
+        raise UserError(
+            f"{source}: a file in {metadata.precision}", "one in single precision", "name the file it was made from"
+        )
+    return proto, metadata
+
+
+def _describe(model: onnx.ModelProto, metadata: ModelMetadata, source: Path, precision: str, stamp: dict) -> None:
+    """Writes what was done into the file's metadata; the source stays the checkpoint."""
+    stamp = {**metadata.stamp, **stamp, "onnx_sha256": sha256_of(source)}
+    set_metadata(model, dataclasses.replace(metadata, precision=precision, stamp=stamp))
+
+
+def _write(
+    model: onnx.ModelProto,
+    output: Path,
+    source: Path,
+    backend: type[Backend],
+    tolerance: Tolerance,
+    batches: Iterable[dict[str, np.ndarray]],
+) -> Difference:
+    """Keeps a file that agrees with its source, and sets another aside."""
+    rejected = output.with_suffix(".rejected.onnx")
+    with atomic_path(rejected) as draft:
+        onnx.save(model, str(draft))
+        onnx.checker.check_model(str(draft), full_check=True)
+        reference = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
+        difference = compare_backends(reference, backend(draft), tolerance, batches)
+    if not difference.within(tolerance):
+        raise UserError(
+            f"a graph that departs from {source}: {difference}",
+            str(tolerance),
+            f"look where with `maskrcnn verify {source} {rejected}`, or leave more layers in single precision",
+        )
+    rejected.replace(output)
+    return difference

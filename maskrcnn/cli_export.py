@@ -1,0 +1,203 @@
+"""What `maskrcnn export` and `maskrcnn build-engine` do, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from maskrcnn import runs
+from maskrcnn.errors import UserError
+
+_TEMPORARY = ".export-"  # how a folder's name begins that is gone afterwards
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is to be exported: a checkpoint, weights of another library, or an ONNX file of ours."""
+
+    path: Path | None = None
+    weights: str | None = None
+    model: str | None = None
+    batch_norm_epsilon: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Options:
+    """How 8-bit scales are found."""
+
+    calibration: Path | None = None
+    keep: Sequence[str] = ()
+    images: int = 64
+
+
+def run_export(
+    console: Console,
+    source: Source,
+    *,
+    output: Path | None,
+    precision: str,
+    int8: Int8Options,
+    opset: int | None,
+    tensorrt: bool,
+    aot: bool,
+) -> None:
+    """Writes one ONNX file and says how far it is from what it was made from."""
+    _check_options(source, precision, int8, opset=opset, tensorrt=tensorrt, aot=aot)
+    if source.path is not None and source.path.suffix == ".onnx":
+        target = _vacant(output or _variant(source.path, precision, tensorrt=tensorrt), source.path)
+        _write_variant(console, source.path, target, precision, int8, tensorrt=tensorrt, aot=aot)
+        return
+    loaded, origin, named = _load(console, source)
+    target = output or (Path(f"{loaded.config.name}.onnx") if named else origin.with_name(runs.ONNX))
+    if output is None:
+        target = _variant(target, precision, tensorrt=tensorrt)
+    from maskrcnn.export.exporter import OPSET, export_onnx
+
+    def export(path: Path) -> None:
+        with console.status(f"exporting {origin}"):
+            difference = export_onnx(loaded, path, source=origin, opset=opset or OPSET)
+        console.print(f"compared with PyTorch: {difference}")
+
+    if precision == "fp32" and not tensorrt:
+        export(target)
+        console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB, from {origin})")
+        return
+    with _temporary_folder(target) as folder:
+        export(folder / runs.ONNX)
+        _write_variant(console, folder / runs.ONNX, target, precision, int8, tensorrt=tensorrt, aot=aot)
+
+
+def run_build_engine(
+    console: Console, source: Path | None, *, half: bool, int8: Int8Options, target: str, output: Path | None
+) -> None:
+    """Builds the fastest engine for this machine, and compares it with the ONNX file."""
+    from maskrcnn.runtime.engine import build_openvino_engine, tensorrt_obstacle
+
+    onnx = source or runs.newest_onnx()
+    obstacle = tensorrt_obstacle()
+    if target == "tensorrt":
+        raise obstacle
+    if target == "auto":
+        console.print(f"TensorRT: {obstacle.came}; building the CPU engine with OpenVINO")
+    name = "int8" if int8.calibration else "fp16" if half else "fp32"
+    path = output or onnx.with_suffix(f".{name}.xml")
+    if path.suffix != ".xml":
+        raise UserError(f"--output {path}", "a name that ends in .xml", f"use --output {path.with_suffix('.xml')}")
+    if int8.calibration is None:
+        with console.status(f"building from {onnx}"):
+            metadata, difference = build_openvino_engine(onnx, path, half=half)
+    else:
+        from maskrcnn.export.observe import feeds_of, images_in
+        from maskrcnn.export.variants import COMPARED_IMAGES
+
+        with _temporary_folder(path) as folder:
+            integers = folder / f"{onnx.stem}.int8.onnx"
+            loaded = _write_variant(console, onnx, integers, "int8", int8)
+            batches = list(feeds_of(images_in(int8.calibration, COMPARED_IMAGES), loaded))
+            with console.status(f"building from {integers}"):
+                metadata, difference = build_openvino_engine(
+                    integers, path, half=True, reference=onnx, batches=batches
+                )
+    stamp = metadata.stamp
+    console.print(f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}")
+    console.print(f"compared with ONNX Runtime: {difference}")
+    console.print(f"{path} and {path.with_suffix('.bin').name}, from {onnx}")
+
+
+def _check_options(
+    source: Source, precision: str, int8: Int8Options, *, opset: int | None, tensorrt: bool, aot: bool
+) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
+    if source.path is not None and source.weights is not None:
+        raise UserError(f"{source.path} and --weights {source.weights}", "one of the two", "drop one of them")
+    if precision == "int8" and int8.calibration is None:
+        raise UserError(
+            "--precision int8 without --calibration",
+            "a folder of images like those to be seen later, to take 8-bit scales from",
+            "add --calibration FOLDER",
+        )
+    if aot and not tensorrt:
+        raise UserError("--aot without --tensorrt", "--tensorrt --aot", "add --tensorrt")
+    if opset is not None and source.path is not None and source.path.suffix == ".onnx":
+        raise UserError(f"--opset with {source.path}", "a checkpoint", "export the checkpoint with --opset")
+
+
+def _load(console: Console, source: Source):
+    """(model, the file it came from, whether it came by a name)."""
+    from maskrcnn.checkpoint import load_checkpoint
+    from maskrcnn.pretrained import load_detector
+
+    if source.weights is None:
+        path = source.path or runs.newest_checkpoint()
+        return load_checkpoint(path), path, False
+    loaded, path = load_detector(source.weights, source.model, batch_norm_epsilon=source.batch_norm_epsilon)
+    config = loaded.config
+    epsilon = f"batch norm epsilon {config.batch_norm_epsilon:g}"
+    console.print(f"{config.name}: {config.num_classes} classes, {epsilon}")
+    return loaded, path, path != Path(source.weights)
+
+
+def _write_variant(
+    console: Console,
+    source: Path,
+    target: Path,
+    precision: str,
+    int8: Int8Options,
+    *,
+    tensorrt: bool = False,
+    aot: bool = False,
+):
+    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported.
+
+    Returns:
+        the source's metadata.
+    """
+    from maskrcnn.export import variants
+
+    with _temporary_folder(target) as folder:
+        made = source
+        draft = folder / target.name if tensorrt else target
+        with console.status(f"making {target.name}"):
+            if precision in ("fp16", "bf16"):
+                report, difference = variants.write_half(source, draft, precision, int8.calibration)
+            elif precision == "int8":
+                keep = int8.keep or variants.DEFAULT_KEEP
+                report, difference = variants.write_int8(
+                    source, draft, int8.calibration, keep=keep, limit=int8.images
+                )
+            if precision != "fp32":
+                console.print(report.text(), markup=False)
+                console.print(f"compared with single precision: {difference}")
+                made = draft
+            if tensorrt:
+                console.print(variants.write_tensorrt(made, target, aot=aot).text(), markup=False)
+    if not target.parent.name.startswith(_TEMPORARY):
+        console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return variants.read_model(source)[1]
+
+
+def _variant(path: Path, precision: str, *, tensorrt: bool) -> Path:
+    """The name of a variant of model.onnx, as model.fp16.onnx or model.fp16.tensorrt.onnx."""
+    suffix = "" if precision == "fp32" else f".{precision}"
+    return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
+
+
+def _vacant(target: Path, source: Path) -> Path:
+    """The target, which must not be the source."""
+    if target.resolve() == source.resolve():
+        raise UserError(f"{source}: an ONNX file already", "a checkpoint, or another --precision", "say what to make")
+    return target
+
+
+@contextlib.contextmanager
+def _temporary_folder(beside: Path) -> Iterator[Path]:
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=_TEMPORARY) as folder:
+        yield Path(folder)

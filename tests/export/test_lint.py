@@ -1,0 +1,446 @@
+"""The linter: every rule on a planted graph, our own files clean, torchvision's export named."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from tiny import tiny_config
+from typer.testing import CliRunner
+
+from maskrcnn.cli import app
+from maskrcnn.export import tensorrt_ops as table
+from maskrcnn.export.lint import LintReport, lint
+from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.value_origins import Origin, origins_of
+from maskrcnn.plugins import contract
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is not installed
+
+HEAD = '<ir_version: 10, opset_import: ["": 20, "maskrcnn": 1, "other": 1]>'
+
+
+def parsed(body: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f"{HEAD} g {body}")
+
+
+# Each with the operator and the beginning of the reason.
+ERRORS = {
+    "no importer": ("(float[4] x) => (float[n] y) { y = Unique(x) }", "Unique", "no importer"),
+    "unknown here": (
+        "(float[1,2,3,3] x) => (float[1,2,3,3] y) { y = LpPooling(x) }",
+        "LpPooling",
+        "no importer: not in",
+    ),
+    "type": ("(int32[4] x) => (int32[4] y) { y = Neg(x) z = Sqrt(x) }", "Sqrt", "type INT32; the parser takes"),
+    "type of a cast": ("(float[4] x) => (int8[4] y) { y = Cast<to = 3>(x) }", "Cast", "type INT8; the parser takes"),
+    "bool range": ("(bool[4] x) => (bool[n] y) { y, i = TopK(x, k) }", "TopK", "type BOOL"),
+    "attribute": (
+        "(float[1,1,4,4] x) => (float[1,1,2,2] y) { y = MaxPool<kernel_shape = [2, 2], dilations = [2, 1]>(x) }",
+        "MaxPool",
+        "dilations = [2, 1]; the parser takes 1",
+    ),
+    "indices": (
+        "(float[1,1,4,4] x) => (float[1,1,2,2] y) { y, i = MaxPool<kernel_shape = [2, 2]>(x) }",
+        "MaxPool",
+        "more than 1 output",
+    ),
+    "pooling in one dimension": (
+        "(float[1,1,4] x) => (float[1,1,2] y) { y = MaxPool<kernel_shape = [2]>(x) }",
+        "MaxPool",
+        "an input of 3 axes",
+    ),
+    "resize mode": (
+        '(float[1,1,4,4] x) => (float[1,1,8,8] y) <float[4] s = {1.0, 1.0, 2.0, 2.0}> { y = Resize<mode = "linear", '
+        'coordinate_transformation_mode = "half_pixel_symmetric">(x, , s) }',
+        "Resize",
+        "coordinate_transformation_mode = half_pixel_symmetric; the parser takes half_pixel,",
+    ),
+    "antialias": (
+        "(float[1,1,4,4] x) => (float[1,1,8,8] y) <float[4] s = {1.0, 1.0, 2.0, 2.0}> "
+        '{ y = Resize<mode = "linear", antialias = 1>(x, , s) }',
+        "Resize",
+        "antialias = 1",
+    ),
+    "unsorted": ("(float[9] x) => (float[3] y) <int64[1] k = {3}> { y, i = TopK<sorted = 0>(x, k) }", "TopK", "sorted"),
+    "large K": (
+        "(float[9999] x) => (float[4000] y) <int64[1] k = {4000}> { y, i = TopK(x, k) }",
+        "TopK",
+        "K = 4000; it must be below 3840",
+    ),
+    "scatter": (
+        '(float[4] x, int64[1,1] i, float[1] u) => (float[4] y) { y = ScatterND<reduction = "add">(x, i, u) }',
+        "ScatterND",
+        "reduction = add; the parser takes none",
+    ),
+    "computed reduction axes": (
+        "(float[2,3] x) => (float[2] y) <int64[1] a = {0}> { one = Constant<value_ints = [1]>() b = Add(a, one) "
+        "y = ReduceSum<keepdims = 0>(x, b) }",
+        "ReduceSum",
+        "axes is computed in the graph",
+    ),
+    "axes from a shape": (
+        "(float[n,1] x) => (float[n] y) { s = Shape<start = 0, end = 1>(x) y = Squeeze(x, s) }",
+        "Squeeze",
+        "axes is computed in the graph",
+    ),
+    "no axes": ("(float[n,1] x) => (float[n] y) { y = Squeeze(x) }", "Squeeze", "no axes, and an input of dynamic"),
+    "zero point": (
+        "(float[4] x) => (float[4] y) <float s = {0.5}, int8 z = {3}> { q = QuantizeLinear(x, s, z) "
+        "y = DequantizeLinear(q, s, z) }",
+        "QuantizeLinear",
+        "a zero point that is not 0",
+    ),
+    "sparse constant": (
+        '() => (string[1] y) { y = Constant<value_strings = ["a"]>() }',
+        "Constant",
+        "attribute value_st",
+    ),
+    "bytes in between": (
+        "(uint8[4] x) => (float[4] y) { z = Identity(x) y = Cast<to = 1>(z) }",
+        "Identity",
+        "an intermediate tensor of type UINT8",
+    ),
+    "other domain": ("(float[4] x) => (float[4] y) { y = other.Swirl(x) }", "other::Swirl", "no importer: a plugin"),
+    "name of an ONNX op": (
+        "(float[4] x) => (float[4] y) { y = maskrcnn.RoiAlign(x) }",
+        "maskrcnn::RoiAlign",
+        "a plugin called like ONNX's RoiAlign",
+    ),
+    "not in the contract": (
+        "(float[4] x) => (float[4] y) { y = maskrcnn.Swirl(x) }",
+        "maskrcnn::Swirl",
+        "not in the con",
+    ),
+    "live rows": (
+        "(float[1,4,4] b, int64[1,4] l, int32[1] c) => (float[1,n,4] y) { y, z = maskrcnn.LiveRows(b, l, c) }",
+        "maskrcnn::LiveRows",
+        "has no plugin",
+    ),
+}
+WARNINGS = {
+    "rows by value": (
+        "(float[4] x) => (int64[1,n] y) { y = NonZero(x) }",
+        "NonZero",
+        "a data-dependent shape: how many",
+    ),
+    "nms": (
+        "(float[1,4,4] b, float[1,1,4] s) => (int64[n,3] y) { y = NonMaxSuppression(b, s) }",
+        "NonMaxSuppression",
+        "a data-dependent shape: how many rows",
+    ),
+    "slice by value": (
+        "(float[8] x) => (float[n] y) <int64[1] zero = {0}> { m, i = TopK(x, k) y = Slice(x, zero, i) }",
+        "Slice",
+        "a data-dependent shape: the size of its output",
+    ),
+    "range by value": (
+        "(float[8] x) => (int64[n] y) <int64 zero = {0}, int64 one = {1}> { m = ArgMax<keepdims = 0>(x) "
+        "y = Range(zero, m, one) }",
+        "Range",
+        "a data-dependent shape: the size of its output",
+    ),
+    "range by an input": (
+        "(int64 m) => (int64[n] y) <int64 zero = {0}, int64 one = {1}> { y = Range(zero, m, one) }",
+        "Range",
+        "the size of its output comes from the values of an input",
+    ),
+    "dynamic K": (
+        "(float[n] x) => (float[n] y) { k = Shape(x) y, i = TopK(x, k) }",
+        "TopK",
+        "K is no constant",
+    ),
+    "double": ("(double[4] x) => (double[4] y) { y = Sqrt(x) }", "Sqrt", "DOUBLE becomes FLOAT"),
+    "integer clip": ("(int64[4] x, int64 m) => (int64[4] y) { y = Clip(x, m) }", "Clip", "INT64 is taken by some"),
+    "other domain": (
+        "(float[4] x) => (float[4] y) { y = other.Relu(x) }",
+        "other::Relu",
+        "the parser ignores the domain",
+    ),
+    "their plugin": (
+        "(float[4] x) => (float[4] y) { y = other.EfficientNMS_TRT(x) }",
+        "other::EfficientNMS_TRT",
+        "an oper",
+    ),
+}
+
+
+def described(findings, op: str) -> list[str]:
+    return [finding.why for finding in findings if finding.op == op]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_the_parser_rejects_is_an_error(name):
+    body, op, why = ERRORS[name]
+    assert any(text.startswith(why) for text in described(lint(parsed(body)).errors, op))
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_what_is_slow_or_depends_on_the_version_is_a_warning(name):
+    body, op, why = WARNINGS[name]
+    report = lint(parsed(body))
+    assert any(text.startswith(why) for text in described(report.warnings, op))
+    assert not report.errors
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(float[n,8] x) => (float[n,3] y) <int64[1] k = {3}> { y, i = TopK(x, k) }",
+        "(float[n,8] x) => (float[n,8] y) { s = Shape(x) z = ConstantOfShape(s) y = Add(x, z) }",
+        "(float[n,1] x) => (float[n] y) <int64[1] a = {1}> { y = Squeeze(x, a) }",
+        "(float[2,1] x) => (float[2] y) { y = Squeeze(x) }",  # nothing is dynamic
+        "(uint8[4] x) => (float[4] y) { y = Cast<to = 1>(x) }",
+        "(float[4] x) => (float[4] y) <float s = {0.5}, int8 z = {0}> { q = QuantizeLinear(x, s, z) "
+        "y = DequantizeLinear(q, s, z) }",
+        "(float[2,3] x) => (float[2] y) <int64[1] a = {1}> { y = ReduceSum<keepdims = 0>(x, a) }",
+        "(float[n,3] x, bool[n,3] c) => (float[n,3] y) <float zero = {0.0}> { y = Where(c, x, zero) }",
+    ],
+)
+def test_what_the_parser_takes_is_clean(body):
+    assert lint(parsed(body)).findings == ()
+
+
+# Control flow
+
+
+def branch(name: str, shape: list[int], value: float = 0.0) -> onnx.GraphProto:
+    tensor = helper.make_tensor("value", TensorProto.FLOAT, shape, [value] * int(np.prod(shape)))
+    node = helper.make_node("Constant", [], [name], value=tensor)
+    return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)])
+
+
+def branching(then: onnx.GraphProto, other: onnx.GraphProto) -> onnx.ModelProto:
+    node = helper.make_node("If", ["c"], ["y"], name="choice", then_branch=then, else_branch=other)
+    condition = helper.make_tensor_value_info("c", TensorProto.BOOL, [])
+    graph = helper.make_graph([node], "g", [condition], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_branches_of_different_rank_are_an_error():
+    report = lint(branching(branch("a", [2]), branch("b", [2, 1])))
+    (error,) = report.errors
+    assert (error.node, error.op, error.output, error.why) == ("choice", "If", "y", "branches of rank 1 and 2")
+    assert described(report.warnings, "If") == ["control flow: both branches are built, one runs"]
+    assert not lint(branching(branch("a", [2]), branch("b", [3]))).errors
+
+
+def test_branches_whose_outputs_share_a_name_are_an_error():
+    assert described(lint(branching(branch("a", [2]), branch("a", [2], 1.0))).errors, "If") == [
+        "branches whose outputs have the same name"
+    ]
+
+
+def test_nodes_inside_a_branch_are_checked():
+    inner = branch("a", [2])
+    inner.node.append(helper.make_node("Unique", ["a"], ["u"], name="inside"))
+    (error,) = lint(branching(inner, branch("b", [2]))).errors
+    assert (error.node, error.graph) == ("inside", "choice/then_branch")
+
+
+def loop(*, carried_grows: bool, scans: bool, steps: str) -> onnx.ModelProto:
+    """A loop of `steps`, which adds or appends to a carried tensor, with or without a list of results."""
+    step = "Concat<axis = 0>(before, one)" if carried_grows else "Add(before, one)"
+    outputs = "bool keep, float[n] after" + (", float[1] each" if scans else "")
+    body = onnx.parser.parse_graph(
+        f"""body (int64 i, bool go, float[n] before) => ({outputs})
+        {{ keep = Identity(go) one = Constant<value_floats = [1.0]>() after = {step} each = Identity(one) }}"""
+    )
+    node = helper.make_node("Loop", [steps, "", "x"], ["y", "all"] if scans else ["y"], name="loop", body=body)
+    graph = helper.make_graph(
+        [helper.make_node("ArgMax", ["x"], ["most"], keepdims=0), node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None])],
+        [helper.make_tensor("four", TensorProto.INT64, [], [4])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_loops_that_grow_are_an_error():
+    assert described(lint(loop(carried_grows=True, scans=False, steps="four")).errors, "Loop") == [
+        "a carried tensor (before) that grows from step to step"
+    ]
+    assert described(lint(loop(carried_grows=False, scans=True, steps="most")).errors, "Loop") == [
+        "scan outputs of a loop whose number of steps depends on values"
+    ]
+    report = lint(loop(carried_grows=False, scans=True, steps="four"))
+    assert not report.errors and described(report.warnings, "Loop") == ["a loop, which TensorRT runs step by step"]
+
+
+# Our own nodes
+
+
+def our_node(**changes) -> onnx.ModelProto:
+    """A BatchedNms node as the flavour has it, with changes to attributes or inputs; None removes an attribute."""
+    kinds = {"boxes": TensorProto.FLOAT, "groups": TensorProto.INT32, "counts": TensorProto.INT32}
+    kinds.update({name: changes.pop(name) for name in list(changes) if name in kinds})
+    shapes = {"boxes": [1, 8, 4], "groups": [1, 8], "counts": [1]}
+    attributes = {"iou_threshold": 0.5, "max_output": 4, "plugin_namespace": "maskrcnn", "plugin_version": "1"}
+    attributes = {k: v for k, v in {**attributes, **changes}.items() if v is not None}
+    op = contract.BATCHED_NMS
+    node = helper.make_node(op.name, list(kinds), ["indices", "num"], domain=contract.DOMAIN, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info(name, kind, shapes[name]) for name, kind in kinds.items()],
+        [helper.make_tensor_value_info("num", TensorProto.INT32, [1])],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(contract.DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_a_node_as_in_the_contract_is_clean():
+    assert lint(our_node(aot=1)).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"max_output": None}, "no attribute max_output"),
+        ({"max_output": 4.0}, "attribute max_output is float, not int"),
+        ({"classes": 3}, "attribute classes is not in the contract"),
+        ({"groups": TensorProto.INT64}, "input groups is INT64; the contract has INT32"),
+    ],
+)
+def test_a_node_against_the_contract_is_an_error(changes, why):
+    assert described(lint(our_node(**changes)).errors, "maskrcnn::BatchedNms") == [why]
+
+
+def test_a_node_with_too_few_inputs_is_an_error():
+    model = our_node()
+    del model.graph.node[0].input[2]
+    assert described(lint(model).errors, "maskrcnn::BatchedNms")[0].startswith("2 inputs and 2 outputs; the contract")
+
+
+def test_a_node_without_a_namespace_is_a_warning():
+    (warning,) = lint(our_node(plugin_namespace=None)).findings
+    assert warning.why.startswith("plugin_namespace is missing; before 10.10")
+
+
+# Whole files
+
+
+def test_our_flavour_is_clean(onnx_file, boxes_onnx_file):
+    for path in (onnx_file, boxes_onnx_file):
+        for aot in (False, True):
+            report = lint(tensorrt_flavour(onnx.load(path), aot=aot))
+            assert report.findings == (), report.text()
+            assert report.nodes > 400
+
+
+def test_a_file_with_functions_and_live_rows_is_not(onnx_file):
+    proto = onnx.load(onnx_file)
+    before = proto.SerializeToString(deterministic=True)
+    report = lint(proto)
+    assert proto.SerializeToString(deterministic=True) == before
+    assert [error.op for error in report.errors] == ["maskrcnn::LiveRows"]
+    functions = [f for f in report.warnings if f.why.startswith("a function of the file")]
+    assert {finding.op.partition("::")[2] for finding in functions} == set(contract.OPS)
+    inside = [f for f in report.warnings if f.graph == "function MultilevelRoiAlign"]
+    assert {finding.op for finding in inside} >= {"NonZero"}
+
+
+def test_opsets_that_are_not_documented_are_a_warning():
+    for version, why in (
+        (22, "opset 22 is documented for TensorRT 10.15, not for 10.1"),
+        (8, "opset 8 is not documented"),
+    ):
+        model = parsed("(float[4] x) => (float[4] y) { y = Relu(x) }")
+        model.opset_import[0].version = version
+        assert [finding.why for finding in lint(model).findings] == [why]
+
+
+@pytest.fixture(scope="module")
+def legacy_file(tmp_path_factory) -> Path:
+    """torchvision's Mask R-CNN through PyTorch's tracing exporter, as users have it."""
+    from benchmarks.peers import export_legacy, torchvision_from_config
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("legacy") / "torchvision.onnx"
+    picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    export_legacy(torchvision_from_config(tiny_config(score_threshold=0.0)), picture, path)
+    return path
+
+
+def test_torchvisions_export_is_named_node_by_node(legacy_file):
+    report = lint(onnx.load(legacy_file))
+    assert described(report.errors, "Loop")[0].startswith("a carried tensor")
+    ops = {finding.op for finding in report.warnings}
+    assert {"If", "NonZero", "NonMaxSuppression", "Loop", "TopK"} <= ops
+    assert all(finding.node and finding.output for finding in report.findings)
+    assert any(finding.graph.endswith("else_branch") for finding in report.warnings)  # NMS lies in one
+
+
+def test_the_report_says_where_what_and_why():
+    report = lint(parsed(ERRORS["large K"][0]))
+    text = report.text()
+    assert text.splitlines()[0] == "1 nodes: 1 errors, 0 warnings"
+    for part in ("error: 1 × TopK: K = 4000", "→ y", "do: take fewer", f"source: {table.MATRIX}"):
+        assert part in text
+    assert json.loads(json.dumps(report.to_dict()))["errors"][0]["op"] == "TopK"
+    many = LintReport(report.findings * 5, 5)
+    assert "5 × TopK" in many.text() and "… and 2 more" in many.text()
+
+
+def test_the_command_checks_the_flavour_of_our_files_and_others_as_they_are(onnx_file, legacy_file, tmp_path):
+    ours = CliRunner().invoke(app, ["lint", str(onnx_file)])
+    assert ours.exit_code == 0 and "its TensorRT flavour, with plugins" in ours.stdout
+    out = tmp_path / "findings.json"
+    other = CliRunner().invoke(app, ["lint", str(legacy_file), "--json", str(out)])
+    assert other.exit_code == 1 and "as it is" in other.stdout
+    assert json.loads(out.read_text())["flavour"] is False
+
+
+# The table and the analysis of values
+
+
+def test_the_table_names_operators_that_exist_and_none_twice():
+    own = {"ImageScaler", "ParametricSoftplus", "ScaledTanh"}  # of the parser, or of an old ONNX
+    names = set(table.SUPPORTED) | table.UNSUPPORTED
+    assert not set(table.SUPPORTED) & table.UNSUPPORTED
+    assert {name for name in names if not onnx.defs.has(name)} <= own
+    for rules in (table.ATTRIBUTES, table.CONSTANT_INPUTS, table.SIZE_INPUTS, table.RANKS, table.TYPED_INPUTS):
+        assert set(rules) <= set(table.SUPPORTED)
+    for name, rules in table.ATTRIBUTES.items():
+        assert {rule.attribute for rule in rules} <= set(onnx.defs.get_schema(name).attributes)
+    kinds = set(TensorProto.DataType.keys())
+    assert all(entry.types <= kinds and entry.source for entry in table.SUPPORTED.values())
+
+
+def test_values_are_followed_to_where_they_come_from():
+    model = parsed(
+        """(float[n,4] x, int64[2] sizes) => (float[n,4] y) <int64[1] two = {2}, int64 zero = {0}>
+        {
+            shape = Shape(x)
+            n = Gather(shape, zero)
+            fixed = Add(two, two)
+            size = Gather(sizes, zero)
+            largest = ReduceMax<keepdims = 0>(x)
+            rows = Cast<to = 7>(largest)
+            found = NonZero(x)
+            count = Shape(found)
+            mixed = Add(n, size)
+            y = Identity(x)
+        }"""
+    )
+    known = {v.name: v.type.tensor_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    known.update({v.name: v.type.tensor_type for v in model.graph.input})
+    found = origins_of(model.graph, known)
+    wanted = {
+        "two": Origin.GIVEN,
+        "fixed": Origin.COMPUTED,
+        "shape": Origin.SHAPE,
+        "n": Origin.SHAPE,
+        "size": Origin.INPUT,
+        "mixed": Origin.INPUT,
+        "rows": Origin.DATA,
+        "count": Origin.SHAPE_OF_DATA,
+        "y": Origin.DATA,
+    }
+    assert {name: found.of(name) for name in wanted} == wanted
+    assert found.sized_by_values == {"found"}

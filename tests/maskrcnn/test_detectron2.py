@@ -1,0 +1,345 @@
+"""Detectron2's weights: their names, their conventions, and that the model detects what Detectron2's would."""
+
+import dataclasses
+import math
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from detectron2_model import SMALL, ZOO, PlainDetectron2, Sizes, layout, lively_tensors
+from tiny import tiny_config
+from torch import Tensor
+
+from maskrcnn.checkpoint import load_weights
+from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.detectron2 import CONVENTIONS, coco_classes, from_detectron2, is_detectron2
+from maskrcnn.errors import UserError
+from maskrcnn.model.anchors import cell_anchors, grid_anchors
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing, batch_images
+from maskrcnn.pretrained import finetuning_tensors, load_detector, model_changes, starting_weights
+from maskrcnn.runtime.compare import EXACT, Difference, compare_outputs
+
+FASTER = Sizes(classes=3, fpn=16, box=32, mask=())
+PIXELS = {"min_size_px": 96, "max_size_px": 150}
+
+
+def empty(depth: int, sizes: Sizes = ZOO) -> dict[str, Tensor]:
+    """Tensors of the right names and shapes, without memory behind them."""
+    return {name: torch.empty(shape, device="meta") for name, shape in layout(depth, sizes).items()}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    """A small Mask R-CNN on ResNet-50."""
+    return lively_tensors(50)
+
+
+@pytest.fixture(scope="module")
+def zoo_file(tmp_path_factory):
+    """A small Mask R-CNN on ResNet-18, in a file as the model zoo has them, old buffers included."""
+    content = {name: value.numpy() for name, value in lively_tensors(18).items()}
+    content |= {"pixel_mean": np.float32([103.53, 116.28, 123.675]).reshape(3, 1, 1)}
+    content |= {"pixel_std": np.ones((3, 1, 1), np.float32)}
+    for level in range(5):
+        cells = cell_anchors(32 * 2**level, (0.5, 1, 2), rounded=False).numpy()
+        content[f"proposal_generator.anchor_generator.cell_anchors.{level}"] = cells
+    path = tmp_path_factory.mktemp("zoo") / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": content, "__author__": "Detectron2 Model Zoo"}, protocol=2))
+    return path
+
+
+# Names and values
+
+
+@pytest.mark.parametrize(("depth", "count"), [(18, 142), (34, 222), (50, 307), (101, 562)])
+def test_the_published_layout_gives_our_tensors(depth, count):
+    found, config = from_detectron2(empty(depth), "zoo")
+    assert len(found) == count
+    with torch.device("meta"):
+        ours = MaskRCNN(config).state_dict()
+    assert config.name == f"maskrcnn_resnet{depth}_fpn"
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in ours.items()}
+
+
+def test_a_few_names_by_hand():
+    shapes = layout(50)
+    assert shapes["backbone.bottom_up.res2.0.shortcut.weight"] == (256, 64, 1, 1)
+    assert shapes["backbone.bottom_up.res5.2.conv2.norm.running_var"] == (512,)
+    assert shapes["roi_heads.box_head.fc1.weight"] == (1024, 12544)
+    assert shapes["roi_heads.box_predictor.cls_score.weight"] == (81, 1024)
+    given = {name: torch.zeros(1) for name in shapes}
+    given["backbone.bottom_up.res4.5.conv3.norm.bias"] += 7
+    given = {name: value.expand(shapes[name]) for name, value in given.items()}
+    found, _ = from_detectron2(given, "zoo")
+    assert [name for name, value in found.items() if (value == 7).all()] == ["backbone.body.layer3.5.bn3.bias"]
+
+
+def test_the_configuration_is_detectron2s():
+    _, config = from_detectron2(empty(50), "zoo")
+    plain = model_config("maskrcnn_resnet50_fpn")
+    differing = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(plain, f.name)}
+    assert differing == {*CONVENTIONS, "class_names", "category_ids"} - {"batch_norm_epsilon"}
+    np.testing.assert_allclose(255 * np.array(config.preprocessing.mean), [123.675, 116.28, 103.53], rtol=1e-6)
+    np.testing.assert_allclose(255 * np.array(config.preprocessing.std), 1)
+    assert (config.score_threshold, config.nms_iou, config.rpn_nms_iou, config.detections) == (0.05, 0.5, 0.7, 100)
+
+
+def test_coco_has_80_classes_whose_ids_have_gaps():
+    names, ids = coco_classes()
+    assert len(names) == len(set(ids)) == 80 and list(ids) == sorted(ids)
+    table = dict(zip(ids, names, strict=True))
+    assert set(range(1, 91)) - set(ids) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert (table[1], table[13], table[44], table[67], table[90]) == (
+        *("person", "stop sign", "bottle", "dining table", "toothbrush"),
+    )
+    _, config = from_detectron2(empty(50), "zoo")
+    assert (config.class_names, config.category_ids) == (names, ids)
+    _, config = from_detectron2(empty(50, SMALL), "zoo")
+    assert (config.class_names, config.category_ids) == (("class_1", "class_2", "class_3"), (1, 2, 3))
+
+
+def test_background_moves_to_the_front_and_channels_turn_round(tensors):
+    given = dict(tensors)
+    given["roi_heads.box_predictor.cls_score.bias"] = torch.tensor([1.0, 2.0, 3.0, -9.0])  # background last
+    given["roi_heads.box_predictor.bbox_pred.bias"] = torch.arange(12.0)
+    given["roi_heads.mask_head.predictor.bias"] = torch.tensor([4.0, 5.0, 6.0])
+    found, _ = from_detectron2(given, "zoo")
+    assert found["roi_heads.box_predictor.cls_score.bias"].tolist() == [-9, 1, 2, 3]
+    assert found["roi_heads.box_predictor.bbox_pred.bias"].tolist() == [0, 0, 0, 0, *range(12)]
+    assert found["roi_heads.mask_predictor.mask_fcn_logits.bias"].tolist() == [0, 4, 5, 6]
+    stem = found["backbone.body.conv1.weight"]
+    assert torch.equal(stem[:, 0], given["backbone.bottom_up.stem.conv1.weight"][:, 2])
+    assert torch.equal(stem[:, 1], given["backbone.bottom_up.stem.conv1.weight"][:, 1])
+
+
+def test_a_faster_rcnn_and_trained_batch_norm_are_recognised():
+    given = empty(101, FASTER)
+    given["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = torch.tensor(3)
+    _, config = from_detectron2(given, "zoo")
+    assert config.name == "fasterrcnn_resnet101_fpn"
+    assert not config.has_masks and not config.frozen_batch_norm
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"roi_heads.box_predictor.bbox_pred.weight": (4, 32)}, r"4 rows of .*shared by all classes \(CLS_AGNOSTIC"),
+        ({"roi_heads.mask_head.predictor.weight": (1, 16, 1, 1)}, "1 rows of .*shared by all classes"),
+        ({"roi_heads.box_predictor.bbox_pred.weight": (16, 32)}, r"16 rows of \S+, for 3 classes"),
+        ({"backbone.fpn_lateral2.norm.weight": (16,)}, "a tensor backbone.fpn_lateral2.norm.weight"),
+        ({"roi_heads.box_head.conv1.weight": (16, 16, 3, 3)}, "a tensor roi_heads.box_head.conv1.weight"),
+        ({"roi_heads.keypoint_head.score_lowres.weight": (16, 17, 4, 4)}, "a tensor roi_heads.keypoint_head"),
+        ({"roi_heads.box_head.0.fc1.weight": (32, 784)}, "a tensor roi_heads.box_head.0.fc1.weight"),
+        ({"roi_heads.box_predictor.cls_score.weight": None}, "without roi_heads.box_predictor.cls_score.weight"),
+        ({"backbone.bottom_up.res4.6.conv1.weight": (1,)}, r"a ResNet with \(3, 4, 7, 3\) blocks of 3 convolutions"),
+    ],
+)
+def test_other_architectures_are_refused(changes, text):
+    given = empty(50, SMALL) | {name: torch.empty(shape or 0, device="meta") for name, shape in changes.items()}
+    for name in (name for name, shape in changes.items() if shape is None):
+        del given[name]
+    with pytest.raises(UserError, match=rf"zoo: .*{text}"):
+        from_detectron2(given, "zoo")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("pixel_mean", torch.tensor([123.675, 116.28, 103.53]), r"pixel_mean \[123\.67"),
+        ("pixel_std", torch.tensor([57.375, 57.12, 58.395]).view(3, 1, 1), r"pixel_std \[57\.37.* instead of \[1\.0"),
+        ("proposal_generator.anchor_generator.cell_anchors.1", torch.tensor([[-8.0, -8, 8, 8]] * 3), "with sides"),
+        ("proposal_generator.anchor_generator.cell_anchors.0", torch.tensor([[-16.0, -16, 16, 16]]), "with sides"),
+        ("proposal_generator.anchor_generator.cell_anchors.5", torch.tensor([[-16.0, -16, 16, 16]]), "with sides"),
+    ],
+)
+def test_buffers_that_contradict_the_conventions_are_refused(name, value, text):
+    with pytest.raises(UserError, match=text):
+        from_detectron2(empty(50, SMALL) | {name: value}, "zoo")
+
+
+def test_anchors_that_were_rounded_once_do_no_harm():
+    old = cell_anchors(32, (0.5, 1, 2)) + torch.tensor([0.0, 0, 1, 1])
+    from_detectron2(empty(50, SMALL) | {"proposal_generator.anchor_generator.cell_anchors.0": old}, "zoo")
+
+
+# Conventions
+
+
+def test_anchors_by_hand():
+    first = cell_anchors(32, (0.5, 1.0, 2.0), rounded=False)[0].tolist()
+    half_w, half_h = 32 * math.sqrt(2) / 2, 32 / math.sqrt(2) / 2
+    assert first == pytest.approx([-half_w, -half_h, half_w, half_h])
+    # 96 px of height are 3 rows at P5 and 2 at P6, which torchvision's rule lays 48 px apart.
+    feature, images, cells = torch.zeros(1, 1, 2, 3), torch.zeros(1, 3, 96, 160), torch.zeros(1, 4)
+    assert grid_anchors(cells, feature, images, 64)[-1].tolist() == [128, 64, 128, 64]
+    assert grid_anchors(cells, feature, images)[-1].tolist() == [106, 48, 106, 48]
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet18"])
+def test_the_stride_is_where_it_was(backbone):
+    with torch.device("meta"):
+        config = tiny_config(backbone=backbone, stride_in_1x1=True)
+        body = MaskRCNN(config).backbone.body
+        plain = MaskRCNN(replace(config, stride_in_1x1=False)).backbone.body
+    for stage in (2, 3, 4):
+        blocks = getattr(body, f"layer{stage}")
+        assert (blocks[0].conv1.stride, blocks[0].conv2.stride) == ((2, 2), (1, 1))
+        assert (blocks[1].conv1.stride, blocks[1].conv2.stride) == ((1, 1), (1, 1))
+        assert (getattr(plain, f"layer{stage}")[0].conv1.stride == (2, 2)) == (backbone == "resnet18")
+    assert body.layer1[0].conv1.stride == (1, 1)
+
+
+def model_of(config: ModelConfig, values: dict[str, Tensor]) -> MaskRCNN:
+    model = MaskRCNN(config)
+    load_weights(model, values, "weights")
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [shapes_image(rng, size)[0] for size in ((201, 333), (180, 97))]
+
+
+@pytest.fixture(scope="module")
+def plain_outputs(tensors, pictures) -> list[dict[str, np.ndarray]]:
+    """What Detectron2 would find, in the form of our outputs."""
+    plain, outputs = PlainDetectron2(tensors, *PIXELS.values()), []
+    for picture in pictures:
+        with torch.no_grad():
+            found = plain.detect(picture)
+        assert found["pairs"] > 20 and len(found["scores"].unique()) > 20  # or the comparison would say little
+        count = len(found["scores"])
+        outputs.append(
+            {
+                "num_detections": np.array([count], np.int32),
+                "boxes": found["boxes"][None].numpy(),
+                "scores": found["scores"][None].numpy(),
+                "labels": found["classes"][None].numpy() + 1,
+                "masks": found["masks"][None].numpy(),
+            }
+        )
+    return outputs
+
+
+def differences(config: ModelConfig, values, pictures, plain_outputs) -> list[Difference]:
+    config = replace(config, candidates=3000, preprocessing=replace(config.preprocessing, **PIXELS))
+    model, found = model_of(config, values), []
+    for picture, expected in zip(pictures, plain_outputs, strict=True):
+        images, sizes = batch_images([picture], config.preprocessing)
+        with torch.no_grad():
+            ours = model(torch.from_numpy(images), torch.from_numpy(sizes))
+        found.append(compare_outputs(expected, {name: value.numpy() for name, value in ours.items()}, EXACT))
+    return found
+
+
+def test_the_model_detects_what_detectron2_would(tensors, pictures, plain_outputs):
+    values, config = from_detectron2(tensors, "zoo")
+    for difference in differences(config, values, pictures, plain_outputs):
+        assert difference.within(EXACT), str(difference)
+        assert difference.detections > 20
+
+
+@pytest.mark.parametrize(
+    "convention",
+    [
+        *("stride_in_1x1", "anchors_rounded", "anchor_strides_px", "pool_aligned", "pool_sampling_ratio"),
+        *("mean", "std", "resize"),
+    ],
+)
+def test_without_any_one_convention_it_does_not(tensors, pictures, plain_outputs, convention):
+    values, config = from_detectron2(tensors, "zoo")
+    if hasattr(config, convention):
+        config = replace(config, **{convention: getattr(ModelConfig(), convention)})
+    else:
+        value = getattr(Preprocessing(), convention)
+        value = tuple(reversed(value)) if convention == "mean" else value  # torchvision's is the same colour
+        config = replace(config, preprocessing=replace(config.preprocessing, **{convention: value}))
+    found = differences(config, values, pictures, plain_outputs)
+    assert not all(difference.within(EXACT) for difference in found)
+
+
+# Files
+
+
+def test_a_file_of_the_model_zoo_tells_its_architecture(zoo_file):
+    loaded, path = load_detector(zoo_file)
+    assert path == zoo_file and loaded.config.name == "maskrcnn_resnet18_fpn" and not loaded.training
+    assert loaded.config.preprocessing.resize == "pillow"
+    same, _ = load_detector(zoo_file, "maskrcnn_resnet18_fpn")
+    assert same.config == loaded.config
+    with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn .* options that say otherwise"):
+        load_detector(zoo_file, "maskrcnn_resnet50_fpn")
+
+
+def test_a_file_of_torch_save_is_the_same(zoo_file, tmp_path):
+    torch.save({"model": lively_tensors(18), "optimizer": {"state": {}}, "iteration": 5}, tmp_path / "model.pth")
+    ours, theirs = load_detector(tmp_path / "model.pth")[0], load_detector(zoo_file)[0]
+    assert ours.config == theirs.config
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"conv1_w": np.zeros(3)}, "a pickled dict with conv1_w"),  # a backbone of Detectron's
+        ({"blobs": {"conv1_w": np.zeros(3)}}, "a pickled dict with blobs"),
+        ([1, 2], "a pickled list\n"),
+        ({"model": {"a": "text"}}, "a pickled dict with model"),
+        ({"model": {"a": np.array([None])}}, "a pickled dict with model"),
+        ({"model": {"stem.conv1.weight": np.zeros(3)}}, "a tensor stem.conv1.weight, which"),
+        ({"model": {}}, "without backbone.body.conv1.weight"),
+    ],
+)
+def test_other_pickles_are_refused(tmp_path, content, text):
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=rf"w\.pkl: .*{text}"):
+        load_detector(tmp_path / "w.pkl")
+
+
+def test_names_tell_the_two_layouts_apart():
+    assert not is_detectron2(["backbone.body.conv1.weight", "rpn.head.conv.0.0.weight", "roi_heads.mask_head.0.0.bias"])
+    assert is_detectron2(["roi_heads.box_head.fc1.bias", "backbone.bottom_up.stem.conv1.weight"])
+
+
+def test_a_missing_file_is_said_so(tmp_path):
+    with pytest.raises(UserError, match=r"no file .*w\.pkl"):
+        load_detector(tmp_path / "w.pkl")
+
+
+def test_training_starts_with_the_conventions_of_the_weights(zoo_file):
+    weights = starting_weights(zoo_file)
+    config = model_config("maskrcnn_resnet18_fpn", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
+    small = {"fpn_channels": 16, "box_head_channels": 32, "mask_head_channels": (16,), "pool_sampling_ratio": 1}
+    config = replace(config, **small, preprocessing=Preprocessing(min_size_px=64, max_size_px=99))
+    changed = replace(config, **model_changes(weights, config))
+    assert changed.stride_in_1x1 and changed.pool_aligned and changed.anchor_strides_px == (4, 8, 16, 32, 64)
+    assert changed.pool_sampling_ratio == 1  # asked for
+    pixels = changed.preprocessing
+    assert (pixels.min_size_px, pixels.resize, pixels.std) == (64, "pillow", CONVENTIONS["preprocessing"].std)
+    model = MaskRCNN(changed)
+    values, told = finetuning_tensors(model, weights)
+    load_weights(model, values, weights.source)
+    assert len(told.reset) == 6 and not told.added and not told.dropped
+    assert torch.equal(model.roi_heads.box_head.fc7.bias, lively_tensors(18)["roi_heads.box_head.fc2.bias"])
+
+
+def test_one_command_exports_a_file_of_the_model_zoo(zoo_file, tmp_path, capsys):
+    from maskrcnn import cli
+    from maskrcnn.metadata import KEY, ModelMetadata
+
+    cli.export(weights=str(zoo_file), onnx=True, output=tmp_path / "model.onnx")  # raises where PyTorch disagrees
+    assert "maskrcnn_resnet18_fpn: 3 classes, batch norm epsilon 1e-05" in capsys.readouterr().out
+    proto = onnx.load(tmp_path / "model.onnx")
+    nodes = [node for node in proto.graph.node if node.op_type == "MultilevelRoiAlign"]
+    ratios = [a.i for node in nodes for a in node.attribute if a.name == "sampling_ratio"]
+    assert ratios == [0, 0]
+    text = next(entry.value for entry in proto.metadata_props if entry.key == KEY)
+    metadata = ModelMetadata.from_json(text, tmp_path / "model.onnx")
+    assert metadata.preprocessing == CONVENTIONS["preprocessing"]

@@ -1,0 +1,272 @@
+"""Comparing stage by stage: sound pairs agree, and each planted fault is found where it is."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import faults
+import numpy as np
+import onnx
+import pytest
+
+from maskrcnn import cli
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.export.precision import to_half
+from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.detector import load_backend
+from maskrcnn.runtime.engine import build_openvino_engine
+from maskrcnn.runtime.verify import JUDGED, check_comparable, verify
+from maskrcnn.runtime.verify_images import Batch, drawn_batches
+from maskrcnn.runtime.verify_report import Verdict
+from maskrcnn.stages import LEVELS, OF_MASKS
+
+CPU = {"providers": ["CPUExecutionProvider"]}
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return load_backend(checkpoint, device="cpu")
+
+
+@pytest.fixture
+def planted(tmp_path, onnx_file):
+    """Makes a backend of the exported file with faults."""
+
+    def load(*changes):
+        return load_backend(faults.plant(onnx_file, tmp_path / "planted.onnx", *changes), **CPU)
+
+    return load
+
+
+def one_image() -> list[Batch]:
+    return [Batch(("shapes",), (shapes_image(np.random.default_rng(5), (120, 150))[0],))]
+
+
+def test_an_exported_file_agrees_in_every_stage(reference, onnx_file):
+    report = verify(reference, load_backend(onnx_file, **CPU), drawn_batches())
+    assert report.ok and report.first_departure is None, report.table()
+    assert report.tolerances == "exact"
+    assert [result.stage for result in report.stages] == list(JUDGED)
+    assert all(result.verdict is Verdict.AGREES and result.compared for result in report.stages), report.table()
+    assert report.images == ("shapes 1", "shapes 2", "shapes 3", "empty slot", "grey")
+    # An image that is all padding has nothing to compare, but its padding.
+    empty = report.images.index("empty slot")
+    compared = {result.stage for result in report.stages if result.per_image[empty] is not None}
+    assert compared == {"normalised"}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_engine_agrees_by_the_tolerances_of_its_precision(tmp_path, reference, onnx_file, half):
+    build_openvino_engine(onnx_file, tmp_path / "model.xml", half=half)
+    report = verify(reference, load_backend(tmp_path / "model.xml"), drawn_batches())
+    assert report.ok, report.table()
+    assert report.tolerances == ("half" if half else "exact")
+    assert all(result.compared for result in report.stages)
+    if half:  # it is no copy
+        assert report.result("P2").needed > 1e-5
+
+
+def test_a_half_precision_graph_agrees(tmp_path, reference, onnx_file):
+    model, _ = to_half(onnx.load(onnx_file))
+    faults.metadata(precision="fp16")(model)
+    onnx.save(model, tmp_path / "half.onnx")
+    report = verify(reference, load_backend(tmp_path / "half.onnx", **CPU), drawn_batches())
+    assert report.ok and report.tolerances == "half", report.table()
+    assert all(result.compared for result in report.stages)
+    assert 1e-5 < report.result("P2").needed < 0.02
+
+
+def test_a_model_without_masks_has_no_stages_of_masks(boxes_model, boxes_onnx_file):
+    reference = load_backend(boxes_onnx_file.with_name("best.safetensors"), device="cpu")
+    report = verify(reference, load_backend(boxes_onnx_file, **CPU), one_image())
+    assert report.ok, report.table()
+    assert not {result.stage for result in report.stages} & set(OF_MASKS)
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (faults.preprocessing(channel_order="BGR"), "images"),
+        (faults.wrong_mean, "normalised"),
+        (faults.swapped_channels, "P2"),
+        (faults.nms_threshold(0, 0.3), "proposals"),
+        (faults.shifted_roi_align, "box_features"),
+        (faults.bias_of("cls_score", 1, 0.5), "class_logits"),
+        (faults.bias_of("box_predictor.bbox_pred", 5, 0.5), "box_deltas"),
+        (faults.nms_threshold(1, 0.1), "boxes"),
+        (faults.transposed("mask_logits"), "mask_logits"),
+        (faults.transposed("masks"), "masks"),
+    ],
+)
+def test_a_planted_fault_is_found_where_it_is(reference, planted, change, first):
+    report = verify(reference, planted(change), drawn_batches())
+    assert report.first_departure == first, report.table()
+    assert not report.ok
+    assert report.conclusion().startswith(f"first departure: {first}, most on ")
+
+
+def test_a_fault_in_the_heads_does_not_touch_what_comes_before(reference, planted):
+    report = verify(reference, planted(faults.transposed("mask_logits")), one_image())
+    departing = [result.stage for result in report.stages if result.verdict is Verdict.DEPARTS]
+    assert departing == ["mask_logits", "masks"]
+
+
+def test_rows_of_an_earlier_fault_are_compared_where_boxes_agree(reference, planted):
+    report = verify(reference, planted(faults.nms_threshold(0, 0.6)), drawn_batches())
+    assert report.first_departure == "proposals"
+    assert "without partner" in report.result("proposals").note
+    for stage in ("box_features", "class_logits", "box_deltas"):
+        assert report.result(stage).verdict is Verdict.AGREES, report.table()
+        assert report.result(stage).compared > 20
+
+
+def test_another_resize_rule_departs_at_the_images_and_nowhere_else(reference, planted):
+    report = verify(reference, planted(faults.preprocessing(min_size_px=64)), one_image())
+    departing = [result.stage for result in report.stages if result.verdict is Verdict.DEPARTS]
+    assert departing == ["images"]
+    assert report.result("images").note == "3×64×80 instead of 3×96×120"
+    assert "reference's size" in " ".join(report.notes)
+
+
+def test_a_size_takes_the_place_of_both_rules(reference, planted):
+    report = verify(reference, planted(faults.preprocessing(min_size_px=64)), one_image(), size_px=32)
+    assert report.ok, report.table()
+    assert report.result("images").compared == 3 * 32 * 40
+
+
+def test_files_whose_stages_have_no_names_are_compared_by_their_outputs(reference, planted):
+    report = verify(reference, planted(faults.nameless), one_image())
+    assert report.ok
+    assert report.result("boxes").verdict is Verdict.AGREES
+    skipped = [result for result in report.stages if result.verdict is Verdict.NOT_COMPARED]
+    assert {result.stage for result in skipped} == set(JUDGED) - {"images", "boxes", "scores", "labels", "masks"}
+    assert skipped[0].note == "no such name in the other"
+    assert f"{len(skipped)} of {len(JUDGED)} were not compared" in report.conclusion()
+    assert "the other was written before stages had names" in " ".join(report.notes)
+
+
+def test_images_without_detections_are_no_departure(planted):
+    silent = faults.bias_of("cls_score", 0, 1e3)
+    report = verify(planted(silent), planted(silent), one_image())
+    assert report.ok
+    assert report.result("boxes").verdict is Verdict.NOT_COMPARED
+    assert "nothing was detected on any image" in " ".join(report.notes)
+    assert report.result("class_logits").verdict is Verdict.AGREES
+
+
+def test_detections_on_one_side_only_depart(reference, planted):
+    report = verify(reference, planted(faults.bias_of("cls_score", 0, 1e3)), one_image())
+    assert report.result("boxes").verdict is Verdict.DEPARTS
+    assert report.result("boxes").needed == math.inf
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_nan_departs_and_is_written_as_text(reference, planted):
+    report = verify(reference, planted(faults.bias_of("mask_fcn_logits", slice(None), np.nan)), one_image())
+    assert report.first_departure == "mask_logits"
+    assert math.isnan(report.result("mask_logits").needed)
+    (row,) = [row for row in report.to_dict()["stages"] if row["stage"] == "mask_logits"]
+    assert row["needed"] == "nan" and row["per_image"] == ["nan"]
+
+
+def test_what_the_worst_image_shows(reference, planted):
+    report = verify(reference, planted(faults.swapped_channels), drawn_batches())
+    worst = report.worst
+    assert worst.name == report.images[report.result("P2").worst_image]
+    assert tuple(worst.maps) == LEVELS
+    assert worst.maps["P2"].mean() > 0.01
+    assert all(found.size_hw == worst.image.shape[:2] for found in worst.detections)
+
+
+def test_models_of_different_tasks_are_refused(reference):
+    metadata = reference.metadata
+    with pytest.raises(UserError, match="of 3 and of 2 classes"):
+        check_comparable(metadata, dataclasses.replace(metadata, class_names=("a", "b"), category_ids=(1, 2)))
+    with pytest.raises(UserError, match="with masks and one without"):
+        check_comparable(metadata, dataclasses.replace(metadata, has_masks=False))
+    with pytest.raises(UserError, match="no images"):
+        verify(reference, reference, [])
+
+
+def test_a_backend_that_shows_no_stages_says_so(reference):
+    class Opaque(Backend):
+        name, metadata = "Opaque", reference.metadata
+
+        def describe(self):
+            return reference.describe()
+
+        def infer(self, feeds):
+            return reference.infer(feeds)
+
+    with pytest.raises(UserError, match="a model in Opaque"):
+        Opaque().stages({}, ["P2"])
+
+
+# The command
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs `maskrcnn verify` in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["maskrcnn", "verify", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "_file", None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+def test_the_command_succeeds_on_images_of_a_folder(run, onnx_file, shapes):
+    options = ("--images", shapes / "val", "--max-images", 2, "--json", "found.json", "--report", "found.html")
+    code, out, err = run(onnx_file, onnx_file, *options)
+    assert code == 0, err
+    assert "the first 2 of 6 images" in out and "no stage departs, by the tolerances of 'exact'" in out
+    with open("found.json") as file:
+        found = json.load(file)
+    assert found["ok"] is True and found["first_departure"] is None
+    assert found["reference"] == str(onnx_file)
+    assert len(found["images"]) == 2 and found["images"][0].endswith(".png")
+    assert {"stage", "verdict", "needed", "tolerance", "per_image"} <= found["stages"][0].keys()
+
+
+def test_the_command_fails_where_a_stage_departs_and_writes_both_reports(run, tmp_path, onnx_file):
+    faults.plant(onnx_file, tmp_path / "bad.onnx", faults.shifted_roi_align)
+    code, out, err = run(onnx_file, "bad.onnx", "--json", "found.json", "--report", "found.html")
+    assert code == 1 and not err
+    assert "first departure: box_features" in out and "half" not in out.split("first departure")[0]
+    assert json.loads((tmp_path / "found.json").read_text())["first_departure"] == "box_features"
+    page = (tmp_path / "found.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + len(LEVELS)
+    assert "http" not in page and "RoIAlign 7 × 7" in page
+
+
+def test_the_command_takes_other_tolerances(run, tmp_path, onnx_file):
+    faults.plant(onnx_file, tmp_path / "near.onnx", faults.bias_of("mask_fcn_logits", slice(None), 0.02))
+    assert run(onnx_file, "near.onnx")[0] == 1
+    assert run(onnx_file, "near.onnx", "--tolerance", "int8")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.onnx",), "no file missing.onnx"),
+        (("ONNX", "--images", "empty"), "no images in empty"),
+        (("ONNX", "--images", "nowhere"), "no file or folder nowhere"),
+        (("ONNX", "--tolerance", "loose"), "tolerance 'loose'\nexpected: exact or half or int8"),
+        (("BOXES",), "with masks and one without"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error(run, tmp_path, onnx_file, boxes_onnx_file, arguments, message):
+    (tmp_path / "empty").mkdir()
+    paths = {"ONNX": onnx_file, "BOXES": boxes_onnx_file}
+    code, _, err = run(onnx_file, *(paths.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert err.startswith("error\ncame:") and message in err

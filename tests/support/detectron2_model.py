@@ -1,0 +1,227 @@
+"""Detectron2's R-CNNs with FPN written down plainly: names and shapes of their tensors, and what they compute.
+
+Typed from Detectron2's documentation of its layers, without a look at the importer, which is compared with it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of channels; the defaults are those of the model zoo."""
+
+    classes: int = 80
+    fpn: int = 256
+    box: int = 1024
+    mask: tuple[int, ...] = (256, 256, 256, 256)  # of each convolution; () for a Faster R-CNN
+
+
+ZOO = Sizes()
+SMALL = Sizes(classes=3, fpn=16, box=32, mask=(16,))
+
+
+def layout(depth: int, sizes: Sizes = ZOO) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters, and of the norms' statistics."""
+    shapes = {"backbone.bottom_up.stem.conv1.weight": (64, 3, 7, 7)}
+    shapes |= {f"backbone.bottom_up.stem.conv1.norm.{kind}": (64,) for kind in NORM}
+    entering = 64
+    for stage, blocks in enumerate(BLOCKS[depth]):
+        inner = 64 * 2**stage
+        leaving = 4 * inner if depth >= 50 else inner
+        for block in range(blocks):
+            name = f"backbone.bottom_up.res{stage + 2}.{block}"
+            convolutions = {"conv1": (inner, entering, 1, 1), "conv2": (inner, inner, 3, 3)}
+            convolutions["conv3"] = (leaving, inner, 1, 1)
+            if depth < 50:
+                convolutions = {"conv1": (inner, entering, 3, 3), "conv2": (inner, inner, 3, 3)}
+            if entering != leaving:
+                convolutions["shortcut"] = (leaving, entering, 1, 1)
+            for part, shape in convolutions.items():
+                shapes[f"{name}.{part}.weight"] = shape
+                shapes |= {f"{name}.{part}.norm.{kind}": shape[:1] for kind in NORM}
+            entering = leaving
+        weighted = {f"fpn_lateral{stage + 2}": (sizes.fpn, leaving, 1, 1)}
+        weighted[f"fpn_output{stage + 2}"] = (sizes.fpn, sizes.fpn, 3, 3)
+        shapes |= _with_bias("backbone", weighted)
+    head = {"conv": (sizes.fpn, sizes.fpn, 3, 3)}
+    head |= {"objectness_logits": (3, sizes.fpn, 1, 1), "anchor_deltas": (12, sizes.fpn, 1, 1)}
+    shapes |= _with_bias("proposal_generator.rpn_head", head)
+    boxes = {"box_head.fc1": (sizes.box, sizes.fpn * 49), "box_head.fc2": (sizes.box, sizes.box)}
+    boxes |= {"box_predictor.cls_score": (sizes.classes + 1, sizes.box)}
+    boxes |= {"box_predictor.bbox_pred": (4 * sizes.classes, sizes.box)}
+    shapes |= _with_bias("roi_heads", boxes)
+    masks, entering = {}, sizes.fpn
+    for number, leaving in enumerate(sizes.mask, start=1):
+        masks[f"mask_fcn{number}"] = (leaving, entering, 3, 3)
+        entering = leaving
+    if sizes.mask:
+        masks |= {"deconv": (entering, entering, 2, 2), "predictor": (sizes.classes, entering, 1, 1)}
+    return shapes | _with_bias("roi_heads.mask_head", masks)
+
+
+def _with_bias(prefix: str, weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for name, shape in weights.items():
+        shapes |= {f"{prefix}.{name}.weight": shape, f"{prefix}.{name}.bias": shape[:1]}
+    return shapes
+
+
+def lively_tensors(depth: int, sizes: Sizes = SMALL, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights that detect something: maps of about unit size, scores and boxes with a spread."""
+    rng = torch.Generator().manual_seed(seed)
+    gains = {
+        "stem.conv1.weight": 0.02,  # pixels go up to 150
+        "objectness_logits.weight": 2.0,
+        "anchor_deltas.weight": 0.3,
+        "cls_score.weight": 1.0,
+        "mask_head.predictor.weight": 3.0,
+    }
+    tensors = {}
+    for name, shape in layout(depth, sizes).items():
+        noise = torch.randn(shape, generator=rng)
+        if name.endswith("running_var"):
+            value = 1 + 0.3 * noise.clamp(-2, 2)
+        elif name.endswith("norm.weight"):
+            value = (0.3 if "conv3" in name else 0.7) + 0.1 * noise
+        elif len(shape) == 1:
+            value = 0.1 * noise
+        else:
+            gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
+            value = gain * noise * math.sqrt(2 / math.prod(shape[1:]))
+        tensors[name] = value
+    # Proposals smaller than their anchors: those of P6 would all become the whole of a small picture.
+    sides = tensors["proposal_generator.rpn_head.anchor_deltas.bias"].view(3, 4)[:, 2:]
+    sides -= 1.5
+    return tensors
+
+
+class PlainDetectron2:
+    """Detectron2's inference on one image, step by step and without any padding of results.
+
+    Args:
+        tensors: named as in `layout`, of a ResNet-50.
+        min_size_px, max_size_px: of `ResizeShortestEdge`.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], min_size_px: int, max_size_px: int) -> None:
+        self.tensors, self.min_size_px, self.max_size_px = tensors, min_size_px, max_size_px
+
+    def pixels(self, picture_rgb: np.ndarray) -> Tensor:
+        """`[1, 3, h, w]` of a picture uint8 `[H, W, 3]`: BGR, without the mean."""
+        height, width = picture_rgb.shape[:2]
+        scale = self.min_size_px / min(height, width)
+        scale = min(scale, self.max_size_px / max(height, width))
+        size = (int(width * scale + 0.5), int(height * scale + 0.5))
+        resized = np.asarray(Image.fromarray(picture_rgb).resize(size, Image.BILINEAR))[:, :, ::-1]
+        mean = np.array([103.53, 116.28, 123.675], np.float32)
+        return torch.from_numpy((resized.astype(np.float32) - mean).transpose(2, 0, 1).copy())[None]
+
+    def convolution(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        weight = self.tensors[f"{name}.weight"]
+        x = F.conv2d(x, weight, self.tensors.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+        if f"{name}.norm.weight" in self.tensors:
+            gamma, beta, mean, variance = (self.tensors[f"{name}.norm.{kind}"][:, None, None] for kind in NORM)
+            x = (x - mean) / torch.sqrt(variance + 1e-5) * gamma + beta
+        return x
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """P2 to P6."""
+        x = F.max_pool2d(self.convolution("backbone.bottom_up.stem.conv1", x, 2).relu(), 3, 2, 1)
+        maps = []
+        for stage, blocks in enumerate(BLOCKS[50]):
+            for block in range(blocks):
+                name, stride = f"backbone.bottom_up.res{stage + 2}.{block}", 2 if stage and not block else 1
+                y = self.convolution(f"{name}.conv1", x, stride).relu()  # the stride is here
+                y = self.convolution(f"{name}.conv3", self.convolution(f"{name}.conv2", y).relu())
+                x = (y + (x if block else self.convolution(f"{name}.shortcut", x, stride))).relu()
+            maps.append(x)
+        levels, top = [], 0
+        for stage in (5, 4, 3, 2):
+            top = self.convolution(f"backbone.fpn_lateral{stage}", maps[stage - 2]) + top
+            levels.insert(0, self.convolution(f"backbone.fpn_output{stage}", top))
+            top = F.interpolate(top, scale_factor=2, mode="nearest")
+        return [*levels, levels[-1][:, :, ::2, ::2]]
+
+    def proposals(self, features: list[Tensor], size_hw: tuple[int, int]) -> Tensor:
+        """Boxes `[R, 4]`."""
+        boxes, scores, level_of = [], [], []
+        for level, feature in enumerate(features):
+            stride, size = 4 * 2**level, 32 * 2**level
+            hidden = self.convolution("proposal_generator.rpn_head.conv", feature).relu()
+            logits = self.convolution("proposal_generator.rpn_head.objectness_logits", hidden)[0]
+            deltas = self.convolution("proposal_generator.rpn_head.anchor_deltas", hidden)[0]
+            anchors = []
+            for row in range(feature.shape[2]):
+                for column in range(feature.shape[3]):
+                    for ratio in (0.5, 1.0, 2.0):
+                        half_w = math.sqrt(size * size / ratio) / 2
+                        half_h, x, y = half_w * ratio, column * stride, row * stride
+                        anchors.append([x - half_w, y - half_h, x + half_w, y + half_h])
+            logits = logits.permute(1, 2, 0).flatten()
+            deltas = deltas.unflatten(0, (3, 4)).permute(2, 3, 0, 1).flatten(0, 2)
+            best = logits.topk(min(1000, len(logits))).indices
+            boxes.append(moved(torch.tensor(anchors)[best], deltas[best], (1, 1, 1, 1)))
+            scores.append(logits[best])
+            level_of.append(torch.full_like(best, level))
+        boxes, scores, level_of = clipped(torch.cat(boxes), size_hw), torch.cat(scores), torch.cat(level_of)
+        real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+        boxes, scores, level_of = boxes[real], scores[real], level_of[real]
+        return boxes[torchvision.ops.batched_nms(boxes, scores, level_of, 0.7)[:1000]]
+
+    def pooled(self, features: list[Tensor], boxes: Tensor, size: int) -> Tensor:
+        """`[R, C, size, size]`, box by box."""
+        rows = []
+        for box in boxes:
+            area = float((box[2] - box[0]) * (box[3] - box[1]))
+            level = min(max(math.floor(4 + math.log2(math.sqrt(area) / 224 + 1e-8)), 2), 5)
+            roi = torch.cat([torch.zeros(1), box])[None]
+            rows.append(torchvision.ops.roi_align(features[level - 2], roi, size, 0.5**level, -1, aligned=True))
+        return torch.cat(rows)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensors[f"roi_heads.{name}.weight"], self.tensors[f"roi_heads.{name}.bias"])
+
+    def detect(self, picture_rgb: np.ndarray) -> dict[str, Tensor]:
+        """`boxes` in the resized picture, `scores`, `classes` from 0, `masks` `[D, 28, 28]`; `pairs` counts rivals."""
+        pixels = self.pixels(picture_rgb)
+        size_hw = pixels.shape[2:]
+        features = self.features(F.pad(pixels, (0, -size_hw[1] % 32, 0, -size_hw[0] % 32)))
+        proposals = self.proposals(features, size_hw)
+        x = self.pooled(features, proposals, 7).flatten(1)
+        x = self.linear("box_head.fc2", self.linear("box_head.fc1", x).relu()).relu()
+        scores = self.linear("box_predictor.cls_score", x).softmax(dim=1)[:, :-1]  # the last is background
+        deltas = self.linear("box_predictor.bbox_pred", x).unflatten(1, (-1, 4))
+        row, label = torch.nonzero(scores > 0.05, as_tuple=True)
+        boxes = clipped(moved(proposals[row], deltas[row, label], (10, 10, 5, 5)), size_hw)
+        kept = torchvision.ops.batched_nms(boxes, scores[row, label], label, 0.5)[:100]
+        found = {"boxes": boxes[kept], "scores": scores[row, label][kept], "classes": label[kept], "pairs": len(row)}
+        x = self.convolution("roi_heads.mask_head.mask_fcn1", self.pooled(features, found["boxes"], 14)).relu()
+        deconvolution = (self.tensors[f"roi_heads.mask_head.deconv.{kind}"] for kind in ("weight", "bias"))
+        x = self.convolution("roi_heads.mask_head.predictor", F.conv_transpose2d(x, *deconvolution, 2).relu())
+        return found | {"masks": x.sigmoid()[torch.arange(len(kept)), found["classes"]]}
+
+
+def moved(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Boxes `[K, 4]` shifted and scaled by deltas `[K, 4]`."""
+    deltas = deltas / torch.tensor(weights, dtype=torch.float32)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    centres = boxes[:, :2] + 0.5 * sides + deltas[:, :2] * sides
+    half = 0.5 * sides * deltas[:, 2:].clamp(max=math.log(1000 / 16)).exp()
+    return torch.cat([centres - half, centres + half], dim=1)
+
+
+def clipped(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Boxes `[K, 4]` cut to the picture."""
+    height, width = size_hw
+    return torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height], dtype=torch.float32))
