@@ -81,7 +81,8 @@ def _at_size(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> onnx.ModelProt
     for value in fixed.graph.input:
         lengths = (1, 3, *size_hw) if value.name == "images" else (1,)
         for dim, length in zip(value.type.tensor_type.shape.dim, lengths, strict=False):
-            dim.dim_value = length
+            if not dim.HasField("dim_value"):
+                dim.dim_value = length
     _weights_to_inputs(fixed.graph)
     unknown = -1
     for _ in range(_MOST_ROUNDS):

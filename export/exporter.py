@@ -54,9 +54,7 @@ class _WithStages(nn.Module):
         return tuple(stages[name] for name in self.names)
 
 
-def export_onnx(
-    model: MaskRCNN, output: Path, *, source: Path | None = None, opset: int = OPSET
-) -> Difference:
+def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None, opset: int = OPSET) -> Difference:
     """Writes `output` and returns how much it differs from PyTorch.
 
     Batch size, height and width stay dynamic. The file is compared with the model in PyTorch on batch sizes and
@@ -69,8 +67,8 @@ def export_onnx(
         opset: of ONNX's operators, 20 or newer.
 
     Raises:
-        UserError: for weights that are not finite, an opset or a PyTorch that is too old, when the graph holds an operator it must not, or when the
-            file disagrees with PyTorch.
+        UserError: for weights that are not finite, an opset or a PyTorch that is too old, when the graph holds an
+            operator it must not, or when the file disagrees with PyTorch.
     """
     _check_versions(opset)
     _check_weights(model)
@@ -108,7 +106,9 @@ def _check_versions(opset: int) -> None:
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < TORCH:
         oldest = ".".join(map(str, TORCH))
-        raise UserError(f"torch {torch.__version__}", f"{oldest} or newer", f"pip install 'torch>={oldest}' torchvision")
+        raise UserError(
+            f"torch {torch.__version__}", f"{oldest} or newer", f"pip install 'torch>={oldest}' torchvision"
+        )
 
 
 def _check_weights(model: MaskRCNN) -> None:

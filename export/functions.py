@@ -69,7 +69,10 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
         octaves_up_epsilon = Add(octaves_up, epsilon)
         exponent = Floor(octaves_up_epsilon)
         level_any = Sub(exponent, first)
-        level = Clip(level_any, zero, highest)
+        level_inside = Clip(level_any, zero, highest)
+        # A box without area, or of NaN, belongs to the first level: every box must belong to one.
+        has_area = Greater(area, zero)
+        level = Where(has_area, level_inside, zero)
 
         rois_shape = Shape(rois)
         n = Gather<axis = 0>(rois_shape, zero_axis)

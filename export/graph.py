@@ -74,7 +74,9 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
             else:
                 later.append(node)
         if len(later) == len(waiting):
-            raise ValueError(f"came: a graph with a cycle or a value nobody makes, at {later[0].name}; expected: neither")
+            raise ValueError(
+                f"came: a graph with a cycle or a value nobody makes, at {later[0].name}; expected: neither"
+            )
         waiting = later
     del graph.node[:]
     graph.node.extend(ordered)

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph, copy_of, remove_unused_constants, sort_nodes
 from maskrcnn.export.precision import COMPUTING, candidates
-from maskrcnn.stages import STAGES
 
 _CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1}  # of the output channels in a weight
 _SMALLEST_SCALE = 1e-12
@@ -139,9 +138,8 @@ def _quantizable(graph: Graph, features: set[str]) -> list[onnx.NodeProto]:
     """Layers with constant weights, and additions of two feature maps."""
     found = []
     for node in graph.graph.node:
-        if node.op_type in COMPUTING and node.output[0] in features and graph.float_type(node.input[1]):
-            found.append(node)
-        elif node.op_type == "Add" and all(name in features for name in node.input):
+        is_layer = node.op_type in COMPUTING and node.output[0] in features and graph.float_type(node.input[1])
+        if is_layer or (node.op_type == "Add" and all(name in features for name in node.input)):
             found.append(node)
     return found
 

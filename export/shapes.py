@@ -17,8 +17,10 @@ def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
     ONNX knows nothing of our nodes once their functions are gone, so their shapes come from the contract.
     """
     inferred = shape_inference.infer_shapes(proto, data_prop=True)
-    while _describe_plugin_outputs(inferred.graph):
+    graph = inferred.graph
+    while _describe_plugin_outputs(graph, by_shape=True) or _describe_plugin_outputs(graph, by_shape=False):
         inferred = shape_inference.infer_shapes(inferred, data_prop=True)
+        graph = inferred.graph
     return inferred
 
 
@@ -52,13 +54,20 @@ def constant_value(constant: onnx.TensorProto | onnx.AttributeProto) -> np.ndarr
     return np.asarray(onnx.helper.get_attribute_value(constant))
 
 
-def _describe_plugin_outputs(graph: onnx.GraphProto) -> bool:
-    """Adds types and shapes of our nodes' outputs where the inputs' are known; whether there was anything to add."""
+def _describe_plugin_outputs(graph: onnx.GraphProto, *, by_shape: bool) -> bool:
+    """Adds types and shapes of our nodes' outputs where the inputs' are known; whether there was anything to add.
+
+    Args:
+        graph: the graph, which is changed.
+        by_shape: wait for the inputs' shapes; else their types are enough.
+    """
     known, new = tensor_types(graph), False
     outputs = {value.name: value for value in graph.output}
     for node in graph.node:
         op = contract.OPS.get(node.op_type) if node.domain == contract.DOMAIN else None
-        if op is None or not all(name in known for name in node.input if name):
+        if op is None or not all(name in known for name in node.input):
+            continue
+        if by_shape and not all(known[name].HasField("shape") for name in node.input):
             continue
         lengths = _lengths(op, node, known)
         for name, tensor in zip(node.output, op.outputs, strict=False):

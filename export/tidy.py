@@ -1,4 +1,4 @@
-"""What is done to a graph as the exporter leaves it: norms folded, names made readable, traces of the export removed."""
+"""What is done to a graph as the exporter leaves it: norms folded, names readable, traces of the export removed."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ def _drop_notes(graph: onnx.GraphProto) -> None:
 def _drop_prefix(graph: onnx.GraphProto) -> None:
     """Weights get the names that they have in a checkpoint."""
     for tensor in graph.initializer:
-        tensor.name = tensor.name.removeprefix(_PREFIX)
+        tensor.name = _checkpoint_name(tensor.name)
     for node in graph.node:
         for k, name in enumerate(node.input):
-            node.input[k] = name.removeprefix(_PREFIX)
+            node.input[k] = _checkpoint_name(name)
+
+
+def _checkpoint_name(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".weight_bias", ".bias")  # of a norm that the exporter folded
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -84,11 +88,13 @@ def fold_norms(proto: onnx.ModelProto) -> int:
 
 
 def _reader(graph: Graph, name: str, op_type: str) -> tuple[onnx.NodeProto, np.ndarray] | None:
-    """The only reader of a value with its constant, if it is of this type and the constant has one value per channel."""
+    """The only reader of a value, if it is of this type, and its constant, if that has one value per channel."""
     node = graph.only_consumer(name)
     if node is None or node.op_type != op_type:
         return None
-    constants = [value for value in (graph.constant(other) for other in node.input if other != name) if value is not None]
+    constants = [
+        value for value in (graph.constant(other) for other in node.input if other != name) if value is not None
+    ]
     if len(constants) != 1 or constants[0].ndim not in (3, 4) or constants[0].shape[-2:] != (1, 1):
         return None
     return node, constants[0]

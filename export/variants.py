@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.graph import set_metadata
 from maskrcnn.export.lint import LintReport, lint
 from maskrcnn.export.observe import feeds_of, images_in, largest_magnitudes, observe
-from maskrcnn.export.precision import HALF_TYPES, CastReport, candidates, to_half
+from maskrcnn.export.precision import HALF_TYPES, CastReport, candidates, simulate_half, to_half
 from maskrcnn.export.quantize import DEFAULT_KEEP, QuantizationReport, ranges, symmetric, to_int8, values_to_observe
 from maskrcnn.export.tensorrt import tensorrt_flavour
 from maskrcnn.files import atomic_path
@@ -29,8 +30,13 @@ CALIBRATION_IMAGES = 64
 COMPARED_IMAGES = 8
 
 
-def write_half(source: Path, output: Path, precision: str, images: Path | None = None) -> tuple[CastReport, Difference]:
+def write_half(
+    source: Path, output: Path, precision: str, *, images: Path | None = None, simulate: bool = False
+) -> tuple[CastReport, Difference]:
     """Writes a file that computes in half precision, and compares it with the one that it is made from.
+
+    What is compared is the arithmetic of a device that rounds after every layer, see `simulate_half`; the file itself
+    must agree as well in a runtime that takes it.
 
     Args:
         source: a file that `export_onnx` wrote.
@@ -38,6 +44,10 @@ def write_half(source: Path, output: Path, precision: str, images: Path | None =
         precision: "fp16", or "bf16", which ONNX Runtime has no kernels for; OpenVINO runs that one.
         images: a folder of images; activations that come near the end of FP16's range on them, or on drawn shapes,
             stay in single precision.
+        simulate: write the simulation instead, which any runtime runs.
+
+    Returns:
+        which nodes are in half precision, and how far its arithmetic departs.
 
     Raises:
         UserError: for a source that is not ours or not in single precision, and where the result departs by more
@@ -49,10 +59,19 @@ def write_half(source: Path, output: Path, precision: str, images: Path | None =
     batches = list(validation_batches(metadata.preprocessing.divisor))
     if images is not None:
         batches += feeds_of(images_in(images, COMPARED_IMAGES), metadata)
-    model, report = to_half(proto, precision, largest=largest_magnitudes(proto, batches, candidates(proto)))
-    _describe(model, metadata, source, precision, {"casts": report.text()})
-    backend = OnnxRuntimeBackend if precision == "fp16" else OpenVinoBackend
-    return report, _write(model, output, source, backend, HALF, batches)
+    largest = largest_magnitudes(proto, batches, candidates(proto))
+    model, report = to_half(proto, precision, largest=largest)
+    simulated = simulate_half(proto, precision, largest=largest)
+    for each, name in ((model, precision), (simulated, f"{precision}, simulated")):
+        _describe(each, metadata, source, name, {"casts": report.text()})
+    difference = _compare(simulated, output, source, OnnxRuntimeBackend, HALF, batches)
+    if simulate:
+        _keep(simulated, output)
+    else:
+        backend = OnnxRuntimeBackend if precision == "fp16" else OpenVinoBackend
+        _compare(model, output, source, backend, HALF, batches)
+        _keep(model, output)
+    return report, difference
 
 
 def write_int8(
@@ -82,7 +101,9 @@ def write_int8(
     report.images = len(paths)
     _describe(model, metadata, source, "int8", {"quantization": report.text()})
     batches = feeds_of(images_in(calibration, COMPARED_IMAGES), metadata)
-    return report, _write(model, output, source, OnnxRuntimeBackend, INT8, batches)
+    difference = _compare(model, output, source, OnnxRuntimeBackend, INT8, batches)
+    _keep(model, output)
+    return report, difference
 
 
 def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintReport:
@@ -101,8 +122,7 @@ def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintRepo
     """
     proto, _ = read_model(source)
     flavour = tensorrt_flavour(symmetric(proto), aot=aot)
-    with atomic_path(output) as draft:
-        onnx.save(flavour, str(draft))
+    _keep(flavour, output)
     return lint(flavour)
 
 
@@ -121,7 +141,7 @@ def _describe(model: onnx.ModelProto, metadata: ModelMetadata, source: Path, pre
     set_metadata(model, dataclasses.replace(metadata, precision=precision, stamp=stamp))
 
 
-def _write(
+def _compare(
     model: onnx.ModelProto,
     output: Path,
     source: Path,
@@ -129,18 +149,24 @@ def _write(
     tolerance: Tolerance,
     batches: Iterable[dict[str, np.ndarray]],
 ) -> Difference:
-    """Keeps a file that agrees with its source, and sets another aside."""
+    """The difference of a model from its source; one that departs is kept beside `output` and refused."""
     rejected = output.with_suffix(".rejected.onnx")
-    with atomic_path(rejected) as draft:
+    with tempfile.TemporaryDirectory(prefix="maskrcnn-") as folder:
+        draft = Path(folder) / output.name
         onnx.save(model, str(draft))
         onnx.checker.check_model(str(draft), full_check=True)
         reference = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
         difference = compare_backends(reference, backend(draft), tolerance, batches)
     if not difference.within(tolerance):
+        _keep(model, rejected)
         raise UserError(
             f"a graph that departs from {source}: {difference}",
             str(tolerance),
             f"look where with `maskrcnn verify {source} {rejected}`, or leave more layers in single precision",
         )
-    rejected.replace(output)
     return difference
+
+
+def _keep(model: onnx.ModelProto, path: Path) -> None:
+    with atomic_path(path) as draft:
+        onnx.save(model, str(draft))

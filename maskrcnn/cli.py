@@ -112,6 +112,9 @@ def export(
         list[str] | None,
         typer.Option(help="With int8: layers to leave out; first, last, heads, backbone, fpn or names. Default last."),
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="With fp16, bf16: single precision, rounded as half precision rounds.")
+    ] = False,
     tensorrt: Annotated[bool, typer.Option("--tensorrt", help="A file for TensorRT's parser and our plugins.")] = False,
     aot: Annotated[bool, typer.Option("--aot", help="With --tensorrt: plugins compiled into the engine.")] = False,
     opset: Annotated[int | None, typer.Option(help="Of ONNX's operators; default 20.")] = None,
@@ -136,6 +139,7 @@ def export(
         precision=precision,
         int8=Int8Options(calibration=calibration, keep=tuple(keep or ()), images=calibration_images),
         opset=opset,
+        simulate=simulate,
         tensorrt=tensorrt,
         aot=aot,
     )
@@ -264,7 +268,7 @@ def inspect(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to count operations at, px.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
 ) -> None:
-    """What a model file is: tensors, precision, size, operations, origin, and where ONNX Runtime would run its nodes."""
+    """What a model file is: tensors, precision, size, operations, origin, and where its nodes would run."""
     from maskrcnn.cli_graph import run_inspect
 
     run_inspect(console, file, size=size, json=json)

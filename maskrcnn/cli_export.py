@@ -44,19 +44,20 @@ def run_export(
     precision: str,
     int8: Int8Options,
     opset: int | None,
+    simulate: bool,
     tensorrt: bool,
     aot: bool,
 ) -> None:
     """Writes one ONNX file and says how far it is from what it was made from."""
-    _check_options(source, precision, int8, opset=opset, tensorrt=tensorrt, aot=aot)
+    _check_options(source, precision, int8, opset=opset, simulate=simulate, tensorrt=tensorrt, aot=aot)
     if source.path is not None and source.path.suffix == ".onnx":
-        target = _vacant(output or _variant(source.path, precision, tensorrt=tensorrt), source.path)
-        _write_variant(console, source.path, target, precision, int8, tensorrt=tensorrt, aot=aot)
+        target = _vacant(output or _variant(source.path, precision, simulate=simulate, tensorrt=tensorrt), source.path)
+        _write_variant(console, source.path, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot)
         return
     loaded, origin, named = _load(console, source)
     target = output or (Path(f"{loaded.config.name}.onnx") if named else origin.with_name(runs.ONNX))
     if output is None:
-        target = _variant(target, precision, tensorrt=tensorrt)
+        target = _variant(target, precision, simulate=simulate, tensorrt=tensorrt)
     from maskrcnn.export.exporter import OPSET, export_onnx
 
     def export(path: Path) -> None:
@@ -70,7 +71,9 @@ def run_export(
         return
     with _temporary_folder(target) as folder:
         export(folder / runs.ONNX)
-        _write_variant(console, folder / runs.ONNX, target, precision, int8, tensorrt=tensorrt, aot=aot)
+        _write_variant(
+            console, folder / runs.ONNX, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot
+        )
 
 
 def run_build_engine(
@@ -101,9 +104,7 @@ def run_build_engine(
             loaded = _write_variant(console, onnx, integers, "int8", int8)
             batches = list(feeds_of(images_in(int8.calibration, COMPARED_IMAGES), loaded))
             with console.status(f"building from {integers}"):
-                metadata, difference = build_openvino_engine(
-                    integers, path, half=True, reference=onnx, batches=batches
-                )
+                metadata, difference = build_openvino_engine(integers, path, half=True, reference=onnx, batches=batches)
     stamp = metadata.stamp
     console.print(f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}")
     console.print(f"compared with ONNX Runtime: {difference}")
@@ -111,7 +112,7 @@ def run_build_engine(
 
 
 def _check_options(
-    source: Source, precision: str, int8: Int8Options, *, opset: int | None, tensorrt: bool, aot: bool
+    source: Source, precision: str, int8: Int8Options, *, opset: int | None, simulate: bool, tensorrt: bool, aot: bool
 ) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
@@ -123,6 +124,9 @@ def _check_options(
             "a folder of images like those to be seen later, to take 8-bit scales from",
             "add --calibration FOLDER",
         )
+    if simulate and (precision not in ("fp16", "bf16") or tensorrt):
+        came = f"--simulate with --precision {precision}{' and --tensorrt' if tensorrt else ''}"
+        raise UserError(came, "--precision fp16 or bf16", "drop --simulate, or choose one of these")
     if aot and not tensorrt:
         raise UserError("--aot without --tensorrt", "--tensorrt --aot", "add --tensorrt")
     if opset is not None and source.path is not None and source.path.suffix == ".onnx":
@@ -151,6 +155,7 @@ def _write_variant(
     precision: str,
     int8: Int8Options,
     *,
+    simulate: bool = False,
     tensorrt: bool = False,
     aot: bool = False,
 ):
@@ -166,12 +171,12 @@ def _write_variant(
         draft = folder / target.name if tensorrt else target
         with console.status(f"making {target.name}"):
             if precision in ("fp16", "bf16"):
-                report, difference = variants.write_half(source, draft, precision, int8.calibration)
+                report, difference = variants.write_half(
+                    source, draft, precision, images=int8.calibration, simulate=simulate
+                )
             elif precision == "int8":
                 keep = int8.keep or variants.DEFAULT_KEEP
-                report, difference = variants.write_int8(
-                    source, draft, int8.calibration, keep=keep, limit=int8.images
-                )
+                report, difference = variants.write_int8(source, draft, int8.calibration, keep=keep, limit=int8.images)
             if precision != "fp32":
                 console.print(report.text(), markup=False)
                 console.print(f"compared with single precision: {difference}")
@@ -183,9 +188,9 @@ def _write_variant(
     return variants.read_model(source)[1]
 
 
-def _variant(path: Path, precision: str, *, tensorrt: bool) -> Path:
+def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
     """The name of a variant of model.onnx, as model.fp16.onnx or model.fp16.tensorrt.onnx."""
-    suffix = "" if precision == "fp32" else f".{precision}"
+    suffix = "" if precision == "fp32" else f".{precision}{'.simulated' if simulate else ''}"
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 

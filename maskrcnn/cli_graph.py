@@ -25,11 +25,13 @@ def run_inspect(console: Console, path: Path, *, size: str | None, json: Path | 
 def run_lint(console: Console, path: Path, *, json: Path | None) -> bool:
     """Prints what TensorRT's parser would object to; whether there were errors.
 
-    A file of ours is checked as TensorRT gets it, without functions and with plugins; any other as it is.
+    A file of ours is checked as TensorRT gets it: with plugins instead of functions, 8-bit integers symmetric. Any
+    other is checked as it is.
     """
     import onnx
 
     from maskrcnn.export.lint import lint
+    from maskrcnn.export.quantize import symmetric
     from maskrcnn.export.tensorrt import tensorrt_flavour
     from maskrcnn.metadata import KEY
 
@@ -38,11 +40,13 @@ def run_lint(console: Console, path: Path, *, json: Path | None) -> bool:
     try:
         proto = onnx.load(path)
         is_ours = any(entry.key == KEY for entry in proto.metadata_props)
-        report = lint(tensorrt_flavour(proto) if is_ours else proto)
+        report = lint(tensorrt_flavour(symmetric(proto)) if is_ours else proto)
     except UserError:
         raise
     except Exception as error:  # onnx's and protobuf's own exceptions share no public base
-        raise UserError(f"{path}: not a valid ONNX file ({str(error)[:200]})", "an ONNX file", "export it again") from error
+        raise UserError(
+            f"{path}: not a valid ONNX file ({str(error)[:200]})", "an ONNX file", "export it again"
+        ) from error
     checked = "its TensorRT flavour, with plugins" if is_ours else "as it is"
     console.print(f"{path}, {checked}: {report.text()}", markup=False)
     if json is not None:

@@ -39,7 +39,7 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
 
 
 class Backend(ABC):
-    """A loaded model. Subclasses give `describe` and `infer`; callers call the object."""
+    """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object."""
 
     name: str  # of the software that runs it, as tables show it
     precision: str  # of the arithmetic, as tables show it

@@ -1,7 +1,6 @@
 """The linter: every rule on a planted graph, our own files clean, torchvision's export named."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from peers import export_legacy, torchvision_from_config
 from tiny import tiny_config
 from typer.testing import CliRunner
 
@@ -18,8 +18,6 @@ from maskrcnn.export.lint import LintReport, lint
 from maskrcnn.export.tensorrt import tensorrt_flavour
 from maskrcnn.export.value_origins import Origin, origins_of
 from maskrcnn.plugins import contract
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is not installed
 
 HEAD = '<ir_version: 10, opset_import: ["": 20, "maskrcnn": 1, "other": 1]>'
 
@@ -358,8 +356,6 @@ def test_opsets_that_are_not_documented_are_a_warning():
 @pytest.fixture(scope="module")
 def legacy_file(tmp_path_factory) -> Path:
     """torchvision's Mask R-CNN through PyTorch's tracing exporter, as users have it."""
-    from benchmarks.peers import export_legacy, torchvision_from_config
-
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("legacy") / "torchvision.onnx"
     picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)

@@ -14,7 +14,14 @@ FOLDERS = {  # folder in the repository: package it installs as
     "runtime": "maskrcnn.runtime",
 }
 # These may import everything.
-TOP_MODULES = ("maskrcnn.cli", "maskrcnn.cli_export", "maskrcnn.cli_graph", "maskrcnn.cli_train", "maskrcnn.cli_verify", "maskrcnn.__main__")
+TOP_MODULES = (
+    "maskrcnn.cli",
+    "maskrcnn.cli_export",
+    "maskrcnn.cli_graph",
+    "maskrcnn.cli_train",
+    "maskrcnn.cli_verify",
+    "maskrcnn.__main__",
+)
 TORCH_BACKEND = "maskrcnn.runtime.torch_backend"
 # What the runtime may use of the package: modules that need no torch.
 LIGHT_MODULES = tuple(

@@ -1,0 +1,132 @@
+"""The models of the export matrix: every architecture, with random weights that tell the kinds of images apart.
+
+Calibrated random weights (`random_weights`) find about as many objects in an even grey image as in a crowded one.
+Here the background's row of the last layer is fitted, by least squares on what the layer sees of other images of
+each kind, so that even grey is background, drawn shapes give some detections and crowds fill the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from matrix_cells import Kind, picture
+from random_weights import calibrated_state_dict
+from torch import Tensor
+
+from maskrcnn.checkpoint import load_weights
+from maskrcnn.config import MODELS, ModelConfig, model_config
+from maskrcnn.detectron2 import CONVENTIONS
+from maskrcnn.errors import UserError
+from maskrcnn.model.detector import MaskRCNN
+
+DETECTRON2 = ":detectron2"  # after a model's name: with Detectron2's conventions
+CLASSES = 90  # COCO's count of labels, as torchvision's weights have
+_CALIBRATION_IMAGES = 4
+_CALIBRATION_SIZE_HW = (320, 416)
+_OTHER_IMAGES = 1000  # index from which on pictures are used for fitting: the matrix has the ones before
+_RIDGE = 1e-1  # of the mean square of a feature
+_CLASS_GAIN = 2.0  # how much the classes' logits are spread, so that some scores are high
+_STRENGTH = 5.0  # logits of background between an ordinary and a grey image, and a crowded and an ordinary one
+
+
+def variant_config(variant: str) -> ModelConfig:
+    """The configuration of a model's name, which may end in `:detectron2`.
+
+    Raises:
+        UserError: for a name that is not in `maskrcnn.config.MODELS`.
+    """
+    name = variant.removesuffix(DETECTRON2)
+    if name not in MODELS:
+        raise UserError(f"model {variant!r}", f"one of {', '.join(MODELS)}, with or without {DETECTRON2}", "name one")
+    return model_config(
+        name,
+        class_names=tuple(f"class_{label}" for label in range(1, CLASSES + 1)),
+        category_ids=tuple(range(1, CLASSES + 1)),
+        **(CONVENTIONS if variant.endswith(DETECTRON2) else {}),
+    )
+
+
+def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]]) -> MaskRCNN:
+    """A model of the matrix with its weights, which are the same every time.
+
+    Args:
+        variant: as `variant_config` takes it.
+        sizes_hw: of the images that it is to see.
+    """
+    config = variant_config(variant)
+    images = [picture(Kind.ORDINARY, _CALIBRATION_SIZE_HW, _OTHER_IMAGES + k) for k in range(_CALIBRATION_IMAGES)]
+    short, long = min(_CALIBRATION_SIZE_HW), max(_CALIBRATION_SIZE_HW)
+    # torchvision's model is what is calibrated: it has no other conventions, but the same tensors.
+    weights = calibrated_state_dict(config.name, CLASSES + 1, images, 0, min_size_px=short, max_size_px=long)
+    model = MaskRCNN(config)
+    load_weights(model, for_pixels_of(config, weights), "calibrated weights")
+    tell_kinds_apart(model.eval(), sizes_hw)
+    return model
+
+
+def for_pixels_of(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model with the default preprocessing for one that divides pixels by other deviations."""
+    name = "backbone.body.conv1.weight"
+    factor = torch.tensor(config.preprocessing.std) / torch.tensor(ModelConfig().preprocessing.std)
+    return weights | {name: weights[name] * factor.view(1, 3, 1, 1)}
+
+
+@torch.no_grad()
+def tell_kinds_apart(model: MaskRCNN, sizes_hw: Sequence[tuple[int, int]]) -> None:
+    """Fits the background's logit: high in even grey images, low in crowded ones, in between in ordinary ones.
+
+    Args:
+        model: whose last layer of the box head is changed in place.
+        sizes_hw: of the images it is fitted on, one of each kind and size.
+    """
+    target = {Kind.EMPTY: 1.0, Kind.ORDINARY: 0.0, Kind.CROWDED: -1.0}
+    seen = [(kind, rows) for kind in Kind for rows in _embeddings(model, kind, sizes_hw)]
+    inputs = torch.cat([rows for _, rows in seen]).double()
+    wanted = torch.cat([torch.full((len(rows),), target[kind]) for kind, rows in seen]).double()
+    mean, level = inputs.mean(dim=0), wanted.mean()
+    moved = inputs - mean
+    square = moved.T @ moved
+    square.diagonal().add_(_RIDGE * square.diagonal().mean())
+    row = torch.linalg.solve(square, moved.T @ (wanted - level))
+    layer = model.roi_heads.box_predictor.cls_score
+    layer.weight[1:] *= _CLASS_GAIN
+    layer.bias[1:] *= _CLASS_GAIN
+    layer.weight[0] = _STRENGTH * row
+    layer.bias[0] = _STRENGTH * (level - mean @ row)
+    others = _embeddings(model, Kind.ORDINARY, sizes_hw, _OTHER_IMAGES + 1)  # it was not fitted to these
+    layer.bias[0] += _shift([layer(rows) for rows in others], model.config)
+
+
+def _embeddings(
+    model: MaskRCNN, kind: Kind, sizes_hw: Sequence[tuple[int, int]], index: int = _OTHER_IMAGES
+) -> Iterator[Tensor]:
+    """What the last layer of the box head sees of the proposals of one image of each size, `[R, C]`."""
+    caught: list[Tensor] = []
+    hook = model.roi_heads.box_predictor.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        for size in sizes_hw:
+            image = torch.from_numpy(picture(kind, size, index).transpose(2, 0, 1)[None].copy()).float()
+            stages: dict[str, Tensor] = {}
+            model(image, torch.tensor([size]), stages)
+            yield caught.pop()[stages["proposals"][0].any(dim=1)]  # rows of zeros are no proposals
+    finally:
+        hook.remove()
+
+
+def _shift(logits: Sequence[Tensor], config: ModelConfig) -> float:
+    """What to add to background so that an image has on average as many scores as the output has rows.
+
+    Half of them or more are then suppressed or not there, and the output is not full.
+
+    Args:
+        logits: `[R, 1 + classes]` of each image.
+        config: for the score threshold and the rows of the output.
+    """
+    low, high = -40.0, 40.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        shifted = [rows + torch.tensor([middle] + [0.0] * config.num_classes) for rows in logits]
+        passing = sum(int((rows.softmax(dim=1)[:, 1:] > config.score_threshold).sum()) for rows in shifted)
+        low, high = (middle, high) if passing > config.detections * len(logits) else (low, middle)
+    return high

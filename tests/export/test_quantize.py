@@ -1,0 +1,151 @@
+"""8-bit integers in the graph: where Q/DQ nodes stand, their scales, and what comes out."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+
+from maskrcnn.errors import UserError
+from maskrcnn.export.graph import Graph
+from maskrcnn.export.observe import feeds_of, images_in, observe
+from maskrcnn.export.quantize import GROUPS, ranges, symmetric, to_int8, values_to_observe
+from maskrcnn.runtime.compare import INT8
+from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+from maskrcnn.runtime.validation import compare_backends
+
+LAYERS = ("Conv", "ConvTranspose", "Gemm")
+
+
+@pytest.fixture(scope="module")
+def proto(onnx_file) -> onnx.ModelProto:
+    return onnx.load(onnx_file)
+
+
+@pytest.fixture(scope="module")
+def feeds(onnx_file, shapes) -> list[dict[str, np.ndarray]]:
+    return list(feeds_of(images_in(shapes / "train", 6), read_model(onnx_file)[1]))
+
+
+@pytest.fixture(scope="module")
+def activations(proto, feeds) -> dict[str, tuple[float, float]]:
+    return ranges(observe(proto, feeds, values_to_observe(proto)))
+
+
+@pytest.fixture(scope="module")
+def whole(proto, activations) -> onnx.ModelProto:
+    return to_int8(proto, activations, keep=())[0]
+
+
+def producer(graph: Graph, name: str) -> onnx.NodeProto:
+    return graph.producers[name]
+
+
+def test_every_layer_reads_integers_and_no_coordinate_does(whole, proto):
+    graph = Graph(whole)
+    for node in whole.graph.node:
+        if node.op_type in LAYERS:
+            assert {producer(graph, name).op_type for name in node.input} == {"DequantizeLinear"}, node.name
+    quantized = {node.input[0] for node in whole.graph.node if node.op_type == "QuantizeLinear"}
+    features = {node.output[0] for node in proto.graph.node if node.op_type in (*LAYERS, "Relu", "Add", "Resize")}
+    makers = {name: producer(graph, name).op_type for name in quantized if name in graph.producers}
+    assert set(makers.values()) <= {*LAYERS, "Relu", "Add", "Resize", "MaxPool", "Mul", "Reshape", "MultilevelRoiAlign"}
+    assert [name for name, op in makers.items() if op == "Mul"] == ["normalised"]
+    assert all(name in features for name, op in makers.items() if op == "Add")
+
+
+def test_nothing_stands_between_a_layer_and_its_relu(whole):
+    graph = Graph(whole)
+    relus = [node for node in whole.graph.node if node.op_type == "Relu"]
+    assert relus and all(producer(graph, node.input[0]).op_type in (*LAYERS, "Add") for node in relus)
+
+
+def test_weights_have_a_scale_for_each_output_channel(whole, proto):
+    before, after = Graph(proto), Graph(whole)
+    for layer, axis in (("backbone.body.layer2.0.conv1", 0), ("roi_heads.mask_predictor.conv5_mask", 1)):
+        weight = before.constant(f"{layer}.weight")
+        scale = after.constant(f"{layer}.weight_scale")
+        integers = after.constant(f"{layer}.weight_quantized")
+        assert scale.shape == (weight.shape[axis],) and integers.dtype == np.int8
+        shape = [-1 if k == axis else 1 for k in range(4)]
+        assert np.abs(integers * scale.reshape(shape) - weight).max() <= 0.5001 * scale.max()
+        assert np.abs(integers).max() == 127  # the whole range is used
+
+
+def test_biases_are_int32_of_the_product_of_scales(whole):
+    graph = Graph(whole)
+    node = next(node for node in whole.graph.node if node.name == "backbone.body.layer1.0.conv1")
+    activation, weight, bias = (producer(graph, name) for name in node.input)
+    assert graph.constant(bias.input[0]).dtype == np.int32
+    product = graph.constant(activation.input[1]) * graph.constant(weight.input[1])
+    assert np.allclose(graph.constant(bias.input[1]), product)
+
+
+def test_zero_is_exact_and_ranges_are_means_over_images(whole, activations, proto, feeds):
+    graph = Graph(whole)
+    seen = observe(proto, feeds, ["normalised"])["normalised"]
+    assert activations["normalised"] == pytest.approx(tuple(seen.mean(axis=0)))
+    scale, zero_point = graph.constant("normalised_scale"), graph.constant("normalised_zero_point")
+    assert zero_point.dtype == np.uint8 and float(scale) * 255 == pytest.approx(np.ptp(activations["normalised"]))
+    pooled = next(node.output[0] for node in proto.graph.node if node.op_type == "MaxPool")  # of a ReLU
+    assert graph.constant(f"{pooled}_zero_point") == 0
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_groups_can_be_left_out(proto, activations, group):
+    whole = to_int8(proto, activations, keep=())[1].quantized.total()
+    model, report = to_int8(proto, activations, keep=(group,))
+    assert report.kept and report.quantized.total() + len(report.kept) == whole
+    graph = Graph(model)
+    kept = [node for node in model.graph.node if node.name in report.kept]
+    assert all(node.input[1] in graph.constants for node in kept if node.op_type in LAYERS)
+
+
+def test_an_unknown_layer_is_named_with_those_there_are(proto, activations):
+    with pytest.raises(UserError, match=r"no layer 'backbone.body.conv9'\nexpected: .*backbone.body.conv1"):
+        to_int8(proto, activations, keep=("backbone.body.conv9",))
+
+
+@pytest.mark.parametrize("form", ["as it is", "symmetric"])
+def test_integers_detect_much_the_same(tmp_path, onnx_file, proto, activations, feeds, form):
+    model, _ = to_int8(proto, activations)
+    model = symmetric(model) if form == "symmetric" else model
+    path = tmp_path / "model.int8.onnx"
+    onnx.save(model, path)
+    reference = OnnxRuntimeBackend(onnx_file)
+    for backend in (OnnxRuntimeBackend(path), OpenVinoBackend(path)):
+        difference = compare_backends(reference, backend, INT8, feeds)
+        assert difference.detections > 10
+        assert difference.unpaired + difference.departing <= 0.5 * difference.detections, str(difference)
+
+
+def test_integers_are_a_quarter_of_the_bytes(onnx_file, whole):
+    assert len(whole.SerializeToString()) < 0.3 * onnx_file.stat().st_size
+
+
+def test_symmetric_leaves_nothing_that_tensorrt_refuses(whole):
+    model = symmetric(whole)
+    kinds = Counter(tensor.data_type for tensor in model.graph.initializer)
+    assert not {onnx.TensorProto.UINT8, onnx.TensorProto.INT32} & set(kinds)
+    graph = Graph(model)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero_point = graph.constant(node.input[2])
+            assert zero_point.dtype == np.int8 and not zero_point.any()
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no image in it"):
+        images_in(tmp_path, 4)
+    with pytest.raises(UserError, match="no folder"):
+        images_in(tmp_path / "missing", 4)
+
+
+def test_images_are_spread_over_the_folder(shapes):
+    every = images_in(shapes / "train", 100)
+    some = images_in(shapes / "train", 3)
+    assert len(every) == 12
+    assert some == [every[0], every[6], every[11]]

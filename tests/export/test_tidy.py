@@ -1,0 +1,59 @@
+"""What an exported file holds beside the computation: readable names, and nothing of the exporting machine."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from tiny import lively_model, tiny_config
+
+import maskrcnn
+from maskrcnn.export.exporter import export_onnx
+from maskrcnn.export.graph import Graph, op_counts
+from maskrcnn.stages import STAGES
+
+
+def test_no_path_of_the_exporting_machine_is_in_the_file(onnx_file):
+    proto = onnx.load(onnx_file)
+    written = proto.SerializeToString()
+    for folder in (Path(maskrcnn.__file__).parent, Path(torch.__file__).parent, Path.home()):
+        assert str(folder).encode() not in written
+    assert [prop.key for prop in proto.metadata_props] == ["maskrcnn"]
+
+
+def test_layers_and_weights_have_the_checkpoints_names(onnx_file, model):
+    graph = Graph(onnx.load(onnx_file))
+    weights = {name for name in model.state_dict() if name.endswith("conv1.weight") or "fc" in name}
+    assert weights <= set(graph.constants)
+    names = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+    assert "backbone.body.layer3.0.downsample.0" in names
+    assert [name for name in names if name.startswith("rpn.head.cls_logits")] == [
+        "rpn.head.cls_logits",
+        *(f"rpn.head.cls_logits#{k}" for k in range(2, 6)),
+    ]
+    assert len(names) == len(set(names))
+
+
+def test_every_stage_is_a_value_of_the_graph(onnx_file, boxes_onnx_file):
+    for path, missing in ((onnx_file, set()), (boxes_onnx_file, {"mask_features", "mask_logits", "masks"})):
+        made = {name for node in onnx.load(path).graph.node for name in node.output}
+        assert set(STAGES) - made == missing
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_frozen_norms_are_folded_into_convolutions(tmp_path, bias):
+    model = lively_model(tiny_config(frozen_batch_norm=True))
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if "bn" in name and name.endswith("weight"):
+                value.uniform_(0.5, 1.5)
+            if bias and "bn" in name and name.endswith(("bias", "running_mean")):
+                value.normal_(std=0.1)
+    difference = export_onnx(model, tmp_path / "frozen.onnx")
+    assert difference.detections > 0
+    plain = op_counts(onnx.load(tmp_path / "frozen.onnx"))
+    graph = Graph(onnx.load(tmp_path / "frozen.onnx"))
+    stem = next(node for node in graph.graph.node if node.name == "backbone.body.conv1")
+    assert list(stem.input[1:]) == ["backbone.body.conv1.weight", "backbone.body.conv1.bias"]
+    assert graph.only_consumer(stem.output[0]).op_type == "Relu"
+    assert plain["BatchNormalization"] == 0
