@@ -57,9 +57,10 @@ def newest_artefacts() -> Artefacts:
     checkpoint = runs.newest_checkpoint()
     folder = checkpoint.parent
     engines = [path for path in sorted(folder.glob("*.xml")) if ".rejected" not in path.suffixes]
+    exported = [path for path in sorted(folder.glob("*.onnx")) if not {".rejected", ".tensorrt"} & set(path.suffixes)]
     return Artefacts(
         checkpoint=checkpoint,
-        onnx=tuple(sorted(folder.glob("*.onnx"))),
+        onnx=tuple(sorted(exported, key=is_variant)),
         engines=tuple(engines),
         others=tuple(sorted(folder.glob("*.engine"))),
     )
@@ -95,11 +96,7 @@ def our_contenders(artefacts: Artefacts) -> list[Contender]:
     if artefacts.checkpoint:
         found += _of_checkpoint(artefacts.checkpoint)
     for path in artefacts.onnx:
-        source = artefacts.checkpoint
-        found += [
-            _of_file(path, "ONNX Runtime", "onnxruntime", "fp32", source=source),
-            _of_file(path, "OpenVINO", "openvino", "fp32", source=source, options={"precision": "fp32"}),
-        ]
+        found += _of_onnx(path, artefacts.checkpoint)
     found += [_of_engine(path, artefacts.onnx) for path in artefacts.engines]
     found += [_of_file(path, path.suffix.removeprefix("."), None, "") for path in artefacts.others]
     if artefacts.complete:
@@ -151,9 +148,27 @@ def _of_file(
     return Contender(model=path.name, backend=backend, precision=precision, open=open_file)
 
 
+def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
+    """An exported file on the runtimes that take its precision, which its name tells, as model.fp16.onnx does."""
+    precision = path.suffixes[0].removeprefix(".") if is_variant(path) else "fp32"
+    found = []
+    if precision != "bf16":  # ONNX Runtime has no kernels for it
+        found.append(_of_file(path, "ONNX Runtime", "onnxruntime", precision, source=source))
+    if precision in ("fp32", "bf16"):
+        options = {"precision": "fp32"} if precision == "fp32" else {}
+        found.append(_of_file(path, "OpenVINO", "openvino", precision, source=source, options=options))
+    return found
+
+
+def is_variant(path: Path) -> bool:
+    """Whether an ONNX file was made from another one, as model.int8.onnx from model.onnx."""
+    return len(path.suffixes) > 1
+
+
 def _of_engine(path: Path, onnx: Sequence[Path]) -> Contender:
     """An engine; its metadata tells the precision, and the ONNX file that it was built from."""
-    source = onnx[0] if len(onnx) == 1 else None
+    exported = [each for each in onnx if not is_variant(each)]
+    source = exported[0] if len(exported) == 1 else None
 
     def open_engine() -> Detector:
         detector = Detector.load(path)
@@ -169,7 +184,8 @@ def precision_of(detector: Any) -> str:
     if backend is None:
         return "fp32"  # a peer
     weights = backend.metadata.stamp.get("weights", backend.precision)
-    return backend.precision if weights == backend.precision else f"{backend.precision}, {weights} weights"
+    is_told = backend.precision.startswith(weights)
+    return backend.precision if is_told else f"{backend.precision}, {weights} weights"
 
 
 def _check_source(path: Path, detector: Detector, source: Path | None, command: str) -> None:

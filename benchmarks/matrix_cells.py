@@ -17,6 +17,8 @@ SIZES_HW = ((160, 192), (480, 640), (640, 416), (800, 1344))
 _GREY = 128
 _TILE_PX = (32, 96)  # sides of the pictures that a crowded image is put together from
 _TILES_ALONG = 5  # of them along the shorter side, within those limits
+_LEAST_OBJECTS = 3  # of an ordinary image
+_DRAWINGS = 20  # after which an image stays as it is; images of 32 px have no room for three
 _PADDING_HW = (17, 40)  # how much smaller than its batch every other image is
 
 
@@ -78,10 +80,19 @@ def picture(kind: Kind, size_hw: tuple[int, int], index: int) -> np.ndarray:
     if kind is Kind.EMPTY:
         image = np.full((*size_hw, 3), _GREY, np.uint8)
     elif kind is Kind.ORDINARY:
-        image = shapes_image(np.random.default_rng((0, index)), size_hw)[0]
+        image = _with_objects(np.random.default_rng((0, index)), size_hw)
     else:
         image = _mosaic(np.random.default_rng((1, index)), size_hw)
     image.flags.writeable = False
+    return image
+
+
+def _with_objects(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
+    """Drawn shapes, at least three."""
+    for _ in range(_DRAWINGS):
+        image, objects = shapes_image(rng, size_hw)
+        if len(objects) >= _LEAST_OBJECTS:
+            break
     return image
 
 

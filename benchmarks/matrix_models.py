@@ -7,6 +7,7 @@ each kind, so that even grey is background, drawn shapes give some detections an
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -115,9 +116,9 @@ def _embeddings(
 
 
 def _shift(logits: Sequence[Tensor], config: ModelConfig) -> float:
-    """What to add to background so that an image has on average as many scores as the output has rows.
+    """What to add to background so that the median image has as many scores as the output has rows.
 
-    Half of them or more are then suppressed or not there, and the output is not full.
+    Some of them are then suppressed, and the output is not full.
 
     Args:
         logits: `[R, 1 + classes]` of each image.
@@ -127,6 +128,6 @@ def _shift(logits: Sequence[Tensor], config: ModelConfig) -> float:
     for _ in range(30):
         middle = (low + high) / 2
         shifted = [rows + torch.tensor([middle] + [0.0] * config.num_classes) for rows in logits]
-        passing = sum(int((rows.softmax(dim=1)[:, 1:] > config.score_threshold).sum()) for rows in shifted)
-        low, high = (middle, high) if passing > config.detections * len(logits) else (low, middle)
+        passing = [int((rows.softmax(dim=1)[:, 1:] > config.score_threshold).sum()) for rows in shifted]
+        low, high = (middle, high) if statistics.median(passing) > config.detections else (low, middle)
     return high

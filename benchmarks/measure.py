@@ -14,7 +14,7 @@ from workloads import Workload
 
 from maskrcnn.errors import UserError
 from maskrcnn.postprocess import Detections
-from maskrcnn.runtime.compare import EXACT, HALF
+from maskrcnn.runtime.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.evaluate import evaluate
 
 CHECKED_IMAGES = 4
@@ -31,6 +31,12 @@ HALF_BOUNDS = {
     "score": HALF.score,
     "mask_iou": 0.5,
     "unpaired_share": HALF.departing_share,
+}
+INT8_BOUNDS = {
+    "box_px": INT8.box_px,
+    "score": INT8.score,
+    "mask_iou": 0.3,
+    "unpaired_share": INT8.departing_share,
 }
 
 
@@ -157,8 +163,8 @@ def _checked_calls(workload: Workload) -> list[list]:
 
 
 def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], rows: int) -> None:
-    is_half = entry.precision != "fp32"
-    bounds = HALF_BOUNDS if is_half else FP32_BOUNDS
+    is_exact = entry.precision == "fp32"
+    bounds = FP32_BOUNDS if is_exact else INT8_BOUNDS if "int8" in entry.precision else HALF_BOUNDS
     limit = entry.contender.largest_batch
     parts: list[Mismatch] = []
     try:
@@ -175,8 +181,8 @@ def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], r
     difference = merge(parts)
     entry.check = str(difference)
     if not difference.within(**bounds):
-        # A wrong FP32 model is a bug, and its latency no result. Half precision is judged by its AP.
-        entry.fail("inexact" if is_half else "differs", f"from the reference: {difference}")
+        # A wrong FP32 model is a bug, and its latency no result. Other precisions are judged by their AP.
+        entry.fail("differs" if is_exact else "inexact", f"from the reference: {difference}")
 
 
 def _time(entries: list[_Entry], workload: Workload, batch: int, progress: Progress) -> dict[str, Samples]:

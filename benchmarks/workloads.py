@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from contenders import Artefacts, validation_split
+from PIL import Image
 from progress import Progress
 from random_weights import calibrated_state_dict
 
@@ -101,7 +102,7 @@ def resnet50_workload(
     budget_s: float | None,
 ) -> tuple[Artefacts, Workload]:
     """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of one size."""
-    pool, kind = _images_of_size(size_hw, data, split)
+    pool, kind = images_of_size(size_hw, data, split)
     progress.say(f"{_RESNET50}: random weights, batch norm and heads set from {kind}")
     sizes = {"min_size_px": min(size_hw), "max_size_px": max(size_hw)}
     weights = calibrated_state_dict(_RESNET50, _CLASSES, pool[:4], seed=0, **sizes)
@@ -116,7 +117,7 @@ def resnet50_workload(
     checkpoint = folder / f"resnet50{SUFFIX}"
     save_checkpoint(checkpoint, model)
     notes: list[str] = []
-    artefacts = _make_files(model, checkpoint, progress, notes)
+    artefacts = _make_files(model, checkpoint, pool, progress, notes)
     workload = Workload(
         name=f"{_RESNET50}, random weights, {kind} of {size_hw[0]}×{size_hw[1]}",
         pool=pool,
@@ -129,39 +130,62 @@ def resnet50_workload(
     return artefacts, workload
 
 
-def _make_files(model: MaskRCNN, checkpoint: Path, progress: Progress, notes: list[str]) -> Artefacts:
-    """The ONNX file and the engine of a checkpoint; a step that fails becomes a note."""
-    artefacts = Artefacts(checkpoint=checkpoint)
-    try:
+def _make_files(
+    model: MaskRCNN, checkpoint: Path, pool: list[np.ndarray], progress: Progress, notes: list[str]
+) -> Artefacts:
+    """The ONNX files and the engines of a checkpoint; a step that fails becomes a note."""
+    exported, integers = checkpoint.with_suffix(".onnx"), checkpoint.with_suffix(".int8.onnx")
+    half_engine, integer_engine = checkpoint.with_suffix(".fp16.xml"), checkpoint.with_suffix(".int8.xml")
+    pictures = checkpoint.with_name("calibration")
+    pictures.mkdir()
+    for k, image in enumerate(pool):
+        Image.fromarray(image).save(pictures / f"{k}.png")
+
+    def export() -> str:
         from maskrcnn.export.exporter import export_onnx
 
-        progress.say("exporting to ONNX")
-        onnx = checkpoint.with_suffix(".onnx")
-        notes.append(f"ONNX file compared with PyTorch: {export_onnx(model, onnx, source=checkpoint)}")
-        artefacts = replace(artefacts, onnx=(onnx,))
+        return f"ONNX file compared with PyTorch: {export_onnx(model, exported, source=checkpoint)}"
 
+    def quantize() -> str:
+        from maskrcnn.export.variants import write_int8
+
+        return f"8-bit file compared with the ONNX file: {write_int8(exported, integers, pictures)[1]}"
+
+    def build(onnx: Path, engine: Path) -> str:
         from maskrcnn.runtime.engine import build_openvino_engine
 
-        progress.say("building the OpenVINO engine")
-        engine = checkpoint.with_suffix(".fp16.xml")
-        _, difference = build_openvino_engine(onnx, engine, half=True)
-        notes.append(f"engine compared with the ONNX file: {difference}")
-        return replace(artefacts, engines=(engine,))
-    except (UserError, ImportError) as error:
-        text = error.came if isinstance(error, UserError) else str(error)
-        notes.append(" ".join(text.split()).replace(f"{checkpoint.parent}/", ""))
-        progress.say(notes[-1])
-        return replace(artefacts, engines=_rejected_engine(checkpoint.with_suffix(".fp16.xml")))
+        if not onnx.is_file():
+            raise UserError(f"no file {onnx}", "the step before", "see the note on it")
+        _, difference = build_openvino_engine(onnx, engine, half=True, reference=exported)
+        return f"{engine.name} compared with the ONNX file: {difference}"
+
+    for text, make, made in (
+        ("exporting to ONNX", export, exported),
+        ("quantising", quantize, integers),
+        ("building the OpenVINO engine", lambda: build(exported, half_engine), half_engine),
+        ("building the 8-bit engine", lambda: build(integers, integer_engine), integer_engine),
+    ):
+        progress.say(text)
+        try:
+            notes.append(make())
+        except (UserError, ImportError) as error:
+            came = error.came if isinstance(error, UserError) else str(error)
+            notes.append(" ".join(came.split()).replace(f"{checkpoint.parent}/", ""))
+            progress.say(notes[-1])
+            _take_rejected(made)
+    return Artefacts(
+        checkpoint=checkpoint,
+        onnx=tuple(path for path in (exported, integers) if path.is_file()),
+        engines=tuple(path for path in (half_engine, integer_engine) if path.is_file()),
+    )
 
 
-def _rejected_engine(engine: Path) -> tuple[Path, ...]:
-    """The engine that was put aside for departing too far, under its own name; the table will say how far."""
-    rejected = engine.with_suffix(".rejected.xml")
-    if not rejected.is_file():
-        return ()
-    for suffix in (".bin", ".xml"):
-        rejected.with_suffix(suffix).replace(engine.with_suffix(suffix))
-    return (engine,)
+def _take_rejected(path: Path) -> None:
+    """Gives a file that was put aside for departing too far its own name; the table will say how far it departs."""
+    rejected = path.with_suffix(f".rejected{path.suffix}")
+    for suffix in (".bin", path.suffix):
+        if rejected.with_suffix(suffix).is_file():
+            rejected.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
 def generated_images(count: int, size_hw: tuple[int, int]) -> list[np.ndarray]:
@@ -169,7 +193,7 @@ def generated_images(count: int, size_hw: tuple[int, int]) -> list[np.ndarray]:
     return [shapes_image(np.random.default_rng((0, k)), size_hw)[0] for k in range(count)]
 
 
-def _images_of_size(size_hw: tuple[int, int], data: Path | None, split: str | None) -> tuple[list[np.ndarray], str]:
+def images_of_size(size_hw: tuple[int, int], data: Path | None, split: str | None) -> tuple[list[np.ndarray], str]:
     """Images of exactly this size, and what they are."""
     if data is None:
         return generated_images(POOL, size_hw), "generated shapes"

@@ -91,6 +91,12 @@ class OpenVinoBackend(Backend):
         present = {name for output in request.model_outputs for name in output.get_names()}
         return {name: request.get_tensor(name).data.copy() for name in names if name in present}
 
+    def profiling_request(self):
+        """An inference request of the same model that measures its layers (`request.profiling_info`)."""
+        core = import_openvino().Core()
+        model, _ = _read(core, self.path)
+        return core.compile_model(model, "CPU", {**self._options, "PERF_COUNT": True}).create_infer_request()
+
     def _instrumented_request(self, names: Sequence[str]):
         """An inference request of the same model, which has the named tensors among its outputs."""
         core = import_openvino().Core()

@@ -16,7 +16,6 @@ from maskrcnn.cli import app
 from maskrcnn.export import tensorrt_ops as table
 from maskrcnn.export.lint import LintReport, lint
 from maskrcnn.export.tensorrt import tensorrt_flavour
-from maskrcnn.export.value_origins import Origin, origins_of
 from maskrcnn.plugins import contract
 
 HEAD = '<ir_version: 10, opset_import: ["": 20, "maskrcnn": 1, "other": 1]>'
@@ -390,53 +389,3 @@ def test_the_command_checks_the_flavour_of_our_files_and_others_as_they_are(onnx
     other = CliRunner().invoke(app, ["lint", str(legacy_file), "--json", str(out)])
     assert other.exit_code == 1 and "as it is" in other.stdout
     assert json.loads(out.read_text())["flavour"] is False
-
-
-# The table and the analysis of values
-
-
-def test_the_table_names_operators_that_exist_and_none_twice():
-    own = {"ImageScaler", "ParametricSoftplus", "ScaledTanh"}  # of the parser, or of an old ONNX
-    names = set(table.SUPPORTED) | table.UNSUPPORTED
-    assert not set(table.SUPPORTED) & table.UNSUPPORTED
-    assert {name for name in names if not onnx.defs.has(name)} <= own
-    for rules in (table.ATTRIBUTES, table.CONSTANT_INPUTS, table.SIZE_INPUTS, table.RANKS, table.TYPED_INPUTS):
-        assert set(rules) <= set(table.SUPPORTED)
-    for name, rules in table.ATTRIBUTES.items():
-        assert {rule.attribute for rule in rules} <= set(onnx.defs.get_schema(name).attributes)
-    kinds = set(TensorProto.DataType.keys())
-    assert all(entry.types <= kinds and entry.source for entry in table.SUPPORTED.values())
-
-
-def test_values_are_followed_to_where_they_come_from():
-    model = parsed(
-        """(float[n,4] x, int64[2] sizes) => (float[n,4] y) <int64[1] two = {2}, int64 zero = {0}>
-        {
-            shape = Shape(x)
-            n = Gather(shape, zero)
-            fixed = Add(two, two)
-            size = Gather(sizes, zero)
-            largest = ReduceMax<keepdims = 0>(x)
-            rows = Cast<to = 7>(largest)
-            found = NonZero(x)
-            count = Shape(found)
-            mixed = Add(n, size)
-            y = Identity(x)
-        }"""
-    )
-    known = {v.name: v.type.tensor_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    known.update({v.name: v.type.tensor_type for v in model.graph.input})
-    found = origins_of(model.graph, known)
-    wanted = {
-        "two": Origin.GIVEN,
-        "fixed": Origin.COMPUTED,
-        "shape": Origin.SHAPE,
-        "n": Origin.SHAPE,
-        "size": Origin.INPUT,
-        "mixed": Origin.INPUT,
-        "rows": Origin.DATA,
-        "count": Origin.SHAPE_OF_DATA,
-        "y": Origin.DATA,
-    }
-    assert {name: found.of(name) for name in wanted} == wanted
-    assert found.sized_by_values == {"found"}

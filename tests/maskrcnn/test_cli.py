@@ -163,7 +163,7 @@ def test_flags_that_contradict(run, road):
     expect_error(run("export"), "no format", "--onnx")
     expect_error(run("export", "--onnx", "--weights", "w.pth"), "--weights without --model")
     expect_error(run("build-engine"), "no precision")
-    expect_error(run("build-engine", "--fp16", "--fp32"), "both")
+    expect_error(run("build-engine", "--fp16", "--fp32"), "--fp16 and --fp32")
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])

@@ -1,0 +1,139 @@
+"""What the export matrix found: one result per cell, one row per model and kind of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from matrix_cells import Cell, Kind, cell_feeds
+from report import aligned
+
+from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.compare import EXACT, Difference, compare_outputs, merge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How far two backends were apart in one cell."""
+
+    model: str
+    cell: Cell
+    difference: Difference
+    full: int  # images whose output had no row left, in the reference
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON can hold it."""
+        kind, size = self.cell.kind.value, list(self.cell.size_hw)
+        place = {"model": self.model, "kind": kind, "batch": self.cell.batch, "size_hw": size}
+        return {**place, "full": self.full, "within": self.difference.within(EXACT), **_numbers(self.difference)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The cells of one model and one kind of images together."""
+
+    model: str
+    kind: Kind
+    cells: int
+    difference: Difference
+    full: int
+    worst: Result  # the cell that needs the most of the tolerance
+    beyond: int  # cells that are outside of it
+
+    @property
+    def status(self) -> str:
+        """What is wrong, or ok."""
+        if self.beyond:
+            return f"{self.beyond} of {self.cells} cells beyond the tolerance"
+        missing = {
+            Kind.ORDINARY: self.difference.detections == 0 and "no detections",
+            Kind.EMPTY: self.difference.images_without_detections == 0 and "no empty output",
+            Kind.CROWDED: self.full == 0 and "no full output",
+        }
+        return missing[self.kind] or "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON can hold it."""
+        place = {"model": self.model, "kind": self.kind.value, "cells": self.cells, "full": self.full}
+        verdict = {"worst": str(self.worst.cell), "beyond": self.beyond, "status": self.status}
+        return {**place, **_numbers(self.difference), **verdict}
+
+
+def compare_cell(model: str, reference: Backend, other: Backend, cell: Cell) -> Result:
+    """The difference of two backends on the batches of a cell."""
+    threshold = reference.metadata.score_threshold if hasattr(reference.metadata, "score_threshold") else 0.05
+    parts, full = [], 0
+    for feeds in cell_feeds(cell):
+        expected = reference(feeds)
+        parts.append(compare_outputs(expected, other(feeds), EXACT, score_threshold=threshold))
+        full += int((expected["num_detections"] == expected["scores"].shape[1]).sum())
+    return Result(model=model, cell=cell, difference=merge(parts), full=full)
+
+
+def summary(results: Sequence[Result]) -> list[Row]:
+    """One row for each model and kind, in the order of the results."""
+    rows = []
+    for (model, kind), group in groupby(results, key=lambda result: (result.model, result.cell.kind)):
+        found = list(group)
+        rows.append(
+            Row(
+                model=model,
+                kind=kind,
+                cells=len(found),
+                difference=merge([result.difference for result in found]),
+                full=sum(result.full for result in found),
+                worst=max(found, key=lambda result: needed_share(result.difference)),
+                beyond=sum(not result.difference.within(EXACT) for result in found),
+            )
+        )
+    return rows
+
+
+def failed(row: Row) -> bool:
+    """Whether a row is a reason to reject the export."""
+    return row.status != "ok"
+
+
+def needed_share(difference: Difference) -> float:
+    """How much of `EXACT` a difference needs: above 1 it is outside; infinite for NaN and detections alone."""
+    shares = (
+        difference.box_px / EXACT.box_px,
+        difference.score / EXACT.score,
+        (difference.mask or 0.0) / EXACT.mask,
+        (difference.mask_mean or 0.0) / EXACT.mask_mean,
+    )
+    if difference.unpaired or any(math.isnan(share) for share in shares):
+        return math.inf
+    return max(shares)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = [
+        *("model", "images", "cells", "number", "empty", "full", "detections"),
+        *("box px", "score", "mask", "mask mean", "unpaired", "worst cell", "status"),
+    ]
+    return aligned(head, [_columns(row) for row in rows])
+
+
+def _columns(row: Row) -> list[str]:
+    found = row.difference
+    counts = (row.cells, found.images, found.images_without_detections, row.full, found.detections)
+    differences = (found.box_px, found.score, found.mask, found.mask_mean)
+    return [
+        *(row.model, row.kind.value),
+        *(str(count) for count in counts),
+        *("" if value is None else f"{value:.1e}" for value in differences),
+        *(str(found.unpaired), str(row.worst.cell), row.status),
+    ]
+
+
+def _numbers(difference: Difference) -> dict[str, Any]:
+    """A difference's fields; NaN, which JSON does not have, as text."""
+    values = dataclasses.asdict(difference)
+    return {name: "NaN" if isinstance(v, float) and np.isnan(v) else v for name, v in values.items()}
