@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def content(extent: Extent, results: Sequence[Result], failures: dict[str, str], machine: dict) -> dict[str, Any]:
+def content(extent: Extent, results: Sequence[Result], failures: dict[str, str], here: dict) -> dict[str, Any]:
     """What the JSON file holds."""
     return {
         "schema": SCHEMA,
@@ -137,7 +137,7 @@ def content(extent: Extent, results: Sequence[Result], failures: dict[str, str],
         "tolerance": str(EXACT),
         "batches": list(extent.batches),
         "sizes_hw": [list(size) for size in extent.sizes_hw],
-        "environment": machine,
+        "environment": here,
         "failures": failures,
         "rows": [row.to_dict() for row in summary(results)],
         "cells": [result.to_dict() for result in results],

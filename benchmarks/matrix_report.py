@@ -66,11 +66,10 @@ class Row:
 
 def compare_cell(model: str, reference: Backend, other: Backend, cell: Cell) -> Result:
     """The difference of two backends on the batches of a cell."""
-    threshold = reference.metadata.score_threshold if hasattr(reference.metadata, "score_threshold") else 0.05
     parts, full = [], 0
     for feeds in cell_feeds(cell):
         expected = reference(feeds)
-        parts.append(compare_outputs(expected, other(feeds), EXACT, score_threshold=threshold))
+        parts.append(compare_outputs(expected, other(feeds), EXACT))
         full += int((expected["num_detections"] == expected["scores"].shape[1]).sum())
     return Result(model=model, cell=cell, difference=merge(parts), full=full)
 
@@ -115,7 +114,7 @@ def needed_share(difference: Difference) -> float:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = [
-        *("model", "images", "cells", "number", "empty", "full", "detections"),
+        *("model", "kind", "cells", "images", "empty", "full", "detections"),
         *("box px", "score", "mask", "mask mean", "unpaired", "worst cell", "status"),
     ]
     return aligned(head, [_columns(row) for row in rows])
@@ -129,7 +128,7 @@ def _columns(row: Row) -> list[str]:
         *(row.model, row.kind.value),
         *(str(count) for count in counts),
         *("" if value is None else f"{value:.1e}" for value in differences),
-        *(str(found.unpaired), str(row.worst.cell), row.status),
+        *(str(found.unpaired), str(row.worst.cell) if needed_share(found) else "", row.status),
     ]
 
 

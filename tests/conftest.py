@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny import lively_model, tiny_config
+import torch
+from tiny import TINY_V2, lively_model, tiny_config
 
 from maskrcnn.checkpoint import save_checkpoint
 from maskrcnn.data.shapes import generate_shapes
@@ -47,6 +48,26 @@ def boxes_onnx_file(tmp_path_factory, boxes_model) -> Path:
     save_checkpoint(folder / "best.safetensors", boxes_model)
     export_onnx(boxes_model, folder / "model.onnx", source=folder / "best.safetensors")
     return folder / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def v2_model() -> MaskRCNN:
+    """A model of version 2, with batch norm in its heads as it would be after training."""
+    model = lively_model(tiny_config(**TINY_V2))
+    with torch.no_grad():
+        for norm in (m for m in model.roi_heads.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def v2_onnx_file(tmp_path_factory, v2_model) -> Path:
+    from maskrcnn.export.exporter import export_onnx
+
+    path = tmp_path_factory.mktemp("v2") / "model.onnx"
+    export_onnx(v2_model, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,52 +2,17 @@
 
 import json
 import shutil
-import sys
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from command_line import expect_error
 from PIL import Image
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from maskrcnn import cli, runs
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a command line in an empty folder; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["maskrcnn", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "_file", None)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
-def road(tmp_path, checkpoint, onnx_file):
-    """A run with a checkpoint and an exported file in the present folder."""
-    folder = tmp_path / "runs" / "train-1"
-    folder.mkdir(parents=True)
-    shutil.copy(checkpoint, folder / runs.BEST)
-    shutil.copy(onnx_file, folder / runs.ONNX)
-    return folder
-
-
-def expect_error(result, *parts):
-    code, _, err = result
-    assert code == 1, err
-    for word in ("came:", "expected:", "do:", *parts):
-        assert word in err, err
+from maskrcnn import runs
 
 
 def picture(path, size=(96, 80)):

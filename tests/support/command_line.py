@@ -1,0 +1,8 @@
+"""What tests of the command line expect of it."""
+
+
+def expect_error(result, *parts):
+    code, _, err = result
+    assert code == 1, err
+    for word in ("came:", "expected:", "do:", *parts):
+        assert word in err, err
