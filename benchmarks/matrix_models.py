@@ -7,6 +7,9 @@ each kind, so that even grey is background, drawn shapes give some detections an
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +29,7 @@ CLASSES = 90  # COCO's count of labels, as torchvision's weights have
 _CALIBRATION_IMAGES = 4
 _CALIBRATION_SIZE_HW = (320, 416)
 _OTHER_IMAGES = 1000  # index from which on pictures are used for fitting: the matrix has the ones before
+_FITTED_SIZES = 3  # the smallest: the others take longer
 _RIDGE = 1e-1  # of the mean square of a feature
 _CLASS_GAIN = 2.0  # how much the classes' logits are spread, so that some scores are high
 _STRENGTH = 5.0  # logits of background between an ordinary and a grey image, and a crowded and an ordinary one
@@ -48,21 +52,23 @@ def variant_config(variant: str) -> ModelConfig:
     )
 
 
-def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]]) -> MaskRCNN:
+def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: int | None = None) -> MaskRCNN:
     """A model of the matrix with its weights, which are the same every time.
 
     Args:
         variant: as `variant_config` takes it.
-        sizes_hw: of the images that it is to see.
+        sizes_hw: of the images that it is to see; the smaller ones are fitted to.
+        proposals: per image, by default the model's own number.
     """
     config = variant_config(variant)
+    config = dataclasses.replace(config, proposals=proposals or config.proposals)
     images = [picture(Kind.ORDINARY, _CALIBRATION_SIZE_HW, _OTHER_IMAGES + k) for k in range(_CALIBRATION_IMAGES)]
     short, long = min(_CALIBRATION_SIZE_HW), max(_CALIBRATION_SIZE_HW)
     # torchvision's model is what is calibrated: it has no other conventions, but the same tensors.
     weights = calibrated_state_dict(config.name, CLASSES + 1, images, 0, min_size_px=short, max_size_px=long)
     model = MaskRCNN(config)
     load_weights(model, for_pixels_of(config, weights), "calibrated weights")
-    tell_kinds_apart(model.eval(), sizes_hw)
+    tell_kinds_apart(model.eval(), sorted(sizes_hw, key=math.prod)[:_FITTED_SIZES])
     return model
 
 
@@ -74,15 +80,17 @@ def for_pixels_of(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
 
 
 @torch.no_grad()
-def tell_kinds_apart(model: MaskRCNN, sizes_hw: Sequence[tuple[int, int]]) -> None:
+def tell_kinds_apart(model: MaskRCNN, sizes_hw: Sequence[tuple[int, int]], images: int = 1) -> None:
     """Fits the background's logit: high in even grey images, low in crowded ones, in between in ordinary ones.
 
     Args:
         model: whose last layer of the box head is changed in place.
-        sizes_hw: of the images it is fitted on, one of each kind and size.
+        sizes_hw: of the images it is fitted on.
+        images: so many of each kind and size.
     """
     target = {Kind.EMPTY: 1.0, Kind.ORDINARY: 0.0, Kind.CROWDED: -1.0}
-    seen = [(kind, rows) for kind in Kind for rows in _embeddings(model, kind, sizes_hw)]
+    fitted, others = ([_OTHER_IMAGES + 2 * k + part for k in range(images)] for part in (0, 1))
+    seen = [(kind, rows) for kind in Kind for rows in _embeddings(model, kind, sizes_hw, fitted)]
     inputs = torch.cat([rows for _, rows in seen]).double()
     wanted = torch.cat([torch.full((len(rows),), target[kind]) for kind, rows in seen]).double()
     mean, level = inputs.mean(dim=0), wanted.mean()
@@ -95,18 +103,18 @@ def tell_kinds_apart(model: MaskRCNN, sizes_hw: Sequence[tuple[int, int]]) -> No
     layer.bias[1:] *= _CLASS_GAIN
     layer.weight[0] = _STRENGTH * row
     layer.bias[0] = _STRENGTH * (level - mean @ row)
-    others = _embeddings(model, Kind.ORDINARY, sizes_hw, _OTHER_IMAGES + 1)  # it was not fitted to these
-    layer.bias[0] += _shift([layer(rows) for rows in others], model.config)
+    fresh = _embeddings(model, Kind.ORDINARY, sizes_hw, others)  # those that were fitted are told apart too well
+    layer.bias[0] += _shift([layer(rows) for rows in fresh], model.config)
 
 
 def _embeddings(
-    model: MaskRCNN, kind: Kind, sizes_hw: Sequence[tuple[int, int]], index: int = _OTHER_IMAGES
+    model: MaskRCNN, kind: Kind, sizes_hw: Sequence[tuple[int, int]], indices: Sequence[int]
 ) -> Iterator[Tensor]:
-    """What the last layer of the box head sees of the proposals of one image of each size, `[R, C]`."""
+    """What the last layer of the box head sees of each image's proposals, `[R, C]`."""
     caught: list[Tensor] = []
     hook = model.roi_heads.box_predictor.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
-        for size in sizes_hw:
+        for size, index in itertools.product(sizes_hw, indices):
             image = torch.from_numpy(picture(kind, size, index).transpose(2, 0, 1)[None].copy()).float()
             stages: dict[str, Tensor] = {}
             model(image, torch.tensor([size]), stages)

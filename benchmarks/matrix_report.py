@@ -25,12 +25,19 @@ class Result:
     cell: Cell
     difference: Difference
     full: int  # images whose output had no row left, in the reference
+    partly: int  # images whose output had some rows
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON can hold it."""
         kind, size = self.cell.kind.value, list(self.cell.size_hw)
         place = {"model": self.model, "kind": kind, "batch": self.cell.batch, "size_hw": size}
-        return {**place, "full": self.full, "within": self.difference.within(EXACT), **_numbers(self.difference)}
+        return {
+            **place,
+            "full": self.full,
+            "partly": self.partly,
+            "within": self.difference.within(EXACT),
+            **_numbers(self.difference),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,7 @@ class Row:
     cells: int
     difference: Difference
     full: int
+    partly: int
     worst: Result  # the cell that needs the most of the tolerance
     beyond: int  # cells that are outside of it
 
@@ -51,7 +59,7 @@ class Row:
         if self.beyond:
             return f"{self.beyond} of {self.cells} cells beyond the tolerance"
         missing = {
-            Kind.ORDINARY: self.difference.detections == 0 and "no detections",
+            Kind.ORDINARY: self.partly == 0 and "no output that is partly full",
             Kind.EMPTY: self.difference.images_without_detections == 0 and "no empty output",
             Kind.CROWDED: self.full == 0 and "no full output",
         }
@@ -59,19 +67,27 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON can hold it."""
-        place = {"model": self.model, "kind": self.kind.value, "cells": self.cells, "full": self.full}
+        place = {
+            "model": self.model,
+            "kind": self.kind.value,
+            "cells": self.cells,
+            "full": self.full,
+            "partly": self.partly,
+        }
         verdict = {"worst": str(self.worst.cell), "beyond": self.beyond, "status": self.status}
         return {**place, **_numbers(self.difference), **verdict}
 
 
 def compare_cell(model: str, reference: Backend, other: Backend, cell: Cell) -> Result:
     """The difference of two backends on the batches of a cell."""
-    parts, full = [], 0
+    parts, full, partly = [], 0, 0
     for feeds in cell_feeds(cell):
         expected = reference(feeds)
         parts.append(compare_outputs(expected, other(feeds), EXACT))
-        full += int((expected["num_detections"] == expected["scores"].shape[1]).sum())
-    return Result(model=model, cell=cell, difference=merge(parts), full=full)
+        counts, rows = expected["num_detections"], expected["scores"].shape[1]
+        full += int((counts == rows).sum())
+        partly += int(((counts > 0) & (counts < rows)).sum())
+    return Result(model=model, cell=cell, difference=merge(parts), full=full, partly=partly)
 
 
 def summary(results: Sequence[Result]) -> list[Row]:
@@ -86,16 +102,12 @@ def summary(results: Sequence[Result]) -> list[Row]:
                 cells=len(found),
                 difference=merge([result.difference for result in found]),
                 full=sum(result.full for result in found),
+                partly=sum(result.partly for result in found),
                 worst=max(found, key=lambda result: needed_share(result.difference)),
                 beyond=sum(not result.difference.within(EXACT) for result in found),
             )
         )
     return rows
-
-
-def failed(row: Row) -> bool:
-    """Whether a row is a reason to reject the export."""
-    return row.status != "ok"
 
 
 def needed_share(difference: Difference) -> float:
@@ -114,7 +126,7 @@ def needed_share(difference: Difference) -> float:
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = [
-        *("model", "kind", "cells", "images", "empty", "full", "detections"),
+        *("model", "kind", "cells", "images", "empty", "partly full", "full", "detections"),
         *("box px", "score", "mask", "mask mean", "unpaired", "worst cell", "status"),
     ]
     return aligned(head, [_columns(row) for row in rows])
@@ -122,7 +134,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _columns(row: Row) -> list[str]:
     found = row.difference
-    counts = (row.cells, found.images, found.images_without_detections, row.full, found.detections)
+    counts = (row.cells, found.images, found.images_without_detections, row.partly, row.full, found.detections)
     differences = (found.box_px, found.score, found.mask, found.mask_mean)
     return [
         *(row.model, row.kind.value),

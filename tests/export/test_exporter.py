@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import TINY_V2, lively_model, tiny_config
+from tiny import lively_model, tiny_config
 
 from maskrcnn.errors import UserError
 from maskrcnn.export import exporter
@@ -122,17 +122,15 @@ def test_the_file_agrees_with_pytorch(onnx_file, model, batch, size_hw):
     assert reference["num_detections"].sum() > 0
 
 
-def test_version_2_exports_and_agrees(tmp_path):
-    model = lively_model(tiny_config(**TINY_V2))
-    with torch.no_grad():  # batch norm in heads, as it would be after training
-        for norm in (m for m in model.roi_heads.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-            norm.running_mean.normal_(std=0.1)
-            norm.running_var.uniform_(0.5, 2)
-    difference = export_onnx(model, tmp_path / "v2.onnx")  # raises where it does not agree
-    assert difference.detections > 10
-    proto = onnx.load(tmp_path / "v2.onnx")
+def test_version_2_exports_and_agrees(v2_onnx_file, v2_model):
+    proto = onnx.load(v2_onnx_file)
     assert set(op_counts(proto)) <= ALLOWED_OPS
     assert [output.name for output in proto.graph.output] == list(OUTPUTS)
+    data = feeds(2, 96, 128, seed=4)
+    reference = TorchBackend(v2_model, device="cpu")(data)
+    difference = compare_outputs(reference, OnnxRuntimeBackend(v2_onnx_file)(data), EXACT)
+    assert difference.within(EXACT), str(difference)
+    assert difference.detections > 10
 
 
 def test_a_model_without_masks_exports_without_them(boxes_onnx_file, boxes_model):

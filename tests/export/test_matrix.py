@@ -4,24 +4,27 @@ The session's exported files are used, with another last layer: as it is made, a
 """
 
 import copy
+import json
 
 import matrix
+import numpy as np
 import onnx
 import pytest
-from matrix_cells import cells
-from matrix_models import for_pixels_of, tell_kinds_apart
-from matrix_report import summary, table
-from tiny import tiny_config
+from matrix_cells import Cell, Kind, cell_feeds, cells, picture
+from matrix_models import for_pixels_of, matrix_model, tell_kinds_apart, variant_config
+from matrix_report import Result, compare_cell, needed_share, summary, table
+from tiny import lively_model, tiny_config
 
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.detectron2 import CONVENTIONS
+from maskrcnn.errors import UserError
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.runtime.compare import EXACT
+from maskrcnn.runtime.compare import EXACT, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
 
-SIZES_HW = ((96, 128), (224, 128), (64, 1344))  # all smaller than 200 px on one side; portrait; one long side
+SIZES_HW = ((96, 128), (224, 128), (64, 1344))  # a small image, a portrait, and one with a long side
 TAUGHT = tuple(f"roi_heads.box_predictor.cls_score.{part}" for part in ("weight", "bias"))
 
 
@@ -52,15 +55,157 @@ def with_last_layer(path, model, output):
     return output
 
 
-@pytest.mark.parametrize("name", ["", "v2_", "boxes_", "detectron2_"], ids=["v1", "v2", "boxes", "detectron2"])
-def test_every_cell_agrees(name, request, tmp_path):
-    model = copy.deepcopy(request.getfixturevalue(f"{name}model"))
-    tell_kinds_apart(model.eval(), SIZES_HW)
-    path = with_last_layer(request.getfixturevalue(f"{name}onnx_file"), model, tmp_path / "model.onnx")
-    backends = TorchBackend(model, device="cpu"), OnnxRuntimeBackend(path, providers=["CPUExecutionProvider"])
-    results = matrix.compare_model(name, *backends, cells((1, 2, 5), SIZES_HW))
+@pytest.fixture(params=["", "v2_", "boxes_", "detectron2_"], ids=["v1", "v2", "boxes", "detectron2"])
+def model_and_file(request):
+    """A tiny model of each architecture, and its file."""
+    return tuple(request.getfixturevalue(f"{request.param}{kind}") for kind in ("model", "onnx_file"))
+
+
+def test_every_cell_agrees(model_and_file, tmp_path):
+    model = copy.deepcopy(model_and_file[0])
+    tell_kinds_apart(model.eval(), SIZES_HW, images=2)
+    path = with_last_layer(model_and_file[1], model, tmp_path / "model.onnx")
+    exported = OnnxRuntimeBackend(path, providers=["CPUExecutionProvider"], threads=1)
+    results = matrix.compare_model("m", TorchBackend(model, device="cpu"), exported, cells((1, 2, 5), SIZES_HW))
     assert len(results) == 27
-    for result in results:
-        assert result.difference.within(EXACT), f"{result.cell}: {result.difference}"
-    ordinary, empty, crowded = summary(results)
-    print(table([ordinary, empty, crowded]))
+    assert {str(result.cell): str(result.difference) for result in results if not within(result)} == {}
+    # Outputs of every kind have been seen, whatever such a small model makes of an image.
+    assert sum(result.full for result in results) > 0
+    assert sum(result.partly for result in results) > 0
+    empty = [result.difference for result in results if result.cell.kind is Kind.EMPTY]
+    assert sum(difference.images_without_detections for difference in empty) >= 12  # each slot
+
+
+def within(result: Result) -> bool:
+    return result.difference.within(EXACT)
+
+
+# The inputs
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_cells_batches_have_its_size(kind, batch):
+    feeds = list(cell_feeds(Cell(kind, batch, (64, 96))))
+    assert len(feeds) == (2 if kind is Kind.EMPTY and batch == 1 else 1)
+    for one in feeds:
+        assert one["images"].shape == (batch, 3, 64, 96) and one["images"].dtype == np.float32
+        assert one["image_sizes"].shape == (batch, 2)
+        for image, (height, width) in zip(one["images"], one["image_sizes"], strict=True):
+            assert not image[:, height:].any() and not image[:, :, width:].any()  # padding
+
+
+def test_empty_cells_have_grey_images_and_empty_slots():
+    for batch in (1, 2, 5):
+        feeds = list(cell_feeds(Cell(Kind.EMPTY, batch, (64, 96))))
+        sizes = [tuple(size) for one in feeds for size in one["image_sizes"].tolist()]
+        assert {(0, 0), (64, 96)} == set(sizes)
+        assert set(np.unique(np.concatenate([one["images"] for one in feeds]))) == {0, 128}
+
+
+def test_cells_of_other_batch_sizes_have_other_images_and_crowds_have_more_edges():
+    first, second, third = (
+        next(cell_feeds(Cell(Kind.ORDINARY, batch, (160, 192))))["images"].tobytes() for batch in (1, 2, 5)
+    )
+    assert first not in second and second not in third
+    edges = {
+        kind: np.mean([np.abs(np.diff(picture(kind, (160, 192), k).astype(int), axis=1)).mean() for k in range(4)])
+        for kind in Kind
+    }
+    assert edges[Kind.EMPTY] == 0 < edges[Kind.ORDINARY] < edges[Kind.CROWDED]
+
+
+# The table
+
+
+def result(kind=Kind.ORDINARY, batch=1, full=0, partly=1, **changes) -> Result:
+    values = {"images": 1, "detections": 3, "box_px": 0.1, "score": 1e-4, "mask": 1e-3, "mask_mean": 1e-4}
+    values |= {"unpaired": 0, "departing": 0, "images_without_detections": 0}
+    difference = Difference(**values | changes)
+    return Result(model="m", cell=Cell(kind, batch, (64, 96)), difference=difference, full=full, partly=partly)
+
+
+def test_a_row_has_the_largest_differences_and_names_the_worst_cell():
+    (row,) = summary([result(score=1e-3), result(batch=2, box_px=0.4), result(batch=5)])
+    assert (row.difference.box_px, row.difference.score, row.difference.detections) == (0.4, 1e-3, 9)
+    assert str(row.worst.cell) == "N=2, 64×96"
+    assert row.status == "ok" and row.cells == 3
+    assert "| N=2, 64×96 | ok" in table([row]) and "4.0e-01" in table([row])
+
+
+@pytest.mark.parametrize("change", [{"box_px": 0.6, "departing": 1}, {"unpaired": 1}, {"score": float("nan")}])
+def test_one_cell_beyond_the_tolerance_spoils_its_row(change):
+    (row,) = summary([result(), result(batch=2, **change), result(batch=5)])
+    assert row.status == "1 of 3 cells beyond the tolerance"
+    assert str(row.worst.cell) == "N=2, 64×96"
+    assert needed_share(row.difference) > 1
+    assert all(value == value for value in row.to_dict().values())  # no NaN: JSON has none
+
+
+def test_a_row_without_outputs_of_its_kind_proves_nothing():
+    rows = summary(
+        [
+            result(partly=0, detections=0, images_without_detections=1),
+            result(Kind.EMPTY),
+            result(Kind.CROWDED, full=0),
+        ]
+    )
+    assert [row.status for row in rows] == ["no output that is partly full", "no empty output", "no full output"]
+
+
+def test_another_model_is_beyond_the_tolerance(model):
+    other = TorchBackend(lively_model(model.config, seed=1), device="cpu")
+    found = compare_cell("m", TorchBackend(model, device="cpu"), other, Cell(Kind.CROWDED, 2, (96, 128)))
+    assert found.full == 2 and not within(found)
+    assert summary([found])[0].status == "1 of 1 cells beyond the tolerance"
+
+
+# The command
+
+
+def test_the_command_writes_rows_cells_and_machine(tmp_path, monkeypatch, capsys):
+    found = [result(), result(Kind.EMPTY, images_without_detections=1), result(Kind.CROWDED, full=1)]
+    monkeypatch.setattr(matrix, "export_and_compare", lambda extent, progress: found)
+    assert matrix.main(["--quick", "--model", "maskrcnn_resnet34_fpn", "--json", str(tmp_path / "m.json")]) == 0
+    content = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    assert [extent["model"] for extent in content["models"]] == ["maskrcnn_resnet34_fpn"]
+    assert [row["kind"] for row in content["rows"]] == ["ordinary", "empty", "crowded"]
+    assert len(content["cells"]) == 3 and content["environment"]["versions"]["torch"]
+    assert "| crowded" in capsys.readouterr().out
+
+
+def test_the_exit_code_tells_of_a_cell_beyond_and_of_a_model_that_cannot_be_exported(monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "export_and_compare", lambda extent, progress: [result(unpaired=1)])
+    assert matrix.main(["--quick"]) == 1
+
+    def refused(extent, progress):
+        raise UserError("weights with NaN", "finite weights", "train again")
+
+    monkeypatch.setattr(matrix, "export_and_compare", refused)
+    assert matrix.main(["--quick"]) == 1
+    assert "fasterrcnn_resnet18_fpn could not be exported: weights with NaN" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_refused_before_anything_is_computed():
+    with pytest.raises(UserError, match="model 'maskrcnn_resnet19_fpn'"):
+        matrix.main(["--model", "maskrcnn_resnet18_fpn", "--model", "maskrcnn_resnet19_fpn"])
+
+
+def test_the_whole_matrix_has_every_architecture():
+    configs = [variant_config(extent.model) for extent in matrix.FULL]
+    traits = {(c.has_masks, c.head_batch_norm, c.pool_aligned, c.backbone) for c in configs}
+    assert {trait[:2] for trait in traits} == {(True, False), (True, True), (False, False), (False, True)}
+    assert (True, False, True, "resnet50") in traits and (True, False, False, "resnet50") in traits
+    for extent in matrix.FULL:
+        assert extent.batches == (1, 2, 5)
+        assert any(max(size) < 200 for size in extent.sizes_hw) and any(1344 in size for size in extent.sizes_hw)
+        assert {height < width for height, width in extent.sizes_hw} == {True, False}
+
+
+def test_a_model_of_the_matrix_is_made_from_its_name():
+    found = matrix_model("maskrcnn_resnet18_fpn_small:detectron2", [(64, 96)], proposals=50)
+    assert found.config.pool_aligned and found.config.proposals == 50 and not found.training
+    reference = TorchBackend(found, device="cpu")
+    slots = compare_cell("m", reference, reference, Cell(Kind.EMPTY, 2, (64, 96)))
+    assert slots.difference.images_without_detections == 2  # even grey is background to it
+    assert compare_cell("m", reference, reference, Cell(Kind.CROWDED, 1, (64, 96))).difference.detections > 0
