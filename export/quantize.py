@@ -99,7 +99,7 @@ def to_int8(
     pass_ = _Pass(model, graph, activations)
     for node in chosen:
         if node.name in left_out:
-            pass_.report.kept.append(node.name)
+            pass_.leave_out(node)
         elif node.op_type in COMPUTING:
             pass_.layer(node)
         else:
@@ -164,6 +164,7 @@ class _Pass:
         self.model, self.graph, self.activations = model, graph, activations
         self.report = QuantizationReport()
         self.scales: dict[str, float] = {}  # of activations
+        self.done: set[str] = set()  # names of quantised nodes
         self.made: dict[str, str] = {}  # activation or weight → its dequantised stand-in
 
     def layer(self, node: onnx.NodeProto) -> None:
@@ -175,18 +176,35 @@ class _Pass:
         node.input[1], scale = self._weight(weight, axis)
         if len(node.input) > 2:
             node.input[2] = self._bias(node.input[2], weight, self.scales[source] * scale)
-        self.report.quantized[node.op_type] += 1
+        self._count(node)
 
     def addition(self, node: onnx.NodeProto) -> None:
         """An addition of two feature maps."""
         node.input[:] = [self._activation(name) for name in node.input]
-        self.report.quantized[node.op_type] += 1
+        self._count(node)
+
+    def leave_out(self, node: onnx.NodeProto) -> None:
+        """A layer that stays in single precision. What quantised layers make for it is rounded all the same.
+
+        A layer whose result is not quantised has no integer kernel in ONNX Runtime.
+        """
+        self.report.kept.append(node.name)
+        for name in node.input[:1] if node.op_type in COMPUTING else node.input:
+            maker = self.graph.producers.get(name)
+            while maker is not None and maker.op_type in ("Relu", "Reshape", "MaxPool"):
+                maker = self.graph.producers.get(maker.input[0])
+            if maker is not None and maker.name in self.done:
+                self._activation(name)
 
     def share(self) -> None:
         """All that read a quantised activation read the 8-bit one: a layer with two kinds of result is not fused."""
         for name in self.scales:
             for reader in self.graph.consumers[name]:
                 reader.input[:] = [self.made[name] if each == name else each for each in reader.input]
+
+    def _count(self, node: onnx.NodeProto) -> None:
+        self.done.add(node.name)
+        self.report.quantized[node.op_type] += 1
 
     def _channel_axis(self, node: onnx.NodeProto) -> int:
         if node.op_type in _CHANNEL_AXIS:
