@@ -37,7 +37,7 @@ MODULES = {
 }
 OPERATORS = {
     "roialign": "RoIAlign",
-    **dict.fromkeys(("nonmaxsuppression", "topk", "nonmaxsuppressionietype", "nms"), "TopK and NMS"),
+    **dict.fromkeys(("topk", "nonmaxsuppression"), "TopK and NMS"),
 }
 REST = "everything else"
 OUTSIDE = ("resize and pad", "paste and encode")
@@ -125,7 +125,7 @@ def _onnxruntime_profiles(path: Path, feeds: dict[str, np.ndarray], repeat: int)
             runs.append(Counter())
         elif event["name"].endswith("_kernel_time") and runs:
             name = event["name"].removesuffix("_kernel_time").removesuffix("_nchwc")
-            name = layers.get(name, name)
+            name = layers.get(name) or name
             runs[-1][stage_of(name, event["args"].get("op_name", ""))] += event["dur"] / 1e3
     return runs[1:]
 
@@ -139,7 +139,7 @@ def _layers_by_value(path: Path) -> dict[str, str]:
         if node.name.startswith(tuple(MODULES)):
             layers[node.output[0]] = node.name
         elif node.op_type in ("Relu", "Add"):
-            layers.update({node.output[0]: layers[name] for name in node.input[:1] if name in layers})
+            layers[node.output[0]] = layers.get(node.input[0], "")
     return layers
 
 

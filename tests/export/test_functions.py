@@ -21,6 +21,7 @@ def model_of(function: onnx.FunctionProto, op: contract.Op, inputs: dict, attrib
         "float32": onnx.TensorProto.FLOAT,
         "float": onnx.TensorProto.FLOAT,
         "int32": onnx.TensorProto.INT32,
+        "int64": onnx.TensorProto.INT64,
     }
     graph = onnx.helper.make_graph(
         [node],
@@ -70,10 +71,15 @@ def nms_model(inputs: dict, *, iou_threshold: float, max_output: int):
     return model_of(functions.batched_nms(OPSET), contract.BATCHED_NMS, inputs, attributes)
 
 
-@pytest.mark.parametrize("ratio", [2, 0])
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("batch", "count"), [(1, 30), (3, 7)])
-def test_roi_align_in_onnxruntime_equals_the_reference(aligned, batch, count, ratio):
+@pytest.mark.parametrize(
+    ("batch", "count", "ratio", "runtime"),
+    [
+        *((batch, count, ratio, "onnxruntime") for batch, count in ((1, 30), (3, 7)) for ratio in (2, 0)),
+        (2, 4, 2, "onnx"),  # onnx.reference takes a function's attribute of 0 for a missing one
+    ],
+)
+def test_roi_align_equals_the_reference(aligned, batch, count, ratio, runtime):
     rng = np.random.default_rng(0)
     inputs = {f"P{i + 2}": rng.normal(size=(batch, 3, 64 >> i, 48 >> i)).astype(np.float32) for i in range(4)}
     corners = rng.uniform(-20, 200, (batch, count, 2))
@@ -82,11 +88,26 @@ def test_roi_align_in_onnxruntime_equals_the_reference(aligned, batch, count, ra
     features = list(inputs.values())
     inputs["rois"] = rois.astype(np.float32)
     model = roi_align_model(inputs, output_size=5, sampling_ratio=ratio, aligned=aligned)
-    pooled = run(model, inputs, "onnxruntime")[0]
+    pooled = run(model, inputs, runtime)[0]
     truth = reference.multilevel_roi_align(
         features, inputs["rois"], output_size=5, sampling_ratio=ratio, aligned=int(aligned)
     )
     np.testing.assert_allclose(pooled, truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnx"])
+@pytest.mark.parametrize("counts", [(0, 0), (1, 3), (5, 2)])
+def test_live_rows_equal_the_reference(counts, runtime):
+    rng = np.random.default_rng(1)
+    inputs = {
+        "boxes": rng.normal(size=(2, 5, 4)).astype(np.float32),
+        "labels": rng.integers(0, 9, (2, 5)),
+        "counts": np.array(counts, np.int32),
+    }
+    found = run(model_of(functions.live_rows(OPSET), contract.LIVE_ROWS, inputs, {}), inputs, runtime)
+    truth = reference.live_rows(**inputs)
+    assert found[0].shape == (2, max(1, *counts), 4)
+    assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
 def test_roi_align_pools_all_rois_at_one_level_and_none_at_the_others():

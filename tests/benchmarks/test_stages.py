@@ -1,0 +1,41 @@
+"""The split of a model's time into stages."""
+
+import numpy as np
+import pytest
+import stages
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.engine import build_openvino_engine
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "stage"),
+    [
+        ("backbone.body.layer1.0.conv2", "Conv", "backbone"),
+        ("fused backbone.fpn.layer_blocks.0.0", "FusedConv", "FPN"),
+        ("rpn.head.cls_logits#3/WithoutBiases", "Convolution", "RPN head"),
+        ("roi_heads.mask_predictor.conv5_mask", "ConvTranspose", "mask head"),
+        ("pooled_0__2", "ROIAlign", "RoIAlign"),
+        ("node_topk__1", "TopK", "TopK and NMS"),
+        ("node_mul_7", "Mul", stages.REST),
+    ],
+)
+def test_nodes_belong_to_stages(name, operator, stage):
+    assert stages.stage_of(name, operator) == stage
+
+
+def test_every_runtime_splits_a_call(tmp_path, onnx_file):
+    engine = tmp_path / "model.fp32.xml"
+    build_openvino_engine(onnx_file, engine, half=False)
+    images = stages.images_of_size((96, 128), None, None)[0]
+    for path in (onnx_file, engine):
+        split = stages.split_of(path, images[:2], repeat=2)
+        layers = ("backbone", "FPN", "RPN head", "box head", "mask head", "RoIAlign", "TopK and NMS", stages.REST)
+        assert set(split.stages_ms) == {*layers, *stages.OUTSIDE}
+        assert all(split.stages_ms[stage] > 0 for stage in layers), split
+        assert split.model in stages.table([split]) and split.total_ms > 0
+
+
+def test_a_checkpoint_has_no_profile(checkpoint):
+    with pytest.raises(UserError, match="PyTorch gives no profile"):
+        stages.split_of(checkpoint, [np.zeros((64, 64, 3), np.uint8)], repeat=1)
