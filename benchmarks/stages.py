@@ -69,7 +69,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int) -> Split:
     """
     detector = Detector.load(path)
     outside: dict[str, list[float]] = {name: [] for name in OUTSIDE}
-    totals, profiles = [], []
+    totals = []
     for k in range(repeat + 1):
         image = images[k % len(images)]
         began = time.perf_counter()
@@ -86,8 +86,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int) -> Split:
             for name, seconds in zip(OUTSIDE, (prepared - began, ended - inferred), strict=True):
                 outside[name].append(seconds)
     feeds = {"images": pixels, "image_sizes": sizes}
-    for profile in _profiles(path, detector, feeds, repeat):
-        profiles.append(profile)
+    profiles = list(_profiles(path, detector, feeds, repeat))
     stages = {name: 1e3 * statistics.median(values) for name, values in outside.items()}
     for stage in (*MODULES.values(), *dict.fromkeys(OPERATORS.values()), REST):
         stages[stage] = statistics.median(profile[stage] for profile in profiles)
@@ -101,7 +100,7 @@ def _profiles(path: Path, detector: Detector, feeds: dict[str, np.ndarray], repe
     if detector.backend.name.startswith("ONNX Runtime"):
         return _onnxruntime_profiles(path, feeds, repeat)
     if detector.backend.name == "OpenVINO":
-        return _openvino_profiles(path, detector, feeds, repeat)
+        return _openvino_profiles(detector, feeds, repeat)
     raise UserError(
         f"{path}: {detector.backend.name} gives no profile", "an ONNX file or an engine", "name one of those"
     )
@@ -143,9 +142,7 @@ def _layers_by_value(path: Path) -> dict[str, str]:
     return layers
 
 
-def _openvino_profiles(
-    path: Path, detector: Detector, feeds: dict[str, np.ndarray], repeat: int
-) -> Iterable[Counter[str]]:
+def _openvino_profiles(detector: Detector, feeds: dict[str, np.ndarray], repeat: int) -> Iterable[Counter[str]]:
     request = detector.backend.profiling_request()
     runs = []
     for _ in range(repeat + 1):

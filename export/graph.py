@@ -19,7 +19,7 @@ class Graph:
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
-        self.proto, self.graph = proto, proto.graph
+        self.graph = proto.graph
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output if name}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)

@@ -173,9 +173,9 @@ def _node_precisions(proto: onnx.ModelProto) -> tuple[dict[str, dict[str, int]],
         made = _PRECISIONS.get(name, name.lower())
         results[made] += 1
         if node.op_type in COUNTED and not node.domain:
-            sources = [producers[name].op_type for name in node.input if name in producers]
-            # A pair of QuantizeLinear and DequantizeLinear around a node stands for arithmetic in 8 bits.
-            precision = "int8" if "DequantizeLinear" in sources else made
+            sources = {producers[name].op_type if name in producers else "" for name in node.input[:2]}
+            # Both factors from DequantizeLinear stand for arithmetic in 8 bits; one alone is only stored so.
+            precision = "int8" if sources == {"DequantizeLinear"} else made
             computing.setdefault(precision, Counter())[node.op_type] += 1
     return {k: dict(v.most_common()) for k, v in computing.items()}, dict(results.most_common())
 

@@ -183,7 +183,7 @@ def _particulars(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     if node.op_type == "TopK":
         yield from _topk(node, scope)
     elif node.op_type == "If":
-        yield from _branches(node, scope)
+        yield from _branches(node)
     elif node.op_type in table.LOOPS:
         yield Problem("a loop, which TensorRT runs step by step", "unroll or batch it", table.MATRIX, is_error=False)
         if node.op_type == "Loop":
@@ -225,7 +225,7 @@ def _loop(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
             yield Problem(why, "carry a tensor of fixed size, or batch the steps", table.MATRIX)
 
 
-def _branches(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
+def _branches(node: onnx.NodeProto) -> Iterator[Problem]:
     values = _attribute_values(node)
     then, other = (values[name].output for name in ("then_branch", "else_branch"))
     remedy = "decide at export time, or give both branches the same rank"
@@ -278,7 +278,7 @@ def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
         yield Problem("has no plugin; all rows are as right", flavour, table.CONTRACT)
         return
     values = _attribute_values(node)
-    yield from _contract_attributes(node, op, values)
+    yield from _contract_attributes(op, values)
     namespace = values.get("plugin_namespace", b"")
     if namespace != PLUGIN_NAMESPACE.encode():
         why = f"plugin_namespace is {namespace.decode() or 'missing'}; before 10.10 the parser finds no plugin then"
@@ -286,7 +286,7 @@ def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     yield from _contract_types(node, op, scope)
 
 
-def _contract_attributes(node: onnx.NodeProto, op: contract.Op, values: dict[str, object]) -> Iterator[Problem]:
+def _contract_attributes(op: contract.Op, values: dict[str, object]) -> Iterator[Problem]:
     for name, kind in op.attributes.items():
         if name not in values:
             yield Problem(f"no attribute {name}", "set it", table.CONTRACT)

@@ -9,13 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from maskrcnn.data.images import read_image
+from maskrcnn.data.images import IMAGE_SUFFIXES, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import copy_of
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.preprocess import batch_images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 Feeds = dict[str, np.ndarray]
 
 

@@ -34,7 +34,7 @@ _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
 LARGEST_FP16 = 65504.0
 BFLOAT16_OPSET = 22
 MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
-_FLOAT_OUTPUT_ONLY = ("Shape", "Size")  # read any type, and no values
+_SHAPE_READERS = ("Shape", "Size")  # they take any type
 
 
 @dataclass
@@ -215,13 +215,8 @@ def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report
             if name in features and name not in half:
                 if name not in graph.constants or graph.float_type(name):
                     node.input[k] = converted(name, kind)
-            elif name in half and name not in features and node.op_type not in _FLOAT_OUTPUT_ONLY:
+            elif name in half and name not in features and node.op_type not in _SHAPE_READERS:
                 node.input[k] = converted(name, TensorProto.FLOAT)
-    _keep_outputs(model, half, converted)
-
-
-def _keep_outputs(model: onnx.ModelProto, half: set[str], converted) -> None:
-    """A value in half precision that is an output of the graph is cast back under its own name."""
     for value in model.graph.output:
         if value.name in half:
             raise AssertionError(f"{value.name} is in half precision; the rule keeps outputs in single precision")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph, copy_of, remove_unused_constants, sort_nodes
@@ -38,6 +38,7 @@ GROUPS = {
     "fpn": ("backbone.fpn.*",),
 }
 DEFAULT_KEEP = ("last",)
+MODULES = ("backbone.", "rpn.", "roi_heads.")  # with which every layer's name begins
 
 
 @dataclass
@@ -151,10 +152,21 @@ def _left_out(nodes: Sequence[onnx.NodeProto], keep: Iterable[str]) -> set[str]:
         patterns = GROUPS.get(wanted, (wanted,))
         matched = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
         if not matched:
+            _check_named(names)
             layers = ", ".join(sorted({node.name.partition("#")[0] for node in nodes if node.op_type in COMPUTING}))
             raise UserError(f"no layer {wanted!r}", f"{', '.join(GROUPS)}, or one of {layers}", "correct the name")
         found |= matched
     return found
+
+
+def _check_named(names: Sequence[str]) -> None:
+    """Refuses a file in which no layer has the name of a module: no group and no pattern would fit."""
+    if not any(name.startswith(MODULES) for name in names):
+        raise UserError(
+            "a file whose layers have no names, as older versions of maskrcnn exported it",
+            "layers that are named after the model's modules",
+            "export the checkpoint again",
+        )
 
 
 class _Pass:
@@ -172,10 +184,9 @@ class _Pass:
         axis = self._channel_axis(node)
         source = node.input[0]
         node.input[0] = self._activation(source)
-        weight = node.input[1]
-        node.input[1], scale = self._weight(weight, axis)
+        node.input[1], scale = self._weight(node.input[1], axis)
         if len(node.input) > 2:
-            node.input[2] = self._bias(node.input[2], weight, self.scales[source] * scale)
+            node.input[2] = self._bias(node.input[2], self.scales[source] * scale)
         self._count(node)
 
     def addition(self, node: onnx.NodeProto) -> None:
@@ -219,8 +230,8 @@ class _Pass:
             scale = max((high - low) / 255, _SMALLEST_SCALE)
             zero_point = int(np.clip(round(-low / scale), 0, 255))
             self.scales[name] = scale
-            self._constant(f"{name}_scale", np.float32(scale))
-            self._constant(f"{name}_zero_point", np.uint8(zero_point))
+            self.graph.add_constant(f"{name}_scale", np.float32(scale))
+            self.graph.add_constant(f"{name}_zero_point", np.uint8(zero_point))
             parameters = [f"{name}_scale", f"{name}_zero_point"]
             self._node("QuantizeLinear", [name, *parameters], f"{name}_quantized")
             self._node("DequantizeLinear", [f"{name}_quantized", *parameters], f"{name}_dequantized")
@@ -235,31 +246,28 @@ class _Pass:
         if name not in self.made:
             shape = [-1 if k == axis else 1 for k in range(weight.ndim)]
             integers = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127).astype(np.int8)
-            self._constant(f"{name}_quantized", integers)
-            self._constant(f"{name}_scale", scale)
-            self._constant(f"{name}_zero_point", np.zeros(len(scale), np.int8))
+            self.graph.add_constant(f"{name}_quantized", integers)
+            self.graph.add_constant(f"{name}_scale", scale)
+            self.graph.add_constant(f"{name}_zero_point", np.zeros(len(scale), np.int8))
             inputs = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
             self._node("DequantizeLinear", inputs, f"{name}_dequantized", axis=axis)
             self.made[name] = f"{name}_dequantized"
         return self.made[name], scale
 
-    def _bias(self, name: str, weight: str, scale: np.ndarray) -> str:
+    def _bias(self, name: str, scale: np.ndarray) -> str:
         """The dequantised stand-in of a bias, of which there is one for each activation that the layer sees."""
         bias = self.graph.constant(name)
         steps = np.rint(bias.astype(np.float64) / scale)
         if np.abs(steps).max(initial=0) >= 2**31:
             return name  # a channel whose weights are next to nothing; its bias stays as it is
         key = f"{name}_{len(self.made)}"
-        self._constant(f"{key}_quantized", steps.astype(np.int32))
-        self._constant(f"{key}_scale", scale.astype(np.float32))
-        self._constant(f"{key}_zero_point", np.zeros(len(scale), np.int32))
+        self.graph.add_constant(f"{key}_quantized", steps.astype(np.int32))
+        self.graph.add_constant(f"{key}_scale", scale.astype(np.float32))
+        self.graph.add_constant(f"{key}_zero_point", np.zeros(len(scale), np.int32))
         inputs = [f"{key}_quantized", f"{key}_scale", f"{key}_zero_point"]
         self._node("DequantizeLinear", inputs, f"{key}_dequantized", axis=0)
         self.made[key] = f"{key}_dequantized"
         return self.made[key]
-
-    def _constant(self, name: str, value: np.ndarray) -> None:
-        self.model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
     def _node(self, op_type: str, inputs: list[str], output: str, **attributes: int) -> None:
         self.model.graph.node.append(helper.make_node(op_type, inputs, [output], output, **attributes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.compare import HALF, INT8, Difference, Tolerance
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.onnx_file import check_portable, read_model
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend
 from maskrcnn.runtime.validation import compare_backends, validation_batches
@@ -31,7 +32,13 @@ COMPARED_IMAGES = 8
 
 
 def write_half(
-    source: Path, output: Path, precision: str, *, images: Path | None = None, simulate: bool = False
+    source: Path,
+    output: Path,
+    precision: str,
+    *,
+    images: Path | None = None,
+    limit: int = CALIBRATION_IMAGES,
+    simulate: bool = False,
 ) -> tuple[CastReport, Difference]:
     """Writes a file that computes in half precision, and compares it with the one that it is made from.
 
@@ -44,6 +51,7 @@ def write_half(
         precision: "fp16", or "bf16", which ONNX Runtime has no kernels for; OpenVINO runs that one.
         images: a folder of images; activations that come near the end of FP16's range on them, or on drawn shapes,
             stay in single precision.
+        limit: images to take from the folder, at most.
         simulate: write the simulation instead, which any runtime runs.
 
     Returns:
@@ -57,9 +65,10 @@ def write_half(
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "choose one of these")
     proto, metadata = _single_precision(source)
     batches = list(validation_batches(metadata.preprocessing.divisor))
+    observed = [] if images is None else feeds_of(images_in(images, limit), metadata)
+    largest = largest_magnitudes(proto, itertools.chain(batches, observed), candidates(proto))
     if images is not None:
         batches += feeds_of(images_in(images, COMPARED_IMAGES), metadata)
-    largest = largest_magnitudes(proto, batches, candidates(proto))
     model, report = to_half(proto, precision, largest=largest)
     simulated = simulate_half(proto, precision, largest=largest)
     for each, name in ((model, precision), (simulated, f"{precision}, simulated")):
@@ -128,6 +137,7 @@ def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintRepo
 
 def _single_precision(source: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
     proto, metadata = read_model(source)
+    check_portable(proto, source)
     if metadata.precision != "fp32":
         raise UserError(
             f"{source}: a file in {metadata.precision}", "one in single precision", "name the file it was made from"

@@ -164,6 +164,8 @@ def build_engine(
     chosen = [name for name, value in (("--fp16", fp16), ("--fp32", fp32), ("--int8", int8)) if value]
     if len(chosen) != 1:
         raise UserError(" and ".join(chosen) or "no precision", "one of --fp16, --fp32, --int8", "add --fp16")
+    if keep and int8 is None:
+        raise UserError("--keep without --int8", "--int8 CALIBRATION_DIR", "drop --keep")
     options = Int8Options(calibration=int8, keep=tuple(keep or ()), images=calibration_images)
     run_build_engine(console, model, half=fp16, int8=options, target=target.value, output=output)
 

@@ -69,7 +69,7 @@ def run_export(
         export(target)
         console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB, from {origin})")
         return
-    with _temporary_folder(target) as folder:
+    with _temporary_folder(target, origin) as folder:
         export(folder / runs.ONNX)
         _write_variant(
             console, folder / runs.ONNX, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot
@@ -98,11 +98,13 @@ def run_build_engine(
     else:
         from maskrcnn.export.observe import feeds_of, images_in
         from maskrcnn.export.variants import COMPARED_IMAGES
+        from maskrcnn.runtime.onnx_file import read_model
 
         with _temporary_folder(path) as folder:
             integers = folder / f"{onnx.stem}.int8.onnx"
-            loaded = _write_variant(console, onnx, integers, "int8", int8)
-            batches = list(feeds_of(images_in(int8.calibration, COMPARED_IMAGES), loaded))
+            _write_variant(console, onnx, integers, "int8", int8)
+            paths = images_in(int8.calibration, COMPARED_IMAGES)
+            batches = list(feeds_of(paths, read_model(onnx)[1]))
             with console.status(f"building from {integers}"):
                 metadata, difference = build_openvino_engine(integers, path, half=True, reference=onnx, batches=batches)
     stamp = metadata.stamp
@@ -129,8 +131,18 @@ def _check_options(
         raise UserError(came, "--precision fp16 or bf16", "drop --simulate, or choose one of these")
     if aot and not tensorrt:
         raise UserError("--aot without --tensorrt", "--tensorrt --aot", "add --tensorrt")
-    if opset is not None and source.path is not None and source.path.suffix == ".onnx":
+    if int8.keep and precision != "int8":
+        raise UserError(f"--keep with --precision {precision}", "--precision int8", "drop --keep")
+    if int8.calibration is not None and precision == "fp32":
+        raise UserError("--calibration with --precision fp32", "another --precision", "drop --calibration")
+    if source.path is None or source.path.suffix != ".onnx":
+        return
+    if opset is not None:
         raise UserError(f"--opset with {source.path}", "a checkpoint", "export the checkpoint with --opset")
+    if precision == "fp32" and not tensorrt:
+        raise UserError(
+            f"{source.path}: an ONNX file already", "a checkpoint, or another --precision", "say what to make"
+        )
 
 
 def _load(console: Console, source: Source):
@@ -158,12 +170,8 @@ def _write_variant(
     simulate: bool = False,
     tensorrt: bool = False,
     aot: bool = False,
-):
-    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported.
-
-    Returns:
-        the source's metadata.
-    """
+) -> None:
+    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported."""
     from maskrcnn.export import variants
 
     with _temporary_folder(target) as folder:
@@ -172,7 +180,7 @@ def _write_variant(
         with console.status(f"making {target.name}"):
             if precision in ("fp16", "bf16"):
                 report, difference = variants.write_half(
-                    source, draft, precision, images=int8.calibration, simulate=simulate
+                    source, draft, precision, images=int8.calibration, limit=int8.images, simulate=simulate
                 )
             elif precision == "int8":
                 keep = int8.keep or variants.DEFAULT_KEEP
@@ -185,7 +193,6 @@ def _write_variant(
                 console.print(variants.write_tensorrt(made, target, aot=aot).text(), markup=False)
     if not target.parent.name.startswith(_TEMPORARY):
         console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
-    return variants.read_model(source)[1]
 
 
 def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
@@ -197,12 +204,27 @@ def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> P
 def _vacant(target: Path, source: Path) -> Path:
     """The target, which must not be the source."""
     if target.resolve() == source.resolve():
-        raise UserError(f"{source}: an ONNX file already", "a checkpoint, or another --precision", "say what to make")
+        raise UserError(f"--output {target}, the file to make it from", "another file", "choose another name")
     return target
 
 
 @contextlib.contextmanager
-def _temporary_folder(beside: Path) -> Iterator[Path]:
+def _temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]:
+    """A folder beside a file, gone afterwards. What is refused in it is kept beside the file, and named there.
+
+    Args:
+        beside: the file that is being made.
+        origin: what errors call the folder's `model.onnx`, which nobody will find.
+    """
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=_TEMPORARY) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=_TEMPORARY) as name:
+        folder = Path(name)
+        try:
+            yield folder
+        except UserError as error:
+            for path in folder.glob("*.rejected.*"):
+                path.replace(beside.parent / path.name)
+            told = [error.came, error.expected, error.do]
+            for old, new in ((folder / runs.ONNX, origin or beside.with_name(runs.ONNX)), (folder, beside.parent)):
+                told = [text.replace(str(old), str(new)) for text in told]
+            raise UserError(*told) from error

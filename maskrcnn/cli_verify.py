@@ -7,17 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskrcnn.data.images import read_image
+from maskrcnn.data.images import IMAGE_SUFFIXES, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.detector import load_backend
+from maskrcnn.runtime.onnx_file import check_portable, read_model
 from maskrcnn.runtime.tolerances import tolerances_named
 from maskrcnn.runtime.verify import check_comparable, verify
 from maskrcnn.runtime.verify_html import html_page
 from maskrcnn.runtime.verify_images import Batch, drawn_batches
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def run_verify(
@@ -88,10 +87,10 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not inside:
                 raise UserError(
-                    f"no images in {path}", f"files that end in {', '.join(sorted(SUFFIXES))}", "name another folder"
+                    f"no images in {path}", f"files that end in {', '.join(IMAGE_SUFFIXES)}", "name another folder"
                 )
             files += inside
         elif path.exists():
@@ -105,7 +104,13 @@ def _on_cpu(path: Path) -> Backend:
     """The model on the CPU, where arithmetic is what its precision says: GPUs shorten FP32 by default."""
     if path.suffix == ".safetensors":
         return load_backend(path, device="cpu")
-    return load_backend(path, providers=["CPUExecutionProvider"]) if path.suffix == ".onnx" else load_backend(path)
+    if path.suffix != ".onnx":
+        return load_backend(path)
+    proto, metadata = read_model(path)
+    check_portable(proto, path)
+    if metadata.precision == "bf16":  # ONNX Runtime has no kernels for it
+        return load_backend(path, "openvino")
+    return load_backend(path, providers=["CPUExecutionProvider"])
 
 
 def _read(paths: Sequence[Path]) -> Iterator[Batch]:

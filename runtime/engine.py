@@ -69,20 +69,9 @@ def build_openvino_engine(
     if execution == "bf16":
         keep_coordinates_in_fp32(model)
     weights = "int8" if metadata.precision == "int8" else "fp16" if half else "fp32"
-    metadata = dataclasses.replace(
-        metadata,
-        precision=weights,
-        source_sha256=sha256_of(reference or onnx_path),
-        stamp={
-            **metadata.stamp,
-            "target": "openvino",
-            "execution": execution,
-            "weights": weights,
-            "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
-            "machine": platform.machine(),
-            "openvino": openvino.get_version(),
-        },
-    )
+    stamp = {**metadata.stamp, **_stamp(openvino, core, execution=execution, weights=weights)}
+    source = sha256_of(reference or onnx_path)
+    metadata = dataclasses.replace(metadata, precision=weights, source_sha256=source, stamp=stamp)
     output.parent.mkdir(parents=True, exist_ok=True)
     tolerance = INT8 if weights == "int8" else HALF if half else EXACT
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".engine-") as folder:
@@ -104,6 +93,18 @@ def build_openvino_engine(
             f"look at {kept} with `maskrcnn verify` and `maskrcnn evaluate`, or build with --fp32",
         )
     return metadata, difference
+
+
+def _stamp(openvino, core, *, execution: str, weights: str) -> dict[str, str]:
+    """What an engine says of the machine and the library that it was built on and with."""
+    return {
+        "target": "openvino",
+        "execution": execution,
+        "weights": weights,
+        "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
+        "machine": platform.machine(),
+        "openvino": openvino.get_version(),
+    }
 
 
 def _save(openvino, model, metadata: ModelMetadata, path: Path, *, half: bool) -> None:

@@ -41,3 +41,19 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
             "export the model again with this version of maskrcnn",
         )
     return model, ModelMetadata.from_json(text, path)
+
+
+def check_portable(model: onnx.ModelProto, path: Path) -> None:
+    """Refuses the copy for TensorRT, whose nodes have no bodies in standard operators.
+
+    Raises:
+        UserError: naming the operators without body.
+    """
+    bodies = {(function.domain, function.name) for function in model.functions}
+    bare = {n.op_type for n in model.graph.node if n.domain == contract.DOMAIN and (n.domain, n.op_type) not in bodies}
+    if bare:
+        raise UserError(
+            f"{path}: {', '.join(sorted(bare))} without bodies in standard operators, as TensorRT's parser wants it",
+            "a file of `maskrcnn export --onnx` without --tensorrt",
+            "name the file that this one was made from",
+        )

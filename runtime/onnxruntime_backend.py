@@ -46,7 +46,11 @@ class OnnxRuntimeBackend(Backend):
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers or usable_providers())
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
-            raise not_ours(path, f"not a model that ONNX Runtime loads ({str(error)[:200]})") from error
+            raise UserError(
+                f"{path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
+                "a file of `maskrcnn export --onnx` without --tensorrt",
+                "export it again; what is in bfloat16 runs with --backend openvino",
+            ) from error
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise not_ours(path, "an ONNX file without maskrcnn's metadata")

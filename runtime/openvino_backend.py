@@ -10,7 +10,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, detector_specs, missing_library
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.onnx_file import check_portable, read_model
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # our names of precisions, and OpenVINO's
 
@@ -34,10 +34,11 @@ def read_onnx(path: Path):
     OpenVINO knows neither model-local functions nor our ops, so the functions are inlined first.
 
     Raises:
-        UserError: when the file is missing or not ours.
+        UserError: when the file is missing, not ours, or the copy for TensorRT.
     """
     openvino = import_openvino()
     model, metadata = read_model(path)
+    check_portable(model, path)
     import onnx.inliner
 
     inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
@@ -89,7 +90,7 @@ class OpenVinoBackend(Backend):
         request = self._instrumented[1]
         request.infer(feeds, share_inputs=True)
         present = {name for output in request.model_outputs for name in output.get_names()}
-        return {name: request.get_tensor(name).data.copy() for name in names if name in present}
+        return {name: _array(request.get_tensor(name)) for name in names if name in present}
 
     def profiling_request(self):
         """An inference request of the same model that measures its layers (`request.profiling_info`)."""
@@ -105,6 +106,13 @@ class OpenVinoBackend(Backend):
         outputs = {name for output in model.outputs for name in output.get_names()}
         model.add_outputs([name for name in names if name in values - outputs])
         return core.compile_model(model, "CPU", self._options).create_infer_request()
+
+
+def _array(tensor) -> np.ndarray:
+    """A copy of a tensor's values; bfloat16, whose bits OpenVINO shows as float16, in float32."""
+    if tensor.get_element_type().to_string() != "bf16":
+        return tensor.data.copy()
+    return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _read(core, path: Path):

@@ -141,7 +141,8 @@ def tolerances_for(models: Iterable[tuple[ModelMetadata, str]]) -> StageToleranc
     kinds = set()
     for metadata, precision in models:
         stamped = (metadata.stamp.get("weights"), metadata.stamp.get("execution"))
-        kinds |= {str(kind).lower() for kind in (precision, metadata.precision, *stamped) if kind}
+        for kind in (precision, metadata.precision, *stamped):
+            kinds |= {part for part in str(kind or "").lower().split(", ") if part not in ("", "simulated")}
     if kinds <= {"fp32", "fp64"}:
         return EXACT_STAGES
     return HALF_STAGES if kinds <= {"fp32", "fp64", "fp16", "bf16"} else INT8_STAGES

@@ -57,7 +57,7 @@ def verify(
 
 
 def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
-    """Refuses models of different classes, and a model with masks beside one without.
+    """Refuses models of different numbers of classes, and a model with masks beside one without.
 
     Raises:
         UserError: naming what differs.

@@ -71,6 +71,7 @@ def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None
         "min_size_px": reference.min_size_px,
         "max_size_px": reference.max_size_px,
         "divisor": math.lcm(reference.divisor, other.divisor),
+        "resize": reference.resize,  # it decides how sides are rounded, too
     }
     first, second = (Feeding(rule, dataclasses.replace(rule, **sizes)) for rule in (reference, other))
     return first, second

@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from maskrcnn.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of the images that a folder holds
 _READABLE = "an image file that Pillow reads, such as JPEG or PNG"
 
 

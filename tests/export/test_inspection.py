@@ -108,6 +108,21 @@ def test_without_an_input_called_images_nothing_is_counted():
     assert costs_of(proto, (32, 32)) is None
 
 
+def test_a_layer_in_single_precision_that_reads_integers_computes_in_single_precision(tmp_path):
+    proto = onnx.parser.parse_model(
+        f"""{HEAD} g (float[1,2,4,4] x) => (float[1,2,4,4] y)
+        <float[2,2,1,1] w = {{1, 2, 3, 4}}, float s = {{0.5}}, int8 z = {{0}}>
+        {{
+            quantised = QuantizeLinear(x, s, z)
+            around = DequantizeLinear(quantised, s, z)
+            y = Conv(around, w)
+        }}"""
+    )
+    path = tmp_path / "kept.onnx"
+    onnx.save(proto, path)
+    assert inspect(path, with_placement=False).computing == {"fp32": {"Conv": 1}}
+
+
 def test_precision_is_read_off_the_graph(tmp_path):
     proto = onnx.parser.parse_model(
         f"""{HEAD} g (float[1,2,4,4] x) => (float[1,2,4,4] y)

@@ -10,7 +10,7 @@ import pytest
 from maskrcnn.export.graph import Graph, copy_of
 from maskrcnn.export.observe import largest_magnitudes
 from maskrcnn.export.precision import RULE, candidates, simulate_half, to_half
-from maskrcnn.runtime.compare import EXACT, HALF
+from maskrcnn.runtime.compare import HALF
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.validation import compare_backends, validation_batches
 
@@ -159,4 +159,4 @@ def test_single_precision_observes_what_it_computes(proto):
     height, width = feeds["image_sizes"][0]
     pixels = feeds["images"][0, :, :height, :width].transpose(1, 2, 0)
     assert observed["normalised"] == pytest.approx(np.abs((pixels - mean) / std).max(), rel=1e-5)
-    assert 0 < observed["P2"] < 1e4 and EXACT.score < 1
+    assert 0 < observed["P2"] < 1e4

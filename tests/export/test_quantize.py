@@ -108,6 +108,14 @@ def test_an_unknown_layer_is_named_with_those_there_are(proto, activations):
         to_int8(proto, activations, keep=("backbone.body.conv9",))
 
 
+def test_a_file_without_names_of_layers_is_to_be_exported_again(proto, activations):
+    nameless = onnx.ModelProto.FromString(proto.SerializeToString())
+    for number, node in enumerate(nameless.graph.node):
+        node.name = f"node_{number}"
+    with pytest.raises(UserError, match=r"no names(.|\n)*do: export the checkpoint again"):
+        to_int8(nameless, activations)
+
+
 @pytest.mark.parametrize("form", ["as it is", "symmetric"])
 def test_integers_detect_much_the_same(tmp_path, onnx_file, proto, activations, feeds, form):
     model, _ = to_int8(proto, activations)

@@ -7,8 +7,10 @@ import torch
 from command_line import expect_error
 
 from maskrcnn import runs
+from maskrcnn.export import variants
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime import Detector
+from maskrcnn.runtime.compare import EXACT
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 
@@ -73,8 +75,12 @@ def test_an_8_bit_engine_runs(run, road, shapes):
         (("--precision", "int8", "--calibration", "shapes", "--keep", "neck"), ("no layer 'neck'", "heads")),
         (("--precision", "fp32", "--simulate"), ("--simulate with --precision fp32",)),
         (("--aot",), ("--aot without --tensorrt",)),
+        (("--precision", "fp16", "--keep", "last"), ("--keep with --precision fp16", "drop --keep")),
+        (("--tensorrt", "--calibration", "shapes"), ("--calibration with --precision fp32",)),
         (("--opset", "20"), ("--opset with",)),
         ((), ("an ONNX file already",)),
+        (("--output", "other.onnx"), ("an ONNX file already",)),
+        (("--precision", "fp16", "--output", "runs/train-1/model.onnx"), ("the file to make it from", "another file")),
     ],
 )
 def test_exports_that_cannot_be_leave_nothing_behind(run, road, shapes, tmp_path, arguments, parts):
@@ -103,6 +109,28 @@ def test_operators_of_another_contract(run, road):
     onnx.save(proto, road / "other.onnx")
     for command in (("export", "--onnx", "--precision", "fp16"), ("build-engine", "--fp16")):
         expect_error(run(command[0], road / "other.onnx", *command[1:]), "operators maskrcnn of version 2", "version 1")
+
+
+def test_the_copy_for_tensorrt_is_no_source(run, road):
+    assert run("export", road / "model.onnx", "--onnx", "--tensorrt")[0] == 0
+    copy = road / "model.tensorrt.onnx"
+    for command in (
+        ("export", copy, "--onnx", "--precision", "fp16"),
+        ("build-engine", copy, "--fp16"),
+        ("verify", road / "model.onnx", copy),
+    ):
+        expect_error(run(*command), "MultilevelRoiAlign without bodies", "name the file that this one was made from")
+
+
+def test_what_is_refused_in_between_is_kept_and_named(run, road, monkeypatch):
+    """The folder in which a checkpoint's export lies for a moment is gone when the error is read."""
+    monkeypatch.setattr(variants, "HALF", EXACT)
+    monkeypatch.setattr(variants, "largest_magnitudes", lambda *_: {})
+    code, _, err = run("export", "--onnx", "--precision", "bf16", "--tensorrt")
+    assert code == 1 and ".export-" not in err
+    rejected = "runs/train-1/model.bf16.tensorrt.rejected.onnx"
+    assert (road / "model.bf16.tensorrt.rejected.onnx").is_file()
+    assert f"maskrcnn verify runs/train-1/{runs.BEST} {rejected}" in err
 
 
 def test_variants_are_no_source_for_variants(run, road):

@@ -188,7 +188,9 @@ def test_a_verdict_at_and_beyond_the_limit():
         ("fp16", {}, "half"),
         ("fp32", {"weights": "fp16", "execution": "fp32"}, "half"),
         ("fp32", {"execution": "bf16"}, "half"),
+        ("fp16, simulated", {}, "half"),
         ("int8", {}, "int8"),
+        ("int8, bf16", {}, "int8"),
     ],
 )
 def test_the_coarsest_precision_decides(precision, stamp, wanted):

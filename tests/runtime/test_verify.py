@@ -14,11 +14,12 @@ from maskrcnn import cli
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.precision import to_half
+from maskrcnn.preprocess import RESIZES, Preprocessing
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.engine import build_openvino_engine
 from maskrcnn.runtime.verify import JUDGED, check_comparable, verify
-from maskrcnn.runtime.verify_images import Batch, drawn_batches
+from maskrcnn.runtime.verify_images import Batch, drawn_batches, feedings
 from maskrcnn.runtime.verify_report import Verdict
 from maskrcnn.stages import LEVELS, OF_MASKS
 
@@ -78,6 +79,18 @@ def test_a_half_precision_graph_agrees(tmp_path, reference, onnx_file):
     assert 1e-5 < report.result("P2").needed < 0.02
 
 
+def test_a_bfloat16_graph_is_read_as_what_it_is(run, tmp_path, onnx_file):
+    """OpenVINO runs it, and shows bfloat16 as float16 of the same bits."""
+    model, _ = to_half(onnx.load(onnx_file), "bf16")
+    faults.metadata(precision="bf16")(model)
+    onnx.save(model, tmp_path / "bf16.onnx")
+    _, out, err = run(onnx_file, "bf16.onnx", "--json", "found.json")
+    assert not err and "OpenVINO bf16" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    needed = {stage["stage"]: stage["needed"] for stage in found["stages"]}
+    assert 1e-5 < needed["P2"] < 0.1 and found["tolerances"] == "half", out
+
+
 def test_a_model_without_masks_has_no_stages_of_masks(boxes_model, boxes_onnx_file):
     reference = load_backend(boxes_onnx_file.with_name("best.safetensors"), device="cpu")
     report = verify(reference, load_backend(boxes_onnx_file, **CPU), one_image())
@@ -128,6 +141,14 @@ def test_another_resize_rule_departs_at_the_images_and_nowhere_else(reference, p
     assert departing == ["images"]
     assert report.result("images").note == "3×64×80 instead of 3×96×120"
     assert "reference's size" in " ".join(report.notes)
+
+
+def test_another_way_of_rounding_sides_is_put_right_too():
+    floored, rounded = (Preprocessing(min_size_px=96, max_size_px=160, resize=name) for name in RESIZES)
+    image = np.zeros((100, 135, 3), np.uint8)
+    pair = feedings(floored, rounded)
+    assert [feeding.own_feeds([image])["image_sizes"].tolist() for feeding in pair] == [[[96, 129]], [[96, 130]]]
+    assert [feeding.shared_feeds([image])["image_sizes"].tolist() for feeding in pair] == [[[96, 129]]] * 2
 
 
 def test_a_size_takes_the_place_of_both_rules(reference, planted):
