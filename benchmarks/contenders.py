@@ -150,7 +150,8 @@ def _of_file(
 
 def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
     """An exported file on the runtimes that take its precision, which its name tells, as model.fp16.onnx does."""
-    precision = path.suffixes[0].removeprefix(".") if is_variant(path) else "fp32"
+    named = [suffix.removeprefix(".") for suffix in path.suffixes[:-1]]
+    precision = next((name for name in named if name in ("fp16", "bf16", "int8")), "fp32")
     found = []
     if precision != "bf16":  # ONNX Runtime has no kernels for it
         found.append(_of_file(path, "ONNX Runtime", "onnxruntime", precision, source=source))

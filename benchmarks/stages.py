@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
     parser.add_argument("--size", type=size_hw, default=(800, 1088), help="of the images, as 800x1088")
     parser.add_argument("--data", type=Path, help="dataset to take images from; default: drawn shapes")
     parser.add_argument("--split", default="val", help="split of --data")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, choices=range(1, 101), metavar="CALLS", default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     images, kind = images_of_size(given.size, given.data, given.split)

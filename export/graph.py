@@ -27,10 +27,16 @@ class Graph:
             for name in dict.fromkeys(node.input):
                 self.consumers[name].append(node)
         self.outputs = {value.name for value in self.graph.output}
+        recorded = (*self.graph.value_info, *self.graph.output)
+        self._types = {value.name: value.type.tensor_type.elem_type for value in recorded}
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of an initializer, or None for anything else."""
         return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+
+    def makes_floats(self, node: onnx.NodeProto) -> bool:
+        """Whether a node's first result is in single precision, by the types that the graph records."""
+        return self._types.get(node.output[0]) == onnx.TensorProto.FLOAT
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads a value which is no output of the graph, or None."""

@@ -272,7 +272,7 @@ def _provenance(metadata: ModelMetadata) -> list[str]:
         f"made from: SHA-256 {metadata.source_sha256 or 'not recorded'}",
         f"written by: {_pairs(metadata.versions) or 'not recorded'}",
     ]
-    return lines + ([f"stamp: {_pairs(metadata.stamp)}"] if metadata.stamp else [])
+    return lines + [f"stamp, {key}: {'; '.join(str(value).splitlines())}" for key, value in metadata.stamp.items()]
 
 
 def _cost_lines(costs: Costs) -> list[str]:

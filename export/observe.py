@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from maskrcnn.data.images import IMAGE_SUFFIXES, read_image
+from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import copy_of
 from maskrcnn.metadata import ModelMetadata
@@ -18,26 +18,7 @@ from maskrcnn.preprocess import batch_images
 Feeds = dict[str, np.ndarray]
 
 
-def images_in(folder: Path, limit: int) -> list[Path]:
-    """The images of a folder and its sub-folders: at most `limit`, evenly spread over the sorted names.
-
-    Raises:
-        UserError: when there is no such folder or no image in it.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}", "a folder of images", "name one with images like those to be seen later")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(
-            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})",
-            "some images like those that the model will see, a hundred are plenty",
-            "put images there, or name another folder",
-        )
-    places = np.linspace(0, len(found) - 1, min(limit, len(found))).round().astype(int)
-    return [found[place] for place in places]
-
-
-def feeds_of(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[Feeds]:
+def feeds_from_files(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[Feeds]:
     """One batch of one image for each file, prepared as the model wants it."""
     for path in paths:
         images, sizes = batch_images([read_image(path)], metadata.preprocessing)

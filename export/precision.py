@@ -161,7 +161,7 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
     for node in graph.graph.node:
         features = feature_inputs(node)
         if features is None:
-            if _makes_floats(node):
+            if graph.makes_floats(node):
                 report.kept[RULE].append(node.name)
             continue
         carried = [name for name in features if name not in graph.constants]
@@ -187,10 +187,6 @@ def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest:
     if any(not largest.get(name, 0.0) * MARGIN <= LARGEST_FP16 for name in (*carried, node.output[0])):
         return f"activations within a factor {MARGIN:g} of the range of FP16, or beyond it"
     return None
-
-
-def _makes_floats(node: onnx.NodeProto) -> bool:
-    return node.op_type in ("Sub", "Mul", "Div", "Exp", "Sigmoid", "Softmax", "TopK", "Clip", "Pad", "Floor")
 
 
 def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report: CastReport) -> None:

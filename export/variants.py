@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from maskrcnn.data.images import images_in
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import set_metadata
 from maskrcnn.export.lint import LintReport, lint
-from maskrcnn.export.observe import feeds_of, images_in, largest_magnitudes, observe
+from maskrcnn.export.observe import feeds_from_files, largest_magnitudes, observe
 from maskrcnn.export.precision import HALF_TYPES, CastReport, candidates, simulate_half, to_half
 from maskrcnn.export.quantize import DEFAULT_KEEP, QuantizationReport, ranges, symmetric, to_int8, values_to_observe
 from maskrcnn.export.tensorrt import tensorrt_flavour
@@ -65,10 +66,10 @@ def write_half(
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "choose one of these")
     proto, metadata = _single_precision(source)
     batches = list(validation_batches(metadata.preprocessing.divisor))
-    observed = [] if images is None else feeds_of(images_in(images, limit), metadata)
+    observed = [] if images is None else feeds_from_files(images_in(images, limit), metadata)
     largest = largest_magnitudes(proto, itertools.chain(batches, observed), candidates(proto))
     if images is not None:
-        batches += feeds_of(images_in(images, COMPARED_IMAGES), metadata)
+        batches += feeds_from_files(images_in(images, COMPARED_IMAGES), metadata)
     model, report = to_half(proto, precision, largest=largest)
     simulated = simulate_half(proto, precision, largest=largest)
     for each, name in ((model, precision), (simulated, f"{precision}, simulated")):
@@ -90,6 +91,7 @@ def write_int8(
     *,
     keep: Sequence[str] = DEFAULT_KEEP,
     limit: int = CALIBRATION_IMAGES,
+    for_tensorrt: bool = False,
 ) -> tuple[QuantizationReport, Difference]:
     """Writes a file that computes with 8-bit integers, and compares it with the one that it is made from.
 
@@ -99,17 +101,19 @@ def write_int8(
         calibration: a folder of images like those to be seen later.
         keep: layers to leave in single precision, see `to_int8`.
         limit: images to take from the folder, at most.
+        for_tensorrt: write, and compare, the symmetric form that `write_tensorrt` needs.
 
     Raises:
         UserError: as `write_half`, and for a folder without images.
     """
     proto, metadata = _single_precision(source)
     paths = images_in(calibration, limit)
-    observed = observe(proto, feeds_of(paths, metadata), values_to_observe(proto))
+    observed = observe(proto, feeds_from_files(paths, metadata), values_to_observe(proto))
     model, report = to_int8(proto, ranges(observed), keep=keep)
     report.images = len(paths)
+    model = symmetric(model) if for_tensorrt else model
     _describe(model, metadata, source, "int8", {"quantization": report.text()})
-    batches = feeds_of(images_in(calibration, COMPARED_IMAGES), metadata)
+    batches = feeds_from_files(images_in(calibration, COMPARED_IMAGES), metadata)
     difference = _compare(model, output, source, OnnxRuntimeBackend, INT8, batches)
     _keep(model, output)
     return report, difference
@@ -119,7 +123,8 @@ def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintRepo
     """Writes a copy for TensorRT's parser, see `tensorrt_flavour`.
 
     Args:
-        source: a file of ours, in any precision.
+        source: a file of ours, in any precision. With 8-bit integers it should be made with `for_tensorrt`: another
+            one gets its symmetric form here, which nothing has been compared with.
         output: the file to write.
         aot: see `tensorrt_flavour`.
 

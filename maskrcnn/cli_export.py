@@ -96,7 +96,8 @@ def run_build_engine(
         with console.status(f"building from {onnx}"):
             metadata, difference = build_openvino_engine(onnx, path, half=half)
     else:
-        from maskrcnn.export.observe import feeds_of, images_in
+        from maskrcnn.data.images import images_in
+        from maskrcnn.export.observe import feeds_from_files
         from maskrcnn.export.variants import COMPARED_IMAGES
         from maskrcnn.runtime.onnx_file import read_model
 
@@ -104,7 +105,7 @@ def run_build_engine(
             integers = folder / f"{onnx.stem}.int8.onnx"
             _write_variant(console, onnx, integers, "int8", int8)
             paths = images_in(int8.calibration, COMPARED_IMAGES)
-            batches = list(feeds_of(paths, read_model(onnx)[1]))
+            batches = list(feeds_from_files(paths, read_model(onnx)[1]))
             with console.status(f"building from {integers}"):
                 metadata, difference = build_openvino_engine(integers, path, half=True, reference=onnx, batches=batches)
     stamp = metadata.stamp
@@ -120,6 +121,12 @@ def _check_options(
         raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
     if source.path is not None and source.weights is not None:
         raise UserError(f"{source.path} and --weights {source.weights}", "one of the two", "drop one of them")
+    if source.weights is None and (source.model is not None or source.batch_norm_epsilon is not None):
+        raise UserError(
+            "--model or --batch-norm-epsilon without --weights",
+            "a checkpoint or an ONNX file, which knows both",
+            "add --weights, or leave them out",
+        )
     if precision == "int8" and int8.calibration is None:
         raise UserError(
             "--precision int8 without --calibration",
@@ -184,7 +191,9 @@ def _write_variant(
                 )
             elif precision == "int8":
                 keep = int8.keep or variants.DEFAULT_KEEP
-                report, difference = variants.write_int8(source, draft, int8.calibration, keep=keep, limit=int8.images)
+                report, difference = variants.write_int8(
+                    source, draft, int8.calibration, keep=keep, limit=int8.images, for_tensorrt=tensorrt
+                )
             if precision != "fp32":
                 console.print(report.text(), markup=False)
                 console.print(f"compared with single precision: {difference}")

@@ -39,14 +39,13 @@ def run_lint(console: Console, path: Path, *, json: Path | None) -> bool:
         raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
     try:
         proto = onnx.load(path)
-        is_ours = any(entry.key == KEY for entry in proto.metadata_props)
-        report = lint(tensorrt_flavour(symmetric(proto)) if is_ours else proto)
-    except UserError:
-        raise
+        onnx.checker.check_model(str(path))
     except Exception as error:  # onnx's and protobuf's own exceptions share no public base
         raise UserError(
             f"{path}: not a valid ONNX file ({str(error)[:200]})", "an ONNX file", "export it again"
         ) from error
+    is_ours = any(entry.key == KEY for entry in proto.metadata_props)
+    report = lint(tensorrt_flavour(symmetric(proto)) if is_ours else proto)
     checked = "its TensorRT flavour, with plugins" if is_ours else "as it is"
     console.print(f"{path}, {checked}: {report.text()}", markup=False)
     if json is not None:

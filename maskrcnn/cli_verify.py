@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskrcnn.data.images import IMAGE_SUFFIXES, read_image
+from maskrcnn.data.images import images_in, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.runtime.backend import Backend
@@ -51,11 +51,11 @@ def run_verify(
         UserError: for files that cannot be used, models that cannot be compared, and folders without images.
     """
     tolerances = tolerances_named(tolerance) if tolerance else None
-    paths = image_files(images)
+    paths = image_files(images, max_images)
     models = [_on_cpu(path) for path in (first, second)]
     check_comparable(*(model.metadata for model in models))
     if len(paths) > max_images:
-        console.print(f"the first {max_images} of {len(paths)} images (--max-images)")
+        console.print(f"the first {max_images} images (--max-images)")
     with console.status("comparing") as status:
         found = verify(
             *models,
@@ -78,8 +78,8 @@ def run_verify(
     return found.ok
 
 
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The image files among files and folders, those of a folder by name.
+def image_files(paths: Sequence[Path], limit: int) -> list[Path]:
+    """The image files among files and folders; of a folder at most `limit`, evenly spread over the names.
 
     Raises:
         UserError: for a folder without images and for what does not exist.
@@ -87,12 +87,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError(
-                    f"no images in {path}", f"files that end in {', '.join(IMAGE_SUFFIXES)}", "name another folder"
-                )
-            files += inside
+            files += images_in(path, limit)
         elif path.exists():
             files.append(path)
         else:

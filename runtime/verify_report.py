@@ -167,7 +167,7 @@ def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent
         needed=need,
         limit=limit,
         beyond=float((~(figures <= limit.tolerance)).mean()) if len(figures) else 0.0,
-        largest=max((error.largest for error in present), default=0.0),
+        largest=float(np.max([error.largest for error in present], initial=0.0)),  # NaN where there is one
         compared=sum(error.compared for error in present),
         per_image=tuple(None if error is None else needed(error.figures, limit.share) for error in errors),
         note=_remark(present, absent) if not agrees else "",

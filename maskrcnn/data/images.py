@@ -52,6 +52,25 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels
 
 
+def images_in(folder: Path, limit: int) -> list[Path]:
+    """The images of a folder and its sub-folders: at most `limit`, evenly spread over the sorted names.
+
+    Raises:
+        UserError: when there is no such folder or no image in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}", "a folder of images", "name one with images like those to be seen later")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(
+            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})",
+            "some images like those that the model will see, a hundred are plenty",
+            "put images there, or name another folder",
+        )
+    places = np.linspace(0, len(found) - 1, min(limit, len(found))).round().astype(int)
+    return [found[place] for place in places]
+
+
 def _rgb_from_image(image: Image.Image) -> np.ndarray:
     """Pixels `[H, W, 3]` uint8 of an open image of any mode."""
     if image.mode == "F":

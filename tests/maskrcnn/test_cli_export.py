@@ -23,9 +23,6 @@ def test_every_precision_has_a_file_of_its_own(run, road, shapes):
         code, out, err = run(
             "export", road / "model.onnx", "--onnx", "--precision", precision, "--calibration", shapes / "train"
         )
-        if precision == "int8" and code == 1:  # random weights may depart too far; the file is kept aside and named
-            assert (road / "model.int8.rejected.onnx").is_file() and "model.int8.rejected.onnx" in err
-            continue
         assert code == 0, err
         assert words in out and (road / name).is_file()
     assert not [path for path in road.iterdir() if path.name.startswith(".")]
@@ -52,17 +49,12 @@ def test_a_file_for_tensorrt_and_its_lint(run, road):
 
 
 def test_an_8_bit_engine_runs(run, road, shapes):
-    """Random weights may depart by more than 8 bits explain; then the engine is set aside and says so."""
     code, out, err = run("build-engine", "--int8", shapes / "train", "--keep", "heads")
-    path = road / ("model.int8.xml" if code == 0 else "model.int8.rejected.xml")
-    if code == 0:
-        assert "weights int8" in out
-    else:
-        assert "departs" in err and "rejected" in err
-    if path.is_file():
-        detector = Detector.load(path)
-        assert detector.backend.precision.startswith("int8")
-        assert len(detector.detect([np.zeros((80, 100, 3), np.uint8)])) == 1
+    assert code == 0, err
+    assert "weights int8" in out
+    detector = Detector.load(road / "model.int8.xml")
+    assert detector.backend.precision.startswith("int8")
+    assert len(detector.detect([np.zeros((80, 100, 3), np.uint8)])) == 1
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_the_command_succeeds_on_images_of_a_folder(run, onnx_file, shapes):
     options = ("--images", shapes / "val", "--max-images", 2, "--json", "found.json", "--report", "found.html")
     code, out, err = run(onnx_file, onnx_file, *options)
     assert code == 0, err
-    assert "the first 2 of 6 images" in out and "no stage departs, by the tolerances of 'exact'" in out
+    assert "no stage departs, by the tolerances of 'exact'" in out
     with open("found.json") as file:
         found = json.load(file)
     assert found["ok"] is True and found["first_departure"] is None
@@ -279,7 +279,7 @@ def test_the_command_takes_other_tolerances(run, tmp_path, onnx_file):
     ("arguments", "message"),
     [
         (("missing.onnx",), "no file missing.onnx"),
-        (("ONNX", "--images", "empty"), "no images in empty"),
+        (("ONNX", "--images", "empty"), "empty: no image in it"),
         (("ONNX", "--images", "nowhere"), "no file or folder nowhere"),
         (("ONNX", "--tolerance", "loose"), "tolerance 'loose'\nexpected: exact or half or int8"),
         (("BOXES",), "with masks and one without"),
