@@ -1,12 +1,18 @@
-"""torchvision's own detectors behind the interface of our Detector, so that both are measured alike."""
+"""torchvision's own detectors behind the interface of our Detector, so that both are measured alike.
+
+    python benchmarks/peers.py torchvision.onnx
+
+writes its legacy export of random weights, to look into: `maskrcnn lint torchvision.onnx`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +31,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from maskrcnn.config import LossConfig, ModelConfig
-from maskrcnn.errors import UserError
+from maskrcnn.config import LossConfig, ModelConfig, model_config
+from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Detections
@@ -263,3 +269,20 @@ def export_legacy(model: FasterRCNN, example: np.ndarray, output: Path) -> None:
             )
     finally:
         logger.setLevel(level)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes torchvision's legacy export of a model with random weights, for whoever wants to look into one."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("output", type=Path, help="ONNX file to write")
+    parser.add_argument("--model", default="maskrcnn_resnet50_fpn", help="one of maskrcnn.config.MODELS")
+    given = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    model = torchvision_from_config(model_config(given.model, class_names=("thing",)))
+    export_legacy(model, np.zeros((320, 320, 3), np.uint8), given.output)
+    print(given.output)
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()
