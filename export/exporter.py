@@ -113,6 +113,8 @@ def _check_versions(opset: int) -> None:
 
 def _check_weights(model: MaskRCNN) -> None:
     """Refuses weights with NaN or infinity: they detect nothing, in PyTorch as in any other runtime, and so agree."""
+    if not model.config.class_names:
+        raise UserError("a model without classes", "at least one", "give its configuration class_names")
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise UserError(

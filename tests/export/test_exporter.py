@@ -11,6 +11,7 @@ from maskrcnn.export import exporter
 from maskrcnn.export.exporter import FORBIDDEN_OPS, OUTPUTS, check_graph, export_onnx
 from maskrcnn.export.graph import op_counts
 from maskrcnn.metadata import sha256_of
+from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.plugins import contract
 from maskrcnn.runtime.compare import EXACT, compare_outputs
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -194,4 +195,10 @@ def test_nan_weights_are_refused(tmp_path, name):
         model.state_dict()[name].flatten()[0] = torch.nan
     with pytest.raises(UserError, match=rf"weights with NaN or infinity: 1 tensor\(s\), first {name}"):
         export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_classes_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a model without classes"):
+        export_onnx(MaskRCNN(tiny_config(class_names=(), category_ids=())), tmp_path / "none.onnx")
     assert not list(tmp_path.iterdir())
