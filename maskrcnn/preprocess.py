@@ -198,6 +198,9 @@ def linear_taps(
 def _resize_into(image: np.ndarray, out: np.ndarray) -> None:
     """Resizes `image` `[H, W, C]` into `out` `[C, h, w]` float32, which may be a part of a larger array."""
     height, width = out.shape[1:]
+    if image.shape[:2] == (height, width):
+        out[:] = image.transpose(2, 0, 1)
+        return
     top, bottom, weight_y = linear_taps(image.shape[0], height)
     left, right, weight_x = linear_taps(image.shape[1], width)
     weight_y = weight_y[:, None]

@@ -279,3 +279,10 @@ def test_preprocessing_names_missing_and_unknown_keys_together():
     values["size_px"] = values.pop("divisor")
     with pytest.raises(UserError, match=r"unknown key\(s\) size_px and missing key\(s\) divisor"):
         Preprocessing.from_dict(values)
+
+
+def test_an_image_of_the_wanted_size_keeps_its_pixels():
+    image = np.random.default_rng(5).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    assert np.array_equal(resize_bilinear(image, (37, 53)), image.transpose(2, 0, 1).astype(np.float32))
+    taller = resize_bilinear(image, (38, 53))  # one side alone is interpolated
+    assert not np.array_equal(taller[:, :37], image.transpose(2, 0, 1))
