@@ -10,6 +10,7 @@ detections agree with PyTorch FP32; what cannot run has a row that says why.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--no-peers", action="store_true", help="leave torchvision out")
     add("--output", type=Path, help="folder for results.json and results.md; default: beside the model")
     add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
+    add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
     add("--size", type=size_hw, default=(800, 1088), help="of the workload's images, height×width, as 800x1088")
     return parser.parse_args(arguments)
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     """Measures, writes results.json and results.md, and prints the table."""
     given = parse(arguments)
     progress = Progress()
-    with tempfile.TemporaryDirectory(prefix="maskrcnn-benchmark-") as folder:
+    with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
         contenders = our_contenders(artefacts)
         if not given.no_peers and artefacts.checkpoint:
@@ -63,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     table = write_report(output, rows, workload, environment())
     print(f"\n{table}\n\n{output / 'results.json'} and {output / 'results.md'}")
     return rows
+
+
+def _folder(kept: Path | None) -> contextlib.AbstractContextManager[str]:
+    """Where files are made that the benchmark itself needs."""
+    if kept is None:
+        return tempfile.TemporaryDirectory(prefix="maskrcnn-benchmark-")
+    kept.mkdir(parents=True, exist_ok=True)
+    return contextlib.nullcontext(str(kept))
 
 
 def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tuple[Artefacts, Workload]:

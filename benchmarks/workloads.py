@@ -137,7 +137,7 @@ def _make_files(
     exported, integers = checkpoint.with_suffix(".onnx"), checkpoint.with_suffix(".int8.onnx")
     half_engine, integer_engine = checkpoint.with_suffix(".fp16.xml"), checkpoint.with_suffix(".int8.xml")
     pictures = checkpoint.with_name("calibration")
-    pictures.mkdir()
+    pictures.mkdir(exist_ok=True)
     for k, image in enumerate(pool):
         Image.fromarray(image).save(pictures / f"{k}.png")
 
