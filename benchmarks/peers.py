@@ -216,11 +216,9 @@ class TorchvisionOnnxDetector:
             import onnxruntime
         except ImportError as error:
             raise missing_library("onnxruntime", f"run {path}", "pip install onnxruntime-gpu") from error
-        from maskrcnn.runtime.onnxruntime_backend import usable_providers
+        from maskrcnn.runtime.onnxruntime_backend import session_options, usable_providers
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only, as in our own backend
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=usable_providers())
+        self.session = onnxruntime.InferenceSession(str(path), session_options(), providers=usable_providers())
         self.metadata = metadata
 
     def detect(self, images: list[np.ndarray]) -> list[Detections]:

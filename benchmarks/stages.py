@@ -27,6 +27,7 @@ from maskrcnn.files import write_json
 from maskrcnn.postprocess import unpack
 from maskrcnn.preprocess import batch_images
 from maskrcnn.runtime import Detector
+from maskrcnn.runtime.onnxruntime_backend import session_options
 
 MODULES = {
     "backbone.body": "backbone",
@@ -110,9 +111,8 @@ def _onnxruntime_profiles(path: Path, feeds: dict[str, np.ndarray], repeat: int)
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for _ in range(repeat + 1):
             session.run(None, feeds)

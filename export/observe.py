@@ -14,6 +14,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.graph import copy_of
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.preprocess import batch_images
+from maskrcnn.runtime.onnxruntime_backend import session_options
 
 Feeds = dict[str, np.ndarray]
 
@@ -45,9 +46,8 @@ def observe(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]
         for op in ("ReduceMin", "ReduceMax"):
             model.graph.node.append(onnx.helper.make_node(op, [name], [f"{name}_{op}"], keepdims=0))
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(f"{name}_{op}"))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    written = model.SerializeToString()
+    session = onnxruntime.InferenceSession(written, session_options(), providers=["CPUExecutionProvider"])
     rows = [session.run(None, each) for each in feeds]
     values = np.array(rows, np.float32).reshape(len(rows), len(names), 2)
     bad = [name for k, name in enumerate(names) if not np.isfinite(values[:, k]).all()]

@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from maskrcnn.runtime.onnxruntime_backend import session_options
+
 TIMEOUT_S = 300.0  # for one provider; TensorRT builds engines when a session is made
 _CPU = "CPUExecutionProvider"
 _MARK = "maskrcnn-placement:"  # begins the line of the answer among whatever a library prints
@@ -82,8 +84,7 @@ def _placement(path: str, provider: str) -> Placement:
 
     if provider.startswith(("CUDA", "Tensorrt")) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(dict.fromkeys([provider, _CPU])))

@@ -40,9 +40,7 @@ class OnnxRuntimeBackend(Backend):
             raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
         self.path = path
         self._instrumented: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
-        options = self._options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors only; warnings name CUDA libraries a CPU machine lacks
+        options = self._options = session_options(threads)
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers or usable_providers())
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
@@ -88,6 +86,16 @@ class OnnxRuntimeBackend(Backend):
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
         providers = self.session.get_providers()
         return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=providers)
+
+
+def session_options(threads: int = 0):
+    """Options of a session of any file; 0 threads leaves their number to ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only; warnings name CUDA libraries a CPU machine lacks
+    return options
 
 
 def usable_providers() -> list[str]:
