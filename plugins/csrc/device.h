@@ -1,0 +1,138 @@
+// What the kernels need of CUDA C++, for three compilers: nvcc, NVRTC (which has no headers of its own), and an ordinary
+// C++ compiler, for which a header of the tests plays the GPU. Includes neither TensorRT's nor torch's headers.
+
+#ifndef MASKRCNN_DEVICE_H
+#define MASKRCNN_DEVICE_H
+
+#if defined(__CUDACC_RTC__)
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(MASKRCNN_ON_CPU)
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_runtime.h>
+#endif
+#endif
+
+namespace maskrcnn {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// Half precision as its bits: conversions are all that is done with them, and need no header.
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+__host__ __device__ inline uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(value);
+#else
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+#endif
+}
+
+__host__ __device__ inline float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+__host__ __device__ inline float to_float(float value) { return value; }
+
+__host__ __device__ inline float to_float(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
+
+__host__ __device__ inline float to_float(Half value) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+#else
+    uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, exponent = (value.bits >> 10) & 31u;
+    uint32_t mantissa = value.bits & 0x3ffu;
+    if (exponent == 31u) return float_of(sign | 0x7f800000u | mantissa << 13);
+    if (exponent == 0u) return float_of(sign | bits_of(float(mantissa) * 0x1p-24f));
+    return float_of(sign | (exponent + 112u) << 23 | mantissa << 13);
+#endif
+}
+
+// Rounding to nearest, ties to even, as the hardware does it; values beyond the range become infinite.
+__host__ __device__ inline void from_float(float value, float &result) { result = value; }
+
+__host__ __device__ inline void from_float(float value, BFloat16 &result) {
+    uint32_t bits = bits_of(value);
+    bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    result.bits = is_nan ? uint16_t(0x7fff) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+__host__ __device__ inline void from_float(float value, Half &result) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        result.bits = 0x7fff;
+    } else if (magnitude >= 0x47800000u) {  // 65536 and more
+        result.bits = uint16_t(sign | 0x7c00u);
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which this addition rounds to
+        result.bits = uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
+    } else {
+        result.bits = uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+    }
+#endif
+}
+
+// A product and a sum that no compiler fuses: comparisons at a threshold must come out the same everywhere.
+__host__ __device__ inline float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+__host__ __device__ inline float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fdiv_rn(a, b);
+#else
+    return a / b;
+#endif
+}
+
+// Four neighbouring elements in one transaction; the address is a multiple of their size.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T values[4];
+};
+
+template <class T>
+__device__ inline void load(const T *from, float (&to)[4]) {
+    Four<T> four = *reinterpret_cast<const Four<T> *>(from);
+    for (int i = 0; i < 4; i++) to[i] = to_float(four.values[i]);
+}
+
+template <class T>
+__device__ inline void load(const T *from, float (&to)[1]) {
+    to[0] = to_float(*from);
+}
+
+}  // namespace maskrcnn
+
+#endif

@@ -1,0 +1,246 @@
+// RoIAlign of each RoI at its own pyramid level: plugins/contract.py says what is computed, README.md how and why so.
+
+#ifndef MASKRCNN_MULTILEVEL_ROI_ALIGN_KERNEL_CUH
+#define MASKRCNN_MULTILEVEL_ROI_ALIGN_KERNEL_CUH
+
+#include "../device.h"
+
+namespace maskrcnn {
+
+// FPN equation 1: the level, counted from the first, that pools a box of this size in pixels.
+struct LevelRule {
+    int num_levels, min_level, canonical_level;
+    float canonical_size, epsilon;
+};
+
+__host__ __device__ inline int level_of(float width, float height, const LevelRule &rule) {
+    float area = product(width, height);
+    if (!(area > 0.f)) return 0;  // NaN as well
+    float level = floorf(float(rule.canonical_level) + log2f(quotient(sqrtf(area), rule.canonical_size)) + rule.epsilon);
+    float highest = float(rule.min_level + rule.num_levels - 1);
+    return int(fminf(fmaxf(level, float(rule.min_level)), highest)) - rule.min_level;
+}
+
+// Where one sample along an axis reads: two neighbouring pixels and their weights, zero for a sample outside the map.
+struct Tap {
+    int low, high;
+    float low_weight, high_weight;
+};
+
+__host__ __device__ inline Tap tap_at(float position, int size) {
+    if (!(position >= -1.f && position <= float(size))) return {0, 0, 0.f, 0.f};
+    position = fmaxf(position, 0.f);
+    int low = int(position);
+    if (low >= size - 1) return {size - 1, size - 1, 1.f, 0.f};
+    float fraction = position - float(low);
+    return {low, low + 1, 1.f - fraction, fraction};
+}
+
+// One axis of one RoI, in pixels of its level: `bins` bins of `samples` samples each.
+struct Axis {
+    float start, bin;
+    int samples, size;
+
+    __host__ __device__ Tap tap(int index_of_bin, int sample) const {
+        return tap_at(start + bin * (float(index_of_bin) + (float(sample) + 0.5f) / float(samples)), size);
+    }
+
+    // The samples [first, last) of a bin among which all lie that hit the map: a box far larger than the map has more
+    // samples than anybody could wait for, nearly all of them outside.
+    __host__ __device__ void range(int index_of_bin, int &first, int &last) const {
+        first = 0, last = samples;
+        if (!(bin > 0.f)) return;
+        float origin = start + bin * float(index_of_bin), per_pixel = float(samples) / bin;
+        float from = (-1.f - origin) * per_pixel - 2.f, to = (float(size) - origin) * per_pixel + 2.f;
+        if (from > 0.f) first = from < float(samples) ? int(from) : samples;
+        if (to < float(samples)) last = to > 0.f ? int(to) : 0;
+    }
+};
+
+constexpr int kMostSamples = 1 << 24;  // whole numbers that float32 can count
+
+__host__ __device__ inline Axis axis_of(float low, float high, float scale, int size, int bins, int ratio, bool aligned) {
+    float offset = aligned ? 0.5f : 0.f, start = product(low, scale) - offset;
+    float length = (product(high, scale) - offset) - start;
+    if (!aligned) length = length > 1.f ? length : 1.f;
+    float bin = length / float(bins);
+    // An adaptive ratio puts no samples at all into an empty RoI, nor into one that is not a number.
+    int samples = ratio > 0 ? ratio : (bin > 0.f ? int(fminf(ceilf(bin), float(kMostSamples))) : 0);
+    return {start, bin, samples, size};
+}
+
+// A feature map of one image and everything that one RoI needs of it.
+template <class T>
+struct Map {
+    const T *data;  // [C, height, width], or [height, width, pitch]
+    int height, width, pitch;
+    float scale;  // 1 / stride
+};
+
+struct Pooling {
+    int channels, bins, ratio;  // C, S, sampling ratio
+    bool aligned;
+};
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kTableTaps = 64;      // samples along an axis whose taps are computed once for a block
+constexpr int kBinsOfTile = 64;     // most bins of one block
+constexpr int kLanesOfChannels = 4; // neighbouring channels that one lane of the channels-last kernel computes
+
+struct Taps {
+    Tap table[2][kTableTaps];  // 0: rows, 1: columns
+};
+
+// The taps of one axis: from the table, or, beyond it, computed anew.
+__device__ inline Tap look_up(const Tap *table, const Axis &axis, int bin, int sample) {
+    int index = bin * axis.samples + sample;
+    return index < kTableTaps ? table[index] : axis.tap(bin, sample);
+}
+
+__device__ inline void fill(Taps &taps, const Axis &rows, const Axis &columns, int bins) {
+    for (int i = threadIdx.x; i < 2 * kTableTaps; i += blockDim.x) {
+        Axis axis = i < kTableTaps ? rows : columns;
+        int index = i % kTableTaps;
+        if (axis.samples > 0 && index / axis.samples < bins)
+            taps.table[i / kTableTaps][index] = axis.tap(index / axis.samples, index % axis.samples);
+    }
+    __syncthreads();
+}
+
+template <class T>
+__device__ inline void axes_of(const float *roi, const Map<T> &map, const Pooling &pooling, Axis &rows, Axis &columns) {
+    rows = axis_of(roi[1], roi[3], map.scale, map.height, pooling.bins, pooling.ratio, pooling.aligned);
+    columns = axis_of(roi[0], roi[2], map.scale, map.width, pooling.bins, pooling.ratio, pooling.aligned);
+}
+
+// The weighted sum over the samples of one bin, of W neighbouring channels. RATIO: samples along each axis, 0: ask.
+template <int RATIO, class T, int W>
+__device__ inline void sum_of_bin(const Map<T> &map, const Axis &rows, const Axis &columns, const Taps &taps, int y,
+                                  int x, int channel, float (&sum)[W]) {
+    int first_row = 0, last_row = RATIO, first_column = 0, last_column = RATIO;
+    if (RATIO == 0) {
+        rows.range(y, first_row, last_row);
+        columns.range(x, first_column, last_column);
+    }
+    for (int i = 0; i < W; i++) sum[i] = 0.f;
+#pragma unroll
+    for (int a = first_row; a < last_row; a++) {
+        Tap row = look_up(taps.table[0], rows, y, a);
+#pragma unroll
+        for (int edge = 0; edge < 2; edge++) {
+            const T *line = map.data + int64_t(edge ? row.high : row.low) * map.width * map.pitch + channel;
+            float weight = edge ? row.high_weight : row.low_weight, of_line[W] = {};
+#pragma unroll
+            for (int b = first_column; b < last_column; b++) {
+                Tap column = look_up(taps.table[1], columns, x, b);
+                float low[W], high[W];
+                load(line + int64_t(column.low) * map.pitch, low);
+                load(line + int64_t(column.high) * map.pitch, high);
+                for (int i = 0; i < W; i++) of_line[i] += column.low_weight * low[i] + column.high_weight * high[i];
+            }
+            for (int i = 0; i < W; i++) sum[i] += weight * of_line[i];
+        }
+    }
+}
+
+// Channels last: a lane computes W neighbouring channels of a bin, a warp 32 W of them, the warps of the block
+// different bins. The results go through shared memory, so that what is written to `pooled` [C, S, S] is contiguous.
+// One block: channels from `first_channel` on, bins [first_bin, last_bin), at most kBinsOfTile.
+template <class T, class Out, int W, int RATIO>
+__device__ inline void pool_channels_last(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
+                                          int first_channel, int first_bin, int last_bin) {
+    __shared__ Taps taps;
+    __shared__ float tile[kWarp * W * kBinsOfTile];
+    Axis rows, columns;
+    axes_of(roi, map, pooling, rows, columns);
+    fill(taps, rows, columns, pooling.bins);
+    int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = last_bin - first_bin;
+    int channel = first_channel + lane * W;
+    float share = 1.f / fmaxf(float(rows.samples) * float(columns.samples), 1.f);
+    for (int bin = warp; bin < width; bin += kWarps) {
+        float sum[W];
+        if (channel < pooling.channels) {
+            int y = (first_bin + bin) / pooling.bins, x = (first_bin + bin) % pooling.bins;
+            sum_of_bin<RATIO>(map, rows, columns, taps, y, x, channel, sum);
+            // Turned by the lane's number, so that the lanes of a warp write to different banks.
+            for (int i = 0; i < W; i++) tile[(lane * W + i) * width + (bin + lane) % width] = sum[i] * share;
+        }
+    }
+    __syncthreads();
+    int channels = pooling.channels - first_channel;
+    if (channels > kWarp * W) channels = kWarp * W;
+    int64_t area = int64_t(pooling.bins) * pooling.bins;
+    for (int c = warp; c < channels; c += kWarps) {
+        Out *to = pooled + (first_channel + c) * area + first_bin;
+        int turn = c / W % width;
+        for (int bin = lane; bin < width; bin += kWarp) {
+            int at = bin + turn;
+            from_float(tile[c * width + (at < width ? at : at - width)], to[bin]);
+        }
+    }
+}
+
+// Planes [H, W], two samples a bin and axis: a bin's 2 x 2 samples read four columns, so four lanes share a bin and a
+// warp covers 8 bins of a row of bins: neighbouring lanes read neighbouring pixels of one line, and nothing is read
+// for a lane's own use only. One block: channels [first_channel, last_channel).
+template <class T, class Out>
+__device__ inline void pool_planes_by_quads(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
+                                            int first_channel, int last_channel) {
+    constexpr int kRatio = 2, kBins = kWarp / (2 * kRatio);
+    __shared__ Taps taps;
+    Axis rows, columns;
+    axes_of(roi, map, pooling, rows, columns);
+    fill(taps, rows, columns, pooling.bins);
+    int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, entry = lane % 4, bins = pooling.bins;
+    int64_t area = int64_t(bins) * bins, plane = int64_t(map.height) * map.width;
+    for (int x0 = 0; x0 < bins; x0 += kBins) {
+        int x = x0 + lane / 4;
+        Tap column = look_up(taps.table[1], columns, x < bins ? x : bins - 1, entry / 2);
+        int at = entry % 2 ? column.high : column.low;
+        float weight = (entry % 2 ? column.high_weight : column.low_weight) * 0.25f;
+        for (int channel = first_channel + warp; channel < last_channel; channel += kWarps) {
+            const T *from = map.data + channel * plane + at;
+            Out *to = pooled + channel * area + x;
+            float mine = 0.f;
+            for (int y = 0; y < bins; y++) {
+                Tap upper = look_up(taps.table[0], rows, y, 0), lower = look_up(taps.table[0], rows, y, 1);
+                float sum = upper.low_weight * to_float(from[int64_t(upper.low) * map.width]) +
+                            upper.high_weight * to_float(from[int64_t(upper.high) * map.width]) +
+                            lower.low_weight * to_float(from[int64_t(lower.low) * map.width]) +
+                            lower.high_weight * to_float(from[int64_t(lower.high) * map.width]);
+                sum *= weight;
+                sum += __shfl_xor_sync(kAllLanes, sum, 1);
+                sum += __shfl_xor_sync(kAllLanes, sum, 2);
+                // Each lane of four keeps one row of bins in four, so that a store fills whole sectors.
+                if (y % 4 == entry) mine = sum;
+                if (y % 4 == 3 || y == bins - 1) {
+                    int row = y - y % 4 + entry;
+                    if (x < bins && row < bins) from_float(mine, to[int64_t(row) * bins]);
+                }
+            }
+        }
+    }
+}
+
+// Planes, any number of samples: a thread computes one bin of one channel.
+template <class T, class Out>
+__device__ inline void pool_planes(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
+                                   int first_channel, int last_channel) {
+    __shared__ Taps taps;
+    Axis rows, columns;
+    axes_of(roi, map, pooling, rows, columns);
+    fill(taps, rows, columns, pooling.bins);
+    int64_t area = int64_t(pooling.bins) * pooling.bins, plane = int64_t(map.height) * map.width;
+    float share = 1.f / fmaxf(float(rows.samples) * float(columns.samples), 1.f);
+    for (int64_t i = threadIdx.x; i < (last_channel - first_channel) * area; i += blockDim.x) {
+        int channel = first_channel + int(i / area), bin = int(i % area);
+        Map<T> one = {map.data + channel * plane, map.height, map.width, 1, map.scale};
+        float sum[1];
+        sum_of_bin<0>(one, rows, columns, taps, bin / pooling.bins, bin % pooling.bins, 0, sum);
+        from_float(sum[0] * share, pooled[channel * area + bin]);
+    }
+}
+
+}  // namespace maskrcnn
+
+#endif

@@ -1,0 +1,124 @@
+// The C interface of MultilevelRoiAlign: checks, and the choice among the kernels.
+
+#include "../launch.h"
+#include "kernel.cuh"
+
+namespace maskrcnn {
+namespace {
+
+using Params = maskrcnn_roi_align_params;
+
+constexpr int kPlanesOfBlock = 64;  // channels of one block of the kernels for planes
+
+template <class T>
+__device__ inline Map<T> map_of(const Params &params, const float *roi, int image) {
+    LevelRule rule = {params.num_levels, params.min_level, params.canonical_level, params.canonical_size,
+                      params.level_epsilon};
+    int level = level_of(roi[2] - roi[0], roi[3] - roi[1], rule), pitch = params.channel_pitch;
+    int64_t of_image = int64_t(params.heights[level]) * params.widths[level] *
+                       (params.layout == MASKRCNN_NHWC ? pitch : params.channels);
+    return {static_cast<const T *>(params.features[level]) + image * of_image, params.heights[level],
+            params.widths[level], pitch, ldexpf(1.f, -(params.min_level + level))};
+}
+
+// What the blocks of all kernels have in common: blockIdx.x counts images, RoIs and parts of a RoI's bins, blockIdx.y
+// groups of channels.
+template <class T, class Out>
+struct Block {
+    const float *roi;
+    Out *pooled;
+    int image, part;
+    Pooling pooling;
+
+    __device__ Block(const Params &params, const float *rois, void *out, int parts) {
+        int64_t index = blockIdx.x / parts;  // of the RoI among those of all images
+        part = blockIdx.x % parts;
+        image = int(index / params.num_rois);
+        roi = rois + index * 4;
+        pooled = static_cast<Out *>(out) + index * params.channels * params.output_size * params.output_size;
+        pooling = {params.channels, params.output_size, params.sampling_ratio, params.aligned != 0};
+    }
+};
+
+template <class T, class Out, int W, int RATIO>
+__global__ void __launch_bounds__(kThreads) channels_last_kernel(Params params, const float *rois, void *out, int parts) {
+    Block<T, Out> block(params, rois, out, parts);
+    int bins = params.output_size * params.output_size;
+    int first = int(int64_t(bins) * block.part / parts), last = int(int64_t(bins) * (block.part + 1) / parts);
+    pool_channels_last<T, Out, W, RATIO>(map_of<T>(params, block.roi, block.image), block.pooling, block.roi,
+                                         block.pooled, blockIdx.y * kWarp * W, first, last);
+}
+
+template <class T, class Out, bool QUADS>
+__global__ void __launch_bounds__(kThreads) planes_kernel(Params params, const float *rois, void *out, int parts) {
+    Block<T, Out> block(params, rois, out, parts);
+    Map<T> map = map_of<T>(params, block.roi, block.image);
+    int first = blockIdx.y * kPlanesOfBlock, last = first + kPlanesOfBlock;
+    if (last > params.channels) last = params.channels;
+    if (QUADS)
+        pool_planes_by_quads<T, Out>(map, block.pooling, block.roi, block.pooled, first, last);
+    else
+        pool_planes<T, Out>(map, block.pooling, block.roi, block.pooled, first, last);
+}
+
+template <class T>
+bool fours_can_be_read(const Params &params) {
+    bool can = params.channel_pitch % kLanesOfChannels == 0;
+    for (int level = 0; level < params.num_levels; level++)
+        can = can && reinterpret_cast<uintptr_t>(params.features[level]) % sizeof(Four<T>) == 0;
+    return can;
+}
+
+template <class T, class Out>
+int run(const Params &params, const float *rois, void *pooled, void *stream) {
+    int64_t num_rois = int64_t(params.batch) * params.num_rois;
+    int64_t bins = int64_t(params.output_size) * params.output_size;
+    if (params.layout == MASKRCNN_NCHW) {
+        dim3 grid(unsigned(num_rois), unsigned(ceil_div(params.channels, kPlanesOfBlock)));
+        bool quads = params.sampling_ratio == 2;
+        auto kernel = quads ? planes_kernel<T, Out, true> : planes_kernel<T, Out, false>;
+        return MASKRCNN_LAUNCH(kernel, grid, kThreads, stream, params, rois, pooled, 1);
+    }
+    int parts = int(ceil_div(bins, kBinsOfTile)), width = fours_can_be_read<T>(params) ? kLanesOfChannels : 1;
+    if (num_rois * parts > kMostBlocks) return MASKRCNN_INVALID;
+    dim3 grid(unsigned(num_rois * parts), unsigned(ceil_div(params.channels, kWarp * width)));
+    auto kernel = width == 1 ? channels_last_kernel<T, Out, 1, 0> : channels_last_kernel<T, Out, kLanesOfChannels, 0>;
+    if (width > 1 && params.sampling_ratio == 2) kernel = channels_last_kernel<T, Out, kLanesOfChannels, 2>;
+    return MASKRCNN_LAUNCH(kernel, grid, kThreads, stream, params, rois, pooled, parts);
+}
+
+bool is_valid(const Params &params) {
+    bool has_type = params.dtype >= MASKRCNN_FLOAT32 && params.dtype <= MASKRCNN_BFLOAT16 &&
+                    (params.output_dtype == params.dtype || params.output_dtype == MASKRCNN_FLOAT32);
+    bool has_layout = params.layout == MASKRCNN_NCHW ||
+                      (params.layout == MASKRCNN_NHWC && params.channel_pitch >= params.channels);
+    bool has_shape = params.num_levels >= 1 && params.num_levels <= MASKRCNN_MAX_LEVELS && params.batch >= 0 &&
+                     params.num_rois >= 0 && params.channels >= 0 && params.output_size >= 1 &&
+                     params.output_size <= 32767 && params.sampling_ratio >= 0 &&
+                     int64_t(params.batch) * params.num_rois <= kMostBlocks &&
+                     ceil_div(params.channels, kWarp) <= kMostRows;
+    for (int level = 0; has_shape && level < params.num_levels; level++)
+        has_shape = params.heights[level] >= 1 && params.widths[level] >= 1;
+    return has_type && has_layout && has_shape && params.canonical_size > 0.f;
+}
+
+}  // namespace
+}  // namespace maskrcnn
+
+int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const float *rois, void *pooled,
+                                  void *stream) {
+    using namespace maskrcnn;
+    if (params == nullptr || !is_valid(*params)) return MASKRCNN_INVALID;
+    if (params->batch == 0 || params->num_rois == 0 || params->channels == 0) return 0;
+    bool to_float32 = params->output_dtype == MASKRCNN_FLOAT32;
+    switch (params->dtype) {
+        case MASKRCNN_FLOAT16:
+            return to_float32 ? run<Half, float>(*params, rois, pooled, stream)
+                              : run<Half, Half>(*params, rois, pooled, stream);
+        case MASKRCNN_BFLOAT16:
+            return to_float32 ? run<BFloat16, float>(*params, rois, pooled, stream)
+                              : run<BFloat16, BFloat16>(*params, rois, pooled, stream);
+        default:
+            return run<float, float>(*params, rois, pooled, stream);
+    }
+}

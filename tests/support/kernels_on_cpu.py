@@ -1,0 +1,177 @@
+"""The kernels' sources compiled for the CPU, where `cuda_on_cpu.h` plays the GPU, and called with NumPy arrays."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maskrcnn.plugins.native import Kernels, Pyramid
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("multilevel_roi_align/launch.cu", "batched_nms/launch.cu", "mask_paste/launch.cu", "errors.cu")
+HEADERS = Path(__file__).parent / "cuda_on_cpu"
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # NumPy has no such type
+
+
+def compiler() -> str | None:
+    """A C++ compiler of this machine."""
+    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def build(folder: Path, **macros: int) -> Path:
+    """Compiles `libmaskrcnn_kernels.so` for the CPU; `macros` are defined as given."""
+    library = folder / "libmaskrcnn_kernels.so"
+    csrc = ROOT / "plugins" / "csrc"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    # setjmp between stacks is what the header lives on, and what a fortified C library refuses.
+    defines = ["-U_FORTIFY_SOURCE", "-DMASKRCNN_ON_CPU", *(f"-D{name}={value}" for name, value in macros.items())]
+    sources = [str(csrc / name) for name in SOURCES]
+    command = [str(compiler()), *flags, *defines, "-I", str(HEADERS), "-x", "c++", *sources, "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 as bfloat16, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(BFLOAT16)
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    """Values of any of the three types as float32."""
+    if values.dtype == BFLOAT16:
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def name_of(values: np.ndarray) -> str:
+    """The name of an array's type as the kernels know it."""
+    return "bfloat16" if values.dtype == BFLOAT16 else values.dtype.name
+
+
+def guarded(shape: Sequence[int], dtype: np.dtype | type) -> tuple[np.ndarray, np.ndarray]:
+    """An array to be filled, and the memory around it, whose bytes are all 0xA5."""
+    memory = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize + 128, 0xA5, np.uint8)
+    return memory[64:-64].view(dtype).reshape(shape), memory
+
+
+def check_guards(memory: np.ndarray) -> None:
+    """Nothing was written before or behind the array."""
+    assert (memory[:64] == 0xA5).all(), "written before the result"
+    assert (memory[-64:] == 0xA5).all(), "written behind the result"
+
+
+def channels_last(feature: np.ndarray, pitch: int) -> np.ndarray:
+    """`[N, C, H, W]` as `[N, H, W, pitch]`; the channels beyond C are 99, so that using them shows."""
+    n, c, h, w = feature.shape
+    memory = np.full((n, h, w, pitch), 99, np.float32)
+    laid = bfloat16(memory) if feature.dtype == BFLOAT16 else memory.astype(feature.dtype)
+    laid = laid.reshape(n, h, w, pitch)
+    laid[..., :c] = feature.transpose(0, 2, 3, 1)
+    return laid
+
+
+def roi_align(
+    kernels: Kernels,
+    features: Sequence[np.ndarray],
+    rois: np.ndarray,
+    *,
+    layout: str = "NCHW",
+    pitch: int = 0,
+    float32_output: bool = False,
+    **attributes: object,
+) -> np.ndarray:
+    """`MultilevelRoiAlign`: features `[N, C, H_l, W_l]` of one type, rois `[N, R, 4]`; result as float32."""
+    batch, channels = features[0].shape[:2]
+    pitch = pitch or channels
+    laid = [channels_last(f, pitch) if layout == "NHWC" else np.ascontiguousarray(f) for f in features]
+    rois = np.ascontiguousarray(rois, np.float32)
+    size = int(attributes["output_size"])
+    kind = np.dtype(np.float32) if float32_output else features[0].dtype
+    pooled, memory = guarded((batch, rois.shape[1], channels, size, size), kind)
+    pyramid = Pyramid(
+        [f.ctypes.data for f in laid],
+        [f.shape[2] for f in features],
+        [f.shape[3] for f in features],
+        batch,
+        channels,
+        name_of(features[0]),
+        layout,
+        pitch,
+    )
+    kernels.multilevel_roi_align(
+        pyramid, rois.ctypes.data, rois.shape[1], pooled.ctypes.data, output_dtype=name_of(pooled), **attributes
+    )
+    check_guards(memory)
+    return single(pooled)
+
+
+def nms(
+    kernels: Kernels,
+    boxes: np.ndarray,
+    groups: np.ndarray,
+    counts: np.ndarray,
+    *,
+    iou_threshold: float,
+    max_output: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`BatchedNms`: boxes `[N, K, 4]`, groups `[N, K]`, counts `[N]`; the workspace begins with arbitrary contents."""
+    boxes, groups = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(groups, np.int32)
+    counts = np.ascontiguousarray(counts, np.int32)
+    batch, num_boxes = groups.shape
+    indices, around_indices = guarded((batch, max_output), np.int32)
+    num, around_num = guarded((batch,), np.int32)
+    workspace, around_workspace = guarded((kernels.batched_nms_workspace(batch, num_boxes),), np.uint8)
+    kernels.batched_nms(
+        boxes.ctypes.data,
+        groups.ctypes.data,
+        counts.ctypes.data,
+        batch=batch,
+        num_boxes=num_boxes,
+        iou_threshold=iou_threshold,
+        max_output=max_output,
+        workspace=workspace.ctypes.data,
+        indices=indices.ctypes.data,
+        num=num.ctypes.data,
+    )
+    for memory in (around_indices, around_num, around_workspace):
+        check_guards(memory)
+    return indices, num
+
+
+def paste(
+    kernels: Kernels,
+    masks: np.ndarray,
+    boxes: np.ndarray,
+    size_hw: tuple[int, int],
+    threshold: float,
+    *,
+    by_columns: bool,
+) -> np.ndarray:
+    """Masks `[D, S, S]` pasted at boxes `[D, 4]`, as bool `[D, H, W]`."""
+    masks, boxes = np.ascontiguousarray(masks), np.ascontiguousarray(boxes, np.float32)
+    height, width = size_hw
+    lines, length = (width, height) if by_columns else (height, width)
+    words = -(-length // 32)
+    bits, memory = guarded((len(masks), lines, words), np.uint32)
+    kernels.paste_masks(
+        masks.ctypes.data,
+        boxes.ctypes.data,
+        bits.ctypes.data,
+        num_masks=len(masks),
+        mask_size=masks.shape[1],
+        dtype=masks.dtype.name,
+        size_hw=size_hw,
+        threshold=threshold,
+        by_columns=by_columns,
+    )
+    check_guards(memory)
+    pixels = np.unpackbits(bits.view(np.uint8), axis=-1, bitorder="little").astype(bool)
+    assert not pixels[..., length:].any(), "bits past the end of a line are set"
+    pixels = pixels[..., :length]
+    return pixels.transpose(0, 2, 1) if by_columns else pixels
