@@ -2,7 +2,7 @@
 
 `multilevel_roi_align` and `batched_nms` are what `export/` turns into the ONNX nodes
 `maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms`. While a model is being exported both appear as one
-opaque operator each; otherwise they are ordinary PyTorch code.
+opaque operator each; otherwise they are ordinary PyTorch code, or, on a GPU, compiled kernels (`cuda_ops.py`).
 
 Pixel model: a box (x1, y1, x2, y2) covers the continuous region [x1, x2] × [y1, y2]; pixel (i, j) of a feature
 map has its centre at (j + 0.5, i + 0.5) with `aligned`, and at (j, i) without.
@@ -16,6 +16,8 @@ import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
+
+from maskrcnn.model import cuda_ops
 
 CANONICAL_LEVEL, CANONICAL_SIZE_PX = 4, 224.0  # FPN equation 1: a 224 px box is pooled at P4
 LEVEL_EPSILON = 1e-6  # torchvision adds it to the logarithm, so that exact powers of two round up
@@ -158,6 +160,22 @@ def _multilevel_roi_align(
     return _pool(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
 
 
+@_multilevel_roi_align.register_kernel("cuda")
+def _(features, rois, output_size, sampling_ratio, aligned, min_level):
+    kernels = cuda_ops.kernels_for(rois.device)
+    if kernels is None:
+        return _pool(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
+    return cuda_ops.multilevel_roi_align(
+        kernels,
+        features,
+        rois,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+        min_level=min_level,
+    )
+
+
 @_multilevel_roi_align.register_fake
 def _(features, rois, output_size, sampling_ratio, aligned, min_level):
     shape = (rois.shape[0], rois.shape[1], features[0].shape[1], output_size, output_size)
@@ -194,7 +212,10 @@ def multilevel_roi_align(
     """
     if sampling_ratio < 0:
         raise ValueError(f"came: sampling_ratio {sampling_ratio}; expected: 0 or more; do: pass 0 for an adaptive one")
-    pool = _multilevel_roi_align if torch.compiler.is_exporting() else _pool
+    # The op has no gradient; the PyTorch code has.
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*features, rois))
+    is_op = torch.compiler.is_exporting() or (rois.is_cuda and not needs_gradient)
+    pool = _multilevel_roi_align if is_op else _pool
     return pool(features, rois, output_size, sampling_ratio, aligned, min_level)
 
 
@@ -202,10 +223,25 @@ def multilevel_roi_align(
 def _batched_nms(
     boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    if boxes.is_cuda and importlib.util.find_spec("triton"):  # comes with torch's CUDA builds for Linux
+    return _nms_by_torchvision(boxes, groups, counts, iou_threshold, max_output)
+
+
+@_batched_nms.register_kernel("cuda")
+def _(boxes, groups, counts, iou_threshold, max_output):
+    kernels = cuda_ops.kernels_for(boxes.device)
+    if kernels is not None:
+        return cuda_ops.batched_nms(kernels, boxes, groups, counts, iou_threshold, max_output)
+    if importlib.util.find_spec("triton"):  # comes with torch's CUDA builds for Linux
         from maskrcnn.model.nms_triton import batched_nms_triton
 
         return batched_nms_triton(boxes, groups, counts, iou_threshold, max_output)
+    return _nms_by_torchvision(boxes, groups, counts, iou_threshold, max_output)
+
+
+def _nms_by_torchvision(
+    boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """Group after group; the host waits for every one of them."""
     indices = torch.zeros(boxes.shape[0], max_output, dtype=torch.int32, device=boxes.device)
     kept_counts = torch.zeros(boxes.shape[0], dtype=torch.int32, device=boxes.device)
     # Earlier rows win: descending keys keep the given order.

@@ -23,6 +23,7 @@ TOP_MODULES = (
     "maskrcnn.__main__",
 )
 TORCH_BACKEND = "maskrcnn.runtime.torch_backend"
+CUDA_OPS = "maskrcnn.model.cuda_ops"  # the kernels of the plugins as torch ops
 # What the runtime may use of the package: modules that need no torch.
 LIGHT_MODULES = tuple(
     f"maskrcnn.{name}"
@@ -92,6 +93,8 @@ def objection(found: Import) -> str | None:
         return _objection_in_runtime(found)
     if within(module, "maskrcnn.export"):
         return "only the command line imports it" if within(name, *TOP_MODULES) else None
+    if module == CUDA_OPS and within(name, "maskrcnn.plugins"):
+        return None
     if within(name, "maskrcnn.export", "maskrcnn.plugins", "maskrcnn.runtime", *TOP_MODULES):
         return "the core of the package knows none of the folders built on it"
     if module in LIGHT_MODULES and within(name, *TORCH):
@@ -154,7 +157,7 @@ def test_every_import_keeps_its_direction(root):
 
 
 def test_the_modules_named_here_exist(root):
-    missing = {*LIGHT_MODULES, TORCH_BACKEND, *TOP_MODULES} - module_files(root).keys()
+    missing = {*LIGHT_MODULES, TORCH_BACKEND, CUDA_OPS, *TOP_MODULES} - module_files(root).keys()
     assert not missing, f"moved or renamed: {sorted(missing)}"
 
 
@@ -164,6 +167,7 @@ def test_the_modules_named_here_exist(root):
         ("maskrcnn.config", "import maskrcnn.export.exporter", "knows none of the folders"),
         ("maskrcnn.model.ops", "def f():\n    from maskrcnn.plugins import contract", "knows none"),
         ("maskrcnn.model.ops", "from .. import runtime", "knows none of the folders"),
+        ("maskrcnn.model.cuda_ops", "from maskrcnn import runtime", "knows none of the folders"),
         ("maskrcnn.training.trainer", "from maskrcnn.cli import main", "knows none of the folders"),
         ("maskrcnn.preprocess", "def f():\n    import torch.nn", "it may not need torch"),
         ("maskrcnn.data.coco", "from maskrcnn.model import boxes", "only modules without torch"),
@@ -195,6 +199,7 @@ def test_the_check_objects(module, source, reason):
         ("maskrcnn.config", "import torch\nfrom maskrcnn.model import boxes"),
         ("maskrcnn.postprocess", "import numpy as np\nfrom maskrcnn.preprocess import linear_taps"),
         ("maskrcnn.plugins.reference", "import math, numpy.linalg\nfrom maskrcnn.plugins import contract"),
+        ("maskrcnn.model.cuda_ops", "from maskrcnn.plugins.native import Kernels"),
         ("maskrcnn.plugins.tensorrt_ops", "def f():\n    import tensorrt"),
         ("maskrcnn.plugins.tensorrt_ops", "if typing.TYPE_CHECKING:\n    import tensorrt"),
         ("maskrcnn.runtime.torch_backend", "import torch\nfrom maskrcnn.model.detector import MaskRCNN"),

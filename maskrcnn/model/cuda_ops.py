@@ -1,0 +1,149 @@
+"""The custom ops on a GPU by the kernels that TensorRT's plugins use, where `maskrcnn build-plugins` has compiled them.
+
+Nothing here waits for the GPU or allocates but through PyTorch's own allocator, so all of it can be captured in a CUDA
+graph. Shapes and meaning are those of `maskrcnn.model.ops`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskrcnn.plugins.build import find_library
+from maskrcnn.plugins.native import Kernels, Pyramid
+
+SWITCH = "MASKRCNN_KERNELS"  # environment: "off", or the path of a library to use instead of the cache's
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def kernels_for(device: torch.device) -> Kernels | None:
+    """The compiled kernels for a GPU, or None where there are none; looked for once in a process.
+
+    Raises:
+        OSError: when `MASKRCNN_KERNELS` names a file that cannot be loaded.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return _kernels(major * 10 + minor, os.environ.get(SWITCH, ""))
+
+
+@functools.cache
+def _kernels(arch: int, switch: str) -> Kernels | None:
+    if switch == "off":
+        return None
+    path = switch or find_library("kernels", arch)
+    return Kernels(path) if path else None
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of the stream on which PyTorch runs, 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def multilevel_roi_align(
+    kernels: Kernels,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`maskrcnn.model.ops.multilevel_roi_align` by the kernels; `dtype` is float32 or the features' type.
+
+    Feature maps that all lie channels last in memory are read as they are, and this is the fast case.
+    """
+    batch, channels = features[0].shape[:2]
+    is_last = all(f.is_contiguous(memory_format=torch.channels_last) and f.stride(1) == 1 for f in features)
+    if not is_last:
+        features = [f.contiguous() for f in features]
+    rois = rois.to(torch.float32).contiguous()
+    pooled = rois.new_empty((batch, rois.shape[1], channels, output_size, output_size), dtype=dtype)
+    pyramid = Pyramid(
+        addresses=[f.data_ptr() for f in features],
+        heights=[f.shape[2] for f in features],
+        widths=[f.shape[3] for f in features],
+        batch=batch,
+        channels=channels,
+        dtype=_NAMES[features[0].dtype],
+        layout="NHWC" if is_last else "NCHW",
+    )
+    with torch.cuda.device_of(rois):
+        kernels.multilevel_roi_align(
+            pyramid,
+            rois.data_ptr(),
+            rois.shape[1],
+            pooled.data_ptr(),
+            output_dtype=_NAMES[dtype],
+            output_size=output_size,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+            min_level=min_level,
+            stream=stream_of(rois.device),
+        )
+    return pooled
+
+
+def batched_nms(
+    kernels: Kernels, boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
+) -> tuple[Tensor, Tensor]:
+    """`maskrcnn.model.ops.batched_nms` by the kernels."""
+    boxes, groups, counts = boxes.to(torch.float32).contiguous(), groups.contiguous(), counts.contiguous()
+    batch, num_boxes = boxes.shape[:2]
+    indices = groups.new_empty((batch, max_output))
+    num = groups.new_empty((batch,))
+    workspace = torch.empty(kernels.batched_nms_workspace(batch, num_boxes), dtype=torch.uint8, device=boxes.device)
+    with torch.cuda.device_of(boxes):
+        kernels.batched_nms(
+            boxes.data_ptr(),
+            groups.data_ptr(),
+            counts.data_ptr(),
+            batch=batch,
+            num_boxes=num_boxes,
+            iou_threshold=iou_threshold,
+            max_output=max_output,
+            workspace=workspace.data_ptr(),
+            indices=indices.data_ptr(),
+            num=num.data_ptr(),
+            stream=stream_of(boxes.device),
+        )
+    return indices, num
+
+
+def paste_masks(
+    kernels: Kernels,
+    masks: Tensor,
+    boxes: Tensor,
+    size_hw: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    by_columns: bool = False,
+) -> Tensor:
+    """Masks `[D, S, S]` pasted at boxes `[D, 4]` xyxy px of an image of `size_hw`, one bit a pixel.
+
+    Returns:
+        int32 `[D, H, ceil(W / 32)]`, or, `by_columns`, `[D, W, ceil(H / 32)]`; bit b of a word is pixel 32 · word + b,
+        set where the probability exceeds `threshold`.
+    """
+    masks, boxes = masks.contiguous(), boxes.to(torch.float32).contiguous()
+    lines, length = size_hw[::-1] if by_columns else size_hw
+    bits = torch.empty((len(masks), lines, -(-length // 32)), dtype=torch.int32, device=masks.device)
+    with torch.cuda.device_of(masks):
+        kernels.paste_masks(
+            masks.data_ptr(),
+            boxes.data_ptr(),
+            bits.data_ptr(),
+            num_masks=len(masks),
+            mask_size=masks.shape[-1],
+            dtype=_NAMES[masks.dtype],
+            size_hw=size_hw,
+            threshold=threshold,
+            by_columns=by_columns,
+            stream=stream_of(masks.device),
+        )
+    return bits
