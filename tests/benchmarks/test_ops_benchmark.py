@@ -1,25 +1,69 @@
-"""The micro-benchmark compares before it times."""
+"""The micro-benchmark of the ops compares before it times."""
 
+import kernels_on_cpu
 import ops as ops_benchmark
+import ops_cases
 import pytest
-import torch
+
+from maskrcnn.model import cuda_ops
+from maskrcnn.plugins.native import Kernels
 
 
-def test_both_sides_of_a_case_agree():
-    for ours, theirs in (
-        ops_benchmark.roi_align_case(20, 7, "cpu"),
-        ops_benchmark.nms_case(3, 40, "cpu", 0.1),
-    ):
-        first, second = ours(), theirs()
-        if isinstance(first, torch.Tensor):
-            torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    if kernels_on_cpu.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return Kernels(kernels_on_cpu.build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(ops_cases, "SIZE_HW", (64, 96))
+    monkeypatch.setattr(ops_cases, "PASTE_HW", (50, 70))
+    monkeypatch.setattr(ops_cases, "CHANNELS", 8)
+
+
+def test_every_contender_of_a_case_agrees_and_has_a_row(small, kernels):
+    made = [
+        ops_cases.roi_align_case(2, 12, 7, "cpu", kernels=kernels),
+        ops_cases.nms_case(3, 40, "cpu", 0.1, kernels),
+        ops_cases.paste_case(4, "cpu", kernels),
+    ]
+    for case in made:
+        rows = ops_benchmark.measure(case, "cpu", repeat=3, copy_gb_per_s=1.0)
+        assert [row["contender"] for row in rows] == list(case.contenders)
+        assert any(row["contender"].startswith("kernel") for row in rows)
+        by_name = {row["contender"]: row for row in rows}
+        assert by_name["torchvision"]["speedup"] == 1.0
+        for row in rows:
+            assert row["p10_us"] <= row["p50_us"] <= row["p90_us"]
+            moved = row["of_copy_bandwidth"] and row["of_copy_bandwidth"] * row["p50_us"] * 1e3
+            assert moved == (pytest.approx(case.least_bytes) if case.least_bytes else None)
+
+
+@pytest.mark.parametrize("make", ["roi_align", "nms", "paste"])
+def test_a_contender_that_disagrees_is_not_timed(small, kernels, monkeypatch, make):
+    right = {name: getattr(cuda_ops, name) for name in ("multilevel_roi_align", "batched_nms", "paste_masks")}
+    monkeypatch.setattr(
+        cuda_ops,
+        "multilevel_roi_align",
+        lambda *a, **k: right["multilevel_roi_align"](*a, **{**k, "aligned": True}),
+    )
+    monkeypatch.setattr(cuda_ops, "batched_nms", lambda *a: right["batched_nms"](*a[:4], 0.9, a[5]))
+    monkeypatch.setattr(cuda_ops, "paste_masks", lambda *a, **k: right["paste_masks"](*a, threshold=0.6, **k))
+    with pytest.raises(AssertionError, match="kernel"):
+        if make == "roi_align":
+            ops_cases.roi_align_case(1, 20, 7, "cpu", kernels=kernels)
+        elif make == "nms":
+            ops_cases.nms_case(3, 40, "cpu", 0.1, kernels)
         else:
-            assert first == second
-            assert 0 < len(first) < 120
+            ops_cases.paste_case(4, "cpu", kernels)
 
 
-def test_a_case_that_disagrees_is_not_timed(monkeypatch):
-    right = ops_benchmark.multilevel_roi_align
-    monkeypatch.setattr(ops_benchmark, "multilevel_roi_align", lambda *a, **k: right(*a, **{**k, "aligned": True}))
-    with pytest.raises(AssertionError, match="not close"):
-        ops_benchmark.roi_align_case(20, 7, "cpu")
+def test_pixels_that_two_rois_read_count_once(small):
+    import torch
+
+    roi = torch.tensor([[8.0, 8.0, 15.0, 15.0]])  # level 0: pixels 2 to 4 of either axis
+    assert ops_cases._touched_pixels(roi[None]) == 9
+    assert ops_cases._touched_pixels(torch.cat([roi, roi])[None]) == 9
+    assert ops_cases._touched_pixels(torch.stack([roi, roi])) == 18
