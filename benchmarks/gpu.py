@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py OUT
 
-runs the tests that need a GPU, the training benchmark, the ops beside torchvision's and the latency table, each in a
-process of its own, writes what they print and their JSON to the folder OUT, and says of each whether it passed, failed,
+compiles the kernels, runs the tests that need a GPU, the kernels under compute-sanitizer and beside torchvision's ops,
+the training benchmark and the latency table, each in a process of its own, writes what they print and their JSON to the folder OUT, and says of each whether it passed, failed,
 ran out of time, or was left out and for want of what. Exit code 1 if one failed.
 """
 
@@ -41,8 +41,10 @@ def checks(precisions: str = "fp32,bf16") -> list[Check]:
     train = ("benchmarks/train.py", "--device", "cuda", "--markdown", "--precision", precisions)
     shapes = ("-m", "maskrcnn", "train", "--device", "cuda", "--epochs", "3", "--output", "{out}/run")
     return [
+        Check("build-plugins", ("-m", "maskrcnn", "build-plugins"), limit_s=400),
         Check("tests", ("-m", "pytest", "-q", "-rs", "-k", "gpu or cuda", "tests"), ("pytest", "hypothesis")),
-        Check("ops", ("benchmarks/ops.py", "--device", "cuda")),
+        Check("ops", ("benchmarks/ops.py", "--device", "cuda", "--json", "{out}/ops.json")),
+        Check("sanitizer", ("benchmarks/sanitize.py", "{out}"), limit_s=400),
         Check("train-small", (*train, "--model", "maskrcnn_resnet18_fpn_small", "--batch", "8,32",
                               "--steps", "30", "--json", "{out}/train-small.json")),
         Check("train-resnet50", (*train, "--model", "maskrcnn_resnet50_fpn", "--batch", "2,8", "--steps", "20",
