@@ -87,6 +87,7 @@ class Kernels:
         c.maskrcnn_paste_masks.argtypes = [
             _Address, _Address, integer, integer, integer, integer, integer, number, integer, _Address, _Address,
         ]  # fmt: skip
+        c.maskrcnn_resize_pad.argtypes = [_Address, integer, integer, _Address, *(5 * [integer]), _Address]
         c.maskrcnn_error_string.argtypes = [ctypes.c_int]
         c.maskrcnn_error_string.restype = ctypes.c_char_p
 
@@ -212,6 +213,37 @@ class Kernels:
                 int(by_columns),
                 bits,
                 stream,
+            )
+        )
+
+    def resize_pad(
+        self,
+        image: int,
+        size_hw: tuple[int, int],
+        padded: int,
+        *,
+        resized_hw: tuple[int, int],
+        padded_hw: tuple[int, int],
+        swap_channels: bool = False,
+        stream: int = 0,
+    ) -> None:
+        """One image of the detector's input: `maskrcnn.preprocess.batch_images`, but for Pillow's way of resizing.
+
+        Args:
+            image: address of uint8 `[H, W, 3]`.
+            size_hw: H and W.
+            padded: address of the result, float32 `[3, padded height, padded width]`, 0–255, zeros where no image is.
+            resized_hw: size of the image in it, from `maskrcnn.preprocess.resized_size`.
+            padded_hw: size of the result, at least that.
+            swap_channels: write BGR for RGB.
+
+        Raises:
+            ValueError: for arguments that `kernels.h` does not allow; nothing was started.
+            RuntimeError: when CUDA refuses to start the kernel.
+        """
+        self._check(
+            self._library.maskrcnn_resize_pad(
+                image, *size_hw, padded, *resized_hw, *padded_hw, int(swap_channels), stream
             )
         )
 

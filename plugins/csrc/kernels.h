@@ -75,6 +75,13 @@ MASKRCNN_EXPORT int maskrcnn_paste_masks(const void *masks, const float *boxes, 
                                          int32_t dtype, int32_t height, int32_t width, float threshold,
                                          int32_t by_columns, uint32_t *bits, void *stream);
 
+/* The detector's input from one image: resizes uint8 [height, width, 3] to resized_height x resized_width by linear
+   interpolation, half-integer pixel centres and no smoothing, and writes it to the upper left of float32
+   [3, padded_height, padded_width], zeros beside it. Values stay 0 to 255. swap_channels 1: RGB comes, BGR is written. */
+MASKRCNN_EXPORT int maskrcnn_resize_pad(const uint8_t *image, int32_t height, int32_t width, float *padded,
+                                        int32_t resized_height, int32_t resized_width, int32_t padded_height,
+                                        int32_t padded_width, int32_t swap_channels, void *stream);
+
 /* What a code returned above means, in English; never null. */
 MASKRCNN_EXPORT const char *maskrcnn_error_string(int code);
 MASKRCNN_EXPORT int maskrcnn_kernels_version(void);

@@ -1,4 +1,4 @@
-"""The kernels' sources compiled for the CPU, where `cuda_on_cpu.h` plays the GPU, and called with NumPy arrays."""
+"""The kernels' sources compiled for the CPU, where `cuda_on_cpu.h` plays the GPU; `kernel_calls` calls them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import numpy as np
 from maskrcnn.plugins.native import Kernels, Pyramid
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("multilevel_roi_align/launch.cu", "batched_nms/launch.cu", "mask_paste/launch.cu", "errors.cu")
+SOURCES = (
+    "multilevel_roi_align/launch.cu",
+    "batched_nms/launch.cu",
+    "mask_paste/launch.cu",
+    "resize_pad/launch.cu",
+    "errors.cu",
+)
+CSRC = ROOT / "plugins" / "csrc"
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # NumPy has no such type
 
@@ -22,16 +29,45 @@ def compiler() -> str | None:
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
-def build(folder: Path, **macros: int) -> Path:
-    """Compiles `libmaskrcnn_kernels.so` for the CPU; `macros` are defined as given."""
+def build(
+    folder: Path,
+    *,
+    csrc: Path = CSRC,
+    sources: Sequence[str] = SOURCES,
+    beside: Path | None = None,
+    optimise: int = 2,
+    **macros: int,
+) -> Path:
+    """Compiles `libmaskrcnn_kernels.so` for the CPU.
+
+    Args:
+        folder: for the library.
+        csrc: the kernels' sources, or a changed copy of them.
+        sources: what to compile of them.
+        beside: a library that has the rest, where `sources` are not all.
+        optimise: the compiler's -O.
+        macros: defined as given.
+    """
     library = folder / "libmaskrcnn_kernels.so"
-    csrc = ROOT / "plugins" / "csrc"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    includes = ["-I", str(HEADERS), "-x", "c++"]
+    code = [
+        *(f"-D{name}={value}" for name, value in macros.items()),
+        *includes,
+        *(str(csrc / name) for name in sources),
+    ]
+    rest = ["-x", "none", "-Wl,--no-as-needed", str(beside)] if beside else []
+    return compile_library(library, [f"-O{optimise}", *code, *rest])
+
+
+def compile_library(library: Path, words: Sequence[str]) -> Path:
+    """Compiles what `words` say as the kernels are compiled for the CPU."""
+    # Hidden, as in the real library: the shared memory of two builds in one process would be merged otherwise.
+    flags = ["-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
     # setjmp between stacks is what the header lives on, and what a fortified C library refuses.
-    defines = ["-U_FORTIFY_SOURCE", "-DMASKRCNN_ON_CPU", *(f"-D{name}={value}" for name, value in macros.items())]
-    sources = [str(csrc / name) for name in SOURCES]
-    command = [str(compiler()), *flags, *defines, "-I", str(HEADERS), "-x", "c++", *sources, "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    defines = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMASKRCNN_ON_CPU"]
+    done = subprocess.run(
+        [str(compiler()), *flags, *defines, *words, "-o", str(library)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return library
 
@@ -175,3 +211,26 @@ def paste(
     assert not pixels[..., length:].any(), "bits past the end of a line are set"
     pixels = pixels[..., :length]
     return pixels.transpose(0, 2, 1) if by_columns else pixels
+
+
+def resize_pad(
+    kernels: Kernels,
+    image: np.ndarray,
+    resized_hw: tuple[int, int],
+    padded_hw: tuple[int, int],
+    *,
+    swap_channels: bool = False,
+) -> np.ndarray:
+    """An image uint8 `[H, W, 3]` resized and padded: float32 `[3, padded height, padded width]`."""
+    image = np.ascontiguousarray(image)
+    padded, memory = guarded((3, *padded_hw), np.float32)
+    kernels.resize_pad(
+        image.ctypes.data,
+        image.shape[:2],
+        padded.ctypes.data,
+        resized_hw=resized_hw,
+        padded_hw=padded_hw,
+        swap_channels=swap_channels,
+    )
+    check_guards(memory)
+    return padded

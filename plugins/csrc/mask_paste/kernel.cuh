@@ -4,6 +4,7 @@
 #define MASKRCNN_MASK_PASTE_KERNEL_CUH
 
 #include "../device.h"
+#include "../linear.h"
 
 namespace maskrcnn {
 
@@ -19,19 +20,6 @@ __host__ __device__ inline Span span_of(float low, float high, int mask_size) {
     float from = centre - half, to = centre + half;
     if (!(fabsf(from) < 1e9f && fabsf(to) < 1e9f)) return {0, -2};
     return {int(from), int(to)};
-}
-
-// Linear interpolation of `size_in` values to `size_out` pixels: where pixel `index` reads.
-struct Lerp {
-    int low, high;
-    float weight;  // of high
-};
-
-__host__ __device__ inline Lerp lerp_at(int index, int size_in, int size_out) {
-    float position = fmaxf(fmaf(float(index) + 0.5f, quotient(float(size_in), float(size_out)), -0.5f), 0.f);
-    int low = int(position) < size_in - 1 ? int(position) : size_in - 1;
-    int high = low + 1 < size_in - 1 ? low + 1 : size_in - 1;
-    return {low, high, fminf(fmaxf(position - float(low), 0.f), 1.f)};
 }
 
 // The rows that are interpolated first lie along a line of bits, or across it.
