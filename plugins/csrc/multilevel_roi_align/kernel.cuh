@@ -22,7 +22,7 @@ __host__ __device__ inline int level_of(float width, float height, const LevelRu
 }
 
 // Where one sample along an axis reads: two neighbouring pixels and their weights, zero for a sample outside the map.
-struct Tap {
+struct alignas(16) Tap {
     int low, high;
     float low_weight, high_weight;
 };
