@@ -3,8 +3,9 @@
     python benchmarks/gpu.py OUT
 
 compiles the kernels, runs the tests that need a GPU, the kernels under compute-sanitizer and beside torchvision's ops,
-the training benchmark and the latency table, each in a process of its own, writes what they print and their JSON to the folder OUT, and says of each whether it passed, failed,
-ran out of time, or was left out and for want of what. Exit code 1 if one failed.
+the training benchmark and the latency table, each in a process of its own, writes what they print and their JSON to the
+folder OUT, and says of each whether it passed, failed, ran out of time, or was left out and for want of what. Exit code
+1 if one failed.
 """
 
 from __future__ import annotations
