@@ -19,3 +19,8 @@ def size_hw(text: str) -> tuple[int, int]:
     if height % 32 or width % 32 or min(height, width) < 64:
         raise argparse.ArgumentTypeError(f"{text}: sides are multiples of 32, at least 64")
     return height, width
+
+
+def sizes_hw(text: str) -> list[tuple[int, int]]:
+    """Several sizes, as 800x1088,800x1344."""
+    return [size_hw(part) for part in text.split(",")]

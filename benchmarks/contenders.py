@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,26 @@ class Contender:
     is_reference: bool = False  # every other one is compared with this
     peer: str = ""  # "eager" or "onnx": what the ratios refer to
     largest_batch: int | None = None
+    file: Path | None = None  # that it runs
+    seconds: float | None = None  # that making the file took
+    spec: dict[str, Any] | None = None  # how benchmarks/memory.py opens it
+
+    def file_mb(self) -> float | None:
+        """Size of the file, with the weights that lie beside it."""
+        if self.file is None or not self.file.is_file():
+            return None
+        weights = self.file.with_suffix(".bin")
+        beside = weights.stat().st_size if self.file.suffix == ".xml" and weights.is_file() else 0
+        return (self.file.stat().st_size + beside) / 1e6
+
+    def build_s(self) -> float | None:
+        """What making the file took, where that is known."""
+        return self.seconds
+
+    def fingerprint(self) -> list[Any]:
+        """What its results depend on, as far as files tell."""
+        stat = self.file.stat() if self.file is not None and self.file.is_file() else None
+        return [self.model, self.backend, self.precision, [stat.st_size, stat.st_mtime_ns] if stat else None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +66,7 @@ class Artefacts:
     engines: tuple[Path, ...] = ()  # OpenVINO's .xml
     others: tuple[Path, ...] = ()  # files that no backend of ours runs
     complete: bool = True  # whether to say what is missing
+    seconds: Mapping[Path, float] = field(default_factory=dict)  # that making a file took
 
 
 def newest_artefacts() -> Artefacts:
@@ -103,7 +124,7 @@ def our_contenders(artefacts: Artefacts) -> list[Contender]:
         found += _missing(artefacts)
     if found and not artefacts.checkpoint:
         found[0] = replace(found[0], is_reference=True)
-    return found
+    return [replace(each, seconds=artefacts.seconds.get(each.file)) for each in found]
 
 
 def _of_checkpoint(path: Path) -> list[Contender]:
@@ -122,8 +143,17 @@ def _of_checkpoint(path: Path) -> list[Contender]:
             precision="fp32",
             open=lambda: Detector.load(path),
             is_reference=True,
+            file=path,
+            spec={"path": str(path)},
         ),
-        Contender(model=path.name, backend=f"PyTorch {device}", precision=half, open=open_half),
+        Contender(
+            model=path.name,
+            backend=f"PyTorch {device}",
+            precision=half,
+            open=open_half,
+            file=path,
+            spec={"path": str(path), "options": {"precision": half}},
+        ),
     ]
     if device == "CPU":
         no_gpu = UserError("no CUDA GPU that PyTorch can use", "an NVIDIA GPU", "see `maskrcnn doctor`")
@@ -145,7 +175,8 @@ def _of_file(
         _check_source(path, detector, source, "maskrcnn export --onnx")
         return detector
 
-    return Contender(model=path.name, backend=backend, precision=precision, open=open_file)
+    spec = {"path": str(path), "backend": key, "options": options or {}}
+    return Contender(model=path.name, backend=backend, precision=precision, open=open_file, file=path, spec=spec)
 
 
 def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
@@ -176,7 +207,8 @@ def _of_engine(path: Path, onnx: Sequence[Path]) -> Contender:
         _check_source(path, detector, source, "maskrcnn build-engine --fp16")
         return detector
 
-    return Contender(model=path.name, backend="OpenVINO engine", precision="", open=open_engine)
+    spec = {"path": str(path)}
+    return Contender(model=path.name, backend="OpenVINO engine", precision="", open=open_engine, file=path, spec=spec)
 
 
 def precision_of(detector: Any) -> str:
@@ -221,13 +253,16 @@ def _absent(model: str, backend: str, precision: str, error: UserError) -> Conte
     return Contender(model=model, backend=backend, precision=precision, open=refuse)
 
 
-def peer_contenders(model: MaskRCNN, folder: Path, example: np.ndarray) -> list[Contender]:
+def peer_contenders(
+    model: MaskRCNN, folder: Path, example: np.ndarray, checkpoint: Path | None = None
+) -> list[Contender]:
     """torchvision's model with the weights of ours, eager and exported.
 
     Args:
         model: ours.
         folder: where the export may be written.
         example: image that the exporter traces.
+        checkpoint: the file of `model`, for benchmarks/memory.py.
     """
     metadata = metadata_of(model.config)
 
@@ -241,6 +276,9 @@ def peer_contenders(model: MaskRCNN, folder: Path, example: np.ndarray) -> list[
         export_legacy(peer(), example, path)
         return TorchvisionOnnxDetector(path, metadata)
 
+    def spec(name: str) -> dict[str, Any] | None:
+        return {"path": str(checkpoint), "peer": name} if checkpoint else None
+
     device = "CUDA" if torch.cuda.is_available() else "CPU"
     return [
         Contender(
@@ -249,6 +287,7 @@ def peer_contenders(model: MaskRCNN, folder: Path, example: np.ndarray) -> list[
             precision="fp32",
             open=lambda: TorchvisionDetector(peer(), metadata),
             peer="eager",
+            spec=spec("eager"),
         ),
         Contender(
             model=LEGACY_EXPORT,
@@ -257,6 +296,8 @@ def peer_contenders(model: MaskRCNN, folder: Path, example: np.ndarray) -> list[
             open=exported,
             peer="onnx",
             largest_batch=1,
+            file=folder / "torchvision.onnx",
+            spec=spec("onnx"),
         ),
     ]
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from contenders import Contender, precision_of
+from gpu_watch import watch
 from matching import Mismatch, compare_detections, merge
+from memory import KEYS, peak_memory
 from progress import Progress
+from splits import split_of_call
 from timing import Samples, time_in_turns
-from workloads import Workload
+from unfinished import Unfinished
+from workloads import Workload, take_size
 
 from maskrcnn.errors import UserError
 from maskrcnn.postprocess import Detections
@@ -18,6 +22,7 @@ from maskrcnn.runtime.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.evaluate import evaluate
 
 CHECKED_IMAGES = 4
+SPLIT_CALLS = 5
 # Detections are compared where users see them, in the photo; see `runtime.compare` for boxes and scores. One
 # in fifty may lack a partner in FP32: the overlap of two boxes can lie at suppression's very threshold.
 FP32_BOUNDS = {
@@ -47,6 +52,7 @@ class Measurement:
     model: str
     backend: str
     precision: str
+    size: str  # of the images, as 800×1088; empty: as the dataset's are
     batch: int
     status: str = "ok"  # ok | inexact | not run | differs | failed
     reason: str = ""  # one line, where the status is not ok
@@ -56,13 +62,19 @@ class Measurement:
     p90_ms: float | None = None
     p99_ms: float | None = None
     images_per_s: float | None = None
-    times_torchvision: float | None = None  # its p50 divided by this one's, at the same batch size
+    times_torchvision: float | None = None  # its p50 divided by this one's, at the same size and batch
     times_torchvision_onnx: float | None = None
     box_ap: float | None = None
     mask_ap: float | None = None
     box_ap_difference: float | None = None  # to the reference
     mask_ap_difference: float | None = None
     check: str = ""  # difference to the reference's detections
+    split_ms: dict[str, float] | None = None  # by splits.PARTS, medians of other calls than those above
+    host_mb: float | None = None  # most memory that a process with this contender alone held, libraries included
+    model_mb: float | None = None  # the part of it beyond the libraries
+    device_mb: float | None = None
+    file_mb: float | None = None  # of the file, with its weights
+    build_s: float | None = None  # what making the file took
     latencies_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
@@ -77,6 +89,7 @@ class _Entry:
     reason: str = ""
     check: str = ""
     summary: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -92,16 +105,39 @@ class _Entry:
         return self.detector is not None and self.status in ("ok", "inexact")
 
 
-def measure(contenders: Sequence[Contender], workload: Workload, progress: Progress) -> list[Measurement]:
-    """The table's rows: every contender at every batch size."""
+def measure(
+    contenders: Sequence[Contender],
+    workload: Workload,
+    progress: Progress,
+    *,
+    memory: bool = False,
+    kept: Unfinished | None = None,
+) -> tuple[list[Measurement], dict[str, Any]]:
+    """The table's rows, every contender at every size and batch; and what the GPU did meanwhile, if there is one.
+
+    Args:
+        contenders: what is compared.
+        workload: on what.
+        progress: is told what is being done.
+        memory: measure peak memory too, each contender in a process of its own.
+        kept: what a broken run has measured already.
+    """
+    kept = kept or Unfinished(None, {})
     entries = [_open(contender, progress) for contender in contenders]
     _check(entries, workload, progress)
-    samples = {batch: _time(entries, workload, batch, progress) for batch in workload.batches}
-    _evaluate(entries, workload, progress)
+    groups = [(size, batch) for size in workload.pools for batch in workload.batches]
+    with watch() as gpu:
+        samples = {group: _kept_samples(kept, entries, workload, group, progress) for group in groups}
+    splits = {group: _split(entries, workload, group) for group in groups}
+    if memory:
+        _measure_memory(entries, workload, progress, kept)
+    _evaluate(entries, workload, progress, kept)
     rows = [
-        _row(entry, batch, samples[batch].get(entry.name)) for entry in entries for batch in _batches(entry, workload)
+        _row(entry, size, batch, samples[size, batch].get(entry.name), splits[size, batch].get(entry.name))
+        for entry in entries
+        for size, batch in (groups if entry.runs else groups[:1])
     ]
-    return _with_ratios(rows, entries)
+    return _with_ratios(rows, entries), gpu
 
 
 def detect_and_encode(detector: Any, images: list) -> list[Detections]:
@@ -142,6 +178,8 @@ def _check(entries: list[_Entry], workload: Workload, progress: Progress) -> Non
         return
     reference = next((entry for entry in running if entry.contender.is_reference), running[0])
     calls = _checked_calls(workload)
+    for entry in running:
+        take_size(entry.detector, next(iter(workload.pools)))
     try:
         wanted = [reference.detector.detect(images) for images in calls]
     except Exception as error:  # without a reference nothing can be checked
@@ -158,8 +196,9 @@ def _check(entries: list[_Entry], workload: Workload, progress: Progress) -> Non
 
 
 def _checked_calls(workload: Workload) -> list[list]:
-    alone = [[image] for image in workload.pool[:CHECKED_IMAGES]]
-    return alone + [workload.batch(batch, 0) for batch in workload.batches if batch > 1][:1]
+    size = next(iter(workload.pools))
+    alone = [[image] for image in workload.pools[size][:CHECKED_IMAGES]]
+    return alone + [workload.batch(size, batch, 0) for batch in workload.batches if batch > 1][:1]
 
 
 def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], rows: int) -> None:
@@ -185,18 +224,32 @@ def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], r
         entry.fail("differs" if is_exact else "inexact", f"from the reference: {difference}")
 
 
-def _time(entries: list[_Entry], workload: Workload, batch: int, progress: Progress) -> dict[str, Samples]:
+def _kept_samples(
+    kept: Unfinished, entries: list[_Entry], workload: Workload, group: tuple[str, int], progress: Progress
+) -> dict[str, Samples]:
+    """The samples of one size and batch: all contenders' from one measurement, in turns, or none."""
+
+    def make() -> dict[str, Any]:
+        found = _time(entries, workload, group, progress)
+        return {name: [list(s.latencies_ms), one_line(s.error) if s.error else ""] for name, s in found.items()}
+
+    taken = kept.get("samples", f"{group[0]} {group[1]}", make)
+    return {name: Samples(tuple(ms), RuntimeError(error) if error else None) for name, (ms, error) in taken.items()}
+
+
+def _time(entries: list[_Entry], workload: Workload, group: tuple[str, int], progress: Progress) -> dict[str, Samples]:
+    size, batch = group
     calls: dict[str, Callable[[int], Any]] = {}
-    for entry in entries:
-        if entry.runs and batch <= (entry.contender.largest_batch or batch):
-            calls[entry.name] = lambda turn, detector=entry.detector: detect_and_encode(
-                detector, workload.batch(batch, turn)
-            )
+    for entry in _able(entries, batch):
+        take_size(entry.detector, size)
+        calls[entry.name] = lambda turn, detector=entry.detector: detect_and_encode(
+            detector, workload.batch(size, batch, turn)
+        )
     # Libraries prepare themselves for each shape that they see for the first time.
-    shapes = {tuple(image.shape for image in workload.batch(batch, turn)) for turn in range(workload.repeat)}
-    warmup = min(workload.repeat, len(workload.pool)) if len(shapes) > 1 else 1
+    shapes = {tuple(image.shape for image in workload.batch(size, batch, turn)) for turn in range(workload.repeat)}
+    warmup = min(workload.repeat, len(workload.pools[size])) if len(shapes) > 1 else 1
     total = len(calls) * (workload.repeat + warmup)
-    with progress.steps(f"timing at batch {batch}: {workload.repeat} rounds", total) as stepper:
+    with progress.steps(f"timing {size} batch {batch}: {workload.repeat} rounds".replace("  ", " "), total) as stepper:
         return time_in_turns(
             calls,
             repeat=workload.repeat,
@@ -206,14 +259,48 @@ def _time(entries: list[_Entry], workload: Workload, batch: int, progress: Progr
         )
 
 
-def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress) -> None:
+def _able(entries: list[_Entry], batch: int) -> list[_Entry]:
+    """Those that run and take so many images at once."""
+    return [entry for entry in entries if entry.runs and batch <= (entry.contender.largest_batch or batch)]
+
+
+def _split(entries: list[_Entry], workload: Workload, group: tuple[str, int]) -> dict[str, dict[str, float] | None]:
+    """Where the time of a call goes, by contender; a contender that fails here has no split."""
+    size, batch = group
+    found: dict[str, dict[str, float] | None] = {}
+    for entry in _able(entries, batch):
+        take_size(entry.detector, size)
+        images, files = workload.batch(size, batch, 0), workload.files_of_batch(size, batch)
+        try:
+            found[entry.name] = split_of_call(entry.detector, images, files, repeat=SPLIT_CALLS)
+        except Exception:  # it has a row with its latency, or with the reason why there is none
+            found[entry.name] = None
+    return found
+
+
+def _measure_memory(entries: list[_Entry], workload: Workload, progress: Progress, kept: Unfinished) -> None:
+    able = [entry for entry in entries if entry.runs and entry.contender.spec]
+    size_hw = next(iter(workload.pools.values()))[0].shape[:2]
+    with progress.steps("measuring memory", len(able)) as stepper:
+        for entry in able:
+            spec = {**entry.contender.spec, "size_hw": list(size_hw)}
+            entry.memory = kept.get("memory", entry.name, lambda spec=spec: peak_memory(spec))
+            stepper.advance()
+
+
+def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress, kept: Unfinished) -> None:
     if workload.dataset is None:
         return
     running = [entry for entry in entries if entry.runs]
     with progress.steps("evaluating", len(running) * len(workload.dataset.images)) as stepper:
         for entry in running:
+            take_size(entry.detector, next(iter(workload.pools)))
             try:
-                entry.summary = evaluate(entry.detector, workload.dataset, progress=stepper.advance).summary()
+                entry.summary = kept.get(
+                    "ap",
+                    entry.name,
+                    lambda entry=entry: evaluate(entry.detector, workload.dataset, progress=stepper.advance).summary(),
+                )
                 figures = (f"{name.replace('_ap', ' AP')} {value:.4f}" for name, value in entry.summary.items())
                 progress.say(f"{entry.name}: {', '.join(figures)}")
             except Exception as error:
@@ -221,22 +308,24 @@ def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress) -> 
                 progress.say(f"{entry.name}: {entry.reason}")
 
 
-def _batches(entry: _Entry, workload: Workload) -> tuple[int, ...]:
-    """A contender that cannot run has one row."""
-    return workload.batches if entry.runs else workload.batches[:1]
-
-
-def _row(entry: _Entry, batch: int, samples: Samples | None) -> Measurement:
+def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: dict[str, float] | None) -> Measurement:
     contender = entry.contender
+    host, before, device = (entry.memory.get(key) for key in KEYS)
     row = Measurement(
         model=contender.model,
         backend=contender.backend,
         precision=entry.precision,
+        size=size,
         batch=batch,
         status=entry.status,
         reason=entry.reason,
         peer=contender.peer,
         check=entry.check,
+        host_mb=host,
+        model_mb=host - before if host and before else None,
+        device_mb=device,
+        file_mb=contender.file_mb(),
+        build_s=contender.build_s(),
         **entry.summary,
     )
     if not entry.runs:
@@ -254,17 +343,18 @@ def _row(entry: _Entry, batch: int, samples: Samples | None) -> Measurement:
         p90_ms=p90,
         p99_ms=p99,
         images_per_s=samples.per_second(batch),
+        split_ms=split,
         latencies_ms=samples.latencies_ms,
     )
 
 
 def _with_ratios(rows: list[Measurement], entries: list[_Entry]) -> list[Measurement]:
     """The rows with their ratios to torchvision's and their AP's difference to the reference's."""
-    peers = {(row.peer, row.batch): row.p50_ms for row in rows if row.peer and row.p50_ms}
+    peers = {(row.peer, row.size, row.batch): row.p50_ms for row in rows if row.peer and row.p50_ms}
     base = next((entry.summary for entry in entries if entry.check == "reference"), {})
 
     def ratio(row: Measurement, peer: str) -> float | None:
-        theirs = peers.get((peer, row.batch))
+        theirs = peers.get((peer, row.size, row.batch))
         return theirs / row.p50_ms if theirs and row.p50_ms else None
 
     def difference(value: float | None, name: str) -> float | None:

@@ -36,7 +36,7 @@ from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Detections
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.preprocess import Preprocessing, resized_size
 from maskrcnn.runtime.backend import missing_library
 
 LEGACY_OPSET = 17
@@ -193,6 +193,10 @@ class TorchvisionDetector:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.metadata = model.eval().to(self.device), metadata
 
+    def take_size(self, size_hw: tuple[int, int]) -> None:
+        """Lets images of this size through as they are."""
+        self.model.transform.min_size, self.model.transform.max_size = (min(size_hw),), max(size_hw)
+
     def detect(self, images: list[np.ndarray]) -> list[Detections]:
         """As `maskrcnn.runtime.Detector.detect`."""
         with torch.inference_mode():
@@ -220,9 +224,21 @@ class TorchvisionOnnxDetector:
 
         self.session = onnxruntime.InferenceSession(str(path), session_options(), providers=usable_providers())
         self.metadata = metadata
+        self._refused: str | None = None
+
+    def take_size(self, size_hw: tuple[int, int]) -> None:
+        """The export fixes how images are resized; those that it would resize are refused from now on."""
+        made = resized_size(size_hw, self.metadata.preprocessing)
+        self._refused = None if made == tuple(size_hw) else f"{size_hw[0]}×{size_hw[1]} to {made[0]}×{made[1]}"
 
     def detect(self, images: list[np.ndarray]) -> list[Detections]:
         """As `maskrcnn.runtime.Detector.detect`, of one image."""
+        if self._refused:
+            raise UserError(
+                f"the legacy export would resize {self._refused}",
+                "an image as it was exported for",
+                "choose sizes with one shorter side",
+            )
         if len(images) != 1:
             raise UserError(
                 f"{len(images)} images",

@@ -3,24 +3,30 @@
     python benchmarks/run.py
 
 takes the newest run below `runs/`: its checkpoint, its ONNX file and its engines. `--workload resnet50` measures
-Mask R-CNN ResNet-50 at a fixed size instead, with random weights. A number is only printed for a model whose
+Mask R-CNN ResNet-50 at fixed sizes instead, with random weights. A number is only printed for a model whose
 detections agree with PyTorch FP32; what cannot run has a row that says why.
+
+A run that was broken off goes on where it stopped. `--compare`, `--max-latency` and `--min-ap` make exit code 1 of what
+became worse, for CI.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from arguments import numbers, size_hw
-from contenders import Artefacts, given_artefacts, newest_artefacts, our_contenders, peer_contenders
+from against import Limits, beyond_limits, regressions
+from arguments import numbers, sizes_hw
+from contenders import Artefacts, Contender, given_artefacts, newest_artefacts, our_contenders, peer_contenders
 from measure import Measurement, measure
 from progress import Progress
 from report import write_report
 from timing import environment
+from unfinished import FILE, Unfinished
 from workloads import Workload, dataset_workload, resnet50_workload
 
 from maskrcnn.checkpoint import load_checkpoint
@@ -43,28 +49,76 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--images", type=int, help="images to evaluate on; default all")
     add("--no-peers", action="store_true", help="leave torchvision out")
-    add("--output", type=Path, help="folder for results.json and results.md; default: beside the model")
+    add("--memory", action="store_true", help="measure peak memory too, each row in a process of its own")
+    add("--output", type=Path, help="folder for the results; default: beside the model")
     add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
     add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
-    add("--size", type=size_hw, default=(800, 1088), help="of the workload's images, height×width, as 800x1088")
+    add("--size", type=sizes_hw, default=[(800, 1088)], help="of the workload's images, as 800x1088,800x1344")
+    add("--compare", type=Path, help="an older results.json; exit code 1 if a row became slower or less accurate")
+    add("--max-latency", type=float, metavar="MS", help="exit code 1 if the p50 of a row of ours exceeds it")
+    add("--min-ap", type=float, metavar="AP", help="exit code 1 if the box AP of a row of ours is below it")
+    add("--afresh", action="store_true", help="do not go on with a run that was broken off")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
-    """Measures, writes results.json and results.md, and prints the table."""
+    """Measures, writes results.json, .md, .svg and .html, and prints the table.
+
+    Raises:
+        SystemExit: with code 1 when a row is beyond a limit or became worse.
+    """
     given = parse(arguments)
     progress = Progress()
     with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
+        output = given.output or _default_output(given, artefacts)
         contenders = our_contenders(artefacts)
         if not given.no_peers and artefacts.checkpoint:
-            model = load_checkpoint(artefacts.checkpoint)
-            contenders += peer_contenders(model, Path(folder), workload.pool[0])
-        rows = measure(contenders, workload, progress)
-    output = given.output or _default_output(given, artefacts)
-    table = write_report(output, rows, workload, environment())
-    print(f"\n{table}\n\n{output / 'results.json'} and {output / 'results.md'}")
+            model, example = load_checkpoint(artefacts.checkpoint), next(iter(workload.pools.values()))[0]
+            contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint)
+        kept = _unfinished(given, output, contenders, workload, progress)
+        rows, gpu = measure(contenders, workload, progress, memory=given.memory, kept=kept)
+    machine = environment() | ({"gpu_watch": gpu} if gpu else {})
+    table = write_report(output, rows, workload, machine)
+    kept.finish()
+    print(f"\n{table}\n\n{', '.join(str(output / f'results.{kind}') for kind in ('md', 'json', 'html'))}")
+    _hold_to_limits(given, rows, machine)
     return rows
+
+
+def _unfinished(
+    given: argparse.Namespace,
+    output: Path,
+    contenders: Sequence[Contender],
+    workload: Workload,
+    progress: Progress,
+) -> Unfinished:
+    """What a broken run of the same benchmark left. Files that are made anew each time cannot be gone on with."""
+    path = output / FILE if given.workload is None else None
+    if given.afresh and path is not None:
+        path.unlink(missing_ok=True)
+    machine = environment()
+    key = {
+        "workload": [workload.name, list(workload.pools), list(workload.batches), workload.repeat, given.images],
+        "contenders": [contender.fingerprint() for contender in contenders if not contender.peer],
+        "peers": not given.no_peers,
+        "machine": [machine[name] for name in ("cpu", "gpu", "torch_threads", "versions", "commit")],
+    }
+    kept = Unfinished(path, key)
+    if kept.found:
+        progress.say(f"going on with {path}: {kept.found} results (--afresh begins anew)")
+    return kept
+
+
+def _hold_to_limits(given: argparse.Namespace, rows: Sequence[Measurement], machine: dict) -> None:
+    failures = beyond_limits(rows, Limits(given.max_latency, given.min_ap))
+    if given.compare:
+        worse, told = regressions(rows, machine, given.compare)
+        print("\n".join(told))
+        failures += worse
+    if failures:
+        print("\n".join(["", "worse than allowed:", *failures]), file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _folder(kept: Path | None) -> contextlib.AbstractContextManager[str]:
@@ -80,7 +134,7 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
         return resnet50_workload(
             folder,
             progress,
-            size_hw=given.size,
+            sizes_hw=given.size,
             data=given.data,
             split=given.split,
             batches=given.batch or (1,),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 from contenders import Artefacts, validation_split
@@ -19,6 +22,7 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing, resize_bilinear, resized_size
+from maskrcnn.runtime import Detector
 
 POOL = 8  # distinct images that are timed; all fit the caches of shapes that libraries keep
 _GENERATED_SIZE_HW = (128, 128)
@@ -36,16 +40,40 @@ class Workload:
     """What every contender does."""
 
     name: str
-    pool: list[np.ndarray]  # images that are timed
+    pools: dict[str, list[np.ndarray]]  # images that are timed, by size as 800×1088; "": as the dataset's are
     batches: tuple[int, ...]
     repeat: int
     dataset: CocoDataset | None  # for AP
     budget_s: float | None = None  # for the timing of one batch size, see `time_in_turns`
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()  # that the images of the only pool were read from
 
-    def batch(self, size: int, turn: int) -> list[np.ndarray]:
+    def batch(self, size: str, count: int, turn: int) -> list[np.ndarray]:
         """The images of one call; the same for every contender in the same turn."""
-        return [self.pool[(turn * size + k) % len(self.pool)] for k in range(size)]
+        pool = self.pools[size]
+        return [pool[(turn * count + k) % len(pool)] for k in range(count)]
+
+    def files_of_batch(self, size: str, count: int) -> list[Path]:
+        """The files of the images of turn 0, where they come from files as they are."""
+        return [self.files[k % len(self.files)] for k in range(count)] if self.files and not size else []
+
+
+def size_name(size_hw: tuple[int, int]) -> str:
+    """As tables show it."""
+    return f"{size_hw[0]}×{size_hw[1]}"
+
+
+def take_size(detector: Any, size: str) -> None:
+    """Lets a detector, ours or a peer, take images of one size as they are; "" leaves it at its own resizing."""
+    if not size:
+        return
+    height, width = (int(side) for side in size.split("×"))
+    if not isinstance(detector, Detector):
+        detector.take_size((height, width))
+        return
+    metadata = detector.backend.metadata
+    sizes = {"min_size_px": min(height, width), "max_size_px": max(height, width)}
+    detector.backend.metadata = replace(metadata, preprocessing=replace(metadata.preprocessing, **sizes))
 
 
 def dataset_workload(
@@ -69,7 +97,7 @@ def dataset_workload(
     if not found:
         return Workload(
             name="generated shapes",
-            pool=generated_images(POOL, _GENERATED_SIZE_HW),
+            pools={"": generated_images(POOL, _GENERATED_SIZE_HW)},
             batches=batches,
             repeat=repeat,
             budget_s=budget_s,
@@ -81,7 +109,8 @@ def dataset_workload(
         dataset = replace(dataset, images=dataset.images[:images])
     return Workload(
         name=f"{found[0].name} {found[1]}, {len(dataset.images)} images",
-        pool=[read_image(record.path) for record in dataset.images[:POOL]],
+        pools={"": [read_image(record.path) for record in dataset.images[:POOL]]},
+        files=tuple(record.path for record in dataset.images[:POOL]),
         batches=batches,
         repeat=repeat,
         budget_s=budget_s,
@@ -94,17 +123,18 @@ def resnet50_workload(
     folder: Path,
     progress: Progress,
     *,
-    size_hw: tuple[int, int],
+    sizes_hw: Sequence[tuple[int, int]],
     data: Path | None,
     split: str | None,
     batches: tuple[int, ...],
     repeat: int,
     budget_s: float | None,
 ) -> tuple[Artefacts, Workload]:
-    """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of one size."""
-    pool, kind = images_of_size(size_hw, data, split)
+    """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of each size."""
+    pools = {size_name(size_hw): images_of_size(size_hw, data, split) for size_hw in sizes_hw}
+    size_hw, (pool, kind) = sizes_hw[0], next(iter(pools.values()))
     progress.say(f"{_RESNET50}: random weights, batch norm and heads set from {kind}")
-    sizes = {"min_size_px": min(size_hw), "max_size_px": max(size_hw)}
+    sizes = {"min_size_px": min(size_hw), "max_size_px": max(max(each) for each in sizes_hw)}
     weights = calibrated_state_dict(_RESNET50, _CLASSES, pool[:4], seed=0, **sizes)
     config = model_config(
         _RESNET50,
@@ -119,8 +149,8 @@ def resnet50_workload(
     notes: list[str] = []
     artefacts = _make_files(model, checkpoint, pool, progress, notes)
     workload = Workload(
-        name=f"{_RESNET50}, random weights, {kind} of {size_hw[0]}×{size_hw[1]}",
-        pool=pool,
+        name=f"{_RESNET50}, random weights, {kind} of {', '.join(pools)}",
+        pools={name: images for name, (images, _) in pools.items()},
         batches=batches,
         repeat=repeat,
         budget_s=budget_s,
@@ -159,6 +189,7 @@ def _make_files(
         _, difference = build_openvino_engine(onnx, engine, half=True, reference=exported)
         return f"{engine.name} compared with the ONNX file: {difference}"
 
+    seconds: dict[Path, float] = {}
     for text, make, made in (
         ("exporting to ONNX", export, exported),
         ("quantising", quantize, integers),
@@ -166,8 +197,10 @@ def _make_files(
         ("building the 8-bit engine", lambda: build(integers, integer_engine), integer_engine),
     ):
         progress.say(text)
+        began = perf_counter()
         try:
             notes.append(make())
+            seconds[made] = perf_counter() - began
         except (UserError, ImportError) as error:
             came = error.came if isinstance(error, UserError) else str(error)
             notes.append(" ".join(came.split()).replace(f"{checkpoint.parent}/", ""))
@@ -177,6 +210,7 @@ def _make_files(
         checkpoint=checkpoint,
         onnx=tuple(path for path in (exported, integers) if path.is_file()),
         engines=tuple(path for path in (half_engine, integer_engine) if path.is_file()),
+        seconds=seconds,
     )
 
 

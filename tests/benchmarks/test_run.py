@@ -3,7 +3,9 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import run
@@ -26,6 +28,12 @@ def folder(tmp_path, monkeypatch, checkpoint, onnx_file, shapes):
     return made
 
 
+def check_schema(content):
+    """The file is what benchmarks/results.schema.json says."""
+    schema = json.loads((Path(run.__file__).parent / "results.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate(content, schema, cls=jsonschema.Draft202012Validator)
+
+
 def by_key(rows):
     return {(row.model, row.backend, row.precision, row.batch): row for row in rows}
 
@@ -33,6 +41,10 @@ def by_key(rows):
 def test_newest_run_with_peers(folder):
     rows = run.main(["--repeat", "2", "--images", "3", "--batch", "1,2"])
     found = by_key(rows)
+    for row in rows:
+        if row.status == "ok" and not row.peer:
+            assert set(row.split_ms) >= {"decode", "preprocess", "engine", "postprocess"}
+            assert row.file_mb > 1 and all(value > 0 for value in row.split_ms.values())
     half = "fp16" if any("CUDA" in row.backend and row.status == "ok" for row in rows) else "bf16"
     assert {(row.model, row.precision) for row in rows} >= {
         ("best.safetensors", "fp32"),
@@ -58,10 +70,14 @@ def test_newest_run_with_peers(folder):
     assert all(row.reason for row in rows if row.status != "ok")
 
     content = json.loads((folder / "benchmark" / "results.json").read_text(encoding="utf-8"))
-    assert content["schema"] == 1 and len(content["rows"]) == len(rows)
+    check_schema(content)
+    assert len(content["rows"]) == len(rows)
     assert content["environment"]["versions"]["torch"]
     page = (folder / "benchmark" / "results.md").read_text(encoding="utf-8")
-    assert page.count("\n| ") == len(rows) + 2  # and the head
+    split = sum(row.split_ms is not None for row in rows)
+    assert page.count("\n| ") == len(rows) + 2 + split + 2  # and the heads
+    web = (folder / "benchmark" / "results.html").read_text(encoding="utf-8")
+    assert web.count("<tr") == len(rows) + 1 + split + 1 and "<svg" in web
     assert not list((folder / "benchmark").glob(".*"))
 
 
