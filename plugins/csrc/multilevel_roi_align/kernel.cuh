@@ -51,7 +51,9 @@ struct Axis {
         first = 0, last = samples;
         if (!(bin > 0.f)) return;
         float origin = start + bin * float(index_of_bin), per_pixel = float(samples) / bin;
-        float from = (-1.f - origin) * per_pixel - 2.f, to = (float(size) - origin) * per_pixel + 2.f;
+        // Rounding moves positions by some 2^-21 of the numbers they are sums of, and counts of samples by two.
+        float slack = fabsf(start) * 0x1p-20f + bin * 0x1p-20f * float(index_of_bin + 1);
+        float from = (-1.f - slack - origin) * per_pixel - 2.f, to = (float(size) + slack - origin) * per_pixel + 2.f;
         if (from > 0.f) first = from < float(samples) ? int(from) : samples;
         if (to < float(samples)) last = to > 0.f ? int(to) : 0;
     }
@@ -62,10 +64,11 @@ constexpr int kMostSamples = 1 << 24;  // whole numbers that float32 can count
 __host__ __device__ inline Axis axis_of(float low, float high, float scale, int size, int bins, int ratio, bool aligned) {
     float offset = aligned ? 0.5f : 0.f, start = product(low, scale) - offset;
     float length = (product(high, scale) - offset) - start;
-    if (!aligned) length = length > 1.f ? length : 1.f;
+    if (!aligned) length = length < 1.f ? 1.f : length;  // what is not a number stays so
     float bin = length / float(bins);
-    // An adaptive ratio puts no samples at all into an empty RoI, nor into one that is not a number.
-    int samples = ratio > 0 ? ratio : (bin > 0.f ? int(fminf(ceilf(bin), float(kMostSamples))) : 0);
+    // An adaptive ratio puts no samples at all into an empty RoI, nor into one that is infinite or not a number.
+    bool has_bins = bin > 0.f && bin <= 3.402823466e38f;
+    int samples = ratio > 0 ? ratio : (has_bins ? int(fminf(ceilf(bin), float(kMostSamples))) : 0);
     return {start, bin, samples, size};
 }
 
@@ -93,6 +96,7 @@ struct Taps {
 
 // The taps of one axis: from the table, or, beyond it, computed anew.
 __device__ inline Tap look_up(const Tap *table, const Axis &axis, int bin, int sample) {
+    if (axis.samples > kTableTaps) return axis.tap(bin, sample);  // their products may be beyond an int
     int index = bin * axis.samples + sample;
     return index < kTableTaps ? table[index] : axis.tap(bin, sample);
 }

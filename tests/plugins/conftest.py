@@ -1,0 +1,76 @@
+"""What the plugins' tests share: one TensorRT rig, for each set of headers one library, and the kernels alone."""
+
+from pathlib import Path
+
+import kernels_on_cpu
+import kernels_on_gpu
+import plugin_library
+import pytest
+import torch
+from kernel_calls import Device
+from kernel_maths import Maths
+from tensorrt_rig import rig
+
+from maskrcnn.plugins.build import build_library, find_library, obstacle
+from maskrcnn.plugins.native import Kernels
+from maskrcnn.plugins.toolchain import find_toolchain
+
+
+@pytest.fixture(scope="session")
+def tensorrt_rig(tmp_path_factory) -> dict[str, str]:
+    """The environment for `rig.run`; tests are skipped where there can be none."""
+    if reason := rig.obstacle():
+        pytest.skip(reason)
+    return rig.prepare(tmp_path_factory.mktemp("tensorrt-rig"))
+
+
+@pytest.fixture(scope="session", params=plugin_library.header_folders() or [None], ids=str)
+def library(request, tmp_path_factory) -> plugin_library.Library:
+    """The plugins with kernels for the CPU, compiled against each version of TensorRT's headers there is."""
+    if reason := plugin_library.obstacle():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("plugins")
+    return plugin_library.Library(plugin_library.build(folder, request.param), folder, request.param)
+
+
+@pytest.fixture(scope="session")
+def kernels_for_cpu(tmp_path_factory) -> Path:
+    """The library of kernels, compiled for the CPU."""
+    if kernels_on_cpu.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session")
+def cpu(kernels_for_cpu) -> Device:
+    """The kernels as they are."""
+    return Device(Kernels(kernels_for_cpu))
+
+
+@pytest.fixture(scope="session")
+def maths(tmp_path_factory) -> Maths:
+    """The kernels' arithmetic."""
+    if kernels_on_cpu.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return Maths(tmp_path_factory.mktemp("maths"))
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Device:
+    """The kernels on a GPU: from the cache, else compiled now, which takes a minute."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    arch = kernels_on_gpu.architecture()
+    path = find_library("kernels", arch)
+    if path is None:
+        toolchain = find_toolchain()
+        if missing := obstacle("kernels", toolchain):
+            pytest.skip(f"{missing}")
+        path = build_library("kernels", arch=(), toolchain=toolchain)
+    return Device(Kernels(path), kernels_on_gpu.GpuMemory)
+
+
+@pytest.fixture(scope="session", params=["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"])
+def device(request) -> Device:
+    """The kernels for the CPU, and for a GPU where there is one."""
+    return request.getfixturevalue(request.param)
