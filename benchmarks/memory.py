@@ -10,7 +10,7 @@ held there.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,14 +87,21 @@ def _image(size_hw: list[int], seed: int) -> np.ndarray:
 
 
 def _peak_mb() -> float:
-    """Of this process; Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    """The most that this process has held. Linux's rusage would begin with what the parent held before the start."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        import resource  # which Windows does not have
+
+        # In bytes on macOS, and elsewhere in KiB.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def _device_mb() -> float | None:
     """What the driver says that this process holds; every library's part is in it, unlike in torch's own count."""
-    import os
-
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
