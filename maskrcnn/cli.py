@@ -288,12 +288,34 @@ def lint(
         raise typer.Exit(1)
 
 
+@app.command("build-plugins")
+def build_plugins(
+    form: Annotated[
+        str, typer.Option(help="kernels (PyTorch), library (and TensorRT plugins in C++), aot, or all.")
+    ] = "all",
+    arch: Annotated[
+        str | None, typer.Option(help="GPUs to compile for, as 80,90; default native, without a GPU the common ones.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Copy the libraries there.")] = None,
+    tensorrt_include: Annotated[Path | None, typer.Option(metavar="DIR", help="TensorRT's C++ headers.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Compile even what the cache has.")] = False,
+) -> None:
+    """Compiles the CUDA kernels and the TensorRT plugins: the libraries, and the kernels that engines get built in."""
+    from maskrcnn.cli_plugins import Form, run_build_plugins
+
+    forms = [known.value for known in Form]
+    if form not in forms:
+        raise UserError(f"--form {form}", f"one of {', '.join(forms)}", "leave it out for everything that can be built")
+    run_build_plugins(console, form=Form(form), arch=arch, out=out, tensorrt_include=tensorrt_include, force=force)
+
+
 @app.command()
 def doctor() -> None:
     """Versions, devices and compilers of this machine, and what each missing one would enable."""
+    from maskrcnn.cli_plugins import plugin_findings
     from maskrcnn.doctor import diagnose, report
 
-    console.print(report(diagnose()), markup=False)
+    console.print(report(diagnose([plugin_findings])), markup=False)
 
 
 @data_app.command("shapes")

@@ -77,3 +77,26 @@ LIVE_ROWS = Op(
 )
 
 OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS, LIVE_ROWS)}
+
+# BatchedNms in two steps, for TensorRT's ahead-of-time plugins alone: each of those is one kernel. No exported file has
+# these, and no function stands for them; `export.tensorrt.tensorrt_flavour(…, aot=True)` writes them.
+BATCHED_NMS_KEEP = Op(
+    name="BatchedNmsKeep",
+    inputs=BATCHED_NMS.inputs,
+    outputs=(Tensor("keep", "int32", ("N", "K")),),
+    attributes=BATCHED_NMS.attributes,
+    doc="1 where NMS keeps a box below its image's count, else 0; past the first max_output kept ones 0 is as right.",
+)
+
+BATCHED_NMS_COMPACT = Op(
+    name="BatchedNmsCompact",
+    inputs=BATCHED_NMS_KEEP.outputs,
+    outputs=BATCHED_NMS.outputs,
+    attributes={"max_output": int},
+    doc="The rows that are kept, in order: at most max_output of them.",
+)
+
+# What ahead-of-time plugins exist for.
+AOT_OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS_KEEP, BATCHED_NMS_COMPACT)}
+
+ALL_OPS = {**OPS, **AOT_OPS}

@@ -31,7 +31,7 @@ def level_of(
 def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
     """The value `[C]` of a feature map `[C, H, W]` at a point in pixel units; zero outside [-1, size]."""
     height, width = feature.shape[1:]
-    if y < -1 or y > height or x < -1 or x > width:
+    if not (-1 <= y <= height and -1 <= x <= width):  # what is not a number lies outside as well
         return np.zeros(feature.shape[0], np.float32)
     y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
     y0, x0 = math.floor(y), math.floor(x)
@@ -40,6 +40,11 @@ def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
     top = feature[:, y0, x0] * (1 - dx) + feature[:, y0, x1] * dx
     bottom = feature[:, y1, x0] * (1 - dx) + feature[:, y1, x1] * dx
     return (top * (1 - dy) + bottom * dy).astype(np.float32)
+
+
+def adaptive_ratio(bin_size: float) -> int:
+    """Samples along an axis of a bin of so many pixels: none in an empty RoI, nor where its size is no number."""
+    return max(math.ceil(bin_size), 0) if math.isfinite(bin_size) else 0
 
 
 def multilevel_roi_align(
@@ -71,9 +76,7 @@ def multilevel_roi_align(
             if not aligned:
                 width, height = max(width, 1.0), max(height, 1.0)
             bin_width, bin_height = width / output_size, height / output_size
-            # An adaptive ratio puts no samples at all into an empty RoI.
-            ratio_y = sampling_ratio or max(math.ceil(bin_height), 0)
-            ratio_x = sampling_ratio or max(math.ceil(bin_width), 0)
+            ratio_y, ratio_x = (sampling_ratio or adaptive_ratio(size) for size in (bin_height, bin_width))
             for i in range(output_size):
                 for j in range(output_size):
                     total = np.zeros(feature.shape[0], np.float32)
@@ -104,15 +107,36 @@ def batched_nms(
     Returns:
         indices int32 `[N, M]`, zero past the end, and their number int32 `[N]`.
     """
-    indices = np.zeros((boxes.shape[0], max_output), np.int32)
-    num = np.zeros(boxes.shape[0], np.int32)
+    keep = batched_nms_keep(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
+    return batched_nms_compact(keep, max_output=max_output)
+
+
+def batched_nms_keep(
+    boxes: np.ndarray, groups: np.ndarray, counts: np.ndarray, *, iou_threshold: float, max_output: int
+) -> np.ndarray:
+    """`BatchedNmsKeep` of the contract, inputs as of `batched_nms`.
+
+    Returns:
+        int32 `[N, K]`: 1 where a box is kept; all of them, also past the first `max_output`.
+    """
+    keep = np.zeros(boxes.shape[:2], np.int32)
+    limit = np.float32(iou_threshold)  # as ONNX holds it
     for n in range(boxes.shape[0]):
         kept: list[int] = []
         for k in range(min(int(counts[n]), boxes.shape[1])):
             rivals = (j for j in kept if groups[n, j] == groups[n, k])
-            if not any(iou(boxes[n, j], boxes[n, k]) > iou_threshold for j in rivals):
+            if not any(iou(boxes[n, j], boxes[n, k]) > limit for j in rivals):
                 kept.append(k)
-        kept = kept[:max_output]
+        keep[n, kept] = 1
+    return keep
+
+
+def batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarray, np.ndarray]:
+    """`BatchedNmsCompact` of the contract: keep `[N, K]`; outputs as of `batched_nms`."""
+    indices = np.zeros((keep.shape[0], max_output), np.int32)
+    num = np.zeros(keep.shape[0], np.int32)
+    for n in range(keep.shape[0]):
+        kept = np.flatnonzero(keep[n])[:max_output]
         indices[n, : len(kept)] = kept
         num[n] = len(kept)
     return indices, num

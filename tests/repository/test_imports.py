@@ -18,6 +18,7 @@ TOP_MODULES = (
     "maskrcnn.cli",
     "maskrcnn.cli_export",
     "maskrcnn.cli_graph",
+    "maskrcnn.cli_plugins",
     "maskrcnn.cli_train",
     "maskrcnn.cli_verify",
     "maskrcnn.__main__",
@@ -42,6 +43,11 @@ LIGHT_MODULES = tuple(
     )
 )
 TORCH = ("torch", "torchvision")
+# Modules of the plugins that compile: they have something to say to the user, and files to write.
+TOOL_MODULES = tuple(
+    f"maskrcnn.plugins.{name}" for name in ("toolchain", "cache", "build", "nvrtc", "aot_kernels", "aot")
+)
+FOR_TOOLS = ("maskrcnn.errors", "maskrcnn.files")
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,10 @@ def objection(found: Import) -> str | None:
 def _objection_in_plugins(found: Import) -> str | None:
     if found.name.partition(".")[0] in sys.stdlib_module_names or within(found.name, "numpy", "maskrcnn.plugins"):
         return None
-    if within(found.name, "tensorrt"):
-        return None if found.is_lazy else "TensorRT is imported inside the functions that need it"
+    if within(found.name, "tensorrt", "cuda"):
+        return None if found.is_lazy else "TensorRT and CUDA are imported inside the functions that need them"
+    if found.module in TOOL_MODULES and within(found.name, *FOR_TOOLS):
+        return None
     return "the plugins need NumPy alone"
 
 
@@ -157,7 +165,8 @@ def test_every_import_keeps_its_direction(root):
 
 
 def test_the_modules_named_here_exist(root):
-    missing = {*LIGHT_MODULES, TORCH_BACKEND, CUDA_OPS, *TOP_MODULES} - module_files(root).keys()
+    named = {*LIGHT_MODULES, *TOOL_MODULES, *FOR_TOOLS, TORCH_BACKEND, CUDA_OPS, *TOP_MODULES}
+    missing = named - module_files(root).keys()
     assert not missing, f"moved or renamed: {sorted(missing)}"
 
 
@@ -174,6 +183,8 @@ def test_the_modules_named_here_exist(root):
         ("maskrcnn.plugins.reference", "import torch", "NumPy alone"),
         ("maskrcnn.plugins.reference", "from maskrcnn.errors import UserError", "NumPy alone"),
         ("maskrcnn.plugins.tensorrt_ops", "import tensorrt.plugin", "inside the functions"),
+        ("maskrcnn.plugins.nvrtc", "from cuda.bindings import nvrtc", "inside the functions"),
+        ("maskrcnn.plugins.build", "from maskrcnn import config", "NumPy alone"),
         ("maskrcnn.runtime.detector", "import torch", "torch_backend alone"),
         ("maskrcnn.runtime.detector", "def f():\n    from torch import nn", "torch_backend alone"),
         ("maskrcnn.runtime.detector", "from . import torch_backend", "inside the function that needs it"),
@@ -201,6 +212,8 @@ def test_the_check_objects(module, source, reason):
         ("maskrcnn.plugins.reference", "import math, numpy.linalg\nfrom maskrcnn.plugins import contract"),
         ("maskrcnn.model.cuda_ops", "from maskrcnn.plugins.native import Kernels"),
         ("maskrcnn.plugins.tensorrt_ops", "def f():\n    import tensorrt"),
+        ("maskrcnn.plugins.toolchain", "def f():\n    from cuda.bindings import driver"),
+        ("maskrcnn.plugins.build", "from maskrcnn.errors import UserError\nfrom maskrcnn.plugins import cache"),
         ("maskrcnn.plugins.tensorrt_ops", "if typing.TYPE_CHECKING:\n    import tensorrt"),
         ("maskrcnn.runtime.torch_backend", "import torch\nfrom maskrcnn.model.detector import MaskRCNN"),
         ("maskrcnn.runtime.detector", "def f():\n    from .torch_backend import TorchBackend"),

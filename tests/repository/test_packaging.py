@@ -40,7 +40,7 @@ def files_wanted(root: Path, package_dir: dict[str, str]) -> set[str]:
         (Path(package.replace(".", "/")) / path.relative_to(root / folder)).as_posix()
         for package, folder in package_dir.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", *COMPILED_LATER} or path.name == "CMakeLists.txt"
+        if path.suffix in {".py", *COMPILED_LATER} or path.name in ("CMakeLists.txt", "README.md")
     }
 
 
@@ -106,6 +106,11 @@ def test_the_wheel_holds_every_file(wheel, root):
     assert not missing, f"missing in the wheel: {sorted(missing)}"
 
 
+def test_the_wheel_holds_the_sources_of_the_plugins(wheel):
+    sources = {"kernels.h", "multilevel_roi_align/aot.cu", "batched_nms/kernel.cuh", "batched_nms/launch.cu"}
+    assert {f"maskrcnn/plugins/csrc/{name}" for name in sources} <= set(wheel)
+
+
 def test_nothing_leaks_from_the_wheel(wheel):
     assert not leaked(wheel)
 
@@ -121,13 +126,14 @@ def test_the_check_finds_a_package_that_is_not_listed(tmp_path):
 
 def test_the_check_wants_sources_that_are_compiled_later(tmp_path):
     (tmp_path / "plugins" / "roi_align").mkdir(parents=True)
-    for name in ("op.py", "kernel.cuh", "CMakeLists.txt", "notes.md"):
+    for name in ("op.py", "kernel.cuh", "CMakeLists.txt", "README.md", "notes.md"):
         (tmp_path / "plugins" / "roi_align" / name).touch()
     folder = "maskrcnn/plugins/roi_align/"
     assert files_wanted(tmp_path, {"maskrcnn.plugins": "plugins"}) == {
         folder + "op.py",
         folder + "kernel.cuh",
         folder + "CMakeLists.txt",
+        folder + "README.md",
     }
 
 

@@ -1,0 +1,214 @@
+"""The kernels and the TensorRT plugins as libraries, compiled by nvcc and kept in the cache.
+
+`libmaskrcnn_kernels` exports the C interface of csrc/kernels.h and needs CUDA alone; `libmaskrcnn_plugins` holds the
+same kernels behind TensorRT's C++ plugin interface and needs TensorRT's headers; beside it lies
+`libmaskrcnn_plugins_register`, for programs that do no more than load a library. csrc/CMakeLists.txt builds the same,
+for those who have their own build.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from maskrcnn.errors import UserError
+from maskrcnn.files import atomic_path
+from maskrcnn.plugins import cache
+from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Absence, Toolchain
+
+# Of the GPUs that this package meets: Turing, Ampere (data centre, others), Ada, Hopper, Blackwell (the same two).
+COMMON_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+FLAGS = (
+    *("-O3", "-std=c++17", "-lineinfo", "--cudart", "static", "--threads", "0"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
+    *("-Xlinker", "--exclude-libs,ALL,--no-undefined"),
+)
+_REGISTER = "libmaskrcnn_plugins_register.so"
+_SHOWN_LINES = 25  # of a failing compiler's output
+
+
+class Library(str, Enum):
+    """What can be built."""
+
+    KERNELS = "kernels"
+    PLUGINS = "plugins"
+
+    @property
+    def file_name(self) -> str:
+        """Of the library on Linux."""
+        return f"libmaskrcnn_{self.value}.so"
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Files that belong beside it."""
+        return (_REGISTER,) if self is Library.PLUGINS else ()
+
+
+def architectures(toolchain: Toolchain, wanted: Sequence[int] = ()) -> tuple[int, ...]:
+    """What to compile for: what is wanted, else this machine's GPUs, else the common ones that nvcc knows.
+
+    A GPU that is newer than nvcc gets the newest architecture that nvcc knows: each library carries that one's PTX
+    too, from which the driver compiles.
+
+    Raises:
+        UserError: for an architecture that nvcc does not know.
+    """
+    known = _nvcc(toolchain).architectures
+    if unknown := sorted(set(wanted) - set(known)):
+        raise UserError(
+            f"architecture {', '.join(map(str, unknown))}",
+            f"some of {', '.join(map(str, known))}, which {toolchain.nvcc.path} compiles for",
+            "choose among these, or get a newer CUDA toolkit",
+        )
+    if wanted:
+        return tuple(sorted(set(wanted)))
+    older = [[arch for arch in known if arch <= gpu] for gpu in toolchain.gpus]
+    return tuple(sorted({max(some) for some in older if some} or set(COMMON_ARCHITECTURES) & set(known)))
+
+
+def obstacle(kind: str | Library, toolchain: Toolchain) -> Absence | None:
+    """What is missing to build a library, or None."""
+    wanted = [(NVCC, toolchain.nvcc), (HOST_COMPILER, toolchain.host_compiler)]
+    if Library(kind) is Library.PLUGINS:
+        wanted.append((TENSORRT_HEADERS, toolchain.tensorrt))
+    return next((absence for absence, found in wanted if not found), None)
+
+
+def build_library(
+    kind: str | Library, *, arch: Sequence[int], toolchain: Toolchain, out: Path | None = None, force: bool = False
+) -> Path:
+    """Compiles a library, unless the cache has it.
+
+    Args:
+        kind: `kernels` or `plugins`.
+        arch: compute capabilities, 90 for 9.0, as `architectures` gives them; machine code for each, and PTX of the
+            newest for GPUs to come.
+        toolchain: what to compile with.
+        out: a folder to copy the library to, with its companions.
+        force: compile even if the cache has it.
+
+    Returns:
+        The library in `out`, or else in the cache.
+
+    Raises:
+        UserError: where something is missing, or when the compiler fails.
+    """
+    kind = Library(kind)
+    record = _record(kind, architectures(toolchain, arch), toolchain)
+    path = cache.store(record, kind.file_name, lambda draft: _compile(kind, record, toolchain, draft), force=force)
+    if out is None:
+        return path
+    for name in (*kind.companions, kind.file_name):
+        with atomic_path(out / name) as draft:
+            shutil.copyfile(path.with_name(name), draft)
+    return out / kind.file_name
+
+
+def cached_library(kind: str | Library, *, arch: Sequence[int], toolchain: Toolchain) -> Path | None:
+    """The library that `build_library` would not have to compile, or None."""
+    kind = Library(kind)
+    return cache.find(_record(kind, architectures(toolchain, arch), toolchain), kind.file_name)
+
+
+def find_library(kind: str | Library, arch: int | None = None) -> Path | None:
+    """A library of the present sources in the cache, without looking for a compiler.
+
+    Args:
+        kind: `kernels` or `plugins`.
+        arch: compute capability it must run on, 90 for 9.0; one compiled for exactly that is preferred.
+
+    Returns:
+        The newest that fits, or None.
+    """
+    kind = Library(kind)
+    sources = cache.sources_hash(source_files(kind))
+    fitting = []
+    for folder, record in cache.records():
+        path = folder / kind.file_name
+        compiled_for = record.get("architectures") or [0]
+        if record.get("library") == kind.value and record.get("sources") == sources and path.is_file():
+            if arch is None or arch in compiled_for:
+                return path
+            if runs_on(compiled_for, arch):
+                fitting.append(path)
+    return fitting[0] if fitting else None
+
+
+def runs_on(compiled_for: Sequence[int], arch: int) -> bool:
+    """Whether a GPU runs a library: its machine code within a generation, the newest's PTX from there on.
+
+    Source: CUDA Programming Guide, binary and PTX compatibility.
+    """
+    same_generation = any(have // 10 == arch // 10 and have <= arch for have in compiled_for)
+    return same_generation or max(compiled_for) <= arch
+
+
+def source_files(kind: Library) -> list[Path]:
+    """The files that a library is compiled from."""
+    suffixes = ("cu", "cpp") if kind is Library.PLUGINS else ("cu",)
+    found = [path for suffix in suffixes for path in cache.SOURCES.rglob(f"*.{suffix}")]
+    return sorted(path for path in found if path.name != "aot.cu")  # which NVRTC compiles, op by op
+
+
+def _record(kind: Library, arch: tuple[int, ...], toolchain: Toolchain) -> dict[str, Any]:
+    """Everything the library depends on."""
+    if missing := obstacle(kind, toolchain):
+        raise UserError(f"no {missing.what} on this machine", f"one, for {missing.enables}", missing.remedy)
+    record = {
+        "library": kind.value,
+        "architectures": list(arch),
+        "sources": cache.sources_hash(source_files(kind)),
+        "compiler": f"nvcc {toolchain.nvcc.version}",
+        "host_compiler": str(toolchain.host_compiler),
+        "flags": list(FLAGS),
+    }
+    return record | ({"tensorrt": toolchain.tensorrt.version} if kind is Library.PLUGINS else {})
+
+
+def _compile(kind: Library, record: dict[str, Any], toolchain: Toolchain, output: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        raise UserError(
+            f"a build on {sys.platform}", "Linux", "use WSL 2, or the CMakeLists.txt beside the sources in csrc"
+        )
+    common = _command(kind, record["architectures"], toolchain)
+    _run([*common, "-o", str(output), *map(str, source_files(kind))], output)
+    if kind is Library.PLUGINS:
+        beside, source = output.with_name(_REGISTER), str(cache.SOURCES / "tensorrt" / "register.cpp")
+        _run([*common, "-DMASKRCNN_REGISTER_WHEN_LOADED", "-o", str(beside), source], beside)
+
+
+def _command(kind: Library, arch: Sequence[int], toolchain: Toolchain) -> list[str]:
+    """nvcc with everything but sources and output."""
+    nvcc, newest = _nvcc(toolchain).path, max(arch)
+    codes = [(number, f"sm_{number}") for number in arch] + [(newest, f"compute_{newest}")]
+    targets = [word for number, code in codes for word in ("-gencode", f"arch=compute_{number},code={code}")]
+    includes = [f"-I{cache.SOURCES}"]
+    if kind is Library.PLUGINS:
+        includes += ["-isystem", str(toolchain.tensorrt.folder)]
+    # A wheel's nvcc looks for the CUDA runtime in lib64, but its wheel brings lib.
+    libraries = nvcc.resolve().parents[1] / "lib"
+    found = [f"-L{libraries}"] if (libraries / "libcudart_static.a").is_file() else []
+    host = ["-ccbin", str(toolchain.host_compiler)]
+    return [str(nvcc), "-shared", *FLAGS, *host, *targets, *includes, *found, "-ldl"]
+
+
+def _run(command: list[str], output: Path) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0 or not output.is_file():
+        shown = "\n".join(done.stdout.splitlines()[-_SHOWN_LINES:])
+        raise UserError(
+            f"{command[0]} failed with code {done.returncode} on {output.name}:\n{shown}",
+            "sources that it compiles",
+            "try another CUDA or host compiler (NVCC_CCBIN names one); if neither helps, report this with the output",
+        )
+
+
+def _nvcc(toolchain: Toolchain):
+    if toolchain.nvcc is None:
+        raise UserError("no nvcc on this machine", f"one, for {NVCC.enables}", NVCC.remedy)
+    return toolchain.nvcc
