@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
-from typing import Any
 
 from chart import Axis, Series, chart
 from measure import Measurement
 from splits import PARTS
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child, td.text { text-align: left } th { font-weight: 600 } .wide { overflow-x: auto }
-tr.peer td { color: #777 } tr.absent td { color: #aaa }
-"""
+from maskrcnn.runtime.html_parts import page, table, text
+from maskrcnn.runtime.html_parts import row as cells_row
+
+_STYLE = "<style>tr.peer td { color: #777 } tr.absent td { color: #aaa }</style>"
 
 
 def name_of(row: Measurement) -> str:
@@ -39,26 +35,19 @@ def ap_chart(rows: Sequence[Measurement]) -> str | None:
     return chart(f"AP against latency, batch {batch}", x, Axis("mask AP" if masks else "box AP"), series)
 
 
-def split_bars(rows: Sequence[Measurement]) -> str:
-    """Where each row's time goes, as an HTML table."""
-    split = [row for row in rows if row.split_ms]
-    if not split:
-        return ""
-    head = "".join(f"<th>{part}</th>" for part in PARTS)
+def split_section(rows: Sequence[Measurement]) -> str:
+    """Where each row's time goes, as an HTML table; empty where nothing was split."""
     lines = []
-    for row in split:
-        total = sum(row.split_ms.values())
-        cells = "".join(
-            f"<td>{row.split_ms[part]:.2f} ms, {row.split_ms[part] / total:.0%}</td>"
-            if part in row.split_ms
-            else "<td></td>"
-            for part in PARTS
-        )
-        lines.append(f"<tr><td>{_text(f'{name_of(row)}, {_shape(row)}')}</td>{cells}</tr>")
-    return (
-        "<h2>Where the time of a call goes</h2><p>Medians; decoding is not part of the latency above.</p>"
-        f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
-    )
+    for row in rows:
+        if row.split_ms:
+            total = sum(row.split_ms.values())
+            shares = ((row.split_ms.get(part), part) for part in PARTS)
+            cells = [f"{ms:.2f} ms, {ms / total:.0%}" if ms is not None else "" for ms, _ in shares]
+            lines.append(cells_row([f"{name_of(row)}, {_shape(row)}", *cells]))
+    if not lines:
+        return ""
+    told = "Medians; decoding is not part of the latency above."
+    return f"<h2>Where the time of a call goes</h2><p>{told}</p>{table(['', *PARTS], lines)}"
 
 
 def html_page(
@@ -74,26 +63,19 @@ def html_page(
         notes: lines of text below.
     """
     picture = ap_chart(rows) or "<p>No AP was measured.</p>"
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
-    lines = "".join(_line(row, line) for row, line in zip(rows, cells, strict=True))
-    body = (
-        f"<h1>{_text(title)}</h1>{picture}"
-        f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
-        f"{split_bars(rows)}<ul>{''.join(f'<li>{_text(note)}</li>' for note in notes)}</ul>"
+    lines = [_line(row, line) for row, line in zip(rows, cells, strict=True)]
+    told = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return page(
+        title,
+        [_STYLE, f"<h1>{text(title)}</h1>", picture, table(heads, lines), split_section(rows), f"<ul>{told}</ul>"],
     )
-    top = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{top}</head><body>{body}</body></html>\n'
 
 
 def _line(row: Measurement, cells: Sequence[str]) -> str:
     kind = "peer" if row.peer else "absent" if row.p50_ms is None else ""
-    inside = "".join(f"<td>{_text(cell)}</td>" for cell in cells[:-1])
-    return f'<tr class="{kind}">{inside}<td class="text">{_text(cells[-1])}</td></tr>'
+    inside = "".join(f"<td>{text(cell)}</td>" for cell in cells[:-1])
+    return f'<tr class="{kind}">{inside}<td class="text">{text(cells[-1])}</td></tr>'
 
 
 def _shape(row: Measurement) -> str:
     return f"{row.size + ', ' if row.size else ''}batch {row.batch}"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
