@@ -13,7 +13,7 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _backbone(config: ModelConfig) -> BackboneWithFPN:
 class PastedDetections(Detections):
     """Detections whose masks torchvision has already pasted into the image."""
 
-    pasted: np.ndarray  # [D, H, W] bool
+    pasted: np.ndarray = field(kw_only=True)  # [D, H, W] bool
 
     @property
     def has_masks(self) -> bool:

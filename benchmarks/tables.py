@@ -1,0 +1,199 @@
+"""The tables of docs/results.md, written from the committed JSON of benchmarks/results/.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between two comments, `<!-- table: FILE.json -->` and `<!-- end -->`, and below it machine, versions
+and the commit that the file names. What lies between is rewritten; with --check nothing is, and exit code 1 says that a
+table is not what its file gives. Sentences around the tables are written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import scaling
+import stages
+from report import aligned, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables as the files give them.
+
+    Raises:
+        FileNotFoundError: for a table whose file is not there.
+        ValueError: for a file of no known kind.
+    """
+
+    def block(match: re.Match) -> str:
+        content = json.loads((results / match[2]).read_text(encoding="utf-8"))
+        return f"{match[1]}{rendered(content)}\n{match[4]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def files_of(text: str) -> list[str]:
+    """The files that a page's tables are made of."""
+    return [match[2] for match in _BLOCK.finditer(text)]
+
+
+def rendered(content: Any) -> str:
+    """The table of a result file, and where it was measured.
+
+    Raises:
+        ValueError: for a file of no known kind.
+    """
+    for is_kind, render in _KINDS:
+        if is_kind(content):
+            text = render(content)
+            lines = machine(content["environment"]) if isinstance(content, dict) else []
+            return "\n".join([text, "", *lines]) if lines else text
+    raise ValueError("came: a result of no known kind; expected: a file of benchmarks/; do: add its kind to tables.py")
+
+
+def _latency(content: dict[str, Any]) -> str:
+    rows = [row for row in content["rows"] if row["p50_ms"] is not None]
+    columns: list[tuple[str, Callable[[dict], str]]] = [
+        ("file", lambda row: row["model"]),
+        ("backend", lambda row: f"{row['backend']}, {row['precision']}"),
+        ("size", lambda row: row.get("size", "")),
+        ("batch", lambda row: str(row["batch"])),
+        ("p50 ms", _figure("p50_ms", ".1f")),
+        ("p90 ms", _figure("p90_ms", ".1f")),
+        ("× torchvision", _figure("times_torchvision", ".2f")),
+        ("× its ONNX", _figure("times_torchvision_onnx", ".2f")),
+        ("box AP", _ap("box_ap")),
+        ("mask AP", _ap("mask_ap")),
+        ("host MB", _figure("host_mb", ".0f")),
+        ("GPU MB", _figure("device_mb", ".0f")),
+        ("file MB", _figure("file_mb", ".0f")),
+        ("build s", _figure("build_s", ".0f")),
+        ("check", lambda row: row["status"] if row["status"] != "ok" else ""),
+    ]
+    text = _table(columns, rows)
+    split = [row for row in rows if row.get("split_ms")]
+    if split:
+        parts = [part for part in split[0]["split_ms"]]
+        parts += [part for row in split for part in row["split_ms"] if part not in parts]
+        columns = [*columns[:4], *((f"{part} ms", _part(part)) for part in parts)]
+        text += "\n\nWhere the time of such a call goes:\n\n" + _table(columns, split)
+    return text
+
+
+def _part(name: str) -> Callable[[dict], str]:
+    return lambda row: f"{row['split_ms'][name]:.2f}" if name in row["split_ms"] else ""
+
+
+def _figure(name: str, form: str) -> Callable[[dict], str]:
+    return lambda row: "" if row.get(name) is None else format(row[name], form)
+
+
+def _ap(name: str) -> Callable[[dict], str]:
+    """The AP of the reference, and of the others the difference to it."""
+
+    def show(row: dict) -> str:
+        if row.get(name) is None:
+            return ""
+        return f"{row[name]:.4f}" if row["check"] == "reference" else f"{row[f'{name}_difference']:+.4f}"
+
+    return show
+
+
+def _table(columns: Sequence[tuple[str, Callable[[dict], str]]], rows: Sequence[dict]) -> str:
+    """Only columns in which something stands."""
+    shown = [(name, show) for name, show in columns if any(show(row) for row in rows)]
+    return aligned([name for name, _ in shown], [[show(row) for _, show in shown] for row in rows])
+
+
+def _ops(content: dict[str, Any]) -> str:
+    columns = [
+        ("case", lambda row: row["case"]),
+        ("contender", lambda row: row["contender"]),
+        ("measured as", lambda row: row["how"]),
+        ("p50 µs", _figure("p50_us", ".1f")),
+        ("× torchvision", _figure("speedup", ".2f")),
+        ("of copy bandwidth", _figure("of_copy_bandwidth", ".0%")),
+    ]
+    return _table(columns, content["rows"])
+
+
+def _scaling(content: dict[str, Any]) -> str:
+    return "\n\n".join(f"{curve['title']}:\n\n{scaling.table(curve)}" for curve in content["curves"].values())
+
+
+def _training(content: dict[str, Any]) -> str:
+    rows = [{**report, **row} for report in content["reports"] for row in report["rows"] if row["p50_s"] is not None]
+    columns = [
+        ("model", lambda row: row["model"]),
+        ("batch", lambda row: f"{row['batch']} × {row['size_hw'][0]}×{row['size_hw'][1]}"),
+        ("trainer", lambda row: f"{row['trainer']}, {row['precision']}"),
+        ("p50 s", _figure("p50_s", ".3f")),
+        ("images/s", _figure("images_per_s", ".2f")),
+        ("× torchvision", _ratio),
+        ("peak MB", _figure("peak_memory_mb", ".0f")),
+        ("synchronisations", _figure("synchronisations", "d")),
+    ]
+    return _table(columns, rows)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["trainer"] == "torchvision":
+        return "1"
+    return "{times_torchvision:.2f} ({times_torchvision_p10:.2f}–{times_torchvision_p90:.2f})".format(**row)
+
+
+def _matrix(content: dict[str, Any]) -> str:
+    columns = [
+        ("model", lambda row: row["model"]),
+        ("images", lambda row: row["kind"]),
+        ("cells", _figure("cells", "d")),
+        ("detections", _figure("detections", "d")),
+        ("unpaired", _figure("unpaired", "d")),
+        ("boxes px", _figure("box_px", ".1e")),
+        ("scores", _figure("score", ".1e")),
+        ("masks", _figure("mask", ".1e")),
+    ]
+    return _table(columns, content["rows"])
+
+
+def _stages(content: list[dict[str, Any]]) -> str:
+    return stages.table([stages.Split(**split) for split in content])
+
+
+_KINDS: list[tuple[Callable[[Any], bool], Callable[[Any], str]]] = [
+    (lambda content: isinstance(content, list), _stages),
+    (lambda content: "curves" in content, _scaling),
+    (lambda content: "reports" in content, _training),
+    (lambda content: "cells" in content, _matrix),
+    (lambda content: "contender" in (content.get("rows") or [{}])[0], _ops),
+    (lambda content: "p50_ms" in (content.get("rows") or [{}])[0], _latency),
+]
+
+
+def main() -> int:
+    """Rewrites the page, or says what is old."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    new = rewritten(text)
+    if given.check:
+        print(f"{PAGE.name}: {'as its files give it' if new == text else 'old; run python benchmarks/tables.py'}")
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    print(f"{PAGE}: {len(files_of(text))} tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
