@@ -1,5 +1,7 @@
 """The command that runs what needs a GPU."""
 
+import json
+
 import gpu
 import pytest
 import torch
@@ -31,8 +33,20 @@ def test_a_failed_check_fails_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "environment", dict)
     monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("a", ("-c", "")), gpu.Check("b", ("-c", "1/0"))])
     assert gpu.main([str(tmp_path), "--only", "a"]) == 0
+    assert gpu.main([str(tmp_path), "--skip", "b"]) == 0
     assert gpu.main([str(tmp_path)]) == 1
     assert (tmp_path / "gpu.json").is_file()
+
+
+def test_a_spent_budget_leaves_the_rest_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", dict)
+    monkeypatch.setattr(gpu, "LEAST_S", 1)
+    monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("a", ("-c", "import time; time.sleep(2)")),
+                                                gpu.Check("b", ("-c", "1/0"))])  # fmt: skip
+    assert gpu.main([str(tmp_path), "--budget-s", "2.9"]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())["checks"]
+    assert [(each["name"], each["outcome"]) for each in found] == [("a", "passed"), ("b", "left out")]
 
 
 def test_the_files_that_it_runs_exist():
