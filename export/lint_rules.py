@@ -267,18 +267,22 @@ def _foreign_problem(node: onnx.NodeProto) -> Problem:
 def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     """Our own nodes, against the contract."""
     flavour = "make the flavour with maskrcnn.export.tensorrt.tensorrt_flavour"
-    op = contract.OPS.get(node.op_type)
+    op = contract.ALL_OPS.get(node.op_type)
     if onnx.defs.has(node.op_type) or node.op_type in table.SUPPORTED:
         why = f"a plugin called like ONNX's {node.op_type}, which the parser takes instead"
         yield Problem(why, "rename the operator", table.PARSER)
     if op is None:
-        yield Problem("not in the contract, so there is no plugin", f"use {', '.join(contract.OPS)}", table.CONTRACT)
+        why = "not in the contract, so there is no plugin"
+        yield Problem(why, f"use {', '.join(contract.ALL_OPS)}", table.CONTRACT)
         return
     if op is contract.LIVE_ROWS:
         yield Problem("has no plugin; all rows are as right", flavour, table.CONTRACT)
         return
     values = _attribute_values(node)
     yield from _contract_attributes(op, values)
+    if values.get("aot") and op.name not in contract.AOT_OPS:
+        why = "aot = 1, but no ahead-of-time plugin: these are one kernel each"
+        yield Problem(why, f"{flavour}(…, aot=True)", table.CONTRACT)
     namespace = values.get("plugin_namespace", b"")
     if namespace != PLUGIN_NAMESPACE.encode():
         why = f"plugin_namespace is {namespace.decode() or 'missing'}; before 10.10 the parser finds no plugin then"

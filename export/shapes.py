@@ -64,7 +64,7 @@ def _describe_plugin_outputs(graph: onnx.GraphProto, *, by_shape: bool) -> bool:
     known, new = tensor_types(graph), False
     outputs = {value.name: value for value in graph.output}
     for node in graph.node:
-        op = contract.OPS.get(node.op_type) if node.domain == contract.DOMAIN else None
+        op = contract.ALL_OPS.get(node.op_type) if node.domain == contract.DOMAIN else None
         if op is None or not all(name in known for name in node.input):
             continue
         if by_shape and not all(known[name].HasField("shape") for name in node.input):

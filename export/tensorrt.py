@@ -39,8 +39,9 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
 
     Args:
         proto: a file of ours; it is not changed.
-        aot: require the plugins' kernels in the engine (`aot_impl` of `tensorrt.plugin`). Without it the parser takes
-            what the network's flags prefer, and a C++ plugin does not look.
+        aot: for plugins whose kernels become part of the engine (`plugins.aot`; `aot_impl` of `tensorrt.plugin`). Each
+            of those is one kernel, so `BatchedNms` becomes two nodes. Without it the parser takes what the network's
+            flags prefer, and a C++ plugin does not look.
 
     Raises:
         UserError: for functions that are not in the contract, which no plugin would replace.
@@ -56,6 +57,8 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
     del flavour.functions[:]
     take_all_rows(flavour.graph)
     _replace_integer_clips(flavour.graph)
+    if aot:
+        _split_nms(flavour.graph)
     _name_plugins(flavour.graph, aot=aot)
     return _folded(with_shapes(flavour))
 
@@ -113,6 +116,29 @@ def _bounded(clip: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
         inputs = [value, bound] if bound else [value]
         yield onnx.helper.make_node(op, inputs, [result], name=clip.name if last else f"{clip.name}_{op}")
         value = result
+
+
+def _split_nms(graph: onnx.GraphProto) -> None:
+    """`BatchedNms` as `BatchedNmsKeep` and `BatchedNmsCompact`."""
+    nodes = []
+    for node in graph.node:
+        is_nms = node.domain == contract.DOMAIN and node.op_type == contract.BATCHED_NMS.name
+        nodes += _two_steps(node) if is_nms else [node]
+    changed = onnx.GraphProto(node=nodes)
+    del graph.node[:]
+    graph.node.extend(changed.node)
+
+
+def _two_steps(nms: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
+    keep = f"{nms.output[0]}_keep"
+    steps = (
+        (contract.BATCHED_NMS_KEEP, f"{nms.name}_keep", nms.input, [keep]),
+        (contract.BATCHED_NMS_COMPACT, nms.name, [keep], nms.output),
+    )
+    for op, name, inputs, outputs in steps:
+        step = onnx.helper.make_node(op.name, inputs, outputs, name=name, domain=contract.DOMAIN)
+        step.attribute.extend(attribute for attribute in nms.attribute if attribute.name in op.attributes)
+        yield step
 
 
 def _name_plugins(graph: onnx.GraphProto, *, aot: bool) -> None:

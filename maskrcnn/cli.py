@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that `maskrcnn --help` answ
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,9 @@ import typer
 from rich.console import Console
 
 from maskrcnn import __version__, runs
+from maskrcnn.cli_build import build_engine, refit_engine
+from maskrcnn.cli_evaluate import evaluate
+from maskrcnn.cli_serve import triton
 from maskrcnn.config import TrainConfig
 from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.options import assignments, merged, read_settings, with_settings
@@ -26,14 +28,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Datasets in COCO format.")
 app.add_typer(data_app, name="data")
 console = Console(highlight=False, soft_wrap=True)
-
-
-class Target(str, Enum):
-    """What an engine is built for."""
-
-    AUTO = "auto"
-    TENSORRT = "tensorrt"
-    OPENVINO = "openvino"
 
 
 def main() -> None:
@@ -145,29 +139,8 @@ def export(
     )
 
 
-@app.command("build-engine")
-def build_engine(
-    model: Annotated[Path | None, typer.Argument(help="ONNX file; default: the newest export.")] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Half precision.")] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Single precision.")] = False,
-    int8: Annotated[
-        Path | None, typer.Option(metavar="CALIBRATION_DIR", help="8-bit integers, scales from these images.")
-    ] = None,
-    calibration_images: Annotated[int, typer.Option(min=1, help="Most images to take from it.")] = 64,
-    keep: Annotated[list[str] | None, typer.Option(help="With --int8: as for export.")] = None,
-    target: Annotated[Target, typer.Option(help="auto: TensorRT where it can be, else OpenVINO.")] = Target.AUTO,
-    output: Annotated[Path | None, typer.Option(help="Default: beside the ONNX file.")] = None,
-) -> None:
-    """Builds the fastest engine for this machine and compares it with the ONNX file."""
-    from maskrcnn.cli_export import Int8Options, run_build_engine
-
-    chosen = [name for name, value in (("--fp16", fp16), ("--fp32", fp32), ("--int8", int8)) if value]
-    if len(chosen) != 1:
-        raise UserError(" and ".join(chosen) or "no precision", "one of --fp16, --fp32, --int8", "add --fp16")
-    if keep and int8 is None:
-        raise UserError("--keep without --int8", "--int8 CALIBRATION_DIR", "drop --keep")
-    options = Int8Options(calibration=int8, keep=tuple(keep or ()), images=calibration_images)
-    run_build_engine(console, model, half=fp16, int8=options, target=target.value, output=output)
+app.command("build-engine")(build_engine)
+app.command("refit-engine")(refit_engine)
 
 
 @app.command()
@@ -210,36 +183,7 @@ def _picture_name(path: Path, images: list[Path]) -> str:
     return f"{path.stem}{suffix}.png"
 
 
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint, ONNX file or engine.")],
-    data: Annotated[Path, typer.Option(help="COCO-format folder.")],
-    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    backend: Annotated[str | None, typer.Option(help="torch, onnxruntime or openvino.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    json: Annotated[Path | None, typer.Option(help="Write metrics and results there.")] = None,
-) -> None:
-    """The 12 COCO metrics for boxes and for masks, by pycocotools."""
-    from rich.progress import Progress
-
-    from maskrcnn.data.coco import CocoDataset, find_split
-    from maskrcnn.files import write_json
-    from maskrcnn.runtime import Detector
-    from maskrcnn.runtime.evaluate import evaluate as run
-
-    dataset = CocoDataset.load(data, find_split(data, split))
-    for line in dataset.skipped_lines():
-        console.print(line)
-    detector = Detector.load(model, backend)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=len(dataset.images))
-        found = run(detector, dataset, batch_size=batch_size, progress=lambda n: bar.advance(task, n))
-    name = f"{detector.backend.name} {detector.backend.precision}"
-    console.print(f"{model} in {name} on {found.images} images of {dataset.annotation_path}")
-    console.print(found.table())
-    console.print(f"{found.images / found.detect_seconds:.2f} images/s, from file to pasted masks")
-    if json is not None:
-        write_json(json, {"model": str(model), "box": found.box, "mask": found.mask, "results": found.results})
+app.command()(evaluate)
 
 
 @app.command()
@@ -307,6 +251,9 @@ def build_plugins(
     if form not in forms:
         raise UserError(f"--form {form}", f"one of {', '.join(forms)}", "leave it out for everything that can be built")
     run_build_plugins(console, form=Form(form), arch=arch, out=out, tensorrt_include=tensorrt_include, force=force)
+
+
+app.command()(triton)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +32,6 @@ _CPU_FEATURES = (
     "amx_int8 amx_fp16 asimd asimdhp asimddp sve sve2 bf16 i8mm sme"
 )
 _NO_GPU = "an NVIDIA GPU and its driver: https://www.nvidia.com/drivers"
-_HEADER_FOLDERS = (
-    "/usr/include/x86_64-linux-gnu",
-    "/usr/include/aarch64-linux-gnu",
-    "/usr/include",
-    "/usr/local/include",
-    "/usr/local/tensorrt/include",
-    "/usr/local/cuda/include",
-    "/opt/tensorrt/include",
-)
 
 
 @dataclass(frozen=True)
@@ -53,8 +44,12 @@ class Finding:
     remedy: str  # how to get it
 
 
-def diagnose() -> list[Finding]:
-    """Looks at everything maskrcnn can use, in about the time of importing it. Never raises."""
+def diagnose(more: Sequence[Callable[[], list[Finding]]] = ()) -> list[Finding]:
+    """Looks at everything maskrcnn can use, in about the time of importing it. Never raises.
+
+    Args:
+        more: further groups of findings, of what this module may not know; one that raises becomes a finding too.
+    """
     with ThreadPoolExecutor(max_workers=2) as pool:  # the processes mostly wait for the disk
         facts = dict(zip(_PROBES, pool.map(_facts_of, _PROBES), strict=True))
     driver = _first_line(
@@ -68,6 +63,7 @@ def diagnose() -> list[Finding]:
         lambda: _tensorrt(facts, driver),
         _compilers,
         lambda: [_library("pycocotools", facts["pycocotools"], "COCO data and AP", "pip install pycocotools")],
+        *more,
     ]
     return [finding for group in groups for finding in _without_raising(group)]
 
@@ -174,16 +170,11 @@ def _tensorrt(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
     if tensorrt.found and not facts["tensorrt"].get("builder"):
         why = "there is no NVIDIA driver" if driver is None else _failure(facts["tensorrt"])
         tensorrt = dataclasses.replace(tensorrt, found=f"{tensorrt.found}, cannot build here: {why}")
-    headers = "`apt install libnvinfer-headers-dev` from NVIDIA, or TensorRT_ROOT set to TensorRT's folder"
-    driver_api = "GPU memory for TensorRT engines, in a later version of maskrcnn"
+    driver_api = (
+        "compiling kernels without nvcc, finding the GPU; memory for TensorRT engines, in a later version of maskrcnn"
+    )
     return [
         tensorrt,
-        Finding(
-            "TensorRT headers",
-            _tensorrt_headers(),
-            "compiling the C++ plugin library, in a later version of maskrcnn",
-            headers,
-        ),
         _library("cuda-python", facts["cuda-python"], driver_api, "pip install 'cuda-python>=12.6'"),
         _library("PyCUDA", facts["pycuda"], "GPU memory without cuda-python", "pip install pycuda (needs nvcc)"),
     ]
@@ -202,53 +193,32 @@ def _failure(facts: Facts) -> str:
     return facts.get("error", "no reason given")
 
 
-def _tensorrt_headers() -> str | None:
-    """The version and folder of NvInfer.h."""
-    roots = [os.environ[name] for name in ("TensorRT_ROOT", "TENSORRT_ROOT") if os.environ.get(name)]
-    for folder in [*(f"{root}/include" for root in roots), *roots, *_HEADER_FOLDERS]:
-        if Path(folder, "NvInfer.h").is_file():
-            try:
-                text = Path(folder, "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                text = ""
-            # By version, the numbers stand behind NV_TENSORRT_… or behind TRT_…_ENTERPRISE.
-            numbers = dict(re.findall(r"#define (?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)\w* (\d+)", text))
-            version = ".".join(numbers[part] for part in ("MAJOR", "MINOR", "PATCH") if part in numbers)
-            return f"{version or 'unknown version'} in {folder}"
-    return None
-
-
 # Compilers
 
 
 def _compilers() -> list[Finding]:
-    plugins = "compiling the CUDA plugins"
-    toolkit = "the CUDA toolkit: https://developer.nvidia.com/cuda-downloads"
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "c++")
     return [
-        _program("nvcc", plugins, toolkit, "release"),
-        _program(compiler, "compiling the plugins' maths for tests on the CPU", "`apt install g++`"),
+        _program(compiler, "compiling the plugins, with nvcc; their kernels for tests on the CPU", "`apt install g++`"),
         _program("cc", "compiling extensions of other packages", "`apt install gcc`"),
-        _program("cmake", "compiling the C++ plugin library", "pip install cmake"),
+        _program("cmake", "building the plugin libraries in a project of your own", "pip install cmake"),
     ]
 
 
-def _program(name: str, enables: str, remedy: str, wanted: str = "") -> Finding:
-    """The finding for a program: the first line of what `--version` says that contains `wanted`."""
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    cuda_folders = os.pathsep.join(str(Path(root, "bin")) for root in roots if root)
-    path = shutil.which(name) or shutil.which(name, path=cuda_folders)
-    version = _first_line(path, "--version", containing=wanted) if path else None
+def _program(name: str, enables: str, remedy: str) -> Finding:
+    """The finding for a program: the first line of what `--version` says."""
+    path = shutil.which(name)
+    version = _first_line(path, "--version") if path else None
     return Finding(name, version and f"{version} at {path}", enables, remedy)
 
 
-def _first_line(*command: str, containing: str = "", lines: int = 1) -> str | None:
-    """The first lines of a command's output that contain a text, or None when the command fails."""
+def _first_line(*command: str, lines: int = 1) -> str | None:
+    """The first lines of a command's output, or None when the command fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = [line.strip() for line in done.stdout.splitlines() if line.strip() and containing in line]
+    found = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return "; ".join(found[:lines]) if done.returncode == 0 and found else None
 
 

@@ -93,7 +93,8 @@ def register(
     global _target
     tensorrt, trtp = _import_tensorrt()
     found = toolchain or find_toolchain()
-    target = Target(found, nvrtc.architecture(found, arch), image or nvrtc.image_for(found))
+    image = image or nvrtc.image_for(found)
+    target = Target(found, nvrtc.architecture(found, arch, image), image)
     for plugin in PLUGINS:
         _register(tensorrt, trtp, plugin)
     _target = target

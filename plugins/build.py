@@ -115,12 +115,14 @@ def cached_library(kind: str | Library, *, arch: Sequence[int], toolchain: Toolc
     return cache.find(_record(kind, architectures(toolchain, arch), toolchain), kind.file_name)
 
 
-def find_library(kind: str | Library, arch: int | None = None) -> Path | None:
+def find_library(kind: str | Library, arch: int | None = None, *, tensorrt: str | None = None) -> Path | None:
     """A library of the present sources in the cache, without looking for a compiler.
 
     Args:
         kind: `kernels` or `plugins`.
         arch: compute capability it must run on, 90 for 9.0; one compiled for exactly that is preferred.
+        tensorrt: version of TensorRT that is to load the plugins, as its `__version__` says it: only a library
+            compiled against headers of the same major version will do.
 
     Returns:
         The newest that fits, or None.
@@ -131,12 +133,18 @@ def find_library(kind: str | Library, arch: int | None = None) -> Path | None:
     for folder, record in cache.records():
         path = folder / kind.file_name
         compiled_for = record.get("architectures") or [0]
-        if record.get("library") == kind.value and record.get("sources") == sources and path.is_file():
+        is_ours = record.get("library") == kind.value and record.get("sources") == sources
+        if is_ours and _is_for(record, tensorrt) and path.is_file():
             if arch is None or arch in compiled_for:
                 return path
             if runs_on(compiled_for, arch):
                 fitting.append(path)
     return fitting[0] if fitting else None
+
+
+def _is_for(record: dict[str, Any], tensorrt: str | None) -> bool:
+    major = record.get("tensorrt", "").partition(".")[0]
+    return tensorrt is None or major == tensorrt.partition(".")[0]
 
 
 def runs_on(compiled_for: Sequence[int], arch: int) -> bool:

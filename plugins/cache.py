@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder, write_json
 
 SOURCES = Path(__file__).with_name("csrc")
@@ -24,9 +25,17 @@ RECORD = "build.json"  # in each folder: what it was made from
 
 
 def folder() -> Path:
-    """`plugins` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn."""
+    """`plugins` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn.
+
+    Raises:
+        UserError: for a user without a home folder, where the variable is not set.
+    """
     root = os.environ.get("MASKRCNN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "plugins"
+    try:
+        return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "plugins"
+    except RuntimeError as error:
+        came = "no home folder to keep compiled plugins in"
+        raise UserError(came, "one, or MASKRCNN_CACHE", "set MASKRCNN_CACHE to a folder of this user alone") from error
 
 
 def sources_hash(paths: Iterable[Path]) -> str:
@@ -50,9 +59,13 @@ def find(record: Mapping[str, Any], name: str) -> Path | None:
 
 
 def records() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every folder with its record, the newest first."""
+    """Every folder with its record, the newest first; none where there can be no cache."""
     found = []
-    for path in folder().glob(f"[!.]*/{RECORD}"):
+    try:
+        paths = list(folder().glob(f"[!.]*/{RECORD}"))
+    except (OSError, UserError):
+        paths = []
+    for path in paths:
         try:
             found.append((path.stat().st_mtime, path.parent, json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError):  # removed meanwhile, or not ours
@@ -70,7 +83,7 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
         force: make it even if it is there.
 
     Raises:
-        UserError: where the cache's folder cannot be made.
+        UserError: where the cache's folder cannot be made or written to.
     """
     if not force and (path := find(record, name)):
         return path
@@ -90,7 +103,11 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
 
 @contextmanager
 def _draft() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(dir=folder(), prefix=".draft-"))
+    try:
+        path = Path(tempfile.mkdtemp(dir=folder(), prefix=".draft-"))
+    except OSError as error:
+        came, expected = f"{folder()} cannot be written to ({error.strerror})", "a folder for compiled plugins"
+        raise UserError(came, expected, "set MASKRCNN_CACHE to another folder") from error
     try:
         path.chmod(0o755)  # mkdtemp's own mode would hide a shared cache from other users
         yield path

@@ -7,10 +7,13 @@ waited for. Who calls keeps the memory alive until the stream has run.
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+SWITCH = "MASKRCNN_KERNELS"  # environment: "off", or the path of a library to use instead of the cache's
 INTERFACE_VERSION = 1  # MASKRCNN_KERNELS_VERSION of kernels.h
 MAX_LEVELS = 16
 INVALID = -1
@@ -254,3 +257,25 @@ class Kernels:
         if code == INVALID:
             raise ValueError(f"came: {why}; expected: arguments as csrc/kernels.h describes them; do: compare the two")
         raise RuntimeError(f"came: CUDA error {code}, {why}; expected: a started kernel; do: see CUDA's list of errors")
+
+
+def kernels_for(arch: int) -> Kernels | None:
+    """The compiled kernels for a GPU, or None where there are none; looked for once in a process.
+
+    Args:
+        arch: its compute capability, 90 for 9.0.
+
+    Raises:
+        OSError: when the environment's `MASKRCNN_KERNELS` names a file that cannot be loaded.
+    """
+    return _kernels(arch, os.environ.get(SWITCH, ""))
+
+
+@functools.cache
+def _kernels(arch: int, switch: str) -> Kernels | None:
+    from maskrcnn.plugins.build import find_library  # which other users of this module do not need
+
+    if switch == "off":
+        return None
+    path = switch or find_library("kernels", arch)
+    return Kernels(path) if path else None

@@ -23,14 +23,14 @@ class Image(str, Enum):
     CUBIN = "cubin"  # machine code of one generation
 
 
-def architecture(toolchain: Toolchain, wanted: int | None = None) -> int:
+def architecture(toolchain: Toolchain, wanted: int | None = None, image: Image = Image.PTX) -> int:
     """The compute capability to compile for, 90 for 9.0: what is wanted, else what every GPU of this machine runs.
 
     A GPU that is newer than the compiler gets the newest that the compiler knows.
 
     Raises:
         UserError: without a compiler, for an architecture that it does not know, and where nothing is wanted and there
-            is no GPU.
+            is no GPU, or GPUs that have no machine code in common.
     """
     known = _compiler(toolchain).architectures
     if wanted is not None and wanted not in known:
@@ -41,7 +41,11 @@ def architecture(toolchain: Toolchain, wanted: int | None = None) -> int:
     if not toolchain.gpus:
         came = "no GPU on this machine, and no architecture named"
         raise UserError(came, f"one of {', '.join(map(str, known))}", "name the GPU's: 90 for compute capability 9.0")
-    return max((arch for arch in known if arch <= min(toolchain.gpus)), default=min(known))
+    chosen = max((arch for arch in known if arch <= min(toolchain.gpus)), default=min(known))
+    if image is Image.CUBIN and any(gpu // 10 != chosen // 10 for gpu in toolchain.gpus):
+        came = f"machine code for GPUs of the capabilities {', '.join(map(str, toolchain.gpus))}"
+        raise UserError(came, f"one generation, as {chosen // 10}.x", "name the GPU's, or update the driver to use PTX")
+    return chosen
 
 
 def image_for(toolchain: Toolchain) -> Image:

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import two_step_nms
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import copy_of, op_counts
@@ -33,6 +34,8 @@ def with_functions(flavour: onnx.ModelProto, original: onnx.ModelProto) -> onnx.
     """What ONNX Runtime can run: the flavour's graph with the original's functions in place of the plugins."""
     runnable = copy_of(flavour)
     runnable.functions.extend(original.functions)
+    if "maskrcnn::BatchedNmsKeep" in op_counts(flavour):
+        runnable.functions.extend(two_step_nms.functions(original.opset_import[0].version))
     onnx.checker.check_model(runnable, full_check=True)
     return runnable
 
@@ -56,6 +59,34 @@ def test_the_flavour_detects_the_same(proto, flavour, batch, size_hw):
     assert outputs["num_detections"].sum() > 0
 
 
+@pytest.mark.parametrize(("batch", "size_hw"), [(1, (64, 96)), (3, (160, 128))])
+def test_nms_in_two_nodes_detects_the_same(proto, batch, size_hw):
+    flavour = tensorrt_flavour(proto, aot=True)
+    before, after = op_counts(proto), op_counts(flavour)
+    assert after["maskrcnn::BatchedNms"] == 0
+    steps = ("maskrcnn::BatchedNmsKeep", "maskrcnn::BatchedNmsCompact")
+    assert [after[step] for step in steps] == [before["maskrcnn::BatchedNms"]] * 2
+    outputs = assert_same_outputs(proto, flavour, batch, size_hw)
+    assert outputs["num_detections"].sum() > 0
+
+
+def test_both_nodes_of_nms_have_the_attributes_and_shapes_of_the_one(proto):
+    whole = {n.output[0]: n for n in proto.graph.node if n.op_type == "BatchedNms"}
+    flavour = tensorrt_flavour(proto, aot=True)
+    known, made = tensor_types(flavour.graph), {o: n for n in flavour.graph.node for o in n.output}
+    for name, nms in whole.items():
+        compact = made[name]
+        keep = made[compact.input[0]]
+        assert list(keep.input) == list(nms.input) and list(compact.output) == list(nms.output)
+        assert keep.name != compact.name == nms.name
+        assert known[keep.output[0]] == known[nms.input[1]]  # keep is int32 [N, K], as groups is
+        assert known[keep.output[0]].elem_type == onnx.TensorProto.INT32
+        for node in (keep, compact):
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            wanted = {a.name: onnx.helper.get_attribute_value(a) for a in nms.attribute}
+            assert all(values[name] == wanted[name] for name in contract.AOT_OPS[node.op_type].attributes)
+
+
 def test_a_model_without_masks_has_a_flavour(boxes_onnx_file):
     proto = onnx.load(boxes_onnx_file)
     assert "masks" not in assert_same_outputs(proto, tensorrt_flavour(proto, aot=True), 2, (96, 128))
@@ -72,17 +103,20 @@ def test_nodes_name_their_plugins(proto, aot):
     flavour = tensorrt_flavour(proto, aot=aot)
     assert not flavour.functions
     nodes = [node for node in flavour.graph.node if node.domain == contract.DOMAIN]
-    assert {node.op_type for node in nodes} == {"MultilevelRoiAlign", "BatchedNms"}
+    nms = {"BatchedNmsKeep", "BatchedNmsCompact"} if aot else {"BatchedNms"}
+    assert {node.op_type for node in nodes} == {"MultilevelRoiAlign"} | nms
     for node in nodes:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         wanted = {"plugin_namespace": b"maskrcnn", "plugin_version": b"1", **({"aot": 1} if aot else {})}
         assert {k: v for k, v in attributes.items() if k in PLUGIN_ATTRIBUTES} == wanted
-        assert attributes.keys() - wanted.keys() == contract.OPS[node.op_type].attributes.keys()
+        assert attributes.keys() - wanted.keys() == contract.ALL_OPS[node.op_type].attributes.keys()
     assert any(entry.domain == contract.DOMAIN for entry in flavour.opset_import)
 
 
-def test_a_second_flavour_of_a_flavour_is_the_same(flavour):
-    again = tensorrt_flavour(flavour)
+@pytest.mark.parametrize("aot", [False, True])
+def test_a_second_flavour_of_a_flavour_is_the_same(proto, aot):
+    flavour = tensorrt_flavour(proto, aot=aot)
+    again = tensorrt_flavour(flavour, aot=aot)
     assert [(n.op_type, list(n.attribute)) for n in again.graph.node] == [
         (n.op_type, list(n.attribute)) for n in flavour.graph.node
     ]

@@ -16,9 +16,14 @@ FOLDERS = {  # folder in the repository: package it installs as
 # These may import everything.
 TOP_MODULES = (
     "maskrcnn.cli",
+    "maskrcnn.cli_evaluate",
+    "maskrcnn.cli_evaluate_model",
+    "maskrcnn.cli_build",
+    "maskrcnn.cli_engine",
     "maskrcnn.cli_export",
     "maskrcnn.cli_graph",
     "maskrcnn.cli_plugins",
+    "maskrcnn.cli_serve",
     "maskrcnn.cli_train",
     "maskrcnn.cli_verify",
     "maskrcnn.__main__",
@@ -34,6 +39,8 @@ LIGHT_MODULES = tuple(
         "metadata",
         "preprocess",
         "postprocess",
+        "pasting",
+        "run_lengths",
         "data.coco",
         "data.images",
         "data.segmentation",  # the masks of data.coco

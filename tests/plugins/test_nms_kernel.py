@@ -1,0 +1,272 @@
+"""The NMS kernels against hand-typed tables, the reference, torchvision, ONNX Runtime and the torch op: not one index
+may differ.
+
+Beside the library as it is, two builds whose blocks are so small that inputs of a few hundred boxes take the paths of
+many thousands: several chunks, more kept boxes than shared memory holds.
+"""
+
+import functools
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_calls import Device, nms
+from kernels_on_cpu import ORDERS, build, thread_order
+from nms_cases import INTS, NmsCase, boxes_of, by_torchvision, check, nms_cases
+from onnx import TensorProto, helper
+
+from maskrcnn.model.ops import batched_nms
+from maskrcnn.plugins import reference
+from maskrcnn.plugins.native import Kernels
+
+
+@pytest.fixture(scope="module")
+def small(kernels_for_cpu, tmp_path_factory) -> list[Device]:
+    """Kernels whose blocks are of 64 threads and hold 3 kept boxes, and of 192 threads that hold 40."""
+    folders = [tmp_path_factory.mktemp("nms") for _ in range(2)]
+    sizes = [
+        {"MASKRCNN_NMS_THREADS": 64, "MASKRCNN_NMS_KEPT": 3},
+        {"MASKRCNN_NMS_THREADS": 192, "MASKRCNN_NMS_KEPT": 40},
+    ]
+    source = ["batched_nms/launch.cu"]
+    return [
+        Device(Kernels(build(folder, sources=source, beside=kernels_for_cpu, **macros)))
+        for folder, macros in zip(folders, sizes, strict=True)
+    ]
+
+
+def kept_rows(
+    device: Device, boxes: list, *, groups: list | None = None, threshold: float = 0.5, most: int = 9
+) -> list:
+    """Rows kept of one image."""
+    count = len(boxes)
+    found = nms(
+        device,
+        np.float32(boxes).reshape(1, count, 4),
+        np.int32(groups or [0] * count).reshape(1, count),
+        np.int32([count]),
+        iou_threshold=threshold,
+        max_output=most,
+    )
+    assert not found[0][0, found[1][0] :].any()
+    return found[0][0, : found[1][0]].tolist()
+
+
+TEN = (0, 0, 10, 10)
+HALF = (0, 0, 10, 5)  # IoU with TEN: 0.5
+UPPER = (0, 0, 10, 6)  # 0.6
+BESIDE = (10, 0, 20, 10)  # touches TEN
+
+
+@pytest.mark.parametrize(
+    ("boxes", "options", "kept"),
+    [
+        ([], {}, []),
+        ([TEN], {}, [0]),
+        ([TEN, TEN, TEN], {}, [0]),  # of equal ones the first
+        ([TEN, HALF], {}, [0, 1]),  # at the threshold both stay
+        ([TEN, UPPER], {}, [0]),
+        ([UPPER, TEN], {}, [0]),
+        ([TEN, UPPER], {"threshold": 0.6}, [0, 1]),  # 0.6 in single precision, which the quotient equals
+        ([TEN, HALF, UPPER], {"threshold": 0.3}, [0]),
+        ([TEN, BESIDE], {"threshold": 0.0}, [0, 1]),
+        ([TEN, (9, 9, 20, 20)], {"threshold": 0.0}, [0]),
+        ([TEN, TEN], {"threshold": 1.0}, [0, 1]),
+        ([TEN, TEN], {"threshold": 2.0}, [0, 1]),
+        ([TEN, BESIDE], {"threshold": -0.5}, [0]),  # an IoU of 0 is greater
+        ([TEN, UPPER, TEN], {"groups": [0, 1, 0]}, [0, 1]),
+        ([TEN, TEN, TEN], {"groups": [-1, 2**31 - 1, -(2**31)]}, [0, 1, 2]),
+        # What is suppressed suppresses nothing: 1 goes for 0, and 2, which overlaps 1 alone, stays.
+        ([(0, 0, 10, 1), (3, 0, 13, 1), (6, 0, 16, 1)], {"threshold": 0.4}, [0, 2]),
+        ([TEN, BESIDE, TEN, (30, 0, 40, 10)], {"most": 2}, [0, 1]),
+        ([TEN, BESIDE], {"most": 0}, []),
+        ([(5, 5, 5, 5), (5, 5, 5, 5)], {}, [0, 1]),  # 0 / 0 is no number, and so not greater
+        ([(5, 5, 5, 9), TEN, (5, 5, 5, 9)], {"threshold": 0.0}, [0, 1, 2]),
+        ([(9, 9, 1, 1), TEN, TEN], {}, [0, 1]),
+        ([TEN, (0, 0, math.nan, 10), (0, 0, math.nan, 10), TEN], {}, [0, 1, 2]),
+        ([(0, 0, math.inf, math.inf), TEN, (0, 0, math.inf, math.inf)], {}, [0, 1, 2]),
+        ([(0, 0, 1e-22, 1e-22), (0, 0, 1e-22, 1e-22)], {}, [0]),  # areas among the subnormal numbers
+        ([(0, 0, 1e-23, 1e-23), (0, 0, 1e-23, 1e-23)], {}, [0, 1]),  # areas of zero
+    ],
+)
+def test_by_hand(device, small, boxes, options, kept):
+    assert [kept_rows(kernels, boxes, **options) for kernels in (device, *small)] == 3 * [kept]
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=nms_cases())
+def test_it_is_torchvisions(device, case):
+    check(case, case.kept(device))
+
+
+@settings(max_examples=1200, deadline=None)
+@given(case=nms_cases())
+def test_small_blocks_are_torchvisions(small, case):
+    for kernels in small:
+        check(case, case.kept(kernels))
+
+
+@settings(max_examples=250, deadline=None)
+@given(case=nms_cases(most=70))
+def test_small_blocks_are_the_references(small, case):
+    with np.errstate(all="ignore"):
+        indices, num = reference.batched_nms(
+            case.boxes, case.groups, case.counts, iou_threshold=case.iou_threshold, max_output=case.max_output
+        )
+    for kernels in small:
+        found = case.kept(kernels)
+        np.testing.assert_array_equal(found[1], num)
+        np.testing.assert_array_equal(found[0], indices)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=nms_cases(most=300))
+def test_small_blocks_are_the_torch_op(small, case):
+    assume((case.counts >= 0).all() and len(case.counts))
+    wanted = batched_nms(
+        *(torch.from_numpy(a) for a in (case.boxes, case.groups, case.counts)),
+        iou_threshold=float(np.float32(case.iou_threshold)),
+        max_output=case.max_output,
+    )
+    found = case.kept(small[0])
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(mine, theirs.numpy())
+
+
+@functools.cache
+def onnx_nms() -> onnxruntime.InferenceSession:
+    """One node of ONNX's NonMaxSuppression."""
+    inputs = [
+        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, "K", 4]),
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 1, "K"]),
+        helper.make_tensor_value_info("most", TensorProto.INT64, [1]),
+        helper.make_tensor_value_info("threshold", TensorProto.FLOAT, [1]),
+    ]
+    node = helper.make_node("NonMaxSuppression", [i.name for i in inputs], ["kept"], center_point_box=0)
+    outputs = [helper.make_tensor_value_info("kept", TensorProto.INT64, ["M", 3])]
+    graph = helper.make_graph([node], "nms", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    pattern=st.sampled_from(["scattered", "crowded", "equal", "chain", "apart", "snapped", "snapped"]),
+    count=st.integers(1, 300),
+    threshold=st.sampled_from([0.0, 0.3, 1 / 3, 0.5, 0.6, 0.7, 1.0]),
+    most=st.integers(1, 310),
+)
+def test_small_blocks_are_onnx_runtimes(small, seed, pattern, count, threshold, most):
+    boxes = boxes_of(np.random.default_rng(seed), pattern, count)
+    case = NmsCase(boxes[None], np.zeros((1, count), np.int32), np.int32([count]), threshold, most)
+    given_ = {"boxes": case.boxes, "scores": np.arange(count, 0, -1, dtype=np.float32)[None, None]}
+    given_ |= {"most": np.array([most]), "threshold": np.float32([threshold])}
+    wanted = onnx_nms().run(None, given_)[0][:, 2]
+    indices, num = case.kept(small[0])
+    assert indices[0, : num[0]].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("pattern", ["scattered", "chain", "apart", "equal", "crowded"])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_several_chunks_of_a_real_block(device, pattern, groups):
+    # 5000 boxes: more than a chunk of 1024 threads, and more kept ones than shared memory holds.
+    rng = np.random.default_rng(1)
+    boxes = boxes_of(rng, pattern, 5000)
+    ids = rng.integers(0, groups, (1, 5000)).astype(np.int32)
+    for most in (5000, 1000):
+        case = NmsCase(boxes[None], ids, np.int32([4990]), 0.5, most)
+        check(case, case.kept(device))
+
+
+def test_chains_are_resolved_one_by_one(device, small):
+    # Every other box of a chain stays, whether tile, batch or chunk ends between two of them.
+    count = 500
+    boxes = np.float32(
+        [(k * 4, 0, k * 4 + 10, 1) for k in range(count)]
+    )  # neighbours: 6 / 14; the next but one: 2 / 18
+    case = NmsCase(boxes[None], np.zeros((1, count), np.int32), np.int32([count]), 0.4, count)
+    for kernels in (device, *small):
+        indices, num = case.kept(kernels)
+        assert indices[0, : num[0]].tolist() == list(range(0, count, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=nms_cases(most=300))
+def test_the_order_of_threads_changes_nothing(small, case):
+    for kernels in small:
+        found = set()
+        for order in ORDERS:
+            with thread_order(order):
+                found.add(tuple(part.tobytes() for part in case.kept(kernels)))
+        assert len(found) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=nms_cases(most=200), seed=st.integers(0, 2**32 - 1))
+def test_images_do_not_know_of_each_other(small, case, seed):
+    order = np.random.default_rng(seed).permutation(len(case.counts))
+    shuffled = NmsCase(case.boxes[order], case.groups[order], case.counts[order], case.iou_threshold, case.max_output)
+    for mine, theirs in zip(shuffled.kept(small[1]), case.kept(small[1]), strict=True):
+        np.testing.assert_array_equal(mine, theirs[order])
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=nms_cases(most=200), by=st.sampled_from(INTS))
+def test_what_a_group_is_called_changes_nothing(small, case, by):
+    names = {name: index * 37 - 1000 for index, name in enumerate(np.unique(case.groups).tolist())}
+    renamed = np.vectorize(names.get, otypes=[np.int32])(case.groups) ^ np.int32(by)
+    case_ = NmsCase(case.boxes, renamed, case.counts, case.iou_threshold, case.max_output)
+    for mine, theirs in zip(case_.kept(small[0]), case.kept(small[0]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=nms_cases(most=200), most=st.integers(0, 50))
+def test_fewer_outputs_are_the_first_of_more(small, case, most):
+    assume(most <= case.max_output)
+    fewer = NmsCase(case.boxes, case.groups, case.counts, case.iou_threshold, most)
+    (indices, num), (all_indices, all_num) = (c.kept(small[0]) for c in (fewer, case))
+    np.testing.assert_array_equal(num, np.minimum(all_num, most))
+    np.testing.assert_array_equal(indices, all_indices[:, :most])
+
+
+def test_the_threshold_is_single_precision():
+    # In double precision 0.6 is less than the quotient 0.6 in single precision, and the second box would go.
+    boxes = np.float32([[TEN, UPPER]])
+    case = NmsCase(boxes, np.zeros((1, 2), np.int32), np.int32([2]), 0.6, 2)
+    assert float(np.float32(0.6)) > 0.6
+    for found in (by_torchvision(case), reference.batched_nms(*case_arrays(case), iou_threshold=0.6, max_output=2)):
+        assert found[1].tolist() == [2]
+
+
+def case_arrays(case: NmsCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an implementation is given."""
+    return case.boxes, case.groups, case.counts
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch": -1},
+        {"batch": 65536},
+        {"num_boxes": -1},
+        {"num_boxes": 0x7FFFFFFF},
+        {"max_output": -1},
+        {"workspace": 0},
+    ],
+)
+def test_arguments_outside_the_interface_are_refused_and_nothing_is_written(device, arguments):
+    boxes, groups, counts = np.zeros((1, 2, 4), np.float32), np.zeros((1, 2), np.int32), np.full(1, 2, np.int32)
+    written = {name: np.full(8, 7, np.int32) for name in ("workspace", "indices", "num")}
+    given_ = {"batch": 1, "num_boxes": 2, "iou_threshold": 0.5, "max_output": 2}
+    given_ |= {name: array.ctypes.data for name, array in written.items()} | arguments
+    with pytest.raises(ValueError, match=r"kernels\.h"):
+        device.kernels.batched_nms(boxes.ctypes.data, groups.ctypes.data, counts.ctypes.data, **given_)
+    assert all((array == 7).all() for array in written.values())

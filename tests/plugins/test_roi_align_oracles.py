@@ -1,0 +1,141 @@
+"""The RoIAlign kernels against what others have written: torchvision, ONNX Runtime, torch's grid_sample."""
+
+import functools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pooling_truth
+import pytest
+import torch
+import torchvision
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_calls import Device
+from onnx import TensorProto, helper
+from roi_align_cases import KINDS_OF_BOX, RoiCase, boxes, forms, roi_cases
+from torch.nn import functional as F
+
+
+def assert_agree(device: Device, case: RoiCase, wanted: np.ndarray) -> None:
+    """Both are single precision: each may be off by the tolerance, and decide otherwise where a rounding decides."""
+    truth = pooling_truth.multilevel_roi_align(case.features, case.rois, **case.attributes)
+    beyond = np.abs(case.pooled(device) - wanted) - 2 * truth.tolerance[..., None, None, None]
+    assert not (beyond[truth.is_sure] > 1e-6).any()
+
+
+def of_one_level(case: RoiCase) -> tuple[RoiCase, float]:
+    """The case with its first level alone, which then is every RoI's, and that level's scale."""
+    assume(case.rois.size and case.features[0].shape[1])
+    rois = case.rois
+    if case.attributes["sampling_ratio"] == 0:  # the others fail where a box has a negative side
+        rois = np.concatenate([rois[..., :2], np.maximum(rois[..., :2], rois[..., 2:])], axis=-1)
+    return RoiCase(case.features[:1], rois, case.attributes, case.form), 0.5 ** case.attributes["min_level"]
+
+
+def with_image_numbers(rois: np.ndarray) -> torch.Tensor:
+    """`[N, R, 4]` as torchvision's `[N · R, 5]`."""
+    images = np.repeat(np.arange(len(rois)), rois.shape[1])
+    return torch.from_numpy(np.concatenate([images[:, None], rois.reshape(-1, 4)], axis=1).astype(np.float32))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=roi_cases(dtypes=("float32",)))
+def test_torchvision_at_one_level(device, case):
+    case, scale = of_one_level(case)
+    size, ratio, aligned = (case.attributes[name] for name in ("output_size", "sampling_ratio", "aligned"))
+    wanted = torchvision.ops.roi_align(
+        torch.from_numpy(case.features[0]), with_image_numbers(case.rois), size, scale, ratio or -1, aligned
+    )
+    assert_agree(device, case, wanted.unflatten(0, case.rois.shape[:2]).numpy())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    levels=st.integers(2, 5),
+    size=st.sampled_from([1, 7, 14]),
+    ratio=st.sampled_from([0, 1, 2, 3]),
+    channels=st.sampled_from([1, 5, 8]),
+    data=st.data(),
+)
+def test_torchvisions_pooler_at_many_levels(device, seed, levels, size, ratio, channels, data):
+    rng = np.random.default_rng(seed)
+    features = [rng.standard_normal((2, channels, 64 >> i, 64 >> i)).astype(np.float32) for i in range(levels)]
+    rois = boxes(rng, list(rng.choice(KINDS_OF_BOX, 12)), (256, 256), 4).reshape(2, 6, 4)
+    rois = rois[:, (np.prod(rois[..., 2:] - rois[..., :2], axis=-1) > 0).all(0)]  # the others' level it cannot tell
+    pooler = torchvision.ops.MultiScaleRoIAlign(
+        [str(i) for i in range(levels)], size, ratio or -1, canonical_scale=64, canonical_level=3
+    )
+    maps = {str(i): torch.from_numpy(f) for i, f in enumerate(features)}
+    wanted = pooler(maps, [torch.from_numpy(r) for r in rois], [(256, 256)] * 2)
+    attributes = {"output_size": size, "sampling_ratio": ratio, "aligned": False}
+    attributes |= {"canonical_size": 64.0, "canonical_level": 3}
+    case = RoiCase(features, rois, attributes, data.draw(forms(channels)))
+    assert_agree(device, case, wanted.numpy().reshape(*rois.shape[:2], channels, size, size))
+
+
+@functools.cache
+def onnx_roi_align(size: int, ratio: int, scale: float, aligned: bool) -> onnxruntime.InferenceSession:
+    """One node of ONNX's RoiAlign."""
+    mode = "half_pixel" if aligned else "output_half_pixel"
+    node = helper.make_node(
+        "RoiAlign", ["map", "rois", "images"], ["pooled"], mode="avg", output_height=size, output_width=size,
+        sampling_ratio=ratio, spatial_scale=scale, coordinate_transformation_mode=mode,
+    )  # fmt: skip
+    inputs = [
+        helper.make_tensor_value_info("map", TensorProto.FLOAT, ["N", "C", "H", "W"]),
+        helper.make_tensor_value_info("rois", TensorProto.FLOAT, ["R", 4]),
+        helper.make_tensor_value_info("images", TensorProto.INT64, ["R"]),
+    ]
+    outputs = [helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["R", "C", size, size])]
+    graph = helper.make_graph([node], "roi_align", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=roi_cases(dtypes=("float32",)))
+def test_onnx_runtime_at_one_level(device, case):
+    case, scale = of_one_level(case)
+    size, ratio, aligned = (case.attributes[name] for name in ("output_size", "sampling_ratio", "aligned"))
+    rois = with_image_numbers(case.rois).numpy()
+    given = {"map": case.features[0], "rois": rois[:, 1:].copy(), "images": rois[:, 0].astype(np.int64)}
+    (wanted,) = onnx_roi_align(size, ratio, scale, aligned).run(None, given)
+    assert_agree(device, case, wanted.reshape(*case.rois.shape[:2], *wanted.shape[1:]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=roi_cases(dtypes=("float32",)), ratio=st.integers(1, 4))
+def test_grid_sample_and_a_mean(device, case, ratio):
+    case, scale = of_one_level(case)
+    case.attributes["sampling_ratio"] = ratio
+    size, aligned = case.attributes["output_size"], case.attributes["aligned"]
+    feature = torch.from_numpy(case.features[0]).double()
+    low, high = torch.from_numpy(case.rois.astype(np.float64) * scale - 0.5 * aligned).flatten(0, 1).chunk(2, dim=-1)
+    extent = high - low if aligned else (high - low).clamp(min=1)
+    steps = (torch.arange(size * ratio, dtype=torch.float64) + 0.5) / (size * ratio)
+    x, y = (low[:, k, None] + extent[:, k, None] * steps for k in (0, 1))  # [R, S · ratio]
+    height, width = feature.shape[2:]
+    grid = torch.stack(
+        torch.broadcast_tensors((2 * x[:, None] + 1) / width - 1, (2 * y[..., None] + 1) / height - 1), -1
+    )
+    images = torch.arange(len(feature)).repeat_interleave(case.rois.shape[1])
+    sampled = F.grid_sample(feature[images], grid, padding_mode="border", align_corners=False)
+    inside = ((y >= -1) & (y <= height))[..., None] & ((x >= -1) & (x <= width))[:, None]
+    wanted = F.avg_pool2d(sampled * inside[:, None], ratio)
+    assert_agree(device, case, wanted.unflatten(0, case.rois.shape[:2]).numpy())
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_many_rois_of_a_real_pyramid(device, ratio):
+    rng = np.random.default_rng(ratio)
+    features = [rng.standard_normal((1, 16, 200 >> i, 272 >> i)).astype(np.float32) for i in range(4)]
+    rois = boxes(rng, list(rng.choice(KINDS_OF_BOX[:4], 60)), (1088, 800), 4)[None]
+    pooler = torchvision.ops.MultiScaleRoIAlign(list("0123"), 7, ratio or -1)
+    wanted = pooler(
+        {str(i): torch.from_numpy(f) for i, f in enumerate(features)}, [torch.from_numpy(rois[0])], [(800, 1088)]
+    )
+    case = RoiCase(features, rois, {"output_size": 7, "sampling_ratio": ratio, "aligned": False}, {"layout": "NHWC"})
+    assert_agree(device, case, wanted.numpy()[None])
