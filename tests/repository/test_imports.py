@@ -19,6 +19,8 @@ TOP_MODULES = (
     "maskrcnn.cli_evaluate",
     "maskrcnn.cli_evaluate_model",
     "maskrcnn.cli_build",
+    "maskrcnn.cli_data",
+    "maskrcnn.cli_doctor",
     "maskrcnn.cli_engine",
     "maskrcnn.cli_export",
     "maskrcnn.cli_graph",
@@ -42,6 +44,7 @@ LIGHT_MODULES = tuple(
         "pasting",
         "run_lengths",
         "data.coco",
+        "data.coco_file",  # what a COCO file holds
         "data.images",
         "data.segmentation",  # the masks of data.coco
         "data.shapes",

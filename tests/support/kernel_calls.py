@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +14,8 @@ from kernels_on_cpu import channels_last, name_of, single
 from maskrcnn.plugins.native import Kernels, Pyramid
 
 GUARD_BYTES, GUARD = 64, 0xA5  # around each result, and in it before the kernel runs
+ALIGNMENT = 16  # bytes; four float32 are read at once
+_LIBC = ctypes.CDLL(None)
 
 
 class Memory(Protocol):
@@ -20,14 +24,17 @@ class Memory(Protocol):
     stream: int
 
     def put(self, data: np.ndarray, shift: int) -> int:
-        """The address of a copy of bytes; a multiple of 64, and `shift` more."""
+        """The address of a copy of bytes; a multiple of ALIGNMENT, and `shift` more."""
 
     def take(self, address: int, size: int) -> np.ndarray:
         """So many bytes, once everything on the stream has run."""
 
 
 class HostMemory:
-    """Ordinary memory, for kernels that are compiled for the CPU."""
+    """Ordinary memory, for kernels that are compiled for the CPU; it ends where the array does.
+
+    Reading behind an array ends the process, as closely as ALIGNMENT allows.
+    """
 
     stream = 0
 
@@ -35,12 +42,16 @@ class HostMemory:
         self._kept: dict[int, np.ndarray] = {}
 
     def put(self, data: np.ndarray, shift: int = 0) -> int:
-        room = np.empty(data.size + 64 + shift, np.uint8)
-        address = room.ctypes.data
-        start = -address % 64 + shift
-        room[start : start + data.size] = data
-        self._kept[address + start] = room[start : start + data.size]
-        return address + start
+        pages = -(-(data.size + shift + ALIGNMENT) // mmap.PAGESIZE)
+        room = np.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), np.uint8)
+        end = pages * mmap.PAGESIZE
+        refused = _LIBC.mprotect(ctypes.c_void_p(room.ctypes.data + end), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        assert refused == 0
+        start = (end - data.size - shift) // ALIGNMENT * ALIGNMENT + shift
+        values = room[start : start + data.size]
+        values[:] = data
+        self._kept[room.ctypes.data + start] = values
+        return room.ctypes.data + start
 
     def take(self, address: int, size: int) -> np.ndarray:
         return self._kept[address][:size]
@@ -106,7 +117,7 @@ def roi_align(
 ) -> np.ndarray:
     """`MultilevelRoiAlign`: features `[N, C, H_l, W_l]` of one type, rois `[N, R, 4]`; the result as float32.
 
-    `shift`: elements by which the features' addresses are past a multiple of 64 bytes.
+    `shift`: elements by which the features' addresses are past a multiple of ALIGNMENT.
     """
     arrays, kind = _Arrays(device), features[0].dtype
     batch, channels = features[0].shape[:2]

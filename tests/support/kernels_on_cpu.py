@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from maskrcnn.plugins.native import Kernels, Pyramid
+from maskrcnn.plugins.native import Kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -22,6 +24,8 @@ SOURCES = (
 CSRC = ROOT / "plugins" / "csrc"
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # NumPy has no such type
+ORDERS = ("forward", "backward", "shuffled")  # of threads between two barriers
+_ORDER = "CUDA_ON_CPU_ORDER"
 
 
 def compiler() -> str | None:
@@ -72,6 +76,17 @@ def compile_library(library: Path, words: Sequence[str]) -> Path:
     return library
 
 
+@contextmanager
+def thread_order(order: str) -> Iterator[None]:
+    """Threads run in one of ORDERS."""
+    before = os.environ.get(_ORDER, ORDERS[0])
+    os.environ[_ORDER] = order
+    try:
+        yield
+    finally:
+        os.environ[_ORDER] = before
+
+
 def bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 as bfloat16, rounded to nearest even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
@@ -110,107 +125,6 @@ def channels_last(feature: np.ndarray, pitch: int) -> np.ndarray:
     laid = laid.reshape(n, h, w, pitch)
     laid[..., :c] = feature.transpose(0, 2, 3, 1)
     return laid
-
-
-def roi_align(
-    kernels: Kernels,
-    features: Sequence[np.ndarray],
-    rois: np.ndarray,
-    *,
-    layout: str = "NCHW",
-    pitch: int = 0,
-    float32_output: bool = False,
-    **attributes: object,
-) -> np.ndarray:
-    """`MultilevelRoiAlign`: features `[N, C, H_l, W_l]` of one type, rois `[N, R, 4]`; result as float32."""
-    batch, channels = features[0].shape[:2]
-    pitch = pitch or channels
-    laid = [channels_last(f, pitch) if layout == "NHWC" else np.ascontiguousarray(f) for f in features]
-    rois = np.ascontiguousarray(rois, np.float32)
-    size = int(attributes["output_size"])
-    kind = np.dtype(np.float32) if float32_output else features[0].dtype
-    pooled, memory = guarded((batch, rois.shape[1], channels, size, size), kind)
-    pyramid = Pyramid(
-        [f.ctypes.data for f in laid],
-        [f.shape[2] for f in features],
-        [f.shape[3] for f in features],
-        batch,
-        channels,
-        name_of(features[0]),
-        layout,
-        pitch,
-    )
-    kernels.multilevel_roi_align(
-        pyramid, rois.ctypes.data, rois.shape[1], pooled.ctypes.data, output_dtype=name_of(pooled), **attributes
-    )
-    check_guards(memory)
-    return single(pooled)
-
-
-def nms(
-    kernels: Kernels,
-    boxes: np.ndarray,
-    groups: np.ndarray,
-    counts: np.ndarray,
-    *,
-    iou_threshold: float,
-    max_output: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`BatchedNms`: boxes `[N, K, 4]`, groups `[N, K]`, counts `[N]`; the workspace begins with arbitrary contents."""
-    boxes, groups = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(groups, np.int32)
-    counts = np.ascontiguousarray(counts, np.int32)
-    batch, num_boxes = groups.shape
-    indices, around_indices = guarded((batch, max_output), np.int32)
-    num, around_num = guarded((batch,), np.int32)
-    workspace, around_workspace = guarded((kernels.batched_nms_workspace(batch, num_boxes),), np.uint8)
-    kernels.batched_nms(
-        boxes.ctypes.data,
-        groups.ctypes.data,
-        counts.ctypes.data,
-        batch=batch,
-        num_boxes=num_boxes,
-        iou_threshold=iou_threshold,
-        max_output=max_output,
-        workspace=workspace.ctypes.data,
-        indices=indices.ctypes.data,
-        num=num.ctypes.data,
-    )
-    for memory in (around_indices, around_num, around_workspace):
-        check_guards(memory)
-    return indices, num
-
-
-def paste(
-    kernels: Kernels,
-    masks: np.ndarray,
-    boxes: np.ndarray,
-    size_hw: tuple[int, int],
-    threshold: float,
-    *,
-    by_columns: bool,
-) -> np.ndarray:
-    """Masks `[D, S, S]` pasted at boxes `[D, 4]`, as bool `[D, H, W]`."""
-    masks, boxes = np.ascontiguousarray(masks), np.ascontiguousarray(boxes, np.float32)
-    height, width = size_hw
-    lines, length = (width, height) if by_columns else (height, width)
-    words = -(-length // 32)
-    bits, memory = guarded((len(masks), lines, words), np.uint32)
-    kernels.paste_masks(
-        masks.ctypes.data,
-        boxes.ctypes.data,
-        bits.ctypes.data,
-        num_masks=len(masks),
-        mask_size=masks.shape[1],
-        dtype=masks.dtype.name,
-        size_hw=size_hw,
-        threshold=threshold,
-        by_columns=by_columns,
-    )
-    check_guards(memory)
-    pixels = np.unpackbits(bits.view(np.uint8), axis=-1, bitorder="little").astype(bool)
-    assert not pixels[..., length:].any(), "bits past the end of a line are set"
-    pixels = pixels[..., :length]
-    return pixels.transpose(0, 2, 1) if by_columns else pixels
 
 
 def resize_pad(

@@ -5,8 +5,9 @@
 // GPU ends the process with a message: a barrier that not all threads reach, lanes in different warp operations, a
 // launch with an impossible grid.
 //
-// Threads run between two barriers in an order that CUDA_ON_CPU_ORDER sets: forward, backward or shuffled. A kernel
-// that lacks a barrier gives different results in one of them. Shared memory is filled with NaN before each block.
+// CUDA_ON_CPU_ORDER sets the order of blocks, and of threads between two barriers. forward and backward: one warp after
+// the other, each as far as it gets; shuffled: warps take turns by chance, a step to the next warp operation at a time. A
+// kernel that lacks a barrier gives different results in one of them. Shared memory is filled with NaN before each block.
 
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
@@ -22,6 +23,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -62,6 +64,7 @@ struct Gpu {
     jmp_buf scheduler;
     std::function<void()> kernel;
     std::mt19937 shuffle{1};
+    std::string order;
 };
 
 inline Gpu &gpu() {
@@ -108,46 +111,51 @@ inline void resume(int index) {
     swapcontext(&here, &there);
 }
 
-inline std::vector<int> order(int count) {
-    std::vector<int> indices(count);
-    for (int i = 0; i < count; i++) indices[i] = i;
-    const char *wanted = getenv("CUDA_ON_CPU_ORDER");
-    std::string name = wanted ? wanted : "forward";
-    if (name == "backward") std::reverse(indices.begin(), indices.end());
-    if (name == "shuffled") std::shuffle(indices.begin(), indices.end(), gpu().shuffle);
+inline std::vector<int> in_order(int first, int last) {
+    Gpu &g = gpu();
+    std::vector<int> indices(last - first);
+    std::iota(indices.begin(), indices.end(), first);
+    if (g.order == "backward") std::reverse(indices.begin(), indices.end());
+    if (g.order == "shuffled") std::shuffle(indices.begin(), indices.end(), g.shuffle);
     return indices;
 }
 
-// Lets the warps go on all whose lanes wait for each other.
-inline bool release_warps() {
+// Lets the threads of a warp run until each of them waits or ends; whether they waited for each other, and can go on.
+inline bool step(int warp) {
     Gpu &g = gpu();
-    bool any = false;
-    for (size_t first = 0; first < g.threads.size(); first += kLanes) {
-        size_t last = std::min(first + kLanes, g.threads.size()), waiting = 0;
-        for (size_t i = first; i < last; i++) waiting += g.threads[i].waits == Waits::for_warp;
-        if (waiting == 0) continue;
-        if (waiting < last - first) {
-            for (size_t i = first; i < last; i++)
-                if (g.threads[i].waits == Waits::finished || g.threads[i].waits == Waits::for_block)
-                    fail("a warp operation that not all lanes of the warp reach");
-            continue;
-        }
-        for (size_t i = first; i < last; i++) {
-            if (g.threads[i].call != g.threads[first].call) fail("lanes of a warp in different warp operations");
-            g.threads[i].waits = Waits::no;
-        }
-        any = true;
+    int first = warp * kLanes, last = std::min(first + kLanes, int(g.threads.size())), waiting = 0;
+    for (int index : in_order(first, last))
+        if (g.threads[index].waits == Waits::no) resume(index);
+    for (int i = first; i < last; i++) waiting += g.threads[i].waits == Waits::for_warp;
+    if (waiting == 0) return false;
+    if (waiting < last - first) fail("a warp operation that not all lanes of the warp reach");
+    for (int i = first; i < last; i++) {
+        if (g.threads[i].call != g.threads[first].call) fail("lanes of a warp in different warp operations");
+        g.threads[i].waits = Waits::no;
     }
-    return any;
+    return true;
+}
+
+// Lets all threads run until they end or wait for the block.
+inline void run_warps() {
+    Gpu &g = gpu();
+    std::vector<int> running = in_order(0, int((g.threads.size() + kLanes - 1) / kLanes));
+    if (g.order != "shuffled") {
+        for (int warp : running)
+            while (step(warp)) continue;
+        return;
+    }
+    while (!running.empty()) {
+        size_t chosen = g.shuffle() % running.size();
+        if (!step(running[chosen])) running.erase(running.begin() + chosen);
+    }
 }
 
 inline void run_block() {
     Gpu &g = gpu();
     for (Thread &thread : g.threads) thread.has_begun = false, thread.waits = Waits::no, thread.calls = 0;
     while (true) {
-        for (int index : order(int(g.threads.size())))
-            if (g.threads[index].waits == Waits::no) resume(index);
-        if (release_warps()) continue;
+        run_warps();
         size_t waiting = 0, finished = 0;
         for (Thread &thread : g.threads)
             waiting += thread.waits == Waits::for_block, finished += thread.waits == Waits::finished;
@@ -166,6 +174,8 @@ inline void prepare(dim3 grid, dim3 block) {
     if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff ||
         grid.y > 65535 || grid.z > 65535)
         fail("an impossible grid");
+    const char *wanted = getenv("CUDA_ON_CPU_ORDER");
+    g.order = wanted ? wanted : "forward";
     g.grid = grid, g.block = block;
     for (size_t i = count; i < g.threads.size(); i++) munmap(g.threads[i].stack, kStackBytes);
     size_t before = std::min(g.threads.size(), count);
@@ -180,13 +190,11 @@ inline int launch(dim3 grid, dim3 block, std::function<void()> kernel) {
     prepare(grid, block);
     Gpu &g = gpu();
     g.kernel = kernel;
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                g.block_index = dim3(x, y, z);
-                if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
-                run_block();
-            }
+    for (int block : in_order(0, int(grid.x * grid.y * grid.z))) {
+        g.block_index = dim3(block % grid.x, block / grid.x % grid.y, block / (grid.x * grid.y));
+        if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
+        run_block();
+    }
     return 0;
 }
 

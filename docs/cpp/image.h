@@ -1,0 +1,105 @@
+// Images for the detector: read from PPM files, resized and padded as maskrcnn/preprocess.py does it.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace maskrcnn {
+
+struct Size {
+    int height, width;
+};
+
+// Pixels by rows, RGB, 8 bits.
+struct Image {
+    Size size;
+    std::vector<uint8_t> pixels;
+};
+
+// Reads a binary PPM file (`P6`, 8 bits). Comments are skipped.
+inline Image read_ppm(const std::string &path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw std::runtime_error(path + " can not be opened");
+    auto word = [&] {
+        std::string text;
+        while (file >> text && text[0] == '#') file.ignore(1 << 16, '\n');
+        return text;
+    };
+    auto number = [&] { return std::atoi(word().c_str()); };
+    bool is_ppm = word() == "P6";
+    int width = number(), height = number(), largest = number();
+    if (!is_ppm || width < 1 || height < 1 || width > 65535 || height > 65535 || largest != 255) {
+        throw std::runtime_error(path + " is no binary PPM file of 8 bits (convert it: magick photo.jpg photo.ppm)");
+    }
+    file.ignore(1);  // the white space that ends the header
+    Image image{{height, width}, std::vector<uint8_t>(size_t(height) * width * 3)};
+    file.read(reinterpret_cast<char *>(image.pixels.data()), std::streamsize(image.pixels.size()));
+    if (!file) throw std::runtime_error(path + " ends before its last pixel");
+    return image;
+}
+
+// The size of an image whose shorter side becomes `shorter`, unless the longer one would then exceed `longest`.
+inline Size resized_size(Size image, int shorter, int longest) {
+    double scale = std::min(double(shorter) / std::min(image.height, image.width),
+                            double(longest) / std::max(image.height, image.width));
+    auto scaled = [&](int side) { return std::max(int(side * scale), 1); };
+    return {scaled(image.height), scaled(image.width)};
+}
+
+inline Size padded_size(Size size, int divisor) {
+    auto up = [&](int side) { return (side + divisor - 1) / divisor * divisor; };
+    return {up(size.height), up(size.width)};
+}
+
+// Where linear interpolation along one axis reads for an output pixel: pixel centres lie at half-integers.
+struct Taps {
+    int low, high;
+    float weight;  // of `high`
+};
+
+inline std::vector<Taps> linear_taps(int in, int out) {
+    std::vector<Taps> taps(static_cast<size_t>(out));
+    float scale = float(in) / float(out);
+    for (int j = 0; j < out; ++j) {
+        // Rounded once, after the subtraction.
+        float position = std::max(float((double(j) + 0.5) * double(scale) - 0.5), 0.0f);
+        int low = std::min(int(position), in - 1);
+        taps[size_t(j)] = {low, std::min(low + 1, in - 1), std::clamp(position - float(low), 0.0f, 1.0f)};
+    }
+    return taps;
+}
+
+// The detector's input [3, H, W]: float32, 0 to 255, resized without smoothing, zeros at the right and at the bottom.
+inline std::vector<float> network_input(const Image &image, Size resized, Size padded) {
+    std::vector<float> input(size_t(3) * padded.height * padded.width);
+    auto rows = linear_taps(image.size.height, resized.height);
+    auto columns = linear_taps(image.size.width, resized.width);
+    auto at = [&](int y, int x, int channel) {
+        return float(image.pixels[(size_t(y) * image.size.width + x) * 3 + channel]);
+    };
+    for (int channel = 0; channel < 3; ++channel) {
+        for (int y = 0; y < resized.height; ++y) {
+            const Taps &row = rows[size_t(y)];
+            float *out = &input[(size_t(channel) * padded.height + y) * padded.width];
+            for (int x = 0; x < resized.width; ++x) {
+                const Taps &column = columns[size_t(x)];
+                auto across = [&](int source) {  // down first, then across, as NumPy's version does
+                    float upper = at(row.low, source, channel), lower = at(row.high, source, channel);
+                    return upper + row.weight * (lower - upper);
+                };
+                float left = across(column.low), right = across(column.high);
+                out[x] = left + column.weight * (right - left);
+            }
+        }
+    }
+    return input;
+}
+
+}  // namespace maskrcnn

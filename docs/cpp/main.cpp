@@ -1,0 +1,205 @@
+// Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints the boxes it finds.
+//
+//   detect model.fp16.engine photo.ppm [--plugins libmaskrcnn_plugins.so] [--min-size 800] [--max-size 1333]
+//          [--score 0.5] [--version-compatible]
+//
+// The engine's tensors are those of docs/architecture.md. An engine with ahead-of-time plugins needs no library.
+
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+
+#include "image.h"
+
+namespace {
+
+using nvinfer1::OptProfileSelector;
+
+constexpr int kDivisor = 32;  // of heights and widths, as the model's metadata has it
+
+class Logger : public nvinfer1::ILogger {
+    void log(Severity severity, const char *message) noexcept override {
+        if (severity <= Severity::kWARNING) std::fprintf(stderr, "TensorRT: %s\n", message);
+    }
+};
+
+void check(cudaError_t status, const char *what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+template <typename T>
+T *wanted(T *object, const std::string &what) {
+    if (!object) throw std::runtime_error(what);
+    return object;
+}
+
+struct Options {
+    std::string engine, image, plugins;
+    int min_size = 800, max_size = 1333;  // of the model's preprocessing: `maskrcnn inspect model.onnx`
+    float score = 0.5f;
+    bool is_version_compatible = false;
+};
+
+Options options_of(int count, char **words) {
+    Options options;
+    std::vector<std::string> paths;
+    for (int k = 1; k < count; ++k) {
+        std::string word = words[k];
+        auto value = [&] { return ++k < count ? words[k] : throw std::runtime_error(word + " without a value"); };
+        if (word == "--plugins") options.plugins = value();
+        else if (word == "--min-size") options.min_size = std::atoi(value());
+        else if (word == "--max-size") options.max_size = std::atoi(value());
+        else if (word == "--score") options.score = float(std::atof(value()));
+        else if (word == "--version-compatible") options.is_version_compatible = true;
+        else if (word.rfind("--", 0) == 0) throw std::runtime_error("unknown option " + word);
+        else paths.push_back(word);
+    }
+    if (paths.size() != 2) throw std::runtime_error("usage: detect ENGINE IMAGE.ppm [options]; see main.cpp");
+    if (options.min_size < 1 || options.max_size < 1) throw std::runtime_error("sizes are at least 1 pixel");
+    options.engine = paths[0];
+    options.image = paths[1];
+    return options;
+}
+
+std::vector<char> bytes_of(const std::string &path) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    if (!file) throw std::runtime_error(path + " can not be opened");
+    std::vector<char> bytes(static_cast<size_t>(file.tellg()));
+    file.seekg(0).read(bytes.data(), std::streamsize(bytes.size()));
+    return bytes;
+}
+
+// A buffer on the GPU and its copy on the host.
+class Tensor {
+public:
+    explicit Tensor(size_t bytes) : host(bytes) { check(cudaMalloc(&device_, std::max<size_t>(bytes, 1)), "memory"); }
+    ~Tensor() { cudaFree(device_); }
+    Tensor(const Tensor &) = delete;
+    Tensor &operator=(const Tensor &) = delete;
+
+    void *device() const { return device_; }
+    void upload(cudaStream_t stream) { copy(device_, host.data(), cudaMemcpyHostToDevice, stream); }
+    void download(cudaStream_t stream) { copy(host.data(), device_, cudaMemcpyDeviceToHost, stream); }
+
+    template <typename T>
+    const T *as() const {
+        return reinterpret_cast<const T *>(host.data());
+    }
+
+    std::vector<char> host;
+
+private:
+    void copy(void *to, const void *from, cudaMemcpyKind kind, cudaStream_t stream) {
+        check(cudaMemcpyAsync(to, from, host.size(), kind, stream), "copying");
+    }
+
+    void *device_ = nullptr;
+};
+
+// The profile that takes a single image of this size, and the size it is to be padded to.
+int choose_profile(const nvinfer1::ICudaEngine &engine, maskrcnn::Size &padded) {
+    for (int profile = 0; profile < engine.getNbOptimizationProfiles(); ++profile) {
+        auto least = engine.getProfileShape("images", profile, OptProfileSelector::kMIN);
+        auto most = engine.getProfileShape("images", profile, OptProfileSelector::kMAX);
+        if (least.nbDims != 4 || most.nbDims != 4) throw std::runtime_error("an engine without an input `images`");
+        if (least.d[0] <= 1 && padded.height <= most.d[2] && padded.width <= most.d[3]) {
+            padded.height = std::max(padded.height, int(least.d[2]));
+            padded.width = std::max(padded.width, int(least.d[3]));
+            return profile;
+        }
+    }
+    throw std::runtime_error("no profile of the engine takes one image of " + std::to_string(padded.height) + "x" +
+                             std::to_string(padded.width) + "; build it with another --batch or --size");
+}
+
+size_t bytes_of(nvinfer1::DataType type, const nvinfer1::Dims &shape) {
+    static const std::map<nvinfer1::DataType, size_t> sizes = {
+        {nvinfer1::DataType::kFLOAT, 4}, {nvinfer1::DataType::kINT32, 4}, {nvinfer1::DataType::kINT64, 8}};
+    auto found = sizes.find(type);
+    if (found == sizes.end()) throw std::runtime_error("a tensor of a type that the detector does not have");
+    size_t bytes = found->second;
+    for (int axis = 0; axis < shape.nbDims; ++axis) bytes *= size_t(std::max<int64_t>(shape.d[axis], 0));
+    return bytes;
+}
+
+void print_boxes(const std::map<std::string, std::unique_ptr<Tensor>> &tensors, maskrcnn::Size image,
+                 maskrcnn::Size resized, float least_score) {
+    int count = *tensors.at("num_detections")->as<int32_t>();
+    const float *boxes = tensors.at("boxes")->as<float>(), *scores = tensors.at("scores")->as<float>();
+    const int64_t *labels = tensors.at("labels")->as<int64_t>();
+    float across = float(image.width) / float(resized.width), down = float(image.height) / float(resized.height);
+    for (int k = 0; k < count && scores[k] >= least_score; ++k) {
+        const float *box = boxes + 4 * k;
+        std::printf("label %lld score %.4f box %.2f %.2f %.2f %.2f\n", static_cast<long long>(labels[k]), scores[k],
+                    box[0] * across, box[1] * down, box[2] * across, box[3] * down);
+    }
+}
+
+void detect(const Options &options) {
+    auto image = maskrcnn::read_ppm(options.image);
+    auto resized = maskrcnn::resized_size(image.size, options.min_size, options.max_size);
+    auto padded = maskrcnn::padded_size(resized, kDivisor);
+    auto plan = bytes_of(options.engine);
+
+    check(cudaFree(nullptr), "no GPU");  // starts CUDA; TensorRT itself may crash where there is no driver
+    Logger logger;
+    std::unique_ptr<nvinfer1::IRuntime> runtime(
+        wanted(nvinfer1::createInferRuntime(logger), "TensorRT can not be started"));
+    runtime->setEngineHostCodeAllowed(options.is_version_compatible);
+    if (!options.plugins.empty()) {
+        wanted(getPluginRegistry()->loadLibrary(options.plugins.c_str()),
+               options.plugins + " is no plugin library for this TensorRT");
+    }
+    std::unique_ptr<nvinfer1::ICudaEngine> engine(
+        wanted(runtime->deserializeCudaEngine(plan.data(), plan.size()),
+               options.engine + " is no engine that runs here: see TensorRT's messages, and rebuild it here"));
+    std::unique_ptr<nvinfer1::IExecutionContext> context(
+        wanted(engine->createExecutionContext(), "no memory for an execution context"));
+
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreate(&stream), "a stream");
+    int profile = choose_profile(*engine, padded);
+    if (!context->setOptimizationProfileAsync(profile, stream) ||
+        !context->setInputShape("images", nvinfer1::Dims4{1, 3, padded.height, padded.width}) ||
+        !context->setInputShape("image_sizes", nvinfer1::Dims2{1, 2})) {
+        throw std::runtime_error("the engine does not take these shapes");
+    }
+
+    std::map<std::string, std::unique_ptr<Tensor>> tensors;
+    for (int k = 0; k < engine->getNbIOTensors(); ++k) {
+        const char *name = engine->getIOTensorName(k);
+        auto bytes = bytes_of(engine->getTensorDataType(name), context->getTensorShape(name));
+        tensors[name] = std::make_unique<Tensor>(bytes);
+        context->setTensorAddress(name, tensors[name]->device());
+    }
+    for (const char *name : {"images", "image_sizes", "num_detections", "boxes", "scores", "labels"}) {
+        if (!tensors.count(name)) throw std::runtime_error(std::string("an engine without a tensor ") + name);
+    }
+
+    auto pixels = maskrcnn::network_input(image, resized, padded);
+    int64_t sizes[2] = {resized.height, resized.width};
+    std::memcpy(tensors["images"]->host.data(), pixels.data(), pixels.size() * sizeof(float));
+    std::memcpy(tensors["image_sizes"]->host.data(), sizes, sizeof sizes);
+    for (const char *name : {"images", "image_sizes"}) tensors[name]->upload(stream);
+    if (!context->enqueueV3(stream)) throw std::runtime_error("TensorRT did not run the engine");
+    for (const char *name : {"num_detections", "boxes", "scores", "labels"}) tensors[name]->download(stream);
+    check(cudaStreamSynchronize(stream), "running the engine");
+    print_boxes(tensors, image.size, resized, options.score);
+    cudaStreamDestroy(stream);
+}
+
+}  // namespace
+
+int main(int count, char **words) {
+    try {
+        detect(options_of(count, words));
+    } catch (const std::exception &error) {
+        std::fprintf(stderr, "error: %s\n", error.what());
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,303 @@
+"""A GPU that is the host's memory: the functions of `cuda.bindings.runtime` that the package calls.
+
+It does nothing before it has to, as a GPU may: copies and kernels wait in their stream until somebody synchronises, so
+memory that is written or freed too early gives wrong results or an error here. Everything that is allocated is counted,
+addresses are checked, and any function can be made to fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime as real
+
+from maskrcnn.plugins.native import Kernels
+
+OK = real.cudaError_t.cudaSuccess
+INVALID = real.cudaError_t.cudaErrorInvalidValue
+NOT_WHILE_CAPTURING = real.cudaError_t.cudaErrorStreamCaptureUnsupported
+NAME = b"NVIDIA Pretend 1"
+CAPABILITY = (9, 0)
+_ALIGNMENT = 256
+
+
+class Properties:
+    """cudaDeviceProp, as far as it is read."""
+
+    name = NAME
+    major, minor = CAPABILITY
+
+
+class PointerAttributes:
+    """cudaPointerAttributes, likewise."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+
+
+class FakeRuntime:
+    """Stands for the module; enumerations and flags are the real ones.
+
+    Args:
+        devices: how many GPUs there are.
+    """
+
+    def __init__(self, devices: int = 1) -> None:
+        self.devices = devices
+        self.calls: list[str] = []
+        self.failing: dict[str, tuple[Any, int]] = {}  # by function: the status, and how many calls go well before
+        self.memory: dict[int, tuple[Any, int, str]] = {}  # by address: what holds it, bytes, "device" or "host"
+        self.handles: dict[int, str] = {}  # streams, events, graphs that are open
+        self.queues: dict[int, list[Callable[[], None]]] = defaultdict(list)
+        self.captures: dict[int, list[Callable[[], None]]] = {}
+        self.recorded: dict[int, tuple[int, int]] = {}  # by event: the stream, and how much was done by then
+        self.done: Counter[int] = Counter()  # by stream: pieces of work
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.current = threading.local()
+        self._numbers = itertools.count(0x1000)
+        self._lock = threading.RLock()
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        return self._watched(name, found) if name.startswith("cuda") and callable(found) else found
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(real, name)
+        if callable(value) and not isinstance(value, type):
+            raise AssertionError(f"{name} is a function that the fake does not have")
+        return value
+
+    def _watched(self, name: str, function: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            with self._lock:
+                self.calls.append(name)
+                if name in self.failing:
+                    status, before = self.failing[name]
+                    if before == 0:
+                        return status, None
+                    self.failing[name] = status, before - 1
+                return function(*arguments)
+
+        return call
+
+    # What tests ask
+
+    @property
+    def open(self) -> dict[str, int]:
+        """What has not been given back, by kind."""
+        kinds = [kind for _, _, kind in self.memory.values()] + list(self.handles.values())
+        return dict(Counter(kinds))
+
+    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+        """Gives a stream something to do, or a capture something to hold."""
+        with self._lock:
+            (self.captures[stream] if stream in self.captures else self.queues[stream]).append(work)
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is given to a stream becomes a graph."""
+        return stream in self.captures
+
+    def check(self, address: int, nbytes: int, kind: str = "device") -> None:
+        """The bytes must be inside one block that is still there."""
+        for start, (_, size, held) in self.memory.items():
+            if start <= address and address + nbytes <= start + size:
+                assert held == kind, f"{nbytes} bytes of {held} memory where {kind} memory was expected"
+                return
+        raise AssertionError(f"{nbytes} bytes at {address:#x} are in no block")
+
+    def is_pinned(self, address: int) -> bool:
+        """Whether an address is in memory of `cudaHostAlloc`."""
+        return any(s <= address < s + size and kind == "host" for s, (_, size, kind) in self.memory.items())
+
+    def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """The contents of device memory, as they are now."""
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.check(address, count)
+        return np.ndarray(shape, dtype, (ctypes.c_byte * count).from_address(address))
+
+    # Devices
+
+    def cudaGetDeviceCount(self):
+        return OK, self.devices
+
+    def cudaSetDevice(self, device):
+        self.current.device = device
+        return (OK,) if 0 <= device < self.devices else (real.cudaError_t.cudaErrorInvalidDevice,)
+
+    def cudaGetDeviceProperties(self, device):
+        return OK, Properties()
+
+    def cudaMemGetInfo(self):
+        return OK, 1 << 33, 1 << 34
+
+    def cudaGetErrorString(self, error):
+        return OK, real.cudaGetErrorString(error)[1]
+
+    # Memory
+
+    def cudaMalloc(self, size):
+        return OK, self._allocate(size, "device")
+
+    def cudaHostAlloc(self, size, flags):
+        assert flags == real.cudaHostAllocDefault
+        return OK, self._allocate(size, "host")
+
+    def cudaFree(self, devPtr):
+        self._run_everything()  # as CUDA does
+        return self._forget(devPtr, "device")
+
+    def cudaFreeHost(self, ptr):
+        return self._forget(ptr, "host")  # who frees too early is found by what still reads it
+
+    def cudaPointerGetAttributes(self, ptr):
+        return OK, PointerAttributes(0)
+
+    def cudaMemcpyAsync(self, dst, src, count, kind, stream):
+        kinds = real.cudaMemcpyKind
+        sides = {
+            kinds.cudaMemcpyHostToDevice: ("device", None),
+            kinds.cudaMemcpyDeviceToHost: (None, "device"),
+            kinds.cudaMemcpyDeviceToDevice: ("device", "device"),
+        }[kind]
+
+        # Pageable memory of the host is not known here; pinned memory must live until it has been read.
+        held = [
+            side or ("host" if self.is_pinned(each) else None) for each, side in zip((dst, src), sides, strict=True)
+        ]
+
+        def work() -> None:
+            for address, side in zip((dst, src), held, strict=True):
+                if side:
+                    self.check(address, count, side)
+            ctypes.memmove(dst, src, count)
+
+        self.enqueue(int(stream), work)
+        return (OK,)
+
+    def cudaMemsetAsync(self, devPtr, value, count, stream):
+        def work() -> None:
+            self.check(devPtr, count)
+            ctypes.memset(devPtr, value, count)
+
+        self.enqueue(int(stream), work)
+        return (OK,)
+
+    # Streams and events
+
+    def cudaStreamCreateWithFlags(self, flags):
+        assert flags == real.cudaStreamNonBlocking
+        return OK, real.cudaStream_t(self._open("stream"))
+
+    def cudaStreamDestroy(self, stream):
+        self._run(int(stream))
+        return self._close(stream, "stream")
+
+    def cudaStreamSynchronize(self, stream):
+        if self.is_capturing(int(stream)):
+            return (NOT_WHILE_CAPTURING,)
+        self._run(int(stream))
+        return (OK,)
+
+    def cudaEventCreateWithFlags(self, flags):
+        assert flags in (real.cudaEventDefault, real.cudaEventDisableTiming)
+        return OK, real.cudaEvent_t(self._open("event"))
+
+    def cudaEventDestroy(self, event):
+        return self._close(event, "event")
+
+    def cudaEventRecord(self, event, stream):
+        assert int(event) in self.handles
+        number = int(stream)
+        self.recorded[int(event)] = number, self.done[number] + len(self.queues[number])
+        return (OK,)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):
+        other, until = self.recorded[int(event)]
+        self.enqueue(int(stream), lambda: self._run(other, until))
+        return (OK,)
+
+    def cudaEventSynchronize(self, event):
+        self._run(*self.recorded[int(event)])
+        return (OK,)
+
+    def cudaEventElapsedTime(self, start, end):
+        return OK, 1.5
+
+    # Graphs
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        assert not self.is_capturing(int(stream))
+        self.captures[int(stream)] = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream):
+        work = self.captures.pop(int(stream))
+        graph = self._open("graph")
+        self.graphs[graph] = work
+        return OK, real.cudaGraph_t(graph)
+
+    def cudaGraphInstantiate(self, graph, flags):
+        made = self._open("executable graph")
+        self.graphs[made] = list(self.graphs[int(graph)])
+        return OK, real.cudaGraphExec_t(made)
+
+    def cudaGraphDestroy(self, graph):
+        return self._close(graph, "graph")
+
+    def cudaGraphExecDestroy(self, graphExec):
+        return self._close(graphExec, "executable graph")
+
+    def cudaGraphLaunch(self, graphExec, stream):
+        assert self.handles[int(graphExec)] == "executable graph"
+        for work in self.graphs[int(graphExec)]:
+            self.enqueue(int(stream), work)
+        return (OK,)
+
+    # Underneath
+
+    def _allocate(self, size: int, kind: str) -> int:
+        held = ctypes.create_string_buffer(b"\xa5" * (size + _ALIGNMENT), size + _ALIGNMENT)
+        address = -(-ctypes.addressof(held) // _ALIGNMENT) * _ALIGNMENT
+        self.memory[address] = held, size, kind
+        return address
+
+    def _forget(self, address: int, kind: str) -> tuple:
+        assert self.memory.pop(address)[2] == kind
+        return (OK,)
+
+    def _open(self, kind: str) -> int:
+        number = next(self._numbers)
+        self.handles[number] = kind
+        return number
+
+    def _close(self, handle: Any, kind: str) -> tuple:
+        assert self.handles.pop(int(handle)) == kind
+        return (OK,)
+
+    def _run(self, stream: int, until: int | None = None) -> None:
+        while self.queues[stream] and (until is None or self.done[stream] < until):
+            work = self.queues[stream].pop(0)
+            self.done[stream] += 1
+            work()
+
+    def _run_everything(self) -> None:
+        for stream in list(self.queues):
+            self._run(stream)
+
+
+class DeferredKernels(Kernels):
+    """The kernels compiled for the CPU, which wait in the pretended GPU's streams like any other work."""
+
+    runtime: FakeRuntime
+
+    def resize_pad(self, *arguments: Any, stream: int, **named: Any) -> None:
+        self.runtime.enqueue(stream, lambda: super(DeferredKernels, self).resize_pad(*arguments, **named))
+
+    def paste_masks(self, *arguments: Any, stream: int, **named: Any) -> None:
+        self.runtime.enqueue(stream, lambda: super(DeferredKernels, self).paste_masks(*arguments, **named))

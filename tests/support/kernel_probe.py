@@ -1,0 +1,61 @@
+"""Runs a library of kernels on fixed inputs and prints what comes out, for kernels that may take the process along.
+
+python kernel_probe.py libmaskrcnn_kernels.so multilevel_roi_align
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+
+import kernel_calls
+import numpy as np
+from kernel_calls import Device
+from kernels_on_cpu import ORDERS, thread_order
+
+from maskrcnn.plugins.native import Kernels
+
+
+def rois_pooled(device: Device) -> Iterator[np.ndarray]:
+    """Each of the RoIAlign kernels once."""
+    rng = np.random.default_rng(1)
+    features = [rng.standard_normal((1, 8, 30, 20)).astype(np.float32)]
+    rois = np.float32([[[3, 5, 60, 70], [10, -9, 30, 120]]])
+    for form in ({"layout": "NCHW"}, {"layout": "NHWC"}, {"layout": "NHWC", "shift": 1}):
+        for ratio in (1, 2):
+            given = {"output_size": 7, "sampling_ratio": ratio, "aligned": True, **form}
+            yield kernel_calls.roi_align(device, features, rois, **given)
+
+
+def rows_kept(device: Device) -> Iterator[np.ndarray]:
+    """More boxes than one chunk of a small block holds; what suppresses what is different in each tile of 64."""
+    rng = np.random.default_rng(1)
+    corners = np.stack([np.arange(1500) * 9.0, np.zeros(1500)], axis=-1)
+    for tile in range(0, 1400, 64):
+        copies = tile + rng.permutation(64)[:40]
+        corners[copies[20:]] = corners[copies[:20]]
+        if tile % 128:
+            corners[tile + np.array([2, 3, 60, 61, 62, 63])] = corners[tile + np.array([0, 1, 40, 40, 41, 41])]
+    for row in range(150, 1200, 11):  # row + 1 goes, and so row + 128, in the batch behind, stays
+        corners[[row + 1, row + 128], 0] = corners[row, 0] + np.array([4, 8])
+    boxes = np.concatenate([corners, corners + 8], axis=-1)[None]
+    for most in (1500, 70):
+        given = {"iou_threshold": 0.3, "max_output": most}
+        yield from kernel_calls.nms(device, boxes, np.zeros((1, 1500)), np.array([1400]), **given)
+
+
+PROBES = {"multilevel_roi_align": rois_pooled, "batched_nms": rows_kept}
+
+
+def main(library: str, op: str) -> None:
+    """Prints a hash of all results for each order of threads."""
+    device = Device(Kernels(library))
+    for order in ORDERS:
+        with thread_order(order):
+            results = b"".join(result.tobytes() for result in PROBES[op](device))
+        print(order, hashlib.sha256(results).hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
