@@ -13,11 +13,12 @@ from rich.console import Console
 
 from maskrcnn import __version__, runs
 from maskrcnn.cli_build import build_engine, refit_engine
+from maskrcnn.cli_data import data_app
 from maskrcnn.cli_evaluate import evaluate
 from maskrcnn.cli_serve import triton
 from maskrcnn.config import TrainConfig
 from maskrcnn.errors import UserError, told_to_the_user
-from maskrcnn.options import assignments, merged, read_settings, with_settings
+from maskrcnn.options import assignments, merged, read_settings, with_sections, with_settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Mask R-CNN from training data to FP16 engines.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Datasets in COCO format.")
 app.add_typer(data_app, name="data")
 console = Console(highlight=False, soft_wrap=True)
 
@@ -71,11 +71,9 @@ def train(
         raise UserError(came, "the run as it began", "leave those out; other options change the run from here on")
     named = {"data": data and str(data), "train_split": split, "val_split": val_split, "model": model}
     sizes = {"min_size_px": min_size, "max_size_px": max_size}
-    chosen = read_settings(config) if config else {}
-    if isinstance(chosen.get("model"), str):
-        chosen["model"] = {"name": chosen["model"]}
+    chosen = with_sections(read_settings(config)) if config else {}
     for layer in (
-        assignments(assign or []),
+        with_sections(assignments(assign or [])),
         {name: value for name, value in named.items() if value is not None and name != "model"},
         {"model": {"name": model}} if model else {},
         {"model": {"preprocessing": {k: v for k, v in sizes.items() if v is not None}}} if any(sizes.values()) else {},
@@ -147,7 +145,8 @@ app.command("refit-engine")(refit_engine)
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
     model: Annotated[Path | None, typer.Option(help="Checkpoint, ONNX file or engine; default: newest.")] = None,
-    backend: Annotated[str | None, typer.Option(help="torch, onnxruntime or openvino.")] = None,
+    backend: Annotated[str | None, typer.Option(help="torch, onnxruntime, openvino or tensorrt.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Of onnxruntime: cpu, cuda or tensorrt.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for pictures and results.json.")] = Path("predictions"),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score drawn.")] = 0.5,
 ) -> None:
@@ -156,11 +155,11 @@ def predict(
     from maskrcnn.draw import overlay
     from maskrcnn.files import atomic_path, write_json
     from maskrcnn.postprocess import coco_results
-    from maskrcnn.runtime import Detector
+    from maskrcnn.runtime.detector import Detector, with_provider
 
     pixels = [read_image(path) for path in images]  # all are read before anything is written
     names = [_picture_name(path, images) for path in images]
-    detector = Detector.load(model or runs.newest_checkpoint(), backend)
+    detector = Detector.load(model or runs.newest_checkpoint(), with_provider(backend, provider))
     metadata = detector.metadata
     output.mkdir(parents=True, exist_ok=True)
     results = []
@@ -173,6 +172,8 @@ def predict(
         console.print(f"{path}: {len(confident)} of {len(found)} detections drawn → {output / name}")
     write_json(output / "results.json", results)
     write_json(output / "images.json", {str(n): str(path) for n, path in enumerate(images, start=1)})
+    for line in detector.backend.remarks():
+        console.print(line, markup=False)
     console.print(f"{len(results)} results → {output / 'results.json'} (image ids in images.json)")
 
 
@@ -257,57 +258,10 @@ app.command()(triton)
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, devices and compilers of this machine, and what each missing one would enable."""
-    from maskrcnn.cli_plugins import plugin_findings
-    from maskrcnn.doctor import diagnose, report
-
-    console.print(report(diagnose([plugin_findings])), markup=False)
-
-
-@data_app.command("shapes")
-def data_shapes(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    train_images: Annotated[int, typer.Option(min=1)] = 600,
-    val_images: Annotated[int, typer.Option(min=1)] = 100,
-    size: Annotated[int, typer.Option(min=32, help="Side of the pictures, px.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+def doctor(
+    places: Annotated[list[Path] | None, typer.Argument(help="Engines, or folders with some, besides runs/.")] = None,
 ) -> None:
-    """Draws a dataset of circles, rectangles and triangles in COCO format."""
-    from maskrcnn.data.shapes import generate_shapes
+    """Versions, devices, compilers, plugins and engines of this machine, and what each missing one would enable."""
+    from maskrcnn.cli_doctor import run_doctor
 
-    path = generate_shapes(out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
-    console.print(f"{train_images} + {val_images} pictures in {path}")
-
-
-@data_app.command("check")
-def data_check(
-    data: Annotated[Path, typer.Argument(help="COCO-format folder.")],
-    split: Annotated[list[str] | None, typer.Option(help="Split to check, repeatable; default all.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for pictures of what is odd, and of samples.")] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Most pictures of each problem.")] = 16,
-    json: Annotated[Path | None, typer.Option(help="Write the whole report there.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on remarks too.")] = False,
-) -> None:
-    """Looks for what training would refuse, leave out, or learn wrongly from.
-
-    Exit code 1 for errors, at which training stops; 0 where there are only remarks, unless --strict.
-    """
-    from rich.progress import Progress
-
-    from maskrcnn.data.check import check_dataset
-    from maskrcnn.data.check_pictures import write_pictures
-    from maskrcnn.files import write_json
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("checking", total=None)
-        report = check_dataset(
-            data, split or (), progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    console.print(report.text(), markup=False)
-    if output is not None:
-        console.print(f"{write_pictures(report, output, per_problem=pictures)} pictures → {output}")
-    if json is not None:
-        write_json(json, report.to_dict())
-    if report.by_problem(is_error=True) or (strict and report.findings):
-        raise typer.Exit(1)
+    run_doctor(console, places or ())

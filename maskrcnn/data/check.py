@@ -92,6 +92,7 @@ def _figures(dataset: CocoDataset) -> SplitFigures:
         objects_per_image_median=statistics.median(numbers),
         objects_per_image_max=max(numbers),
         objects={name: tuple(counts) for name, counts in objects.items()},
+        has_masks=dataset.has_masks,
     )
 
 

@@ -120,7 +120,8 @@ def _fault(record: ImageRecord, instance: Instance, mask_px: int) -> Iterator[tu
         yield TINY, f"{mask_px} pixel(s), box {width:.0f}×{height:.0f} px"
     else:
         extent = _extent(instance.segmentation, record.height, record.width)
-        iou = _box_iou(box, extent)
+        whole_px = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])])  # as masks are, which counts for small ones
+        iou = max(_box_iou(box, extent), _box_iou(whole_px, extent))
         if iou < LEAST_FIT_IOU:
             yield MISFIT, f"IoU {iou:.2f} of box {_short(box)} and mask extent {_short(extent)}, xyxy px"
 

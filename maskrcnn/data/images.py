@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -30,22 +31,41 @@ def read_image(path: str | Path) -> np.ndarray:
         raise UserError(f"image {path} {what}", _READABLE, "correct the path or restore the file")
     if path.stat().st_size == 0:
         raise UserError(f"image {path} is an empty file", _READABLE, "restore the file from its source")
+    return _pixels(path, f"image {path}")
+
+
+def decode_image(data: bytes, name: str) -> np.ndarray:
+    """The pixels of an image file's content, as `read_image` gives those of a file.
+
+    Args:
+        data: the whole content.
+        name: what errors call it, after the word image.
+
+    Raises:
+        UserError: as `read_image`.
+    """
+    if not data:
+        raise UserError(f"image {name} is empty", _READABLE, "send the content of an image file")
+    return _pixels(io.BytesIO(data), f"image {name}")
+
+
+def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             pixels = _rgb_from_image(image)
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{path} is not an image", _READABLE, "convert the file to PNG or remove it from the input"
+            f"{name} is not an image", _READABLE, "convert the file to PNG or remove it from the input"
         ) from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
         raise UserError(
-            f"image {path} cannot be decoded ({type(error).__name__}: {error})",
+            f"{name} cannot be decoded ({type(error).__name__}: {error})",
             "an undamaged image file of complete length",
             "restore the file from its source or convert it to 8-bit PNG",
         ) from error
     if pixels.size == 0:
         raise UserError(
-            f"image {path} measures {pixels.shape[1]}×{pixels.shape[0]} pixels",
+            f"{name} measures {pixels.shape[1]}×{pixels.shape[0]} pixels",
             "at least 1×1 pixel",
             "restore the file from its source",
         )

@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from pycocotools import mask as mask_api
 
+from maskrcnn.run_lengths import runs_from_strings
+
 # Polygons as arrays (x, y, x, y, …) in pixels, where pixel 0 reaches from 0 to 1; or RLE {"size", "counts"}.
 Segmentation: TypeAlias = list[np.ndarray] | dict[str, Any]
 
@@ -78,28 +80,12 @@ def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray:
 
 
 def _runs_from_counts(counts: Any) -> np.ndarray | None:
-    """The run lengths of an RLE, alternating background and object, or None where they cannot be read.
-
-    The compressed string holds six bits per character (its code less 48), little end first: five of the
-    number and one that says whether more follow; the top bit of the last five is the sign. From the fourth
-    run on, the number is the difference to the run before the previous one (pycocotools `rleToString`).
-    """
+    """The run lengths of an RLE, alternating background and object, or None where they cannot be read."""
     if isinstance(counts, list):
         if not all(type(run) is int and 0 <= run < 2**32 for run in counts):
             return None
         return np.array(counts, dtype=np.int64)
     if not isinstance(counts, str):
         return None
-    code = np.frombuffer(counts.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
-    if code.size == 0 or code.min() < 0 or code.max() > 63 or code[-1] & 32:
-        return None
-    end = np.flatnonzero((code & 32) == 0)
-    start = np.concatenate([[0], end[:-1] + 1])
-    if (end - start).max() > 6:  # 35 bits, more than any run of an image needs
-        return None
-    shift = 5 * (np.arange(code.size) - np.repeat(start, end - start + 1))
-    runs = np.add.reduceat((code & 31) << shift, start)
-    runs -= np.where(code[end] & 16, np.int64(1) << (shift[end] + 5), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
+    found, is_good = runs_from_strings([counts])
+    return found.runs if is_good[0] else None

@@ -1,0 +1,108 @@
+"""`maskrcnn data convert` as a user meets it: what comes out passes the check and trains."""
+
+import json
+
+import pytest
+import source_datasets
+from command_line import expect_error
+from source_datasets import content, labelme, photo, visual_genome, voc
+
+from maskrcnn.cli_data import Kind
+from maskrcnn.data.convert.conversion import KINDS
+from maskrcnn.data.convert.source import Options
+
+TINY = ("--epochs", 1, "--min-size", 64, "--workers", 0, "--set", "pictures=0")
+WORDS = {  # what a kind needs to be told
+    "visual-genome": ("--classes", 3),
+    "id-masks": ("--class", "ring"),
+    "mask-files": ("--class", "nucleus"),
+}
+
+
+def test_the_command_line_knows_every_kind():
+    assert [kind.value for kind in Kind] == list(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_converted_passes_the_check(run, tmp_path, kind):
+    source = getattr(source_datasets, kind.replace("-", "_"))(tmp_path / "in")
+    code, out, err = run("data", "convert", kind, source, "out", *WORDS.get(kind, ()), "--json", "counts.json")
+    assert code == 0, err
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert sum(counts["images"].values()) >= 2 and "maskrcnn data check out" in out
+    code, out, err = run("data", "check", "out", "--json", "report.json")
+    assert code == 0, out + err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["errors"] == {} and not [name for name in report["remarks"] if name.startswith("annotation left out")]
+    assert ("boxes without masks" in out) == (kind in ("voc", "visual-genome"))
+
+
+def test_options_reach_the_converter(run, tmp_path, monkeypatch):
+    from maskrcnn.data.convert import conversion
+
+    seen = {}
+
+    def convert(kind, source, out, **told):
+        seen.update(told)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(conversion, "convert", convert)
+    words = "--keep-going --copy --split a=0.2 --rest b --seed 3 --sets x,y --classes c --alias d --class e"
+    words += " --class-attribute f --with-masks --difficult drop --zero-based --image-folder g --mask-folder h"
+    words += " --mask-suffix i --divisor 10 --void 11"
+    assert run("data", "convert", "voc", tmp_path, "out", *words.split())[0] == 0
+    assert seen["keep_going"] and seen["copies"]
+    plan = seen["plan"]
+    assert (plan.shares, plan.rest, plan.seed) == ({"a": 0.2}, "b", 3)
+    told = vars(seen["options"]) | {"alias": str(seen["options"].alias)}
+    assert told == {
+        "sets": ("x", "y"),
+        "classes": "c",
+        "alias": "d",
+        "class_name": "e",
+        "class_attribute": "f",
+        "with_masks": True,
+        "difficult": "drop",
+        "zero_based": True,
+        "image_folder": "g",
+        "mask_folder": "h",
+        "mask_suffix": "i",
+        "divisor": 10,
+        "void": 11,
+    }
+    assert all(told[name] != value for name, value in vars(Options()).items())  # each was changed
+
+
+def test_own_photos_train_after_conversion(run, tmp_path):
+    labelme(tmp_path / "photos")
+    code, _, err = run("data", "convert", "labelme", "photos", "mine", "--val-fraction", 0.5)
+    assert code == 0, err
+    code, out, err = run("train", "--data", "mine", *TINY)
+    assert code == 0, err
+    assert "best mask AP" in out
+
+
+def test_boxes_train_a_model_without_masks_and_no_other(run, tmp_path):
+    voc(tmp_path / "VOC2007")
+    assert run("data", "convert", "voc", "VOC2007", "boxes", "--difficult", "keep")[0] == 0
+    expect_error(run("train", "--data", "boxes", *TINY), "boxes only", "--model fasterrcnn_resnet50_fpn")
+    small = ("--set", "model.fpn_channels=16", "--set", "model.box_head_channels=16", "--set", "model.proposals=20")
+    code, out, err = run("train", "--data", "boxes", "--model", "fasterrcnn_resnet18_fpn", *TINY, *small)
+    assert code == 0, err
+    assert "best box AP" in out and "skipped" not in out
+    best = tmp_path / "runs" / "train-1" / "best.safetensors"
+    code, out, err = run("evaluate", best, "--data", "boxes", "--json", "metrics.json")
+    assert code == 0, err
+    expect_error(run("evaluate", best, "--data", "boxes", "--iou-type", "segm"), "boxes only", "--iou-type bbox")
+
+
+def test_a_fault_stops_it_or_is_counted(run, tmp_path):
+    visual_genome(tmp_path / "vg")
+    photo(tmp_path / "vg" / "VG_100K" / "2.jpg", (21, 30))
+    words = ("data", "convert", "visual-genome", "vg", "out", "--classes", 2)
+    expect_error(run(*words), "image_data.json, image 2: for 30×20 pixels")
+    assert not (tmp_path / "out").exists()
+    code, out, err = run(*words, "--keep-going", "--rest", "train")
+    assert code == 0, err
+    assert "skipped 1: annotation of another size than its image" in out
+    assert [image["id"] for image in content(tmp_path / "out", "train")["images"]] == [5]
