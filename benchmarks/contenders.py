@@ -18,7 +18,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.engine import tensorrt_obstacle
+from maskrcnn.runtime.tensorrt_library import tensorrt_obstacle
 from maskrcnn.training.trainer import choose_precision
 
 LEGACY_EXPORT = "torchvision legacy export"
@@ -242,7 +242,9 @@ def _missing(artefacts: Artefacts) -> list[Contender]:
         error = UserError("no engine in the run", "an engine", "run `maskrcnn build-engine --fp16`")
         found.append(_absent("model.fp16.xml", "OpenVINO engine", "bf16", error))
     if not artefacts.others:
-        found.append(_absent("model.engine", "TensorRT", "fp16", tensorrt_obstacle()))
+        command = "run `maskrcnn build-engine --fp16 --target tensorrt`"
+        error = tensorrt_obstacle() or UserError("no TensorRT engine in the run", "an engine", command)
+        found.append(_absent("model.engine", "TensorRT", "fp16", error))
     return found
 
 

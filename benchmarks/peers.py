@@ -35,6 +35,7 @@ from maskrcnn.config import LossConfig, ModelConfig, model_config
 from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.model.backbones import Backbone
 from maskrcnn.postprocess import Detections
 from maskrcnn.preprocess import Preprocessing, resized_size
 from maskrcnn.runtime.backend import missing_library
@@ -45,6 +46,7 @@ MODEL_CONVENTIONS = (
     "stride_in_1x1",
     "anchors_rounded",
     "anchor_strides_px",
+    "pool_method",
     "pool_aligned",
     "proposal_min_side_px",
     "detection_min_side_px",
@@ -129,7 +131,10 @@ def _mask_parts(config: ModelConfig, levels: list[str], ratio: int) -> dict[str,
     }
 
 
-def _backbone(config: ModelConfig) -> BackboneWithFPN:
+def _backbone(config: ModelConfig) -> nn.Module:
+    """torchvision's where it has one, and ours around its classifiers for the others."""
+    if config.neck != "fpn" or "resne" not in config.backbone:
+        return Backbone(config)
     norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = get_model(config.backbone, weights=None, norm_layer=norm)
     first = body.inplanes // 8

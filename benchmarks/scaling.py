@@ -6,7 +6,7 @@ Takes the newest run's ONNX file and engines, or the files named. The points of 
 machine bends no curve. Each curve becomes an SVG; scaling.json holds the numbers, and a table is printed.
 
 The last two curves need no model: masks of random boxes are pasted and encoded, and random results on random ground
-truth, 10 objects and 100 detections an image, are scored by pycocotools.
+truth, 10 objects and 100 detections an image, are scored by pycocotools and by our own scorer.
 """
 
 from __future__ import annotations
@@ -136,12 +136,19 @@ def _random_detections(count: int) -> Detections:
 
 
 def dataset_curve(images: Sequence[int]) -> Curve:
-    """Seconds of scoring boxes against the images of a dataset."""
+    """Seconds of scoring boxes against the images of a dataset, by pycocotools and by `--scorer fast`."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    def scoring(count: int) -> Callable[[int], Any]:
-        truth_json, results = simulated_dataset(count)
+    from maskrcnn.runtime.ground_truth import GroundTruth
+    from maskrcnn.runtime.scoring import Scorer, score_entries
+
+    datasets = {float(count): simulated_dataset(count) for count in images}
+
+    def fast(truth_json: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
+        return lambda turn: score_entries(GroundTruth(truth_json, "simulated"), results, "bbox", scorer=Scorer.FAST)
+
+    def scoring(truth_json: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         truth = COCO()
         truth.dataset = truth_json
         truth.createIndex()
@@ -158,7 +165,10 @@ def dataset_curve(images: Sequence[int]) -> Curve:
         title=f"Scoring boxes, {RESULTS} results an image",
         across="images",
         along="s",
-        calls={"pycocotools": {float(count): scoring(count) for count in images}},
+        calls={
+            "pycocotools": {count: scoring(*dataset) for count, dataset in datasets.items()},
+            "--scorer fast": {count: fast(*dataset) for count, dataset in datasets.items()},
+        },
         units=dict.fromkeys(map(float, images), 1000.0),
         warmup=0,
     )

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
+from resident import forget_peak, resident_mb
 from train_workload import make_work
 from trainers import TRAINERS
 
 from maskrcnn.config import TrainConfig, from_dict
 from maskrcnn.training.device import choose_device
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # to clear_refs, see proc_pid_clear_refs(5)
-
-
-def resident_mb(field: str) -> float | None:
-    """Memory of this process as Linux tells it: `VmRSS` now, `VmHWM` at most; None elsewhere."""
-    try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 / 1e6 if found else None
 
 
 def peak_mb(task: dict) -> float | None:
@@ -36,7 +24,7 @@ def peak_mb(task: dict) -> float | None:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _forget_peak()
+        forget_peak()
     before = resident_mb("VmRSS")
     trainer = TRAINERS[task["trainer"]](config, Path(task["weights"]), device, task["precision"])
     for number in range(task["steps"]):
@@ -46,14 +34,6 @@ def peak_mb(task: dict) -> float | None:
         return torch.cuda.max_memory_allocated(device) / 1e6
     after = resident_mb("VmHWM")
     return None if before is None or after is None else after - before
-
-
-def _forget_peak() -> None:
-    """Makes the present memory the peak; where the system does not allow it, imports may hide small peaks."""
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> Costs | None:
     if not any(value.name == "images" and _rank(value) == 4 for value in proto.graph.input):
         return None
     fixed = _at_size(proto, size_hw)
-    known, stages = tensor_types(fixed.graph), _stages_by_node(fixed)
+    known, stages = tensor_types(fixed.graph), stages_by_node(fixed)
     macs: dict[str, int] = {}
     uncounted = []
     for position, node in enumerate(fixed.graph.node):
@@ -115,7 +115,7 @@ def _weights_to_inputs(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(small)
 
 
-def _stages_by_node(proto: onnx.ModelProto) -> list[str]:
+def stages_by_node(proto: onnx.ModelProto) -> list[str]:
     """The stage of each node."""
     producers = Graph(proto).producers
     if not any(level in producers for level in LEVELS):

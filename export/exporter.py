@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskrcnn.checkpoint import metadata_of
+from maskrcnn.config import ModelConfig
 from maskrcnn.errors import UserError
 from maskrcnn.export import functions, schemas
 from maskrcnn.export.graph import op_counts, set_metadata
@@ -74,7 +75,7 @@ def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None, op
     _check_weights(model)
     model = model.eval()
     proto = _trace(model, opset)
-    _add_functions(proto, aligned=model.config.pool_aligned, levels=len(model.config.strides_px))
+    _add_functions(proto, model.config)
     metadata = metadata_of(model.config, source)
     metadata = dataclasses.replace(metadata, versions={**metadata.versions, "onnx": onnx.__version__})
     set_metadata(proto, metadata)
@@ -159,6 +160,7 @@ def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
             dynamic_shapes={"images": {0: batch, 2: rows, 3: columns}, "image_sizes": {0: batch}},
             custom_translation_table={
                 torch.ops.maskrcnn.multilevel_roi_align.default: _roi_align_node,
+                torch.ops.maskrcnn.multilevel_roi_pool.default: _roi_pool_node,
                 torch.ops.maskrcnn.batched_nms.default: _nms_node,
                 torch.ops.maskrcnn.live_rows.default: _live_rows_node,
             },
@@ -173,6 +175,13 @@ def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
 _CUSTOM = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
 
 
+_LEVELS = {
+    "canonical_level": ops.CANONICAL_LEVEL,
+    "canonical_size": ops.CANONICAL_SIZE_PX,
+    "level_epsilon": ops.LEVEL_EPSILON,
+}
+
+
 def _roi_align_node(features, rois, output_size, sampling_ratio, aligned, min_level):
     return _CUSTOM.MultilevelRoiAlign(
         *features,
@@ -181,9 +190,13 @@ def _roi_align_node(features, rois, output_size, sampling_ratio, aligned, min_le
         sampling_ratio=sampling_ratio,
         aligned=int(aligned),
         min_level=min_level,
-        canonical_level=ops.CANONICAL_LEVEL,
-        canonical_size=ops.CANONICAL_SIZE_PX,
-        level_epsilon=ops.LEVEL_EPSILON,
+        **_LEVELS,
+    )
+
+
+def _roi_pool_node(features, rois, output_size, min_level):
+    return _CUSTOM.MultilevelRoiPool(
+        *features, rois, pooled_shape=[output_size, output_size], min_level=min_level, **_LEVELS
     )
 
 
@@ -195,15 +208,18 @@ def _live_rows_node(boxes, labels, counts):
     return _CUSTOM.LiveRows(boxes, labels, counts)
 
 
-def _add_functions(proto: onnx.ModelProto, *, aligned: bool, levels: int) -> None:
+def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
+    """Adds the functions of the custom ops that the graph has."""
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
-    proto.functions.extend(
-        [
-            functions.multilevel_roi_align(levels, aligned=aligned, min_level=2, opset=opset),
-            functions.batched_nms(opset),
-            functions.live_rows(opset),
-        ]
-    )
+    used, levels = set(op_counts(proto)), len(config.strides_px)
+    for function in (
+        functions.multilevel_roi_align(levels, aligned=config.pool_aligned, min_level=2, opset=opset),
+        functions.multilevel_roi_pool(levels, min_level=2, opset=opset),
+        functions.batched_nms(opset),
+        functions.live_rows(opset),
+    ):
+        if f"{contract.DOMAIN}::{function.name}" in used:
+            proto.functions.append(function)
     if not any(entry.domain == contract.DOMAIN for entry in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid(contract.DOMAIN, contract.VERSION))
 

@@ -20,23 +20,64 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
     A function body can depend neither on the number of inputs nor turn an integer into a mode's name, so both
     are fixed here, and with them `min_level`.
     """
-    op = contract.MULTILEVEL_ROI_ALIGN
-    levels = range(num_levels)
-    names = [f"p{i}" for i in levels]
+    pool = "".join(
+        f"""
+        pooled_{i} = RoiAlign<coordinate_transformation_mode = "{_COORDINATES[aligned]}", mode = "avg",
+            output_height: int = @output_size, output_width: int = @output_size,
+            sampling_ratio: int = @sampling_ratio, spatial_scale = {0.5 ** (min_level + i)}>
+            (features_{i}, boxes_{i}, image_{i})"""
+        for i in range(num_levels)
+    )
+    return _pooling(contract.MULTILEVEL_ROI_ALIGN, pool, num_levels, min_level=min_level, opset=opset)
+
+
+def multilevel_roi_pool(num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
+    """`MultilevelRoiPool`, likewise, on the standard MaxRoiPool.
+
+    RoIs are rounded to whole pixels beforehand, halves away from zero as MaxRoiPool itself should do it: whole numbers
+    are what a runtime that computes in bfloat16 keeps.
+    """
     pool = "".join(
         f"""
         scale_{i} = Constant<value_float = {0.5 ** (min_level + i)}>()
+        scaled_{i} = Mul(boxes_{i}, scale_{i})
+        sign_{i} = Sign(scaled_{i})
+        distance_{i} = Abs(scaled_{i})
+        below_{i} = Floor(distance_{i})
+        rest_{i} = Sub(distance_{i}, below_{i})
+        is_up_{i} = GreaterOrEqual(rest_{i}, half)
+        up_{i} = Cast<to = 1>(is_up_{i})
+        rounded_{i} = Add(below_{i}, up_{i})
+        corners_{i} = Mul(sign_{i}, rounded_{i})
+        image_float_{i} = Cast<to = 1>(image_{i})
+        image_column_{i} = Unsqueeze(image_float_{i}, one_axis)
+        rois_{i} = Concat<axis = 1>(image_column_{i}, corners_{i})
+        pooled_{i} = MaxRoiPool<pooled_shape: ints = @pooled_shape, spatial_scale = 1.0>(features_{i}, rois_{i})"""
+        for i in range(num_levels)
+    )
+    pool = "half = Constant<value_float = 0.5>()" + pool
+    return _pooling(contract.MULTILEVEL_ROI_POOL, pool, num_levels, min_level=min_level, opset=opset)
+
+
+def _pooling(op: contract.Op, pool: str, num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
+    """A function that sorts RoIs by their level, has each pooled there, and puts the results in order.
+
+    Args:
+        op: of the contract; its attributes are the function's.
+        pool: makes `pooled_i` of `features_i`, `boxes_i` `[K_i, 4]` and `image_i` `[K_i]`, for each level i.
+        num_levels, min_level, opset: as above.
+    """
+    levels = range(num_levels)
+    names = [f"p{i}" for i in levels]
+    sort = "".join(
+        f"""
         number_{i} = Constant<value_float = {float(i)}>()
         here_{i} = Equal(level, number_{i})
         found_{i} = NonZero(here_{i})
         rows_{i} = Squeeze(found_{i}, zero_axis)
         boxes_{i} = Gather(flat, rows_{i})
         image_{i} = Gather(image, rows_{i})
-        features_{i} = Cast<to = 1>(p{i})
-        pooled_{i} = RoiAlign<coordinate_transformation_mode = "{_COORDINATES[aligned]}", mode = "avg",
-            output_height: int = @output_size, output_width: int = @output_size,
-            sampling_ratio: int = @sampling_ratio, spatial_scale = {0.5 ** (min_level + i)}>
-            (features_{i}, boxes_{i}, image_{i})"""
+        features_{i} = Cast<to = 1>(p{i})"""
         for i in levels
     )
     text = f"""
@@ -86,6 +127,7 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
         n_by_r = Concat<axis = 0>(n, r)
         image_grid = Expand(image_column, n_by_r)
         image = Reshape(image_grid, flat_shape)
+        {sort}
         {pool}
         by_level = Concat<axis = 0>({", ".join(f"pooled_{i}" for i in levels)})
         order = Concat<axis = 0>({", ".join(f"rows_{i}" for i in levels)})
@@ -94,8 +136,8 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
         positions = Range(zero_scalar, total, one_scalar)
         place = ScatterElements<axis = 0>(order, order, positions)
         in_order = Gather<axis = 0>(by_level, place)
-        pooled_shape = Shape<start = 1>(in_order)
-        full_shape = Concat<axis = 0>(n, r, pooled_shape)
+        pooled_shape_of_one = Shape<start = 1>(in_order)
+        full_shape = Concat<axis = 0>(n, r, pooled_shape_of_one)
         pooled_float = Reshape(in_order, full_shape)
         pooled = CastLike(pooled_float, p0)
     }}"""

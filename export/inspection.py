@@ -78,7 +78,7 @@ class Inspection:
         lines = [f"{self.path}: {self.kind}, {_megabytes(self.bytes)}"]
         if self.metadata is not None:
             lines += _provenance(self.metadata)
-        for key in ("name", "backbone"):
+        for key in ("name", "backbone", "neck", "pool_method"):
             lines += [f"{key}: {self.config[key]}"] if key in self.config else []
         lines += [f"written by: {_pairs(self.versions)}"] if self.versions else []
         lines += [f"input {name}: {what}" for name, what in self.inputs.items()]

@@ -278,6 +278,10 @@ def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     if op is contract.LIVE_ROWS:
         yield Problem("has no plugin; all rows are as right", flavour, table.CONTRACT)
         return
+    if op is contract.MULTILEVEL_ROI_POOL:
+        remedy = "train with --set model.pool_method=align or crop, which TensorRT runs"
+        yield Problem("has no plugin, and MaxRoiPool no importer", remedy, table.CONTRACT)
+        return
     values = _attribute_values(node)
     yield from _contract_attributes(op, values)
     if values.get("aot") and op.name not in contract.AOT_OPS:

@@ -10,39 +10,16 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.onnxruntime_backend import session_options
 
 TIMEOUT_S = 300.0  # for one provider; TensorRT builds engines when a session is made
 _CPU = "CPUExecutionProvider"
 _MARK = "maskrcnn-placement:"  # begins the line of the answer among whatever a library prints
 _CODE = "import sys; sys.path = [p for p in sys.path if p] + [{root!r}]; from maskrcnn.export.placement import answer; "
-_EXAMPLES = 8
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one provider does with the nodes of a model, functions inlined."""
-
-    provider: str
-    taken: dict[str, int] = field(default_factory=dict)  # nodes by operator
-    left: dict[str, int] = field(default_factory=dict)  # those that the CPU gets instead
-    left_names: tuple[str, ...] = ()  # of the first few
-    why_not: str = ""  # why the provider cannot be used here, or cannot be asked
-
-    def text(self) -> str:
-        """One line."""
-        name = self.provider.removesuffix("ExecutionProvider")
-        if self.why_not:
-            return f"{name}: {self.why_not}"
-        taken, left = sum(self.taken.values()), sum(self.left.values())
-        if not left:
-            return f"{name}: all {taken} nodes"
-        operators = ", ".join(f"{op} {count}" for op, count in self.left.items())
-        return f"{name}: {taken} of {taken + left} nodes; left to the CPU: {operators} ({', '.join(self.left_names)})"
 
 
 def placements(path: Path) -> list[Placement] | None:
@@ -85,18 +62,11 @@ def _placement(path: str, provider: str) -> Placement:
     if provider.startswith(("CUDA", "Tensorrt")) and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
     options = session_options()
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry(RECORD, "1")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(dict.fromkeys([provider, _CPU])))
     except Exception as error:  # ONNX Runtime's own exceptions share no public base
         return Placement(provider, why_not=str(error).splitlines()[0][:200])
     if provider not in session.get_providers():
         return Placement(provider, why_not="ONNX Runtime fell back to the CPU")
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return Placement(provider, why_not="this version of ONNX Runtime does not tell; 1.31 does")
-    taken, left, names = Counter(), Counter(), []
-    for part in session.get_provider_graph_assignment_info():
-        for node in part.get_nodes():
-            (taken if part.ep_name == provider else left)[node.op_type] += 1
-            names += [node.name] if part.ep_name != provider else []
-    return Placement(provider, dict(taken.most_common()), dict(left.most_common()), tuple(names[:_EXAMPLES]))
+    return placement_in(session, provider)

@@ -1,9 +1,10 @@
 """Half precision written into the graph, by a rule that can be read off the graph itself.
 
 Convolutions and matrix products compute in half precision, and so does what only passes their results on: addition,
-ReLU, pooling, resizing, RoIAlign's features. Everything else stays in single precision: normalisation of the pixels,
-anchors, box coordinates, scores, NMS, RoI coordinates. A weight or an activation too large for the type keeps its node
-in single precision too. The graph says all of it in `Cast` nodes, so every runtime does the same.
+multiplication, activations, pooling, resizing, RoIAlign's features. Everything else stays in single precision:
+normalisation of the pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores, NMS, RoI
+coordinates. A weight or an activation too large for the type keeps its node in single precision too. The graph says
+all of it in `Cast` nodes, so every runtime does the same.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ PASSING = {
     **{"Add": (0, 1), "Concat": None, "Relu": (0,), "MaxPool": (0,), "Resize": (0,)},
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
     **{"GatherElements": (0,), "Slice": (0,)},
+    **{"Mul": (0, 1), "Gelu": (0,), "HardSigmoid": (0,), "HardSwish": (0,), "Sigmoid": (0,)},
 }
+_NOT_IN_BF16 = ("HardSwish",)  # TensorRT's importer refuses it, though the support matrix lists it
 _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
+_POOLING = (_ROI_ALIGN, contract.MULTILEVEL_ROI_POOL.name)
+# Operators whose results are new numbers, where the others pass on what they got.
+_MAKING = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", _ROI_ALIGN)
 LARGEST_FP16 = 65504.0
 BFLOAT16_OPSET = 22
 MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
@@ -117,7 +123,7 @@ def simulate_half(
             for name in dict.fromkeys(feature_inputs(node)):
                 if name not in half and (name not in graph.constants or graph.float_type(name)):
                     node.input[:] = [rounded_name(name) if each == name else each for each in node.input]
-            if node.op_type in COMPUTING or node.op_type in ("Add", _ROI_ALIGN):  # the others make no new numbers
+            if node.op_type in COMPUTING or node.op_type in _MAKING:
                 exact = f"{node.output[0]}_exact"
                 _add_rounding(model, exact, node.output[0], HALF_TYPES[precision])
                 node.output[0] = exact
@@ -135,7 +141,7 @@ def _add_rounding(model: onnx.ModelProto, name: str, rounded: str, kind: int) ->
 def feature_inputs(node: onnx.NodeProto) -> list[str] | None:
     """The inputs of a node that can be in half precision, or None where the rule keeps the node as it is."""
     if node.domain == contract.DOMAIN:
-        return list(node.input[:-1]) if node.op_type == _ROI_ALIGN else None
+        return list(node.input[:-1]) if node.op_type in _POOLING else None
     if node.domain:
         return None
     places = COMPUTING.get(node.op_type, PASSING.get(node.op_type, ()))
@@ -159,13 +165,13 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
     """Names of the values that are made in half precision."""
     half: set[str] = set()
     for node in graph.graph.node:
-        features = feature_inputs(node)
+        features = None if _is_exempt(graph, node, precision) else feature_inputs(node)
         if features is None:
             if graph.makes_floats(node):
                 report.kept[RULE].append(node.name)
             continue
         carried = [name for name in features if name not in graph.constants]
-        computes = node.op_type in COMPUTING or node.op_type == _ROI_ALIGN
+        computes = node.op_type in COMPUTING or node.op_type in _POOLING
         if not computes and not (carried and all(name in half for name in carried)):
             continue  # it passes on what is no feature: indices, shapes, coordinates
         reason = _too_large(graph, node, features, largest) if precision == "fp16" else None
@@ -175,6 +181,14 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
         half.add(node.output[0])
         report.half[node.op_type] += 1
     return half
+
+
+def _is_exempt(graph: Graph, node: onnx.NodeProto, precision: str) -> bool:
+    """Whether a node of these operators stays in single precision all the same."""
+    if node.op_type == "Sigmoid":  # one that makes scores or masks; not that of a swish, x · sigmoid(x)
+        reader = graph.only_consumer(node.output[0])
+        return reader is None or reader.op_type != "Mul" or node.input[0] not in reader.input
+    return precision == "bf16" and node.op_type in _NOT_IN_BF16
 
 
 def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest: Mapping[str, float]) -> str | None:

@@ -28,14 +28,14 @@ _CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1}  # of the output channels in a w
 _SMALLEST_SCALE = 1e-12
 # Groups of layers by name, for `keep`. Patterns are matched as file names are.
 GROUPS = {
-    "first": ("backbone.body.conv1",),
+    "first": ("backbone.body.conv1", "backbone.body.0", "backbone.body.0.0"),  # ResNet, VGG, the others
     "last": (
         *("rpn.head.cls_logits*", "rpn.head.bbox_pred*", "roi_heads.box_predictor.*"),
         "roi_heads.mask_predictor.mask_fcn_logits",
     ),
     "heads": ("rpn.*", "roi_heads.*"),
     "backbone": ("backbone.body.*",),
-    "fpn": ("backbone.fpn.*",),
+    "fpn": ("backbone.fpn.*",),  # whatever the neck
 }
 DEFAULT_KEEP = ("last",)
 MODULES = ("backbone.", "rpn.", "roi_heads.")  # with which every layer's name begins

@@ -10,7 +10,11 @@ from onnx.defs import OpSchema
 
 from maskrcnn.plugins import contract
 
-_ATTRIBUTE_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+_ATTRIBUTE_TYPES = {
+    int: OpSchema.AttrType.INT,
+    float: OpSchema.AttrType.FLOAT,
+    list: OpSchema.AttrType.INTS,
+}
 _FEATURE_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
 

@@ -8,7 +8,8 @@ from onnx import numpy_helper, shape_inference
 
 from maskrcnn.plugins import contract
 
-_LENGTHS_BY_ATTRIBUTE = {"S": "output_size", "M": "max_output"}  # letters of contract shapes that no input has
+# Letters of contract shapes that no input has, with the attribute of each; of a list, the first number.
+_LENGTHS_BY_ATTRIBUTE = (("S", "output_size"), ("S", "pooled_shape"), ("M", "max_output"))
 
 
 def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -86,10 +87,10 @@ def _lengths(op: contract.Op, node: onnx.NodeProto, known: dict[str, onnx.TypePr
     """What the letters of the op's shapes stand for at this node: numbers, or symbols of the graph."""
     variadic = len(node.input) - len(op.inputs) + 1
     inputs = [tensor for tensor in op.inputs for _ in range(variadic if tensor.variadic else 1)]
-    attributes = {a.name: a.i for a in node.attribute}
+    attributes = {a.name: a.ints[0] if a.ints else a.i for a in node.attribute}
     found: dict[str, str | int] = {}
     for tensor, name in zip(inputs, node.input, strict=False):
         for letter, dim in zip(tensor.shape, known[name].shape.dim, strict=False):
             if isinstance(letter, str) and (dim.dim_value or (dim.dim_param and letter not in found)):
                 found[letter] = dim.dim_value or dim.dim_param  # a number says more than a symbol
-    return found | {k: attributes[v] for k, v in _LENGTHS_BY_ATTRIBUTE.items() if v in attributes}
+    return found | {k: attributes[v] for k, v in _LENGTHS_BY_ATTRIBUTE if v in attributes}

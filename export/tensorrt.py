@@ -26,6 +26,7 @@ PLUGIN_NAMESPACE = contract.DOMAIN
 PLUGIN_VERSION = str(contract.VERSION)
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # what a node has beside the contract's attributes
 
+_FORMER_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # of GridSample
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
@@ -57,6 +58,7 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
     del flavour.functions[:]
     take_all_rows(flavour.graph)
     _replace_integer_clips(flavour.graph)
+    _name_modes(flavour.graph)
     if aot:
         _split_nms(flavour.graph)
     _name_plugins(flavour.graph, aot=aot)
@@ -116,6 +118,15 @@ def _bounded(clip: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
         inputs = [value, bound] if bound else [value]
         yield onnx.helper.make_node(op, inputs, [result], name=clip.name if last else f"{clip.name}_{op}")
         value = result
+
+
+def _name_modes(graph: onnx.GraphProto) -> None:
+    """`GridSample`'s modes by their names of before opset 20: the parser takes those it does not know for nearest."""
+    for node in graph.node:
+        if node.op_type == "GridSample" and not node.domain:
+            for attribute in node.attribute:
+                if attribute.name == "mode" and attribute.s in _FORMER_MODES:
+                    attribute.s = _FORMER_MODES[attribute.s]
 
 
 def _split_nms(graph: onnx.GraphProto) -> None:

@@ -65,7 +65,7 @@ SUPPORTED: dict[str, OpSupport] = {
         _FLOATS,
         "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
         "CumSum Dropout Einsum Elu Erf Exp Floor GRU Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool "
-        "GroupNormalization HardSigmoid HardSwish Hardmax ImageScaler InstanceNormalization IsInf LRN LSTM "
+        "GroupNormalization HardSigmoid Hardmax ImageScaler InstanceNormalization IsInf LRN LSTM "
         "LayerNormalization LeakyRelu Log LogSoftmax LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization "
         "PRelu ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike "
         "Reciprocal Resize Round ScaledTanh Scan Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh "
@@ -92,6 +92,7 @@ SUPPORTED: dict[str, OpSupport] = {
     **_rows(frozenset({"FLOAT"}), "STFT"),
     **_rows(frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}), "DequantizeLinear"),
     **_rows(_ANY | {"INT8"}, "NonZero", IMPORTERS),  # the matrix names FLOAT and FLOAT16 only
+    "HardSwish": OpSupport(_HALF_AND_SINGLE, IMPORTERS),  # the matrix names BF16 as well
     "Attention": OpSupport(_FLOATS | {"INT8", "FLOAT8E4M3FN"}, CHANGELOG, (10, 14)),
     "RMSNormalization": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
     "RotaryEmbedding": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
@@ -120,6 +121,8 @@ ATTRIBUTES: dict[str, tuple[AttributeRule, ...]] = {
     "AveragePool": (_POOL,),
     "BatchNormalization": (AttributeRule("training_mode", (0,), CHECKERS),),
     "Constant": tuple(AttributeRule(name, ()) for name in ("sparse_value", "value_string", "value_strings")),
+    # The importer knows the names of before opset 20, and takes any other for nearest without a word.
+    "GridSample": (AttributeRule("mode", ("nearest", "bilinear", "bicubic"), IMPORTERS),),
     "LSTM": (AttributeRule("input_forget", (0,)), AttributeRule("layout", (0,))),
     "LpNormalization": (AttributeRule("p", (1, 2), CHECKERS),),
     "LpPool": (_POOL, AttributeRule("p", (1, 2), CHECKERS)),

@@ -30,12 +30,15 @@ def _drop_notes(graph: onnx.GraphProto) -> None:
 
 
 def _drop_prefix(graph: onnx.GraphProto) -> None:
-    """Weights get the names that they have in a checkpoint."""
+    """Weights get the names that they have in a checkpoint, where no node has given its result such a name."""
+    made = {name for node in graph.node for name in node.output}  # as "mean" by an average
+    names = {tensor.name: _checkpoint_name(tensor.name) for tensor in graph.initializer}
+    names = {old: new for old, new in names.items() if new not in made}
     for tensor in graph.initializer:
-        tensor.name = _checkpoint_name(tensor.name)
+        tensor.name = names.get(tensor.name, tensor.name)
     for node in graph.node:
         for k, name in enumerate(node.input):
-            node.input[k] = _checkpoint_name(name)
+            node.input[k] = names.get(name, name)
 
 
 def _checkpoint_name(name: str) -> str:
@@ -45,9 +48,12 @@ def _checkpoint_name(name: str) -> str:
 def _name_nodes(graph: onnx.GraphProto) -> None:
     """A node with a weight gets the module's name; the head that sees every level, numbered from the second on."""
     weights, seen = {tensor.name for tensor in graph.initializer}, {}
+    biased = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "Add"}
     for node in graph.node:
         if node.op_type in WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
             module = node.input[1].removesuffix(".weight")
+            if node.op_type == "MatMul":  # its weight has been transposed, and lost the name; the bias has not
+                module = biased.get(node.output[0], module).removesuffix(".bias")
             seen[module] = seen.get(module, 0) + 1
             node.name = module if seen[module] == 1 else f"{module}#{seen[module]}"
 

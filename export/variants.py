@@ -65,7 +65,7 @@ def write_half(
     """
     if precision not in HALF_TYPES:
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "choose one of these")
-    proto, metadata = _single_precision(source)
+    proto, metadata = single_precision(source)
     batches = list(validation_batches(metadata.preprocessing.divisor))
     observed = [] if images is None else feeds_from_files(images_in(images, limit), metadata)
     largest = largest_magnitudes(proto, itertools.chain(batches, observed), candidates(proto))
@@ -108,7 +108,7 @@ def write_int8(
     Raises:
         UserError: as `write_half`, and for a folder without images.
     """
-    proto, metadata = _single_precision(source)
+    proto, metadata = single_precision(source)
     paths = images_in(calibration, limit)
     observed = observe(proto, feeds_from_files(paths, metadata), values_to_observe(proto))
     model, report = to_int8(proto, ranges(observed), keep=keep)
@@ -142,7 +142,12 @@ def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintRepo
     return lint(flavour)
 
 
-def _single_precision(source: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+def single_precision(source: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """An exported file and its metadata.
+
+    Raises:
+        UserError: for a file that is not ours, a copy for TensorRT, or one in another precision.
+    """
     proto, metadata = read_model(source)
     check_portable(proto, source)
     if metadata.precision != "fp32":

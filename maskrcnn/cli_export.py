@@ -1,4 +1,4 @@
-"""What `maskrcnn export` and `maskrcnn build-engine` do, step by step."""
+"""What `maskrcnn export` does, step by step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from maskrcnn import runs
 from maskrcnn.errors import UserError
+
+if TYPE_CHECKING:
+    from maskrcnn.export.lint import LintReport
 
 _TEMPORARY = ".export-"  # how a folder's name begins that is gone afterwards
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -52,7 +56,7 @@ def run_export(
     _check_options(source, precision, int8, opset=opset, simulate=simulate, tensorrt=tensorrt, aot=aot)
     if source.path is not None and source.path.suffix == ".onnx":
         target = _vacant(output or _variant(source.path, precision, simulate=simulate, tensorrt=tensorrt), source.path)
-        _write_variant(console, source.path, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot)
+        write_variant(console, source.path, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot)
         return
     loaded, origin, named = _load(console, source)
     target = output or (Path(f"{loaded.config.name}.onnx") if named else origin.with_name(runs.ONNX))
@@ -69,49 +73,11 @@ def run_export(
         export(target)
         console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB, from {origin})")
         return
-    with _temporary_folder(target, origin) as folder:
+    with temporary_folder(target, origin) as folder:
         export(folder / runs.ONNX)
-        _write_variant(
+        write_variant(
             console, folder / runs.ONNX, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot
         )
-
-
-def run_build_engine(
-    console: Console, source: Path | None, *, half: bool, int8: Int8Options, target: str, output: Path | None
-) -> None:
-    """Builds the fastest engine for this machine, and compares it with the ONNX file."""
-    from maskrcnn.runtime.engine import build_openvino_engine, tensorrt_obstacle
-
-    onnx = source or runs.newest_onnx()
-    obstacle = tensorrt_obstacle()
-    if target == "tensorrt":
-        raise obstacle
-    if target == "auto":
-        console.print(f"TensorRT: {obstacle.came}; building the CPU engine with OpenVINO")
-    name = "int8" if int8.calibration else "fp16" if half else "fp32"
-    path = output or onnx.with_suffix(f".{name}.xml")
-    if path.suffix != ".xml":
-        raise UserError(f"--output {path}", "a name that ends in .xml", f"use --output {path.with_suffix('.xml')}")
-    if int8.calibration is None:
-        with console.status(f"building from {onnx}"):
-            metadata, difference = build_openvino_engine(onnx, path, half=half)
-    else:
-        from maskrcnn.data.images import images_in
-        from maskrcnn.export.observe import feeds_from_files
-        from maskrcnn.export.variants import COMPARED_IMAGES
-        from maskrcnn.runtime.onnx_file import read_model
-
-        with _temporary_folder(path) as folder:
-            integers = folder / f"{onnx.stem}.int8.onnx"
-            _write_variant(console, onnx, integers, "int8", int8)
-            paths = images_in(int8.calibration, COMPARED_IMAGES)
-            batches = list(feeds_from_files(paths, read_model(onnx)[1]))
-            with console.status(f"building from {integers}"):
-                metadata, difference = build_openvino_engine(integers, path, half=True, reference=onnx, batches=batches)
-    stamp = metadata.stamp
-    console.print(f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}")
-    console.print(f"compared with ONNX Runtime: {difference}")
-    console.print(f"{path} and {path.with_suffix('.bin').name}, from {onnx}")
 
 
 def _check_options(
@@ -167,7 +133,7 @@ def _load(console: Console, source: Source):
     return loaded, path, path != Path(source.weights)
 
 
-def _write_variant(
+def write_variant(
     console: Console,
     source: Path,
     target: Path,
@@ -177,11 +143,16 @@ def _write_variant(
     simulate: bool = False,
     tensorrt: bool = False,
     aot: bool = False,
-) -> None:
-    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported."""
+) -> LintReport | None:
+    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported.
+
+    Returns:
+        with `tensorrt`, what the lint says of the file.
+    """
     from maskrcnn.export import variants
 
-    with _temporary_folder(target) as folder:
+    found = None
+    with temporary_folder(target) as folder:
         made = source
         draft = folder / target.name if tensorrt else target
         with console.status(f"making {target.name}"):
@@ -199,9 +170,11 @@ def _write_variant(
                 console.print(f"compared with single precision: {difference}")
                 made = draft
             if tensorrt:
-                console.print(variants.write_tensorrt(made, target, aot=aot).text(), markup=False)
+                found = variants.write_tensorrt(made, target, aot=aot)
+                console.print(found.text(), markup=False)
     if not target.parent.name.startswith(_TEMPORARY):
         console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    return found
 
 
 def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
@@ -218,7 +191,7 @@ def _vacant(target: Path, source: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]:
+def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]:
     """A folder beside a file, gone afterwards. What is refused in it is kept beside the file, and named there.
 
     Args:

@@ -161,7 +161,7 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
         figures = None
         if processes.is_first:
             results = [result for part in gathered for result in part]
-            scores = score_results(valset, results, with_masks=config.model.has_masks, detect_seconds=seconds)
+            scores = score_results(valset, results, with_masks=config.model.has_masks, seconds=seconds)
             figures = scores.summary()
         return processes.from_first(figures)
 

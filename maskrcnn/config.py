@@ -12,12 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.preprocess import Preprocessing, with_preset
+
+RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
+_WIDER = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+OTHER_BACKBONES = ("vgg16", "vgg16_bn", "mobilenet_v3_large", "convnext_tiny")
+BACKBONES = (*RESNETS, *OTHER_BACKBONES, *_WIDER)  # torchvision's names
+NECKS = ("fpn", "panet", "bifpn")
+POOL_METHODS = ("align", "pool", "crop")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Mask R-CNN with a ResNet-FPN backbone (He et al. 2017; Lin et al. 2017), or a Faster R-CNN: without masks.
+    """A Mask R-CNN with a feature pyramid (He et al. 2017; Lin et al. 2017), or a Faster R-CNN: without masks.
 
     Defaults are those of torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image.
     Labels run from 1 to `len(class_names)`; label 0 is background and padding.
@@ -26,12 +33,14 @@ class ModelConfig:
     name: str = "maskrcnn_resnet50_fpn"
     class_names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()  # the dataset's own id of label k is category_ids[k - 1]
-    backbone: str = "resnet50"
-    frozen_batch_norm: bool = False  # the ResNet's statistics and affine fixed, for fine-tuning in small batches
-    batch_norm_epsilon: float = 1e-5  # the ResNet's; 0 for torchvision's v1 COCO_V1 weights, whose file does not say so
+    backbone: str = "resnet50"  # one of BACKBONES
+    frozen_batch_norm: bool = False  # the backbone's statistics and affine fixed, for fine-tuning in small batches
+    batch_norm_epsilon: float = 1e-5  # the backbone's; 0 for torchvision's v1 COCO_V1 weights, which do not say so
     stride_in_1x1: bool = False  # which convolution of a bottleneck halves a map: True: its first, as in Detectron2
-    fpn_channels: int = 256
-    head_batch_norm: bool = False  # after the convolutions of FPN and mask head too; never frozen
+    neck: str = "fpn"  # one of NECKS: what makes P2 … P6 of the backbone's maps
+    bifpn_repeats: int = 3  # passes down and up of the neck "bifpn"
+    fpn_channels: int = 256  # of P2 … P6, whatever the neck
+    head_batch_norm: bool = False  # after the convolutions of neck and mask head too; never frozen
     anchor_sizes_px: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level P2 … P6
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     anchors_rounded: bool = True  # whether their corners are whole pixels from their centre, as torchvision's
@@ -49,14 +58,20 @@ class ModelConfig:
     has_masks: bool = True  # whether there is a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
-    pool_sampling_ratio: int = 2  # sampling points per bin and axis; 0: as many as a bin is pixels long, rounded up
-    pool_aligned: bool = False  # False: torchvision and ONNX output_half_pixel; True: half_pixel
+    pool_method: str = "align"  # one of POOL_METHODS, see `maskrcnn.model.pooling`
+    pool_sampling_ratio: int = 2  # "align": points per bin and axis; 0: as many as a bin is pixels long, rounded up
+    pool_aligned: bool = False  # not for "pool". True: pixel centres at half-integers (ONNX's half_pixel)
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detection_min_side_px: float = 1e-2  # detections with a shorter side are dropped; 0: only empty ones
     candidates: int = 1000  # best (proposal, class) pairs per image that go into NMS
     detections: int = 100  # rows of the output; unused rows are zero
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
+            check_choice(f"model.{name}", getattr(self, name), choices)
+        check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
 
     @property
     def num_classes(self) -> int:
@@ -221,6 +236,11 @@ def check_range(name: str, value: float, *, low: float, high: float = math.inf) 
         raise UserError(f"{name} {value}", bounds, f"set {name} to such a number")
 
 
+def usual_epsilon(backbone: str) -> float:
+    """The epsilon of batch norm with which torchvision trains a backbone's ImageNet weights."""
+    return 1e-3 if backbone == "mobilenet_v3_large" else 1e-5
+
+
 _SMALL = {
     "backbone": "resnet18",
     "fpn_channels": 96,
@@ -238,15 +258,29 @@ _SMALL = {
 # Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers", as torchvision builds it.
 _V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
 
+_FAMILIES = (("maskrcnn", True), ("fasterrcnn", False))
+# torchvision's `fasterrcnn_mobilenet_v3_large_fpn` is another model: its finest map has stride 32.
+_TORCHVISIONS_OWN = "fasterrcnn_mobilenet_v3_large_fpn"
+
 # The models that can be named on the command line: only what differs from ModelConfig's defaults. Where torchvision
 # has a model of the same name, it is the same model.
 MODELS: dict[str, dict[str, Any]] = {
     "maskrcnn_resnet18_fpn_small": _SMALL,
     **{
-        f"{family}_resnet{depth}_fpn{version}": {"backbone": f"resnet{depth}", "has_masks": has_masks, **changes}
-        for family, has_masks in (("maskrcnn", True), ("fasterrcnn", False))
+        f"{family}_{backbone}_fpn{version}": {"backbone": backbone, "has_masks": has_masks, **changes}
+        for family, has_masks in _FAMILIES
         for version, changes in (("", {}), ("_v2", _V2))
-        for depth in (18, 34, 50, 101)
+        for backbone in RESNETS
+    },
+    **{
+        f"{family}_{backbone}_fpn": {
+            "backbone": backbone,
+            "has_masks": has_masks,
+            "batch_norm_epsilon": usual_epsilon(backbone),
+        }
+        for family, has_masks in _FAMILIES
+        for backbone in OTHER_BACKBONES
+        if f"{family}_{backbone}_fpn" != _TORCHVISIONS_OWN
     },
 }
 
@@ -290,6 +324,8 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     types = typing.get_type_hints(type(config))
     made = {}
     for key, value in _known(type(config), changes).items():
+        if types[key] is Preprocessing:
+            value = with_preset(value)
         if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
             made[key] = changed(getattr(config, key), value)
         else:

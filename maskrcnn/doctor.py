@@ -31,6 +31,7 @@ _CPU_FEATURES = (
     "sse4_2 avx avx2 fma f16c avx512f avx512_vnni avx_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
     "amx_int8 amx_fp16 asimd asimdhp asimddp sve sve2 bf16 i8mm sme"
 )
+_OLDEST_TENSORRT = "10.9"  # the first with ahead-of-time plugins that its ONNX parser finds
 _NO_GPU = "an NVIDIA GPU and its driver: https://www.nvidia.com/drivers"
 
 
@@ -42,6 +43,7 @@ class Finding:
     found: str | None  # version and what it can do; None: missing or unusable
     enables: str  # what maskrcnn does with it
     remedy: str  # how to get it
+    is_enough: bool = True  # whether what was found does; if not, what it would enable and the remedy are shown too
 
 
 def diagnose(more: Sequence[Callable[[], list[Finding]]] = ()) -> list[Finding]:
@@ -69,14 +71,15 @@ def diagnose(more: Sequence[Callable[[], list[Finding]]] = ()) -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """The findings as a plain text table; below each missing one stands what it enables and how to get it."""
+    """The findings as a plain text table; below each that is missing or not enough stands what for, and the remedy."""
     width = max((len(finding.component) for finding in findings), default=0)
     lines = []
     for finding in findings:
         lines.append(f"{finding.component:<{width}}  {finding.found or 'missing'}")
-        if finding.found is None:
-            lines.append(f"{'':<{width}}    would enable: {finding.enables}")
-            lines.append(f"{'':<{width}}    to get it: {finding.remedy}")
+        if finding.found is None or not finding.is_enough:
+            what_for, how = ("would enable", "to get it") if finding.found is None else ("needed for", "what to do")
+            lines.append(f"{'':<{width}}    {what_for}: {finding.enables}")
+            lines.append(f"{'':<{width}}    {how}: {finding.remedy}")
     return "\n".join(lines)
 
 
@@ -164,20 +167,23 @@ def _openvino(facts: Facts) -> Finding:
 
 
 def _tensorrt(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
-    enables = "TensorRT engines on NVIDIA GPUs, in a later version of maskrcnn"
-    install = "pip install 'tensorrt>=10.9' (downloads from pypi.nvidia.com)"
-    tensorrt = _library("TensorRT (Python)", facts["tensorrt"], enables, install)
-    if tensorrt.found and not facts["tensorrt"].get("builder"):
+    install = f"pip install -U 'tensorrt>={_OLDEST_TENSORRT}' (downloads from pypi.nvidia.com)"
+    tensorrt = _library("TensorRT (Python)", facts["tensorrt"], "TensorRT engines on NVIDIA GPUs", install)
+    if tensorrt.found and _numbers(tensorrt.found)[:2] < _numbers(_OLDEST_TENSORRT):
+        tensorrt = dataclasses.replace(tensorrt, found=f"{tensorrt.found}, which is too old", is_enough=False)
+    elif tensorrt.found and not facts["tensorrt"].get("builder"):
         why = "there is no NVIDIA driver" if driver is None else _failure(facts["tensorrt"])
         tensorrt = dataclasses.replace(tensorrt, found=f"{tensorrt.found}, cannot build here: {why}")
-    driver_api = (
-        "compiling kernels without nvcc, finding the GPU; memory for TensorRT engines, in a later version of maskrcnn"
-    )
+    driver_api = "TensorRT engines (GPU memory, streams, graphs), compiling kernels without nvcc"
     return [
         tensorrt,
         _library("cuda-python", facts["cuda-python"], driver_api, "pip install 'cuda-python>=12.6'"),
-        _library("PyCUDA", facts["pycuda"], "GPU memory without cuda-python", "pip install pycuda (needs nvcc)"),
+        _library("PyCUDA", facts["pycuda"], "its GPU arrays as inputs of engines", "pip install pycuda (needs nvcc)"),
     ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def _library(component: str, facts: Facts, enables: str, install: str, found: str | None = None) -> Finding:
@@ -334,6 +340,11 @@ def _answer(name: str) -> None:
         tell({"error": str(error), "missing": absent == ("cuda" if name == "cuda-python" else name)})
     except Exception as error:
         tell({"error": f"{type(error).__name__}: {error}"[:300]})
+
+
+def library_facts(name: str) -> Facts:
+    """What there is to know of one library: `version`, and for OpenVINO `devices`; empty where it is missing."""
+    return {key: value for key, value in _facts_of(name).items() if key not in ("error", "missing")}
 
 
 def _facts_of(name: str) -> Facts:

@@ -102,6 +102,19 @@ def assignments(texts: list[str]) -> dict[str, Any]:
     return made
 
 
+def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a name that stands for a section has become one: `model: NAME`, `preprocessing: caffe`.
+
+    Only sections can be merged with what other files and options say of the same section.
+    """
+    made, model = dict(settings), settings.get("model")
+    if isinstance(model, str):
+        made["model"] = {"name": model}
+    elif isinstance(model, dict) and isinstance(model.get("preprocessing"), str):
+        made["model"] = {**model, "preprocessing": {"preset": model["preprocessing"]}}
+    return made
+
+
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Both settings; where both have one the second's counts, section by section."""
     made = dict(first)

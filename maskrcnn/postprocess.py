@@ -1,22 +1,22 @@
 """The detector's outputs as detections in the original images, and as COCO results. Needs NumPy only.
 
-Masks come as 28×28 probabilities in the frame of their box and are pasted as torchvision's
-`paste_masks_in_image` does: one pixel of zeros around the mask, the box grown in proportion and cut to whole
-pixels, then linear interpolation. Only the part of a box that lies inside the image is ever computed.
+Masks come as 28×28 probabilities in the frame of their box; `pasting` makes pixels or run lengths of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import linear_taps
+from maskrcnn.pasting import paste_mask, pasted_runs
+from maskrcnn.run_lengths import strings_from_runs
 
-_PADDING_PX = 1  # zeros around a mask before pasting, torchvision's default
+# Masks [D, S, S], boxes [D, 4] xyxy px, (height, width) of the image and a threshold, to bool [D, height, width].
+Paste = Callable[[np.ndarray, np.ndarray, tuple[int, int], float], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Detections:
     labels: np.ndarray  # [D] int64, 1 … number of classes
     masks: np.ndarray | None  # [D, 28, 28] float32 probabilities in the box frame; None: without a mask head
     size_hw: tuple[int, int]  # of the original image
+    paste: Paste | None = field(default=None, repr=False)  # instead of the CPU's, where a GPU is at hand
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -41,7 +42,8 @@ class Detections:
         """Only the detections of at least this score."""
         keep = self.scores >= score
         masks = None if self.masks is None else self.masks[keep]
-        return Detections(self.boxes_xyxy_px[keep], self.scores[keep], self.labels[keep], masks, self.size_hw)
+        kept = {"boxes_xyxy_px": self.boxes_xyxy_px[keep], "scores": self.scores[keep], "labels": self.labels[keep]}
+        return replace(self, masks=masks, **kept)
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
         """Masks in the whole image, `[D, H, W]` bool: where the probability exceeds `threshold`.
@@ -49,14 +51,20 @@ class Detections:
         Raises:
             UserError: for a model without masks.
         """
+        if self.paste is not None:
+            return self.paste(self._own_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
         full = np.zeros((len(self), *self.size_hw), bool)
-        for slot, (window, y0, x0) in zip(full, self._windows(), strict=True):
+        for slot, mask, box in zip(full, self._own_masks(), self.boxes_xyxy_px, strict=True):
+            window, y0, x0 = paste_mask(mask, box, self.size_hw)
             height, width = window.shape
             slot[y0 : y0 + height, x0 : x0 + width] = window > threshold
         return full
 
     def rles(self, threshold: float = 0.5) -> list[dict[str, Any]]:
-        """The same masks as COCO's compressed run lengths, made from the boxes' windows alone.
+        """The same masks as COCO's compressed run lengths, without an image of any of them.
+
+        Args:
+            threshold: 0 or more.
 
         Returns:
             `{"size": [H, W], "counts": str}` for each detection.
@@ -64,31 +72,25 @@ class Detections:
         Raises:
             UserError: for a model without masks.
         """
-        from pycocotools import mask as mask_api
+        runs = pasted_runs(self._own_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
+        return [{"size": list(self.size_hw), "counts": counts} for counts in strings_from_runs(runs)]
 
-        height, width = self.size_hw
-        encoded = []
-        for window, y0, x0 in self._windows():
-            counts = _run_lengths(window > threshold, y0, x0, self.size_hw)
-            rle = mask_api.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-            encoded.append({"size": [height, width], "counts": rle["counts"].decode("ascii")})
-        return encoded
-
-    def _windows(self) -> list[tuple[np.ndarray, int, int]]:
+    def _own_masks(self) -> np.ndarray:
         if self.masks is None:
             raise UserError(
                 "detections without masks",
                 "the outputs of a model with a mask head",
                 "use a Mask R-CNN, or ask for boxes only",
             )
-        pairs = zip(self.masks, self.boxes_xyxy_px, strict=True)
-        return [paste_mask(mask, box, self.size_hw) for mask, box in pairs]
+        return self.masks
 
 
 def unpack(
     outputs: Mapping[str, np.ndarray],
     image_sizes: np.ndarray,
     original_sizes: Sequence[tuple[int, int]],
+    *,
+    paste: Paste | None = None,
 ) -> list[Detections]:
     """The detections of each image of a batch, without the padding rows and in pixels of the original images.
 
@@ -97,6 +99,7 @@ def unpack(
             and `labels` `[N, D]`, and `masks` `[N, D, 28, 28]` where the model has them.
         image_sizes: `[N, 2]` (height, width) of the resized images before padding.
         original_sizes: (height, width) of each original image.
+        paste: what the detections paste their masks with; by default the CPU.
 
     Raises:
         UserError: when outputs and sizes are of different numbers of images.
@@ -122,32 +125,10 @@ def unpack(
                 labels=np.asarray(outputs["labels"][index][kept], np.int64),
                 masks=None if masks is None else np.asarray(masks[index][kept], np.float32),
                 size_hw=(int(height), int(width)),
+                paste=paste,
             )
         )
     return unpacked
-
-
-def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, int, int]:
-    """The part of a pasted mask that lies inside the image.
-
-    Args:
-        mask: `[M, M]` float32 probabilities in the frame of the box.
-        box_xyxy_px: `[4]` in pixels of the image; may lie partly or wholly outside it.
-        size_hw: height and width of the image.
-
-    Returns:
-        The probabilities `[h, w]` float32 and the row and column of their first pixel in the image; outside
-        this window they are zero. A box that does not touch the image gives `[0, 0]`, row 0, column 0.
-    """
-    x0, y0, x1, y1 = _grown_box(box_xyxy_px, mask.shape[-1])
-    left, right = max(x0, 0), min(x1 + 1, size_hw[1])
-    top, bottom = max(y0, 0), min(y1 + 1, size_hw[0])
-    if left >= right or top >= bottom:
-        return np.zeros((0, 0), np.float32), 0, 0
-    padded = np.pad(np.asarray(mask, np.float32), _PADDING_PX)
-    rows = _resizing_matrix(len(padded), y1 - y0 + 1, top - y0, bottom - y0)
-    columns = _resizing_matrix(len(padded), x1 - x0 + 1, left - x0, right - x0)
-    return rows @ padded @ columns.T, top, left
 
 
 def coco_results(
@@ -185,45 +166,3 @@ def coco_results(
         for result, rle in zip(results, detections.rles(), strict=True):
             result["segmentation"] = rle
     return results
-
-
-def _grown_box(box_xyxy_px: np.ndarray, mask_size: int) -> tuple[int, int, int, int]:
-    """The box of the padded mask in whole pixels, both ends included, in torchvision's float32 arithmetic."""
-    corners = np.asarray(box_xyxy_px, np.float32).reshape(2, 2)
-    scale = np.float32((mask_size + 2 * _PADDING_PX) / mask_size)
-    half = (corners[1] - corners[0]) * np.float32(0.5) * scale
-    centre = (corners[1] + corners[0]) * np.float32(0.5)
-    # Conversion to integers cuts towards zero, so boxes beyond the upper or left border move inwards by up to
-    # a pixel, in torchvision as here.
-    (x0, y0), (x1, y1) = (centre - half).astype(np.int64).tolist(), (centre + half).astype(np.int64).tolist()
-    return x0, y0, x1, y1
-
-
-def _resizing_matrix(size_in: int, size_out: int, start: int, stop: int) -> np.ndarray:
-    """`[stop - start, size_in]` float32: rows `start` to `stop` of linear resizing to `size_out` pixels."""
-    low, high, weight = linear_taps(size_in, size_out, start, stop)
-    rows = np.arange(stop - start)
-    matrix = np.zeros((stop - start, size_in), np.float32)
-    matrix[rows, low] = 1 - weight
-    matrix[rows, high] += weight  # at the border both taps are the same pixel
-    return matrix
-
-
-def _run_lengths(window: np.ndarray, y0: int, x0: int, size_hw: tuple[int, int]) -> list[int]:
-    """COCO's run lengths of an image that is `window` at (y0, x0) and False elsewhere.
-
-    Runs go down the columns, from left to right, alternating from a (maybe empty) run of False.
-    """
-    image_height, image_width = size_hw
-    height, width = window.shape
-    columns = np.zeros((width, height + 1), bool)  # a False ends each column, so that edges come in pairs
-    columns[:, :height] = window.T
-    line = np.concatenate(([False], columns.ravel()))
-    edges = np.flatnonzero(line[1:] != line[:-1])
-    column, row = np.divmod(edges, height + 1)
-    positions = (x0 + column) * image_height + y0 + row
-    # A run that ends at the bottom and goes on at the top of the next column is one run.
-    joined = np.flatnonzero(positions[1:] == positions[:-1])
-    positions = np.delete(positions, np.concatenate([joined, joined + 1]))
-    counts = np.diff(np.concatenate(([0], positions, [image_height * image_width])))
-    return counts.tolist() if counts[-1] else counts[:-1].tolist()

@@ -21,6 +21,15 @@ import numpy as np
 from maskrcnn.errors import UserError
 
 RESIZES = ("torchvision", "pillow")
+# Named sets of fields. "caffe": weights converted from Caffe see BGR from 0 to 255, less the mean of py-faster-rcnn.
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet": {"channel_order": "RGB", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    "caffe": {
+        "channel_order": "BGR",
+        "mean": (102.9801 / 255, 115.9465 / 255, 122.7717 / 255),
+        "std": (1 / 255, 1 / 255, 1 / 255),
+    },
+}
 _BAND_ROWS = 32  # output rows resized at once; the band's buffers then stay in a core's cache
 
 
@@ -77,6 +86,25 @@ class Preprocessing:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:
             raise _unusable(f"values of wrong type ({error})", "what `to_dict` writes") from error
+
+
+def with_preset(changes: Any) -> Any:
+    """Changes of a `Preprocessing` in which the name of a preset has given way to its fields.
+
+    Args:
+        changes: fields with their values, among them perhaps `preset`, a name of `PRESETS`; or such a name alone.
+            What stands beside a preset counts more than the preset.
+
+    Raises:
+        UserError: for a name that is not in `PRESETS`.
+    """
+    changes = {"preset": changes} if isinstance(changes, str) else changes
+    if not isinstance(changes, dict) or "preset" not in changes:
+        return changes
+    name = changes["preset"]
+    if name not in PRESETS:
+        raise UserError(f"preprocessing {name!r}", f"one of {', '.join(PRESETS)}", "name one, or set mean and std")
+    return {**PRESETS[name], **{key: value for key, value in changes.items() if key != "preset"}}
 
 
 def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
@@ -159,12 +187,7 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     Raises:
         UserError: for an empty list, and for an image of another type or shape or without pixels.
     """
-    if len(images) == 0:
-        raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
-    for index, image in enumerate(images):
-        _check_image(image, index)
-    sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
-    padded_hw = [-(-max(side) // preprocessing.divisor) * preprocessing.divisor for side in zip(*sizes, strict=True)]
+    sizes, padded_hw = batch_sizes(images, preprocessing)
     batch = np.zeros((len(images), 3, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
@@ -173,6 +196,24 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
         else:
             _resize_into(channels, slot[:, :height, :width])
     return batch, np.array(sizes, np.int64)
+
+
+def batch_sizes(
+    images: Sequence[np.ndarray], preprocessing: Preprocessing
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Height and width of each image after resizing, and those of the padded batch; see `batch_images`.
+
+    Raises:
+        UserError: for an empty list, and for an image of another type or shape or without pixels.
+    """
+    if len(images) == 0:
+        raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
+    for index, image in enumerate(images):
+        _check_image(image, index)
+    sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
+    divisor = preprocessing.divisor
+    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    return sizes, (height, width)
 
 
 def linear_taps(

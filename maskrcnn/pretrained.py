@@ -10,7 +10,7 @@ import dataclasses
 import http.client
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,13 +21,21 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from maskrcnn.checkpoint import PICKLE_SUFFIX, SUFFIX, config_of, load_weights, read_state_dict
-from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.config import ModelConfig, model_config, usual_epsilon
 from maskrcnn.detectron2 import CONVENTIONS, from_detectron2, is_detectron2
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import Preprocessing
 
 BODY = "backbone.body."
 MASK_HEAD = "roi_heads.mask_"
+NECK = "backbone.fpn."
+# Parts that a neck has as a whole or not at all: FPN, PANet's second path beside it, BiFPN.
+OF_NECKS = (
+    ("backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."),
+    ("backbone.fpn.down_blocks.", "backbone.fpn.fuse_blocks."),
+    ("backbone.fpn.lateral_blocks.", "backbone.fpn.passes."),
+)
 # The tensors whose shape depends on the number of classes.
 OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 _CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
@@ -43,10 +51,11 @@ class StartingWeights:
     source: str  # as messages call it
     path: Path  # the file
     config: ModelConfig | None = None  # of the model that saved them, where that is known
+    pixels: dict[str, Any] = field(default_factory=dict)  # a classifier's mean and std, where they are not the usual
 
     @property
     def is_backbone(self) -> bool:
-        """Whether they are a classifier's, which has nothing but the ResNet in common with a detector."""
+        """Whether they are a classifier's, which has nothing but the backbone in common with a detector."""
         return all(name.startswith(BODY) for name in self.tensors)
 
     @property
@@ -98,15 +107,15 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
         UserError: when the file cannot be read, the name is unknown, or its file is neither in torch.hub's folder
             nor can be downloaded.
     """
-    path, source = Path(spec), str(spec)
+    path, source, pixels = Path(spec), str(spec), {}
     if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
         weights = _named(source, config)
-        path, source = _downloaded(weights), repr(weights)
+        path, source, pixels = _downloaded(weights), repr(weights), _pixels(weights)
     tensors, header = read_state_dict(path)
     saved = config_of(header, path) if header else None
     if saved is None and (path.suffix == PICKLE_SUFFIX or is_detectron2(tensors)):
         tensors, saved = from_detectron2(tensors, path)
-    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved)
+    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, pixels=pixels)
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
@@ -114,17 +123,31 @@ def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, An
 
     Those are batch norm's, and where the model that saved them has other conventions than `config`'s defaults, these.
     A backbone that was trained on ImageNet keeps its statistics, as in torchvision's detectors: all but those of
-    version 2, which have batch norm in their heads and train them all.
+    version 2, which have batch norm in their heads and train them all. One without batch norm has nothing to keep.
     """
     if weights.config is not None:
         norm = {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
         return _other_conventions(weights.config, config) | norm
     if weights.is_backbone:
-        return {"frozen_batch_norm": not config.head_batch_norm, "batch_norm_epsilon": 1e-5}
+        is_normed = any(name.endswith("running_var") for name in weights.tensors)
+        return _pixel_changes(weights.pixels, config) | {
+            "frozen_batch_norm": is_normed and not config.head_batch_norm,
+            "batch_norm_epsilon": usual_epsilon(config.backbone),
+        }
     return {
         "frozen_batch_norm": _is_frozen(weights.tensors),
-        "batch_norm_epsilon": default_batch_norm_epsilon(weights.tensors, weights.class_count),
+        "batch_norm_epsilon": default_batch_norm_epsilon(
+            weights.tensors, weights.class_count, usual_epsilon(config.backbone)
+        ),
     }
+
+
+def _pixel_changes(pixels: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The preprocessing that a classifier was trained with, where `config` has the usual one."""
+    usual = Preprocessing()
+    if not pixels or (config.preprocessing.mean, config.preprocessing.std) != (usual.mean, usual.std):
+        return {}
+    return {"preprocessing": dataclasses.replace(config.preprocessing, **pixels)}
 
 
 def _other_conventions(saved: ModelConfig, config: ModelConfig) -> dict[str, Any]:
@@ -147,9 +170,9 @@ def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[
     """Weights made to fit a model of other classes, or of other parts.
 
     What keeps the model's present values: the tensors whose shape depends on the number of classes, unless the
-    classes are the same; a mask head that the weights do not have; with a classifier's weights all but the backbone.
-    Left out is a mask head that the model does not have. The rest goes as it is to `load_weights`, which refuses
-    what does not fit.
+    classes are the same; a mask head or a neck's part that the weights do not have; with a classifier's weights all
+    but the backbone. Left out are such parts that the model does not have. The rest goes as it is to `load_weights`,
+    which refuses what does not fit.
 
     Returns:
         the tensors for `load_weights`, and what was done to them.
@@ -243,7 +266,8 @@ def load_torchvision(
             "name every class but background",
         )
     if batch_norm_epsilon is None:
-        batch_norm_epsilon = default_batch_norm_epsilon(weights.tensors, count)
+        usual = usual_epsilon(model_config(name).backbone)
+        batch_norm_epsilon = default_batch_norm_epsilon(weights.tensors, count, usual)
     config = model_config(
         name,
         class_names=class_names,
@@ -255,13 +279,13 @@ def load_torchvision(
     return model.eval()
 
 
-def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int) -> float:
+def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int, usual: float = 1e-5) -> float:
     """The epsilon with which torchvision would run these weights.
 
     Its first COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
-    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has 1e-5.
+    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has the usual one.
     """
-    return 0.0 if _is_frozen(tensors) and class_count == _COCO_LABELS else 1e-5
+    return 0.0 if _is_frozen(tensors) and class_count == _COCO_LABELS else usual
 
 
 def coco_labels() -> tuple[str, ...]:
@@ -270,15 +294,21 @@ def coco_labels() -> tuple[str, ...]:
 
 
 def _is_frozen(tensors: dict[str, Tensor]) -> bool:
-    """Whether the ResNet was saved with frozen batch norm."""
+    """Whether the backbone was saved with frozen batch norm."""
     return not any(name.startswith(BODY) and name.endswith("num_batches_tracked") for name in tensors)
 
 
 def _for_detector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A detector's tensors as they are; a ResNet classifier's as the detector's backbone."""
-    if not {"conv1.weight", "fc.weight"} <= set(tensors):
-        return tensors
-    return {BODY + name: value for name, value in tensors.items() if not name.startswith("fc.")}
+    """A detector's tensors as they are; a classifier's, of a ResNet or with `features`, as a detector's backbone."""
+    if {"conv1.weight", "fc.weight"} <= set(tensors):
+        return {BODY + name: value for name, value in tensors.items() if not name.startswith("fc.")}
+    if tensors and all(name.startswith(("features.", "classifier.")) for name in tensors):
+        return {
+            BODY + name.removeprefix("features."): value
+            for name, value in tensors.items()
+            if name.startswith("features.")
+        }
+    return tensors
 
 
 def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:
@@ -301,8 +331,13 @@ def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], l
     own, given = list(own), list(given)
     if all(name.startswith(BODY) for name in given):
         return [name for name in own if not name.startswith(BODY)], []
-    ours, theirs = ([name for name in names if name.startswith(MASK_HEAD)] for names in (own, given))
-    return ([] if theirs else ours), ([] if ours else theirs)
+    added, dropped = [], []
+    # Weights without any neck are a file with something missing.
+    for part in (MASK_HEAD, *(OF_NECKS if any(name.startswith(NECK) for name in given) else ())):
+        ours, theirs = ([name for name in names if name.startswith(part)] for names in (own, given))
+        added += [] if theirs else ours
+        dropped += [] if ours else theirs
+    return added, dropped
 
 
 def _parts(names: Iterable[str]) -> str:
@@ -327,6 +362,15 @@ def _named(name: str, config: ModelConfig | None) -> WeightsEnum:
             f"a file, or one of {', '.join(members)}" if members else "a file",
             "check the path or the name given with --weights",
         ) from error
+
+
+def _pixels(weights: WeightsEnum) -> dict[str, Any]:
+    """Mean and deviation of the pixels that weights were trained on, where they are not the usual.
+
+    `VGG16_Weights.IMAGENET1K_FEATURES`, which come from Caffe, are such.
+    """
+    given = getattr(weights.transforms, "keywords", {})
+    return {name: tuple(given[name]) for name in ("mean", "std") if name in given}
 
 
 def _downloaded(weights: WeightsEnum) -> Path:

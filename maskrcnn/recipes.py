@@ -8,6 +8,7 @@ from typing import Any
 from maskrcnn.config import LossConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
+from maskrcnn.preprocess import with_preset
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
 SHAPES_SIZE_PX = 128  # side of a generated picture, and what a small model on shapes sees
@@ -29,13 +30,14 @@ def training_config(
             `maskrcnn.config.MODELS`; by default it is the small one.
 
     Raises:
-        UserError: for an unknown model or field, a value that cannot be, or classes other than the dataset's.
+        UserError: for an unknown model or field, a value that cannot be, classes other than the dataset's, and a
+            model with masks where there are boxes only.
     """
     settings = dict(settings or {})
     model = settings.pop("model", {})
     model = {"name": model} if isinstance(model, str) else dict(model)
     name = model.setdefault("name", SMALL_MODEL)
-    sizes = dict(model.get("preprocessing", {}))
+    sizes = dict(with_preset(model.get("preprocessing", {})))
     small = name == SMALL_MODEL
     native = max(max(record.height, record.width) for record in dataset.images)
     default_size = (SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
@@ -52,6 +54,13 @@ def training_config(
             f"those of {dataset.annotation_path}: {dataset.class_names[:5]}",
             "leave class_names and category_ids out of the settings, or train on that dataset",
         )
+    for each in (dataset, validation):
+        if config.model.has_masks and not each.has_masks:
+            raise UserError(
+                f"{config.model.name}, which learns masks, and {each.annotation_path}, which has boxes only",
+                "annotations with segmentation, or a model without masks",
+                "train --model fasterrcnn_resnet50_fpn, or annotate outlines",
+            )
     frozen = config.batch_norm == "frozen" or config.model.frozen_batch_norm
     return replace(
         config,

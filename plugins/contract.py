@@ -33,6 +33,9 @@ class Op:
     doc: str
 
 
+# The attributes that say at which level a RoI is pooled.
+_LEVELS = ("min_level", "canonical_level", "canonical_size", "level_epsilon")
+
 MULTILEVEL_ROI_ALIGN = Op(
     name="MultilevelRoiAlign",
     inputs=(
@@ -50,6 +53,17 @@ MULTILEVEL_ROI_ALIGN = Op(
         "level_epsilon": float,  # added to the logarithm
     },
     doc="RoIAlign of each RoI at its own pyramid level.",
+)
+
+MULTILEVEL_ROI_POOL = Op(
+    name="MultilevelRoiPool",
+    inputs=MULTILEVEL_ROI_ALIGN.inputs,
+    outputs=MULTILEVEL_ROI_ALIGN.outputs,
+    attributes={
+        "pooled_shape": list,  # S, S: as MaxRoiPool has it, to which a function can but pass it on
+        **{name: MULTILEVEL_ROI_ALIGN.attributes[name] for name in _LEVELS},
+    },
+    doc="RoIPool of each RoI at its own pyramid level: the largest of the whole pixels of a bin. It has no plugin.",
 )
 
 BATCHED_NMS = Op(
@@ -76,7 +90,7 @@ LIVE_ROWS = Op(
     doc="The first L rows, L the largest count and at least 1; or all D rows, which is as right and has no plugin.",
 )
 
-OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS, LIVE_ROWS)}
+OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, MULTILEVEL_ROI_POOL, BATCHED_NMS, LIVE_ROWS)}
 
 # BatchedNms in two steps, for TensorRT's ahead-of-time plugins alone: each of those is one kernel. No exported file has
 # these, and no function stands for them; `export.tensorrt.tensorrt_flavour(…, aot=True)` writes them.

@@ -89,6 +89,45 @@ def multilevel_roi_align(
     return pooled
 
 
+def _bin_edges(start: float, end: float, bins: int, size: int) -> list[tuple[int, int]]:
+    """The pixels of each bin of RoIPool along one axis: the first, and the one after the last, inside the map."""
+    first, last = (int(math.copysign(math.floor(abs(value) + 0.5), value)) for value in (start, end))
+    length = np.float32(max(last - first + 1, 1)) / np.float32(bins)
+    edges = [(math.floor(np.float32(k) * length), math.ceil(np.float32(k + 1) * length)) for k in range(bins)]
+    return [(min(max(low + first, 0), size), min(max(high + first, 0), size)) for low, high in edges]
+
+
+def multilevel_roi_pool(
+    features: list[np.ndarray],
+    rois: np.ndarray,
+    *,
+    pooled_shape: tuple[int, int],
+    min_level: int = 2,
+    canonical_level: int = 4,
+    canonical_size: float = 224.0,
+    level_epsilon: float = 1e-6,
+) -> np.ndarray:
+    """`MultilevelRoiPool` of the contract: features per level `[N, C, H_l, W_l]`, rois `[N, R, 4]`.
+
+    Returns:
+        float32 `[N, R, C, S, S]`; bins without a pixel are zero.
+    """
+    batch, count = rois.shape[:2]
+    pooled = np.zeros((batch, count, features[0].shape[1], *pooled_shape), np.float32)
+    for n in range(batch):
+        for r in range(count):
+            level = level_of(rois[n, r], len(features), min_level, canonical_level, canonical_size, level_epsilon)
+            feature = features[level][n].astype(np.float32)
+            x1, y1, x2, y2 = (float(value) / 2.0 ** (min_level + level) for value in rois[n, r])
+            rows = _bin_edges(y1, y2, pooled_shape[0], feature.shape[1])
+            columns = _bin_edges(x1, x2, pooled_shape[1], feature.shape[2])
+            for i, (top, bottom) in enumerate(rows):
+                for j, (left, right) in enumerate(columns):
+                    if top < bottom and left < right:
+                        pooled[n, r, :, i, j] = feature[:, top:bottom, left:right].max(axis=(1, 2))
+    return pooled
+
+
 def iou(first: np.ndarray, second: np.ndarray) -> float:
     """Intersection over union of two boxes `[4]` xyxy; NaN where both areas are zero."""
     width = max(min(first[2], second[2]) - max(first[0], second[0]), np.float32(0))

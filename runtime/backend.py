@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.postprocess import Paste
+from maskrcnn.preprocess import batch_images
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
 
 
 class Backend(ABC):
-    """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object."""
+    """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object.
+
+    Those that run on a GPU also take arrays that lie there, of any library that `runtime/device_arrays.py` names; where
+    `images` is one, the outputs are arrays on the GPU too.
+    """
 
     name: str  # of the software that runs it, as tables show it
     precision: str  # of the arithmetic, as tables show it
     metadata: ModelMetadata
+    paste: Paste | None = None  # what pastes masks into images faster than the CPU, if anything does
 
     @abstractmethod
     def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -52,6 +60,21 @@ class Backend(ABC):
     @abstractmethod
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs that have been checked."""
+
+    def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Outputs for images of any sizes, and their sizes after resizing.
+
+        Args:
+            images: uint8 `[H, W, 3]` RGB.
+
+        Returns:
+            the outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.
+
+        Raises:
+            UserError: for an empty list, an image of another type or shape, or one that the model cannot take.
+        """
+        pixels, sizes = batch_images(images, self.metadata.preprocessing)
+        return self({"images": pixels, "image_sizes": sizes}), sizes
 
     def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
         """Tensors on the way from images to detections, from a second, instrumented copy of the model.
@@ -75,7 +98,11 @@ class Backend(ABC):
             "verify the ONNX file or the checkpoint that this one was made from",
         )
 
-    def __call__(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def remarks(self) -> list[str]:
+        """What a user may want to know of how the model runs here, a line each; most have nothing to say."""
+        return []
+
+    def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """Checks names, types and shapes, then infers.
 
         Raises:
@@ -86,8 +113,9 @@ class Backend(ABC):
             raise _bad_feed(f"inputs {sorted(feeds)}", f"{sorted(inputs)}")
         for name, spec in inputs.items():
             value = feeds[name]
-            if str(value.dtype) != spec.dtype or not _fits(value.shape, spec.shape):
-                raise _bad_feed(f"{name} {value.dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}")
+            dtype = str(value.dtype).rpartition(".")[2]  # torch says torch.float32
+            if dtype != spec.dtype or not _fits(tuple(value.shape), spec.shape):
+                raise _bad_feed(f"{name} {dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}")
         images, sizes = feeds["images"], feeds["image_sizes"]
         divisor = self.metadata.preprocessing.divisor
         if len(images) == 0 or len(images) != len(sizes):

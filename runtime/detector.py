@@ -10,7 +10,6 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Detections, unpack
-from maskrcnn.preprocess import batch_images
 from maskrcnn.runtime.backend import Backend
 
 # Kinds of model file, and the backends that run them; the first is the default.
@@ -18,6 +17,7 @@ BACKENDS = {
     ".safetensors": ("torch",),
     ".onnx": ("onnxruntime", "openvino"),
     ".xml": ("openvino",),
+    ".engine": ("tensorrt",),
 }
 
 
@@ -36,9 +36,10 @@ class Detector:
         """The detector for a checkpoint, an ONNX file or an engine.
 
         Args:
-            path: `.safetensors`, `.onnx` or `.xml`.
-            backend: "torch", "onnxruntime" or "openvino", where a kind of file has several.
-            options: for the backend, such as `threads` or `precision`.
+            path: `.safetensors`, `.onnx`, `.xml` or `.engine`.
+            backend: "torch", "onnxruntime", "openvino" or "tensorrt", where a kind of file has several; with one of
+                ONNX Runtime's providers as "onnxruntime:cuda".
+            options: for the backend, such as `threads`, `precision` or `graphs`.
 
         Raises:
             UserError: when the file cannot be used or the backend's library is missing.
@@ -56,19 +57,12 @@ class Detector:
         Args:
             images: uint8 `[H, W, 3]` RGB, of any sizes; the batch is padded to the largest.
         """
-        pixels, sizes = batch_images(images, self.metadata.preprocessing)
-        outputs = self.backend({"images": pixels, "image_sizes": sizes})
-        return unpack(outputs, sizes, [image.shape[:2] for image in images])
+        outputs, sizes = self.backend.run_images(images)
+        return unpack(outputs, sizes, [image.shape[:2] for image in images], paste=self.backend.paste)
 
 
 def load_backend(path: Path, backend: str | None = None, **options: Any) -> Backend:
     """The backend for a model file; see `Detector.load`."""
-    if path.suffix == ".engine":
-        raise UserError(
-            f"{path}: a TensorRT engine",
-            "a checkpoint, an ONNX file or an OpenVINO engine",
-            "run the ONNX file it was built from; this version does not run TensorRT engines yet",
-        )
     kinds = BACKENDS.get(path.suffix)
     if kinds is None:
         raise UserError(
@@ -77,9 +71,13 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
             "name a checkpoint, an exported model or an engine; "
             "for torchvision weights: `maskrcnn export --weights FILE --model NAME --onnx`",
         )
-    chosen = backend or kinds[0]
+    chosen, _, provider = (backend or kinds[0]).partition(":")
+    options |= {"provider": provider} if provider else {}
     if chosen not in kinds:
         raise UserError(f"backend {chosen!r} for {path}", " or ".join(kinds), "choose one of these")
+    if "provider" in options and chosen != "onnxruntime":
+        came, do = f"a provider for {path} in {chosen}", "leave it out, or name an ONNX file and --backend onnxruntime"
+        raise UserError(came, "ONNX Runtime, whose providers they are", do)
     if chosen == "torch":
         from maskrcnn.runtime.torch_backend import TorchBackend
 
@@ -88,6 +86,20 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
         from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(path, **options)
+    if chosen == "tensorrt":
+        from maskrcnn.runtime.tensorrt_backend import TensorRtBackend
+
+        return TensorRtBackend(path, **options)
     from maskrcnn.runtime.openvino_backend import OpenVinoBackend
 
     return OpenVinoBackend(path, **options)
+
+
+def with_provider(backend: str | None, provider: str | None) -> str | None:
+    """A backend's name with one of ONNX Runtime's providers, as `load_backend` takes it.
+
+    Args:
+        backend: as a user names it, or None.
+        provider: as a user names it, or None for the best that works.
+    """
+    return f"{backend or 'onnxruntime'}:{provider}" if provider else backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import platform
 import tempfile
@@ -18,22 +17,6 @@ from maskrcnn.runtime.compare import EXACT, HALF, INT8, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, read_onnx
 from maskrcnn.runtime.validation import compare_backends
-
-
-def tensorrt_obstacle() -> UserError:
-    """Why no TensorRT engine can be built: always something, as this version has no TensorRT builder yet."""
-    if importlib.util.find_spec("tensorrt") is None:
-        return UserError(
-            "no Python package tensorrt on this machine",
-            "TensorRT 10.9 or newer and an NVIDIA GPU; this version cannot build its engines yet even then",
-            "`pip install 'maskrcnn[tensorrt]'` for later versions; now use --target openvino, "
-            "or run the ONNX file in ONNX Runtime",
-        )
-    return UserError(
-        "TensorRT is installed, but this version of maskrcnn has no TensorRT builder yet",
-        "--target openvino, or the ONNX file in ONNX Runtime",
-        "use --target openvino",
-    )
 
 
 def build_openvino_engine(

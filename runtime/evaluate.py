@@ -1,63 +1,51 @@
-"""COCO evaluation of any detector."""
+"""COCO evaluation of any detector: one preprocessing and one scoring, whatever runs the model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools.cocoeval import COCOeval
-
-from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.postprocess import coco_results
+from maskrcnn.runtime.detecting import Seconds, check_classes, detect_records
 from maskrcnn.runtime.detector import Detector
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.protocol import KIND_NAMES, METRICS, table
+from maskrcnn.runtime.results_file import FIELDS, checked_results, kinds_of, of_kind, read_results
+from maskrcnn.runtime.scoring import Scored, Scorer, score
 
-# The 12 COCO metrics in pycocotools' order; values are in [0, 1], or -1 where nothing can be measured.
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR_1",
-    "AR_10",
-    "AR_100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
+__all__ = ["METRICS", "Evaluation", "Seconds", "check_classes", "detect_records", "evaluate", "score_results"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics of boxes and, where there are, of masks, the detections behind them, and the time they took."""
+    """Scores of boxes and, where there are, of masks, the detections behind them, and the time they took."""
 
-    box: dict[str, float]
-    mask: dict[str, float] | None  # None: a model without masks
+    scored: dict[str, Scored]  # by kind: "bbox", "segm" or "keypoints"
     results: list[dict[str, Any]]  # COCO results format
     images: int
-    detect_seconds: float  # decoding, preprocessing, inference, postprocessing
+    seconds: Seconds
+
+    @property
+    def box(self) -> dict[str, float] | None:
+        """COCO's metrics of boxes, where they were scored."""
+        return self.scored["bbox"].metrics if "bbox" in self.scored else None
+
+    @property
+    def mask(self) -> dict[str, float] | None:
+        """COCO's metrics of masks; None of a model without masks."""
+        return self.scored["segm"].metrics if "segm" in self.scored else None
 
     def summary(self) -> dict[str, float]:
         """`box_ap` and, where there are masks, `mask_ap`."""
-        return {f"{kind}_ap": metrics["AP"] for kind, metrics in self._kinds().items()}
+        return {f"{KIND_NAMES[kind]}_ap": scored.metrics["AP"] for kind, scored in self.scored.items()}
 
     def table(self) -> str:
         """All metrics as text."""
-        kinds = self._kinds()
-        lines = [f"{'':10}" + "".join(f"{kind:>8}" for kind in kinds)]
-        lines += [f"{name:10}" + "".join(f"{metrics[name]:8.4f}" for metrics in kinds.values()) for name in METRICS]
-        return "\n".join(lines)
-
-    def _kinds(self) -> dict[str, dict[str, float]]:
-        return {"box": self.box} | ({"mask": self.mask} if self.mask is not None else {})
+        return table({KIND_NAMES[kind]: scored.metrics for kind, scored in self.scored.items()})
 
 
 def evaluate(
@@ -65,14 +53,16 @@ def evaluate(
     dataset: CocoDataset,
     *,
     batch_size: int = 1,
+    scorer: Scorer = Scorer.PYCOCOTOOLS,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Runs a detector on a dataset and scores it with pycocotools.
+    """Runs a detector on a dataset and scores it.
 
     Args:
         detector: any backend.
         dataset: images and ground truth; its category ids must be the model's.
         batch_size: images per inference.
+        scorer: pycocotools, or our own, which gives the same figures sooner.
         progress: called with the number of images done in each batch.
 
     Raises:
@@ -80,85 +70,78 @@ def evaluate(
     """
     check_classes(detector, dataset)
     results, seconds = detect_records(detector, dataset.images, batch_size=batch_size, progress=progress)
-    return score_results(dataset, results, with_masks=detector.metadata.has_masks, detect_seconds=seconds)
-
-
-def detect_records(
-    detector: Detector,
-    records: Sequence[ImageRecord],
-    *,
-    batch_size: int = 1,
-    progress: Callable[[int], None] = lambda images: None,
-) -> tuple[list[dict[str, Any]], float]:
-    """Runs a detector on images; several processes can each take a part of a dataset.
-
-    Args:
-        detector: any backend.
-        records: the images, in any order; none give no results.
-        batch_size: images per inference.
-        progress: called with the number of images done in each batch.
-
-    Returns:
-        the detections in COCO's results format, with masks where the model has them, and the seconds that
-        decoding, preprocessing, inference and postprocessing took.
-
-    Raises:
-        UserError: when an image cannot be read.
-    """
-    metadata = detector.metadata
-    results, began = [], time.perf_counter()
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        detections = detector.detect([read_image(record.path) for record in batch])
-        for record, found in zip(batch, detections, strict=True):
-            results += coco_results(found, record.id, metadata.category_ids, with_masks=metadata.has_masks)
-        progress(len(batch))
-    return results, time.perf_counter() - began
+    with_masks = detector.metadata.has_masks and dataset.has_masks
+    return score_results(dataset, results, with_masks=with_masks, seconds=seconds, scorer=scorer)
 
 
 def score_results(
-    dataset: CocoDataset, results: list[dict[str, Any]], *, with_masks: bool, detect_seconds: float = 0.0
+    dataset: CocoDataset,
+    results: list[dict[str, Any]],
+    *,
+    with_masks: bool,
+    seconds: Seconds | None = None,
+    scorer: Scorer = Scorer.PYCOCOTOOLS,
 ) -> Evaluation:
-    """The metrics of results on the whole of a dataset, by pycocotools.
+    """The metrics of a detector's results on the whole of a dataset.
 
     Args:
         dataset: the ground truth; an image without results counts as one in which nothing was found.
         results: in COCO's results format, in any order.
         with_masks: score `segmentation` too.
-        detect_seconds: what finding them took.
+        seconds: what finding them took.
+        scorer: see `evaluate`.
     """
-    truth = dataset.ground_truth()
-    return Evaluation(
-        box=_score(truth, results, "bbox"),
-        mask=_score(truth, results, "segm") if with_masks else None,
-        results=results,
-        images=len(dataset.images),
-        detect_seconds=detect_seconds,
-    )
+    kinds = ("bbox", "segm") if with_masks else ("bbox",)
+    return score_kinds(dataset, results, kinds, seconds=seconds, scorer=scorer)
 
 
-def check_classes(detector: Detector, dataset: CocoDataset) -> None:
-    """Refuses a model whose classes are not the dataset's.
+def score_kinds(
+    dataset: CocoDataset,
+    results: list[dict[str, Any]],
+    kinds: Sequence[str],
+    *,
+    seconds: Seconds | None = None,
+    scorer: Scorer = Scorer.PYCOCOTOOLS,
+) -> Evaluation:
+    """The same for chosen kinds: each is scored as the file that COCO's server would get.
 
     Raises:
-        UserError: naming the categories that the model does not know.
+        UserError: for results without what a kind needs, and for masks where the dataset has boxes only.
     """
-    known = set(detector.metadata.category_ids)
-    unknown = [i for i in dataset.category_ids if i not in known]
-    if unknown:
-        raise UserError(
-            f"a model of {len(known)} classes without category id(s) {unknown[:5]}",
-            f"a model of the {len(dataset.category_ids)} classes of {dataset.annotation_path}",
-            "evaluate on the dataset that the model was trained for, or train on this one",
-        )
+    if "segm" in kinds and not dataset.has_masks:
+        came = f"masks to be scored on {dataset.annotation_path}, which has boxes only"
+        raise UserError(came, "annotations with segmentation", "score --iou-type bbox")
+    for kind in kinds:
+        if results and FIELDS[kind] not in results[0]:
+            came = f"--iou-type {kind} and detections without {FIELDS[kind]}"
+            raise UserError(came, f"a model that finds {FIELDS[kind]}", "score what the model finds")
+    began = time.perf_counter()
+    truth = GroundTruth.of_dataset(dataset)
+    scored = {
+        kind: score(truth, checked_results(truth, of_kind(results, kind), kind, "the detections"), scorer)
+        for kind in kinds
+    }
+    taken = replace(seconds or Seconds(), score=time.perf_counter() - began)
+    return Evaluation(scored=scored, results=results, images=len(dataset.images), seconds=taken)
 
 
-def _score(truth, results: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    if not results:
-        return {name: 0.0 for name in METRICS}
-    with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(truth, truth.loadRes([dict(result) for result in results]), kind)
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    return {name: float(value) for name, value in zip(METRICS, np.asarray(scorer.stats), strict=True)}
+def score_file(
+    truth: GroundTruth, path: Path, kinds: Sequence[str] = (), *, scorer: Scorer = Scorer.PYCOCOTOOLS
+) -> Evaluation:
+    """The metrics of a results file, whoever wrote it: those of pycocotools for this file as it is.
+
+    Args:
+        truth: what there is to be found.
+        path: a JSON list in COCO's results format; an empty one is fine.
+        kinds: what is scored; by default what the first result has.
+        scorer: see `evaluate`.
+
+    Raises:
+        UserError: for a file that cannot be read, is malformed, or has results of unknown images.
+    """
+    entries = read_results(path)
+    began = time.perf_counter()
+    kinds = kinds or kinds_of(entries)
+    scored = {kind: score(truth, checked_results(truth, entries, kind, str(path)), scorer) for kind in kinds}
+    taken = Seconds(score=time.perf_counter() - began)
+    return Evaluation(scored=scored, results=entries, images=len(truth.image_ids), seconds=taken)

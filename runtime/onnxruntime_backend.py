@@ -1,15 +1,27 @@
-"""ONNX Runtime as a backend."""
+"""ONNX Runtime as a backend, on the CPU and on GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, missing_library
+from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
+from maskrcnn.runtime.onnxruntime_binding import GpuBinding, bind_host_input, bind_host_outputs
+from maskrcnn.runtime.onnxruntime_providers import (
+    GpuOptions,
+    Provider,
+    best_provider,
+    prepare,
+    provider_chain,
+    provider_named,
+    unusable,
+)
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -18,51 +30,114 @@ _DTYPES = {
     "tensor(int32)": "int32",
     "tensor(uint8)": "uint8",
 }
+_ON_GPU = (Provider.CUDA.full_name, Provider.TENSORRT.full_name)
 
 
 class OnnxRuntimeBackend(Backend):
     """An exported file in ONNX Runtime, whose inlined functions stand for the custom ops.
 
+    Inputs and outputs are bound, not passed: arrays on the GPU are read where they lie, and outputs are written into
+    memory that is there already. Any number of threads may call it.
+
     Args:
         path: the ONNX file.
-        providers: execution providers in order of preference; by default CUDA where it works, then CPU.
+        provider: "cpu", "cuda" or "tensorrt", which must then work; by default CUDA where it works, else the CPU.
+        gpu: how the GPU providers work.
+        providers: instead, ONNX Runtime's own names in order of preference.
         threads: of the CPU provider; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        UserError: for a file that cannot be used, or a provider that does not work here.
     """
 
     name = "ONNX Runtime"
 
-    def __init__(self, path: Path, *, providers: list[str] | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        provider: str | None = None,
+        gpu: GpuOptions | None = None,
+        providers: list[str] | None = None,
+        threads: int = 0,
+    ) -> None:
         try:
-            import onnxruntime
+            import onnxruntime  # noqa: F401
         except ImportError as error:
             raise missing_library("onnxruntime", f"run {path}", "pip install onnxruntime-gpu") from error
         if not path.is_file():
             raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
-        self.path = path
-        self._instrumented: tuple[tuple[str, ...], onnxruntime.InferenceSession] | None = None
-        options = self._options = session_options(threads)
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers or usable_providers())
-        except Exception as error:  # ONNX Runtime's own exceptions share no public base
-            raise UserError(
-                f"{path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
-                "a file of `maskrcnn export --onnx` without --tensorrt",
-                "export it again; what is in bfloat16 runs with --backend openvino",
-            ) from error
+        self.path, self.gpu = path, gpu or GpuOptions()
+        self._instrumented: tuple[tuple[str, ...], Any] | None = None
+        self._options = session_options(threads)
+        self.session = self._session(provider, providers)
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise not_ours(path, "an ONNX file without maskrcnn's metadata")
         self.metadata = ModelMetadata.from_json(text, path)
         self.precision = self.metadata.precision
-        if self.session.get_providers()[0] != "CPUExecutionProvider":
-            self.name = f"ONNX Runtime {self.session.get_providers()[0].removesuffix('ExecutionProvider')}"
+        first = self.session.get_providers()[0]
+        if first != Provider.CPU.full_name:
+            self.name = f"ONNX Runtime {first.removesuffix('ExecutionProvider')}"
+        self._inputs, self._outputs = _specs(self.session.get_inputs()), _specs(self.session.get_outputs())
+        self._on_gpu = GpuBinding(self.gpu.device, self.metadata) if first in _ON_GPU else None
+        if self._on_gpu is not None:
+            self.paste = self._on_gpu.paste
+
+    def _session(self, provider: str | None, providers: list[str] | None) -> Any:
+        import onnxruntime
+
+        chosen = provider_named(provider) if provider else best_provider() if providers is None else None
+        if chosen is not None:
+            prepare(chosen)
+            providers = provider_chain(chosen, self.gpu)
+        if chosen not in (None, Provider.CPU):
+            self._options.add_session_config_entry(RECORD, "1")
+        # ONNX Runtime would go on without a provider that fails, though somebody asked for it.
+        fallback = {} if provider is None else {"enable_fallback": 0}
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), self._options, providers=providers, **fallback)
+        except Exception as error:  # ONNX Runtime's own exceptions share no public base
+            if provider is not None and chosen is not Provider.CPU:
+                raise unusable(chosen, str(error)) from error
+            raise UserError(
+                f"{self.path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
+                "a file of `maskrcnn export --onnx` without --tensorrt",
+                "export it again; what is in bfloat16 runs with --backend openvino",
+            ) from error
+        if provider is not None and chosen.full_name not in session.get_providers():
+            raise unusable(chosen, f"it uses {', '.join(session.get_providers())} instead")
+        self._providers = providers
+        return session
 
     def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-        return _specs(self.session.get_inputs()), _specs(self.session.get_outputs())
+        return self._inputs, self._outputs
 
-    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, feeds), strict=True))
+    def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name, on the host, or, where `images` lies on the GPU, there, in memory of their own."""
+        if self._on_gpu is not None:
+            return self._on_gpu.infer(self.session, self._outputs, feeds)
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            bind_host_input(binding, name, value)
+        found = bind_host_outputs(binding, self._outputs, len(feeds["images"]))
+        self.session.run_with_iobinding(binding)
+        return found
+
+    def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `Backend.run_images`; with a GPU and compiled kernels the photos are resized and padded there."""
+        if self._on_gpu is None or not self._on_gpu.resizes:
+            return super().run_images(images)
+        return self._on_gpu.run_images(self.session, self._outputs, images)
+
+    def remarks(self) -> list[str]:
+        placement = self.placement()
+        return [f"ONNX Runtime on {placement.text()}"] if placement else []
+
+    def placement(self) -> Placement | None:
+        """Which nodes the GPU provider left to the CPU; None on the CPU alone."""
+        first = self.session.get_providers()[0]
+        return None if first == Provider.CPU.full_name else placement_in(self.session, first)
 
     def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
         if self._instrumented is None or self._instrumented[0] != tuple(names):
@@ -84,8 +159,7 @@ class OnnxRuntimeBackend(Backend):
         values = {name for node in model.graph.node for name in node.output}
         # Without a type: ONNX Runtime infers it, and an FP16 graph has others than an FP32 one.
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
-        providers = self.session.get_providers()
-        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=providers)
+        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
 
 
 def session_options(threads: int = 0):
@@ -99,12 +173,8 @@ def session_options(threads: int = 0):
 
 
 def usable_providers() -> list[str]:
-    """CUDA where its libraries and a GPU are there, and the CPU."""
-    import onnxruntime
-
-    devices = getattr(onnxruntime, "get_ep_devices", list)()
-    has_cuda = any(device.ep_name == "CUDAExecutionProvider" for device in devices)
-    return [*(["CUDAExecutionProvider"] if has_cuda else []), "CPUExecutionProvider"]
+    """CUDA where its libraries and a GPU are there, and the CPU; ONNX Runtime's names."""
+    return list(dict.fromkeys([best_provider().full_name, Provider.CPU.full_name]))
 
 
 def _specs(nodes) -> dict[str, TensorSpec]:

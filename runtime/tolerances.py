@@ -145,4 +145,4 @@ def tolerances_for(models: Iterable[tuple[ModelMetadata, str]]) -> StageToleranc
             kinds |= {part for part in str(kind or "").lower().split(", ") if part not in ("", "simulated")}
     if kinds <= {"fp32", "fp64"}:
         return EXACT_STAGES
-    return HALF_STAGES if kinds <= {"fp32", "fp64", "fp16", "bf16"} else INT8_STAGES
+    return HALF_STAGES if kinds <= {"fp32", "fp64", "tf32", "fp16", "bf16"} else INT8_STAGES

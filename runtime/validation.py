@@ -19,14 +19,34 @@ def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.nda
     rng = np.random.default_rng(seed)
     for batch, blocks in ((1, (5, 7)), (3, (8, 6)), (2, (12, 10))):
         height, width = (max(1, round(b * 32 / divisor)) * divisor for b in blocks)
-        sizes = [(height, width), (height - 17, width - 40), (0, 0)][:batch]
-        images = np.zeros((batch, 3, height, width), np.float32)
-        for image, (h, w) in zip(images, sizes, strict=True):
-            if h:
-                image[:, :h, :w] = shapes_image(rng, (h, w))[0].transpose(2, 0, 1)
-        yield {"images": images, "image_sizes": np.array(sizes, np.int64)}
+        yield _drawn(rng, [(height, width), (height - 17, width - 40), (0, 0)][:batch], (height, width))
     grey = np.full((1, 3, 4 * divisor, 4 * divisor), 128, np.float32)
     yield {"images": grey, "image_sizes": np.array([[4 * divisor, 4 * divisor]], np.int64)}
+
+
+def batches_of_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds of drawn shapes for an engine that takes certain shapes alone.
+
+    Args:
+        shapes: images, height and width in pixels of each batch. The second image of a batch is smaller than it; the
+            last of three or more is an empty slot.
+        seed: of the drawings.
+    """
+    rng = np.random.default_rng(seed)
+    for batch, height, width in shapes:
+        sizes = [(height, width)] * batch
+        sizes[1:2] = [(-(-3 * height // 4), -(-2 * width // 3))] * (batch > 1)
+        sizes[-1:] = [(0, 0)] if batch > 2 else sizes[-1:]
+        yield _drawn(rng, sizes, (height, width))
+
+
+def _drawn(rng: np.random.Generator, sizes: list[tuple[int, int]], size_hw: tuple[int, int]) -> dict[str, np.ndarray]:
+    """A batch of drawn shapes, each image of its own size in the common one."""
+    images = np.zeros((len(sizes), 3, *size_hw), np.float32)
+    for image, (h, w) in zip(images, sizes, strict=True):
+        if h:
+            image[:, :h, :w] = shapes_image(rng, (h, w))[0].transpose(2, 0, 1)
+    return {"images": images, "image_sizes": np.array(sizes, np.int64)}
 
 
 def compare_backends(

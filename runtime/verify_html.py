@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-
 import numpy as np
 from PIL import Image
 
 from maskrcnn.draw import overlay
 from maskrcnn.postprocess import Detections
+from maskrcnn.runtime.html_parts import page, picture, table, text
 from maskrcnn.runtime.verify_report import Evidence, StageResult, Verdict, VerifyReport, figure
 
 _MOST_DRAWN = 20  # detections on a picture
 _MAP_WIDTH_PX = 240
 _COLOURS = {Verdict.AGREES: "#2e7d32", Verdict.DEPARTS: "#c62828", Verdict.NOT_COMPARED: "#757575"}
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child, td.text { text-align: left } th { font-weight: 600 }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } .wide { overflow-x: auto }
-.pictures.large img { max-width: min(46vw, 900px); width: 100% } pre { white-space: pre-wrap }
-"""
 
 
 def html_page(report: VerifyReport, names: tuple[str, str], class_names: tuple[str, ...]) -> str:
@@ -34,26 +24,24 @@ def html_page(report: VerifyReport, names: tuple[str, str], class_names: tuple[s
         class_names: of labels 1, 2, ….
     """
     models = "".join(
-        f"<li>{role}: <b>{_text(name)}</b>, {_text(model)}</li>"
+        f"<li>{role}: <b>{text(name)}</b>, {text(model)}</li>"
         for role, name, model in zip(("reference", "other"), names, report.models, strict=True)
     )
     parts = [
-        f"<h1>{_text(names[0])} and {_text(names[1])}</h1>",
+        f"<h1>{text(names[0])} and {text(names[1])}</h1>",
         f"<ul>{models}</ul>",
-        f"<pre>{_text(report.conclusion())}</pre>",
-        *(f"<p>{_text(note)}</p>" for note in report.notes),
+        f"<pre>{text(report.conclusion())}</pre>",
+        *(f"<p>{text(note)}</p>" for note in report.notes),
         _table(report),
     ]
     if report.worst is not None:
         parts.append(_evidence(report.worst, names, class_names))
-    head = f'<meta charset="utf-8"><title>maskrcnn verify</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return page("maskrcnn verify", parts)
 
 
 def _table(report: VerifyReport) -> str:
     heads = ("stage", "needs", "may", "beyond", "largest", "compared", "verdict", *report.images, "remarks")
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(map(_row, report.stages))}</table></div>'
+    return table(heads, map(_row, report.stages))
 
 
 def _row(result: StageResult) -> str:
@@ -67,7 +55,7 @@ def _row(result: StageResult) -> str:
     verdict = f'<td style="color:{_COLOURS[result.verdict]}">{result.verdict.value}</td>'
     images = "".join(_image_cell(need, result.limit.tolerance) for need in result.per_image)
     numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr><td>{result.stage}</td>{numbers}{verdict}{images}<td class="text">{_text(result.note)}</td></tr>'
+    return f'<tr><td>{result.stage}</td>{numbers}{verdict}{images}<td class="text">{text(result.note)}</td></tr>'
 
 
 def _image_cell(need: float | None, tolerance: float) -> str:
@@ -77,15 +65,15 @@ def _image_cell(need: float | None, tolerance: float) -> str:
 
 def _evidence(worst: Evidence, names: tuple[str, str], class_names: tuple[str, ...]) -> str:
     pictures = "".join(
-        _figure(overlay(worst.image, _best(found), class_names), f"{name}: {len(found)} detections")
+        picture(overlay(worst.image, _best(found), class_names), f"{name}: {len(found)} detections")
         for name, found in zip(names, worst.detections, strict=True)
     )
     told = f"The image that departs first, or most; at most {_MOST_DRAWN} detections are drawn."
-    section = f'<h2>{_text(worst.name)}</h2><p>{told}</p><div class="pictures large">{pictures}</div>'
+    section = f'<h2>{text(worst.name)}</h2><p>{told}</p><div class="pictures large">{pictures}</div>'
     if worst.maps:
         brightest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())
         maps = "".join(
-            _figure(_map_picture(values, brightest), f"{level}: {figure(float(values.mean()))} on average")
+            picture(_map_picture(values, brightest), f"{level}: {figure(float(values.mean()))} on average")
             for level, values in worst.maps.items()
             if values.size
         )
@@ -106,20 +94,6 @@ def _map_picture(values: np.ndarray, brightest: float) -> Image.Image:
     """A map `[H, W]` from black over red and yellow to white; what is not finite is white."""
     share = np.nan_to_num(values / max(brightest, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)
     channels = [(3 * share - k).clip(0, 1) for k in range(3)]
-    picture = Image.fromarray((255 * np.stack(channels, axis=-1)).round().astype(np.uint8))
+    image = Image.fromarray((255 * np.stack(channels, axis=-1)).round().astype(np.uint8))
     height = max(1, round(_MAP_WIDTH_PX * values.shape[0] / values.shape[1]))
-    return picture.resize((_MAP_WIDTH_PX, height), Image.Resampling.NEAREST)
-
-
-def _figure(picture: Image.Image, caption: str) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return (
-        f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
+    return image.resize((_MAP_WIDTH_PX, height), Image.Resampling.NEAREST)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import kernels_on_cpu
 import pytest
 import torch
 from tiny import TINY_V2, lively_model, tiny_config
@@ -73,3 +74,11 @@ def v2_onnx_file(tmp_path_factory, v2_model) -> Path:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     return generate_shapes(tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96)
+
+
+@pytest.fixture(scope="session")
+def kernels_for_cpu(tmp_path_factory) -> Path:
+    """The library of the CUDA kernels, compiled for the CPU."""
+    if kernels_on_cpu.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"))

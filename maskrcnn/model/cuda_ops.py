@@ -6,36 +6,21 @@ graph. Shapes and meaning are those of `maskrcnn.model.ops`.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from maskrcnn.plugins.build import find_library
+from maskrcnn.plugins import native
 from maskrcnn.plugins.native import Kernels, Pyramid
 
-SWITCH = "MASKRCNN_KERNELS"  # environment: "off", or the path of a library to use instead of the cache's
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
-    """The compiled kernels for a GPU, or None where there are none; looked for once in a process.
-
-    Raises:
-        OSError: when `MASKRCNN_KERNELS` names a file that cannot be loaded.
-    """
+    """The compiled kernels for a GPU, or None where there are none; see `plugins.native.kernels_for`."""
     major, minor = torch.cuda.get_device_capability(device)
-    return _kernels(major * 10 + minor, os.environ.get(SWITCH, ""))
-
-
-@functools.cache
-def _kernels(arch: int, switch: str) -> Kernels | None:
-    if switch == "off":
-        return None
-    path = switch or find_library("kernels", arch)
-    return Kernels(path) if path else None
+    return native.kernels_for(major * 10 + minor)
 
 
 def stream_of(device: torch.device) -> int:
@@ -147,3 +132,31 @@ def paste_masks(
             stream=stream_of(masks.device),
         )
     return bits
+
+
+def resize_pad(
+    kernels: Kernels,
+    image: Tensor,
+    padded: Tensor,
+    size_hw: tuple[int, int],
+    *,
+    swap_channels: bool = False,
+) -> None:
+    """One image of the detector's input: `maskrcnn.preprocess.batch_images`, but for Pillow's way of resizing.
+
+    Args:
+        image: uint8 `[H, W, 3]`, contiguous.
+        padded: float32 `[3, h, w]`, contiguous, to be written; zeros where no image is.
+        size_hw: height and width of the image in it.
+        swap_channels: write BGR for RGB.
+    """
+    with torch.cuda.device_of(image):
+        kernels.resize_pad(
+            image.data_ptr(),
+            tuple(image.shape[:2]),
+            padded.data_ptr(),
+            resized_hw=size_hw,
+            padded_hw=tuple(padded.shape[1:]),
+            swap_channels=swap_channels,
+            stream=stream_of(image.device),
+        )

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from maskrcnn.config import LossConfig, ModelConfig
 from maskrcnn.model import roi_heads, rpn
-from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, fold_norms
+from maskrcnn.model.backbones import Backbone
 from maskrcnn.model.losses import Share, Truth, own_count, roi_losses, rpn_losses
 from maskrcnn.model.roi_heads import RoiHeads
 from maskrcnn.model.rpn import RegionProposalNetwork
 from maskrcnn.stages import LEVELS, record
-
-
-def _backbone(config: ModelConfig) -> BackboneWithFPN:
-    """ResNet with FPN, its parameters named as torchvision's detectors name them."""
-    norm = partial(FoldedBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
-    body = fold_norms(torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm))
-    if config.stride_in_1x1:
-        _stride_first(body)
-    first = body.inplanes // 8  # channels of C2; they double at each stage
-    return BackboneWithFPN(
-        body,
-        {f"layer{stage + 1}": str(stage) for stage in range(4)},
-        [first * 2**stage for stage in range(4)],
-        config.fpn_channels,
-        norm_layer=nn.BatchNorm2d if config.head_batch_norm else None,
-    )
-
-
-def _stride_first(body: ResNet) -> None:
-    """Lets the first convolution of a bottleneck halve the map, as in He et al. 2015, instead of its second."""
-    for block in body.modules():
-        if isinstance(block, Bottleneck):  # a block of two 3 × 3 convolutions strides in its first anyway
-            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 class MaskRCNN(nn.Module):
@@ -53,7 +25,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = _backbone(config)
+        self.backbone = Backbone(config)
         self.rpn = RegionProposalNetwork(config)
         self.roi_heads = RoiHeads(config)
         mean, std = config.preprocessing.mean, config.preprocessing.std

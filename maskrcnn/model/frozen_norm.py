@@ -6,6 +6,7 @@ map twice more, and under autocast turns it to float32. Here the constants go in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,7 +29,7 @@ class FoldedBatchNorm2d(FrozenBatchNorm2d):
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution without bias that applies the norm after it."""
+    """A convolution that applies the norm after it."""
 
     norm: FoldedBatchNorm2d
 
@@ -37,26 +38,28 @@ class FoldedConv2d(nn.Conv2d):
         if torch.compiler.is_exporting():
             return super().forward(x)
         scale, shift = self.norm.constants()
+        if self.bias is not None:  # VGG's
+            shift = shift + self.bias * scale
         weight = self.weight * scale[:, None, None, None]
         return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
 
 
 def fold_norms(body: nn.Module) -> nn.Module:
-    """Makes every convolution of a ResNet that a `FoldedBatchNorm2d` follows a `FoldedConv2d`; returns the ResNet."""
+    """Makes every convolution that a `FoldedBatchNorm2d` follows a `FoldedConv2d`; returns the body."""
     for module in list(body.modules()):
         for convolution, norm in _pairs(module):
             if isinstance(norm, FoldedBatchNorm2d):
                 convolution.__class__ = FoldedConv2d
-                # Not as a submodule: the norm has its place, and its name, in the ResNet.
+                # Not as a submodule: the norm has its place, and its name, in the body.
                 object.__setattr__(convolution, "norm", norm)
     return body
 
 
 def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """A ResNet names conv1 and bn1 alike, and puts the two of a shortcut one after the other."""
+    """A ResNet names conv1 and bn1 alike; elsewhere, as in its shortcuts, the two follow each other in a sequence."""
     children = dict(module.named_children())
     for name, child in children.items():
         if name.startswith("conv"):
             yield child, children[f"bn{name[4:]}"]
-    if list(children) == ["0", "1"] and isinstance(children["0"], nn.Conv2d):
-        yield children["0"], children["1"]
+    if isinstance(module, nn.Sequential):
+        yield from ((one, other) for one, other in itertools.pairwise(module) if isinstance(one, nn.Conv2d))

@@ -157,14 +157,16 @@ def _multilevel_roi_align(
     aligned: bool,
     min_level: int,
 ) -> Tensor:
-    return _pool(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
+    pooled = _pool(features, rois, output_size, sampling_ratio, aligned, min_level)
+    return pooled.to(features[0].dtype).contiguous()
 
 
 @_multilevel_roi_align.register_kernel("cuda")
 def _(features, rois, output_size, sampling_ratio, aligned, min_level):
     kernels = cuda_ops.kernels_for(rois.device)
     if kernels is None:
-        return _pool(features, rois, output_size, sampling_ratio, aligned, min_level).contiguous()
+        pooled = _pool(features, rois, output_size, sampling_ratio, aligned, min_level)
+        return pooled.to(features[0].dtype).contiguous()
     return cuda_ops.multilevel_roi_align(
         kernels,
         features,
@@ -173,13 +175,14 @@ def _(features, rois, output_size, sampling_ratio, aligned, min_level):
         sampling_ratio=sampling_ratio,
         aligned=aligned,
         min_level=min_level,
+        dtype=features[0].dtype,  # a head of that type rounds to it anyway, and it is half the memory
     )
 
 
 @_multilevel_roi_align.register_fake
 def _(features, rois, output_size, sampling_ratio, aligned, min_level):
     shape = (rois.shape[0], rois.shape[1], features[0].shape[1], output_size, output_size)
-    return rois.new_empty(shape, dtype=torch.float32)
+    return rois.new_empty(shape, dtype=features[0].dtype)
 
 
 def multilevel_roi_align(
@@ -203,7 +206,8 @@ def multilevel_roi_align(
         min_level: exponent of the first level's stride.
 
     Returns:
-        float32 `[N, R, C, S, S]`, accumulated in float32 whatever the features' type.
+        `[N, R, C, S, S]`, accumulated in float32 whatever the features' type; in their type where it is one operator,
+        on a GPU without gradients, and float32 otherwise.
 
     Raises:
         ValueError: for a sampling ratio below 0.

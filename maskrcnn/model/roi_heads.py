@@ -10,7 +10,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from maskrcnn.config import ModelConfig
 from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
-from maskrcnn.model.ops import batched_nms, live_rows, multilevel_roi_align
+from maskrcnn.model.ops import batched_nms, live_rows
+from maskrcnn.model.pooling import multilevel_pool
 from maskrcnn.stages import record
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -38,9 +39,10 @@ class RoiHeads(nn.Module):
     def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
         """`[N, R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
         config = self.config
-        return multilevel_roi_align(
+        return multilevel_pool(
             features[: len(config.strides_px)],
             rois,
+            method=config.pool_method,
             output_size=size,
             sampling_ratio=config.pool_sampling_ratio,
             aligned=config.pool_aligned,

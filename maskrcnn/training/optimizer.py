@@ -13,27 +13,27 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from maskrcnn.config import TrainConfig
 from maskrcnn.model.detector import MaskRCNN
 
-# Stages of a ResNet from the last to the first, as torchvision's `trainable_backbone_layers` counts them.
-_STAGES = (("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
-
 
 def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
     """Stops the gradients of all but the last `trainable` stages of the backbone; returns the frozen modules.
 
+    There are five, as torchvision's `trainable_backbone_layers` counts them in a ResNet; neck and heads always train.
     The caller keeps those in evaluation mode, so that their batch-norm statistics stay as well.
     """
-    frozen = [getattr(model.backbone.body, name) for stage in _STAGES[trainable:] for name in stage]
+    stages = model.backbone.stages[::-1]  # from the last
+    frozen = [model.backbone.body[name] for stage in stages[trainable:] for name in stage]
     for module in frozen:
         module.requires_grad_(False)
     return frozen
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Convolution and linear weights decay; biases and normalisation do not."""
+    """Convolution and linear weights decay; biases, normalisation and ConvNeXt's scales of layers do not."""
     decayed, free = [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if parameter.dim() > 1 else free).append(parameter)
+            is_weight = parameter.dim() > 1 and not name.endswith("layer_scale")
+            (decayed if is_weight else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -53,7 +53,8 @@ typedef struct {
     float level_epsilon;
 } maskrcnn_roi_align_params;
 
-/* rois: float32 [N, R, 4] xyxy px, of the network's input. pooled: output_dtype [N, R, C, S, S]. */
+/* rois: float32 [N, R, 4] xyxy px, of the network's input; one with a NaN, or of infinite length, pools zeros.
+   pooled: output_dtype [N, R, C, S, S]. */
 MASKRCNN_EXPORT int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const float *rois,
                                                   void *pooled, void *stream);
 

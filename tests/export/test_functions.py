@@ -95,6 +95,26 @@ def test_roi_align_equals_the_reference(aligned, batch, count, ratio, runtime):
     np.testing.assert_allclose(pooled, truth, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [7, 3])
+@pytest.mark.parametrize(("batch", "count"), [(1, 40), (3, 9)])
+def test_roi_pool_equals_the_reference(batch, count, size):
+    """In ONNX Runtime alone: ONNX's own evaluator has no MaxRoiPool."""
+    rng = np.random.default_rng(3)
+    inputs = {f"P{i + 2}": rng.normal(size=(batch, 3, 64 >> i, 48 >> i)).astype(np.float32) for i in range(4)}
+    corners = rng.uniform(-20, 200, (batch, count, 2))
+    rois = np.concatenate([corners, corners + np.exp(rng.uniform(0, 6.5, (batch, count, 2)))], axis=2)
+    rois[:, 3:6] = np.round(rois[:, 3:6] / 4) * 4 + 2  # halves of a pixel, some of them below zero
+    rois[0, 1], rois[0, 2, 2] = 0, rois[0, 2, 0]  # an unused row, and a RoI without width
+    features = list(inputs.values())
+    inputs["rois"] = rois.astype(np.float32)
+    levels = {"min_level": 2, "canonical_level": 4, "canonical_size": 224.0, "level_epsilon": 1e-6}
+    function = functions.multilevel_roi_pool(4, min_level=2, opset=OPSET)
+    model = model_of(function, contract.MULTILEVEL_ROI_POOL, inputs, {"pooled_shape": [size, size], **levels})
+    pooled = run(model, inputs, "onnxruntime")[0]
+    truth = reference.multilevel_roi_pool(features, inputs["rois"], pooled_shape=(size, size))
+    np.testing.assert_array_equal(pooled, truth)
+
+
 @pytest.mark.parametrize("runtime", ["onnxruntime", "onnx"])
 @pytest.mark.parametrize("counts", [(0, 0), (1, 3), (5, 2)])
 def test_live_rows_equal_the_reference(counts, runtime):
@@ -160,6 +180,9 @@ def test_functions_take_the_contracts_attributes_and_outputs():
     pool = functions.multilevel_roi_align(3, aligned=True, min_level=2, opset=OPSET)
     assert list(pool.attribute) == list(contract.MULTILEVEL_ROI_ALIGN.attributes)
     assert list(pool.input) == ["p0", "p1", "p2", "rois"]
+    largest = functions.multilevel_roi_pool(2, min_level=2, opset=OPSET)
+    assert list(largest.attribute) == list(contract.MULTILEVEL_ROI_POOL.attributes)
+    assert list(largest.input) == ["p0", "p1", "rois"]
 
 
 def test_op_names_are_not_standard_onnx_operators():

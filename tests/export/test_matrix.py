@@ -55,9 +55,16 @@ def with_last_layer(path, model, output):
     return output
 
 
-@pytest.fixture(params=["", "v2_", "boxes_", "detectron2_"], ids=["v1", "v2", "boxes", "detectron2"])
+VARIANTS = ("resnet_panet_pool", "mobilenet_bifpn_crop")
+
+
+@pytest.fixture(
+    params=["", "v2_", "boxes_", "detectron2_", *VARIANTS], ids=["v1", "v2", "boxes", "detectron2", *VARIANTS]
+)
 def model_and_file(request):
     """A tiny model of each architecture, and its file."""
+    if request.param in VARIANTS:
+        return request.getfixturevalue("exported_variant")(request.param)[:2]
     return tuple(request.getfixturevalue(f"{request.param}{kind}") for kind in ("model", "onnx_file"))
 
 

@@ -430,3 +430,14 @@ def test_data_modules_need_no_torch():
         "import maskrcnn.data.coco, maskrcnn.data.images, maskrcnn.data.shapes, maskrcnn.files"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_annotations_and_images_may_lie_anywhere(shapes, tmp_path):
+    annotations = tmp_path / "truth.json"
+    annotations.write_bytes((shapes / "annotations" / "instances_val.json").read_bytes())
+    apart = CocoDataset.read(annotations, shapes / "val")
+    usual = CocoDataset.load(shapes, "val")
+    assert apart.annotation_path == annotations and len(apart.images) == 6
+    assert [record.path for record in apart.images] == [record.path for record in usual.images]
+    boxes = [[each["bbox"] for each in one.ground_truth().dataset["annotations"]] for one in (apart, usual)]
+    assert boxes[0] == boxes[1] and boxes[0]

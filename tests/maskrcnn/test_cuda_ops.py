@@ -1,20 +1,18 @@
 """The torch side of the compiled kernels: layouts, types and shapes, with the kernels compiled for the CPU."""
 
-import kernels_on_cpu
 import numpy as np
 import pytest
 import torch
 
 from maskrcnn.model import cuda_ops, ops
+from maskrcnn.plugins import native
 from maskrcnn.plugins.native import Kernels
 from maskrcnn.postprocess import Detections
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    if kernels_on_cpu.compiler() is None:
-        pytest.skip("no C++ compiler")
-    return Kernels(kernels_on_cpu.build(tmp_path_factory.mktemp("kernels")))
+def kernels(kernels_for_cpu):
+    return Kernels(kernels_for_cpu)
 
 
 def pyramid(channels: int, dtype: torch.dtype, memory_format: torch.memory_format) -> list[torch.Tensor]:
@@ -91,10 +89,10 @@ def test_pasted_bits_are_the_masks(kernels, by_columns):
 def test_the_library_to_use_can_be_named_or_switched_off(kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = torch.device("cuda", 0)
-    monkeypatch.setenv(cuda_ops.SWITCH, str(kernels.path))
+    monkeypatch.setenv(native.SWITCH, str(kernels.path))
     assert cuda_ops.kernels_for(device).path == kernels.path
-    monkeypatch.setenv(cuda_ops.SWITCH, "off")
+    monkeypatch.setenv(native.SWITCH, "off")
     assert cuda_ops.kernels_for(device) is None
-    monkeypatch.setenv(cuda_ops.SWITCH, str(kernels.path.with_name("no.so")))
+    monkeypatch.setenv(native.SWITCH, str(kernels.path.with_name("no.so")))
     with pytest.raises(OSError, match=r"no\.so"):
         cuda_ops.kernels_for(device)

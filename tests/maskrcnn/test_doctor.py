@@ -184,3 +184,22 @@ def test_cpu_of_x86_and_arm_and_unknown(tmp_path):
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")
     assert doctor._cpu(str(cpuinfo)).endswith(": asimd bf16 i8mm")
     assert "logical cores" in doctor._cpu(str(tmp_path / "none"))
+
+
+def test_an_old_tensorrt_is_not_enough():
+    facts = {"tensorrt": {"version": "10.3.0.26", "builder": True}, "cuda-python": {}, "pycuda": {}}
+    found = doctor._tensorrt(facts, "H100")[0]
+    assert (found.found, found.is_enough) == ("10.3.0.26, which is too old", False)
+    assert report([found]).splitlines()[1:] == [
+        f"{'':21}needed for: TensorRT engines on NVIDIA GPUs",
+        f"{'':21}what to do: pip install -U 'tensorrt>=10.9' (downloads from pypi.nvidia.com)",
+    ]
+    facts["tensorrt"]["version"] = "10.16.1.0"
+    assert doctor._tensorrt(facts, "H100")[0].is_enough
+
+
+def test_what_a_library_says_of_itself(library):
+    library("onnxscript", "__version__ = '0.9'")
+    assert doctor.library_facts("onnxscript") == {"version": "0.9"}
+    library("onnxscript", "raise ModuleNotFoundError('No module named onnxscript', name='onnxscript')")
+    assert doctor.library_facts("onnxscript") == {}

@@ -1,7 +1,5 @@
 """What the plugins' tests share: one TensorRT rig, for each set of headers one library, and the kernels alone."""
 
-from pathlib import Path
-
 import kernels_on_cpu
 import kernels_on_gpu
 import plugin_library
@@ -31,14 +29,6 @@ def library(request, tmp_path_factory) -> plugin_library.Library:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("plugins")
     return plugin_library.Library(plugin_library.build(folder, request.param), folder, request.param)
-
-
-@pytest.fixture(scope="session")
-def kernels_for_cpu(tmp_path_factory) -> Path:
-    """The library of kernels, compiled for the CPU."""
-    if kernels_on_cpu.compiler() is None:
-        pytest.skip("no C++ compiler")
-    return kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from kernel_calls import paste
 from kernels_on_cpu import ORDERS, thread_order
 from paste_cases import PasteCase, boxes_of, check, paste_cases
-from pycocotools import mask as mask_api
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from maskrcnn.postprocess import Detections
@@ -95,6 +94,7 @@ def test_it_is_torchvisions(device, case):
 @settings(max_examples=150, deadline=None)
 @given(case=paste_cases())
 def test_run_lengths_of_columns_are_pycocotools(device, case):
+    mask_api = pytest.importorskip("pycocotools.mask")
     by_rows, by_columns = (
         paste(device, case.masks, case.boxes, case.size_hw, case.threshold, by_columns=order) for order in (False, True)
     )

@@ -7,10 +7,9 @@ many thousands: several chunks, more kept boxes than shared memory holds.
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from kernel_calls import Device, nms
 from kernels_on_cpu import ORDERS, build, thread_order
 from nms_cases import INTS, NmsCase, boxes_of, by_torchvision, check, nms_cases
-from onnx import TensorProto, helper
 
 from maskrcnn.model.ops import batched_nms
 from maskrcnn.plugins import reference
@@ -139,16 +137,18 @@ def test_small_blocks_are_the_torch_op(small, case):
 
 
 @functools.cache
-def onnx_nms() -> onnxruntime.InferenceSession:
-    """One node of ONNX's NonMaxSuppression."""
+def onnx_nms() -> Any:
+    """A session of one node of ONNX's NonMaxSuppression."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper, types = onnx.helper, onnx.TensorProto
     inputs = [
-        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, "K", 4]),
-        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 1, "K"]),
-        helper.make_tensor_value_info("most", TensorProto.INT64, [1]),
-        helper.make_tensor_value_info("threshold", TensorProto.FLOAT, [1]),
+        helper.make_tensor_value_info("boxes", types.FLOAT, [1, "K", 4]),
+        helper.make_tensor_value_info("scores", types.FLOAT, [1, 1, "K"]),
+        helper.make_tensor_value_info("most", types.INT64, [1]),
+        helper.make_tensor_value_info("threshold", types.FLOAT, [1]),
     ]
     node = helper.make_node("NonMaxSuppression", [i.name for i in inputs], ["kept"], center_point_box=0)
-    outputs = [helper.make_tensor_value_info("kept", TensorProto.INT64, ["M", 3])]
+    outputs = [helper.make_tensor_value_info("kept", types.INT64, ["M", 3])]
     graph = helper.make_graph([node], "nms", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)

@@ -1,10 +1,10 @@
 """The RoIAlign kernels against what others have written: torchvision, ONNX Runtime, torch's grid_sample."""
 
 import functools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pooling_truth
 import pytest
 import torch
@@ -12,7 +12,6 @@ import torchvision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_calls import Device
-from onnx import TensorProto, helper
 from roi_align_cases import KINDS_OF_BOX, RoiCase, boxes, forms, roi_cases
 from torch.nn import functional as F
 
@@ -76,19 +75,21 @@ def test_torchvisions_pooler_at_many_levels(device, seed, levels, size, ratio, c
 
 
 @functools.cache
-def onnx_roi_align(size: int, ratio: int, scale: float, aligned: bool) -> onnxruntime.InferenceSession:
-    """One node of ONNX's RoiAlign."""
+def onnx_roi_align(size: int, ratio: int, scale: float, aligned: bool) -> Any:
+    """A session of one node of ONNX's RoiAlign."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    helper, types = onnx.helper, onnx.TensorProto
     mode = "half_pixel" if aligned else "output_half_pixel"
     node = helper.make_node(
         "RoiAlign", ["map", "rois", "images"], ["pooled"], mode="avg", output_height=size, output_width=size,
         sampling_ratio=ratio, spatial_scale=scale, coordinate_transformation_mode=mode,
     )  # fmt: skip
     inputs = [
-        helper.make_tensor_value_info("map", TensorProto.FLOAT, ["N", "C", "H", "W"]),
-        helper.make_tensor_value_info("rois", TensorProto.FLOAT, ["R", 4]),
-        helper.make_tensor_value_info("images", TensorProto.INT64, ["R"]),
+        helper.make_tensor_value_info("map", types.FLOAT, ["N", "C", "H", "W"]),
+        helper.make_tensor_value_info("rois", types.FLOAT, ["R", 4]),
+        helper.make_tensor_value_info("images", types.INT64, ["R"]),
     ]
-    outputs = [helper.make_tensor_value_info("pooled", TensorProto.FLOAT, ["R", "C", size, size])]
+    outputs = [helper.make_tensor_value_info("pooled", types.FLOAT, ["R", "C", size, size])]
     graph = helper.make_graph([node], "roi_align", inputs, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
@@ -110,7 +111,7 @@ def test_onnx_runtime_at_one_level(device, case):
 @given(case=roi_cases(dtypes=("float32",)), ratio=st.integers(1, 4))
 def test_grid_sample_and_a_mean(device, case, ratio):
     case, scale = of_one_level(case)
-    case.attributes["sampling_ratio"] = ratio
+    case = replace(case, attributes={**case.attributes, "sampling_ratio": ratio})
     size, aligned = case.attributes["output_size"], case.attributes["aligned"]
     feature = torch.from_numpy(case.features[0]).double()
     low, high = torch.from_numpy(case.rois.astype(np.float64) * scale - 0.5 * aligned).flatten(0, 1).chunk(2, dim=-1)

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 BLOCKED = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "PIL", "pycocotools")
 
@@ -50,6 +53,37 @@ def test_an_exported_model_is_evaluated_without_torch(onnx_file, shapes):
     )
     assert done.returncode == 0, done.stderr
     assert "AP50" in done.stdout
+
+
+_ENGINE = """
+import sys
+sys.path.insert(0, {support!r})
+import fake_tensorrt, numpy
+from pathlib import Path
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.tensorrt_profiles import Profile, Span
+
+class Patch:
+    setattr = staticmethod(setattr)
+
+fake_tensorrt.install(Patch)
+size = Span(32, 96, 192)
+profile = Profile(Span(1, 1, 1), size, size)
+path = fake_tensorrt.write_engine(Path({onnx!r}), Path({folder!r}) / "model.engine", [profile])
+detector = Detector.load(path)
+image = numpy.random.default_rng(0).integers(0, 255, (90, 120, 3), numpy.uint8)
+print(*(len(detector.detect([image])[0]) for _ in range(2)))
+"""
+
+
+def test_an_engine_runs_without_torch(onnx_file, tmp_path):
+    pytest.importorskip("cuda.bindings.runtime")
+    support = str(Path(__file__).resolve().parents[1] / "support")
+    program = _ENGINE.format(support=support, onnx=str(onnx_file), folder=str(tmp_path))
+    done = run_blocked(program, ("torch", "torchvision", "onnx", "openvino", "PIL", "pycocotools"))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert first == second and int(first) > 0
 
 
 def test_an_exported_model_is_verified_without_torch(onnx_file):

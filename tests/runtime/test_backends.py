@@ -277,8 +277,8 @@ def test_files_and_backends_that_do_not_go_together(tmp_path, onnx_file):
         load_backend(tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"backend 'torch' for .*\nexpected: onnxruntime or openvino"):
         load_backend(onnx_file, "torch")
-    with pytest.raises(UserError, match="a TensorRT engine"):
-        load_backend(tmp_path / "model.engine")
+    with pytest.raises(UserError, match=r"backend 'onnxruntime' for .*model\.engine\nexpected: tensorrt"):
+        load_backend(tmp_path / "model.engine", "onnxruntime")
 
 
 def test_a_precision_that_openvino_lacks_is_named(onnx_file):

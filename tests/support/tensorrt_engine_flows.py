@@ -23,8 +23,8 @@ from maskrcnn import cli, cli_engine
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import tensorrt_backend, tensorrt_engine, tensorrt_library, tensorrt_refit
 from maskrcnn.runtime.engine_gate import GateImages
-from maskrcnn.runtime.tensorrt_builder import BuildOptions, Weights
-from maskrcnn.runtime.tensorrt_library import Hardware, PluginForm
+from maskrcnn.runtime.tensorrt_builder import BuildOptions
+from maskrcnn.runtime.tensorrt_library import Hardware, PluginForm, Weights
 from maskrcnn.runtime.tensorrt_orders import Order, Refit
 from maskrcnn.runtime.tensorrt_profiles import from_json, parsed_profiles
 

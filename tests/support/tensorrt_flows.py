@@ -24,8 +24,8 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime import tensorrt_library
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.tensorrt_builder import BuildOptions, Weights, build_plan
-from maskrcnn.runtime.tensorrt_library import Gpu, Hardware, PluginForm
+from maskrcnn.runtime.tensorrt_builder import BuildOptions, build_plan
+from maskrcnn.runtime.tensorrt_library import Gpu, Hardware, PluginForm, Weights
 from maskrcnn.runtime.tensorrt_orders import Order, Surroundings
 from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
 from maskrcnn.runtime.tensorrt_progress import run_stoppable

@@ -53,7 +53,7 @@ constexpr int kTile = 64;  // boxes among which the order of suppression is reso
 constexpr int kNmsThreads = MASKRCNN_NMS_THREADS, kNmsWarps = kNmsThreads / kWarp;
 constexpr int kScanned = 4;                   // positions that a thread looks at before the block meets
 constexpr int kKept = MASKRCNN_NMS_KEPT;      // kept boxes that shared memory holds; more are read from global memory
-static_assert(kNmsThreads % kWarp == 0 && kNmsWarps <= kWarp && kNmsThreads >= kTile, "a block of 2 to 32 warps");
+static_assert(kNmsThreads % kTile == 0 && kNmsWarps <= kWarp, "a block of whole tiles and at most 32 warps");
 
 // The sum over the threads before this one, and over all; a barrier comes before and after `warps` is used.
 __device__ inline int sum_before(int value, int *warps, int &total) {

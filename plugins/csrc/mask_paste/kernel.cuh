@@ -48,7 +48,7 @@ __device__ inline void paste_words(const T *mask, const MaskFrame &frame, Span a
                                    int first_word, int words, float threshold, uint32_t *bits) {
     int lane = threadIdx.x % kWarp, size = frame.size + 2;
     uint32_t mine = 0;
-    if (line >= across.first && line <= across.last) {
+    if (line >= across.first && line <= across.last && along.first <= along.last) {
         Lerp of_line = lerp_at(line - across.first, size, across.last - across.first + 1);
         auto blend = [&](int place) {
             return mix(padded(mask, frame, of_line.low, place), padded(mask, frame, of_line.high, place),

@@ -1,0 +1,332 @@
+"""How fast results are made, scored and resampled, beside torchvision and pycocotools.
+
+    python benchmarks/evaluation.py [--images 200] [--detections 100] [--dataset 250,1000,5000] [--output FOLDER]
+
+- Pasting: masks of as many detections as torchvision's `paste_masks_in_image` with pycocotools' encoder pastes and
+  encodes, in turns, image by image; the masks, and the metrics that they score, are compared first. Peak memory is
+  taken in processes of their own.
+- Scoring: simulated results, from a list of dictionaries to COCO's metrics, by pycocotools as its own demo calls it,
+  and by `--scorer fast`; every array of both is compared first. A chart shows the growth with the dataset.
+- Resampling: the interval of the difference of two results.
+
+Run it with OMP_NUM_THREADS=1 where other things run as well: torchvision's pasting uses all cores, ours one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arguments import numbers
+from chart import Axis, Series, chart
+from evaluation_cases import detections, simulated
+from progress import Progress
+from report import aligned, machine
+from resident import forget_peak, resident_mb
+from timing import environment, time_in_turns
+
+from maskrcnn.files import atomic_path, write_json
+from maskrcnn.postprocess import Detections, coco_results
+from maskrcnn.runtime.bootstrap import RESAMPLES, interval_of_difference
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.match_records import match_records
+from maskrcnn.runtime.protocol import KINDS
+from maskrcnn.runtime.results_file import checked_results, of_kind
+from maskrcnn.runtime.scoring import Scorer, score_entries
+
+SCHEMA = 1
+SIZE_HW = (480, 640)
+METRIC_TOLERANCE = 1e-6
+LIMIT_S = 900
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One piece of work, by us and by others."""
+
+    work: str
+    items: str
+    ours_ms: float
+    theirs_ms: float | None  # None where nobody else does it
+    times: float | None  # theirs divided by ours
+    theirs: str
+    check: str  # what was compared before
+    ours_peak_mb: float | None = None
+    theirs_peak_mb: float | None = None
+
+
+def pasted_by_torchvision(found: Detections) -> list[dict[str, Any]]:
+    """Run lengths as torchvision's reference evaluation makes them."""
+    import torch
+    from pycocotools import mask as mask_api
+    from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+    masks, boxes = torch.from_numpy(found.masks)[:, None], torch.from_numpy(found.boxes_xyxy_px)
+    full = (paste_masks_in_image(masks, boxes, found.size_hw) > 0.5).numpy()
+    encoded = [mask_api.encode(np.array(mask[0, :, :, np.newaxis], order="F", dtype=np.uint8))[0] for mask in full]
+    return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in encoded]
+
+
+PASTERS: dict[str, Callable[[Detections], list[dict[str, Any]]]] = {
+    "ours": Detections.rles,
+    "torchvision": pasted_by_torchvision,
+}
+
+
+def paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Progress) -> Row:
+    """Pasting and encoding, checked by pixels and by metrics."""
+    found = [detections(seed, count, size_hw) for seed in range(images)]
+    check = paste_check(found)
+    calls = {name: lambda turn, paste=paste: paste(found[turn]) for name, paste in PASTERS.items()}
+    with progress.steps(f"pasting {images} images with {count} detections", len(calls) * (images + 1)) as stepper:
+        samples = time_in_turns(calls, repeat=images, rest_s=0.0, progress=lambda name: stepper.advance())
+    ours, theirs = (sum(samples[name].latencies_ms) for name in PASTERS)
+    task = {"images": min(images, 20), "count": count, "size_hw": size_hw}
+    peaks = [peak_mb({**task, "paster": name}) for name in PASTERS]
+    return Row(
+        work=f"paste and encode, {size_hw[0]}×{size_hw[1]}",
+        items=f"{images} images × {count}",
+        ours_ms=ours,
+        theirs_ms=theirs,
+        times=theirs / ours,
+        theirs="torchvision, pycocotools",
+        check=check,
+        ours_peak_mb=peaks[0],
+        theirs_peak_mb=peaks[1],
+    )
+
+
+def paste_check(found: list[Detections]) -> str:
+    """Compares the masks of both, and the metrics that they score on annotations near them.
+
+    Raises:
+        AssertionError: where a metric differs by more than the tolerance.
+    """
+    from pycocotools import mask as mask_api
+
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in PASTERS}
+    differing = pixels = 0
+    for image_id, own in enumerate(found, start=1):
+        plain = coco_results(dataclasses.replace(own, masks=None), image_id, range(1, 81), with_masks=False)
+        masks = {name: paste(own) for name, paste in PASTERS.items()}
+        for name, rles in masks.items():
+            results[name] += [{**entry, "segmentation": rle} for entry, rle in zip(plain, rles, strict=True)]
+        for ours, theirs in zip(*masks.values(), strict=True):
+            if ours["counts"] != theirs["counts"]:
+                differing += 1
+                pixels += int(np.count_nonzero(mask_api.decode(ours) != mask_api.decode(theirs)))
+    truth = GroundTruth(_truth_near(found), "simulated")
+    metrics = [score_entries(truth, of_kind(entries, "segm"), "segm").metrics for entries in results.values()]
+    largest = max(abs(metrics[0][name] - metrics[1][name]) for name in metrics[0])
+    assert largest <= METRIC_TOLERANCE, f"a metric differs by {largest:.2g}"
+    total = sum(map(len, found))
+    return (
+        f"{differing} of {total} masks differ, {pixels} px in all; metrics by {largest:.1g}, AP {metrics[0]['AP']:.3f}"
+    )
+
+
+def _truth_near(found: list[Detections]) -> dict[str, Any]:
+    """Annotations: every third detection, moved a little."""
+    height, width = found[0].size_hw
+    annotations = []
+    for image_id, own in enumerate(found, start=1):
+        sides = own.boxes_xyxy_px[::3, 2:] - own.boxes_xyxy_px[::3, :2]
+        moved = own.boxes_xyxy_px[::3] + 0.05 * np.concatenate([sides, sides], axis=1)
+        some = Detections(moved, own.scores[::3], own.labels[::3], own.masks[::3], own.size_hw)
+        for entry in coco_results(some, image_id, range(1, 81), with_masks=True):
+            area = entry["bbox"][2] * entry["bbox"][3]
+            annotations.append({**entry, "id": len(annotations) + 1, "area": area, "iscrowd": 0})
+    return {
+        "images": [{"id": k, "height": height, "width": width} for k in range(1, len(found) + 1)],
+        "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 81)],
+        "annotations": annotations,
+    }
+
+
+def scored_by_pycocotools(content: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:
+    """The evaluation object of pycocotools after all its steps; it changes what it is given."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = content
+        truth.createIndex()
+        scorer = COCOeval(truth, truth.loadRes(results), kind)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return scorer
+
+
+def score_row(images: int, count: int, kind: str, repeat: int, progress: Progress) -> Row:
+    """Scoring, checked array by array."""
+    content, results = simulated(images, count, kind, SIZE_HW)
+
+    def ours(turn: int) -> Any:
+        scored = score_entries(GroundTruth(content, "simulated"), results, kind, scorer=Scorer.FAST)
+        return scored, scored.metrics
+
+    prepared: list[Any] = []
+
+    def theirs(turn: int) -> Any:
+        return scored_by_pycocotools(*prepared.pop(), kind)
+
+    def prepare() -> None:  # copies, which are not part of the work
+        prepared.append((copy.deepcopy(content), copy.deepcopy(results)))
+
+    latencies: dict[str, list[float]] = {"ours": [], "theirs": []}
+    with progress.steps(f"scoring {kind} of {images} images with {count} detections", 2 * repeat) as stepper:
+        for turn in range(repeat):
+            answers = {}
+            for name, call in (("ours", ours), ("theirs", theirs))[:: 1 if turn % 2 else -1]:
+                prepare()
+                began = time.perf_counter()
+                answers[name] = call(turn)
+                latencies[name].append(1000 * (time.perf_counter() - began))
+                prepared.clear()
+                stepper.advance()
+            _check_scores(answers["ours"][0].scores, answers["theirs"])
+            metrics = answers["ours"][1]
+    mine, other = (float(np.median(latencies[name])) for name in ("ours", "theirs"))
+    return Row(
+        work=f"score {kind}",
+        items=f"{images} images × {count}",
+        ours_ms=mine,
+        theirs_ms=other,
+        times=other / mine,
+        theirs="pycocotools",
+        check=f"all arrays equal, AP {metrics['AP']:.3f}",
+    )
+
+
+def _check_scores(ours: Any, theirs: Any) -> None:
+    for name in ("precision", "recall", "scores"):
+        assert np.array_equal(getattr(ours, name), theirs.eval[name]), f"{name} differs from pycocotools'"
+
+
+def resample_row(images: int, count: int) -> Row:
+    """The interval of a difference of two results, matching included."""
+    content, results = simulated(images, count, "bbox", SIZE_HW)
+    truth, rng = GroundTruth(content, "simulated"), np.random.default_rng(1)
+    other = [{**entry, "score": entry["score"] * float(rng.uniform(0.9, 1.1))} for entry in results]
+    began = time.perf_counter()
+    records = [match_records(truth, checked_results(truth, each, "bbox", "simulated")) for each in (results, other)]
+    found = interval_of_difference(*records)
+    taken = 1000 * (time.perf_counter() - began)
+    return Row(
+        work=f"AP difference, {RESAMPLES} resamples",
+        items=f"{images} images × {count}",
+        ours_ms=taken,
+        theirs_ms=None,
+        times=None,
+        theirs="",
+        check=f"{found.value:+.4f}, {found.low:+.4f} to {found.high:+.4f}",
+    )
+
+
+def peak_mb(task: dict[str, Any]) -> float | None:
+    """Growth of a process's memory while it pastes, by a process of its own; None where it cannot be had."""
+    command = [sys.executable, __file__, "--peak", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def own_peak_mb(task: dict[str, Any]) -> float | None:
+    """What `peak_mb` gives, in this process."""
+    found = [detections(seed, task["count"], tuple(task["size_hw"])) for seed in range(task["images"])]
+    paste = PASTERS[task["paster"]]
+    paste(detections(0, 2, (32, 32)))  # what is imported and allocated once
+    forget_peak()
+    before = resident_mb("VmRSS")
+    for own in found:
+        paste(own)
+    after = resident_mb("VmHWM")
+    return None if before is None or after is None else after - before
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    heads = ["work", "items", "ours ms", "theirs ms", "× faster", "peak MB", "theirs MB", "beside", "checked before"]
+    return aligned(
+        heads,
+        [
+            [
+                row.work,
+                row.items,
+                cell(row.ours_ms, ".0f"),
+                cell(row.theirs_ms, ".0f"),
+                cell(row.times, ".1f"),
+                cell(row.ours_peak_mb, ".0f"),
+                cell(row.theirs_peak_mb, ".0f"),
+                row.theirs,
+                row.check,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def growth_chart(rows: list[Row]) -> str:
+    """Seconds of scoring against the images of the dataset, as SVG."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in (row for row in rows if row.work.startswith("score")):
+        images = float(row.items.split()[0])
+        for name, value in ((f"{row.work[6:]}, fast", row.ours_ms), (f"{row.work[6:]}, pycocotools", row.theirs_ms)):
+            lines.setdefault(name, []).append((images, value / 1000))
+    series = [Series(name, points) for name, points in lines.items()]
+    return chart("Scoring simulated results", Axis("images", True), Axis("seconds", True), series)
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Measures, prints the table and the machine, and writes both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=200, help="of pasting")
+    parser.add_argument("--detections", type=int, default=100, help="of each image")
+    parser.add_argument("--dataset", type=numbers, default=(250, 1000, 5000), help="images to score")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--repeat", type=int, default=3, help="of scoring")
+    parser.add_argument("--output", type=Path, help="folder for evaluation.json, evaluation.md and a chart")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.peak:
+        print(json.dumps(own_peak_mb(json.loads(given.peak))))
+        return []
+    progress = Progress()
+    rows = [paste_row(given.images, given.detections, SIZE_HW, progress)]
+    for kind in given.kinds.split(","):
+        count = min(given.detections, 20) if kind == "keypoints" else given.detections
+        rows += [score_row(images, count, kind, given.repeat, progress) for images in given.dataset]
+    rows.append(resample_row(max(given.dataset), given.detections))
+    facts = environment()
+    facts["versions"] |= {name: importlib.metadata.version(name) for name in ("numpy", "pycocotools")}
+    page = "\n".join(["# Evaluation", "", table(rows), "", *machine(facts), ""])
+    print(page)
+    if given.output:
+        content = {"schema": SCHEMA, "environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
+        write_json(given.output / "evaluation.json", content)
+        for name, text in (("evaluation.md", page), ("evaluation.svg", growth_chart(rows))):
+            with atomic_path(given.output / name) as draft:
+                draft.write_text(text, encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

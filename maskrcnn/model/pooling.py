@@ -1,0 +1,171 @@
+"""Three ways to pool the features of a RoI, each at the RoI's own pyramid level, for all images and RoIs at once.
+
+`align` is RoIAlign (`ops.multilevel_roi_align`), `pool` is RoIPool, whose bins are whole pixels, and `crop` is RoICrop,
+which samples a grid of points and keeps the largest of each four. RoIs are xyxy in pixels of the network's input.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskrcnn.model.ops import assign_levels, multilevel_roi_align
+
+_CROP_SAMPLES = 2  # of a bin of RoICrop along an axis
+
+
+def multilevel_pool(
+    features: list[Tensor],
+    rois: Tensor,
+    *,
+    method: str,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int = 2,
+) -> Tensor:
+    """The features of RoIs by one of the methods.
+
+    Args:
+        features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
+        rois: `[N, R, 4]` xyxy in pixels of the network's input. R may be zero.
+        method: one of `maskrcnn.config.POOL_METHODS`.
+        output_size: S, bins per axis.
+        sampling_ratio: of "align", which alone has one.
+        aligned: of "align" and "crop"; the bins of "pool" are whole pixels.
+        min_level: exponent of the first level's stride.
+
+    Returns:
+        float32 `[N, R, C, S, S]`.
+    """
+    if method == "pool":
+        return multilevel_roi_pool(features, rois, output_size=output_size, min_level=min_level)
+    if method == "crop":
+        return multilevel_roi_crop(features, rois, output_size=output_size, aligned=aligned, min_level=min_level)
+    return multilevel_roi_align(
+        features, rois, output_size=output_size, sampling_ratio=sampling_ratio, aligned=aligned, min_level=min_level
+    )
+
+
+def multilevel_roi_pool(features: list[Tensor], rois: Tensor, *, output_size: int, min_level: int = 2) -> Tensor:
+    """RoIPool: the largest value in each of S × S bins of each RoI, at the RoI's own pyramid level.
+
+    A RoI is rounded to whole pixels of its level, halves away from zero, both ends included, at least one pixel long.
+    Bin k covers the pixels from floor(k · side / S) to ceil((k + 1) · side / S), so neighbours may share one; what
+    lies outside the map is left out, and a bin without a pixel is zero. Gradients go to each bin's first largest pixel.
+
+    Args:
+        features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`.
+        rois: `[N, R, 4]`. R may be zero.
+        output_size: S, bins per axis.
+        min_level: exponent of the first level's stride.
+
+    Returns:
+        float32 `[N, R, C, S, S]`.
+
+    Source: Girshick 2015, section 2.1; torchvision's `roi_pool`, whose rounding this is.
+    """
+    pool = _multilevel_roi_pool if torch.compiler.is_exporting() else _pool_by_levels
+    return pool(features, rois, output_size, min_level)
+
+
+def _pool_by_levels(features: list[Tensor], rois: Tensor, output_size: int, min_level: int) -> Tensor:
+    """Torchvision's kernel, level by level, for all RoIs: shapes stay fixed and no host waits.
+
+    At the levels that are not its own a RoI is one pixel, and the kernel has next to nothing to do.
+    """
+    batch, count = rois.shape[:2]
+    rois = rois.to(torch.float32).flatten(0, 1)
+    level = assign_levels(rois, min_level=min_level, num_levels=len(features))
+    image = torch.arange(batch * count, device=rois.device) // count if count else level
+    boxes = torch.cat([image[:, None].to(torch.float32), rois], dim=1)
+    pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
+    for index, feature in enumerate(features):
+        here = level == index
+        one_pixel = torch.cat([boxes[:, :1], boxes[:, 1:] * here[:, None]], dim=1)
+        found = torchvision.ops.roi_pool(
+            feature.to(torch.float32), one_pixel, output_size, spatial_scale=0.5 ** (min_level + index)
+        )
+        pooled = torch.where(here[:, None, None, None], found, pooled)
+    return pooled.unflatten(0, (batch, count))
+
+
+@torch.library.custom_op("maskrcnn::multilevel_roi_pool", mutates_args=())
+def _multilevel_roi_pool(features: list[Tensor], rois: Tensor, output_size: int, min_level: int) -> Tensor:
+    return _pool_by_levels(features, rois, output_size, min_level).contiguous()
+
+
+@_multilevel_roi_pool.register_fake
+def _(features, rois, output_size, min_level):
+    shape = (rois.shape[0], rois.shape[1], features[0].shape[1], output_size, output_size)
+    return rois.new_empty(shape, dtype=torch.float32)
+
+
+def multilevel_roi_crop(
+    features: list[Tensor], rois: Tensor, *, output_size: int, aligned: bool, min_level: int = 2
+) -> Tensor:
+    """RoICrop: bilinear samples on a grid of 2S × 2S points over each RoI, then the largest of each 2 × 2.
+
+    The grid is that of an affine transform of the unit square onto the RoI, its outermost points on the RoI's edges:
+    point k of an axis lies at start + k · (end - start) / (2S - 1), in pixels of the level. Outside the map features
+    are zero, and fade to it within the last pixel. RoIs get no gradient.
+
+    Args:
+        features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`.
+        rois: `[N, R, 4]`. R may be zero.
+        output_size: S, bins per axis.
+        aligned: whether pixel centres lie at half-integers; where the method comes from they lie at integers.
+        min_level: exponent of the first level's stride.
+
+    Returns:
+        float32 `[N, R, C, S, S]`.
+
+    Source: the crop pooling of Chen and Gupta 2017, "An Implementation of Faster RCNN with Study for Region Sampling",
+    which PyTorch's implementations of Faster R-CNN write as `affine_grid` and `grid_sample` with aligned corners.
+    """
+    batch, count = rois.shape[:2]
+    rois, points = rois.detach().to(torch.float32), _CROP_SAMPLES * output_size
+    level = assign_levels(rois, min_level=min_level, num_levels=len(features))
+    atlas, tops = _atlas(features)
+    here = [(level == k).to(torch.int64) for k in range(len(features))]
+    # Of each RoI's own level. Sums of products instead of look-ups: they need no table on the device.
+    scale, top, height, width = (
+        sum(is_own * value for is_own, value in zip(here, values, strict=True))[..., None]
+        for values in (
+            [0.5 ** (min_level + k) for k in range(len(features))],
+            tops,
+            [feature.shape[2] for feature in features],
+            [feature.shape[3] for feature in features],
+        )
+    )
+    x1, y1, x2, y2 = (rois * scale - (0.5 if aligned else 0.0)).unbind(-1)
+    share = torch.arange(points, device=rois.device, dtype=torch.float32) / (points - 1)
+    columns, rows = (start[..., None] + (end - start)[..., None] * share for start, end in ((x1, x2), (y1, y2)))
+    # From one pixel before the map to one after it, where the atlas is zero; both are [N, R, 2S].
+    columns = torch.minimum(columns.clamp(min=-1.0), width) + 1
+    rows = torch.minimum(rows.clamp(min=-1.0), height) + top
+    x, y = (2 * at / (side - 1) - 1 for at, side in ((columns, atlas.shape[3]), (rows, atlas.shape[2])))
+    shape = (batch, count, points, points)
+    grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
+    samples = F.grid_sample(atlas, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=True)
+    if count == 0:  # which pooling refuses
+        return samples.view(batch, 0, atlas.shape[1], output_size, output_size)
+    pooled = F.max_pool2d(samples, _CROP_SAMPLES)  # [N, C, R · S, S]: a window has points of one RoI only
+    return pooled.unflatten(2, (count, output_size)).transpose(1, 2)
+
+
+def _atlas(features: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """All levels one below the other in one map, with zeros around each, and the row at which each begins.
+
+    So one sampling reads every RoI at its own level, and none is sampled at all of them. With channels last, in which
+    a CPU samples three times as fast.
+    """
+    width, parts, tops, row = features[0].shape[3], [], [], 1
+    for feature in features:
+        first = not parts
+        parts.append(F.pad(feature.to(torch.float32), (1, 1 + width - feature.shape[3], int(first), 1)))
+        tops.append(row)
+        row = row + feature.shape[2] + 1
+    return torch.cat(parts, dim=2).contiguous(memory_format=torch.channels_last), tops

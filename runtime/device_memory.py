@@ -1,0 +1,263 @@
+"""A GPU's memory, streams, events and graphs through cuda-bindings (12.6 or newer), in the few names that we need.
+
+Every object frees what it holds when it is closed or no longer used. Errors of CUDA become sentences: those that a user
+can mend are a `UserError`, the others a `RuntimeError` with CUDA's own name of it.
+
+Source: CUDA Runtime API.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.backend import missing_library
+
+LEGACY_STREAM = 1  # cudaStreamLegacy: the default stream, on which libraries work that know nothing of streams
+
+
+def import_runtime() -> Any:
+    """The module `cuda.bindings.runtime`.
+
+    Raises:
+        UserError: where it is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        install = "pip install 'cuda-bindings>=12.6'"
+        raise missing_library("cuda-bindings", "use a GPU's memory", install) from error
+
+
+class Cuda:
+    """One GPU.
+
+    Args:
+        index: which, as CUDA counts them.
+        runtime: instead of the installed `cuda.bindings.runtime`.
+
+    Raises:
+        UserError: without cuda-bindings, driver or GPU, or where there is no GPU of this index.
+    """
+
+    def __init__(self, index: int = 0, runtime: Any = None) -> None:
+        self.runtime = runtime or import_runtime()
+        self.index = index
+        count = self.call("cudaGetDeviceCount")
+        if not 0 <= index < count:
+            raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "name another device")
+        self.activate()
+        properties = self.call("cudaGetDeviceProperties", index)
+        self.name = properties.name.decode(errors="replace").rstrip("\0")
+        self.compute_capability = (int(properties.major), int(properties.minor))
+
+    def activate(self) -> None:
+        """Makes it the calling thread's GPU, which is what CUDA's functions speak of."""
+        self.call("cudaSetDevice", self.index)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What a function of the runtime returns behind its status: nothing, a value or a tuple."""
+        status, *values = getattr(self.runtime, name)(*arguments)
+        if int(status) != 0:
+            raise self._error(name, status, arguments)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def memory(self, nbytes: int) -> DeviceMemory:
+        """Memory on the GPU; its contents are arbitrary."""
+        return DeviceMemory(self, nbytes)
+
+    def pinned(self, nbytes: int) -> PinnedMemory:
+        """Memory of the host that the GPU reaches by itself."""
+        return PinnedMemory(self, nbytes)
+
+    def stream(self) -> Stream:
+        """A stream that the default stream does not hold up."""
+        return Stream(self)
+
+    def event(self, *, timing: bool = False) -> Event:
+        """An event; with `timing` one that `milliseconds` can measure from and to."""
+        return Event(self, timing=timing)
+
+    def free_and_total(self) -> tuple[int, int]:
+        """Bytes of its memory that are free, and all of them."""
+        self.activate()
+        return self.call("cudaMemGetInfo")
+
+    def _error(self, name: str, status: Any, arguments: tuple) -> Exception:
+        """The sentence for a status."""
+        kinds = self.runtime.cudaError_t
+        if status == kinds.cudaErrorMemoryAllocation:
+            wanted = f"{arguments[0] / 1e6:.0f} MB" if arguments and isinstance(arguments[0], int) else "more memory"
+            where = "of pinned host memory" if name == "cudaHostAlloc" else f"on GPU {self.index}"
+            remedy = "use smaller batches or images or fewer contexts, or close what else uses it (`nvidia-smi`)"
+            return UserError(f"no {wanted} {where} left", "free memory", remedy)
+        if status in (kinds.cudaErrorNoDevice, kinds.cudaErrorInitializationError):
+            return UserError(
+                "no GPU that CUDA can use", "an NVIDIA GPU", "run it where there is one; see `maskrcnn doctor`"
+            )
+        if status == kinds.cudaErrorInsufficientDriver:
+            came = "no NVIDIA driver, or one older than the installed CUDA"
+            return UserError(came, "a driver for it", "install a newer driver: https://www.nvidia.com/drivers")
+        said = self.runtime.cudaGetErrorString(status)[1].decode(errors="replace")
+        remedy = "see CUDA's list of errors"
+        if status in (kinds.cudaErrorIllegalAddress, kinds.cudaErrorLaunchFailure):
+            remedy = "start the program anew, as this process has lost the GPU; compute-sanitizer finds the kernel"
+        return RuntimeError(f"came: {name} answers {status.name} ({said}); expected: success; do: {remedy}")
+
+
+class _Held:
+    """Something of CUDA's that is given back once: on `close`, or when nobody holds the object any more."""
+
+    def _hold(self, cuda: Cuda, free: str, handle: Any) -> None:
+        self.cuda = cuda
+        self._free = weakref.finalize(self, _give_back, cuda.runtime, free, handle)
+
+    def close(self) -> None:
+        """Gives it back; nothing may use it afterwards."""
+        self._free()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not been given back."""
+        return self._free.alive
+
+
+def _give_back(runtime: Any, free: str, handle: Any) -> None:
+    """Ignores errors: one that a kernel made earlier is reported by every later call, and was raised where it was."""
+    getattr(runtime, free)(handle)
+
+
+class DeviceMemory(_Held):
+    """Memory on a GPU."""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        cuda.activate()
+        self.nbytes = nbytes
+        self.address = int(cuda.call("cudaMalloc", max(nbytes, 1)))
+        self._hold(cuda, "cudaFree", self.address)
+
+
+class PinnedMemory(_Held):
+    """Memory of the host that is never moved, so that copies need no help of the processor."""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        cuda.activate()
+        self.nbytes = nbytes
+        self.address = int(cuda.call("cudaHostAlloc", max(nbytes, 1), cuda.runtime.cudaHostAllocDefault))
+        self._hold(cuda, "cudaFreeHost", self.address)
+
+    def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> np.ndarray:
+        """A part of it as a NumPy array, which keeps the memory alive.
+
+        Raises:
+            ValueError: for a part that is not in it.
+        """
+        dtype = np.dtype(dtype)
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if offset < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(
+                f"came: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; do: ask for less"
+            )
+        memory = (ctypes.c_byte * nbytes).from_address(self.address + offset)
+        memory.owner = self
+        return np.ndarray(shape, dtype, memory)
+
+
+class Event(_Held):
+    """A mark in a stream."""
+
+    def __init__(self, cuda: Cuda, *, timing: bool = False) -> None:
+        cuda.activate()
+        flags = cuda.runtime.cudaEventDefault if timing else cuda.runtime.cudaEventDisableTiming
+        self.handle = cuda.call("cudaEventCreateWithFlags", flags)
+        self._hold(cuda, "cudaEventDestroy", self.handle)
+
+    def synchronize(self) -> None:
+        """Waits until the work before it is done."""
+        self.cuda.call("cudaEventSynchronize", self.handle)
+
+    def milliseconds(self, later: Event) -> float:
+        """Time between two events made with `timing`, both done."""
+        return float(self.cuda.call("cudaEventElapsedTime", self.handle, later.handle))
+
+
+class Graph(_Held):
+    """Work that was captured once and is started as a whole."""
+
+    def __init__(self, cuda: Cuda, captured: Any) -> None:
+        try:
+            self.handle = cuda.call("cudaGraphInstantiate", captured, 0)
+        finally:
+            cuda.call("cudaGraphDestroy", captured)
+        self._hold(cuda, "cudaGraphExecDestroy", self.handle)
+
+    def launch(self, stream: Stream) -> None:
+        """Starts it on a stream."""
+        self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+class Stream(_Held):
+    """Work in the order in which it is given."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        cuda.activate()
+        self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
+        self.address = int(self.handle)
+        self._hold(cuda, "cudaStreamDestroy", self.handle)
+
+    def synchronize(self) -> None:
+        """Waits until all its work is done."""
+        self.cuda.call("cudaStreamSynchronize", self.handle)
+
+    def record(self, event: Event) -> Event:
+        """Puts the event behind the work given so far."""
+        self.cuda.call("cudaEventRecord", event.handle, self.handle)
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Later work begins after the event; the host does not wait."""
+        self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
+    def wait_for_stream(self, other: int) -> None:
+        """Later work begins after what another stream, given by its address, has to do by now."""
+        event = self.cuda.event()
+        self.cuda.call("cudaEventRecord", event.handle, self.cuda.runtime.cudaStream_t(other))
+        self.wait(event)
+
+    def hold_up_stream(self, other: int) -> None:
+        """Lets another stream, given by its address, wait for what this one has to do by now."""
+        event = self.record(self.cuda.event())
+        self.cuda.call("cudaStreamWaitEvent", self.cuda.runtime.cudaStream_t(other), event.handle, 0)
+
+    def copy(self, target: int, source: int, nbytes: int, kind: str = "DeviceToDevice") -> None:
+        """Copies bytes between addresses; `kind` as CUDA names it, "HostToDevice" for example."""
+        kinds = self.cuda.runtime.cudaMemcpyKind
+        self.cuda.call("cudaMemcpyAsync", target, source, nbytes, getattr(kinds, f"cudaMemcpy{kind}"), self.handle)
+
+    def clear(self, target: int, nbytes: int) -> None:
+        """Fills memory of the GPU with zeros."""
+        self.cuda.call("cudaMemsetAsync", target, 0, nbytes, self.handle)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """The graph of what `work` puts on this stream, none of which is run.
+
+        Raises:
+            RuntimeError: where the work holds something that a graph cannot, such as waiting for the GPU.
+        """
+        # Relaxed: in the other modes memory that Python happens to free meanwhile would spoil the capture.
+        mode = self.cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
+        try:
+            work()
+        except BaseException:  # the stream must leave its capture, whose own error would hide this one
+            _, graph = self.cuda.runtime.cudaStreamEndCapture(self.handle)
+            if graph is not None and int(graph):
+                self.cuda.runtime.cudaGraphDestroy(graph)
+            raise
+        return Graph(self.cuda, self.cuda.call("cudaStreamEndCapture", self.handle))

@@ -1,0 +1,113 @@
+"""Other backbones, necks and pooling methods in ONNX: equal to PyTorch, in every precision, and for TensorRT."""
+
+import numpy as np
+import onnx
+import pytest
+from variants import EXPORTED
+
+from maskrcnn.export.graph import op_counts
+from maskrcnn.export.lint import lint
+from maskrcnn.export.precision import simulate_half, to_half
+from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.variants import write_half, write_int8
+from maskrcnn.metadata import KEY, ModelMetadata
+from maskrcnn.runtime.compare import EXACT, HALF, INT8
+from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+from maskrcnn.runtime.validation import compare_backends, validation_batches
+from maskrcnn.stages import LEVELS
+
+POOLING = {"align": "maskrcnn::MultilevelRoiAlign", "pool": "maskrcnn::MultilevelRoiPool", "crop": "GridSample"}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_the_file_equals_pytorch(exported_variant, name):
+    model, path, difference = exported_variant(name)
+    assert difference.within(EXACT) and difference.detections > 10
+    proto = onnx.load(path)
+    counts = op_counts(proto)
+    assert {method: counts[op] for method, op in POOLING.items()} == {
+        method: 2 if method == model.config.pool_method else 0 for method in POOLING
+    }
+    functions = {function.name for function in proto.functions}
+    assert functions == {op.partition("::")[2] for op in counts if op.startswith("maskrcnn::")}
+    text = {entry.key: entry.value for entry in proto.metadata_props}[KEY]
+    assert ModelMetadata.from_json(text, path).preprocessing == model.config.preprocessing
+    layers = {node.name for node in proto.graph.node if node.op_type in ("Conv", "MatMul", "Gemm", "ConvTranspose")}
+    assert {name.partition(".")[0] for name in layers} == {"backbone", "rpn", "roi_heads"}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_tensorrts_parser_takes_it_unless_it_has_roi_pool(exported_variant, name):
+    model, path, _ = exported_variant(name)
+    for aot in (False, True):
+        flavour = tensorrt_flavour(onnx.load(path), aot=aot)
+        report = lint(flavour)
+        assert report.warnings == []
+        if model.config.pool_method == "pool":
+            assert {(e.op, e.why) for e in report.errors} == {
+                ("maskrcnn::MultilevelRoiPool", "has no plugin, and MaxRoiPool no importer")
+            }
+        else:
+            assert report.errors == [], report.text()
+    modes = [a.s for n in flavour.graph.node if n.op_type == "GridSample" for a in n.attribute if a.name == "mode"]
+    assert modes == [b"bilinear"] * (2 if model.config.pool_method == "crop" else 0)
+
+
+def test_the_mode_linear_which_the_parser_takes_for_nearest_is_an_error(exported_variant):
+    _, path, _ = exported_variant("vgg_fpn_crop")
+    why = {finding.why for finding in lint(onnx.load(path)).errors if finding.op == "GridSample"}
+    assert why == {"mode = linear; the parser takes nearest, bilinear, bicubic"}
+
+
+@pytest.mark.parametrize("name", ["resnet_panet_pool", "vgg_fpn_crop"])
+def test_openvino_agrees(exported_variant, name):
+    _, path, _ = exported_variant(name)
+    reference = OnnxRuntimeBackend(path, providers=["CPUExecutionProvider"])
+    difference = compare_backends(reference, OpenVinoBackend(path), EXACT)
+    assert difference.within(EXACT) and difference.detections > 10, str(difference)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_half_precision_of_every_layer_and_nothing_that_needs_more(exported_variant, name, tmp_path):
+    model, path, _ = exported_variant(name)
+    proto = onnx.load(path)
+    half, report = to_half(proto, "fp16")
+    counts = op_counts(proto)
+    for op in ("Conv", "MatMul", "Gelu", "HardSwish", "HardSigmoid", "Relu", POOLING["pool"]):
+        assert report.half[op.rpartition("::")[2]] == counts[op], op
+    assert report.half["Sigmoid"] == (8 if model.config.neck == "bifpn" else 0)  # those of swish alone
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(half).graph.value_info}
+    for node in half.graph.node:
+        if node.op_type in ("GridSample", "LayerNormalization", "ReduceMean"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT, node.name
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_half_precision_changes_features_by_less_than_a_hundredth(exported_variant, name, tmp_path):
+    _, path, _ = exported_variant(name)
+    onnx.save(simulate_half(onnx.load(path), "fp16"), tmp_path / "half.onnx")
+    feeds = next(validation_batches(32))
+    single, half = (OnnxRuntimeBackend(p).stages(feeds, LEVELS) for p in (path, tmp_path / "half.onnx"))
+    errors = {level: np.abs(single[level] - half[level]).mean() / single[level].std() for level in LEVELS}
+    assert all(0 < error < 0.01 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("resnet_panet_pool", "fp16"), ("resnet_panet_pool", "bf16"), ("convnext_panet_align", "fp16")],
+)
+def test_detections_in_half_precision(exported_variant, name, precision, tmp_path):
+    _, path, _ = exported_variant(name)
+    _, difference = write_half(path, tmp_path / "half.onnx", precision)
+    assert difference.within(HALF) and difference.detections > 10
+
+
+@pytest.mark.parametrize("name", ["resnet_panet_pool", "convnext_panet_align"])
+def test_integers(exported_variant, name, shapes, tmp_path):
+    _, path, _ = exported_variant(name)
+    report, difference = write_int8(path, tmp_path / "int8.onnx", shapes / "train", limit=4)
+    assert difference.within(INT8) and difference.detections > 10
+    quantised = {node.name for node in onnx.load(tmp_path / "int8.onnx").graph.node if "dequantized" in node.input[0]}
+    assert {f"backbone.fpn.{kind}_blocks.{k}.0" for kind in ("down", "fuse") for k in range(3)} <= quantised
+    assert report.quantized["MatMul"] == (36 if name.startswith("convnext") else 0)

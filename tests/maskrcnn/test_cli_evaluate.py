@@ -1,0 +1,183 @@
+"""`maskrcnn evaluate` as a user meets it: models, results files, what is written, and every wrong option."""
+
+import json
+
+import pytest
+from coco_cases import make_case
+from command_line import expect_error
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+
+def figures(out: str) -> list[str]:
+    """The printed metrics, a line each."""
+    return [line for line in out.splitlines() if line.startswith(("AP", "AR"))]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes annotations and results of a kind; returns their paths."""
+
+    def write(kind, seed=6):
+        content, results = make_case(seed, kind=kind, images=8)
+        paths = tmp_path / "gt.json", tmp_path / f"{kind}.json"
+        for path, value in zip(paths, (content, results), strict=True):
+            path.write_text(json.dumps(value, default=bytes.decode))
+        return paths
+
+    return write
+
+
+# Results files
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm", "keypoints"])
+def test_a_results_file_scores_as_in_pycocotools(run, files, kind):
+    truth, results = files(kind)
+    expected = COCO(truth)
+    scorer = COCOeval(expected, expected.loadRes(str(results)), kind)
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    printed = set()
+    for scorer_name in ("pycocotools", "fast"):
+        options = ("--iou-type", kind, "--scorer", scorer_name, "--json", "m.json", "--per-class")
+        code, out, err = run("evaluate", "--results", results, "--annotations", truth, *options)
+        assert code == 0, err
+        printed.add("\n".join(figures(out)))
+        name = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}[kind]
+        written = json.loads((truth.parent / "m.json").read_text())
+        assert list(written[name].values()) == list(scorer.stats)
+        assert len(written["per_class"][name]) == len(expected.cats) and "results" not in written
+        assert all(f"\n{entry['name']} " in out for entry in expected.cats.values())
+    assert len(printed) == 1
+    assert [float(line.split()[1]) for line in printed.pop().splitlines()] == pytest.approx(scorer.stats, abs=5e-5)
+
+
+def test_two_results_files_are_compared(run, files, tmp_path):
+    truth, results = files("segm")
+    entries = json.loads(results.read_text())
+    (tmp_path / "half.json").write_text(json.dumps(entries[::2]))
+    options = ("--compare", "half.json", "--resamples", 30, "--seed", 2, "--json", "m.json", "--report", "pages")
+    code, out, err = run("evaluate", "--results", results, "--annotations", truth, *options)
+    assert code == 0, err
+    assert "mask of half.json minus the above:" in out
+    assert "AP difference -" in out and "(30 resamples of the images, seed 2)" in out
+    assert "images differ in detections of score 0.5 or more" in out
+    written = json.loads((tmp_path / "m.json").read_text())["difference"]["mask"]
+    assert written["interval"]["low"] <= written["interval"]["value"] <= written["interval"]["high"] < 1
+    assert len(written["images"]) == 8
+    page = (tmp_path / "pages" / "report.html").read_text()
+    assert "Difference to the other result" in page and "<img" not in page  # nobody said where the images are
+
+
+def test_empty_results_are_fine(run, files, tmp_path):
+    truth, _ = files("bbox")
+    (tmp_path / "none.json").write_text("[]")
+    code, out, err = run("evaluate", "--results", "none.json", "--annotations", truth, "--iou-type", "bbox")
+    assert code == 0, err
+    assert "AP            0.0000" in out and "AP_small      0.0000" in out
+
+
+def test_what_cannot_be_scored_is_named(run, files, tmp_path):
+    truth, results = files("bbox")
+    options = ("--annotations", truth)
+    expect_error(
+        run("evaluate", "--results", results, *options, "--iou-type", "segm"), "result 0: without segmentation"
+    )
+    entries = json.loads(results.read_text())
+    (tmp_path / "other.json").write_text(json.dumps([*entries, {**entries[0], "image_id": 424242}]))
+    expect_error(run("evaluate", "--results", "other.json", *options), "1 image(s) that are unknown: image_id 424242")
+    expect_error(run("evaluate", "--results", truth, *options), "a list of results")
+    expect_error(run("evaluate", "--results", "gone.json", *options), "gone.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "neither a model nor --results"),
+        (("m.onnx", "--results", "r.json"), "a model and --results"),
+        (("m.onnx",), "a model without --data"),
+        (("m.onnx", "--data", "d", "--annotations", "a.json"), "a model with --annotations"),
+        (("--results", "r.json"), "--results without --annotations"),
+        (("--results", "r.json", "--annotations", "a.json", "--data", "d"), "--results with --annotations and --data"),
+        (("--results", "r.json", "--annotations", "a.json", "--resume", "l"), "--results with --resume"),
+        (("--results", "r.json", "--annotations", "a.json", "--processes", "2"), "--results with --resume"),
+        (("--results", "r.json", "--data", "d", "--images", "i"), "--images without --annotations"),
+    ],
+)
+def test_options_that_contradict_each_other(run, options, message):
+    expect_error(run("evaluate", *options), message)
+
+
+# Models
+
+
+def test_a_model_writes_what_the_server_takes_and_a_page_with_pictures(run, onnx_file, shapes, tmp_path):
+    options = ("--save-results", "r.json", "--report", "page.html", "--worst", 3, "--threshold", 0.1, "--resamples", 9)
+    code, out, err = run("evaluate", onnx_file, "--data", shapes, *options, "--scorer", "fast")
+    assert code == 0, err
+    assert "ONNX Runtime fp32 on 6 images" in out and "scoring" in out
+    assert (tmp_path / "page.html").read_text().count("<img") == 6
+    for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
+        saved = json.loads((tmp_path / f"r.{kind}.json").read_text())
+        assert set(saved[0]) == {"image_id", "category_id", field, "score"}
+        where = ("--annotations", shapes / "annotations" / "instances_val.json", "--images", shapes / "val")
+        code, again, err = run("evaluate", "--results", f"r.{kind}.json", *where, "--report", "again.html")
+        assert code == 0, err
+        column = 1 if kind == "bbox" else 2
+        assert [line.split()[column] for line in figures(out)] == [line.split()[1] for line in figures(again)]
+        assert "<img" in (tmp_path / "again.html").read_text()
+
+
+def test_an_interrupted_evaluation_goes_on(run, onnx_file, checkpoint, shapes, tmp_path):
+    command = ("evaluate", onnx_file, "--data", shapes, "--resume", "log.jsonl")
+    code, whole, err = run(*command)
+    assert code == 0, err
+    lines = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    (tmp_path / "log.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:50])
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert figures(out) == figures(whole)
+    again = (tmp_path / "log.jsonl").read_bytes().splitlines(keepends=True)
+    assert again[:4] == lines[:4] and len(again) == 7
+    expect_error(run("evaluate", checkpoint, *command[2:]), "log.jsonl: detections of another model", onnx_file.name)
+
+
+def test_processes_share_an_evaluation(run, onnx_file, shapes):
+    code, out, err = run("evaluate", onnx_file, "--data", shapes, "--processes", 2)
+    assert code == 0, err
+    assert "ONNX Runtime fp32 on 6 images" in out and len(figures(out)) == 12
+
+
+def test_torchrun_shares_an_evaluation(run, onnx_file, shapes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ("evaluate", onnx_file, "--data", shapes)
+    monkeypatch.setenv("RANK", "1")
+    expect_error(run(*command), "WORLD_SIZE=2 without --resume FILE")
+    code, out, err = run(*command, "--resume", "log.jsonl")
+    assert code == 0 and out == "", err
+    monkeypatch.setenv("RANK", "0")
+    expect_error(run(*command, "--resume", "log.jsonl", "--processes", 2), "WORLD_SIZE=2 with --processes")
+    code, out, err = run(*command, "--resume", "log.jsonl")
+    assert code == 0, err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert figures(out) == figures(run(*command)[1]) and len(figures(out)) == 12
+
+
+def test_two_models_are_compared(run, onnx_file, checkpoint, shapes, files):
+    options = ("--data", shapes, "--iou-type", "bbox", "--resamples", 20)
+    code, out, err = run("evaluate", onnx_file, *options, "--compare", checkpoint)
+    assert code == 0, err
+    assert f"box of {checkpoint} minus the above:\nAP difference +0.0000" in out
+    truth, results = files("bbox")
+    expect_error(
+        run("evaluate", "--results", results, "--annotations", truth, "--compare", checkpoint),
+        "a model, with --annotations",
+    )
+
+
+def test_masks_of_a_model_without_masks_are_not_scored(run, boxes_onnx_file, shapes):
+    options = ("--data", shapes, "--iou-type", "segm")
+    expect_error(run("evaluate", boxes_onnx_file, *options), "--iou-type segm and detections without segmentation")

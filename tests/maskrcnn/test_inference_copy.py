@@ -1,0 +1,157 @@
+"""Models as they are run: norms folded, half-precision weights by the rule, and graphs by shape."""
+
+import pytest
+import torch
+from tiny import TINY_V2, lively_model, tiny_config
+
+from maskrcnn.model.cuda_graphs import GraphedModel
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.model.inference import inference_copy
+from maskrcnn.runtime.compare import EXACT, HALF, compare_outputs
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+VARIANTS = {"plain": {}, "frozen": {"frozen_batch_norm": True}, "v2": TINY_V2}
+
+
+def a_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(seed)) * 255
+    return images, torch.tensor([[96, 128], [90, 100]])
+
+
+def outputs(model: MaskRCNN, stages: dict | None = None) -> dict:
+    with torch.inference_mode():
+        return {name: value.numpy() for name, value in model(*a_batch(), stages).items()}
+
+
+def norms_in(model: MaskRCNN) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request) -> MaskRCNN:
+    model = lively_model(tiny_config(**VARIANTS[request.param]))
+    with torch.no_grad():
+        for norm in norms_in(model.roi_heads):  # as it would be after training
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_folded_norms_change_nothing_but_rounding(variant):
+    before = {name: value.clone() for name, value in variant.state_dict().items()}
+    copied = inference_copy(variant)
+    difference = compare_outputs(outputs(variant), outputs(copied), EXACT)
+    assert difference.within(EXACT) and difference.detections > 10, str(difference)
+    assert not norms_in(copied)
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    for name, value in variant.state_dict().items():
+        assert torch.equal(value, before[name]), f"the model itself changed: {name}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_detections(variant, dtype):
+    difference = compare_outputs(outputs(variant), outputs(inference_copy(variant, dtype)), HALF)
+    assert difference.within(HALF) and difference.detections > 10, str(difference)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_in_half_precision_follows_the_rule(variant, dtype):
+    found: dict[str, torch.Tensor] = {}
+    made = inference_copy(variant, dtype)
+    given = outputs(made, found)
+    for module in made.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)):
+            assert module.weight.dtype == module.bias.dtype == dtype
+    features = [found[name] for name in ("P2", "P6")]
+    assert {value.dtype for value in features} == {dtype}
+    single = ("normalised", "objectness_P2", "anchor_deltas_P2", "proposals", "class_logits", "box_deltas", "boxes")
+    assert {found[name].dtype for name in (*single, "scores", "mask_logits", "masks")} == {torch.float32}
+    assert {name: str(value.dtype) for name, value in given.items()} == {
+        "num_detections": "int32",
+        "boxes": "float32",
+        "scores": "float32",
+        "labels": "int64",
+        "masks": "float32",
+    }
+
+
+def test_statistics_beyond_half_precision_survive():
+    model = lively_model(tiny_config())
+    norm = model.backbone.body["bn1"]
+    with torch.no_grad():  # the same function with a variance that FP16 cannot hold
+        norm.weight *= (1e8 / (norm.running_var + norm.eps)).sqrt()
+        norm.running_var.fill_(1e8 - norm.eps)
+    difference = compare_outputs(outputs(model), outputs(inference_copy(model, torch.float16)), HALF)
+    assert difference.within(HALF) and difference.detections > 10, str(difference)
+
+
+def test_the_whole_model_compiles_without_a_break(model):
+    torch.compiler.reset()
+    compiled = torch.compile(inference_copy(model, torch.bfloat16), backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        found = {name: value.numpy() for name, value in compiled(*a_batch()).items()}
+    difference = compare_outputs(outputs(model), found, HALF)
+    assert difference.within(HALF) and difference.detections > 10, str(difference)
+
+
+# Graphs
+
+
+class Recorded(GraphedModel):
+    """Captures by remembering; what a replay gives lies in one place, as a graph's results do."""
+
+    def __init__(self, run, *, shapes: int) -> None:
+        super().__init__(run, shapes=shapes)
+        self.captures: list[tuple] = []
+
+    def _capture(self, images, image_sizes):
+        self.captures.append(tuple(images.shape))
+        place = {name: torch.empty_like(value) for name, value in self.run(images, image_sizes).items()}
+
+        def replay(images, image_sizes):
+            for name, value in self.run(images, image_sizes).items():
+                place[name].copy_(value)
+            return place
+
+        return replay
+
+
+def double(images: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"doubled": images * 2, "sizes": image_sizes + 1}
+
+
+def test_a_shape_is_captured_when_it_comes_again():
+    graphed = Recorded(double, shapes=2)
+    kept = []
+    for number, length in enumerate((4, 4, 4, 6, 4, 6, 8, 4)):
+        images = torch.full((1, 3, length, 4), float(number))
+        kept.append(graphed(images, torch.tensor([[length, number]])))
+    for number, found in enumerate(kept):  # no replay writes over earlier results
+        assert (found["doubled"] == 2 * number).all() and found["sizes"][0, 1] == number + 1
+    # 8 took the place of 4, so that 4 was new again.
+    assert [shape[2] for shape in graphed.captures] == [4, 6]
+    assert graphed.captured == 0 and len(graphed._calls) == 2
+
+
+def test_types_are_shapes_of_their_own():
+    graphed = Recorded(double, shapes=4)
+    for dtype in (torch.float32, torch.uint8, torch.float32, torch.uint8):
+        graphed(torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(1, 2))
+    assert graphed.captured == 2
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_graphs_on_a_gpu_compute_what_the_model_computes(model, dtype):
+    made = inference_copy(model, dtype).cuda().to(memory_format=torch.channels_last)
+    graphed = GraphedModel(made)
+    kept = []
+    with torch.inference_mode():
+        for seed in range(4):
+            images, sizes = (value.cuda() for value in a_batch(seed))
+            images = images.contiguous(memory_format=torch.channels_last)
+            kept.append((graphed(images, sizes), made(images, sizes)))
+        assert graphed.captured == 1
+        for found, wanted in kept:
+            for name, value in wanted.items():
+                torch.testing.assert_close(found[name], value)

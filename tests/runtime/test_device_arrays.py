@@ -1,0 +1,324 @@
+"""Arrays on a GPU that go to other libraries and come from them, by DLPack and `__cuda_array_interface__`."""
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.runtime")
+
+import fake_cuda
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime import dlpack
+from maskrcnn.runtime.device_arrays import DeviceArray, as_device_array, is_on_device, on_host
+from maskrcnn.runtime.device_memory import LEGACY_STREAM, Cuda
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture
+def runtime() -> fake_cuda.FakeRuntime:
+    return fake_cuda.FakeRuntime(devices=2)
+
+
+@pytest.fixture
+def cuda(runtime) -> Cuda:
+    return Cuda(runtime=runtime)
+
+
+def array_of(cuda: Cuda, values: np.ndarray, kind: type = DeviceArray):
+    """The values on the GPU; the copy waits in the array's stream."""
+    memory, staged, stream = cuda.memory(values.nbytes), cuda.pinned(values.nbytes), cuda.stream()
+    staged.array(values.shape, values.dtype)[...] = values
+    stream.copy(memory.address, staged.address, values.nbytes, "HostToDevice")
+    return kind(memory.address, values.shape, values.dtype, stream=stream, owner=(memory, staged))
+
+
+class OnCpu(DeviceArray):
+    """One that says it lies on the host, where in truth it does, so that torch and NumPy take it."""
+
+    device_type = dlpack.CPU
+
+
+VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def test_an_array_says_what_it_is(cuda):
+    array = array_of(cuda, VALUES)
+    assert (array.shape, array.dtype, array.nbytes, array.ndim, len(array)) == ((3, 4), np.float32, 48, 2, 3)
+    assert repr(array) == "DeviceArray(float32 [3, 4] on GPU 0)"
+    assert is_on_device(array) and not is_on_device(VALUES) and not is_on_device(torch.zeros(1))
+
+
+def test_an_array_is_copied_to_the_host(cuda):
+    array = array_of(cuda, VALUES)
+    assert array.numpy().tolist() == VALUES.tolist()
+    assert np.asarray(array, np.float64).dtype == np.float64
+    assert on_host({"a": array, "b": VALUES})["b"] is VALUES
+    assert type(on_host({"a": array})["a"]) is np.ndarray
+    with pytest.raises(ValueError, match="expected: a copy"):
+        np.array(array, copy=False)
+
+
+def test_the_interface_is_read_when_the_array_is_ready(cuda, runtime):
+    array = array_of(cuda, VALUES)
+    interface = array.__cuda_array_interface__
+    assert interface == {
+        "shape": (3, 4),
+        "typestr": "<f4",
+        "data": (array.address, False),
+        "version": 3,
+        "strides": None,
+        "stream": None,
+    }
+    assert runtime.array(array.address, (3, 4), np.float32).tolist() == VALUES.tolist()
+
+
+@pytest.mark.parametrize("library", [torch, np])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.int32, np.uint8])
+def test_a_consumer_of_dlpack_gets_the_memory_itself(cuda, runtime, library, dtype):
+    array = array_of(cuda, VALUES.astype(dtype), OnCpu)
+    array.stream.synchronize()
+    taken = library.from_dlpack(array)
+    address = taken.ctypes.data if library is np else taken.data_ptr()
+    assert address == array.address
+    del array
+    gc.collect()
+    assert "device" in runtime.open
+    assert np.asarray(taken).tolist() == VALUES.tolist() and np.asarray(taken).dtype == dtype
+    del taken
+    gc.collect()
+    assert "device" not in runtime.open
+
+
+@pytest.mark.parametrize(("stream", "held_up"), [(None, LEGACY_STREAM), (1, 1), (2, 2), (77, 77), (-1, None)])
+def test_a_consumers_stream_waits_for_what_writes_the_array(cuda, runtime, stream, held_up):
+    array = array_of(cuda, VALUES)
+    capsule = array.__dlpack__(stream=stream, max_version=(1, 0))
+    found = runtime.array(array.address, (3, 4), np.float32)
+    for consumer in (LEGACY_STREAM, 2, 77):
+        runtime.cudaStreamSynchronize(runtime.cudaStream_t(consumer))
+        if consumer == held_up:
+            assert found.tolist() == VALUES.tolist()
+            break
+        assert found.tolist() != VALUES.tolist()
+    array.stream.synchronize()
+    assert array.__dlpack_device__() == (2, 0)
+    del array, found
+    assert "device" in runtime.open  # the capsule keeps it
+    del capsule
+    gc.collect()
+    assert "device" not in runtime.open
+
+
+def test_dlpack_refuses_what_it_cannot_give(cuda):
+    array = array_of(cuda, VALUES)
+    with pytest.raises(BufferError, match="expected: this memory"):
+        array.__dlpack__(copy=True)
+    with pytest.raises(BufferError, match="another device"):
+        array.__dlpack__(dl_device=(1, 0))
+
+
+def test_a_capsule_is_taken_once():
+    tensor = torch.arange(6).reshape(2, 3)
+    for version in (None, (1, 0)):
+        capsule = tensor.__dlpack__(max_version=version)
+        taken = dlpack.Taken(capsule)
+        assert (taken.seen.address, taken.seen.shape, taken.seen.dtype) == (tensor.data_ptr(), (2, 3), np.int64)
+        assert (taken.seen.device_type, taken.seen.strides) == (dlpack.CPU, (3, 1))
+        with pytest.raises(ValueError, match="an unused DLPack capsule"):
+            dlpack.Taken(capsule)
+    with pytest.raises(ValueError, match="came: 5; expected: an unused"):
+        dlpack.Taken(5)
+    assert dlpack.Taken(torch.zeros(2, dtype=torch.bfloat16).__dlpack__()).seen.dtype is None
+
+
+def test_the_maker_of_a_capsule_hears_when_it_is_no_longer_needed(cuda):
+    values = VALUES.copy()
+    taken = dlpack.Taken(
+        dlpack.give(values.ctypes.data, (3, 4), values.dtype, device_type=dlpack.CUDA, device_id=0, owner=values)
+    )
+    assert len(dlpack._given) == 1
+    del taken
+    assert len(dlpack._given) == 0
+
+
+# Arrays of others
+
+
+@dataclass
+class Speaker:
+    """What a library with DLPack gives: torch and CuPy."""
+
+    array: DeviceArray
+    device: tuple[int, int] = (dlpack.CUDA, 0)
+    knows_versions: bool = True
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **named):
+        if "max_version" in named and not self.knows_versions:
+            raise TypeError("unexpected keyword")
+        self.asked.append(named)
+        self.array.stream.hold_up_stream(named["stream"])
+        a = self.array
+        return dlpack.give(a.address, a.shape, a.dtype, device_type=dlpack.CUDA, device_id=0, owner=self)
+
+
+@dataclass
+class Plain:
+    """What a library without DLPack gives: PyCUDA."""
+
+    interface: dict[str, Any]
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.interface
+
+
+def interface_of(array: DeviceArray, **changes: Any) -> dict[str, Any]:
+    usual = {"shape": array.shape, "typestr": array.dtype.str, "data": (array.address, False), "version": 2}
+    return usual | changes
+
+
+def read(array: DeviceArray) -> list:
+    return array.numpy().tolist()
+
+
+@pytest.mark.parametrize("knows_versions", [True, False])
+def test_an_array_that_speaks_dlpack_is_read_where_it_lies(cuda, runtime, knows_versions):
+    theirs, stream = Speaker(array_of(cuda, VALUES), knows_versions=knows_versions), cuda.stream()
+    ours = as_device_array(theirs, cuda, stream)
+    assert ours.address == theirs.array.address and ours.stream is stream
+    assert [named["stream"] for named in theirs.asked] == [stream.address]
+    assert read(ours) == VALUES.tolist()
+    del theirs
+    gc.collect()
+    assert "device" in runtime.open
+    del ours
+    gc.collect()
+    assert "device" not in runtime.open
+
+
+def test_an_array_that_names_its_stream_is_waited_for(cuda):
+    theirs, stream = array_of(cuda, VALUES), cuda.stream()
+    ours = as_device_array(Plain(interface_of(theirs, version=3, stream=theirs.stream.address)), cuda, stream)
+    assert ours.address == theirs.address
+    assert read(ours) == VALUES.tolist()
+
+
+def test_an_array_that_names_no_stream_is_taken_to_be_written_on_the_default_one(cuda, runtime):
+    theirs = array_of(cuda, VALUES)
+    theirs.stream.hold_up_stream(LEGACY_STREAM)  # as if the default stream had written it
+    assert read(as_device_array(Plain(interface_of(theirs)), cuda, cuda.stream())) == VALUES.tolist()
+
+
+def test_an_array_that_is_ready_is_not_waited_for(cuda, runtime):
+    theirs = array_of(cuda, VALUES)
+    runtime.calls.clear()
+    as_device_array(Plain(interface_of(theirs, version=3, stream=None)), cuda, cuda.stream())
+    assert "cudaStreamWaitEvent" not in runtime.calls
+
+
+def test_arrays_of_ours_pass_between_streams(cuda):
+    first, stream = array_of(cuda, VALUES), cuda.stream()
+    assert read(as_device_array(first, cuda, stream)) == VALUES.tolist()
+    assert as_device_array(first, cuda, first.stream).address == first.address
+
+
+@pytest.mark.parametrize(
+    ("strides", "shape", "message"),
+    [
+        ((4, 12), (3, 4), "with gaps or another order of axes"),
+        ((32, 4), (3, 4), "with gaps"),
+        ((16, 4), (3, 4), None),
+        ((99, 4), (1, 4), None),  # an axis of length 1 has no step
+        ((99, 99), (0, 4), None),  # nor has an empty array
+    ],
+)
+def test_gaps_are_refused(cuda, strides, shape, message):
+    theirs = array_of(cuda, VALUES)
+    plain = Plain(interface_of(theirs, shape=shape, strides=strides))
+    if message is None:
+        assert as_device_array(plain, cuda, cuda.stream()).shape == shape
+        return
+    with pytest.raises(UserError, match=rf"{message}[\s\S]*contiguous"):
+        as_device_array(plain, cuda, cuda.stream())
+
+
+def test_arrays_elsewhere_are_refused(cuda, runtime):
+    stream, other = cuda.stream(), Cuda(1, runtime)
+    with pytest.raises(UserError, match=r"torch\.Tensor .* not on a GPU\nexpected: one on GPU 0"):
+        as_device_array(torch.zeros(2), cuda, stream)
+    with pytest.raises(UserError, match="on GPU 1"):
+        as_device_array(array_of(other, VALUES), cuda, stream)
+    with pytest.raises(UserError, match="on GPU 1"):
+        as_device_array(Speaker(array_of(cuda, VALUES), device=(dlpack.CUDA, 1)), cuda, stream)
+    with pytest.raises(UserError, match="on GPU 0\nexpected: one on GPU 1"):  # where the pretended driver sees it
+        as_device_array(Plain(interface_of(array_of(cuda, VALUES))), other, other.stream())
+
+
+class Brain:
+    """A torch tensor of bfloat16 that says it lies on a GPU."""
+
+    def __dlpack_device__(self):
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, **named):
+        return torch.zeros(2, dtype=torch.bfloat16).__dlpack__()
+
+
+def test_a_type_that_numpy_lacks_is_refused(cuda):
+    with pytest.raises(UserError, match=r"Brain[\s\S]*a type that NumPy has"):
+        as_device_array(Brain(), cuda, cuda.stream())
+
+
+# On a true GPU
+
+
+@NEEDS_GPU
+def test_gpu_arrays_of_torch_and_ours_are_the_same_memory():
+    cuda = Cuda()
+    stream, tensor = cuda.stream(), torch.arange(12.0, device="cuda").reshape(3, 4)
+    ours = as_device_array(tensor, cuda, stream)
+    assert ours.address == tensor.data_ptr() and read(ours) == tensor.tolist()
+    memory = cuda.memory(48)
+    written = DeviceArray(memory.address, (3, 4), np.float32, stream=stream, owner=memory)
+    stream.copy(memory.address, ours.address, 48)
+    for back in (torch.from_dlpack(written), torch.as_tensor(written, device="cuda")):
+        assert back.data_ptr() == memory.address and torch.equal(back, tensor)
+    with pytest.raises(UserError, match="contiguous"):
+        as_device_array(tensor.T, cuda, stream)
+
+
+@NEEDS_GPU
+def test_gpu_arrays_of_cupy_and_ours_are_the_same_memory():
+    cupy = pytest.importorskip("cupy")
+    cuda = Cuda()
+    theirs = cupy.arange(12, dtype=cupy.float32).reshape(3, 4)
+    ours = as_device_array(theirs, cuda, cuda.stream())
+    assert ours.address == theirs.data.ptr and read(ours) == theirs.tolist()
+    assert cupy.from_dlpack(ours).data.ptr == ours.address
+
+
+@NEEDS_GPU
+def test_gpu_arrays_of_pycuda_and_ours_are_the_same_memory():
+    gpuarray = pytest.importorskip("pycuda.gpuarray")
+    driver = pytest.importorskip("pycuda.driver")
+    driver.init()
+    context = driver.Device(0).retain_primary_context()  # the one that CUDA's runtime and torch use
+    context.push()
+    try:
+        cuda = Cuda()
+        theirs = gpuarray.to_gpu(VALUES)
+        ours = as_device_array(theirs, cuda, cuda.stream())
+        assert ours.address == int(theirs.gpudata) and read(ours) == VALUES.tolist()
+        assert (theirs * 2).get().tolist() == (2 * VALUES).tolist()
+    finally:
+        context.pop()

@@ -1,0 +1,122 @@
+"""What an engine is compared on, and when it may be kept."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.compare import EXACT, HALF, Difference
+from maskrcnn.runtime.engine_gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
+from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.staged_graph import PREFIX, staged_graph
+from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
+from maskrcnn.runtime.validation import batches_of_shapes
+from maskrcnn.stages import STAGES
+
+FINE = Difference(
+    images=4,
+    detections=10,
+    box_px=0.01,
+    score=0.001,
+    mask=0.01,
+    mask_mean=0.001,
+    unpaired=0,
+    departing=0,
+    images_without_detections=0,
+)
+
+
+@pytest.fixture(scope="module")
+def backend(onnx_file):
+    return OnnxRuntimeBackend(onnx_file, providers=["CPUExecutionProvider"], threads=1)
+
+
+@pytest.fixture
+def profiles(backend):
+    return parsed_profiles("3", "128x160", backend.metadata.preprocessing)
+
+
+def test_drawn_batches_have_the_shapes_asked_for_small_images_and_an_empty_slot():
+    one, two, three = batches_of_shapes([(1, 64, 96), (2, 32, 32), (3, 96, 64)])
+    assert one["images"].shape == (1, 3, 64, 96) and one["image_sizes"].tolist() == [[64, 96]]
+    assert two["image_sizes"].tolist() == [[32, 32], [24, 22]]
+    assert three["image_sizes"].tolist() == [[96, 64], [72, 43], [0, 0]]
+    assert three["images"][0].any() and not three["images"][2].any()
+    assert not three["images"][1, :, 72:].any() and not three["images"][1, :, :, 43:].any()
+
+
+def test_padding_does_not_change_what_is_detected(backend, profiles):
+    (feeds,) = batches_of_shapes([(2, 96, 128)])
+    fitted = Fitted(backend, profiles)(feeds)
+    padded = np.pad(feeds["images"], [(0, 0), (0, 0), (0, 32), (0, 32)])
+    plain = backend({"images": padded, "image_sizes": feeds["image_sizes"]})
+    assert plain["num_detections"].sum() > 0
+    for name, value in plain.items():
+        np.testing.assert_allclose(fitted[name], value, atol=1e-3, err_msg=name)
+
+
+def test_one_by_one_gives_the_same(backend, profiles):
+    (feeds,) = batches_of_shapes([(3, 128, 160)])
+    together, single = (Fitted(backend, profiles, one_by_one=alone)(feeds) for alone in (False, True))
+    for name, value in together.items():
+        np.testing.assert_allclose(single[name], value, atol=1e-3, err_msg=name)
+
+
+def test_what_fits_is_not_copied_and_what_is_too_large_is_refused(profiles):
+    (feeds,) = batches_of_shapes([(3, 128, 160)])
+    assert padded_feeds(feeds, profiles) is feeds
+    (large,) = batches_of_shapes([(1, 160, 160)])
+    with pytest.raises(UserError, match="a batch of 1 of 160×160"):
+        padded_feeds(large, profiles)
+
+
+def test_stages_are_padded_like_the_outputs(backend, profiles):
+    (feeds,) = batches_of_shapes([(1, 96, 128)])
+    stages = Fitted(backend, profiles).stages(feeds, ("normalised", "P2", "proposals"))
+    assert stages["normalised"].shape == (1, 3, 128, 160) and stages["P2"].shape[:1] == (1,)
+
+
+def test_an_engine_that_is_the_file_itself_passes_in_every_precision(backend, onnx_file, profiles):
+    for precision in TOLERANCES:
+        result = gate(backend, onnx_file, profiles, precision, GateImages())
+        assert result.accepted and result.difference.images == 3 and result.difference.box_px < 1e-2
+        assert result.expected() == str(TOLERANCES[precision])
+
+
+def test_ap_may_fall_by_little_and_rise_by_any(backend):
+    def result(reference, engine):
+        ap = {"box_ap": (0.5, 0.5), "mask_ap": (reference, engine)}
+        return GateResult(difference=FINE, tolerance=HALF, ap=ap, ap_loss=AP_LOSS["fp16"])
+
+    assert result(0.4, 0.396).accepted and result(0.4, 0.9).accepted
+    refused = result(0.4, 0.394)
+    assert not refused.accepted
+    assert (
+        "mask_ap 0.3940, of the ONNX file 0.4000" in refused.text() and "AP at most 0.005 lower" in refused.expected()
+    )
+
+
+def test_a_difference_beyond_the_tolerance_is_refused_whatever_the_ap():
+    far = dataclasses.replace(FINE, box_px=1.0, departing=1)
+    assert not GateResult(difference=far, tolerance=EXACT, ap={}, ap_loss=1.0).accepted
+
+
+def test_annotations_need_their_images():
+    with pytest.raises(UserError, match=r"--gate-annotations gt\.json without --gate-images"):
+        GateImages(annotations=Path("gt.json"))
+
+
+def test_stages_become_outputs_in_float32(graphs):
+    graph = Path(graphs["graph"]).read_bytes()
+    staged, shown = staged_graph(graph, STAGES)
+    before, after = (onnx.load_from_string(each) for each in (graph, staged))
+    assert {stage for stage in STAGES if f"{PREFIX}{stage}" in shown} | {"boxes", "masks"} <= set(shown.values())
+    assert set(STAGES) - set(shown.values()) == set()
+    added = after.graph.output[len(before.graph.output) :]
+    assert {value.name for value in added} == {name for name in shown if name.startswith(PREFIX)}
+    assert {value.type.tensor_type.elem_type for value in added} == {onnx.TensorProto.FLOAT}
+    half = {value.name: value.type.tensor_type.elem_type for value in before.graph.value_info}
+    assert half["P2"] == onnx.TensorProto.FLOAT16  # so the cast matters

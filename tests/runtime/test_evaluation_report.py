@@ -1,0 +1,142 @@
+"""The page of an evaluation: whole, well-formed, and with what it was asked for."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from coco_cases import SIZE_HW, make_case
+from PIL import Image
+
+from maskrcnn.runtime.differences import difference
+from maskrcnn.runtime.evaluation_report import report_page
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.protocol import KINDS
+from maskrcnn.runtime.scoring import score_entries
+
+VOID = {"meta", "img"}
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Page(HTMLParser):
+    """What a page holds; fails where elements do not close in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text, self.images, self.cells = [], "", 0, []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.images += tag == "img"
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+        elif "style" not in self.open:
+            self.text += data + "\n"
+
+
+def cells_after(page, name, count):
+    start = page.cells.index(name)
+    return page.cells[start + 1 : start + 1 + count]
+
+
+@pytest.fixture
+def case(tmp_path):
+    content, results = make_case(17, images=6, kind="segm")
+    rng = np.random.default_rng(0)
+    for image in content["images"]:
+        Image.fromarray(rng.integers(0, 255, (*SIZE_HW, 3), dtype=np.uint8)).save(tmp_path / image["file_name"])
+    truth = GroundTruth(content, "gt")
+    return truth, results, lambda image_id: tmp_path / f"{image_id}.png"
+
+
+def test_everything_is_on_the_page(case):
+    truth, results, image_file = case
+    scored = {"segm": score_entries(truth, results, "segm")}
+    other = score_entries(truth, results[::2], "segm")
+    compared = {"segm": difference(scored["segm"], other, min_score=0.3, resamples=20)}
+    html = report_page(
+        "a <model>",
+        ["a & b"],
+        scored,
+        differences=compared,
+        image_file=image_file,
+        min_score=0.3,
+        worst=4,
+        resamples=20,
+    )
+    page = Page(html)
+    assert "a <model>" in page.text and "a & b" in page.text
+    assert page.images == 8
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    metrics = scored["segm"].metrics
+    assert cells_after(page, "AP_small", 1) == [f"{metrics['AP_small']:.4f}"]
+    name, figures = next(iter(scored["segm"].by_class().items()))
+    assert cells_after(page, name, 2) == [str(figures["objects"]), f"{figures['AP']:.4f}"]
+    assert f"AP difference {compared['segm'].interval}" in page.text
+    assert "Confusions" in page.text and "nothing there" in page.cells
+    plots = re.findall(r"<svg.*?</svg>", html)
+    assert len(plots) == 2
+    lines = [path for plot in plots for path in ElementTree.fromstring(plot).iter(f"{SVG}path") if "L" in path.get("d")]
+    assert len(lines) == 3 + len(truth.category_names)
+    assert all(path.get("d").count("L") == 100 for path in lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_its_page_with_pictures(kind, tmp_path):
+    content, results = make_case(23, kind=kind)
+    for image in content["images"]:
+        Image.new("RGB", SIZE_HW[::-1]).save(tmp_path / image["file_name"])
+    scored = score_entries(GroundTruth(content, "gt"), results, kind)
+    page = Page(
+        report_page("m", [], {kind: scored}, image_file=lambda i: tmp_path / f"{i}.png", min_score=0.2, resamples=5)
+    )
+    assert page.images >= 2
+    assert "AP_medium" in page.cells and ("AP_small" in page.cells) == (kind != "keypoints")
+
+
+def test_images_that_cannot_be_shown_say_why(case, tmp_path):
+    truth, results, image_file = case
+    ids = truth.image_ids.tolist()
+    image_file(ids[0]).unlink()
+    Image.new("RGB", (9, 7)).save(image_file(ids[1]))
+    scored = {"segm": score_entries(truth, results, "segm")}
+    page = Page(report_page("m", [], scored, image_file=image_file, min_score=0.0, worst=99, resamples=5))
+    assert f"{ids[0]}.png does not exist" in page.text
+    assert "the file measures 9×7, the annotations say otherwise" in page.text
+
+
+def test_without_anything_to_find_or_to_show():
+    content, results = make_case(3, kind="bbox")
+    for annotations, found in (([], results), ([], []), (content["annotations"], [])):
+        truth = GroundTruth({**content, "annotations": annotations}, "gt")
+        page = Page(report_page("m", [], {"bbox": score_entries(truth, found, "bbox")}, resamples=5))
+        assert page.images == 0 and "Metrics" in page.text
+
+
+def test_of_many_classes_those_with_most_errors_are_shown():
+    names = [f"class {k:02}" for k in range(60)]
+    content = {
+        "images": [{"id": 1, "height": 120, "width": 150}],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(names)],
+        "annotations": [
+            {"id": 1 + k, "image_id": 1, "category_id": k, "bbox": [k, 0, 40, 40], "area": 1600, "iscrowd": 0}
+            for k in range(60)
+        ],
+    }
+    # The first 30 are found, the others missed.
+    results = [{"image_id": 1, "category_id": k, "bbox": [k, 0, 40, 40], "score": 0.9} for k in range(30)]
+    page = Page(report_page("m", [], {"bbox": score_entries(GroundTruth(content, "gt"), results, "bbox")}, resamples=5))
+    head = page.cells.index("annotated \\ detected")
+    assert page.cells[head + 1 : head + 42] == [*names[:10], *names[30:], "missed"]
+    assert "Only the 40 classes with most errors" in page.text

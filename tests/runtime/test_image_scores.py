@@ -1,0 +1,154 @@
+"""Figures of single images, confusions and differences, against a scoring of each image and counts by hand."""
+
+import numpy as np
+import pytest
+from coco_cases import make_case, rle_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskrcnn.runtime.confusion import confusion
+from maskrcnn.runtime.differences import difference
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.image_scores import image_ap, image_scores
+from maskrcnn.runtime.protocol import KINDS
+from maskrcnn.runtime.scoring import score_entries
+
+SQUARES = {name: [x, y, 30, 30] for name, x, y in (("a", 0, 0), ("b", 40, 0), ("c", 80, 0), ("d", 0, 60))}
+AWAY = [100, 80, 20, 20]
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), grid=st.booleans())
+def test_the_ap_of_an_image_is_that_of_a_data_set_of_one(seed, kind, grid):
+    content, results = make_case(seed, kind=kind, grid=grid)
+    found = image_ap(score_entries(GroundTruth(content, "gt"), results, kind).records)
+    for place, image in enumerate(sorted(content["images"], key=lambda entry: entry["id"])):
+        alone = GroundTruth({**content, "images": [image]}, "gt")
+        own = [entry for entry in results if entry["image_id"] == image["id"]]
+        assert found[place] == pytest.approx(score_entries(alone, own, kind).metrics["AP"], abs=1e-12)
+
+
+def content_of(objects, images=1):
+    """An annotation file of objects (image, class, square, crowd)."""
+    return {
+        "images": [{"id": i, "height": 120, "width": 150, "file_name": f"{i}.png"} for i in range(1, images + 1)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {
+                "id": k,
+                "image_id": i,
+                "category_id": c,
+                "bbox": box,
+                "area": 900,
+                "iscrowd": crowd,
+                "segmentation": rle_of(box),
+            }
+            for k, (i, c, box, crowd) in enumerate(objects, start=1)
+        ],
+    }
+
+
+def results_of(*detections):
+    """Results (image, class, square, score) with masks alone."""
+    return [
+        {"image_id": i, "category_id": c, "segmentation": rle_of(box), "score": score}
+        for i, c, box, score in detections
+    ]
+
+
+OBJECTS = [
+    (1, 1, SQUARES["a"], 0),  # found
+    (1, 1, SQUARES["b"], 0),  # taken for a dog
+    (1, 2, SQUARES["c"], 0),  # missed
+    (1, 2, SQUARES["d"], 1),  # a crowd
+    (2, 2, SQUARES["a"], 0),  # found below the threshold
+]
+FOUND = [
+    (1, 1, SQUARES["a"], 0.9),
+    (1, 1, SQUARES["a"], 0.8),  # a second time
+    (1, 2, SQUARES["b"], 0.7),
+    (1, 2, SQUARES["d"], 0.6),  # in the crowd
+    (1, 1, AWAY, 0.55),
+    (2, 2, SQUARES["a"], 0.3),
+    (3, 1, SQUARES["a"], 0.9),  # nothing there
+]
+
+
+def test_found_missed_and_made_up_are_counted():
+    scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
+    scores = image_scores(scored.records, 0.5)
+    assert scores.objects.tolist() == [3, 1, 0, 0]
+    assert scores.found.tolist() == [1, 0, 0, 0]
+    assert scores.missed.tolist() == [2, 1, 0, 0]
+    assert scores.false.tolist() == [3, 0, 1, 0]
+    assert scores.ap[1] == pytest.approx(1) and scores.ap[2:].tolist() == [-1, -1]
+    assert scores.worst(9) == [2, 0, 1] and scores.worst(1) == [2]  # the fourth has nothing to show
+
+
+def test_confusions_are_what_is_left():
+    scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
+    found = confusion(scored.truth, scored.results, scored.records, 0.5)
+    # Columns: cat, dog, missed. The last row are detections of nothing.
+    assert found.matrix.tolist() == [[1, 1, 0], [0, 0, 2], [3, 0, 0]]
+    assert found.mistakes() == [(0, 1, 1)]
+    everything = confusion(scored.truth, scored.results, scored.records, 0.0)
+    assert everything.matrix.tolist() == [[1, 1, 0], [0, 1, 1], [3, 0, 0]]
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), min_score=st.sampled_from([0.0, 0.4]))
+def test_confusions_lose_nothing(seed, kind, min_score):
+    content, results = make_case(seed, kind=kind)
+    scored = score_entries(GroundTruth(content, "gt"), results, kind)
+    matrix = confusion(scored.truth, scored.results, scored.records, min_score).matrix
+    objects = np.bincount(scored.truth.category[scored.records.is_counted[:, 0]], minlength=len(matrix))
+    assert matrix.sum(axis=1)[:-1].tolist() == objects[:-1].tolist()
+    scores = image_scores(scored.records, min_score)
+    assert matrix[:, :-1].sum() == scores.found.sum() + scores.false.sum()
+    assert np.trace(matrix) == scores.found.sum()
+
+
+# Differences of two results
+
+
+def compared(first, other, images=3, **options):
+    truth = GroundTruth(content_of(OBJECTS, images=images), "gt")
+    scored = (score_entries(truth, results_of(*detections), "segm") for detections in (first, other))
+    return difference(*scored, **{"min_score": 0.5, "resamples": 50, **options})
+
+
+def test_equal_results_do_not_differ():
+    found = compared(FOUND, FOUND)
+    assert all(image.is_equal for image in found.images)
+    assert set(found.metrics.values()) == {0.0} and "AP_large" not in found.metrics
+    assert found.lines() == [
+        f"AP difference {found.interval}",
+        "0 of 3 images differ in detections of score 0.5 or more",
+    ]
+
+
+def test_images_that_differ_come_first_and_say_how():
+    other = [
+        (1, 1, [1, 0, 30, 30], 0.88),  # moved by one pixel
+        *FOUND[2:4],
+        (1, 2, SQUARES["c"], 0.95),  # found by this one alone
+        (2, 2, SQUARES["a"], 0.31),  # below the threshold in both
+        FOUND[6],
+    ]
+    found = compared([FOUND[0], *FOUND[2:]], other)
+    assert [image.image_id for image in found.images if not image.is_equal] == [1]
+    first = found.images[0]
+    assert (first.file_name, first.lost, first.gained, first.unpaired) == ("1.png", 0, 1, 2)
+    assert first.score_shift == pytest.approx(0.02) and first.box_shift_px == 1
+    assert first.other_ap > first.ap and found.interval.value > 0
+    assert found.metrics["AP"] == pytest.approx(found.interval.value)
+    lines = found.lines()
+    assert len(lines) == 4 and lines[3].split()[:2] == ["1", "1.png"]
+    assert len(found.lines(0)) == 3
+
+
+def test_an_image_without_detections_on_one_side():
+    found = compared(FOUND, [])
+    by_id = {image.image_id: image for image in found.images}
+    assert (by_id[1].lost, by_id[1].unpaired, by_id[3].unpaired) == (1, 5, 1)
+    assert by_id[2].unpaired == 0 and found.metrics["AP50"] < 0

@@ -1,0 +1,312 @@
+"""ONNX Runtime's providers: their options, the binding of inputs and outputs, and what a GPU leaves to the CPU."""
+
+import importlib.util
+import mmap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.runtime import Detector, onnxruntime_binding
+from maskrcnn.runtime import onnxruntime_providers as providers
+from maskrcnn.runtime.detector import load_backend, with_provider
+from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
+from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider, provider_chain
+from maskrcnn.runtime.tensorrt_profiles import Profile, Span
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def feeds(batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(seed).uniform(0, 255, (batch, 3, 64, 96)).astype(np.float32)
+    return {"images": images, "image_sizes": np.array([[64, 91]] * batch, np.int64)}
+
+
+# Options
+
+
+def test_the_cpu_has_no_options():
+    assert provider_chain(Provider.CPU, GpuOptions()) == [("CPUExecutionProvider", {})]
+
+
+def test_cuda_and_what_it_leaves_to_the_cpu():
+    (name, options), rest = provider_chain(Provider.CUDA, GpuOptions(device=1, memory_limit_gb=1.5, tf32=True))
+    assert (name, rest) == ("CUDAExecutionProvider", ("CPUExecutionProvider", {}))
+    assert options == {
+        "device_id": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "cudnn_conv_use_max_workspace": "1",
+        "do_copy_in_default_stream": "1",
+        "use_tf32": "1",
+        "gpu_mem_limit": "1610612736",
+    }
+    usual = dict(provider_chain(Provider.CUDA, GpuOptions(search="exhaustive"))[0][1])
+    assert usual["cudnn_conv_algo_search"] == "EXHAUSTIVE" and usual["use_tf32"] == "0"
+    assert "gpu_mem_limit" not in usual
+
+
+def test_tensorrt_takes_the_graphs_precision_and_keeps_its_engines(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
+    profile = Profile(Span(1, 2, 4), Span(224, 800, 1344), Span(256, 1088, 1376))
+    chain = provider_chain(Provider.TENSORRT, GpuOptions(profile=profile, memory_limit_gb=2))
+    assert [name for name, _ in chain] == ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    folder = tmp_path / "onnxruntime-tensorrt"
+    assert folder.is_dir()
+    assert chain[0][1] == {
+        "device_id": "0",
+        "trt_fp16_enable": "0",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+        "trt_max_workspace_size": "2147483648",
+        "trt_profile_min_shapes": "images:1x3x224x256,image_sizes:1x2",
+        "trt_profile_opt_shapes": "images:2x3x800x1088,image_sizes:2x2",
+        "trt_profile_max_shapes": "images:4x3x1344x1376,image_sizes:4x2",
+    }
+    other = tmp_path / "elsewhere"
+    options = dict(provider_chain(Provider.TENSORRT, GpuOptions(cache=other))[0][1])
+    assert options["trt_engine_cache_path"] == str(other) and "trt_profile_min_shapes" not in options
+
+
+@pytest.mark.parametrize(("provider", "library"), [(Provider.CUDA, "cuda"), (Provider.TENSORRT, "tensorrt")])
+def test_the_installed_provider_knows_every_option(tmp_path, provider, library):
+    folder = Path(importlib.util.find_spec("onnxruntime").origin).parent / "capi"
+    path = folder / f"libonnxruntime_providers_{library}.so"
+    if not path.is_file():
+        pytest.skip(f"an ONNX Runtime without {path.name}")
+    span = Span(1, 1, 1)
+    everything = GpuOptions(memory_limit_gb=1, cache=tmp_path, profile=Profile(span, span, span))
+    named = provider_chain(provider, everything)[0][1]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        missing = [name for name in named if content.find(name.encode() + b"\0") < 0]
+        assert content.find(b"trt_or_cuda_no_such_option\0") < 0
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"search": "best"}, "search 'best'\nexpected: one of heuristic"), ({"memory_limit_gb": 0}, "more than 0")],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        GpuOptions(**options)
+
+
+# Choosing a provider
+
+
+def test_a_provider_is_chosen_by_name(onnx_file):
+    assert load_backend(onnx_file, provider="cpu").name == "ONNX Runtime"
+    with pytest.raises(UserError, match="provider 'gpu'\nexpected: one of cpu, cuda, tensorrt"):
+        load_backend(onnx_file, provider="gpu")
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_a_provider_that_does_not_work_here_is_refused(onnx_file, tmp_path, monkeypatch, name):
+    if torch.cuda.is_available():
+        pytest.skip("it may work")
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"without (CUDA|Tensorrt)ExecutionProvider"):
+        load_backend(onnx_file, provider=name)
+
+
+def test_an_onnxruntime_for_cpus_says_what_to_install(onnx_file, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UserError, match=r"an ONNX Runtime without CUDAExecutionProvider[\s\S]*pip install"):
+        load_backend(onnx_file, provider="cuda")
+
+
+def test_the_best_provider_is_cuda_where_there_is_a_device(monkeypatch):
+    import onnxruntime
+
+    device = SimpleNamespace(ep_name="CUDAExecutionProvider")
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device], raising=False)
+    assert providers.best_provider() is Provider.CUDA
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [], raising=False)
+    assert providers.best_provider() is Provider.CPU
+
+
+def test_a_provider_may_be_named_with_the_backend(onnx_file):
+    assert (with_provider(None, None), with_provider("torch", None)) == (None, "torch")
+    assert (with_provider(None, "cuda"), with_provider("openvino", "cpu")) == ("onnxruntime:cuda", "openvino:cpu")
+    assert load_backend(onnx_file, "onnxruntime:cpu").session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(UserError, match="provider 'gpu'"):
+        load_backend(onnx_file, "onnxruntime:gpu")
+    with pytest.raises(UserError, match="a provider for"):
+        load_backend(onnx_file, "openvino:cpu")
+
+
+def test_a_provider_is_onnxruntimes_alone(onnx_file, checkpoint):
+    for path, backend in ((onnx_file, "openvino"), (checkpoint, None)):
+        with pytest.raises(UserError, match="a provider for"):
+            load_backend(path, backend, provider="cuda")
+
+
+# What the GPU leaves to the CPU
+
+
+def test_a_session_tells_what_its_provider_took(onnx_file):
+    import onnxruntime
+
+    from maskrcnn.runtime.onnxruntime_backend import session_options
+
+    options = session_options(1)
+    options.add_session_config_entry(RECORD, "1")
+    session = onnxruntime.InferenceSession(str(onnx_file), options, providers=["CPUExecutionProvider"])
+    found = placement_in(session, "CPUExecutionProvider")
+    assert found.taken["Conv"] > 20 and not found.left
+    assert load_backend(onnx_file, provider="cpu").placement() is None
+
+
+def test_nodes_left_to_the_cpu_are_named():
+    def part(name: str, *ops: str) -> SimpleNamespace:
+        nodes = [SimpleNamespace(op_type=op, name=f"{op}_{k}") for k, op in enumerate(ops)]
+        return SimpleNamespace(ep_name=f"{name}ExecutionProvider", get_nodes=lambda: nodes)
+
+    parts = [part("Tensorrt", "Conv", "Conv"), part("CUDA", "TopK"), part("CPU", "NonMaxSuppression")]
+    session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+    found = placement_in(session, "TensorrtExecutionProvider")
+    assert found.text() == (
+        "Tensorrt: 2 of 4 nodes; CUDA: 1; left to the CPU: NonMaxSuppression 1 (NonMaxSuppression_0)"
+    )
+    assert Placement("CUDAExecutionProvider", {"Conv": 2}).text() == "CUDA: all 2 nodes"
+    assert "does not tell" in placement_in(SimpleNamespace(), "CUDAExecutionProvider").text()
+
+
+# Binding
+
+
+def test_outputs_are_written_into_new_memory_each_time(onnx_file):
+    backend = load_backend(onnx_file, provider="cpu", threads=1)
+    names = [output.name for output in backend.session.get_outputs()]
+    found = [backend(feeds(seed=seed)) for seed in range(3)]
+    for seed, outputs in enumerate(found):
+        wanted = dict(zip(names, backend.session.run(names, feeds(seed=seed)), strict=True))
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(outputs[name], value, err_msg=name)
+
+
+def test_inputs_need_not_be_contiguous(onnx_file):
+    backend = load_backend(onnx_file, provider="cpu", threads=1)
+    given = feeds()
+    wide = np.concatenate([given["images"], given["images"]], axis=3)[..., :96]
+    assert not wide.flags.c_contiguous
+    for name, value in backend(given).items():
+        np.testing.assert_array_equal(backend({**given, "images": wide})[name], value)
+
+
+class OnPretendedGpu:
+    """A session of the CPU provider whose bindings take the pretended GPU's memory, which is the host's, for CUDA's."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.devices = session, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def io_binding(self) -> Any:
+        binding, devices = self.session.io_binding(), self.devices
+
+        class Binding:
+            bind_cpu_input = staticmethod(binding.bind_cpu_input)
+            synchronize_outputs = staticmethod(binding.synchronize_outputs)
+            real = binding
+
+            @staticmethod
+            def bind_input(name, device, index, *rest):
+                devices.append((name, device, index))
+                binding.bind_input(name, "cpu", 0, *rest)
+
+            @staticmethod
+            def bind_output(name, device, index, *rest):
+                devices.append((name, device, index))
+                binding.bind_output(name, "cpu", 0, *rest)
+
+        return Binding
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.session.run_with_iobinding(binding.real)
+
+
+@pytest.fixture
+def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
+    """A backend as if its provider were CUDA, on the pretended GPU."""
+    pytest.importorskip("cuda.bindings.runtime")
+    import fake_cuda
+
+    from maskrcnn.runtime import device_memory
+
+    runtime = fake_cuda.FakeRuntime()
+    kernels = fake_cuda.DeferredKernels(kernels_for_cpu)
+    kernels.runtime = runtime
+    monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
+    monkeypatch.setattr(onnxruntime_binding, "kernels_for", lambda arch: kernels)
+    backend = load_backend(onnx_file, provider="cpu", threads=1)
+    backend.session = OnPretendedGpu(backend.session)
+    backend._on_gpu = onnxruntime_binding.GpuBinding(0, backend.metadata)
+    backend.paste = backend._on_gpu.paste
+    return backend
+
+
+def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
+    from maskrcnn.runtime.device_arrays import DeviceArray
+
+    backend = on_gpu
+    reference = load_backend(onnx_file, provider="cpu", threads=1)
+    kept = []
+    for seed in range(3):
+        given = feeds(seed=seed)
+        cuda = backend._on_gpu.cuda
+        memory, staged = cuda.memory(given["images"].nbytes), cuda.pinned(given["images"].nbytes)
+        staged.array(given["images"].shape, np.float32)[...] = given["images"]
+        stream = cuda.stream()
+        stream.copy(memory.address, staged.address, memory.nbytes, "HostToDevice")  # waited for by the backend
+        images = DeviceArray(memory.address, given["images"].shape, np.float32, stream=stream, owner=(memory, staged))
+        kept.append(backend({**given, "images": images}))
+        del images, memory, staged
+    for seed, outputs in enumerate(kept):
+        for name, value in reference(feeds(seed=seed)).items():
+            assert isinstance(outputs[name], DeviceArray)
+            np.testing.assert_array_equal(outputs[name].numpy(), value, err_msg=name)
+    assert ("images", "cuda", 0) in backend.session.devices and ("masks", "cuda", 0) in backend.session.devices
+    for name, value in backend(feeds()).items():  # arrays of the host stay there
+        np.testing.assert_array_equal(value, reference(feeds())[name])
+
+
+def test_photos_are_resized_and_masks_pasted_on_the_gpu(on_gpu, onnx_file):
+    backend = on_gpu
+    images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(3)]
+    found = Detector(backend).detect(images)
+    wanted = Detector(load_backend(onnx_file, provider="cpu", threads=1)).detect(images)
+    assert sum(len(each) for each in wanted) > 3
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours.boxes_xyxy_px, theirs.boxes_xyxy_px, atol=1e-2)
+        assert (ours.full_masks() != theirs.full_masks()).mean() < 1e-3
+        assert ours.paste is backend.paste
+
+
+@NEEDS_CUDA
+def test_onnxruntime_on_the_gpu_agrees_with_the_cpu(onnx_file):
+    from maskrcnn.runtime.compare import EXACT
+    from maskrcnn.runtime.validation import compare_backends
+
+    try:
+        backend = load_backend(onnx_file, provider="cuda")
+    except UserError as error:
+        pytest.skip(str(error))
+    difference = compare_backends(load_backend(onnx_file, provider="cpu"), backend, EXACT)
+    assert difference.within(EXACT), str(difference)
+    assert backend.placement().taken["Conv"] > 20
+    given = {name: torch.from_numpy(value).cuda() for name, value in feeds().items()}
+    on_device, on_host = backend(given), backend(feeds())
+    for name, value in on_host.items():
+        np.testing.assert_allclose(torch.from_dlpack(on_device[name]).cpu().numpy(), value, atol=1e-4)

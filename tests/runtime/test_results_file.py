@@ -1,0 +1,175 @@
+"""Results and annotation files of any origin: what is wrong with one is said, with its place."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from coco_cases import SIZE_HW, make_case, rle_of
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.results_file import checked_results, kinds_of, of_kind, read_results, write_server_results
+
+CONTENT, _ = make_case(4)
+FINE = {
+    "image_id": CONTENT["images"][0]["id"],
+    "category_id": CONTENT["categories"][0]["id"],
+    "score": 0.5,
+    "bbox": [1.0, 2.0, 30.0, 40.0],
+    "segmentation": rle_of((1, 2, 30, 40)),
+    "keypoints": [1.0, 2.0, 0.5] * 17,
+}
+
+
+def without(*names, **changes):
+    return {name: value for name, value in {**FINE, **changes}.items() if name not in names}
+
+
+def rle(counts, size=SIZE_HW):
+    return {"size": list(size), "counts": counts}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        ("bbox", "text", "result 1: str 'text'"),
+        ("bbox", without("score"), "result 1: without score"),
+        ("bbox", without("category_id", "image_id"), "result 1: without image_id, category_id"),
+        ("bbox", without("bbox"), "result 1: bbox is NoneType None, not 4 numbers"),
+        ("bbox", without(bbox=[1, 2, 3]), r"result 1: bbox is list \[1, 2, 3\], not 4 numbers"),
+        ("bbox", without(bbox=[1, 2, "3", 4]), "result 1: bbox has '3' among its numbers"),
+        ("bbox", without(bbox=[1, 2, [3], 4]), r"result 1: bbox has \[3\] among its numbers"),
+        ("bbox", without(bbox=[1, 2, float("nan"), 4]), "result 1: bbox has nan"),
+        ("bbox", without(score=float("inf")), "result 1: score has inf"),
+        ("bbox", without(score=None), "result 1: score has None"),
+        ("segm", without("segmentation"), "result 1: without segmentation"),
+        ("segm", without(segmentation=[]), "result 1: no segmentation"),
+        ("segm", without(segmentation="mask"), "result 1: segmentation of type str"),
+        ("segm", without(segmentation=rle("51", (7, 9))), r"a mask of size \[7, 9\], its image measures \[120, 150\]"),
+        ("segm", without(segmentation=rle("")), "run lengths that do not add up to 120×150 pixels"),
+        ("segm", without(segmentation=rle("500")), "do not add up"),
+        ("segm", without(segmentation=rle(rle_of((0, 0, 9, 9))["counts"] + "1")), "do not add up"),
+        ("segm", without(segmentation=rle("P\x00")), "do not add up"),
+        ("segm", without(segmentation=rle(7)), "run lengths of type int"),
+        ("segm", without(segmentation=rle([5, -1, 120 * 150 - 4])), "not numbers of pixels"),
+        ("segm", without(segmentation=rle([5, 1.5])), "not numbers of pixels"),
+        ("segm", without(segmentation=[[1, 2, 3, 4]]), "malformed segmentation"),
+        ("keypoints", without("keypoints"), "result 1: without keypoints"),
+        ("keypoints", without(keypoints=[1, 2, 3]), r"result 1: keypoints is list \[1, 2, 3\], not 51 numbers"),
+    ],
+)
+def test_a_malformed_result_is_named(kind, wrong, message):
+    with pytest.raises(UserError, match=f"file.json: {message}" if message.startswith("result") else message):
+        checked_results(GroundTruth(CONTENT, "gt"), [FINE, wrong], kind, "file.json")
+
+
+def test_boxes_in_some_results_only_are_refused():
+    with pytest.raises(UserError, match="result 1: has a bbox, which the first result has not"):
+        checked_results(GroundTruth(CONTENT, "gt"), [without("bbox"), FINE], "bbox", "file.json")
+
+
+def test_results_of_unknown_images_are_counted_and_named():
+    strange = [without(image_id=value) for value in (777, 778, 777, "x", None, [1])]
+    with pytest.raises(UserError, match=r"6 result.* of 5 image.* unknown: image_id 777, 778, 'x', None, \[1\]"):
+        checked_results(GroundTruth(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
+
+
+def test_every_way_to_write_a_mask_is_the_same_mask():
+    x, y, width, height = (1, 2, 30, 40)
+    polygon = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    runs = [x * SIZE_HW[0] + y]
+    for _ in range(width):
+        runs += [height, SIZE_HW[0] - height]
+    runs[-1] = SIZE_HW[0] * SIZE_HW[1] - sum(runs[:-1])
+    strings = rle_of((x, y, width, height)), rle_of((x, y, width, height), string=False)
+    entries = [without("bbox", segmentation=value) for value in (*strings, rle(runs), polygon)]
+    found = checked_results(GroundTruth(CONTENT, "gt"), entries, "segm", "file.json")
+    counts = {m["counts"] if isinstance(m["counts"], str) else m["counts"].decode() for m in found.masks}
+    assert counts == {strings[0]["counts"]}
+    assert found.pixels.tolist() == [1200] * 4 and found.area_px.tolist() == [1200.0] * 4
+    np.testing.assert_array_equal(found.boxes, [[x, y, width, height]] * 4)
+
+
+def test_an_empty_mask_is_a_result():
+    entry = without("bbox", segmentation=rle_of((0, 0, 0, 0)))
+    assert checked_results(GroundTruth(CONTENT, "gt"), [entry], "segm", "f").pixels.tolist() == [0]
+
+
+def test_what_is_written_has_the_fields_of_the_server_and_is_read_back(tmp_path):
+    for kind, field in (("bbox", "bbox"), ("segm", "segmentation"), ("keypoints", "keypoints")):
+        write_server_results(tmp_path / "r.json", [FINE], kind)
+        assert read_results(tmp_path / "r.json") == of_kind([FINE], kind)
+        assert set(read_results(tmp_path / "r.json")[0]) == {"image_id", "category_id", "score", field}
+
+
+def test_the_first_result_says_what_can_be_scored():
+    assert kinds_of([FINE]) == ("bbox", "segm", "keypoints")
+    assert kinds_of([without("bbox", "keypoints")]) == ("segm",)
+    assert kinds_of([without("segmentation", bbox=[])]) == ("keypoints",)
+    assert kinds_of([]) == kinds_of(["text"]) == ("bbox",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("{", "not JSON"), ('{"annotations": []}', "dict .*\nexpected: a list of results")],
+)
+def test_a_file_that_is_no_list_is_refused(tmp_path, text, message):
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_results(path)
+
+
+# Annotations
+
+
+def changed(change):
+    content = copy.deepcopy(CONTENT)
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), "no list 'images'"),
+        (lambda c: c.update(categories={}), "no list 'categories'"),
+        (lambda c: c["annotations"].append(3), "an entry of 'annotations' is not an object"),
+        (lambda c: c["images"][0].update(id="one"), "'id' is 'one'"),
+        (lambda c: c["images"].append(c["images"][0]), "an id occurs twice in 'images'"),
+        (lambda c: c["annotations"][0].pop("area"), "annotation 1: area is None\nexpected: a number"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 1: bbox is \[1, 2\]\nexpected: 4 numbers"),
+        (lambda c: c["annotations"][0].update(iscrowd=7), "annotation 1: iscrowd is 7"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 1: malformed segmentation"),
+        (lambda c: c["annotations"][0].update(keypoints=[1, 2]), "annotation 1: keypoints is .*\nexpected: 51 numbers"),
+        (lambda c: c["images"][0].pop("height"), "'height' is None"),
+    ],
+)
+def test_what_is_wrong_with_annotations_is_named(change, message):
+    with pytest.raises(UserError, match=f"gt.json: .*{message}"):
+        truth = GroundTruth(changed(change), "gt.json")
+        for kind in ("bbox", "segm", "keypoints"):
+            truth.is_ignored(kind)
+        _ = truth.areas_px, truth.boxes, truth.masks
+
+
+def test_annotations_need_not_say_that_they_are_no_crowd_nor_count_keypoints():
+    content = changed(lambda c: [(a.pop("iscrowd"), a.pop("num_keypoints")) for a in c["annotations"]])
+    truth = GroundTruth(content, "gt")
+    assert not truth.is_crowd.any()
+    visible = (truth.keypoints[:, :, 2] > 0).any(axis=1)
+    np.testing.assert_array_equal(truth.is_ignored("keypoints"), ~visible)
+    assert visible.any() and not visible.all()
+
+
+def test_a_file_is_read_or_refused(tmp_path):
+    path = tmp_path / "gt.json"
+    path.write_text(json.dumps(CONTENT))
+    assert len(GroundTruth.read(path)) == len(CONTENT["annotations"])
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"gt.json: no list 'images'"):
+        GroundTruth.read(path)
+    with pytest.raises(UserError, match=r"gone\.json cannot be read"):
+        GroundTruth.read(tmp_path / "gone.json")

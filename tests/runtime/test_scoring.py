@@ -1,0 +1,208 @@
+"""Both scorers against pycocotools as anyone would call it, on random and on adversarial results."""
+
+import contextlib
+import copy
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coco_cases import make_case, rle_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval, Params
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.ground_truth import GroundTruth
+from maskrcnn.runtime.protocol import KINDS, PROTOCOLS, SIGMAS, protocol_of
+from maskrcnn.runtime.scoring import Scorer, score_entries
+
+REAL = Path(os.environ.get("MASKRCNN_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def pycocotools_scores(content, results, kind):
+    """The evaluation object of pycocotools, after all its steps, on copies of the files' contents."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(content)
+        truth.createIndex()
+        scorer = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), kind)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return scorer
+
+
+def expect_equal(content, results, kind):
+    """Every array and every metric, of both scorers, has pycocotools' digits."""
+    before = copy.deepcopy((content, results))
+    found = [score_entries(GroundTruth(content, "gt"), results, kind, scorer=scorer) for scorer in Scorer]
+    assert (content, results) == before
+    for name in ("precision", "recall", "scores"):
+        np.testing.assert_array_equal(*(getattr(scored.scores, name) for scored in found))
+    assert found[0].metrics == found[1].metrics
+    if results:
+        expected = pycocotools_scores(content, results, kind)
+        for name in ("precision", "recall", "scores"):
+            np.testing.assert_array_equal(getattr(found[0].scores, name), expected.eval[name])
+        assert list(found[0].metrics.values()) == list(expected.stats)
+    return found[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(KINDS),
+    grid=st.booleans(),
+    images=st.integers(0, 5),
+    categories=st.integers(0, 4),
+    objects=st.sampled_from([1, 4, 12]),
+    detections=st.sampled_from([3, 8, 30]),
+)
+def test_random_results(seed, kind, grid, images, categories, objects, detections):
+    sizes = {"images": images, "categories": categories, "objects": objects, "detections": detections}
+    expect_equal(*make_case(seed, kind=kind, grid=grid, **sizes), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_detections_than_count(kind):
+    content, results = make_case(3, images=2, categories=1, objects=20, detections=260, grid=True, kind=kind)
+    assert len(results) > 200
+    assert expect_equal(content, results, kind).metrics["AP"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perfect_results(kind):
+    content, _ = make_case(5, images=3, kind=kind)
+    whole = [entry for entry in content["annotations"] if not entry["iscrowd"] and entry["num_keypoints"]]
+    results = [{**entry, "score": 1.0, "segmentation": rle_of(entry["bbox"])} for entry in whole]
+    if kind != "bbox":
+        results = [{k: v for k, v in entry.items() if k != "bbox"} for entry in results]
+    assert expect_equal(content, results, kind).metrics["AP"] > 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scorer", Scorer)
+def test_no_results_score_nothing_where_there_is_something(kind, scorer):
+    content, _ = make_case(2, kind=kind)
+    content["annotations"] = [{**entry, "area": 500.0} for entry in content["annotations"]]
+    metrics = score_entries(GroundTruth(content, "gt"), [], kind, scorer=scorer).metrics
+    assert metrics["AP"] == metrics["AP50"] == 0
+    assert metrics["AP_medium"] == metrics["AP_large"] == -1
+
+
+def first_ids(content):
+    return {"image_id": content["images"][0]["id"], "category_id": content["categories"][0]["id"]}
+
+
+def annotation(content, number, bbox, **fields):
+    own = {"id": number, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0}
+    return own | first_ids(content) | fields
+
+
+def result(content, **fields):
+    return {
+        "image_id": content["images"][0]["id"],
+        "category_id": content["categories"][0]["id"],
+        "score": 0.5,
+    } | fields
+
+
+@pytest.mark.parametrize("categories", [1, 2])
+def test_categories_without_objects_and_results_without_category(categories):
+    content, _ = make_case(1, images=1, categories=categories)
+    own = content["categories"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == own]
+    results = [result(content, bbox=[1, 1, 30, 30]), result(content, bbox=[1, 1, 30, 30], category_id=4711)]
+    scored = expect_equal(content, results, "bbox")
+    assert scored.results.remark() == (
+        "1 result(s) of categories that the annotations do not have (4711) are not scored"
+    )
+
+
+def test_only_results_of_unknown_categories():
+    content, _ = make_case(1)
+    expect_equal(content, [result(content, bbox=[0, 0, 5, 5], category_id=4711)], "bbox")
+
+
+@pytest.mark.parametrize("kind", ["segm", "keypoints"])
+def test_boxes_decide_on_sizes_where_results_have_them(kind):
+    content, results = make_case(9, kind=kind)
+    rng = np.random.default_rng(0)
+    results = [{**entry, "bbox": rng.uniform(1, 200, 4).tolist()} for entry in results]
+    scored = expect_equal(content, results, kind)
+    assert "boxes decide" in scored.results.remark()
+
+
+@pytest.mark.parametrize("kind", ["segm", "keypoints"])
+def test_boxes_are_had_from_what_there_is(kind):
+    content, results = make_case(11, kind=kind)
+    expect_equal(content, results, "bbox")
+
+
+def test_annotations_of_unknown_images_and_categories_count_for_nothing():
+    content, results = make_case(7, kind="bbox")
+    first = content["annotations"][0]
+    content["annotations"] += [{**first, "id": 900, "image_id": 10**6}, {**first, "id": 901, "category_id": 10**6}]
+    expect_equal(content, results, "bbox")
+
+
+def test_a_crowd_swallows_any_number_of_detections():
+    content, _ = make_case(1, images=1, categories=1)
+    crowd = annotation(content, 1, [0, 0, 100, 100], iscrowd=1)
+    content["annotations"] = [crowd, annotation(content, 2, [10, 10, 40, 40])]
+    boxes = ([10, 10, 40, 40], [12, 10, 40, 40], [50, 50, 30, 30], [52, 50, 30, 30], [120, 100, 20, 15])
+    results = [result(content, bbox=box, score=0.9 - 0.1 * k) for k, box in enumerate(boxes)]
+    scored = expect_equal(content, results, "bbox")
+    assert scored.records.outcome[:, 0, 0].tolist() == [2, 0, 0, 0, 1]
+
+
+def test_an_object_of_id_0_can_be_found():
+    content, _ = make_case(1, images=1, categories=1)
+    content["annotations"] = [annotation(content, 0, box) for box in ([10, 10, 40, 40], [60, 60, 40, 40])]
+    results = [result(content, bbox=entry["bbox"]) for entry in content["annotations"]]
+    for scorer in Scorer:  # pycocotools by itself takes id 0 for no match, and two objects of one id for one
+        assert score_entries(GroundTruth(content, "gt"), results, "bbox", scorer=scorer).metrics["AP"] == 1
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("name", ["coco/annotations/instances_val2017.json", "nuclei/annotations/instances_val.json"])
+def test_real_annotations_with_noisy_copies_as_results(name, kind):
+    if not (REAL / name).exists():
+        pytest.skip(f"no file {name} in {REAL} (MASKRCNN_DATA)")
+    content, rng = json.loads((REAL / name).read_text()), np.random.default_rng(0)
+    truth = GroundTruth(content, name)
+    results = []
+    for entry, rle in zip(truth.entries, truth.masks[0], strict=True):
+        box = np.array(entry["bbox"]) + rng.normal(0, 0.1, 4) * np.tile(entry["bbox"][2:], 2)
+        own = {"bbox": box.tolist()} if kind == "bbox" else {"segmentation": rle}
+        ids = {name: entry[name] for name in ("image_id", "category_id")}
+        results.append({**ids, **own, "score": float(rng.integers(0, 50) / 50)})
+    assert 0.2 < expect_equal(content, results, kind).metrics["AP"] <= 1
+
+
+def test_the_protocol_is_that_of_pycocotools():
+    for kind, protocol in PROTOCOLS.items():
+        theirs = Params(kind)
+        np.testing.assert_array_equal(protocol.iou_thresholds, theirs.iouThrs)
+        np.testing.assert_array_equal(protocol.recall_thresholds, theirs.recThrs)
+        np.testing.assert_array_equal(protocol.areas_px, theirs.areaRng)
+        assert list(protocol.area_names) == theirs.areaRngLbl and list(protocol.most_detections) == theirs.maxDets
+    np.testing.assert_array_equal(SIGMAS, Params("keypoints").kpt_oks_sigmas)
+    with pytest.raises(UserError, match="'panoptic'\nexpected: one of bbox, segm, keypoints"):
+        protocol_of("panoptic")
+
+
+def test_classes_have_the_metrics_of_a_scoring_of_their_own():
+    content, results = make_case(13, kind="segm", categories=3)
+    content["categories"][0]["name"] = content["categories"][1]["name"] = "twin"
+    by_class = score_entries(GroundTruth(content, "gt"), results, "segm", scorer=Scorer.FAST).by_class()
+    for entry in content["categories"]:
+        name = entry["name"] if entry["name"] != "twin" else f"twin ({entry['id']})"
+        alone = {**content, "categories": [entry]}
+        expected = dict(zip(by_class[name], [None, *pycocotools_scores(alone, results, "segm").stats], strict=False))
+        own = [a for a in content["annotations"] if a["category_id"] == entry["id"] and not a["iscrowd"]]
+        assert by_class[name] == {**expected, "objects": len(own)}

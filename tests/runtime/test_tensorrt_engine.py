@@ -1,0 +1,137 @@
+"""Building, comparing, keeping and refitting engines: doubles of TensorRT's classes, and ONNX Runtime as the engine."""
+
+import json
+
+import pytest
+
+from maskrcnn.runtime.tensorrt_profiles import from_json
+
+
+@pytest.fixture(scope="session")
+def said(each_tensorrt, flow_paths, tmp_path_factory):
+    """What each flow of tests/support/tensorrt_engine_flows.py said."""
+    folder = tmp_path_factory.mktemp("engines")
+    return each_tensorrt.flows("tensorrt_engine_flows", {**flow_paths, "folder": str(folder)})
+
+
+@pytest.fixture
+def value(said):
+    def of(name):
+        assert "value" in said[name], said[name].get("crash") or said[name]
+        return said[name]["value"]
+
+    return of
+
+
+@pytest.fixture
+def error(said):
+    def of(name):
+        assert "error" in said[name], said[name].get("crash") or said[name]
+        return said[name]["error"]
+
+    return of
+
+
+def test_an_engine_that_agrees_is_kept_with_its_stamp(value):
+    built = value("engine_that_agrees")
+    assert built["files"] == ["model.fp16.engine", "model.fp16.engine.json", "timing.cache"]
+    stamp = built["stamp"]
+    assert built["same"] and built["precision"] == "fp16" and built["source"] and built["plan"]
+    assert {name: stamp[name] for name in ("target", "precision", "gpu", "compute_capability", "plugins")} == {
+        "target": "tensorrt",
+        "precision": "fp16",
+        "gpu": "NVIDIA Test 1",
+        "compute_capability": "9.0",
+        "plugins": "library",
+    }
+    assert stamp["hardware_compatibility"] == "none" and stamp["version_compatible"] == "no"
+    assert stamp["options"] == "plugins=library" and stamp["command"].startswith("maskrcnn build-engine model.onnx")
+    assert stamp["kept_fp32"].startswith("fp16: ") and "fp32: " in stamp["kept_fp32"]
+    assert len(stamp["onnx_sha256"]) == len(stamp["plugin_hash"]) == 64
+    assert [str(profile) for profile in from_json(stamp["profiles"])] == [
+        "batch 1 of 64–128×96–160, tuned for 1 of 96×128",
+        "batch 2 of 64–128×96–160, tuned for 2 of 96×128",
+    ]
+    assert all(isinstance(field, str) for field in stamp.values())
+
+
+def test_the_gate_tries_the_corners_of_every_profile_and_the_images(value):
+    built = value("engine_that_agrees")
+    corners = [[batch, height, width] for batch in (1, 2) for height, width in ((64, 96), (96, 128), (128, 160))]
+    assert built["shapes"][:6] == corners
+    assert built["shapes"][6:8] == [[1, 96, 96]] * 2  # two images of the folder, padded to what a profile takes
+    assert built["ap"] == ["box_ap", "mask_ap"] and "box_ap" in built["stamp"]["compared"]
+    assert built["told"][0] == "building" and built["told"][-1].startswith("AP of the engine")
+
+
+def test_an_engine_that_departs_is_kept_aside_and_the_stage_is_named(value):
+    found = value("engine_that_departs")
+    assert found["kept"] == "the one before"
+    assert found["files"] == [
+        "model.fp16.engine",
+        "model.fp16.rejected.engine",
+        "model.fp16.rejected.engine.json",
+        "model.fp16.rejected.stages.json",
+        "timing.cache",
+    ]
+    came, expected, do = found["parts"]
+    assert "first departure: box_deltas" in came and "model.fp16.rejected.stages.json" in came
+    assert expected.startswith("boxes within 16 px")
+    assert "model.fp16.rejected.engine with `maskrcnn evaluate`" in do
+
+
+def test_an_engine_whose_stages_cannot_be_seen_is_refused_all_the_same(error):
+    came, _, _ = error("engine_whose_stages_do_not_build")
+    assert "its stages could not be compared: TensorRT built no engine" in came
+
+
+def test_an_engine_without_weights_is_compared_with_them_and_does_not_run_without(value):
+    built = value("engine_without_weights")
+    assert built["refit"] and built["cleared"] == ["EXCLUDE_WEIGHTS"] and built["host_code"] is False
+    assert built["stamp"] == "stripped" and "maskrcnn refit-engine" in built["do"]
+
+
+def test_kernels_of_an_engine_for_more_gpus_are_for_the_oldest_of_them(value):
+    assert value("engine_for_more_gpus") == {"arch": 80, "image": "ptx", "stamp": "aot"}
+
+
+def test_an_engine_gets_other_weights(value):
+    built = value("engine_with_other_weights")
+    assert {"new.engine", "new.engine.json"} <= set(built["files"])
+    assert built["stamp"] == "refitted" and built["compared"] and built["set"] == ["INCLUDE_REFIT"]
+
+
+@pytest.mark.parametrize(
+    ("flow", "came"),
+    [
+        ("refit_of_a_broken_plan", "a plan of another version of TensorRT"),
+        ("refit_without_some_weights", "2 are missing, first conv1.weight"),
+        ("refit_that_the_parser_refuses", "conv1 (Conv): REFIT_FAILED: weights of another size"),
+        ("image_outside_all_profiles", "a batch of 1 of 96×96 for an engine with other profiles"),
+    ],
+)
+def test_what_goes_wrong_is_said(error, flow, came):
+    assert came in error(flow)[0]
+
+
+def test_the_command_line_builds_with_ahead_of_time_plugins(value):
+    built = value("command_that_builds")
+    assert built["aot"] and built["stamp"]["plugins"] == "aot"
+    assert {"model.fp16.engine", "model.fp16.engine.json", "model.fp16.tensorrt.onnx"} <= set(built["files"])
+    assert "profiles: batch 1 of 96×128; batch 2 of 96×128" in built["printed"]
+    assert ": 0 errors, 0 warnings" in built["printed"] and "fp16 on NVIDIA Test 1" in built["printed"]
+    command = "maskrcnn build-engine model.onnx --fp16 --target tensorrt --batch 1,2 --size 96x128 --workspace 2.0"
+    assert built["stamp"]["command"] == command
+    assert built["stamp"]["options"] == "workspace_gb=2.0"
+
+
+def test_tf32_is_a_precision_and_a_flag(value):
+    built = value("command_in_tf32")
+    assert built["precision"] == "tf32" and built["flag"] is True
+    assert "model.tf32.engine" in built["files"]
+
+
+def test_the_command_line_puts_weights_back(value):
+    built = value("commands_that_refit")
+    assert "whole.engine" in built["files"] and built["stamp"]["refit"] == "fixed"
+    assert json.loads(built["stamp"]["profiles"])[0]["batch"] == [1, 1, 1]

@@ -1,0 +1,131 @@
+"""PyTorch as a backend: precisions, compiled, with graphs, and arrays of several libraries."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.plugins.native import Kernels
+from maskrcnn.preprocess import batch_images, batch_sizes
+from maskrcnn.runtime import Detector, torch_backend
+from maskrcnn.runtime.compare import EXACT, HALF
+from maskrcnn.runtime.detector import load_backend
+from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.validation import compare_backends
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def feeds(batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(seed).uniform(0, 255, (batch, 3, 64, 96)).astype(np.float32)
+    return {"images": images, "image_sizes": np.array([[64, 91]] * batch, np.int64)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_agrees(checkpoint, precision):
+    reference, half = (load_backend(checkpoint, device="cpu", precision=p) for p in ("fp32", precision))
+    assert (half.name, half.precision) == ("PyTorch", precision)
+    difference = compare_backends(reference, half, HALF)
+    assert difference.within(HALF) and difference.detections > 10, str(difference)
+    kinds = {name: value.dtype for name, value in half.stages(feeds(), ["P2", "boxes"]).items()}
+    assert kinds["boxes"] == np.float32 and kinds["P2"] == (np.float16 if precision == "fp16" else np.float32)
+
+
+def test_half_precision_leaves_the_given_model_alone(model):
+    TorchBackend(model, device="cpu", precision="bf16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert TorchBackend(model, device="cpu").model is model
+
+
+def test_compiled_code_agrees(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch_backend, "COMPILER", "aot_eager")  # the default one compiles for minutes on a CPU
+    torch.compiler.reset()
+    reference = load_backend(checkpoint, device="cpu")
+    compiled = load_backend(checkpoint, device="cpu", compile=True)
+    assert compiled.name == "PyTorch, compiled"
+    for seed in range(2):
+        found, wanted = compiled(feeds(seed=seed)), reference(feeds(seed=seed))
+        assert found["num_detections"].tolist() == wanted["num_detections"].tolist()
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-3, err_msg=name)
+    assert compiled.stages(feeds(), ["P2"])["P2"].shape == (2, 16, 16, 24)
+
+
+def test_options_that_do_not_exist_are_refused(checkpoint):
+    with pytest.raises(UserError, match="precision 'fp8'\nexpected: fp32 or bf16 or fp16"):
+        load_backend(checkpoint, precision="fp8")
+    with pytest.raises(UserError, match="CUDA graphs on cpu\nexpected: a GPU"):
+        load_backend(checkpoint, device="cpu", graphs=True)
+
+
+def test_tensors_of_the_host_are_inputs_too(checkpoint):
+    backend = load_backend(checkpoint, device="cpu")
+    found = backend({name: torch.from_numpy(value) for name, value in feeds().items()})
+    for name, value in backend(feeds()).items():
+        assert isinstance(found[name], np.ndarray)
+        np.testing.assert_array_equal(found[name], value)
+    with pytest.raises(UserError, match="images float64"):
+        backend({name: torch.from_numpy(value).double() for name, value in feeds().items()})
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_photos_are_resized_by_torch_and_by_the_kernels_as_by_numpy(model, kernels_for_cpu, order, with_kernels):
+    backend = TorchBackend(model, device="cpu")
+    settings = dataclasses.replace(backend.metadata.preprocessing, channel_order=order)
+    backend.metadata = dataclasses.replace(backend.metadata, preprocessing=settings)
+    if with_kernels:
+        backend._kernels = Kernels(kernels_for_cpu)
+    images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(2)]
+    images[1] = images[1][:, ::-1]
+    wanted, _ = batch_images(images, settings)
+    found = backend._batch(images, *batch_sizes(images, settings))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(found.numpy(), wanted, atol=2e-2)
+
+
+def test_masks_are_pasted_by_the_kernels_as_by_numpy(model, kernels_for_cpu):
+    backend = TorchBackend(model, device="cpu")
+    backend._kernels = Kernels(kernels_for_cpu)
+    found = Detector(backend).detect([shapes_image(np.random.default_rng(1), (120, 171))[0]])[0]
+    assert len(found) > 3 and found.paste is None
+    wanted = found.full_masks(0.4)
+    np.testing.assert_array_equal(backend._paste(found.masks, found.boxes_xyxy_px, found.size_hw, 0.4), wanted)
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"graphs": True},
+        {"precision": "fp16"},
+        {"precision": "fp16", "graphs": True},
+        {"precision": "bf16", "graphs": True},
+        {"precision": "fp16", "graphs": True, "compile": True},
+    ],
+    ids=str,
+)
+def test_a_gpu_agrees_with_the_cpu(checkpoint, options, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    reference, backend = load_backend(checkpoint, device="cpu"), load_backend(checkpoint, device="cuda", **options)
+    tolerance = HALF if "precision" in options else EXACT
+    for _ in range(3):  # from the second time on with graphs
+        difference = compare_backends(reference, backend, tolerance)
+        assert difference.within(tolerance) and difference.detections > 10, str(difference)
+    images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(2)]
+    assert [len(found) for found in Detector(backend).detect(images)]
+
+
+@NEEDS_GPU
+def test_a_gpus_tensors_give_tensors_there(checkpoint):
+    backend = load_backend(checkpoint, device="cuda", graphs=True)
+    kept = [backend({name: torch.from_numpy(v).cuda() for name, v in feeds(seed=s).items()}) for s in range(3)]
+    for seed, found in enumerate(kept):
+        assert all(value.is_cuda for value in found.values())
+        for name, value in backend(feeds(seed=seed)).items():
+            np.testing.assert_allclose(found[name].cpu().numpy(), value, atol=1e-3)

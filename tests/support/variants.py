@@ -1,0 +1,42 @@
+"""Models of other backbones, necks and pooling methods, few enough to be exported in tests.
+
+Every backbone family, neck and method is in one of them; how they combine is tested in training, which costs less.
+"""
+
+import functools
+
+from matrix_models import tell_kinds_apart
+from tiny import lively_model, tiny_config
+
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.preprocess import PRESETS, Preprocessing
+
+CAFFE = Preprocessing(**PRESETS["caffe"], min_size_px=96, max_size_px=160)
+EXPORTED = {
+    "resnet_panet_pool": {"neck": "panet", "pool_method": "pool"},
+    "mobilenet_bifpn_crop": {
+        "backbone": "mobilenet_v3_large",
+        "batch_norm_epsilon": 1e-3,
+        "neck": "bifpn",
+        "bifpn_repeats": 1,
+        "pool_method": "crop",
+    },
+    "vgg_fpn_crop": {
+        "backbone": "vgg16_bn",
+        "frozen_batch_norm": True,
+        "pool_method": "crop",
+        "pool_aligned": True,
+        "preprocessing": CAFFE,
+    },
+    "convnext_panet_align": {"backbone": "convnext_tiny", "neck": "panet"},
+}
+
+
+@functools.cache
+def variant_model(name: str) -> MaskRCNN:
+    """One of `EXPORTED`, which finds something in drawn shapes."""
+    model = lively_model(tiny_config(**EXPORTED[name]))
+    if name.startswith(("convnext", "vgg")):
+        # All of even grey looks the same to these, and what is best among equals is a matter of rounding.
+        tell_kinds_apart(model, ((96, 128), (160, 224)))
+    return model
