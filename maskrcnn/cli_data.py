@@ -87,9 +87,7 @@ def data_convert(
     zero_based: Annotated[bool, _of_format("--zero-based", help="voc: boxes are counted from 0.")] = False,
     image_folder: Annotated[str | None, _of_format(help="id-masks, via: below SOURCE; default images, itself.")] = None,
     mask_folder: Annotated[str | None, _of_format(help="id-masks: below SOURCE; default masks.")] = None,
-    mask_suffix: Annotated[
-        str | None, _of_format(help="id-masks: a mask's name after the image's, as _mask.")
-    ] = None,
+    mask_suffix: Annotated[str | None, _of_format(help="id-masks: a mask's name after the image's, as _mask.")] = None,
     divisor: Annotated[int | None, _of_format(help="id-masks: pixels are class · divisor + instance.")] = None,
     void: Annotated[int | None, _of_format(help="id-masks: value of pixels that are no object, besides 0.")] = None,
 ) -> None:
