@@ -111,15 +111,20 @@ def given_artefacts(paths: Sequence[Path]) -> Artefacts:
     )
 
 
-def our_contenders(artefacts: Artefacts) -> list[Contender]:
-    """Every file on every backend that can run it; the first that is no failure is the reference."""
+def our_contenders(artefacts: Artefacts, *, compiled: bool = False) -> list[Contender]:
+    """Every file on every backend that can run it; the first that is no failure is the reference.
+
+    Args:
+        artefacts: the files.
+        compiled: the checkpoint by `torch.compile` too, which takes minutes.
+    """
     found = []
     if artefacts.checkpoint:
-        found += _of_checkpoint(artefacts.checkpoint)
+        found += _of_checkpoint(artefacts.checkpoint, compiled=compiled)
     for path in artefacts.onnx:
         found += _of_onnx(path, artefacts.checkpoint)
     found += [_of_engine(path, artefacts.onnx) for path in artefacts.engines]
-    found += [_of_file(path, path.suffix.removeprefix("."), None, "") for path in artefacts.others]
+    found += [_of_other(path) for path in artefacts.others]
     if artefacts.complete:
         found += _missing(artefacts)
     if found and not artefacts.checkpoint:
@@ -127,7 +132,13 @@ def our_contenders(artefacts: Artefacts) -> list[Contender]:
     return [replace(each, seconds=artefacts.seconds.get(each.file)) for each in found]
 
 
-def _of_checkpoint(path: Path) -> list[Contender]:
+def _of_other(path: Path) -> Contender:
+    """A TensorRT engine, or a file that no backend runs."""
+    is_engine = path.suffix == ".engine"
+    return _of_file(path, "TensorRT" if is_engine else path.suffix.removeprefix("."), None, "")
+
+
+def _of_checkpoint(path: Path, *, compiled: bool) -> list[Contender]:
     device = "CUDA" if torch.cuda.is_available() else "CPU"
     half = "fp16" if device == "CUDA" else "bf16"
 
@@ -155,6 +166,19 @@ def _of_checkpoint(path: Path) -> list[Contender]:
             spec={"path": str(path), "options": {"precision": half}},
         ),
     ]
+    ways = [("CUDA graphs", {"precision": half, "graphs": True})] if device == "CUDA" else []
+    ways += [("compiled", {"precision": precision, "compile": True}) for precision in ("fp32", half) if compiled]
+    for way, options in ways:
+        found.append(
+            Contender(
+                model=path.name,
+                backend=f"PyTorch {device}, {way}",
+                precision=options["precision"],
+                open=lambda options=options: Detector.load(path, **options),
+                file=path,
+                spec={"path": str(path), "options": options},
+            )
+        )
     if device == "CPU":
         no_gpu = UserError("no CUDA GPU that PyTorch can use", "an NVIDIA GPU", "see `maskrcnn doctor`")
         found.append(_absent(path.name, "PyTorch CUDA", "fp16", no_gpu))
@@ -256,9 +280,9 @@ def _absent(model: str, backend: str, precision: str, error: UserError) -> Conte
 
 
 def peer_contenders(
-    model: MaskRCNN, folder: Path, example: np.ndarray, checkpoint: Path | None = None
+    model: MaskRCNN, folder: Path, example: np.ndarray, checkpoint: Path | None = None, *, compiled: bool = False
 ) -> list[Contender]:
-    """torchvision's model with the weights of ours, eager and exported.
+    """torchvision's model with the weights of ours, eager and exported, and by `torch.compile` where asked for.
 
     Args:
         model: ours.
@@ -282,7 +306,15 @@ def peer_contenders(
         return {"path": str(checkpoint), "peer": name} if checkpoint else None
 
     device = "CUDA" if torch.cuda.is_available() else "CPU"
+    by_compiler = Contender(
+        model="torchvision",
+        backend=f"PyTorch {device}, compiled",
+        precision="fp32",
+        open=lambda: TorchvisionDetector(torch.compile(peer()), metadata),
+        peer="compiled",
+    )
     return [
+        *([by_compiler] if compiled else []),
         Contender(
             model="torchvision",
             backend=f"PyTorch {device}",

@@ -8,7 +8,7 @@ Each model is exported once, and this one file runs in ONNX Runtime what the mod
 batches of 1, 2 and 5 of four sizes, with ordinary images, empty ones and empty slots, and crowded ones, whose
 outputs are full. Weights are random (see `matrix_models`).
 
-So that two cores need about twenty minutes, only `maskrcnn_resnet50_fpn` and the small model are as named. The others
+So that two cores need about half an hour, only `maskrcnn_resnet50_fpn` and the small model are as named. The others
 have a ResNet-18, but for Detectron2's conventions, one of which concerns bottlenecks only; they have 300 proposals,
 and their longest images are narrower. What `--model` names is compared as it is. ResNet-50 in a batch of 5 needs
 8 GB of memory.
@@ -68,6 +68,8 @@ FULL = (
     _lighter("fasterrcnn_resnet18_fpn"),
     _lighter("fasterrcnn_resnet18_fpn_v2"),
     _lighter("maskrcnn_resnet50_fpn:detectron2"),
+    _lighter("maskrcnn_resnet18_fpn:panet+crop"),
+    _lighter("maskrcnn_resnet18_fpn:bifpn+pool"),
     Extent(model="maskrcnn_resnet50_fpn"),
 )
 QUICK = tuple(
@@ -150,7 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", action="append", help="of maskrcnn.config.MODELS, with :detectron2 for its conventions; repeatable")
+    add("--model", action="append", help="of maskrcnn.config.MODELS, also with :detectron2 or :panet+crop; repeatable")
     add("--batch", type=numbers, help=f"batch sizes, by default {','.join(map(str, BATCHES))}")
     add("--size", type=size_hw, action="append", help="height×width of the images, as 480x640; repeatable")
     add("--quick", action="store_true", help="two models, batches of 1 and 2, smaller images")

@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from matrix_cells import Kind, picture
@@ -19,12 +20,17 @@ from random_weights import calibrated_state_dict
 from torch import Tensor
 
 from maskrcnn.checkpoint import load_weights
-from maskrcnn.config import MODELS, ModelConfig, model_config
+from maskrcnn.config import MODELS, NECKS, POOL_METHODS, ModelConfig, model_config
 from maskrcnn.detectron2 import CONVENTIONS
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
 
-DETECTRON2 = ":detectron2"  # after a model's name: with Detectron2's conventions
+# What may stand after a model's name and a colon, several of them with "+" between.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "detectron2": CONVENTIONS,
+    **{neck: {"neck": neck} for neck in NECKS},
+    **{method: {"pool_method": method} for method in POOL_METHODS},
+}
 CLASSES = 90  # COCO's count of labels, as torchvision's weights have
 _CALIBRATION_IMAGES = 4
 _CALIBRATION_SIZE_HW = (320, 416)
@@ -36,20 +42,28 @@ _STRENGTH = 5.0  # logits of background between an ordinary and a grey image, an
 
 
 def variant_config(variant: str) -> ModelConfig:
-    """The configuration of a model's name, which may end in `:detectron2`.
+    """The configuration of a model's name, which may end in variants, as `:detectron2` or `:panet+crop`.
 
     Raises:
-        UserError: for a name that is not in `maskrcnn.config.MODELS`.
+        UserError: for a name that is not in `maskrcnn.config.MODELS`, and a variant that there is not.
     """
-    name = variant.removesuffix(DETECTRON2)
-    if name not in MODELS:
-        raise UserError(f"model {variant!r}", f"one of {', '.join(MODELS)}, with or without {DETECTRON2}", "name one")
+    name, changes = _parsed(variant)
     return model_config(
         name,
         class_names=tuple(f"class_{label}" for label in range(1, CLASSES + 1)),
         category_ids=tuple(range(1, CLASSES + 1)),
-        **(CONVENTIONS if variant.endswith(DETECTRON2) else {}),
+        **changes,
     )
+
+
+def _parsed(variant: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and the fields that its variants change."""
+    name, _, endings = variant.partition(":")
+    chosen = endings.split("+") if endings else []
+    if name not in MODELS or not set(chosen) <= VARIANTS.keys():
+        expected = f"one of {', '.join(MODELS)}, perhaps with :{', :'.join(VARIANTS)}"
+        raise UserError(f"model {variant!r}", expected, "name one")
+    return name, {field: value for ending in chosen for field, value in VARIANTS[ending].items()}
 
 
 def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: int | None = None) -> MaskRCNN:
@@ -64,8 +78,10 @@ def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: i
     config = dataclasses.replace(config, proposals=proposals or config.proposals)
     images = [picture(Kind.ORDINARY, _CALIBRATION_SIZE_HW, _OTHER_IMAGES + k) for k in range(_CALIBRATION_IMAGES)]
     short, long = min(_CALIBRATION_SIZE_HW), max(_CALIBRATION_SIZE_HW)
-    # torchvision's model is what is calibrated: it has no other conventions, but the same tensors.
-    weights = calibrated_state_dict(config.name, CLASSES + 1, images, 0, min_size_px=short, max_size_px=long)
+    # torchvision's model is what is calibrated: it has no other conventions, but the same tensors, given the neck.
+    weights = calibrated_state_dict(
+        config.name, CLASSES + 1, images, 0, min_size_px=short, max_size_px=long, neck=config.neck
+    )
     model = MaskRCNN(config)
     load_weights(model, for_pixels_of(config, weights), "calibrated weights")
     tell_kinds_apart(model.eval(), sorted(sizes_hw, key=math.prod)[:_FITTED_SIZES])

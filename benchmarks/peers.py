@@ -35,7 +35,7 @@ from maskrcnn.config import LossConfig, ModelConfig, model_config
 from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.model.backbones import Backbone
+from maskrcnn.model.backbones import RESNET_STAGES, Backbone
 from maskrcnn.postprocess import Detections
 from maskrcnn.preprocess import Preprocessing, resized_size
 from maskrcnn.runtime.backend import missing_library
@@ -138,13 +138,15 @@ def _backbone(config: ModelConfig) -> nn.Module:
     norm = partial(FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d, eps=config.batch_norm_epsilon)
     body = get_model(config.backbone, weights=None, norm_layer=norm)
     first = body.inplanes // 8
-    return BackboneWithFPN(
+    backbone = BackboneWithFPN(
         body,
         {f"layer{stage + 1}": str(stage) for stage in range(4)},
         [first * 2**stage for stage in range(4)],
         config.fpn_channels,
         norm_layer=nn.BatchNorm2d if config.head_batch_norm else None,
     )
+    backbone.stages = RESNET_STAGES  # which our trainer freezes by
+    return backbone
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ _PAIRS_PER_IMAGE = 100  # wanted (proposal, class) pairs above the threshold; su
 
 
 def torchvision_model(
-    model_name: str, num_classes: int, *, min_size_px: int = 800, max_size_px: int = 1333
+    model_name: str, num_classes: int, *, min_size_px: int = 800, max_size_px: int = 1333, neck: str = "fpn"
 ) -> FasterRCNN:
     """torchvision's model of this name with new random weights, in evaluation mode.
 
@@ -53,8 +53,9 @@ def torchvision_model(
         model_name: one of `maskrcnn.config.MODELS`.
         num_classes: with background, as torchvision counts.
         min_size_px, max_size_px: of torchvision's resizing.
+        neck: one of `maskrcnn.config.NECKS`, of which torchvision has the first.
     """
-    if model_name in torchvision.models.list_models(module=torchvision.models.detection):
+    if neck == "fpn" and model_name in torchvision.models.list_models(module=torchvision.models.detection):
         build = torchvision.models.get_model_builder(model_name)
         sizes = {"min_size": min_size_px, "max_size": max_size_px}
         return build(weights=None, weights_backbone=None, num_classes=num_classes, **sizes).eval()
@@ -62,6 +63,7 @@ def torchvision_model(
         model_name,
         class_names=tuple(f"class_{label}" for label in range(1, num_classes)),
         preprocessing=Preprocessing(min_size_px=min_size_px, max_size_px=max_size_px),
+        neck=neck,
     )
     return torchvision_from_config(config)
 
@@ -74,6 +76,7 @@ def calibrated_state_dict(
     *,
     min_size_px: int = 800,
     max_size_px: int = 1333,
+    neck: str = "fpn",
 ) -> dict[str, Tensor]:
     """A random state dict with sensible detections on images like those given.
 
@@ -83,10 +86,12 @@ def calibrated_state_dict(
         images: uint8 `[H, W, 3]` RGB; they should differ, as the images do that are compared; eight are enough.
         seed: decides the weights.
         min_size_px, max_size_px: the size at which the model is to be used.
+        neck: as for `torchvision_model`.
     """
+    sizes = {"min_size_px": min_size_px, "max_size_px": max_size_px}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = torchvision_model(model_name, num_classes, min_size_px=min_size_px, max_size_px=max_size_px)
+        model = torchvision_model(model_name, num_classes, **sizes, neck=neck)
     calibrate(model, images)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

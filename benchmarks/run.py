@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--images", type=int, help="images to evaluate on; default all")
     add("--no-peers", action="store_true", help="leave torchvision out")
+    add("--compile", action="store_true", help="ours and torchvision's by torch.compile too, which takes minutes")
     add("--memory", action="store_true", help="measure peak memory too, each row in a process of its own")
     add("--output", type=Path, help="folder for the results; default: beside the model")
     add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
@@ -72,10 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
         output = given.output or _default_output(given, artefacts)
-        contenders = our_contenders(artefacts)
+        contenders = our_contenders(artefacts, compiled=given.compile)
         if not given.no_peers and artefacts.checkpoint:
             model, example = load_checkpoint(artefacts.checkpoint), next(iter(workload.pools.values()))[0]
-            contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint)
+            contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint, compiled=given.compile)
         kept = _unfinished(given, output, contenders, workload, progress)
         rows, gpu = measure(contenders, workload, progress, memory=given.memory, kept=kept)
     machine = environment() | ({"gpu_watch": gpu} if gpu else {})

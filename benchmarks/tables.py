@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluation
 import scaling
 import stages
 from report import aligned, machine
@@ -127,6 +128,10 @@ def _ops(content: dict[str, Any]) -> str:
     return _table(columns, content["rows"])
 
 
+def _evaluation(content: dict[str, Any]) -> str:
+    return evaluation.table([evaluation.Row(**row) for row in content["rows"]])
+
+
 def _scaling(content: dict[str, Any]) -> str:
     return "\n\n".join(f"{curve['title']}:\n\n{scaling.table(curve)}" for curve in content["curves"].values())
 
@@ -175,6 +180,7 @@ _KINDS: list[tuple[Callable[[Any], bool], Callable[[Any], str]]] = [
     (lambda content: "curves" in content, _scaling),
     (lambda content: "reports" in content, _training),
     (lambda content: "cells" in content, _matrix),
+    (lambda content: "work" in (content.get("rows") or [{}])[0], _evaluation),
     (lambda content: "contender" in (content.get("rows") or [{}])[0], _ops),
     (lambda content: "p50_ms" in (content.get("rows") or [{}])[0], _latency),
 ]

@@ -13,6 +13,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Paste
 from maskrcnn.preprocess import batch_images
+from maskrcnn.runtime.dlpack import is_on_device
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
 class Backend(ABC):
     """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object.
 
-    Those that run on a GPU also take arrays that lie there, of any library that `runtime/device_arrays.py` names; where
-    `images` is one, the outputs are arrays on the GPU too.
+    Those that run on a GPU may also take arrays that lie there, of any library that `runtime/device_arrays.py` names;
+    where `images` is one, the outputs are arrays on the GPU too.
     """
 
     name: str  # of the software that runs it, as tables show it
     precision: str  # of the arithmetic, as tables show it
     metadata: ModelMetadata
+    takes_gpu_arrays = False  # whether inputs may lie on a GPU
     paste: Paste | None = None  # what pastes masks into images faster than the CPU, if anything does
 
     @abstractmethod
@@ -117,6 +119,11 @@ class Backend(ABC):
             if dtype != spec.dtype or not _fits(tuple(value.shape), spec.shape):
                 raise _bad_feed(f"{name} {dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}")
         images, sizes = feeds["images"], feeds["image_sizes"]
+        if not self.takes_gpu_arrays and any(is_on_device(value) for value in feeds.values()):
+            came, expected = "arrays on a GPU", f"arrays of the host: {self.name} does not run there, or not with them"
+            raise UserError(
+                came, expected, "copy them to the host first, or load the model on the GPU; see docs/gpu.md"
+            )
         divisor = self.metadata.preprocessing.divisor
         if len(images) == 0 or len(images) != len(sizes):
             raise _bad_feed(f"{len(images)} images with {len(sizes)} sizes", "as many of both, at least one")

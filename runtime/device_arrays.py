@@ -11,6 +11,9 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import dlpack
 from maskrcnn.runtime.device_memory import LEGACY_STREAM, Cuda, Stream
+from maskrcnn.runtime.dlpack import is_on_device
+
+__all__ = ["DeviceArray", "as_device_array", "is_on_device", "on_host"]
 
 
 class DeviceArray:
@@ -95,15 +98,6 @@ class DeviceArray:
         return dlpack.give(
             self.address, self.shape, self.dtype, device_type=device_type, device_id=device_id, owner=self
         )
-
-
-def is_on_device(value: Any) -> bool:
-    """Whether something is an array in a GPU's memory, of whatever library."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return False
-    if hasattr(value, "__dlpack_device__"):
-        return value.__dlpack_device__()[0] in dlpack.ON_GPU
-    return hasattr(value, "__cuda_array_interface__")
 
 
 def on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:

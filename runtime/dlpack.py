@@ -18,6 +18,15 @@ _USED = {_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
 _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode, by NumPy's kind
 
 
+def is_on_device(value: Any) -> bool:
+    """Whether something is an array in a GPU's memory, of whatever library."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return False
+    if hasattr(value, "__dlpack_device__"):
+        return value.__dlpack_device__()[0] in ON_GPU
+    return hasattr(value, "__cuda_array_interface__")
+
+
 class _Tensor(ctypes.Structure):
     """DLTensor."""
 

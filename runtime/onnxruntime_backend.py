@@ -12,7 +12,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, missing_library
 from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
-from maskrcnn.runtime.onnxruntime_binding import GpuBinding, bind_host_input, bind_host_outputs
+from maskrcnn.runtime.onnxruntime_binding import GpuBinding, bind_host_input, bind_host_outputs, gpu_binding
 from maskrcnn.runtime.onnxruntime_providers import (
     GpuOptions,
     Provider,
@@ -37,7 +37,8 @@ class OnnxRuntimeBackend(Backend):
     """An exported file in ONNX Runtime, whose inlined functions stand for the custom ops.
 
     Inputs and outputs are bound, not passed: arrays on the GPU are read where they lie, and outputs are written into
-    memory that is there already. Any number of threads may call it.
+    memory that is there already. Any number of threads may call it. Without cuda-bindings a GPU provider works on
+    arrays of the host alone.
 
     Args:
         path: the ONNX file.
@@ -80,9 +81,7 @@ class OnnxRuntimeBackend(Backend):
         if first != Provider.CPU.full_name:
             self.name = f"ONNX Runtime {first.removesuffix('ExecutionProvider')}"
         self._inputs, self._outputs = _specs(self.session.get_inputs()), _specs(self.session.get_outputs())
-        self._on_gpu = GpuBinding(self.gpu.device, self.metadata) if first in _ON_GPU else None
-        if self._on_gpu is not None:
-            self.paste = self._on_gpu.paste
+        self._use(gpu_binding(self.gpu.device, self.metadata) if first in _ON_GPU else None)
 
     def _session(self, provider: str | None, providers: list[str] | None) -> Any:
         import onnxruntime
@@ -109,6 +108,10 @@ class OnnxRuntimeBackend(Backend):
             raise unusable(chosen, f"it uses {', '.join(session.get_providers())} instead")
         self._providers = providers
         return session
+
+    def _use(self, on_gpu: GpuBinding | None) -> None:
+        self._on_gpu, self.takes_gpu_arrays = on_gpu, on_gpu is not None
+        self.paste = on_gpu.paste if on_gpu is not None else None
 
     def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
         return self._inputs, self._outputs

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins.native import kernels_for
 from maskrcnn.preprocess import batch_sizes
+from maskrcnn.runtime import device_memory
 from maskrcnn.runtime.backend import TensorSpec
 from maskrcnn.runtime.device_arrays import DeviceArray, as_device_array, is_on_device
 from maskrcnn.runtime.device_memory import Cuda
@@ -29,6 +31,15 @@ def bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int)
     for name, array in found.items():
         binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
     return found
+
+
+def gpu_binding(device: int, metadata: ModelMetadata) -> GpuBinding | None:
+    """The binding for a GPU, or None where cuda-bindings is not installed."""
+    try:
+        device_memory.import_runtime()
+    except UserError:
+        return None
+    return GpuBinding(device, metadata)
 
 
 class GpuBinding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, LifoQueue
 from typing import Any
@@ -17,7 +18,7 @@ from maskrcnn.preprocess import batch_images, batch_sizes
 from maskrcnn.runtime.backend import Backend, TensorSpec
 from maskrcnn.runtime.device_arrays import as_device_array, is_on_device
 from maskrcnn.runtime.gpu_images import ImageLoader, MaskPaster, resizes
-from maskrcnn.runtime.tensorrt_lane import Bound, Lane
+from maskrcnn.runtime.tensorrt_lane import Bound, Lane, Shape
 from maskrcnn.runtime.tensorrt_plan import load_plan
 
 SHAPES = 16  # input shapes whose contexts and graphs are kept, in each lane
@@ -38,6 +39,7 @@ class TensorRtBackend(Backend):
     """
 
     name = "TensorRT"
+    takes_gpu_arrays = True
 
     def __init__(
         self, path: Path, *, device: int = 0, graphs: bool = True, contexts: int = 1, shapes: int = SHAPES
@@ -51,6 +53,7 @@ class TensorRtBackend(Backend):
         self._options = {"graphs": graphs, "shapes": shapes}
         major, minor = self.cuda.compute_capability
         self._kernels = kernels_for(10 * major + minor)
+        self._resizes = self._kernels is not None and resizes(self.metadata.preprocessing)
         if self._kernels is not None and self.metadata.has_masks:
             self.paste = MaskPaster(self._kernels, self.cuda)
         self._lanes: list[Lane] = []
@@ -68,18 +71,30 @@ class TensorRtBackend(Backend):
 
         Either way the GPU is done with inputs and outputs when this returns.
         """
-        batch, _, height, width = feeds["images"].shape
         lend = is_on_device(feeds["images"])
         with self.lane() as lane:
-            bound = lane.bind((batch, height, width))
-            for name, value in feeds.items():
-                on_device = is_on_device(value)
-                bound.put(name, as_device_array(value, self.cuda, lane.stream) if on_device else np.asarray(value))
+            bound = self._put(lane, feeds)
             outputs = bound.run(lend=lend)
             if not lend:
                 return bound.fetch()
             bound.wait()
             return outputs
+
+    def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Outputs for arrays of the host, and the milliseconds of `copy in`, `engine` and `copy out` on the GPU."""
+        with self.lane() as lane:
+            lane.bind(_shape_of(feeds))  # which may take long the first time
+            marks = [self.cuda.event(timing=True) for _ in range(4)]
+            lane.stream.record(marks[0])
+            bound = self._put(lane, feeds)
+            lane.stream.record(marks[1])
+            bound.run()
+            lane.stream.record(marks[2])
+            bound.download()
+            lane.stream.record(marks[3])
+            found = bound.downloaded()
+        parts = ("copy in", "engine", "copy out")
+        return found, {part: a.milliseconds(b) for part, (a, b) in zip(parts, pairwise(marks), strict=True)}
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As `Backend.run_images`; a batch that no profile takes is padded to one that is larger.
@@ -88,9 +103,15 @@ class TensorRtBackend(Backend):
         """
         sizes, (height, width) = batch_sizes(images, self.metadata.preprocessing)
         image_sizes = np.array(sizes, np.int64)
+        shape = self.plan.roomy_shape((len(images), height, width))
+        # What the CPU has to do is done before the GPU is held.
+        pixels = None if self._resizes else batch_images(images, self.metadata.preprocessing)[0]
         with self.lane() as lane:
-            bound = lane.bind(self.plan.roomy_shape((len(images), height, width)))
-            self._put_images(lane, bound, images, sizes)
+            bound = lane.bind(shape)
+            if pixels is None:
+                self._loaders[lane].fill(images, sizes, bound.input("images"))
+            else:
+                bound.put("images", pixels)
             bound.put("image_sizes", image_sizes)
             bound.run()
             return bound.fetch(len(images)), image_sizes
@@ -138,15 +159,19 @@ class TensorRtBackend(Backend):
     def _add_lane(self) -> Lane:
         lane = Lane(self.plan, self.cuda, **self._options)
         self._lanes.append(lane)
-        if self._kernels is not None and resizes(self.metadata.preprocessing):
+        if self._resizes:
             self._loaders[lane] = ImageLoader(self._kernels, self.cuda, self.metadata.preprocessing)
         return lane
 
-    def _put_images(
-        self, lane: Lane, bound: Bound, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
-    ) -> None:
-        loader = self._loaders.get(lane)
-        if loader is None:
-            bound.put("images", batch_images(images, self.metadata.preprocessing)[0])
-        else:
-            loader.fill(images, sizes, bound.input("images"))
+    def _put(self, lane: Lane, feeds: dict[str, Any]) -> Bound:
+        """The engine with the feeds given to it."""
+        bound = lane.bind(_shape_of(feeds))
+        for name, value in feeds.items():
+            on_device = is_on_device(value)
+            bound.put(name, as_device_array(value, self.cuda, lane.stream) if on_device else np.asarray(value))
+        return bound
+
+
+def _shape_of(feeds: dict[str, Any]) -> Shape:
+    batch, _, height, width = feeds["images"].shape
+    return batch, height, width

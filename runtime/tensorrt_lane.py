@@ -179,13 +179,22 @@ class Bound:
         Args:
             images: how many of the batch; by default all.
         """
-        staged = self.lane.staging["outputs"].room(self.outputs.nbytes)
-        self.stream.copy(staged.address, self._found.address, self.outputs.nbytes, "DeviceToHost")
+        self.download()
+        return self.downloaded(images)
+
+    def downloaded(self, images: int | None = None) -> dict[str, np.ndarray]:
+        """What `download` copies; waits for it."""
         self.wait()
+        staged = self.lane.staging["outputs"].room(self.outputs.nbytes)
         return {
             name: staged.array(slot.shape, slot.dtype, slot.offset)[:images].copy()
             for name, slot in self.outputs.slots.items()
         }
+
+    def download(self) -> None:
+        """Starts copying the results to where `fetch` reads them."""
+        staged = self.lane.staging["outputs"].room(self.outputs.nbytes)
+        self.stream.copy(staged.address, self._found.address, self.outputs.nbytes, "DeviceToHost")
 
     def wait(self) -> None:
         """Waits until the newest run is over."""

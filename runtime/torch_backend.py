@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class TorchBackend(Backend):
         if precision not in PRECISIONS:
             raise UserError(f"precision {precision!r}", " or ".join(PRECISIONS), "choose one of these")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        on_gpu = self.device.type == "cuda"
+        on_gpu = self.takes_gpu_arrays = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise UserError(f"CUDA graphs on {self.device.type}", "a GPU", "leave graphs out, or use device cuda")
         if precision != "fp32" or compile or graphs:
@@ -90,6 +91,23 @@ class TorchBackend(Backend):
         with self._lock, torch.inference_mode():
             outputs = self._run(*self._inputs(feeds))
             return dict(outputs) if is_on_device(feeds["images"]) else _on_host(outputs)
+
+    def infer_timed(self, feeds: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Outputs, and on a GPU the milliseconds of `copy in`, `engine` and `copy out` there; elsewhere none."""
+        if self.device.type != "cuda":
+            return self.infer(feeds), {}
+        with self._lock, torch.inference_mode(), torch.cuda.device(self.device):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            marks[0].record()
+            given = self._inputs(feeds)
+            marks[1].record()
+            outputs = self._run(*given)
+            marks[2].record()
+            found = _on_host(outputs)
+            marks[3].record()
+            marks[3].synchronize()
+        parts = ("copy in", "engine", "copy out")
+        return found, {part: a.elapsed_time(b) for part, (a, b) in zip(parts, pairwise(marks), strict=True)}
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As `Backend.run_images`; on a GPU the photos are resized and padded there."""

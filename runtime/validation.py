@@ -12,15 +12,18 @@ from maskrcnn.runtime.compare import Difference, Tolerance, compare_outputs, mer
 
 
 def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Feeds of several batch sizes and shapes: drawn shapes, an even grey image, and an empty slot.
+    """Feeds of several batch sizes and shapes: drawn shapes, a grey image, and an empty slot.
 
-    An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights.
+    An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights. The grey image has
+    nothing in it but gets lighter by some levels: to an even one a model that has learnt little may give the same
+    scores everywhere, and which are the best of equals is a matter of rounding.
     """
     rng = np.random.default_rng(seed)
     for batch, blocks in ((1, (5, 7)), (3, (8, 6)), (2, (12, 10))):
         height, width = (max(1, round(b * 32 / divisor)) * divisor for b in blocks)
         yield _drawn(rng, [(height, width), (height - 17, width - 40), (0, 0)][:batch], (height, width))
-    grey = np.full((1, 3, 4 * divisor, 4 * divisor), 128, np.float32)
+    ramp = np.linspace(-10, 10, 4 * divisor, dtype=np.float32)
+    grey = np.full((1, 3, 4 * divisor, 4 * divisor), 128, np.float32) + ramp[:, None] + 0.5 * ramp
     yield {"images": grey, "image_sizes": np.array([[4 * divisor, 4 * divisor]], np.int64)}
 
 

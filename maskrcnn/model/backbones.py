@@ -36,7 +36,7 @@ def _numbered(ends: Sequence[int]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(map(str, range(start, end + 1))) for start, end in zip(starts, ends, strict=True))
 
 
-_RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 # VGG's maps are those after pooling, as torchvision has no detector that says otherwise; MobileNet's the last of each
 # stride; ConvNeXt's stages begin with the convolution that halves the map.
 _LAYOUTS = {
@@ -121,7 +121,7 @@ def _body(config: ModelConfig) -> tuple[nn.Module, Layout]:
         if config.stride_in_1x1:
             _stride_first(body)
         first = body.inplanes // 8  # channels of C2; they double at each stage
-        return fold_norms(body), Layout(_RESNET_STAGES, tuple(first * 2**stage for stage in range(4)))
+        return fold_norms(body), Layout(RESNET_STAGES, tuple(first * 2**stage for stage in range(4)))
     return fold_norms(body), _LAYOUTS[name]
 
 

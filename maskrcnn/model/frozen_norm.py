@@ -59,7 +59,7 @@ def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """A ResNet names conv1 and bn1 alike; elsewhere, as in its shortcuts, the two follow each other in a sequence."""
     children = dict(module.named_children())
     for name, child in children.items():
-        if name.startswith("conv"):
+        if name.startswith("conv") and f"bn{name[4:]}" in children:
             yield child, children[f"bn{name[4:]}"]
     if isinstance(module, nn.Sequential):
         yield from ((one, other) for one, other in itertools.pairwise(module) if isinstance(one, nn.Conv2d))

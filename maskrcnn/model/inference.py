@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from maskrcnn.model.backbones import Body
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, FoldedConv2d
 
@@ -60,12 +61,12 @@ def _unfreeze(module: FoldedConv2d) -> None:
 def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of a module's convolutions with those of the batch norms after them.
 
-    A ResNet names conv1 and bn1 alike; in a sequence the two follow each other.
+    A ResNet names conv1 and bn1 alike; where layers run one after another, the two follow each other.
     """
     children = dict(module.named_children())
     named = [(name, f"bn{name[4:]}") for name in children if name.startswith("conv")]
-    following = list(itertools.pairwise(children)) if isinstance(module, nn.Sequential) else []
-    for convolution, norm in (*named, *following):
+    following = list(itertools.pairwise(children)) if isinstance(module, (nn.Sequential, Body)) else []
+    for convolution, norm in dict.fromkeys((*named, *following)):
         if type(children[convolution]) is nn.Conv2d and type(children.get(norm)) is nn.BatchNorm2d:
             yield convolution, norm
 

@@ -250,12 +250,14 @@ def _nms_by_torchvision(
     kept_counts = torch.zeros(boxes.shape[0], dtype=torch.int32, device=boxes.device)
     # Earlier rows win: descending keys keep the given order.
     order_keys = torch.arange(boxes.shape[1], 0, -1, dtype=torch.float32, device=boxes.device)
+    # In float32, as the exported graph and the kernels have it: torchvision's CPU kernel compares with a double.
+    threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
     for image, count in enumerate(counts.tolist()):
         group_of = groups[image, :count]
         kept = []
         for group in group_of.unique().tolist():
             members = torch.nonzero(group_of == group).flatten()
-            survivors = torchvision.ops.nms(boxes[image, members], order_keys[members], iou_threshold)
+            survivors = torchvision.ops.nms(boxes[image, members], order_keys[members], threshold)
             kept.append(members[survivors])
         if kept:
             rows = torch.cat(kept).sort().values[:max_output]

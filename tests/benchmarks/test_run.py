@@ -5,10 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import contenders
 import jsonschema
 import numpy as np
 import pytest
 import run
+import torch
 from matching import compare_detections
 from measure import one_line
 
@@ -189,3 +191,15 @@ def test_a_box_at_a_whole_pixel_makes_a_mask_jump():
     assert compare_detections(first, first).jumped == 0
     found = compare_detections(first, second)
     assert found.jumped == 1 and found.mask_px == 0
+
+
+def test_torch_compile_has_rows_where_asked_for(checkpoint):
+    artefacts = contenders.Artefacts(checkpoint=checkpoint, complete=False)
+    plain, asked = (contenders.our_contenders(artefacts, compiled=compiled) for compiled in (False, True))
+    added = {(each.backend, each.precision) for each in asked} - {(each.backend, each.precision) for each in plain}
+    half = "fp16" if torch.cuda.is_available() else "bf16"
+    assert {precision for _, precision in added} == {"fp32", half}
+    assert all(backend.endswith(", compiled") for backend, _ in added)
+    for each in asked:
+        if each.spec and "compile" in each.spec.get("options", {}):
+            assert each.open().backend.name == "PyTorch, compiled"

@@ -5,6 +5,7 @@ The session's exported files are used, with another last layer: as it is made, a
 
 import copy
 import json
+import re
 
 import matrix
 import numpy as np
@@ -16,6 +17,7 @@ from matrix_report import Result, compare_cell, needed_share, summary, table
 from tiny import lively_model, tiny_config
 
 from maskrcnn.checkpoint import load_weights
+from maskrcnn.config import NECKS, POOL_METHODS
 from maskrcnn.detectron2 import CONVENTIONS
 from maskrcnn.errors import UserError
 from maskrcnn.export.exporter import export_onnx
@@ -194,8 +196,9 @@ def test_the_exit_code_tells_of_a_cell_beyond_and_of_a_model_that_cannot_be_expo
 
 
 def test_a_wrong_model_is_refused_before_anything_is_computed():
-    with pytest.raises(UserError, match="model 'maskrcnn_resnet19_fpn'"):
-        matrix.main(["--model", "maskrcnn_resnet18_fpn", "--model", "maskrcnn_resnet19_fpn"])
+    for wrong in ("maskrcnn_resnet19_fpn", "maskrcnn_resnet18_fpn:panet+warp"):
+        with pytest.raises(UserError, match=re.escape(f"model '{wrong}'")):
+            matrix.main(["--model", "maskrcnn_resnet18_fpn", "--model", wrong])
 
 
 def test_the_whole_matrix_has_every_architecture():
@@ -203,15 +206,21 @@ def test_the_whole_matrix_has_every_architecture():
     traits = {(c.has_masks, c.head_batch_norm, c.pool_aligned, c.backbone) for c in configs}
     assert {trait[:2] for trait in traits} == {(True, False), (True, True), (False, False), (False, True)}
     assert (True, False, True, "resnet50") in traits and (True, False, False, "resnet50") in traits
+    assert {c.neck for c in configs} == set(NECKS) and {c.pool_method for c in configs} == set(POOL_METHODS)
     for extent in matrix.FULL:
         assert extent.batches == (1, 2, 5)
         assert any(max(size) < 200 for size in extent.sizes_hw) and any(1344 in size for size in extent.sizes_hw)
         assert {height < width for height, width in extent.sizes_hw} == {True, False}
 
 
-def test_a_model_of_the_matrix_is_made_from_its_name():
-    found = matrix_model("maskrcnn_resnet18_fpn_small:detectron2", [(64, 96)], proposals=50)
-    assert found.config.pool_aligned and found.config.proposals == 50 and not found.training
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [("detectron2", {"pool_aligned": True}), ("bifpn+crop", {"neck": "bifpn", "pool_method": "crop"})],
+)
+def test_a_model_of_the_matrix_is_made_from_its_name(variant, fields):
+    found = matrix_model(f"maskrcnn_resnet18_fpn_small:{variant}", [(64, 96)], proposals=50)
+    assert {name: getattr(found.config, name) for name in fields} == fields
+    assert found.config.proposals == 50 and not found.training
     reference = TorchBackend(found, device="cpu")
     slots = compare_cell("m", reference, reference, Cell(Kind.EMPTY, 2, (64, 96)))
     assert slots.difference.images_without_detections == 2  # even grey is background to it

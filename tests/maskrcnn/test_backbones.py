@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from tiny import tiny_config
+from tiny import lively_model, tiny_config
 
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import BACKBONES, MODELS, OTHER_BACKBONES, RESNETS, ModelConfig, from_dict, model_config, to_dict
@@ -14,6 +14,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.model.backbones import Backbone
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, FoldedConv2d
+from maskrcnn.model.inference import inference_copy
 from maskrcnn.preprocess import Preprocessing
 from maskrcnn.pretrained import finetuning_tensors, model_changes, starting_weights
 from maskrcnn.training.optimizer import freeze_stages, parameter_groups
@@ -106,6 +107,21 @@ def test_frozen_norms_are_computed_in_the_convolutions(name):
             torch.testing.assert_close(found, expected)
     twin = copy.deepcopy(frozen)
     assert {id(m.norm) for m in twin.modules() if isinstance(m, FoldedConv2d)}.isdisjoint(map(id, norms))
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "mobilenet_v3_large", "convnext_tiny"])
+def test_copies_for_inference_compute_the_same(name):
+    model = lively_model(tiny_config(backbone=name, neck="bifpn", bifpn_repeats=1))
+    images, sizes = torch.rand(2, 3, 64, 96) * 255, torch.tensor([[64, 96]] * 2)
+    with torch.no_grad():
+        whole, single, half = (
+            each.features(images, sizes)
+            for each in (model, inference_copy(model), inference_copy(model, torch.float16))
+        )
+    for expected, same, close in zip(whole, single, half, strict=True):
+        torch.testing.assert_close(same, expected, atol=1e-3, rtol=1e-3)
+        assert close.dtype == torch.float16
+        assert (close.float() - expected).abs().mean() < 0.03 * expected.std()
 
 
 @pytest.mark.parametrize("name", ["vgg16", "convnext_tiny"])

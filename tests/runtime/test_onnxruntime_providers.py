@@ -252,8 +252,7 @@ def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
     monkeypatch.setattr(onnxruntime_binding, "kernels_for", lambda arch: kernels)
     backend = load_backend(onnx_file, provider="cpu", threads=1)
     backend.session = OnPretendedGpu(backend.session)
-    backend._on_gpu = onnxruntime_binding.GpuBinding(0, backend.metadata)
-    backend.paste = backend._on_gpu.paste
+    backend._use(onnxruntime_binding.gpu_binding(0, backend.metadata))
     return backend
 
 
@@ -280,6 +279,16 @@ def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
     assert ("images", "cuda", 0) in backend.session.devices and ("masks", "cuda", 0) in backend.session.devices
     for name, value in backend(feeds()).items():  # arrays of the host stay there
         np.testing.assert_array_equal(value, reference(feeds())[name])
+
+
+def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
+    from maskrcnn.runtime import device_memory
+
+    def missing() -> None:
+        raise UserError("no Python package cuda-bindings", "it", "install it")
+
+    monkeypatch.setattr(device_memory, "import_runtime", missing)
+    assert onnxruntime_binding.gpu_binding(0, None) is None
 
 
 def test_photos_are_resized_and_masks_pasted_on_the_gpu(on_gpu, onnx_file):

@@ -113,6 +113,14 @@ def test_arrays_on_the_gpu_give_arrays_on_the_gpu(engine, machine, reference, gr
     assert backend(on_gpu(backend, feeds()))["boxes"].address in addresses  # memory is lent again
 
 
+def test_a_timed_run_gives_the_same_and_its_parts(engine, machine, reference):
+    backend = load_backend(engine)
+    for seed in range(3):
+        found, parts = backend.infer_timed(feeds(seed=seed))
+        assert_equal(found, reference(feeds(seed=seed)))
+        assert parts == {"copy in": 1.5, "engine": 1.5, "copy out": 1.5}  # what the pretended GPU says of any two
+
+
 def test_without_graphs_inputs_are_read_where_they_lie(engine, runtime):
     backend = load_backend(engine, graphs=False)
     given = on_gpu(backend, feeds())
@@ -155,7 +163,9 @@ def test_a_batch_is_padded_to_what_a_profile_takes(tmp_path, onnx_file, machine,
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "fixed.engine", [fixed])
     images = [shapes_image(np.random.default_rng(seed), (300, 200 + 50 * seed))[0] for seed in range(3)]
     backend = load_backend(path)
-    backend(feeds(4, 160, 160))  # whose pixels must not stay where nothing is written next
+    nothing = np.full((4, 3, 160, 160), np.nan, np.float32)  # which must not stay where no image is next
+    with backend.lane() as lane:
+        lane.bind((4, 160, 160)).put("images", nothing)
     found, sizes = backend.run_images(images)
     pixels, wanted_sizes = batch_images(images, reference.metadata.preprocessing)
     padded = np.zeros((4, 3, 160, 160), np.float32)

@@ -5,7 +5,7 @@ Every backbone family, neck and method is in one of them; how they combine is te
 
 import functools
 
-from matrix_models import tell_kinds_apart
+import torch
 from tiny import lively_model, tiny_config
 
 from maskrcnn.model.detector import MaskRCNN
@@ -35,8 +35,9 @@ EXPORTED = {
 @functools.cache
 def variant_model(name: str) -> MaskRCNN:
     """One of `EXPORTED`, which finds something in drawn shapes."""
-    model = lively_model(tiny_config(**EXPORTED[name]))
-    if name.startswith(("convnext", "vgg")):
-        # All of even grey looks the same to these, and what is best among equals is a matter of rounding.
-        tell_kinds_apart(model, ((96, 128), (160, 224)))
+    config = tiny_config(**EXPORTED[name])
+    model = lively_model(config)
+    if config.preprocessing == CAFFE:  # pixels that are 57 times as large would make every score 1
+        with torch.no_grad():
+            model.backbone.body["0"].weight /= 57
     return model

@@ -190,7 +190,10 @@ inline int launch(dim3 grid, dim3 block, std::function<void()> kernel) {
     prepare(grid, block);
     Gpu &g = gpu();
     g.kernel = kernel;
-    for (int block : in_order(0, int(grid.x * grid.y * grid.z))) {
+    int64_t count = int64_t(grid.x) * grid.y * grid.z;
+    std::vector<int> shuffled = g.order == "shuffled" ? in_order(0, int(count)) : std::vector<int>();
+    for (int64_t i = 0; i < count; i++) {
+        int64_t block = !shuffled.empty() ? shuffled[i] : g.order == "backward" ? count - 1 - i : i;
         g.block_index = dim3(block % grid.x, block / grid.x % grid.y, block / (grid.x * grid.y));
         if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, __stop_cuda_shared - __start_cuda_shared);
         run_block();
