@@ -329,7 +329,9 @@ def test_spans_are_torchvisions(maths, mask_size):
     np.testing.assert_array_equal(np.stack([found["first"], found["last"]], axis=1), wanted.numpy())
 
 
-@pytest.mark.parametrize("ends", [(math.nan, 5), (5, math.nan), (0, math.inf), (-math.inf, 0), (-3e38, 3e38), (0, 4e9)])
+@pytest.mark.parametrize(
+    "ends", [(math.nan, 5), (5, math.nan), (0, math.inf), (-math.inf, 0), (-3e38, 3e38), (0, 4e9), (-4e9, 0)]
+)
 def test_a_span_that_whole_numbers_cannot_count_is_empty(maths, ends):
     (found,) = maths.spans(*np.float32(ends)[:, None].copy(), 28)
     assert found["last"] < found["first"]

@@ -22,20 +22,18 @@ from maskrcnn.model.ops import batched_nms
 from maskrcnn.plugins import reference
 from maskrcnn.plugins.native import Kernels
 
+SMALL = ((64, 3), (192, 40))  # threads of a block, and kept boxes that its shared memory holds
+
 
 @pytest.fixture(scope="module")
 def small(kernels_for_cpu, tmp_path_factory) -> list[Device]:
-    """Kernels whose blocks are of 64 threads and hold 3 kept boxes, and of 192 threads that hold 40."""
-    folders = [tmp_path_factory.mktemp("nms") for _ in range(2)]
-    sizes = [
-        {"MASKRCNN_NMS_THREADS": 64, "MASKRCNN_NMS_KEPT": 3},
-        {"MASKRCNN_NMS_THREADS": 192, "MASKRCNN_NMS_KEPT": 40},
-    ]
-    source = ["batched_nms/launch.cu"]
-    return [
-        Device(Kernels(build(folder, sources=source, beside=kernels_for_cpu, **macros)))
-        for folder, macros in zip(folders, sizes, strict=True)
-    ]
+    """Kernels whose blocks are as SMALL says."""
+    devices = []
+    for threads, held in SMALL:
+        macros = {"MASKRCNN_NMS_THREADS": threads, "MASKRCNN_NMS_KEPT": held}
+        folder, source = tmp_path_factory.mktemp("nms"), ["batched_nms/launch.cu"]
+        devices.append(Device(Kernels(build(folder, sources=source, beside=kernels_for_cpu, **macros))))
+    return devices
 
 
 def kept_rows(
@@ -195,6 +193,16 @@ def test_chains_are_resolved_one_by_one(device, small):
     for kernels in (device, *small):
         indices, num = case.kept(kernels)
         assert indices[0, : num[0]].tolist() == list(range(0, count, 2))
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 3])
+def test_kept_boxes_that_shared_memory_has_no_room_for(small, more):
+    # So many different boxes, copies of the first to the end of the block's batch, and in the next all of them again.
+    for kernels, (threads, held) in zip(small, SMALL, strict=True):
+        kept = list(range(held + more))
+        corners = 20 * np.float32(kept + [0] * (threads - len(kept)) + kept)
+        boxes = np.stack([corners, 0 * corners, corners + 10, 0 * corners + 10], axis=1)
+        assert kept_rows(kernels, list(boxes), most=99) == kept
 
 
 @settings(max_examples=60, deadline=None)
