@@ -228,12 +228,10 @@ def test_its_error_is_at_most_twice_that_of_the_type_itself(device, form, ratio,
 
 @settings(max_examples=60, deadline=None)
 @given(case=roi_cases(), shift=st.sampled_from([1, 2, 3]))
-def test_where_features_begin_in_memory_changes_little(device, case, shift):
+def test_where_features_begin_in_memory_changes_little(cpu, case, shift):
     # Four channels at a time are read only where the address allows it.
     form = {k: v for k, v in case.form.items() if k != "shift"}
-    apart = [
-        RoiCase(case.features, case.rois, case.attributes, {**form, "shift": s}).pooled(device) for s in (0, shift)
-    ]
+    apart = [RoiCase(case.features, case.rois, case.attributes, {**form, "shift": s}).pooled(cpu) for s in (0, shift)]
     np.testing.assert_allclose(*apart, rtol=2 * HALF_STEP[case.output_dtype], atol=2e-6)
 
 
