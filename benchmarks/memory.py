@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from resident import resident_mb
 
 CALLS = 2
 LIMIT_S = 600
@@ -88,16 +89,13 @@ def _image(size_hw: list[int], seed: int) -> np.ndarray:
 
 def _peak_mb() -> float:
     """The most that this process has held. Linux's rusage would begin with what the parent held before the start."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        import resource  # which Windows does not have
+    if (held := resident_mb("VmHWM")) is not None:
+        return held
+    import resource  # which Windows does not have
 
-        # In bytes on macOS, and elsewhere in KiB.
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
+    # In bytes on macOS, and elsewhere in KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _device_mb() -> float | None:
