@@ -18,7 +18,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.tensorrt_library import tensorrt_obstacle
+from maskrcnn.runtime.trt.library import tensorrt_obstacle
 from maskrcnn.training.trainer import choose_precision
 
 LEGACY_EXPORT = "torchvision legacy export"

@@ -40,12 +40,12 @@ from timing import environment, time_in_turns
 
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.postprocess import Detections, coco_results
-from maskrcnn.runtime.bootstrap import RESAMPLES, interval_of_difference
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.match_records import match_records
-from maskrcnn.runtime.protocol import KINDS
-from maskrcnn.runtime.results_file import checked_results, of_kind
-from maskrcnn.runtime.scoring import Scorer, score_entries
+from maskrcnn.runtime.evaluation.bootstrap import RESAMPLES, interval_of_difference
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.match_records import match_records
+from maskrcnn.runtime.evaluation.protocol import KINDS
+from maskrcnn.runtime.evaluation.results_file import checked_results, of_kind
+from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
 SCHEMA = 1
 SIZE_HW = (480, 640)

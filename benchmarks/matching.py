@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from maskrcnn.postprocess import Detections
-from maskrcnn.runtime.matching import of_equal_label, pair_in_order, pairwise_iou
+from maskrcnn.runtime.verification.matching import of_equal_label, pair_in_order, pairwise_iou
 
 MIN_IOU = 0.5  # with which detections of the same label are paired
 

@@ -13,8 +13,8 @@ have a ResNet-18, but for Detectron2's conventions, one of which concerns bottle
 and their longest images are narrower. What `--model` names is compared as it is. ResNet-50 in a batch of 5 needs
 8 GB of memory.
 
-The exit code is 1 when any cell is beyond `EXACT` of `maskrcnn.runtime.compare`, and when a kind of images has no
-outputs of its kind.
+The exit code is 1 when any cell is beyond `EXACT` of `maskrcnn.runtime.verification.compare`, and when a kind of
+images has no outputs of its kind.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.files import write_json
 from maskrcnn.runtime.backend import Backend
-from maskrcnn.runtime.compare import EXACT
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.verification.compare import EXACT
 
 SCHEMA = 1
 

@@ -14,7 +14,7 @@ from matrix_cells import Cell, Kind, cell_feeds
 from report import aligned
 
 from maskrcnn.runtime.backend import Backend
-from maskrcnn.runtime.compare import EXACT, Difference, compare_outputs, merge
+from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs, merge
 
 
 @dataclass(frozen=True, kw_only=True)

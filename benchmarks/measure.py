@@ -18,8 +18,8 @@ from workloads import Workload, take_size
 
 from maskrcnn.errors import UserError
 from maskrcnn.postprocess import Detections
-from maskrcnn.runtime.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.evaluate import evaluate
+from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
 
 CHECKED_IMAGES = 4
 SPLIT_CALLS = 5

@@ -140,8 +140,8 @@ def dataset_curve(images: Sequence[int]) -> Curve:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    from maskrcnn.runtime.ground_truth import GroundTruth
-    from maskrcnn.runtime.scoring import Scorer, score_entries
+    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+    from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
     datasets = {float(count): simulated_dataset(count) for count in images}
 

@@ -24,10 +24,10 @@ from maskrcnn.files import atomic_path
 from maskrcnn.model import ops
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.plugins import contract
-from maskrcnn.runtime.compare import EXACT, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
-from maskrcnn.runtime.validation import compare_backends
+from maskrcnn.runtime.verification.compare import EXACT, Difference
+from maskrcnn.runtime.verification.validation import compare_backends
 from maskrcnn.stages import OF_MASKS, STAGES
 
 OPSET = 20  # the first with every operator used here in its present form

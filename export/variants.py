@@ -22,11 +22,11 @@ from maskrcnn.export.tensorrt import tensorrt_flavour
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.runtime.backend import Backend
-from maskrcnn.runtime.compare import HALF, INT8, Difference, Tolerance, compare_outputs, merge
 from maskrcnn.runtime.onnx_file import check_portable, read_model
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend
-from maskrcnn.runtime.validation import validation_batches
+from maskrcnn.runtime.verification.compare import HALF, INT8, Difference, Tolerance, compare_outputs, merge
+from maskrcnn.runtime.verification.validation import validation_batches
 
 Outputs = dict[str, np.ndarray]  # and inputs, by name
 CALIBRATION_IMAGES = 64

@@ -91,9 +91,9 @@ def build_engine(
     from maskrcnn.cli import console
     from maskrcnn.cli_engine import TensorRtChoice, run_build_engine
     from maskrcnn.cli_export import Int8Options
-    from maskrcnn.runtime.engine_gate import GateImages
-    from maskrcnn.runtime.tensorrt_builder import BuildOptions
-    from maskrcnn.runtime.tensorrt_library import Hardware, PluginForm, Weights
+    from maskrcnn.runtime.trt.builder import BuildOptions
+    from maskrcnn.runtime.trt.gate import GateImages
+    from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
 
     precision = _precision({"fp16": fp16, "fp32": fp32, "bf16": bf16, "int8": int8 is not None}, tf32=tf32)
     if keep and int8 is None:
@@ -154,7 +154,7 @@ def refit_engine(
     """Puts weights into a TensorRT engine and compares it with the ONNX file that they come from."""
     from maskrcnn.cli import console
     from maskrcnn.cli_engine import run_refit_engine
-    from maskrcnn.runtime.engine_gate import GateImages
+    from maskrcnn.runtime.trt.gate import GateImages
 
     images = GateImages(folder=gate_images, annotations=gate_annotations, limit=gate_max_images)
     run_refit_engine(console, engine, model, output=output, images=images)

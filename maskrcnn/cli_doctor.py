@@ -19,7 +19,7 @@ from maskrcnn.plugins import build, cache
 from maskrcnn.plugins.build import Library
 from maskrcnn.plugins.toolchain import find_driver_cuda
 from maskrcnn.runtime.engine_files import Fit, Machine, find_engines, fit
-from maskrcnn.runtime.tensorrt_library import Gpu, find_gpu
+from maskrcnn.runtime.trt.library import Gpu, find_gpu
 
 _DRIVERS = "a newer NVIDIA driver: https://www.nvidia.com/drivers"
 _CUDA_OF_TENSORRT = {10: 12, 11: 13}  # the oldest CUDA that a major version of TensorRT runs with

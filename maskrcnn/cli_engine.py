@@ -12,9 +12,9 @@ from maskrcnn import runs
 from maskrcnn.cli_export import Int8Options, temporary_folder, write_variant
 from maskrcnn.errors import UserError
 from maskrcnn.plugins.nvrtc import Image, architecture, compile_kernel, compiler_name, image_for
-from maskrcnn.runtime.engine_gate import GateImages
-from maskrcnn.runtime.tensorrt_builder import BuildOptions
-from maskrcnn.runtime.tensorrt_library import (
+from maskrcnn.runtime.trt.builder import BuildOptions
+from maskrcnn.runtime.trt.gate import GateImages
+from maskrcnn.runtime.trt.library import (
     OLDEST_ARCH,
     Hardware,
     PluginForm,
@@ -117,7 +117,7 @@ def _build_tensorrt(
     obstacle: UserError | None,
 ) -> None:
     from maskrcnn.export.variants import single_precision
-    from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
+    from maskrcnn.runtime.trt.profiles import parsed_profiles
 
     path = _engine_path(output, onnx, precision, ".engine")
     _, metadata = single_precision(onnx)
@@ -132,8 +132,8 @@ def _build_tensorrt(
             obstacle.expected,
             obstacle.do,
         )
-    from maskrcnn.runtime.tensorrt_engine import build_tensorrt_engine
-    from maskrcnn.runtime.tensorrt_orders import Order
+    from maskrcnn.runtime.trt.engine import build_tensorrt_engine
+    from maskrcnn.runtime.trt.orders import Order
 
     order = Order(
         graph=prepared.graph,
@@ -164,8 +164,8 @@ def run_refit_engine(console: Console, engine: Path, onnx: Path, *, output: Path
         UserError: where that cannot be done, and where the engine departs from the ONNX file.
     """
     from maskrcnn.export.variants import single_precision
-    from maskrcnn.runtime.tensorrt_orders import Refit
-    from maskrcnn.runtime.tensorrt_refit import check_refittable, refit_tensorrt_engine
+    from maskrcnn.runtime.trt.orders import Refit
+    from maskrcnn.runtime.trt.refit import check_refittable, refit_tensorrt_engine
 
     if output.suffix != ".engine" or output.resolve() == engine.resolve():
         raise UserError(f"--output {output}", "another file that ends in .engine", "choose another name")
@@ -259,8 +259,8 @@ def _find_library(console: Console) -> None:
 def _with_progress(console: Console, prepared: Prepared, work):
     """What `work` returns, which is given TensorRT, the GPU, and a bar to tell its progress to."""
     from maskrcnn.engine_progress import EngineProgress
-    from maskrcnn.runtime.tensorrt_backend import TensorRtBackend
-    from maskrcnn.runtime.tensorrt_orders import Surroundings
+    from maskrcnn.runtime.trt.backend import TensorRtBackend
+    from maskrcnn.runtime.trt.orders import Surroundings
 
     with EngineProgress(console) as bar:
         return work(

@@ -14,9 +14,9 @@ from rich.console import Console
 from maskrcnn.errors import UserError
 
 if TYPE_CHECKING:
-    from maskrcnn.runtime.differences import Difference
     from maskrcnn.runtime.evaluate import Evaluation
-    from maskrcnn.runtime.ground_truth import GroundTruth
+    from maskrcnn.runtime.evaluation.differences import Difference
+    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 
 
 class Kind(str, Enum):
@@ -185,8 +185,8 @@ def _of_file(console: Console, request: Request) -> Evaluation:
     """The evaluation of --results."""
     from maskrcnn.cli_evaluate_model import dataset_of
     from maskrcnn.runtime.evaluate import score_file
-    from maskrcnn.runtime.ground_truth import GroundTruth
-    from maskrcnn.runtime.scoring import Scorer
+    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+    from maskrcnn.runtime.evaluation.scoring import Scorer
 
     if request.annotations is not None:
         truth = GroundTruth.read(request.annotations)
@@ -205,11 +205,11 @@ def _differences(
     """Each kind beside the same of --compare."""
     from maskrcnn.cli_evaluate_model import evaluate_model, progress_bar
     from maskrcnn.runtime.detector import BACKENDS
-    from maskrcnn.runtime.differences import difference
     from maskrcnn.runtime.evaluate import score_file
-    from maskrcnn.runtime.protocol import KIND_NAMES
-    from maskrcnn.runtime.scoring import Scorer
-    from maskrcnn.runtime.sharding import Share
+    from maskrcnn.runtime.evaluation.differences import difference
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+    from maskrcnn.runtime.evaluation.scoring import Scorer
+    from maskrcnn.runtime.evaluation.sharding import Share
 
     kinds = tuple(evaluation.scored)
     if request.compare.suffix not in BACKENDS:
@@ -253,7 +253,7 @@ def _first(by_class: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def _save(path: Path, evaluation: Evaluation) -> Iterator[tuple[Path, int]]:
     """Writes a file for each kind, and gives their names and numbers of results."""
-    from maskrcnn.runtime.results_file import write_server_results
+    from maskrcnn.runtime.evaluation.results_file import write_server_results
 
     for kind in evaluation.scored:
         own = path if len(evaluation.scored) == 1 else path.with_suffix(f".{kind}{path.suffix}")
@@ -263,7 +263,7 @@ def _save(path: Path, evaluation: Evaluation) -> Iterator[tuple[Path, int]]:
 
 def _write_json(request: Request, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
     from maskrcnn.files import write_json
-    from maskrcnn.runtime.protocol import KIND_NAMES
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 
     content: dict[str, Any] = {"model": str(request.model)} if request.model else {"file": str(request.results)}
     content |= {"box": evaluation.box, "mask": evaluation.mask}
@@ -282,7 +282,7 @@ def _write_report(
     request: Request, evaluation: Evaluation, differences: dict[str, Difference], truth: GroundTruth
 ) -> Path:
     from maskrcnn.files import atomic_path
-    from maskrcnn.runtime.evaluation_report import report_page
+    from maskrcnn.runtime.evaluation.report import report_page
 
     path = request.report if request.report.suffix.lower() in (".html", ".htm") else request.report / "report.html"
     remarks = {scored.results.remark() for scored in evaluation.scored.values()} - {""}

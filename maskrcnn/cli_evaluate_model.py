@@ -13,11 +13,11 @@ from rich.progress import Progress
 
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.detecting import Seconds, check_classes, detect_records, facts_of
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluate import Evaluation, score_kinds
-from maskrcnn.runtime.scoring import Scorer
-from maskrcnn.runtime.sharding import (
+from maskrcnn.runtime.evaluation.detecting import Seconds, check_classes, detect_records, facts_of
+from maskrcnn.runtime.evaluation.scoring import Scorer
+from maskrcnn.runtime.evaluation.sharding import (
     DetectionTask,
     Share,
     detect_in_processes,

@@ -14,9 +14,9 @@ from rich.console import Console
 from maskrcnn.errors import UserError
 
 if TYPE_CHECKING:
-    from maskrcnn.runtime.triton import Written
-    from maskrcnn.runtime.triton_models import Served
-    from maskrcnn.runtime.triton_options import Serving, Size
+    from maskrcnn.runtime.serving.models import Served
+    from maskrcnn.runtime.serving.options import Serving, Size
+    from maskrcnn.runtime.serving.triton import Written
 
 
 def triton(
@@ -52,7 +52,7 @@ def triton(
 ) -> None:
     """Writes a model repository for NVIDIA's Triton Inference Server: images in, detections out."""
     from maskrcnn.cli import console
-    from maskrcnn.runtime.triton_options import Serving
+    from maskrcnn.runtime.serving.options import Serving
 
     serving = Serving(
         max_batch=max_batch,
@@ -96,8 +96,8 @@ def run_triton(
     Raises:
         UserError: for models that cannot be served, and where something would be lost.
     """
-    from maskrcnn.runtime.triton import default_name, write_models
-    from maskrcnn.runtime.triton_models import read_served
+    from maskrcnn.runtime.serving.models import read_served
+    from maskrcnn.runtime.serving.triton import default_name, write_models
 
     if name is not None and len(models) > 1:
         raise UserError(f"--name {name} for {len(models)} models", "one model", "leave it out, or name one model")

@@ -13,10 +13,10 @@ from maskrcnn.files import atomic_path, write_json
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.onnx_file import check_portable, read_model
-from maskrcnn.runtime.tolerances import tolerances_named
-from maskrcnn.runtime.verify import check_comparable, verify
-from maskrcnn.runtime.verify_html import html_page
-from maskrcnn.runtime.verify_images import Batch, drawn_batches
+from maskrcnn.runtime.verification.html import html_page
+from maskrcnn.runtime.verification.images import Batch, drawn_batches
+from maskrcnn.runtime.verification.tolerances import tolerances_named
+from maskrcnn.runtime.verification.verify import check_comparable, verify
 
 
 def run_verify(

@@ -13,7 +13,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Paste
 from maskrcnn.preprocess import batch_images
-from maskrcnn.runtime.dlpack import is_on_device
+from maskrcnn.runtime.device.dlpack import is_on_device
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
 class Backend(ABC):
     """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object.
 
-    Those that run on a GPU may also take arrays that lie there, of any library that `runtime/device_arrays.py` names;
+    Those that run on a GPU may also take arrays that lie there, of any library that `runtime/device/arrays.py` names;
     where `images` is one, the outputs are arrays on the GPU too.
     """
 

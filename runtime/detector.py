@@ -87,7 +87,7 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
 
         return OnnxRuntimeBackend(path, **options)
     if chosen == "tensorrt":
-        from maskrcnn.runtime.tensorrt_backend import TensorRtBackend
+        from maskrcnn.runtime.trt.backend import TensorRtBackend
 
         return TensorRtBackend(path, **options)
     from maskrcnn.runtime.openvino_backend import OpenVinoBackend

@@ -13,10 +13,10 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
-from maskrcnn.runtime.compare import EXACT, HALF, INT8, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, read_onnx
-from maskrcnn.runtime.validation import compare_backends
+from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, Difference
+from maskrcnn.runtime.verification.validation import compare_backends
 
 
 def build_openvino_engine(

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata
 from maskrcnn.runtime.openvino_file import metadata_of_xml
-from maskrcnn.runtime.tensorrt_library import Gpu, check_stamp
-from maskrcnn.runtime.tensorrt_plan import metadata_path
+from maskrcnn.runtime.trt.library import Gpu, check_stamp
+from maskrcnn.runtime.trt.plan import metadata_path
 
 _REJECTED = ".rejected"  # in the name of an engine that departed from its ONNX file when it was built
 

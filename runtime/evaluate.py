@@ -10,12 +10,12 @@ from typing import Any
 
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.detecting import Seconds, check_classes, detect_records
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.protocol import KIND_NAMES, METRICS, table
-from maskrcnn.runtime.results_file import FIELDS, checked_results, kinds_of, of_kind, read_results
-from maskrcnn.runtime.scoring import Scored, Scorer, score
+from maskrcnn.runtime.evaluation.detecting import Seconds, check_classes, detect_records
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, METRICS, table
+from maskrcnn.runtime.evaluation.results_file import FIELDS, checked_results, kinds_of, of_kind, read_results
+from maskrcnn.runtime.evaluation.scoring import Scored, Scorer, score
 
 __all__ = ["METRICS", "Evaluation", "Seconds", "check_classes", "detect_records", "evaluate", "score_results"]
 

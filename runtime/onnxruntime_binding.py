@@ -12,12 +12,12 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins.native import kernels_for
 from maskrcnn.preprocess import batch_sizes
-from maskrcnn.runtime import device_memory
 from maskrcnn.runtime.backend import TensorSpec
-from maskrcnn.runtime.device_arrays import DeviceArray, as_device_array, is_on_device
-from maskrcnn.runtime.device_memory import Cuda
-from maskrcnn.runtime.device_pools import MemoryPool, Room
-from maskrcnn.runtime.gpu_images import ImageLoader, MaskPaster, resizes
+from maskrcnn.runtime.device import memory as device_memory
+from maskrcnn.runtime.device.arrays import DeviceArray, as_device_array, is_on_device
+from maskrcnn.runtime.device.images import ImageLoader, MaskPaster, resizes
+from maskrcnn.runtime.device.memory import Cuda
+from maskrcnn.runtime.device.pools import MemoryPool, Room
 
 
 def bind_host_input(binding: Any, name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
-from maskrcnn.runtime.tensorrt_profiles import Profile
+from maskrcnn.runtime.trt.profiles import Profile
 
 _SUFFIX = "ExecutionProvider"
 _CPU, _CUDA, _TENSORRT = f"CPU{_SUFFIX}", f"CUDA{_SUFFIX}", f"Tensorrt{_SUFFIX}"

@@ -20,8 +20,8 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import inference_copy
 from maskrcnn.preprocess import batch_sizes
 from maskrcnn.runtime.backend import Backend, TensorSpec, detector_specs
-from maskrcnn.runtime.device_arrays import is_on_device
-from maskrcnn.runtime.gpu_images import paste_by_portions, resizes
+from maskrcnn.runtime.device.arrays import is_on_device
+from maskrcnn.runtime.device.images import paste_by_portions, resizes
 
 COMPILER = "inductor"  # of `torch.compile`
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from evaluation_cases import CLASSES, detections, simulated
 
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.protocol import KINDS
-from maskrcnn.runtime.scoring import Scorer, score_entries
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.protocol import KINDS
+from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
 
 def test_everything_is_measured_and_written(tmp_path, capsys):

@@ -22,9 +22,9 @@ from maskrcnn.detectron2 import CONVENTIONS
 from maskrcnn.errors import UserError
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.runtime.compare import EXACT, Difference
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.verification.compare import EXACT, Difference
 
 SIZES_HW = ((96, 128), (224, 128), (64, 1344))  # a small image, a portrait, and one with a long side
 TAUGHT = tuple(f"roi_heads.box_predictor.cls_score.{part}" for part in ("weight", "bias"))

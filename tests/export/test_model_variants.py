@@ -11,10 +11,10 @@ from maskrcnn.export.precision import simulate_half, to_half
 from maskrcnn.export.tensorrt import tensorrt_flavour
 from maskrcnn.export.variants import write_half, write_int8
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend
-from maskrcnn.runtime.validation import compare_backends, validation_batches
+from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
+from maskrcnn.runtime.verification.validation import compare_backends, validation_batches
 from maskrcnn.stages import LEVELS
 
 POOLING = {"align": "maskrcnn::MultilevelRoiAlign", "pool": "maskrcnn::MultilevelRoiPool", "crop": "GridSample"}

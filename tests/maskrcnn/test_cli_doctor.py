@@ -9,7 +9,7 @@ from maskrcnn.doctor import Finding, report
 from maskrcnn.errors import UserError
 from maskrcnn.plugins import build, cache
 from maskrcnn.plugins.build import Library
-from maskrcnn.runtime.tensorrt_library import Gpu
+from maskrcnn.runtime.trt.library import Gpu
 
 H100 = Gpu(STAMP["gpu"], (9, 0))
 T4 = Gpu("Tesla T4", (7, 5))

@@ -10,8 +10,8 @@ from maskrcnn import runs
 from maskrcnn.export import variants
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.compare import EXACT
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.verification.compare import EXACT
 
 
 def test_every_precision_has_a_file_of_its_own(run, road, shapes):

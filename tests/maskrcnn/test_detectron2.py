@@ -22,7 +22,7 @@ from maskrcnn.model.anchors import cell_anchors, grid_anchors
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing, batch_images
 from maskrcnn.pretrained import finetuning_tensors, load_detector, model_changes, starting_weights
-from maskrcnn.runtime.compare import EXACT, Difference, compare_outputs
+from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs
 
 FASTER = Sizes(classes=3, fpn=16, box=32, mask=())
 PIXELS = {"min_size_px": 96, "max_size_px": 150}

@@ -7,7 +7,7 @@ from tiny import TINY_V2, lively_model, tiny_config
 from maskrcnn.model.cuda_graphs import GraphedModel
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import inference_copy
-from maskrcnn.runtime.compare import EXACT, HALF, compare_outputs
+from maskrcnn.runtime.verification.compare import EXACT, HALF, compare_outputs
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 VARIANTS = {

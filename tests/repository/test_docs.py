@@ -56,7 +56,7 @@ def test_the_architecture_page_names_every_module_of_the_small_folders_and_no_ot
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"(\w+\.py)\b", text))
     for folder in ("export", "runtime", "plugins"):
-        modules = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        modules = {path.name for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
         assert modules <= named, folder
     existing = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
     assert named <= existing

@@ -14,11 +14,11 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backend import detector_specs
-from maskrcnn.runtime.compare import EXACT, HALF
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.engine import build_openvino_engine
 from maskrcnn.runtime.evaluate import METRICS, detect_records, evaluate, score_results
-from maskrcnn.runtime.validation import compare_backends
+from maskrcnn.runtime.verification.compare import EXACT, HALF
+from maskrcnn.runtime.verification.validation import compare_backends
 
 
 @pytest.fixture(scope="module")

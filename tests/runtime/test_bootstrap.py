@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime import bootstrap
-from maskrcnn.runtime.bootstrap import interval_of_ap, interval_of_difference, resampled_ap
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.match_records import match_records
-from maskrcnn.runtime.results_file import checked_results
-from maskrcnn.runtime.scoring import score_entries
+from maskrcnn.runtime.evaluation import bootstrap
+from maskrcnn.runtime.evaluation.bootstrap import interval_of_ap, interval_of_difference, resampled_ap
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.match_records import match_records
+from maskrcnn.runtime.evaluation.results_file import checked_results
+from maskrcnn.runtime.evaluation.scoring import score_entries
 
 
 def records_of(content, results, kind="bbox"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.compare import EXACT, Tolerance, compare_outputs
+from maskrcnn.runtime.verification.compare import EXACT, Tolerance, compare_outputs
 
 ROWS = 6
 

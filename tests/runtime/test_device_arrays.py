@@ -13,9 +13,9 @@ pytest.importorskip("cuda.bindings.runtime")
 import fake_cuda
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime import dlpack
-from maskrcnn.runtime.device_arrays import DeviceArray, as_device_array, is_on_device, on_host
-from maskrcnn.runtime.device_memory import LEGACY_STREAM, Cuda
+from maskrcnn.runtime.device import dlpack
+from maskrcnn.runtime.device.arrays import DeviceArray, as_device_array, is_on_device, on_host
+from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

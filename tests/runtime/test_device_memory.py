@@ -11,9 +11,9 @@ real = pytest.importorskip("cuda.bindings.runtime")
 import fake_cuda  # noqa: E402
 
 from maskrcnn.errors import UserError  # noqa: E402
-from maskrcnn.runtime import device_memory  # noqa: E402
-from maskrcnn.runtime.device_memory import LEGACY_STREAM, Cuda  # noqa: E402
-from maskrcnn.runtime.device_pools import MemoryPool, Room, Staging  # noqa: E402
+from maskrcnn.runtime.device import memory as device_memory  # noqa: E402
+from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda  # noqa: E402
+from maskrcnn.runtime.device.pools import MemoryPool, Room, Staging  # noqa: E402
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import onnx
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.compare import EXACT, HALF, Difference
-from maskrcnn.runtime.engine_gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.staged_graph import PREFIX, staged_graph
-from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
-from maskrcnn.runtime.validation import batches_of_shapes
+from maskrcnn.runtime.trt.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
+from maskrcnn.runtime.trt.profiles import parsed_profiles
+from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
+from maskrcnn.runtime.verification.staged_graph import PREFIX, staged_graph
+from maskrcnn.runtime.verification.validation import batches_of_shapes
 from maskrcnn.stages import STAGES
 
 FINE = Difference(

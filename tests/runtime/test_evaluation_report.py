@@ -9,11 +9,11 @@ import pytest
 from coco_cases import SIZE_HW, make_case
 from PIL import Image
 
-from maskrcnn.runtime.differences import difference
-from maskrcnn.runtime.evaluation_report import report_page
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.protocol import KINDS
-from maskrcnn.runtime.scoring import score_entries
+from maskrcnn.runtime.evaluation.differences import difference
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.protocol import KINDS
+from maskrcnn.runtime.evaluation.report import report_page
+from maskrcnn.runtime.evaluation.scoring import score_entries
 
 VOID = {"meta", "img"}
 SVG = "{http://www.w3.org/2000/svg}"

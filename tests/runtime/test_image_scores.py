@@ -6,12 +6,12 @@ from coco_cases import make_case, rle_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskrcnn.runtime.confusion import confusion
-from maskrcnn.runtime.differences import difference
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.image_scores import image_ap, image_scores
-from maskrcnn.runtime.protocol import KINDS
-from maskrcnn.runtime.scoring import score_entries
+from maskrcnn.runtime.evaluation.confusion import confusion
+from maskrcnn.runtime.evaluation.differences import difference
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.image_scores import image_ap, image_scores
+from maskrcnn.runtime.evaluation.protocol import KINDS
+from maskrcnn.runtime.evaluation.scoring import score_entries
 
 SQUARES = {name: [x, y, 30, 30] for name, x, y in (("a", 0, 0), ("b", 40, 0), ("c", 80, 0), ("d", 0, 60))}
 AWAY = [100, 80, 20, 20]

@@ -17,7 +17,7 @@ from maskrcnn.runtime import onnxruntime_providers as providers
 from maskrcnn.runtime.detector import load_backend, with_provider
 from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider, provider_chain
-from maskrcnn.runtime.tensorrt_profiles import Profile, Span
+from maskrcnn.runtime.trt.profiles import Profile, Span
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -243,7 +243,7 @@ def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
     pytest.importorskip("cuda.bindings.runtime")
     import fake_cuda
 
-    from maskrcnn.runtime import device_memory
+    from maskrcnn.runtime.device import memory as device_memory
 
     runtime = fake_cuda.FakeRuntime()
     kernels = fake_cuda.DeferredKernels(kernels_for_cpu)
@@ -257,7 +257,7 @@ def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
 
 
 def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
-    from maskrcnn.runtime.device_arrays import DeviceArray
+    from maskrcnn.runtime.device.arrays import DeviceArray
 
     backend = on_gpu
     reference = load_backend(onnx_file, provider="cpu", threads=1)
@@ -282,7 +282,7 @@ def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
 
 
 def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
-    from maskrcnn.runtime import device_memory
+    from maskrcnn.runtime.device import memory as device_memory
 
     def missing() -> None:
         raise UserError("no Python package cuda-bindings", "it", "install it")
@@ -305,8 +305,8 @@ def test_photos_are_resized_and_masks_pasted_on_the_gpu(on_gpu, onnx_file):
 
 @NEEDS_CUDA
 def test_onnxruntime_on_the_gpu_agrees_with_the_cpu(onnx_file):
-    from maskrcnn.runtime.compare import EXACT
-    from maskrcnn.runtime.validation import compare_backends
+    from maskrcnn.runtime.verification.compare import EXACT
+    from maskrcnn.runtime.verification.validation import compare_backends
 
     try:
         backend = load_backend(onnx_file, provider="cuda")

@@ -8,8 +8,14 @@ import pytest
 from coco_cases import SIZE_HW, make_case, rle_of
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.results_file import checked_results, kinds_of, of_kind, read_results, write_server_results
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.results_file import (
+    checked_results,
+    kinds_of,
+    of_kind,
+    read_results,
+    write_server_results,
+)
 
 CONTENT, _ = make_case(4)
 FINE = {

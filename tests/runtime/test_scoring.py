@@ -16,9 +16,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.ground_truth import GroundTruth
-from maskrcnn.runtime.protocol import KINDS, PROTOCOLS, SIGMAS, protocol_of
-from maskrcnn.runtime.scoring import Scorer, score_entries
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.protocol import KINDS, PROTOCOLS, SIGMAS, protocol_of
+from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
 REAL = Path(os.environ.get("MASKRCNN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

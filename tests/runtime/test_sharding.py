@@ -10,9 +10,9 @@ import pytest
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.detecting import Seconds, detect_records
-from maskrcnn.runtime.detections_log import DetectionsLog, Origin
-from maskrcnn.runtime.sharding import (
+from maskrcnn.runtime.evaluation.detecting import Seconds, detect_records
+from maskrcnn.runtime.evaluation.detections_log import DetectionsLog, Origin
+from maskrcnn.runtime.evaluation.sharding import (
     DetectionTask,
     Share,
     detect_in_processes,

@@ -10,10 +10,10 @@ import torchvision
 
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.preprocess import Preprocessing
-from maskrcnn.runtime.matching import of_equal_label, pair_best_first, pair_in_order, pairwise_iou
-from maskrcnn.runtime.stage_errors import Side, dense_error, image_errors, valid_part
-from maskrcnn.runtime.tolerances import EXACT_STAGES, HALF_STAGES, INT8_STAGES, PEAK, Limit, tolerances_for
-from maskrcnn.runtime.verify_report import Verdict, figure, judged, needed
+from maskrcnn.runtime.verification.matching import of_equal_label, pair_best_first, pair_in_order, pairwise_iou
+from maskrcnn.runtime.verification.report import Verdict, figure, judged, needed
+from maskrcnn.runtime.verification.stage_errors import Side, dense_error, image_errors, valid_part
+from maskrcnn.runtime.verification.tolerances import EXACT_STAGES, HALF_STAGES, INT8_STAGES, PEAK, Limit, tolerances_for
 from maskrcnn.stages import STAGES
 
 INF, NAN = math.inf, math.nan

@@ -15,9 +15,11 @@ from unittest.mock import create_autospec
 import numpy as np
 import tensorrt as trt
 import fake_cuda, fake_tensorrt
-from maskrcnn.runtime import device_memory, tensorrt_library, tensorrt_plan
-from maskrcnn.runtime.tensorrt_backend import TensorRtBackend
-from maskrcnn.runtime.tensorrt_profiles import Profile, Span
+from maskrcnn.runtime.device import memory as device_memory
+from maskrcnn.runtime.trt import library as tensorrt_library
+from maskrcnn.runtime.trt import plan as tensorrt_plan
+from maskrcnn.runtime.trt.backend import TensorRtBackend
+from maskrcnn.runtime.trt.profiles import Profile, Span
 
 used = set()
 

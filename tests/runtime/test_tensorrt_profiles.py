@@ -5,7 +5,7 @@ import pytest
 
 from maskrcnn.errors import UserError
 from maskrcnn.preprocess import Preprocessing, batch_sizes
-from maskrcnn.runtime.tensorrt_profiles import (
+from maskrcnn.runtime.trt.profiles import (
     Profile,
     Span,
     choose,

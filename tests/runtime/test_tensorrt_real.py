@@ -18,15 +18,15 @@ from maskrcnn.plugins import build
 from maskrcnn.plugins.toolchain import find_toolchain
 from maskrcnn.postprocess import coco_results
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.engine_gate import GateImages, gate
-from maskrcnn.runtime.tensorrt_backend import TensorRtBackend
-from maskrcnn.runtime.tensorrt_builder import BuildOptions
-from maskrcnn.runtime.tensorrt_engine import build_tensorrt_engine
-from maskrcnn.runtime.tensorrt_library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
-from maskrcnn.runtime.tensorrt_orders import Order, Refit, Surroundings
-from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
-from maskrcnn.runtime.tensorrt_refit import refit_tensorrt_engine
-from maskrcnn.runtime.validation import batches_of_shapes
+from maskrcnn.runtime.trt.backend import TensorRtBackend
+from maskrcnn.runtime.trt.builder import BuildOptions
+from maskrcnn.runtime.trt.engine import build_tensorrt_engine
+from maskrcnn.runtime.trt.gate import GateImages, gate
+from maskrcnn.runtime.trt.library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
+from maskrcnn.runtime.trt.orders import Order, Refit, Surroundings
+from maskrcnn.runtime.trt.profiles import parsed_profiles
+from maskrcnn.runtime.trt.refit import refit_tensorrt_engine
+from maskrcnn.runtime.verification.validation import batches_of_shapes
 
 pytestmark = pytest.mark.tensorrt
 

@@ -11,10 +11,10 @@ from maskrcnn.errors import UserError
 from maskrcnn.plugins.native import Kernels
 from maskrcnn.preprocess import batch_images, batch_sizes
 from maskrcnn.runtime import Detector, torch_backend
-from maskrcnn.runtime.compare import EXACT, HALF
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.torch_backend import TorchBackend
-from maskrcnn.runtime.validation import compare_backends
+from maskrcnn.runtime.verification.compare import EXACT, HALF
+from maskrcnn.runtime.verification.validation import compare_backends
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

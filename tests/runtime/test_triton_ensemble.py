@@ -16,9 +16,9 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.triton import STEP_MODULES, write_models
-from maskrcnn.runtime.triton_models import read_served
-from maskrcnn.runtime.triton_options import Serving
+from maskrcnn.runtime.serving.models import read_served
+from maskrcnn.runtime.serving.options import Serving
+from maskrcnn.runtime.serving.triton import STEP_MODULES, write_models
 
 SIZES_HW = ((120, 150), (90, 61), (200, 130))
 
@@ -34,7 +34,8 @@ def steps():
     """The modules of the two steps, as they lie in the package."""
     sys.modules["triton_python_backend_utils"] = triton_stub
     try:
-        from maskrcnn.runtime import triton_post, triton_pre
+        from maskrcnn.runtime.serving import post as triton_post
+        from maskrcnn.runtime.serving import pre as triton_pre
     finally:
         del sys.modules["triton_python_backend_utils"]
     return triton_pre, triton_post

@@ -18,9 +18,9 @@ from maskrcnn.preprocess import RESIZES, Preprocessing
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.verify import JUDGED, check_comparable, verify
-from maskrcnn.runtime.verify_images import Batch, drawn_batches, feedings
-from maskrcnn.runtime.verify_report import Verdict
+from maskrcnn.runtime.verification.images import Batch, drawn_batches, feedings
+from maskrcnn.runtime.verification.report import Verdict
+from maskrcnn.runtime.verification.verify import JUDGED, check_comparable, verify
 from maskrcnn.stages import LEVELS, OF_MASKS
 
 CPU = {"providers": ["CPUExecutionProvider"]}

@@ -18,9 +18,11 @@ import numpy as np
 import onnxruntime
 
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime import device_memory, tensorrt_plan, tensorrt_profiles
+from maskrcnn.runtime.device import memory as device_memory
 from maskrcnn.runtime.onnxruntime_backend import session_options
-from maskrcnn.runtime.tensorrt_profiles import Profile
+from maskrcnn.runtime.trt import plan as tensorrt_plan
+from maskrcnn.runtime.trt import profiles as tensorrt_profiles
+from maskrcnn.runtime.trt.profiles import Profile
 
 VERSION = "11.4.0.106"
 SCRATCH = 4096  # bytes that a context wants

@@ -19,9 +19,9 @@ import two_step_nms
 
 from maskrcnn.plugins import contract
 from maskrcnn.preprocess import batch_images
-from maskrcnn.runtime.engine_gate import padded_feeds
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.tensorrt_profiles import Profile, choose
+from maskrcnn.runtime.trt.gate import padded_feeds
+from maskrcnn.runtime.trt.profiles import Profile, choose
 
 _GENERIC = ("args", "kwargs")
 

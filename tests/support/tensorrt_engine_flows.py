@@ -21,12 +21,15 @@ from tensorrt_flows import FLOWS, GPU, Flow, flow
 
 from maskrcnn import cli, cli_engine
 from maskrcnn.errors import UserError
-from maskrcnn.runtime import tensorrt_backend, tensorrt_engine, tensorrt_library, tensorrt_refit
-from maskrcnn.runtime.engine_gate import GateImages
-from maskrcnn.runtime.tensorrt_builder import BuildOptions
-from maskrcnn.runtime.tensorrt_library import Hardware, PluginForm, Weights
-from maskrcnn.runtime.tensorrt_orders import Order, Refit
-from maskrcnn.runtime.tensorrt_profiles import from_json, parsed_profiles
+from maskrcnn.runtime.trt import backend as tensorrt_backend
+from maskrcnn.runtime.trt import engine as tensorrt_engine
+from maskrcnn.runtime.trt import library as tensorrt_library
+from maskrcnn.runtime.trt import refit as tensorrt_refit
+from maskrcnn.runtime.trt.builder import BuildOptions
+from maskrcnn.runtime.trt.gate import GateImages
+from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
+from maskrcnn.runtime.trt.orders import Order, Refit
+from maskrcnn.runtime.trt.profiles import from_json, parsed_profiles
 
 FLOWS.clear()  # those of plans run in another process
 

@@ -22,13 +22,13 @@ from tensorrt_doubles import PlanBackend, Trt, answers, double_of
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.runtime import tensorrt_library
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.tensorrt_builder import BuildOptions, build_plan
-from maskrcnn.runtime.tensorrt_library import Gpu, Hardware, PluginForm, Weights
-from maskrcnn.runtime.tensorrt_orders import Order, Surroundings
-from maskrcnn.runtime.tensorrt_profiles import parsed_profiles
-from maskrcnn.runtime.tensorrt_progress import run_stoppable
+from maskrcnn.runtime.trt import library as tensorrt_library
+from maskrcnn.runtime.trt.builder import BuildOptions, build_plan
+from maskrcnn.runtime.trt.library import Gpu, Hardware, PluginForm, Weights
+from maskrcnn.runtime.trt.orders import Order, Surroundings
+from maskrcnn.runtime.trt.profiles import parsed_profiles
+from maskrcnn.runtime.trt.progress import run_stoppable
 
 FLOWS: dict[str, Callable[[Flow], Any]] = {}
 GPU = Gpu("NVIDIA Test 1", (9, 0))

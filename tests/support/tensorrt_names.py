@@ -15,30 +15,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = {"trt": "tensorrt", "trtp": "tensorrt.plugin"}  # how our sources call TensorRT's modules
 # Where the module itself is called `tensorrt`; elsewhere that is something of ours.
-BY_FULL_NAME = ("plugins/aot.py", "maskrcnn/doctor.py", "runtime/tensorrt_library.py")
+BY_FULL_NAME = ("plugins/aot.py", "maskrcnn/doctor.py", "runtime/trt/library.py")
 # What our sources call objects of TensorRT's classes, as a variable or as an attribute.
 OBJECTS = {
     "plugins/aot.py": {"registry": "IPluginRegistry"},
-    "runtime/tensorrt_builder.py": {
+    "runtime/trt/builder.py": {
         "builder": "Builder",
         "network": "INetworkDefinition",
         "config": "IBuilderConfig",
         "parser": "OnnxParser",
         "tensor": "ITensor",
     },
-    "runtime/tensorrt_lane.py": {"engine": "ICudaEngine", "context": "IExecutionContext"},
-    "runtime/tensorrt_library.py": {"registry": "IPluginRegistry"},
-    "runtime/tensorrt_messages.py": {"parser": "OnnxParser", "error": "ParserError"},
-    "runtime/tensorrt_plan.py": {"runtime": "Runtime", "engine": "ICudaEngine"},
-    "runtime/tensorrt_profiles.py": {"trt_profile": "IOptimizationProfile"},
-    "runtime/tensorrt_refit.py": {
+    "runtime/trt/lane.py": {"engine": "ICudaEngine", "context": "IExecutionContext"},
+    "runtime/trt/library.py": {"registry": "IPluginRegistry"},
+    "runtime/trt/messages.py": {"parser": "OnnxParser", "error": "ParserError"},
+    "runtime/trt/plan.py": {"runtime": "Runtime", "engine": "ICudaEngine"},
+    "runtime/trt/profiles.py": {"trt_profile": "IOptimizationProfile"},
+    "runtime/trt/refit.py": {
         "runtime": "Runtime",
         "engine": "ICudaEngine",
         "refitter": "Refitter",
         "parser": "OnnxParserRefitter",
         "config": "ISerializationConfig",
     },
-    "runtime/tensorrt_timing.py": {"config": "IBuilderConfig", "timing": "ITimingCache", "others": "ITimingCache"},
+    "runtime/trt/timing.py": {"config": "IBuilderConfig", "timing": "ITimingCache", "others": "ITimingCache"},
 }
 RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
 BY_TEXT = {"_do": "IExecutionContext"}  # functions of ours that take a method's name

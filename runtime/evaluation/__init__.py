@@ -1,0 +1,1 @@
+"""COCO evaluation: scoring, comparing and reporting results, for every backend."""

@@ -1,0 +1,220 @@
+"""Annotated objects in COCO's format, as arrays for our scoring and as pycocotools takes them.
+
+Image ids, boxes, areas and flags are the file's, so that the figures are the official ones. What the file has of an
+unknown image or category counts for nothing, in pycocotools as here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.segmentation import finite_numbers
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.evaluation.protocol import SIGMAS
+from maskrcnn.runtime.evaluation.segmentations import compressed
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+_LISTS = ("images", "annotations", "categories")
+_FORMAT = "COCO's annotation format (cocodataset.org/#format-data)"
+
+
+class GroundTruth:
+    """What there is to be found.
+
+    Args:
+        content: `images`, `annotations` and `categories` of an annotation file.
+        source: its name, for messages.
+
+    Raises:
+        UserError: for a file of another structure, naming the entry.
+    """
+
+    def __init__(self, content: dict[str, Any], source: str) -> None:
+        self.source = source
+        self._content = content
+        self.images = {_integer(entry, "id", self._fault): entry for entry in self._list("images")}
+        self.categories = {
+            _integer(entry, "id", self._fault): str(entry.get("name", entry["id"]))
+            for entry in self._list("categories")
+        }
+        for name, known in (("images", self.images), ("categories", self.categories)):
+            if len(known) != len(content[name]):
+                raise self._fault(f"an id occurs twice in {name!r}", "unique ids")
+        self.image_ids = np.array(sorted(self.images), np.int64)
+        self.category_ids = np.array(sorted(self.categories), np.int64)
+        self._image_places = {value: place for place, value in enumerate(self.image_ids.tolist())}
+        self._category_places = {value: place for place, value in enumerate(self.category_ids.tolist())}
+        self.entries, self.image, self.category = self._sorted_entries()
+
+    @classmethod
+    def read(cls, path: Path) -> GroundTruth:
+        """The objects of an annotation file.
+
+        Raises:
+            UserError: for a file that cannot be read or is of another structure.
+        """
+        return cls(read_json(path, "an annotation file"), str(path))
+
+    @classmethod
+    def of_dataset(cls, dataset: CocoDataset) -> GroundTruth:
+        """The usable objects of a dataset."""
+        return cls(dataset.ground_truth().dataset, str(dataset.annotation_path))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def category_names(self) -> tuple[str, ...]:
+        """In ascending order of the ids."""
+        return tuple(self.categories[value] for value in self.category_ids.tolist())
+
+    def image_place(self, image_id: Any) -> int | None:
+        """The index of an image id in `image_ids`; None for an unknown one."""
+        return self._image_places.get(image_id) if _is_number(image_id) else None
+
+    def category_place(self, category_id: Any) -> int | None:
+        """The index of a category id in `category_ids`; None for an unknown one."""
+        return self._category_places.get(category_id) if _is_number(category_id) else None
+
+    @cached_property
+    def sizes_hw(self) -> list[tuple[int, int]]:
+        """Height and width of each image, in the order of `image_ids`."""
+        entries = [self.images[value] for value in self.image_ids.tolist()]
+        return [tuple(_integer(entry, key, self._fault) for key in ("height", "width")) for entry in entries]
+
+    @cached_property
+    def areas_px(self) -> np.ndarray:
+        """`[G]` float64, as the file has them."""
+        return self._numbers("area", None).reshape(-1)
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """`[G, 4]` float64 (x, y, width, height)."""
+        return self._numbers("bbox", 4)
+
+    @cached_property
+    def keypoints(self) -> np.ndarray:
+        """`[G, 17, 3]` float64: x, y, visibility."""
+        return self._numbers("keypoints", 3 * len(SIGMAS)).reshape(-1, len(SIGMAS), 3)
+
+    @cached_property
+    def masks(self) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Compressed run lengths, and their pixels `[G]`."""
+        segmentations = [entry.get("segmentation") for entry in self.entries]
+        sizes = [self.sizes_hw[image] for image in self.image.tolist()]
+        return compressed(segmentations, sizes, lambda index, what: self._fault(f"{self._name(index)}: {what}"))
+
+    @cached_property
+    def is_crowd(self) -> np.ndarray:
+        """`[G]` bool; what does not say is none."""
+        flags = [entry.get("iscrowd", 0) for entry in self.entries]
+        for place, flag in enumerate(flags):
+            if flag not in (0, 1):
+                raise self._fault(f"{self._name(place)}: iscrowd is {_shown(flag)}", "0 or 1")
+        return np.array(flags, bool)
+
+    def is_ignored(self, kind: str) -> np.ndarray:
+        """`[G]` bool: regions that need not be found, and what is found in them is not wrong."""
+        if kind != "keypoints":
+            return self.is_crowd
+        annotated = np.count_nonzero(self.keypoints[:, :, 2] > 0, axis=1).tolist()
+        numbers = [entry.get("num_keypoints", count) for entry, count in zip(self.entries, annotated, strict=True)]
+        return self.is_crowd | np.array([number == 0 for number in numbers], bool)
+
+    def coco(self, kind: str) -> COCO:
+        """The objects as pycocotools' evaluation takes them; it changes them, so they are copies."""
+        from pycocotools.coco import COCO
+
+        masks = self.masks[0] if kind == "segm" else None
+        annotations = []
+        for place, entry in enumerate(self.entries):
+            # pycocotools takes an object of id 0 for none, and mixes those of one id up.
+            copy = entry | {"id": place + 1, "iscrowd": int(self.is_crowd[place])}
+            if masks is not None:
+                copy["segmentation"] = masks[place]
+            if kind == "keypoints":
+                copy["num_keypoints"] = int(not self.is_ignored(kind)[place] or copy["iscrowd"])
+            annotations.append(copy)
+        coco = COCO()
+        coco.dataset = {**{name: self._content[name] for name in _LISTS}, "annotations": annotations}
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def _sorted_entries(self) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+        """The annotations of known images and categories with the places of both, image by image."""
+        found = []
+        for entry in self._list("annotations"):
+            image, category = self.image_place(entry.get("image_id")), self.category_place(entry.get("category_id"))
+            if image is not None and category is not None:
+                found.append((image, category, entry))
+        found.sort(key=lambda values: values[0])  # a stable order
+        image, category = (np.array([values[k] for values in found], np.int64) for k in (0, 1))
+        return [values[2] for values in found], image, category
+
+    def _list(self, name: str) -> list[dict[str, Any]]:
+        entries = self._content.get(name) if isinstance(self._content, dict) else None
+        if not isinstance(entries, list):
+            raise self._fault(f"no list {name!r}")
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise self._fault(f"an entry of {name!r} is not an object")
+        return entries
+
+    def _numbers(self, key: str, count: int | None) -> np.ndarray:
+        """A field of all objects `[G, count]`, checked."""
+        values = np.empty((len(self), count or 1))
+        for place, entry in enumerate(self.entries):
+            value = entry.get(key)
+            numbers = finite_numbers(value if count else [value])
+            if numbers is None or numbers.size != (count or 1):
+                wanted = f"{count} numbers" if count else "a number"
+                raise self._fault(f"{self._name(place)}: {key} is {_shown(value)}", wanted)
+            values[place] = numbers
+        return values
+
+    def _name(self, place: int) -> str:
+        return f"annotation {self.entries[place].get('id', f'number {place}')}"
+
+    def _fault(self, what: str, expected: str = _FORMAT) -> UserError:
+        return UserError(f"{self.source}: {what}", expected, "correct the file, or name another one")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: where it is missing or no JSON; `what` says what it was to be.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})", what, "check the path") from error
+    except (ValueError, RecursionError) as error:
+        expected = f"{what} in COCO's format"
+        raise UserError(f"{path}: not JSON ({error})", expected, "name a complete JSON file") from error
+
+
+def _integer(entry: dict[str, Any], key: str, fault: Any) -> int:
+    value = entry.get(key)
+    if type(value) is not int:
+        raise fault(f"{key!r} is {_shown(value)} in {_shown(entry)}", "an integer")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

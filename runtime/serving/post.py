@@ -1,0 +1,96 @@
+"""The step after the network on a Triton server: its outputs in, detections in the original images out.
+
+Written as a model's `model.py` like the step before the network (`pre.py`). Outputs have as many rows as the
+network's; those past `num_detections` are zero or empty.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if not __name__.startswith("maskrcnn."):  # on a server, see pre.py
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import triton_python_backend_utils as triton
+
+from maskrcnn.errors import UserError
+from maskrcnn.metadata import ModelMetadata
+from maskrcnn.postprocess import Detections, unpack
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls; each instance is a process of its own."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Reads the model's metadata, from beside this file, and from the configuration what clients get."""
+        path = Path(__file__).with_name("metadata.json")
+        metadata = ModelMetadata.from_json(path.read_text(encoding="utf-8"), path)
+        config = json.loads(args["model_config"])
+        self.class_names, self.rows = metadata.class_names, metadata.detections
+        self.min_score = float(config["parameters"]["min_score"]["string_value"])
+        self.inputs = [tensor["name"] for tensor in config["input"]]
+        self.masks = next((tensor["data_type"] for tensor in config["output"] if tensor["name"] == "masks"), None)
+
+    def execute(self, requests: list) -> list:
+        """A response for each request."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request):
+        given = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        image_sizes, original = given.pop("image_sizes"), given.pop("original_sizes")
+        given["num_detections"] = given["num_detections"].ravel()  # Triton has [N, 1] of it
+        try:
+            found = unpack(given, image_sizes, [(int(height), int(width)) for height, width in original])
+        except UserError as error:
+            return triton.InferenceResponse(error=triton.TritonError(str(error)))
+        outputs = self._outputs([detections.above(self.min_score) for detections in found])
+        return triton.InferenceResponse([triton.Tensor(name, value) for name, value in outputs.items()])
+
+    def _outputs(self, found: list[Detections]) -> dict[str, np.ndarray]:
+        names = [[self.class_names[label - 1] for label in each.labels] for each in found]
+        outputs = {
+            "num_detections": np.array([[len(each)] for each in found], np.int32),
+            "boxes": self._rows([each.boxes_xyxy_px for each in found], (4,), np.float32),
+            "scores": self._rows([each.scores for each in found], (), np.float32),
+            "labels": self._rows([each.labels for each in found], (), np.int64),
+            "class_names": self._texts(names),
+            "image_size": np.array([each.size_hw for each in found], np.int64),
+        }
+        if self.masks == "TYPE_STRING":
+            outputs["masks"] = self._texts([[rle["counts"] for rle in each.rles()] for each in found])
+        elif self.masks is not None:
+            outputs["masks"] = bits([each.full_masks() for each in found])
+        return outputs
+
+    def _rows(self, values: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        array = np.zeros((len(values), self.rows, *shape), dtype)
+        for row, value in zip(array, values, strict=True):
+            row[: len(value)] = value
+        return array
+
+    def _texts(self, values: list[list[str]]) -> np.ndarray:
+        array = np.full((len(values), self.rows), b"", object)
+        for row, texts in zip(array, values, strict=True):
+            row[: len(texts)] = [text.encode() for text in texts]
+        return array
+
+
+def bits(masks: list[np.ndarray]) -> np.ndarray:
+    """Masks of several images, eight pixels of a row in a byte, the first in the highest bit.
+
+    Args:
+        masks: `[D, H, W]` bool of each image.
+
+    Returns:
+        `[N, most D, largest H, ceil(largest W / 8)]` uint8, at least 1 of each; what an image does not have is zero.
+    """
+    depth, height, width = (max(1, *(mask.shape[axis] for mask in masks)) for axis in range(3))
+    packed = np.zeros((len(masks), depth, height, -(-width // 8)), np.uint8)
+    for slot, mask in zip(packed, masks, strict=True):
+        own = np.packbits(mask, axis=2)
+        slot[: own.shape[0], : own.shape[1], : own.shape[2]] = own
+    return packed

@@ -1,0 +1,1 @@
+"""How far two models are apart, detection by detection and stage by stage."""

@@ -1,0 +1,204 @@
+"""Whether two sets of detector outputs say the same, and the tolerance that this needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from maskrcnn.errors import UserError
+from maskrcnn.runtime.verification.matching import Pairs, of_equal_label, pair_in_order, pairwise_iou
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What counts as the same."""
+
+    box_px: float
+    score: float
+    mask: float  # of any pixel
+    mask_mean: float  # of a detection's mask on average
+    min_iou: float = 0.5  # with which detections of the same label are paired
+    departing_share: float = 0.0  # of the reference's detections that may lack a partner or differ by more
+
+    def __str__(self) -> str:
+        text = f"boxes within {self.box_px:g} px, scores {self.score:g}, masks {self.mask_mean:g} on average"
+        single = f" and {self.mask:g} at any pixel" if self.mask < 1 else ""
+        share = f", but for {self.departing_share:.0%} of the detections" if self.departing_share else ""
+        return text + single + share
+
+
+# Single precision in another order of summation. Trained weights need a thousandth of this; random ones, whose
+# fifty layers amplify rounding, were seen to need 0.14 px, 0.0012 and 0.05.
+EXACT = Tolerance(box_px=0.5, score=5e-3, mask=0.1, mask_mean=1e-2)
+# bfloat16 keeps 8 bits, 0.4 % of a value, and more is lost over fifty layers. A box that moves by a pixel moves
+# the outline in its mask, so single pixels may change altogether.
+# And where two proposals of an object score alike, either may be kept: that is another box and another mask.
+HALF = Tolerance(box_px=16.0, score=0.15, mask=1.0, mask_mean=0.1, min_iou=0.7, departing_share=0.1)
+# 8-bit integers. A trained detector of shapes, whose AP stayed within 0.003, needed 2.6 px, 0.24 and 0.09.
+INT8 = Tolerance(box_px=24.0, score=0.5, mask=1.0, mask_mean=0.2, min_iou=0.6, departing_share=0.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The largest differences between paired detections, and how many found no partner."""
+
+    images: int
+    detections: int  # of the reference
+    box_px: float
+    score: float
+    mask: float | None  # of any pixel; None: models without masks
+    mask_mean: float | None
+    unpaired: int  # detections of either side without partner, those at a threshold's edge left out
+    departing: int  # pairs that differ by more than the tolerance they were compared with
+    images_without_detections: int
+
+    def within(self, tolerance: Tolerance) -> bool:
+        """Whether all pairs but a share are inside the tolerance; NaN never is.
+
+        Args:
+            tolerance: the one that the outputs were compared with, or another, outside of which no pair may be.
+        """
+        pairs = (
+            (self.box_px, tolerance.box_px),
+            (self.score, tolerance.score),
+            (self.mask or 0.0, tolerance.mask),
+            (self.mask_mean or 0.0, tolerance.mask_mean),
+        )
+        if any(math.isnan(found) for found, _ in pairs):
+            return False
+        all_inside = all(found <= limit for found, limit in pairs)
+        departing = 0 if all_inside else self.departing or math.inf
+        return self.unpaired + departing <= tolerance.departing_share * self.detections
+
+    def __str__(self) -> str:
+        masks = "" if self.mask is None else f"masks {self.mask:.2g} (mean {self.mask_mean:.2g}), "
+        return (
+            f"{self.detections} detections on {self.images} images "
+            f"({self.images_without_detections} without any): tolerance needed: boxes {self.box_px:.2g} px, "
+            f"scores {self.score:.2g}, {masks}{self.unpaired} unpaired, {self.departing} beyond the tolerance"
+        )
+
+
+def merge(parts: list[Difference]) -> Difference:
+    """The difference over several batches."""
+    return Difference(
+        images=sum(p.images for p in parts),
+        detections=sum(p.detections for p in parts),
+        box_px=_largest([p.box_px for p in parts]),
+        score=_largest([p.score for p in parts]),
+        mask=_largest_there_is([p.mask for p in parts]),
+        mask_mean=_largest_there_is([p.mask_mean for p in parts]),
+        unpaired=sum(p.unpaired for p in parts),
+        departing=sum(p.departing for p in parts),
+        images_without_detections=sum(p.images_without_detections for p in parts),
+    )
+
+
+def compare_outputs(
+    reference: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    tolerance: Tolerance,
+    *,
+    score_threshold: float = 0.05,
+) -> Difference:
+    """Pairs the detections of two outputs of the same batch, image by image.
+
+    Detections are paired by label and best IoU, in the reference's order. One without a partner is excused when
+    its score lies within the tolerance of the score below which its side keeps nothing.
+
+    Args:
+        reference: outputs by name, as the detector contract has them.
+        other: the same of the other model.
+        tolerance: decides which detections are excused.
+        score_threshold: the model's.
+
+    Raises:
+        UserError: when one of the two has masks and the other has none.
+    """
+    if set(reference) != set(other):
+        raise UserError(f"outputs {sorted(other)}", f"{sorted(reference)}", "compare models of one architecture")
+    rows = reference["scores"].shape[1]
+    names = sorted(set(reference) - {"num_detections"})
+    parts = []
+    for n in range(len(reference["num_detections"])):
+        first, second = (
+            {name: side[name][n, : side["num_detections"][n]] for name in names} for side in (reference, other)
+        )
+        parts.append(_compare_image(first, second, tolerance, score_threshold, rows))
+    return merge(parts)
+
+
+def _compare_image(
+    first: dict[str, np.ndarray],
+    second: dict[str, np.ndarray],
+    tolerance: Tolerance,
+    score_threshold: float,
+    rows: int,
+) -> Difference:
+    a, b, *alone = pair_detections(first, second, tolerance.min_iou)
+    limits = (tolerance.score, score_threshold, rows)
+    unpaired = sum(
+        int((~at_edge(side["scores"], left, *limits)).sum()) for side, left in zip((first, second), alone, strict=True)
+    )
+    masks = np.abs(first["masks"][a] - second["masks"][b]) if "masks" in first else None
+    return Difference(
+        images=1,
+        detections=len(first["scores"]),
+        box_px=_largest(np.abs(first["boxes"][a] - second["boxes"][b])),
+        score=_largest(np.abs(first["scores"][a] - second["scores"][b])),
+        mask=None if masks is None else _largest(masks),
+        mask_mean=None if masks is None else _largest(masks.mean(axis=(1, 2))),
+        unpaired=unpaired,
+        departing=_departing(first, second, a, b, tolerance),
+        images_without_detections=int(len(first["scores"]) == 0),
+    )
+
+
+def _departing(first: dict, second: dict, a: np.ndarray, b: np.ndarray, tolerance: Tolerance) -> int:
+    """How many of the pairs (a[k], b[k]) differ by more than the tolerance."""
+    fine = (np.abs(first["boxes"][a] - second["boxes"][b]) <= tolerance.box_px).all(axis=1)
+    fine &= np.abs(first["scores"][a] - second["scores"][b]) <= tolerance.score
+    if "masks" in first:
+        masks = np.abs(first["masks"][a] - second["masks"][b])
+        fine &= (masks <= tolerance.mask).all(axis=(1, 2)) & (masks.mean(axis=(1, 2)) <= tolerance.mask_mean)
+    return int((~fine).sum())
+
+
+def pair_detections(first: dict[str, np.ndarray], second: dict[str, np.ndarray], min_iou: float) -> Pairs:
+    """Detections of the same label, the reference's in their order taking the best overlap.
+
+    Args:
+        first: `boxes` `[K, 4]` and `labels` `[K]` of one image.
+        second: the same of the other model.
+        min_iou: a pair overlaps at least so much.
+    """
+    overlaps = pairwise_iou(first["boxes"], second["boxes"])
+    return pair_in_order(of_equal_label(overlaps, first["labels"], second["labels"]), min_iou)
+
+
+def at_edge(scores: np.ndarray, alone: np.ndarray, margin: float, score_threshold: float, rows: int) -> np.ndarray:
+    """Whether detections without a partner lie so near the edge of being reported that they are excused: bool `[A]`.
+
+    Args:
+        scores: `[K]` of all detections of a side; NaN is never excused.
+        alone: `[A]` of these have no partner.
+        margin: how much scores may differ.
+        score_threshold: nothing below it is reported.
+        rows: the most detections that are reported.
+    """
+    edge = scores.min() if len(scores) == rows else score_threshold
+    return scores[alone] <= edge + margin
+
+
+def _largest_there_is(values: list[float | None]) -> float | None:
+    """The largest value of those that are not None; None when all are."""
+    present = [value for value in values if value is not None]
+    return _largest(present) if present else None
+
+
+def _largest(values) -> float:
+    """The largest value, zero of nothing, NaN where there is one."""
+    values = np.asarray(values, np.float64)
+    return float(values.max()) if values.size else 0.0

@@ -1,0 +1,221 @@
+"""The figures by which the stages of one image differ between two models. Needs NumPy only.
+
+A dense stage (pixels, feature maps, what the RPN says of each anchor) has one figure: the RMS of the difference
+relative to the RMS of the reference. A row stage has one for each row: rows of the two models are paired by their
+boxes first, and what hangs on a row is compared only where the two boxes agree, so that a stage is blamed for its own
+fault and not for another order of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from maskrcnn.runtime.verification.compare import at_edge, pair_detections
+from maskrcnn.runtime.verification.matching import pair_best_first, pairwise_iou
+from maskrcnn.runtime.verification.tolerances import PEAK, StageTolerances
+from maskrcnn.stages import LEVELS
+
+OF_ANCHORS = tuple(f"{kind}_{level}" for kind in ("objectness", "anchor_deltas") for level in LEVELS)
+DENSE = ("normalised", *LEVELS, *OF_ANCHORS)
+OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
+OF_DETECTIONS = ("mask_features", "mask_logits")
+SMALLEST_PX = 16.0  # differences of smaller boxes count as those of boxes of this size
+_TINY = 1e-12  # instead of a spread of zero: any difference from zeros is beyond every tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageError:
+    """How one stage of one image differs."""
+
+    figures: np.ndarray  # [K] one of the image, or one of each row; infinite for rows without partner
+    largest: float = 0.0  # absolute difference, in the stage's own unit
+    compared: int = 0  # elements of a dense stage, rows of the others
+    alone: int = 0  # rows of either side without partner, those at the edge of being reported left out
+    note: str = ""  # why there is nothing to compare, or nothing that could be
+
+
+class Side(NamedTuple):
+    """What one model made of a batch."""
+
+    feeds: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]  # of the model as it is
+    stages: dict[str, np.ndarray]  # of its instrumented copy, outputs among them
+
+
+def image_errors(
+    reference: Side, other: Side, index: int, tolerances: StageTolerances, threshold: float = 0.05
+) -> dict[str, StageError]:
+    """The errors of the stages of one image that both sides have.
+
+    Args:
+        reference: what the other is measured by.
+        other: of the same images in the same sizes.
+        index: of the image in the batch.
+        tolerances: decide which rows belong together and which detections are excused.
+        threshold: the score below which nothing is reported.
+    """
+    errors = {}
+    for stage in DENSE:
+        if stage in reference.stages and stage in other.stages:
+            first, second = (valid_part(side, stage, index) for side in (reference, other))
+            errors[stage] = dense_error(first, second)
+    if "proposals" in reference.stages and "proposals" in other.stages:
+        errors |= _proposal_errors(reference, other, index, tolerances)
+    errors |= _detection_errors(reference, other, index, tolerances, threshold)
+    return errors | _mask_errors(reference, other, index, tolerances)
+
+
+def dense_error(reference: np.ndarray, other: np.ndarray) -> StageError:
+    """The error of arrays of any one shape.
+
+    The figure is the RMS of the difference, or a twentieth of the largest difference where that is more, relative
+    to the RMS of the reference; NaN where there is one; infinite where the shapes differ.
+    """
+    if reference.shape != other.shape:
+        return StageError(
+            figures=np.array([np.inf]), largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}"
+        )
+    if reference.size == 0:
+        return StageError(figures=np.zeros(0), note="an empty image")
+    figures, largest = _row_figures(reference[None], other[None])
+    return StageError(figures=figures, largest=largest, compared=reference.size)
+
+
+def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
+    """A dense stage of one image without what only the padding says; `normalised` with it, as it must be zero there."""
+    value = _float(side.stages[stage][index])
+    if stage == "normalised":
+        return value
+    level = stage.rpartition("_")[2]
+    if stage != level:
+        if level not in side.stages:
+            return value
+        # [H · W · A, …] → [A, …, H, W]
+        height, width = side.stages[level].shape[2:]
+        value = np.moveaxis(value.reshape(height, width, -1), -1, 0)
+    rows, columns = (
+        -(-int(size) * length // padded)
+        for size, length, padded in zip(
+            side.feeds["image_sizes"][index], value.shape[-2:], side.feeds["images"].shape[2:], strict=True
+        )
+    )
+    return value[..., :rows, :columns]
+
+
+def box_figures(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The largest shift of a side, relative to the box's size, `[K]`, of pairs of boxes `[K, 4]`."""
+    size = np.sqrt(((reference[:, 2] - reference[:, 0]) * (reference[:, 3] - reference[:, 1])).clip(min=0))
+    return np.abs(reference - other).max(axis=1, initial=0.0) / np.maximum(size, SMALLEST_PX)
+
+
+def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
+    boxes = [_float(side.stages["proposals"][index]) for side in (first, second)]
+    rows = [np.flatnonzero(~(box == 0).all(axis=1)) for box in boxes]  # unused ones are zero
+    boxes = [box[used] for box, used in zip(boxes, rows, strict=True)]
+    pairs = pair_best_first(pairwise_iou(*boxes), tolerances.min_iou)
+    alone = len(pairs.alone_first) + len(pairs.alone_second)
+    errors = {"proposals": _box_error(boxes[0][pairs.first], boxes[1][pairs.second], alone)}
+    agree = box_figures(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement
+    chosen = rows[0][pairs.first[agree]], rows[1][pairs.second[agree]]
+    return errors | _rows_on_boxes(OF_PROPOSALS, first, second, index, chosen)
+
+
+def _detection_errors(
+    first: Side, second: Side, index: int, tolerances: StageTolerances, threshold: float
+) -> dict[str, StageError]:
+    """Of `boxes`, `scores`, `labels` and `masks`, from the models as they are."""
+    sides = [live_detections(side.outputs, index) for side in (first, second)]
+    a, b, *alone = pair_detections(*sides, tolerances.min_iou)
+    limits = [(tolerances.score, threshold, side.outputs["scores"].shape[1]) for side in (first, second)]
+    alone = [
+        left[~at_edge(side["scores"], left, *limit)] for side, left, limit in zip(sides, alone, limits, strict=True)
+    ]
+    # What found no partner of its label may have one of another: then the label is wrong, not the box.
+    mislabelled = pair_best_first(
+        pairwise_iou(*(side["boxes"][left] for side, left in zip(sides, alone, strict=True))), tolerances.min_iou
+    )
+    labels = np.concatenate([np.zeros(len(a)), np.full(len(mislabelled.first), np.inf)])
+    a = np.concatenate([a, alone[0][mislabelled.first]])
+    b = np.concatenate([b, alone[1][mislabelled.second]])
+    unpaired = len(mislabelled.alone_first) + len(mislabelled.alone_second)
+    scores = np.abs(sides[0]["scores"][a] - sides[1]["scores"][b])
+    errors = {
+        "boxes": _box_error(sides[0]["boxes"][a], sides[1]["boxes"][b], unpaired),
+        "scores": StageError(figures=scores, largest=_largest(scores), compared=len(a)),
+        "labels": StageError(figures=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
+    }
+    if "masks" in sides[0]:
+        masks = [side["masks"][rows] for side, rows in zip(sides, (a, b), strict=True)]
+        agree = (box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
+        errors["masks"] = _row_error(masks[0][agree], masks[1][agree], is_relative=False)
+    return errors
+
+
+def _mask_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
+    """Of what hangs on the detections of the instrumented copies."""
+    if any(not {"boxes", "labels", "num_detections"} <= side.stages.keys() for side in (first, second)):
+        return {}
+    sides = [live_detections(side.stages, index) for side in (first, second)]
+    a, b, *_ = pair_detections(*sides, tolerances.min_iou)
+    agree = box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement
+    return _rows_on_boxes(OF_DETECTIONS, first, second, index, (a[agree], b[agree]))
+
+
+def live_detections(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+    """The used rows of one image of the detector's outputs."""
+    count = int(outputs["num_detections"][index])
+    return {name: outputs[name][index, :count] for name in ("boxes", "scores", "labels", "masks") if name in outputs}
+
+
+def _rows_on_boxes(
+    stages: tuple[str, ...], first: Side, second: Side, index: int, rows: tuple[np.ndarray, np.ndarray]
+) -> dict[str, StageError]:
+    return {
+        stage: _row_error(first.stages[stage][index][rows[0]], second.stages[stage][index][rows[1]])
+        for stage in stages
+        if stage in first.stages and stage in second.stages
+    }
+
+
+def _row_error(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> StageError:
+    if reference.shape != other.shape:
+        figures = np.full(max(len(reference), 1), np.inf)
+        return StageError(figures=figures, largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}")
+    if len(reference) == 0:
+        return StageError(figures=np.zeros(0), note="no rows whose boxes agree")
+    figures, largest = _row_figures(_float(reference), _float(other), is_relative=is_relative)
+    return StageError(figures=figures, largest=largest, compared=len(reference))
+
+
+def _row_figures(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> tuple[np.ndarray, float]:
+    """Figures `[K]` of arrays `[K, …]`, relative to the RMS of the whole reference, and the largest difference."""
+    difference = np.abs(reference - other).reshape(len(reference), -1)
+    rms = np.sqrt(np.square(difference, dtype=np.float64).mean(axis=1))
+    spread = np.sqrt(np.square(reference, dtype=np.float64).mean()) if is_relative else 1.0
+    largest = difference.max(axis=1)
+    return np.maximum(rms, largest / PEAK) / np.maximum(spread, _TINY), _largest(largest)
+
+
+def _box_error(reference: np.ndarray, other: np.ndarray, alone: int) -> StageError:
+    figures = box_figures(reference, other)
+    return StageError(
+        figures=np.concatenate([figures, np.full(alone, np.inf)]),
+        largest=_largest(np.abs(reference - other)),
+        compared=len(reference),
+        alone=alone,
+    )
+
+
+def _float(value: np.ndarray) -> np.ndarray:
+    return np.asarray(value, np.float32)
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(values.max()) if values.size else 0.0
+
+
+def _shape(value: np.ndarray) -> str:
+    return "×".join(map(str, value.shape))

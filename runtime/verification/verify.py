@@ -1,0 +1,214 @@
+"""Comparing two models stage by stage, from the pixels to the masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from maskrcnn.errors import UserError
+from maskrcnn.metadata import ModelMetadata
+from maskrcnn.postprocess import unpack
+from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs, merge
+from maskrcnn.runtime.verification.images import Batch, feedings
+from maskrcnn.runtime.verification.report import Evidence, VerifyReport, judged, needed
+from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_error, image_errors, valid_part
+from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for
+from maskrcnn.stages import LEVELS, OF_MASKS, STAGES
+
+JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # `boxes` counts them
+
+
+def verify(
+    reference: Backend,
+    other: Backend,
+    batches: Iterable[Batch],
+    tolerances: StageTolerances | None = None,
+    *,
+    size_px: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> VerifyReport:
+    """Which stages of two models agree, and which departs first.
+
+    Each model prepares the images by its own metadata, which is the first stage. From there on both see images of
+    the size that the reference's resizing gives, each in its own channel order, so that later stages can be compared
+    where the sizes differ. Detections are those of the models as they are; the tensors on the way are those of their
+    instrumented copies.
+
+    Args:
+        reference: what the other is measured by.
+        other: of the same classes.
+        batches: the images.
+        tolerances: by default those that the two models' precisions need.
+        size_px: shorter side of the resized images for both models, instead of each one's own.
+        progress: called with the name of each image when it is done.
+
+    Raises:
+        UserError: for models that detect different things, and without images.
+    """
+    check_comparable(reference.metadata, other.metadata)
+    comparison = _Comparison((reference, other), tolerances, size_px)
+    for batch in batches:
+        comparison.add(batch)
+        for name in batch.names:
+            progress(name)
+    return comparison.report()
+
+
+def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
+    """Refuses models of different numbers of classes, and a model with masks beside one without.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    counts = [len(metadata.class_names) for metadata in (reference, other)]
+    if counts[0] != counts[1]:
+        raise UserError(
+            f"models of {counts[0]} and of {counts[1]} classes",
+            "as many classes in both",
+            "name two forms of one model",
+        )
+    if reference.has_masks != other.has_masks:
+        raise UserError(
+            "a model with masks and one without", "both with, or both without", "name two forms of one model"
+        )
+
+
+class _Comparison:
+    """Two models while they are being compared."""
+
+    def __init__(
+        self, models: tuple[Backend, Backend], tolerances: StageTolerances | None, size_px: int | None
+    ) -> None:
+        self.models = models
+        self.tolerances = tolerances or tolerances_for((model.metadata, model.precision) for model in models)
+        self.feedings = feedings(*(model.metadata.preprocessing for model in models), size_px)
+        self.has_size = size_px is not None
+        self.names: list[str] = []
+        self.errors: list[dict[str, StageError]] = []
+        self.present: tuple[set[str], set[str]] = (set(), set())  # stages of each model
+        self.disturbance: tuple[list[Difference], list[Difference]] = ([], [])  # of each model's instrumented copy
+        self.worst: Evidence | None = None
+        self._badness = (-np.inf, -np.inf)
+
+    def add(self, batch: Batch) -> None:
+        """Runs and compares the images of one batch."""
+        prepared = [feeding.own_feeds(batch.images) for feeding in self.feedings]
+        first, second = (
+            _run(model, feeding.shared_feeds(batch.images))
+            for model, feeding in zip(self.models, self.feedings, strict=True)
+        )
+        self._note_disturbance(first, second)
+        for index, (name, image) in enumerate(zip(batch.names, batch.images, strict=True)):
+            found = {"images": _pixel_error(*prepared, index)}
+            found |= image_errors(first, second, index, self.tolerances)
+            self.names.append(name)
+            self.errors.append(found)
+            badness = self._badness_of(found)
+            if image.size and badness > self._badness:
+                self._badness, self.worst = badness, _evidence(name, image, (first, second), index)
+
+    def report(self) -> VerifyReport:
+        """What was found.
+
+        Raises:
+            UserError: when nothing was added.
+        """
+        if not self.names:
+            raise UserError("no images", "at least one", "name image files, or a folder that holds some")
+        return VerifyReport(
+            models=tuple(f"{model.name} {model.precision}" for model in self.models),
+            tolerances=self.tolerances.name,
+            images=tuple(self.names),
+            stages=tuple(
+                judged(
+                    stage,
+                    [found.get(stage) for found in self.errors],
+                    self.tolerances.limit(stage),
+                    [stage not in ("images", *present) for present in self.present],
+                )
+                for stage in self._stages()
+            ),
+            notes=(*self._notes_of_sizes(), *self._notes_of_absence(), *self._notes_of_disturbance()),
+            worst=self.worst,
+        )
+
+    def _stages(self) -> list[str]:
+        has_masks = self.models[0].metadata.has_masks
+        return [stage for stage in JUDGED if has_masks or stage not in OF_MASKS]
+
+    def _note_disturbance(self, *sides: Side) -> None:
+        for side, present, found in zip(sides, self.present, self.disturbance, strict=True):
+            present |= side.stages.keys() | side.outputs.keys()
+            if side.outputs.keys() <= side.stages.keys():
+                instrumented = {name: side.stages[name] for name in side.outputs}
+                found.append(compare_outputs(side.outputs, instrumented, EXACT))
+
+    def _badness_of(self, found: dict[str, StageError]) -> tuple[float, float]:
+        """How much an image has to show: the earlier it departs, and then the more, the larger."""
+        order, ratio = -np.inf, 0.0
+        for place, stage in enumerate(self._stages()):
+            limit = self.tolerances.limit(stage)
+            need = needed(found[stage].figures, limit.share) if stage in found else None
+            if need is None:
+                continue
+            if not need <= limit.tolerance and order == -np.inf:
+                return float(-place), np.inf if np.isnan(need) else need
+            ratio = max(ratio, need / max(limit.tolerance, 1e-12))
+        return order, ratio
+
+    def _notes_of_sizes(self) -> list[str]:
+        notes = []
+        if self.has_size:
+            notes.append("--size took the place of both models' own sizes")
+        if any(feeding.is_resized for feeding in self.feedings):
+            notes.append("stages after `images`: both models saw images of the reference's size")
+        return notes
+
+    def _notes_of_absence(self) -> list[str]:
+        notes = [
+            f"{which} was written before stages had names: export or build it again to compare them all"
+            for which, present in zip(("the reference", "the other"), self.present, strict=True)
+            if not present & set(LEVELS)
+        ]
+        if not any(found["boxes"].figures.size for found in self.errors):
+            notes.append("nothing was detected on any image: boxes, scores, labels and masks were not compared")
+        return notes
+
+    def _notes_of_disturbance(self) -> list[str]:
+        return [
+            f"instrumentation changes what {model.name} {model.precision} ({which}) detects: {merge(found)}"
+            for which, model, found in zip(("the reference", "the other"), self.models, self.disturbance, strict=True)
+            if found and not merge(found).within(EXACT)
+        ]
+
+
+def _run(model: Backend, feeds: dict[str, np.ndarray]) -> Side:
+    outputs = model(feeds)  # checks the feeds
+    return Side(feeds, outputs, model.stages(feeds, STAGES))
+
+
+def _pixel_error(first: dict[str, np.ndarray], second: dict[str, np.ndarray], index: int) -> StageError:
+    """Of the images that two models prepared, without padding."""
+    parts = []
+    for feeds in (first, second):
+        height, width = feeds["image_sizes"][index]
+        parts.append(feeds["images"][index, :, :height, :width])
+    return dense_error(*parts)
+
+
+def _evidence(name: str, image: np.ndarray, sides: tuple[Side, Side], index: int) -> Evidence:
+    """What one image has to show, cut out of its batch."""
+    detections = []
+    for side in sides:
+        outputs = {key: value[index : index + 1] for key, value in side.outputs.items()}
+        detections += unpack(outputs, side.feeds["image_sizes"][index : index + 1], [image.shape[:2]])
+    maps = {}
+    for level in LEVELS:
+        if all(level in side.stages for side in sides):
+            first, second = (valid_part(side, level, index) for side in sides)
+            if first.shape == second.shape:
+                spread = np.sqrt(np.square(first, dtype=np.float64).mean())
+                maps[level] = (np.abs(first - second).mean(axis=0) / max(spread, 1e-12)).astype(np.float32)
+    return Evidence(name, image, tuple(detections), maps)
