@@ -24,6 +24,7 @@ from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.detectron2 import is_detectron2
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
+from maskrcnn.keypoints import sigmas_of
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.pickles import SUFFIX as PICKLE_SUFFIX
@@ -228,6 +229,18 @@ def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadat
         preprocessing=config.preprocessing,
         detections=config.detections,
         has_masks=config.has_masks,
+        **_keypoint_metadata(config),
         source_sha256=sha256_of(source) if source else "",
         versions=versions(),
     )
+
+
+def _keypoint_metadata(config: ModelConfig) -> dict[str, Any]:
+    """What metadata say of keypoints; nothing of a model without a keypoint head."""
+    if not config.has_keypoints:
+        return {}
+    return {
+        "keypoint_names": config.keypoint_names,
+        "keypoint_skeleton": config.keypoint_skeleton,
+        "keypoint_sigmas": config.keypoint_sigmas or sigmas_of(config.keypoint_names),
+    }

@@ -14,11 +14,13 @@ from maskrcnn import pretrained, runs
 from maskrcnn.checkpoint import SUFFIX
 from maskrcnn.config import TrainConfig, changed, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.figures import generate_figures
 from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.draw import overlay
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
+from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.recipes import training_config
 from maskrcnn.runtime import Detector
@@ -29,7 +31,8 @@ from maskrcnn.training.logbook import Picture
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
 
-SHAPES = runs.FOLDER / "shapes"  # where the generated dataset lies when no data is named
+# Datasets that are generated where their name is given for a folder that does not exist.
+GENERATED = {"shapes": generate_shapes, "figures": generate_figures}
 DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
 
 
@@ -54,8 +57,7 @@ def run_training(console: Console, *, output: Path | None, resume: Path | None, 
             + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}"
         )
         trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
-        kind = "mask" if config.model.has_masks else "box"
-        console.print(f"best {kind} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
+        console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
 
 
 def _begun(
@@ -63,13 +65,13 @@ def _begun(
 ) -> tuple[Trainer, CocoDataset]:
     settings = dict(settings)
     splits = settings.pop("train_split", "train"), settings.pop("val_split", "val")
-    root = Path(settings.pop("data", "") or _drawn_shapes(processes))
+    root = _root(settings.pop("data", ""), processes)
     trainset, valset = _datasets(console, root, *splits)
     config, weights = _configured(trainset, valset, settings)
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     trainer = Trainer(config, run, trainset, processes)
     if weights is not None:
-        tensors, told = pretrained.finetuning_tensors(trainer.model, weights)
+        tensors, told = finetuning_tensors(trainer.model, weights)
         trainer.load_weights(tensors, weights.source)
         for line in told.lines():
             console.print(line)
@@ -86,7 +88,8 @@ def _configured(
         return training_config(trainset, valset, settings), None
     weights = pretrained.starting_weights(spec) if Path(spec).is_file() or Path(spec).suffix == SUFFIX else None
     if weights is not None and weights.config is not None and "model" not in settings:
-        kept = ("class_names", "category_ids")  # those are the dataset's
+        # Those are the dataset's.
+        kept = ("class_names", "category_ids", "keypoint_names", "keypoint_skeleton", "keypoint_sigmas")
         settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}
     config = training_config(trainset, valset, settings)
     weights = weights or pretrained.starting_weights(spec, config.model)
@@ -124,11 +127,22 @@ def _new_folder(output: Path | None) -> Path:
     return output
 
 
-def _drawn_shapes(processes: Processes) -> Path:
+def _root(data: str, processes: Processes) -> Path:
+    """The folder of the data, once it is generated where it is to be: without a name, shapes."""
+    name = data or "shapes"
+    if name not in GENERATED or (data and Path(data).exists()):
+        return Path(data)
+    root = runs.FOLDER / name
     if processes.is_first:
-        generate_shapes(SHAPES)
+        GENERATED[name](root)
     processes.wait()
-    return SHAPES
+    return root
+
+
+def _best_by(config: TrainConfig) -> str:
+    """What the best checkpoint is the best by, see `score_of`."""
+    kinds = [kind for kind, has in (("mask", config.model.has_masks), ("keypoint", config.model.has_keypoints)) if has]
+    return " and ".join(kinds) or "box"
 
 
 def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
@@ -136,6 +150,9 @@ def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple
     trainset, valset = (CocoDataset.load(root, find_split(root, kind)) for kind in (split, val_split))
     for line in (*trainset.skipped_lines(), *valset.skipped_lines()):
         console.print(line)
+    for dataset in (trainset, valset):
+        if dataset.keypoint_fault is not None:
+            console.print(f"keypoints that cannot be learnt: {dataset.keypoint_fault.came}", markup=False)
     if trainset.category_ids != valset.category_ids:
         raise UserError(
             f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",
@@ -161,7 +178,14 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
         figures = None
         if processes.is_first:
             results = [result for part in gathered for result in part]
-            scores = score_results(valset, results, with_masks=config.model.has_masks, seconds=seconds)
+            scores = score_results(
+                valset,
+                results,
+                with_masks=config.model.has_masks,
+                with_keypoints=config.model.has_keypoints,
+                sigmas=detector.metadata.keypoint_sigmas,
+                seconds=seconds,
+            )
             figures = scores.summary()
         return processes.from_first(figures)
 
@@ -177,7 +201,8 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
         for number, record in enumerate(valset.images[: config.pictures]):
             image = read_image(record.path)
             found = detector.detect([image])[0].above(DRAWN_SCORE)
-            pictures.append((f"prediction-{number}", np.asarray(overlay(image, found, config.model.class_names))))
+            drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
+            pictures.append((f"prediction-{number}", np.asarray(drawn)))
         return pictures
 
     return draw

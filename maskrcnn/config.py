@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
 from maskrcnn.preprocess import Preprocessing, with_preset
 
 RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
@@ -26,6 +27,7 @@ POOL_METHODS = ("align", "pool", "crop")
 class ModelConfig:
     """A Mask R-CNN with a feature pyramid (He et al. 2017; Lin et al. 2017), or a Faster R-CNN: without masks.
 
+    Either may have keypoints besides (He et al. 2017, section 5): the same for every class, as many as have names.
     Defaults are those of torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image.
     Labels run from 1 to `len(class_names)`; label 0 is background and padding.
     """
@@ -58,6 +60,12 @@ class ModelConfig:
     has_masks: bool = True  # whether there is a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
+    has_keypoints: bool = False  # whether there is a keypoint head
+    keypoint_names: tuple[str, ...] = ()  # of the K keypoints; training takes the dataset's
+    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, which count from 1; for pictures
+    keypoint_sigmas: tuple[float, ...] = ()  # deviation of each relative to the object's size, for COCO's similarity
+    keypoint_pool_size: int = 14  # heat maps have four times as many cells per side
+    keypoint_head_channels: tuple[int, ...] = (512,) * 8
     pool_method: str = "align"  # one of POOL_METHODS, see `maskrcnn.model.pooling`
     pool_sampling_ratio: int = 2  # "align": points per bin and axis; 0: as many as a bin is pixels long, rounded up
     pool_aligned: bool = False  # not for "pool". True: pixel centres at half-integers (ONNX's half_pixel)
@@ -72,6 +80,13 @@ class ModelConfig:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
             check_choice(f"model.{name}", getattr(self, name), choices)
         check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
+        check_skeleton("model.keypoint_skeleton", self.keypoint_skeleton, len(self.keypoint_names))
+        if self.keypoint_sigmas and len(self.keypoint_sigmas) != len(self.keypoint_names):
+            raise UserError(
+                f"{len(self.keypoint_sigmas)} model.keypoint_sigmas for {len(self.keypoint_names)} keypoint names",
+                "one for each name, or none",
+                "give model.keypoint_names and model.keypoint_sigmas the same length",
+            )
 
     @property
     def num_classes(self) -> int:
@@ -187,12 +202,15 @@ class TrainConfig:
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Parts that a batch is computed in, one after another; saves memory.")
     group_by_aspect_ratio: bool = _setting(True, "Landscape and portrait images in batches of their own.")
-    optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adamw")
+    optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
     momentum: float = _setting(0.9, "Momentum of SGD.")
-    weight_decay: float = _setting(1e-4, "Decay of convolution and linear weights; 0.05 is usual for AdamW.")
+    weight_decay: float = _setting(
+        1e-4, "Decay of convolution and linear weights; 0.05 is usual for AdamW; Adam adds it to the gradient."
+    )
     warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000; at most half the run.")
     schedule: str = _setting("cosine", "Decay of the learning rate.", "cosine", "step")
+    cosine_end: float = _setting(0.0, "With cosine: the last learning rate, as a share of the peak.")
     step_epochs: tuple[int, ...] = _setting((), "With step: epochs after which the rate decays, as 8,11.")
     step_factor: float = _setting(0.1, "With step: factor of each decay.")
     clip_gradient_norm: float = _setting(10.0, "Largest gradient norm; 0 switches clipping off.")
@@ -220,7 +238,8 @@ class TrainConfig:
         for name in ("warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
             check_range(name, getattr(self, name), low=0)
         check_range("trainable_stages", self.trainable_stages, low=0, high=5)
-        check_range("ema_decay", self.ema_decay, low=0, high=1)
+        for name in ("ema_decay", "cosine_end"):
+            check_range(name, getattr(self, name), low=0, high=1)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -251,6 +270,7 @@ _SMALL = {
     "proposals_training": 200,
     "box_head_channels": 256,
     "mask_head_channels": (96, 96),
+    "keypoint_head_channels": (96, 96, 96),
     "candidates": 200,
     "detections": 30,
 }
@@ -258,7 +278,15 @@ _SMALL = {
 # Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers", as torchvision builds it.
 _V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
 
-_FAMILIES = (("maskrcnn", True), ("fasterrcnn", False))
+# Keypoints of a person unless training says otherwise, and no masks, as torchvision's model of the name.
+_POSE = {
+    "has_masks": False,
+    "has_keypoints": True,
+    "keypoint_names": COCO_NAMES,
+    "keypoint_skeleton": COCO_SKELETON,
+    "keypoint_sigmas": COCO_SIGMAS,
+}
+_FAMILIES = {"maskrcnn": {}, "fasterrcnn": {"has_masks": False}, "keypointrcnn": _POSE}
 # torchvision's `fasterrcnn_mobilenet_v3_large_fpn` is another model: its finest map has stride 32.
 _TORCHVISIONS_OWN = "fasterrcnn_mobilenet_v3_large_fpn"
 
@@ -267,18 +295,15 @@ _TORCHVISIONS_OWN = "fasterrcnn_mobilenet_v3_large_fpn"
 MODELS: dict[str, dict[str, Any]] = {
     "maskrcnn_resnet18_fpn_small": _SMALL,
     **{
-        f"{family}_{backbone}_fpn{version}": {"backbone": backbone, "has_masks": has_masks, **changes}
-        for family, has_masks in _FAMILIES
+        f"{family}_{backbone}_fpn{version}": {"backbone": backbone, **heads, **changes}
+        for family, heads in _FAMILIES.items()
         for version, changes in (("", {}), ("_v2", _V2))
         for backbone in RESNETS
+        if (family, version) != ("keypointrcnn", "_v2")
     },
     **{
-        f"{family}_{backbone}_fpn": {
-            "backbone": backbone,
-            "has_masks": has_masks,
-            "batch_norm_epsilon": usual_epsilon(backbone),
-        }
-        for family, has_masks in _FAMILIES
+        f"{family}_{backbone}_fpn": {"backbone": backbone, **heads, "batch_norm_epsilon": usual_epsilon(backbone)}
+        for family, heads in _FAMILIES.items()
         for backbone in OTHER_BACKBONES
         if f"{family}_{backbone}_fpn" != _TORCHVISIONS_OWN
     },
@@ -288,12 +313,17 @@ MODELS: dict[str, dict[str, Any]] = {
 def model_config(name: str, **changes: Any) -> ModelConfig:
     """The configuration of a named model, with fields changed as given.
 
+    Lines between keypoints and deviations belong to the keypoints' names, and go where other names are given.
+
     Raises:
         UserError: for a name that is not in `MODELS`.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "name one of these models with --model")
-    return ModelConfig(**{"name": name, **MODELS[name], **changes})
+    given = MODELS[name]
+    if changes.get("keypoint_names", COCO_NAMES) != COCO_NAMES:
+        given = {key: value for key, value in given.items() if key not in ("keypoint_skeleton", "keypoint_sigmas")}
+    return ModelConfig(**{"name": name, **given, **changes})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

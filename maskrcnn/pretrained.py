@@ -7,37 +7,26 @@ A name is that of a member of torchvision's enumerations: `COCO_V1` or `DEFAULT`
 from __future__ import annotations
 
 import dataclasses
-import http.client
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import torch
 import torchvision
 from torch import Tensor
-from torchvision.models import WeightsEnum
 
 from maskrcnn.checkpoint import PICKLE_SUFFIX, SUFFIX, config_of, load_weights, read_state_dict
 from maskrcnn.config import ModelConfig, model_config, usual_epsilon
 from maskrcnn.detectron2 import CONVENTIONS, from_detectron2, is_detectron2
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import COCO_NAMES
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.named_weights import downloaded, named_weights, pixels_of
 from maskrcnn.preprocess import Preprocessing
 
 BODY = "backbone.body."
-MASK_HEAD = "roi_heads.mask_"
-NECK = "backbone.fpn."
-# Parts that a neck has as a whole or not at all: FPN, PANet's second path beside it, BiFPN.
-OF_NECKS = (
-    ("backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."),
-    ("backbone.fpn.down_blocks.", "backbone.fpn.fuse_blocks."),
-    ("backbone.fpn.lateral_blocks.", "backbone.fpn.passes."),
-)
-# The tensors whose shape depends on the number of classes.
-OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+# Of all heat maps: [channels, keypoints, 4, 4] and a bias.
+HEAT_MAPS = "roi_heads.keypoint_predictor.kps_score_lowres."
 _CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
 _FILE_SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
 _COCO_LABELS = 90  # of torchvision's COCO weights: COCO's ids, of which ten are unused
@@ -52,6 +41,7 @@ class StartingWeights:
     path: Path  # the file
     config: ModelConfig | None = None  # of the model that saved them, where that is known
     pixels: dict[str, Any] = field(default_factory=dict)  # a classifier's mean and std, where they are not the usual
+    is_legacy: bool = False  # torchvision's COCO_LEGACY of keypoints, which no tensor tells from COCO_V1
 
     @property
     def is_backbone(self) -> bool:
@@ -68,29 +58,27 @@ class StartingWeights:
         """The names of labels 1, 2, …, or None where nobody knows them."""
         if self.config is not None:
             return self.config.class_names
-        return coco_labels() if self.class_count == _COCO_LABELS else None
+        if self.class_count == _COCO_LABELS:
+            return coco_labels()
+        return ("person",) if self.is_coco_pose else None
 
+    @property
+    def keypoint_count(self) -> int:
+        """Keypoints that they find; 0 without a keypoint head."""
+        weight = self.tensors.get(HEAT_MAPS + "weight")
+        return 0 if weight is None else weight.shape[1]
 
-@dataclass(frozen=True, kw_only=True)
-class FineTuning:
-    """What `finetuning_tensors` did not take from the weights."""
+    @property
+    def keypoint_names(self) -> tuple[str, ...] | None:
+        """Their names, or None where nobody knows them."""
+        if self.config is not None:
+            return self.config.keypoint_names
+        return COCO_NAMES if self.keypoint_count == len(COCO_NAMES) else None
 
-    source: str
-    classes: str  # what became of what was learnt about classes, and why; empty for a backbone alone
-    reset: tuple[str, ...] = ()  # tensors that depend on the classes, and start anew because those are others
-    added: tuple[str, ...] = ()  # tensors that the weights do not have, and that start anew
-    dropped: tuple[str, ...] = ()  # tensors that the model does not have
-
-    def lines(self) -> list[str]:
-        """The same as lines for a user."""
-        told = [f"starting from {self.source}" + (f"; {self.classes}" if self.classes else "")]
-        if self.reset:
-            told.append(f"starting anew: {', '.join(self.reset)}")
-        if self.added:
-            told.append(f"not in these weights, starting anew: {_parts(self.added)}")
-        if self.dropped:
-            told.append(f"not in this model, left out: {_parts(self.dropped)}")
-        return told
+    @property
+    def is_coco_pose(self) -> bool:
+        """Whether they are like torchvision's COCO weights of keypoints: one class, 17 keypoints."""
+        return self.class_count == 1 and self.keypoint_count == len(COCO_NAMES)
 
 
 def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> StartingWeights:
@@ -107,15 +95,16 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
         UserError: when the file cannot be read, the name is unknown, or its file is neither in torch.hub's folder
             nor can be downloaded.
     """
-    path, source, pixels = Path(spec), str(spec), {}
+    path, source, known = Path(spec), str(spec), {}
     if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
-        weights = _named(source, config)
-        path, source, pixels = _downloaded(weights), repr(weights), _pixels(weights)
+        weights = named_weights(source, config)
+        path, source = downloaded(weights), repr(weights)
+        known = {"pixels": pixels_of(weights), "is_legacy": weights.name == "COCO_LEGACY"}
     tensors, header = read_state_dict(path)
     saved = config_of(header, path) if header else None
     if saved is None and (path.suffix == PICKLE_SUFFIX or is_detectron2(tensors)):
         tensors, saved = from_detectron2(tensors, path)
-    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, pixels=pixels)
+    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, **known)
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
@@ -136,9 +125,7 @@ def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, An
         }
     return {
         "frozen_batch_norm": _is_frozen(weights.tensors),
-        "batch_norm_epsilon": default_batch_norm_epsilon(
-            weights.tensors, weights.class_count, usual_epsilon(config.backbone)
-        ),
+        "batch_norm_epsilon": default_batch_norm_epsilon(weights, usual_epsilon(config.backbone)),
     }
 
 
@@ -164,28 +151,6 @@ def _where_default(config: Any, saved: Any, names: Iterable[str]) -> dict[str, A
     plain = type(config)()
     unset = [name for name in names if getattr(config, name) == getattr(plain, name)]
     return {name: getattr(saved, name) for name in unset if getattr(saved, name) != getattr(plain, name)}
-
-
-def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
-    """Weights made to fit a model of other classes, or of other parts.
-
-    What keeps the model's present values: the tensors whose shape depends on the number of classes, unless the
-    classes are the same; a mask head or a neck's part that the weights do not have; with a classifier's weights all
-    but the backbone. Left out are such parts that the model does not have. The rest goes as it is to `load_weights`,
-    which refuses what does not fit.
-
-    Returns:
-        the tensors for `load_weights`, and what was done to them.
-    """
-    own, tensors = model.state_dict(), dict(weights.tensors)
-    same, classes = _compare_classes(weights, model.config)
-    reset = [] if same else [name for name in own if name.startswith(OF_CLASSES) and name in tensors]
-    added, dropped = _other_parts(own, tensors)
-    for name in dropped:
-        del tensors[name]
-    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
-        source=weights.source, classes=classes, reset=tuple(reset), added=tuple(added), dropped=tuple(dropped)
-    )
 
 
 def load_detector(
@@ -267,25 +232,36 @@ def load_torchvision(
         )
     if batch_norm_epsilon is None:
         usual = usual_epsilon(model_config(name).backbone)
-        batch_norm_epsilon = default_batch_norm_epsilon(weights.tensors, count, usual)
+        batch_norm_epsilon = default_batch_norm_epsilon(weights, usual)
     config = model_config(
         name,
         class_names=class_names,
         category_ids=category_ids or tuple(range(1, count + 1)),
         batch_norm_epsilon=batch_norm_epsilon,
+        **_keypoint_fields(weights),
     )
     model = MaskRCNN(config)
     load_weights(model, weights.tensors, weights.source)
     return model.eval()
 
 
-def default_batch_norm_epsilon(tensors: dict[str, Tensor], class_count: int, usual: float = 1e-5) -> float:
+def _keypoint_fields(weights: StartingWeights) -> dict[str, Any]:
+    """What weights with a keypoint head that is not COCO's say of the model."""
+    count = weights.keypoint_count
+    if count in (0, len(COCO_NAMES)):
+        return {}
+    return {"keypoint_names": tuple(f"keypoint_{number}" for number in range(1, count + 1))}
+
+
+def default_batch_norm_epsilon(weights: StartingWeights, usual: float = 1e-5) -> float:
     """The epsilon with which torchvision would run these weights.
 
     Its first COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
-    classes and by batch norm that is frozen, which saves no `num_batches_tracked`. Everything else has the usual one.
+    classes, or one class and 17 keypoints, and by batch norm that is frozen, which saves no `num_batches_tracked`.
+    Everything else has the usual one, COCO_LEGACY of keypoints too.
     """
-    return 0.0 if _is_frozen(tensors) and class_count == _COCO_LABELS else usual
+    is_coco = weights.class_count == _COCO_LABELS or (weights.is_coco_pose and not weights.is_legacy)
+    return 0.0 if is_coco and _is_frozen(weights.tensors) else usual
 
 
 def coco_labels() -> tuple[str, ...]:
@@ -309,80 +285,3 @@ def _for_detector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             if name.startswith("features.")
         }
     return tensors
-
-
-def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:
-    """Whether label k means the same to both, and the reason in words."""
-    count, names = weights.class_count, weights.class_names
-    if weights.is_backbone:
-        return True, ""
-    if count != config.num_classes:
-        return False, f"they know {count} classes, this model {config.num_classes}"
-    if names is None:
-        return True, f"their {count} classes have no names and are taken for this model's"
-    for label, (theirs, ours) in enumerate(zip(names, config.class_names, strict=True), start=1):
-        if theirs != ours:
-            return False, f"they know other classes: label {label} is {theirs!r} to them and {ours!r} here"
-    return True, f"they know the same {count} classes"
-
-
-def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The model's tensors of parts that the weights lack altogether, and the other way round."""
-    own, given = list(own), list(given)
-    if all(name.startswith(BODY) for name in given):
-        return [name for name in own if not name.startswith(BODY)], []
-    added, dropped = [], []
-    # Weights without any neck are a file with something missing.
-    for part in (MASK_HEAD, *(OF_NECKS if any(name.startswith(NECK) for name in given) else ())):
-        ours, theirs = ([name for name in names if name.startswith(part)] for names in (own, given))
-        added += [] if theirs else ours
-        dropped += [] if ours else theirs
-    return added, dropped
-
-
-def _parts(names: Iterable[str]) -> str:
-    """Tensors by module: "rpn.head (6 tensors), …"."""
-    counts = Counter(".".join(name.split(".")[:2]) for name in names)
-    return ", ".join(f"{part} ({count} tensors)" for part, count in counts.items())
-
-
-def _named(name: str, config: ModelConfig | None) -> WeightsEnum:
-    """The member of torchvision's enumerations that a name stands for."""
-    members: dict[str, WeightsEnum] = {}
-    for architecture in (config.backbone, config.name) if config else ():
-        if architecture in torchvision.models.list_models():  # of ours, some have no counterpart there
-            members |= torchvision.models.get_model_weights(architecture).__members__
-    if name in members:
-        return members[name]
-    try:
-        return torchvision.models.get_weight(name)
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"weights {name!r}: no file, and no weights of torchvision's" + (f" for {config.name}" if config else ""),
-            f"a file, or one of {', '.join(members)}" if members else "a file",
-            "check the path or the name given with --weights",
-        ) from error
-
-
-def _pixels(weights: WeightsEnum) -> dict[str, Any]:
-    """Mean and deviation of the pixels that weights were trained on, where they are not the usual.
-
-    `VGG16_Weights.IMAGENET1K_FEATURES`, which come from Caffe, are such.
-    """
-    given = getattr(weights.transforms, "keywords", {})
-    return {name: tuple(given[name]) for name in ("mean", "std") if name in given}
-
-
-def _downloaded(weights: WeightsEnum) -> Path:
-    """The file of torchvision's weights in torch.hub's folder, where it is downloaded to if need be."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
-    if not path.is_file():
-        try:
-            weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
-            raise UserError(
-                f"{weights!r}: {weights.url} cannot be downloaded ({error})",
-                f"the network, or that file as {path}",
-                "download it elsewhere, and put it there or name it with --weights FILE",
-            ) from error
-    return path

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from maskrcnn.config import LossConfig, TrainConfig, changed, model_config
+from maskrcnn.config import MODELS, LossConfig, ModelConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import sigmas_of
 from maskrcnn.preprocess import with_preset
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
@@ -27,16 +28,18 @@ def training_config(
         dataset: what to train on; its classes become the model's.
         validation: what to evaluate on.
         settings: fields of `TrainConfig`, sections as nested dictionaries. `model` may be a name alone, one of
-            `maskrcnn.config.MODELS`; by default it is the small one.
+            `maskrcnn.config.MODELS`; by default it is the small one, with keypoints where the dataset has them.
 
     Raises:
-        UserError: for an unknown model or field, a value that cannot be, classes other than the dataset's, and a
-            model with masks where there are boxes only.
+        UserError: for an unknown model or field, a value that cannot be, classes or keypoints other than the
+            dataset's, and a model with masks or keypoints where there are none.
     """
     settings = dict(settings or {})
     model = settings.pop("model", {})
     model = {"name": model} if isinstance(model, str) else dict(model)
-    name = model.setdefault("name", SMALL_MODEL)
+    if "name" not in model:
+        model = {"name": SMALL_MODEL, "has_keypoints": dataset.has_keypoints, **model}
+    name = model["name"]
     sizes = dict(with_preset(model.get("preprocessing", {})))
     small = name == SMALL_MODEL
     native = max(max(record.height, record.width) for record in dataset.images)
@@ -44,7 +47,12 @@ def training_config(
     min_size = sizes.setdefault("min_size_px", default_size)
     sizes.setdefault("max_size_px", max(min_size, round(min_size * 1333 / 800)))
     base = TrainConfig(
-        model=model_config(name, class_names=dataset.class_names, category_ids=dataset.category_ids),
+        model=model_config(
+            name,
+            class_names=dataset.class_names,
+            category_ids=dataset.category_ids,
+            **_keypoints_for(dataset, model),
+        ),
         loss=_SMALL_LOSS if small else LossConfig(),
     )
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
@@ -61,6 +69,8 @@ def training_config(
                 "annotations with segmentation, or a model without masks",
                 "train --model fasterrcnn_resnet50_fpn, or annotate outlines",
             )
+    if config.model.has_keypoints:
+        _check_keypoints(config.model, dataset, validation)
     frozen = config.batch_norm == "frozen" or config.model.frozen_batch_norm
     return replace(
         config,
@@ -70,3 +80,39 @@ def training_config(
         train_split=dataset.split,
         val_split=validation.split,
     )
+
+
+def _keypoints_for(dataset: CocoDataset, model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model that say which keypoints it finds: the dataset's, if it is to find any.
+
+    Args:
+        dataset: what to train on.
+        model: settings, with a name.
+    """
+    named = MODELS.get(model["name"], {}).get("has_keypoints", False)
+    names = dataset.keypoint_names if model.get("has_keypoints", named) else ()
+    return {
+        "keypoint_names": names,
+        "keypoint_skeleton": dataset.keypoint_skeleton if names else (),
+        "keypoint_sigmas": sigmas_of(names),
+    }
+
+
+def _check_keypoints(model: ModelConfig, dataset: CocoDataset, validation: CocoDataset) -> None:
+    """Raises a UserError unless both splits have the model's keypoints."""
+    for each in (dataset, validation):
+        if each.keypoint_fault is not None:
+            raise each.keypoint_fault
+        if not each.has_keypoints:
+            raise UserError(
+                f"{model.name}, which learns keypoints, and {each.annotation_path}, which has none",
+                "a category that names keypoints, and objects that have them",
+                "name such a split (COCO's are person_keypoints_train2017 and person_keypoints_val2017), or add "
+                "--set model.has_keypoints=false",
+            )
+        if each.keypoint_names != model.keypoint_names:
+            raise UserError(
+                f"a model of the keypoints {', '.join(model.keypoint_names)}",
+                f"those of {each.annotation_path}: {', '.join(each.keypoint_names)}",
+                "leave keypoint_names out of the settings, and name the same keypoints in both splits",
+            )

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.compose import Scene
-from maskrcnn.data.view import View
+from maskrcnn.data.view import View, only_inside
 from maskrcnn.preprocess import Preprocessing, resize_bilinear, resized_size
 
 
@@ -123,12 +123,15 @@ class Augmentation:
         # Each pixel's number, from 1, tilted like a mask: where each pixel comes from. Float32 holds it exactly
         # up to 2^24, and only one mask is tilted, whatever the number of objects.
         numbers = tv_tensors.Mask(torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width))
+        places = tv_tensors.KeyPoints(torch.from_numpy(scene.keypoints[..., :2]), canvas_size=scene.size_hw)
         with torch_seeded_from(rng):
-            image, numbers = self._tilt(image, numbers)
+            image, numbers, places = self._tilt(image, numbers, places)
         source = numbers.to(torch.int64).numpy().ravel()
         flat = np.pad(scene.masks.reshape(-1, height * width), ((0, 0), (1, 0)))  # number 0: empty canvas
         masks = np.take(flat, source, axis=1).reshape(-1, height, width)
-        return replace(scene, image=image.numpy() + self.fill[:, None, None], masks=masks)
+        keypoints = np.concatenate([places.numpy(), scene.keypoints[..., 2:]], axis=-1)
+        keypoints = only_inside(keypoints, scene.size_hw)
+        return replace(scene, image=image.numpy() + self.fill[:, None, None], masks=masks, keypoints=keypoints)
 
 
 def _scaled_view(size_hw: tuple[int, int], canvas_hw: tuple[int, int], ratio: float, rng: np.random.Generator) -> View:

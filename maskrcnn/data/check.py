@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from maskrcnn.data.check_image import examine, place
-from maskrcnn.data.coco import CocoDataset, ImageRecord, SkippedAnnotation, find_split, list_splits
+from maskrcnn.data.coco import CocoDataset, ImageRecord, SkippedAnnotation, annotation_file, find_split, list_splits
 from maskrcnn.data.findings import DatasetReport, Finding, Problem, SplitFigures
 from maskrcnn.data.segmentation import finite_numbers
 from maskrcnn.errors import UserError
@@ -25,6 +25,8 @@ _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas at which COCO's sizes end
 STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
 CATEGORY_IDS = Problem("category ids that differ between splits", is_error=True)
 CLASS_NAMES = Problem("class names that differ between splits")
+KEYPOINTS = Problem("keypoints that cannot be learnt")
+KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
 UNUSED_CLASS = Problem("class without objects")
 REPEATED = Problem("the same image twice in a split")
 LEAKED = Problem("the same image in several splits")
@@ -57,8 +59,11 @@ def check_dataset(
             datasets.append(CocoDataset.load(root, name, require_images=False))
         except UserError as error:
             detail = f"{error.came}; expected: {error.expected}"
-            findings.append(Finding(problem=STRUCTURE, split=name, where=f"instances_{name}.json", detail=detail))
+            findings.append(
+                Finding(problem=STRUCTURE, split=name, where=annotation_file(root, name).name, detail=detail)
+            )
     findings += _category_findings(datasets)
+    findings += _keypoint_findings(datasets)
     for dataset in datasets:
         findings += _class_findings(dataset)
         findings += _skipped_findings(dataset)
@@ -93,6 +98,9 @@ def _figures(dataset: CocoDataset) -> SplitFigures:
         objects_per_image_max=max(numbers),
         objects={name: tuple(counts) for name, counts in objects.items()},
         has_masks=dataset.has_masks,
+        objects_with_keypoints=sum(
+            instance.keypoints is not None for record in dataset.images for instance in record.instances
+        ),
     )
 
 
@@ -110,6 +118,20 @@ def _category_findings(datasets: Sequence[CocoDataset]) -> Iterator[Finding]:
             k = min(renamed)
             detail = f"{len(renamed)} name(s); id {k} is {expected[k]!r} in {first.split}, {came[k]!r} here"
             yield _of_file(CLASS_NAMES, dataset, detail)
+
+
+def _keypoint_findings(datasets: Sequence[CocoDataset]) -> Iterator[Finding]:
+    """Splits whose keypoints cannot be used, and names that are not those of the first split that has any."""
+    named = [dataset for dataset in datasets if dataset.keypoint_names]
+    for dataset in datasets:
+        if dataset.keypoint_fault is not None:
+            fault = dataset.keypoint_fault
+            yield _of_file(KEYPOINTS, dataset, f"{fault.came}; expected: {fault.expected}")
+        elif named and dataset.keypoint_names != named[0].keypoint_names:
+            came = ", ".join(dataset.keypoint_names) or "none"
+            yield _of_file(
+                KEYPOINT_NAMES, dataset, f"{came}; in {named[0].split}: {', '.join(named[0].keypoint_names)}"
+            )
 
 
 def _listed(ids: list[int]) -> str:

@@ -30,13 +30,15 @@ THIN = Problem("box with a side below one pixel")
 TINY = Problem(f"mask of fewer than {LEAST_MASK_PX} pixels")
 MISFIT = Problem("box that does not fit its mask")
 TWICE = Problem("object annotated twice")
+OUTSIDE = Problem("visible keypoint outside the image")
+MISCOUNTED = Problem("number of keypoints that is not what num_keypoints says")
 
 
 def examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]:
     """What is wrong with an image, and the SHA-256 of its file; None for a file that is no image.
 
-    An object has one finding at most besides being a duplicate: a box thinner than a pixel is not compared with
-    its mask, and neither is a mask of hardly any pixels.
+    An object has one finding at most besides its keypoints and being a duplicate: a box thinner than a pixel is not
+    compared with its mask, and neither is a mask of hardly any pixels.
     """
     findings = list(_object_findings(split, record))
     if not record.path.is_file():
@@ -90,7 +92,8 @@ def _object_findings(split: str, record: ImageRecord) -> Iterator[Finding]:
     objects = [instance for instance in record.instances if not instance.is_crowd]
     rles = [compressed_rle(instance.segmentation, record.height, record.width) for instance in objects]
     for instance, rle in zip(objects, rles, strict=True):
-        for problem, detail in _fault(record, instance, int(mask_api.area(rle))):
+        faults = (*_fault(record, instance, int(mask_api.area(rle))), *_keypoint_faults(record, instance))
+        for problem, detail in faults:
             yield Finding(
                 problem=problem,
                 split=split,
@@ -124,6 +127,20 @@ def _fault(record: ImageRecord, instance: Instance, mask_px: int) -> Iterator[tu
         iou = max(_box_iou(box, extent), _box_iou(whole_px, extent))
         if iou < LEAST_FIT_IOU:
             yield MISFIT, f"IoU {iou:.2f} of box {_short(box)} and mask extent {_short(extent)}, xyxy px"
+
+
+def _keypoint_faults(record: ImageRecord, instance: Instance) -> Iterator[tuple[Problem, str]]:
+    """What is wrong with an object's keypoints, with what came."""
+    keypoints = np.zeros((0, 3)) if instance.keypoints is None else instance.keypoints
+    labelled = int((keypoints[:, 2] > 0).sum())
+    if instance.stated_keypoints not in (None, labelled):
+        yield MISCOUNTED, f"{labelled} labelled, num_keypoints {instance.stated_keypoints}"
+    x, y = keypoints[:, 0], keypoints[:, 1]
+    outside = (keypoints[:, 2] > 0) & ((x < 0) | (y < 0) | (x > record.width) | (y > record.height))
+    if outside.any():
+        first = int(outside.argmax())
+        place = f"number {first + 1} at ({x[first]:g}, {y[first]:g}), image {record.width}×{record.height}"
+        yield OUTSIDE, f"{int(outside.sum())} keypoint(s), {place}"
 
 
 def _duplicates(objects: list[Instance], rles: list[dict]) -> Iterator[tuple[Instance, Instance, str]]:

@@ -1,5 +1,8 @@
 """Datasets in COCO's format: `annotations/instances_<split>.json` beside the image folder `<split>/`.
 
+COCO's own keypoints are in files of another name: the split `person_keypoints_train2017` is that of
+`annotations/person_keypoints_train2017.json`, with the images in `train2017/`.
+
 What is wrong with the file as a whole is an error. What is wrong with one annotation costs that annotation
 alone, and is counted: real annotation files hold such entries by the dozen.
 """
@@ -29,10 +32,12 @@ from maskrcnn.data.coco_file import (
     required,
     usable_id,
 )
+from maskrcnn.data.coco_keypoints import CategoryKeypoints, checked_keypoints, keypoints_of
 from maskrcnn.data.segmentation import AnnotationError, Segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
 _PREFIX = "instances_"  # of annotation files
+_OTHER_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,9 @@ class Instance:
     segmentation: Segmentation
     is_crowd: bool
     area_px: float  # as the file gives it, else counted from the mask
+    # float64 [K, 3] x, y in pixels and visibility: 0 not labelled, 1 hidden, 2 visible. None: nothing is labelled.
+    keypoints: np.ndarray | None = None
+    stated_keypoints: int | None = None  # how many are labelled, as the file says
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +93,18 @@ class CocoDataset:
     skipped_annotations: tuple[SkippedAnnotation, ...]
     file_boxes_xywh_px: dict[int, tuple[float, ...]]  # annotation id -> box uncut, for the evaluation
     has_masks: bool = True  # False: no annotation has a segmentation, and each object's is its box
+    keypoint_names: tuple[str, ...] = ()  # of the categories that have any, see `CategoryKeypoints`
+    keypoint_skeleton: tuple[tuple[int, int], ...] = ()
+    keypoint_fault: UserError | None = None
 
     @classmethod
     def load(cls, root: str | Path, split: str, *, require_images: bool = True) -> CocoDataset:
         """Reads the annotations of `split`; image files are looked for and not opened.
 
         Left out and counted are annotations of an unknown image or category, with a box that is not four
-        finite numbers of positive size or lies wholly outside the image, and with a segmentation that is
-        missing, empty or malformed. A file in which no annotation at all has a segmentation is one of boxes.
+        finite numbers of positive size or lies wholly outside the image, with a segmentation that is missing,
+        empty or malformed, and with malformed keypoints. A file in which no annotation at all has a
+        segmentation is one of boxes.
 
         Args:
             root: the dataset's folder.
@@ -104,15 +116,17 @@ class CocoDataset:
                 key is named), has no images or no categories, has an id twice, names a file outside the
                 image folder, or where image files are missing.
         """
-        path = Path(root) / "annotations" / f"{_PREFIX}{split}.json"
-        return cls.read(path, Path(root) / split, require_images=require_images)
+        return cls.read(
+            annotation_file(root, split), image_folder(root, split), require_images=require_images, split=split
+        )
 
     @classmethod
-    def read(cls, path: Path, folder: Path, *, require_images: bool = True) -> CocoDataset:
-        """As `load`, for an annotation file and an image folder wherever they lie."""
+    def read(cls, path: Path, folder: Path, *, require_images: bool = True, split: str | None = None) -> CocoDataset:
+        """As `load`, for an annotation file and an image folder wherever they lie; `split` is a name for it."""
         content = read_json(path)
         lists = {key: required(path, content, "the file", key, list) for key in TOP_LEVEL_KEYS}
         categories = categories_of(path, lists["categories"])
+        keypoints = keypoints_of(path, lists["categories"])
         images = images_of(path, folder, lists["images"])
         if require_images:
             require_files(path, folder, [file for file, _, _ in images.values()])
@@ -125,6 +139,7 @@ class CocoDataset:
         for index, entry in enumerate(lists["annotations"]):
             try:
                 image_id, values = checked_annotation(entry, images, labels, boxes_only=boxes_only)
+                values |= _keypoint_values(entry, keypoints)
             except AnnotationError as fault:
                 skipped.append(_skipped(entry, index, images, fault))
                 continue
@@ -135,7 +150,7 @@ class CocoDataset:
             found[image_id].append(Instance(annotation_id=annotation_id, **values))
         return cls(
             root=folder.parent,
-            split=folder.name,
+            split=split or folder.name,
             annotation_path=path,
             class_names=tuple(categories.values()),
             category_ids=tuple(categories),
@@ -146,7 +161,16 @@ class CocoDataset:
             skipped_annotations=tuple(skipped),
             file_boxes_xywh_px=file_boxes,
             has_masks=not boxes_only,
+            keypoint_names=keypoints.names,
+            keypoint_skeleton=keypoints.skeleton,
+            keypoint_fault=keypoints.fault,
         )
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether keypoints have names, and some are labelled."""
+        instances = (instance for record in self.images for instance in record.instances)
+        return bool(self.keypoint_names) and any(instance.keypoints is not None for instance in instances)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -179,14 +203,14 @@ class CocoDataset:
             "images": [
                 {
                     "id": record.id,
-                    "file_name": record.path.relative_to(self.root / self.split).as_posix(),
+                    "file_name": record.path.relative_to(image_folder(self.root, self.split)).as_posix(),
                     "height": record.height,
                     "width": record.width,
                 }
                 for record in self.images
             ],
             "categories": [
-                {"id": category_id, "name": name}
+                {"id": category_id, "name": name, **self._category_keypoints()}
                 for category_id, name in zip(self.category_ids, self.class_names, strict=True)
             ],
             "annotations": [self._coco_annotation(r, i) for r in self.images for i in r.instances],
@@ -204,11 +228,36 @@ class CocoDataset:
             "segmentation": instance.segmentation,
             "area": instance.area_px,
             "iscrowd": int(instance.is_crowd),
+            **self._coco_keypoints(instance),
         }
+
+    def _category_keypoints(self) -> dict[str, Any]:
+        """What a category of the ground truth says; all say it, as only objects with keypoints are measured."""
+        if not self.keypoint_names:
+            return {}
+        return {"keypoints": list(self.keypoint_names), "skeleton": [list(line) for line in self.keypoint_skeleton]}
+
+    def _coco_keypoints(self, instance: Instance) -> dict[str, Any]:
+        if not self.keypoint_names:
+            return {}
+        nothing = np.zeros((len(self.keypoint_names), 3))
+        keypoints = nothing if instance.keypoints is None else instance.keypoints
+        return {"keypoints": keypoints.ravel().tolist(), "num_keypoints": int((keypoints[:, 2] > 0).sum())}
+
+
+def annotation_file(root: str | Path, split: str) -> Path:
+    """The annotation file of a split."""
+    name = split if split.startswith(_OTHER_PREFIX) else f"{_PREFIX}{split}"
+    return Path(root) / "annotations" / f"{name}.json"
+
+
+def image_folder(root: str | Path, split: str) -> Path:
+    """The folder of a split's images."""
+    return Path(root) / split.removeprefix(_OTHER_PREFIX)
 
 
 def list_splits(root: str | Path) -> list[str]:
-    """The names of all splits of a dataset, sorted.
+    """The names of all splits of a dataset, sorted; those of COCO's files of keypoints where there are no others.
 
     Raises:
         UserError: where there is no folder `annotations`.
@@ -216,7 +265,12 @@ def list_splits(root: str | Path) -> list[str]:
     folder = Path(root) / "annotations"
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", LAYOUT, "point --data at the folder that holds annotations/")
-    return sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json"))
+    plain = sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json"))
+    return plain or _keypoint_splits(folder)
+
+
+def _keypoint_splits(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob(f"{_OTHER_PREFIX}*.json"))
 
 
 def find_split(root: str | Path, kind: str) -> str:
@@ -224,13 +278,15 @@ def find_split(root: str | Path, kind: str) -> str:
 
     Args:
         root: the dataset's folder.
-        kind: "train", "val" or an exact name, such as "val2017".
+        kind: "train", "val" or an exact name, such as "val2017" or "person_keypoints_val2017".
 
     Raises:
         UserError: listing the splits there are, where none or several fit.
     """
     folder = Path(root) / "annotations"
     splits = list_splits(root)
+    if kind.startswith(_OTHER_PREFIX):
+        splits = _keypoint_splits(folder)
     fitting = [kind] if kind in splits else [name for name in splits if kind and name.startswith(kind)]
     if len(fitting) == 1:
         return fitting[0]
@@ -251,6 +307,21 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     """
     rle = compressed_rle(instance.segmentation, record.height, record.width)
     return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
+
+
+def _keypoint_values(entry: dict[str, Any], keypoints: CategoryKeypoints) -> dict[str, Any]:
+    """The fields of an Instance that are about keypoints.
+
+    Raises:
+        AnnotationError: for malformed ones of a category that has any.
+    """
+    if entry["category_id"] not in keypoints.category_ids:
+        return {}
+    stated = entry.get("num_keypoints")
+    return {
+        "keypoints": checked_keypoints(entry.get("keypoints"), len(keypoints.names)),
+        "stated_keypoints": stated if type(stated) is int else None,
+    }
 
 
 def _skipped(entry: Any, index: int, images: dict[int, Any], fault: AnnotationError) -> SkippedAnnotation:

@@ -9,7 +9,7 @@ import numpy as np
 
 from maskrcnn.data.coco import ImageRecord, instance_mask
 from maskrcnn.data.crops import mask_crop, mask_extent
-from maskrcnn.data.view import Objects, View, instances_of
+from maskrcnn.data.view import Objects, View, instances_of, keypoints_in_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,7 @@ class Scene:
     masks: np.ndarray  # bool [G, h, w], what can be seen of each object
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], the share of each object's area that can be seen
+    keypoints: np.ndarray  # float32 [G, K, 3]: x, y and visibility, all 0 for what is not labelled or not on the canvas
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -32,13 +33,14 @@ class Scene:
         return replace(self, masks=masks, visible=self.visible * after / np.maximum(before, 1))
 
 
-def scene_in_view(record: ImageRecord, image: np.ndarray, view: View) -> Scene:
+def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: tuple[int, ...] = ()) -> Scene:
     """The scene of one image.
 
     Args:
         record: what is on it.
         image: float32 `[3, h, w]`, its canvas.
         view: how it was laid there.
+        partners: see `keypoints_in_view`.
     """
     objects = instances_of(record)
     masks = np.zeros((len(objects), *view.canvas_hw), bool)
@@ -48,7 +50,7 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View) -> Scene:
         visible[k] = np.count_nonzero(view.cut(mask)) / max(np.count_nonzero(mask), 1)
         masks[k] = view.mask(mask)
     labels = np.array([instance.label for instance in objects], np.int64)
-    return Scene(image, masks, labels, visible)
+    return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners))
 
 
 def objects_of_scene(scene: Scene, least_visible: float) -> Objects:
@@ -57,11 +59,12 @@ def objects_of_scene(scene: Scene, least_visible: float) -> Objects:
     Left out are those without a pixel, and those of which less than `least_visible` of the area is left.
     """
     rows = []
-    for mask, label, visible in zip(scene.masks, scene.labels, scene.visible, strict=True):
+    each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, strict=True)
+    for mask, label, visible, keypoints in each:
         made = mask_crop(mask, scene.size_hw)
         if made is not None and visible >= least_visible:
-            rows.append((np.array(mask_extent(mask), np.float32), label, *made))
-    return Objects.stacked(rows)
+            rows.append((np.array(mask_extent(mask), np.float32), label, *made, keypoints))
+    return Objects.stacked(rows, scene.keypoints.shape[1])
 
 
 def mosaic(tiles: Sequence[Scene]) -> Scene:
@@ -73,13 +76,17 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
     size_hw = (centre_y + height, centre_x + width)
     image = np.empty((3, *size_hw), np.float32)
     masks = np.zeros((sum(len(tile.labels) for tile in tiles), *size_hw), bool)
+    keypoints = np.concatenate([tile.keypoints for tile in tiles])
     first = 0
     for tile, (top, left) in zip(tiles, ((0, 0), (0, centre_x), (centre_y, 0), (centre_y, centre_x)), strict=True):
         rows, columns = slice(top, top + tile.size_hw[0]), slice(left, left + tile.size_hw[1])
         image[:, rows, columns] = tile.image
-        masks[first : first + len(tile.labels), rows, columns] = tile.masks
-        first += len(tile.labels)
-    return Scene(image, masks, np.concatenate([t.labels for t in tiles]), np.concatenate([t.visible for t in tiles]))
+        own = slice(first, first + len(tile.labels))
+        masks[own, rows, columns] = tile.masks
+        keypoints[own, :, :2] += np.array([left, top], np.float32) * (keypoints[own, :, 2:] > 0)
+        first = own.stop
+    labels, visible = (np.concatenate([getattr(tile, name) for tile in tiles]) for name in ("labels", "visible"))
+    return Scene(image, masks, labels, visible, keypoints)
 
 
 def mixup(first: Scene, second: Scene, share: float) -> Scene:
@@ -91,15 +98,27 @@ def mixup(first: Scene, second: Scene, share: float) -> Scene:
 def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
     """Objects of another scene of the same size on top of this one (Ghiasi et al. 2021).
 
-    What they cover is taken out of the masks below. Edges are not blurred: the paper found no difference.
+    What they cover is taken out of the masks below, and keypoints below them become hidden ones (visibility 1), as
+    people label what they can infer. Edges are not blurred: the paper found no difference.
 
     Args:
         chosen: int64, the objects of `other` that are pasted.
     """
     cover = other.masks[chosen].any(axis=0)
     image = np.where(cover, other.image, scene.image)
-    pasted = replace(other, masks=other.masks[chosen], labels=other.labels[chosen], visible=other.visible[chosen])
-    return _together(image, scene.seen(scene.masks & ~cover), pasted)
+    names = ("masks", "labels", "visible", "keypoints")
+    pasted = replace(other, **{name: getattr(other, name)[chosen] for name in names})
+    below = replace(scene.seen(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
+    return _together(image, below, pasted)
+
+
+def _hidden(keypoints: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Keypoints `[G, K, 3]` of which those in a mask bool `[h, w]` are hidden, not visible."""
+    column, row = (
+        np.minimum(keypoints[..., axis].astype(np.int64), side - 1) for axis, side in enumerate(cover.shape[::-1])
+    )
+    most = np.where(cover[row, column], np.float32(1), np.float32(2))
+    return np.concatenate([keypoints[..., :2], np.minimum(keypoints[..., 2], most)[..., None]], axis=-1)
 
 
 def _together(image: np.ndarray, first: Scene, second: Scene) -> Scene:
@@ -108,4 +127,5 @@ def _together(image: np.ndarray, first: Scene, second: Scene) -> Scene:
         np.concatenate([first.masks, second.masks]),
         np.concatenate([first.labels, second.labels]),
         np.concatenate([first.visible, second.visible]),
+        np.concatenate([first.keypoints, second.keypoints]),
     )

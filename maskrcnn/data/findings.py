@@ -50,6 +50,7 @@ class SplitFigures:
     objects_per_image_max: int
     objects: dict[str, tuple[int, int, int]]  # class name -> objects of each of SIZES
     has_masks: bool = True  # False: boxes only, for models without masks
+    objects_with_keypoints: int = 0  # of which some are labelled
 
     @property
     def object_count(self) -> int:
@@ -125,6 +126,7 @@ def _summary(figures: SplitFigures) -> str:
         f"  {figures.split}: {figures.images} images of {sizes} px, {figures.images_without_objects} without objects; "
         f"{figures.object_count} objects, {figures.objects_per_image_median:g} per image (median), "
         f"{figures.objects_per_image_max} at most; {figures.crowd_regions} crowd regions"
+        + (f"; {figures.objects_with_keypoints} objects with keypoints" if figures.objects_with_keypoints else "")
         + ("" if figures.has_masks else "; boxes without masks (train a fasterrcnn_… model)")
     )
 

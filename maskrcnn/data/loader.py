@@ -25,12 +25,13 @@ class Batch:
     valid: Tensor  # bool [N, G]
     masks: Tensor  # uint8 [N, G, MASK_SIDE, MASK_SIDE], 0 or 255, crops of the objects' masks
     mask_frames: Tensor  # float32 [N, G, 4] xyxy, what each crop covers, in pixels of the resized image
+    keypoints: Tensor  # float32 [N, G, K, 3]: x, y in pixels of the resized image, and visibility, 0 where unlabelled
     seeds: Tensor  # int64 [N], random and non-negative; the same for the same image in the same epoch
     image_ids: list[int]
 
     def truth(self) -> dict[str, Tensor]:
         """The ground truth as `MaskRCNN.losses` takes it."""
-        names = ("boxes", "labels", "valid", "masks", "mask_frames", "seeds")
+        names = ("boxes", "labels", "valid", "masks", "mask_frames", "keypoints", "seeds")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> Batch:
@@ -62,6 +63,7 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
         valid=torch.zeros(count, objects, dtype=torch.bool),
         masks=torch.zeros(count, objects, MASK_SIDE, MASK_SIDE, dtype=torch.uint8),
         mask_frames=torch.zeros(count, objects, 4),
+        keypoints=torch.zeros(count, objects, *samples[0].objects.keypoints.shape[1:]),
         seeds=torch.tensor([sample.seed for sample in samples]),
         image_ids=[sample.image_id for sample in samples],
     )
@@ -76,6 +78,7 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
         batch.valid[n, :number] = True
         batch.masks[n, :number] = torch.from_numpy(found.masks)
         batch.mask_frames[n, :number] = torch.from_numpy(found.frames)
+        batch.keypoints[n, :number] = torch.from_numpy(found.keypoints)
     return batch
 
 

@@ -17,6 +17,7 @@ from maskrcnn.data.compose import Scene, copy_paste, mixup, mosaic, objects_of_s
 from maskrcnn.data.images import read_image
 from maskrcnn.data.view import Objects, View, objects_in_view
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import mirrored
 from maskrcnn.preprocess import Preprocessing
 
 _SMALLEST_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
@@ -53,6 +54,7 @@ class TrainingSamples(Dataset):
         self.dataset, self.preprocessing, self.seed = dataset, preprocessing, seed
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
+        self._partners = mirrored(dataset.keypoint_names)
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -75,7 +77,7 @@ class TrainingSamples(Dataset):
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
         else:  # nothing needs masks of full size, which would cost most of the time and memory
             image = self._augmentation.image(_picture(record), view, rng)
-            objects = objects_in_view(record, view, config.least_visible)
+            objects = objects_in_view(record, view, config.least_visible, self._partners)
         if self.preprocessing.channel_order == "BGR":
             image = np.ascontiguousarray(image[::-1])
         return Sample(record.id, image, objects, seed)
@@ -129,7 +131,7 @@ class TrainingSamples(Dataset):
         return self.dataset.images[int(rng.integers(len(self.dataset.images)))]
 
     def _scene(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Scene:
-        return scene_in_view(record, self._augmentation.image(_picture(record), view, rng), view)
+        return scene_in_view(record, self._augmentation.image(_picture(record), view, rng), view, self._partners)
 
 
 def _picture(record: ImageRecord) -> np.ndarray:

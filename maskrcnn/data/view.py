@@ -32,6 +32,23 @@ class View:
         part = picture[top:bottom, left:right]
         return part[:: -1 if self.is_upside_down else 1, :: -1 if self.is_mirrored else 1]
 
+    def points(self, keypoints: np.ndarray) -> np.ndarray:
+        """Keypoints `[…, 3]` of the picture, x, y and visibility, on the canvas; zeros for those outside the window."""
+        top, left, bottom, right = self.window
+        x, y = keypoints[..., 0] - left, keypoints[..., 1] - top
+        if self.is_mirrored:
+            x = right - left - x
+        if self.is_upside_down:
+            y = bottom - top - y
+        (height, width), shown = self.size_hw, keypoints[..., 2]
+        moved = np.stack([x * (width / (right - left)), y * (height / (bottom - top)), shown], axis=-1)
+        return only_inside(moved.astype(np.float32), self.size_hw)
+
+    @property
+    def is_mirror_image(self) -> bool:
+        """Whether left and right of what it shows are exchanged: a picture mirrored twice is only turned."""
+        return self.is_mirrored != self.is_upside_down
+
     def cuts(self, size_hw: tuple[int, int]) -> bool:
         """Whether it leaves out a part of a picture of this size."""
         return self.window != (0, 0, *size_hw)
@@ -77,19 +94,21 @@ class Objects:
     labels: np.ndarray  # int64 [G]
     masks: np.ndarray  # uint8 [G, MASK_SIDE, MASK_SIDE], see crops.py
     frames: np.ndarray  # float32 [G, 4] xyxy, what the masks cover
+    keypoints: np.ndarray  # float32 [G, K, 3]: x, y and visibility, all 0 for what is not labelled or not on the canvas
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
-    def stacked(cls, rows: list[tuple[np.ndarray, int, np.ndarray, np.ndarray]]) -> Objects:
-        """From (box, label, mask, frame) of each object."""
-        boxes, labels, masks, frames = zip(*rows, strict=True) if rows else ((), (), (), ())
+    def stacked(cls, rows: list[tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray]], keypoints: int) -> Objects:
+        """From (box, label, mask, frame, keypoints) of each object, with so many keypoints."""
+        boxes, labels, masks, frames, points = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         return cls(
             boxes=np.array(boxes, np.float32).reshape(-1, 4),
             labels=np.array(labels, np.int64),
             masks=np.array(masks, np.uint8).reshape(-1, MASK_SIDE, MASK_SIDE),
             frames=np.array(frames, np.float32).reshape(-1, 4),
+            keypoints=np.array(points, np.float32).reshape(len(rows), keypoints, 3),
         )
 
 
@@ -98,15 +117,36 @@ def instances_of(record: ImageRecord) -> list[Instance]:
     return [instance for instance in record.instances if not instance.is_crowd]
 
 
-def objects_in_view(record: ImageRecord, view: View, least_visible: float) -> Objects:
-    """The objects of an image on the canvas.
+def only_inside(keypoints: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Keypoints `[…, 3]`, those that are unlabelled or outside an image of this size replaced by zeros."""
+    x, y, shown = np.moveaxis(keypoints, -1, 0)
+    inside = (shown > 0) & (x >= 0) & (y >= 0) & (x <= size_hw[1]) & (y <= size_hw[0])
+    return np.where(inside[..., None], keypoints, np.float32(0))
+
+
+def keypoints_in_view(instances: list[Instance], view: View, partners: tuple[int, ...]) -> np.ndarray:
+    """The keypoints of objects on the canvas, float32 `[G, K, 3]`; in a mirror image left and right change places.
+
+    Args:
+        instances: the objects; one without keypoints gets zeros.
+        view: how their picture is laid there.
+        partners: which keypoint each one is in a mirror (`maskrcnn.keypoints.mirrored`).
+    """
+    nothing = np.zeros((len(partners), 3), np.float32)
+    found = [nothing if each.keypoints is None else each.keypoints for each in instances]
+    moved = view.points(np.array(found, np.float32).reshape(len(instances), len(partners), 3))
+    return moved[:, list(partners)] if view.is_mirror_image else moved
+
+
+def objects_in_view(record: ImageRecord, view: View, least_visible: float, partners: tuple[int, ...] = ()) -> Objects:
+    """The objects of an image on the canvas; `partners` as for `keypoints_in_view`.
 
     Boxes are the annotated ones, except those of objects that the view cuts: theirs are the extents of what is left.
     Left out are objects without a pixel in the resized image, with a side below `MIN_SIDE_PX`, or of which less than
     `least_visible` of the area is left.
     """
-    rows = []
-    for instance in instances_of(record):
+    rows, instances = [], instances_of(record)
+    for instance, keypoints in zip(instances, keypoints_in_view(instances, view, partners), strict=True):
         mask = instance_mask(record, instance)
         part, box = view.cut(mask), view.box(instance.box_xyxy_px)
         if view.cuts(mask.shape):
@@ -117,5 +157,5 @@ def objects_in_view(record: ImageRecord, view: View, least_visible: float) -> Ob
                 box = view.scaled_box(np.array(mask_extent(part), np.float32))
         made = mask_crop(part, view.size_hw)
         if made is not None and min(box[2:] - box[:2]) >= MIN_SIDE_PX:
-            rows.append((box, instance.label, *made))
-    return Objects.stacked(rows)
+            rows.append((box, instance.label, *made, keypoints))
+    return Objects.stacked(rows, len(partners))

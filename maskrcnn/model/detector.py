@@ -17,6 +17,8 @@ from maskrcnn.stages import LEVELS, record
 class MaskRCNN(nn.Module):
     """Mask R-CNN on fixed shapes (He et al. 2017), or Faster R-CNN where the configuration has no masks.
 
+    With masks or without, it may have a keypoint head.
+
     Everything after the image is a batched tensor padded to a fixed count, and nothing branches on a value, so
     the same code trains, runs, exports and compiles. A torchvision state dict of the same architecture loads
     unchanged.
@@ -61,7 +63,8 @@ class MaskRCNN(nn.Module):
         Returns:
             `num_detections` int32 `[N]`; `boxes` float32 `[N, D, 4]` xyxy; `scores` float32 `[N, D]`,
             descending; `labels` int64 `[N, D]`, from 1; with a mask head `masks` float32 `[N, D, 28, 28]`,
-            probabilities in the frame of the box. Rows from `num_detections` on are zero.
+            probabilities in the frame of the box; with a keypoint head `keypoints` float32 `[N, D, K, 3]`, x, y and
+            the score, which is a logit. Rows from `num_detections` on are zero.
         """
         normalised = self.normalise(images, image_sizes)
         features = list(self.backbone(normalised).values())
@@ -82,13 +85,14 @@ class MaskRCNN(nn.Module):
             image_sizes: as for `forward`.
             truth: padded ground truth: `boxes` float32 `[N, G, 4]` xyxy in pixels of the resized image, `labels`
                 int64 `[N, G]`, `valid` bool `[N, G]`, `masks` uint8 `[N, G, M, M]` of 0 or 255, each the part of
-                the image that `mask_frames` float32 `[N, G, 4]` says, and `seeds` int64 `[N]`, which decide
-                which anchors and proposals are sampled.
+                the image that `mask_frames` float32 `[N, G, 4]` says, `keypoints` float32 `[N, G, K, 3]` of x, y
+                in pixels of the resized image and visibility, 0 where unlabelled, and `seeds` int64 `[N]`, which
+                decide which anchors and proposals are sampled. A model without masks or keypoints needs none.
             loss: matching and sampling constants.
             share: makes a count of this process a mean over all processes, see `maskrcnn.model.losses`.
 
         Returns:
-            `objectness`, `rpn_box`, `classification`, `box` and, with a mask head, `mask`.
+            `objectness`, `rpn_box`, `classification`, `box` and, with such heads, `mask` and `keypoint`.
         """
         truth = {**truth, "image_sizes": image_sizes}
         features = self.features(images, image_sizes)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from maskrcnn.config import LossConfig
 from maskrcnn.model.boxes import decode_boxes, encode_boxes, pairwise_iou, take_rows
+from maskrcnn.model.heatmaps import cells_from_keypoints
 from maskrcnn.model.mask_targets import mask_targets
 from maskrcnn.model.sampling import match_anchors, sample_balanced
 
@@ -150,7 +151,7 @@ def roi_losses(
     weights: Weights,
     share: Share = own_count,
 ) -> dict[str, Tensor]:
-    """Losses of sampled proposals: scalars `classification`, `box` and, with a mask head, `mask`.
+    """Losses of sampled proposals: scalars `classification`, `box` and, with such heads, `mask` and `keypoint`.
 
     Args:
         heads: classify and segment.
@@ -179,15 +180,18 @@ def roi_losses(
         "classification": (classification * sampled.flatten()).sum() / total,
         "box": loss.box_loss_weight * (box * positive).sum() / total,
     }
+    if heads.has_masks or heads.has_keypoints:
+        first = _positive_rows(positive, int(loss.box_samples * loss.box_positive_fraction))
+        rois, labels, positive, owner = (x[:, :first] for x in (rois, labels, positive, owner))
     if heads.has_masks:
-        first = _mask_rows(positive, int(loss.box_samples * loss.box_positive_fraction))
-        rows = (x[:, :first] for x in (rois, labels, positive, owner))
-        losses["mask"] = _mask_loss(heads, features, *rows, truth, loss, share)
+        losses["mask"] = _mask_loss(heads, features, rois, labels, positive, owner, truth, loss, share)
+    if heads.has_keypoints:
+        losses["keypoint"] = _keypoint_loss(heads, features, rois, positive, owner, truth, share)
     return losses
 
 
-def _mask_rows(positive: Tensor, most: int) -> int:
-    """How many of the first slots, which the positives fill, the mask head has to look at.
+def _positive_rows(positive: Tensor, most: int) -> int:
+    """How many of the first slots, which the positives fill, the heads of masks and keypoints have to look at.
 
     On a CPU in eager mode as many as the image with the most positives has. Elsewhere all that may be positive:
     reading the count would make a GPU wait, and is no part of a compiled graph.
@@ -212,6 +216,18 @@ def _mask_loss(heads, features, rois, labels, positive, owner, truth: Truth, los
         )
     mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
     return (mask * positive).sum() / share(positive.sum().float()).clamp(min=_SMALLEST_COUNT)
+
+
+def _keypoint_loss(heads, features, rois, positive, owner, truth: Truth, share: Share) -> Tensor:
+    """Cross-entropy over the cells of a heat map: each labelled keypoint inside its RoI is in one (He et al. 2017)."""
+    rois = _repeated(rois, positive)
+    logits = heads.keypoint_logits(features, rois)
+    with torch.no_grad():
+        image = torch.arange(rois.shape[0], device=rois.device)[:, None]
+        cell, found = cells_from_keypoints(truth["keypoints"][image, owner], rois, logits.shape[-1])
+        found = found & positive[..., None]
+    keypoint = F.cross_entropy(logits.flatten(-2).flatten(0, 2), cell.flatten(), reduction="none")
+    return (keypoint * found.flatten()).sum() / share(found.sum().float()).clamp(min=_SMALLEST_COUNT)
 
 
 def _repeated(rois: Tensor, used: Tensor) -> Tensor:

@@ -253,12 +253,10 @@ def _nms_by_torchvision(
     # In float32, as the exported graph and the kernels have it: torchvision's CPU kernel compares with a double.
     threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
     for image, count in enumerate(counts.tolist()):
-        group_of = groups[image, :count]
-        kept = []
-        for group in group_of.unique().tolist():
-            members = torch.nonzero(group_of == group).flatten()
-            survivors = torchvision.ops.nms(boxes[image, members], order_keys[members], threshold)
-            kept.append(members[survivors])
+        by_group, members = groups[image, :count].sort(stable=True)
+        sizes = by_group.unique_consecutive(return_counts=True)[1].tolist()
+        parts = zip(members.split(sizes), boxes[image, members].split(sizes), strict=True)
+        kept = [rows[torchvision.ops.nms(part, order_keys[: len(rows)], threshold)] for rows, part in parts]
         if kept:
             rows = torch.cat(kept).sort().values[:max_output]
             indices[image, : len(rows)] = rows.to(torch.int32)

@@ -1,4 +1,4 @@
-"""Box and mask heads over a fixed number of RoIs per image."""
+"""Box, mask and keypoint heads over a fixed number of RoIs per image."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from maskrcnn.config import ModelConfig
+from maskrcnn.errors import UserError
 from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
+from maskrcnn.model.heatmaps import keypoints_from_heatmaps
 from maskrcnn.model.ops import batched_nms, live_rows
 from maskrcnn.model.pooling import multilevel_pool
 from maskrcnn.stages import record
@@ -18,15 +21,18 @@ BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class RoiHeads(nn.Module):
-    """Classifies and refines proposals, then segments the detections (He et al. 2017, section 3).
+    """Classifies and refines proposals, then segments the detections and finds keypoints (He et al. 2017).
 
-    Without a mask head it is the second half of a Faster R-CNN (Ren et al. 2015).
+    Without masks and keypoints it is the second half of a Faster R-CNN (Ren et al. 2015).
+
+    Raises:
+        UserError: for a keypoint head without names of keypoints.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.has_masks = config.has_masks
+        self.has_masks, self.has_keypoints = config.has_masks, config.has_keypoints
         channels, classes = config.fpn_channels, config.num_classes + 1
         self.box_head = _box_head(config)
         self.box_predictor = FastRCNNPredictor(config.box_head_channels, classes)
@@ -35,6 +41,10 @@ class RoiHeads(nn.Module):
             self.mask_head = MaskRCNNHeads(channels, list(config.mask_head_channels), dilation=1, norm_layer=norm)
             last = config.mask_head_channels[-1]
             self.mask_predictor = MaskRCNNPredictor(last, last, classes)
+        if config.has_keypoints:
+            count = _keypoint_count(config)
+            self.keypoint_head = KeypointRCNNHeads(channels, config.keypoint_head_channels)
+            self.keypoint_predictor = KeypointRCNNPredictor(config.keypoint_head_channels[-1], count)
 
     def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
         """`[N, R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
@@ -71,6 +81,14 @@ class RoiHeads(nn.Module):
         record(stages, mask_features=pooled, mask_logits=logits)
         return logits
 
+    def keypoint_logits(self, features: list[Tensor], boxes: Tensor, stages: dict[str, Tensor] | None = None) -> Tensor:
+        """Heat maps `[N, D, K, 56, 56]`, logits of each keypoint's cell, for boxes `[N, D, 4]` of any class."""
+        pooled = self._pool(features, boxes, self.config.keypoint_pool_size)
+        logits = self.keypoint_predictor(self.keypoint_head(pooled.flatten(0, 1))).float()
+        logits = logits.unflatten(0, (boxes.shape[0], boxes.shape[1]))
+        record(stages, keypoint_features=pooled, keypoint_logits=logits)
+        return logits
+
     def forward(
         self,
         features: list[Tensor],
@@ -92,13 +110,16 @@ class RoiHeads(nn.Module):
         boxes, scores, labels, count = self._detect(logits, deltas, proposals, used, image_sizes)
         found = {"num_detections": count, "boxes": boxes, "scores": scores, "labels": labels}
         record(stages, **found)
+        if self.has_masks or self.has_keypoints:
+            rois, own = live_rows(boxes, labels, count)
         if self.has_masks:
-            rows = boxes.shape[1]
-            live = torch.arange(rows, device=boxes.device)[None, :] < count[:, None]
-            logits = self.mask_logits(features, *live_rows(boxes, labels, count), stages)
-            padded = F.pad(torch.sigmoid(logits), (0, 0, 0, 0, 0, rows - logits.shape[1]))
-            found["masks"] = padded * live[..., None, None]
+            logits = self.mask_logits(features, rois, own, stages)
+            found["masks"] = _all_rows(torch.sigmoid(logits), found)
             record(stages, masks=found["masks"])
+        if self.has_keypoints:
+            logits = self.keypoint_logits(features, rois, stages)
+            found["keypoints"] = _all_rows(keypoints_from_heatmaps(logits, rois), found)
+            record(stages, keypoints=found["keypoints"])
         return found
 
     def _detect(self, logits: Tensor, deltas: Tensor, proposals: Tensor, used: Tensor, image_sizes: Tensor):
@@ -134,6 +155,23 @@ class RoiHeads(nn.Module):
             take_rows(label, kept) * live,
             count,
         )
+
+
+def _all_rows(values: Tensor, found: dict[str, Tensor]) -> Tensor:
+    """Values `[N, L, a, b]` of live rows as `[N, D, a, b]`, zero in the rows of an image that are no detections."""
+    rows = found["boxes"].shape[1]
+    live = torch.arange(rows, device=values.device)[None, :] < found["num_detections"][:, None]
+    return F.pad(values, (0, 0, 0, 0, 0, rows - values.shape[1])) * live[..., None, None]
+
+
+def _keypoint_count(config: ModelConfig) -> int:
+    if not config.keypoint_names:
+        raise UserError(
+            "model.has_keypoints=true without names of keypoints",
+            "as many model.keypoint_names as there are keypoints; training takes them from the data",
+            "set model.keypoint_names, or model.has_keypoints=false",
+        )
+    return len(config.keypoint_names)
 
 
 def _box_head(config: ModelConfig) -> nn.Module:

@@ -21,6 +21,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         return config.learning_rate * max((step + 1) / warmup, 1e-3)
     if config.schedule == "cosine":
         done = (step - warmup) / max(total - warmup, 1)
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        above_end = (1 - config.cosine_end) * 0.5 * (1 + math.cos(math.pi * done))
+        return config.learning_rate * (config.cosine_end + above_end)
     passed = sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
     return config.learning_rate * config.step_factor**passed

@@ -31,8 +31,8 @@ from maskrcnn.training.readout import Readout
 from maskrcnn.training.schedule import learning_rate
 from maskrcnn.training.step import Step
 
-# Evaluates a model and returns at least "box_ap", and "mask_ap" for one with masks, in [0, 1]; the same in every
-# process.
+# Evaluates a model and returns at least "box_ap", for one with masks "mask_ap", and for one with keypoints
+# "keypoint_ap", in [0, 1]; the same in every process.
 Evaluate = Callable[[MaskRCNN], dict[str, float]]
 # Draws a model's predictions.
 Draw = Callable[[MaskRCNN], list[Picture]]
@@ -140,7 +140,7 @@ class Trainer:
         for parts in _grouped(self.loader, config.accumulate):
             number = progress.epoch * self.steps_per_epoch + progress.step
             if number == 0 and self.logbook is not None:
-                self.logbook.pictures(0, pictures_of_samples(parts[0], config.model.class_names, config.pictures))
+                self.logbook.pictures(0, pictures_of_samples(parts[0], config.model, config.pictures))
             rate = learning_rate(config, number, self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -228,8 +228,9 @@ class Trainer:
 
 
 def score_of(figures: dict[str, float]) -> float:
-    """What the best checkpoint is the best by: mask AP, or box AP for a model without masks."""
-    return figures.get("mask_ap", figures["box_ap"])
+    """What the best checkpoint is the best by: mask and keypoint AP, as a mean; box AP for a model of boxes alone."""
+    found = [figures[name] for name in ("mask_ap", "keypoint_ap") if name in figures] or [figures["box_ap"]]
+    return sum(found) / len(found)
 
 
 def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:

@@ -11,12 +11,13 @@ from tiny import lively_model, tiny_config
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import BACKBONES, MODELS, OTHER_BACKBONES, RESNETS, ModelConfig, from_dict, model_config, to_dict
 from maskrcnn.errors import UserError
+from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.model.backbones import Backbone
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, FoldedConv2d
 from maskrcnn.model.inference import inference_copy
 from maskrcnn.preprocess import Preprocessing
-from maskrcnn.pretrained import finetuning_tensors, model_changes, starting_weights
+from maskrcnn.pretrained import model_changes, starting_weights
 from maskrcnn.training.optimizer import freeze_stages, parameter_groups
 
 CHANNELS = {

@@ -104,6 +104,26 @@ def test_a_model_without_masks_goes_the_whole_road(run, boxes_onnx_file, shapes,
     assert results and set(results[0]) == {"image_id", "category_id", "bbox", "score"}
 
 
+def test_a_model_with_keypoints_goes_the_whole_road(run, joint_onnx_file, poses, tmp_path):
+    code, out, err = run("build-engine", joint_onnx_file, "--fp32", "--target", "openvino", "--output", "m.fp32.xml")
+    assert code == 0, err
+    code, out, err = run("evaluate", "m.fp32.xml", "--data", poses, "--json", "metrics.json")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [len(metrics[kind]) for kind in ("box", "mask", "keypoint")] == [12, 12, 10]
+    picture = poses / "val" / "000000.png"
+    code, out, err = run("predict", picture, "--model", "m.fp32.xml", "--threshold", 0.1, "--keypoint-threshold", -999)
+    assert code == 0, err
+    results = json.loads((tmp_path / "predictions" / "results.json").read_text())
+    drawn = sum(result["score"] >= 0.1 for result in results)
+    assert drawn and f"{drawn} of {len(results)} detections drawn with {5 * drawn} of {5 * drawn} keypoints" in out
+    assert len(results[0]["keypoints"]) == 15 and len(results[0]["keypoint_scores"]) == 5
+    with_lines = np.asarray(Image.open(tmp_path / "predictions" / "000000.png"))
+    code, out, err = run("predict", picture, "--model", "m.fp32.xml", "--threshold", 0.1, "--keypoint-threshold", 999)
+    assert code == 0 and f"with 0 of {5 * drawn} keypoints" in out, err
+    assert (np.asarray(Image.open(tmp_path / "predictions" / "000000.png")) != with_lines).any()
+
+
 def test_version_and_doctor(run):
     assert run("--version")[1].strip().count(".") == 2
     code, out, _ = run("doctor")

@@ -181,3 +181,29 @@ def test_two_models_are_compared(run, onnx_file, checkpoint, shapes, files):
 def test_masks_of_a_model_without_masks_are_not_scored(run, boxes_onnx_file, shapes):
     options = ("--data", shapes, "--iou-type", "segm")
     expect_error(run("evaluate", boxes_onnx_file, *options), "--iou-type segm and detections without segmentation")
+
+
+def test_keypoints_are_scored_logged_saved_compared_and_drawn(run, joint_onnx_file, poses, tmp_path):
+    command = ("evaluate", joint_onnx_file, "--data", poses, "--resume", "log.jsonl", "--json", "m.json")
+    shown = ("--report", "page.html", "--worst", 2, "--threshold", 0.1, "--resamples", 9)
+    code, out, err = run(*command, *shown, "--save-results", "r.json", "--compare", joint_onnx_file)
+    assert code == 0, err
+    (heads,) = [line.split() for line in out.splitlines() if line.split()[:2] == ["box", "mask"]]
+    assert heads == ["box", "mask", "keypoint"]
+    assert f"keypoint of {joint_onnx_file} minus the above:\nAP difference +0.0000" in out
+    assert (tmp_path / "page.html").read_text().count("<img") == 4
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert len(metrics["keypoint"]) == 10 and metrics["difference"]["keypoint"]
+    saved = json.loads((tmp_path / "r.keypoints.json").read_text())
+    assert set(saved[0]) == {"image_id", "category_id", "keypoints", "score"} and len(saved[0]["keypoints"]) == 15
+    # The log has the model's sigmas, so that its file is scored alike without the model.
+    code, again, err = run(*command)
+    assert code == 0 and set(figures(again)) <= set(figures(out)), err
+    assert json.loads((tmp_path / "m.json").read_text())["keypoint"] == metrics["keypoint"]
+
+
+def test_keypoints_of_a_model_without_keypoints_are_not_scored(run, onnx_file, poses, joint_onnx_file, shapes):
+    options = ("--iou-type", "keypoints")
+    code_out_err = run("evaluate", onnx_file, "--data", poses, *options)
+    expect_error(code_out_err, "--iou-type keypoints and detections without keypoints")
+    expect_error(run("evaluate", joint_onnx_file, "--data", shapes, *options), "whose categories name none")

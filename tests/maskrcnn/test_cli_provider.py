@@ -1,4 +1,4 @@
-"""ONNX Runtime's providers on the command line, and what a backend has to remark."""
+"""Providers and precisions on the command line, and what a backend has to remark."""
 
 from command_line import expect_error
 
@@ -24,3 +24,19 @@ def test_a_wrong_provider_is_refused(run, road, shapes):
     expect_error(elsewhere, "a provider for", "in openvino")
     for_engines = run("predict", image, "--model", road / runs.BEST, "--provider", "cuda")
     expect_error(for_engines, "backend 'onnxruntime'", "torch")
+
+
+def test_a_checkpoint_runs_in_the_precision_that_is_named(run, road, shapes):
+    code, out, err = run("evaluate", road / runs.BEST, "--data", shapes, "--precision", "bf16")
+    assert code == 0, err
+    assert "in PyTorch bf16 on 6 images" in " ".join(out.split())
+    code, out, err = run("predict", shapes / "val" / "000000.png", "--model", road / runs.BEST, "--precision", "bf16")
+    assert code == 0, err
+
+
+def test_a_precision_is_refused_where_a_file_has_its_own(run, road, shapes):
+    image = shapes / "val" / "000000.png"
+    for more in ((), ("--backend", "openvino"), ("--provider", "cpu")):
+        wrong = run("predict", image, "--model", road / runs.ONNX, "--precision", "fp16", *more)
+        expect_error(wrong, "precision fp16 for", "maskrcnn export --precision")
+    expect_error(run("predict", image, "--model", road / runs.BEST, "--precision", "int4"), "int4", "fp32 or bf16")

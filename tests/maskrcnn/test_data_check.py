@@ -170,6 +170,39 @@ def wrong_structure(data):
     del data.train["images"][0]["height"]
 
 
+POINTS = [10, 20, 2, 30, 40, 1]
+
+
+def with_keypoints(data, **changes):
+    """A first object with two keypoints, whose category names two in both splits."""
+    for content in data.content.values():
+        content["categories"][0]["keypoints"] = ["head", "tail"]
+    data.add(0, (5, 5, 60, 70), **{"keypoints": POINTS, "num_keypoints": 2, **changes})
+
+
+def keypoints_of_wrong_length(data):
+    with_keypoints(data, keypoints=POINTS[:4])
+
+
+def keypoint_outside(data):
+    with_keypoints(data, keypoints=[10, 20, 2, 96.5, 40, 1])
+
+
+def miscounted_keypoints(data):
+    with_keypoints(data, num_keypoints=1)
+
+
+def keypoints_of_other_names(data):
+    with_keypoints(data)
+    data.content["val"]["categories"][0]["keypoints"] = ["tail", "head"]
+
+
+def categories_of_other_keypoints(data):
+    with_keypoints(data)
+    del data.content["val"]["categories"][0]["keypoints"]
+    data.train["categories"][1]["keypoints"] = ["wheel"]
+
+
 ERRORS = {
     empty_file: ("unreadable image", "empty file"),
     cut_file: ("unreadable image", "cannot be decoded"),
@@ -196,6 +229,11 @@ REMARKS = {
     copied_image: ("the same image twice in a split", "000000.png"),
     leaked_image: ("the same image in several splits", "of train"),
     other_name: ("class names that differ between splits", "'circle' in train, 'disc' here"),
+    keypoints_of_wrong_length: (LEFT_OUT + "malformed keypoints", "4 numbers instead of 3 for each of 2"),
+    keypoint_outside: ("visible keypoint outside the image", "number 2 at (96.5, 40), image 96×96"),
+    miscounted_keypoints: ("number of keypoints that is not what num_keypoints says", "2 labelled, num_keypoints 1"),
+    keypoints_of_other_names: ("keypoint names that differ between splits", "tail, head; in train: head, tail"),
+    categories_of_other_keypoints: ("keypoints that cannot be learnt", "categories 1 and 2 with different keypoints"),
     without_a_class: ("class without objects", "category id 2"),
 }
 
@@ -267,6 +305,15 @@ def test_figures_of_a_split(data):
     assert (figures.images, figures.images_without_objects, figures.crowd_regions) == (3, 1, 1)
     assert (figures.objects_per_image_median, figures.objects_per_image_max, figures.object_count) == (1, 2, 3)
     assert figures.smallest_image_hw == figures.largest_image_hw == (96, 96)
+
+
+def test_objects_with_keypoints_are_counted(data):
+    with_keypoints(data)
+    data.add(1, (5, 5, 60, 70), keypoints=[0] * 6, num_keypoints=0)
+    report = data.check()
+    assert counts(report) == {}
+    assert [figures.objects_with_keypoints for figures in report.splits] == [1, 0]
+    assert report.text().count("1 objects with keypoints") == 1
 
 
 def test_splits_are_chosen_as_training_chooses_them(data):

@@ -18,10 +18,11 @@ from maskrcnn.config import ModelConfig, model_config
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.detectron2 import CONVENTIONS, coco_classes, from_detectron2, is_detectron2
 from maskrcnn.errors import UserError
+from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.model.anchors import cell_anchors, grid_anchors
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing, batch_images
-from maskrcnn.pretrained import finetuning_tensors, load_detector, model_changes, starting_weights
+from maskrcnn.pretrained import load_detector, model_changes, starting_weights
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs
 
 FASTER = Sizes(classes=3, fpn=16, box=32, mask=())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from maskrcnn.draw import colour_of, overlay
+from maskrcnn.draw import POINT_SCORE, colour_of, overlay
 from maskrcnn.postprocess import Detections
 
 
@@ -47,3 +47,42 @@ def test_without_masks_only_boxes_are_drawn():
 def test_no_detections_leave_the_picture_as_it_is():
     image = np.random.default_rng(0).integers(0, 255, (650, 650, 3), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(overlay(image, detections((650, 650)), ("disc",))), image)
+
+
+def with_keypoints(*points, size_hw=(700, 800)) -> Detections:
+    """One detection without a mask, whose keypoints (x, y, score) are in its box."""
+    found = detections(size_hw, (100, 100, 500, 600))
+    return replace(found, masks=None, keypoints=np.array([points], np.float32))
+
+
+def test_a_skeleton_has_joints_in_the_box_colour_and_lines_in_their_own():
+    image = np.full((700, 800, 3), 100, np.uint8)
+    found = with_keypoints((200, 200, 9), (400, 200, 9), (400, 500, 9))
+    picture = np.asarray(overlay(image, found, ("figure",), ((1, 2), (3, 2))))
+    for x, y in ((200, 200), (400, 200), (400, 500)):
+        assert (picture[y, x] == colour_of(0)).all()
+    assert (picture[200, 300] == colour_of(0)).all() and (picture[350, 400] == colour_of(1)).all()
+    assert (picture[350, 300] == 100).all()  # no line between the first and the third
+
+
+def test_keypoints_of_a_low_score_are_left_out_with_their_lines():
+    image = np.full((700, 800, 3), 100, np.uint8)
+    found = with_keypoints((200, 200, POINT_SCORE), (400, 200, POINT_SCORE - 0.1))
+    picture = np.asarray(overlay(image, found, ("figure",), ((1, 2),)))
+    assert (picture[200, 200] == colour_of(0)).all()
+    assert (picture[200, 300] == 100).all() and (picture[200, 400] == 100).all()
+    all_shown = np.asarray(overlay(image, found, ("figure",), ((1, 2),), point_score=0.0))
+    assert (all_shown[200, 300] == colour_of(0)).all() and (all_shown[200, 400] == colour_of(0)).all()
+
+
+def test_keypoints_are_enlarged_with_the_picture():
+    image = np.full((70, 80, 3), 100, np.uint8)
+    found = replace(with_keypoints((20, 30, 9), size_hw=(70, 80)), boxes_xyxy_px=np.array([[5, 5, 60, 60]], np.float32))
+    picture = np.asarray(overlay(image, found, ("figure",)))
+    assert picture.shape == (8 * 70, 8 * 80, 3) and (picture[8 * 30, 8 * 20] == colour_of(0)).all()
+
+
+def test_keypoints_beyond_the_picture_are_no_error():
+    image = np.full((700, 800, 3), 100, np.uint8)
+    found = with_keypoints((-50, 900, 9), (1000, -10, 9))
+    assert np.asarray(overlay(image, found, ("figure",), ((1, 2),))).shape == image.shape

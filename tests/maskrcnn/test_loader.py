@@ -71,7 +71,8 @@ def test_a_batch_is_padded_and_says_what_is_real():
     def sample(image_id, height, width, count):
         boxes = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
         masks = np.full((count, MASK_SIDE, MASK_SIDE), 255, np.uint8)
-        objects = Objects(boxes, np.arange(1, count + 1), masks, boxes + 1)
+        keypoints = np.full((count, 5, 3), image_id, np.float32)
+        objects = Objects(boxes, np.arange(1, count + 1), masks, boxes + 1, keypoints)
         return Sample(image_id, np.full((3, height, width), 9, np.float32), objects, seed=image_id + 70)
 
     batch = collate([sample(5, 33, 50, 2), sample(6, 64, 20, 0)], divisor=32)
@@ -83,6 +84,7 @@ def test_a_batch_is_padded_and_says_what_is_real():
     assert batch.boxes[0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert batch.mask_frames[0].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert batch.masks.float().mean(dim=(1, 2, 3)).tolist() == [255, 0]
+    assert batch.keypoints.shape == (2, 2, 5, 3) and batch.keypoints.amax(dim=(1, 2, 3)).tolist() == [5, 0]
     assert (batch.image_ids, batch.seeds.tolist()) == ([5, 6], [75, 76])
     assert collate([sample(6, 64, 20, 0)], divisor=32).boxes.shape == (1, 1, 4)  # a slot without an object
 

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import NECKS
 from maskrcnn.errors import UserError
+from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.necks import BiFpn, BiFpnPass, Fusion, PathAggregation, make_neck
-from maskrcnn.pretrained import StartingWeights, finetuning_tensors
+from maskrcnn.pretrained import StartingWeights
 
 WIDTHS = (8, 12, 16, 20)
 

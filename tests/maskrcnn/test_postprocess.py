@@ -1,5 +1,7 @@
 """Postprocessing against torchvision's pasting and pycocotools' own encoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -186,6 +188,36 @@ def test_unpack_keeps_the_images_apart():
     assert [one.labels.tolist() for one in made] == [[1, 2], [], [3]]
     assert made[2].boxes_xyxy_px.tolist() == [[3, 1, 3, 1]]
     assert made[0].masks.dtype == np.float32 and made[0].labels.dtype == np.int64
+
+
+def test_unpack_scales_keypoints_with_their_boxes_and_leaves_the_score():
+    outputs = {
+        "num_detections": np.array([1, 2], np.int32),
+        "boxes": np.array([[[10, 20, 30, 60], [0, 0, 0, 0]]] * 2, np.float32),
+        "scores": np.zeros((2, 2), np.float32),
+        "labels": np.ones((2, 2), np.int64),
+        "keypoints": np.array([[[[10, 60, 4.5], [20, 20, -1]], [[1, 2, 3], [0, 0, 0]]]] * 2, np.float32),
+    }
+    one, two = unpack(outputs, np.array([[100, 100], [50, 100]]), [(200, 300), (50, 25)])
+    assert one.has_keypoints and one.boxes_xyxy_px.tolist() == [[30, 40, 90, 120]]
+    assert one.keypoints.tolist() == [[[30, 120, 4.5], [60, 40, -1]]] and one.keypoints.dtype == np.float32
+    assert two.keypoints.tolist() == [[[2.5, 60, 4.5], [5, 20, -1]], [[0.25, 2, 3], [0, 0, 0]]]
+    kept = replace(one, scores=np.array([0.2])).above(0.5)
+    assert kept.keypoints.shape == (0, 2, 3) and not replace(kept, keypoints=None).above(0.5).has_keypoints
+
+
+def test_coco_results_of_keypoints():
+    made = Detections(
+        np.array([[0, 0, 9, 9]], np.float32),
+        np.array([0.5], np.float32),
+        np.array([1]),
+        None,
+        (20, 20),
+        keypoints=np.array([[[1.5, 2.25, 7], [3, 4, -0.5]]], np.float32),
+    )
+    (result,) = coco_results(made, 3, [8], with_masks=False)
+    assert result["keypoints"] == [1.5, 2.25, 1, 3, 4, 1] and result["keypoint_scores"] == [7, -0.5]
+    assert set(result) == {"image_id", "category_id", "bbox", "score", "keypoints", "keypoint_scores"}
 
 
 def test_above_keeps_the_confident():

@@ -7,17 +7,22 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
-from tiny import tiny_config
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
+from tiny import TINY_POSE, tiny_config
+from torchvision.models.detection import (
+    FasterRCNN_ResNet50_FPN_V2_Weights,
+    KeypointRCNN_ResNet50_FPN_Weights,
+    MaskRCNN_ResNet50_FPN_Weights,
+)
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from maskrcnn.checkpoint import load_weights, save_checkpoint
 from maskrcnn.config import MODELS, model_config
 from maskrcnn.errors import UserError
+from maskrcnn.finetuning import finetuning_tensors
+from maskrcnn.keypoints import COCO_NAMES, COCO_SKELETON
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.pretrained import (
     coco_labels,
-    finetuning_tensors,
     load_detector,
     load_torchvision,
     model_changes,
@@ -26,6 +31,7 @@ from maskrcnn.pretrained import (
 
 BOX_PREDICTOR = tuple(f"roi_heads.box_predictor.{n}" for n in ("cls_score.weight", "cls_score.bias"))
 BOX_PREDICTOR += tuple(f"roi_heads.box_predictor.{n}" for n in ("bbox_pred.weight", "bbox_pred.bias"))
+HEAT_MAPS = tuple(f"roi_heads.keypoint_predictor.kps_score_lowres.{n}" for n in ("weight", "bias"))
 MASK_LOGITS = tuple(f"roi_heads.mask_predictor.mask_fcn_logits.{n}" for n in ("weight", "bias"))
 
 
@@ -195,6 +201,34 @@ def test_faster_rcnn_starts_from_a_mask_model_without_its_mask_head(checkpoint):
     assert "not in this model, left out: roi_heads.mask_head (2 tensors)" in taken.lines()[1]
 
 
+def test_other_keypoints_reset_their_heat_maps_and_nothing_else(tmp_path):
+    saved = MaskRCNN(tiny_config(**TINY_POSE))
+    torch.nn.init.ones_(saved.roi_heads.keypoint_predictor.kps_score_lowres.bias)  # it starts as zeros
+    save_checkpoint(tmp_path / "pose.safetensors", saved)
+    weights, names = starting_weights(tmp_path / "pose.safetensors"), TINY_POSE["keypoint_names"]
+    taken, kept = start(other_model(**TINY_POSE), weights)
+    assert not kept and not taken.reset and "they find the same 5 keypoints" in taken.lines()[0]
+    for other, reason in (
+        (names[:4], "they find 5 keypoints, this model 4"),
+        ((names[0], names[2], names[1], *names[3:]), "one is 'left_hand' to them and 'right_hand' here"),
+    ):
+        changes = {**TINY_POSE, "keypoint_names": other, "keypoint_skeleton": (), "keypoint_sigmas": ()}
+        taken, kept = start(other_model(**changes), weights)
+        assert set(taken.reset) == kept == {*HEAT_MAPS}
+        assert reason in taken.lines()[0] and HEAT_MAPS[0] in taken.lines()[1]
+
+
+def test_a_pose_model_starts_from_a_mask_model_and_the_other_way_round(tmp_path, checkpoint):
+    joint = other_model(**TINY_POSE)
+    taken, kept = start(joint, starting_weights(checkpoint))
+    head = {name for name in joint.state_dict() if name.startswith("roi_heads.keypoint_")}
+    assert set(taken.added) == kept == head and len(head) == 4 and not taken.reset and not taken.keypoints
+    save_checkpoint(tmp_path / "joint.safetensors", joint)
+    taken, kept = start(other_model(), starting_weights(tmp_path / "joint.safetensors"))
+    assert not kept and set(taken.dropped) == head
+    assert "left out: roi_heads.keypoint_head (2 tensors)" in taken.lines()[1]
+
+
 def test_a_mismatch_anywhere_else_is_an_error(checkpoint):
     model = other_model(fpn_channels=24, class_names=("one",))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -256,6 +290,8 @@ def test_without_a_network_the_error_names_file_place_and_flag(hub):
         ("COCO_V1", "maskrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth"),
         ("COCO_V1", "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"),
         ("DEFAULT", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth"),
+        ("COCO_V1", "keypointrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn_coco-fc266e95.pth"),
+        ("COCO_LEGACY", "keypointrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn_coco-9f466800.pth"),
         ("IMAGENET1K_V2", "maskrcnn_resnet50_fpn", "resnet50-11ad3fa6.pth"),
         ("IMAGENET1K_V1", "fasterrcnn_resnet101_fpn", "resnet101-63fe2227.pth"),
         ("DEFAULT", "maskrcnn_resnet18_fpn_small", "resnet18-f37072fd.pth"),
@@ -321,9 +357,33 @@ def test_coco_v1_by_name_is_read_from_the_cache(hub):
     assert model.backbone.body.bn1.eps == 0
 
 
+@pytest.mark.parametrize(("name", "epsilon"), [("COCO_V1", 0.0), ("COCO_LEGACY", 1e-5)])
+def test_cocos_keypoints_by_name_are_read_from_the_cache(hub, name, epsilon):
+    builder = torchvision.models.detection.keypointrcnn_resnet50_fpn
+    # The tensors of both are alike: the name alone tells which epsilon is theirs.
+    theirs = builder(weights=None, weights_backbone=None, num_classes=2).state_dict()
+    torch.save(frozen(theirs), hub / KeypointRCNN_ResNet50_FPN_Weights[name].url.rpartition("/")[2])
+    model, _ = load_detector(name, "keypointrcnn_resnet50_fpn")
+    config = model.config
+    assert (config.class_names, config.category_ids, config.batch_norm_epsilon) == (("person",), (1,), epsilon)
+    assert (config.keypoint_names, config.keypoint_skeleton) == (COCO_NAMES, COCO_SKELETON)
+    assert all(torch.equal(model.state_dict()[tensor], value) for tensor, value in frozen(theirs).items())
+    config = model_config("keypointrcnn_resnet50_fpn", class_names=("person",))
+    assert model_changes(starting_weights(name, config), config)["batch_norm_epsilon"] == epsilon
+
+
+def test_keypoints_that_are_not_cocos_have_numbers_for_names(tmp_path):
+    body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
+    theirs = torchvision.models.detection.KeypointRCNN(body, num_classes=2, num_keypoints=3)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    config = load_torchvision(tmp_path / "w.pth", "keypointrcnn_resnet18_fpn").config
+    assert config.keypoint_names == ("keypoint_1", "keypoint_2", "keypoint_3") and config.keypoint_skeleton == ()
+
+
 def test_every_model_that_torchvision_has_too_has_names_for_its_weights():
     shared = set(MODELS) & set(torchvision.models.list_models(module=torchvision.models.detection))
-    assert shared == {f"{f}_resnet50_fpn{v}" for f in ("maskrcnn", "fasterrcnn") for v in ("", "_v2")}
+    both_versions = {f"{f}_resnet50_fpn{v}" for f in ("maskrcnn", "fasterrcnn") for v in ("", "_v2")}
+    assert shared == {*both_versions, "keypointrcnn_resnet50_fpn"}
     assert FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"][1:] == list(coco_labels())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskrcnn.data import shapes
+from maskrcnn.data import drawn, shapes
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import CLASS_NAMES, generate_shapes, shapes_image
@@ -47,16 +47,16 @@ def test_annotations_describe_the_drawn_pixels(folder):
         image, objects = shapes_image(np.random.default_rng([3, 0, index]), (96, 96))
         np.testing.assert_array_equal(read_image(record.path), image)
         assert [label for label, _ in objects] == [instance.label for instance in record.instances]
-        for (_, drawn), instance in zip(objects, record.instances, strict=True):
+        for (_, painted), instance in zip(objects, record.instances, strict=True):
             mask = instance_mask(record, instance)
-            iou = (mask & drawn).sum() / (mask | drawn).sum()
+            iou = (mask & painted).sum() / (mask | painted).sum()
             kind = "polygon" if isinstance(instance.segmentation, list) else "rle"
             assert iou > 0.9 if kind == "polygon" else iou == 1
             kinds[kind] += 1
-            rows, columns = np.nonzero(drawn)
+            rows, columns = np.nonzero(painted)
             expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert instance.box_xyxy_px == expected
-            assert instance.area_px == drawn.sum() >= 40
+            assert instance.area_px == painted.sum() >= 40
     assert min(kinds["polygon"], kinds["rle"]) > 0.2 * kinds.total()
 
 
@@ -204,14 +204,14 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
 
 def test_finishing_second_uses_the_first_ones_folder(tmp_path, monkeypatch):
     arguments = {"train_images": 1, "val_images": 1, "size_px": 32}
-    write = shapes._write_images
+    write = drawn._write_images
 
     def overtaken(*given):
-        monkeypatch.setattr(shapes, "_write_images", write)
+        monkeypatch.setattr(drawn, "_write_images", write)
         generate_shapes(tmp_path / "s", **arguments)
         return write(*given)
 
-    monkeypatch.setattr(shapes, "_write_images", overtaken)
+    monkeypatch.setattr(drawn, "_write_images", overtaken)
     assert generate_shapes(tmp_path / "s", **arguments) == tmp_path / "s"
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 

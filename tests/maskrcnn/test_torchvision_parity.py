@@ -14,6 +14,7 @@ from torchvision.models import get_model, list_models
 
 from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import MODELS, model_config
+from maskrcnn.data.figures import figures_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
@@ -114,7 +115,8 @@ def test_plain_architecture():
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) & set(list_models(module=torchvision.models.detection))))
 def test_models_that_torchvision_builds_itself(name):
-    few = {"rpn_candidates_per_level": 100, "proposals": 60}  # the heads of version 2 are slow
+    # The heads of version 2 and of keypoints are slow.
+    few = {"rpn_candidates_per_level": 100, "proposals": 60, "detections": 20}
     config = model_config(
         name,
         class_names=tuple("abcdef"),
@@ -132,6 +134,7 @@ def test_models_that_torchvision_builds_itself(name):
         max_size=213,
         rpn_pre_nms_top_n_test=few["rpn_candidates_per_level"],
         rpn_post_nms_top_n_test=few["proposals"],
+        box_detections_per_img=few["detections"],
     )
     images = images_of([(120, 160), (160, 120)], seed=2)
     calibrate(theirs, images)
@@ -142,6 +145,45 @@ def test_models_that_torchvision_builds_itself(name):
     assert found.detections >= 10 and found.labels >= 3
     assert found.masks == (found.detections if config.has_masks else 0)
     assert_equal(found)
+
+
+LARGE = {  # boxes of some 200 px, which no window holds
+    "preprocessing": Preprocessing(min_size_px=320, max_size_px=640),
+    "anchor_sizes_px": (96, 160, 224, 288, 352),
+}
+
+
+@pytest.mark.parametrize(("changes", "least_share"), [({}, 1.0), ({"has_masks": True}, 1.0), (LARGE, 0.85)])
+def test_keypoints(changes, least_share):
+    """Keypoints of paired detections are torchvision's.
+
+    Random heat maps are rough: in a box larger than the window some have another peak of nearly the same height, and
+    there torchvision's, the best of all pixels, may be the other one.
+    """
+    pose = {"has_masks": False, "has_keypoints": True, "keypoint_names": ("a", "b", "c")}
+    config = replace(SMALL, **{**pose, "keypoint_head_channels": (32, 32), **changes})
+    rng = np.random.default_rng(6)
+    images = [figures_image(rng, size)[0] for size in MIXED_SIZES]
+    torch.manual_seed(0)
+    theirs = torchvision_from_config(config)
+    calibrate(theirs, images)
+    ours = MaskRCNN(config)
+    load_weights(ours, theirs.state_dict(), "calibrated weights")
+    detector, off, lower = Detector(TorchBackend(ours, device="cpu")), [], []
+    for image in images:
+        one = detector.detect([image])[0]
+        with torch.inference_mode():
+            other = theirs([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
+        boxes = other["boxes"].numpy()
+        assert len(one) == len(boxes) > 5 and one.has_masks == config.has_masks
+        nearest = np.abs(one.boxes_xyxy_px[:, None] - boxes[None]).max(axis=-1)
+        pairs = nearest.argmin(axis=1)
+        assert nearest.min(axis=1).max() < 0.05
+        off.append(np.abs(one.keypoints[..., :2] - other["keypoints"].numpy()[pairs, :, :2]).max(axis=-1))
+        lower.append(other["keypoints_scores"].numpy()[pairs] - one.keypoints[..., 2])
+    off, lower = np.concatenate(off).ravel(), np.concatenate(lower).ravel()
+    assert (off < 0.1).mean() >= least_share
+    assert np.abs(lower[off < 0.1]).max() < 1e-3 and lower.min() > -1e-3 and lower.max() < 1.0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,7 @@ from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.training import trainer as trainer_module
 from maskrcnn.training.device import choose_precision, choose_workers
+from maskrcnn.training.optimizer import make_optimizer
 from maskrcnn.training.schedule import learning_rate
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
@@ -181,7 +182,7 @@ def test_a_process_killed_while_it_writes_its_state_continues_the_state_before(s
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(trainer_module, "SECONDS_BETWEEN_STATES", -1.0)  # after every step
     dataset = CocoDataset.load(shapes, "train")
@@ -233,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes, tmp_path):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(shapes, tmp_path):
-    for optimizer in ("sgd", "adamw"):
+    for optimizer in ("sgd", "adam", "adamw"):
         plan = config(shapes, on_nonfinite="skip", optimizer=optimizer, epochs=1)
         trainer = start_run(plan, tmp_path / optimizer, CocoDataset.load(shapes, "train"))
         batch = next(
@@ -350,6 +351,26 @@ def test_cosine_schedule_by_hand(shapes):
     rates = [learning_rate(plan, step, 10) for step in (0, 4, 9, 10, 55, 99)]
     expected = [0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))]
     assert rates == pytest.approx(expected)
+
+
+def test_a_cosine_ends_where_it_is_told_to(shapes):
+    plan = config(shapes, epochs=10, learning_rate=2.0, warmup_steps=0, cosine_end=0.1)
+    rates = [learning_rate(plan, step, 10) for step in (0, 50, 100)]
+    assert rates == pytest.approx([2.0, 1.1, 0.2])
+
+
+def test_decay_is_in_adams_gradient_and_beside_adamws(shapes):
+    steps = {}
+    for optimizer in ("adam", "adamw"):
+        layer = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.constant_(layer.weight, 1.0)
+        plan = config(shapes, optimizer=optimizer, learning_rate=0.1, weight_decay=0.5)
+        layer.weight.grad = torch.tensor([[1.0, 0.0]])
+        make_optimizer(layer, plan).step()
+        steps[optimizer] = (1 - layer.weight.detach()).flatten().tolist()
+    # Adam's first step is the sign of gradient and decay; AdamW's is the gradient's sign and 0.1 · 0.5 of the weight.
+    assert steps["adam"] == pytest.approx([0.1, 0.1], abs=1e-6)
+    assert steps["adamw"] == pytest.approx([0.15, 0.05], abs=1e-6)
 
 
 def test_step_schedule_by_hand(shapes):
