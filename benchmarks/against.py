@@ -118,7 +118,7 @@ def spread(latencies: Sequence[float]) -> float:
 
 def _lost_ap(row: Measurement, then: dict[str, Any]) -> list[str]:
     found = []
-    for name in ("box_ap", "mask_ap"):
+    for name in ("box_ap", "mask_ap", "keypoint_ap"):
         now, was = getattr(row, name), then.get(name)
         if now is not None and was is not None and now < was - AP_LOSS:
             found.append(f"{title(row)}: {name.replace('_ap', ' AP')} {now:.4f}, was {was:.4f}")

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from maskrcnn.postprocess import Detections
+from maskrcnn.runtime.verification.compare import EXACT
+from maskrcnn.runtime.verification.keypoints import (
+    KeypointDifference,
+    KeypointTolerance,
+    compare_keypoints,
+    merge_keypoints,
+)
 from maskrcnn.runtime.verification.matching import of_equal_label, pair_in_order, pairwise_iou
 
 MIN_IOU = 0.5  # with which detections of the same label are paired
@@ -32,13 +39,23 @@ class Mismatch:
     mask_px_sum: int = 0  # likewise, of all pairs
     mask_iou: float = 1.0  # of one pair of masks, at least; likewise
     jumped_mask_iou: float = 1.0  # the same of those that jumped
+    keypoints: KeypointDifference | None = None  # None: one of the two has none
 
-    def within(self, *, box_px: float, score: float, mask_iou: float, unpaired_share: float) -> bool:
+    def within(
+        self,
+        *,
+        box_px: float,
+        score: float,
+        mask_iou: float,
+        unpaired_share: float,
+        keypoints: KeypointTolerance = EXACT.keypoints,
+    ) -> bool:
         """Whether the difference is inside these bounds."""
         return (
             self.box_px <= box_px
             and self.score <= score
             and self.mask_iou >= mask_iou
+            and (self.keypoints is None or self.keypoints.within(keypoints))
             and self.unpaired <= unpaired_share * max(self.detections, self.other_detections)
         )
 
@@ -48,6 +65,7 @@ class Mismatch:
             f"{self.detections} and {self.other_detections} detections, {self.labels} labels, "
             f"{self.unpaired} unpaired, {self.excused} at the edge, {self.reordered} reordered; "
             f"boxes {self.box_px:.2g} px, scores {self.score:.2g}{masks}"
+            + (f", {self.keypoints}" if self.keypoints is not None else "")
             + (f", {self.jumped} windows jumped (IoU ≥ {self.jumped_mask_iou:.2f})" if self.jumped else "")
         )
 
@@ -62,11 +80,18 @@ def merge(parts: Sequence[Mismatch]) -> Mismatch:
         **{name: sum(getattr(part, name) for part in parts) for name in sums},
         **{name: max((getattr(part, name) for part in parts), default=0) for name in largest},
         **{name: min((getattr(part, name) for part in parts), default=1.0) for name in smallest},
+        keypoints=merge_keypoints([part.keypoints for part in parts]),
     )
 
 
 def compare_detections(
-    reference: Detections, other: Detections, *, edge: float = 1e-3, rows: int = 100, threshold: float = 0.05
+    reference: Detections,
+    other: Detections,
+    tolerance: KeypointTolerance = EXACT.keypoints,
+    *,
+    edge: float = 1e-3,
+    rows: int = 100,
+    threshold: float = 0.05,
 ) -> Mismatch:
     """Pairs the detections of one image by label and IoU, and measures the pairs.
 
@@ -75,6 +100,7 @@ def compare_detections(
 
     Args:
         reference, other: in pixels of the same image, by descending score.
+        tolerance: for counting the keypoints that lie elsewhere.
         edge: a detection without partner is excused when its score is at most this much above the lowest
             that its side could report.
         rows: the most detections that a side reports.
@@ -99,6 +125,9 @@ def compare_detections(
         box_px=_largest(np.abs(reference.boxes_xyxy_px[first] - other.boxes_xyxy_px[second])),
         score=_largest(np.abs(reference.scores[first] - other.scores[second])),
         **(_compare_masks(reference, other, first, second) if reference.has_masks or other.has_masks else {}),
+        keypoints=compare_keypoints(reference.keypoints[first], other.keypoints[second], tolerance)
+        if reference.has_keypoints and other.has_keypoints
+        else None,
     )
 
 

@@ -67,6 +67,7 @@ FULL = (
     _lighter("maskrcnn_resnet18_fpn_v2"),
     _lighter("fasterrcnn_resnet18_fpn"),
     _lighter("fasterrcnn_resnet18_fpn_v2"),
+    _lighter("keypointrcnn_resnet50_fpn"),
     _lighter("maskrcnn_resnet50_fpn:detectron2"),
     _lighter("maskrcnn_resnet18_fpn:panet+crop"),
     _lighter("maskrcnn_resnet18_fpn:bifpn+pool"),

@@ -118,6 +118,11 @@ def needed_share(difference: Difference) -> float:
         (difference.mask or 0.0) / EXACT.mask,
         (difference.mask_mean or 0.0) / EXACT.mask_mean,
     )
+    points = difference.keypoints
+    if points is not None:
+        shares += (points.px / EXACT.keypoints.px, points.score / EXACT.keypoints.score)
+        if not points.within(EXACT.keypoints):
+            return math.inf
     if difference.unpaired or any(math.isnan(share) for share in shares):
         return math.inf
     return max(shares)
@@ -127,7 +132,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = [
         *("model", "kind", "cells", "images", "empty", "partly full", "full", "detections"),
-        *("box px", "score", "mask", "mask mean", "unpaired", "worst cell", "status"),
+        *("box px", "score", "mask", "mask mean", "keypoint px", "elsewhere", "unpaired", "worst cell", "status"),
     ]
     return aligned(head, [_columns(row) for row in rows])
 
@@ -135,16 +140,22 @@ def table(rows: Sequence[Row]) -> str:
 def _columns(row: Row) -> list[str]:
     found = row.difference
     counts = (row.cells, found.images, found.images_without_detections, row.partly, row.full, found.detections)
-    differences = (found.box_px, found.score, found.mask, found.mask_mean)
+    points = found.keypoints
+    differences = (found.box_px, found.score, found.mask, found.mask_mean, points and points.px)
     return [
         *(row.model, row.kind.value),
         *(str(count) for count in counts),
         *("" if value is None else f"{value:.1e}" for value in differences),
+        "" if points is None else f"{points.beyond} of {points.compared}",
         *(str(found.unpaired), str(row.worst.cell) if needed_share(found) else "", row.status),
     ]
 
 
 def _numbers(difference: Difference) -> dict[str, Any]:
     """A difference's fields; NaN, which JSON does not have, as text."""
-    values = dataclasses.asdict(difference)
-    return {name: "NaN" if isinstance(v, float) and np.isnan(v) else v for name, v in values.items()}
+    return _without_nan(dataclasses.asdict(difference))
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    inner = {name: _without_nan(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: "NaN" if isinstance(v, float) and np.isnan(v) else v for name, v in inner.items()}

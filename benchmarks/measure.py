@@ -29,18 +29,21 @@ FP32_BOUNDS = {
     "box_px": EXACT.box_px,
     "score": EXACT.score,
     "mask_iou": 0.95,
+    "keypoints": EXACT.keypoints,
     "unpaired_share": 0.02,
 }
 HALF_BOUNDS = {
     "box_px": HALF.box_px,
     "score": HALF.score,
     "mask_iou": 0.5,
+    "keypoints": HALF.keypoints,
     "unpaired_share": HALF.departing_share,
 }
 INT8_BOUNDS = {
     "box_px": INT8.box_px,
     "score": INT8.score,
     "mask_iou": 0.3,
+    "keypoints": INT8.keypoints,
     "unpaired_share": INT8.departing_share,
 }
 
@@ -66,8 +69,10 @@ class Measurement:
     times_torchvision_onnx: float | None = None
     box_ap: float | None = None
     mask_ap: float | None = None
+    keypoint_ap: float | None = None
     box_ap_difference: float | None = None  # to the reference
     mask_ap_difference: float | None = None
+    keypoint_ap_difference: float | None = None
     check: str = ""  # difference to the reference's detections
     split_ms: dict[str, float] | None = None  # by splits.PARTS, medians of other calls than those above
     host_mb: float | None = None  # most memory that a process with this contender alone held, libraries included
@@ -211,7 +216,7 @@ def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], r
             if limit is None or len(images) <= limit:
                 found = entry.detector.detect(images)
                 parts += [
-                    compare_detections(first, second, edge=bounds["score"], rows=rows)
+                    compare_detections(first, second, bounds["keypoints"], edge=bounds["score"], rows=rows)
                     for first, second in zip(reference, found, strict=True)
                 ]
     except Exception as error:
@@ -332,7 +337,7 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
         return row
     if samples is None:
         reason = f"takes at most {contender.largest_batch} image(s) at a time"
-        return replace(row, status="not run", reason=reason, box_ap=None, mask_ap=None)
+        return replace(row, status="not run", reason=reason, **dict.fromkeys(entry.summary))
     if samples.error is not None or not samples.latencies_ms:
         return replace(row, status="failed", reason=one_line(samples.error or "no samples"))
     p50, p90, p99 = (samples.percentile_ms(percent) for percent in (50, 90, 99))
@@ -367,6 +372,7 @@ def _with_ratios(rows: list[Measurement], entries: list[_Entry]) -> list[Measure
             times_torchvision_onnx=ratio(row, "onnx"),
             box_ap_difference=difference(row.box_ap, "box_ap"),
             mask_ap_difference=difference(row.mask_ap, "mask_ap"),
+            keypoint_ap_difference=difference(row.keypoint_ap, "keypoint_ap"),
         )
         for row in rows
     ]

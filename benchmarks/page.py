@@ -20,19 +20,23 @@ def name_of(row: Measurement) -> str:
 
 
 def ap_chart(rows: Sequence[Measurement]) -> str | None:
-    """AP (of masks where there are any) against latency at the smallest batch, as SVG; None without an AP."""
+    """AP against latency at the smallest batch, as SVG; None without an AP.
+
+    It is that of masks where there are any, else of keypoints, else of boxes.
+    """
     measured = [row for row in rows if row.p50_ms is not None and row.box_ap is not None]
     if not measured:
         return None
     batch, size = min(row.batch for row in measured), measured[0].size
-    masks = any(row.mask_ap is not None for row in measured)
+    kinds = ("mask", "keypoint", "box")
+    kind = next(kind for kind in kinds if any(getattr(row, f"{kind}_ap") is not None for row in measured))
     series = [
-        Series(name_of(row), [(row.p50_ms / batch, row.mask_ap if masks else row.box_ap)])
+        Series(name_of(row), [(row.p50_ms / batch, getattr(row, f"{kind}_ap"))])
         for row in measured
-        if row.batch == batch and row.size == size and (row.mask_ap is not None or not masks)
+        if row.batch == batch and row.size == size and getattr(row, f"{kind}_ap") is not None
     ]
     x = Axis("milliseconds per image, p50", logarithmic=True)
-    return chart(f"AP against latency, batch {batch}", x, Axis("mask AP" if masks else "box AP"), series)
+    return chart(f"AP against latency, batch {batch}", x, Axis(f"{kind} AP"), series)
 
 
 def split_section(rows: Sequence[Measurement]) -> str:

@@ -27,6 +27,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
@@ -57,6 +58,8 @@ PIXEL_CONVENTIONS = ("divisor", "channel_order", "resize")
 def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None) -> FasterRCNN:
     """torchvision's Mask R-CNN or Faster R-CNN of our configuration, with random weights, in evaluation mode.
 
+    With keypoints either has the parts of torchvision's Keypoint R-CNN besides.
+
     Args:
         config: of our model.
         loss: how it trains; by default as torchvision's own models do.
@@ -67,7 +70,7 @@ def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None)
     _check_conventions(config)
     levels, ratio = [str(level) for level in range(len(config.strides_px))], config.pool_sampling_ratio
     ratios, loss = config.anchor_aspect_ratios, loss or LossConfig()
-    return (MaskRCNN if config.has_masks else FasterRCNN)(
+    model = (MaskRCNN if config.has_masks else FasterRCNN)(
         _backbone(config),
         min_size=config.preprocessing.min_size_px,
         max_size=config.preprocessing.max_size_px,
@@ -97,7 +100,11 @@ def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None)
         box_batch_size_per_image=loss.box_samples,
         box_positive_fraction=loss.box_positive_fraction,
         **(_mask_parts(config, levels, ratio) if config.has_masks else {}),
-    ).eval()
+    )
+    if config.has_keypoints:
+        for name, part in _keypoint_parts(config, levels, ratio).items():
+            setattr(model.roi_heads, name, part)
+    return model.eval()
 
 
 def _check_conventions(config: ModelConfig) -> None:
@@ -128,6 +135,15 @@ def _mask_parts(config: ModelConfig, levels: list[str], ratio: int) -> dict[str,
         "mask_roi_pool": MultiScaleRoIAlign(levels, config.mask_pool_size, ratio),
         "mask_head": MaskRCNNHeads(config.fpn_channels, config.mask_head_channels, 1, norm),
         "mask_predictor": MaskRCNNPredictor(last, last, config.num_classes + 1),
+    }
+
+
+def _keypoint_parts(config: ModelConfig, levels: list[str], ratio: int) -> dict[str, nn.Module]:
+    channels = config.keypoint_head_channels
+    return {
+        "keypoint_roi_pool": MultiScaleRoIAlign(levels, config.keypoint_pool_size, ratio),
+        "keypoint_head": KeypointRCNNHeads(config.fpn_channels, channels),
+        "keypoint_predictor": KeypointRCNNPredictor(channels[-1], len(config.keypoint_names)),
     }
 
 
@@ -178,6 +194,9 @@ def _detections(found: Mapping[str, np.ndarray], size_hw: tuple[int, int]) -> De
         "masks": None,
         "size_hw": size_hw,
     }
+    if "keypoints" in found:
+        points, scores = (np.asarray(found[name], np.float32) for name in ("keypoints", "keypoints_scores"))
+        values["keypoints"] = np.concatenate([points[..., :2], scores[..., None]], axis=-1)
     if "masks" not in found:
         return Detections(**values)
     return PastedDetections(**values, pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5)
@@ -268,6 +287,8 @@ def export_legacy(model: FasterRCNN, example: np.ndarray, output: Path) -> None:
     outputs = {name: {0: "detections"} for name in ("boxes", "labels", "scores")}
     if model.roi_heads.has_mask():
         outputs["masks"] = {0: "detections", 2: "height", 3: "width"}
+    if model.roi_heads.has_keypoint():
+        outputs |= {name: {0: "detections"} for name in ("keypoints", "keypoints_scores")}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -122,9 +122,11 @@ def calibrate(model: FasterRCNN, images: Sequence[np.ndarray]) -> None:
         shift = _background_shift(logits, [len(rows) for rows in proposals])
         heads.box_predictor.cls_score.bias[0] += shift
         logits[:, 0] += shift
+        boxes, _, _ = heads.postprocess_detections(logits, deltas, proposals, sizes)
         if heads.has_mask():
-            boxes, _, _ = heads.postprocess_detections(logits, deltas, proposals, sizes)
             heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, sizes)))
+        if heads.has_keypoint():
+            heads.keypoint_predictor(heads.keypoint_head(heads.keypoint_roi_pool(features, boxes, sizes)))
     model.eval()
 
 

@@ -35,6 +35,7 @@ MODULES = {
     "rpn.head": "RPN head",
     "roi_heads.box": "box head",
     "roi_heads.mask": "mask head",
+    "roi_heads.keypoint": "keypoint head",
 }
 OPERATORS = {
     "roialign": "RoIAlign",
@@ -90,7 +91,8 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int) -> Split:
     profiles = list(_profiles(path, detector, feeds, repeat))
     stages = {name: 1e3 * statistics.median(values) for name, values in outside.items()}
     for stage in (*MODULES.values(), *dict.fromkeys(OPERATORS.values()), REST):
-        stages[stage] = statistics.median(profile[stage] for profile in profiles)
+        if any(profile[stage] for profile in profiles):  # a model has one of the last two heads, or both, or none
+            stages[stage] = statistics.median(profile[stage] for profile in profiles)
     return Split(
         path.name, f"{detector.backend.name} {detector.backend.precision}", 1e3 * statistics.median(totals), stages
     )
@@ -158,11 +160,12 @@ def table(splits: Sequence[Split]) -> str:
     """One column for each file: milliseconds and their share of all stages."""
     head = ["stage", *(f"{split.model}, {split.backend}" for split in splits)]
     lines = [head, ["---"] * len(head)]
-    for stage in splits[0].stages_ms:
+    every = (*OUTSIDE, *MODULES.values(), *OPERATORS.values(), REST)
+    for stage in dict.fromkeys(stage for stage in every if any(stage in split.stages_ms for split in splits)):
         cells = []
         for split in splits:
-            share = split.stages_ms[stage] / sum(split.stages_ms.values())
-            cells.append(f"{split.stages_ms[stage]:.1f} ms, {share:.0%}")
+            ms = split.stages_ms.get(stage, 0.0)
+            cells.append(f"{ms:.1f} ms, {ms / sum(split.stages_ms.values()):.0%}")
         lines.append([stage, *cells])
     lines.append(["a call, without profile", *(f"{split.total_ms:.0f} ms" for split in splits)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

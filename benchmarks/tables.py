@@ -75,6 +75,7 @@ def _latency(content: dict[str, Any]) -> str:
         ("× its ONNX", _figure("times_torchvision_onnx", ".2f")),
         ("box AP", _ap("box_ap")),
         ("mask AP", _ap("mask_ap")),
+        ("keypoint AP", _ap("keypoint_ap")),
         ("host MB", _figure("host_mb", ".0f")),
         ("GPU MB", _figure("device_mb", ".0f")),
         ("file MB", _figure("file_mb", ".0f")),
@@ -167,6 +168,7 @@ def _matrix(content: dict[str, Any]) -> str:
         ("boxes px", _figure("box_px", ".1e")),
         ("scores", _figure("score", ".1e")),
         ("masks", _figure("mask", ".1e")),
+        ("keypoints px", lambda row: f"{row['keypoints']['px']:.1e}" if row.get("keypoints") else ""),
     ]
     return _table(columns, content["rows"])
 

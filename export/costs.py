@@ -20,6 +20,7 @@ STAGE_TENSORS = (
     ("RPN", ("proposals",)),
     ("box head", ("boxes",)),
     ("mask head", ("masks",)),
+    ("keypoint head", ("keypoints",)),
 )
 _REST, _WHOLE = "other", "whole model"  # the latter where the graph does not name its stages
 _LARGEST_SHAPE_CONSTANT = 1024  # elements; what is larger cannot decide a shape
@@ -41,7 +42,7 @@ class Costs:
 
 
 def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> Costs | None:
-    """Counts convolutions and matrix products for one image, the mask head for all rows of the output.
+    """Counts convolutions and matrix products for one image, the mask and keypoint heads for all rows of the output.
 
     Interpolation, NMS, RoIAlign and element-wise operations are left out, as is usual.
 

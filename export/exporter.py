@@ -28,11 +28,11 @@ from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.runtime.verification.compare import EXACT, Difference
 from maskrcnn.runtime.verification.validation import compare_backends
-from maskrcnn.stages import OF_MASKS, STAGES
+from maskrcnn.stages import OF_KEYPOINTS, OF_MASKS, STAGES
 
 OPSET = 20  # the first with every operator used here in its present form
 TORCH = (2, 10)  # the oldest whose exporter this was tried with
-OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks")  # without the last for a model without masks
+OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks", "keypoints")  # the last two where a model has them
 # Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
 FORBIDDEN_OPS = frozenset(
     {"If", "Loop", "Scan", "NonZero", "NonMaxSuppression", "Unique", "Compress", "SequenceConstruct"}
@@ -45,9 +45,10 @@ class _WithStages(nn.Module):
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.model = model
-        self.outputs = OUTPUTS if model.config.has_masks else OUTPUTS[:-1]
-        without = () if model.config.has_masks else OF_MASKS
-        self.names = (*self.outputs, *(name for name in STAGES if name not in (*OUTPUTS, *without)))
+        config = model.config
+        without = {*(() if config.has_masks else OF_MASKS), *(() if config.has_keypoints else OF_KEYPOINTS)}
+        self.outputs = tuple(name for name in OUTPUTS if name not in without)
+        self.names = (*self.outputs, *(name for name in STAGES if name not in {*OUTPUTS, *without}))
 
     def forward(self, images: Tensor, image_sizes: Tensor) -> tuple[Tensor, ...]:
         stages: dict[str, Tensor] = {}

@@ -272,6 +272,8 @@ def _provenance(metadata: ModelMetadata) -> list[str]:
         f"made from: SHA-256 {metadata.source_sha256 or 'not recorded'}",
         f"written by: {_pairs(metadata.versions) or 'not recorded'}",
     ]
+    if metadata.has_keypoints:
+        lines.insert(2, f"keypoints: {len(metadata.keypoint_names)} ({', '.join(metadata.keypoint_names)})")
     return lines + [f"stamp, {key}: {'; '.join(str(value).splitlines())}" for key, value in metadata.stamp.items()]
 
 

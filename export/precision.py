@@ -3,8 +3,9 @@
 Convolutions and matrix products compute in half precision, and so does what only passes their results on: addition,
 multiplication, activations, pooling, resizing, RoIAlign's features. Everything else stays in single precision:
 normalisation of the pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores, NMS, RoI
-coordinates. A weight or an activation too large for the type keeps its node in single precision too. The graph says
-all of it in `Cast` nodes, so every runtime does the same.
+coordinates, and what finds keypoints in heat maps, matrix products of two computed tensors included. A weight or an
+activation too large for the type keeps its node in single precision too. The graph says all of it in `Cast` nodes, so
+every runtime does the same.
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ def _is_exempt(graph: Graph, node: onnx.NodeProto, precision: str) -> bool:
     if node.op_type == "Sigmoid":  # one that makes scores or masks; not that of a swish, x · sigmoid(x)
         reader = graph.only_consumer(node.output[0])
         return reader is None or reader.op_type != "Mul" or node.input[0] not in reader.input
+    if node.op_type == "MatMul":  # without a weight: positions times a heat map, whose neighbouring pixels would tie
+        return not any(name in graph.constants for name in node.input)
     return precision == "bf16" and node.op_type in _NOT_IN_BF16
 
 

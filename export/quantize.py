@@ -31,7 +31,7 @@ GROUPS = {
     "first": ("backbone.body.conv1", "backbone.body.0", "backbone.body.0.0"),  # ResNet, VGG, the others
     "last": (
         *("rpn.head.cls_logits*", "rpn.head.bbox_pred*", "roi_heads.box_predictor.*"),
-        "roi_heads.mask_predictor.mask_fcn_logits",
+        *("roi_heads.mask_predictor.mask_fcn_logits", "roi_heads.keypoint_predictor.*"),
     ),
     "heads": ("rpn.*", "roi_heads.*"),
     "backbone": ("backbone.body.*",),

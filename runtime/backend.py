@@ -39,6 +39,8 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
     }
     if metadata.has_masks:
         outputs["masks"] = TensorSpec("float32", (None, rows, 28, 28))
+    if metadata.has_keypoints:
+        outputs["keypoints"] = TensorSpec("float32", (None, rows, len(metadata.keypoint_names), 3))
     return inputs, outputs
 
 

@@ -38,7 +38,7 @@ class Detector:
         Args:
             path: `.safetensors`, `.onnx`, `.xml` or `.engine`.
             backend: "torch", "onnxruntime", "openvino" or "tensorrt", where a kind of file has several; with one of
-                ONNX Runtime's providers as "onnxruntime:cuda".
+                ONNX Runtime's providers as "onnxruntime:cuda", with PyTorch's precision as "torch:fp16".
             options: for the backend, such as `threads`, `precision` or `graphs`.
 
         Raises:
@@ -71,8 +71,11 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
             "name a checkpoint, an exported model or an engine; "
             "for torchvision weights: `maskrcnn export --weights FILE --model NAME --onnx`",
         )
-    chosen, _, provider = (backend or kinds[0]).partition(":")
-    options |= {"provider": provider} if provider else {}
+    chosen, _, variant = (backend or kinds[0]).partition(":")
+    if variant:
+        options["precision" if chosen == "torch" else "provider"] = variant
+    if chosen not in kinds and "precision" in options and chosen == "torch":
+        raise _has_its_own_precision(options["precision"], path)
     if chosen not in kinds:
         raise UserError(f"backend {chosen!r} for {path}", " or ".join(kinds), "choose one of these")
     if "provider" in options and chosen != "onnxruntime":
@@ -95,11 +98,27 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
     return OpenVinoBackend(path, **options)
 
 
-def with_provider(backend: str | None, provider: str | None) -> str | None:
-    """A backend's name with one of ONNX Runtime's providers, as `load_backend` takes it.
+def backend_spec(backend: str | None, provider: str | None, precision: str | None) -> str | None:
+    """A backend's name with one of ONNX Runtime's providers or a precision of PyTorch's, as `load_backend` takes it.
 
     Args:
         backend: as a user names it, or None.
         provider: as a user names it, or None for the best that works.
+        precision: as a user names it, or None for single precision.
+
+    Raises:
+        UserError: for a precision of another backend, and for both.
     """
-    return f"{backend or 'onnxruntime'}:{provider}" if provider else backend
+    if precision is None:
+        return f"{backend or 'onnxruntime'}:{provider}" if provider else backend
+    if provider or backend not in (None, "torch"):
+        raise _has_its_own_precision(precision, provider or backend)
+    return f"torch:{precision}"
+
+
+def _has_its_own_precision(precision: str, what: str | Path) -> UserError:
+    return UserError(
+        f"precision {precision} for {what}",
+        "a checkpoint in PyTorch, where it can be chosen; other files have theirs",
+        "leave it out, or make such a file with `maskrcnn export --precision` or `maskrcnn build-engine`",
+    )

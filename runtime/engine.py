@@ -101,11 +101,34 @@ def keep_coordinates_in_fp32(model) -> None:
     OpenVINO executes in bfloat16 what lies before a convolution or matrix product, and leaves the tail of the
     graph in FP32. RoI coordinates on their way into RoIAlign lie before one, and bfloat16 would move them by up
     to 4 pixels at 1000. As outputs of the graph they belong to the tail. Nothing reads these outputs.
+
+    Nor may the two matrix products that look at a heat map between its cells get positions in bfloat16. What they are
+    given is kept, by outputs that are a single number of each; they themselves stay in bfloat16, which rounds
+    what they add to a map's best cell (`maskrcnn.model.heatmaps`).
     """
+    from openvino import opset13
+
     tails = []
     for node in model.get_ordered_ops():
         if node.get_type_name() == "ROIAlign":
             tails.append(node.input_value(1))
         if node.get_type_name() == "Split" and node.get_output_element_type(0).is_real():
             tails += node.outputs()
+        if node.get_type_name() == "MatMul" and all(_is_computed(value) for value in node.input_values()):
+            given = [value for value in node.input_values() if value.get_node().get_type_name() != "MatMul"]
+            axes = [list(range(len(value.get_partial_shape()))) for value in given]
+            tails += [opset13.reduce_max(value, own).output(0) for value, own in zip(given, axes, strict=True)]
     model.add_outputs(tails)
+
+
+def _is_computed(value) -> bool:
+    """Whether an input of the model has a part in a value, as in features and not in weights."""
+    waiting, seen = [value.get_node()], set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_type_name() == "Parameter":
+            return True
+        if node.get_name() not in seen:
+            seen.add(node.get_name())
+            waiting += [source.get_node() for source in node.input_values()]
+    return False

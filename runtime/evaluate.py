@@ -22,7 +22,7 @@ __all__ = ["METRICS", "Evaluation", "Seconds", "check_classes", "detect_records"
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores of boxes and, where there are, of masks, the detections behind them, and the time they took."""
+    """Scores of boxes and, where there are, of masks and keypoints, what was detected, and the time it took."""
 
     scored: dict[str, Scored]  # by kind: "bbox", "segm" or "keypoints"
     results: list[dict[str, Any]]  # COCO results format
@@ -39,8 +39,13 @@ class Evaluation:
         """COCO's metrics of masks; None of a model without masks."""
         return self.scored["segm"].metrics if "segm" in self.scored else None
 
+    @property
+    def keypoint(self) -> dict[str, float] | None:
+        """COCO's metrics of keypoints; None of a model without keypoints."""
+        return self.scored["keypoints"].metrics if "keypoints" in self.scored else None
+
     def summary(self) -> dict[str, float]:
-        """`box_ap` and, where there are masks, `mask_ap`."""
+        """`box_ap` and, where there are masks and keypoints, `mask_ap` and `keypoint_ap`."""
         return {f"{KIND_NAMES[kind]}_ap": scored.metrics["AP"] for kind, scored in self.scored.items()}
 
     def table(self) -> str:
@@ -56,7 +61,7 @@ def evaluate(
     scorer: Scorer = Scorer.PYCOCOTOOLS,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Runs a detector on a dataset and scores it.
+    """Runs a detector on a dataset and scores it: boxes, and masks and keypoints where both have them.
 
     Args:
         detector: any backend.
@@ -66,12 +71,20 @@ def evaluate(
         progress: called with the number of images done in each batch.
 
     Raises:
-        UserError: when the model was trained on other classes, or an image cannot be read.
+        UserError: when the model was trained on other classes or keypoints, or an image cannot be read.
     """
     check_classes(detector, dataset)
     results, seconds = detect_records(detector, dataset.images, batch_size=batch_size, progress=progress)
-    with_masks = detector.metadata.has_masks and dataset.has_masks
-    return score_results(dataset, results, with_masks=with_masks, seconds=seconds, scorer=scorer)
+    metadata = detector.metadata
+    return score_results(
+        dataset,
+        results,
+        with_masks=metadata.has_masks and dataset.has_masks,
+        with_keypoints=metadata.has_keypoints and dataset.has_keypoints,
+        sigmas=metadata.keypoint_sigmas,
+        seconds=seconds,
+        scorer=scorer,
+    )
 
 
 def score_results(
@@ -79,6 +92,8 @@ def score_results(
     results: list[dict[str, Any]],
     *,
     with_masks: bool,
+    with_keypoints: bool = False,
+    sigmas: Sequence[float] = (),
     seconds: Seconds | None = None,
     scorer: Scorer = Scorer.PYCOCOTOOLS,
 ) -> Evaluation:
@@ -88,11 +103,18 @@ def score_results(
         dataset: the ground truth; an image without results counts as one in which nothing was found.
         results: in COCO's results format, in any order.
         with_masks: score `segmentation` too.
+        with_keypoints: score `keypoints` too.
+        sigmas: of the keypoints, as the model's configuration has them; see `GroundTruth.sigmas`.
         seconds: what finding them took.
         scorer: see `evaluate`.
     """
-    kinds = ("bbox", "segm") if with_masks else ("bbox",)
-    return score_kinds(dataset, results, kinds, seconds=seconds, scorer=scorer)
+    kinds = kinds_found(with_masks=with_masks, with_keypoints=with_keypoints)
+    return score_kinds(dataset, results, kinds, sigmas=sigmas, seconds=seconds, scorer=scorer)
+
+
+def kinds_found(*, with_masks: bool, with_keypoints: bool) -> tuple[str, ...]:
+    """What is scored of a model that finds these: boxes always."""
+    return ("bbox", *(("segm",) if with_masks else ()), *(("keypoints",) if with_keypoints else ()))
 
 
 def score_kinds(
@@ -100,23 +122,27 @@ def score_kinds(
     results: list[dict[str, Any]],
     kinds: Sequence[str],
     *,
+    sigmas: Sequence[float] = (),
     seconds: Seconds | None = None,
     scorer: Scorer = Scorer.PYCOCOTOOLS,
 ) -> Evaluation:
     """The same for chosen kinds: each is scored as the file that COCO's server would get.
 
     Raises:
-        UserError: for results without what a kind needs, and for masks where the dataset has boxes only.
+        UserError: for results without what a kind needs, and for masks or keypoints where the dataset has none.
     """
     if "segm" in kinds and not dataset.has_masks:
         came = f"masks to be scored on {dataset.annotation_path}, which has boxes only"
         raise UserError(came, "annotations with segmentation", "score --iou-type bbox")
+    if "keypoints" in kinds and not dataset.has_keypoints:
+        came = f"keypoints to be scored on {dataset.annotation_path}, whose categories name none"
+        raise UserError(came, "a category with keypoints, and objects that have them", "score --iou-type bbox")
     for kind in kinds:
         if results and FIELDS[kind] not in results[0]:
             came = f"--iou-type {kind} and detections without {FIELDS[kind]}"
             raise UserError(came, f"a model that finds {FIELDS[kind]}", "score what the model finds")
     began = time.perf_counter()
-    truth = GroundTruth.of_dataset(dataset)
+    truth = GroundTruth.of_dataset(dataset, sigmas)
     scored = {
         kind: score(truth, checked_results(truth, of_kind(results, kind), kind, "the detections"), scorer)
         for kind in kinds

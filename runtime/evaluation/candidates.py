@@ -72,7 +72,7 @@ def _other_pairs(
             overlap = box_overlaps(results.boxes[one], truth.boxes[other], truth.is_crowd[other])
         else:
             overlap = keypoint_overlaps(
-                results.keypoints[one], truth.keypoints[other], truth.boxes[other], truth.areas_px[other]
+                results.keypoints[one], truth.keypoints[other], truth.boxes[other], truth.areas_px[other], truth.sigmas
             )
         near = overlap >= least
         yield Pairs(detection[near], row[near], overlap[near])

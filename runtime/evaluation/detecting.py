@@ -45,10 +45,10 @@ class Seconds:
 
 
 def check_classes(detector: Detector, dataset: CocoDataset) -> None:
-    """Refuses a model whose classes are not the dataset's.
+    """Refuses a model whose classes are not the dataset's, or whose keypoints are others.
 
     Raises:
-        UserError: naming the categories that the model does not know.
+        UserError: naming the categories that the model does not know, or both lists of keypoints.
     """
     known = set(detector.metadata.category_ids)
     unknown = [i for i in dataset.category_ids if i not in known]
@@ -58,12 +58,24 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
             f"a model of the {len(dataset.category_ids)} classes of {dataset.annotation_path}",
             "evaluate on the dataset that the model was trained for, or train on this one",
         )
+    names = detector.metadata.keypoint_names
+    if names and dataset.keypoint_names and names != dataset.keypoint_names:
+        raise UserError(
+            f"a model of the keypoints {', '.join(names)}",
+            f"those of {dataset.annotation_path}: {', '.join(dataset.keypoint_names)}",
+            "evaluate on the dataset that the model was trained for, or train on this one",
+        )
 
 
 def facts_of(detector: Detector) -> dict[str, Any]:
-    """What the scores of a model's detections are told with: `runs_in` and `has_masks`."""
-    backend = detector.backend
-    return {"runs_in": f"{backend.name} {backend.precision}", "has_masks": detector.metadata.has_masks}
+    """What a model's detections are scored with: `runs_in`, `has_masks`, `has_keypoints` and their `sigmas`."""
+    backend, metadata = detector.backend, detector.metadata
+    return {
+        "runs_in": f"{backend.name} {backend.precision}",
+        "has_masks": metadata.has_masks,
+        "has_keypoints": metadata.has_keypoints,
+        "sigmas": list(metadata.keypoint_sigmas),
+    }
 
 
 def detect_records(
@@ -82,7 +94,7 @@ def detect_records(
         progress: called with the number of images done in each batch.
 
     Returns:
-        the detections in COCO's results format, with masks where the model has them, and the time they took.
+        the detections in COCO's results format, with all that the model finds, and the time they took.
 
     Raises:
         UserError: when an image cannot be read.

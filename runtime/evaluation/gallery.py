@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from maskrcnn.data.images import read_image
-from maskrcnn.draw import Colour, Mark, marked
+from maskrcnn.draw import Colour, Mark, figure_of, marked
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.evaluation.image_scores import ImageScores
 from maskrcnn.runtime.evaluation.match_records import FALSE, IGNORED, TRUE
@@ -83,9 +84,10 @@ def _objects(scored: Scored, place: int, min_score: float) -> list[Mark]:
         name = truth.category_names[truth.category[row]]
         fate = _FOUND if row in found else _MISSED
         colour = fate if records.is_counted[row, 0] else _IGNORED
-        points = truth.keypoints[row] if scored.kind == "keypoints" else None
         mask = truth.masks[0][row] if scored.kind == "segm" else None
-        marks.append(_mark(truth.boxes[row] if mask is None else None, name, colour, mask, points))
+        marks.append(_mark(truth.boxes[row] if mask is None else None, name, colour, mask))
+        if scored.kind == "keypoints":
+            marks[-1] = _posed(marks[-1], truth.keypoints[row], truth.skeleton)
     return sorted(marks, key=lambda mark: (_MISSED, _FOUND, _IGNORED).index(mark.colour))
 
 
@@ -97,20 +99,25 @@ def _detections(scored: Scored, place: int, min_score: float) -> list[Mark]:
     for row in rows[np.argsort(-records.score[rows], kind="stable")].tolist():
         own = int(np.searchsorted(results.place, records.place[row]))
         name = f"{scored.truth.category_names[records.category[row]]} {records.score[row]:.2f}"
-        points = results.keypoints[own] if scored.kind == "keypoints" else None
         mask = results.masks[own] if scored.kind == "segm" else None
         colour = _COLOURS[int(records.outcome[row, 0, 0])]
-        marks.append(_mark(None if mask is not None else results.boxes[own], name, colour, mask, points))
+        marks.append(_mark(None if mask is not None else results.boxes[own], name, colour, mask))
+        if scored.kind == "keypoints":
+            marks[-1] = _posed(marks[-1], results.keypoints[own], scored.truth.skeleton)
     return marks
 
 
-def _mark(box: np.ndarray | None, name: str, colour: Colour, rle: dict | None, keypoints: np.ndarray | None) -> Mark:
-    """A mark from a box (x, y, width, height) or from run lengths, with keypoints `[17, 3]` that are visible."""
+def _mark(box: np.ndarray | None, name: str, colour: Colour, rle: dict | None) -> Mark:
+    """A mark from a box (x, y, width, height) or from run lengths."""
     from pycocotools import mask as mask_api
 
     mask = None
     if rle is not None:
         mask, box = np.ascontiguousarray(mask_api.decode(rle)).view(bool), mask_api.toBbox(rle)
     x, y, width, height = (float(value) for value in box)
-    points = [] if keypoints is None else keypoints[keypoints[:, 2] > 0, :2].tolist()
-    return Mark((x, y, x + width, y + height), name, colour, mask, points)
+    return Mark((x, y, x + width, y + height), name, colour, mask)
+
+
+def _posed(mark: Mark, keypoints: np.ndarray, skeleton: list[tuple[int, int]]) -> Mark:
+    """The mark with those of its keypoints `[K, 3]` whose third number is positive, and the lines between them."""
+    return replace(mark, **figure_of(keypoints, keypoints[:, 2] > 0, skeleton, mark.colour))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.segmentation import finite_numbers
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import sigmas_of
 from maskrcnn.runtime.evaluation.protocol import SIGMAS
 from maskrcnn.runtime.evaluation.segmentations import compressed
 
@@ -34,13 +36,14 @@ class GroundTruth:
     Args:
         content: `images`, `annotations` and `categories` of an annotation file.
         source: its name, for messages.
+        sigmas: of the keypoints, see `GroundTruth.sigmas`; by default what the categories' names of them give.
 
     Raises:
         UserError: for a file of another structure, naming the entry.
     """
 
-    def __init__(self, content: dict[str, Any], source: str) -> None:
-        self.source = source
+    def __init__(self, content: dict[str, Any], source: str, sigmas: Sequence[float] = ()) -> None:
+        self.source, self._given_sigmas = source, tuple(sigmas)
         self._content = content
         self.images = {_integer(entry, "id", self._fault): entry for entry in self._list("images")}
         self.categories = {
@@ -66,9 +69,9 @@ class GroundTruth:
         return cls(read_json(path, "an annotation file"), str(path))
 
     @classmethod
-    def of_dataset(cls, dataset: CocoDataset) -> GroundTruth:
-        """The usable objects of a dataset."""
-        return cls(dataset.ground_truth().dataset, str(dataset.annotation_path))
+    def of_dataset(cls, dataset: CocoDataset, sigmas: Sequence[float] = ()) -> GroundTruth:
+        """The usable objects of a dataset; a model has the `sigmas` that its keypoints are to be measured with."""
+        return cls(dataset.ground_truth().dataset, str(dataset.annotation_path), sigmas)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -103,9 +106,34 @@ class GroundTruth:
         return self._numbers("bbox", 4)
 
     @cached_property
+    def sigmas(self) -> np.ndarray:
+        """`[K]` float64, how far annotators are off at each keypoint, relative to the object's size.
+
+        Those given; else, as `maskrcnn.keypoints` has it, by the names that the categories give their keypoints; else
+        COCO's of a person, which pycocotools knows alone.
+        """
+        named = {tuple(map(str, entry["keypoints"])) for entry in self._naming_keypoints()}
+        if len(named) > 1:
+            raise self._fault("categories with different keypoints", "the same names in all that have any")
+        names = next(iter(named), ())
+        if self._given_sigmas and names and len(names) != len(self._given_sigmas):
+            raise self._fault(f"{len(names)} keypoints", f"the model's {len(self._given_sigmas)}")
+        return np.array(self._given_sigmas or sigmas_of(names) or SIGMAS)
+
+    @cached_property
+    def skeleton(self) -> list[tuple[int, int]]:
+        """Lines between keypoints for pictures, counted from 1; what is malformed is left out."""
+        lines = [line for entry in self._naming_keypoints() for line in entry.get("skeleton") or ()]
+        known = range(1, len(self.sigmas) + 1)
+        pairs = [tuple(line) for line in lines if isinstance(line, (list, tuple)) and len(line) == 2]
+        return list(dict.fromkeys(pair for pair in pairs if all(number in known for number in pair)))
+
+    @cached_property
     def keypoints(self) -> np.ndarray:
-        """`[G, 17, 3]` float64: x, y, visibility."""
-        return self._numbers("keypoints", 3 * len(SIGMAS)).reshape(-1, len(SIGMAS), 3)
+        """`[G, K, 3]` float64: x, y, visibility; zeros where an object has none, though others have."""
+        count = len(self.sigmas)
+        nothing = [0] * (3 * count) if any("keypoints" in entry for entry in self.entries) else None
+        return self._numbers("keypoints", 3 * count, nothing).reshape(-1, count, 3)
 
     @cached_property
     def masks(self) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -143,6 +171,7 @@ class GroundTruth:
             if masks is not None:
                 copy["segmentation"] = masks[place]
             if kind == "keypoints":
+                copy.setdefault("keypoints", [0] * (3 * len(self.sigmas)))
                 copy["num_keypoints"] = int(not self.is_ignored(kind)[place] or copy["iscrowd"])
             annotations.append(copy)
         coco = COCO()
@@ -170,11 +199,15 @@ class GroundTruth:
             raise self._fault(f"an entry of {name!r} is not an object")
         return entries
 
-    def _numbers(self, key: str, count: int | None) -> np.ndarray:
-        """A field of all objects `[G, count]`, checked."""
+    def _naming_keypoints(self) -> list[dict[str, Any]]:
+        """The categories that say which keypoints their objects have."""
+        return [entry for entry in self._list("categories") if isinstance(entry.get("keypoints"), list)]
+
+    def _numbers(self, key: str, count: int | None, default: list[int] | None = None) -> np.ndarray:
+        """A field of all objects `[G, count]`, checked; those without it have the default, if there is one."""
         values = np.empty((len(self), count or 1))
         for place, entry in enumerate(self.entries):
-            value = entry.get(key)
+            value = entry.get(key, default)
             numbers = finite_numbers(value if count else [value])
             if numbers is None or numbers.size != (count or 1):
                 wanted = f"{count} numbers" if count else "a number"

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.runtime.evaluation.protocol import SIGMAS
-
 
 def box_overlaps(boxes: np.ndarray, objects: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
     """IoU `[P]` float64 of boxes `[P, 4]` and objects `[P, 4]`, both (x, y, width, height).
@@ -42,16 +40,17 @@ def mask_overlaps(
 
 
 def keypoint_overlaps(
-    keypoints: np.ndarray, objects: np.ndarray, boxes: np.ndarray, areas_px: np.ndarray
+    keypoints: np.ndarray, objects: np.ndarray, boxes: np.ndarray, areas_px: np.ndarray, sigmas: np.ndarray
 ) -> np.ndarray:
     """Object keypoint similarity `[P]` float64.
 
     Args:
-        keypoints: `[P, 17, 3]` x, y and a third value that is not read.
-        objects: `[P, 17, 3]` x, y, and visibility: 0 is not annotated. Of an object without any annotated keypoint
+        keypoints: `[P, K, 3]` x, y and a third value that is not read.
+        objects: `[P, K, 3]` x, y, and visibility: 0 is not annotated. Of an object without any annotated keypoint
             distances are measured to a box twice its size.
         boxes: `[P, 4]` (x, y, width, height) of the objects.
         areas_px: `[P]` of the objects.
+        sigmas: `[K]`, how far annotators are off, relative to the object's size.
 
     Source: pycocotools, `computeOks`.
     """
@@ -65,9 +64,9 @@ def keypoint_overlaps(
         distances[k][bare] = np.maximum(0, below) + np.maximum(0, above)
     squares = distances[0] ** 2 + distances[1] ** 2
     with np.errstate(over="ignore"):
-        terms = np.exp(-(squares / (SIGMAS * 2) ** 2 / (areas_px + np.spacing(1))[:, None] / 2))
+        terms = np.exp(-(squares / (sigmas * 2) ** 2 / (areas_px + np.spacing(1))[:, None] / 2))
     # Sums over equally many terms at a time: zeros between them would change the order of addition.
-    used = np.where(visible == 0, len(SIGMAS), visible)
+    used = np.where(visible == 0, len(sigmas), visible)
     is_used = is_visible | (visible == 0)[:, None]
     found = np.empty(len(keypoints))
     for number in np.unique(used):

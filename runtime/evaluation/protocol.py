@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.keypoints import COCO_SIGMAS
 
 KINDS = ("bbox", "segm", "keypoints")
 KIND_NAMES = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}  # as tables and figures call them
@@ -40,11 +41,7 @@ KEYPOINT_METRICS = (
     "AR_medium",
     "AR_large",
 )
-# Standard deviations of the 17 keypoints of a person relative to its size (cocodataset.org/#keypoints-eval).
-SIGMAS = (
-    np.array([0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89])
-    / 10.0
-)
+SIGMAS = np.array(COCO_SIGMAS)  # of the 17 keypoints of a person, where annotations do not say what theirs are
 _AREAS_PX = {"all": (0, 1e5**2), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
 
 

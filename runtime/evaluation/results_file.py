@@ -15,7 +15,6 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, read_json
-from maskrcnn.runtime.evaluation.protocol import SIGMAS
 from maskrcnn.runtime.evaluation.segmentations import boxes_of, compressed
 
 _FORMAT = "a list of results as COCO's server takes them (cocodataset.org/#format-results)"
@@ -38,7 +37,7 @@ class Results:
     own_boxes: np.ndarray | None  # [D, 4] float64 (x, y, width, height); None where masks give them
     masks: list[dict[str, Any]] | None  # compressed run lengths, of "segm"
     pixels: np.ndarray | None  # [D] int64 of the masks
-    keypoints: np.ndarray | None  # [D, 17, 3] float64, of "keypoints"
+    keypoints: np.ndarray | None  # [D, K, 3] float64, of "keypoints"; K as the ground truth has them
     measured_by: str  # the field that gives boxes and areas: that which pycocotools takes
     unknown_categories: dict[str, int]  # category id -> results that count for nothing
 
@@ -135,6 +134,7 @@ def checked_results(truth: GroundTruth, entries: Sequence[dict[str, Any]], kind:
             [truth.sizes_hw[place] for place in image[known].tolist()] if has_masks else [],
             kind,
             measured_by,
+            len(truth.sigmas),
             lambda row, what: fault(int(known[row]), what),
         ),
     )
@@ -157,14 +157,19 @@ def _check_fields(entries: Sequence[Any], kind: str, fault: Any) -> str:
 
 
 def _geometry(
-    entries: Sequence[dict[str, Any]], sizes_hw: Sequence[tuple[int, int]], kind: str, measured_by: str, fault: Any
+    entries: Sequence[dict[str, Any]],
+    sizes_hw: Sequence[tuple[int, int]],
+    kind: str,
+    measured_by: str,
+    keypoints: int,
+    fault: Any,
 ) -> dict[str, Any]:
-    """The fields of `Results` that hold scores, boxes, masks and keypoints."""
+    """The fields of `Results` that hold scores, boxes, masks and so many keypoints."""
     points = masks = pixels = boxes = None
     score = _numbers(([entry["score"]] for entry in entries), 1, "score", fault).reshape(-1)
     if "keypoints" in (kind, measured_by):
         lists = (entry.get("keypoints") for entry in entries)
-        points = _numbers(lists, 3 * len(SIGMAS), "keypoints", fault).reshape(-1, len(SIGMAS), 3)
+        points = _numbers(lists, 3 * keypoints, "keypoints", fault).reshape(-1, keypoints, 3)
     if kind == "segm" or measured_by == "segmentation":
         masks, pixels = compressed([entry.get("segmentation") for entry in entries], sizes_hw, fault)
     if measured_by == "bbox":

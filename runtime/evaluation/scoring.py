@@ -116,6 +116,8 @@ def _official(truth: GroundTruth, results: Results) -> Scores:
             detections.dataset = {**objects.dataset, "annotations": []}
             detections.createIndex()
         scorer = COCOeval(objects, detections, results.kind)
+        if results.kind == "keypoints":
+            scorer.params.kpt_oks_sigmas = truth.sigmas
         scorer.evaluate()
         scorer.accumulate()
     found = scorer.eval

@@ -28,7 +28,7 @@ def curves(title: str, across: str, along: str, lines: Mapping[str, np.ndarray])
 
     Args:
         title, across, along: of the plot and its axes.
-        lines: points `[P, 2]` by the name that the legend shows; colours repeat after nine.
+        lines: points `[P, 2]` by the name that the legend shows; colours repeat after ten.
     """
     height = max(_SIDE_PX + _TOP_PX + 40, _TOP_PX + _LINE_PX * len(lines) + 10)
     width = _LEFT_PX + _SIDE_PX + 16 + _LEGEND_PX

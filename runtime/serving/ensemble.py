@@ -99,4 +99,6 @@ def _detections(served: Served, serving: Serving) -> Tensors:
     }
     if served.metadata.has_masks and serving.masks != "none":
         outputs["masks"] = ("str", [rows]) if serving.masks == "rle" else ("uint8", [-1, -1, -1])
+    if served.metadata.has_keypoints:
+        outputs["keypoints"] = ("float32", [rows, len(served.metadata.keypoint_names), 3])
     return outputs

@@ -31,6 +31,7 @@ class TritonPythonModel:
         metadata = ModelMetadata.from_json(path.read_text(encoding="utf-8"), path)
         config = json.loads(args["model_config"])
         self.class_names, self.rows = metadata.class_names, metadata.detections
+        self.keypoints = len(metadata.keypoint_names)
         self.min_score = float(config["parameters"]["min_score"]["string_value"])
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.masks = next((tensor["data_type"] for tensor in config["output"] if tensor["name"] == "masks"), None)
@@ -64,6 +65,8 @@ class TritonPythonModel:
             outputs["masks"] = self._texts([[rle["counts"] for rle in each.rles()] for each in found])
         elif self.masks is not None:
             outputs["masks"] = bits([each.full_masks() for each in found])
+        if self.keypoints:
+            outputs["keypoints"] = self._rows([each.keypoints for each in found], (self.keypoints, 3), np.float32)
         return outputs
 
     def _rows(self, values: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -28,7 +28,7 @@ from maskrcnn.runtime.serving.models import Served
 from maskrcnn.runtime.serving.network import Warmup, image_file, network_config, size_file, warmup_batches
 from maskrcnn.runtime.serving.options import Serving, names_of
 
-CONFIG, METADATA, LABELS = "config.pbtxt", "metadata.json", "labels.txt"
+CONFIG, METADATA, LABELS, KEYPOINTS = "config.pbtxt", "metadata.json", "labels.txt", "keypoints.txt"
 _WARMUP = "warmup"  # the folder where Triton looks for input_data_file
 # What the steps import; a test runs them with nothing else.
 STEP_MODULES = (
@@ -106,7 +106,8 @@ def _models(name: str, served: Served, serving: Serving, *, is_bare: bool) -> li
     if is_bare:
         return models
     copied = {f"maskrcnn/{module}.py": _PACKAGE / f"{module}.py" for module in STEP_MODULES}
-    labels = {LABELS: "".join(f"{label}\n" for label in served.metadata.class_names)}
+    listed = {LABELS: served.metadata.class_names, KEYPOINTS: served.metadata.keypoint_names}
+    labels = {file: "".join(f"{name}\n" for name in names) for file, names in listed.items() if names}
     for part, config in (("pre", pre_config), ("post", post_config)):
         text = _text(config(served, serving, names[part]))
         models.append(_Model(names[part], text, {"model.py": _HERE / f"{part}.py", **copied}, metadata))

@@ -54,7 +54,7 @@ class GateResult:
 
     difference: Difference
     tolerance: Tolerance
-    ap: dict[str, tuple[float, float]]  # `box_ap`, `mask_ap`: of the ONNX file, and of the engine; {}: not measured
+    ap: dict[str, tuple[float, float]]  # `box_ap`, `mask_ap` …: of the ONNX file, and of the engine; {}: not measured
     ap_loss: float  # that is allowed
 
     @property

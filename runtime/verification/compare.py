@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.runtime.verification.keypoints import (
+    KeypointDifference,
+    KeypointTolerance,
+    compare_keypoints,
+    merge_keypoints,
+)
 from maskrcnn.runtime.verification.matching import Pairs, of_equal_label, pair_in_order, pairwise_iou
+
+# Single precision needed 1e-4 px and 1e-5 of the scores with random weights, and no keypoint was elsewhere.
+_EXACT_KEYPOINTS = KeypointTolerance(px=0.5, score=1e-2, share=0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,7 @@ class Tolerance:
     score: float
     mask: float  # of any pixel
     mask_mean: float  # of a detection's mask on average
+    keypoints: KeypointTolerance = _EXACT_KEYPOINTS
     min_iou: float = 0.5  # with which detections of the same label are paired
     departing_share: float = 0.0  # of the reference's detections that may lack a partner or differ by more
 
@@ -26,7 +36,7 @@ class Tolerance:
         text = f"boxes within {self.box_px:g} px, scores {self.score:g}, masks {self.mask_mean:g} on average"
         single = f" and {self.mask:g} at any pixel" if self.mask < 1 else ""
         share = f", but for {self.departing_share:.0%} of the detections" if self.departing_share else ""
-        return text + single + share
+        return f"{text}{single}{share}; {self.keypoints} of the keypoints, where there are any"
 
 
 # Single precision in another order of summation. Trained weights need a thousandth of this; random ones, whose
@@ -35,9 +45,25 @@ EXACT = Tolerance(box_px=0.5, score=5e-3, mask=0.1, mask_mean=1e-2)
 # bfloat16 keeps 8 bits, 0.4 % of a value, and more is lost over fifty layers. A box that moves by a pixel moves
 # the outline in its mask, so single pixels may change altogether.
 # And where two proposals of an object score alike, either may be kept: that is another box and another mask.
-HALF = Tolerance(box_px=16.0, score=0.15, mask=1.0, mask_mean=0.1, min_iou=0.7, departing_share=0.1)
+HALF = Tolerance(
+    box_px=16.0,
+    score=0.15,
+    mask=1.0,
+    mask_mean=0.1,
+    keypoints=KeypointTolerance(px=16.0, score=0.5, share=0.2),
+    min_iou=0.7,
+    departing_share=0.1,
+)
 # 8-bit integers. A trained detector of shapes, whose AP stayed within 0.003, needed 2.6 px, 0.24 and 0.09.
-INT8 = Tolerance(box_px=24.0, score=0.5, mask=1.0, mask_mean=0.2, min_iou=0.6, departing_share=0.2)
+INT8 = Tolerance(
+    box_px=24.0,
+    score=0.5,
+    mask=1.0,
+    mask_mean=0.2,
+    keypoints=KeypointTolerance(px=24.0, score=1.0, share=0.3),
+    min_iou=0.6,
+    departing_share=0.2,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +79,7 @@ class Difference:
     unpaired: int  # detections of either side without partner, those at a threshold's edge left out
     departing: int  # pairs that differ by more than the tolerance they were compared with
     images_without_detections: int
+    keypoints: KeypointDifference | None = None  # of pairs whose boxes and scores agree; None: models without keypoints
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether all pairs but a share are inside the tolerance; NaN never is.
@@ -60,6 +87,8 @@ class Difference:
         Args:
             tolerance: the one that the outputs were compared with, or another, outside of which no pair may be.
         """
+        if self.keypoints is not None and not self.keypoints.within(tolerance.keypoints):
+            return False
         pairs = (
             (self.box_px, tolerance.box_px),
             (self.score, tolerance.score),
@@ -74,10 +103,12 @@ class Difference:
 
     def __str__(self) -> str:
         masks = "" if self.mask is None else f"masks {self.mask:.2g} (mean {self.mask_mean:.2g}), "
+        keypoints = "" if self.keypoints is None else f"{self.keypoints}, "
+        rest = f"{self.unpaired} unpaired, {self.departing} beyond the tolerance"
         return (
             f"{self.detections} detections on {self.images} images "
             f"({self.images_without_detections} without any): tolerance needed: boxes {self.box_px:.2g} px, "
-            f"scores {self.score:.2g}, {masks}{self.unpaired} unpaired, {self.departing} beyond the tolerance"
+            f"scores {self.score:.2g}, {masks}{keypoints}{rest}"
         )
 
 
@@ -93,6 +124,7 @@ def merge(parts: list[Difference]) -> Difference:
         unpaired=sum(p.unpaired for p in parts),
         departing=sum(p.departing for p in parts),
         images_without_detections=sum(p.images_without_detections for p in parts),
+        keypoints=merge_keypoints([p.keypoints for p in parts]),
     )
 
 
@@ -115,7 +147,7 @@ def compare_outputs(
         score_threshold: the model's.
 
     Raises:
-        UserError: when one of the two has masks and the other has none.
+        UserError: when one of the two has masks or keypoints and the other has none.
     """
     if set(reference) != set(other):
         raise UserError(f"outputs {sorted(other)}", f"{sorted(reference)}", "compare models of one architecture")
@@ -143,6 +175,7 @@ def _compare_image(
         int((~at_edge(side["scores"], left, *limits)).sum()) for side, left in zip((first, second), alone, strict=True)
     )
     masks = np.abs(first["masks"][a] - second["masks"][b]) if "masks" in first else None
+    near = _near(first, second, a, b, tolerance)
     return Difference(
         images=1,
         detections=len(first["scores"]),
@@ -151,19 +184,25 @@ def _compare_image(
         mask=None if masks is None else _largest(masks),
         mask_mean=None if masks is None else _largest(masks.mean(axis=(1, 2))),
         unpaired=unpaired,
-        departing=_departing(first, second, a, b, tolerance),
+        departing=_departing(near, masks, tolerance),
         images_without_detections=int(len(first["scores"]) == 0),
+        keypoints=compare_keypoints(first["keypoints"][a[near]], second["keypoints"][b[near]], tolerance.keypoints)
+        if "keypoints" in first
+        else None,
     )
 
 
-def _departing(first: dict, second: dict, a: np.ndarray, b: np.ndarray, tolerance: Tolerance) -> int:
-    """How many of the pairs (a[k], b[k]) differ by more than the tolerance."""
-    fine = (np.abs(first["boxes"][a] - second["boxes"][b]) <= tolerance.box_px).all(axis=1)
-    fine &= np.abs(first["scores"][a] - second["scores"][b]) <= tolerance.score
-    if "masks" in first:
-        masks = np.abs(first["masks"][a] - second["masks"][b])
-        fine &= (masks <= tolerance.mask).all(axis=(1, 2)) & (masks.mean(axis=(1, 2)) <= tolerance.mask_mean)
-    return int((~fine).sum())
+def _near(first: dict, second: dict, a: np.ndarray, b: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """Bool of the pairs (a[k], b[k]): whether box and score differ by no more than the tolerance."""
+    near = (np.abs(first["boxes"][a] - second["boxes"][b]) <= tolerance.box_px).all(axis=1)
+    return near & (np.abs(first["scores"][a] - second["scores"][b]) <= tolerance.score)
+
+
+def _departing(near: np.ndarray, masks: np.ndarray | None, tolerance: Tolerance) -> int:
+    """How many pairs differ by more than the tolerance; `masks` `[P, 28, 28]` are the differences of theirs."""
+    if masks is not None:
+        near = near & (masks <= tolerance.mask).all(axis=(1, 2)) & (masks.mean(axis=(1, 2)) <= tolerance.mask_mean)
+    return int((~near).sum())
 
 
 def pair_detections(first: dict[str, np.ndarray], second: dict[str, np.ndarray], min_iou: float) -> Pairs:

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from maskrcnn.draw import overlay
+from maskrcnn.metadata import ModelMetadata
 from maskrcnn.postprocess import Detections
 from maskrcnn.runtime.html_parts import page, picture, table, text
 from maskrcnn.runtime.verification.report import Evidence, StageResult, Verdict, VerifyReport, figure
@@ -15,13 +16,13 @@ _MAP_WIDTH_PX = 240
 _COLOURS = {Verdict.AGREES: "#2e7d32", Verdict.DEPARTS: "#c62828", Verdict.NOT_COMPARED: "#757575"}
 
 
-def html_page(report: VerifyReport, names: tuple[str, str], class_names: tuple[str, ...]) -> str:
+def html_page(report: VerifyReport, names: tuple[str, str], metadata: ModelMetadata) -> str:
     """The page: conclusion, table of stages and images, and the worst image as both models see it.
 
     Args:
         report: of `verify`.
         names: of the two models' files.
-        class_names: of labels 1, 2, ….
+        metadata: of the reference, for the names of classes and the lines between keypoints.
     """
     models = "".join(
         f"<li>{role}: <b>{text(name)}</b>, {text(model)}</li>"
@@ -35,7 +36,7 @@ def html_page(report: VerifyReport, names: tuple[str, str], class_names: tuple[s
         _table(report),
     ]
     if report.worst is not None:
-        parts.append(_evidence(report.worst, names, class_names))
+        parts.append(_evidence(report.worst, names, metadata))
     return page("maskrcnn verify", parts)
 
 
@@ -63,9 +64,12 @@ def _image_cell(need: float | None, tolerance: float) -> str:
     return f"<td{' style=background:#ffcdd2' if is_beyond else ''}>{figure(need)}</td>"
 
 
-def _evidence(worst: Evidence, names: tuple[str, str], class_names: tuple[str, ...]) -> str:
+def _evidence(worst: Evidence, names: tuple[str, str], metadata: ModelMetadata) -> str:
     pictures = "".join(
-        picture(overlay(worst.image, _best(found), class_names), f"{name}: {len(found)} detections")
+        picture(
+            overlay(worst.image, _best(found), metadata.class_names, metadata.keypoint_skeleton, point_score=-np.inf),
+            f"{name}: {len(found)} detections",
+        )
         for name, found in zip(names, worst.detections, strict=True)
     )
     told = f"The image that departs first, or most; at most {_MOST_DRAWN} detections are drawn."

@@ -32,6 +32,9 @@ _CAUSES = {
     "mask_features": "RoIAlign 14 × 14: pixel centres (aligned), sampling ratio, choice of level",
     "mask_logits": "the mask head, which class's mask is taken, or transposed masks",
     "masks": "sigmoid, transposed masks, or rows past the last detection",
+    "keypoint_features": "RoIAlign 14 × 14: pixel centres (aligned), sampling ratio, choice of level",
+    "keypoint_logits": "the keypoint head, the resizing of its maps, or the order of keypoints",
+    "keypoints": "the search of heat maps: half a cell, x and y exchanged, or rows past the last detection",
 }
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn.runtime.verification.compare import at_edge, pair_detections
+from maskrcnn.runtime.verification.keypoints import keypoint_distances, score_differences
 from maskrcnn.runtime.verification.matching import pair_best_first, pairwise_iou
 from maskrcnn.runtime.verification.tolerances import PEAK, StageTolerances
 from maskrcnn.stages import LEVELS
@@ -21,7 +22,7 @@ from maskrcnn.stages import LEVELS
 OF_ANCHORS = tuple(f"{kind}_{level}" for kind in ("objectness", "anchor_deltas") for level in LEVELS)
 DENSE = ("normalised", *LEVELS, *OF_ANCHORS)
 OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
-OF_DETECTIONS = ("mask_features", "mask_logits")
+OF_DETECTIONS = ("mask_features", "mask_logits", "keypoint_features", "keypoint_logits")
 SMALLEST_PX = 16.0  # differences of smaller boxes count as those of boxes of this size
 _TINY = 1e-12  # instead of a spread of zero: any difference from zeros is beyond every tolerance
 
@@ -30,7 +31,7 @@ _TINY = 1e-12  # instead of a spread of zero: any difference from zeros is beyon
 class StageError:
     """How one stage of one image differs."""
 
-    figures: np.ndarray  # [K] one of the image, or one of each row; infinite for rows without partner
+    figures: np.ndarray  # [K] one of the image, of each row or of each keypoint; infinite for rows without partner
     largest: float = 0.0  # absolute difference, in the stage's own unit
     compared: int = 0  # elements of a dense stage, rows of the others
     alone: int = 0  # rows of either side without partner, those at the edge of being reported left out
@@ -65,7 +66,7 @@ def image_errors(
     if "proposals" in reference.stages and "proposals" in other.stages:
         errors |= _proposal_errors(reference, other, index, tolerances)
     errors |= _detection_errors(reference, other, index, tolerances, threshold)
-    return errors | _mask_errors(reference, other, index, tolerances)
+    return errors | _head_errors(reference, other, index, tolerances)
 
 
 def dense_error(reference: np.ndarray, other: np.ndarray) -> StageError:
@@ -107,8 +108,13 @@ def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
 
 def box_figures(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The largest shift of a side, relative to the box's size, `[K]`, of pairs of boxes `[K, 4]`."""
-    size = np.sqrt(((reference[:, 2] - reference[:, 0]) * (reference[:, 3] - reference[:, 1])).clip(min=0))
-    return np.abs(reference - other).max(axis=1, initial=0.0) / np.maximum(size, SMALLEST_PX)
+    return np.abs(reference - other).max(axis=1, initial=0.0) / _sizes_px(reference)
+
+
+def _sizes_px(boxes: np.ndarray) -> np.ndarray:
+    """The side of a square of a box's area, `[K]`, of boxes `[K, 4]`; at least `SMALLEST_PX`."""
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return np.maximum(np.sqrt(areas.clip(min=0)), SMALLEST_PX)
 
 
 def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
@@ -126,7 +132,7 @@ def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTol
 def _detection_errors(
     first: Side, second: Side, index: int, tolerances: StageTolerances, threshold: float
 ) -> dict[str, StageError]:
-    """Of `boxes`, `scores`, `labels` and `masks`, from the models as they are."""
+    """Of `boxes`, `scores`, `labels`, `masks` and `keypoints`, from the models as they are."""
     sides = [live_detections(side.outputs, index) for side in (first, second)]
     a, b, *alone = pair_detections(*sides, tolerances.min_iou)
     limits = [(tolerances.score, threshold, side.outputs["scores"].shape[1]) for side in (first, second)]
@@ -147,14 +153,17 @@ def _detection_errors(
         "scores": StageError(figures=scores, largest=_largest(scores), compared=len(a)),
         "labels": StageError(figures=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
     }
+    agree = (box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
+    a, b = a[agree], b[agree]
     if "masks" in sides[0]:
-        masks = [side["masks"][rows] for side, rows in zip(sides, (a, b), strict=True)]
-        agree = (box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
-        errors["masks"] = _row_error(masks[0][agree], masks[1][agree], is_relative=False)
+        errors["masks"] = _row_error(sides[0]["masks"][a], sides[1]["masks"][b], is_relative=False)
+    if "keypoints" in sides[0]:
+        found = [side["keypoints"][rows] for side, rows in zip(sides, (a, b), strict=True)]
+        errors["keypoints"] = _keypoint_error(*found, sides[0]["boxes"][a])
     return errors
 
 
-def _mask_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
+def _head_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
     """Of what hangs on the detections of the instrumented copies."""
     if any(not {"boxes", "labels", "num_detections"} <= side.stages.keys() for side in (first, second)):
         return {}
@@ -167,7 +176,8 @@ def _mask_errors(first: Side, second: Side, index: int, tolerances: StageToleran
 def live_detections(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
     """The used rows of one image of the detector's outputs."""
     count = int(outputs["num_detections"][index])
-    return {name: outputs[name][index, :count] for name in ("boxes", "scores", "labels", "masks") if name in outputs}
+    names = ("boxes", "scores", "labels", "masks", "keypoints")
+    return {name: outputs[name][index, :count] for name in names if name in outputs}
 
 
 def _rows_on_boxes(
@@ -188,6 +198,18 @@ def _row_error(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = 
         return StageError(figures=np.zeros(0), note="no rows whose boxes agree")
     figures, largest = _row_figures(_float(reference), _float(other), is_relative=is_relative)
     return StageError(figures=figures, largest=largest, compared=len(reference))
+
+
+def _keypoint_error(reference: np.ndarray, other: np.ndarray, boxes: np.ndarray) -> StageError:
+    """Of keypoints `[P, K, 3]` in boxes `[P, 4]` that agree: a figure of each, its shift relative to the box's size.
+
+    Where the score differs by a larger share, that is the figure.
+    """
+    if len(reference) == 0:
+        return StageError(figures=np.zeros(0), note="no rows whose boxes agree")
+    distances = keypoint_distances(reference, other)
+    figures = np.maximum(distances / _sizes_px(boxes)[:, None], score_differences(reference, other))
+    return StageError(figures=figures.ravel(), largest=_largest(distances), compared=distances.size)
 
 
 def _row_figures(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> tuple[np.ndarray, float]:

@@ -1,4 +1,4 @@
-"""Comparing two models stage by stage, from the pixels to the masks."""
+"""Comparing two models stage by stage, from the pixels to masks and keypoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskrcnn.runtime.verification.images import Batch, feedings
 from maskrcnn.runtime.verification.report import Evidence, VerifyReport, judged, needed
 from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_error, image_errors, valid_part
 from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for
-from maskrcnn.stages import LEVELS, OF_MASKS, STAGES
+from maskrcnn.stages import LEVELS, OF_KEYPOINTS, OF_MASKS, STAGES
 
 JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # `boxes` counts them
 
@@ -57,7 +57,7 @@ def verify(
 
 
 def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
-    """Refuses models of different numbers of classes, and a model with masks beside one without.
+    """Refuses models of different numbers of classes or keypoints, and a model with masks beside one without.
 
     Raises:
         UserError: naming what differs.
@@ -73,6 +73,10 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
         raise UserError(
             "a model with masks and one without", "both with, or both without", "name two forms of one model"
         )
+    counts = [len(metadata.keypoint_names) for metadata in (reference, other)]
+    if counts[0] != counts[1]:
+        came = f"models of {counts[0]} and of {counts[1]} keypoints"
+        raise UserError(came, "as many in both", "name two forms of one model")
 
 
 class _Comparison:
@@ -135,8 +139,9 @@ class _Comparison:
         )
 
     def _stages(self) -> list[str]:
-        has_masks = self.models[0].metadata.has_masks
-        return [stage for stage in JUDGED if has_masks or stage not in OF_MASKS]
+        metadata = self.models[0].metadata
+        without = {*(() if metadata.has_masks else OF_MASKS), *(() if metadata.has_keypoints else OF_KEYPOINTS)}
+        return [stage for stage in JUDGED if stage not in without]
 
     def _note_disturbance(self, *sides: Side) -> None:
         for side, present, found in zip(sides, self.present, self.disturbance, strict=True):
@@ -173,7 +178,7 @@ class _Comparison:
             if not present & set(LEVELS)
         ]
         if not any(found["boxes"].figures.size for found in self.errors):
-            notes.append("nothing was detected on any image: boxes, scores, labels and masks were not compared")
+            notes.append("nothing was detected on any image: boxes and what hangs on them were not compared")
         return notes
 
     def _notes_of_disturbance(self) -> list[str]:

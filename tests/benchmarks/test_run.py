@@ -1,5 +1,6 @@
 """The benchmark on a tiny random model: every row is there, and what cannot run says why."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import run
 import torch
-from matching import compare_detections
+from matching import compare_detections, merge
 from measure import one_line
 
 from maskrcnn.errors import UserError
@@ -203,3 +204,30 @@ def test_torch_compile_has_rows_where_asked_for(checkpoint):
     for each in asked:
         if each.spec and "compile" in each.spec.get("options", {}):
             assert each.open().backend.name == "PyTorch, compiled"
+
+
+def test_a_model_with_keypoints_has_their_ap(tmp_path, joint_onnx_file, poses):
+    files = ["--model", str(joint_onnx_file.with_name("best.safetensors")), "--model", str(joint_onnx_file)]
+    options = ["--data", str(poses), "--repeat", "1", "--images", "3", "--batch", "1", "--output", str(tmp_path)]
+    rows = run.main([*files, *options])
+    running = {row.model: row for row in rows if row.status == "ok" and row.precision == "fp32"}
+    assert running.keys() >= {"best.safetensors", "model.onnx", "torchvision", "torchvision legacy export"}
+    for row in running.values():
+        assert row.keypoint_ap is not None and abs(row.keypoint_ap_difference) < 0.02
+        assert "keypoints" in row.check or row.check == "reference"
+    assert running["model.onnx"].keypoint_ap_difference == pytest.approx(0, abs=1e-3)
+    assert "| keypoint AP" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    check_schema(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
+
+
+def test_keypoints_elsewhere_are_a_difference():
+    first = detections([[5, 5, 25, 25], [30, 10, 50, 40]], [0.9, 0.5], [1, 2])
+    points = np.random.default_rng(0).uniform(5, 25, (2, 4, 3)).astype(np.float32)
+    first = dataclasses.replace(first, keypoints=points)
+    moved = dataclasses.replace(first, keypoints=points + np.float32([3, 0, 0]))
+    bounds = {"box_px": 1, "score": 1, "mask_iou": 0, "unpaired_share": 0}
+    assert compare_detections(first, first).within(**bounds)
+    assert not compare_detections(first, moved).within(**bounds)
+    assert "8 of 8 farther off (at most 3 px)" in str(merge([compare_detections(first, moved)]))
+    # Where one of the two finds none there is nothing to compare.
+    assert compare_detections(first, dataclasses.replace(first, keypoints=None)).keypoints is None

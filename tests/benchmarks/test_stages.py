@@ -15,6 +15,7 @@ from maskrcnn.runtime.engine import build_openvino_engine
         ("fused backbone.fpn.layer_blocks.0.0", "FusedConv", "FPN"),
         ("rpn.head.cls_logits#3/WithoutBiases", "Convolution", "RPN head"),
         ("roi_heads.mask_predictor.conv5_mask", "ConvTranspose", "mask head"),
+        ("roi_heads.keypoint_predictor.kps_score_lowres", "ConvTranspose", "keypoint head"),
         ("pooled_0__2", "ROIAlign", "RoIAlign"),
         ("node_topk__1", "TopK", "TopK and NMS"),
         ("node_mul_7", "Mul", stages.REST),
@@ -34,6 +35,13 @@ def test_every_runtime_splits_a_call(tmp_path, onnx_file):
         assert set(split.stages_ms) == {*layers, *stages.OUTSIDE}
         assert all(split.stages_ms[stage] > 0 for stage in layers), split
         assert split.model in stages.table([split]) and split.total_ms > 0
+
+
+def test_a_stage_that_one_file_lacks_is_none_of_its_time():
+    splits = [stages.Split("a", "b", 3.0, {"FPN": 1.0, head: 1.0}) for head in ("mask head", "keypoint head")]
+    lines = stages.table(splits).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| FPN", "| mask head", "| keypoint head"]
+    assert lines[3].endswith("| 1.0 ms, 50% | 0.0 ms, 0% |")
 
 
 def test_a_checkpoint_has_no_profile(checkpoint):

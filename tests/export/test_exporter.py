@@ -126,7 +126,7 @@ def test_the_file_agrees_with_pytorch(onnx_file, model, batch, size_hw):
 def test_version_2_exports_and_agrees(v2_onnx_file, v2_model):
     proto = onnx.load(v2_onnx_file)
     assert set(op_counts(proto)) <= ALLOWED_OPS
-    assert [output.name for output in proto.graph.output] == list(OUTPUTS)
+    assert [output.name for output in proto.graph.output] == [name for name in OUTPUTS if name != "keypoints"]
     data = feeds(2, 96, 128, seed=4)
     reference = TorchBackend(v2_model, device="cpu")(data)
     difference = compare_outputs(reference, OnnxRuntimeBackend(v2_onnx_file)(data), EXACT)
@@ -169,7 +169,7 @@ def test_what_stands_in_the_padding_does_not_matter(onnx_file):
     backend = OnnxRuntimeBackend(onnx_file)
     first, second = backend(data), backend(zeroed)
     assert first["num_detections"].min() > 0
-    for name in OUTPUTS:
+    for name in first:
         np.testing.assert_array_equal(first[name], second[name])
 
 

@@ -61,7 +61,8 @@ VARIANTS = ("resnet_panet_pool", "mobilenet_bifpn_crop")
 
 
 @pytest.fixture(
-    params=["", "v2_", "boxes_", "detectron2_", *VARIANTS], ids=["v1", "v2", "boxes", "detectron2", *VARIANTS]
+    params=["", "v2_", "boxes_", "joint_", "detectron2_", *VARIANTS],
+    ids=["v1", "v2", "boxes", "keypoints", "detectron2", *VARIANTS],
 )
 def model_and_file(request):
     """A tiny model of each architecture, and its file."""

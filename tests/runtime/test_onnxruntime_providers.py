@@ -14,7 +14,7 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector, onnxruntime_binding
 from maskrcnn.runtime import onnxruntime_providers as providers
-from maskrcnn.runtime.detector import load_backend, with_provider
+from maskrcnn.runtime.detector import backend_spec, load_backend
 from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider, provider_chain
 from maskrcnn.runtime.trt.profiles import Profile, Span
@@ -136,8 +136,11 @@ def test_the_best_provider_is_cuda_where_there_is_a_device(monkeypatch):
 
 
 def test_a_provider_may_be_named_with_the_backend(onnx_file):
-    assert (with_provider(None, None), with_provider("torch", None)) == (None, "torch")
-    assert (with_provider(None, "cuda"), with_provider("openvino", "cpu")) == ("onnxruntime:cuda", "openvino:cpu")
+    assert (backend_spec(None, None, None), backend_spec("torch", None, None)) == (None, "torch")
+    assert (
+        backend_spec(None, "cuda", None) == "onnxruntime:cuda"
+        and backend_spec("openvino", "cpu", None) == "openvino:cpu"
+    )
     assert load_backend(onnx_file, "onnxruntime:cpu").session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(UserError, match="provider 'gpu'"):
         load_backend(onnx_file, "onnxruntime:gpu")
@@ -238,8 +241,8 @@ class OnPretendedGpu:
 
 
 @pytest.fixture
-def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
-    """A backend as if its provider were CUDA, on the pretended GPU."""
+def load_on_gpu(kernels_for_cpu, monkeypatch):
+    """Makes of a file a backend as if its provider were CUDA, on the pretended GPU."""
     pytest.importorskip("cuda.bindings.runtime")
     import fake_cuda
 
@@ -250,17 +253,22 @@ def on_gpu(onnx_file, kernels_for_cpu, monkeypatch):
     kernels.runtime = runtime
     monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
     monkeypatch.setattr(onnxruntime_binding, "kernels_for", lambda arch: kernels)
-    backend = load_backend(onnx_file, provider="cpu", threads=1)
-    backend.session = OnPretendedGpu(backend.session)
-    backend._use(onnxruntime_binding.gpu_binding(0, backend.metadata))
-    return backend
+
+    def load(path: Path) -> Any:
+        backend = load_backend(path, provider="cpu", threads=1)
+        backend.session = OnPretendedGpu(backend.session)
+        backend._use(onnxruntime_binding.gpu_binding(0, backend.metadata))
+        return backend
+
+    return load
 
 
-def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
+@pytest.mark.parametrize(("file", "last"), [("onnx_file", "masks"), ("joint_onnx_file", "keypoints")])
+def test_a_gpus_arrays_are_bound_where_they_lie(load_on_gpu, request, file, last):
     from maskrcnn.runtime.device.arrays import DeviceArray
 
-    backend = on_gpu
-    reference = load_backend(onnx_file, provider="cpu", threads=1)
+    path = request.getfixturevalue(file)
+    backend, reference = load_on_gpu(path), load_backend(path, provider="cpu", threads=1)
     kept = []
     for seed in range(3):
         given = feeds(seed=seed)
@@ -276,7 +284,7 @@ def test_a_gpus_arrays_are_bound_where_they_lie(on_gpu, onnx_file):
         for name, value in reference(feeds(seed=seed)).items():
             assert isinstance(outputs[name], DeviceArray)
             np.testing.assert_array_equal(outputs[name].numpy(), value, err_msg=name)
-    assert ("images", "cuda", 0) in backend.session.devices and ("masks", "cuda", 0) in backend.session.devices
+    assert ("images", "cuda", 0) in backend.session.devices and (last, "cuda", 0) in backend.session.devices
     for name, value in backend(feeds()).items():  # arrays of the host stay there
         np.testing.assert_array_equal(value, reference(feeds())[name])
 
@@ -291,8 +299,8 @@ def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
     assert onnxruntime_binding.gpu_binding(0, None) is None
 
 
-def test_photos_are_resized_and_masks_pasted_on_the_gpu(on_gpu, onnx_file):
-    backend = on_gpu
+def test_photos_are_resized_and_masks_pasted_on_the_gpu(load_on_gpu, onnx_file):
+    backend = load_on_gpu(onnx_file)
     images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(3)]
     found = Detector(backend).detect(images)
     wanted = Detector(load_backend(onnx_file, provider="cpu", threads=1)).detect(images)

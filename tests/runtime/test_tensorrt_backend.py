@@ -434,6 +434,16 @@ def test_a_model_without_masks_runs(tmp_path, boxes_onnx_file, machine):
     assert set(load_backend(path)(feeds())) == {"num_detections", "boxes", "scores", "labels"}
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_model_with_keypoints_runs(tmp_path, joint_onnx_file, machine, graphs):
+    path = fake_tensorrt.write_engine(joint_onnx_file, tmp_path / "joint.engine", [ANY])
+    backend, wanted = load_backend(path, graphs=graphs), load_backend(joint_onnx_file, threads=1)
+    for seed in range(3):
+        assert_equal(backend(feeds(seed=seed)), wanted(feeds(seed=seed)))
+        assert_equal(backend(on_gpu(backend, feeds(seed=seed))), wanted(feeds(seed=seed)))
+    assert backend.describe()[1]["keypoints"].shape[1:] == (12, 5, 3)
+
+
 def test_a_version_compatible_plan_may_bring_its_own_runtime(tmp_path, onnx_file, trt):
     path = fake_tensorrt.write_engine(
         onnx_file, tmp_path / "a.engine", [ANY], tensorrt="10.9.0.34", version_compatible="yes"

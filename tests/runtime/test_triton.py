@@ -49,16 +49,23 @@ def contents(folder):
 # What is written
 
 
-@pytest.mark.parametrize("kind", ["masks", "boxes"])
+@pytest.mark.parametrize(
+    ("kind", "file"), [("masks", "onnx_file"), ("boxes", "boxes_onnx_file"), ("masks, keypoints", "joint_onnx_file")]
+)
 @pytest.mark.parametrize("masks", ["rle", "bits", "none"])
-def test_an_onnx_file_becomes_four_models_that_triton_takes(tmp_path, onnx_file, boxes_onnx_file, kind, masks):
-    path = onnx_file if kind == "masks" else boxes_onnx_file
+def test_an_onnx_file_becomes_four_models_that_triton_takes(tmp_path, request, kind, file, masks):
+    path = request.getfixturevalue(file)
     (written,) = write(tmp_path / "repo", path, masks=masks)
     assert (written.version, written.is_new, sorted(written.models)) == (1, True, list(PARTS))
     configs = read_repository(tmp_path / "repo")
     assert tuple(configs) == PARTS
     outputs = {tensor["name"]: tensor for tensor in configs["det"]["output"]}
-    assert ("masks" in outputs) == (kind == "masks" and masks != "none")
+    assert ("masks" in outputs) == ("masks" in kind and masks != "none")
+    names = tmp_path / "repo/det/1/keypoints.txt"
+    assert ("keypoints" in outputs) == ("keypoints" in kind) == names.exists()
+    if names.exists():
+        assert outputs["keypoints"]["dims"] == [12, 5, 3]
+        assert names.read_text() == "head\nleft_hand\nright_hand\nleft_foot\nright_foot\n"
     assert configs["det_network"]["backend"] == "onnxruntime"
     assert configs["det_network"]["instance_group"] == [{"count": 1, "kind": "KIND_AUTO"}]
     assert (tmp_path / "repo/det_network/1/model.onnx").read_bytes() == path.read_bytes()

@@ -110,6 +110,17 @@ def test_a_detector_without_masks(tmp_path, boxes_onnx_file, images):
     assert_as_detected(answer, detector.detect(images[:1]), detector.metadata.class_names)
 
 
+def test_keypoints_are_in_pixels_of_the_original_image(tmp_path, joint_onnx_file, images):
+    server, detector = serve(tmp_path, joint_onnx_file, masks="none"), Detector.load(joint_onnx_file)
+    answer = server.infer("det", request(*map(encoded, images)))
+    assert "masks" not in answer and answer["keypoints"].shape == (3, 12, 5, 3)
+    detected = detector.detect(images)
+    assert_as_detected(answer, detected, detector.metadata.class_names)
+    for n, found in enumerate(detected):
+        np.testing.assert_array_equal(answer["keypoints"][n, : len(found)], found.keypoints)
+        assert len(found) and not answer["keypoints"][n, len(found) :].any()
+
+
 def test_low_scores_are_left_out(tmp_path, onnx_file, images):
     (found,) = Detector.load(onnx_file).detect(images[:1])
     middle = float(np.median(found.scores))
