@@ -46,7 +46,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 @with_settings(TrainConfig)
 def train(
-    data: Annotated[Path | None, typer.Option(help="COCO-format folder; without it, drawn shapes.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="COCO-format folder; without it, drawn shapes; figures: drawn poses.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split to train on; default train….")] = None,
     val_split: Annotated[str | None, typer.Option(help="Split to evaluate on; default val….")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture; default a small one.")] = None,
@@ -147,19 +149,21 @@ def predict(
     model: Annotated[Path | None, typer.Option(help="Checkpoint, ONNX file or engine; default: newest.")] = None,
     backend: Annotated[str | None, typer.Option(help="torch, onnxruntime, openvino or tensorrt.")] = None,
     provider: Annotated[str | None, typer.Option(help="Of onnxruntime: cpu, cuda or tensorrt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of torch: fp32, bf16 or fp16.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for pictures and results.json.")] = Path("predictions"),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Lowest score drawn.")] = 0.5,
+    keypoint_threshold: Annotated[float, typer.Option(help="Lowest score of a keypoint drawn, a logit.")] = 2.0,
 ) -> None:
     """Detects objects: an overlay picture for each image, and all results in COCO's format."""
     from maskrcnn.data.images import read_image
     from maskrcnn.draw import overlay
     from maskrcnn.files import atomic_path, write_json
     from maskrcnn.postprocess import coco_results
-    from maskrcnn.runtime.detector import Detector, with_provider
+    from maskrcnn.runtime.detector import Detector, backend_spec
 
     pixels = [read_image(path) for path in images]  # all are read before anything is written
     names = [_picture_name(path, images) for path in images]
-    detector = Detector.load(model or runs.newest_checkpoint(), with_provider(backend, provider))
+    detector = Detector.load(model or runs.newest_checkpoint(), backend_spec(backend, provider, precision))
     metadata = detector.metadata
     output.mkdir(parents=True, exist_ok=True)
     results = []
@@ -167,9 +171,16 @@ def predict(
         found = detector.detect([image])[0]
         results += coco_results(found, number, metadata.category_ids, with_masks=metadata.has_masks)
         confident = found.above(threshold)
+        drawn = overlay(
+            image, confident, metadata.class_names, metadata.keypoint_skeleton, point_score=keypoint_threshold
+        )
         with atomic_path(output / name) as draft:
-            overlay(image, confident, metadata.class_names).save(draft, format="PNG")
-        console.print(f"{path}: {len(confident)} of {len(found)} detections drawn → {output / name}")
+            drawn.save(draft, format="PNG")
+        points = ""
+        if confident.keypoints is not None:
+            shown = int((confident.keypoints[:, :, 2] >= keypoint_threshold).sum())
+            points = f" with {shown} of {confident.keypoints[:, :, 2].size} keypoints"
+        console.print(f"{path}: {len(confident)} of {len(found)} detections drawn{points} → {output / name}")
     write_json(output / "results.json", results)
     write_json(output / "images.json", {str(n): str(path) for n, path in enumerate(images, start=1)})
     for line in detector.backend.remarks():

@@ -140,6 +140,22 @@ def data_shapes(
     console.print(f"{train_images} + {val_images} pictures in {path}")
 
 
+@data_app.command("figures")
+def data_figures(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    train_images: Annotated[int, typer.Option(min=1)] = 600,
+    val_images: Annotated[int, typer.Option(min=1)] = 100,
+    size: Annotated[int, typer.Option(min=32, help="Side of the pictures, px.")] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Draws a dataset of stick figures with masks and keypoints in COCO format."""
+    from maskrcnn.cli import console
+    from maskrcnn.data.figures import generate_figures
+
+    path = generate_figures(out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
+    console.print(f"{train_images} + {val_images} pictures in {path}")
+
+
 @data_app.command("check")
 def data_check(
     data: Annotated[Path, typer.Argument(help="COCO-format folder.")],

@@ -67,6 +67,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     backend: Annotated[str | None, typer.Option(help="torch, onnxruntime, openvino or tensorrt.")] = None,
     provider: Annotated[str | None, typer.Option(help="Of onnxruntime: cpu, cuda or tensorrt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of torch: fp32, bf16 or fp16.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     processes: Annotated[int, typer.Option(min=1, help="That share the images; or start with torchrun.")] = 1,
     resume: Annotated[
@@ -91,7 +92,7 @@ def evaluate(
 ) -> None:
     """COCO's metrics of boxes, masks and keypoints: of a model on a dataset, or of any results file."""
     from maskrcnn.cli import console
-    from maskrcnn.runtime.detector import with_provider
+    from maskrcnn.runtime.detector import backend_spec
 
     run_evaluate(
         console,
@@ -99,7 +100,7 @@ def evaluate(
             model=model,
             data=data,
             split=split,
-            backend=with_provider(backend, provider),
+            backend=backend_spec(backend, provider, precision),
             batch_size=batch_size,
             processes=processes,
             resume=resume,
@@ -266,7 +267,7 @@ def _write_json(request: Request, evaluation: Evaluation, differences: dict[str,
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 
     content: dict[str, Any] = {"model": str(request.model)} if request.model else {"file": str(request.results)}
-    content |= {"box": evaluation.box, "mask": evaluation.mask}
+    content |= {"box": evaluation.box, "mask": evaluation.mask, "keypoint": evaluation.keypoint}
     content |= {KIND_NAMES[kind]: scored.metrics for kind, scored in evaluation.scored.items()}
     content["per_class"] = {KIND_NAMES[kind]: scored.by_class() for kind, scored in evaluation.scored.items()}
     content["seconds"] = asdict(evaluation.seconds)
@@ -312,9 +313,9 @@ def _write_report(
 
 def _image_file(request: Request, truth: GroundTruth) -> Callable[[int], Path] | None:
     """Where the image of an id lies; None where nobody said."""
-    from maskrcnn.data.coco import find_split
+    from maskrcnn.data.coco import find_split, image_folder
 
-    folder = request.data / find_split(request.data, request.split) if request.data else request.images
+    folder = image_folder(request.data, find_split(request.data, request.split)) if request.data else request.images
     if folder is None or request.worst == 0:
         return None
     return lambda image_id: folder / str(truth.images[image_id].get("file_name", image_id))

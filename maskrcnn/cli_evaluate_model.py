@@ -14,7 +14,7 @@ from rich.progress import Progress
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.evaluate import Evaluation, score_kinds
+from maskrcnn.runtime.evaluate import Evaluation, kinds_found, score_kinds
 from maskrcnn.runtime.evaluation.detecting import Seconds, check_classes, detect_records, facts_of
 from maskrcnn.runtime.evaluation.scoring import Scorer
 from maskrcnn.runtime.evaluation.sharding import (
@@ -57,8 +57,12 @@ def evaluate_model(console: Console, request: Request, model: Path) -> Evaluatio
     if found is None:
         return None
     results, seconds, facts = found
-    kinds = request.kinds or (("bbox", "segm") if facts["has_masks"] and dataset.has_masks else ("bbox",))
-    evaluation = score_kinds(dataset, results, kinds, seconds=seconds, scorer=Scorer(request.scorer))
+    kinds = request.kinds or kinds_found(
+        with_masks=facts["has_masks"] and dataset.has_masks,
+        with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # older logs do not say
+    )
+    sigmas, scorer = facts.get("sigmas", ()), Scorer(request.scorer)
+    evaluation = score_kinds(dataset, results, kinds, sigmas=sigmas, seconds=seconds, scorer=scorer)
     told = f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}"
     console.print(told, markup=False)
     return evaluation

@@ -73,7 +73,7 @@ def run_verify(
         write_json(json, {"reference": names[0], "other": names[1], **found.to_dict()})
     if report is not None:
         with atomic_path(report) as draft:
-            draft.write_text(html_page(found, names, models[0].metadata.class_names), encoding="utf-8")
+            draft.write_text(html_page(found, names, models[0].metadata), encoding="utf-8")
         console.print(f"report → {report}")
     return found.ok
 

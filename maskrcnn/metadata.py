@@ -26,11 +26,19 @@ class ModelMetadata:
     preprocessing: Preprocessing
     detections: int  # rows of the outputs
     has_masks: bool = True  # whether `masks` is among the outputs; files of before Faster R-CNN do not say
+    keypoint_names: tuple[str, ...] = ()  # of the rows of `keypoints`; (): no such output, as in older files
+    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, counted from 1 as COCO does
+    keypoint_sigmas: tuple[float, ...] = ()  # of each, relative to the object's size, for COCO's similarity (OKS)
     precision: str = "fp32"  # of weights and arithmetic in this file
     source_sha256: str = ""  # of the file this one was made from
     versions: dict[str, str] = field(default_factory=dict)  # of the software that wrote it
     stamp: dict[str, Any] = field(default_factory=dict)  # engines: hardware, runtime, how it was verified
     contract: int = CONTRACT
+
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether `keypoints` is among the outputs."""
+        return bool(self.keypoint_names)
 
     def to_json(self) -> str:
         """The JSON that `from_json` reads."""
@@ -57,6 +65,9 @@ class ModelMetadata:
             values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
             for key in ("class_names", "category_ids"):
                 values[key] = tuple(values[key])
+            for key in ("keypoint_names", "keypoint_sigmas"):
+                values[key] = tuple(values.get(key, ()))
+            values["keypoint_skeleton"] = tuple(tuple(pair) for pair in values.get("keypoint_skeleton", ()))
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise not_ours(path, f"metadata that cannot be read ({error})") from error

@@ -29,6 +29,9 @@ class Detections:
     masks: np.ndarray | None  # [D, 28, 28] float32 probabilities in the box frame; None: without a mask head
     size_hw: tuple[int, int]  # of the original image
     paste: Paste | None = field(default=None, repr=False)  # instead of the CPU's, where a GPU is at hand
+    # [D, K, 3] float32: x, y in the frame of the boxes (pixel j covers [j, j + 1]), and a score, the heat map's logit;
+    # None: without a keypoint head.
+    keypoints: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -38,12 +41,17 @@ class Detections:
         """Whether the model that found them has a mask head."""
         return self.masks is not None
 
+    @property
+    def has_keypoints(self) -> bool:
+        """Whether the model that found them has a keypoint head."""
+        return self.keypoints is not None
+
     def above(self, score: float) -> Detections:
         """Only the detections of at least this score."""
         keep = self.scores >= score
-        masks = None if self.masks is None else self.masks[keep]
+        masks, keypoints = (None if rows is None else rows[keep] for rows in (self.masks, self.keypoints))
         kept = {"boxes_xyxy_px": self.boxes_xyxy_px[keep], "scores": self.scores[keep], "labels": self.labels[keep]}
-        return replace(self, masks=masks, **kept)
+        return replace(self, masks=masks, keypoints=keypoints, **kept)
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
         """Masks in the whole image, `[D, H, W]` bool: where the probability exceeds `threshold`.
@@ -96,7 +104,8 @@ def unpack(
 
     Args:
         outputs: `num_detections` `[N]`, `boxes` `[N, D, 4]` xyxy in pixels of the resized images, `scores`
-            and `labels` `[N, D]`, and `masks` `[N, D, 28, 28]` where the model has them.
+            and `labels` `[N, D]`, and where the model has them `masks` `[N, D, 28, 28]` and `keypoints`
+            `[N, D, K, 3]`: x, y in pixels of the resized images, and a score.
         image_sizes: `[N, 2]` (height, width) of the resized images before padding.
         original_sizes: (height, width) of each original image.
         paste: what the detections paste their masks with; by default the CPU.
@@ -116,7 +125,7 @@ def unpack(
     for index, (height, width) in enumerate(original_sizes):
         kept = slice(int(outputs["num_detections"][index]))
         ratio_y, ratio_x = np.float32([height, width]) / np.asarray(image_sizes[index], np.float32)
-        masks = outputs.get("masks")
+        masks, keypoints = outputs.get("masks"), outputs.get("keypoints")
         unpacked.append(
             Detections(
                 boxes_xyxy_px=np.asarray(outputs["boxes"][index][kept], np.float32)
@@ -126,6 +135,9 @@ def unpack(
                 masks=None if masks is None else np.asarray(masks[index][kept], np.float32),
                 size_hw=(int(height), int(width)),
                 paste=paste,
+                keypoints=None
+                if keypoints is None
+                else np.asarray(keypoints[index][kept], np.float32) * np.float32([ratio_x, ratio_y, 1]),
             )
         )
     return unpacked
@@ -135,6 +147,11 @@ def coco_results(
     detections: Detections, image_id: int, category_ids: Sequence[int], *, with_masks: bool
 ) -> list[dict[str, Any]]:
     """The detections of one image in COCO's results format, one dictionary each.
+
+    Where the model has a keypoint head, `keypoints` are x, y, 1 for each, as COCO's server takes them, and
+    `keypoint_scores` what tells good from bad ones. The numbers are those of `Detections.keypoints`: nothing is
+    shifted by half a pixel, as nothing is when annotations are read for training. What a model learnt is thus in
+    the annotations' own frame, torchvision's way; COCO's similarity compares the two sets of numbers.
 
     Args:
         detections: in pixels of the original image.
@@ -165,4 +182,8 @@ def coco_results(
     if with_masks:
         for result, rle in zip(results, detections.rles(), strict=True):
             result["segmentation"] = rle
+    if detections.keypoints is not None:
+        for result, points in zip(results, detections.keypoints.astype(np.float64), strict=True):
+            result["keypoints"] = [number for x, y, _ in points.tolist() for number in (x, y, 1)]
+            result["keypoint_scores"] = points[:, 2].tolist()
     return results

@@ -1,7 +1,7 @@
 """Names of the tensors on the way from images to detections, in their order.
 
 PyTorch's model records them under these names, and an exported graph's values carry them, so two models can be
-compared stage by stage. Shapes as in docs/architecture.md; R proposals, L rows that have a mask computed.
+compared stage by stage. Shapes as in docs/architecture.md; R proposals, L rows that have a mask or keypoints computed.
 """
 
 LEVELS = ("P2", "P3", "P4", "P5", "P6")
@@ -22,9 +22,13 @@ STAGES = (
     "mask_features",  # [N, L, C, 14, 14]
     "mask_logits",  # [N, L, 28, 28] of the detection's own class
     "masks",
+    "keypoint_features",  # [N, L, C, 14, 14]
+    "keypoint_logits",  # [N, L, K, 56, 56]
+    "keypoints",
 )
 
 OF_MASKS = ("mask_features", "mask_logits", "masks")  # models without masks lack these
+OF_KEYPOINTS = ("keypoint_features", "keypoint_logits", "keypoints")  # models without keypoints lack these
 
 
 def record(stages: dict | None, **tensors) -> None:

@@ -1,13 +1,16 @@
 """A small detector and a small dataset, made once for all tests."""
 
+import json
+import shutil
 from pathlib import Path
 
 import kernels_on_cpu
 import pytest
 import torch
-from tiny import TINY_V2, lively_model, tiny_config
+from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
 from maskrcnn.checkpoint import save_checkpoint
+from maskrcnn.data.figures import generate_figures
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
 
@@ -72,8 +75,53 @@ def v2_onnx_file(tmp_path_factory, v2_model) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pose_model() -> MaskRCNN:
+    """Keypoints without masks."""
+    return lively_model(tiny_config(has_masks=False, **TINY_POSE))
+
+
+@pytest.fixture(scope="session")
+def joint_model() -> MaskRCNN:
+    """Masks and keypoints."""
+    return lively_model(tiny_config(**TINY_POSE))
+
+
+@pytest.fixture(scope="session")
+def joint_onnx_file(tmp_path_factory, joint_model) -> Path:
+    """Its export, beside its checkpoint `best.safetensors`."""
+    from maskrcnn.export.exporter import export_onnx
+
+    folder = tmp_path_factory.mktemp("joint")
+    save_checkpoint(folder / "best.safetensors", joint_model)
+    export_onnx(joint_model, folder / "model.onnx", source=folder / "best.safetensors")
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def figures(tmp_path_factory) -> Path:
+    """Stick figures, with masks and keypoints."""
+    return generate_figures(tmp_path_factory.mktemp("data") / "figures", train_images=12, val_images=6, size_px=96)
+
+
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     return generate_shapes(tmp_path_factory.mktemp("data") / "shapes", train_images=12, val_images=6, size_px=96)
+
+
+@pytest.fixture(scope="session")
+def poses(tmp_path_factory, shapes) -> Path:
+    """The drawn shapes, each with the tiny models' five keypoints in its box; every third object has none."""
+    folder = tmp_path_factory.mktemp("data") / "poses"
+    shutil.copytree(shapes, folder)
+    for path in (folder / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        skeleton = [list(line) for line in TINY_POSE["keypoint_skeleton"]]
+        for category in content["categories"]:
+            category |= {"keypoints": list(TINY_POSE["keypoint_names"]), "skeleton": skeleton}
+        for number, annotation in enumerate(content["annotations"]):
+            annotation |= keypoints_in(annotation["bbox"], count=5 if number % 3 else 0)
+        path.write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture(scope="session")

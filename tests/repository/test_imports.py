@@ -38,6 +38,7 @@ LIGHT_MODULES = tuple(
     for name in (
         "errors",
         "files",
+        "keypoints",
         "metadata",
         "preprocess",
         "postprocess",
@@ -45,6 +46,9 @@ LIGHT_MODULES = tuple(
         "run_lengths",
         "data.coco",
         "data.coco_file",  # what a COCO file holds
+        "data.coco_keypoints",
+        "data.drawn",  # what the generated datasets have in common
+        "data.figures",
         "data.images",
         "data.segmentation",  # the masks of data.coco
         "data.shapes",

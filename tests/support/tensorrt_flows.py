@@ -263,7 +263,6 @@ def interrupted(given: Flow) -> Any:
         run_stoppable(lambda stop: given.plan(trt, stop=stop, timing_cache=timing))
         return "went on"
     assert seen and not any(seen) and timing.read_text() == "new"
-    trt.during = lambda trt: _thread.interrupt_main() or time.sleep(0.3)
     return run_stoppable(lambda stop: given.plan(trt, stop=stop))
 
 

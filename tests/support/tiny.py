@@ -8,6 +8,14 @@ from maskrcnn.preprocess import Preprocessing
 
 # What makes a model one of version 2, as small as the rest.
 TINY_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (16, 16)}
+# A keypoint head beside whatever else there is.
+TINY_POSE = {
+    "has_keypoints": True,
+    "keypoint_names": ("head", "left_hand", "right_hand", "left_foot", "right_foot"),
+    "keypoint_skeleton": ((1, 2), (1, 3), (1, 4), (1, 5)),
+    "keypoint_sigmas": (0.04, 0.05, 0.06, 0.07, 0.08),
+    "keypoint_head_channels": (16,),
+}
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -27,6 +35,14 @@ def tiny_config(**changes) -> ModelConfig:
         "category_ids": (1, 2, 3),
     }
     return model_config("maskrcnn_resnet18_fpn_small", **{**values, **changes})
+
+
+def keypoints_in(box_xywh_px: list[float], count: int = 5) -> dict[str, list | int]:
+    """What an annotation says of the five keypoints of `TINY_POSE`, of which `count` are labelled."""
+    x, y, width, height = box_xywh_px
+    places = ((0.5, 0.1), (0.1, 0.4), (0.9, 0.45), (0.2, 0.9), (0.8, 0.85))
+    labelled = [(x + a * width, y + b * height, 2) for a, b in places[:count]] + [(0, 0, 0)] * (5 - count)
+    return {"keypoints": [number for point in labelled for number in point], "num_keypoints": count}
 
 
 def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
