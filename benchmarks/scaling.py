@@ -5,8 +5,8 @@
 Takes the newest run's ONNX file and engines, or the files named. The points of one curve take turns, so that a busy
 machine bends no curve. Each curve becomes an SVG; scaling.json holds the numbers, and a table is printed.
 
-The last two curves need no model: masks of random boxes are pasted and encoded, and random results on random ground
-truth, 10 objects and 100 detections an image, are scored by pycocotools and by our own scorer.
+The last two curves need no model: masks of random boxes are pasted and encoded, and the simulated results
+of benchmarks/evaluation.py, 100 an image, are scored by pycocotools and by our own scorer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 from arguments import numbers, sizes_hw
 from chart import Axis, Series, chart
 from contenders import newest_artefacts
+from evaluation import SIZE_HW, scored_by_pycocotools
+from evaluation_cases import simulated
 from progress import Progress
 from report import aligned, machine
 from timing import environment, time_in_turns
@@ -32,13 +34,15 @@ from maskrcnn.errors import told_to_the_user
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.postprocess import Detections
 from maskrcnn.runtime import Detector
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
 SIZES_HW = [(224, 320), (320, 448), (480, 640), (640, 896), (800, 1088), (800, 1344)]
 BATCHES = (1, 2, 4, 8)
 DETECTIONS = (1, 5, 20, 50, 100)
 IMAGES = (250, 500, 1000, 2000, 5000)
 PASTED_HW = (800, 1333)
-OBJECTS, RESULTS = 10, 100  # of each image of the simulated dataset
+RESULTS = 100  # of each image of the simulated dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,28 +141,13 @@ def _random_detections(count: int) -> Detections:
 
 def dataset_curve(images: Sequence[int]) -> Curve:
     """Seconds of scoring boxes against the images of a dataset, by pycocotools and by `--scorer fast`."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+    datasets = {float(count): simulated(count, RESULTS, "bbox", SIZE_HW) for count in images}
 
-    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
-    from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
+    def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
+        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox", scorer=Scorer.FAST)
 
-    datasets = {float(count): simulated_dataset(count) for count in images}
-
-    def fast(truth_json: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        return lambda turn: score_entries(GroundTruth(truth_json, "simulated"), results, "bbox", scorer=Scorer.FAST)
-
-    def scoring(truth_json: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        truth = COCO()
-        truth.dataset = truth_json
-        truth.createIndex()
-
-        def call(turn: int) -> None:
-            evaluation = COCOeval(truth, truth.loadRes(list(results)), "bbox")
-            evaluation.evaluate()
-            evaluation.accumulate()
-
-        return call
+    def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
+        return lambda turn: scored_by_pycocotools(content, list(results), "bbox")
 
     return Curve(
         name="dataset",
@@ -166,39 +155,12 @@ def dataset_curve(images: Sequence[int]) -> Curve:
         across="images",
         along="s",
         calls={
-            "pycocotools": {count: scoring(*dataset) for count, dataset in datasets.items()},
+            "pycocotools": {count: theirs(*dataset) for count, dataset in datasets.items()},
             "--scorer fast": {count: fast(*dataset) for count, dataset in datasets.items()},
         },
         units=dict.fromkeys(map(float, images), 1000.0),
         warmup=0,
     )
-
-
-def simulated_dataset(images: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ground truth and results in COCO's formats: 80 classes, some of the results near an object."""
-    rng = np.random.default_rng(images)
-    objects = np.concatenate([rng.uniform(0, 500, (images, OBJECTS, 2)), rng.uniform(8, 200, (images, OBJECTS, 2))], -1)
-    labels = rng.integers(1, 81, (images, OBJECTS))
-    of_object = rng.integers(0, OBJECTS, (images, RESULTS))
-    boxes = np.take_along_axis(objects, of_object[..., None], axis=1) + rng.normal(0, 12, (images, RESULTS, 4))
-    boxes[..., 2:] = np.maximum(boxes[..., 2:], 1)
-    scores = rng.random((images, RESULTS))
-    annotations = [
-        {"id": i * OBJECTS + k + 1, "image_id": i + 1, "category_id": int(labels[i, k]), "iscrowd": 0,
-         "bbox": objects[i, k].tolist(), "area": float(objects[i, k, 2] * objects[i, k, 3])}
-        for i in range(images) for k in range(OBJECTS)
-    ]  # fmt: skip
-    results = [
-        {"image_id": i + 1, "category_id": int(labels[i, of_object[i, k]]), "bbox": boxes[i, k].tolist(),
-         "score": float(scores[i, k])}
-        for i in range(images) for k in range(RESULTS)
-    ]  # fmt: skip
-    truth = {
-        "images": [{"id": i + 1, "height": 700, "width": 700} for i in range(images)],
-        "annotations": annotations,
-        "categories": [{"id": k, "name": str(k)} for k in range(1, 81)],
-    }
-    return truth, results
 
 
 def measured(curve: Curve, *, repeat: int, progress: Progress) -> dict[str, list[tuple[float, float]]]:

@@ -85,7 +85,7 @@ def _latency(content: dict[str, Any]) -> str:
     text = _table(columns, rows)
     split = [row for row in rows if row.get("split_ms")]
     if split:
-        parts = [part for part in split[0]["split_ms"]]
+        parts = list(split[0]["split_ms"])
         parts += [part for row in split for part in row["split_ms"] if part not in parts]
         columns = [*columns[:4], *((f"{part} ms", _part(part)) for part in parts)]
         text += "\n\nWhere the time of such a call goes:\n\n" + _table(columns, split)

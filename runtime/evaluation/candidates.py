@@ -12,7 +12,9 @@ from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.overlaps import box_overlaps, keypoint_overlaps, mask_overlaps
 from maskrcnn.runtime.evaluation.results_file import Results
 
-_PAIRS_AT_ONCE = 1 << 18  # so that the arrays of a portion stay small
+# Pairs of a portion, so that its arrays stay small; pairs of keypoints have one number for each of them, and again as
+# many between.
+_PAIRS_AT_ONCE, _KEYPOINT_PAIRS_AT_ONCE = 1 << 18, 1 << 14
 
 
 class Side(NamedTuple):
@@ -49,11 +51,13 @@ def candidates(truth: GroundTruth, results: Results, detections: Side, objects: 
     return Pairs(*(np.concatenate(values) for values in zip(empty, *parts, strict=True)))
 
 
-def _all_pairs(detections: Side, objects: Side) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _all_pairs(
+    detections: Side, objects: Side, at_once: int = _PAIRS_AT_ONCE
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of all pairs of a group, in portions."""
     start = np.searchsorted(objects.group, detections.group, "left")
     number = np.searchsorted(objects.group, detections.group, "right") - start
-    for begin, end in pairwise(run_edges(np.cumsum(number) // _PAIRS_AT_ONCE)):
+    for begin, end in pairwise(run_edges(np.cumsum(number) // at_once)):
         some = number[begin:end]
         before = np.cumsum(some) - some
         yield (
@@ -66,7 +70,8 @@ def _other_pairs(
     truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float
 ) -> Iterator[Pairs]:
     """Pairs of boxes or of keypoints."""
-    for detection, row in _all_pairs(detections, objects):
+    at_once = _KEYPOINT_PAIRS_AT_ONCE if results.kind == "keypoints" else _PAIRS_AT_ONCE
+    for detection, row in _all_pairs(detections, objects, at_once):
         one, other = detections.order[detection], objects.order[row]
         if results.kind == "bbox":
             overlap = box_overlaps(results.boxes[one], truth.boxes[other], truth.is_crowd[other])

@@ -28,20 +28,12 @@ def test_growth_is_the_exponent(power):
     assert scaling.growth([(x, 3 * x**power) for x in (1, 2, 8)]) == pytest.approx(power, abs=1e-9)
 
 
-def test_the_simulated_dataset_has_an_ap_between_nothing_and_all():
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    truth_json, results = scaling.simulated_dataset(20)
-    truth = COCO()
-    truth.dataset = truth_json
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    assert 0.05 < evaluation.stats[0] < 0.95
-    assert len(results) == 20 * scaling.RESULTS
+def test_both_scorers_get_the_same_results_and_the_terminal_nothing(capsys):
+    curve = scaling.dataset_curve([20])
+    theirs, fast = (curve.calls[name][20.0](0) for name in ("pycocotools", "--scorer fast"))
+    assert fast.metrics["AP"] == pytest.approx(theirs.stats[0], abs=1e-12) and 0.05 < theirs.stats[0] < 0.95
+    assert len(theirs.params.imgIds) == 20
+    assert capsys.readouterr().out == ""
 
 
 def test_unknown_curves_are_refused():
