@@ -187,7 +187,7 @@ def growth(points: Sequence[tuple[float, float]]) -> float:
 def table(curve: Mapping[str, Any]) -> str:
     """One curve of scaling.json as a Markdown table: a row for each line, a column for each x, and the growth."""
     first = next(iter(curve["lines"].values()))
-    heads = [f"{curve['along']} at {curve['across']}", *(f"{x:.3g}" for x, _ in first), "grows as"]
+    heads = [f"{curve['along']} at {curve['across']}", *(f"{x:.4g}" for x, _ in first), "grows as"]
     rows = [
         [name, *(f"{y:.3g}" for _, y in points), f"x^{growth(points):.2f}" if len(points) > 1 else ""]
         for name, points in curve["lines"].items()
