@@ -160,8 +160,9 @@ def table(splits: Sequence[Split]) -> str:
     """One column for each file: milliseconds and their share of all stages."""
     head = ["stage", *(f"{split.model}, {split.backend}" for split in splits)]
     lines = [head, ["---"] * len(head)]
-    every = (*OUTSIDE, *MODULES.values(), *OPERATORS.values(), REST)
-    for stage in dict.fromkeys(stage for stage in every if any(stage in split.stages_ms for split in splits)):
+    found = [stage for split in splits for stage in split.stages_ms]
+    known = [stage for stage in (*OUTSIDE, *MODULES.values(), *OPERATORS.values(), REST) if stage in found]
+    for stage in dict.fromkeys([*known, *found]):
         cells = []
         for split in splits:
             ms = split.stages_ms.get(stage, 0.0)

@@ -124,36 +124,37 @@ def data_convert(
         write_json(json, report.to_dict())
 
 
+_Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+_Images = Annotated[int, typer.Option(min=1)]
+_Side = Annotated[int, typer.Option(min=32, help="Side of the pictures, px.")]
+_Seed = Annotated[int, typer.Option(min=0)]
+
+
 @data_app.command("shapes")
 def data_shapes(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    train_images: Annotated[int, typer.Option(min=1)] = 600,
-    val_images: Annotated[int, typer.Option(min=1)] = 100,
-    size: Annotated[int, typer.Option(min=32, help="Side of the pictures, px.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: _Out, train_images: _Images = 600, val_images: _Images = 100, size: _Side = 128, seed: _Seed = 0
 ) -> None:
     """Draws a dataset of circles, rectangles and triangles in COCO format."""
-    from maskrcnn.cli import console
     from maskrcnn.data.shapes import generate_shapes
 
-    path = generate_shapes(out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
-    console.print(f"{train_images} + {val_images} pictures in {path}")
+    _draw(generate_shapes, out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
 
 
 @data_app.command("figures")
 def data_figures(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    train_images: Annotated[int, typer.Option(min=1)] = 600,
-    val_images: Annotated[int, typer.Option(min=1)] = 100,
-    size: Annotated[int, typer.Option(min=32, help="Side of the pictures, px.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: _Out, train_images: _Images = 600, val_images: _Images = 100, size: _Side = 128, seed: _Seed = 0
 ) -> None:
     """Draws a dataset of stick figures with masks and keypoints in COCO format."""
-    from maskrcnn.cli import console
     from maskrcnn.data.figures import generate_figures
 
-    path = generate_figures(out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
-    console.print(f"{train_images} + {val_images} pictures in {path}")
+    _draw(generate_figures, out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
+
+
+def _draw(generate: Callable[..., Path], out: Path, **wanted: int) -> None:
+    from maskrcnn.cli import console
+
+    path = generate(out, **wanted)
+    console.print(f"{wanted['train_images']} + {wanted['val_images']} pictures in {path}")
 
 
 @data_app.command("check")
