@@ -8,9 +8,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: test lint demo clean .venv
 .DELETE_ON_ERROR:
 
-# Files of tests side by side; a thread each, as more of them than cores slow each other down.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: .venv
 	$(BIN)/ruff check .
