@@ -78,9 +78,10 @@ def run_stoppable(work: Callable[[threading.Event], Result]) -> Result:
         UserError: after Ctrl-C.
         Exception: what `work` raised.
     """
-    stop, done, outcome = threading.Event(), threading.Event(), {}
+    begin, stop, done, outcome = threading.Event(), threading.Event(), threading.Event(), {}
 
     def run() -> None:
+        begin.wait()  # for the main thread to listen
         try:
             outcome["result"] = work(stop)
         except BaseException as error:
@@ -88,8 +89,8 @@ def run_stoppable(work: Callable[[threading.Event], Result]) -> Result:
         finally:
             done.set()
 
-    threading.Thread(target=run, name="tensorrt-build").start()
-    if _wait(done, stop):
+    threading.Thread(target=run, name="tensorrt-build", daemon=True).start()
+    if _wait(begin, done, stop):
         raise UserError(
             "a build that was stopped by Ctrl-C",
             "some minutes of patience; --optimization-level 0 to 2 builds faster",
@@ -100,8 +101,8 @@ def run_stoppable(work: Callable[[threading.Event], Result]) -> Result:
     return outcome["result"]
 
 
-def _wait(done: threading.Event, stop: threading.Event) -> bool:
-    """Waits for an event; whether Ctrl-C came meanwhile, which sets the other one.
+def _wait(begin: threading.Event, done: threading.Event, stop: threading.Event) -> bool:
+    """Sets the first event and waits for the second; whether Ctrl-C came meanwhile, which sets the third.
 
     Not by joining the thread: before Python 3.13, Ctrl-C in `Thread.join` makes a running thread look as if it had
     ended (bpo-45274).
@@ -109,6 +110,7 @@ def _wait(done: threading.Event, stop: threading.Event) -> bool:
     was_interrupted = False
     while True:
         try:
+            begin.set()
             while not done.wait(_TICK_S):
                 pass
             return was_interrupted
