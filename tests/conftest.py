@@ -15,6 +15,14 @@ from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
 
 
+def exported_beside_checkpoint(model: MaskRCNN, folder: Path) -> Path:
+    from maskrcnn.export.exporter import export_onnx
+
+    save_checkpoint(folder / "best.safetensors", model)
+    export_onnx(model, folder / "model.onnx", source=folder / "best.safetensors")
+    return folder / "model.onnx"
+
+
 @pytest.fixture(scope="session")
 def model() -> MaskRCNN:
     return lively_model(tiny_config())
@@ -46,12 +54,7 @@ def boxes_model() -> MaskRCNN:
 @pytest.fixture(scope="session")
 def boxes_onnx_file(tmp_path_factory, boxes_model) -> Path:
     """Its export, beside its checkpoint `best.safetensors`."""
-    from maskrcnn.export.exporter import export_onnx
-
-    folder = tmp_path_factory.mktemp("boxes")
-    save_checkpoint(folder / "best.safetensors", boxes_model)
-    export_onnx(boxes_model, folder / "model.onnx", source=folder / "best.safetensors")
-    return folder / "model.onnx"
+    return exported_beside_checkpoint(boxes_model, tmp_path_factory.mktemp("boxes"))
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +92,7 @@ def joint_model() -> MaskRCNN:
 @pytest.fixture(scope="session")
 def joint_onnx_file(tmp_path_factory, joint_model) -> Path:
     """Its export, beside its checkpoint `best.safetensors`."""
-    from maskrcnn.export.exporter import export_onnx
-
-    folder = tmp_path_factory.mktemp("joint")
-    save_checkpoint(folder / "best.safetensors", joint_model)
-    export_onnx(joint_model, folder / "model.onnx", source=folder / "best.safetensors")
-    return folder / "model.onnx"
+    return exported_beside_checkpoint(joint_model, tmp_path_factory.mktemp("joint"))
 
 
 @pytest.fixture(scope="session")
