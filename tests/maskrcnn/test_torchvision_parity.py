@@ -18,7 +18,7 @@ from maskrcnn.data.figures import figures_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.preprocess import Preprocessing, resized_size
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.torch_backend import TorchBackend
 
@@ -158,7 +158,8 @@ def test_keypoints(changes, least_share):
     """Keypoints of paired detections are torchvision's.
 
     Random heat maps are rough: in a box larger than the window some have another peak of nearly the same height, and
-    there torchvision's, the best of all pixels, may be the other one.
+    there torchvision's, the best of all pixels, may be the other one. A box within the tolerance of a whole number of
+    resized pixels may have one pixel more in one of the two, which are other pixels: such boxes are left out.
     """
     pose = {"has_masks": False, "has_keypoints": True, "keypoint_names": ("a", "b", "c")}
     config = replace(SMALL, **{**pose, "keypoint_head_channels": (32, 32), **changes})
@@ -179,8 +180,12 @@ def test_keypoints(changes, least_share):
         nearest = np.abs(one.boxes_xyxy_px[:, None] - boxes[None]).max(axis=-1)
         pairs = nearest.argmin(axis=1)
         assert nearest.min(axis=1).max() < 0.05
-        off.append(np.abs(one.keypoints[..., :2] - other["keypoints"].numpy()[pairs, :, :2]).max(axis=-1))
-        lower.append(other["keypoints_scores"].numpy()[pairs] - one.keypoints[..., 2])
+        height, width = resized_size(image.shape[:2], config.preprocessing)
+        sides = (boxes[:, 2:] - boxes[:, :2]) * (width / image.shape[1], height / image.shape[0])
+        kept = (np.abs(sides - sides.round()) > 0.01).all(axis=1)[pairs]
+        assert kept.mean() > 0.8
+        off.append(np.abs(one.keypoints[..., :2] - other["keypoints"].numpy()[pairs, :, :2]).max(axis=-1)[kept])
+        lower.append((other["keypoints_scores"].numpy()[pairs] - one.keypoints[..., 2])[kept])
     off, lower = np.concatenate(off).ravel(), np.concatenate(lower).ravel()
     assert (off < 0.1).mean() >= least_share
     assert np.abs(lower[off < 0.1]).max() < 1e-3 and lower.min() > -1e-3 and lower.max() < 1.0
