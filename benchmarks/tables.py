@@ -1,10 +1,11 @@
-"""The tables of docs/results.md, written from the committed JSON of benchmarks/results/.
+"""The tables of docs/results.md and README.md, written from the committed JSON of benchmarks/results/.
 
     python benchmarks/tables.py [--check]
 
 A table stands between two comments, `<!-- table: FILE.json -->` and `<!-- end -->`, and below it machine, versions
-and the commit that the file names. What lies between is rewritten; with --check nothing is, and exit code 1 says that a
-table is not what its file gives. Sentences around the tables are written by hand.
+and the commit that the file names. `<!-- summary: FILE.json FILE.json -->` puts results of `benchmarks/run.py` side by
+side: smallest size, batch 1, how many times torchvision's speed, and mask AP. What lies between is rewritten; with --check
+nothing is, and exit code 1 says that a table is not what its file gives. Sentences around the tables are written by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from report import aligned, machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+PAGES = (PAGE, ROOT / "README.md")
+_BLOCK = re.compile(r"(<!-- (table|summary): (\S[^\n]*\S) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
@@ -37,15 +39,37 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     """
 
     def block(match: re.Match) -> str:
-        content = json.loads((results / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}{rendered(content)}\n{match[4]}"
+        contents = [json.loads((results / name).read_text(encoding="utf-8")) for name in match[3].split()]
+        text = summary(contents) if match[2] == "summary" else rendered(contents[0])
+        return f"{match[1]}{text}\n{match[5]}"
 
     return _BLOCK.sub(block, text)
 
 
 def files_of(text: str) -> list[str]:
     """The files that a page's tables are made of."""
-    return [match[2] for match in _BLOCK.finditer(text)]
+    return [name for match in _BLOCK.finditer(text) for name in match[3].split()]
+
+
+def summary(contents: Sequence[dict[str, Any]]) -> str:
+    """Results of `benchmarks/run.py` side by side, a row for each way to run the model and columns for each result.
+
+    Of each result the rows of its first size and batch 1: milliseconds from image to masks (the median), how many times
+    torchvision's speed in the same run, and mask AP where one was measured, of all but the reference as a difference.
+    """
+    figures = [("ms", _figure("p50_ms", ".0f")), ("× torchvision", _figure("times_torchvision", ".1f"))]
+    figures.append(("mask AP", _ap("mask_ap")))
+    heads, found = ["run by"], {}
+    for content in contents:
+        rows = [row for row in content["rows"] if row["p50_ms"] is not None and row["batch"] == 1]
+        rows = [row for row in rows if row["size"] == rows[0]["size"]]
+        shown = [(name, show) for name, show in figures if any(show(row) for row in rows)]
+        for row in rows:
+            runner = f"{row['model']}, {row['backend']}" if row["peer"] else f"{row['backend']}, {row['precision']}"
+            known = found.setdefault(runner, [])
+            known += [""] * (len(heads) - 1 - len(known)) + [show(row) for _, show in shown]
+        heads += [f"{content['workload']['name'].split(',')[0]}: {shown[0][0]}", *(name for name, _ in shown[1:])]
+    return aligned(heads, [[runner, *cells, *[""] * (len(heads) - 1 - len(cells))] for runner, cells in found.items()])
 
 
 def rendered(content: Any) -> str:
@@ -189,18 +213,21 @@ _KINDS: list[tuple[Callable[[Any], bool], Callable[[Any], str]]] = [
 
 
 def main() -> int:
-    """Rewrites the page, or says what is old."""
+    """Rewrites the pages, or says what is old."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    new = rewritten(text)
-    if given.check:
-        print(f"{PAGE.name}: {'as its files give it' if new == text else 'old; run python benchmarks/tables.py'}")
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    print(f"{PAGE}: {len(files_of(text))} tables")
-    return 0
+    is_old = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rewritten(text)
+        if given.check:
+            print(f"{page.name}: {'as its files give it' if new == text else 'old; run python benchmarks/tables.py'}")
+            is_old |= new != text
+        else:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page}: from {len(files_of(text))} files")
+    return int(is_old)
 
 
 if __name__ == "__main__":

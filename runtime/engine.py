@@ -14,7 +14,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, read_onnx
+from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, openvino_core, read_onnx
 from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, Difference
 from maskrcnn.runtime.verification.validation import compare_backends
 
@@ -46,7 +46,7 @@ def build_openvino_engine(
     if metadata.precision not in ("fp32", "int8"):
         came, expected = f"{onnx_path}: a file in {metadata.precision}", "one in single precision, or with int8"
         raise UserError(came, expected, "build from model.onnx with --fp16")
-    core = openvino.Core()
+    core = openvino_core()
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     execution = "bf16" if half and has_bf16 else "fp32"
     if execution == "bf16":

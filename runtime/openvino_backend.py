@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,24 @@ def import_openvino():
     return openvino
 
 
+def openvino_core():
+    """The process's one `openvino.Core`.
+
+    Each further one that compiles for the CPU gives the thread another signal stack and takes it away with its last
+    model; when the older of two goes first, the thread is left with a stack that is gone, and the next signal with a
+    handler (Ctrl-C, the end of a data loader's worker) is a segmentation fault. Seen in OpenVINO 2026.4.
+
+    Raises:
+        UserError: when OpenVINO is not installed.
+    """
+    return _core(import_openvino())
+
+
+@functools.cache
+def _core(openvino):
+    return openvino.Core()
+
+
 def read_onnx(path: Path):
     """An exported ONNX file as (OpenVINO model, metadata).
 
@@ -36,13 +55,13 @@ def read_onnx(path: Path):
     Raises:
         UserError: when the file is missing, not ours, or the copy for TensorRT.
     """
-    openvino = import_openvino()
+    core = openvino_core()
     model, metadata = read_model(path)
     check_portable(model, path)
     import onnx.inliner
 
     inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
-    return openvino.Core().read_model(inlined.SerializeToString()), metadata
+    return core.read_model(inlined.SerializeToString()), metadata
 
 
 class OpenVinoBackend(Backend):
@@ -57,8 +76,7 @@ class OpenVinoBackend(Backend):
     name = "OpenVINO"
 
     def __init__(self, path: Path, *, precision: str | None = None, threads: int = 0) -> None:
-        openvino = import_openvino()
-        core = openvino.Core()
+        core = openvino_core()
         self.path = path
         model, self.metadata = _read(core, path)
         execution = precision or _execution_precision(self.metadata)
@@ -94,13 +112,13 @@ class OpenVinoBackend(Backend):
 
     def profiling_request(self):
         """An inference request of the same model that measures its layers (`request.profiling_info`)."""
-        core = import_openvino().Core()
+        core = openvino_core()
         model, _ = _read(core, self.path)
         return core.compile_model(model, "CPU", {**self._options, "PERF_COUNT": True}).create_infer_request()
 
     def _instrumented_request(self, names: Sequence[str]):
         """An inference request of the same model, which has the named tensors among its outputs."""
-        core = import_openvino().Core()
+        core = openvino_core()
         model, _ = _read(core, self.path)
         values = {name for node in model.get_ordered_ops() for out in node.outputs() for name in out.get_names()}
         outputs = {name for output in model.outputs for name in output.get_names()}

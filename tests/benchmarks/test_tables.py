@@ -1,4 +1,4 @@
-"""docs/results.md shows what the committed results say."""
+"""docs/results.md and README.md show what the committed results say."""
 
 import json
 
@@ -6,8 +6,10 @@ import pytest
 import tables
 
 
-def test_the_page_is_as_its_files_give_it():
-    text = tables.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_page_is_as_its_files_give_it(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.files_of(text)
     assert tables.rewritten(text) == text, "run python benchmarks/tables.py"
 
 
@@ -24,6 +26,41 @@ def test_only_what_lies_between_the_comments_is_rewritten(tmp_path):
     assert "old" not in new and "| one | 1.5 ms, 75% |" in new
     assert new.startswith("before\n<!-- table: x.json -->\n| stage") and new.endswith("<!-- end -->\nafter\n")
     assert tables.rewritten(new, tmp_path) == new
+
+
+def result(name, *rows):
+    keys = ("model", "backend", "precision", "peer", "size", "batch", "p50_ms", "times_torchvision")
+    rows = [dict(zip(keys, row, strict=True), check="") for row in rows]
+    return {"workload": {"name": name}, "rows": rows}
+
+
+def test_a_summary_has_a_column_group_for_each_result():
+    ap = {"mask_ap": 0.5, "mask_ap_difference": 0.0}
+    large = result(
+        "large, random weights",
+        ("a.onnx", "ONNX Runtime", "fp32", "", "800×1088", 1, 1000.0, 2.0),
+        ("a.onnx", "ONNX Runtime", "fp32", "", "800×1344", 1, 1300.0, 2.0),
+        ("a.int8.onnx", "ONNX Runtime", "int8", "", "800×1088", 1, 400.0, 5.0),
+        ("torchvision", "PyTorch CPU", "fp32", "eager", "800×1088", 1, 2000.0, 1.0),
+    )
+    small = result(
+        "small",
+        ("best", "PyTorch CPU", "fp32", "", "", 1, 20.0, 1.2),
+        ("best", "PyTorch CPU", "fp32", "", "", 4, 50.0, 1.2),
+        ("m.onnx", "ONNX Runtime", "fp32", "", "", 1, 10.0, 2.4),
+        ("m.engine", "TensorRT", "fp16", "", "", 1, None, None),
+    )
+    for row, difference in zip(small["rows"], (0.0, 0.0, -0.01, None), strict=True):
+        row |= ap | {"mask_ap_difference": difference}
+    small["rows"][0]["check"] = "reference"
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.summary([large, small]).splitlines()]
+    assert lines[0] == ["run by", "large: ms", "× torchvision", "small: ms", "× torchvision", "mask AP"]
+    assert lines[2:] == [
+        ["ONNX Runtime, fp32", "1000", "2.0", "10", "2.4", "-0.0100"],
+        ["ONNX Runtime, int8", "400", "5.0", "", "", ""],
+        ["torchvision, PyTorch CPU", "2000", "1.0", "", "", ""],
+        ["PyTorch CPU, fp32", "", "", "20", "1.2", "0.5000"],
+    ]
 
 
 def test_missing_and_unknown_files_are_errors(tmp_path):

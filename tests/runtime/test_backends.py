@@ -1,6 +1,7 @@
 """Every backend: the same detections, the same checks, and files that are not ours."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -260,6 +261,21 @@ def foreign_onnx(path, metadata=None):
         onnx.helper.set_model_props(model, {KEY: metadata})
     onnx.save(model, path)
     return path
+
+
+def test_signals_are_handled_after_openvino_models_are_gone(onnx_file):
+    """A core of its own for each would leave the thread with the signal stack of the first, which is freed."""
+    code = """
+import os, pathlib, signal, sys
+from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+first, second = (OpenVinoBackend(pathlib.Path(sys.argv[1])) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(onnx_file)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
 
 
 @pytest.mark.parametrize("backend_name", ["onnxruntime", "openvino"])

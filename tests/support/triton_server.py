@@ -118,9 +118,9 @@ def _onnxruntime(folder: Path, config: Message, inputs: Tensors) -> Tensors:
 
 
 def _openvino(folder: Path, config: Message, inputs: Tensors) -> Tensors:
-    import openvino
+    from maskrcnn.runtime.openvino_backend import openvino_core
 
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(folder / "model.xml")
     assert all(output.get_names() for output in model.outputs), "Triton wants names for all outputs"
     parameters = {key: entry["string_value"] for key, entry in config["parameters"].items()}
