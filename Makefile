@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .DELETE_ON_ERROR:
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@
 
 A table stands between two comments, `<!-- table: FILE.json -->` and `<!-- end -->`, and below it machine, versions
 and the commit that the file names. `<!-- summary: FILE.json FILE.json -->` puts results of `benchmarks/run.py` side by
-side: smallest size, batch 1, how many times torchvision's speed, and mask AP. What lies between is rewritten; with --check
-nothing is, and exit code 1 says that a table is not what its file gives. Sentences around the tables are written by hand.
+side: first size, batch 1, how many times torchvision's speed, and mask AP. What lies between is rewritten; with
+--check nothing is, and exit code 1 says that a table is not what its file gives. Sentences around the tables are
+written by hand.
 """
 
 from __future__ import annotations

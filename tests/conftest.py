@@ -1,8 +1,14 @@
 """A small detector and a small dataset, made once for all tests."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+
+# Before torch is imported, which reads it then: processes that test side by side share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 import kernels_on_cpu
 import pytest
