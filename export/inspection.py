@@ -21,15 +21,17 @@ from maskrcnn.export.shapes import tensor_types, with_shapes
 from maskrcnn.export.tensorrt import take_all_rows
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.preprocess import Preprocessing, resized_size
-from maskrcnn.runtime.backend import detector_specs
+from maskrcnn.runtime.backend import TensorSpec, detector_specs
+from maskrcnn.runtime.engine_files import engine_metadata
 
 _PHOTO_HW = (480, 640)  # a common format of pictures, for the default input size
 _SHOWN_OPERATORS = 12
-# ONNX's, OpenVINO's and safetensors' names of number formats.
+# ONNX's, OpenVINO's, safetensors' and NumPy's names of number formats.
 _PRECISIONS = {
     **{"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64", "INT8": "int8", "UINT8": "uint8"},
     **{"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"},
     **{"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"},
+    "float32": "fp32",
 }
 _INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's, of indices and counts: no weights
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: state, not parameters
@@ -101,23 +103,24 @@ def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placemen
     """Looks into a model file without running it, and without torch.
 
     Args:
-        path: an ONNX file, an OpenVINO engine (`.xml`) or a checkpoint (`.safetensors`).
+        path: an ONNX file, an OpenVINO engine (`.xml`), a TensorRT engine (`.engine`) or a checkpoint
+            (`.safetensors`).
         size_hw: of the network's input, for the cost; by default what a picture of 640 × 480 becomes.
         with_placement: ask ONNX Runtime's providers, each of which makes a session.
 
     Raises:
         UserError: for other files, and for those that cannot be read.
     """
-    readers = {".onnx": _inspect_onnx, ".xml": _inspect_engine, ".safetensors": _inspect_checkpoint}
+    others = {".xml": _inspect_engine, ".engine": _inspect_plan, ".safetensors": _inspect_checkpoint}
     if not path.is_file():
         raise UserError(f"no file {path}", "a model file", "check the path")
-    if path.suffix not in readers:
-        raise UserError(f"{path}", f"a file that ends in {', '.join(readers)}", "name one of these")
     if path.suffix == ".onnx":
         return _inspect_onnx(path, size_hw, with_placement=with_placement)
+    if path.suffix not in others:
+        raise UserError(f"{path}", f"a file that ends in .onnx, {', '.join(others)}", "name one of these")
     if size_hw is not None:
         raise UserError(f"--size for {path.name}", "an ONNX file, whose graph tells the cost", "leave --size out")
-    return readers[path.suffix](path)
+    return others[path.suffix](path)
 
 
 def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> Inspection:
@@ -224,6 +227,25 @@ def _inspect_engine(path: Path) -> Inspection:
             for data in constants
         ),
     )
+
+
+def _inspect_plan(path: Path) -> Inspection:
+    """A TensorRT engine: what the metadata beside it says. The plan itself only TensorRT can read."""
+    metadata = engine_metadata(path)
+    inputs, outputs = detector_specs(metadata)
+    return Inspection(
+        path=path,
+        kind="TensorRT engine",
+        bytes=path.stat().st_size,
+        metadata=metadata,
+        inputs={name: _spec_text(spec) for name, spec in inputs.items()},
+        outputs={name: _spec_text(spec) for name, spec in outputs.items()},
+    )
+
+
+def _spec_text(spec: TensorSpec) -> str:
+    lengths = ["?" if length is None else str(length) for length in spec.shape]
+    return f"{_PRECISIONS.get(spec.dtype, spec.dtype)} [{', '.join(lengths)}]"
 
 
 def _port_text(layer: ElementTree.Element) -> str:

@@ -222,7 +222,7 @@ def verify(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="ONNX file, OpenVINO engine (.xml) or checkpoint (.safetensors).")],
+    file: Annotated[Path, typer.Argument(help="ONNX file, engine (.xml, .engine) or checkpoint (.safetensors).")],
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to count operations at, px.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything there.")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Engine files on a disk, and whether this machine runs each: for `maskrcnn doctor`.
+"""Engine files on a disk, and whether this machine runs each: for `maskrcnn doctor` and `maskrcnn inspect`.
 
 Nothing is loaded: an engine's metadata says what it was built for.
 """
@@ -59,10 +59,25 @@ def find_engines(places: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def engine_metadata(path: Path) -> ModelMetadata:
+    """What an engine's own metadata says: of an OpenVINO engine inside its `.xml`, of a TensorRT engine beside it.
+
+    Raises:
+        UserError: where there is none, or it cannot be read.
+    """
+    if path.suffix == ".xml":
+        return metadata_of_xml(path)
+    beside = metadata_path(path)
+    if not beside.is_file():
+        came, expected = f"no {beside.name} beside {path}", "both files of a TensorRT engine"
+        raise UserError(came, expected, "copy both, or build it again: `maskrcnn build-engine --fp16`")
+    return ModelMetadata.from_json(beside.read_text(encoding="utf-8"), beside)
+
+
 def fit(path: Path, machine: Machine) -> Fit:
     """Whether a machine runs an engine, by the engine's stamp."""
     try:
-        metadata = _metadata(path)
+        metadata = engine_metadata(path)
     except UserError as error:
         return Fit(path, "cannot be used", error)
     if _REJECTED in path.suffixes:
@@ -83,16 +98,6 @@ def _is_our_xml(path: Path) -> bool:
     with open(path, "rb") as file:  # rt_info stands at the end
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         return f"<{KEY} ".encode() in file.read()
-
-
-def _metadata(path: Path) -> ModelMetadata:
-    if path.suffix == ".xml":
-        return metadata_of_xml(path)
-    beside = metadata_path(path)
-    if not beside.is_file():
-        came, expected = f"no {beside.name} beside {path}", "both files of a TensorRT engine"
-        raise UserError(came, expected, "copy both, or build it again: `maskrcnn build-engine --fp16`")
-    return ModelMetadata.from_json(beside.read_text(encoding="utf-8"), beside)
 
 
 def _tensorrt_obstacle(metadata: ModelMetadata, machine: Machine) -> UserError | None:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from engine_files import write_engine
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -146,6 +147,18 @@ def test_precision_is_read_off_the_graph(tmp_path):
     assert found.metadata is None and found.costs is None
 
 
+def test_a_tensorrt_engine_is_told_by_the_metadata_beside_it(tmp_path, onnx_file):
+    path = write_engine(tmp_path / "m.engine", onnx_file)
+    found = inspect(path)
+    assert (found.kind, found.bytes, found.metadata.precision) == ("TensorRT engine", path.stat().st_size, "fp16")
+    assert found.inputs == {"images": "fp32 [?, 3, ?, ?]", "image_sizes": "int64 [?, 2]"}
+    assert found.outputs["masks"] == "fp32 [?, 12, 28, 28]" and found.outputs["num_detections"] == "int32 [?]"
+    assert "stamp, gpu: NVIDIA H100 80GB HBM3" in found.text() and "stamp, profiles: " in found.text()
+    path.with_name("m.engine.json").unlink()
+    with pytest.raises(UserError, match=r"no m\.engine\.json beside"):
+        inspect(path)
+
+
 # Placement
 
 
@@ -232,9 +245,9 @@ def test_files_that_are_something_else_are_refused(tmp_path, name):
 def test_what_cannot_be_inspected_is_said(tmp_path, onnx_file, checkpoint):
     with pytest.raises(UserError, match="no file"):
         inspect(tmp_path / "none.onnx")
-    (tmp_path / "model.engine").touch()
-    with pytest.raises(UserError, match=r"ends in \.onnx, \.xml, \.safetensors"):
-        inspect(tmp_path / "model.engine")
+    (tmp_path / "model.pb").touch()
+    with pytest.raises(UserError, match=r"ends in \.onnx, \.xml, \.engine, \.safetensors"):
+        inspect(tmp_path / "model.pb")
     with pytest.raises(UserError, match="multiples of 32"):
         inspect(onnx_file, size_hw=(100, 128))
     with pytest.raises(UserError, match="leave --size out"):
