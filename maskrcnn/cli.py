@@ -18,7 +18,15 @@ from maskrcnn.cli_evaluate import evaluate
 from maskrcnn.cli_serve import triton
 from maskrcnn.config import TrainConfig
 from maskrcnn.errors import UserError, told_to_the_user
-from maskrcnn.options import assignments, merged, read_settings, with_sections, with_settings
+from maskrcnn.field_values import typed
+from maskrcnn.options import (
+    assignments,
+    merged,
+    read_settings,
+    require_changes_of_a_run,
+    with_sections,
+    with_settings,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +60,7 @@ def train(
     split: Annotated[str | None, typer.Option(help="Split to train on; default train….")] = None,
     val_split: Annotated[str | None, typer.Option(help="Split to evaluate on; default val….")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture; default a small one.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options go before it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.")] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any setting, as model.detections=300 or augment.mosaic_probability=0.5."),
@@ -68,20 +76,23 @@ def train(
 
     With several GPUs or machines: torchrun --nproc-per-node N -m maskrcnn train …
     """
-    if resume is not None and (data or split or val_split or model or output or config):
-        came = "--resume with --data, --split, --val-split, --model, --config or --output"
+    if resume is not None and (split or val_split or model or output or config):
+        came = "--resume with --split, --val-split, --model, --config or --output"
         raise UserError(came, "the run as it began", "leave those out; other options change the run from here on")
     named = {"data": data and str(data), "train_split": split, "val_split": val_split, "model": model}
     sizes = {"min_size_px": min_size, "max_size_px": max_size}
     chosen = with_sections(read_settings(config)) if config else {}
     for layer in (
-        with_sections(assignments(assign or [])),
+        assignments(assign or []),
         {name: value for name, value in named.items() if value is not None and name != "model"},
         {"model": {"name": model}} if model else {},
         {"model": {"preprocessing": {k: v for k, v in sizes.items() if v is not None}}} if any(sizes.values()) else {},
         settings,
     ):
         chosen = merged(chosen, layer)
+    chosen = typed(TrainConfig, chosen)
+    if resume is not None:
+        require_changes_of_a_run(chosen)
 
     from maskrcnn.cli_train import run_training
 
@@ -145,8 +156,10 @@ app.command("refit-engine")(refit_engine)
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    model: Annotated[Path | None, typer.Option(help="Checkpoint, ONNX file or engine; default: newest.")] = None,
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of images.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint, ONNX file or engine; default: the newest run's best checkpoint.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="torch, onnxruntime, openvino or tensorrt.")] = None,
     provider: Annotated[str | None, typer.Option(help="Of onnxruntime: cpu, cuda or tensorrt.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of torch: fp32, bf16 or fp16.")] = None,
@@ -155,44 +168,18 @@ def predict(
     keypoint_threshold: Annotated[float, typer.Option(help="Lowest score of a keypoint drawn, a logit.")] = 2.0,
 ) -> None:
     """Detects objects: an overlay picture for each image, and all results in COCO's format."""
-    from maskrcnn.data.images import read_image
-    from maskrcnn.draw import overlay
-    from maskrcnn.files import atomic_path, write_json
-    from maskrcnn.postprocess import coco_results
-    from maskrcnn.runtime.detector import Detector, backend_spec
+    from maskrcnn.cli_predict import run_predict
+    from maskrcnn.runtime.detector import backend_spec
 
-    pixels = [read_image(path) for path in images]  # all are read before anything is written
-    names = [_picture_name(path, images) for path in images]
-    detector = Detector.load(model or runs.newest_checkpoint(), backend_spec(backend, provider, precision))
-    metadata = detector.metadata
-    output.mkdir(parents=True, exist_ok=True)
-    results = []
-    for number, (path, image, name) in enumerate(zip(images, pixels, names, strict=True), start=1):
-        found = detector.detect([image])[0]
-        results += coco_results(found, number, metadata.category_ids, with_masks=metadata.has_masks)
-        confident = found.above(threshold)
-        drawn = overlay(
-            image, confident, metadata.class_names, metadata.keypoint_skeleton, point_score=keypoint_threshold
-        )
-        with atomic_path(output / name) as draft:
-            drawn.save(draft, format="PNG")
-        points = ""
-        if confident.keypoints is not None:
-            shown = int((confident.keypoints[:, :, 2] >= keypoint_threshold).sum())
-            points = f" with {shown} of {confident.keypoints[:, :, 2].size} keypoints"
-        console.print(f"{path}: {len(confident)} of {len(found)} detections drawn{points} → {output / name}")
-    write_json(output / "results.json", results)
-    write_json(output / "images.json", {str(n): str(path) for n, path in enumerate(images, start=1)})
-    for line in detector.backend.remarks():
-        console.print(line, markup=False)
-    console.print(f"{len(results)} results → {output / 'results.json'} (image ids in images.json)")
-
-
-def _picture_name(path: Path, images: list[Path]) -> str:
-    """The overlay's file name; pictures of the same name in several folders get their number."""
-    twins = [other for other in images if other.stem == path.stem]
-    suffix = f"-{images.index(path) + 1}" if len(twins) > 1 else ""
-    return f"{path.stem}{suffix}.png"
+    run_predict(
+        console,
+        images,
+        model=model or runs.newest_checkpoint(),
+        backend=backend_spec(backend, provider, precision),
+        output=output,
+        threshold=threshold,
+        keypoint_threshold=keypoint_threshold,
+    )
 
 
 app.command()(evaluate)
@@ -207,7 +194,7 @@ def verify(
     size: Annotated[int | None, typer.Option(min=1, help="Shorter side of the resized images, px.")] = None,
     tolerance: Annotated[str | None, typer.Option(help="exact, half or int8; default by precision.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report there as JSON.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write it there as an HTML page with pictures.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page there: a file, or a folder.")] = None,
 ) -> None:
     """Compares two models stage by stage, and says which stage departs first.
 

@@ -290,12 +290,11 @@ def _tell_built(console: Console, built, path: Path, onnx: Path) -> None:
 
 def _tell_simulated_ap(console: Console, prepared: Prepared, images: GateImages) -> None:
     """AP of the graph as a device computes it that rounds after every layer, beside that of single precision."""
-    from maskrcnn.data.coco import CocoDataset
     from maskrcnn.export.variants import write_half
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluate import evaluate
 
-    dataset = CocoDataset.read(images.annotations, images.folder.resolve())
+    dataset = images.dataset()
     with temporary_folder(prepared.graph) as folder, console.status(f"AP on {len(dataset.images)} images"):
         simulated = folder / "simulated.onnx"
         write_half(prepared.reference, simulated, prepared.precision, images=images.folder, simulate=True)

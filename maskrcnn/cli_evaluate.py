@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import check_target, report_path, write_json
 
 if TYPE_CHECKING:
     from maskrcnn.runtime.evaluate import Evaluation
@@ -148,10 +149,10 @@ def run_evaluate(console: Console, request: Request) -> None:
     if request.model:
         rate = evaluation.images / max(evaluation.seconds.detect, 1e-9)
         console.print(f"{rate:.2f} images/s and process, from file to pasted masks")
-    differences = _differences(console, request, evaluation, truth) if request.compare else {}
-    if request.save_results is not None:
+    if request.save_results is not None:  # before the comparison: they may have taken hours
         for path, count in _save(request.save_results, evaluation):
             console.print(f"{count} results → {path}")
+    differences = _differences(console, request, evaluation, truth) if request.compare else {}
     if request.json is not None:
         _write_json(request, evaluation, differences)
     if request.report is not None:
@@ -180,6 +181,23 @@ def _check(request: Request) -> None:
         raise UserError("--results with --resume or --processes", "a model", "leave them out: nothing is detected")
     if request.images is not None and request.annotations is None:
         raise UserError("--images without --annotations", "--annotations", "leave it out: --data has the images")
+    if request.compare is not None and not request.compare.is_file():
+        raise UserError(f"--compare {request.compare}: no such file", "a results file or a model", "check the path")
+    _check_outputs(request)
+
+
+def _check_outputs(request: Request) -> None:
+    """That what is written can be, and takes the place of nothing that is read."""
+    outputs = {"--save-results": request.save_results, "--json": request.json, "--resume": request.resume}
+    if request.report is not None:
+        outputs["--report"] = report_path(request.report)
+    read = [path.resolve() for path in (request.model, request.results, request.annotations, request.compare) if path]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in read:
+            raise UserError(f"{option} {path}, a file that is read", "another file", "choose another name")
+        check_target(path)
 
 
 def _of_file(console: Console, request: Request) -> Evaluation:
@@ -263,7 +281,6 @@ def _save(path: Path, evaluation: Evaluation) -> Iterator[tuple[Path, int]]:
 
 
 def _write_json(request: Request, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
-    from maskrcnn.files import write_json
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 
     content: dict[str, Any] = {"model": str(request.model)} if request.model else {"file": str(request.results)}
@@ -285,7 +302,7 @@ def _write_report(
     from maskrcnn.files import atomic_path
     from maskrcnn.runtime.evaluation.report import report_page
 
-    path = request.report if request.report.suffix.lower() in (".html", ".htm") else request.report / "report.html"
+    path = report_path(request.report)
     remarks = {scored.results.remark() for scored in evaluation.scored.values()} - {""}
     facts = [
         f"{evaluation.images} images of {truth.source}",

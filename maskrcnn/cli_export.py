@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from maskrcnn import runs
 from maskrcnn.errors import UserError
+from maskrcnn.files import check_target, folder_beside
 
 if TYPE_CHECKING:
     from maskrcnn.export.lint import LintReport
@@ -55,13 +55,15 @@ def run_export(
     """Writes one ONNX file and says how far it is from what it was made from."""
     _check_options(source, precision, int8, opset=opset, simulate=simulate, tensorrt=tensorrt, aot=aot)
     if source.path is not None and source.path.suffix == ".onnx":
-        target = _vacant(output or _variant(source.path, precision, simulate=simulate, tensorrt=tensorrt), source.path)
+        target = output or _variant(source.path, precision, simulate=simulate, tensorrt=tensorrt)
+        _check_output(target, source.path)
         write_variant(console, source.path, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot)
         return
     loaded, origin, named = _load(console, source)
     target = output or (Path(f"{loaded.config.name}.onnx") if named else origin.with_name(runs.ONNX))
     if output is None:
         target = _variant(target, precision, simulate=simulate, tensorrt=tensorrt)
+    _check_output(target, origin)
     from maskrcnn.export.exporter import OPSET, export_onnx
 
     def export(path: Path) -> None:
@@ -183,11 +185,13 @@ def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> P
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 
-def _vacant(target: Path, source: Path) -> Path:
-    """The target, which must not be the source."""
+def _check_output(target: Path, source: Path) -> None:
+    """That the target is an ONNX file's name, can be written, and is not the source."""
+    if target.suffix != ".onnx":
+        raise UserError(f"--output {target}", "a name that ends in .onnx", f"for example {target.with_suffix('.onnx')}")
     if target.resolve() == source.resolve():
         raise UserError(f"--output {target}, the file to make it from", "another file", "choose another name")
-    return target
+    check_target(target)
 
 
 @contextlib.contextmanager
@@ -198,9 +202,7 @@ def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]
         beside: the file that is being made.
         origin: what errors call the folder's `model.onnx`, which nobody will find.
     """
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside.parent, prefix=_TEMPORARY) as name:
-        folder = Path(name)
+    with folder_beside(beside, prefix=_TEMPORARY) as folder:
         try:
             yield folder
         except UserError as error:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from maskrcnn.data.images import images_in, read_image
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, write_json
+from maskrcnn.files import atomic_path, check_target, report_path, write_json
 from maskrcnn.runtime.backend import Backend
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.onnx_file import check_portable, read_model
@@ -42,7 +42,7 @@ def run_verify(
         size_px: shorter side of the resized images.
         tolerance: "exact", "half" or "int8"; by default what the two files' precisions need.
         json: where to write the report as JSON.
-        report: where to write it as HTML.
+        report: where to write it as HTML: a file, or a folder for `report.html`.
 
     Returns:
         whether no stage departs.
@@ -51,6 +51,10 @@ def run_verify(
         UserError: for files that cannot be used, models that cannot be compared, and folders without images.
     """
     tolerances = tolerances_named(tolerance) if tolerance else None
+    page = None if report is None else report_path(report)
+    for target in (json, page):
+        if target is not None:
+            check_target(target)
     paths = image_files(images, max_images)
     models = [_on_cpu(path) for path in (first, second)]
     check_comparable(*(model.metadata for model in models))
@@ -71,10 +75,10 @@ def run_verify(
     names = (str(first), str(second))
     if json is not None:
         write_json(json, {"reference": names[0], "other": names[1], **found.to_dict()})
-    if report is not None:
-        with atomic_path(report) as draft:
+    if page is not None:
+        with atomic_path(page) as draft:
             draft.write_text(html_page(found, names, models[0].metadata), encoding="utf-8")
-        console.print(f"report → {report}")
+        console.print(f"report → {page}")
     return found.ok
 
 

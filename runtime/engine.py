@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import folder_beside
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.openvino_backend import OpenVinoBackend, import_openvino, openvino_core, read_onnx
@@ -55,10 +55,9 @@ def build_openvino_engine(
     stamp = {**metadata.stamp, **_stamp(openvino, core, execution=execution, weights=weights)}
     source = sha256_of(reference or onnx_path)
     metadata = dataclasses.replace(metadata, precision=weights, source_sha256=source, stamp=stamp)
-    output.parent.mkdir(parents=True, exist_ok=True)
     tolerance = INT8 if weights == "int8" else HALF if half else EXACT
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".engine-") as folder:
-        draft = Path(folder) / output.name
+    with folder_beside(output, prefix=".engine-") as folder:
+        draft = folder / output.name
         _save(openvino, model, metadata, draft, half=half)
         against = OnnxRuntimeBackend(reference or onnx_path, providers=["CPUExecutionProvider"])
         difference = compare_backends(against, OpenVinoBackend(draft), tolerance, batches)

@@ -64,23 +64,26 @@ struct Taps {
     float weight;  // of `high`
 };
 
-inline std::vector<Taps> linear_taps(int in, int out) {
-    std::vector<Taps> taps(static_cast<size_t>(out));
+// The taps of the pixels `start` to `stop` of `out`.
+inline std::vector<Taps> linear_taps(int in, int out, int start, int stop) {
+    std::vector<Taps> taps;
     float scale = float(in) / float(out);
-    for (int j = 0; j < out; ++j) {
+    for (int j = start; j < stop; ++j) {
         // Rounded once, after the subtraction.
-        float position = std::max(float((double(j) + 0.5) * double(scale) - 0.5), 0.0f);
+        float position = std::max(float(double(float(j) + 0.5f) * double(scale) - 0.5), 0.0f);
         int low = std::min(int(position), in - 1);
-        taps[size_t(j)] = {low, std::min(low + 1, in - 1), std::clamp(position - float(low), 0.0f, 1.0f)};
+        taps.push_back({low, std::min(low + 1, in - 1), std::clamp(position - float(low), 0.0f, 1.0f)});
     }
     return taps;
 }
 
+inline float mix(float low, float high, float weight) { return low + weight * (high - low); }
+
 // The detector's input [3, H, W]: float32, 0 to 255, resized without smoothing, zeros at the right and at the bottom.
 inline std::vector<float> network_input(const Image &image, Size resized, Size padded) {
     std::vector<float> input(size_t(3) * padded.height * padded.width);
-    auto rows = linear_taps(image.size.height, resized.height);
-    auto columns = linear_taps(image.size.width, resized.width);
+    auto rows = linear_taps(image.size.height, resized.height, 0, resized.height);
+    auto columns = linear_taps(image.size.width, resized.width, 0, resized.width);
     auto at = [&](int y, int x, int channel) {
         return float(image.pixels[(size_t(y) * image.size.width + x) * 3 + channel]);
     };
@@ -91,11 +94,9 @@ inline std::vector<float> network_input(const Image &image, Size resized, Size p
             for (int x = 0; x < resized.width; ++x) {
                 const Taps &column = columns[size_t(x)];
                 auto across = [&](int source) {  // down first, then across, as NumPy's version does
-                    float upper = at(row.low, source, channel), lower = at(row.high, source, channel);
-                    return upper + row.weight * (lower - upper);
+                    return mix(at(row.low, source, channel), at(row.high, source, channel), row.weight);
                 };
-                float left = across(column.low), right = across(column.high);
-                out[x] = left + column.weight * (right - left);
+                out[x] = mix(across(column.low), across(column.high), column.weight);
             }
         }
     }

@@ -1,8 +1,12 @@
-// Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints the boxes it finds.
+// Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints what it finds, by descending score:
 //
 //   detect model.fp16.engine photo.ppm [--plugins libmaskrcnn_plugins.so] [--min-size 800] [--max-size 1333]
-//          [--score 0.5] [--version-compatible]
+//          [--score 0.5] [--masks masks.pgm] [--version-compatible]
 //
+//   label 3 score 0.9000 box 12.50 8.00 150.00 120.00 [keypoints 20.00 31.25 7.1000 ...]
+//
+// A keypoint is x, y and its score; models without a keypoint head print none. `--masks` writes an image of the same
+// size, whose pixels are numbers of lines, 0 for background; where masks overlap the first has the pixel.
 // The engine's tensors are those of docs/architecture.md. An engine with ahead-of-time plugins needs no library.
 
 #include <NvInferRuntime.h>
@@ -14,6 +18,8 @@
 #include <memory>
 
 #include "image.h"
+#include "masks.h"
+#include "options.h"
 
 namespace {
 
@@ -37,34 +43,6 @@ T *wanted(T *object, const std::string &what) {
     return object;
 }
 
-struct Options {
-    std::string engine, image, plugins;
-    int min_size = 800, max_size = 1333;  // of the model's preprocessing: `maskrcnn inspect model.onnx`
-    float score = 0.5f;
-    bool is_version_compatible = false;
-};
-
-Options options_of(int count, char **words) {
-    Options options;
-    std::vector<std::string> paths;
-    for (int k = 1; k < count; ++k) {
-        std::string word = words[k];
-        auto value = [&] { return ++k < count ? words[k] : throw std::runtime_error(word + " without a value"); };
-        if (word == "--plugins") options.plugins = value();
-        else if (word == "--min-size") options.min_size = std::atoi(value());
-        else if (word == "--max-size") options.max_size = std::atoi(value());
-        else if (word == "--score") options.score = float(std::atof(value()));
-        else if (word == "--version-compatible") options.is_version_compatible = true;
-        else if (word.rfind("--", 0) == 0) throw std::runtime_error("unknown option " + word);
-        else paths.push_back(word);
-    }
-    if (paths.size() != 2) throw std::runtime_error("usage: detect ENGINE IMAGE.ppm [options]; see main.cpp");
-    if (options.min_size < 1 || options.max_size < 1) throw std::runtime_error("sizes are at least 1 pixel");
-    options.engine = paths[0];
-    options.image = paths[1];
-    return options;
-}
-
 std::vector<char> bytes_of(const std::string &path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) throw std::runtime_error(path + " can not be opened");
@@ -76,7 +54,9 @@ std::vector<char> bytes_of(const std::string &path) {
 // A buffer on the GPU and its copy on the host.
 class Tensor {
 public:
-    explicit Tensor(size_t bytes) : host(bytes) { check(cudaMalloc(&device_, std::max<size_t>(bytes, 1)), "memory"); }
+    Tensor(size_t bytes, const nvinfer1::Dims &dims) : host(bytes), shape(dims) {
+        check(cudaMalloc(&device_, std::max<size_t>(bytes, 1)), "memory");
+    }
     ~Tensor() { cudaFree(device_); }
     Tensor(const Tensor &) = delete;
     Tensor &operator=(const Tensor &) = delete;
@@ -91,6 +71,7 @@ public:
     }
 
     std::vector<char> host;
+    const nvinfer1::Dims shape;
 
 private:
     void copy(void *to, const void *from, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -99,6 +80,8 @@ private:
 
     void *device_ = nullptr;
 };
+
+using Tensors = std::map<std::string, std::unique_ptr<Tensor>>;
 
 // The profile that takes a single image of this size, and the size it is to be padded to.
 int choose_profile(const nvinfer1::ICudaEngine &engine, maskrcnn::Size &padded) {
@@ -126,20 +109,55 @@ size_t bytes_of(nvinfer1::DataType type, const nvinfer1::Dims &shape) {
     return bytes;
 }
 
-void print_boxes(const std::map<std::string, std::unique_ptr<Tensor>> &tensors, maskrcnn::Size image,
-                 maskrcnn::Size resized, float least_score) {
+// From pixels of the network's input to pixels of the image.
+struct Scale {
+    float across, down;
+};
+
+std::vector<maskrcnn::Box> boxes_above(float least_score, const Tensors &tensors, Scale scale) {
     int count = *tensors.at("num_detections")->as<int32_t>();
-    const float *boxes = tensors.at("boxes")->as<float>(), *scores = tensors.at("scores")->as<float>();
-    const int64_t *labels = tensors.at("labels")->as<int64_t>();
-    float across = float(image.width) / float(resized.width), down = float(image.height) / float(resized.height);
-    for (int k = 0; k < count && scores[k] >= least_score; ++k) {
-        const float *box = boxes + 4 * k;
-        std::printf("label %lld score %.4f box %.2f %.2f %.2f %.2f\n", static_cast<long long>(labels[k]), scores[k],
-                    box[0] * across, box[1] * down, box[2] * across, box[3] * down);
+    const float *box = tensors.at("boxes")->as<float>(), *scores = tensors.at("scores")->as<float>();
+    std::vector<maskrcnn::Box> boxes;
+    for (int k = 0; k < count && scores[k] >= least_score; ++k, box += 4) {
+        boxes.push_back({box[0] * scale.across, box[1] * scale.down, box[2] * scale.across, box[3] * scale.down});
+    }
+    return boxes;
+}
+
+void print_keypoints(const Tensor &keypoints, size_t k, Scale scale) {
+    int64_t points = keypoints.shape.d[2];
+    const float *point = keypoints.as<float>() + int64_t(k) * points * 3;
+    std::printf(" keypoints");
+    for (int64_t j = 0; j < points; ++j, point += 3) {
+        std::printf(" %.2f %.2f %.4f", point[0] * scale.across, point[1] * scale.down, point[2]);
     }
 }
 
-void detect(const Options &options) {
+void print(const std::vector<maskrcnn::Box> &boxes, const Tensors &tensors, Scale scale) {
+    const float *scores = tensors.at("scores")->as<float>();
+    const int64_t *labels = tensors.at("labels")->as<int64_t>();
+    for (size_t k = 0; k < boxes.size(); ++k) {
+        const maskrcnn::Box &box = boxes[k];
+        std::printf("label %lld score %.4f box %.2f %.2f %.2f %.2f", static_cast<long long>(labels[k]), scores[k],
+                    box.left, box.top, box.right, box.bottom);
+        if (tensors.count("keypoints")) print_keypoints(*tensors.at("keypoints"), k, scale);
+        std::printf("\n");
+    }
+}
+
+void write_masks(const std::string &path, const std::vector<maskrcnn::Box> &boxes, const Tensor &masks,
+                 maskrcnn::Size size) {
+    if (boxes.size() > 65535) throw std::runtime_error("more masks than a PGM file has numbers for");
+    int side = int(masks.shape.d[2]);
+    maskrcnn::NumberedPixels image{size, std::vector<uint16_t>(size_t(size.height) * size.width)};
+    for (size_t k = 0; k < boxes.size(); ++k) {
+        const float *mask = masks.as<float>() + k * size_t(side) * side;
+        maskrcnn::paste_mask(mask, side, boxes[k], uint16_t(k + 1), image);
+    }
+    maskrcnn::write_pgm(path, image, int(boxes.size()));
+}
+
+void detect(const maskrcnn::Options &options) {
     auto image = maskrcnn::read_ppm(options.image);
     auto resized = maskrcnn::resized_size(image.size, options.min_size, options.max_size);
     auto padded = maskrcnn::padded_size(resized, kDivisor);
@@ -169,15 +187,18 @@ void detect(const Options &options) {
         throw std::runtime_error("the engine does not take these shapes");
     }
 
-    std::map<std::string, std::unique_ptr<Tensor>> tensors;
+    Tensors tensors;
     for (int k = 0; k < engine->getNbIOTensors(); ++k) {
         const char *name = engine->getIOTensorName(k);
-        auto bytes = bytes_of(engine->getTensorDataType(name), context->getTensorShape(name));
-        tensors[name] = std::make_unique<Tensor>(bytes);
+        auto shape = context->getTensorShape(name);
+        tensors[name] = std::make_unique<Tensor>(bytes_of(engine->getTensorDataType(name), shape), shape);
         context->setTensorAddress(name, tensors[name]->device());
     }
     for (const char *name : {"images", "image_sizes", "num_detections", "boxes", "scores", "labels"}) {
         if (!tensors.count(name)) throw std::runtime_error(std::string("an engine without a tensor ") + name);
+    }
+    if (!options.masks.empty() && !tensors.count("masks")) {
+        throw std::runtime_error("an engine without a tensor masks: --masks needs a model with a mask head");
     }
 
     auto pixels = maskrcnn::network_input(image, resized, padded);
@@ -186,17 +207,23 @@ void detect(const Options &options) {
     std::memcpy(tensors["image_sizes"]->host.data(), sizes, sizeof sizes);
     for (const char *name : {"images", "image_sizes"}) tensors[name]->upload(stream);
     if (!context->enqueueV3(stream)) throw std::runtime_error("TensorRT did not run the engine");
-    for (const char *name : {"num_detections", "boxes", "scores", "labels"}) tensors[name]->download(stream);
+    for (const char *name : {"num_detections", "boxes", "scores", "labels", "masks", "keypoints"}) {
+        if (tensors.count(name)) tensors[name]->download(stream);
+    }
     check(cudaStreamSynchronize(stream), "running the engine");
-    print_boxes(tensors, image.size, resized, options.score);
     cudaStreamDestroy(stream);
+
+    Scale scale = {float(image.size.width) / float(resized.width), float(image.size.height) / float(resized.height)};
+    auto boxes = boxes_above(options.score, tensors, scale);
+    print(boxes, tensors, scale);
+    if (!options.masks.empty()) write_masks(options.masks, boxes, *tensors["masks"], image.size);
 }
 
 }  // namespace
 
 int main(int count, char **words) {
     try {
-        detect(options_of(count, words));
+        detect(maskrcnn::options_of(count, words));
     } catch (const std::exception &error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return 1;

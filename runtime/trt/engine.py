@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import make_folder, write_json
+from maskrcnn.files import check_target, folder_beside, write_json
 from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.plugins.nvrtc import Image
 from maskrcnn.runtime.backend import Backend
@@ -41,11 +40,11 @@ def build_tensorrt_engine(order: Order, around: Surroundings) -> Built:
             It then lies beside `output` under the name `*.rejected.engine`, and the text names the first stage that
             departs.
     """
+    check_target(order.output)
+    order.images.check()
     job = _Job(order, around)
-    make_folder(order.output.parent)
     plan = job.plan(job.graph, order.options)
-    with tempfile.TemporaryDirectory(dir=order.output.parent, prefix=".engine-") as name:
-        folder = Path(name)
+    with folder_beside(order.output, prefix=".engine-") as folder:
         draft = write_engine(folder / order.output.name, plan.data, job.metadata)
         tried = draft
         if order.options.weights is Weights.STRIPPED:

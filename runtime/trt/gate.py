@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from maskrcnn.runtime.verification.images import Batch, drawn_batches
 from maskrcnn.runtime.verification.report import VerifyReport
 from maskrcnn.runtime.verification.validation import batches_of_shapes
 from maskrcnn.runtime.verification.verify import verify
+
+if TYPE_CHECKING:
+    from maskrcnn.data.coco import CocoDataset
 
 Feeds = dict[str, np.ndarray]
 COMPARED_IMAGES = 16  # of a folder
@@ -46,6 +50,23 @@ class GateImages:
         if self.annotations is not None and self.folder is None:
             came = f"--gate-annotations {self.annotations} without --gate-images"
             raise UserError(came, "the folder of the annotated images", "add --gate-images FOLDER")
+
+    def check(self) -> None:
+        """That they can be read: before an engine is built, which takes minutes.
+
+        Raises:
+            UserError: for a folder without images, and annotations that cannot be used.
+        """
+        if self.folder is not None:
+            images_in(self.folder, self.limit)
+        if self.annotations is not None:
+            self.dataset()
+
+    def dataset(self) -> CocoDataset:
+        """The annotated images."""
+        from maskrcnn.data.coco import CocoDataset  # needs pycocotools, which a build without annotations does not
+
+        return CocoDataset.read(self.annotations, self.folder.resolve())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +244,9 @@ def _average_precision(
     progress: Callable[[str], None],
 ) -> dict[str, tuple[float, float]]:
     """AP of the ONNX file, on a GPU where ONNX Runtime has one, and of the engine as a `Detector` runs it."""
-    from maskrcnn.data.coco import CocoDataset
     from maskrcnn.runtime.evaluate import evaluate
 
-    dataset = CocoDataset.read(images.annotations, images.folder.resolve())
+    dataset = images.dataset()
     batch_size = min(max(profile.batch.best for profile in profiles), _LARGEST_BATCH)
     found = []
     for name, backend in ((reference.name, Fitted(OnnxRuntimeBackend(reference), profiles)), ("the engine", engine)):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import make_folder
+from maskrcnn.files import folder_beside
 from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.runtime.onnx_file import read_model
 from maskrcnn.runtime.trt.gate import gate
@@ -122,6 +121,7 @@ def refit_tensorrt_engine(order: Refit, around: Surroundings) -> Built:
     Raises:
         UserError: as `check_refittable` and `refitted`, and where the engine departs.
     """
+    order.images.check()
     metadata = with_weights(check_refittable(order.target, order.reference))
     source = sha256_of(order.reference)
     metadata = dataclasses.replace(metadata, source_sha256=source)
@@ -139,9 +139,8 @@ def refit_tensorrt_engine(order: Refit, around: Surroundings) -> Built:
         remains_refittable=stamp["refit"] == _REFITTED,
         stage_of=around.stage_of,
     )
-    make_folder(order.output.parent)
-    with tempfile.TemporaryDirectory(dir=order.output.parent, prefix=".engine-") as name:
-        draft = write_engine(Path(name) / order.output.name, plan, metadata)
+    with folder_beside(order.output, prefix=".engine-") as folder:
+        draft = write_engine(folder / order.output.name, plan, metadata)
         profiles = from_json(stamp["profiles"])
         result = gate(
             around.open_engine(draft), order.reference, profiles, stamp["precision"], order.images, around.tell

@@ -61,6 +61,20 @@ def test_predict_writes_pictures_and_coco_results(run, road, tmp_path):
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
 
 
+def test_predict_takes_folders_and_never_the_place_of_an_image(run, road, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "b").mkdir(parents=True)
+    pictures = [picture(photos / "a.png"), picture(photos / "b" / "a.png"), picture(tmp_path / "a-2.png")]
+    before = [path.read_bytes() for path in pictures]
+    expect_error(run("predict", photos / "a.png", "--output", photos), "the picture a.png would replace the image")
+    code, _, err = run("predict", "photos", "a-2.png", "--model", road / runs.ONNX)
+    assert code == 0, err
+    written = {path.name for path in (tmp_path / "predictions").glob("*.png")}
+    assert written == {"a-1.png", "a-2.png", "a-2-3.png"}
+    assert json.loads((tmp_path / "predictions" / "images.json").read_text())["2"] == "photos/b/a.png"
+    assert [path.read_bytes() for path in pictures] == before
+
+
 def test_a_torchvision_state_dict_exports_in_one_command(run, tmp_path):
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)

@@ -207,3 +207,26 @@ def test_keypoints_of_a_model_without_keypoints_are_not_scored(run, onnx_file, p
     code_out_err = run("evaluate", onnx_file, "--data", poses, *options)
     expect_error(code_out_err, "--iou-type keypoints and detections without keypoints")
     expect_error(run("evaluate", joint_onnx_file, "--data", shapes, *options), "whose categories name none")
+
+
+def test_results_are_written_before_a_comparison_that_fails(run, files, tmp_path):
+    truth, results = files("bbox")
+    (tmp_path / "broken.json").write_text("[")
+    given = ("evaluate", "--results", results, "--annotations", truth, "--save-results", "kept.json")
+    expect_error(run(*given, "--compare", "gone.json"), "--compare gone.json: no such file")
+    assert not (tmp_path / "kept.json").exists(), "refused before anything was done"
+    expect_error(run(*given, "--compare", "broken.json"), "broken.json")
+    assert len(json.loads((tmp_path / "kept.json").read_text())) == len(json.loads(results.read_text()))
+
+
+@pytest.mark.parametrize("option", ["--save-results", "--json", "--report"])
+def test_nothing_that_is_read_is_written_over(run, files, tmp_path, option):
+    truth, results = files("bbox")
+    if option == "--report":
+        results = results.rename(tmp_path / "results.html")
+    before = results.read_bytes()
+    (tmp_path / "folder.html").mkdir()
+    given = ("evaluate", "--results", results, "--annotations", truth, option)
+    expect_error(run(*given, results), f"{option} {results}, a file that is read")
+    expect_error(run(*given, "folder.html"), "folder.html: a folder")
+    assert results.read_bytes() == before

@@ -1,10 +1,12 @@
+import errno
 import json
 import math
+import os
 
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, make_folder, write_json
+from maskrcnn.files import atomic_path, check_target, folder_beside, make_folder, write_json
 
 
 def names(folder):
@@ -53,6 +55,41 @@ def test_missing_parents_are_made(tmp_path):
     with atomic_path(tmp_path / "a" / "b" / "c.txt") as temporary:
         temporary.write_text("x")
     assert (tmp_path / "a" / "b" / "c.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("make", [atomic_path, check_target, lambda path: folder_beside(path, prefix=".x-")])
+def test_a_name_that_a_folder_has_is_refused_before_the_work(tmp_path, make):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="out: a folder"), make(tmp_path / "out"):
+        pytest.fail("the work was begun")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"folder {tmp_path} cannot be written"):
+        check_target(tmp_path / "out.json")
+
+
+def full_disk(name):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+
+@pytest.mark.parametrize("name", [None, "another file"])
+def test_a_full_disk_is_a_user_error_and_the_old_file_stays(tmp_path, name):
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(UserError, match=r"model\.onnx cannot be written \(No space left"), atomic_path(target) as draft:
+        draft.write_text("half")
+        full_disk(name)
+    with pytest.raises(UserError, match="No space left"), folder_beside(target, prefix=".x-") as folder:
+        (folder / "draft").write_text("half")
+        full_disk(name)
+    assert target.read_text() == "old" and names(tmp_path) == ["model.onnx"]
+
+
+def test_errors_of_other_files_stay_what_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "out.json"):
+        (tmp_path / "elsewhere").read_text()
 
 
 def test_parent_that_is_a_file_is_a_user_error(tmp_path):

@@ -25,6 +25,7 @@ TOP_MODULES = (
     "maskrcnn.cli_export",
     "maskrcnn.cli_graph",
     "maskrcnn.cli_plugins",
+    "maskrcnn.cli_predict",
     "maskrcnn.cli_serve",
     "maskrcnn.cli_train",
     "maskrcnn.cli_verify",

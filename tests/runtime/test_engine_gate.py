@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -9,8 +10,10 @@ import pytest
 
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.trt.engine import build_tensorrt_engine
 from maskrcnn.runtime.trt.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
 from maskrcnn.runtime.trt.profiles import parsed_profiles
+from maskrcnn.runtime.trt.refit import refit_tensorrt_engine
 from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
 from maskrcnn.runtime.verification.staged_graph import PREFIX, staged_graph
 from maskrcnn.runtime.verification.validation import batches_of_shapes
@@ -107,6 +110,20 @@ def test_a_difference_beyond_the_tolerance_is_refused_whatever_the_ap():
 def test_annotations_need_their_images():
     with pytest.raises(UserError, match=r"--gate-annotations gt\.json without --gate-images"):
         GateImages(annotations=Path("gt.json"))
+
+
+def test_what_cannot_be_read_is_found_before_a_build(tmp_path, shapes):
+    GateImages(folder=shapes / "val", annotations=shapes / "annotations" / "instances_val.json").check()
+    for images, text in (
+        (GateImages(folder=tmp_path), "no image in it"),
+        (GateImages(folder=shapes / "val", annotations=tmp_path / "gt.json"), "gt.json"),
+    ):
+        with pytest.raises(UserError, match=text):
+            images.check()
+        order = SimpleNamespace(output=tmp_path / "model.engine", images=images)
+        for build in (build_tensorrt_engine, refit_tensorrt_engine):
+            with pytest.raises(UserError, match=text):
+                build(order, None)  # without surroundings nothing could be built
 
 
 def test_stages_become_outputs_in_float32(graphs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import signal
 import threading
 import time
 import traceback
@@ -248,6 +249,7 @@ FLOWS |= {
 
 @flow
 def interrupted(given: Flow) -> Any:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     seen = []
 
     def during(trt: Trt) -> None:

@@ -1,7 +1,9 @@
-// What docs/cpp/main.cpp uses of TensorRT, with an engine that finds two boxes in every image.
+// What docs/cpp/main.cpp uses of TensorRT, with an engine that finds two boxes in every image, or what a test wants.
 //
 // A plan is a text: `plan`, then of each profile the largest batch and least and largest height and width. The engine
-// writes the image that it is given to the file that FAKE_TENSORRT_IMAGES names.
+// writes the image that it is given to the file that FAKE_TENSORRT_IMAGES names. FAKE_TENSORRT_OUTPUTS names a folder
+// of outputs that it gives instead of its own, in files called as the tensors: a line of the shape, then the values.
+// The engine has `masks` and `keypoints` only where such files are.
 
 #pragma once
 
@@ -9,7 +11,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <iterator>
 #include <map>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -44,6 +48,24 @@ struct Profile {
 
 constexpr int64_t kRows = 5;  // of the outputs
 
+struct Output {
+    Dims shape;
+    std::string values;
+};
+
+inline std::optional<Output> given_output(const std::string &name) {
+    const char *folder = std::getenv("FAKE_TENSORRT_OUTPUTS");
+    if (!folder) return std::nullopt;
+    std::ifstream file(folder + ("/" + name), std::ios::binary);
+    std::string line;
+    if (!std::getline(file, line)) return std::nullopt;
+    Output output;
+    std::istringstream sides(line);
+    for (int64_t side; sides >> side;) output.shape.d[output.shape.nbDims++] = side;
+    output.values.assign(std::istreambuf_iterator<char>(file), {});
+    return output;
+}
+
 class IExecutionContext {
 public:
     explicit IExecutionContext(std::vector<Profile> profiles) : profiles_(std::move(profiles)) {}
@@ -65,6 +87,7 @@ public:
     Dims getTensorShape(const char *name) const noexcept {
         auto found = shapes_.find(name);
         if (found != shapes_.end()) return found->second;
+        if (auto given = given_output(name)) return given->shape;
         std::string output = name;
         if (output == "num_detections") return Dims{1, {1}};
         if (output == "boxes") return Dims{3, {1, kRows, 4}};
@@ -88,14 +111,23 @@ public:
         float boxes[2][4] = {{0, 0, width, height}, {width / 2, height / 4, width, height / 2}};
         float scores[2] = {0.9f, 0.4f};
         int64_t labels[2] = {3, 1};
-        *static_cast<int32_t *>(addresses_.at("num_detections")) = 2;
-        std::memcpy(addresses_.at("boxes"), boxes, sizeof boxes);
-        std::memcpy(addresses_.at("scores"), scores, sizeof scores);
-        std::memcpy(addresses_.at("labels"), labels, sizeof labels);
+        int32_t count = 2;
+        put("num_detections", &count, sizeof count);
+        put("boxes", boxes, sizeof boxes);
+        put("scores", scores, sizeof scores);
+        put("labels", labels, sizeof labels);
+        for (const char *name : {"masks", "keypoints"}) put(name, nullptr, 0);
         return true;
     }
 
 private:
+    // The values that a test gives, or these.
+    void put(const char *name, const void *values, size_t bytes) {
+        auto given = given_output(name);
+        if (given) std::memcpy(addresses_.at(name), given->values.data(), given->values.size());
+        else if (values) std::memcpy(addresses_.at(name), values, bytes);
+    }
+
     std::vector<Profile> profiles_;
     int32_t profile_ = 0;
     std::map<std::string, Dims> shapes_;
@@ -104,7 +136,11 @@ private:
 
 class ICudaEngine {
 public:
-    explicit ICudaEngine(std::vector<Profile> profiles) : profiles_(std::move(profiles)) {}
+    explicit ICudaEngine(std::vector<Profile> profiles) : profiles_(std::move(profiles)) {
+        for (const char *name : {"masks", "keypoints"}) {
+            if (given_output(name)) names_.push_back(name);
+        }
+    }
 
     int32_t getNbOptimizationProfiles() const noexcept { return int32_t(profiles_.size()); }
 
@@ -115,8 +151,8 @@ public:
     }
 
     IExecutionContext *createExecutionContext() noexcept { return new IExecutionContext(profiles_); }
-    int32_t getNbIOTensors() const noexcept { return 6; }
-    const char *getIOTensorName(int32_t k) const noexcept { return names()[k]; }
+    int32_t getNbIOTensors() const noexcept { return int32_t(names_.size()); }
+    const char *getIOTensorName(int32_t k) const noexcept { return names_[size_t(k)]; }
 
     DataType getTensorDataType(const char *name) const noexcept {
         std::string tensor = name;
@@ -125,11 +161,7 @@ public:
     }
 
 private:
-    static const char *const *names() {
-        static const char *const all[] = {"images", "image_sizes", "num_detections", "boxes", "scores", "labels"};
-        return all;
-    }
-
+    std::vector<const char *> names_ = {"images", "image_sizes", "num_detections", "boxes", "scores", "labels"};
     std::vector<Profile> profiles_;
 };
 
