@@ -95,9 +95,15 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
         try:
             os.rename(draft, final)
         except OSError:  # the folder is there: another process was faster, or it is to be replaced, or broken
-            if force or not (final / name).is_file():
+            while force or not (final / name).is_file():
                 _set_aside(final)
-                os.rename(draft, final)
+                try:
+                    os.rename(draft, final)
+                    break
+                except OSError:
+                    if not final.exists():
+                        raise
+                    force = False  # somebody else's came between, which is as fresh as ours
     return final / name
 
 

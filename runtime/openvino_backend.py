@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, detector_specs, missing_library
 from maskrcnn.runtime.onnx_file import check_portable, read_model
 
+_cores: list = []  # of this process: none or one
+_core_lock = threading.Lock()
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # our names of precisions, and OpenVINO's
 
 
@@ -39,12 +41,11 @@ def openvino_core():
     Raises:
         UserError: when OpenVINO is not installed.
     """
-    return _core(import_openvino())
-
-
-@functools.cache
-def _core(openvino):
-    return openvino.Core()
+    openvino = import_openvino()
+    with _core_lock:
+        if not _cores:
+            _cores.append(openvino.Core())
+        return _cores[0]
 
 
 def read_onnx(path: Path):
@@ -65,7 +66,7 @@ def read_onnx(path: Path):
 
 
 class OpenVinoBackend(Backend):
-    """A model in OpenVINO on the CPU.
+    """A model in OpenVINO on the CPU. Threads may share it; one at a time computes.
 
     Args:
         path: an engine's `.xml`, or an ONNX file.
@@ -90,6 +91,7 @@ class OpenVinoBackend(Backend):
         if threads:
             options["INFERENCE_NUM_THREADS"] = threads
         self._options = options
+        self._lock = threading.Lock()  # the tensors of a request are those of its last inference
         self._instrumented = None  # (names, request)
         self.compiled = core.compile_model(model, "CPU", options)
         self.request = self.compiled.create_infer_request()
@@ -98,17 +100,19 @@ class OpenVinoBackend(Backend):
         return detector_specs(self.metadata)
 
     def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.request.infer(feeds, share_inputs=True)
         _, outputs = self.describe()
-        return {name: self.request.get_tensor(name).data.copy() for name in outputs}
+        with self._lock:
+            self.request.infer(feeds, share_inputs=True)
+            return {name: self.request.get_tensor(name).data.copy() for name in outputs}
 
     def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-        if self._instrumented is None or self._instrumented[0] != tuple(names):
-            self._instrumented = tuple(names), self._instrumented_request(names)
-        request = self._instrumented[1]
-        request.infer(feeds, share_inputs=True)
-        present = {name for output in request.model_outputs for name in output.get_names()}
-        return {name: _array(request.get_tensor(name)) for name in names if name in present}
+        with self._lock:
+            if self._instrumented is None or self._instrumented[0] != tuple(names):
+                self._instrumented = tuple(names), self._instrumented_request(names)
+            request = self._instrumented[1]
+            request.infer(feeds, share_inputs=True)
+            present = {name for output in request.model_outputs for name in output.get_names()}
+            return {name: _array(request.get_tensor(name)) for name in names if name in present}
 
     def profiling_request(self):
         """An inference request of the same model that measures its layers (`request.profiling_info`)."""

@@ -27,7 +27,8 @@ def assign_levels(rois: Tensor, *, min_level: int, num_levels: int) -> Tensor:
     """Index of the pyramid level that pools each RoI (Lin et al. 2017, equation 1).
 
     Args:
-        rois: `[…, 4]` xyxy in pixels of the network's input; areas may be zero.
+        rois: `[…, 4]` xyxy in pixels of the network's input; the first level has those without an area, and those
+            that are no numbers.
         min_level: the exponent of the first level's stride (2 for P2).
         num_levels: how many levels there are.
 
@@ -35,8 +36,9 @@ def assign_levels(rois: Tensor, *, min_level: int, num_levels: int) -> Tensor:
         int64 `[…]` in `[0, num_levels)`; level index 0 is `min_level`.
     """
     width, height = rois[..., 2] - rois[..., 0], rois[..., 3] - rois[..., 1]
-    size = torch.sqrt(width * height)
-    level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE_PX) + LEVEL_EPSILON)
+    area = width * height
+    level = torch.floor(CANONICAL_LEVEL + torch.log2(torch.sqrt(area) / CANONICAL_SIZE_PX) + LEVEL_EPSILON)
+    level = torch.where(area > 0, level, float(min_level))
     return level.clamp(min_level, min_level + num_levels - 1).to(torch.int64) - min_level
 
 
@@ -53,6 +55,7 @@ def _axis_taps(
     where = start[:, None] + (positions + 0.5) * (length / (bins * ratio))[:, None]
     limit = size[:, None].to(where.dtype)
     inside = (where >= -1.0) & (where <= limit)
+    where = where.masked_fill(~inside, 0.0)  # what is no number would be no index either
     where = torch.minimum(where.clamp(min=0.0), limit - 1)
     low = where.floor()
     high = torch.minimum(low + 1, limit - 1)
@@ -118,10 +121,12 @@ def _pool_adaptively(features: list[Tensor], rois: Tensor, output_size: int, ali
     rois = rois.to(torch.float32).flatten(0, 1)
     level = assign_levels(rois, min_level=min_level, num_levels=len(features))
     image = torch.arange(batch * count, device=rois.device) // count if count else level
+    is_number = rois.isfinite().all(dim=1)
+    rois = rois.masked_fill(~is_number[:, None], 0.0)
     boxes = torch.cat([image[:, None].to(torch.float32), rois], dim=1)
     pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
     for index, feature in enumerate(features):
-        here = level == index
+        here = (level == index) & is_number
         found = torchvision.ops.roi_align(
             feature.to(torch.float32),
             boxes * here[:, None],
@@ -198,7 +203,7 @@ def multilevel_roi_align(
 
     Args:
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
-        rois: `[N, R, 4]` xyxy in pixels of the network's input. R may be zero.
+        rois: `[N, R, 4]` xyxy in pixels of the network's input; what is no number is pooled to zeros. R may be zero.
         output_size: S, bins per axis.
         sampling_ratio: sampling points per bin and axis; 0: ceil(RoI's side / S) of them along each axis, the side
             in pixels of its level, and an empty RoI gives zeros (torchvision's -1, ONNX's and Detectron2's 0).

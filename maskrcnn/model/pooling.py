@@ -84,7 +84,7 @@ def _pool_by_levels(features: list[Tensor], rois: Tensor, output_size: int, min_
     pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
     for index, feature in enumerate(features):
         here = level == index
-        one_pixel = torch.cat([boxes[:, :1], boxes[:, 1:] * here[:, None]], dim=1)
+        one_pixel = torch.cat([boxes[:, :1], boxes[:, 1:].masked_fill(~here[:, None], 0.0)], dim=1)
         found = torchvision.ops.roi_pool(
             feature.to(torch.float32), one_pixel, output_size, spatial_scale=0.5 ** (min_level + index)
         )

@@ -126,7 +126,7 @@ class RoiHeads(nn.Module):
         config = self.config
         classes, rois = config.num_classes, proposals.shape[1]
         scores = F.softmax(logits, dim=-1)[..., 1:]
-        scores = scores.masked_fill(~used[..., None] | (scores <= config.score_threshold), -1.0)
+        scores = scores.masked_fill(~(used[..., None] & (scores > config.score_threshold)), -1.0)
         # The best (proposal, class) pairs, decoded, without the degenerate, in order of score.
         candidates = min(config.candidates, rois * classes)
         scores, pair = scores.flatten(1).topk(candidates)
@@ -150,8 +150,8 @@ class RoiHeads(nn.Module):
         kept = kept.to(torch.int64)
         live = torch.arange(config.detections, device=kept.device)[None, :] < count[:, None]
         return (
-            take_rows(boxes, kept) * live[..., None],
-            take_rows(scores, kept) * live,
+            take_rows(boxes, kept).masked_fill(~live[..., None], 0.0),
+            take_rows(scores, kept).masked_fill(~live, 0.0),
             take_rows(label, kept) * live,
             count,
         )
@@ -161,7 +161,8 @@ def _all_rows(values: Tensor, found: dict[str, Tensor]) -> Tensor:
     """Values `[N, L, a, b]` of live rows as `[N, D, a, b]`, zero in the rows of an image that are no detections."""
     rows = found["boxes"].shape[1]
     live = torch.arange(rows, device=values.device)[None, :] < found["num_detections"][:, None]
-    return F.pad(values, (0, 0, 0, 0, 0, rows - values.shape[1])) * live[..., None, None]
+    values = F.pad(values, (0, 0, 0, 0, 0, rows - values.shape[1]))
+    return values.masked_fill(~live[..., None, None], 0.0)
 
 
 def _keypoint_count(config: ModelConfig) -> int:

@@ -124,7 +124,7 @@ class RegionProposalNetwork(nn.Module):
         boxes = take_rows(boxes, kept).unflatten(0, (batch, depth)).flatten(1, 2)
         scores, order = scores.unflatten(0, (batch, depth)).flatten(1).topk(min(wanted, depth * candidates))
         used = scores >= 0
-        return take_rows(boxes, order) * used[..., None], used
+        return take_rows(boxes, order).masked_fill(~used[..., None], 0.0), used
 
     def _best_of_level(self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
         """Boxes `[N, K, 4]` and logits `[N, K]` of a level's best anchors; logits are -inf past the last."""

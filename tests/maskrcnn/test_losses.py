@@ -69,6 +69,17 @@ def test_an_image_without_objects_trains_the_background_only():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("objects", [0, 3])
+def test_weights_that_overflow_give_losses_that_are_no_numbers(objects):
+    """Which a training step can leave out; an index made of them would end the process."""
+    model = lively_model(tiny_config()).train()
+    with torch.no_grad():
+        model.backbone.body.conv1.weight.view(-1)[0] = 3e38
+    given = {name: torch.zeros_like(value) for name, value in truth().items()} if objects == 0 else truth()
+    losses = model.losses(*batch(), given, LossConfig(rpn_samples=64, box_samples=32))
+    assert not all(loss.isfinite() for loss in losses.values())
+
+
 def test_rpn_losses_equal_torchvisions_formula_on_all_anchors():
     model = lively_model(tiny_config()).eval()
     images, sizes = batch()

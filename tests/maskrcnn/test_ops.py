@@ -162,10 +162,22 @@ def test_roi_align_refuses_a_negative_ratio():
         multilevel_roi_align(features, torch.zeros(1, 1, 4), output_size=7, sampling_ratio=-1, aligned=False)
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_rois_that_are_no_numbers_are_pooled_to_zeros(ratio, wrong):
+    features = pyramid(torch.Generator().manual_seed(0), 1, 3)
+    rois = torch.tensor([[[4.0, 4.0, 40.0, 40.0], [wrong] * 4, [4.0, 4.0, 40.0, wrong]]])
+    options = {"output_size": 7, "sampling_ratio": ratio, "aligned": False}
+    pooled = multilevel_roi_align(features, rois, **options)
+    assert torch.equal(pooled[:, :1], multilevel_roi_align(features, rois[:, :1], **options))
+    assert not pooled[:, 1].any() and pooled[:, 2].isfinite().all()
+
+
 def test_levels_follow_equation_1():
     sides = torch.tensor([0.0, 1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 896.0, 5000.0])
     rois = torch.stack([torch.zeros(10), torch.zeros(10), sides, sides], dim=1)
     assert assign_levels(rois, min_level=2, num_levels=4).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert assign_levels(torch.full((1, 4), torch.nan), min_level=2, num_levels=4).tolist() == [0]
 
 
 def test_nms_by_hand():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -59,6 +60,28 @@ def test_outputs_have_the_contracts_names_types_and_shapes(backend):
     for name, spec in specs.items():
         assert str(outputs[name].dtype) == spec.dtype, name
         assert outputs[name].shape == (2, *spec.shape[1:]), name
+
+
+def test_threads_share_a_backend_and_each_gets_its_own_detections(backend):
+    rng = np.random.default_rng(3)
+    given = [{**feeds(1), "images": rng.uniform(0, 255, (1, 3, 64, 96)).astype(np.float32)} for _ in range(4)]
+    alone = [backend(each) for each in given]
+    assert len({float(each["scores"].sum()) for each in alone}) == len(given)
+    with ThreadPoolExecutor(4) as pool:
+        for found in (pool.map(backend, given * 6), pool.map(backend, given * 6)):
+            for number, outputs in enumerate(found):
+                for name, values in alone[number % len(given)].items():
+                    np.testing.assert_allclose(outputs[name], values, atol=1e-3, err_msg=name)
+
+
+def test_an_image_that_overflows_has_no_detections_and_leaves_the_other_alone(backend):
+    alone, both = feeds(1), feeds()
+    both["images"][:1], both["images"][1] = alone["images"], 3e38
+    outputs, expected = backend(both), backend(alone)
+    assert outputs["num_detections"].tolist() == [expected["num_detections"][0], 0]
+    for name, values in outputs.items():
+        assert not values[1].any(), name
+        np.testing.assert_allclose(values[0], expected[name][0], atol=1e-2, err_msg=name)
 
 
 @pytest.mark.parametrize(
