@@ -120,8 +120,9 @@ def test_activations_beyond_fp16_stay_in_single_precision(tmp_path, proto):
     """ReLU passes factors on, so the scaled model detects what the other does."""
     extreme = scaled(proto, FC6, 3e5, back=FC7)
     expected = run(proto, tmp_path / "fp32.onnx")
-    with pytest.raises(Exception, match="must be finite"):  # ONNX Runtime's RoiAlign, of the boxes that come out
-        run(simulate_half(extreme, "fp16"), tmp_path / "blind.onnx")
+    blind = run(simulate_half(extreme, "fp16"), tmp_path / "blind.onnx")
+    assert any(batch["num_detections"].any() for batch in expected)
+    assert not any(batch["num_detections"].any() for batch in blind)  # as all boxes are no numbers
 
     largest = largest_magnitudes(extreme, validation_batches(32), candidates(extreme))
     careful, report = to_half(extreme, "fp16", largest=largest)
