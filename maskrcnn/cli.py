@@ -239,7 +239,9 @@ def build_plugins(
     arch: Annotated[
         str | None, typer.Option(help="GPUs to compile for, as 80,90; default native, without a GPU the common ones.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Copy the libraries there.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", metavar="DIR", help="Copy the libraries there.")
+    ] = None,
     tensorrt_include: Annotated[Path | None, typer.Option(metavar="DIR", help="TensorRT's C++ headers.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Compile even what the cache has.")] = False,
 ) -> None:
@@ -249,7 +251,7 @@ def build_plugins(
     forms = [known.value for known in Form]
     if form not in forms:
         raise UserError(f"--form {form}", f"one of {', '.join(forms)}", "leave it out for everything that can be built")
-    run_build_plugins(console, form=Form(form), arch=arch, out=out, tensorrt_include=tensorrt_include, force=force)
+    run_build_plugins(console, form=Form(form), arch=arch, out=output, tensorrt_include=tensorrt_include, force=force)
 
 
 app.command()(triton)

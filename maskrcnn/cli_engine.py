@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from maskrcnn import runs
 from maskrcnn.cli_export import Int8Options, temporary_folder, write_variant
 from maskrcnn.errors import UserError
 from maskrcnn.plugins.nvrtc import Image, architecture, compile_kernel, compiler_name, image_for
+from maskrcnn.plugins.toolchain import Toolchain
 from maskrcnn.runtime.trt.builder import BuildOptions
 from maskrcnn.runtime.trt.gate import GateImages
 from maskrcnn.runtime.trt.library import (
@@ -143,7 +145,7 @@ def _build_tensorrt(
         profiles=profiles,
         options=choice.options,
         images=choice.images,
-        command=_command(onnx, precision, int8, choice),
+        command=_command(onnx, path, precision, int8, choice),
         timing_cache=choice.timing_cache,
     )
     built = _with_progress(console, prepared, lambda around: build_tensorrt_engine(order, around))
@@ -246,14 +248,37 @@ def _find_library(console: Console) -> None:
     from maskrcnn.plugins.toolchain import find_toolchain
 
     toolchain = find_toolchain()
-    path = build.find_library(Library.PLUGINS, toolchain.gpus[0] if toolchain.gpus else None)
-    if path is None and (missing := build.obstacle(Library.PLUGINS, toolchain)):
+    version = _tensorrt_version(toolchain)
+    path = build.find_library(Library.PLUGINS, toolchain.gpus[0] if toolchain.gpus else None, tensorrt=version)
+    if path is None and (missing := _library_obstacle(toolchain, version)):
         console.print(f"plugin library: {missing}", markup=False)
         return
     if path is None:
         with console.status(f"compiling {Library.PLUGINS.file_name}"):
             path = build.build_library(Library.PLUGINS, arch=(), toolchain=toolchain)
     console.print(f"plugin library: {path}", markup=False)
+
+
+def _tensorrt_version(toolchain: Toolchain) -> str | None:
+    """Of the TensorRT that is to load the library; where it is not installed, of the headers to compile against."""
+    with suppress(UserError):
+        return import_tensorrt().__version__
+    return toolchain.tensorrt.version if toolchain.tensorrt else None
+
+
+def _library_obstacle(toolchain: Toolchain, version: str | None) -> str:
+    """Why no library for this version of TensorRT can be compiled; "" where it can."""
+    from maskrcnn.plugins import build
+
+    if missing := build.obstacle(build.Library.PLUGINS, toolchain):
+        return str(missing)
+    headers = toolchain.tensorrt
+    if (version or "").partition(".")[0] == headers.version.partition(".")[0]:
+        return ""
+    return (
+        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; for those of "
+        "that version: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
+    )
 
 
 def _with_progress(console: Console, prepared: Prepared, work):
@@ -304,12 +329,17 @@ def _tell_simulated_ap(console: Console, prepared: Prepared, images: GateImages)
         console.print(f"{text} (ONNX Runtime)", markup=False)
 
 
-def _command(onnx: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> str:
+def _command(onnx: Path, output: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> str:
     """The command line that builds the engine again; of paths only their names, as they lie elsewhere then."""
     words = ["maskrcnn", "build-engine", onnx.name, f"--{precision}"]
     if int8.calibration is not None:
         words += [int8.calibration.name, *(word for name in int8.keep for word in ("--keep", name))]
-    return shlex.join([*words, "--target", "tensorrt", *choice.given])
+        if int8.images != Int8Options().images:
+            words += ["--calibration-images", str(int8.images)]
+    words += ["--target", "tensorrt"]
+    if output.name != _engine_path(None, onnx, precision, ".engine").name:
+        words += ["--output", output.name]
+    return shlex.join([*words, *choice.given])
 
 
 # OpenVINO

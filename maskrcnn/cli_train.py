@@ -12,7 +12,7 @@ from rich.console import Console
 
 from maskrcnn import pretrained, runs
 from maskrcnn.checkpoint import SUFFIX
-from maskrcnn.config import TrainConfig, changed, to_dict
+from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.figures import generate_figures
 from maskrcnn.data.images import read_image
@@ -22,13 +22,15 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.recipes import training_config
+from maskrcnn.options import merged
+from maskrcnn.recipes import require_fitting, training_config
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.evaluate import check_classes, detect_records, score_results
 from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.training.distributed import Processes, joined
 from maskrcnn.training.logbook import Picture
-from maskrcnn.training.state import read_run
+from maskrcnn.training.schedule import without_effect
+from maskrcnn.training.state import settings_of_run
 from maskrcnn.training.trainer import Trainer
 
 # Datasets that are generated where their name is given for a folder that does not exist.
@@ -43,7 +45,7 @@ def run_training(console: Console, *, output: Path | None, resume: Path | None, 
         console: where the first process prints; the others are silent.
         output: folder of a new run.
         resume: folder of the run to continue, with `settings` changed.
-        settings: see `training_config`.
+        settings: see `training_config`; typed.
     """
     with joined(settings.get("device", "auto")) as processes:
         if not processes.is_first:
@@ -54,8 +56,11 @@ def run_training(console: Console, *, output: Path | None, resume: Path | None, 
         console.print(
             f"{config.model.name} on {trainer.device} in {trainer.precision}"
             + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
-            + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}"
+            + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}",
+            markup=False,
         )
+        for line in without_effect(config):
+            console.print(line, markup=False)
         trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
         console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
 
@@ -103,20 +108,35 @@ def _configured(
 def _continued(
     console: Console, processes: Processes, run: Path, settings: dict[str, Any]
 ) -> tuple[Trainer, CocoDataset]:
-    before = read_run(run)
-    config = changed(before, {name: value for name, value in settings.items() if name != "weights"})
-    old = to_dict(before)
-    for name, value in to_dict(config).items():
-        if value != old[name]:
-            console.print(f"{name}: {value} instead of {old[name]}")
+    before = settings_of_run(run)
+    if "data" in settings:
+        settings = settings | {"data": str(_root(settings["data"], processes).resolve())}
+    config = from_dict(TrainConfig, merged(before, settings))
+    for line in _changes(before, to_dict(config)):
+        console.print(line, markup=False)
     trainset, valset = _datasets(console, Path(config.data), config.train_split, config.val_split)
+    require_fitting(config.model, trainset, valset)
+    config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
     if processes.is_first:  # so that the next --resume goes on with the same settings
         write_json(run / runs.CONFIG, to_dict(config))
     done = trainer.progress
-    console.print(f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps")
+    console.print(
+        f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps", markup=False
+    )
     return trainer, valset
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
+    """A line for each setting that has another value now; a version without a setting has not written it."""
+    lines = []
+    for name, value in now.items():
+        if isinstance(value, dict):
+            lines += _changes(before.get(name, {}), value, f"{section}{name}.")
+        elif name in before and value != before[name]:
+            lines.append(f"{section}{name}: {value} instead of {before[name]}")
+    return lines
 
 
 def _new_folder(output: Path | None) -> Path:

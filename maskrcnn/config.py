@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.errors import UserError
+from maskrcnn.field_values import typed
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
-from maskrcnn.preprocess import Preprocessing, with_preset
+from maskrcnn.preprocess import Preprocessing
+from maskrcnn.stages import LEVELS
 
 RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
 _WIDER = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
@@ -80,6 +82,12 @@ class ModelConfig:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
             check_choice(f"model.{name}", getattr(self, name), choices)
         check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
+        _check_levels("model.anchor_sizes_px", self.anchor_sizes_px)
+        if self.anchor_strides_px:
+            _check_levels("model.anchor_strides_px", self.anchor_strides_px)
+        for name in ("anchor_aspect_ratios", "mask_head_channels", "keypoint_head_channels"):
+            if not getattr(self, name):
+                raise UserError(f"model.{name} []", "at least one", "name some, or leave it out for the default")
         check_skeleton("model.keypoint_skeleton", self.keypoint_skeleton, len(self.keypoint_names))
         if self.keypoint_sigmas and len(self.keypoint_sigmas) != len(self.keypoint_names):
             raise UserError(
@@ -209,7 +217,7 @@ class TrainConfig:
         1e-4, "Decay of convolution and linear weights; 0.05 is usual for AdamW; Adam adds it to the gradient."
     )
     warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000; at most half the run.")
-    schedule: str = _setting("cosine", "Decay of the learning rate.", "cosine", "step")
+    schedule: str = _setting("cosine", "Decay of the learning rate.", "cosine", "step", "constant")
     cosine_end: float = _setting(0.0, "With cosine: the last learning rate, as a share of the peak.")
     step_epochs: tuple[int, ...] = _setting((), "With step: epochs after which the rate decays, as 8,11.")
     step_factor: float = _setting(0.1, "With step: factor of each decay.")
@@ -240,6 +248,33 @@ class TrainConfig:
         check_range("trainable_stages", self.trainable_stages, low=0, high=5)
         for name in ("ema_decay", "cosine_end"):
             check_range(name, getattr(self, name), low=0, high=1)
+        _check_steps(self.schedule, self.step_epochs)
+
+
+def _check_levels(name: str, values: tuple[float, ...]) -> None:
+    """Raises a UserError unless there is a positive value for each level of the pyramid."""
+    if len(values) != len(LEVELS) or not min(values) > 0:
+        raise UserError(
+            f"{name} {list(values)}",
+            f"{len(LEVELS)} values above 0, one for each of the levels {', '.join(LEVELS)}",
+            "name as many, or leave it out for the default",
+        )
+
+
+def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
+    """Raises a UserError unless these can be the epochs after which a step schedule lowers the rate."""
+    if any(late <= early for early, late in zip((0, *epochs), epochs, strict=False)):
+        raise UserError(
+            f"step_epochs {list(epochs)}",
+            "epochs from 1 on, each after the one before it",
+            "put them in order, as --step-epochs 8,11",
+        )
+    if schedule == "step" and not epochs:
+        raise UserError(
+            "schedule step without step_epochs",
+            "the epochs after which the learning rate decays",
+            "name them, as --step-epochs 8,11, or take --schedule constant for a rate that stays",
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -337,12 +372,12 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
     Raises:
         UserError: for fields that this version does not know, and values of the wrong type.
     """
+    return _made(kind, typed(kind, values, where=f"{kind.__name__}."))
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    made = {}
-    for key, value in _known(kind, values).items():
-        nested = dataclasses.is_dataclass(types[key]) and isinstance(value, dict)
-        made[key] = from_dict(types[key], value) if nested else _value(f"{kind.__name__}.{key}", types[key], value)
-    return kind(**made)
+    return kind(**{key: _made(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -351,38 +386,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     Raises:
         UserError: for fields that the configuration does not have, and values of the wrong type.
     """
-    types = typing.get_type_hints(type(config))
     made = {}
-    for key, value in _known(type(config), changes).items():
-        if types[key] is Preprocessing:
-            value = with_preset(value)
-        if dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
-            made[key] = changed(getattr(config, key), value)
-        else:
-            made[key] = _value(f"{type(config).__name__}.{key}", types[key], value)
+    for key, value in typed(type(config), changes, where=f"{type(config).__name__}.").items():
+        made[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
     return dataclasses.replace(config, **made)
-
-
-def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(kind)]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        raise UserError(
-            f"{kind.__name__} with unknown field(s) {', '.join(unknown)}",
-            f"fields among {', '.join(names)}",
-            "correct the name; a file of another version of maskrcnn is read by that version",
-        )
-    return values
-
-
-def _value(name: str, kind: Any, value: Any) -> Any:
-    """`value` as a field of type `kind` holds it: lists become tuples, whole numbers floats where asked for."""
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(kind)[0]
-        return tuple(_value(name, inner, item) for item in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if typing.get_origin(kind) is None and type(value) is not kind:
-        came = f"{name} {value!r} of type {type(value).__name__}"
-        raise UserError(came, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
-    return value

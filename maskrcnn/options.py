@@ -14,6 +14,7 @@ import typer
 import yaml
 
 from maskrcnn.errors import UserError
+from maskrcnn.preprocess import with_preset
 
 
 def with_settings(kind: type) -> Callable[[Callable], Callable]:
@@ -30,7 +31,7 @@ def with_settings(kind: type) -> Callable[[Callable], Callable]:
 
         @functools.wraps(command)
         def with_dictionary(**values: Any) -> Any:
-            given = {f.name: _given(values.pop(f.name), types[f.name]) for f in fields}
+            given = {f.name: values.pop(f.name) for f in fields}
             return command(**values, settings={name: value for name, value in given.items() if value is not None})
 
         with_dictionary.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
@@ -50,17 +51,6 @@ def _parameter(setting: dataclasses.Field, kind: Any) -> inspect.Parameter:
     return inspect.Parameter(
         setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
     )
-
-
-def _given(value: Any, kind: Any) -> Any:
-    """An option's value as the field holds it; `8,11` becomes a tuple."""
-    if value is None or typing.get_origin(kind) is not tuple:
-        return value
-    inner = typing.get_args(kind)[0]
-    try:
-        return tuple(inner(part) for part in value.split(",") if part.strip())
-    except ValueError as error:
-        raise UserError(f"{value!r}", f"{inner.__name__} values with commas between, as 8,11", "correct it") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -91,28 +81,50 @@ def assignments(texts: list[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
             raise UserError(f"--set {text}", "section.field=value", "write for example --set model.detections=300")
-        section = made
-        *sections, last = name.split(".")
-        for part in sections:
-            section = section.setdefault(part, {})
         try:
-            section[last] = yaml.safe_load(value)
+            given = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}", "a value that is YAML", "quote it or correct it") from error
+        for part in reversed(name.split(".")):
+            given = {part: given}
+        made = merged(made, with_sections(given))
     return made
 
 
 def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in which a name that stands for a section has become one: `model: NAME`, `preprocessing: caffe`.
 
-    Only sections can be merged with what other files and options say of the same section.
+    Only sections can be merged with what other files and options say of the same section, and only the fields of a
+    preset count more than what was said before it.
+
+    Raises:
+        UserError: for a preset that there is not.
     """
     made, model = dict(settings), settings.get("model")
     if isinstance(model, str):
         made["model"] = {"name": model}
-    elif isinstance(model, dict) and isinstance(model.get("preprocessing"), str):
-        made["model"] = {**model, "preprocessing": {"preset": model["preprocessing"]}}
+    elif isinstance(model, dict) and "preprocessing" in model:
+        made["model"] = {**model, "preprocessing": with_preset(model["preprocessing"])}
     return made
+
+
+def require_changes_of_a_run(settings: dict[str, Any]) -> None:
+    """Raises a UserError unless these settings, all typed, can change a run that has begun.
+
+    Weights and model are what it has learnt; given anew they would not be taken.
+    """
+    if "weights" in settings:
+        raise UserError(
+            f"--resume with the weights {settings['weights']!r}",
+            "the weights that the run has already",
+            "leave --weights out, or start a new run from those weights: --weights without --resume",
+        )
+    if "name" in settings.get("model", {}):
+        raise UserError(
+            f"--resume with the model {settings['model']['name']!r}",
+            "the model that the run has already",
+            "leave it out, or start a new run of that model without --resume",
+        )
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 from maskrcnn.config import MODELS, LossConfig, ModelConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
+from maskrcnn.field_values import typed
 from maskrcnn.keypoints import sigmas_of
-from maskrcnn.preprocess import with_preset
+from maskrcnn.options import with_sections
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
 SHAPES_SIZE_PX = 128  # side of a generated picture, and what a small model on shapes sees
@@ -34,13 +35,12 @@ def training_config(
         UserError: for an unknown model or field, a value that cannot be, classes or keypoints other than the
             dataset's, and a model with masks or keypoints where there are none.
     """
-    settings = dict(settings or {})
+    settings = typed(TrainConfig, with_sections(settings or {}))
     model = settings.pop("model", {})
-    model = {"name": model} if isinstance(model, str) else dict(model)
     if "name" not in model:
         model = {"name": SMALL_MODEL, "has_keypoints": dataset.has_keypoints, **model}
     name = model["name"]
-    sizes = dict(with_preset(model.get("preprocessing", {})))
+    sizes = dict(model.get("preprocessing", {}))
     small = name == SMALL_MODEL
     native = max(max(record.height, record.width) for record in dataset.images)
     default_size = (SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
@@ -56,30 +56,44 @@ def training_config(
         loss=_SMALL_LOSS if small else LossConfig(),
     )
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
-    if config.model.class_names != dataset.class_names or config.model.category_ids != dataset.category_ids:
-        raise UserError(
-            f"settings for the classes {config.model.class_names[:5]}",
-            f"those of {dataset.annotation_path}: {dataset.class_names[:5]}",
-            "leave class_names and category_ids out of the settings, or train on that dataset",
-        )
-    for each in (dataset, validation):
-        if config.model.has_masks and not each.has_masks:
-            raise UserError(
-                f"{config.model.name}, which learns masks, and {each.annotation_path}, which has boxes only",
-                "annotations with segmentation, or a model without masks",
-                "train --model fasterrcnn_resnet50_fpn, or annotate outlines",
-            )
-    if config.model.has_keypoints:
-        _check_keypoints(config.model, dataset, validation)
+    require_fitting(config.model, dataset, validation)
     frozen = config.batch_norm == "frozen" or config.model.frozen_batch_norm
     return replace(
         config,
         batch_norm="frozen" if frozen else config.batch_norm,
         model=replace(config.model, frozen_batch_norm=frozen),
-        data=str(dataset.root),
+        data=str(dataset.root.resolve()),  # a run is continued from other folders too
         train_split=dataset.split,
         val_split=validation.split,
     )
+
+
+def require_fitting(model: ModelConfig, dataset: CocoDataset, validation: CocoDataset) -> None:
+    """Raises a UserError unless a dataset has what the model learns: its classes, and objects in both splits.
+
+    Objects have masks for a model with masks, and keypoints for one with keypoints.
+    """
+    if (model.class_names, model.category_ids) != (dataset.class_names, dataset.category_ids):
+        raise UserError(
+            f"a model of the classes {_classes(model.class_names, model.category_ids)}",
+            f"those of {dataset.annotation_path}: {_classes(dataset.class_names, dataset.category_ids)}",
+            "leave class_names and category_ids out of the settings, or train on a dataset of the model's classes",
+        )
+    for each in (dataset, validation):
+        if model.has_masks and not each.has_masks:
+            raise UserError(
+                f"{model.name}, which learns masks, and {each.annotation_path}, which has boxes only",
+                "annotations with segmentation, or a model without masks",
+                "train --model fasterrcnn_resnet50_fpn, or annotate outlines",
+            )
+    if model.has_keypoints:
+        _check_keypoints(model, dataset, validation)
+
+
+def _classes(names: tuple[str, ...], ids: tuple[int, ...]) -> str:
+    """The first classes with their ids, and how many more there are."""
+    shown = ", ".join(f"{name} ({number})" for name, number in zip(names[:5], ids, strict=False))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _keypoints_for(dataset: CocoDataset, model: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 // Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints what it finds, by descending score:
 //
-//   detect model.fp16.engine photo.ppm [--plugins libmaskrcnn_plugins.so] [--min-size 800] [--max-size 1333]
+//   detect model.fp16.engine photo.ppm [--plugins libmaskrcnn_plugins.so] [--min-size PX] [--max-size PX]
 //          [--score 0.5] [--masks masks.pgm] [--version-compatible]
 //
 //   label 3 score 0.9000 box 12.50 8.00 150.00 120.00 [keypoints 20.00 31.25 7.1000 ...]
 //
 // A keypoint is x, y and its score; models without a keypoint head print none. `--masks` writes an image of the same
 // size, whose pixels are numbers of lines, 0 for background; where masks overlap the first has the pixel.
+// What images are resized to is in model.fp16.engine.json, and else given by --min-size and --max-size.
 // The engine's tensors are those of docs/architecture.md. An engine with ahead-of-time plugins needs no library.
 
 #include <NvInferRuntime.h>

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -11,10 +13,18 @@ namespace maskrcnn {
 
 struct Options {
     std::string engine, image, plugins, masks;
-    int min_size = 800, max_size = 1333;  // of the model's preprocessing: `maskrcnn inspect model.onnx`
+    int min_size = 0, max_size = 0;  // of the model's preprocessing, px
     float score = 0.5f;
     bool is_version_compatible = false;
 };
+
+// A whole number of the metadata beside an engine, by its name; 0 where there is none.
+inline int metadata_number(const std::string &engine, const std::string &name) {
+    std::ifstream file(engine + ".json");
+    std::string text{std::istreambuf_iterator<char>(file), {}}, key = '"' + name + "\":";
+    size_t found = text.find(key);
+    return found == std::string::npos ? 0 : std::atoi(text.c_str() + found + key.size());
+}
 
 inline Options options_of(int count, char **words) {
     Options options;
@@ -32,9 +42,14 @@ inline Options options_of(int count, char **words) {
         else paths.push_back(word);
     }
     if (paths.size() != 2) throw std::runtime_error("usage: detect ENGINE IMAGE.ppm [options]; see main.cpp");
-    if (options.min_size < 1 || options.max_size < 1) throw std::runtime_error("sizes are at least 1 pixel");
     options.engine = paths[0];
     options.image = paths[1];
+    if (!options.min_size) options.min_size = metadata_number(options.engine, "min_size_px");
+    if (!options.max_size) options.max_size = metadata_number(options.engine, "max_size_px");
+    if (options.min_size < 1 || options.max_size < 1) {
+        throw std::runtime_error("no sizes of the model's images in " + options.engine +
+                                 ".json, which build-engine writes; copy it, or pass --min-size and --max-size");
+    }
     return options;
 }
 

@@ -15,6 +15,7 @@ from maskrcnn import runs
 from maskrcnn.checkpoint import load_weights, read_tensors, write_tensors
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
+from maskrcnn.field_values import typed
 from maskrcnn.training.step import Step
 
 
@@ -90,9 +91,18 @@ def read_run(run: Path) -> TrainConfig:
     """The configuration of an interrupted run.
 
     Raises:
+        UserError: as `settings_of_run`, and where this version refuses them.
+    """
+    return from_dict(TrainConfig, settings_of_run(run))
+
+
+def settings_of_run(run: Path) -> dict[str, Any]:
+    """The settings of an interrupted run, typed; a version without a setting has not written it.
+
+    Raises:
         UserError: when the folder is no run or has no state to continue from.
     """
     for name in (runs.CONFIG, runs.STATE):
         if not (run / name).is_file():
             raise UserError(f"{run} without {name}", "the folder of a run", "start anew: `maskrcnn train`")
-    return from_dict(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))
+    return typed(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))

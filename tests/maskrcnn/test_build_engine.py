@@ -1,17 +1,22 @@
 """`maskrcnn build-engine --target tensorrt` where there is no TensorRT, and what it refuses anywhere."""
 
+import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 from command_line import expect_error
+from rich.console import Console
 
 from maskrcnn import cli_engine
+from maskrcnn.cli_export import Int8Options
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
 from maskrcnn.export.lint import Finding, LintReport, Severity, lint
-from maskrcnn.plugins import contract
-from maskrcnn.plugins.toolchain import find_nvcc, find_nvrtc
+from maskrcnn.plugins import build, cache, contract, toolchain
+from maskrcnn.plugins.toolchain import Nvcc, TensorRtHeaders, Toolchain, find_nvcc, find_nvrtc
 from maskrcnn.runtime.onnx_file import read_model
 
 
@@ -24,7 +29,7 @@ def kernels(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_tensorrt(monkeypatch, kernels):
     """A machine without, whatever this one has."""
-    missing = UserError("no Python package tensorrt", "TensorRT 10.9 or newer", "`pip install 'maskrcnn[tensorrt]'`")
+    missing = UserError("no Python package tensorrt", "TensorRT 10.9 or newer", "`pip install '.[tensorrt]'`")
     monkeypatch.setattr(cli_engine, "tensorrt_obstacle", lambda: missing)
     monkeypatch.setenv("MASKRCNN_CACHE", str(kernels))
 
@@ -110,6 +115,80 @@ def test_a_graph_with_lint_errors_is_not_given_to_tensorrt(run, road, monkeypatc
     expect_error(result, "1 node(s) of", "without lint errors")
     assert "1 × Swirl: no importer" in result[1]
     assert not (road / "model.fp32.tensorrt.onnx").exists()
+
+
+# The plugin library
+
+
+@pytest.fixture
+def library_said(monkeypatch, tmp_path):
+    """What is printed of the plugin library, by the installed TensorRT and the headers; both may be missing."""
+
+    def said(installed, headers):
+        def import_tensorrt():
+            if installed is None:
+                raise UserError("no Python package tensorrt", "TensorRT", "install it")
+            return SimpleNamespace(__version__=installed)
+
+        found = TensorRtHeaders(Path("include"), headers) if headers else None
+        compilers = {"nvcc": Nvcc(Path("nvcc"), "13.0.88", (80, 90)), "nvrtc": None, "host_compiler": Path("g++")}
+        here = Toolchain(**compilers, tensorrt=found, gpus=(90,))
+        monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(toolchain, "find_toolchain", lambda: here)
+        monkeypatch.setattr(cli_engine, "import_tensorrt", import_tensorrt)
+        monkeypatch.setattr(build, "build_library", lambda kind, **_: f"compiled for {headers}")
+        console = Console(file=io.StringIO(), width=1000)
+        cli_engine._find_library(console)
+        return console.file.getvalue()
+
+    return said
+
+
+def put_library(version):
+    sources = cache.sources_hash(build.source_files(build.Library.PLUGINS))
+    record = {"library": "plugins", "architectures": [90], "sources": sources, "tensorrt": version}
+    return cache.store(record, build.Library.PLUGINS.file_name, lambda path: path.touch())
+
+
+def test_a_library_is_for_the_tensorrt_that_is_to_load_it(library_said):
+    assert "compiled for 11.0.0" in library_said("11.4.0.106", "11.0.0")
+    assert "compiled for 10.9.0" in library_said(None, "10.9.0")
+    assert "no TensorRT" in library_said(None, None)
+    said = library_said("10.9.0.34", "11.0.0")
+    assert "headers in include are of TensorRT 11.0.0, and 10.9.0.34 is installed" in said and "build-plugins" in said
+    for_10, for_11 = put_library("10.16.1"), put_library("11.0.0")
+    for installed, headers, path in (
+        ("10.9.0.34", "11.0.0", for_10),
+        ("11.4.0.106", "10.9.0", for_11),
+        (None, "10.9.0", for_10),
+        (None, "11.0.0", for_11),
+        ("11.4.0.106", None, for_11),
+    ):
+        assert library_said(installed, headers) == f"plugin library: {path}\n"
+
+
+# The stamp's command
+
+
+@pytest.mark.parametrize(
+    ("precision", "int8", "output", "words"),
+    [
+        ("fp16", Int8Options(), "m.fp16.engine", "--fp16 --target tensorrt --refit"),
+        ("fp16", Int8Options(images=8), "m.fp16.engine", "--fp16 --target tensorrt --refit"),
+        ("fp16", Int8Options(), "other.engine", "--fp16 --target tensorrt --output other.engine --refit"),
+        ("int8", Int8Options(calibration=Path("photos")), "m.int8.engine", "--int8 photos --target tensorrt --refit"),
+        (
+            "int8",
+            Int8Options(calibration=Path("data/photos"), images=8, keep=("box_head",)),
+            "engines/small.engine",
+            "--int8 photos --keep box_head --calibration-images 8 --target tensorrt --output small.engine --refit",
+        ),
+    ],
+)
+def test_the_command_that_builds_an_engine_again_names_what_is_not_the_default(precision, int8, output, words):
+    choice = cli_engine.TensorRtChoice(given=("--refit",))
+    found = cli_engine._command(Path("runs/m.onnx"), Path("runs") / output, precision, int8, choice)
+    assert found == f"maskrcnn build-engine m.onnx {words}"
 
 
 # refit-engine

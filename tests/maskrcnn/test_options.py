@@ -10,7 +10,8 @@ from maskrcnn.cli import app
 from maskrcnn.config import LossConfig, TrainConfig, changed, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.options import assignments, merged, read_settings
+from maskrcnn.options import assignments, merged, read_settings, with_sections
+from maskrcnn.preprocess import PRESETS
 from maskrcnn.recipes import training_config
 
 
@@ -43,7 +44,7 @@ def _command(name):
     return typer.main.get_command(app).commands[name]
 
 
-def test_options_go_before_assignments_and_those_before_the_file(started, tmp_path):
+def test_options_override_assignments_and_those_the_file(started, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("model: {name: maskrcnn_resnet18_fpn, detections: 7}\nepochs: 3\nbatch_size: 2\nseed: 9\n")
     call = started(
@@ -74,10 +75,114 @@ def test_a_model_may_be_a_name_alone(started, tmp_path):
     assert call["settings"]["model"] == {"name": "maskrcnn_resnet18_fpn"}
 
 
-def test_a_resumed_run_keeps_its_data_and_model(started):
+def test_a_resumed_run_keeps_its_splits_and_model(started):
     assert started("--resume", "runs/x", "--accumulate", 2)["settings"] == {"accumulate": 2}
-    with pytest.raises(UserError, match="--resume with"):
-        started("--resume", "runs/x", "--data", "elsewhere")
+    assert started("--resume", "runs/x", "--data", "elsewhere")["settings"] == {"data": "elsewhere"}
+    with pytest.raises(UserError, match=r"came: --resume with --split.*\nexpected: the run as it began"):
+        started("--resume", "runs/x", "--split", "other")
+    for name in ("model", "model.name"):
+        with pytest.raises(UserError, match=r"--resume with the model 'maskrcnn_resnet34_fpn'\n.*\ndo: .*a new run"):
+            started("--resume", "runs/x", "--set", f"{name}=maskrcnn_resnet34_fpn")
+    assert started("--resume", "runs/x", "--set", "model.detections=7")["settings"] == {"model": {"detections": 7}}
+
+
+@pytest.mark.parametrize("words", [("--weights", "w.pth"), ("--set", "weights=w.pth")])
+def test_a_resumed_run_has_its_weights(started, words):
+    with pytest.raises(UserError) as caught:
+        started("--resume", "runs/x", *words)
+    assert caught.value.came == "--resume with the weights 'w.pth'"
+    assert "has already" in caught.value.expected and "start a new run from those weights" in caught.value.do
+
+
+def test_the_help_says_which_of_file_and_options_counts():
+    (option,) = [p for p in _command("train").params if "--config" in p.opts]
+    assert option.help == "YAML file of settings; options override it."
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["model=A", "model.neck=panet"], {"name": "A", "neck": "panet"}),
+        (["model.neck=panet", "model=A"], {"name": "A", "neck": "panet"}),
+        (
+            ["model.preprocessing=imagenet", "model.preprocessing.min_size_px=600"],
+            {"preprocessing": {**PRESETS["imagenet"], "min_size_px": 600}},
+        ),
+        (
+            ["model.preprocessing.preset=caffe", "model.preprocessing.channel_order=RGB"],
+            {"preprocessing": {**PRESETS["caffe"], "channel_order": "RGB"}},
+        ),
+    ],
+)
+def test_a_name_and_fields_of_its_section_are_set_side_by_side(texts, expected):
+    assert assignments(texts)["model"] == expected
+
+
+def test_a_preset_overrides_the_fields_of_the_layer_below():
+    kept = {"model": {"preprocessing": {**PRESETS["imagenet"], "min_size_px": 64}}}  # as a run's config.json
+    found = merged(with_sections(kept), assignments(["model.preprocessing=caffe"]))["model"]["preprocessing"]
+    assert found == {**PRESETS["caffe"], "min_size_px": 64}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--set", "step_epochs=8,11"), {"step_epochs": (8, 11)}),
+        (("--set", "step_epochs=8"), {"step_epochs": (8,)}),
+        (("--step-epochs", "8"), {"step_epochs": (8,)}),
+        (("--step-epochs", ""), {"step_epochs": ()}),
+        (("--set", "augment.shorter_sides_px=640"), {"augment": {"shorter_sides_px": (640,)}}),
+        (("--set", "augment.shorter_sides_px=640,672"), {"augment": {"shorter_sides_px": (640, 672)}}),
+        (("--set", "model.anchor_aspect_ratios=0.5,1"), {"model": {"anchor_aspect_ratios": (0.5, 1.0)}}),
+        (("--set", "augment="), {"augment": {}}),
+    ],
+)
+def test_a_list_on_the_command_line_needs_no_brackets(started, words, expected):
+    assert started(*words)["settings"] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "came", "expected"),
+    [
+        ("step_epochs=8,x", "step_epochs '8,x'", "a list of whole numbers, as [8, 11]"),
+        ("step_epochs=8.5", "step_epochs[0] 8.5 of type float", "int"),
+        ("step_epochs=[8,[11]]", "step_epochs[1] [11] of type list", "int"),
+        ("step_epochs=true", "step_epochs True", "a list of whole numbers, as [8, 11]"),
+        ("augment.shorter_sides_px=[640,x]", "augment.shorter_sides_px[1] 'x' of type str", "int"),
+        (
+            "model.mask_head_channels=256",
+            "model.mask_head_channels 256",
+            "a list of whole numbers, as [256, 256, 256, 256]",
+        ),
+        ("model.anchor_sizes_px=32", "model.anchor_sizes_px 32", "a list of numbers, as [32, 64, 128, 256, 512]"),
+        ("model.keypoint_names=nose", "model.keypoint_names 'nose'", "a list of words, as [cat, dog]"),
+        ("model.keypoint_skeleton=3", "model.keypoint_skeleton 3", "a list of lists, as [[1, 2], [2, 3]]"),
+        ("model.preprocessing.min_size_px=big", "model.preprocessing.min_size_px 'big' of type str", "int"),
+        ("model=3", "model 3", "a section: fields of ModelConfig"),
+        ("model.preprocessing=3", "model.preprocessing 3", "a section: fields of Preprocessing"),
+        ("loss=giou", "loss 'giou'", "a section: fields of LossConfig"),
+        ("epochs.x=3", "epochs {'x': 3} of type dict", "int"),
+        ("data=3", "data 3 of type int", "str"),
+        ("train_split=2017", "train_split 2017 of type int", "str"),
+        ("augment.3=4", "AugmentConfig with unknown field(s) 3", "fields among colour_probability"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_before_anything_is_loaded(started, text, came, expected):
+    with pytest.raises(UserError) as caught:
+        started("--set", text)
+    assert caught.value.came == came and caught.value.expected.startswith(expected)
+
+
+@pytest.mark.parametrize("line", ["step_epochs: 8", "step_epochs: 8,", "step_epochs: [8]"])
+def test_a_list_of_one_in_a_file(started, tmp_path, line):
+    (tmp_path / "settings.yaml").write_text(line + "\n")
+    assert started("--config", tmp_path / "settings.yaml")["settings"] == {"step_epochs": (8,)}
+
+
+def test_keys_that_are_no_words_are_named(started, tmp_path):
+    (tmp_path / "settings.yaml").write_text("8: 3\nepoch: 3\n")
+    with pytest.raises(UserError, match=r"unknown field\(s\) 8, epoch"):
+        started("--config", tmp_path / "settings.yaml")
 
 
 def test_bad_settings_are_named(tmp_path, started):
@@ -123,7 +228,22 @@ def test_settings_make_a_configuration(shapes):
         ({"loss": {"box_loss": "l3"}}, r"loss.box_loss 'l3'"),
         ({"trainable_stages": 6}, r"trainable_stages 6"),
         ({"model": "maskrcnn_resnet19"}, r"maskrcnn_resnet19"),
-        ({"model": {"class_names": ["cat"], "category_ids": [1]}}, r"settings for the classes \('cat',\)"),
+        (
+            {"model": {"class_names": ["cat"], "category_ids": [1]}},
+            r"a model of the classes cat \(1\)\nexpected: those of .*: circle \(1\), rectangle \(2\), triangle \(3\)",
+        ),
+        ({"model": {"anchor_sizes_px": [12, 24]}}, r"model.anchor_sizes_px \[12.0, 24.0\]\nexpected: 5 values above 0"),
+        (
+            {"model": {"anchor_sizes_px": [0, 1, 2, 3, 4]}},
+            r"model.anchor_sizes_px \[0.0.*\]\nexpected: 5 values above 0",
+        ),
+        ({"model": {"anchor_strides_px": [4]}}, r"model.anchor_strides_px \[4\]\nexpected: 5 values .* P2, P3"),
+        ({"model": {"mask_head_channels": []}}, r"model.mask_head_channels \[\]\nexpected: at least one"),
+        ({"model": {"anchor_aspect_ratios": []}}, r"model.anchor_aspect_ratios \[\]\nexpected: at least one"),
+        ({"schedule": "step"}, r"schedule step without step_epochs\n.*decays\ndo: .*--step-epochs 8,11.*constant"),
+        ({"step_epochs": [11, 8]}, r"step_epochs \[11, 8\]\nexpected: epochs from 1 on, each after the one before"),
+        ({"step_epochs": [8, 8]}, r"step_epochs \[8, 8\]"),
+        ({"step_epochs": [0, 8]}, r"step_epochs \[0, 8\]"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(shapes, settings, words):

@@ -95,6 +95,8 @@ def test_it_trains_for_two_steps(path, data, folder, steps):
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert len(steps) == STEPS and all(figures["finite"] for figures in steps)
+    late = ", ".join(map(str, settings.get("step_epochs", ())))
+    assert (f"will not decay after epoch {late}: the run ends after epoch 1" in result.output) == bool(late)
     if settings.get("weights"):
         (told,) = [line for line in result.output.splitlines() if line.startswith("starting from ")]
         assert settings["weights"] in told

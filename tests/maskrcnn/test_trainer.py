@@ -22,7 +22,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.training import trainer as trainer_module
 from maskrcnn.training.device import choose_precision, choose_workers
 from maskrcnn.training.optimizer import make_optimizer
-from maskrcnn.training.schedule import learning_rate
+from maskrcnn.training.schedule import learning_rate, without_effect
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
 
@@ -379,6 +379,25 @@ def test_step_schedule_by_hand(shapes):
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     with pytest.raises(UserError, match="schedule 'zigzag'"):
         replace(plan, schedule="zigzag")
+
+
+def test_a_constant_schedule_stays_after_the_warm_up(shapes):
+    plan = config(shapes, epochs=12, learning_rate=1.0, warmup_steps=2, schedule="constant", step_epochs=(8,))
+    assert [learning_rate(plan, step, 10) for step in (0, 2, 79, 80, 119)] == pytest.approx([0.5, 1, 1, 1, 1])
+
+
+def test_what_a_schedule_will_not_do_is_said(shapes):
+    plan = config(shapes, epochs=12, schedule="step", step_epochs=(8, 11))
+    assert without_effect(plan) == []
+    (line,) = without_effect(replace(plan, epochs=11))
+    assert line == "the learning rate will not decay after epoch 11: the run ends after epoch 11"
+    (line,) = without_effect(replace(plan, epochs=1))
+    assert "after epoch 8, 11:" in line
+    for schedule in ("cosine", "constant"):
+        assert without_effect(replace(plan, schedule=schedule)) == [
+            f"schedule {schedule}: step_epochs 8, 11 change nothing"
+        ]
+        assert without_effect(replace(plan, schedule=schedule, step_epochs=())) == []
 
 
 def test_a_long_warmup_never_takes_more_than_half_the_run(shapes):

@@ -4,6 +4,7 @@ No machine of these tests has a GPU: it runs with a stand-in for TensorRT and CU
 outputs that a test gives it.
 """
 
+import dataclasses
 import resource
 import shutil
 import subprocess
@@ -21,11 +22,13 @@ from maskrcnn.pasting import paste_mask
 from maskrcnn.plugins.toolchain import find_cuda_headers
 from maskrcnn.postprocess import Detections, unpack
 from maskrcnn.preprocess import Preprocessing, batch_images, resized_size
+from maskrcnn.runtime.onnx_file import read_model
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "docs" / "cpp"
 FAKE = ROOT / "tests" / "support" / "tensorrt_on_cpu"
 PREPROCESSING = Preprocessing(min_size_px=96, max_size_px=160)
+SIZES = ("--min-size", "96", "--max-size", "160")
 PLAN = "plan 8 96 160 96 160\n"
 
 pytestmark = pytest.mark.skipif(kernels_on_cpu.compiler() is None, reason="no C++ compiler")
@@ -60,7 +63,7 @@ def detect(program, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_TENSORRT_OUTPUTS", str(tmp_path / "outputs"))
     (tmp_path / "outputs").mkdir()
 
-    def run(image, *options, plan=PLAN, outputs=None, **how):
+    def run(image, *options, plan=PLAN, outputs=None, sizes=SIZES, **how):
         (tmp_path / "model.engine").write_text(plan)
         for name, values in (outputs or {}).items():
             shape = " ".join(map(str, values.shape))
@@ -69,7 +72,6 @@ def detect(program, tmp_path, monkeypatch):
             Image.fromarray(image).save(tmp_path / "image.ppm")
         else:
             (tmp_path / "image.ppm").write_bytes(image)
-        sizes = ("--min-size", "96", "--max-size", "160")
         command = [str(program), str(tmp_path / "model.engine"), str(tmp_path / "image.ppm"), *sizes, *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, **how)
         return done, tmp_path / "input"
@@ -89,6 +91,21 @@ def test_the_network_gets_what_python_gives_it(detect, size_hw):
     assert height >= 96 and width >= 96  # the engine's least
     np.testing.assert_allclose(given[:, : wanted.shape[1], : wanted.shape[2]], wanted, atol=1e-3)
     assert not given[:, wanted.shape[1] :].any() and not given[:, :, wanted.shape[2] :].any()
+
+
+def test_sizes_come_from_the_metadata_beside_the_engine(detect, tmp_path, onnx_file):
+    image = np.full((120, 150, 3), 90, np.uint8)
+    _, path = detect(image)
+    wanted = path.read_bytes()
+    path.unlink()
+    done, _ = detect(image, sizes=())
+    assert done.returncode == 1
+    assert "no sizes of the model's images" in done.stderr and "model.engine.json" in done.stderr
+    metadata = dataclasses.replace(read_model(onnx_file)[1], preprocessing=PREPROCESSING)
+    (tmp_path / "model.engine.json").write_text(metadata.to_json())
+    done, path = detect(image, sizes=())
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == wanted
 
 
 def test_boxes_are_printed_in_the_original_image(detect):

@@ -1,0 +1,149 @@
+"""`maskrcnn train --resume`: where the data lies, which of it fits, and what is printed."""
+
+import json
+import shutil
+
+import pytest
+from command_line import expect_error
+from tiny import TINY_POSE, tiny_config
+
+from maskrcnn import runs
+from maskrcnn.config import TrainConfig, to_dict
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.training.trainer import Trainer
+
+
+@pytest.fixture
+def began(shapes, tmp_path):
+    """Makes a run on a copy of the shapes, stopped before its first step; returns the run and the copy."""
+
+    def make(*, written=None, **settings):
+        data = shutil.copytree(shapes, tmp_path / "data")
+        values = {"batch_size": 4, "epochs": 2, "workers": 0, "device": "cpu", "precision": "fp32", "pictures": 0}
+        config = TrainConfig(
+            model=tiny_config(), data=str(data), tensorboard=False, warmup_steps=0, **{**values, **settings}
+        )
+        Trainer(config, tmp_path / "run", CocoDataset.load(data, "train")).begin()
+        if written:
+            path = tmp_path / "run" / runs.CONFIG
+            path.write_text(json.dumps(json.loads(path.read_text()) | written))
+        return tmp_path / "run", data
+
+    return make
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The configurations of the runs that would train, instead of training."""
+    configs = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, *functions: configs.append(self.config))
+    return configs
+
+
+def kept(run) -> dict:
+    return json.loads((run / runs.CONFIG).read_text())
+
+
+def test_a_new_run_keeps_the_full_path_of_its_data(run, shapes, tmp_path, fitted, monkeypatch):
+    shutil.copytree(shapes, tmp_path / "data")
+    code, _, err = run("train", "--data", "data", "--output", "run", "--workers", 0)
+    assert code == 0, err
+    assert fitted[0].data == kept(tmp_path / "run")["data"] == str((tmp_path / "data").resolve())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, out, err = run("train", "--resume", "../run")
+    assert code == 0, err
+    assert " instead of " not in out and fitted[1] == fitted[0]
+
+
+def test_a_run_whose_data_moved_goes_on_with_the_new_folder(run, began, tmp_path):
+    folder, data = began(epochs=1)
+    data.rename(tmp_path / "moved")
+    expect_error(run("train", "--resume", folder), f"no folder {data}", "point --data at the folder")
+    code, out, err = run("train", "--resume", folder, "--data", "moved")
+    assert code == 0, err
+    moved = str((tmp_path / "moved").resolve())
+    assert f"data: {moved} instead of {data}" in out
+    assert kept(folder)["data"] == moved and (folder / runs.LAST).exists()
+
+
+def test_a_relative_path_that_a_run_kept_becomes_a_full_one(run, began, fitted):
+    folder, data = began(written={"data": "data"})
+    code, out, err = run("train", "--resume", folder)
+    assert code == 0, err
+    assert kept(folder)["data"] == str(data.resolve()) and "instead of" not in out
+
+
+def renamed(content):
+    content["categories"][1]["name"] = "square"
+
+
+def renumbered(content):
+    content["categories"][2]["id"] = 9
+    content["annotations"] = [each for each in content["annotations"] if each["category_id"] != 3]
+
+
+def boxes_alone(content):
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed, ("circle (1), rectangle (2), triangle (3)", "circle (1), square (2), triangle (3)")),
+        (renumbered, ("triangle (3)\n", "triangle (9)\n", "instances_train.json")),
+        (boxes_alone, ("learns masks", "which has boxes only")),
+    ],
+)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_data_that_the_model_does_not_fit_is_refused(run, began, fitted, change, words, is_named):
+    folder, data = began()
+    before = kept(folder)
+    for path in (data / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    expect_error(run("train", "--resume", folder, *(("--data", data) if is_named else ())), *words)
+    assert not fitted and kept(folder) == before
+
+
+def test_keypoints_of_a_model_are_looked_for(run, began, fitted):
+    folder, _ = began(written={"model": json.loads(json.dumps(to_dict(tiny_config(**TINY_POSE))))})
+    expect_error(run("train", "--resume", folder), "learns keypoints", "instances_train.json, which has none")
+    assert not fitted
+
+
+def test_changes_are_printed_setting_by_setting(run, began, fitted):
+    folder, _ = began()
+    options = ("--set", "model.detections=7", "--set", "augment.shorter_sides_px=64,96", "--epochs", 5)
+    code, out, err = run("train", "--resume", folder, *options, "--batch-size", 4)
+    assert code == 0, err
+    assert [line for line in out.splitlines() if "instead of" in line] == [
+        "model.detections: 7 instead of 12",
+        "augment.shorter_sides_px: (64, 96) instead of ()",
+        "epochs: 5 instead of 2",
+    ]
+    assert fitted[0].model.detections == kept(folder)["model"]["detections"] == 7
+
+
+def test_weights_are_not_given_to_a_run_that_has_them(run, began, fitted, checkpoint):
+    folder, _ = began()
+    expect_error(run("train", "--resume", folder, "--weights", checkpoint), "--resume with the weights", "a new run")
+    assert not fitted
+
+
+def test_a_run_that_named_no_steps_can_be_mended(run, began, fitted):
+    """Earlier versions let a step schedule without steps pass."""
+    folder, _ = began(written={"schedule": "step"})
+    expect_error(run("train", "--resume", folder), "schedule step without step_epochs", "--schedule constant")
+    code, out, err = run("train", "--resume", folder, "--schedule", "constant")
+    assert code == 0, err
+    assert "schedule: constant instead of step" in out and fitted[0].schedule == "constant"
+
+
+def test_steps_beyond_the_end_are_named(run, began, fitted):
+    folder, _ = began(schedule="step", step_epochs=(1, 3))
+    code, out, err = run("train", "--resume", folder)
+    assert code == 0, err
+    assert "will not decay after epoch 3: the run ends after epoch 2" in out
