@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,13 +75,18 @@ def _begun(
     trainset, valset = _datasets(console, root, *splits)
     config, weights = _configured(trainset, valset, settings)
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
-    trainer = Trainer(config, run, trainset, processes)
-    if weights is not None:
-        tensors, told = finetuning_tensors(trainer.model, weights)
-        trainer.load_weights(tensors, weights.source)
-        for line in told.lines():
-            console.print(line)
-    trainer.begin()
+    try:
+        trainer = Trainer(config, run, trainset, processes)
+        if weights is not None:
+            tensors, told = finetuning_tensors(trainer.model, weights)
+            trainer.load_weights(tensors, weights.source)
+            for line in told.lines():
+                console.print(line)
+        trainer.begin()
+    except BaseException:
+        with contextlib.suppress(OSError):  # is not there, or not empty
+            run.rmdir()
+        raise
     return trainer, valset
 
 
@@ -141,7 +147,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> 
 
 def _new_folder(output: Path | None) -> Path:
     if output is None:
-        return runs.next_run()
+        return runs.claim_next()
     if (output / runs.CONFIG).exists():
         raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
     return output

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import make_folder
 
 FOLDER = Path("runs")
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
@@ -25,6 +26,25 @@ def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
         if path.name.rpartition("-")[2].isdigit()
     ]
     return parent / f"{prefix}-{max(numbers, default=0) + 1}"
+
+
+def claim_next(parent: Path = FOLDER, prefix: str = "train") -> Path:
+    """Makes the folder of `next_run`; each of several processes that ask at once gets one of its own.
+
+    Raises:
+        UserError: where it cannot be made.
+    """
+    make_folder(parent)
+    while True:
+        path = next_run(parent, prefix)
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:  # another process was faster
+            continue
+        except OSError as error:
+            came = f"folder {path} cannot be made ({error.strerror or error})"
+            raise UserError(came, "a folder that can be written", "name one with --output") from error
 
 
 def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER, variants: bool = True) -> Path:

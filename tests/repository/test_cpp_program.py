@@ -321,7 +321,7 @@ def test_errors_are_one_line(detect, image, options, text):
 def test_files_that_are_no_engines(detect, program, tmp_path):
     done, _ = detect(np.zeros((96, 96, 3), np.uint8), plan="something else")
     assert done.returncode == 1 and "is no engine that runs here" in done.stderr
-    command = [str(program), str(tmp_path / "none.engine"), str(tmp_path / "image.ppm")]
+    command = [str(program), str(tmp_path / "none.engine"), str(tmp_path / "image.ppm"), *SIZES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "none.engine can not be opened" in done.stderr
 
