@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from measure import Measurement
 
@@ -16,6 +16,14 @@ from maskrcnn.errors import UserError
 SLOWDOWN = 1.15  # of a row's ratio, beyond the spread of its own samples
 AP_LOSS = 0.002
 _KEY = ("model", "backend", "precision", "size", "batch")
+_NEEDED = (*(name for name in _KEY if name != "size"), "p50_ms")  # of a row; older files have no size
+
+
+class Before(NamedTuple):
+    """What an older run has written."""
+
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,22 +61,36 @@ def title(row: Measurement | dict[str, Any]) -> str:
     return f"{get('model')} · {get('backend')} {get('precision')} · {get('size') or 'own size'} · batch {get('batch')}"
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(rows, environment) of a results.json.
+def read_rows(path: Path) -> Before:
+    """Rows and environment of a results.json.
 
     Raises:
         UserError: for a file that is missing or was not written by the benchmark.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content["rows"], content["environment"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = _results(json.loads(path.read_text(encoding="utf-8")))
+        reason = "no rows of latencies" if found is None else ""
+    except (OSError, ValueError) as error:
+        found, reason = None, str(error)
+    if found is None:
         raise UserError(
-            f"{path}: no results of this benchmark ({error})", "a results.json", "name one that `run.py` wrote"
-        ) from error
+            f"{path}: no results of this benchmark ({reason})", "a results.json", "name one that `run.py` wrote"
+        )
+    return found
 
 
-def regressions(rows: Sequence[Measurement], environment: dict[str, Any], old: Path) -> tuple[list[str], list[str]]:
+def _results(content: Any) -> Before | None:
+    """Rows and environment of a file's content; None where it is something else, as another benchmark's results."""
+    rows, environment = (content.get(name) if isinstance(content, dict) else None for name in ("rows", "environment"))
+    if not isinstance(rows, list) or not rows or not isinstance(environment, dict):
+        return None
+    is_ours = all(isinstance(row, dict) and row.keys() >= set(_NEEDED) for row in rows)
+    return Before(rows, environment) if is_ours else None
+
+
+def regressions(
+    rows: Sequence[Measurement], environment: dict[str, Any], before: Before
+) -> tuple[list[str], list[str]]:
     """What became worse since an older run.
 
     Latencies are compared as ratios to torchvision's in the same run, which another machine or a busy one changes
@@ -78,12 +100,11 @@ def regressions(rows: Sequence[Measurement], environment: dict[str, Any], old: P
     Returns:
         a line for every row that is slower or lost AP, and a line for everything compared or left out.
     """
-    before_rows, before_environment = read_rows(old)
-    before = {tuple(row.get(name) or "" for name in _KEY): row for row in before_rows}
-    same_machine = all(environment.get(name) == before_environment.get(name) for name in ("cpu", "gpu"))
+    known = {tuple(row.get(name) or "" for name in _KEY): row for row in before.rows}
+    same_machine = all(environment.get(name) == before.environment.get(name) for name in ("cpu", "gpu"))
     worse, told = [], []
     for row in rows:
-        then = before.get(tuple(getattr(row, name) or "" for name in _KEY))
+        then = known.get(tuple(getattr(row, name) or "" for name in _KEY))
         if then is None or row.p50_ms is None or then.get("p50_ms") is None:
             told.append(f"{title(row)}: not in both")
             continue

@@ -5,6 +5,14 @@ from __future__ import annotations
 import argparse
 
 
+def count(text: str) -> int:
+    """A number of things, 1 or more."""
+    found = int(text)
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return found
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """Batch sizes, as 1,4."""
     found = tuple(int(part) for part in text.split(","))

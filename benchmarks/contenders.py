@@ -57,6 +57,16 @@ class Contender:
         return [self.model, self.backend, self.precision, [stat.st_size, stat.st_mtime_ns] if stat else None]
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A row for a file that could not be made."""
+
+    model: str  # the file's name
+    backend: str
+    precision: str
+    error: Exception
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artefacts:
     """The files of one model."""
@@ -64,8 +74,9 @@ class Artefacts:
     checkpoint: Path | None = None
     onnx: tuple[Path, ...] = ()
     engines: tuple[Path, ...] = ()  # OpenVINO's .xml
-    others: tuple[Path, ...] = ()  # files that no backend of ours runs
-    complete: bool = True  # whether to say what is missing
+    others: tuple[Path, ...] = ()  # TensorRT's engines, and files that no backend of ours runs
+    absent: tuple[Absent, ...] = ()
+    complete: bool = True  # whether to say what else is missing
     seconds: Mapping[Path, float] = field(default_factory=dict)  # that making a file took
 
 
@@ -77,14 +88,17 @@ def newest_artefacts() -> Artefacts:
     """
     checkpoint = runs.newest_checkpoint()
     folder = checkpoint.parent
-    engines = [path for path in sorted(folder.glob("*.xml")) if ".rejected" not in path.suffixes]
-    exported = [path for path in sorted(folder.glob("*.onnx")) if not {".rejected", ".tensorrt"} & set(path.suffixes)]
     return Artefacts(
         checkpoint=checkpoint,
-        onnx=tuple(sorted(exported, key=is_variant)),
-        engines=tuple(engines),
-        others=tuple(sorted(folder.glob("*.engine"))),
+        onnx=tuple(sorted(_kept(folder, "*.onnx"), key=is_variant)),
+        engines=_kept(folder, "*.xml"),
+        others=_kept(folder, "*.engine"),
     )
+
+
+def _kept(folder: Path, pattern: str) -> tuple[Path, ...]:
+    """Files of a run that are there to be run: none that was put aside, and no graph for TensorRT's parser."""
+    return tuple(path for path in sorted(folder.glob(pattern)) if not {".rejected", ".tensorrt"} & set(path.suffixes))
 
 
 def given_artefacts(paths: Sequence[Path]) -> Artefacts:
@@ -125,11 +139,17 @@ def our_contenders(artefacts: Artefacts, *, compiled: bool = False) -> list[Cont
         found += _of_onnx(path, artefacts.checkpoint)
     found += [_of_engine(path, artefacts.onnx) for path in artefacts.engines]
     found += [_of_other(path) for path in artefacts.others]
+    found += [_absent(each.model, each.backend, each.precision, each.error) for each in artefacts.absent]
     if artefacts.complete:
         found += _missing(artefacts)
     if found and not artefacts.checkpoint:
         found[0] = replace(found[0], is_reference=True)
     return [replace(each, seconds=artefacts.seconds.get(each.file)) for each in found]
+
+
+def on_gpu(contenders: Sequence[Contender]) -> list[Contender]:
+    """Those that a GPU may run: all but OpenVINO's."""
+    return [each for each in contenders if "OpenVINO" not in each.backend]
 
 
 def _of_other(path: Path) -> Contender:
@@ -245,6 +265,12 @@ def precision_of(detector: Any) -> str:
     return backend.precision if is_told else f"{backend.precision}, {weights} weights"
 
 
+def backend_of(detector: Any, named: str) -> str:
+    """What runs an opened detector: as it was named, and of ONNX Runtime the provider too, where it is not the CPU."""
+    name = getattr(getattr(detector, "backend", None), "name", named)
+    return name if name.startswith(named) else named
+
+
 def _check_source(path: Path, detector: Detector, source: Path | None, command: str) -> None:
     """Refuses a file made from other weights: its numbers would not belong in the table."""
     made_from = detector.metadata.source_sha256
@@ -272,7 +298,7 @@ def _missing(artefacts: Artefacts) -> list[Contender]:
     return found
 
 
-def _absent(model: str, backend: str, precision: str, error: UserError) -> Contender:
+def _absent(model: str, backend: str, precision: str, error: Exception) -> Contender:
     def refuse() -> Any:
         raise error
 

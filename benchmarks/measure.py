@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from contenders import Contender, precision_of
+from contenders import Contender, backend_of, precision_of
 from gpu_watch import watch
 from matching import Mismatch, compare_detections, merge
 from memory import KEYS, peak_memory
@@ -88,6 +88,7 @@ class _Entry:
     """A contender on its way through the benchmark."""
 
     contender: Contender
+    backend: str
     detector: Any = None
     precision: str = ""
     status: str = "ok"
@@ -98,7 +99,7 @@ class _Entry:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.model} · {self.contender.backend} {self.precision}".strip()
+        return f"{self.contender.model} · {self.backend} {self.precision}".strip()
 
     def fail(self, status: str, error: Exception | str) -> None:
         """Takes the contender out, with a reason of one line."""
@@ -164,10 +165,11 @@ def one_line(error: Exception | str) -> str:
 
 
 def _open(contender: Contender, progress: Progress) -> _Entry:
-    entry = _Entry(contender, precision=contender.precision)
+    entry = _Entry(contender, contender.backend, precision=contender.precision)
     try:
         entry.detector = contender.open()
         entry.precision = precision_of(entry.detector)
+        entry.backend = backend_of(entry.detector, contender.backend)
     except (UserError, ImportError) as error:
         entry.fail("not run", error)
     except Exception as error:  # a library that fails in its own way costs its own row only
@@ -318,7 +320,7 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
     host, before, device = (entry.memory.get(key) for key in KEYS)
     row = Measurement(
         model=contender.model,
-        backend=contender.backend,
+        backend=entry.backend,
         precision=entry.precision,
         size=size,
         batch=batch,

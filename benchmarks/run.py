@@ -6,8 +6,8 @@ takes the newest run below `runs/`: its checkpoint, its ONNX file and its engine
 Mask R-CNN ResNet-50 at fixed sizes instead, with random weights. A number is only printed for a model whose
 detections agree with PyTorch FP32; what cannot run has a row that says why.
 
-A run that was broken off goes on where it stopped. `--compare`, `--max-latency` and `--min-ap` make exit code 1 of what
-became worse, for CI.
+A run on a trained model that was broken off goes on where it stopped; `--workload resnet50` makes its files anew and so
+begins again. `--compare`, `--max-latency` and `--min-ap` make exit code 1 of what became worse, for CI.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from against import Limits, beyond_limits, regressions
-from arguments import numbers, sizes_hw
-from contenders import Artefacts, Contender, given_artefacts, newest_artefacts, our_contenders, peer_contenders
+import torch
+from against import Before, Limits, beyond_limits, read_rows, regressions
+from arguments import count, numbers, sizes_hw
+from contenders import (
+    Artefacts,
+    Contender,
+    given_artefacts,
+    newest_artefacts,
+    on_gpu,
+    our_contenders,
+    peer_contenders,
+)
 from measure import Measurement, measure
 from progress import Progress
 from report import write_report
@@ -30,9 +39,10 @@ from unfinished import FILE, Unfinished
 from workloads import Workload, dataset_workload, resnet50_workload
 
 from maskrcnn.checkpoint import load_checkpoint
-from maskrcnn.errors import told_to_the_user
+from maskrcnn.errors import UserError, told_to_the_user
 
 RESNET50 = "resnet50"
+RESNET50_SIZES_HW = [(800, 1088)]
 DEFAULT_OUTPUT = Path("runs") / "benchmark"
 
 
@@ -44,18 +54,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="dataset in COCO layout; default: what the run was validated on")
     add("--split", help="split of --data; default val")
     add("--batch", type=numbers, help="batch sizes, as 1,4")
-    add(
-        "--repeat", type=int, help="measured calls of each model and batch size; default 20, or fewer on a slow machine"
-    )
-    add("--images", type=int, help="images to evaluate on; default all")
+    add("--repeat", type=count, help="measured calls of each model and batch size; default 20, fewer on a slow machine")
+    add("--max-images", "--images", type=count, metavar="N", help="most images to evaluate on; default all")
     add("--no-peers", action="store_true", help="leave torchvision out")
+    add("--gpu-only", action="store_true", help="leave OpenVINO and the workload's 8-bit files out: they are for CPUs")
     add("--compile", action="store_true", help="ours and torchvision's by torch.compile too, which takes minutes")
     add("--memory", action="store_true", help="measure peak memory too, each row in a process of its own")
     add("--output", type=Path, help="folder for the results; default: beside the model")
     add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
     add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
-    add("--size", type=sizes_hw, default=[(800, 1088)], help="of the workload's images, as 800x1088,800x1344")
-    add("--compare", type=Path, help="an older results.json; exit code 1 if a row became slower or less accurate")
+    add(
+        "--size",
+        type=sizes_hw,
+        help="to resize images to, as 800x1088,800x1344; no AP then; the workload's default is 800x1088",
+    )
+    add("--compare", type=Path, help="an older results.json, which is read at once; exit code 1 if a row became worse")
     add("--max-latency", type=float, metavar="MS", help="exit code 1 if the p50 of a row of ours exceeds it")
     add("--min-ap", type=float, metavar="AP", help="exit code 1 if the box AP of a row of ours is below it")
     add("--afresh", action="store_true", help="do not go on with a run that was broken off")
@@ -69,11 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
         SystemExit: with code 1 when a row is beyond a limit or became worse.
     """
     given = parse(arguments)
+    check_options(given)
+    # Before anything is measured: the report may take the place of the very file that is to be compared with.
+    before = read_rows(given.compare) if given.compare else None
     progress = Progress()
     with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
         output = given.output or _default_output(given, artefacts)
         contenders = our_contenders(artefacts, compiled=given.compile)
+        contenders = on_gpu(contenders) if given.gpu_only else contenders
         if not given.no_peers and artefacts.checkpoint:
             model, example = load_checkpoint(artefacts.checkpoint), next(iter(workload.pools.values()))[0]
             contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint, compiled=given.compile)
@@ -83,8 +100,29 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     table = write_report(output, rows, workload, machine)
     kept.finish()
     print(f"\n{table}\n\n{', '.join(str(output / f'results.{kind}') for kind in ('md', 'json', 'html'))}")
-    _hold_to_limits(given, rows, machine)
+    _hold_to_limits(given, rows, machine, before)
     return rows
+
+
+def check_options(given: argparse.Namespace) -> None:
+    """That no option would be without effect, or is known to fail once everything is measured.
+
+    Raises:
+        UserError: naming the first that would.
+    """
+    kind = f"--workload {given.workload}" if given.workload else ""
+    no_ap = kind or ("--size" if given.size else "")
+    no_gpu = given.gpu_only and not torch.cuda.is_available()
+    for is_idle, came, expected, do in (
+        (kind and given.model, f"--model with {kind}", "one of them: the workload makes its files", "drop one"),
+        (kind and given.max_images, f"--max-images with {kind}", "a model with an AP", "drop --max-images"),
+        (no_ap and given.min_ap is not None, f"--min-ap with {no_ap}", "a measured AP", "drop one of them"),
+        (kind and given.afresh, f"--afresh with {kind}", "a model; the workload always begins anew", "drop --afresh"),
+        (given.split and not given.data, f"--split {given.split}", "the dataset of the split, too", "add --data"),
+        (no_gpu, "--gpu-only", "a CUDA GPU that PyTorch can use", "drop --gpu-only; see `maskrcnn doctor`"),
+    ):
+        if is_idle:
+            raise UserError(came, expected, do)
 
 
 def _unfinished(
@@ -100,7 +138,7 @@ def _unfinished(
         path.unlink(missing_ok=True)
     machine = environment()
     key = {
-        "workload": [workload.name, list(workload.pools), list(workload.batches), workload.repeat, given.images],
+        "workload": [workload.name, list(workload.pools), list(workload.batches), workload.repeat, given.max_images],
         "contenders": [contender.fingerprint() for contender in contenders if not contender.peer],
         "peers": not given.no_peers,
         "machine": [machine[name] for name in ("cpu", "gpu", "torch_threads", "versions", "commit")],
@@ -111,10 +149,12 @@ def _unfinished(
     return kept
 
 
-def _hold_to_limits(given: argparse.Namespace, rows: Sequence[Measurement], machine: dict) -> None:
+def _hold_to_limits(
+    given: argparse.Namespace, rows: Sequence[Measurement], machine: dict, before: Before | None
+) -> None:
     failures = beyond_limits(rows, Limits(given.max_latency, given.min_ap))
-    if given.compare:
-        worse, told = regressions(rows, machine, given.compare)
+    if before is not None:
+        worse, told = regressions(rows, machine, before)
         print("\n".join(told))
         failures += worse
     if failures:
@@ -135,22 +175,24 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
         return resnet50_workload(
             folder,
             progress,
-            sizes_hw=given.size,
+            sizes_hw=given.size or RESNET50_SIZES_HW,
             data=given.data,
             split=given.split,
             batches=given.batch or (1,),
             repeat=given.repeat or 7,
             budget_s=None if given.repeat else 180.0,
+            gpu_only=given.gpu_only,
         )
     artefacts = given_artefacts(given.model) if given.model else newest_artefacts()
     return artefacts, dataset_workload(
         artefacts,
         data=given.data,
         split=given.split,
+        sizes_hw=given.size or (),
         batches=given.batch or (1, 4),
         repeat=given.repeat or 20,
         budget_s=None if given.repeat else 35.0,
-        images=given.images,
+        images=given.max_images,
     )
 
 

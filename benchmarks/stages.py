@@ -3,7 +3,8 @@
     python benchmarks/stages.py runs/train-1/model.onnx runs/train-1/model.int8.xml [--size 800x1088] [--repeat 5]
 
 Times inside a model are the runtime's own profile, which costs some per cent itself; shares are what it is for. A
-layer belongs to the module that its name begins with; what lies between layers is told apart by its operator.
+layer belongs to the module that its name begins with; what lies between layers is told apart by its operator. The call
+that is timed and the profile run on one and the same provider, the CPU: see `UNPROFILED` for why no other.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from maskrcnn.postprocess import unpack
 from maskrcnn.preprocess import batch_images
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.onnxruntime_backend import session_options
+from maskrcnn.runtime.onnxruntime_providers import Provider, provider_named
 
 MODULES = {
     "backbone.body": "backbone",
@@ -42,6 +44,12 @@ OPERATORS = {
     **dict.fromkeys(("topk", "nonmaxsuppression"), "TopK and NMS"),
 }
 REST = "everything else"
+# ONNX Runtime's providers whose part of its profile says nothing of single layers. It can be compiled so that it asks
+# CUDA for the times of kernels (--enable_cuda_profiling), which the packages that pip installs are not.
+UNPROFILED = {
+    Provider.CUDA: "says when the host started a layer, not how long the GPU took",
+    Provider.TENSORRT: "has whole parts of the model as one node",
+}
 OUTSIDE = ("resize and pad", "paste and encode")
 
 
@@ -63,13 +71,33 @@ def stage_of(name: str, operator: str) -> str:
     return OPERATORS.get(operator.lower(), REST)
 
 
-def split_of(path: Path, images: Sequence[np.ndarray], repeat: int) -> Split:
+def check_provider(name: str) -> None:
+    """That ONNX Runtime's profile on a provider can be split.
+
+    Raises:
+        UserError: where it cannot, and for a name that is none.
+    """
+    provider = provider_named(name)
+    if provider in UNPROFILED:
+        came = f"--provider {name}: ONNX Runtime's profile there {UNPROFILED[provider]}"
+        do = "use --provider cpu; `benchmarks/run.py` tells preprocessing and engine apart on a GPU"
+        raise UserError(came, "--provider cpu", do)
+
+
+def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: str = "cpu") -> Split:
     """The split of one file in its default runtime.
+
+    Args:
+        path: an ONNX file or an OpenVINO engine.
+        images: uint8 `[H, W, 3]` RGB.
+        repeat: measured calls, and as many that are profiled.
+        provider: of ONNX Runtime, for all of them.
 
     Raises:
         UserError: for a file whose runtime gives no profile.
     """
-    detector = Detector.load(path)
+    check_provider(provider)
+    detector = Detector.load(path, **({"provider": provider} if path.suffix == ".onnx" else {}))
     outside: dict[str, list[float]] = {name: [] for name in OUTSIDE}
     totals = []
     for k in range(repeat + 1):
@@ -101,7 +129,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int) -> Split:
 def _profiles(path: Path, detector: Detector, feeds: dict[str, np.ndarray], repeat: int) -> Iterable[Counter[str]]:
     """Milliseconds by stage, of each of `repeat` calls."""
     if detector.backend.name.startswith("ONNX Runtime"):
-        return _onnxruntime_profiles(path, feeds, repeat)
+        return _onnxruntime_profiles(path, feeds, repeat, detector.backend.session.get_providers())
     if detector.backend.name == "OpenVINO":
         return _openvino_profiles(detector, feeds, repeat)
     raise UserError(
@@ -109,13 +137,15 @@ def _profiles(path: Path, detector: Detector, feeds: dict[str, np.ndarray], repe
     )
 
 
-def _onnxruntime_profiles(path: Path, feeds: dict[str, np.ndarray], repeat: int) -> Iterable[Counter[str]]:
+def _onnxruntime_profiles(
+    path: Path, feeds: dict[str, np.ndarray], repeat: int, providers: Sequence[str]
+) -> Iterable[Counter[str]]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options()
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         for _ in range(repeat + 1):
             session.run(None, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -180,10 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
     parser.add_argument("--data", type=Path, help="dataset to take images from; default: drawn shapes")
     parser.add_argument("--split", default="val", help="split of --data")
     parser.add_argument("--repeat", type=int, choices=range(1, 101), metavar="CALLS", default=5)
+    parser.add_argument("--provider", default="cpu", help="of ONNX Runtime; cpu is the only one that can be split")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
+    check_provider(given.provider)
     images, kind = images_of_size(given.size, given.data, given.split)
-    splits = [split_of(path, images, given.repeat) for path in given.model]
+    splits = [split_of(path, images, given.repeat, given.provider) for path in given.model]
     print(f"{kind} of {given.size[0]}×{given.size[1]}, batch 1, median of {given.repeat}\n\n{table(splits)}")
     if given.json:
         write_json(given.json, [split.__dict__ for split in splits])

@@ -4,9 +4,9 @@
 
 A table stands between two comments, `<!-- table: FILE.json -->` and `<!-- end -->`, and below it machine, versions
 and the commit that the file names. `<!-- summary: FILE.json FILE.json -->` puts results of `benchmarks/run.py` side by
-side: first size, batch 1, how many times torchvision's speed, and mask AP. What lies between is rewritten; with
---check nothing is, and exit code 1 says that a table is not what its file gives. Sentences around the tables are
-written by hand.
+side: first size, batch 1, how many times torchvision's speed, with an asterisk where the detections are not FP32's, and
+mask AP. What lies between is rewritten; with --check nothing is, and exit code 1 says that a table is not what its file
+gives. Sentences around the tables are written by hand.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 PAGES = (PAGE, ROOT / "README.md")
+_INEXACT = "kept detections differ from FP32's beyond the tolerance; what a precision costs in AP is in the columns"
+_INEXACT_RANDOM = f"\\* random weights: {_INEXACT} of the trained model."
+_INEXACT_TRAINED = f"\\* trained weights: {_INEXACT} beside it."
 _BLOCK = re.compile(r"(<!-- (table|summary): (\S[^\n]*\S) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -57,10 +60,10 @@ def summary(contents: Sequence[dict[str, Any]]) -> str:
 
     Of each result the rows of its first size and batch 1: milliseconds from image to masks (the median), how many times
     torchvision's speed in the same run, and mask AP where one was measured, of all but the reference as a difference.
+    Below the table, what an asterisk at a ratio means, if there is one.
     """
-    figures = [("ms", _figure("p50_ms", ".0f")), ("× torchvision", _figure("times_torchvision", ".1f"))]
-    figures.append(("mask AP", _ap("mask_ap")))
-    heads, found = ["run by"], {}
+    figures = [("ms", _figure("p50_ms", ".0f")), ("× torchvision", _marked_ratio), ("mask AP", _ap("mask_ap"))]
+    heads, found, notes = ["run by"], {}, []
     for content in contents:
         rows = [row for row in content["rows"] if row["p50_ms"] is not None and row["batch"] == 1]
         rows = [row for row in rows if row["size"] == rows[0]["size"]]
@@ -70,7 +73,10 @@ def summary(contents: Sequence[dict[str, Any]]) -> str:
             known = found.setdefault(runner, [])
             known += [""] * (len(heads) - 1 - len(known)) + [show(row) for _, show in shown]
         heads += [f"{content['workload']['name'].split(',')[0]}: {shown[0][0]}", *(name for name, _ in shown[1:])]
-    return aligned(heads, [[runner, *cells, *[""] * (len(heads) - 1 - len(cells))] for runner, cells in found.items()])
+        if any("*" in _marked_ratio(row) for row in rows):
+            notes.append(_INEXACT_RANDOM if "random weights" in content["workload"]["name"] else _INEXACT_TRAINED)
+    lines = [[runner, *cells, *[""] * (len(heads) - 1 - len(cells))] for runner, cells in found.items()]
+    return "\n\n".join([aligned(heads, lines), *dict.fromkeys(notes)])
 
 
 def rendered(content: Any) -> str:
@@ -115,6 +121,12 @@ def _latency(content: dict[str, Any]) -> str:
         columns = [*columns[:4], *((f"{part} ms", _part(part)) for part in parts)]
         text += "\n\nWhere the time of such a call goes:\n\n" + _table(columns, split)
     return text
+
+
+def _marked_ratio(row: dict) -> str:
+    """How many times torchvision's speed, with an asterisk where the detections are not FP32's."""
+    text = _figure("times_torchvision", ".1f")(row)
+    return f"{text} *" if text and row["status"] == "inexact" else text
 
 
 def _part(name: str) -> Callable[[dict], str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from contenders import Artefacts, validation_split
-from PIL import Image
+from making import Order, make_files
 from progress import Progress
 from random_weights import calibrated_state_dict
 
@@ -19,7 +18,6 @@ from maskrcnn.config import model_config
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.preprocess import Preprocessing, resize_bilinear, resized_size
 from maskrcnn.runtime import Detector
@@ -81,42 +79,46 @@ def dataset_workload(
     *,
     data: Path | None,
     split: str | None,
+    sizes_hw: Sequence[tuple[int, int]] = (),
     batches: tuple[int, ...],
     repeat: int,
     budget_s: float | None,
     images: int | None,
 ) -> Workload:
-    """Images of a dataset: the one given, else that of the run's validation, else generated ones."""
-    notes = []
-    found = (data, find_split(data, split or "val")) if data else validation_split(artefacts.checkpoint)
-    if found and not data and not found[0].is_dir():
-        notes.append(f"no AP: the run's dataset {found[0]} is not there; name one with --data")
-        found = None
-    elif not found:
-        notes.append("no AP: no dataset is known for these files; name one with --data")
-    if not found:
-        return Workload(
-            name="generated shapes",
-            pools={"": generated_images(POOL, _GENERATED_SIZE_HW)},
-            batches=batches,
-            repeat=repeat,
-            budget_s=budget_s,
-            dataset=None,
-            notes=tuple(notes),
-        )
+    """Images of a dataset: the one given, else that of the run's validation, else generated ones.
+
+    With `sizes_hw` they are fitted into each of these sizes, and there is no dataset to measure AP on: a model's AP is
+    that of its own resizing.
+    """
+    found, no_ap = _known_split(artefacts, data, split)
+    no_ap = "no AP: the images have the sizes of --size; it is measured without" if sizes_hw else no_ap
+    given = {"batches": batches, "repeat": repeat, "budget_s": budget_s, "notes": (no_ap,) if no_ap else ()}
+    if found is None:
+        pools = {size_name(size_hw): generated_images(POOL, size_hw) for size_hw in sizes_hw}
+        pools = pools or {"": generated_images(POOL, _GENERATED_SIZE_HW)}
+        return Workload(name="generated shapes", pools=pools, dataset=None, **given)
     dataset = CocoDataset.load(*found)
     if images is not None:
         dataset = replace(dataset, images=dataset.images[:images])
-    return Workload(
-        name=f"{found[0].name} {found[1]}, {len(dataset.images)} images",
-        pools={"": [read_image(record.path) for record in dataset.images[:POOL]]},
-        files=tuple(record.path for record in dataset.images[:POOL]),
-        batches=batches,
-        repeat=repeat,
-        budget_s=budget_s,
-        dataset=dataset,
-        notes=tuple(notes),
-    )
+    files = tuple(record.path for record in dataset.images[:POOL])
+    pool = [read_image(path) for path in files]
+    name = f"{found[0].name} {found[1]}, {len(pool if sizes_hw else dataset.images)} images"
+    if sizes_hw:
+        pools = {size_name(size_hw): [_fitted(image, size_hw) for image in pool] for size_hw in sizes_hw}
+        return Workload(name=name, pools=pools, dataset=None, **given)
+    return Workload(name=name, pools={"": pool}, files=files, dataset=dataset, **given)
+
+
+def _known_split(artefacts: Artefacts, data: Path | None, split: str | None) -> tuple[tuple[Path, str] | None, str]:
+    """The dataset given, or that of the run's validation, with its split; or None and what that leaves out."""
+    if data:
+        return (data, find_split(data, split or "val")), ""
+    found = validation_split(artefacts.checkpoint)
+    if found is None:
+        return None, "no AP: no dataset is known for these files; name one with --data"
+    if not found[0].is_dir():
+        return None, f"no AP: the run's dataset {found[0]} is not there; name one with --data"
+    return found, ""
 
 
 def resnet50_workload(
@@ -129,8 +131,13 @@ def resnet50_workload(
     batches: tuple[int, ...],
     repeat: int,
     budget_s: float | None,
+    gpu_only: bool = False,
 ) -> tuple[Artefacts, Workload]:
-    """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of each size."""
+    """Mask R-CNN ResNet-50 with calibrated random weights, exported and built here, on images of each size.
+
+    Args:
+        gpu_only: make no files for the CPU; for the others see `run.py`.
+    """
     pools = {size_name(size_hw): images_of_size(size_hw, data, split) for size_hw in sizes_hw}
     size_hw, (pool, kind) = sizes_hw[0], next(iter(pools.values()))
     progress.say(f"{_RESNET50}: random weights, batch norm and heads set from {kind}")
@@ -146,8 +153,8 @@ def resnet50_workload(
     load_weights(model, weights, "calibrated weights")
     checkpoint = folder / f"resnet50{SUFFIX}"
     save_checkpoint(checkpoint, model)
-    notes: list[str] = []
-    artefacts = _make_files(model, checkpoint, pool, progress, notes)
+    order = Order(model=model, checkpoint=checkpoint, pool=pool, sizes_hw=sizes_hw, batches=batches, gpu_only=gpu_only)
+    artefacts, notes = make_files(order, progress)
     workload = Workload(
         name=f"{_RESNET50}, random weights, {kind} of {', '.join(pools)}",
         pools={name: images for name, (images, _) in pools.items()},
@@ -158,68 +165,6 @@ def resnet50_workload(
         notes=(*notes, *_RANDOM_WEIGHTS),
     )
     return artefacts, workload
-
-
-def _make_files(
-    model: MaskRCNN, checkpoint: Path, pool: list[np.ndarray], progress: Progress, notes: list[str]
-) -> Artefacts:
-    """The ONNX files and the engines of a checkpoint; a step that fails becomes a note."""
-    exported, integers = checkpoint.with_suffix(".onnx"), checkpoint.with_suffix(".int8.onnx")
-    half_engine, integer_engine = checkpoint.with_suffix(".fp16.xml"), checkpoint.with_suffix(".int8.xml")
-    pictures = checkpoint.with_name("calibration")
-    pictures.mkdir(exist_ok=True)
-    for k, image in enumerate(pool):
-        Image.fromarray(image).save(pictures / f"{k}.png")
-
-    def export() -> str:
-        from maskrcnn.export.exporter import export_onnx
-
-        return f"ONNX file compared with PyTorch: {export_onnx(model, exported, source=checkpoint)}"
-
-    def quantize() -> str:
-        from maskrcnn.export.variants import write_int8
-
-        return f"8-bit file compared with the ONNX file: {write_int8(exported, integers, pictures)[1]}"
-
-    def build(onnx: Path, engine: Path) -> str:
-        from maskrcnn.runtime.engine import build_openvino_engine
-
-        if not onnx.is_file():
-            raise UserError(f"no file {onnx}", "the step before", "see the note on it")
-        _, difference = build_openvino_engine(onnx, engine, half=True, reference=exported)
-        return f"{engine.name} compared with the ONNX file: {difference}"
-
-    seconds: dict[Path, float] = {}
-    for text, make, made in (
-        ("exporting to ONNX", export, exported),
-        ("quantising", quantize, integers),
-        ("building the OpenVINO engine", lambda: build(exported, half_engine), half_engine),
-        ("building the 8-bit engine", lambda: build(integers, integer_engine), integer_engine),
-    ):
-        progress.say(text)
-        began = perf_counter()
-        try:
-            notes.append(make())
-            seconds[made] = perf_counter() - began
-        except (UserError, ImportError) as error:
-            came = error.came if isinstance(error, UserError) else str(error)
-            notes.append(" ".join(came.split()).replace(f"{checkpoint.parent}/", ""))
-            progress.say(notes[-1])
-            _take_rejected(made)
-    return Artefacts(
-        checkpoint=checkpoint,
-        onnx=tuple(path for path in (exported, integers) if path.is_file()),
-        engines=tuple(path for path in (half_engine, integer_engine) if path.is_file()),
-        seconds=seconds,
-    )
-
-
-def _take_rejected(path: Path) -> None:
-    """Gives a file that was put aside for departing too far its own name; the table will say how far it departs."""
-    rejected = path.with_suffix(f".rejected{path.suffix}")
-    for suffix in (".bin", path.suffix):
-        if rejected.with_suffix(suffix).is_file():
-            rejected.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
 def generated_images(count: int, size_hw: tuple[int, int]) -> list[np.ndarray]:

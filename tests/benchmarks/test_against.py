@@ -22,7 +22,7 @@ def older(tmp_path, rows, machine=None):
     path = tmp_path / "old.json"
     content = {"rows": [dataclasses.asdict(each) for each in rows], "environment": machine or MACHINE}
     path.write_text(json.dumps(content))
-    return path
+    return read_rows(path)
 
 
 def test_limits_hold_ours_alone():
@@ -69,7 +69,19 @@ def test_lost_ap_and_rows_of_one_side(tmp_path):
     assert any("new.onnx" in line and "not in both" in line for line in told)
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}", '{"rows": []}', "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "{}",
+        "[]",
+        '{"rows": []}',
+        '{"rows": [], "environment": {}}',
+        '{"rows": 1, "environment": {}}',
+        '{"rows": [{"work": "score bbox", "ours_ms": 1}], "environment": {}}',  # of another benchmark
+    ],
+)
 def test_another_file_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     if content is not None:

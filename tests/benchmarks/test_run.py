@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import contenders
 import jsonschema
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import run
 import torch
+import workloads
 from matching import compare_detections, merge
 from measure import one_line
 
@@ -137,7 +139,7 @@ def test_given_file_that_is_missing(tmp_path):
 
 def test_given_onnx_alone(tmp_path, onnx_file):
     rows = run.main(["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)])
-    assert [row.backend for row in rows] == ["ONNX Runtime", "OpenVINO"]
+    assert [row.backend.removesuffix(" CUDA") for row in rows] == ["ONNX Runtime", "OpenVINO"]
     assert rows[0].check == "reference" and rows[1].status == "ok"
     assert rows[0].mask_ap is None
     assert "no AP" in (tmp_path / "results.md").read_text(encoding="utf-8")
@@ -231,3 +233,98 @@ def test_keypoints_elsewhere_are_a_difference():
     assert "8 of 8 farther off (at most 3 px)" in str(merge([compare_detections(first, moved)]))
     # Where one of the two finds none there is nothing to compare.
     assert compare_detections(first, dataclasses.replace(first, keypoints=None)).keypoints is None
+
+
+def test_an_older_run_is_read_before_its_file_is_replaced(tmp_path, onnx_file, capsys):
+    options = ["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)]
+    run.main(options)
+    path = tmp_path / "results.json"
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        row["p50_ms"] /= 1000
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        run.main([*options, "--compare", str(path)])
+    assert "times the time (milliseconds)" in capsys.readouterr().err
+
+
+def test_a_mistyped_older_run_is_found_before_anything_is_measured(tmp_path, onnx_file, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda *given, **options: pytest.fail("it was measured"))
+    with pytest.raises(UserError, match=r"none\.json: no results of this benchmark"):
+        run.main(["--model", str(onnx_file), "--compare", str(tmp_path / "none.json"), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--workload", "resnet50", "--max-images", "5"),
+        ("--workload", "resnet50", "--model", "m.onnx"),
+        ("--workload", "resnet50", "--afresh"),
+        ("--workload", "resnet50", "--min-ap", "0.1"),
+        ("--size", "64x64", "--min-ap", "0.1"),
+        ("--split", "test"),
+    ],
+)
+def test_options_without_effect_are_refused(options):
+    with pytest.raises(UserError, match=options[-2] if len(options) % 2 == 0 else options[-1]):
+        run.main(options)
+
+
+def test_only_gpus_wants_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--gpu-only"):
+        run.main(["--gpu-only"])
+
+
+def test_a_number_of_images_has_two_names():
+    assert run.parse(["--max-images", "3"]).max_images == run.parse(["--images", "3"]).max_images == 3
+    for text in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            run.parse(["--max-images", text])
+
+
+def test_images_of_a_trained_model_can_be_resized(folder):
+    rows = run.main(["--size", "64x96,96x64", "--repeat", "1", "--batch", "1", "--no-peers", "--max-images", "2"])
+    running = [row for row in rows if row.status == "ok"]
+    assert {row.size for row in running} == {"64×96", "96×64"}
+    assert {row.model for row in running} == {"best.safetensors", "model.onnx"}
+    assert all(row.box_ap is None for row in rows)
+    content = json.loads((folder / "benchmark" / "results.json").read_text(encoding="utf-8"))
+    check_schema(content)
+    assert content["workload"]["sizes"] == ["64×96", "96×64"]
+    assert content["workload"]["name"] == "shapes val, 2 images" and "--size" in content["workload"]["notes"][0]
+
+
+def test_resized_images_need_no_dataset(onnx_file):
+    artefacts = contenders.Artefacts(onnx=(onnx_file,))
+    options = {"data": None, "split": None, "batches": (1,), "repeat": 1, "budget_s": None, "images": None}
+    found = workloads.dataset_workload(artefacts, sizes_hw=[(64, 96)], **options)
+    assert {name: pool[0].shape for name, pool in found.pools.items()} == {"64×96": (64, 96, 3)}
+    assert len(found.notes) == 1 and found.dataset is None
+
+
+def test_what_was_put_aside_is_no_contender(folder):
+    for kind in ("onnx", "xml", "engine"):
+        for name in ("model.fp16", "model.fp16.rejected"):
+            (folder / f"{name}.{kind}").touch()
+    (folder / "model.fp16.tensorrt.onnx").touch()
+    found = contenders.newest_artefacts()
+    assert [path.name for path in found.onnx] == ["model.onnx", "model.fp16.onnx"]
+    assert [path.name for path in found.engines] == ["model.fp16.xml"]
+    assert [path.name for path in found.others] == ["model.fp16.engine"]
+
+
+def test_a_row_says_which_provider_ran_it():
+    def opened(name):
+        return SimpleNamespace(backend=SimpleNamespace(name=name))
+
+    assert contenders.backend_of(opened("ONNX Runtime CUDA"), "ONNX Runtime") == "ONNX Runtime CUDA"
+    assert contenders.backend_of(opened("OpenVINO"), "OpenVINO engine") == "OpenVINO engine"
+    assert contenders.backend_of(object(), "ONNX Runtime") == "ONNX Runtime"
+
+
+def test_a_gpus_contenders_are_all_but_openvinos(checkpoint, onnx_file):
+    artefacts = contenders.Artefacts(checkpoint=checkpoint, onnx=(onnx_file,), complete=False)
+    found = contenders.our_contenders(artefacts)
+    left = contenders.on_gpu(found)
+    assert {each.backend for each in found} - {each.backend for each in left} == {"OpenVINO"}

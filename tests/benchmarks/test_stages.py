@@ -1,6 +1,7 @@
 """The split of a model's time into stages."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import stages
 
@@ -35,6 +36,35 @@ def test_every_runtime_splits_a_call(tmp_path, onnx_file):
         assert set(split.stages_ms) == {*layers, *stages.OUTSIDE}
         assert all(split.stages_ms[stage] > 0 for stage in layers), split
         assert split.model in stages.table([split]) and split.total_ms > 0
+
+
+def test_the_call_and_its_profile_run_on_the_same_provider(onnx_file, monkeypatch):
+    calls, sessions = [], []
+    load, session = stages.Detector.load, onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        stages.Detector, "load", lambda *given, **options: calls.append(options) or load(*given, **options)
+    )
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda *given, providers, **more: (
+            sessions.append([each if isinstance(each, str) else each[0] for each in providers])
+            or session(*given, providers=providers, **more)
+        ),
+    )
+    stages.split_of(onnx_file, [np.zeros((64, 64, 3), np.uint8)], repeat=1)
+    assert calls == [{"provider": "cpu"}]  # and not the best that works here
+    assert sessions == [["CPUExecutionProvider"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("provider", "why"),
+    [("cuda", "not how long the GPU took"), ("tensorrt", "one node"), ("rocm", "provider 'rocm'")],
+)
+def test_what_cannot_be_split_is_refused_at_once(onnx_file, monkeypatch, provider, why):
+    monkeypatch.setattr(stages.Detector, "load", lambda *given, **options: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match=why):
+        stages.main([str(onnx_file), "--size", "64x64", "--provider", provider])
 
 
 def test_a_stage_that_one_file_lacks_is_none_of_its_time():

@@ -30,7 +30,7 @@ def test_only_what_lies_between_the_comments_is_rewritten(tmp_path):
 
 def result(name, *rows):
     keys = ("model", "backend", "precision", "peer", "size", "batch", "p50_ms", "times_torchvision")
-    rows = [dict(zip(keys, row, strict=True), check="") for row in rows]
+    rows = [dict(zip(keys, row, strict=True), check="", status="ok") for row in rows]
     return {"workload": {"name": name}, "rows": rows}
 
 
@@ -61,6 +61,31 @@ def test_a_summary_has_a_column_group_for_each_result():
         ["torchvision, PyTorch CPU", "2000", "1.0", "", "", ""],
         ["PyTorch CPU, fp32", "", "", "20", "1.2", "0.5000"],
     ]
+
+
+@pytest.mark.parametrize(("name", "note"), [("a, random weights", "random weights"), ("a val", "trained weights")])
+def test_a_summary_says_which_detections_are_not_those_of_fp32(name, note):
+    content = result(
+        name,
+        ("a.onnx", "ONNX Runtime", "fp32", "", "", 1, 9.0, 2.0),
+        ("a.int8.onnx", "ONNX Runtime", "int8", "", "", 1, 4.0, 4.5),
+    )
+    assert "*" not in tables.summary([content])
+    content["rows"][1]["status"] = "inexact"
+    table, *below = tables.summary([content]).split("\n\n")
+    assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["2.0", "4.5 *"]
+    assert len(below) == 1 and below[0].startswith(f"\\* {note}: kept detections differ from FP32's")
+    assert tables.summary([content, content]).count("\\*") == 1
+
+
+def test_the_note_lies_inside_the_block(tmp_path):
+    content = result("a, random weights", ("a", "b", "int8", "", "", 1, 4.0, 4.5))
+    content["rows"][0]["status"] = "inexact"
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    text = "<!-- summary: x.json -->\n<!-- end -->\nafter\n"
+    new = tables.rewritten(text, tmp_path)
+    assert new.endswith("of the trained model.\n<!-- end -->\nafter\n")
+    assert tables.rewritten(new, tmp_path) == new
 
 
 def test_missing_and_unknown_files_are_errors(tmp_path):
