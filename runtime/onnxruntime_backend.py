@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backend import Backend, TensorSpec, missing_library
+from maskrcnn.runtime.device.current import as_before
 from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.onnxruntime_binding import GpuBinding, bind_host_input, bind_host_outputs, gpu_binding
 from maskrcnn.runtime.onnxruntime_providers import (
@@ -42,7 +44,8 @@ class OnnxRuntimeBackend(Backend):
 
     Args:
         path: the ONNX file.
-        provider: "cpu", "cuda" or "tensorrt", which must then work; by default CUDA where it works, else the CPU.
+        provider: "cpu", "cuda" or "tensorrt", which must then work; by default CUDA where it works, else the CPU, with
+            a remark where there is a GPU.
         gpu: how the GPU providers work.
         providers: instead, ONNX Runtime's own names in order of preference.
         threads: of the CPU provider; 0 leaves the choice to ONNX Runtime.
@@ -70,7 +73,7 @@ class OnnxRuntimeBackend(Backend):
             raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
         self.path, self.gpu = path, gpu or GpuOptions()
         self._instrumented: tuple[tuple[str, ...], Any] | None = None
-        self._options = session_options(threads)
+        self._threads, self._refusal = threads, ""
         self.session = self._session(provider, providers)
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
@@ -84,30 +87,51 @@ class OnnxRuntimeBackend(Backend):
         self._use(gpu_binding(self.gpu.device, self.metadata) if first in _ON_GPU else None)
 
     def _session(self, provider: str | None, providers: list[str] | None) -> Any:
+        """The session by a provider that must work, by the best that does, or by ONNX Runtime's own choice."""
+        if provider is not None:
+            return self._session_by(provider_named(provider))
+        if providers is not None:
+            self._options = session_options(self._threads)
+            return self._open(providers)
+        best = best_provider()
+        if best is Provider.CPU:
+            return self._session_by(best)
+        try:
+            return self._session_by(best)
+        except UserError as error:  # mostly a library that CUDA wants; what is wrong with the file is said once more
+            found = self._session_by(Provider.CPU)
+            self._refusal = f"on the CPU, though there is a GPU: {error.came}; {error.do}"
+            return found
+
+    def _session_by(self, provider: Provider) -> Any:
+        prepare(provider)
+        self._options = session_options(self._threads)
+        # Otherwise ONNX Runtime would print what fails and go on without it.
+        chain, fallback = provider_chain(provider, self.gpu), {"enable_fallback": 0}
+        if provider is Provider.CPU:
+            return self._open(chain, **fallback)
+        self._options.add_session_config_entry(RECORD, "1")
+        try:
+            session = self._open(chain, **fallback)
+        except UserError as error:
+            raise unusable(provider, str(error.__cause__)) from error
+        if provider.full_name not in session.get_providers():
+            raise unusable(provider, f"it uses {', '.join(session.get_providers())} instead")
+        return session
+
+    def _open(self, providers: list, **fallback: int) -> Any:
         import onnxruntime
 
-        chosen = provider_named(provider) if provider else best_provider() if providers is None else None
-        if chosen is not None:
-            prepare(chosen)
-            providers = provider_chain(chosen, self.gpu)
-        if chosen not in (None, Provider.CPU):
-            self._options.add_session_config_entry(RECORD, "1")
-        # ONNX Runtime would go on without a provider that fails, though somebody asked for it.
-        fallback = {} if provider is None else {"enable_fallback": 0}
+        self._providers = providers
         try:
-            session = onnxruntime.InferenceSession(str(self.path), self._options, providers=providers, **fallback)
+            with _gpu_kept(providers):
+                return onnxruntime.InferenceSession(str(self.path), self._options, providers=providers, **fallback)
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
-            if provider is not None and chosen is not Provider.CPU:
-                raise unusable(chosen, str(error)) from error
             raise UserError(
                 f"{self.path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
                 "a file of `maskrcnn export --onnx` without --tensorrt",
                 "export it again; what is in bfloat16 runs with --backend openvino",
             ) from error
-        if provider is not None and chosen.full_name not in session.get_providers():
-            raise unusable(chosen, f"it uses {', '.join(session.get_providers())} instead")
-        self._providers = providers
-        return session
 
     def _use(self, on_gpu: GpuBinding | None) -> None:
         self._on_gpu, self.takes_gpu_arrays = on_gpu, on_gpu is not None
@@ -134,6 +158,8 @@ class OnnxRuntimeBackend(Backend):
         return self._on_gpu.run_images(self.session, self._outputs, images)
 
     def remarks(self) -> list[str]:
+        if self._refusal:
+            return [f"ONNX Runtime {self._refusal}"]
         placement = self.placement()
         return [f"ONNX Runtime on {placement.text()}"] if placement else []
 
@@ -147,7 +173,8 @@ class OnnxRuntimeBackend(Backend):
             self._instrumented = tuple(names), self._instrumented_session(names)
         session = self._instrumented[1]
         present = [output.name for output in session.get_outputs() if output.name in names]
-        return dict(zip(present, session.run(present, feeds), strict=True))
+        with _gpu_kept(session.get_providers()):
+            return dict(zip(present, session.run(present, feeds), strict=True))
 
     def _instrumented_session(self, names: Sequence[str]):
         """A session of the same graph, which has the named tensors among its outputs."""
@@ -162,7 +189,8 @@ class OnnxRuntimeBackend(Backend):
         values = {name for node in model.graph.node for name in node.output}
         # Without a type: ONNX Runtime infers it, and an FP16 graph has others than an FP32 one.
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
-        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
+        with _gpu_kept(self._providers):
+            return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
 
 
 def session_options(threads: int = 0):
@@ -175,9 +203,17 @@ def session_options(threads: int = 0):
     return options
 
 
+def _gpu_kept(providers: Sequence[Any]) -> AbstractContextManager[None]:
+    """Within it ONNX Runtime may leave the thread on its GPU, as it does."""
+    names = [each if isinstance(each, str) else each[0] for each in providers]
+    return as_before() if set(names) & set(_ON_GPU) else nullcontext()
+
+
 def usable_providers() -> list[str]:
-    """CUDA where its libraries and a GPU are there, and the CPU; ONNX Runtime's names."""
-    return list(dict.fromkeys([best_provider().full_name, Provider.CPU.full_name]))
+    """CUDA, prepared, where there is a GPU for it, and the CPU; ONNX Runtime's names, for a session of any file."""
+    best = best_provider()
+    prepare(best)
+    return list(dict.fromkeys([best.full_name, Provider.CPU.full_name]))
 
 
 def _specs(nodes) -> dict[str, TensorSpec]:

@@ -13,7 +13,6 @@ from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins.native import kernels_for
 from maskrcnn.preprocess import batch_sizes
 from maskrcnn.runtime.backend import TensorSpec
-from maskrcnn.runtime.device import memory as device_memory
 from maskrcnn.runtime.device.arrays import DeviceArray, as_device_array, is_on_device
 from maskrcnn.runtime.device.images import ImageLoader, MaskPaster, resizes
 from maskrcnn.runtime.device.memory import Cuda
@@ -34,28 +33,24 @@ def bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int)
 
 
 def gpu_binding(device: int, metadata: ModelMetadata) -> GpuBinding | None:
-    """The binding for a GPU, or None where cuda-bindings is not installed."""
+    """The binding for a GPU, or None where cuda-bindings is not installed, or is newer than the driver."""
     try:
-        device_memory.import_runtime()
+        cuda = Cuda(device)
     except UserError:
         return None
-    return GpuBinding(device, metadata)
+    return GpuBinding(cuda, metadata)
 
 
 class GpuBinding:
     """A session's tensors on a GPU; any number of threads may use it.
 
     Args:
-        device: the GPU, as CUDA counts them.
+        cuda: the GPU.
         metadata: the model's.
-
-    Raises:
-        UserError: without cuda-bindings.
     """
 
-    def __init__(self, device: int, metadata: ModelMetadata) -> None:
-        self.cuda = Cuda(device)
-        self.stream = self.cuda.stream()
+    def __init__(self, cuda: Cuda, metadata: ModelMetadata) -> None:
+        self.cuda, self.stream = cuda, cuda.stream()
         major, minor = self.cuda.compute_capability
         kernels = kernels_for(10 * major + minor)
         self.preprocessing = metadata.preprocessing
@@ -76,8 +71,7 @@ class GpuBinding:
         """As `Backend.run_images`, with photos resized and padded on the GPU."""
         sizes, padded_hw = batch_sizes(images, self.preprocessing)
         image_sizes, shape = np.array(sizes, np.int64), (len(images), 3, *padded_hw)
-        with self._lock:
-            self.cuda.activate()
+        with self._lock, self.cuda.active():
             memory = self._images.at_least(4 * int(np.prod(shape)))
             batch = DeviceArray(memory.address, shape, np.float32, stream=self.stream, owner=memory)
             self._loader.fill(images, sizes, batch)
@@ -87,14 +81,15 @@ class GpuBinding:
     def _run(
         self, session: Any, outputs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], *, lend: bool
     ) -> dict[str, Any]:
-        self.cuda.activate()
-        batch, binding = len(feeds["images"]), session.io_binding()
-        kept = [self._bind_input(binding, name, value) for name, value in feeds.items()]
-        found = self._bind_outputs(binding, outputs, batch) if lend else bind_host_outputs(binding, outputs, batch)
-        self.stream.synchronize()  # ONNX Runtime has streams of its own
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        kept.clear()
+        batch = len(feeds["images"])
+        with self.cuda.active():  # which ONNX Runtime chooses too, and leaves chosen
+            binding = session.io_binding()
+            kept = [self._bind_input(binding, name, value) for name, value in feeds.items()]
+            found = self._bind_outputs(binding, outputs, batch) if lend else bind_host_outputs(binding, outputs, batch)
+            self.stream.synchronize()  # ONNX Runtime has streams of its own
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            kept.clear()
         return found
 
     def _bind_input(self, binding: Any, name: str, value: Any) -> Any:

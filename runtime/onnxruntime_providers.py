@@ -12,6 +12,7 @@ from pathlib import Path
 
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
+from maskrcnn.plugins.toolchain import find_gpus
 from maskrcnn.runtime.trt.profiles import Profile
 
 _SUFFIX = "ExecutionProvider"
@@ -87,11 +88,15 @@ def provider_chain(provider: Provider, options: GpuOptions) -> list[tuple[str, d
 
 
 def best_provider() -> Provider:
-    """CUDA where its libraries and a GPU are there, else the CPU."""
+    """CUDA where this ONNX Runtime has it and there is a GPU, else the CPU. Whether it works shows when it is used."""
     import onnxruntime
 
+    # ONNX Runtime lists devices of the providers that are compiled into it or registered, mostly the CPU's alone.
     devices = getattr(onnxruntime, "get_ep_devices", list)()
-    return Provider.CUDA if any(device.ep_name == _CUDA for device in devices) else Provider.CPU
+    if any(device.ep_name == _CUDA for device in devices):
+        return Provider.CUDA
+    has_cuda = _CUDA in onnxruntime.get_available_providers() and bool(find_gpus())
+    return Provider.CUDA if has_cuda else Provider.CPU
 
 
 def prepare(provider: Provider) -> None:

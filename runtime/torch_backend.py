@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class TorchBackend(Backend):
         source: the file it came from, for its hash.
         precision: "fp32", or "bf16" or "fp16", in which convolutions and matrix products then are, weights included;
             coordinates and scores stay in single precision.
-        device: "cpu", "cuda", or by default CUDA where available.
+        device: "cpu", "cuda", "cuda:1" …, or by default CUDA where available. Calls work there, whatever GPU is the
+            thread's current one, which it stays.
         compile: let `torch.compile` make kernels of its own, which takes a minute at the first call, and at the second
             if its images have another size.
         graphs: run each batch and image size as a CUDA graph from its second call on.
@@ -66,6 +68,7 @@ class TorchBackend(Backend):
         if precision != "fp32" or compile or graphs:
             model = inference_copy(model, PRECISIONS[precision])
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
+        self.device = next(self.model.parameters()).device  # "cuda" alone is another GPU wherever another is current
         self.metadata = metadata_of(model.config, source)
         self.precision = precision
         self._run = torch.compile(self.model, backend=COMPILER) if compile else self.model
@@ -88,7 +91,7 @@ class TorchBackend(Backend):
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """Outputs by name: of NumPy, or, where `images` lies on a GPU, tensors there."""
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._on_device():
             outputs = self._run(*self._inputs(feeds))
             return dict(outputs) if is_on_device(feeds["images"]) else _on_host(outputs)
 
@@ -96,7 +99,7 @@ class TorchBackend(Backend):
         """Outputs, and on a GPU the milliseconds of `copy in`, `engine` and `copy out` there; elsewhere none."""
         if self.device.type != "cuda":
             return self.infer(feeds), {}
-        with self._lock, torch.inference_mode(), torch.cuda.device(self.device):
+        with self._lock, torch.inference_mode(), self._on_device():
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
             marks[0].record()
             given = self._inputs(feeds)
@@ -115,16 +118,20 @@ class TorchBackend(Backend):
             return super().run_images(images)
         sizes, padded_hw = batch_sizes(images, self.metadata.preprocessing)
         image_sizes = np.array(sizes, np.int64)
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._on_device():
             batch = self._batch(images, sizes, padded_hw)
             outputs = self._run(batch, _to_device(image_sizes, self.device))
             return _on_host(outputs), image_sizes
 
     def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
         found: dict[str, torch.Tensor] = {}
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), self._on_device():
             self.model(*self._inputs(feeds), found)  # neither a graph nor compiled code shows them
             return _on_host({name: found[name] for name in names if name in found})
+
+    def _on_device(self) -> AbstractContextManager:
+        """Within it the model's GPU is the thread's, on which streams, events and Triton's kernels come to be."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _inputs(self, feeds: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         images, sizes = (_to_device(feeds[name], self.device) for name in ("images", "image_sizes"))
@@ -154,7 +161,8 @@ class TorchBackend(Backend):
             bits = cuda_ops.paste_masks(self._kernels, *given, size_hw, threshold=threshold)
             return bits.cpu().numpy().view(np.uint32)
 
-        return paste_by_portions(bits_of, masks, boxes_xyxy_px, size_hw)
+        with self._on_device():
+            return paste_by_portions(bits_of, masks, boxes_xyxy_px, size_hw)
 
 
 def _to_device(value: Any, device: torch.device) -> torch.Tensor:

@@ -88,29 +88,30 @@ def batched_nms_triton(
     width = triton.cdiv(length, _WORD)
     words = torch.empty(problems, length, width, dtype=torch.int32, device=boxes.device)
     boxes, groups, counts = boxes.float().contiguous(), groups.contiguous(), counts.contiguous()
-    _suppression_kernel[(problems, triton.cdiv(length, _ROWS), width)](
-        boxes,
-        groups,
-        counts,
-        words,
-        iou_threshold,
-        length,
-        width,
-        ROWS=_ROWS,
-        WORD=_WORD,
-        enable_fp_fusion=False,  # rounded as on a CPU
-    )
-    # One warp: the pass is a chain, and a reduction over one warp needs no barrier.
-    _sweep_kernel[(problems,)](
-        words,
-        counts,
-        indices,
-        kept_counts,
-        length,
-        width,
-        max_output,
-        WIDTH=max(triton.next_power_of_2(width), 32),
-        WORD=_WORD,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(boxes):  # Triton starts kernels on the thread's GPU, wherever their tensors are
+        _suppression_kernel[(problems, triton.cdiv(length, _ROWS), width)](
+            boxes,
+            groups,
+            counts,
+            words,
+            iou_threshold,
+            length,
+            width,
+            ROWS=_ROWS,
+            WORD=_WORD,
+            enable_fp_fusion=False,  # rounded as on a CPU
+        )
+        # One warp: the pass is a chain, and a reduction over one warp needs no barrier.
+        _sweep_kernel[(problems,)](
+            words,
+            counts,
+            indices,
+            kept_counts,
+            length,
+            width,
+            max_output,
+            WIDTH=max(triton.next_power_of_2(width), 32),
+            WORD=_WORD,
+            num_warps=1,
+        )
     return indices, kept_counts

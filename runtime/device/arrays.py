@@ -55,9 +55,9 @@ class DeviceArray:
     def numpy(self) -> np.ndarray:
         """A copy on the host; waits for it."""
         found = np.empty(self.shape, self.dtype)
-        self.stream.cuda.activate()
-        self.stream.copy(found.ctypes.data, self.address, self.nbytes, "DeviceToHost")
-        self.stream.synchronize()
+        with self.stream.cuda.active():
+            self.stream.copy(found.ctypes.data, self.address, self.nbytes, "DeviceToHost")
+            self.stream.synchronize()
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -68,7 +68,8 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         # Not every reader heeds a stream, so that there is none to heed: the host waits here.
-        self.stream.synchronize()
+        with self.stream.cuda.active():
+            self.stream.synchronize()
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
@@ -117,15 +118,20 @@ def as_device_array(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
     Raises:
         UserError: for an array elsewhere, with gaps, or of a type that NumPy lacks.
     """
-    if isinstance(value, DeviceArray):
-        if value.stream.cuda.index != cuda.index:
-            raise _elsewhere(value, value.stream.cuda.index, cuda)
-        if value.stream is not stream:
-            stream.wait(value.stream.record(cuda.event()))
-        return DeviceArray(value.address, value.shape, value.dtype, stream=stream, owner=value)
-    if hasattr(value, "__dlpack__"):
-        return _from_dlpack(value, cuda, stream)
-    return _from_interface(value, cuda, stream)
+    with cuda.active():  # torch gives its tensors to those alone who are on their GPU
+        if isinstance(value, DeviceArray):
+            return _from_ours(value, cuda, stream)
+        if hasattr(value, "__dlpack__"):
+            return _from_dlpack(value, cuda, stream)
+        return _from_interface(value, cuda, stream)
+
+
+def _from_ours(value: DeviceArray, cuda: Cuda, stream: Stream) -> DeviceArray:
+    if value.stream.cuda.index != cuda.index:
+        raise _elsewhere(value, value.stream.cuda.index, cuda)
+    if value.stream is not stream:
+        stream.wait(value.stream.record(cuda.event()))
+    return DeviceArray(value.address, value.shape, value.dtype, stream=stream, owner=value)
 
 
 def _from_dlpack(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:

@@ -101,8 +101,7 @@ class MaskPaster:
         Returns:
             bool `[D, H, W]`.
         """
-        with self._lock:
-            self.cuda.activate()
+        with self._lock, self.cuda.active():
             return paste_by_portions(
                 lambda masks, boxes: self._bits(masks, boxes, size_hw, threshold), masks, boxes_xyxy_px, size_hw
             )

@@ -1,6 +1,7 @@
 """A GPU's memory, streams, events and graphs through cuda-bindings (12.6 or newer), in the few names that we need.
 
-Every object frees what it holds when it is closed or no longer used. Errors of CUDA become sentences: those that a user
+Every object frees what it holds when it is closed or no longer used. All of it may be made, used and freed in any
+thread, whatever GPU that works on, and leaves the thread there. Errors of CUDA become sentences: those that a user
 can mend are a `UserError`, the others a `RuntimeError` with CUDA's own name of it.
 
 Source: CUDA Runtime API.
@@ -12,12 +13,14 @@ import ctypes
 import importlib
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.backend import missing_library
+from maskrcnn.runtime.device import current
 
 LEGACY_STREAM = 1  # cudaStreamLegacy: the default stream, on which libraries work that know nothing of streams
 
@@ -41,29 +44,33 @@ class Cuda:
     Args:
         index: which, as CUDA counts them.
         runtime: instead of the installed `cuda.bindings.runtime`.
+        driver: instead of the installed `cuda.bindings.driver`.
 
     Raises:
         UserError: without cuda-bindings, driver or GPU, or where there is no GPU of this index.
     """
 
-    def __init__(self, index: int = 0, runtime: Any = None) -> None:
-        self.runtime = runtime or import_runtime()
+    def __init__(self, index: int = 0, runtime: Any = None, driver: Any = None) -> None:
+        self.runtime, self.driver = runtime or import_runtime(), driver or current.import_driver()
         self.index = index
         count = self.call("cudaGetDeviceCount")
         if not 0 <= index < count:
             raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "name another device")
-        self.activate()
+        self.call("cuInit", 0)
+        # The context that the runtime and all libraries on it share; as the runtime does, it is kept until the end.
+        self._context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
         properties = self.call("cudaGetDeviceProperties", index)
         self.name = properties.name.decode(errors="replace").rstrip("\0")
         self.compute_capability = (int(properties.major), int(properties.minor))
 
-    def activate(self) -> None:
-        """Makes it the calling thread's GPU, which is what CUDA's functions speak of."""
-        self.call("cudaSetDevice", self.index)
+    def active(self) -> AbstractContextManager[None]:
+        """Within it this is the calling thread's GPU, of which CUDA's functions speak, and what they make is there."""
+        return current.bound(self.driver, self._context)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What a function of the runtime returns behind its status: nothing, a value or a tuple."""
-        status, *values = getattr(self.runtime, name)(*arguments)
+        """What a function of the runtime or the driver returns behind its status: nothing, a value or a tuple."""
+        module = self.runtime if name.startswith("cuda") else self.driver
+        status, *values = getattr(module, name)(*arguments)
         if int(status) != 0:
             raise self._error(name, status, arguments)
         return values[0] if len(values) == 1 else tuple(values) or None
@@ -86,14 +93,16 @@ class Cuda:
 
     def free_and_total(self) -> tuple[int, int]:
         """Bytes of its memory that are free, and all of them."""
-        self.activate()
-        return self.call("cudaMemGetInfo")
+        with self.active():
+            return self.call("cudaMemGetInfo")
 
     def _error(self, name: str, status: Any, arguments: tuple) -> Exception:
-        """The sentence for a status."""
+        """The sentence for a status of the runtime, or of the driver, whose numbers are the same."""
         kinds = self.runtime.cudaError_t
+        status = next((kind for kind in kinds if int(kind) == int(status)), kinds.cudaErrorUnknown)
         if status == kinds.cudaErrorMemoryAllocation:
-            wanted = f"{arguments[0] / 1e6:.0f} MB" if arguments and isinstance(arguments[0], int) else "more memory"
+            is_size = name in ("cudaMalloc", "cudaHostAlloc")
+            wanted = f"{arguments[0] / 1e6:.0f} MB" if is_size else "more memory"
             where = "of pinned host memory" if name == "cudaHostAlloc" else f"on GPU {self.index}"
             remedy = "use smaller batches or images or fewer contexts, or close what else uses it (`nvidia-smi`)"
             return UserError(f"no {wanted} {where} left", "free memory", remedy)
@@ -116,7 +125,7 @@ class _Held:
 
     def _hold(self, cuda: Cuda, free: str, handle: Any) -> None:
         self.cuda = cuda
-        self._free = weakref.finalize(self, _give_back, cuda.runtime, free, handle)
+        self._free = weakref.finalize(self, _give_back, cuda, free, handle)
 
     def close(self) -> None:
         """Gives it back; nothing may use it afterwards."""
@@ -128,18 +137,19 @@ class _Held:
         return self._free.alive
 
 
-def _give_back(runtime: Any, free: str, handle: Any) -> None:
+def _give_back(cuda: Cuda, free: str, handle: Any) -> None:
     """Ignores errors: one that a kernel made earlier is reported by every later call, and was raised where it was."""
-    getattr(runtime, free)(handle)
+    with suppress(RuntimeError), cuda.active():  # in a thread without a GPU the runtime would choose one, and take it
+        getattr(cuda.runtime, free)(handle)
 
 
 class DeviceMemory(_Held):
     """Memory on a GPU."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
-        cuda.activate()
         self.nbytes = nbytes
-        self.address = int(cuda.call("cudaMalloc", max(nbytes, 1)))
+        with cuda.active():
+            self.address = int(cuda.call("cudaMalloc", max(nbytes, 1)))
         self._hold(cuda, "cudaFree", self.address)
 
 
@@ -147,9 +157,9 @@ class PinnedMemory(_Held):
     """Memory of the host that is never moved, so that copies need no help of the processor."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
-        cuda.activate()
         self.nbytes = nbytes
-        self.address = int(cuda.call("cudaHostAlloc", max(nbytes, 1), cuda.runtime.cudaHostAllocDefault))
+        with cuda.active():
+            self.address = int(cuda.call("cudaHostAlloc", max(nbytes, 1), cuda.runtime.cudaHostAllocDefault))
         self._hold(cuda, "cudaFreeHost", self.address)
 
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> np.ndarray:
@@ -173,9 +183,9 @@ class Event(_Held):
     """A mark in a stream."""
 
     def __init__(self, cuda: Cuda, *, timing: bool = False) -> None:
-        cuda.activate()
         flags = cuda.runtime.cudaEventDefault if timing else cuda.runtime.cudaEventDisableTiming
-        self.handle = cuda.call("cudaEventCreateWithFlags", flags)
+        with cuda.active():
+            self.handle = cuda.call("cudaEventCreateWithFlags", flags)
         self._hold(cuda, "cudaEventDestroy", self.handle)
 
     def synchronize(self) -> None:
@@ -206,8 +216,8 @@ class Stream(_Held):
     """Work in the order in which it is given."""
 
     def __init__(self, cuda: Cuda) -> None:
-        cuda.activate()
-        self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
+        with cuda.active():
+            self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
         self.address = int(self.handle)
         self._hold(cuda, "cudaStreamDestroy", self.handle)
 
@@ -226,14 +236,16 @@ class Stream(_Held):
 
     def wait_for_stream(self, other: int) -> None:
         """Later work begins after what another stream, given by its address, has to do by now."""
-        event = self.cuda.event()
-        self.cuda.call("cudaEventRecord", event.handle, self.cuda.runtime.cudaStream_t(other))
-        self.wait(event)
+        with self.cuda.active():  # the default stream is that of the thread's GPU
+            event = self.cuda.event()
+            self.cuda.call("cudaEventRecord", event.handle, self.cuda.runtime.cudaStream_t(other))
+            self.wait(event)
 
     def hold_up_stream(self, other: int) -> None:
         """Lets another stream, given by its address, wait for what this one has to do by now."""
-        event = self.record(self.cuda.event())
-        self.cuda.call("cudaStreamWaitEvent", self.cuda.runtime.cudaStream_t(other), event.handle, 0)
+        with self.cuda.active():
+            event = self.record(self.cuda.event())
+            self.cuda.call("cudaStreamWaitEvent", self.cuda.runtime.cudaStream_t(other), event.handle, 0)
 
     def copy(self, target: int, source: int, nbytes: int, kind: str = "DeviceToDevice") -> None:
         """Copies bytes between addresses; `kind` as CUDA names it, "HostToDevice" for example."""

@@ -125,8 +125,8 @@ class TensorRtBackend(Backend):
         """
         lane = self._take_lane()
         try:
-            self.cuda.activate()
-            yield lane
+            with self.cuda.active():
+                yield lane
         finally:
             self._idle.put(lane)
 

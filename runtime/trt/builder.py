@@ -19,7 +19,8 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backend import detector_specs
 from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
-from maskrcnn.runtime.trt.messages import StageOf, failure, make_logger, parsing_failure
+from maskrcnn.runtime.trt.log import Log, listen
+from maskrcnn.runtime.trt.messages import StageOf, failure, parsing_failure
 from maskrcnn.runtime.trt.profiles import Profile, set_shapes
 from maskrcnn.runtime.trt.progress import Progress, Silent, make_monitor
 from maskrcnn.runtime.trt.timing import attach, save
@@ -97,16 +98,16 @@ def build_plan(
     Raises:
         UserError: where the parser or the builder refuses, saying why, and for a graph of other inputs and outputs.
     """
-    logger = make_logger(trt)
-    builder = _builder(trt, logger)
-    network = _network(trt, builder, logger, graph, stage_of)
+    log = listen(trt)
+    builder = _builder(trt, log)
+    network = _network(trt, builder, log, graph, stage_of)
     check_network(trt, network, metadata)
     config = builder.create_builder_config()
     configure(trt, config, options, plugin_library)
-    _add_profiles(builder, config, profiles, logger)
+    _add_profiles(builder, config, profiles, log)
     if timing_cache is not None:
         attach(config, timing_cache)
-        logger.messages.clear()  # a cache that does not fit is an error to TensorRT alone
+        log.restart()  # a cache that does not fit is an error to TensorRT alone
     monitor = make_monitor(trt, progress or Silent(), stop or threading.Event())
     config.progress_monitor = monitor
     try:
@@ -117,8 +118,8 @@ def build_plan(
     if monitor.fault is not None:
         raise monitor.fault
     if data is None:
-        raise failure(logger, "TensorRT built no engine", "a plan")
-    return Plan(data=data, warnings=tuple(m.text for m in logger.messages if m.severity == "WARNING"))
+        raise failure(log.messages, "TensorRT built no engine", "a plan")
+    return Plan(data=data, warnings=tuple(m.text for m in log.messages if m.severity == "WARNING"))
 
 
 def configure(trt: Any, config: Any, options: BuildOptions, plugin_library: Path | None = None) -> None:
@@ -166,24 +167,24 @@ def check_network(trt: Any, network: Any, metadata: ModelMetadata) -> None:
             )
 
 
-def _builder(trt: Any, logger: Any) -> Any:
+def _builder(trt: Any, log: Log) -> Any:
     try:
-        builder = trt.Builder(logger)
+        builder = trt.Builder(log.logger)
     except TypeError as error:  # the bindings' way to say that there is none
-        raise failure(logger, f"TensorRT has no builder here ({error})", "TensorRT with its libraries") from error
+        raise failure(log.messages, f"TensorRT has no builder here ({error})", "TensorRT with its libraries") from error
     return builder
 
 
-def _network(trt: Any, builder: Any, logger: Any, graph: bytes, stage_of: StageOf) -> Any:
+def _network(trt: Any, builder: Any, log: Log, graph: bytes, stage_of: StageOf) -> Any:
     """The network of a graph. 11 ignores the flag."""
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(graph):
-        raise parsing_failure(parser, logger, stage_of)
+        raise parsing_failure(parser, log.messages, stage_of)
     return network
 
 
-def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], logger: Any) -> None:
+def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], log: Log) -> None:
     for profile in profiles:
         made = builder.create_optimization_profile()
         try:
@@ -192,7 +193,9 @@ def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], logger
         except ValueError as error:  # which the bindings raise for shapes out of order
             raise UserError(f"the profile {profile} ({error})", "one that TensorRT takes", "choose others") from error
         if not is_added:
-            raise failure(logger, f"TensorRT does not take the profile {profile}", "MIN ≤ OPT ≤ MAX of the network's")
+            raise failure(
+                log.messages, f"TensorRT does not take the profile {profile}", "MIN ≤ OPT ≤ MAX of the network's"
+            )
 
 
 def _listed(kinds: dict[str, str]) -> str:

@@ -22,6 +22,7 @@ from maskrcnn.runtime.trt.orders import (
     Order,
     Surroundings,
     keep_engine,
+    of_another_plan,
     write_engine,
     write_metadata,
 )
@@ -48,7 +49,8 @@ def build_tensorrt_engine(order: Order, around: Surroundings) -> Built:
         draft = write_engine(folder / order.output.name, plan.data, job.metadata)
         tried = draft
         if order.options.weights is Weights.STRIPPED:
-            tried = write_engine(folder / f"whole{SUFFIX}", job.with_weights(plan), with_weights(job.metadata))
+            whole = with_weights(job.metadata, around.trt)
+            tried = write_engine(folder / f"whole{SUFFIX}", job.with_weights(plan), whole)
         engine = around.open_engine(tried)
         result = gate(engine, order.reference, order.profiles, order.precision, order.images, around.tell)
         job.metadata.stamp["compared"] = result.text()
@@ -116,8 +118,8 @@ class _Job:
         def show(names: Sequence[str]) -> Callable[[Feeds], Feeds]:
             graph, shown = staged_graph(self.graph, names)
             options = dataclasses.replace(self.order.options, weights=Weights.FIXED)
-            plan = self.plan(graph, options)
-            backend = self.around.open_engine(write_engine(folder / f"staged{SUFFIX}", plan.data, self.metadata))
+            plan, metadata = self.plan(graph, options), of_another_plan(self.metadata, refit=options.weights.value)
+            backend = self.around.open_engine(write_engine(folder / f"staged{SUFFIX}", plan.data, metadata))
             return lambda feeds: {shown[name]: value for name, value in backend(feeds).items() if name in shown}
 
         self.around.tell("looking for the stage that departs, in an engine with stages as outputs")

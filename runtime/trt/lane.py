@@ -248,24 +248,24 @@ class Lane:
         Raises:
             UserError: as `Bound`.
         """
-        self.cuda.activate()
         if shape not in self.bound:
             self.plan.choose(shape)  # what is refused costs no other shape its place
-            while len(self.bound) >= self.shapes:
-                self.stream.synchronize()
-                self.bound.popitem(last=False)[1].close()
-            self.bound[shape] = Bound(self.plan, shape, self, graphs=self.graphs)
+            with self.cuda.active():
+                while len(self.bound) >= self.shapes:
+                    self.stream.synchronize()
+                    self.bound.popitem(last=False)[1].close()
+                self.bound[shape] = Bound(self.plan, shape, self, graphs=self.graphs)
         self.bound.move_to_end(shape)
         return self.bound[shape]
 
     def close(self) -> None:
         """Gives everything back; waits for what is running."""
-        self.cuda.activate()
-        self.stream.synchronize()
-        while self.bound:
-            self.bound.popitem()[1].close()
-        for each in (*self.staging.values(), self.scratch, self.stream):
-            each.close()
+        with self.cuda.active():
+            self.stream.synchronize()
+            while self.bound:
+                self.bound.popitem()[1].close()
+            for each in (*self.staging.values(), self.scratch, self.stream):
+                each.close()
 
 
 def _with_shape(spec: TensorSpec, shape: Shape) -> tuple[int, ...]:

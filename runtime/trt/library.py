@@ -18,7 +18,7 @@ from maskrcnn.plugins import build, cache, contract
 from maskrcnn.plugins.build import Library
 
 OLDEST = (10, 9)  # the first with ahead-of-time plugins that the ONNX parser finds
-INSTALL = "`pip install 'maskrcnn[tensorrt]'`, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
+INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
 OLDEST_ARCH = 80  # of AMPERE_PLUS engines, whose ahead-of-time kernels must run on each of their GPUs
 
 
@@ -157,7 +157,7 @@ def load_plugins(
         arch: compute capability to compile ahead-of-time kernels for, 90 for 9.0, or that the library must run on;
             by default what this machine's GPUs have.
         image: for ahead-of-time kernels, see `plugins.aot.register`.
-        library: the plugin library; by default that of the cache.
+        library: the plugin library; by default that of the cache for this TensorRT.
 
     Returns:
         the plugin library, None for ahead-of-time plugins.
@@ -171,10 +171,11 @@ def load_plugins(
 
         aot.register(arch=arch, image=image)
         return None
-    path = library or build.find_library(Library.PLUGINS, arch)
+    path = library or build.find_library(Library.PLUGINS, arch, tensorrt=trt.__version__)
     if path is None or not path.is_file():
+        wanted = f"{Library.PLUGINS.file_name} of the present sources for TensorRT {trt.__version__} in the cache"
         raise UserError(
-            f"no plugin library {path or f'{Library.PLUGINS.file_name} of the present sources in the cache'}",
+            f"no plugin library {path or wanted}",
             "the compiled plugins that the engine calls",
             "`maskrcnn build-plugins --form library`",
         )

@@ -6,26 +6,17 @@ Its functions answer with None or False and tell the reason to a logger; its par
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from maskrcnn.errors import UserError
 from maskrcnn.plugins import contract
+from maskrcnn.runtime.trt.log import Message
 
-_KEPT = 500  # messages; a build that fails says why at its end
 _SHOWN = 3  # errors
 _LONGEST = 400  # characters of a message that are shown
 StageOf = Callable[[str], str]  # of a node's name: what it belongs to, as "box head"; "" where that is not known
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message; `severity` as TensorRT names it."""
-
-    severity: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -103,51 +94,21 @@ _BY_PREFIX = {
 _REPORT = "report this with the file that `build-engine` wrote for TensorRT, and run the ONNX file meanwhile"
 
 
-def make_logger(trt: Any, tell: Callable[[Message], None] | None = None) -> Any:
-    """A logger for TensorRT that keeps warnings and errors; it must live as long as what is made with it.
-
-    Args:
-        trt: the tensorrt module.
-        tell: called with every message but the verbose ones, from any thread.
-
-    Returns:
-        a `trt.ILogger` with `messages`, a sequence of `Message`.
-    """
-    severity = trt.ILogger.Severity
-    ignored, minor = (severity.VERBOSE,), (severity.INFO,)
-
-    class CollectingLogger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # the bindings want it called by name
-            self.messages: deque[Message] = deque(maxlen=_KEPT)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in ignored:  # hundreds of thousands of them
-                return
-            message = Message(severity.name, msg)
-            if severity not in minor:
-                self.messages.append(message)
-            if tell is not None:
-                tell(message)
-
-    return CollectingLogger()
-
-
-def errors_in(logger: Any) -> list[str]:
+def errors_in(messages: Iterable[Message]) -> list[str]:
     """The texts of the errors, without repetition."""
-    found = [message.text for message in logger.messages if "ERROR" in message.severity]
+    found = [message.text for message in messages if "ERROR" in message.severity]
     return list(dict.fromkeys(found))
 
 
-def failure(logger: Any, what: str, expected: str) -> UserError:
-    """The error for something that TensorRT did not do, by what it told the logger.
+def failure(messages: Iterable[Message], what: str, expected: str) -> UserError:
+    """The error for something that TensorRT did not do, by what it said.
 
     Args:
-        logger: of `make_logger`.
+        messages: what it said; see `log.listen`.
         what: did not happen, as "TensorRT built no engine".
         expected: what would have been right.
     """
-    texts = errors_in(logger)
+    texts = errors_in(messages)
     told = "".join(f"\n  {_shortened(text)}" for text in texts[-_SHOWN:]) or " TensorRT told no reason"
     cause = _cause_of(texts)
     if cause is None:
@@ -155,17 +116,17 @@ def failure(logger: Any, what: str, expected: str) -> UserError:
     return UserError(f"{what}, because of {cause.came}:{told}", expected, cause.do)
 
 
-def parsing_failure(parser: Any, logger: Any, stage_of: StageOf = lambda node: "") -> UserError:
+def parsing_failure(parser: Any, messages: Iterable[Message], stage_of: StageOf = lambda node: "") -> UserError:
     """The error for a graph that TensorRT's ONNX parser (or refitter) refuses: each node, its stage, what to do.
 
     Args:
         parser: with `num_errors` and `get_error`.
-        logger: of `make_logger`.
+        messages: what it said; see `log.listen`.
         stage_of: which stage of the detector a node of the graph belongs to.
     """
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not errors:
-        return failure(logger, "TensorRT's ONNX parser refuses the graph", "a graph that it takes")
+        return failure(messages, "TensorRT's ONNX parser refuses the graph", "a graph that it takes")
     lines = [f"\n  {_described(error, stage_of)}" for error in errors[:_SHOWN]]
     more = f"\n  and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
     return UserError(
@@ -180,11 +141,16 @@ def _described(error: Any, stage_of: StageOf) -> str:
     stage = stage_of(name) if name else ""
     place = f" in the {stage}" if stage else ""
     where = f"node {error.node()}, {name or 'without name'} ({op}){place}: " if op or name else ""
-    return f"{where}{error.code().name}: {_shortened(error.desc())}"
+    return f"{where}{_code_of(error)}: {_shortened(error.desc())}"
+
+
+def _code_of(error: Any) -> str:
+    """As UNSUPPORTED_NODE; read from the text, as `name` of these codes is a method in 10.9 that cannot be called."""
+    return str(error.code()).rpartition(".")[2]
 
 
 def _remedy(error: Any) -> str:
-    code, op = error.code().name, error.node_operator()
+    code, op = _code_of(error), error.node_operator()
     if op in contract.ALL_OPS:
         return (
             f"{op} is an op of maskrcnn, and its plugin was not found or refused the node: use `maskrcnn build-engine` "

@@ -6,6 +6,7 @@ metadata with the stamp.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from maskrcnn.runtime.trt.profiles import Profile
 from maskrcnn.runtime.trt.progress import Progress
 
 SUFFIX = ".engine"
+_OF_ONE_PLAN = ("plan_sha256", "compared")  # fields of the stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,17 @@ class Built:
     metadata: ModelMetadata
     result: GateResult
     warnings: tuple[str, ...]  # of TensorRT's
+
+
+def of_another_plan(metadata: ModelMetadata, *, refit: str) -> ModelMetadata:
+    """The metadata for a plan of the same model and settings that has not been compared yet.
+
+    Args:
+        metadata: of the plan that there is.
+        refit: what can be done to the weights of the other one.
+    """
+    kept = {name: value for name, value in metadata.stamp.items() if name not in _OF_ONE_PLAN}
+    return dataclasses.replace(metadata, stamp={**kept, "refit": refit})
 
 
 def write_engine(path: Path, plan: Any, metadata: ModelMetadata) -> Path:

@@ -14,7 +14,8 @@ from maskrcnn.runtime.backend import TensorSpec, detector_specs
 from maskrcnn.runtime.device.memory import Cuda
 from maskrcnn.runtime.trt import profiles as tensorrt_profiles
 from maskrcnn.runtime.trt.library import PluginForm, Weights, check_stamp, import_tensorrt, load_plugins
-from maskrcnn.runtime.trt.messages import failure, make_logger
+from maskrcnn.runtime.trt.log import Log, listen
+from maskrcnn.runtime.trt.messages import failure
 from maskrcnn.runtime.trt.profiles import Profile
 from maskrcnn.runtime.verification.staged_graph import PREFIX
 
@@ -34,8 +35,8 @@ class LoadedPlan:
 
     cuda: Cuda
     trt: Any  # the tensorrt module
-    logger: Any  # what TensorRT says; this and the runtime live as long as the engine
-    runtime: Any
+    log: Log  # what TensorRT says since this was loaded
+    runtime: Any  # which lives as long as the engine
     engine: Any
     metadata: ModelMetadata
     profiles: tuple[Profile, ...]
@@ -44,7 +45,7 @@ class LoadedPlan:
 
     def failure(self, what: str) -> UserError:
         """The error for something that TensorRT refused to do, by what it said."""
-        return failure(self.logger, what, "an engine that runs")
+        return failure(self.log.take(), what, "an engine that runs")
 
     def choose(self, shape: tuple[int, int, int]) -> int:
         """The profile for so many images of this height and width; see `profiles.choose`."""
@@ -71,7 +72,7 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
         UserError: where a file is missing or not ours, TensorRT or the GPU is missing, the stamp names another machine,
             weights or a plugin library are not there, or TensorRT refuses the plan.
     """
-    metadata, plan = _read(path)
+    metadata, plan = read_engine(path)
     trt = import_tensorrt()
     cuda = Cuda(device)
     if error := check_stamp(metadata, trt=trt, gpu=cuda.name, compute_capability=cuda.compute_capability):
@@ -79,14 +80,14 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
     if metadata.stamp.get("plugins") == PluginForm.LIBRARY.value:  # ahead-of-time plugins are in the engine
         major, minor = cuda.compute_capability
         load_plugins(trt, PluginForm.LIBRARY, arch=10 * major + minor)
-    logger = make_logger(trt)
-    cuda.activate()
-    runtime = trt.Runtime(logger)
-    if metadata.stamp.get("version_compatible") == "yes":
-        runtime.engine_host_code_allowed = True  # such a plan holds a runtime of the version it was built with
-    engine = runtime.deserialize_cuda_engine(plan)
+    log = listen(trt)
+    with cuda.active():
+        runtime = trt.Runtime(log.logger)
+        if metadata.stamp.get("version_compatible") == "yes":
+            runtime.engine_host_code_allowed = True  # such a plan holds a runtime of the version it was built with
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise failure(logger, f"{path}: TensorRT loads no engine from it", f"a plan of `{REBUILD}`")
+        raise failure(log.messages, f"{path}: TensorRT loads no engine from it", f"a plan of `{REBUILD}`")
     inputs, outputs = _tensors(trt, engine, path)
     _check_contract(inputs, outputs, metadata, path)
     profiles = tensorrt_profiles.from_json(str(metadata.stamp.get("profiles")))
@@ -94,11 +95,15 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
         raise not_ours(
             path, f"{engine.num_optimization_profiles} profiles, and {len(profiles)} in its {path.name}.json"
         )
-    return LoadedPlan(cuda, trt, logger, runtime, engine, metadata, tuple(profiles), inputs, outputs)
+    return LoadedPlan(cuda, trt, log, runtime, engine, metadata, tuple(profiles), inputs, outputs)
 
 
-def _read(path: Path) -> tuple[ModelMetadata, bytes]:
-    """Both files of an engine."""
+def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
+    """Both files of an engine: its metadata and the plan.
+
+    Raises:
+        UserError: where one is missing, the plan holds no weights, or the stamp was written for another plan.
+    """
     missing = [each.name for each in (path, metadata_path(path)) if not each.is_file()]
     if missing:
         raise UserError(

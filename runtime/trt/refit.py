@@ -12,12 +12,22 @@ from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.runtime.onnx_file import read_model
 from maskrcnn.runtime.trt.gate import gate
 from maskrcnn.runtime.trt.library import PluginForm, Weights, load_plugins
-from maskrcnn.runtime.trt.messages import StageOf, failure, make_logger, parsing_failure
-from maskrcnn.runtime.trt.orders import SUFFIX, Built, Refit, Surroundings, keep_engine, write_engine
+from maskrcnn.runtime.trt.log import listen
+from maskrcnn.runtime.trt.messages import StageOf, failure, parsing_failure
+from maskrcnn.runtime.trt.orders import (
+    SUFFIX,
+    Built,
+    Refit,
+    Surroundings,
+    keep_engine,
+    of_another_plan,
+    write_engine,
+)
 from maskrcnn.runtime.trt.plan import metadata_path
 from maskrcnn.runtime.trt.profiles import from_json
 
 _REFITTED = "refitted"  # in a stamp's `refit`, beside the values of `Weights`: it can be done again
+_REMAIN_REFITTABLE = "INCLUDE_REFIT"  # of SerializationFlag; TensorRT 10.9 does not have it, 10.16 does
 
 
 def refitted(
@@ -37,31 +47,32 @@ def refitted(
         graph: an ONNX file for TensorRT's parser: the one that the plan was built from, or one of the same model with
             other weights, for a plan that is refittable. A stripped plan with other weights computes anything.
         version_compatible: whether the plan was built so, and holds code that has to run.
-        remains_refittable: whether other weights can be put into the result.
+        remains_refittable: whether other weights can be put into the result, see `can_remain_refittable`.
         stage_of: see `parsing_failure`.
 
     Raises:
         UserError: where TensorRT refuses the plan or the weights, saying why.
     """
-    logger = make_logger(trt)
-    runtime = trt.Runtime(logger)
+    log = listen(trt)
+    runtime = trt.Runtime(log.logger)
     runtime.engine_host_code_allowed = version_compatible
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise failure(logger, "TensorRT does not load the engine to be refitted", "a plan for this machine")
-    refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
+        raise failure(log.messages, "TensorRT does not load the engine to be refitted", "a plan for this machine")
+    refitter = trt.Refitter(engine, log.logger)
+    parser = trt.OnnxParserRefitter(refitter, log.logger)
     if not parser.refit_from_bytes(graph):
-        raise parsing_failure(parser, logger, stage_of)
+        raise parsing_failure(parser, log.messages, stage_of)
     if not refitter.refit_cuda_engine():
-        raise failure(logger, f"TensorRT does not take the weights{_missing(refitter)}", "all weights of the engine")
+        what = f"TensorRT does not take the weights{_missing(refitter)}"
+        raise failure(log.messages, what, "all weights of the engine")
     config = engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
     if remains_refittable:
-        config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+        config.set_flag(getattr(trt.SerializationFlag, _REMAIN_REFITTABLE))
     data = engine.serialize_with_config(config)
     if data is None:
-        raise failure(logger, "TensorRT does not serialise the refitted engine", "a plan")
+        raise failure(log.messages, "TensorRT does not serialise the refitted engine", "a plan")
     return bytes(data)
 
 
@@ -70,11 +81,16 @@ def _missing(refitter: Any) -> str:
     return f", {len(names)} are missing, first {names[0]}" if names else ""
 
 
-def with_weights(metadata: ModelMetadata) -> ModelMetadata:
-    """The metadata of a stripped or refittable engine that has got weights."""
+def can_remain_refittable(trt: Any) -> bool:
+    """Whether this TensorRT can write a plan with new weights so that it takes others again."""
+    return hasattr(trt.SerializationFlag, _REMAIN_REFITTABLE)
+
+
+def with_weights(metadata: ModelMetadata, trt: Any) -> ModelMetadata:
+    """The metadata of a stripped or refittable engine that has got weights, but for how it was compared."""
     was_stripped = metadata.stamp["refit"] == Weights.STRIPPED.value  # which takes its own weights alone
-    refit = Weights.FIXED.value if was_stripped else _REFITTED
-    return dataclasses.replace(metadata, stamp={**metadata.stamp, "refit": refit})
+    is_fixed = was_stripped or not can_remain_refittable(trt)
+    return of_another_plan(metadata, refit=Weights.FIXED.value if is_fixed else _REFITTED)
 
 
 def check_refittable(target: Path, reference: Path) -> ModelMetadata:
@@ -122,7 +138,7 @@ def refit_tensorrt_engine(order: Refit, around: Surroundings) -> Built:
         UserError: as `check_refittable` and `refitted`, and where the engine departs.
     """
     order.images.check()
-    metadata = with_weights(check_refittable(order.target, order.reference))
+    metadata = with_weights(check_refittable(order.target, order.reference), around.trt)
     source = sha256_of(order.reference)
     metadata = dataclasses.replace(metadata, source_sha256=source)
     stamp = metadata.stamp

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_torch_cuda import Gpu
 from tiny import TINY_V2, lively_model, tiny_config
 
 from maskrcnn.model.cuda_graphs import GraphedModel
@@ -130,7 +131,8 @@ def double(images: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, torch.T
     return {"doubled": images * 2, "sizes": image_sizes + 1}
 
 
-def test_a_shape_is_captured_when_it_comes_again():
+def test_a_shape_is_captured_when_it_comes_again(monkeypatch):
+    Gpu(0).install(monkeypatch)
     graphed = Recorded(double, shapes=2)
     kept = []
     for number, length in enumerate((4, 4, 4, 6, 4, 6, 8, 4)):
@@ -143,7 +145,8 @@ def test_a_shape_is_captured_when_it_comes_again():
     assert graphed.captured == 0 and len(graphed._calls) == 2
 
 
-def test_types_are_shapes_of_their_own():
+def test_types_are_shapes_of_their_own(monkeypatch):
+    Gpu(0).install(monkeypatch)
     graphed = Recorded(double, shapes=4)
     for dtype in (torch.float32, torch.uint8, torch.float32, torch.uint8):
         graphed(torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(1, 2))

@@ -13,9 +13,30 @@ pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds for 
 
 PROGRAM = """
 import sys, torch
-from maskrcnn.model.nms_triton import batched_nms_triton
+from maskrcnn.model import nms_triton
+
+class DeviceOf:
+    shape = None  # of the tensor whose GPU is the thread's
+    def __init__(self, tensor):
+        self.tensor = tensor
+    def __enter__(self):
+        DeviceOf.shape = tuple(self.tensor.shape)
+    def __exit__(self, *_):
+        DeviceOf.shape = None
+
+class Watched:
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        case["launched_on"].append(DeviceOf.shape)
+        return self.kernel[grid]
+
+torch.cuda.device_of = DeviceOf
+nms_triton._suppression_kernel = Watched(nms_triton._suppression_kernel)
+nms_triton._sweep_kernel = Watched(nms_triton._sweep_kernel)
 for case in torch.load(sys.argv[1]):
-    case["found"] = batched_nms_triton(*case["inputs"])
+    case["launched_on"] = []
+    case["found"] = nms_triton.batched_nms_triton(*case["inputs"])
     torch.save(case, case["output"])
 """
 
@@ -48,7 +69,9 @@ def test_the_triton_kernels_keep_what_the_cpu_keeps(tmp_path):
     suppressed = 0
     for case in cases:
         boxes, groups, counts, threshold, limit = case["inputs"]
-        indices, number = torch.load(case["output"])["found"]
+        done = torch.load(case["output"])
+        assert done["launched_on"] == [tuple(boxes.shape)] * 2, "both kernels start on the GPU of the boxes"
+        indices, number = done["found"]
         wanted, wanted_number = batched_nms(boxes, groups, counts, iou_threshold=threshold, max_output=limit)
         assert torch.equal(number, wanted_number)
         assert torch.equal(indices, wanted)

@@ -27,7 +27,7 @@ def runtime() -> fake_cuda.FakeRuntime:
 
 @pytest.fixture
 def cuda(runtime) -> Cuda:
-    return Cuda(runtime=runtime)
+    return Cuda(0, runtime, runtime.driver)
 
 
 def array_of(cuda: Cuda, values: np.ndarray, kind: type = DeviceArray):
@@ -253,7 +253,7 @@ def test_gaps_are_refused(cuda, strides, shape, message):
 
 
 def test_arrays_elsewhere_are_refused(cuda, runtime):
-    stream, other = cuda.stream(), Cuda(1, runtime)
+    stream, other = cuda.stream(), Cuda(1, runtime, runtime.driver)
     with pytest.raises(UserError, match=r"torch\.Tensor .* not on a GPU\nexpected: one on GPU 0"):
         as_device_array(torch.zeros(2), cuda, stream)
     with pytest.raises(UserError, match="on GPU 1"):

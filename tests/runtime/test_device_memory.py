@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 real = pytest.importorskip("cuda.bindings.runtime")
+real_driver = pytest.importorskip("cuda.bindings.driver")
 
 import fake_cuda  # noqa: E402
 
 from maskrcnn.errors import UserError  # noqa: E402
+from maskrcnn.runtime.device import current  # noqa: E402
 from maskrcnn.runtime.device import memory as device_memory  # noqa: E402
 from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda  # noqa: E402
 from maskrcnn.runtime.device.pools import MemoryPool, Room, Staging  # noqa: E402
@@ -23,7 +25,7 @@ def runtime() -> fake_cuda.FakeRuntime:
 
 @pytest.fixture
 def cuda(runtime) -> Cuda:
-    return Cuda(runtime=runtime)
+    return Cuda(0, runtime, runtime.driver)
 
 
 def pinned_with(cuda: Cuda, values: np.ndarray):
@@ -32,12 +34,15 @@ def pinned_with(cuda: Cuda, values: np.ndarray):
     return memory
 
 
-def test_the_pretended_functions_are_cudas_own(runtime):
-    names = [name for name in dir(type(runtime)) if name.startswith("cuda")]
-    assert len(names) > 20
+@pytest.mark.parametrize(
+    ("pretended", "module", "most"), [(fake_cuda.FakeRuntime, real, 20), (fake_cuda.FakeDriver, real_driver, 4)]
+)
+def test_the_pretended_functions_are_cudas_own(pretended, module, most):
+    names = [name for name in dir(pretended) if name.startswith("cu")]
+    assert len(names) > most
     for name in names:
-        wanted = inspect.signature(getattr(real, name)).parameters
-        found = inspect.signature(getattr(fake_cuda.FakeRuntime, name)).parameters
+        wanted = inspect.signature(getattr(module, name)).parameters
+        found = inspect.signature(getattr(pretended, name)).parameters
         assert list(found)[1:] == list(wanted), name
 
 
@@ -59,7 +64,7 @@ def test_a_round_trip_with_a_graph_is_this_sequence_of_calls(cuda, runtime):
     assert staged.array((6,), np.float32).tolist() == values.tolist()
     for held in (graph, stream, memory, staged):
         held.close()
-    assert [name for name in runtime.calls if name != "cudaSetDevice"] == [
+    assert runtime.calls == [
         "cudaHostAlloc",
         "cudaMalloc",
         "cudaStreamCreateWithFlags",
@@ -163,7 +168,7 @@ def test_too_little_memory_is_something_to_mend(cuda, runtime, function, status,
 def test_a_machine_without_gpu_is_something_to_mend(runtime, status, message):
     runtime.failing["cudaGetDeviceCount"] = getattr(real.cudaError_t, status), 0
     with pytest.raises(UserError, match=message):
-        Cuda(runtime=runtime)
+        Cuda(0, runtime, runtime.driver)
 
 
 def test_other_errors_keep_cudas_name(cuda, runtime):
@@ -175,7 +180,7 @@ def test_other_errors_keep_cudas_name(cuda, runtime):
 
 def test_a_gpu_that_is_not_there_and_bindings_that_are_missing(runtime, monkeypatch):
     with pytest.raises(UserError, match="GPU 1\nexpected: one of 1, counted from 0"):
-        Cuda(1, runtime)
+        Cuda(1, runtime, runtime.driver)
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.runtime", None)
     with pytest.raises(UserError, match=r"no Python package cuda-bindings[\s\S]*pip install 'cuda-bindings"):
         Cuda()
@@ -231,16 +236,16 @@ def test_a_room_grows_once_nothing_reads_it(cuda, runtime):
     stream.synchronize()
 
 
-def test_the_module_calls_nothing_that_the_bindings_lack():
+def test_the_modules_call_nothing_that_the_bindings_lack():
     import ast
 
-    tree = ast.parse(inspect.getsource(device_memory))
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    named = {text for text in strings if text.startswith("cuda") and text.isidentifier()}
-    read = {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("cuda")
-    } - {"cuda"}
-    assert {"cudaMalloc", "cudaGraphLaunch"} <= named and {"cudaStreamNonBlocking", "cudaError_t"} <= read
+    nodes = [node for each in (device_memory, current) for node in ast.walk(ast.parse(inspect.getsource(each)))]
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = {text for text in strings if text.startswith("cu") and text.isidentifier()}
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - {"cuda", "current"}
+    read = {name for name in attributes if name.startswith("cu")}
+    assert {"cudaMalloc", "cuDeviceGet"} <= named and {"cudaStreamNonBlocking", "cuCtxSetCurrent"} <= read
     members = {m for kind in (real.cudaError_t, real.cudaStreamCaptureMode) for m in kind.__members__}
-    missing = [name for name in named | read if not hasattr(real, name) and name not in members]
+    known = {*dir(real), *dir(real_driver), *members}
+    missing = [name for name in named | read if name not in known]
     assert not missing

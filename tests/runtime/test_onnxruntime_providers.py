@@ -13,7 +13,6 @@ import torch
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector, onnxruntime_binding
-from maskrcnn.runtime import onnxruntime_providers as providers
 from maskrcnn.runtime.detector import backend_spec, load_backend
 from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider, provider_chain
@@ -125,16 +124,6 @@ def test_an_onnxruntime_for_cpus_says_what_to_install(onnx_file, monkeypatch):
         load_backend(onnx_file, provider="cuda")
 
 
-def test_the_best_provider_is_cuda_where_there_is_a_device(monkeypatch):
-    import onnxruntime
-
-    device = SimpleNamespace(ep_name="CUDAExecutionProvider")
-    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device], raising=False)
-    assert providers.best_provider() is Provider.CUDA
-    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [], raising=False)
-    assert providers.best_provider() is Provider.CPU
-
-
 def test_a_provider_may_be_named_with_the_backend(onnx_file):
     assert (backend_spec(None, None, None), backend_spec("torch", None, None)) == (None, "torch")
     assert (
@@ -210,8 +199,8 @@ def test_inputs_need_not_be_contiguous(onnx_file):
 class OnPretendedGpu:
     """A session of the CPU provider whose bindings take the pretended GPU's memory, which is the host's, for CUDA's."""
 
-    def __init__(self, session: Any) -> None:
-        self.session, self.devices = session, []
+    def __init__(self, session: Any, runtime: Any, index: int) -> None:
+        self.session, self.runtime, self.index, self.devices = session, runtime, index, []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.session, name)
@@ -237,6 +226,7 @@ class OnPretendedGpu:
         return Binding
 
     def run_with_iobinding(self, binding: Any) -> None:
+        self.runtime.cudaSetDevice(self.index)  # as ONNX Runtime does at the start of a run
         self.session.run_with_iobinding(binding.real)
 
 
@@ -246,18 +236,16 @@ def load_on_gpu(kernels_for_cpu, monkeypatch):
     pytest.importorskip("cuda.bindings.runtime")
     import fake_cuda
 
-    from maskrcnn.runtime.device import memory as device_memory
-
-    runtime = fake_cuda.FakeRuntime()
+    runtime = fake_cuda.FakeRuntime(devices=2)
     kernels = fake_cuda.DeferredKernels(kernels_for_cpu)
     kernels.runtime = runtime
-    monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
+    fake_cuda.install(monkeypatch, runtime)
     monkeypatch.setattr(onnxruntime_binding, "kernels_for", lambda arch: kernels)
 
-    def load(path: Path) -> Any:
+    def load(path: Path, index: int = 0) -> Any:
         backend = load_backend(path, provider="cpu", threads=1)
-        backend.session = OnPretendedGpu(backend.session)
-        backend._use(onnxruntime_binding.gpu_binding(0, backend.metadata))
+        backend.session = OnPretendedGpu(backend.session, runtime, index)
+        backend._use(onnxruntime_binding.gpu_binding(index, backend.metadata))
         return backend
 
     return load
@@ -287,6 +275,18 @@ def test_a_gpus_arrays_are_bound_where_they_lie(load_on_gpu, request, file, last
     assert ("images", "cuda", 0) in backend.session.devices and (last, "cuda", 0) in backend.session.devices
     for name, value in backend(feeds()).items():  # arrays of the host stay there
         np.testing.assert_array_equal(value, reference(feeds())[name])
+
+
+def test_the_thread_stays_on_its_gpu(load_on_gpu, onnx_file):
+    backend = load_on_gpu(onnx_file, 1)
+    runtime = backend.session.runtime
+    for before in (0, 0xC000):  # a thread that did nothing on a GPU yet, and one on GPU 0
+        runtime.context = before
+        image = shapes_image(np.random.default_rng(1), (150, 200))[0]
+        Detector(backend).detect([image])[0].full_masks()
+        backend(feeds())
+        assert runtime.context == before
+    assert set(runtime.device_of.values()) == runtime.contexts == {1}
 
 
 def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):

@@ -1,6 +1,10 @@
 """Building plans over doubles of TensorRT's own classes: what is asked of them, and every way in which they refuse."""
 
+from types import SimpleNamespace
+
 import pytest
+
+from maskrcnn.runtime.trt.messages import parsing_failure
 
 
 @pytest.fixture(scope="session")
@@ -114,8 +118,30 @@ def test_what_goes_wrong_is_said_with_what_to_do(error, flow, came, do):
     assert came in parts[0] and do in parts[2]
 
 
+def test_a_code_whose_name_is_a_method_is_read_from_its_text():
+    """As those of TensorRT 10.9 are."""
+
+    class Code:
+        def __str__(self):
+            return "ErrorCode.MEM_ALLOC_FAILED"
+
+        def name(self):
+            raise TypeError("not callable")
+
+    values = {"code": Code(), "desc": "bad_alloc", "node": 0, "node_name": "conv", "node_operator": "Conv"}
+    error = SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
+    told = parsing_failure(SimpleNamespace(num_errors=1, get_error=lambda index: error), ())
+    assert "conv (Conv): MEM_ALLOC_FAILED: bad_alloc" in told.came and told.do.startswith("free memory")
+
+
 def test_a_message_is_shown_once(error):
     assert error("says_something_new")[0] == "TensorRT built no engine:\n  Error Code 99: the moon is full"
+
+
+def test_one_logger_hears_everything_and_each_build_tells_its_own(value):
+    found = value("builds_and_loads_one_after_the_other")
+    assert found["warnings"] == [["first"], ["second"]]
+    assert "Version tag does not match" in found["came"]
 
 
 def test_an_exception_in_the_progress_bar_stops_the_build_and_is_raised(value):

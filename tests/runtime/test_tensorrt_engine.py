@@ -80,6 +80,12 @@ def test_an_engine_that_departs_is_kept_aside_and_the_stage_is_named(value):
     assert "model.fp16.rejected.engine with `maskrcnn evaluate`" in do
 
 
+def test_the_stage_is_named_for_an_engine_without_weights_too(value):
+    found = value("stripped_engine_that_departs")
+    assert "first departure: box_deltas" in found["came"]
+    assert found["stamp"] == "stripped" and found["hash"]
+
+
 def test_an_engine_whose_stages_cannot_be_seen_is_refused_all_the_same(error):
     came, _, _ = error("engine_whose_stages_do_not_build")
     assert "its stages could not be compared: TensorRT built no engine" in came
@@ -98,7 +104,18 @@ def test_kernels_of_an_engine_for_more_gpus_are_for_the_oldest_of_them(value):
 def test_an_engine_gets_other_weights(value):
     built = value("engine_with_other_weights")
     assert {"new.engine", "new.engine.json"} <= set(built["files"])
-    assert built["stamp"] == "refitted" and built["compared"] and built["set"] == ["INCLUDE_REFIT"]
+    stamp, (old, new) = built["stamp"], built["hashes"]
+    assert stamp["plan_sha256"] == new != old
+    assert stamp["compared"] == built["compared"]
+    wanted = ("refitted", ["INCLUDE_REFIT"]) if built["can_remain"] else ("fixed", [])
+    assert (stamp["refit"], built["set"]) == wanted
+
+
+def test_weights_can_be_put_in_again_where_tensorrt_can_write_such_a_plan(value):
+    assert value("engine_that_gets_weights_once_more") == ["refitted", "refitted"]
+    once = value("engine_that_gets_weights_but_once")
+    assert once["stamp"] == "fixed" and once["flags"] == 0
+    assert "new.engine: an engine with weights that are fixed" in once["came"]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +145,9 @@ def test_the_command_line_builds_with_ahead_of_time_plugins(value):
 def test_tf32_is_a_precision_and_a_flag(value):
     built = value("command_in_tf32")
     assert built["precision"] == "tf32" and built["flag"] is True
-    assert "model.tf32.engine" in built["files"]
+    assert "exact.engine" in built["files"]
+    command = "maskrcnn build-engine model.onnx --tf32 --target tensorrt --output exact.engine --size 96x128"
+    assert built["command"] == command
 
 
 def test_the_command_line_puts_weights_back(value):

@@ -9,6 +9,8 @@ import pytest
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.plugins import cache
+from maskrcnn.plugins.build import Library
 from maskrcnn.preprocess import Preprocessing
 from maskrcnn.runtime.trt import library as tensorrt_library
 from maskrcnn.runtime.trt.library import Gpu, PluginForm, check_stamp, plugin_hash
@@ -110,6 +112,22 @@ def test_hashes_of_the_two_forms():
 def test_versions_are_compared_as_numbers():
     assert tensorrt_library.version_of(SimpleNamespace(__version__="10.16.1.11")) > (10, 9)
     assert tensorrt_library.version_of(TRT) == (11, 4, 0, 106)
+
+
+def test_of_two_libraries_in_the_cache_the_one_for_this_tensorrt_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
+    record = {"library": "plugins", "architectures": [90], "sources": plugin_hash(PluginForm.LIBRARY)}
+    made = {
+        version: cache.store({**record, "tensorrt": version}, Library.PLUGINS.file_name, lambda path: path.touch())
+        for version in ("10.16.1", "11.0.0")
+    }
+    for version, wanted in (("10.9.0.34", "10.16.1"), ("11.4.0.106", "11.0.0")):
+        registry = SimpleNamespace(get_creator=lambda *_: "loaded before")
+        trt = SimpleNamespace(__version__=version, get_plugin_registry=lambda registry=registry: registry)
+        assert tensorrt_library.load_plugins(trt, PluginForm.LIBRARY, arch=90) == made[wanted]
+    trt.__version__ = "12.0.0.1"
+    with pytest.raises(UserError, match=r"of the present sources for TensorRT 12\.0\.0\.1 in the cache"):
+        tensorrt_library.load_plugins(trt, PluginForm.LIBRARY, arch=90)
 
 
 def import_with(tmp_path: Path, source: str | None) -> str:

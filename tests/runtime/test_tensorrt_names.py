@@ -15,6 +15,7 @@ from unittest.mock import create_autospec
 import numpy as np
 import tensorrt as trt
 import fake_cuda, fake_tensorrt
+from maskrcnn.runtime.device import current
 from maskrcnn.runtime.device import memory as device_memory
 from maskrcnn.runtime.trt import library as tensorrt_library
 from maskrcnn.runtime.trt import plan as tensorrt_plan
@@ -65,6 +66,7 @@ assert tensorrt_library.import_tensorrt() is trt
 runtime = fake_cuda.FakeRuntime()
 doubles = Doubles(runtime)
 device_memory.import_runtime = lambda: runtime
+current.import_driver = lambda: runtime.driver
 tensorrt_plan.import_tensorrt = lambda: doubles
 any_size = Profile(Span(1, 1, 2), Span(32, 64, 96), Span(32, 96, 96))
 path = fake_tensorrt.write_engine(

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from fake_torch_cuda import Gpu
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
@@ -17,6 +18,7 @@ from maskrcnn.runtime.verification.compare import EXACT, HALF
 from maskrcnn.runtime.verification.validation import compare_backends
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
 
 def feeds(batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
@@ -102,6 +104,60 @@ def test_masks_are_pasted_by_the_kernels_as_by_numpy(model, kernels_for_cpu):
     assert len(found) > 3 and found.paste is None
     wanted = found.full_masks(0.4)
     np.testing.assert_array_equal(backend._paste(found.masks, found.boxes_xyxy_px, found.size_hw, 0.4), wanted)
+
+
+@pytest.mark.parametrize("call", ["infer", "infer_timed", "run_images", "stages", "_paste"])
+def test_every_call_works_on_the_models_gpu(model, monkeypatch, call):
+    pretended = Gpu(1)
+    pretended.install(monkeypatch)
+    backend, seen = TorchBackend(model, device="cpu"), []
+    wanted = backend.infer(feeds())
+    backend.device = torch.device("cuda", 1)  # where the pretended GPU says that the tensors are
+    outputs = {name: torch.from_numpy(value) for name, value in wanted.items()}
+    image = shapes_image(np.random.default_rng(1), (64, 96))[0]
+
+    def note(*arguments):
+        seen.append(pretended.device_now)
+        return outputs
+
+    def paste(kernels, masks, *arguments, **named):
+        seen.append(pretended.device_now)
+        return torch.zeros(len(masks), 64, 3, dtype=torch.int32)
+
+    monkeypatch.setattr(backend, "_run", note)
+    monkeypatch.setattr(backend, "model", note)
+    monkeypatch.setattr(backend, "_batch", note)
+    monkeypatch.setattr(torch_backend.cuda_ops, "paste_masks", paste)
+    monkeypatch.setattr(torch_backend, "_to_device", lambda value, device: torch.as_tensor(value))
+    arguments = {
+        "infer": (feeds(),),
+        "infer_timed": (feeds(),),
+        "run_images": ([image],),
+        "stages": (feeds(), ["boxes"]),
+        "_paste": (np.zeros((2, 28, 28), np.float32), np.zeros((2, 4), np.float32), (64, 96), 0.5),
+    }[call]
+    getattr(backend, call)(*arguments)
+    assert seen and set(seen) == {1} and pretended.device_now == 0
+
+
+@NEEDS_TWO_GPUS
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_model_on_the_second_gpu_agrees_with_the_cpu(checkpoint, monkeypatch, graphs):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setenv("MASKRCNN_KERNELS", "off")  # for Triton's NMS
+    reference, backend = (
+        load_backend(checkpoint, device="cpu"),
+        load_backend(checkpoint, device="cuda:1", graphs=graphs),
+    )
+    for _ in range(4):
+        difference = compare_backends(reference, backend, EXACT)
+        assert difference.within(EXACT) and difference.detections > 10, str(difference)
+    assert torch.cuda.current_device() == 0
+
+
+@NEEDS_GPU
+def test_a_gpu_without_a_number_is_the_one_that_was_current(checkpoint):
+    assert load_backend(checkpoint, device="cuda").device == torch.device("cuda", torch.cuda.current_device())
 
 
 @NEEDS_GPU

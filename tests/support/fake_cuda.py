@@ -1,8 +1,9 @@
-"""A GPU that is the host's memory: the functions of `cuda.bindings.runtime` that the package calls.
+"""A GPU that is the host's memory: the functions of `cuda.bindings.runtime` and `.driver` that the package calls.
 
 It does nothing before it has to, as a GPU may: copies and kernels wait in their stream until somebody synchronises, so
 memory that is written or freed too early gives wrong results or an error here. Everything that is allocated is counted,
-addresses are checked, and any function can be made to fail.
+addresses are checked, and any function can be made to fail. What is made belongs to the GPU that is the thread's, and
+kernels are refused on a stream of another one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
 
 from maskrcnn.plugins.native import Kernels
+from maskrcnn.runtime.device import current
+from maskrcnn.runtime.device import memory as device_memory
 
 OK = real.cudaError_t.cudaSuccess
 INVALID = real.cudaError_t.cudaErrorInvalidValue
@@ -25,6 +29,9 @@ NOT_WHILE_CAPTURING = real.cudaError_t.cudaErrorStreamCaptureUnsupported
 NAME = b"NVIDIA Pretend 1"
 CAPABILITY = (9, 0)
 _ALIGNMENT = 256
+_CONTEXTS = 0xC000  # the handles of the GPUs' primary contexts, one after the other
+_WITHOUT_CONTEXT = ("cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaGetErrorString", "cudaSetDevice")
+_DEFAULT_STREAMS = (1, 2)  # cudaStreamLegacy, cudaStreamPerThread: those of the thread's GPU
 
 
 class Properties:
@@ -50,6 +57,9 @@ class FakeRuntime:
 
     def __init__(self, devices: int = 1) -> None:
         self.devices = devices
+        self.driver = FakeDriver(self)
+        self.contexts: set[int] = set()  # GPUs with a primary context, which takes memory
+        self.device_of: dict[int, int] = {}  # by handle or address: the GPU it was made on
         self.calls: list[str] = []
         self.failing: dict[str, tuple[Any, int]] = {}  # by function: the status, and how many calls go well before
         self.memory: dict[int, tuple[Any, int, str]] = {}  # by address: what holds it, bytes, "device" or "host"
@@ -59,7 +69,7 @@ class FakeRuntime:
         self.recorded: dict[int, tuple[int, int]] = {}  # by event: the stream, and how much was done by then
         self.done: Counter[int] = Counter()  # by stream: pieces of work
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.current = threading.local()
+        self.threads = threading.local()
         self._numbers = itertools.count(0x1000)
         self._lock = threading.RLock()
 
@@ -77,6 +87,8 @@ class FakeRuntime:
         def call(*arguments: Any) -> Any:
             with self._lock:
                 self.calls.append(name)
+                if name not in _WITHOUT_CONTEXT:
+                    self.device()
                 if name in self.failing:
                     status, before = self.failing[name]
                     if before == 0:
@@ -93,6 +105,27 @@ class FakeRuntime:
         """What has not been given back, by kind."""
         kinds = [kind for _, _, kind in self.memory.values()] + list(self.handles.values())
         return dict(Counter(kinds))
+
+    @property
+    def context(self) -> int:
+        """The calling thread's context, 0 for none."""
+        return getattr(self.threads, "context", 0)
+
+    @context.setter
+    def context(self, context: int) -> None:
+        self.threads.context = context
+
+    def device(self) -> int:
+        """The calling thread's GPU; where it has none it gets the first one, as the runtime does it."""
+        if self.context == 0:
+            self.contexts.add(0)
+            self.context = _CONTEXTS
+        return self.context - _CONTEXTS
+
+    def launch(self, stream: int, work: Callable[[], None]) -> None:
+        """A kernel, which must be started on its stream's GPU."""
+        assert self.device() == self.device_of[stream], "cudaErrorInvalidResourceHandle"
+        self.enqueue(stream, work)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
         """Gives a stream something to do, or a capture something to hold."""
@@ -127,8 +160,11 @@ class FakeRuntime:
         return OK, self.devices
 
     def cudaSetDevice(self, device):
-        self.current.device = device
-        return (OK,) if 0 <= device < self.devices else (real.cudaError_t.cudaErrorInvalidDevice,)
+        if not 0 <= device < self.devices:
+            return (real.cudaError_t.cudaErrorInvalidDevice,)
+        self.contexts.add(device)
+        self.context = _CONTEXTS + device
+        return (OK,)
 
     def cudaGetDeviceProperties(self, device):
         return OK, Properties()
@@ -156,7 +192,7 @@ class FakeRuntime:
         return self._forget(ptr, "host")  # who frees too early is found by what still reads it
 
     def cudaPointerGetAttributes(self, ptr):
-        return OK, PointerAttributes(0)
+        return OK, PointerAttributes(self.device_of[ptr])
 
     def cudaMemcpyAsync(self, dst, src, count, kind, stream):
         kinds = real.cudaMemcpyKind
@@ -177,7 +213,7 @@ class FakeRuntime:
                     self.check(address, count, side)
             ctypes.memmove(dst, src, count)
 
-        self.enqueue(int(stream), work)
+        self.enqueue(self._queue(stream), work)
         return (OK,)
 
     def cudaMemsetAsync(self, devPtr, value, count, stream):
@@ -185,7 +221,7 @@ class FakeRuntime:
             self.check(devPtr, count)
             ctypes.memset(devPtr, value, count)
 
-        self.enqueue(int(stream), work)
+        self.enqueue(self._queue(stream), work)
         return (OK,)
 
     # Streams and events
@@ -201,7 +237,7 @@ class FakeRuntime:
     def cudaStreamSynchronize(self, stream):
         if self.is_capturing(int(stream)):
             return (NOT_WHILE_CAPTURING,)
-        self._run(int(stream))
+        self._run(self._queue(stream))
         return (OK,)
 
     def cudaEventCreateWithFlags(self, flags):
@@ -212,14 +248,15 @@ class FakeRuntime:
         return self._close(event, "event")
 
     def cudaEventRecord(self, event, stream):
-        assert int(event) in self.handles
-        number = int(stream)
+        number = self._queue(stream)
+        owner = self.device_of[number] if number in self.device_of else self.device()
+        assert self.device_of[int(event)] == owner, "an event of another GPU"
         self.recorded[int(event)] = number, self.done[number] + len(self.queues[number])
         return (OK,)
 
     def cudaStreamWaitEvent(self, stream, event, flags):
         other, until = self.recorded[int(event)]
-        self.enqueue(int(stream), lambda: self._run(other, until))
+        self.enqueue(self._queue(stream), lambda: self._run(other, until))
         return (OK,)
 
     def cudaEventSynchronize(self, event):
@@ -265,6 +302,7 @@ class FakeRuntime:
         held = ctypes.create_string_buffer(b"\xa5" * (size + _ALIGNMENT), size + _ALIGNMENT)
         address = -(-ctypes.addressof(held) // _ALIGNMENT) * _ALIGNMENT
         self.memory[address] = held, size, kind
+        self.device_of[address] = self.device()
         return address
 
     def _forget(self, address: int, kind: str) -> tuple:
@@ -274,7 +312,12 @@ class FakeRuntime:
     def _open(self, kind: str) -> int:
         number = next(self._numbers)
         self.handles[number] = kind
+        self.device_of[number] = self.device()
         return number
+
+    def _queue(self, stream: Any) -> int:
+        """The number of a stream's queue: every GPU has default streams of its own."""
+        return int(stream) + (self.device() << 32 if int(stream) in _DEFAULT_STREAMS else 0)
 
     def _close(self, handle: Any, kind: str) -> tuple:
         assert self.handles.pop(int(handle)) == kind
@@ -291,13 +334,54 @@ class FakeRuntime:
             self._run(stream)
 
 
+class FakeDriver:
+    """The module `cuda.bindings.driver` for the same GPUs.
+
+    Args:
+        runtime: the runtime on it.
+    """
+
+    CUcontext = real_driver.CUcontext
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self._runtime = runtime
+        self.failing: dict[str, Any] = {}  # by function: the status
+
+    def cuInit(self, Flags):
+        return (real_driver.CUresult.CUDA_SUCCESS,)
+
+    def cuDeviceGet(self, ordinal):
+        return real_driver.CUresult.CUDA_SUCCESS, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, dev):
+        if status := self.failing.get("cuDevicePrimaryCtxRetain"):
+            return status, None
+        self._runtime.contexts.add(dev)
+        return real_driver.CUresult.CUDA_SUCCESS, self.CUcontext(_CONTEXTS + dev)
+
+    def cuCtxGetCurrent(self):
+        return real_driver.CUresult.CUDA_SUCCESS, self.CUcontext(self._runtime.context)
+
+    def cuCtxSetCurrent(self, ctx):
+        if status := self.failing.get("cuCtxSetCurrent"):
+            return (status,)
+        self._runtime.context = int(ctx)
+        return (real_driver.CUresult.CUDA_SUCCESS,)
+
+
+def install(monkeypatch: Any, runtime: FakeRuntime) -> None:
+    """Puts a pretended GPU in the place of the real ones, for one test."""
+    monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
+    monkeypatch.setattr(current, "import_driver", lambda: runtime.driver)
+
+
 class DeferredKernels(Kernels):
     """The kernels compiled for the CPU, which wait in the pretended GPU's streams like any other work."""
 
     runtime: FakeRuntime
 
     def resize_pad(self, *arguments: Any, stream: int, **named: Any) -> None:
-        self.runtime.enqueue(stream, lambda: super(DeferredKernels, self).resize_pad(*arguments, **named))
+        self.runtime.launch(stream, lambda: super(DeferredKernels, self).resize_pad(*arguments, **named))
 
     def paste_masks(self, *arguments: Any, stream: int, **named: Any) -> None:
-        self.runtime.enqueue(stream, lambda: super(DeferredKernels, self).paste_masks(*arguments, **named))
+        self.runtime.launch(stream, lambda: super(DeferredKernels, self).paste_masks(*arguments, **named))

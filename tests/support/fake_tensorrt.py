@@ -18,7 +18,6 @@ import numpy as np
 import onnxruntime
 
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.device import memory as device_memory
 from maskrcnn.runtime.onnxruntime_backend import session_options
 from maskrcnn.runtime.trt import plan as tensorrt_plan
 from maskrcnn.runtime.trt import profiles as tensorrt_profiles
@@ -110,7 +109,7 @@ class Context:
         self._runs += 1
         self._runtime.check(*self._scratch)
         shapes = dict(self._shapes)
-        self._runtime.enqueue(stream_handle, lambda: engine._compute(shapes, addresses))
+        self._runtime.launch(stream_handle, lambda: engine._compute(shapes, addresses))
         return True
 
     def _change(self) -> None:
@@ -229,7 +228,7 @@ def install(monkeypatch: Any, devices: int = 1) -> tuple[fake_cuda.FakeRuntime, 
     """Puts both in the place of the real ones, for one test."""
     runtime = fake_cuda.FakeRuntime(devices)
     module = Module(runtime)
-    monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
+    fake_cuda.install(monkeypatch, runtime)
     monkeypatch.setattr(tensorrt_plan, "import_tensorrt", lambda: module)
     return runtime, module
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from maskrcnn.plugins import contract
 from maskrcnn.preprocess import batch_images
 from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from maskrcnn.runtime.trt.gate import padded_feeds
+from maskrcnn.runtime.trt.library import Gpu, check_stamp
+from maskrcnn.runtime.trt.plan import read_engine
 from maskrcnn.runtime.trt.profiles import Profile, choose
 
+GPU = Gpu("NVIDIA Test 1", (9, 0))
 _GENERIC = ("args", "kwargs")
 
 
@@ -111,7 +115,7 @@ class Trt:
     ) -> None:
         self.plan_of, self.during = plan_of, during
         self.graph = b""
-        self.logger: Any = None
+        self._logger: Any = None
         self.errors: list[Any] = []  # of the parser
         self.added: list[Any] = []  # profiles
         self.flags: dict[str, bool] = {}
@@ -130,8 +134,7 @@ class Trt:
     # What code under test constructs
 
     def Builder(self, logger: Any) -> Any:
-        assert isinstance(logger, real.ILogger)
-        self.logger = logger
+        self._take_logger(logger)
         return self.builder
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
@@ -139,8 +142,8 @@ class Trt:
         return self.parser
 
     def Runtime(self, logger: Any) -> Any:
-        assert isinstance(logger, real.ILogger)
-        self.logger, self.runtime = logger, double_of(real.Runtime)
+        self._take_logger(logger)
+        self.runtime = double_of(real.Runtime)
         answers(self.runtime, "deserialize_cuda_engine", self._deserialize)
         return self.runtime
 
@@ -175,7 +178,19 @@ class Trt:
         self.errors.append(error)
         self.parser.num_errors = len(self.errors)
 
+    @property
+    def logger(self) -> Any:
+        """The first that it got, which has to be there still."""
+        logger = self._logger()
+        assert logger is not None, "the logger was freed"
+        return logger
+
     # The doubles' ways
+
+    def _take_logger(self, logger: Any) -> None:
+        """Does not keep it alive, and ignores all but the first, as TensorRT does."""
+        assert isinstance(logger, real.ILogger)
+        self._logger = self._logger or weakref.ref(logger)
 
     def _set_up_builder(self) -> None:
         answers(self.builder, "create_network", self._create_network)
@@ -273,11 +288,17 @@ def runnable(original: Path) -> Callable[[bytes], bytes]:
 
 
 class PlanBackend(OnnxRuntimeBackend):
-    """An engine whose plan is an ONNX file; it takes what its profiles take, as TensorRT's would."""
+    """An engine whose plan is an ONNX file; it takes what its profiles take, as TensorRT's would.
+
+    Its files are read, and its stamp is looked at, as those of engines are.
+    """
 
     name = "TensorRT"
 
     def __init__(self, path: Path, profiles: list[Profile]) -> None:
+        described, _ = read_engine(path)
+        if error := check_stamp(described, trt=real, gpu=GPU.name, compute_capability=GPU.compute_capability):
+            raise error
         super().__init__(path, providers=["CPUExecutionProvider"])
         self.profiles = profiles
         self.shapes: list[tuple[int, ...]] = []

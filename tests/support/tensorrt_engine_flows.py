@@ -11,13 +11,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import onnx
+import tensorrt as real
 from faults import initializer
-from tensorrt_doubles import PlanBackend, Trt, answers, runnable
-from tensorrt_flows import FLOWS, GPU, Flow, flow
+from tensorrt_doubles import GPU, PlanBackend, Trt, answers, runnable
+from tensorrt_flows import FLOWS, Flow, flow
 
 from maskrcnn import cli, cli_engine
 from maskrcnn.errors import UserError
@@ -97,6 +99,18 @@ def engine_that_departs(given: Flow) -> Any:
 
 
 @flow
+def stripped_engine_that_departs(given: Flow) -> Any:
+    trt = Trt(lambda graph: _wrong(runnable(given.reference)(graph)))
+    profiles = parsed_profiles("1", "96x128:96x128:160x160", given.metadata.preprocessing)
+    options = BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.STRIPPED)
+    try:
+        _build(given, trt, given.order(profiles=profiles, options=options))
+    except UserError as error:
+        stamp = json.loads((given.folder / "model.fp16.rejected.engine.json").read_text())["stamp"]
+        return {"came": error.came, "stamp": stamp["refit"], "hash": "plan_sha256" in stamp}
+
+
+@flow
 def engine_whose_stages_do_not_build(given: Flow) -> Any:
     plans = iter([lambda graph: _wrong(runnable(given.reference)(graph)), lambda graph: None])
     return _build(given, Trt(lambda graph: next(plans)(graph)), given.order())
@@ -132,19 +146,59 @@ def engine_for_more_gpus(given: Flow) -> Any:
     return {"arch": named["arch"], "image": named["image"].value, "stamp": built.metadata.stamp["plugins"]}
 
 
+def _refit(given: Flow, trt: Trt, target: Path, name: str) -> tuple[Any, dict[str, Any]]:
+    """Puts weights into an engine; what was built, and what is written beside the plan."""
+    order = Refit(target=target, graph=given.graph, reference=given.reference, output=given.folder / name)
+    with mock.patch.object(tensorrt_refit, "load_plugins", autospec=True):
+        built = tensorrt_refit.refit_tensorrt_engine(order, given.around(trt, given.order().profiles))
+    return built, json.loads(order.output.with_name(f"{name}.json").read_text())["stamp"]
+
+
 @flow
 def engine_with_other_weights(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
-    options = BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE)
-    order = given.order(options=options)
+    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
     _build(given, trt, order)
-    trt.errors.clear()
-    refit = Refit(target=order.output, graph=given.graph, reference=given.reference, output=given.folder / "new.engine")
-    with mock.patch.object(tensorrt_refit, "load_plugins", autospec=True):
-        built = tensorrt_refit.refit_tensorrt_engine(refit, given.around(trt, order.profiles))
+    # Another plan than before, as other weights would make it.
+    trt.plan_of = lambda graph: runnable(given.reference)(graph) + b"\x32\x00"
+    built, stamp = _refit(given, trt, order.output, "new.engine")
     kept = [call.args[0].name for call in trt.serialization.set_flag.call_args_list]
-    found = {"files": _files(given.folder), "stamp": built.metadata.stamp["refit"], "set": kept}
-    return {**found, "compared": built.result.accepted}
+    return {
+        "files": _files(given.folder),
+        "stamp": stamp,
+        "set": kept,
+        "can_remain": hasattr(real.SerializationFlag, "INCLUDE_REFIT"),
+        "compared": built.result.accepted and built.result.text(),
+        "hashes": [tensorrt_engine.sha256_of(path) for path in (order.output, given.folder / "new.engine")],
+    }
+
+
+@flow
+def engine_that_gets_weights_once_more(given: Flow) -> Any:
+    """With a TensorRT that has the flag for this."""
+    trt = Trt(runnable(given.reference))
+    trt.SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS", INCLUDE_REFIT="INCLUDE_REFIT")
+    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
+    _build(given, trt, order)
+    kinds = []
+    for old, new in (("model.fp16.engine", "second.engine"), ("second.engine", "third.engine")):
+        kinds.append(_refit(given, trt, given.folder / old, new)[1]["refit"])
+    return kinds
+
+
+@flow
+def engine_that_gets_weights_but_once(given: Flow) -> Any:
+    """With a TensorRT as old as 10.9."""
+    trt = Trt(runnable(given.reference))
+    trt.SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS")
+    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
+    _build(given, trt, order)
+    _, stamp = _refit(given, trt, order.output, "new.engine")
+    flags = trt.serialization.set_flag.call_args_list
+    try:
+        _refit(given, trt, given.folder / "new.engine", "third.engine")
+    except UserError as error:
+        return {"stamp": stamp["refit"], "flags": len(flags), "came": error.came}
 
 
 @flow
@@ -224,9 +278,12 @@ def command_that_builds(given: Flow) -> Any:
 @flow
 def command_in_tf32(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
-    said = _commands(given, trt, ["build-engine", "--fp32", "--tf32", "model.onnx", "--size", "96x128"])
-    metadata = json.loads((given.folder / "model.tf32.engine.json").read_text())
-    return {**said, "precision": metadata["precision"], "flag": trt.flags["TF32"]}
+    said = _commands(
+        given, trt, ["build-engine", "--fp32", "--tf32", "model.onnx", "--size", "96x128", "--output", "exact.engine"]
+    )
+    metadata = json.loads((given.folder / "exact.engine.json").read_text())
+    command = metadata["stamp"]["command"]
+    return {**said, "precision": metadata["precision"], "flag": trt.flags["TF32"], "command": command}
 
 
 @flow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import dataclasses
+import gc
 import signal
 import threading
 import time
@@ -19,20 +20,20 @@ from unittest import mock
 
 import onnx
 import tensorrt as real
-from tensorrt_doubles import PlanBackend, Trt, answers, double_of
+from tensorrt_doubles import GPU, PlanBackend, Trt, answers, double_of
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.onnx_file import read_model
 from maskrcnn.runtime.trt import library as tensorrt_library
+from maskrcnn.runtime.trt import refit as tensorrt_refit
 from maskrcnn.runtime.trt.builder import BuildOptions, build_plan
-from maskrcnn.runtime.trt.library import Gpu, Hardware, PluginForm, Weights
+from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
 from maskrcnn.runtime.trt.orders import Order, Surroundings
 from maskrcnn.runtime.trt.profiles import parsed_profiles
 from maskrcnn.runtime.trt.progress import run_stoppable
 
 FLOWS: dict[str, Callable[[Flow], Any]] = {}
-GPU = Gpu("NVIDIA Test 1", (9, 0))
 
 
 def flow(function: Callable[[Flow], Any]) -> Callable[[Flow], Any]:
@@ -330,6 +331,21 @@ def shape_is_refused(given: Flow) -> Any:
 
     answers(trt.builder, "create_optimization_profile", refusing)
     return given.plan(trt)
+
+
+@flow
+def builds_and_loads_one_after_the_other(given: Flow) -> Any:
+    """TensorRT tells the logger of the first build what it says during the others."""
+    texts = iter(("first", "second"))
+    trt = Trt(during=lambda trt: trt.say("WARNING", next(texts)))
+    warnings = []
+    for _ in range(2):
+        warnings.append(given.plan(trt).warnings)
+        gc.collect()
+    try:
+        tensorrt_refit.refitted(trt, b"broken", b"")
+    except UserError as error:
+        return {"warnings": warnings, "came": error.came}
 
 
 # Plugins, in the real registry

@@ -1,0 +1,96 @@
+"""CUDA graphs on several streams and on another GPU than the thread's, on a pretended torch.cuda."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from fake_torch_cuda import Gpu
+
+from maskrcnn.model.cuda_graphs import GraphedModel
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+def double(images: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"doubled": (images + images).clone(), "sizes": image_sizes + 1}
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    """GPU 1, whereas the thread is on GPU 0."""
+    found = Gpu(1)
+    found.install(monkeypatch)
+    return found
+
+
+def calls(gpu: Gpu, graphed: GraphedModel, lengths: tuple[int, ...], start: int = 0) -> None:
+    """Calls with images of these heights on the current stream; every result is what the model computes."""
+    for number, length in enumerate(lengths, start):
+        images = torch.full((1, 3, length, 4), float(number))
+        found = graphed(images, torch.full((1, 2), number))
+        with gpu.unwatched():
+            assert (found["doubled"] == 2 * number).all() and (found["sizes"] == number + 1).all()
+
+
+def test_a_graph_is_captured_on_the_models_gpu(gpu):
+    with gpu:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # somebody's, on GPU 0, whose stream PyTorch keeps
+            pass
+        graphed = GraphedModel(double)
+        calls(gpu, graphed, (4, 4, 4, 6, 6, 4))
+        assert graphed.captured == 2
+    assert not gpu.races
+
+
+def work_on_two_streams(gpu: Gpu, graphed: GraphedModel) -> None:
+    streams = [torch.cuda.Stream(torch.device("cpu")) for _ in range(2)]
+    for start, (stream, lengths) in enumerate(zip(streams * 2, ((4, 4, 4), (4, 6, 6), (6, 4), (4, 6)), strict=True)):
+        with torch.cuda.stream(stream):
+            calls(gpu, graphed, lengths, 10 * start)
+
+
+def test_graphs_wait_for_each_other_whatever_stream_they_are_on(gpu):
+    graphed = GraphedModel(double)
+    with gpu:
+        work_on_two_streams(gpu, graphed)
+    assert not gpu.races and graphed.captured == 2
+
+
+def test_the_pretended_gpu_sees_graphs_that_do_not_wait(gpu, monkeypatch):
+    monkeypatch.setattr(GraphedModel, "_in_turn", lambda self, device: nullcontext())
+    with gpu:
+        work_on_two_streams(gpu, GraphedModel(double))
+    assert any("pool" in race and "written" in race for race in gpu.races)
+    assert any("pool" not in race for race in gpu.races)
+
+
+def test_a_call_that_fails_is_waited_for_too(gpu, monkeypatch):
+    graphed = GraphedModel(double)
+    streams = [torch.cuda.Stream(torch.device("cpu")) for _ in range(2)]
+    with gpu:
+        with torch.cuda.stream(streams[0]):
+            calls(gpu, graphed, (4, 4, 4))
+            with monkeypatch.context() as patched, pytest.raises(MemoryError):
+                patched.setattr(torch.Tensor, "clone", lambda *_: (_ for _ in ()).throw(MemoryError()))
+                graphed(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, dtype=torch.int64))
+        with torch.cuda.stream(streams[1]):
+            calls(gpu, graphed, (4,))
+    assert not gpu.races
+
+
+def test_a_graph_that_goes_has_run(gpu):
+    with gpu:
+        graphed = GraphedModel(double, shapes=2)
+        calls(gpu, graphed, (4, 4, 6, 6, 8, 8, 4, 4))
+        assert graphed.captured == 2
+    assert not gpu.races
+
+
+@TWO_GPUS
+def test_a_model_on_the_second_gpu_computes_there():
+    weights = torch.rand(8, 3, device="cuda:1")
+    graphed = GraphedModel(lambda images, sizes: {"found": images.flatten(2).transpose(1, 2) @ weights.T + sizes.sum()})
+    for number in range(4):
+        images, sizes = torch.rand(1, 3, 4, 4, device="cuda:1"), torch.full((1, 2), number, device="cuda:1")
+        torch.testing.assert_close(graphed(images, sizes)["found"], graphed.run(images, sizes)["found"])
+    assert graphed.captured == 1 and torch.cuda.current_device() == 0
