@@ -49,21 +49,24 @@ def run_training(console: Console, *, output: Path | None, resume: Path | None, 
         settings: see `training_config`; typed.
     """
     with joined(settings.get("device", "auto")) as processes:
-        if not processes.is_first:
-            console = Console(quiet=True)
         begin = _continued if resume is not None else _begun
-        trainer, valset = begin(console, processes, resume or output, settings)
-        config = trainer.config
-        console.print(
-            f"{config.model.name} on {trainer.device} in {trainer.precision}"
-            + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
-            + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}",
-            markup=False,
-        )
-        for line in without_effect(config):
-            console.print(line, markup=False)
-        trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
-        console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
+        _train(console if processes.is_first else Console(quiet=True), processes, begin, resume or output, settings)
+
+
+def _train(console: Console, processes: Processes, begin: Callable, folder: Path | None, settings: dict) -> None:
+    """All of it, in a function of its own: `joined` wants the trainer gone."""
+    trainer, valset = begin(console, processes, folder, settings)
+    config = trainer.config
+    console.print(
+        f"{config.model.name} on {trainer.device} in {trainer.precision}"
+        + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
+        + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}",
+        markup=False,
+    )
+    for line in without_effect(config):
+        console.print(line, markup=False)
+    trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
+    console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
 
 
 def _begun(
@@ -86,6 +89,8 @@ def _begun(
     except BaseException:
         with contextlib.suppress(OSError):  # is not there, or not empty
             run.rmdir()
+            if output is None:
+                runs.FOLDER.rmdir()
         raise
     return trainer, valset
 

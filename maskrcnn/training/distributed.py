@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class Processes:
 def joined(device: str) -> Iterator[Processes]:
     """The processes that `torchrun` started; this one alone where it started none.
 
+    Let go of models that were wrapped for several processes before the block ends.
+
     Args:
         device: "auto", "cpu" or "cuda": GPUs talk by NCCL, CPUs by gloo.
 
@@ -99,8 +102,9 @@ def joined(device: str) -> Iterator[Processes]:
     )
     try:
         yield processes
-        # Or one that is done would cut off those that are not. It is also what the gloo threads do last: an exchange
-        # of objects holds tensors that Python knows, and letting go of them while Python ends aborts the process.
-        processes.wait()
+        processes.wait()  # or one that is done would cut off those that are not
     finally:
+        # A gloo thread that lets go of a tensor that Python knows while Python ends aborts the process. The group ends
+        # its threads when nothing holds it any more, and a wrapped model does, in cycles.
+        gc.collect()
         dist.destroy_process_group()

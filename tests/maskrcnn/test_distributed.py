@@ -27,7 +27,8 @@ from maskrcnn.training.trainer import Trainer
 
 torch.set_num_threads(1)
 data, output = sys.argv[1:]
-with joined("cpu") as processes:
+
+def one_step(processes):
     config = TrainConfig(
         model=tiny_config(frozen_batch_norm=True),
         loss=LossConfig(rpn_samples=32, box_samples=16),
@@ -47,6 +48,9 @@ with joined("cpu") as processes:
     if processes.is_first:
         gradients = {str(n): p.grad for n, p in enumerate(trainer.step.parameters)}
         write_tensors(Path(output), gradients, {"images": images, "losses": losses})
+
+with joined("cpu") as processes:
+    one_step(processes)
 """
 
 
