@@ -24,8 +24,17 @@ def import_driver() -> Any:
     Raises:
         UserError: where it is not installed.
     """
+    return import_bindings("driver")
+
+
+def import_bindings(name: str) -> Any:
+    """A module of `cuda.bindings`.
+
+    Raises:
+        UserError: where it is not installed.
+    """
     try:
-        return importlib.import_module("cuda.bindings.driver")
+        return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         install = "pip install 'cuda-bindings>=12.6'"
         raise missing_library("cuda-bindings", "use a GPU's memory", install) from error

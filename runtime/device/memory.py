@@ -10,7 +10,6 @@ Source: CUDA Runtime API.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.backend import missing_library
 from maskrcnn.runtime.device import current
 
 LEGACY_STREAM = 1  # cudaStreamLegacy: the default stream, on which libraries work that know nothing of streams
@@ -31,11 +29,7 @@ def import_runtime() -> Any:
     Raises:
         UserError: where it is not installed.
     """
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        install = "pip install 'cuda-bindings>=12.6'"
-        raise missing_library("cuda-bindings", "use a GPU's memory", install) from error
+    return current.import_bindings("runtime")
 
 
 class Cuda:
