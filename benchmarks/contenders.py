@@ -13,13 +13,13 @@ import torch
 from peers import TorchvisionDetector, TorchvisionOnnxDetector, export_legacy, torchvision_from_config
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import SUFFIX, metadata_of
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.runtime.backends.tensorrt_library import tensorrt_obstacle
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.trt.library import tensorrt_obstacle
 from maskrcnn.training.trainer import choose_precision
+from maskrcnn.weights.checkpoint import SUFFIX, metadata_of
 
 LEGACY_EXPORT = "torchvision legacy export"
 

@@ -19,14 +19,14 @@ import torch
 from timing import environment
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.augment import Augmentation
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
-from maskrcnn.data.loader import collate, training_loader
-from maskrcnn.data.samples import Sample, TrainingSamples
-from maskrcnn.data.view import objects_in_view
 from maskrcnn.errors import UserError, told_to_the_user
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.training.augmentation import Augmentation
+from maskrcnn.training.loader import collate, training_loader
+from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.view import objects_in_view
 
 BATCH_SIZE = 8
 AUGMENTATIONS = {

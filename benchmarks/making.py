@@ -14,11 +14,11 @@ from time import perf_counter
 import numpy as np
 from contenders import Absent, Artefacts
 from PIL import Image
-from progress import Progress
+from session import Progress
 
 from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.runtime.trt.library import tensorrt_obstacle
+from maskrcnn.runtime.backends.tensorrt_library import tensorrt_obstacle
 
 # The second file of an engine; an .xml without its .bin would be half an engine, so this one is moved first.
 _BESIDE = {".xml": lambda path: path.with_suffix(".bin"), ".engine": lambda path: path.with_name(f"{path.name}.json")}
@@ -154,8 +154,8 @@ def _cast(order: Order) -> str:
 
 def cuda_obstacle(onnx: Path) -> UserError | None:
     """Why ONNX Runtime's CUDA provider cannot run an ONNX file here, or None."""
-    from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-    from maskrcnn.runtime.onnxruntime_providers import Provider, best_provider
+    from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from maskrcnn.runtime.backends.onnxruntime_providers import Provider, best_provider
 
     if best_provider() is not Provider.CUDA:  # without trying, of which ONNX Runtime would print why it fails
         came = "no GPU that ONNX Runtime's CUDA provider can use"
@@ -169,8 +169,8 @@ def cuda_obstacle(onnx: Path) -> UserError | None:
 
 def _build_tensorrt(order: Order, progress: Progress) -> str:
     """As `maskrcnn build-engine --fp16 --target tensorrt` does, one profile for each batch and size."""
-    from maskrcnn.cli_engine import TensorRtChoice, run_build_engine
-    from maskrcnn.cli_export import Int8Options
+    from maskrcnn.api.build_engine import TensorRtChoice, run_build_engine
+    from maskrcnn.api.export import Int8Options
     from maskrcnn.runtime.engine_files import engine_metadata
 
     exported, engine = _needed(order.file(".onnx")), order.file(".fp16.engine")
@@ -201,7 +201,7 @@ def _quantize(order: Order) -> str:
 
 
 def _build_openvino(order: Order, onnx: Path, engine: Path) -> str:
-    from maskrcnn.runtime.engine import build_openvino_engine
+    from maskrcnn.runtime.build.openvino import build_openvino_engine
 
     _, difference = build_openvino_engine(_needed(onnx), engine, half=True, reference=order.file(".onnx"))
     return f"{engine.name} compared with the ONNX file: {difference}"

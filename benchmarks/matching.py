@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maskrcnn.postprocess import Detections
-from maskrcnn.runtime.verification.compare import EXACT
-from maskrcnn.runtime.verification.keypoints import (
+from maskrcnn.imaging.postprocess import Detections
+from maskrcnn.runtime.verification.compare import (
+    EXACT,
     KeypointDifference,
     KeypointTolerance,
     compare_keypoints,
     merge_keypoints,
+    of_equal_label,
+    pair_in_order,
+    pairwise_iou,
 )
-from maskrcnn.runtime.verification.matching import of_equal_label, pair_in_order, pairwise_iou
 
 MIN_IOU = 0.5  # with which detections of the same label are paired
 

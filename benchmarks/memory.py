@@ -57,7 +57,7 @@ def _open(spec: dict[str, Any], images: list[np.ndarray]) -> tuple[Any, float]:
 
         from contenders import peer_contenders
 
-        from maskrcnn.checkpoint import load_checkpoint
+        from maskrcnn.weights.checkpoint import load_checkpoint
 
         before = _peak_mb()
         model = load_checkpoint(Path(spec["path"]))
@@ -78,7 +78,7 @@ def _import_library(suffix: str, backend: str | None) -> None:
     from maskrcnn.runtime.detector import BACKENDS
 
     name = backend or BACKENDS[suffix][0]
-    importlib.import_module({"torch": "maskrcnn.runtime.torch_backend"}.get(name, name))
+    importlib.import_module({"torch": "maskrcnn.runtime.backends.torch"}.get(name, name))
 
 
 def _image(size_hw: list[int], seed: int) -> np.ndarray:

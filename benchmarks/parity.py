@@ -22,13 +22,13 @@ from peers import TorchvisionDetector
 from random_weights import calibrated_state_dict, torchvision_model
 from torch import Tensor
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import MODELS, model_config
 from maskrcnn.errors import told_to_the_user
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.weights.checkpoint import load_weights
 
 CALIBRATION_IMAGES = 8
 MIXED_BATCH = 3

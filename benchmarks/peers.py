@@ -33,13 +33,12 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from maskrcnn.config import LossConfig, ModelConfig, model_config
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, missing_library, told_to_the_user
 from maskrcnn.files import atomic_path
+from maskrcnn.imaging.postprocess import Detections
+from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.model.backbones import RESNET_STAGES, Backbone
-from maskrcnn.postprocess import Detections
-from maskrcnn.preprocess import Preprocessing, resized_size
-from maskrcnn.runtime.backend import missing_library
+from maskrcnn.model.backbone import RESNET_STAGES, Backbone
 
 LEGACY_OPSET = 17
 # What torchvision's models cannot be told otherwise; Detectron2's conventions are others.
@@ -246,7 +245,7 @@ class TorchvisionOnnxDetector:
             import onnxruntime
         except ImportError as error:
             raise missing_library("onnxruntime", f"run {path}", "pip install onnxruntime-gpu") from error
-        from maskrcnn.runtime.onnxruntime_backend import session_options, usable_providers
+        from maskrcnn.runtime.backends.onnxruntime import session_options, usable_providers
 
         self.session = onnxruntime.InferenceSession(str(path), session_options(), providers=usable_providers())
         self.metadata = metadata

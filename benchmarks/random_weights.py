@@ -26,7 +26,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from maskrcnn.config import model_config
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
 
 # Standard deviation of each layer's outputs, by the first pattern that its name matches.
 _SPREADS = (

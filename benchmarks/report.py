@@ -3,16 +3,220 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import Measurement
-from page import ap_chart, html_page
-from splits import PARTS
+from measure import PARTS, Measurement
 from workloads import Workload
 
 from maskrcnn.files import atomic_path, write_json
+from maskrcnn.runtime.html import page, table, text
+from maskrcnn.runtime.html import row as cells_row
+
+# Charts as SVG text, which a browser, a Markdown page and an HTML report all show. Needs nothing but Python.
+
+COLOURS = ("#1565c0", "#c62828", "#2e7d32", "#ef6c00", "#6a1b9a", "#00838f", "#827717", "#4e342e", "#37474f")
+WIDTH, HEIGHT = 760, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 250, 30, 50  # margins; the names stand in the right one
+_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one name; joined by a line where there are several."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its title, and whether it counts in powers."""
+
+    title: str
+    logarithmic: bool = False
+
+
+def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
+    """An SVG of all series; points that cannot be shown (not finite, not positive on a logarithmic axis) are left out.
+
+    Raises:
+        ValueError: when no point is left.
+    """
+    shown = [Series(s.name, [p for p in s.points if _can_be_shown(p, x, y)]) for s in series]
+    points = [point for s in shown for point in s.points]
+    if not points:
+        raise ValueError("came: a chart without a point; expected: at least one; do: leave the chart out")
+    across = _Scale.of([p[0] for p in points], x, _LEFT, WIDTH - _RIGHT)
+    along = _Scale.of([p[1] for p in points], y, HEIGHT - _BOTTOM, _TOP)
+    parts = [*_frame(title, across, along)]
+    for number, each in enumerate(shown):
+        parts += _drawn(each, COLOURS[number % len(COLOURS)], number, across, along)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        f'font-family="system-ui, sans-serif" font-size="12">{"".join(parts)}</svg>\n'
+    )
+
+
+def _can_be_shown(point: tuple[float, float], x: Axis, y: Axis) -> bool:
+    return all(
+        math.isfinite(value) and (value > 0 or not axis.logarithmic) for value, axis in zip(point, (x, y), strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From values to pixels."""
+
+    axis: Axis
+    low: float
+    high: float
+    start_px: float
+    end_px: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], axis: Axis, start_px: float, end_px: float) -> _Scale:
+        low, high = min(values), max(values)
+        if axis.logarithmic:
+            return cls(axis, low / 1.1, high * 1.1, start_px, end_px)
+        margin = 0.05 * (high - low) or max(abs(high), 1.0) * 0.05
+        return cls(axis, low - margin, high + margin, start_px, end_px)
+
+    def px(self, value: float) -> float:
+        low, high = (math.log(v) if self.axis.logarithmic else v for v in (self.low, self.high))
+        at = math.log(value) if self.axis.logarithmic else value
+        return self.start_px + (at - low) / (high - low) * (self.end_px - self.start_px)
+
+    def ticks(self) -> list[float]:
+        """Round numbers inside the range."""
+        if self.axis.logarithmic:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if self.high / self.low < 300 else (1,)
+            return [v for p in powers for s in steps if self.low <= (v := s * 10.0**p) <= self.high]
+        rough = (self.high - self.low) / _TICKS
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+        return [k * step for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def _frame(title: str, across: _Scale, along: _Scale) -> list[str]:
+    right, bottom, below = WIDTH - _RIGHT, HEIGHT - _BOTTOM, html.escape(across.axis.title)
+    parts = [
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<text x="{_LEFT}" y="18" font-weight="600">{html.escape(title)}</text>',
+        f'<path d="M{_LEFT} {_TOP}V{bottom}H{right}" fill="none" stroke="#444"/>',
+        f'<text x="{(_LEFT + right) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{below}</text>',
+        f'<text transform="translate(16 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{html.escape(along.axis.title)}</text>",
+    ]
+    for tick in across.ticks():
+        x = across.px(tick)
+        parts.append(f'<path d="M{x:.1f} {bottom}v5" stroke="#444"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
+    for tick in along.ticks():
+        y = along.px(tick)
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="#eee"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    return parts
+
+
+def _drawn(series: Series, colour: str, number: int, across: _Scale, along: _Scale) -> list[str]:
+    """A line, its points, and the name in the list at the right."""
+    pixels = [(across.px(x), along.px(y)) for x, y in series.points]
+    name, at = html.escape(series.name), _TOP + 10 + 18 * number
+    parts = []
+    if len(pixels) > 1:
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    for (x, y), (a, b) in zip(pixels, series.points, strict=True):
+        label = f"<title>{name}: {a:.4g}, {b:.4g}</title>"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{label}</circle>')
+    if pixels:
+        left = WIDTH - _RIGHT + 16
+        parts.append(f'<circle cx="{left}" cy="{at}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{left + 10}" y="{at + 4}">{name}</text>')
+    return parts
+
+
+# A benchmark's results as one HTML page that needs nothing beside it.
+
+_STYLE = "<style>tr.peer td { color: #777 } tr.absent td { color: #aaa }</style>"
+
+
+def name_of(row: Measurement) -> str:
+    """A row without its batch and size, as charts name it."""
+    return f"{row.model}, {row.backend} {row.precision}".strip()
+
+
+def ap_chart(rows: Sequence[Measurement]) -> str | None:
+    """AP against latency at the smallest batch, as SVG; None without an AP.
+
+    It is that of masks where there are any, else of keypoints, else of boxes.
+    """
+    measured = [row for row in rows if row.p50_ms is not None and row.box_ap is not None]
+    if not measured:
+        return None
+    batch, size = min(row.batch for row in measured), measured[0].size
+    kinds = ("mask", "keypoint", "box")
+    kind = next(kind for kind in kinds if any(getattr(row, f"{kind}_ap") is not None for row in measured))
+    series = [
+        Series(name_of(row), [(row.p50_ms / batch, getattr(row, f"{kind}_ap"))])
+        for row in measured
+        if row.batch == batch and row.size == size and getattr(row, f"{kind}_ap") is not None
+    ]
+    x = Axis("milliseconds per image, p50", logarithmic=True)
+    return chart(f"AP against latency, batch {batch}", x, Axis(f"{kind} AP"), series)
+
+
+def split_section(rows: Sequence[Measurement]) -> str:
+    """Where each row's time goes, as an HTML table; empty where nothing was split."""
+    lines = []
+    for row in rows:
+        if row.split_ms:
+            total = sum(row.split_ms.values())
+            shares = ((row.split_ms.get(part), part) for part in PARTS)
+            cells = [f"{ms:.2f} ms, {ms / total:.0%}" if ms is not None else "" for ms, _ in shares]
+            lines.append(cells_row([f"{name_of(row)}, {_shape(row)}", *cells]))
+    if not lines:
+        return ""
+    told = "Medians; decoding is not part of the latency above."
+    return f"<h2>Where the time of a call goes</h2><p>{told}</p>{table(['', *PARTS], lines)}"
+
+
+def html_page(
+    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], rows: Sequence[Measurement], notes: Sequence[str]
+) -> str:
+    """The page: chart, table, split and what was measured where.
+
+    Args:
+        title: of the workload.
+        heads: of the table's columns.
+        cells: of the table, one line for each row.
+        rows: what the cells show.
+        notes: lines of text below.
+    """
+    picture = ap_chart(rows) or "<p>No AP was measured.</p>"
+    lines = [_line(row, line) for row, line in zip(rows, cells, strict=True)]
+    told = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return page(
+        title,
+        [_STYLE, f"<h1>{text(title)}</h1>", picture, table(heads, lines), split_section(rows), f"<ul>{told}</ul>"],
+    )
+
+
+def _line(row: Measurement, cells: Sequence[str]) -> str:
+    kind = "peer" if row.peer else "absent" if row.p50_ms is None else ""
+    inside = "".join(f"<td>{text(cell)}</td>" for cell in cells[:-1])
+    return f'<tr class="{kind}">{inside}<td class="text">{text(cells[-1])}</td></tr>'
+
+
+def _shape(row: Measurement) -> str:
+    return f"{row.size + ', ' if row.size else ''}batch {row.batch}"
+
 
 SCHEMA = 2  # see results.schema.json
 TIMED = (
@@ -38,7 +242,7 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_json(folder / "results.json", content)
-    text = table(rows)
+    text = markdown_table(rows)
     columns = _columns(rows)
     heads, cells = [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows]
     picture, notes = ap_chart(rows), [line.removeprefix("- ") for line in _notes(workload, environment)]
@@ -54,7 +258,7 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
     return text
 
 
-def table(rows: Sequence[Measurement]) -> str:
+def markdown_table(rows: Sequence[Measurement]) -> str:
     """The rows as a Markdown table, its columns of even width."""
     columns = _columns(rows)
     return aligned([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from against import Before, Limits, beyond_limits, read_rows, regressions
-from arguments import count, numbers, sizes_hw
 from contenders import (
     Artefacts,
     Contender,
@@ -32,14 +30,14 @@ from contenders import (
     peer_contenders,
 )
 from measure import Measurement, measure
-from progress import Progress
+from regressions import Before, Limits, beyond_limits, read_rows, regressions
 from report import write_report
+from session import FILE, Progress, Unfinished, count, numbers, sizes_hw
 from timing import environment
-from unfinished import FILE, Unfinished
 from workloads import Workload, dataset_workload, resnet50_workload
 
-from maskrcnn.checkpoint import load_checkpoint
 from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.weights.checkpoint import load_checkpoint
 
 RESNET50 = "resnet50"
 RESNET50_SIZES_HW = [(800, 1088)]

@@ -21,10 +21,10 @@ from typing import Protocol
 import numpy as np
 
 from maskrcnn.files import make_folder
+from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.plugins import reference
 from maskrcnn.plugins.build import find_library
 from maskrcnn.plugins.native import Kernels, Pyramid
-from maskrcnn.postprocess import Detections
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 9  # exit code of a tool that found something

@@ -20,19 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arguments import numbers, sizes_hw
-from chart import Axis, Series, chart
 from contenders import newest_artefacts
-from evaluation import SIZE_HW, scored_by_pycocotools
-from evaluation_cases import simulated
-from progress import Progress
-from report import aligned, machine
+from evaluation import SIZE_HW, scored_by_pycocotools, simulated
+from report import Axis, Series, aligned, chart, machine
+from session import Progress, numbers, sizes_hw
 from timing import environment, time_in_turns
 from workloads import generated_images, size_name, take_size
 
 from maskrcnn.errors import told_to_the_user
 from maskrcnn.files import atomic_path, write_json
-from maskrcnn.postprocess import Detections
+from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries

@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from arguments import size_hw
+from session import size_hw
 from workloads import images_of_size
 
 from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import write_json
-from maskrcnn.postprocess import unpack
-from maskrcnn.preprocess import batch_images
+from maskrcnn.imaging.postprocess import unpack
+from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.onnxruntime_backend import session_options
-from maskrcnn.runtime.onnxruntime_providers import Provider, provider_named
+from maskrcnn.runtime.backends.onnxruntime import session_options
+from maskrcnn.runtime.backends.onnxruntime_providers import Provider, provider_named
 
 MODULES = {
     "backbone.body": "backbone",

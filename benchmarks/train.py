@@ -9,29 +9,288 @@ on those of `--data`. Before anything is timed, both trainers' losses on the fir
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from arguments import numbers, size_hw
 from measure import one_line
-from progress import Progress
+from report import aligned, machine, number
+from session import Progress, numbers, size_hw
 from timing import Samples, environment, percentile, time_in_turns
-from train_measure import peak_memory_mb, pipeline_images_per_s, stages_ms, synchronisations, wait
-from train_report import TrainingReport, TrainingRow, as_json, as_markdown, page
-from train_workload import SPLIT, Work, generated_dataset, make_work
-from trainers import OURS, THEIRS, TRAINERS, Trainer, compared_losses, write_weights
+from trainers import (
+    AS_IT_IS,
+    OURS,
+    SPLIT,
+    THEIRS,
+    TRAINERS,
+    OurTrainer,
+    Trainer,
+    Work,
+    compared_losses,
+    generated_dataset,
+    make_work,
+    write_weights,
+)
 
-from maskrcnn.config import TrainConfig
+from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
-from maskrcnn.errors import told_to_the_user
+from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.files import write_json
-from maskrcnn.options import assignments, merged
-from maskrcnn.recipes import SHAPES_SIZE_PX, SMALL_MODEL, training_config
-from maskrcnn.training.device import choose_device
+from maskrcnn.model import detector
+from maskrcnn.settings import assignments, merged
+from maskrcnn.training.distributed import choose_device
+from maskrcnn.training.loader import training_loader
+from maskrcnn.training.recipe import SHAPES_SIZE_PX, SMALL_MODEL, training_config
+from maskrcnn.training.samples import TrainingSamples
+
+# What is measured of a training step besides its latency: synchronisations, stages, memory, and the data's rate.
+
+_CHILD = Path(__file__).with_name("train_memory.py")
+_CHILD_TIMEOUT_S = 1800
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done everything that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def synchronisations(run: Callable[[], Any], device: torch.device) -> int | None:
+    """How often the host waits for the GPU during a call, by PyTorch's synchronisation debug mode; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    wait(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing cuda operation" in str(warning.message).lower() for warning in caught)
+
+
+def stages_ms(trainer: OurTrainer, work: Work, repeat: int) -> dict[str, float]:
+    """Where our step's time goes: median milliseconds of each of its stages, one after another.
+
+    The device is waited for after each stage, so on a GPU their sum exceeds the step's latency.
+    """
+    marks: list[tuple[str, float]] = []
+
+    def mark(name: str) -> None:
+        wait(trainer.device)
+        marks.append((name, time.perf_counter()))
+
+    rounds: dict[str, list[float]] = {}
+    with _marked(trainer, mark):
+        for _ in range(repeat):
+            marks.clear()
+            mark("start")
+            trainer.run(work)
+            mark("averages and statistics")
+            for (_, before), (name, after) in itertools.pairwise(marks):
+                rounds.setdefault(name, []).append(1000 * (after - before))
+    return {name: percentile(values, 50) for name, values in rounds.items()}
+
+
+@contextmanager
+def _marked(trainer: OurTrainer, mark: Callable[[str], None]) -> Iterator[None]:
+    """Calls `mark` at the end of each stage of the trainer's step for the time of the context."""
+
+    def marking(function: Callable, name: str, before: str | None = None) -> Callable:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            if before:
+                mark(before)
+            result = function(*arguments, **named)
+            mark(name)
+            return result
+
+        return wrapped
+
+    model, optimizer = trainer.model, trainer.optimizer
+    patches = [
+        mock.patch.object(model, "features", marking(model.features, "backbone and FPN", "transfer and layout")),
+        mock.patch.object(model.rpn, "forward", marking(model.rpn.forward, "RPN head")),
+        mock.patch.object(detector, "rpn_losses", marking(detector.rpn_losses, "RPN losses")),
+        mock.patch.object(model.rpn, "proposals", marking(model.rpn.proposals, "proposals")),
+        mock.patch.object(detector, "roi_losses", marking(detector.roi_losses, "RoI heads and losses")),
+        mock.patch.object(optimizer, "step", marking(optimizer.step, "optimizer", "backward and clipping")),
+    ]
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def pipeline_images_per_s(config: TrainConfig, seconds: float) -> float:
+    """Images per second that our data loader delivers with `config.workers`, nothing else running.
+
+    Measured from the second batch on, over whole batches, for about so many seconds.
+    """
+    dataset = CocoDataset.load(config.data, config.train_split)
+    samples = TrainingSamples(dataset, config.model.preprocessing, augment=AS_IT_IS, seed=config.seed)
+    loader, sampler = training_loader(samples, batch_size=config.batch_size, workers=config.workers, pin_memory=False)
+    images, began = 0, None
+    while True:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            now = time.perf_counter()
+            if began is None:
+                began = now
+                continue
+            images += len(batch.image_ids)
+            if now - began > seconds:
+                return images / (now - began)
+        sampler.epoch += 1
+
+
+def peak_memory_mb(config: TrainConfig, weights: Path, trainer: str, precision: str, steps: int) -> float | str:
+    """Memory that a trainer takes in a process of its own, MB, or why it is not known.
+
+    On a GPU the most that PyTorch has allocated; on a CPU how far the process's memory rises above what it was before
+    the model was made.
+    """
+    with tempfile.TemporaryDirectory(prefix="maskrcnn-train-memory-") as folder:
+        task = Path(folder) / "task.json"
+        names = {"trainer": trainer, "weights": str(weights), "precision": precision, "steps": steps}
+        write_json(task, {"config": to_dict(config), **names})
+        command = [sys.executable, str(_CHILD), str(task)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"more than {_CHILD_TIMEOUT_S} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    return answer["peak_mb"] if answer["peak_mb"] is not None else "this system does not tell"
+
+
+# What a training benchmark measured, as JSON and as a Markdown page.
+
+SCHEMA = 1
+TIMED = (
+    "one optimizer step, from a batch of resized images in the host's memory: transfer, forward, losses, backward and "
+    "update. Ours takes object masks as crops; torchvision's takes them at image size, as its reference does, and "
+    "resizes images and masks once more inside the model, to the size that they have"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow:
+    """One trainer, in one precision."""
+
+    trainer: str
+    precision: str
+    status: str  # "ok" or "not run"
+    reason: str = ""
+    steps: int = 0
+    p50_s: float | None = None
+    p90_s: float | None = None
+    images_per_s: float | None = None
+    times_torchvision: float | None = None  # median over rounds of torchvision's latency divided by this one's
+    times_torchvision_p10: float | None = None
+    times_torchvision_p90: float | None = None
+    peak_memory_mb: float | None = None
+    synchronisations: int | None = None  # per step; None on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """One model on one workload."""
+
+    model: str
+    workload: str
+    size_hw: tuple[int, int]  # of the first batch, padded
+    batch: int
+    objects_per_image: float
+    device: str
+    batch_norm: str
+    trainable_stages: int
+    losses: dict[str, dict[str, float]]  # of both trainers on the first batch, before timing
+    rows: tuple[TrainingRow, ...]
+    stages_ms: dict[str, dict[str, float]]  # of our step, by precision
+    workers: int
+    pipeline_images_per_s: float | None
+    notes: tuple[str, ...] = ()
+
+
+def as_json(reports: Sequence[TrainingReport], environment: dict[str, Any]) -> dict[str, Any]:
+    """Everything, for a machine."""
+    content = [dataclasses.asdict(report) for report in reports]
+    return {"schema": SCHEMA, "timed": TIMED, "environment": environment, "reports": content}
+
+
+def as_markdown(report: TrainingReport) -> str:
+    """The table of a report, with what was checked before and what limits our step."""
+    height, width = report.size_hw
+    sums = " and ".join(f"{name} {losses['sum']:.4f}" for name, losses in report.losses.items())
+    lines = [
+        f"## {report.model}, {report.batch} × {height}×{width}, {report.device}",
+        "",
+        aligned([name for name, _ in _COLUMNS], [[show(row) for _, show in _COLUMNS] for row in report.rows]),
+        "",
+        f"- Workload: {report.workload}, {report.objects_per_image:.1f} objects per image; batch norm "
+        f"{report.batch_norm}, {report.trainable_stages} of 5 backbone stages train.",
+        f"- Loss of the first batch with the same weights and fixed batch norm: {sums or 'not computed'}.",
+        *(_stages(precision, stages) for precision, stages in report.stages_ms.items()),
+    ]
+    if report.pipeline_images_per_s is not None:
+        rate = f"{report.pipeline_images_per_s:.1f} images/s with {report.workers} worker(s)"
+        lines.append(f"- Our data loader by itself: {rate}.")
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
+
+
+def page(reports: Sequence[TrainingReport], environment: dict[str, Any]) -> str:
+    """All reports with what was timed and where."""
+    notes = [
+        f"- Timed: {TIMED}.",
+        "- The trainers take turns, step by step. × torchvision: torchvision's latency divided by the row's in the "
+        "same round, its median, and in brackets the 10th and 90th percentile. Above 1 the row is faster.",
+        "- Peak memory: in a process of its own; on a CPU its growth from before the model is made, on a GPU what "
+        "PyTorch has allocated. Synchronisations: times per step that the host waits for the GPU.",
+        *machine(environment),
+    ]
+    return "\n".join(["# Training step", "", *(as_markdown(report) for report in reports), *notes, ""])
+
+
+def _stages(precision: str, stages: dict[str, float]) -> str:
+    total = sum(stages.values())
+    parts = ", ".join(f"{name} {value:.0f} ms ({value / total:.0%})" for name, value in stages.items())
+    return f"- Stages of our step in {precision}, one after another: {parts}."
+
+
+def _ratio(row: TrainingRow) -> str:
+    if row.times_torchvision is None:
+        return ""
+    return f"{row.times_torchvision:.2f} ({row.times_torchvision_p10:.2f}–{row.times_torchvision_p90:.2f})"
+
+
+_COLUMNS: list[tuple[str, Callable[[TrainingRow], str]]] = [
+    ("trainer", lambda row: row.trainer),
+    ("precision", lambda row: row.precision),
+    ("steps", lambda row: str(row.steps or "")),
+    ("p50 s", number("p50_s", ".3f")),
+    ("p90 s", number("p90_s", ".3f")),
+    ("images/s", number("images_per_s", ".2f")),
+    ("× torchvision", _ratio),
+    ("peak MB", number("peak_memory_mb", ".0f")),
+    ("syncs", number("synchronisations", "d")),
+    ("status", lambda row: f"{row.status}: {row.reason}".replace("|", "/") if row.reason else row.status),
+]
+
 
 _RESNET50 = "maskrcnn_resnet50_fpn"
 _RESNET50_SIZE_HW = (800, 1088)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from resident import forget_peak, resident_mb
-from train_workload import make_work
-from trainers import TRAINERS
+from trainers import TRAINERS, make_work
 
 from maskrcnn.config import TrainConfig, from_dict
-from maskrcnn.training.device import choose_device
+from maskrcnn.training.distributed import choose_device
 
 
 def peak_mb(task: dict) -> float | None:

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 from contenders import Artefacts, validation_split
 from making import Order, make_files
-from progress import Progress
 from random_weights import calibrated_state_dict
+from session import Progress
 
-from maskrcnn.checkpoint import SUFFIX, load_weights, save_checkpoint
 from maskrcnn.config import model_config
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import shapes_image
+from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear, resized_size
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing, resize_bilinear, resized_size
 from maskrcnn.runtime import Detector
+from maskrcnn.weights.checkpoint import SUFFIX, load_weights, save_checkpoint
 
 POOL = 8  # distinct images that are timed; all fit the caches of shapes that libraries keep
 _GENERATED_SIZE_HW = (128, 128)

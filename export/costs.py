@@ -9,9 +9,8 @@ import onnx
 import onnx_ir
 from onnxscript import optimizer
 
-from maskrcnn.export.graph import Graph, copy_of
-from maskrcnn.export.shapes import is_static, tensor_types, with_shapes
-from maskrcnn.export.tensorrt import take_all_rows
+from maskrcnn.export.graph import Graph, copy_of, is_static, tensor_types, with_shapes
+from maskrcnn.export.tensorrt.flavour import take_all_rows
 from maskrcnn.stages import LEVELS
 
 # Each stage is what its tensors need and no stage before it needed.

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import numpy_helper, shape_inference
 
 from maskrcnn.metadata import KEY, ModelMetadata
+from maskrcnn.plugins import contract
 
 
 class Graph:
@@ -104,3 +105,93 @@ def op_counts(proto: onnx.ModelProto) -> Counter[str]:
 def set_metadata(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
     """Replaces the model's metadata."""
     onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
+
+
+# Types, shapes and constants of the tensors of a graph, those that our own nodes make included.
+
+# Letters of contract shapes that no input has, with the attribute of each; of a list, the first number.
+_LENGTHS_BY_ATTRIBUTE = (("S", "output_size"), ("S", "pooled_shape"), ("M", "max_output"))
+
+
+def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every tensor has the type and shape that can be inferred, our nodes' outputs among them.
+
+    ONNX knows nothing of our nodes once their functions are gone, so their shapes come from the contract.
+    """
+    inferred = shape_inference.infer_shapes(proto, data_prop=True)
+    graph = inferred.graph
+    while _describe_plugin_outputs(graph, by_shape=True) or _describe_plugin_outputs(graph, by_shape=False):
+        inferred = shape_inference.infer_shapes(inferred, data_prop=True)
+        graph = inferred.graph
+    return inferred
+
+
+def tensor_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Type and shape of every tensor of which the graph says them, initializers included."""
+    known = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+    for tensor in graph.initializer:
+        known[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims)).tensor_type
+    return known
+
+
+def is_static(kind: onnx.TypeProto.Tensor | None) -> bool:
+    """Whether every length of a shape is a number."""
+    return kind is not None and kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim)
+
+
+def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto | onnx.AttributeProto]:
+    """Every initializer, and the value of every `Constant` node, by tensor name."""
+    constants: dict[str, onnx.TensorProto | onnx.AttributeProto] = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute:
+            attribute = node.attribute[0]
+            constants[node.output[0]] = attribute.t if attribute.name == "value" else attribute
+    return constants
+
+
+def constant_value(constant: onnx.TensorProto | onnx.AttributeProto) -> np.ndarray:
+    """The array that `constants_of` found."""
+    if isinstance(constant, onnx.TensorProto):
+        return numpy_helper.to_array(constant)
+    return np.asarray(onnx.helper.get_attribute_value(constant))
+
+
+def _describe_plugin_outputs(graph: onnx.GraphProto, *, by_shape: bool) -> bool:
+    """Adds types and shapes of our nodes' outputs where the inputs' are known; whether there was anything to add.
+
+    Args:
+        graph: the graph, which is changed.
+        by_shape: wait for the inputs' shapes; else their types are enough.
+    """
+    known, new = tensor_types(graph), False
+    outputs = {value.name: value for value in graph.output}
+    for node in graph.node:
+        op = contract.ALL_OPS.get(node.op_type) if node.domain == contract.DOMAIN else None
+        if op is None or not all(name in known for name in node.input):
+            continue
+        if by_shape and not all(known[name].HasField("shape") for name in node.input):
+            continue
+        lengths = _lengths(op, node, known)
+        for name, tensor in zip(node.output, op.outputs, strict=False):
+            if name not in known or not known[name].HasField("shape"):
+                kind = known[node.input[0]].elem_type
+                if tensor.dtype != "float":  # "float" stands for the features' own type
+                    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+                shape = [lengths.get(letter) if isinstance(letter, str) else letter for letter in tensor.shape]
+                described = onnx.helper.make_tensor_value_info(name, kind, shape)
+                (outputs[name] if name in outputs else graph.value_info.add()).CopyFrom(described)
+                new = True
+    return new
+
+
+def _lengths(op: contract.Op, node: onnx.NodeProto, known: dict[str, onnx.TypeProto.Tensor]) -> dict[str, str | int]:
+    """What the letters of the op's shapes stand for at this node: numbers, or symbols of the graph."""
+    variadic = len(node.input) - len(op.inputs) + 1
+    inputs = [tensor for tensor in op.inputs for _ in range(variadic if tensor.variadic else 1)]
+    attributes = {a.name: a.ints[0] if a.ints else a.i for a in node.attribute}
+    found: dict[str, str | int] = {}
+    for tensor, name in zip(inputs, node.input, strict=False):
+        for letter, dim in zip(tensor.shape, known[name].shape.dim, strict=False):
+            if isinstance(letter, str) and (dim.dim_value or (dim.dim_param and letter not in found)):
+                found[letter] = dim.dim_value or dim.dim_param  # a number says more than a symbol
+    return found | {k: attributes[v] for k, v in _LENGTHS_BY_ATTRIBUTE if v in attributes}

@@ -15,13 +15,12 @@ import onnx
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.costs import COUNTED, Costs, costs_of
-from maskrcnn.export.graph import Graph, copy_of, op_counts
+from maskrcnn.export.graph import Graph, copy_of, op_counts, tensor_types, with_shapes
 from maskrcnn.export.placement import Placement, placements
-from maskrcnn.export.shapes import tensor_types, with_shapes
-from maskrcnn.export.tensorrt import take_all_rows
+from maskrcnn.export.tensorrt.flavour import take_all_rows
+from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
-from maskrcnn.preprocess import Preprocessing, resized_size
-from maskrcnn.runtime.backend import TensorSpec, detector_specs
+from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
 from maskrcnn.runtime.engine_files import engine_metadata
 
 _PHOTO_HW = (480, 640)  # a common format of pictures, for the default input size
@@ -216,7 +215,7 @@ def _inspect_engine(path: Path) -> Inspection:
         bytes=path.stat().st_size + weights.stat().st_size,
         metadata=metadata,
         inputs={layer.get("name", ""): _port_text(layer) for layer in layers if layer.get("type") == "Parameter"},
-        outputs={  # without those that keep coordinates in single precision, see runtime/engine.py
+        outputs={  # without those that keep coordinates in single precision, see runtime/build/openvino.py
             layer.get("output_names", ""): _port_text(layer)
             for layer in layers
             if layer.get("type") == "Result" and layer.get("output_names") in detector_specs(metadata)[1]

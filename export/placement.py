@@ -13,8 +13,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
-from maskrcnn.runtime.onnxruntime_backend import session_options
+from maskrcnn.runtime.backends.onnxruntime import session_options
+from maskrcnn.runtime.backends.onnxruntime_providers import RECORD, Placement, placement_in
 
 TIMEOUT_S = 300.0  # for one provider; TensorRT builds engines when a session is made
 _CPU = "CPUExecutionProvider"

@@ -14,19 +14,28 @@ import onnx
 from maskrcnn.data.images import images_in
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import set_metadata
-from maskrcnn.export.lint import LintReport, lint
-from maskrcnn.export.observe import feeds_from_files, largest_magnitudes, observe
-from maskrcnn.export.precision import HALF_TYPES, CastReport, candidates, simulate_half, to_half
-from maskrcnn.export.quantize import DEFAULT_KEEP, QuantizationReport, ranges, symmetric, to_int8, values_to_observe
-from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.passes.precision import HALF_TYPES, CastReport, candidates, simulate_half, to_half
+from maskrcnn.export.passes.quantize import (
+    DEFAULT_KEEP,
+    QuantizationReport,
+    feeds_from_files,
+    largest_magnitudes,
+    observe,
+    ranges,
+    symmetric,
+    to_int8,
+    values_to_observe,
+)
+from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
+from maskrcnn.export.tensorrt.lint import LintReport, lint
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata, sha256_of
-from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.backends.base import Backend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 from maskrcnn.runtime.onnx_file import check_portable, read_model
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend
 from maskrcnn.runtime.verification.compare import HALF, INT8, Difference, Tolerance, compare_outputs, merge
-from maskrcnn.runtime.verification.validation import validation_batches
+from maskrcnn.runtime.verification.inputs import validation_batches
 
 Outputs = dict[str, np.ndarray]  # and inputs, by name
 CALIBRATION_IMAGES = 64

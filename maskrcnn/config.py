@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.field_values import typed
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.settings import typed
 from maskrcnn.stages import LEVELS
 
 RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))

@@ -25,6 +25,11 @@ class UserError(Exception):
         return type(self), (self.came, self.expected, self.do)
 
 
+def missing_library(name: str, enables: str, install: str) -> UserError:
+    """The error for a backend whose library is not installed."""
+    return UserError(f"no Python package {name}", f"{name}, to {enables}", f"`{install}`; see `maskrcnn doctor`")
+
+
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
     """A `UserError` inside this context ends the program: its text on standard error, exit code 1."""

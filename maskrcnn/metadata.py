@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
 
 KEY = "maskrcnn"  # under which the JSON is stored in safetensors, ONNX and OpenVINO files
 CONTRACT = 1  # version of the tensors' names and meanings, see docs/architecture.md

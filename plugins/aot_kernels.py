@@ -15,7 +15,7 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.plugins import contract
-from maskrcnn.plugins.cache import SOURCES
+from maskrcnn.plugins.build import SOURCES
 
 MOST_LEVELS = 16  # as MASKRCNN_MAX_LEVELS of csrc/kernels.h
 FEATURES = {"float32": "float", "float16": "maskrcnn::Half", "bfloat16": "maskrcnn::BFloat16"}

@@ -8,18 +8,139 @@ for those who have their own build.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path
-from maskrcnn.plugins import cache
+from maskrcnn.files import atomic_path, make_folder, write_json
 from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Absence, Toolchain
+
+# Where compiled plugins are kept: a folder for each set of sources, compiler, architectures and flags.
+#
+# A folder appears whole or not at all, so any number of processes can build at the same time: they compile in folders
+# of their own, and the first to finish is kept.
+
+SOURCES = Path(__file__).with_name("csrc")
+RECORD = "build.json"  # in each folder: what it was made from
+
+
+def folder() -> Path:
+    """`plugins` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn.
+
+    Raises:
+        UserError: for a user without a home folder, where the variable is not set.
+    """
+    root = os.environ.get("MASKRCNN_CACHE")
+    try:
+        return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "plugins"
+    except RuntimeError as error:
+        came = "no home folder to keep compiled plugins in"
+        raise UserError(came, "one, or MASKRCNN_CACHE", "set MASKRCNN_CACHE to a folder of this user alone") from error
+
+
+def sources_hash(paths: Iterable[Path]) -> str:
+    """A hash over names and bytes of source files, and of all headers, as any of them may include any."""
+    digest = hashlib.sha256()
+    headers = (path for suffix in ("h", "cuh") for path in SOURCES.rglob(f"*.{suffix}"))
+    for path in sorted({*paths, *headers}):
+        digest.update(os.path.relpath(path, SOURCES).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def key_of(record: Mapping[str, Any]) -> str:
+    """The name of the folder for what a record says."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def find(record: Mapping[str, Any], name: str) -> Path | None:
+    """A file made from exactly this, or None."""
+    path = folder() / key_of(record) / name
+    return path if path.is_file() else None
+
+
+def records() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every folder with its record, the newest first; none where there can be no cache."""
+    found = []
+    try:
+        paths = list(folder().glob(f"[!.]*/{RECORD}"))
+    except (OSError, UserError):
+        paths = []
+    for path in paths:
+        try:
+            found.append((path.stat().st_mtime, path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError):  # removed meanwhile, or not ours
+            continue
+    yield from ((parent, record) for _, parent, record in sorted(found, key=lambda entry: entry[0], reverse=True))
+
+
+def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *, force: bool = False) -> Path:
+    """The file of this record; `make` writes it to the path it is given, unless it is there.
+
+    Args:
+        record: what the file depends on, as JSON holds it.
+        name: of the file.
+        make: may write further files beside it; may raise, and then nothing is kept.
+        force: make it even if it is there.
+
+    Raises:
+        UserError: where the cache's folder cannot be made or written to.
+    """
+    if not force and (path := find(record, name)):
+        return path
+    make_folder(folder())
+    with _draft() as draft:
+        make(draft / name)
+        write_json(draft / RECORD, dict(record))
+        final = folder() / key_of(record)
+        try:
+            os.rename(draft, final)
+        except OSError:  # the folder is there: another process was faster, or it is to be replaced, or broken
+            while force or not (final / name).is_file():
+                _set_aside(final)
+                try:
+                    os.rename(draft, final)
+                    break
+                except OSError:
+                    if not final.exists():
+                        raise
+                    force = False  # somebody else's came between, which is as fresh as ours
+    return final / name
+
+
+@contextmanager
+def _draft() -> Iterator[Path]:
+    try:
+        path = Path(tempfile.mkdtemp(dir=folder(), prefix=".draft-"))
+    except OSError as error:
+        came, expected = f"{folder()} cannot be written to ({error.strerror})", "a folder for compiled plugins"
+        raise UserError(came, expected, "set MASKRCNN_CACHE to another folder") from error
+    try:
+        path.chmod(0o755)  # mkdtemp's own mode would hide a shared cache from other users
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Removes a folder, under another name first: whoever has its library open keeps it."""
+    aside = path.with_name(f".old-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
 
 # Of the GPUs that this package meets: Turing, Ampere (data centre, others), Ada, Hopper, Blackwell (the same two).
 COMMON_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -100,7 +221,7 @@ def build_library(
     """
     kind = Library(kind)
     record = _record(kind, architectures(toolchain, arch), toolchain)
-    path = cache.store(record, kind.file_name, lambda draft: _compile(kind, record, toolchain, draft), force=force)
+    path = store(record, kind.file_name, lambda draft: _compile(kind, record, toolchain, draft), force=force)
     if out is None:
         return path
     for name in (*kind.companions, kind.file_name):
@@ -112,7 +233,7 @@ def build_library(
 def cached_library(kind: str | Library, *, arch: Sequence[int], toolchain: Toolchain) -> Path | None:
     """The library that `build_library` would not have to compile, or None."""
     kind = Library(kind)
-    return cache.find(_record(kind, architectures(toolchain, arch), toolchain), kind.file_name)
+    return find(_record(kind, architectures(toolchain, arch), toolchain), kind.file_name)
 
 
 def find_library(kind: str | Library, arch: int | None = None, *, tensorrt: str | None = None) -> Path | None:
@@ -128,9 +249,9 @@ def find_library(kind: str | Library, arch: int | None = None, *, tensorrt: str 
         The newest that fits, or None.
     """
     kind = Library(kind)
-    sources = cache.sources_hash(source_files(kind))
+    sources = sources_hash(source_files(kind))
     fitting = []
-    for folder, record in cache.records():
+    for folder, record in records():
         path = folder / kind.file_name
         compiled_for = record.get("architectures") or [0]
         is_ours = record.get("library") == kind.value and record.get("sources") == sources
@@ -159,7 +280,7 @@ def runs_on(compiled_for: Sequence[int], arch: int) -> bool:
 def source_files(kind: Library) -> list[Path]:
     """The files that a library is compiled from."""
     suffixes = ("cu", "cpp") if kind is Library.PLUGINS else ("cu",)
-    found = [path for suffix in suffixes for path in cache.SOURCES.rglob(f"*.{suffix}")]
+    found = [path for suffix in suffixes for path in SOURCES.rglob(f"*.{suffix}")]
     return sorted(path for path in found if path.name != "aot.cu")  # which NVRTC compiles, op by op
 
 
@@ -170,7 +291,7 @@ def _record(kind: Library, arch: tuple[int, ...], toolchain: Toolchain) -> dict[
     record = {
         "library": kind.value,
         "architectures": list(arch),
-        "sources": cache.sources_hash(source_files(kind)),
+        "sources": sources_hash(source_files(kind)),
         "compiler": f"nvcc {toolchain.nvcc.version}",
         "host_compiler": str(toolchain.host_compiler),
         "flags": list(FLAGS),
@@ -186,7 +307,7 @@ def _compile(kind: Library, record: dict[str, Any], toolchain: Toolchain, output
     common = _command(kind, record["architectures"], toolchain)
     _run([*common, "-o", str(output), *map(str, source_files(kind))], output)
     if kind is Library.PLUGINS:
-        beside, source = output.with_name(_REGISTER), str(cache.SOURCES / "tensorrt" / "register.cpp")
+        beside, source = output.with_name(_REGISTER), str(SOURCES / "tensorrt" / "register.cpp")
         _run([*common, "-DMASKRCNN_REGISTER_WHEN_LOADED", "-o", str(beside), source], beside)
 
 
@@ -195,7 +316,7 @@ def _command(kind: Library, arch: Sequence[int], toolchain: Toolchain) -> list[s
     nvcc, newest = _nvcc(toolchain).path, max(arch)
     codes = [(number, f"sm_{number}") for number in arch] + [(newest, f"compute_{newest}")]
     targets = [word for number, code in codes for word in ("-gencode", f"arch=compute_{number},code={code}")]
-    includes = [f"-I{cache.SOURCES}"]
+    includes = [f"-I{SOURCES}"]
     if kind is Library.PLUGINS:
         includes += ["-isystem", str(toolchain.tensorrt.folder)]
     # A wheel's nvcc looks for the CUDA runtime in lib64, but its wheel brings lib.

@@ -230,13 +230,13 @@ class Kernels:
         swap_channels: bool = False,
         stream: int = 0,
     ) -> None:
-        """One image of the detector's input: `maskrcnn.preprocess.batch_images`, but for Pillow's way of resizing.
+        """One image of the detector's input: `batch_images`, but for Pillow's way of resizing.
 
         Args:
             image: address of uint8 `[H, W, 3]`.
             size_hw: H and W.
             padded: address of the result, float32 `[3, padded height, padded width]`, 0–255, zeros where no image is.
-            resized_hw: size of the image in it, from `maskrcnn.preprocess.resized_size`.
+            resized_hw: size of the image in it, from `maskrcnn.imaging.preprocess.resized_size`.
             padded_hw: size of the result, at least that.
             swap_channels: write BGR for RGB.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.plugins import cache
+from maskrcnn.plugins import build
 from maskrcnn.plugins.aot_kernels import Kernel
 from maskrcnn.plugins.toolchain import NVRTC, Toolchain
 
@@ -72,7 +72,7 @@ def compile_kernel(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Im
         UserError: without a compiler, and when it fails.
     """
     compile_to = _by_nvrtc if toolchain.nvrtc else _by_nvcc
-    path = cache.store(
+    path = build.store(
         _record(kernel, arch, toolchain, image),
         _file_name(kernel, image),
         lambda draft: compile_to(kernel, arch, toolchain, image, draft),
@@ -83,7 +83,7 @@ def compile_kernel(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Im
 
 def is_cached(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Image) -> bool:
     """Whether `compile_kernel` would have nothing to do."""
-    return cache.find(_record(kernel, arch, toolchain, image), _file_name(kernel, image)) is not None
+    return build.find(_record(kernel, arch, toolchain, image), _file_name(kernel, image)) is not None
 
 
 def compiler_name(toolchain: Toolchain) -> str:
@@ -103,7 +103,7 @@ def _record(kernel: Kernel, arch: int, toolchain: Toolchain, image: Image) -> di
         "defines": dict(kernel.defines),
         "architecture": arch,
         "image": image.value,
-        "sources": cache.sources_hash([kernel.source]),
+        "sources": build.sources_hash([kernel.source]),
         "compiler": compiler_name(toolchain),
     }
 

@@ -7,7 +7,7 @@
 Importing this package needs NumPy only; a backend's library is imported when a model is loaded.
 """
 
-from maskrcnn.runtime.backend import Backend, TensorSpec
+from maskrcnn.runtime.backends.base import Backend, TensorSpec
 from maskrcnn.runtime.detector import BACKENDS, Detector
 
 __all__ = ["BACKENDS", "Backend", "Detector", "TensorSpec"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.postprocess import Detections, unpack
-from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.backends.base import Backend
 
 # Kinds of model file, and the backends that run them; the first is the default.
 BACKENDS = {
@@ -82,18 +82,18 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
         came, do = f"a provider for {path} in {chosen}", "leave it out, or name an ONNX file and --backend onnxruntime"
         raise UserError(came, "ONNX Runtime, whose providers they are", do)
     if chosen == "torch":
-        from maskrcnn.runtime.torch_backend import TorchBackend
+        from maskrcnn.runtime.backends.torch import TorchBackend
 
         return TorchBackend.load(path, **options)
     if chosen == "onnxruntime":
-        from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+        from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(path, **options)
     if chosen == "tensorrt":
-        from maskrcnn.runtime.trt.backend import TensorRtBackend
+        from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend(path, **options)
-    from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+    from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 
     return OpenVinoBackend(path, **options)
 

@@ -9,12 +9,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 from maskrcnn.errors import UserError
-from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.openvino_file import metadata_of_xml
-from maskrcnn.runtime.trt.library import Gpu, check_stamp
-from maskrcnn.runtime.trt.plan import metadata_path
+from maskrcnn.metadata import KEY, ModelMetadata, not_ours
+from maskrcnn.runtime.backends.tensorrt_engine import metadata_path
+from maskrcnn.runtime.backends.tensorrt_library import Gpu, check_stamp
+
+# What an OpenVINO engine's XML says of itself, read without OpenVINO.
+
+
+def metadata_of_xml(path: Path) -> ModelMetadata:
+    """The metadata of an engine, on any machine: whether it runs here is not asked.
+
+    Raises:
+        UserError: for a file that is no XML, or not ours.
+    """
+    try:
+        entry = ElementTree.parse(path).getroot().find(f"rt_info/{KEY}")
+    except ElementTree.ParseError as error:
+        raise not_ours(path, f"no XML ({error})") from error
+    if entry is None:
+        raise not_ours(path, "an OpenVINO model without maskrcnn's metadata")
+    return ModelMetadata.from_json(entry.get("value", ""), path)
+
 
 _REJECTED = ".rejected"  # in the name of an engine that departed from its ONNX file when it was built
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
-from maskrcnn.checkpoint import save_checkpoint
-from maskrcnn.data.figures import generate_figures
+from maskrcnn.data.poses import generate_figures
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.weights.checkpoint import save_checkpoint
 
 
 def exported_beside_checkpoint(model: MaskRCNN, folder: Path) -> Path:
@@ -43,8 +43,8 @@ def checkpoint(tmp_path_factory, model) -> Path:
 
 @pytest.fixture(scope="session")
 def onnx_file(tmp_path_factory, checkpoint) -> Path:
-    from maskrcnn.checkpoint import load_checkpoint
     from maskrcnn.export.exporter import export_onnx
+    from maskrcnn.weights.checkpoint import load_checkpoint
 
     path = tmp_path_factory.mktemp("export") / "model.onnx"
     export_onnx(load_checkpoint(checkpoint), path, source=checkpoint)

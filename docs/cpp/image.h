@@ -1,4 +1,4 @@
-// Images for the detector: read from PPM files, resized and padded as maskrcnn/preprocess.py does it.
+// Images for the detector: read from PPM files, resized and padded as maskrcnn/imaging/preprocess.py does it.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Masks of detections as pixels of the image, pasted as maskrcnn/pasting.py does it, and PGM files of them.
+// Masks of detections as pixels of the image, pasted as maskrcnn/imaging/paste.py does it, and PGM files of them.
 
 #pragma once
 

@@ -20,20 +20,24 @@ import numpy as np
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from maskrcnn.data.coco_file import (
+from maskrcnn.data.annotations import (
     LAYOUT,
     TOP_LEVEL_KEYS,
+    AnnotationError,
+    CategoryKeypoints,
+    Segmentation,
     are_boxes_only,
     categories_of,
     checked_annotation,
+    checked_keypoints,
+    compressed_rle,
     images_of,
+    keypoints_of,
     read_json,
     require_files,
     required,
     usable_id,
 )
-from maskrcnn.data.coco_keypoints import CategoryKeypoints, checked_keypoints, keypoints_of
-from maskrcnn.data.segmentation import AnnotationError, Segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
 _PREFIX = "instances_"  # of annotation files

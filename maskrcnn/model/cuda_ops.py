@@ -142,7 +142,7 @@ def resize_pad(
     *,
     swap_channels: bool = False,
 ) -> None:
-    """One image of the detector's input: `maskrcnn.preprocess.batch_images`, but for Pillow's way of resizing.
+    """One image of the detector's input: `maskrcnn.imaging.preprocess.batch_images`, but for Pillow's way of resizing.
 
     Args:
         image: uint8 `[H, W, 3]`, contiguous.

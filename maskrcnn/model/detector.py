@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from maskrcnn.config import LossConfig, ModelConfig
 from maskrcnn.model import roi_heads, rpn
-from maskrcnn.model.backbones import Backbone
+from maskrcnn.model.backbone import Backbone
 from maskrcnn.model.losses import Share, Truth, own_count, roi_losses, rpn_losses
 from maskrcnn.model.roi_heads import RoiHeads
 from maskrcnn.model.rpn import RegionProposalNetwork

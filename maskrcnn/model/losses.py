@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from maskrcnn.config import LossConfig
 from maskrcnn.model.boxes import decode_boxes, encode_boxes, pairwise_iou, take_rows
-from maskrcnn.model.heatmaps import cells_from_keypoints
-from maskrcnn.model.mask_targets import mask_targets
-from maskrcnn.model.sampling import match_anchors, sample_balanced
+from maskrcnn.model.roi_heads import cells_from_keypoints
+from maskrcnn.model.targets import mask_targets, match_anchors, sample_balanced
 
 if TYPE_CHECKING:
     from maskrcnn.model.roi_heads import RoiHeads

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import load_weights, read_tensors, write_tensors
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
-from maskrcnn.field_values import typed
+from maskrcnn.settings import typed
 from maskrcnn.training.step import Step
+from maskrcnn.weights.checkpoint import load_weights, read_tensors, write_tensors
 
 
 @dataclass

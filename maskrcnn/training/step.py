@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from maskrcnn.config import LossConfig, TrainConfig
-from maskrcnn.data.loader import Batch
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training.distributed import Processes
+from maskrcnn.training.loader import Batch
 from maskrcnn.training.optimizer import AveragedWeights
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,23 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import load_weights, save_checkpoint
+from maskrcnn.cli.progress import epoch_progress, table_line
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.loader import Batch, TrainingSamples, training_loader
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training import state
-from maskrcnn.training.device import choose_device, choose_precision, choose_workers
-from maskrcnn.training.distributed import Processes
-from maskrcnn.training.logbook import Logbook, Picture
-from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, make_optimizer
-from maskrcnn.training.pictures import pictures_of_samples
-from maskrcnn.training.progress import epoch_progress, table_line
-from maskrcnn.training.readout import Readout
-from maskrcnn.training.schedule import learning_rate
+from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
+from maskrcnn.training.loader import Batch, TrainingSamples, training_loader
+from maskrcnn.training.logbook import Logbook, Picture, Readout, pictures_of_samples
+from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
 from maskrcnn.training.step import Step
+from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
 # Evaluates a model and returns at least "box_ap", for one with masks "mask_ap", and for one with keypoints
 # "keypoint_ap", in [0, 1]; the same in every process.

@@ -1,4 +1,4 @@
-// Linear interpolation along one axis, in the arithmetic of maskrcnn.preprocess.linear_taps.
+// Linear interpolation along one axis, in the arithmetic of maskrcnn.imaging.preprocess.linear_taps.
 
 #ifndef MASKRCNN_LINEAR_H
 #define MASKRCNN_LINEAR_H

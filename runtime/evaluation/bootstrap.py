@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.evaluation.average_precision import average_precision
-from maskrcnn.runtime.evaluation.match_records import IGNORED, TRUE, MatchRecords
+from maskrcnn.runtime.evaluation.matching import IGNORED, TRUE, MatchRecords
+from maskrcnn.runtime.evaluation.scoring import average_precision
 
 RESAMPLES = 1000
 LEVEL = 0.95

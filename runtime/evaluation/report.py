@@ -2,19 +2,271 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from maskrcnn.data.images import read_image
+from maskrcnn.errors import UserError
+from maskrcnn.imaging.draw import Colour, Mark, figure_of, marked
 from maskrcnn.runtime.evaluation.bootstrap import RESAMPLES, interval_of_ap
-from maskrcnn.runtime.evaluation.confusion import Confusion, confusion
-from maskrcnn.runtime.evaluation.differences import Difference
-from maskrcnn.runtime.evaluation.gallery import ImageFile, gallery
-from maskrcnn.runtime.evaluation.image_scores import image_scores
+from maskrcnn.runtime.evaluation.differences import Difference, ImageScores, image_scores
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.matching import (
+    FALSE,
+    IGNORED,
+    TRUE,
+    MatchRecords,
+    Side,
+    candidates,
+    choices,
+    sorted_side,
+)
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+from maskrcnn.runtime.evaluation.results_file import Results
 from maskrcnn.runtime.evaluation.scoring import Scored
-from maskrcnn.runtime.evaluation.svg_curves import curves
-from maskrcnn.runtime.html_parts import page, row, table, text
+from maskrcnn.runtime.html import page, picture, row, table, text
+
+# Which classes are taken for which.
+
+
+@dataclass(frozen=True, eq=False)
+class Confusion:
+    """Counts at one threshold of overlap and of score."""
+
+    matrix: np.ndarray  # [K + 1, K + 1] int64: rows are true classes and nothing, columns detected classes and missed
+    min_overlap: float
+    min_score: float
+
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """Pairs of different classes (true, detected, count), the most frequent first."""
+        inner = self.matrix[:-1, :-1] * ~np.eye(len(self.matrix) - 1, dtype=bool)
+        rows, columns = np.nonzero(inner)
+        order = np.argsort(-inner[rows, columns], kind="stable")
+        return [(int(rows[k]), int(columns[k]), int(inner[rows[k], columns[k]])) for k in order]
+
+
+def confusion(truth: GroundTruth, results: Results, records: MatchRecords, min_score: float) -> Confusion:
+    """The matrix at the lowest threshold of overlap, 0.5.
+
+    The diagonal are COCO's true positives. What is left of detections then looks for what is left of objects,
+    whatever their class: that is a confusion; the rest is made up or missed. Crowds are left out.
+
+    Args:
+        truth, results, records: of one scoring.
+        min_score: the lowest score of a detection that is counted.
+    """
+    overlap = float(records.protocol.iou_thresholds[0])
+    matrix = np.zeros((records.categories + 1,) * 2, np.int64)
+    confident = records.score >= min_score
+    true = confident & (records.outcome[:, 0, 0] == TRUE)
+    np.add.at(matrix, (records.category[true], records.category[true]), 1)
+    false = np.flatnonzero(confident & (records.outcome[:, 0, 0] == FALSE))
+    is_left = records.is_counted[:, 0].copy()
+    is_left[records.found[true, 0]] = False
+    left = np.flatnonzero(is_left)
+    objects = _side(left, records.object_image[left], np.zeros(len(left)))
+    rows = np.searchsorted(results.place, records.place[false])  # in the results' own order
+    detections = _side(rows, records.image[false], -records.score[false])
+    pairs = candidates(truth, results, detections, objects, overlap)
+    ones = np.ones((len(left), 1), bool)
+    chosen, taken = choices(pairs, detections.group, ones, np.zeros(len(left), bool), np.array([overlap]))
+    object_class = np.append(records.object_category[objects.order], records.categories)
+    taken_by = np.full(len(false), len(left))
+    taken_by[chosen] = taken[:, 0, 0]
+    np.add.at(matrix, (object_class[taken_by], results.category[detections.order]), 1)
+    is_missed = np.ones(len(left) + 1, bool)
+    is_missed[taken_by] = False
+    np.add.at(matrix, (object_class[:-1][is_missed[:-1]], records.categories), 1)
+    return Confusion(matrix, overlap, min_score)
+
+
+def _side(indices: np.ndarray, group: np.ndarray, key: np.ndarray) -> Side:
+    """Some of the detections or objects, by group."""
+    order, groups = sorted_side(group, key)
+    return Side(indices[order], groups)
+
+
+# Curves over the unit square as SVG, such as precision over recall.
+
+_COLOURS = (
+    "#1565c0",
+    "#c62828",
+    "#2e7d32",
+    "#6a1b9a",
+    "#ef6c00",
+    "#00838f",
+    "#4e342e",
+    "#ad1457",
+    "#827717",
+    "#37474f",
+)
+_SIDE_PX, _LEFT_PX, _TOP_PX, _LEGEND_PX, _LINE_PX = 300, 46, 26, 170, 17
+
+
+def curves(title: str, across: str, along: str, lines: Mapping[str, np.ndarray]) -> str:
+    """A plot with a legend; both axes reach from 0 to 1.
+
+    Args:
+        title, across, along: of the plot and its axes.
+        lines: points `[P, 2]` by the name that the legend shows; colours repeat after ten.
+    """
+    height = max(_SIDE_PX + _TOP_PX + 40, _TOP_PX + _LINE_PX * len(lines) + 10)
+    width = _LEFT_PX + _SIDE_PX + 16 + _LEGEND_PX
+    parts = [f'<text x="{_LEFT_PX}" y="16" font-weight="600">{text(title)}</text>', *_frame(across, along)]
+    for number, (name, points) in enumerate(lines.items()):
+        colour, y = _COLOURS[number % len(_COLOURS)], _TOP_PX + 10 + _LINE_PX * number
+        parts += [_line(points, colour), _legend(name, colour, y)]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="system-ui, sans-serif" font-size="12">{"".join(parts)}</svg>'
+    )
+
+
+def _frame(across: str, along: str) -> list[str]:
+    middle, bottom = _LEFT_PX + _SIDE_PX / 2, _TOP_PX + _SIDE_PX
+    turned = f"translate(12 {_TOP_PX + _SIDE_PX / 2}) rotate(-90)"
+    parts = [
+        f'<text x="{middle}" y="{bottom + 34}" text-anchor="middle">{text(across)}</text>',
+        f'<text transform="{turned}" text-anchor="middle">{text(along)}</text>',
+    ]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x, y = _place(tick, tick)
+        parts += [
+            f'<path d="M{x:.0f} {_TOP_PX}V{bottom}M{_LEFT_PX} {y:.0f}h{_SIDE_PX}" stroke="#ddd"/>',
+            f'<text x="{x:.0f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>',
+            f'<text x="{_LEFT_PX - 6}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>',
+        ]
+    return parts
+
+
+def _line(points: np.ndarray, colour: str) -> str:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (_place(*point) for point in points.tolist()))
+    return f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>' if path else ""
+
+
+def _legend(name: str, colour: str, y: float) -> str:
+    x = _LEFT_PX + _SIDE_PX + 16
+    return (
+        f'<path d="M{x} {y}h14" stroke="{colour}" stroke-width="3"/><text x="{x + 20}" y="{y + 4}">{text(name)}</text>'
+    )
+
+
+def _place(across: float, along: float) -> tuple[float, float]:
+    """Pixels of a point of the unit square."""
+    return _LEFT_PX + across * _SIDE_PX, _TOP_PX + (1 - along) * _SIDE_PX
+
+
+# Pictures of the images on which a detector does worst, beside what it should have found.
+
+_FOUND, _MISSED, _FALSE, _IGNORED = (60, 200, 90), (255, 150, 0), (255, 70, 70), (170, 170, 170)
+_MARK_COLOURS = {TRUE: _FOUND, FALSE: _FALSE, IGNORED: _IGNORED}
+_MOST_MARKS = 60  # on one picture
+
+ImageFile = Callable[[int], Path]  # by image id
+
+
+def gallery(scored: Scored, scores: ImageScores, image_file: ImageFile, *, min_score: float, count: int) -> str:
+    """HTML of the worst images: annotations at the left, detections at the right.
+
+    Args:
+        scored: the results.
+        scores: of the same results and `min_score`.
+        image_file: where the image of an id lies; one that cannot be read is said to be missing.
+        min_score: the lowest score drawn.
+        count: most images.
+    """
+    places = scores.worst(count)
+    if not places:
+        return "<h2>Worst images</h2><p>Nothing is missed and nothing made up.</p>"
+    told = (
+        "Lowest AP of the image by itself first. Annotations at the left: "
+        f"{_key('found', _FOUND)}, {_key('missed', _MISSED)}, {_key('not counted', _IGNORED)}. Detections of score "
+        f"{min_score:g} or more at the right: {_key('right', _FOUND)}, {_key('wrong', _FALSE)}, "
+        f"{_key('not counted', _IGNORED)}. At IoU {scored.records.protocol.iou_thresholds[0]:g}."
+    )
+    parts = [_image(scored, scores, place, image_file, min_score) for place in places]
+    return f"<h2>Worst images</h2><p>{told}</p>{''.join(parts)}"
+
+
+def _key(word: str, colour: Colour) -> str:
+    return f'<span style="background:rgb{colour}">&nbsp;{word}&nbsp;</span>'
+
+
+def _image(scored: Scored, scores: ImageScores, place: int, image_file: ImageFile, min_score: float) -> str:
+    image_id = int(scored.truth.image_ids[place])
+    ap = f"AP {scores.ap[place]:.3f}" if scores.ap[place] >= 0 else "nothing to be found"
+    head = (
+        f"<h3>image {image_id}: {ap}, {scores.missed[place]} of {scores.objects[place]} missed, "
+        f"{scores.false[place]} wrong</h3>"
+    )
+    try:
+        image = read_image(image_file(image_id))
+    except UserError as error:
+        return f"{head}<p>{text(error.came)}</p>"
+    height, width = image.shape[:2]
+    if (height, width) != scored.truth.sizes_hw[place]:
+        return f"{head}<p>{text(f'the file measures {width}×{height}, the annotations say otherwise')}</p>"
+    pictures = (
+        picture(marked(image, marks[:_MOST_MARKS]), caption, is_photo=True)
+        for marks, caption in (
+            (_objects(scored, place, min_score), f"{image_file(image_id).name}, annotations"),
+            (_detections(scored, place, min_score), "detections"),
+        )
+    )
+    return f'{head}<div class="pictures large">{"".join(pictures)}</div>'
+
+
+def _objects(scored: Scored, place: int, min_score: float) -> list[Mark]:
+    """The annotated objects of an image, those that are missed on top."""
+    truth, records = scored.truth, scored.records
+    true = (records.score >= min_score) & (records.outcome[:, 0, 0] == TRUE)
+    found = set(records.found[true, 0].tolist())
+    marks = []
+    for index in np.flatnonzero(truth.image == place).tolist():
+        name = truth.category_names[truth.category[index]]
+        fate = _FOUND if index in found else _MISSED
+        colour = fate if records.is_counted[index, 0] else _IGNORED
+        mask = truth.masks[0][index] if scored.kind == "segm" else None
+        marks.append(_mark(truth.boxes[index] if mask is None else None, name, colour, mask))
+        if scored.kind == "keypoints":
+            marks[-1] = _posed(marks[-1], truth.keypoints[index], truth.skeleton)
+    return sorted(marks, key=lambda mark: (_MISSED, _FOUND, _IGNORED).index(mark.colour))
+
+
+def _detections(scored: Scored, place: int, min_score: float) -> list[Mark]:
+    """The detections of an image by descending score."""
+    records, results = scored.records, scored.results
+    rows = np.flatnonzero((records.image == place) & (records.score >= min_score))
+    marks = []
+    for index in rows[np.argsort(-records.score[rows], kind="stable")].tolist():
+        own = int(np.searchsorted(results.place, records.place[index]))
+        name = f"{scored.truth.category_names[records.category[index]]} {records.score[index]:.2f}"
+        mask = results.masks[own] if scored.kind == "segm" else None
+        colour = _MARK_COLOURS[int(records.outcome[index, 0, 0])]
+        marks.append(_mark(None if mask is not None else results.boxes[own], name, colour, mask))
+        if scored.kind == "keypoints":
+            marks[-1] = _posed(marks[-1], results.keypoints[own], scored.truth.skeleton)
+    return marks
+
+
+def _mark(box: np.ndarray | None, name: str, colour: Colour, rle: dict | None) -> Mark:
+    """A mark from a box (x, y, width, height) or from run lengths."""
+    from pycocotools import mask as mask_api
+
+    mask = None
+    if rle is not None:
+        mask, box = np.ascontiguousarray(mask_api.decode(rle)).view(bool), mask_api.toBbox(rle)
+    x, y, width, height = (float(value) for value in box)
+    return Mark((x, y, x + width, y + height), name, colour, mask)
+
+
+def _posed(mark: Mark, keypoints: np.ndarray, skeleton: list[tuple[int, int]]) -> Mark:
+    """The mark with those of its keypoints `[K, 3]` whose third number is positive, and the lines between them."""
+    return replace(mark, **figure_of(keypoints, keypoints[:, 2] > 0, skeleton, mark.colour))
+
 
 _MOST_CURVES = 18  # classes in one plot
 _MOST_CONFUSED = 40  # classes in one matrix

@@ -14,8 +14,7 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
-from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, read_json
-from maskrcnn.runtime.evaluation.segmentations import boxes_of, compressed
+from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, boxes_of, compressed, read_json
 
 _FORMAT = "a list of results as COCO's server takes them (cocodataset.org/#format-results)"
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # of a result, by the kind

@@ -18,8 +18,8 @@ if not __name__.startswith("maskrcnn."):  # on a server, see pre.py
 import triton_python_backend_utils as triton
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.postprocess import Detections, unpack
 
 
 class TritonPythonModel:

@@ -21,8 +21,8 @@ if not __name__.startswith("maskrcnn."):  # on a server, which appends this fold
 import triton_python_backend_utils as triton
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.preprocess import batch_images
 
 _NPY, _PPM = b"\x93NUMPY", b"P6"  # how these formats begin
 _PPM_HEADER = re.compile(_PPM + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,7})" + rb"\s")  # width, height, largest value

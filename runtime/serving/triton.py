@@ -22,18 +22,25 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, make_folder
 from maskrcnn.metadata import sha256_of
-from maskrcnn.runtime.serving import pbtxt
-from maskrcnn.runtime.serving.ensemble import ensemble_config, post_config, pre_config
-from maskrcnn.runtime.serving.models import Served
-from maskrcnn.runtime.serving.network import Warmup, image_file, network_config, size_file, warmup_batches
-from maskrcnn.runtime.serving.options import Serving, names_of
+from maskrcnn.runtime.serving import config as pbtxt
+from maskrcnn.runtime.serving.config import (
+    Warmup,
+    ensemble_config,
+    image_file,
+    network_config,
+    post_config,
+    pre_config,
+    size_file,
+    warmup_batches,
+)
+from maskrcnn.runtime.serving.models import Served, Serving, names_of
 
 CONFIG, METADATA, LABELS, KEYPOINTS = "config.pbtxt", "metadata.json", "labels.txt", "keypoints.txt"
 _WARMUP = "warmup"  # the folder where Triton looks for input_data_file
 # What the steps import; a test runs them with nothing else.
 STEP_MODULES = (
-    *("__init__", "errors", "metadata", "preprocess", "postprocess", "pasting", "run_lengths"),
-    *("data/__init__", "data/images"),
+    *("__init__", "errors", "metadata", "data/__init__", "data/images"),
+    *("imaging/__init__", "imaging/preprocess", "imaging/postprocess", "imaging/paste", "imaging/run_lengths"),
 )
 _PACKAGE = Path(inspect.getfile(UserError)).parent
 _HERE = Path(__file__).parent

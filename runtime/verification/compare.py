@@ -3,18 +3,171 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.verification.keypoints import (
-    KeypointDifference,
-    KeypointTolerance,
-    compare_keypoints,
-    merge_keypoints,
-)
-from maskrcnn.runtime.verification.matching import Pairs, of_equal_label, pair_in_order, pairwise_iou
+
+# Which rows of two models belong together: pairs of boxes by their overlap. Needs NumPy only.
+
+_TAKEN = -1.0  # in a matrix of overlaps: this pair is not to be made
+
+
+class Pairs(NamedTuple):
+    """Rows `first[k]` and `second[k]` belong together; the others of either side are alone. All int64."""
+
+    first: np.ndarray
+    second: np.ndarray
+    alone_first: np.ndarray
+    alone_second: np.ndarray
+
+
+def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """IoU `[A, B]` float32 of boxes `[A, 4]` and `[B, 4]` xyxy; zero where both areas are zero, NaN of NaN."""
+    first, second = (np.asarray(boxes, np.float32).reshape(-1, 4) for boxes in (first, second))
+    overlap = np.ones((len(first), len(second)), np.float32)
+    for axis in (0, 1):
+        low = np.maximum(first[:, None, axis], second[None, :, axis])
+        overlap *= (np.minimum(first[:, None, axis + 2], second[None, :, axis + 2]) - low).clip(min=0)
+    areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None, :] - overlap
+    return overlap / np.maximum(union, np.float32(1e-9))
+
+
+def of_equal_label(overlaps: np.ndarray, labels: np.ndarray, other_labels: np.ndarray) -> np.ndarray:
+    """Overlaps `[A, B]` in which rows of different labels `[A]` and `[B]` make no pairs."""
+    return np.where(labels[:, None] == other_labels[None, :], overlaps, _TAKEN)
+
+
+def pair_in_order(overlaps: np.ndarray, min_iou: float) -> Pairs:
+    """Each row of the first side in its order takes the best of those left: as COCO's evaluation does with scores.
+
+    Args:
+        overlaps: `[A, B]`; a row with NaN among those left stays alone.
+        min_iou: a pair overlaps at least so much.
+    """
+    left = np.array(overlaps, copy=True)
+    pairs = []
+    for row in range(left.shape[0] if left.shape[1] else 0):
+        best = int(left[row].argmax())  # of a row with NaN: its place, which is not ≥ min_iou
+        if left[row, best] >= min_iou:
+            pairs.append((row, best))
+            left[:, best] = _TAKEN
+    return _with_the_rest(pairs, overlaps.shape)
+
+
+def pair_best_first(overlaps: np.ndarray, min_iou: float) -> Pairs:
+    """The pair that overlaps most is made first: no row takes the partner that fits another better.
+
+    Args:
+        overlaps: `[A, B]`; NaN makes no pair.
+        min_iou: a pair overlaps at least so much.
+    """
+    rows, columns = np.nonzero(overlaps >= min_iou)
+    order = np.argsort(-overlaps[rows, columns], kind="stable")
+    free_first, free_second = (np.ones(length, bool) for length in overlaps.shape)
+    pairs = []
+    for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
+        if free_first[row] and free_second[column]:
+            free_first[row] = free_second[column] = False
+            pairs.append((row, column))
+    return _with_the_rest(sorted(pairs), overlaps.shape)
+
+
+def _with_the_rest(pairs: list[tuple[int, int]], shape: tuple[int, ...]) -> Pairs:
+    made = np.array(pairs, np.int64).reshape(-1, 2)
+    alone = (np.setdiff1d(np.arange(length, dtype=np.int64), made[:, k]) for k, length in enumerate(shape))
+    return Pairs(made[:, 0], made[:, 1], *alone)
+
+
+# How far the keypoints of two models are apart. Needs NumPy only.
+#
+# A keypoint is the best pixel of a heat map. Where two pixels are as good as equal rounding decides between them, and
+# that may be one pixel or half a person's length: no tolerance in pixels covers it. So a share of the keypoints may lie
+# elsewhere, and the tolerance is for the others.
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeypointTolerance:
+    """What counts as the same keypoint."""
+
+    px: float  # along either axis
+    score: float  # of the two scores, which are logits; relative, as `score_differences`
+    share: float  # of the keypoints that may differ by more; any part of one counts as one
+
+    def __str__(self) -> str:
+        return f"keypoints within {self.px:g} px and their scores within {self.score:g}, but for {self.share:.0%}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeypointDifference:
+    """The differences between the keypoints of paired detections."""
+
+    compared: int  # keypoints
+    beyond: int  # of them, those that differ by more than the tolerance they were compared with
+    px: float  # the largest difference of the others along an axis
+    score: float  # likewise
+    largest_px: float  # of all; NaN where there is one
+    largest_score: float
+
+    def within(self, tolerance: KeypointTolerance) -> bool:
+        """Whether all keypoints but a share are inside the tolerance; NaN never is.
+
+        Args:
+            tolerance: the one that they were compared with, or another, outside of which no keypoint may be.
+        """
+        if math.isnan(self.largest_px) or math.isnan(self.largest_score):
+            return False
+        if self.largest_px <= tolerance.px and self.largest_score <= tolerance.score:
+            return True
+        return (self.beyond or math.inf) <= math.ceil(tolerance.share * self.compared)
+
+    def __str__(self) -> str:
+        return (
+            f"keypoints {self.px:.2g} px (scores {self.score:.2g}), "
+            f"{self.beyond} of {self.compared} farther off (at most {self.largest_px:.2g} px)"
+        )
+
+
+def compare_keypoints(reference: np.ndarray, other: np.ndarray, tolerance: KeypointTolerance) -> KeypointDifference:
+    """The difference of keypoints `[P, K, 3]` of paired detections: x, y, score."""
+    distances, scores = keypoint_distances(reference, other).ravel(), score_differences(reference, other).ravel()
+    near = (distances <= tolerance.px) & (scores <= tolerance.score)
+    return KeypointDifference(
+        compared=len(distances),
+        beyond=int((~near).sum()),
+        px=float(distances[near].max(initial=0.0)),
+        score=float(scores[near].max(initial=0.0)),
+        largest_px=float(distances.max(initial=0.0)),
+        largest_score=float(scores.max(initial=0.0)),
+    )
+
+
+def keypoint_distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How far apart keypoints `[P, K, 3]` are along the axis on which they are farther apart, `[P, K]` px."""
+    return np.abs(reference[..., :2] - other[..., :2]).max(axis=-1, initial=0.0)
+
+
+def score_differences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How much the scores of keypoints `[P, K, 3]` differ, relative to the reference's, or to 1 where that is less."""
+    size = np.maximum(np.abs(reference[..., 2]), 1.0)
+    return np.abs(reference[..., 2] - other[..., 2]) / size
+
+
+def merge_keypoints(parts: Sequence[KeypointDifference | None]) -> KeypointDifference | None:
+    """The difference over several batches; None where there are no keypoints."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    counts = {name: sum(getattr(part, name) for part in present) for name in ("compared", "beyond")}
+    names = ("px", "score", "largest_px", "largest_score")
+    return KeypointDifference(
+        **counts, **{name: float(np.max([getattr(part, name) for part in present])) for name in names}
+    )
+
 
 # Single precision needed 1e-4 px and 1e-5 of the scores with random weights, and no keypoint was elsewhere.
 _EXACT_KEYPOINTS = KeypointTolerance(px=0.5, score=1e-2, share=0.05)

@@ -13,9 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskrcnn.runtime.verification.compare import at_edge, pair_detections
-from maskrcnn.runtime.verification.keypoints import keypoint_distances, score_differences
-from maskrcnn.runtime.verification.matching import pair_best_first, pairwise_iou
+from maskrcnn.runtime.verification.compare import (
+    at_edge,
+    keypoint_distances,
+    pair_best_first,
+    pair_detections,
+    pairwise_iou,
+    score_differences,
+)
 from maskrcnn.runtime.verification.tolerances import PEAK, StageTolerances
 from maskrcnn.stages import LEVELS
 

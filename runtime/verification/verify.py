@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.postprocess import unpack
-from maskrcnn.runtime.backend import Backend
+from maskrcnn.runtime.backends.base import Backend
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs, merge
-from maskrcnn.runtime.verification.images import Batch, feedings
+from maskrcnn.runtime.verification.inputs import Batch, feedings
 from maskrcnn.runtime.verification.report import Evidence, VerifyReport, judged, needed
 from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_error, image_errors, valid_part
 from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for

@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from against import Limits, beyond_limits, read_rows, regressions, spread
 from measure import Measurement
+from regressions import Limits, beyond_limits, read_rows, regressions, spread
 
 from maskrcnn.errors import UserError
 

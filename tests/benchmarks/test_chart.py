@@ -4,7 +4,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from chart import HEIGHT, WIDTH, Axis, Series, chart
+from report import HEIGHT, WIDTH, Axis, Series, chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

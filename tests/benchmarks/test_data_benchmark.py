@@ -9,7 +9,7 @@ from solid import write_solid_dataset
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
 
 
 def test_all_tables_are_printed(tmp_path, monkeypatch, capsys):

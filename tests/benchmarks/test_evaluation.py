@@ -5,7 +5,7 @@ import json
 import evaluation
 import numpy as np
 import pytest
-from evaluation_cases import CLASSES, detections, simulated
+from evaluation import CLASSES, detections, simulated
 
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KINDS

@@ -6,14 +6,15 @@ import making
 import pytest
 from contenders import our_contenders
 from engine_files import write_engine
-from progress import Progress
+from session import Progress
 from workloads import generated_images
 
-from maskrcnn import cli_engine
+from maskrcnn.api import build_engine
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
-from maskrcnn.runtime import engine as openvino_engine
-from maskrcnn.runtime import onnxruntime_backend, onnxruntime_providers
+from maskrcnn.runtime.backends import onnxruntime as onnxruntime_backend
+from maskrcnn.runtime.backends import onnxruntime_providers
+from maskrcnn.runtime.build import openvino as openvino_engine
 
 NO_GPU = UserError("no GPU", "a GPU", "see `maskrcnn doctor`")
 NO_TENSORRT = UserError("no Python package tensorrt", "TensorRT", "install it")
@@ -81,7 +82,7 @@ def test_tensorrt_brings_the_engine(order, machine, monkeypatch, onnx_file):
         built.update(given, source=source)
         write_engine(given["output"], onnx_file, compared="0 beyond the tolerance")
 
-    monkeypatch.setattr(cli_engine, "run_build_engine", build)
+    monkeypatch.setattr(build_engine, "run_build_engine", build)
     artefacts, notes = making.make_files(order, Progress())
     assert [path.name for path in artefacts.others] == ["resnet50.fp16.engine"]
     assert notes[-1] == "resnet50.fp16.engine compared with the ONNX file: 0 beyond the tolerance"
@@ -97,7 +98,7 @@ def test_an_engine_that_departs_is_measured_with_its_metadata(order, machine, mo
         write_engine(given["output"].with_suffix(".rejected.engine"), onnx_file)
         raise UserError(f"an engine that departs from {source}", "less", "look at it")
 
-    monkeypatch.setattr(cli_engine, "run_build_engine", build)
+    monkeypatch.setattr(build_engine, "run_build_engine", build)
     artefacts, notes = making.make_files(order, Progress())
     engine = order.file(".fp16.engine")
     assert artefacts.others == (engine,) and engine.with_name("resnet50.fp16.engine.json").is_file()
@@ -121,7 +122,7 @@ def test_a_cast_that_departs_has_a_row_instead_of_its_simulation(order, machine,
 
 def test_a_library_that_fails_in_its_own_way_costs_its_rows_alone(order, machine, monkeypatch):
     machine(cuda=NO_GPU)
-    monkeypatch.setattr(cli_engine, "run_build_engine", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr(build_engine, "run_build_engine", lambda *given, **options: 1 / 0)
     artefacts, _ = making.make_files(order, Progress())
     error = artefacts.absent[-1].error
     assert artefacts.absent[-1].model == "resnet50.fp16.engine" and isinstance(error, ZeroDivisionError)

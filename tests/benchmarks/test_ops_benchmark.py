@@ -2,7 +2,7 @@
 
 import kernels_on_cpu
 import ops as ops_benchmark
-import ops_cases
+import ops as ops_cases
 import pytest
 
 from maskrcnn.model import cuda_ops

@@ -18,7 +18,7 @@ from matching import compare_detections, merge
 from measure import one_line
 
 from maskrcnn.errors import UserError
-from maskrcnn.postprocess import Detections
+from maskrcnn.imaging.postprocess import Detections
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_missing_library_and_missing_export_are_rows(folder, monkeypatch):
 
 
 def test_export_of_another_checkpoint_is_refused(folder, model):
-    from maskrcnn.checkpoint import save_checkpoint
+    from maskrcnn.weights.checkpoint import save_checkpoint
 
     save_checkpoint(folder / "best.safetensors", model, note="another file")
     rows = run.main(["--repeat", "1", "--images", "1", "--batch", "1", "--no-peers"])

@@ -6,7 +6,7 @@ import pytest
 import stages
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.engine import build_openvino_engine
+from maskrcnn.runtime.build.openvino import build_openvino_engine
 
 
 @pytest.mark.parametrize(

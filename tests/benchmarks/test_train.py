@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import train
-import train_measure
+import train as train_measure
 import trainers
-from train_measure import peak_memory_mb, pipeline_images_per_s, synchronisations
-from train_workload import SPLIT, generated_dataset, make_work
+from train import peak_memory_mb, pipeline_images_per_s, synchronisations
+from trainers import SPLIT, generated_dataset, make_work
 
 from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import run
-from unfinished import FILE, Unfinished
+from session import FILE, Unfinished
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path):

@@ -13,8 +13,8 @@ from maskrcnn.export.graph import op_counts
 from maskrcnn.metadata import sha256_of
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.plugins import contract
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.verification.compare import EXACT, compare_outputs
 
 # Every operator that the main graph may hold. One that is new here must be checked against TensorRT's parser.

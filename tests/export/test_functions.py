@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from maskrcnn.export import functions, schemas
+from maskrcnn.export import exporter, functions
 from maskrcnn.plugins import contract, reference
 
 OPSET = 20
@@ -166,7 +166,7 @@ def test_nms_equals_the_reference(seed, max_output, runtime):
 
 def test_schemas_say_what_the_contract_says():
     for op in contract.OPS.values():
-        schema = schemas.schema(op)
+        schema = exporter.schema(op)
         assert (schema.name, schema.domain, schema.since_version) == (op.name, "maskrcnn", 1)
         assert set(schema.attributes) == set(op.attributes)
         assert [p.name for p in schema.outputs] == [tensor.name for tensor in op.outputs]
@@ -191,6 +191,6 @@ def test_op_names_are_not_standard_onnx_operators():
 
 
 def test_registration_does_not_outlive_its_context():
-    with schemas.registered():
+    with exporter.registered():
         assert onnx.defs.has("BatchedNms", domain="maskrcnn")
     assert not onnx.defs.has("BatchedNms", domain="maskrcnn")

@@ -9,20 +9,20 @@ from maskrcnn.data.images import images_in
 from maskrcnn.export.exporter import OUTPUTS, check_graph, export_onnx
 from maskrcnn.export.graph import copy_of, op_counts
 from maskrcnn.export.inspection import inspect
-from maskrcnn.export.lint import lint
-from maskrcnn.export.observe import feeds_from_files, observe
-from maskrcnn.export.precision import simulate_half, to_half
-from maskrcnn.export.quantize import ranges, symmetric, to_int8, values_to_observe
-from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.passes.precision import simulate_half, to_half
+from maskrcnn.export.passes.quantize import feeds_from_files, observe, ranges, symmetric, to_int8, values_to_observe
+from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
+from maskrcnn.export.tensorrt.lint import lint
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, compare_outputs
-from maskrcnn.runtime.verification.validation import compare_backends
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 CPU = {"providers": ["CPUExecutionProvider"]}
-# What only the search of heat maps needs; each was looked up in TensorRT's support matrix (export/tensorrt_ops.py).
+# What only the search of heat maps needs; each was looked up in TensorRT's support matrix
+# (export/tensorrt/operators.py).
 SEARCH_OPS = {"Abs", "ArgMax", "Ceil", "Identity", "MatMul", "Reciprocal", "ReduceMax", "Round"}
 
 

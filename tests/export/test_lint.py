@@ -13,9 +13,9 @@ from tiny import tiny_config
 from typer.testing import CliRunner
 
 from maskrcnn.cli import app
-from maskrcnn.export import tensorrt_ops as table
-from maskrcnn.export.lint import LintReport, lint
-from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.tensorrt import operators as table
+from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
+from maskrcnn.export.tensorrt.lint import LintReport, lint
 from maskrcnn.plugins import contract
 
 HEAD = '<ir_version: 10, opset_import: ["": 20, "maskrcnn": 1, "other": 1]>'

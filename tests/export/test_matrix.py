@@ -11,20 +11,33 @@ import matrix
 import numpy as np
 import onnx
 import pytest
-from matrix_cells import Cell, Kind, cell_feeds, cells, picture
-from matrix_models import for_pixels_of, matrix_model, tell_kinds_apart, variant_config
-from matrix_report import Result, compare_cell, needed_share, summary, table
+from matrix import (
+    Cell,
+    Kind,
+    Result,
+    cell_feeds,
+    cells,
+    compare_cell,
+    for_pixels_of,
+    matrix_model,
+    needed_share,
+    picture,
+    summary,
+    table,
+    tell_kinds_apart,
+    variant_config,
+)
 from tiny import lively_model, tiny_config
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import NECKS, POOL_METHODS
-from maskrcnn.detectron2 import CONVENTIONS
 from maskrcnn.errors import UserError
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.verification.compare import EXACT, Difference
+from maskrcnn.weights.checkpoint import load_weights
+from maskrcnn.weights.detectron2 import CONVENTIONS
 
 SIZES_HW = ((96, 128), (224, 128), (64, 1344))  # a small image, a portrait, and one with a long side
 TAUGHT = tuple(f"roi_heads.box_predictor.cls_score.{part}" for part in ("weight", "bias"))

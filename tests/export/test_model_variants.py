@@ -6,15 +6,15 @@ import pytest
 from variants import EXPORTED
 
 from maskrcnn.export.graph import op_counts
-from maskrcnn.export.lint import lint
-from maskrcnn.export.precision import simulate_half, to_half
-from maskrcnn.export.tensorrt import tensorrt_flavour
+from maskrcnn.export.passes.precision import simulate_half, to_half
+from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
+from maskrcnn.export.tensorrt.lint import lint
 from maskrcnn.export.variants import write_half, write_int8
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
-from maskrcnn.runtime.verification.validation import compare_backends, validation_batches
+from maskrcnn.runtime.verification.inputs import compare_backends, validation_batches
 from maskrcnn.stages import LEVELS
 
 POOLING = {"align": "maskrcnn::MultilevelRoiAlign", "pool": "maskrcnn::MultilevelRoiPool", "crop": "GridSample"}

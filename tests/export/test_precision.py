@@ -8,11 +8,11 @@ import onnx
 import pytest
 
 from maskrcnn.export.graph import Graph, copy_of
-from maskrcnn.export.observe import largest_magnitudes
-from maskrcnn.export.precision import RULE, candidates, simulate_half, to_half
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.export.passes.precision import RULE, candidates, simulate_half, to_half
+from maskrcnn.export.passes.quantize import largest_magnitudes
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.verification.compare import HALF
-from maskrcnn.runtime.verification.validation import compare_backends, validation_batches
+from maskrcnn.runtime.verification.inputs import compare_backends, validation_batches
 
 FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
 

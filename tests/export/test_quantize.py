@@ -9,13 +9,20 @@ import pytest
 from maskrcnn.data.images import images_in
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph
-from maskrcnn.export.observe import feeds_from_files, observe
-from maskrcnn.export.quantize import GROUPS, ranges, symmetric, to_int8, values_to_observe
+from maskrcnn.export.passes.quantize import (
+    GROUPS,
+    feeds_from_files,
+    observe,
+    ranges,
+    symmetric,
+    to_int8,
+    values_to_observe,
+)
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend
 from maskrcnn.runtime.verification.compare import INT8
-from maskrcnn.runtime.verification.validation import compare_backends
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm")
 

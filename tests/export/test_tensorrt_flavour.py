@@ -7,9 +7,8 @@ import pytest
 import two_step_nms
 
 from maskrcnn.errors import UserError
-from maskrcnn.export.graph import copy_of, op_counts
-from maskrcnn.export.shapes import constants_of, tensor_types
-from maskrcnn.export.tensorrt import PLUGIN_ATTRIBUTES, tensorrt_flavour
+from maskrcnn.export.graph import constants_of, copy_of, op_counts, tensor_types
+from maskrcnn.export.tensorrt.flavour import PLUGIN_ATTRIBUTES, tensorrt_flavour
 from maskrcnn.plugins import contract
 from maskrcnn.stages import STAGES
 

@@ -2,7 +2,7 @@
 
 import onnx
 
-from maskrcnn.export import tensorrt_ops as table
+from maskrcnn.export.tensorrt import operators as table
 
 
 def test_the_table_names_operators_that_exist_and_none_twice():

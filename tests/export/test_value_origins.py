@@ -2,7 +2,7 @@
 
 import onnx
 
-from maskrcnn.export.value_origins import Origin, origins_of
+from maskrcnn.export.tensorrt.lint_rules import Origin, origins_of
 
 
 def test_values_are_followed_to_where_they_come_from():

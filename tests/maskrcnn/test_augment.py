@@ -11,10 +11,10 @@ from solid import COLOURS, write_solid_dataset
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.crops import MASK_SIDE, mask_extent
-from maskrcnn.data.samples import Sample, TrainingSamples
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.view import MASK_SIDE, mask_extent
 
 # Small enough that every object's crop has one pixel per pixel and shows its mask completely.
 SMALL = Preprocessing(min_size_px=80, max_size_px=MASK_SIDE)

@@ -8,17 +8,16 @@ import torch
 import torchvision
 from tiny import lively_model, tiny_config
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import BACKBONES, MODELS, OTHER_BACKBONES, RESNETS, ModelConfig, from_dict, model_config, to_dict
 from maskrcnn.errors import UserError
-from maskrcnn.finetuning import finetuning_tensors
-from maskrcnn.model.backbones import Backbone
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.model.backbone import Backbone, FoldedBatchNorm2d, FoldedConv2d
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, FoldedConv2d
 from maskrcnn.model.inference import inference_copy
-from maskrcnn.preprocess import Preprocessing
-from maskrcnn.pretrained import model_changes, starting_weights
 from maskrcnn.training.optimizer import freeze_stages, parameter_groups
+from maskrcnn.weights.checkpoint import load_weights
+from maskrcnn.weights.finetuning import finetuning_tensors
+from maskrcnn.weights.torchvision import model_changes, starting_weights
 
 CHANNELS = {
     "vgg16": (128, 256, 512, 512),

@@ -7,8 +7,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from maskrcnn.model.anchors import cell_anchors, grid_anchors
 from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, is_at_least, pairwise_iou, take_rows
+from maskrcnn.model.rpn import cell_anchors, grid_anchors
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 

@@ -9,8 +9,8 @@ import pytest
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.errors import UserError
-from maskrcnn.recipes import training_config
-from maskrcnn.runtime.evaluate import score_results
+from maskrcnn.runtime.evaluation.evaluate import score_results
+from maskrcnn.training.recipe import training_config
 
 
 def strip(root, split, keep=0, empty=None):

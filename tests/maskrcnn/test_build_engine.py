@@ -10,12 +10,13 @@ import pytest
 from command_line import expect_error
 from rich.console import Console
 
-from maskrcnn import cli_engine
-from maskrcnn.cli_export import Int8Options
+from maskrcnn.api import build_engine
+from maskrcnn.api.export import Int8Options
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
-from maskrcnn.export.lint import Finding, LintReport, Severity, lint
-from maskrcnn.plugins import build, cache, contract, toolchain
+from maskrcnn.export.tensorrt.lint import Finding, LintReport, Severity, lint
+from maskrcnn.plugins import build, contract, toolchain
+from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.toolchain import Nvcc, TensorRtHeaders, Toolchain, find_nvcc, find_nvrtc
 from maskrcnn.runtime.onnx_file import read_model
 
@@ -30,7 +31,7 @@ def kernels(tmp_path_factory):
 def no_tensorrt(monkeypatch, kernels):
     """A machine without, whatever this one has."""
     missing = UserError("no Python package tensorrt", "TensorRT 10.9 or newer", "`pip install '.[tensorrt]'`")
-    monkeypatch.setattr(cli_engine, "tensorrt_obstacle", lambda: missing)
+    monkeypatch.setattr(build_engine, "tensorrt_obstacle", lambda: missing)
     monkeypatch.setenv("MASKRCNN_CACHE", str(kernels))
 
 
@@ -135,10 +136,10 @@ def library_said(monkeypatch, tmp_path):
         here = Toolchain(**compilers, tensorrt=found, gpus=(90,))
         monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(toolchain, "find_toolchain", lambda: here)
-        monkeypatch.setattr(cli_engine, "import_tensorrt", import_tensorrt)
+        monkeypatch.setattr(build_engine, "import_tensorrt", import_tensorrt)
         monkeypatch.setattr(build, "build_library", lambda kind, **_: f"compiled for {headers}")
         console = Console(file=io.StringIO(), width=1000)
-        cli_engine._find_library(console)
+        build_engine._find_library(console)
         return console.file.getvalue()
 
     return said
@@ -186,8 +187,8 @@ def test_a_library_is_for_the_tensorrt_that_is_to_load_it(library_said):
     ],
 )
 def test_the_command_that_builds_an_engine_again_names_what_is_not_the_default(precision, int8, output, words):
-    choice = cli_engine.TensorRtChoice(given=("--refit",))
-    found = cli_engine._command(Path("runs/m.onnx"), Path("runs") / output, precision, int8, choice)
+    choice = build_engine.TensorRtChoice(given=("--refit",))
+    found = build_engine._command(Path("runs/m.onnx"), Path("runs") / output, precision, int8, choice)
     assert found == f"maskrcnn build-engine m.onnx {words}"
 
 

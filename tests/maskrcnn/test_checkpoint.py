@@ -8,17 +8,11 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from maskrcnn.checkpoint import (
-    load_checkpoint,
-    metadata_of,
-    read_state_dict,
-    save_checkpoint,
-    write_tensors,
-)
 from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of, read_state_dict, save_checkpoint, write_tensors
 
 
 def test_a_checkpoint_comes_back_equal(tmp_path, model):
@@ -71,7 +65,7 @@ def test_weights_of_another_class_count_name_the_tensors(tmp_path, model):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, model)
     other = MaskRCNN(tiny_config(class_names=("one",), category_ids=(1,)))
-    from maskrcnn.checkpoint import load_weights, read_tensors
+    from maskrcnn.weights.checkpoint import load_weights, read_tensors
 
     with pytest.raises(UserError, match=r"of another shape \(first: roi_heads\.box_predictor") as caught:
         load_weights(other, read_tensors(path)[0], path)

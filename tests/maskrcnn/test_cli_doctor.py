@@ -4,12 +4,13 @@ import pytest
 from command_line import expect_error
 from engine_files import STAMP, write_engine
 
-from maskrcnn import cli_doctor
-from maskrcnn.doctor import Finding, report
+from maskrcnn.cli import doctor as cli_doctor
 from maskrcnn.errors import UserError
-from maskrcnn.plugins import build, cache
+from maskrcnn.plugins import build
+from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import Library
-from maskrcnn.runtime.trt.library import Gpu
+from maskrcnn.runtime.backends.tensorrt_library import Gpu
+from maskrcnn.runtime.doctor import Finding, report
 
 H100 = Gpu(STAMP["gpu"], (9, 0))
 T4 = Gpu("Tesla T4", (7, 5))
@@ -105,7 +106,7 @@ def test_engines_that_fit_and_others(machine, tmp_path, onnx_file):
 
 
 def test_the_command(run, road, onnx_file, monkeypatch, tmp_path):
-    monkeypatch.setattr("maskrcnn.doctor.diagnose", lambda groups: [f for group in groups for f in group()])
+    monkeypatch.setattr("maskrcnn.runtime.doctor.diagnose", lambda groups: [f for group in groups for f in group()])
     write_engine(road / "model.fp16.engine", onnx_file)
     other = write_engine(tmp_path / "other.engine", onnx_file)
     code, out, _ = run("doctor", other)

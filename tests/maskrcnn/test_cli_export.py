@@ -10,7 +10,7 @@ from maskrcnn import runs
 from maskrcnn.export import variants
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.verification.compare import EXACT
 
 

@@ -3,7 +3,7 @@
 from command_line import expect_error
 
 from maskrcnn import runs
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
 
 def test_predict_and_evaluate_take_a_provider(run, road, shapes, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ import pytest
 from pycocotools import mask as mask_api
 from pycocotools.cocoeval import COCOeval
 
+from maskrcnn.data.annotations import _runs_from_counts
 from maskrcnn.data.coco import CocoDataset, find_split, instance_mask
-from maskrcnn.data.segmentation import _runs_from_counts
 from maskrcnn.errors import UserError
 
 REAL = Path(os.environ.get("MASKRCNN_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -7,7 +7,7 @@ import pytest
 
 from maskrcnn.data.coco import CocoDataset, find_split, list_splits
 from maskrcnn.errors import UserError
-from maskrcnn.recipes import training_config
+from maskrcnn.training.recipe import training_config
 
 PERSON = {"id": 1, "name": "person", "keypoints": ["nose", "left_ear", "right_ear"], "skeleton": [[1, 2], [3, 1]]}
 CAR = {"id": 3, "name": "car"}

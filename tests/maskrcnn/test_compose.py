@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maskrcnn.data.compose import Scene, copy_paste, mixup, mosaic, objects_of_scene
+from maskrcnn.training.augmentation import Scene, copy_paste, mixup, mosaic, objects_of_scene
 
 
 def scene(size_hw: tuple[int, int], level: float, objects: dict[int, tuple[int, int, int, int]]) -> Scene:

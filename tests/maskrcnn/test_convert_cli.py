@@ -7,7 +7,7 @@ import source_datasets
 from command_line import expect_error
 from source_datasets import content, labelme, photo, visual_genome, voc
 
-from maskrcnn.cli_data import Kind
+from maskrcnn.cli.data import Kind
 from maskrcnn.data.convert.conversion import KINDS
 from maskrcnn.data.convert.source import Options
 

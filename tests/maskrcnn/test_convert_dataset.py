@@ -23,11 +23,10 @@ from source_datasets import (
     whole,
 )
 
-from maskrcnn.data.convert import pictures
+from maskrcnn.data.convert import documents
 from maskrcnn.data.convert.conversion import KINDS, convert
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.objects import box_fields, mask_fields, merged_rle, polygon_fields
-from maskrcnn.data.convert.source import Entry, Options
+from maskrcnn.data.convert.documents import BadEntry, Faults
+from maskrcnn.data.convert.source import Entry, Options, box_fields, mask_fields, merged_rle, polygon_fields
 from maskrcnn.data.convert.splits import SplitPlan, split_plan
 from maskrcnn.data.convert.vocabulary import Category, Vocabulary, collected, read_aliases, read_classes
 from maskrcnn.errors import UserError
@@ -62,7 +61,7 @@ def test_images_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
     def refuse(*paths):
         raise OSError("not on this file system")
 
-    monkeypatch.setattr(pictures.os, "link", refuse)
+    monkeypatch.setattr(documents.os, "link", refuse)
     _, report = whole("penn-fudan", penn_fudan(tmp_path / "PennFudanPed"), tmp_path / "out")
     assert report.images == {"all": 2}
     assert all(path.stat().st_nlink == 1 for path in (tmp_path / "out" / "all").iterdir())
@@ -160,14 +159,14 @@ def test_every_option_of_a_kind_exists():
 
 def test_a_jpeg_that_is_cut_short_is_found(tmp_path):
     path = photo(tmp_path / "x.jpg", (300, 200))
-    assert pictures.look(path).size_hw == (300, 200)
+    assert documents.look(path).size_hw == (300, 200)
     data = path.read_bytes()
-    assert pictures.look(data).size_hw == (300, 200)
+    assert documents.look(data).size_hw == (300, 200)
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(BadEntry, match=r"x\.jpg cannot be decoded"):
-        pictures.look(path)
+        documents.look(path)
     with pytest.raises(BadEntry, match="name cannot be decoded"):
-        pictures.look(path.read_bytes(), "name")
+        documents.look(path.read_bytes(), "name")
 
 
 @pytest.mark.parametrize(
@@ -175,13 +174,13 @@ def test_a_jpeg_that_is_cut_short_is_found(tmp_path):
 )
 def test_images_of_any_mode_are_looked_at(tmp_path, mode, suffix):
     Image.new(mode, (7, 5)).save(tmp_path / f"x.{suffix}")
-    assert pictures.look(tmp_path / f"x.{suffix}").size_hw == (5, 7)
+    assert documents.look(tmp_path / f"x.{suffix}").size_hw == (5, 7)
 
 
 def test_images_without_a_known_range_are_refused(tmp_path):
     Image.new("F", (7, 5)).save(tmp_path / "x.tif")
     with pytest.raises(BadEntry, match="floating-point samples"):
-        pictures.look(tmp_path / "x.tif")
+        documents.look(tmp_path / "x.tif")
 
 
 # --- objects -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from source_datasets import (
 )
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
-from maskrcnn.data.convert.id_maps import read_two_channels
+from maskrcnn.data.convert.documents import read_two_channels
 from maskrcnn.errors import UserError
 
 

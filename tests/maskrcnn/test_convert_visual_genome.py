@@ -7,8 +7,7 @@ from source_datasets import converted, photo, visual_genome, whole, written_json
 
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.convert import documents
-from maskrcnn.data.convert.documents import array_spans
-from maskrcnn.data.convert.faults import BadEntry
+from maskrcnn.data.convert.documents import BadEntry, array_spans
 from maskrcnn.errors import UserError
 
 

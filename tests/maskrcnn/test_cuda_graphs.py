@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_torch_cuda import Gpu
 
-from maskrcnn.model.cuda_graphs import GraphedModel
+from maskrcnn.model.inference import GraphedModel
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 

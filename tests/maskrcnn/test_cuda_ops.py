@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.model import cuda_ops, ops
 from maskrcnn.plugins import native
 from maskrcnn.plugins.native import Kernels
-from maskrcnn.postprocess import Detections
 
 
 @pytest.fixture(scope="module")

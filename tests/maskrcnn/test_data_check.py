@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from maskrcnn import cli
 from maskrcnn.data.check import check_dataset
-from maskrcnn.data.check_pictures import contact_sheet, write_pictures
-from maskrcnn.data.findings import DatasetReport
+from maskrcnn.data.check_report import DatasetReport, contact_sheet, write_pictures
 from maskrcnn.errors import UserError
 
 UPRIGHT_TAG = 0x0112  # EXIF orientation

@@ -13,17 +13,17 @@ from detectron2_model import SMALL, ZOO, PlainDetectron2, Sizes, layout, lively_
 from tiny import tiny_config
 from torch import Tensor
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import ModelConfig, model_config
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.detectron2 import CONVENTIONS, coco_classes, from_detectron2, is_detectron2
 from maskrcnn.errors import UserError
-from maskrcnn.finetuning import finetuning_tensors
-from maskrcnn.model.anchors import cell_anchors, grid_anchors
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing, batch_images
-from maskrcnn.pretrained import load_detector, model_changes, starting_weights
+from maskrcnn.model.rpn import cell_anchors, grid_anchors
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs
+from maskrcnn.weights.checkpoint import load_weights
+from maskrcnn.weights.detectron2 import CONVENTIONS, coco_classes, from_detectron2, is_detectron2
+from maskrcnn.weights.finetuning import finetuning_tensors
+from maskrcnn.weights.torchvision import load_detector, model_changes, starting_weights
 
 FASTER = Sizes(classes=3, fpn=16, box=32, mask=())
 PIXELS = {"min_size_px": 96, "max_size_px": 150}
@@ -332,10 +332,10 @@ def test_training_starts_with_the_conventions_of_the_weights(zoo_file):
 
 
 def test_one_command_exports_a_file_of_the_model_zoo(zoo_file, tmp_path, capsys):
-    from maskrcnn import cli
+    from maskrcnn.cli import commands
     from maskrcnn.metadata import KEY, ModelMetadata
 
-    cli.export(weights=str(zoo_file), onnx=True, output=tmp_path / "model.onnx")  # raises where PyTorch disagrees
+    commands.export(weights=str(zoo_file), onnx=True, output=tmp_path / "model.onnx")  # raises where PyTorch disagrees
     assert "maskrcnn_resnet18_fpn: 3 classes, batch norm epsilon 1e-05" in capsys.readouterr().out
     proto = onnx.load(tmp_path / "model.onnx")
     nodes = [node for node in proto.graph.node if node.op_type == "MultilevelRoiAlign"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import read_tensors
 from maskrcnn.errors import UserError
 from maskrcnn.training.distributed import joined
+from maskrcnn.weights.checkpoint import read_tensors
 
 # One optimizer step on a batch of four, whose gradients the first process writes down.
 ONE_STEP = """
@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 import torch
 from tiny import lively_model, tiny_config
-from maskrcnn.checkpoint import write_tensors
+from maskrcnn.weights.checkpoint import write_tensors
 from maskrcnn.config import AugmentConfig, LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.loader import training_loader
+from maskrcnn.training.loader import training_loader
 from maskrcnn.training.distributed import joined
 from maskrcnn.training.trainer import Trainer
 

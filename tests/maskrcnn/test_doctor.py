@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from maskrcnn import doctor
-from maskrcnn.doctor import Finding, diagnose, report
+from maskrcnn.runtime import doctor
+from maskrcnn.runtime.doctor import Finding, diagnose, report
 
 COMPONENTS = {
     *("Python", "platform", "CPU", "torch", "torchvision", "CUDA GPU (torch)", "NVIDIA driver", "onnx"),

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from maskrcnn.draw import POINT_SCORE, colour_of, overlay
-from maskrcnn.postprocess import Detections
+from maskrcnn.imaging.draw import POINT_SCORE, colour_of, overlay
+from maskrcnn.imaging.postprocess import Detections
 
 
 def detections(size_hw, *boxes) -> Detections:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from maskrcnn.data import figures
+from maskrcnn.data import poses
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.coco import CocoDataset, instance_mask
-from maskrcnn.data.figures import JOINTS, SKELETON, figures_image, generate_figures
 from maskrcnn.data.images import read_image
+from maskrcnn.data.poses import JOINTS, SKELETON, figures_image, generate_figures
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import mirrored
@@ -61,13 +61,13 @@ def test_a_joints_visibility_is_what_can_be_seen_of_it(dataset):
 def test_the_side_shows_in_the_face(monkeypatch):
     """Whoever faces the camera has the left hand on the image's right; in a mirror the names change places."""
     drawn = []
-    parts = figures._parts
+    parts = poses._parts
 
     def spy(at, height_px, is_facing, size_hw):
         drawn.append((at, is_facing))
         return parts(at, height_px, is_facing, size_hw)
 
-    monkeypatch.setattr(figures, "_parts", spy)
+    monkeypatch.setattr(poses, "_parts", spy)
     for seed in range(20):
         figures_image(np.random.default_rng(seed), (64, 64))
     assert {is_facing for _, is_facing in drawn} == {True, False}

@@ -8,8 +8,8 @@ import torchvision
 from tiny import tiny_config
 from torchvision.ops import FrozenBatchNorm2d
 
+from maskrcnn.model.backbone import FoldedBatchNorm2d, FoldedConv2d, fold_norms
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.frozen_norm import FoldedBatchNorm2d, FoldedConv2d, fold_norms
 
 
 def pair(name: str):

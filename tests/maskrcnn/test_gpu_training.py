@@ -6,7 +6,7 @@ from tiny import lively_model, tiny_config
 
 from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.loader import training_loader
+from maskrcnn.training.loader import training_loader
 from maskrcnn.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, keypoints_to_heatmap
 
-from maskrcnn.model.heatmaps import WINDOW, cells_from_keypoints, keypoints_from_heatmaps
+from maskrcnn.model.roi_heads import WINDOW, cells_from_keypoints, keypoints_from_heatmaps
 
 SIDE = 56
 

@@ -5,9 +5,8 @@ import torch
 from fake_torch_cuda import Gpu
 from tiny import TINY_V2, lively_model, tiny_config
 
-from maskrcnn.model.cuda_graphs import GraphedModel
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.inference import inference_copy
+from maskrcnn.model.inference import GraphedModel, inference_copy
 from maskrcnn.runtime.verification.compare import EXACT, HALF, compare_outputs
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -8,10 +8,10 @@ from marked import write_marked_dataset
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.compose import Scene, copy_paste, mixup, mosaic
-from maskrcnn.data.samples import Sample, TrainingSamples
-from maskrcnn.data.view import View, keypoints_in_view
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.training.augmentation import Scene, copy_paste, mixup, mosaic
+from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.view import View, keypoints_in_view
 
 CHANGES = {
     "nothing": {"flip_probability": 0.0},

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from maskrcnn.checkpoint import metadata_of
 from maskrcnn.config import ModelConfig, from_dict, model_config, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, USUAL_SIGMA, mirrored, sigmas_of
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.weights.checkpoint import metadata_of
 
 
 def test_cocos_names_and_sigmas_are_those_of_its_tools():

@@ -10,13 +10,12 @@ from solid import write_solid_dataset
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, instance_mask
-from maskrcnn.data.crops import MASK_SIDE
 from maskrcnn.data.images import read_image
-from maskrcnn.data.loader import collate, training_loader
-from maskrcnn.data.samples import Sample, TrainingSamples
-from maskrcnn.data.view import Objects
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.training.loader import collate, training_loader
+from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.view import MASK_SIDE, Objects
 
 TWICE = Preprocessing(min_size_px=192, max_size_px=400)
 EVERYTHING = {

@@ -10,15 +10,15 @@ from peers import torchvision_from_config
 from random_weights import calibrate
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import AugmentConfig, LossConfig, model_config
 from maskrcnn.data.coco import CocoDataset, instance_mask
-from maskrcnn.data.figures import generate_figures
 from maskrcnn.data.images import read_image
-from maskrcnn.data.loader import TrainingSamples, collate
+from maskrcnn.data.poses import generate_figures
 from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing
+from maskrcnn.training.loader import TrainingSamples, collate
+from maskrcnn.weights.checkpoint import load_weights
 
 ALL = 100_000
 TAKE_ALL = LossConfig(

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from maskrcnn.data.crops import MASK_SIDE, mask_crop, mask_extent, nearest_index, resized_mask
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.model.mask_targets import mask_targets
+from maskrcnn.model.targets import mask_targets
+from maskrcnn.training.view import MASK_SIDE, mask_crop, mask_extent, nearest_index, resized_mask
 
 
 def targets(masks: list[np.ndarray], size_hw: tuple[int, int], rois: torch.Tensor, size: int = 28) -> torch.Tensor:

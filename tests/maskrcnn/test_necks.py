@@ -6,13 +6,13 @@ from tiny import tiny_config
 from torch import nn
 from torch.nn import functional as F
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import NECKS
 from maskrcnn.errors import UserError
-from maskrcnn.finetuning import finetuning_tensors
+from maskrcnn.model.backbone import BiFpn, BiFpnPass, Fusion, PathAggregation, make_neck
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.necks import BiFpn, BiFpnPass, Fusion, PathAggregation, make_neck
-from maskrcnn.pretrained import StartingWeights
+from maskrcnn.weights.checkpoint import load_weights
+from maskrcnn.weights.finetuning import finetuning_tensors
+from maskrcnn.weights.torchvision import StartingWeights
 
 WIDTHS = (8, 12, 16, 20)
 

@@ -10,16 +10,16 @@ from maskrcnn.cli import app
 from maskrcnn.config import LossConfig, TrainConfig, changed, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.options import assignments, merged, read_settings, with_sections
-from maskrcnn.preprocess import PRESETS
-from maskrcnn.recipes import training_config
+from maskrcnn.imaging.preprocess import PRESETS
+from maskrcnn.settings import assignments, merged, read_settings, with_sections
+from maskrcnn.training.recipe import training_config
 
 
 @pytest.fixture
 def started(monkeypatch):
     """What `maskrcnn train` would do, instead of doing it."""
     calls = []
-    monkeypatch.setattr("maskrcnn.cli_train.run_training", lambda console, **call: calls.append(call))
+    monkeypatch.setattr("maskrcnn.api.train.run_training", lambda console, **call: calls.append(call))
 
     def run(*arguments):
         result = CliRunner().invoke(app, ["train", *map(str, arguments)], catch_exceptions=True)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
-from maskrcnn import pasting
-from maskrcnn.pasting import paste_mask, pasted_runs
-from maskrcnn.preprocess import linear_taps
-from maskrcnn.run_lengths import Runs, runs_from_strings, strings_from_runs
+from maskrcnn.imaging import paste
+from maskrcnn.imaging.paste import paste_mask, pasted_runs
+from maskrcnn.imaging.preprocess import linear_taps
+from maskrcnn.imaging.run_lengths import Runs, runs_from_strings, strings_from_runs
 
 
 def strings_of_pixels(masks, boxes, size_hw, threshold) -> list[str]:
@@ -67,7 +67,7 @@ def test_portions_change_nothing(monkeypatch):
     boxes = np.sort(rng.random((9, 2, 2)) * 100, axis=1).reshape(9, 4).astype(np.float32)
     masks = rng.random((9, 28, 28), np.float32)
     whole = pasted_runs(masks, boxes, (100, 100), 0.5)
-    monkeypatch.setattr(pasting, "_MOST_COLUMNS", 60)
+    monkeypatch.setattr(paste, "_MOST_COLUMNS", 60)
     parts = pasted_runs(masks, boxes, (100, 100), 0.5)
     np.testing.assert_array_equal(parts.runs, whole.runs)
     np.testing.assert_array_equal(parts.lengths, whole.lengths)
@@ -87,8 +87,8 @@ def test_no_masks_give_no_runs():
 
 def test_the_taps_are_those_of_resizing_images():
     box = np.array([[-3.0, 4.0, 61.0, 50.0]], np.float32)
-    columns, rows = pasting._axes(box, (40, 50), 28)
-    first, last = pasting._grown(box, 28)
+    columns, rows = paste._axes(box, (40, 50), 28)
+    first, last = paste._grown(box, 28)
     for axis, length, start in ((columns, *_extent(first, last, 0)), (rows, *_extent(first, last, 1))):
         low, high, weight = linear_taps(30, length, axis.first[0] - start, axis.first[0] - start + axis.count[0])
         np.testing.assert_array_equal(axis.low, low)

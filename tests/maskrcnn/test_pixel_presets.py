@@ -5,16 +5,16 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from maskrcnn.checkpoint import load_checkpoint, metadata_of, save_checkpoint
 from maskrcnn.config import changed
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.samples import TrainingSamples
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import PRESETS, Preprocessing, batch_images, with_preset
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.options import assignments, merged, with_sections
-from maskrcnn.preprocess import PRESETS, Preprocessing, batch_images, with_preset
-from maskrcnn.recipes import training_config
+from maskrcnn.settings import assignments, merged, with_sections
+from maskrcnn.training.recipe import training_config
+from maskrcnn.training.samples import TrainingSamples
+from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of, save_checkpoint
 
 SIZES = {"min_size_px": 32, "max_size_px": 64}
 CAFFE = Preprocessing(**PRESETS["caffe"], **SIZES)

@@ -8,17 +8,18 @@ import pytest
 import torch
 from tiny import TINY_POSE, lively_model, tiny_config
 
-from maskrcnn import cli_train, runs
-from maskrcnn.checkpoint import load_checkpoint
+from maskrcnn import runs
+from maskrcnn.api import train
 from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.figures import JOINTS, SKELETON, generate_figures
-from maskrcnn.data.loader import collate
-from maskrcnn.data.samples import TrainingSamples
+from maskrcnn.data.poses import JOINTS, SKELETON, generate_figures
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import USUAL_SIGMA
-from maskrcnn.recipes import training_config
+from maskrcnn.training.loader import collate
+from maskrcnn.training.recipe import training_config
+from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.trainer import Trainer, score_of
+from maskrcnn.weights.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_the_best_checkpoint_is_the_best_by_masks_and_keypoints():
 
 def test_figures_are_drawn_trained_and_evaluated(run, tmp_path, monkeypatch):
     few = partial(generate_figures, train_images=8, val_images=4, size_px=64)
-    monkeypatch.setitem(cli_train.GENERATED, "figures", few)
+    monkeypatch.setitem(train.GENERATED, "figures", few)
     code, out, err = run("train", "--data", "figures", "--epochs", 1, "--workers", 0, "--batch-size", 4)
     assert code == 0, err
     assert "best mask and keypoint AP" in out

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
 
 from maskrcnn.errors import UserError
-from maskrcnn.postprocess import Detections, coco_results, paste_mask, unpack
+from maskrcnn.imaging.postprocess import Detections, coco_results, paste_mask, unpack
 
 PROBABILITY = 1e-5  # agreement wanted of pasted probabilities
 

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing, batch_images, linear_taps, resize_bilinear, resized_size
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images, linear_taps, resize_bilinear, resized_size
 
 GREY_LEVEL = 1e-3  # agreement wanted, of 255; float32's own rounding of a value near 255 is 1.5e-5
 

@@ -15,19 +15,13 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from maskrcnn.checkpoint import load_weights, save_checkpoint
 from maskrcnn.config import MODELS, model_config
 from maskrcnn.errors import UserError
-from maskrcnn.finetuning import finetuning_tensors
 from maskrcnn.keypoints import COCO_NAMES, COCO_SKELETON
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.pretrained import (
-    coco_labels,
-    load_detector,
-    load_torchvision,
-    model_changes,
-    starting_weights,
-)
+from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
+from maskrcnn.weights.finetuning import finetuning_tensors
+from maskrcnn.weights.torchvision import coco_labels, load_detector, load_torchvision, model_changes, starting_weights
 
 BOX_PREDICTOR = tuple(f"roi_heads.box_predictor.{n}" for n in ("cls_score.weight", "cls_score.bias"))
 BOX_PREDICTOR += tuple(f"roi_heads.box_predictor.{n}" for n in ("bbox_pred.weight", "bbox_pred.bias"))

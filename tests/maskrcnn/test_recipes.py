@@ -14,7 +14,7 @@ from maskrcnn.cli import app
 from maskrcnn.config import MODELS
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
-from maskrcnn.recipes import training_config
+from maskrcnn.training.recipe import training_config
 from maskrcnn.training.step import Step
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskrcnn.data.sampler import StepSampler
 from maskrcnn.errors import UserError
+from maskrcnn.training.loader import StepSampler
 
 
 def images_of_steps(length: int, world_size: int, accumulate: int, epoch: int = 0, **options) -> np.ndarray:

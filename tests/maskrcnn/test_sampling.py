@@ -5,7 +5,7 @@ import torch
 from torchvision.models.detection._utils import Matcher
 
 from maskrcnn.model.boxes import pairwise_iou
-from maskrcnn.model.sampling import match_anchors, random_keys, sample_balanced
+from maskrcnn.model.targets import match_anchors, random_keys, sample_balanced
 
 
 def boxes(count: int, seed: int) -> torch.Tensor:

@@ -12,15 +12,15 @@ from peers import TorchvisionDetector, torchvision_from_config
 from random_weights import calibrate, calibrated_state_dict, torchvision_model
 from torchvision.models import get_model, list_models
 
-from maskrcnn.checkpoint import load_weights
 from maskrcnn.config import MODELS, model_config
-from maskrcnn.data.figures import figures_image
+from maskrcnn.data.poses import figures_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing, resized_size
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.weights.checkpoint import load_weights
 
 MIXED_SIZES = [(120, 160), (200, 150), (97, 211)]
 SMALL = model_config(

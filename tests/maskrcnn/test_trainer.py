@@ -15,16 +15,15 @@ import torch
 from tiny import tiny_config
 
 from maskrcnn import runs
-from maskrcnn.checkpoint import load_checkpoint, read_tensors
 from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.training import trainer as trainer_module
-from maskrcnn.training.device import choose_precision, choose_workers
-from maskrcnn.training.optimizer import make_optimizer
-from maskrcnn.training.schedule import learning_rate, without_effect
+from maskrcnn.training.distributed import choose_precision, choose_workers
+from maskrcnn.training.optimizer import learning_rate, make_optimizer, without_effect
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
+from maskrcnn.weights.checkpoint import load_checkpoint, read_tensors
 
 SAMPLES = LossConfig(rpn_samples=32, box_samples=16)
 

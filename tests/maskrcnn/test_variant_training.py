@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from maskrcnn.checkpoint import load_checkpoint, save_checkpoint
 from maskrcnn.config import NECKS, POOL_METHODS, LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.loader import training_loader
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.torch_backend import TorchBackend
+from maskrcnn.training.loader import training_loader
 from maskrcnn.training.trainer import Trainer
+from maskrcnn.weights.checkpoint import load_checkpoint, save_checkpoint
 
 BACKBONES = ("resnet18", "vgg16", "mobilenet_v3_large", "convnext_tiny")
 # A Latin square: with backbone b and neck n goes the method b + n.

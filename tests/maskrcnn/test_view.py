@@ -7,11 +7,10 @@ import pytest
 from pycocotools import mask as mask_api
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.augment import Augmentation
 from maskrcnn.data.coco import ImageRecord, Instance
-from maskrcnn.data.compose import objects_of_scene, scene_in_view
-from maskrcnn.data.view import View, objects_in_view
-from maskrcnn.preprocess import Preprocessing, resize_bilinear
+from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear
+from maskrcnn.training.augmentation import Augmentation, objects_of_scene, scene_in_view
+from maskrcnn.training.view import View, objects_in_view
 
 SIZE_HW = (40, 60)
 # Top 10, left 20, bottom 30, right 50, twice as large, on a canvas with room below and to the right.

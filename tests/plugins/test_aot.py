@@ -12,8 +12,8 @@ from aot_launch import POOLING, TYPES, launch_of, tensor
 from tensorrt_rig import rig
 
 from maskrcnn.errors import UserError
-from maskrcnn.export.shapes import tensor_types
-from maskrcnn.export.tensorrt import PLUGIN_ATTRIBUTES, tensorrt_flavour
+from maskrcnn.export.graph import tensor_types
+from maskrcnn.export.tensorrt.flavour import PLUGIN_ATTRIBUTES, tensorrt_flavour
 from maskrcnn.plugins import aot, contract
 from maskrcnn.plugins.toolchain import find_toolchain
 

@@ -13,7 +13,8 @@ from aot_launch import NMS, POOLING, launch_of, tensor
 from kernels_on_cpu import bfloat16, channels_last, check_guards, guarded, single
 
 from maskrcnn.errors import UserError
-from maskrcnn.plugins import aot, aot_kernels, cache, contract, native, nvrtc, reference
+from maskrcnn.plugins import aot, aot_kernels, contract, native, nvrtc, reference
+from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.aot_kernels import HWC, HWC8, PLANES
 from maskrcnn.plugins.toolchain import Toolchain, find_toolchain
 

@@ -13,7 +13,8 @@ import pytest
 from bare_machine import WRITE_ARGUMENTS, add_nvcc, add_program
 
 from maskrcnn.errors import UserError
-from maskrcnn.plugins import build, cache, native
+from maskrcnn.plugins import build, native
+from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import build_library, cached_library, find_library
 from maskrcnn.plugins.toolchain import Nvcc, TensorRtHeaders, Toolchain, find_toolchain
 

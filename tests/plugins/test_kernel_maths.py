@@ -12,8 +12,8 @@ from kernel_maths import AXIS_CASE, TAP
 from torchvision.models.detection.roi_heads import expand_boxes
 from torchvision.ops.poolers import LevelMapper
 
+from maskrcnn.imaging.preprocess import linear_taps
 from maskrcnn.plugins import reference
-from maskrcnn.preprocess import linear_taps
 
 FPN = {"num_levels": 4, "min_level": 2, "canonical_level": 4, "canonical_size": 224.0, "epsilon": 1e-6}
 SINGLE = st.floats(width=32)  # all of them: infinite, subnormal, not a number

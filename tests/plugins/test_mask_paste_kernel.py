@@ -1,7 +1,7 @@
 """The kernel that pastes masks, against hand-typed pixels, our own pasting, torchvision's, and pycocotools' encoder.
 
-`maskrcnn.postprocess.paste_mask` needs NumPy alone and pastes masks where there is no kernel, so it is the truth here;
-`plugins.reference` has none of its own, as no node of a graph pastes masks.
+`maskrcnn.imaging.paste.paste_mask` needs NumPy alone and pastes masks where there is no kernel, so it is the
+truth here; `plugins.reference` has none of its own, as no node of a graph pastes masks.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from kernels_on_cpu import ORDERS, thread_order
 from paste_cases import PasteCase, boxes_of, check, paste_cases
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from maskrcnn.postprocess import Detections
+from maskrcnn.imaging.postprocess import Detections
 
 # A mask of 2 x 2 pixels with its border of zeros has 4 x 4, and a box of 3.5 px grows to 8: two pixels for each. Linear
 # interpolation of 0, 1, 1, 0 to those is 0, 1/4, 3/4, 1, 1, 3/4, 1/4, 0, and of 0, 1, 0, 0 it is 0, 1/4, 3/4, 3/4, 1/4

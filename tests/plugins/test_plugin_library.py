@@ -12,7 +12,7 @@ import plugin_library
 import pytest
 from kernels_on_cpu import BFLOAT16, bfloat16, channels_last, check_guards, guarded, single
 
-from maskrcnn.export.tensorrt import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from maskrcnn.export.tensorrt.flavour import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from maskrcnn.plugins import contract, native, reference
 
 ROI_ALIGN, NMS = contract.MULTILEVEL_ROI_ALIGN.name, contract.BATCHED_NMS.name

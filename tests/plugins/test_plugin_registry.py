@@ -9,7 +9,12 @@ import plugin_library
 import pytest
 from tensorrt_rig import rig
 
-from maskrcnn.export.tensorrt import PLUGIN_ATTRIBUTES, PLUGIN_NAMESPACE, PLUGIN_VERSION, tensorrt_flavour
+from maskrcnn.export.tensorrt.flavour import (
+    PLUGIN_ATTRIBUTES,
+    PLUGIN_NAMESPACE,
+    PLUGIN_VERSION,
+    tensorrt_flavour,
+)
 from maskrcnn.plugins import contract
 from maskrcnn.plugins.toolchain import find_tensorrt_headers
 

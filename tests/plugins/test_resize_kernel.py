@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images, resize_bilinear, resized_size
 from maskrcnn.plugins.native import Kernels
-from maskrcnn.preprocess import Preprocessing, batch_images, resize_bilinear, resized_size
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import plugin_library
 import pytest
 from tensorrt_rig import rig
 
-from maskrcnn import doctor
+from maskrcnn.runtime import doctor
 
 
 def test_the_bindings_and_the_registry_are_tensorrts(tensorrt_rig):

@@ -18,10 +18,10 @@ from paste_cases import KINDS_OF_BOX, boxes_of
 from PIL import Image
 
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.pasting import paste_mask
+from maskrcnn.imaging.paste import paste_mask
+from maskrcnn.imaging.postprocess import Detections, unpack
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images, resized_size
 from maskrcnn.plugins.toolchain import find_cuda_headers
-from maskrcnn.postprocess import Detections, unpack
-from maskrcnn.preprocess import Preprocessing, batch_images, resized_size
 from maskrcnn.runtime.onnx_file import read_model
 
 ROOT = Path(__file__).parents[2]

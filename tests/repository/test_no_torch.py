@@ -61,7 +61,7 @@ sys.path.insert(0, {support!r})
 import fake_tensorrt, numpy
 from pathlib import Path
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.trt.profiles import Profile, Span
+from maskrcnn.runtime.build.profiles import Profile, Span
 
 class Patch:
     setattr = staticmethod(setattr)

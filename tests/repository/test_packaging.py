@@ -139,7 +139,7 @@ def test_the_check_wants_sources_that_are_compiled_later(tmp_path):
 
 def test_the_check_finds_leaks():
     names = [
-        "maskrcnn/cli.py",
+        "maskrcnn/cli/__init__.py",
         "maskrcnn-1.dist-info/METADATA",
         "export/__init__.py",
         "tests/test_x.py",

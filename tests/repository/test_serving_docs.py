@@ -19,8 +19,7 @@ from triton_server import Server
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.serving.models import read_served
-from maskrcnn.runtime.serving.options import Serving
+from maskrcnn.runtime.serving.models import Serving, read_served
 from maskrcnn.runtime.serving.triton import default_name, write_models
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")

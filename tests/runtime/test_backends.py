@@ -15,12 +15,13 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import KEY
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.backend import detector_specs
+from maskrcnn.runtime.backends.base import detector_specs
+from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.evaluate import METRICS, detect_records, evaluate, score_results
+from maskrcnn.runtime.evaluation.evaluate import detect_records, evaluate, score_results
+from maskrcnn.runtime.evaluation.protocol import METRICS
 from maskrcnn.runtime.verification.compare import EXACT, HALF
-from maskrcnn.runtime.verification.validation import compare_backends
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ class TruthTeller(Detector):
     def __init__(self, dataset):
         from tiny import tiny_config
 
-        from maskrcnn.checkpoint import metadata_of
+        from maskrcnn.weights.checkpoint import metadata_of
 
         self.dataset, self.next = dataset, 0
         self.truth_metadata = metadata_of(tiny_config())
@@ -191,7 +192,7 @@ class TruthTeller(Detector):
 
     def detect(self, images):
         from maskrcnn.data.coco import instance_mask
-        from maskrcnn.postprocess import Detections
+        from maskrcnn.imaging.postprocess import Detections
 
         answers = []
         for image in images:
@@ -246,7 +247,7 @@ def test_a_half_precision_engine_is_kept_when_it_agrees(tmp_path, onnx_file):
 
 
 def test_an_engine_that_departs_is_set_aside(tmp_path, onnx_file, monkeypatch):
-    from maskrcnn.runtime import engine
+    from maskrcnn.runtime.build import openvino as engine
 
     monkeypatch.setattr(engine, "HALF", engine.dataclasses.replace(HALF, mask_mean=0.0, box_px=0.0))
     path = tmp_path / "model.fp16.xml"
@@ -290,7 +291,7 @@ def test_signals_are_handled_after_openvino_models_are_gone(onnx_file):
     """A core of its own for each would leave the thread with the signal stack of the first, which is freed."""
     code = """
 import os, pathlib, signal, sys
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend
+from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 first, second = (OpenVinoBackend(pathlib.Path(sys.argv[1])) for _ in range(2))
 del first
 del second

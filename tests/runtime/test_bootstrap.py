@@ -12,7 +12,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.runtime.evaluation import bootstrap
 from maskrcnn.runtime.evaluation.bootstrap import interval_of_ap, interval_of_difference, resampled_ap
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
-from maskrcnn.runtime.evaluation.match_records import match_records
+from maskrcnn.runtime.evaluation.matching import match_records
 from maskrcnn.runtime.evaluation.results_file import checked_results
 from maskrcnn.runtime.evaluation.scoring import score_entries
 

@@ -13,9 +13,9 @@ pytest.importorskip("cuda.bindings.runtime")
 import fake_cuda
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.device import dlpack
-from maskrcnn.runtime.device.arrays import DeviceArray, as_device_array, is_on_device, on_host
-from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda
+from maskrcnn.runtime.gpu import arrays as dlpack
+from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array, is_on_device, on_host
+from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -13,12 +13,15 @@ import fake_tensorrt  # noqa: E402
 from maskrcnn.data.shapes import shapes_image  # noqa: E402
 from maskrcnn.errors import UserError  # noqa: E402
 from maskrcnn.runtime import Detector  # noqa: E402
-from maskrcnn.runtime.device import current  # noqa: E402
-from maskrcnn.runtime.device.arrays import DeviceArray, as_device_array  # noqa: E402
-from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda  # noqa: E402
-from maskrcnn.runtime.device.pools import MemoryPool  # noqa: E402
-from maskrcnn.runtime.trt import backend as tensorrt_backend  # noqa: E402
-from maskrcnn.runtime.trt.profiles import Profile, Span  # noqa: E402
+from maskrcnn.runtime.backends import tensorrt as tensorrt_backend  # noqa: E402
+from maskrcnn.runtime.build.profiles import Profile, Span  # noqa: E402
+from maskrcnn.runtime.gpu import memory as current  # noqa: E402
+from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array  # noqa: E402
+from maskrcnn.runtime.gpu.memory import (  # noqa: E402
+    LEGACY_STREAM,
+    Cuda,
+    MemoryPool,
+)
 
 ANY = Profile(Span(1, 1, 8), Span(32, 96, 384), Span(32, 96, 384))
 NONE, OF_GPU_0, OWN = 0, 0xC000, 0xABC000  # contexts: of a thread that did nothing yet, of torch's, of PyCUDA's

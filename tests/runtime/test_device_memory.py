@@ -12,10 +12,9 @@ real_driver = pytest.importorskip("cuda.bindings.driver")
 import fake_cuda  # noqa: E402
 
 from maskrcnn.errors import UserError  # noqa: E402
-from maskrcnn.runtime.device import current  # noqa: E402
-from maskrcnn.runtime.device import memory as device_memory  # noqa: E402
-from maskrcnn.runtime.device.memory import LEGACY_STREAM, Cuda  # noqa: E402
-from maskrcnn.runtime.device.pools import MemoryPool, Room, Staging  # noqa: E402
+from maskrcnn.runtime.gpu import memory as current  # noqa: E402
+from maskrcnn.runtime.gpu import memory as device_memory  # noqa: E402
+from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda, MemoryPool, Room, Staging  # noqa: E402  # noqa: E402
 
 
 @pytest.fixture

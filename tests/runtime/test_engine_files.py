@@ -6,10 +6,9 @@ import pytest
 from engine_files import PROFILE, STAMP, write_engine
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.engine_files import Machine, find_engines, fit
-from maskrcnn.runtime.openvino_file import metadata_of_xml
-from maskrcnn.runtime.trt.library import Gpu
+from maskrcnn.runtime.backends.tensorrt_library import Gpu
+from maskrcnn.runtime.build.openvino import build_openvino_engine
+from maskrcnn.runtime.engine_files import Machine, find_engines, fit, metadata_of_xml
 
 H100 = Gpu(STAMP["gpu"], (9, 0))
 L40S = Gpu("NVIDIA L40S", (8, 9))

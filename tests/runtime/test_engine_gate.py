@@ -9,14 +9,14 @@ import onnx
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.trt.engine import build_tensorrt_engine
-from maskrcnn.runtime.trt.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
-from maskrcnn.runtime.trt.profiles import parsed_profiles
-from maskrcnn.runtime.trt.refit import refit_tensorrt_engine
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.build.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
+from maskrcnn.runtime.build.profiles import parsed_profiles
+from maskrcnn.runtime.build.refit import refit_tensorrt_engine
+from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
+from maskrcnn.runtime.onnx_file import PREFIX, staged_graph
 from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
-from maskrcnn.runtime.verification.staged_graph import PREFIX, staged_graph
-from maskrcnn.runtime.verification.validation import batches_of_shapes
+from maskrcnn.runtime.verification.inputs import batches_of_shapes
 from maskrcnn.stages import OF_KEYPOINTS, STAGES
 
 FINE = Difference(

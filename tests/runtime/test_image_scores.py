@@ -6,11 +6,10 @@ from coco_cases import make_case, rle_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskrcnn.runtime.evaluation.confusion import confusion
-from maskrcnn.runtime.evaluation.differences import difference
+from maskrcnn.runtime.evaluation.differences import difference, image_ap, image_scores
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
-from maskrcnn.runtime.evaluation.image_scores import image_ap, image_scores
 from maskrcnn.runtime.evaluation.protocol import KINDS
+from maskrcnn.runtime.evaluation.report import confusion
 from maskrcnn.runtime.evaluation.scoring import score_entries
 
 SQUARES = {name: [x, y, 30, 30] for name, x, y in (("a", 0, 0), ("b", 40, 0), ("c", 80, 0), ("d", 0, 60))}

@@ -10,17 +10,22 @@ import pytest
 import torch
 
 from maskrcnn.errors import UserError
-from maskrcnn.model.heatmaps import keypoints_from_heatmaps
+from maskrcnn.model.roi_heads import keypoints_from_heatmaps
+from maskrcnn.runtime.backends.openvino import OpenVinoBackend
+from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import Detector, load_backend
-from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.openvino_backend import OpenVinoBackend
-from maskrcnn.runtime.verification.compare import EXACT, HALF, compare_outputs
-from maskrcnn.runtime.verification.images import drawn_batches
-from maskrcnn.runtime.verification.keypoints import KeypointTolerance, compare_keypoints, merge_keypoints
+from maskrcnn.runtime.verification.compare import (
+    EXACT,
+    HALF,
+    KeypointTolerance,
+    compare_keypoints,
+    compare_outputs,
+    merge_keypoints,
+)
+from maskrcnn.runtime.verification.inputs import compare_backends, drawn_batches, validation_batches
 from maskrcnn.runtime.verification.report import Verdict
 from maskrcnn.runtime.verification.stage_errors import Side, image_errors
 from maskrcnn.runtime.verification.tolerances import EXACT_STAGES
-from maskrcnn.runtime.verification.validation import compare_backends, validation_batches
 from maskrcnn.runtime.verification.verify import JUDGED, check_comparable, verify
 from maskrcnn.stages import OF_KEYPOINTS, OF_MASKS
 
@@ -178,7 +183,7 @@ def test_a_model_of_keypoints_alone_has_no_stages_of_masks(pose_model):
 
 
 def load_backend_of(model):
-    from maskrcnn.runtime.torch_backend import TorchBackend
+    from maskrcnn.runtime.backends.torch import TorchBackend
 
     return TorchBackend(model, device="cpu")
 

@@ -8,9 +8,9 @@ import pytest
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from maskrcnn.errors import UserError  # noqa: E402
-from maskrcnn.runtime import onnxruntime_providers as providers  # noqa: E402
+from maskrcnn.runtime.backends import onnxruntime_providers as providers  # noqa: E402
+from maskrcnn.runtime.backends.onnxruntime_providers import GpuOptions, Provider  # noqa: E402
 from maskrcnn.runtime.detector import load_backend  # noqa: E402
-from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider  # noqa: E402
 
 
 def feeds() -> dict[str, np.ndarray]:

@@ -12,11 +12,18 @@ import torch
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
-from maskrcnn.runtime import Detector, onnxruntime_binding
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.backends import onnxruntime as onnxruntime_binding
+from maskrcnn.runtime.backends.onnxruntime_providers import (
+    RECORD,
+    GpuOptions,
+    Placement,
+    Provider,
+    placement_in,
+    provider_chain,
+)
+from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.detector import backend_spec, load_backend
-from maskrcnn.runtime.node_placement import RECORD, Placement, placement_in
-from maskrcnn.runtime.onnxruntime_providers import GpuOptions, Provider, provider_chain
-from maskrcnn.runtime.trt.profiles import Profile, Span
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -149,7 +156,7 @@ def test_a_provider_is_onnxruntimes_alone(onnx_file, checkpoint):
 def test_a_session_tells_what_its_provider_took(onnx_file):
     import onnxruntime
 
-    from maskrcnn.runtime.onnxruntime_backend import session_options
+    from maskrcnn.runtime.backends.onnxruntime import session_options
 
     options = session_options(1)
     options.add_session_config_entry(RECORD, "1")
@@ -253,7 +260,7 @@ def load_on_gpu(kernels_for_cpu, monkeypatch):
 
 @pytest.mark.parametrize(("file", "last"), [("onnx_file", "masks"), ("joint_onnx_file", "keypoints")])
 def test_a_gpus_arrays_are_bound_where_they_lie(load_on_gpu, request, file, last):
-    from maskrcnn.runtime.device.arrays import DeviceArray
+    from maskrcnn.runtime.gpu.arrays import DeviceArray
 
     path = request.getfixturevalue(file)
     backend, reference = load_on_gpu(path), load_backend(path, provider="cpu", threads=1)
@@ -290,7 +297,7 @@ def test_the_thread_stays_on_its_gpu(load_on_gpu, onnx_file):
 
 
 def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
-    from maskrcnn.runtime.device import memory as device_memory
+    from maskrcnn.runtime.gpu import memory as device_memory
 
     def missing() -> None:
         raise UserError("no Python package cuda-bindings", "it", "install it")
@@ -314,7 +321,7 @@ def test_photos_are_resized_and_masks_pasted_on_the_gpu(load_on_gpu, onnx_file):
 @NEEDS_CUDA
 def test_onnxruntime_on_the_gpu_agrees_with_the_cpu(onnx_file):
     from maskrcnn.runtime.verification.compare import EXACT
-    from maskrcnn.runtime.verification.validation import compare_backends
+    from maskrcnn.runtime.verification.inputs import compare_backends
 
     try:
         backend = load_backend(onnx_file, provider="cuda")

@@ -6,7 +6,7 @@ import pytest
 from triton_rules import check_ensemble, check_model
 from triton_schema import MESSAGES, NotThatFormat, parse
 
-from maskrcnn.runtime.serving.pbtxt import Symbol, map_of, text_of
+from maskrcnn.runtime.serving.config import Symbol, map_of, text_of
 
 TENSOR = {"name": "x", "data_type": Symbol("TYPE_FP32"), "dims": [1, -1]}
 

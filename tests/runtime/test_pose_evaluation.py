@@ -10,10 +10,9 @@ from tiny import TINY_POSE, keypoints_in
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.evaluate import evaluate, score_kinds, score_results
-from maskrcnn.runtime.evaluation.detecting import check_classes
+from maskrcnn.runtime.evaluation.evaluate import check_classes, evaluate, score_kinds, score_results
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
-from maskrcnn.runtime.evaluation.overlaps import keypoint_overlaps
+from maskrcnn.runtime.evaluation.matching import keypoint_overlaps
 from maskrcnn.runtime.evaluation.protocol import SIGMAS
 from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 

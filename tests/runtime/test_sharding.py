@@ -10,10 +10,11 @@ import pytest
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.evaluation.detecting import Seconds, detect_records
-from maskrcnn.runtime.evaluation.detections_log import DetectionsLog, Origin
+from maskrcnn.runtime.evaluation.evaluate import Seconds, detect_records
 from maskrcnn.runtime.evaluation.sharding import (
+    DetectionsLog,
     DetectionTask,
+    Origin,
     Share,
     detect_in_processes,
     detect_share,

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torchvision
 
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.preprocess import Preprocessing
-from maskrcnn.runtime.verification.matching import of_equal_label, pair_best_first, pair_in_order, pairwise_iou
+from maskrcnn.runtime.verification.compare import of_equal_label, pair_best_first, pair_in_order, pairwise_iou
 from maskrcnn.runtime.verification.report import Verdict, figure, judged, needed
 from maskrcnn.runtime.verification.stage_errors import Side, dense_error, image_errors, valid_part
 from maskrcnn.runtime.verification.tolerances import EXACT_STAGES, HALF_STAGES, INT8_STAGES, PEAK, Limit, tolerances_for

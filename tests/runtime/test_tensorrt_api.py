@@ -30,7 +30,7 @@ def test_the_sources_are_read_where_they_use_tensorrt(used):
     for file, objects in tensorrt_names.OBJECTS.items():
         for kind in objects.values():
             assert any(name.startswith(f"tensorrt.{kind}.") and file in files for name, files in used.items()), kind
-    importing = {"runtime/trt/library.py", "plugins/aot.py"}
+    importing = {"runtime/backends/tensorrt_library.py", "plugins/aot.py"}
     assert importing <= {file for files in used.values() for file in files}
 
 
@@ -48,5 +48,5 @@ def test_the_sources_are_read_where_they_use_tensorrt(used):
 )
 def test_names_are_read_from_the_syntax(source, names):
     assert ast.parse(source)
-    found = tensorrt_names.names_in(source, "runtime/trt/builder.py")
+    found = tensorrt_names.names_in(source, "runtime/build/network.py")
     assert found - {"tensorrt.get_plugin_registry"} == names

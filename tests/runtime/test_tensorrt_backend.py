@@ -15,14 +15,14 @@ import fake_tensorrt
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import batch_images
+from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.runtime import Detector
+from maskrcnn.runtime.backends import tensorrt as tensorrt_backend
+from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.device.arrays import DeviceArray
-from maskrcnn.runtime.trt import backend as tensorrt_backend
-from maskrcnn.runtime.trt.profiles import Profile, Span
+from maskrcnn.runtime.gpu.arrays import DeviceArray
 from maskrcnn.runtime.verification.compare import EXACT
-from maskrcnn.runtime.verification.validation import compare_backends
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 ANY = Profile(Span(1, 1, 8), Span(32, 96, 384), Span(32, 96, 384))
 
@@ -265,7 +265,7 @@ def test_photos_are_resized_on_the_gpu(detector_with_kernels, runtime, reference
 
 
 def test_masks_are_pasted_on_the_gpu(detector_with_kernels, runtime, monkeypatch):
-    from maskrcnn.runtime.device import images as gpu_images
+    from maskrcnn.runtime.gpu import images as gpu_images
 
     image = shapes_image(np.random.default_rng(1), (120, 171))[0]
     found = detector_with_kernels.detect([image])[0]
@@ -453,8 +453,8 @@ def test_a_version_compatible_plan_may_bring_its_own_runtime(tmp_path, onnx_file
 
 
 def test_a_plugin_library_is_loaded_first(tmp_path, onnx_file, machine, monkeypatch):
-    from maskrcnn.runtime.trt import plan as tensorrt_plan
-    from maskrcnn.runtime.trt.library import PluginForm, plugin_hash
+    from maskrcnn.runtime.backends import tensorrt_engine as tensorrt_plan
+    from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
 
     asked = []
     monkeypatch.setattr(tensorrt_plan, "load_plugins", lambda trt, form, *, arch: asked.append((form, arch)))

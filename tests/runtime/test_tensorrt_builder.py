@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from maskrcnn.runtime.trt.messages import parsing_failure
+from maskrcnn.runtime.build.messages import parsing_failure
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from maskrcnn.runtime.trt.profiles import from_json
+from maskrcnn.runtime.build.profiles import from_json
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.plugins import cache
+from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import Library
-from maskrcnn.preprocess import Preprocessing
-from maskrcnn.runtime.trt import library as tensorrt_library
-from maskrcnn.runtime.trt.library import Gpu, PluginForm, check_stamp, plugin_hash
+from maskrcnn.runtime.backends import tensorrt_library
+from maskrcnn.runtime.backends.tensorrt_library import Gpu, PluginForm, check_stamp, plugin_hash
 
 TRT = SimpleNamespace(__version__="11.4.0.106")
 HERE = {"trt": TRT, "gpu": "NVIDIA H200", "compute_capability": (9, 0)}
@@ -137,7 +137,7 @@ def import_with(tmp_path: Path, source: str | None) -> str:
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from maskrcnn.runtime.trt.library import import_tensorrt
+from maskrcnn.runtime.backends.tensorrt_library import import_tensorrt
 print(import_tensorrt().__version__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -159,7 +159,7 @@ def test_a_tensorrt_that_cannot_be_used_is_described(tmp_path, source, said):
 
 
 def test_the_real_bindings_are_taken(each_tensorrt):
-    code = "from maskrcnn.runtime.trt.library import import_tensorrt\ntell(import_tensorrt().__version__)"
+    code = "from maskrcnn.runtime.backends.tensorrt_library import import_tensorrt\ntell(import_tensorrt().__version__)"
     assert each_tensorrt.ask(code).split(".")[0] in ("10", "11")
 
 

@@ -12,10 +12,10 @@ import fake_tensorrt
 from fake_tensorrt import Severity
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.trt.log import Message, listen
-from maskrcnn.runtime.trt.messages import failure
-from maskrcnn.runtime.trt.plan import load_plan
-from maskrcnn.runtime.trt.profiles import Profile, Span
+from maskrcnn.runtime.backends.tensorrt_engine import load_plan
+from maskrcnn.runtime.backends.tensorrt_library import Message, listen
+from maskrcnn.runtime.build.messages import failure
+from maskrcnn.runtime.build.profiles import Profile, Span
 
 
 class Module:

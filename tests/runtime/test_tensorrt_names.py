@@ -19,8 +19,8 @@ from maskrcnn.runtime.device import current
 from maskrcnn.runtime.device import memory as device_memory
 from maskrcnn.runtime.trt import library as tensorrt_library
 from maskrcnn.runtime.trt import plan as tensorrt_plan
-from maskrcnn.runtime.trt.backend import TensorRtBackend
-from maskrcnn.runtime.trt.profiles import Profile, Span
+from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
+from maskrcnn.runtime.build.profiles import Profile, Span
 
 used = set()
 

@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.preprocess import Preprocessing, batch_sizes
-from maskrcnn.runtime.trt.profiles import (
-    Profile,
-    Span,
-    choose,
-    from_json,
-    parsed_profiles,
-    roomy_shape,
-    to_json,
-)
+from maskrcnn.imaging.preprocess import Preprocessing, batch_sizes
+from maskrcnn.runtime.build.profiles import Profile, Span, choose, from_json, parsed_profiles, roomy_shape, to_json
 
 USUAL = Preprocessing()
 SMALL = Preprocessing(min_size_px=96, max_size_px=160)

@@ -14,19 +14,19 @@ from maskrcnn.data.images import images_in, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
 from maskrcnn.files import write_json
+from maskrcnn.imaging.postprocess import coco_results
 from maskrcnn.plugins import build
 from maskrcnn.plugins.toolchain import find_toolchain
-from maskrcnn.postprocess import coco_results
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.trt.backend import TensorRtBackend
-from maskrcnn.runtime.trt.builder import BuildOptions
-from maskrcnn.runtime.trt.engine import build_tensorrt_engine
-from maskrcnn.runtime.trt.gate import GateImages, gate
-from maskrcnn.runtime.trt.library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
-from maskrcnn.runtime.trt.orders import Order, Refit, Surroundings
-from maskrcnn.runtime.trt.profiles import parsed_profiles
-from maskrcnn.runtime.trt.refit import refit_tensorrt_engine
-from maskrcnn.runtime.verification.validation import batches_of_shapes
+from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
+from maskrcnn.runtime.backends.tensorrt_library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
+from maskrcnn.runtime.build.gate import GateImages, gate
+from maskrcnn.runtime.build.network import BuildOptions
+from maskrcnn.runtime.build.profiles import parsed_profiles
+from maskrcnn.runtime.build.refit import refit_tensorrt_engine
+from maskrcnn.runtime.build.request import Order, Refit, Surroundings
+from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
+from maskrcnn.runtime.verification.inputs import batches_of_shapes
 
 pytestmark = pytest.mark.tensorrt
 

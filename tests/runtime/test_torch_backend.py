@@ -9,13 +9,14 @@ from fake_torch_cuda import Gpu
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import batch_images, batch_sizes
 from maskrcnn.plugins.native import Kernels
-from maskrcnn.preprocess import batch_images, batch_sizes
-from maskrcnn.runtime import Detector, torch_backend
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.backends import torch as torch_backend
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.torch_backend import TorchBackend
 from maskrcnn.runtime.verification.compare import EXACT, HALF
-from maskrcnn.runtime.verification.validation import compare_backends
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NEEDS_TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

@@ -11,13 +11,12 @@ from triton_rules import read_repository
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build
-from maskrcnn.runtime.engine import build_openvino_engine
+from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
+from maskrcnn.runtime.build.openvino import build_openvino_engine
+from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.serving.models import largest_batch, read_served
-from maskrcnn.runtime.serving.options import Serving, batch_limit, sizes
+from maskrcnn.runtime.serving.models import Serving, batch_limit, largest_batch, read_served, sizes
 from maskrcnn.runtime.serving.triton import default_name, write_models
-from maskrcnn.runtime.trt.library import PluginForm, plugin_hash
-from maskrcnn.runtime.trt.profiles import Profile, Span
 
 PARTS = ("det", "det_network", "det_post", "det_pre")
 

@@ -15,9 +15,8 @@ from triton_server import Refused, Server
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.serving.models import read_served
-from maskrcnn.runtime.serving.options import Serving
+from maskrcnn.runtime.build.openvino import build_openvino_engine
+from maskrcnn.runtime.serving.models import Serving, read_served
 from maskrcnn.runtime.serving.triton import STEP_MODULES, write_models
 
 SIZES_HW = ((120, 150), (90, 61), (200, 130))

@@ -13,12 +13,12 @@ import pytest
 from maskrcnn import cli
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
-from maskrcnn.export.precision import to_half
-from maskrcnn.preprocess import RESIZES, Preprocessing
-from maskrcnn.runtime.backend import Backend
+from maskrcnn.export.passes.precision import to_half
+from maskrcnn.imaging.preprocess import RESIZES, Preprocessing
+from maskrcnn.runtime.backends.base import Backend
+from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.engine import build_openvino_engine
-from maskrcnn.runtime.verification.images import Batch, drawn_batches, feedings
+from maskrcnn.runtime.verification.inputs import Batch, drawn_batches, feedings
 from maskrcnn.runtime.verification.report import Verdict
 from maskrcnn.runtime.verification.verify import JUDGED, check_comparable, verify
 from maskrcnn.stages import LEVELS, OF_KEYPOINTS, OF_MASKS
@@ -237,7 +237,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["maskrcnn", "verify", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "_file", None)
+        monkeypatch.setattr(cli.console.console, "_file", None)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()

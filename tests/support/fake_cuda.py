@@ -20,8 +20,8 @@ from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
 
 from maskrcnn.plugins.native import Kernels
-from maskrcnn.runtime.device import current
-from maskrcnn.runtime.device import memory as device_memory
+from maskrcnn.runtime.gpu import memory as current
+from maskrcnn.runtime.gpu import memory as device_memory
 
 OK = real.cudaError_t.cudaSuccess
 INVALID = real.cudaError_t.cudaErrorInvalidValue

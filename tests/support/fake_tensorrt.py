@@ -18,10 +18,10 @@ import numpy as np
 import onnxruntime
 
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.onnxruntime_backend import session_options
-from maskrcnn.runtime.trt import plan as tensorrt_plan
-from maskrcnn.runtime.trt import profiles as tensorrt_profiles
-from maskrcnn.runtime.trt.profiles import Profile
+from maskrcnn.runtime.backends import tensorrt_engine as tensorrt_plan
+from maskrcnn.runtime.backends.onnxruntime import session_options
+from maskrcnn.runtime.build import profiles as tensorrt_profiles
+from maskrcnn.runtime.build.profiles import Profile
 
 VERSION = "11.4.0.106"
 SCRATCH = 4096  # bytes that a context wants

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from kernel_calls import Device
 
-from maskrcnn.postprocess import paste_mask
+from maskrcnn.imaging.postprocess import paste_mask
 
 PROBABILITY = 1e-5  # by which implementations may differ
 KINDS_OF_BOX = (

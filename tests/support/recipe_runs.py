@@ -7,8 +7,8 @@ import torchvision
 
 from maskrcnn.config import model_config
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.options import read_settings, with_sections
-from maskrcnn.pretrained import coco_labels
+from maskrcnn.settings import read_settings, with_sections
+from maskrcnn.weights.torchvision import coco_labels
 
 BATCH, SIDE_PX = 2, 64
 # What stands behind a backbone, as narrow as it may be.

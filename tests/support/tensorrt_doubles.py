@@ -18,13 +18,13 @@ import onnx
 import tensorrt as real
 import two_step_nms
 
+from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.plugins import contract
-from maskrcnn.preprocess import batch_images
-from maskrcnn.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from maskrcnn.runtime.trt.gate import padded_feeds
-from maskrcnn.runtime.trt.library import Gpu, check_stamp
-from maskrcnn.runtime.trt.plan import read_engine
-from maskrcnn.runtime.trt.profiles import Profile, choose
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from maskrcnn.runtime.backends.tensorrt_engine import read_engine
+from maskrcnn.runtime.backends.tensorrt_library import Gpu, check_stamp
+from maskrcnn.runtime.build.gate import padded_feeds
+from maskrcnn.runtime.build.profiles import Profile, choose
 
 GPU = Gpu("NVIDIA Test 1", (9, 0))
 _GENERIC = ("args", "kwargs")

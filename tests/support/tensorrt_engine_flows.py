@@ -21,17 +21,18 @@ from faults import initializer
 from tensorrt_doubles import GPU, PlanBackend, Trt, answers, runnable
 from tensorrt_flows import FLOWS, Flow, flow
 
-from maskrcnn import cli, cli_engine
+from maskrcnn import cli
+from maskrcnn.api import build_engine
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.trt import backend as tensorrt_backend
-from maskrcnn.runtime.trt import engine as tensorrt_engine
-from maskrcnn.runtime.trt import library as tensorrt_library
-from maskrcnn.runtime.trt import refit as tensorrt_refit
-from maskrcnn.runtime.trt.builder import BuildOptions
-from maskrcnn.runtime.trt.gate import GateImages
-from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
-from maskrcnn.runtime.trt.orders import Order, Refit
-from maskrcnn.runtime.trt.profiles import from_json, parsed_profiles
+from maskrcnn.runtime.backends import tensorrt as tensorrt_backend
+from maskrcnn.runtime.backends import tensorrt_library
+from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
+from maskrcnn.runtime.build import refit as tensorrt_refit
+from maskrcnn.runtime.build import tensorrt as tensorrt_engine
+from maskrcnn.runtime.build.gate import GateImages
+from maskrcnn.runtime.build.network import BuildOptions
+from maskrcnn.runtime.build.profiles import from_json, parsed_profiles
+from maskrcnn.runtime.build.request import Order, Refit
 
 FLOWS.clear()  # those of plans run in another process
 
@@ -249,12 +250,12 @@ def _commands(given: Flow, trt: Trt, *commands: list[str]) -> dict[str, Any]:
 
     patches = (
         mock.patch.dict(os.environ, {"MASKRCNN_CACHE": str(given.folder.parent / "cache")}),
-        mock.patch.object(cli_engine, "tensorrt_obstacle", autospec=True, return_value=None),
-        mock.patch.object(cli_engine, "import_tensorrt", autospec=True, return_value=trt),
-        mock.patch.object(cli_engine, "find_gpu", autospec=True, return_value=GPU),
+        mock.patch.object(build_engine, "tensorrt_obstacle", autospec=True, return_value=None),
+        mock.patch.object(build_engine, "import_tensorrt", autospec=True, return_value=trt),
+        mock.patch.object(build_engine, "find_gpu", autospec=True, return_value=GPU),
         mock.patch.object(tensorrt_backend, "TensorRtBackend", open_engine),
         mock.patch.object(tensorrt_engine, "load_plugins", autospec=True, return_value=None),
-        mock.patch.object(cli.console, "_file", io.StringIO()),
+        mock.patch.object(cli.console.console, "_file", io.StringIO()),
     )
     with contextlib.ExitStack() as stack:
         stack.callback(os.chdir, os.getcwd())
@@ -263,7 +264,7 @@ def _commands(given: Flow, trt: Trt, *commands: list[str]) -> dict[str, Any]:
             stack.enter_context(patch)
         for command in commands:
             cli.app(command, standalone_mode=False)
-        return {"printed": cli.console._file.getvalue(), "files": _files(given.folder)}
+        return {"printed": cli.console.console._file.getvalue(), "files": _files(given.folder)}
 
 
 @flow

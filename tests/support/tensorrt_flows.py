@@ -24,14 +24,13 @@ from tensorrt_doubles import GPU, PlanBackend, Trt, answers, double_of
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.runtime.backends import tensorrt_library
+from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
+from maskrcnn.runtime.build import refit as tensorrt_refit
+from maskrcnn.runtime.build.network import BuildOptions, build_plan, run_stoppable
+from maskrcnn.runtime.build.profiles import parsed_profiles
+from maskrcnn.runtime.build.request import Order, Surroundings
 from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.trt import library as tensorrt_library
-from maskrcnn.runtime.trt import refit as tensorrt_refit
-from maskrcnn.runtime.trt.builder import BuildOptions, build_plan
-from maskrcnn.runtime.trt.library import Hardware, PluginForm, Weights
-from maskrcnn.runtime.trt.orders import Order, Surroundings
-from maskrcnn.runtime.trt.profiles import parsed_profiles
-from maskrcnn.runtime.trt.progress import run_stoppable
 
 FLOWS: dict[str, Callable[[Flow], Any]] = {}
 

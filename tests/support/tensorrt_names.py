@@ -15,30 +15,34 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MODULES = {"trt": "tensorrt", "trtp": "tensorrt.plugin"}  # how our sources call TensorRT's modules
 # Where the module itself is called `tensorrt`; elsewhere that is something of ours.
-BY_FULL_NAME = ("plugins/aot.py", "maskrcnn/doctor.py", "runtime/trt/library.py")
+BY_FULL_NAME = ("plugins/aot.py", "runtime/doctor.py", "runtime/backends/tensorrt_library.py")
 # What our sources call objects of TensorRT's classes, as a variable or as an attribute.
 OBJECTS = {
     "plugins/aot.py": {"registry": "IPluginRegistry"},
-    "runtime/trt/builder.py": {
+    "runtime/build/network.py": {
         "builder": "Builder",
         "network": "INetworkDefinition",
         "config": "IBuilderConfig",
         "parser": "OnnxParser",
         "tensor": "ITensor",
+        "timing": "ITimingCache",
+        "others": "ITimingCache",
     },
-    "runtime/trt/lane.py": {"engine": "ICudaEngine", "context": "IExecutionContext"},
-    "runtime/trt/library.py": {"registry": "IPluginRegistry"},
-    "runtime/trt/messages.py": {"parser": "OnnxParser", "error": "ParserError"},
-    "runtime/trt/plan.py": {"runtime": "Runtime", "engine": "ICudaEngine"},
-    "runtime/trt/profiles.py": {"trt_profile": "IOptimizationProfile"},
-    "runtime/trt/refit.py": {
+    "runtime/backends/tensorrt_library.py": {"registry": "IPluginRegistry"},
+    "runtime/build/messages.py": {"parser": "OnnxParser", "error": "ParserError"},
+    "runtime/backends/tensorrt_engine.py": {
+        "runtime": "Runtime",
+        "engine": "ICudaEngine",
+        "context": "IExecutionContext",
+    },
+    "runtime/build/profiles.py": {"trt_profile": "IOptimizationProfile"},
+    "runtime/build/refit.py": {
         "runtime": "Runtime",
         "engine": "ICudaEngine",
         "refitter": "Refitter",
         "parser": "OnnxParserRefitter",
         "config": "ISerializationConfig",
     },
-    "runtime/trt/timing.py": {"config": "IBuilderConfig", "timing": "ITimingCache", "others": "ITimingCache"},
 }
 RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
 BY_TEXT = {"_do": "IExecutionContext"}  # functions of ours that take a method's name

@@ -3,8 +3,8 @@
 import torch
 
 from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import Preprocessing
 
 # What makes a model one of version 2, as small as the rest.
 TINY_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (16, 16)}

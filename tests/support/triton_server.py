@@ -118,7 +118,7 @@ def _onnxruntime(folder: Path, config: Message, inputs: Tensors) -> Tensors:
 
 
 def _openvino(folder: Path, config: Message, inputs: Tensors) -> Tensors:
-    from maskrcnn.runtime.openvino_backend import openvino_core
+    from maskrcnn.runtime.backends.openvino import openvino_core
 
     core = openvino_core()
     model = core.read_model(folder / "model.xml")

@@ -8,8 +8,8 @@ import functools
 import torch
 from tiny import lively_model, tiny_config
 
+from maskrcnn.imaging.preprocess import PRESETS, Preprocessing
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.preprocess import PRESETS, Preprocessing
 
 CAFFE = Preprocessing(**PRESETS["caffe"], min_size_px=96, max_size_px=160)
 EXPORTED = {

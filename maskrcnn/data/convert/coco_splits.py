@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.coco import find_split, list_splits
-from maskrcnn.data.coco_file import (
+from maskrcnn.data.annotations import (
     TOP_LEVEL_KEYS,
+    AnnotationError,
     are_boxes_only,
     categories_of,
     checked_annotation,
@@ -18,11 +18,10 @@ from maskrcnn.data.coco_file import (
     required,
     usable_id,
 )
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.pictures import look, require_size
+from maskrcnn.data.coco import find_split, list_splits
+from maskrcnn.data.convert.documents import BadEntry, Faults, look, require_size
 from maskrcnn.data.convert.source import Entry, Options, Picture, Source, SourceObject, require_entries
 from maskrcnn.data.convert.vocabulary import Category, refuse_clashes
-from maskrcnn.data.segmentation import AnnotationError
 from maskrcnn.errors import UserError
 
 _LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"

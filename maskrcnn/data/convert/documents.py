@@ -3,15 +3,93 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
+import os
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from maskrcnn.data.convert.faults import BadEntry
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from maskrcnn.data.images import decode_image, read_image
 from maskrcnn.errors import UserError
+
+# Faults of single entries: the first stops a conversion, or all are counted and their entries left out.
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class BadEntry(UserError):
+    """One image or object that cannot be converted.
+
+    Args:
+        reason: the same for all of its kind.
+        came: what was found, naming the file and the line or object.
+        expected: what would have been right.
+        do: what the user can do about it.
+    """
+
+    def __init__(self, reason: str, came: str, expected: str, do: str) -> None:
+        self.reason = reason
+        super().__init__(came, expected, do)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, self.came, self.expected, self.do)
+
+
+class Faults:
+    """What a conversion met that it could not, or was not meant to, convert.
+
+    Args:
+        keep_going: count faults and go on; otherwise the first one is raised.
+    """
+
+    def __init__(self, *, keep_going: bool = False) -> None:
+        self.keep_going = keep_going
+        self.skipped: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def meet(self, fault: BadEntry) -> None:
+        """Raises the fault, or counts it."""
+        if not self.keep_going:
+            raise fault
+        self.skipped[fault.reason] += 1
+        self._examples.setdefault(fault.reason, fault.came)
+
+    def leave_out(self, reason: str, example: str) -> None:
+        """Counts what the format or an option says is not to be converted; that is no fault."""
+        self.left_out[reason] += 1
+        self._examples.setdefault(reason, example)
+
+    def usable(self, items: Iterable[Item], make: Callable[[int, Item], Made | None]) -> Iterator[Made]:
+        """`make(index, item)` of each item, without those that are None or at fault."""
+        for index, item in enumerate(items):
+            try:
+                made = make(index, item)
+            except BadEntry as fault:
+                self.meet(fault)
+                continue
+            if made is not None:
+                yield made
+
+    def lines(self) -> list[str]:
+        """A line for each reason, with the first example."""
+        counted = (("skipped", self.skipped), ("left out", self.left_out))
+        return [
+            f"{verb} {count}: {reason}, first: {self._examples[reason]}"
+            for verb, counts in counted
+            for reason, count in sorted(counts.items())
+        ]
+
 
 UNREADABLE = "annotation file that cannot be read"
 _RESTORE = "restore the file from its source"
@@ -185,3 +263,159 @@ def _bytes_of(path: Path) -> bytes:
 def _not_readable(path: Path, error: OSError) -> NoReturn:
     came = f"{path} cannot be read ({error.strerror or error})"
     raise BadEntry(UNREADABLE, came, "a file that exists and can be read", "complete the dataset") from error
+
+
+# Image files on their way into a dataset: looked through once, then linked, copied or turned upright.
+
+UNREADABLE_IMAGE = "image that cannot be read"
+OTHER_SIZE = "annotation of another size than its image"
+_JPEG_QUALITY = 95  # of a picture that is turned; Pillow's documentation advises against more
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What an image file is."""
+
+    size_hw: tuple[int, int]  # as stored
+    orientation: int  # EXIF's, 1 for upright
+
+    @property
+    def upright_hw(self) -> tuple[int, int]:
+        """The size once the orientation is applied: 5 to 8 swap rows and columns (EXIF 2.3, tag 274)."""
+        return self.size_hw[::-1] if self.orientation > 4 else self.size_hw
+
+
+def look(content: Path | bytes, name: str = "") -> Looked:
+    """Decodes an image once, so that nothing is converted that training could not read.
+
+    Of a JPEG only an eighth of the pixels is computed; all of the file is read for it.
+
+    Raises:
+        BadEntry: naming the file, where it is missing, damaged or no image.
+    """
+    name = name or str(content)
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            size_hw = image.size[::-1]
+            orientation = _orientation(image)
+            if image.format == "JPEG" and image.draft(None, (1, 1)):
+                image.load()
+                return Looked(size_hw, orientation)
+    except Exception:  # Pillow's decoders raise whatever they stumble over; `read_image` has words for it
+        orientation = 1
+    try:
+        pixels = decode_image(content, name) if isinstance(content, bytes) else read_image(content)
+    except UserError as error:
+        raise BadEntry(UNREADABLE_IMAGE, error.came, error.expected, error.do) from error
+    return Looked(pixels.shape[:2], orientation)
+
+
+def require_size(size_hw: tuple[int, int], expected_hw: tuple[int, int], where: str) -> None:
+    """Raises a BadEntry where an annotation is for an image of another size than `expected_hw`, the image's."""
+    if tuple(size_hw) != tuple(expected_hw):
+        came = f"{where}: for {size_hw[1]}×{size_hw[0]} pixels"
+        expected = f"the image's size, {expected_hw[1]}×{expected_hw[0]}"
+        raise BadEntry(OTHER_SIZE, came, expected, "restore the image that was annotated, or correct the annotation")
+
+
+def place(content: Path | bytes, target: Path, *, is_upright: bool, copies: bool) -> None:
+    """Puts an image at `target`: turned if `is_upright` and its EXIF orientation asks for it, else byte for byte.
+
+    A file is linked (a further name of the same file, which costs no space) unless `copies`; where the file system
+    does not link, it is copied.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_upright and _save_upright(content, target):
+        return
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+    else:
+        _link(content.resolve(), target, copies=copies)
+
+
+def _link(source: Path, target: Path, *, copies: bool) -> None:
+    if not copies:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another disk, or a file system without links
+    shutil.copyfile(source, target)
+
+
+def _save_upright(content: Path | bytes, target: Path) -> bool:
+    """Writes a picture turned; False, and nothing is written, for one that is upright."""
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        if _orientation(image) == 1:
+            return False
+        options = {"quality": _JPEG_QUALITY, "subsampling": 0} if image.format == "JPEG" else {}
+        ImageOps.exif_transpose(image).save(target, format=image.format, **options)
+    return True
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+# PNG files whose pixels are numbers: of instances, of classes, or of both.
+
+UNREADABLE_MASK = "mask that cannot be read"
+_RESTORE_MASK = "restore the file from its source"
+_NUMBERS = ("1", "L", "P", "I")  # Pillow's modes of one number per pixel, and those that begin with I;16
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """The numbers of a single-channel image, int64 `[H, W]`; of a palette image its indices, not its colours.
+
+    Raises:
+        BadEntry: where the file is missing, damaged, or has several channels.
+    """
+    pixels, mode = _decoded(path)
+    if mode not in _NUMBERS and not mode.startswith("I;16"):
+        came = f"{path}: {mode} pixels"
+        raise BadEntry(UNREADABLE_MASK, came, "one number per pixel (grey or palette image)", "save it without colours")
+    return pixels.astype(np.int64)
+
+
+def read_two_channels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The first two channels of an image of 8 or 16 bits per channel, int64 `[H, W]` each.
+
+    Raises:
+        BadEntry: where the file is missing, damaged, or has fewer than three channels.
+    """
+    pixels, mode = _decoded(path)
+    if mode not in ("RGB", "RGBA"):
+        came = f"{path}: {mode} pixels"
+        raise BadEntry(UNREADABLE_MASK, came, "a PNG of three channels", _RESTORE_MASK)
+    return pixels[..., 0].astype(np.int64), pixels[..., 1].astype(np.int64)
+
+
+def _decoded(path: Path) -> tuple[np.ndarray, str]:
+    """Pixels and Pillow's mode; of 16-bit colours all 16 bits."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise ValueError("a JPEG, whose compression changes the numbers")
+            mode, packing = image.mode, _packing(image)
+            pixels = np.array(image)
+        if packing.endswith(";16B") and mode in ("RGB", "RGBA"):
+            # Pillow keeps one byte of such samples, the first; told that they are the other way round, the second.
+            with Image.open(path) as image:
+                image.tile = [_with_packing(tile, f"{mode};16L") for tile in image.tile]
+                pixels = pixels.astype(np.uint16) << 8 | np.array(image)
+        return pixels, mode
+    except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
+        what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise BadEntry(UNREADABLE_MASK, f"{path} ({what})", "an undamaged PNG file", _RESTORE_MASK) from error
+
+
+def _packing(image: Image.Image) -> str:
+    """How the file's samples are packed, in Pillow's words."""
+    packing = image.tile[0][3] if image.tile else ""
+    return packing if isinstance(packing, str) else str(packing[0])
+
+
+def _with_packing(tile: tuple, packing: str) -> tuple:
+    changed = (*tile[:3], packing)
+    return type(tile)(*changed) if hasattr(tile, "_fields") else changed

@@ -17,11 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maskrcnn.data.convert.documents import list_at, object_at, read_json, text_at
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.objects import merged_rle, polygon_fields, rle_fields
-from maskrcnn.data.convert.outlines import ellipse, number, rectangle
-from maskrcnn.data.convert.pictures import look, require_size
+from maskrcnn.data.convert.documents import BadEntry, Faults, list_at, look, object_at, read_json, require_size, text_at
 from maskrcnn.data.convert.source import (
     Entry,
     Options,
@@ -29,7 +25,13 @@ from maskrcnn.data.convert.source import (
     Source,
     SourceObject,
     are_splits,
+    ellipse,
+    merged_rle,
+    number,
+    polygon_fields,
+    rectangle,
     require_entries,
+    rle_fields,
     split_off,
 )
 from maskrcnn.data.convert.vocabulary import Vocabulary, collected, read_aliases, read_classes

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from maskrcnn.data.convert.documents import read_json, read_lines
-from maskrcnn.data.convert.faults import BadEntry, Faults
+from maskrcnn.data.convert.documents import BadEntry, Faults, read_json, read_lines
 from maskrcnn.data.convert.source import Entry
 from maskrcnn.errors import UserError
 

@@ -12,11 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from maskrcnn.data.convert.documents import list_at, object_at, read_json, text_at
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.objects import polygon_fields
-from maskrcnn.data.convert.outlines import ellipse, number, polygon, positive, rectangle
-from maskrcnn.data.convert.pictures import look
+from maskrcnn.data.convert.documents import BadEntry, Faults, list_at, look, object_at, read_json, text_at
 from maskrcnn.data.convert.source import (
     Entry,
     Options,
@@ -24,6 +20,12 @@ from maskrcnn.data.convert.source import (
     Source,
     SourceObject,
     are_splits,
+    ellipse,
+    number,
+    polygon,
+    polygon_fields,
+    positive,
+    rectangle,
     require_entries,
     split_off,
 )

@@ -12,12 +12,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.convert.documents import array_spans, json_from, list_at, object_at, read_json
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.objects import box_fields
-from maskrcnn.data.convert.outlines import number
-from maskrcnn.data.convert.pictures import look, require_size
-from maskrcnn.data.convert.source import Entry, Options, Picture, Source, SourceObject, require_entries
+from maskrcnn.data.convert.documents import (
+    BadEntry,
+    Faults,
+    array_spans,
+    json_from,
+    list_at,
+    look,
+    object_at,
+    read_json,
+    require_size,
+)
+from maskrcnn.data.convert.source import (
+    Entry,
+    Options,
+    Picture,
+    Source,
+    SourceObject,
+    box_fields,
+    number,
+    require_entries,
+)
 from maskrcnn.data.convert.vocabulary import Category, Vocabulary, plain, read_aliases, read_classes
 from maskrcnn.errors import UserError
 

@@ -15,12 +15,18 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from maskrcnn.data.convert.documents import read_lines, read_xml
-from maskrcnn.data.convert.faults import BadEntry, Faults
-from maskrcnn.data.convert.id_maps import read_ids
-from maskrcnn.data.convert.objects import box_fields, mask_fields
-from maskrcnn.data.convert.pictures import look, require_size
-from maskrcnn.data.convert.source import Entry, Options, Picture, Source, SourceObject, folder, require_entries
+from maskrcnn.data.convert.documents import BadEntry, Faults, look, read_ids, read_lines, read_xml, require_size
+from maskrcnn.data.convert.source import (
+    Entry,
+    Options,
+    Picture,
+    Source,
+    SourceObject,
+    box_fields,
+    folder,
+    mask_fields,
+    require_entries,
+)
 from maskrcnn.data.convert.vocabulary import Category, Vocabulary, collected, plain, read_aliases, read_classes
 from maskrcnn.data.images import IMAGE_SUFFIXES
 from maskrcnn.errors import UserError

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.convert.documents import read_lines
-from maskrcnn.data.convert.faults import BadEntry, Faults
+from maskrcnn.data.convert.documents import BadEntry, Faults, read_lines
 from maskrcnn.errors import UserError
 
 _WITH_ID = re.compile(r"(\d+)\s*:\s*(.*)")

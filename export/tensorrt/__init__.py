@@ -1,0 +1,1 @@
+"""The ONNX graph as TensorRT's parser accepts it."""

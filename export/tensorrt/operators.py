@@ -1,0 +1,212 @@
+"""What TensorRT's ONNX parser takes: the table that `export/tensorrt/lint.py` checks graphs against.
+
+For TensorRT 10.9 and newer; each entry names the document that it was read from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OLDEST = (10, 9)  # the first version with ahead-of-time Python plugins, and the oldest that engines are built with
+OPSETS = range(9, 25)  # the matrices of 10.15 and 11.0; that of 10.1 ends at 20
+OPSETS_EVERYWHERE = range(9, 21)
+
+# Where the entries come from.
+MATRIX = "docs/operators.md of onnx-tensorrt, for TensorRT 10.1 and 11.0"
+CHANGELOG = "docs/Changelog.md of onnx-tensorrt, up to 11.0"
+CHECKERS = "onnxOpCheckers.cpp of onnx-tensorrt 10.1"
+IMPORTERS = "onnxOpImporters.cpp of onnx-tensorrt 10.1"
+PARSER = "ModelImporter.cpp of onnx-tensorrt 10.1 and 11.0"
+OPERATORS = "TensorRT's operator reference"
+GLOSSARY = "TensorRT's documentation, Dynamic Shapes and Glossary"
+CONTRACT = "maskrcnn/plugins/contract.py"
+
+_FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16"})
+_INTEGERS = frozenset({"INT32", "INT64"})
+_NUMBERS = _FLOATS | _INTEGERS
+_ANY = _NUMBERS | {"BOOL"}
+_HALF_AND_SINGLE = frozenset({"FLOAT", "FLOAT16"})
+
+
+@dataclass(frozen=True)
+class OpSupport:
+    """One operator that the parser imports."""
+
+    types: frozenset[str]  # names of ONNX element types that its data may have
+    source: str = MATRIX
+    since: tuple[int, int] = OLDEST  # TensorRT version
+
+
+@dataclass(frozen=True)
+class AttributeRule:
+    """The values that an attribute may have; in a list, each element of it. None allowed: it must be absent."""
+
+    attribute: str
+    allowed: tuple[int | str, ...]
+    source: str = MATRIX
+
+
+@dataclass(frozen=True)
+class ConstantRule:
+    """An input that must be known when the engine is built."""
+
+    position: int
+    what: str
+    may_be_computed: bool = False  # from other constants; else an initializer or a Constant node
+    source: str = MATRIX
+
+
+def _rows(types: frozenset[str], names: str, source: str = MATRIX) -> dict[str, OpSupport]:
+    return {name: OpSupport(types, source) for name in names.split()}
+
+
+SUPPORTED: dict[str, OpSupport] = {
+    **_rows(
+        _FLOATS,
+        "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
+        "CumSum Dropout Einsum Elu Erf Exp Floor GRU Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool "
+        "GroupNormalization HardSigmoid Hardmax ImageScaler InstanceNormalization IsInf LRN LSTM "
+        "LayerNormalization LeakyRelu Log LogSoftmax LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization "
+        "PRelu ParametricSoftplus Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike "
+        "Reciprocal Resize Round ScaledTanh Scan Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh "
+        "ThresholdedRelu Upsample",
+    ),
+    **_rows(
+        _NUMBERS,
+        "Abs Add ArgMax ArgMin DepthToSpace Div Equal Gelu Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean "
+        "Min Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin "
+        "ReduceProd ReduceSum ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub "
+        "Sum TopK",
+    ),
+    **_rows(
+        _ANY,
+        "Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND Identity If Loop OneHot "
+        "Reshape ReverseSequence Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where",
+    ),
+    **_rows(_ANY | {"UINT8"}, "Cast CastLike"),
+    **_rows(frozenset({"BOOL"}), "And Not Or Xor"),
+    **_rows(
+        _HALF_AND_SINGLE,
+        "BlackmanWindow DeformConv GridSample HammingWindow HannWindow Mish NonMaxSuppression RoiAlign",
+    ),
+    **_rows(frozenset({"FLOAT"}), "STFT"),
+    **_rows(frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}), "DequantizeLinear"),
+    **_rows(_ANY | {"INT8"}, "NonZero", IMPORTERS),  # the matrix names FLOAT and FLOAT16 only
+    "HardSwish": OpSupport(_HALF_AND_SINGLE, IMPORTERS),  # the matrix names BF16 as well
+    "Attention": OpSupport(_FLOATS | {"INT8", "FLOAT8E4M3FN"}, CHANGELOG, (10, 14)),
+    "RMSNormalization": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
+    "RotaryEmbedding": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
+    "TensorScatter": OpSupport(_FLOATS | {"INT32"}, CHANGELOG, (10, 15)),
+    "Swish": OpSupport(_FLOATS, CHANGELOG, (11, 0)),
+}
+
+# Types that some versions take, or that importers take although the matrix does not list them: a warning.
+TAKEN_BY_SOME: dict[str, tuple[frozenset[str], str]] = {
+    "Clip": (_INTEGERS, IMPORTERS),
+    "Pow": (_INTEGERS, CHANGELOG),  # from 10.12 on
+}
+
+_REFUSED = (
+    "AffineGrid Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress "
+    "ConcatFromSequence ConvInteger DFT Det DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool "
+    "MelWeightMatrix Multinomial NegativeLogLikelihoodLoss Optional OptionalGetElement OptionalHasElement QLinearConv "
+    "QLinearMatMul RegexFullMatch SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert "
+    "SequenceLength SequenceMap SoftmaxCrossEntropyLoss SplitToSequence StringConcat StringNormalizer StringSplit "
+    "TfIdfVectorizer Unique"
+)
+UNSUPPORTED = frozenset(_REFUSED.split())
+
+_POOL = AttributeRule("dilations", (1,), CHECKERS)
+ATTRIBUTES: dict[str, tuple[AttributeRule, ...]] = {
+    "AveragePool": (_POOL,),
+    "BatchNormalization": (AttributeRule("training_mode", (0,), CHECKERS),),
+    "Constant": tuple(AttributeRule(name, ()) for name in ("sparse_value", "value_string", "value_strings")),
+    # The importer knows the names of before opset 20, and takes any other for nearest without a word.
+    "GridSample": (AttributeRule("mode", ("nearest", "bilinear", "bicubic"), IMPORTERS),),
+    "LSTM": (AttributeRule("input_forget", (0,)), AttributeRule("layout", (0,))),
+    "LpNormalization": (AttributeRule("p", (1, 2), CHECKERS),),
+    "LpPool": (_POOL, AttributeRule("p", (1, 2), CHECKERS)),
+    "MaxPool": (_POOL,),
+    "Pad": (AttributeRule("mode", ("constant", "reflect", "edge", "wrap"), IMPORTERS),),
+    "Resize": (
+        AttributeRule("mode", ("nearest", "linear", "cubic"), CHECKERS),
+        AttributeRule(
+            "coordinate_transformation_mode",
+            ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"),
+        ),
+        AttributeRule("nearest_mode", ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")),
+        AttributeRule("keep_aspect_ratio_policy", ("stretch",)),
+        AttributeRule("antialias", (0,)),
+    ),
+    "RoiAlign": (
+        AttributeRule("mode", ("avg", "max"), CHECKERS),
+        AttributeRule("coordinate_transformation_mode", ("half_pixel", "output_half_pixel"), CHECKERS),
+    ),
+    "ScatterND": (AttributeRule("reduction", ("none",)),),
+    "TopK": (AttributeRule("sorted", (1,)),),
+}
+
+_AXES = (ConstantRule(1, "axes"),)
+_RESOLVED_AXES = (ConstantRule(1, "axes", may_be_computed=True),)
+CONSTANT_INPUTS: dict[str, tuple[ConstantRule, ...]] = {
+    **{name: _AXES for name in SUPPORTED if name.startswith("Reduce")},
+    "CumSum": (ConstantRule(1, "axis", may_be_computed=True),),
+    "Dropout": (ConstantRule(2, "training_mode"),),
+    "OneHot": (ConstantRule(1, "depth", may_be_computed=True),),
+    "QuantizeLinear": (ConstantRule(2, "zero point", may_be_computed=True),),
+    "DequantizeLinear": (ConstantRule(2, "zero point", may_be_computed=True),),
+    "STFT": (ConstantRule(1, "frame_step"), ConstantRule(2, "window")),
+    "Squeeze": _RESOLVED_AXES,
+    "Unsqueeze": _RESOLVED_AXES,
+}
+
+# Inputs whose values decide how large the output is.
+SIZE_INPUTS: dict[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "OneHot": (1,),
+    "Pad": (1,),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 4),
+    "Split": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+}
+TOPK_LIMIT = 3840  # the matrix wants K below it; the operator reference allows it as well
+
+# Outputs whose size only their values tell: TensorRT waits for the GPU to learn it.
+DATA_DEPENDENT = {
+    "NonZero": "give the consumer all elements with a mask, so that no size depends on values",
+    "NonMaxSuppression": "use a node with a fixed number of rows and a count, as maskrcnn::BatchedNms",
+}
+LOOPS = ("Loop", "Scan")
+
+RANKS: dict[str, tuple[int, ...]] = {  # of the first input
+    "AveragePool": (4, 5),
+    "DeformConv": (3, 4),
+    "GridSample": (4,),
+    "MaxPool": (4, 5),
+    "TensorScatter": (4,),
+}
+MOST_OUTPUTS = {"MaxPool": 1, "LayerNormalization": 1, "Attention": 1}
+
+# Inputs that the table's types are about, where ONNX's own schema does not tell.
+TYPED_INPUTS: dict[str, tuple[int, ...]] = {
+    "DequantizeLinear": (0,),
+    "If": (),
+    "Loop": (),
+    "NonMaxSuppression": (0, 1),
+    "QuantizeLinear": (0,),
+    "RoiAlign": (0, 1),
+    "Scan": (),
+}
+
+# Arithmetic on a few numbers, which TensorRT does on the host when a size depends on it.
+_ON_THE_HOST = (
+    "Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual "
+    "Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum "
+    "Reshape Round Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze Where"
+)
+HOST_OPS = frozenset(_ON_THE_HOST.split())

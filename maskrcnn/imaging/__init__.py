@@ -1,0 +1,1 @@
+"""Images to tensors and tensors to masks, on NumPy alone."""

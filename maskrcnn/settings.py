@@ -1,0 +1,228 @@
+"""Values of dataclass fields: as YAML, JSON and the command line give them, and as the fields hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing, with_preset
+
+_LISTS = {int: "whole numbers", float: "numbers", str: "words"}  # what a list holds, in an error
+_FORMS = {int: "[8, 11]", float: "[0.5, 2.0]", str: "[cat, dog]"}  # of a list, where the default is an empty one
+
+
+def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, Any]:
+    """Values of some fields of a dataclass, each of its field's type; sections stay dictionaries.
+
+    Lists become tuples, and whole numbers floats where asked for. Where a list of numbers is wanted, `8,11` is the
+    list that it means, and a number alone is a list of one, unless the default has several: it might mean each of
+    them. A section of which nothing is said is empty, and the name of a preset gives way to its fields.
+
+    Args:
+        kind: the dataclass.
+        values: by the fields' names, any of them.
+        where: what an error puts before a field's name.
+
+    Raises:
+        UserError: for fields that the dataclass does not have, and values of the wrong type.
+    """
+    types = typing.get_type_hints(kind)
+    fields = {each.name: each for each in dataclasses.fields(kind)}
+    unknown = sorted(str(name) for name in values if name not in fields)
+    if unknown:
+        raise UserError(
+            f"{kind.__name__} with unknown field(s) {', '.join(unknown)}",
+            f"fields among {', '.join(fields)}",
+            "correct the name; a file of another version of maskrcnn is read by that version",
+        )
+    return {name: _value(f"{where}{name}", types[name], value, fields[name].default) for name, value in values.items()}
+
+
+def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _section(name, kind, value)
+    if typing.get_origin(kind) is tuple:
+        return _several(name, typing.get_args(kind)[0], value, default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        came = f"{name} {value!r} of type {type(value).__name__}"
+        raise UserError(came, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
+    return value
+
+
+def _section(name: str, kind: type, value: Any) -> Any:
+    if isinstance(value, kind):
+        return value
+    value = with_preset(value) if kind is Preprocessing else value
+    if value is None:  # all its lines are comments
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{name} {value!r}",
+            f"a section: fields of {kind.__name__} with their values",
+            f"write {name}.FIELD=VALUE with --set, and in YAML `{name.rpartition('.')[2]}:` with indented lines below",
+        )
+    return typed(kind, value, where=f"{name}.")
+
+
+def _several(name: str, inner: Any, value: Any, default: Any) -> tuple:
+    """A list's values.
+
+    Args:
+        name: for errors.
+        inner: type of each value.
+        value: a list, `8,11`, or a number alone.
+        default: of the field.
+    """
+    several = isinstance(default, tuple) and len(default) > 1
+    if isinstance(value, str) and inner in (int, float):
+        try:
+            value = tuple(inner(part) for part in value.split(",") if part.strip())
+        except ValueError as error:
+            raise _no_list(name, inner, value, default) from error
+    elif type(value) in (int, float) and inner in (int, float) and not several:
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        raise _no_list(name, inner, value, default)
+    return tuple(_value(f"{name}[{number}]", inner, item) for number, item in enumerate(value))
+
+
+def _no_list(name: str, inner: Any, value: Any, default: Any) -> UserError:
+    form = f"[{', '.join(map(str, default))}]" if default else _FORMS.get(inner, "[[1, 2], [2, 3]]")
+    return UserError(
+        f"{name} {value!r}",
+        f"a list of {_LISTS.get(inner, 'lists')}, as {form}",
+        f"write it in such brackets, also where there is one value only; --set '{name}={form}'",
+    )
+
+
+# Settings of a run from the command line and from YAML: one dataclass stands behind both.
+
+
+def with_settings(kind: type) -> Callable[[Callable], Callable]:
+    """A decorator that gives a command an option for each field of a dataclass that has a help text.
+
+    The command gets those that the user gave as a dictionary `settings`.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
+        types = typing.get_type_hints(kind)
+        fields = [f for f in dataclasses.fields(kind) if "help" in f.metadata]
+        made = [_parameter(f, types[f.name]) for f in fields]
+
+        @functools.wraps(command)
+        def with_dictionary(**values: Any) -> Any:
+            given = {f.name: values.pop(f.name) for f in fields}
+            return command(**values, settings={name: value for name, value in given.items() if value is not None})
+
+        with_dictionary.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
+        with_dictionary.__annotations__ = {p.name: p.annotation for p in own + made}
+        return with_dictionary
+
+    return decorate
+
+
+def _parameter(setting: dataclasses.Field, kind: Any) -> inspect.Parameter:
+    choices = setting.metadata["choices"]
+    text = setting.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
+    if setting.default not in ("", ()):
+        text += f" Default {setting.default}."
+    option = typer.Option(help=text, show_default=False)
+    shown = kind if kind in (int, float, bool) else str
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
+    )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, or of the JSON that a run keeps (which is YAML too).
+
+    Raises:
+        UserError: when the file is missing, is not YAML or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", "a YAML file of settings", "check --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({error})", "a YAML file of settings", "correct the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {type(values).__name__}", "a mapping of settings", "write `epochs: 12` and the like")
+    return values
+
+
+def assignments(texts: list[str]) -> dict[str, Any]:
+    """Nested settings from `section.field=value` texts; values are read as YAML.
+
+    Raises:
+        UserError: for a text without `=` or a value that is not YAML.
+    """
+    made: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not all(name.split(".")):
+            raise UserError(f"--set {text}", "section.field=value", "write for example --set model.detections=300")
+        try:
+            given = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}", "a value that is YAML", "quote it or correct it") from error
+        for part in reversed(name.split(".")):
+            given = {part: given}
+        made = merged(made, with_sections(given))
+    return made
+
+
+def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a name that stands for a section has become one: `model: NAME`, `preprocessing: caffe`.
+
+    Only sections can be merged with what other files and options say of the same section, and only the fields of a
+    preset count more than what was said before it.
+
+    Raises:
+        UserError: for a preset that there is not.
+    """
+    made, model = dict(settings), settings.get("model")
+    if isinstance(model, str):
+        made["model"] = {"name": model}
+    elif isinstance(model, dict) and "preprocessing" in model:
+        made["model"] = {**model, "preprocessing": with_preset(model["preprocessing"])}
+    return made
+
+
+def require_changes_of_a_run(settings: dict[str, Any]) -> None:
+    """Raises a UserError unless these settings, all typed, can change a run that has begun.
+
+    Weights and model are what it has learnt; given anew they would not be taken.
+    """
+    if "weights" in settings:
+        raise UserError(
+            f"--resume with the weights {settings['weights']!r}",
+            "the weights that the run has already",
+            "leave --weights out, or start a new run from those weights: --weights without --resume",
+        )
+    if "name" in settings.get("model", {}):
+        raise UserError(
+            f"--resume with the model {settings['model']['name']!r}",
+            "the model that the run has already",
+            "leave it out, or start a new run of that model without --resume",
+        )
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both settings; where both have one the second's counts, section by section."""
+    made = dict(first)
+    for name, value in second.items():
+        both = isinstance(value, dict) and isinstance(made.get(name), dict)
+        made[name] = merged(made[name], value) if both else value
+    return made

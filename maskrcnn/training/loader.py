@@ -1,0 +1,225 @@
+"""Training batches: samples as tensors on fixed shapes, loaded by other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from maskrcnn.errors import UserError
+from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.view import MASK_SIDE
+
+# Which images make which optimizer step, on which process.
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one process.
+
+    The images of an optimizer step are decided by the seed, the epoch and the batch size alone: a global batch. Each
+    of `world_size` processes takes an equal slice of it, in `accumulate` equal parts, one after another. So a run may
+    continue with another number of processes or parts, and every gradient is a mean over equally many images.
+
+    Each image occurs once in an epoch. What the last global batch lacks is filled from the beginning of the epoch's
+    order, so that every batch has the same number of images; fewer than `batch_size` images then occur again (all of
+    them, and repeatedly, where the dataset is smaller than a batch).
+
+    Args:
+        length: number of images.
+        batch_size: images per optimizer step, over all processes and parts.
+        seed: non-negative.
+        groups: the group of each image, `length` of them; a batch holds images of one group, except the last ones,
+            which take what is left of each. None: one group.
+        rank: of this process.
+        world_size: processes that share a batch.
+        accumulate: parts of each process's slice.
+
+    Attributes:
+        epoch: of the next iteration.
+        start: batches of this process that the next iterations leave out, for a run that continues amid an epoch.
+
+    Raises:
+        UserError: where a batch cannot be divided evenly.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        groups: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        if batch_size % (world_size * accumulate):
+            raise UserError(
+                f"batch_size {batch_size} for {world_size} process(es), accumulate {accumulate}",
+                f"a multiple of {world_size * accumulate}",
+                "change --batch-size or --accumulate",
+            )
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.groups = np.zeros(length, np.int64) if groups is None else np.asarray(groups)
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.epoch, self.start = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.length // self.batch_size)
+
+    def __len__(self) -> int:
+        """Batches of this process in a whole epoch, whatever `start` is."""
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        parts = self.global_batches().reshape(self.steps, self.world_size, self.accumulate, -1)[:, self.rank]
+        for part in parts.reshape(len(self), -1)[self.start :].tolist():
+            yield [(self.epoch, index) for index in part]
+
+    def global_batches(self) -> np.ndarray:
+        """The images of each optimizer step of the epoch, int64 `[steps, batch_size]`."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.length)
+        members = [order[self.groups[order] == group] for group in np.unique(self.groups)]
+        if len(members) > 1:
+            cuts = [len(images) // self.batch_size * self.batch_size for images in members]
+            whole = np.concatenate([images[:cut] for images, cut in zip(members, cuts, strict=True)])
+            left = np.concatenate([images[cut:] for images, cut in zip(members, cuts, strict=True)])
+            batches = rng.permutation(whole.reshape(-1, self.batch_size))
+            order = np.concatenate([batches.ravel(), left])
+        return np.resize(order, (self.steps, self.batch_size))  # repeats from the beginning
+
+
+@dataclass
+class Batch:
+    """A batch on fixed shapes. G is the largest number of objects of an image, at least 1."""
+
+    images: Tensor  # float32 [N, 3, H, W], 0–255, padded right and bottom; channels in the model's order
+    image_sizes: Tensor  # int64 [N, 2], (height, width) before padding
+    boxes: Tensor  # float32 [N, G, 4] xyxy, pixels of the resized image; zero in padding
+    labels: Tensor  # int64 [N, G]
+    valid: Tensor  # bool [N, G]
+    masks: Tensor  # uint8 [N, G, MASK_SIDE, MASK_SIDE], 0 or 255, crops of the objects' masks
+    mask_frames: Tensor  # float32 [N, G, 4] xyxy, what each crop covers, in pixels of the resized image
+    keypoints: Tensor  # float32 [N, G, K, 3]: x, y in pixels of the resized image, and visibility, 0 where unlabelled
+    seeds: Tensor  # int64 [N], random and non-negative; the same for the same image in the same epoch
+    image_ids: list[int]
+
+    def truth(self) -> dict[str, Tensor]:
+        """The ground truth as `MaskRCNN.losses` takes it."""
+        names = ("boxes", "labels", "valid", "masks", "mask_frames", "keypoints", "seeds")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return Batch(
+            **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()},
+        )
+
+
+def collate(samples: list[Sample], divisor: int) -> Batch:
+    """Samples padded to common sizes; H and W become multiples of `divisor`."""
+    objects = max(1, *(len(sample.objects) for sample in samples))
+    sizes = torch.tensor([sample.image.shape[1:] for sample in samples])
+    height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
+    count = len(samples)
+    batch = Batch(
+        images=torch.empty(count, 3, height, width),  # large: only padding is zeroed, below
+        image_sizes=sizes,
+        boxes=torch.zeros(count, objects, 4),
+        labels=torch.zeros(count, objects, dtype=torch.int64),
+        valid=torch.zeros(count, objects, dtype=torch.bool),
+        masks=torch.zeros(count, objects, MASK_SIDE, MASK_SIDE, dtype=torch.uint8),
+        mask_frames=torch.zeros(count, objects, 4),
+        keypoints=torch.zeros(count, objects, *samples[0].objects.keypoints.shape[1:]),
+        seeds=torch.tensor([sample.seed for sample in samples]),
+        image_ids=[sample.image_id for sample in samples],
+    )
+    for n, sample in enumerate(samples):
+        number, found = len(sample.objects), sample.objects
+        rows, columns = sample.image.shape[1:]
+        batch.images[n, :, :rows, :columns] = torch.from_numpy(sample.image)
+        batch.images[n, :, rows:] = 0
+        batch.images[n, :, :rows, columns:] = 0
+        batch.boxes[n, :number] = torch.from_numpy(found.boxes)
+        batch.labels[n, :number] = torch.from_numpy(found.labels)
+        batch.valid[n, :number] = True
+        batch.masks[n, :number] = torch.from_numpy(found.masks)
+        batch.mask_frames[n, :number] = torch.from_numpy(found.frames)
+        batch.keypoints[n, :number] = torch.from_numpy(found.keypoints)
+    return batch
+
+
+class _Collate:
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
+
+    def __call__(self, samples: list[Sample | UserError]) -> Batch | UserError:
+        errors = [sample for sample in samples if isinstance(sample, UserError)]
+        return errors[0] if errors else collate(samples, self.divisor)
+
+
+def training_loader(
+    samples: TrainingSamples,
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
+    group_by_aspect_ratio: bool = False,
+) -> tuple[DataLoader, StepSampler]:
+    """Batches of one process in one epoch; set `sampler.epoch` before iterating.
+
+    Where a file cannot be used, the loader yields the `UserError` in place of the batch.
+
+    Args:
+        samples: what to load.
+        batch_size: images per optimizer step, over all processes; a batch of the loader holds
+            `batch_size / (world_size · accumulate)`.
+        workers: loading processes, of one thread each (PyTorch sees to that); 0 loads in the calling process.
+        pin_memory: whether batches are put in page-locked memory, for a GPU.
+        rank: of this process among `world_size`.
+        world_size: processes that train together.
+        accumulate: batches of the loader for one optimizer step.
+        group_by_aspect_ratio: whether landscape and portrait images go into batches of their own, which need less
+            padding.
+
+    Raises:
+        UserError: where a batch cannot be divided evenly.
+    """
+    portrait = [record.height > record.width for record in samples.dataset.images]
+    sampler = StepSampler(
+        len(samples),
+        batch_size=batch_size,
+        seed=samples.seed,
+        groups=portrait if group_by_aspect_ratio else None,
+        rank=rank,
+        world_size=world_size,
+        accumulate=accumulate,
+    )
+    loader = DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_Collate(samples.preprocessing.divisor),
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each epoch would take a number from the global one
+    )
+    return loader, sampler

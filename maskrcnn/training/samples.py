@@ -1,0 +1,153 @@
+"""Training samples, each random by (seed, epoch, index) alone.
+
+So augmentation depends neither on the number of workers or processes nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from maskrcnn.config import AugmentConfig
+from maskrcnn.data.coco import CocoDataset, ImageRecord
+from maskrcnn.data.images import read_image
+from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.keypoints import mirrored
+from maskrcnn.training.augmentation import (
+    Augmentation,
+    Scene,
+    copy_paste,
+    mixup,
+    mosaic,
+    objects_of_scene,
+    scene_in_view,
+)
+from maskrcnn.training.view import Objects, View, objects_in_view
+
+_SMALLEST_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image as the detector is trained on it."""
+
+    image_id: int
+    image: np.ndarray  # float32 [3, h, w], 0–255, channels in the model's order
+    objects: Objects
+    seed: int  # non-negative, for whatever the losses draw
+
+
+class TrainingSamples(Dataset):
+    """Samples of a dataset, indexed by (epoch, index).
+
+    Args:
+        dataset: images and annotations.
+        preprocessing: the model's.
+        augment: random changes; by default half of the images are mirrored.
+        seed: non-negative.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        preprocessing: Preprocessing,
+        *,
+        augment: AugmentConfig | None = None,
+        seed: int,
+    ) -> None:
+        self.dataset, self.preprocessing, self.seed = dataset, preprocessing, seed
+        self.augment = augment or AugmentConfig()
+        self._augmentation = Augmentation(self.augment, preprocessing)
+        self._partners = mirrored(dataset.keypoint_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+        """One sample, or the error that its file deserves: PyTorch would lose an error raised in a worker."""
+        try:
+            return self._sample(*key)
+        except UserError as error:
+            return error
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        seed = int(rng.integers(2**63))
+        record, config = self.dataset.images[index], self.augment
+        view = self._augmentation.view((record.height, record.width), rng)
+        steps = [step for step, probability in self._compositions() if rng.random() < probability]
+        if steps:
+            scene = self._composed(record, view, steps, rng)
+            image, objects = scene.image, objects_of_scene(scene, config.least_visible)
+        else:  # nothing needs masks of full size, which would cost most of the time and memory
+            image = self._augmentation.image(_picture(record), view, rng)
+            objects = objects_in_view(record, view, config.least_visible, self._partners)
+        if self.preprocessing.channel_order == "BGR":
+            image = np.ascontiguousarray(image[::-1])
+        return Sample(record.id, image, objects, seed)
+
+    def _compositions(self) -> tuple[tuple[str, float], ...]:
+        config = self.augment
+        return (
+            ("mosaic", config.mosaic_probability),
+            ("perspective", config.perspective_probability),
+            ("mixup", config.mixup_probability),
+            ("copy_paste", config.copy_paste_probability),
+        )
+
+    def _composed(self, record: ImageRecord, view: View, steps: list[str], rng: np.random.Generator) -> Scene:
+        if "mosaic" in steps and min(view.canvas_hw) >= _SMALLEST_MOSAIC_PX:
+            scene = self._mosaic(record, view.canvas_hw, rng)
+        else:
+            scene = self._scene(record, view, rng)
+        if "perspective" in steps:
+            scene = self._augmentation.tilted(scene, rng)
+        if "mixup" in steps:
+            alpha = self.augment.mixup_alpha
+            scene = mixup(scene, self._partner(scene.size_hw, rng), rng.beta(alpha, alpha))
+        if "copy_paste" in steps:
+            other = self._partner(scene.size_hw, rng)
+            shown = np.flatnonzero(other.masks.any(axis=(1, 2)) & (other.visible >= self.augment.least_visible))
+            if shown.size:
+                number = rng.integers(1, shown.size + 1)
+                scene = copy_paste(scene, other, np.sort(rng.choice(shown, number, replace=False)))
+        return scene
+
+    def _mosaic(self, record: ImageRecord, canvas_hw: tuple[int, int], rng: np.random.Generator) -> Scene:
+        """The image and three others around a point in the middle half of the canvas."""
+        centre_y, centre_x = (round(side * rng.uniform(0.25, 0.75)) for side in canvas_hw)
+        heights, widths = (centre_y, canvas_hw[0] - centre_y), (centre_x, canvas_hw[1] - centre_x)
+        tiles_hw = [(height, width) for height in heights for width in widths]
+        records = [record, *(self._other(rng) for _ in range(3))]
+        order = rng.permutation(4)  # the image itself may be any of the four
+        tiles = []
+        for tile_hw, chosen in zip(tiles_hw, (records[k] for k in order), strict=True):
+            view = self._augmentation.covering_view((chosen.height, chosen.width), tile_hw, rng)
+            tiles.append(self._scene(chosen, view, rng))
+        return mosaic(tiles)
+
+    def _partner(self, canvas_hw: tuple[int, int], rng: np.random.Generator) -> Scene:
+        record = self._other(rng)
+        view = self._augmentation.partner_view((record.height, record.width), canvas_hw, rng)
+        return self._scene(record, view, rng)
+
+    def _other(self, rng: np.random.Generator) -> ImageRecord:
+        return self.dataset.images[int(rng.integers(len(self.dataset.images)))]
+
+    def _scene(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Scene:
+        return scene_in_view(record, self._augmentation.image(_picture(record), view, rng), view, self._partners)
+
+
+def _picture(record: ImageRecord) -> np.ndarray:
+    """The pixels of an image, uint8 `[H, W, 3]`."""
+    picture = read_image(record.path)
+    if picture.shape[:2] != (record.height, record.width):
+        raise UserError(
+            f"{record.path}: {picture.shape[1]}×{picture.shape[0]} pixels",
+            f"{record.width}×{record.height}, as its annotations say",
+            "restore the image that was annotated, or correct the JSON",
+        )
+    return picture

@@ -1,1 +1,0 @@
-"""A GPU's memory, streams and arrays, and images on it, without torch."""

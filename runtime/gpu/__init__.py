@@ -1,0 +1,1 @@
+"""GPU memory, streams and arrays without PyTorch."""

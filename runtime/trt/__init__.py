@@ -1,1 +1,0 @@
-"""TensorRT engines: built, stamped, gated and run."""
