@@ -21,7 +21,7 @@ from maskrcnn.runtime.detector import Detector
 from maskrcnn.training.trainer import choose_precision
 from maskrcnn.weights.checkpoint import SUFFIX, metadata_of
 
-LEGACY_EXPORT = "torchvision legacy export"
+_LEGACY_EXPORT = "torchvision legacy export"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def newest_artefacts() -> Artefacts:
     folder = checkpoint.parent
     return Artefacts(
         checkpoint=checkpoint,
-        onnx=tuple(sorted(_kept(folder, "*.onnx"), key=is_variant)),
+        onnx=tuple(sorted(_kept(folder, "*.onnx"), key=_is_variant)),
         engines=_kept(folder, "*.xml"),
         others=_kept(folder, "*.engine"),
     )
@@ -236,14 +236,14 @@ def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
     return found
 
 
-def is_variant(path: Path) -> bool:
+def _is_variant(path: Path) -> bool:
     """Whether an ONNX file was made from another one, as model.int8.onnx from model.onnx."""
     return len(path.suffixes) > 1
 
 
 def _of_engine(path: Path, onnx: Sequence[Path]) -> Contender:
     """An engine; its metadata tells the precision, and the ONNX file that it was built from."""
-    exported = [each for each in onnx if not is_variant(each)]
+    exported = [each for each in onnx if not _is_variant(each)]
     source = exported[0] if len(exported) == 1 else None
 
     def open_engine() -> Detector:
@@ -350,7 +350,7 @@ def peer_contenders(
             spec=spec("eager"),
         ),
         Contender(
-            model=LEGACY_EXPORT,
+            model=_LEGACY_EXPORT,
             backend="ONNX Runtime",
             precision="fp32",
             open=exported,

@@ -28,7 +28,7 @@ from maskrcnn.training.loader import collate, training_loader
 from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import objects_in_view
 
-BATCH_SIZE = 8
+_BATCH_SIZE = 8
 AUGMENTATIONS = {
     "flip": {},
     "colours": {"colour_probability": 1.0},
@@ -40,7 +40,7 @@ AUGMENTATIONS = {
 }
 
 
-def stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: int) -> dict[str, float]:
+def _stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: int) -> dict[str, float]:
     """Seconds per image in each stage of a sample that is mirrored and resized; flipping copies nothing."""
     config = AugmentConfig()
     augmentation, rng = Augmentation(config, preprocessing), np.random.default_rng(0)
@@ -60,7 +60,7 @@ def stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: in
         image = timed("flip and resize", lambda picture=picture, view=view: augmentation.image(picture, view, rng))
         objects = timed("masks", lambda record=record, view=view: objects_in_view(record, view, config.least_visible))
         waiting.append(Sample(record.id, image, objects, 0))
-        if len(waiting) == BATCH_SIZE:
+        if len(waiting) == _BATCH_SIZE:
             timed("collate", lambda waiting=waiting: collate(waiting, preprocessing.divisor))
             waiting = []
     return seconds
@@ -84,8 +84,8 @@ def sample_seconds(dataset: CocoDataset, preprocessing: Preprocessing, augment: 
 def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int, images: int) -> float:
     """Images per second that the loader gives, its workers started and warm."""
     samples = TrainingSamples(dataset, preprocessing, seed=0)
-    loader, sampler = training_loader(samples, batch_size=BATCH_SIZE, workers=workers, pin_memory=False)
-    count, began, batches = 0, None, -(-images // BATCH_SIZE)
+    loader, sampler = training_loader(samples, batch_size=_BATCH_SIZE, workers=workers, pin_memory=False)
+    count, began, batches = 0, None, -(-images // _BATCH_SIZE)
     while count < batches:
         for batch in loader:
             if isinstance(batch, UserError):
@@ -97,7 +97,7 @@ def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int
             if count == batches:
                 break
         sampler.epoch += 1
-    return count * BATCH_SIZE / (time.perf_counter() - began)
+    return count * _BATCH_SIZE / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     with told_to_the_user():
         dataset = CocoDataset.load(given.dataset, find_split(given.dataset, given.split))
         preprocessing = Preprocessing(min_size_px=given.min_size, max_size_px=round(given.min_size * 1333 / 800))
-        seconds = stage_seconds(dataset, preprocessing, given.images)
+        seconds = _stage_seconds(dataset, preprocessing, given.images)
         print(f"{'stage':22}{'ms per image':>14}{'images/s':>12}")
         for stage, value in {**seconds, "all stages": sum(seconds.values())}.items():
             print(_line(stage, value))

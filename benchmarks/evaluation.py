@@ -50,9 +50,9 @@ from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
 OBJECTS = 7.3  # per image on average, as in COCO's val2017
 CLASSES, CLASSES_PER_IMAGE = 80, 3
-NEAR = 0.4  # share of the detections that lie at an object
-LEAST_SIDE_PX = 8
-KEYPOINTS = 17
+_NEAR = 0.4  # share of the detections that lie at an object
+_LEAST_SIDE_PX = 8
+_KEYPOINTS = 17
 _SHAPES = 64
 
 
@@ -67,7 +67,7 @@ def blobs(rng: np.random.Generator, count: int) -> np.ndarray:
 
 def boxes(rng: np.random.Generator, count: int, size_hw: tuple[int, int]) -> np.ndarray:
     """Boxes xyxy `[count, 4]` inside the image, their sides log-uniform."""
-    sides = LEAST_SIDE_PX * np.exp(rng.random((count, 2)) * np.log(min(size_hw) / LEAST_SIDE_PX))
+    sides = _LEAST_SIDE_PX * np.exp(rng.random((count, 2)) * np.log(min(size_hw) / _LEAST_SIDE_PX))
     corners = rng.random((count, 2)) * (np.array(size_hw[::-1]) - sides)
     return np.concatenate([corners, corners + sides], axis=1)
 
@@ -119,7 +119,7 @@ def _image(
     true, classes, shape = boxes(rng, number, size_hw), rng.choice(own, number), rng.integers(0, _SHAPES, number)
     found, found_classes = boxes(rng, count, size_hw), rng.integers(1, _classes(kind) + 1, count)
     found_shape, score = rng.integers(0, _SHAPES, count), rng.random(count) ** 2
-    near = np.flatnonzero(rng.random(count) < NEAR) if number else np.zeros(0, int)
+    near = np.flatnonzero(rng.random(count) < _NEAR) if number else np.zeros(0, int)
     at = rng.integers(0, max(number, 1), len(near))
     if number:
         sides = np.tile(true[at, 2:] - true[at, :2], 2)
@@ -160,11 +160,11 @@ def _fields(
         return [{"segmentation": {"size": list(size_hw), "counts": text}} for text in strings_from_runs(runs)]
     if kind == "bbox":
         return [{"bbox": _xywh(box)} for box in everything]
-    inside = rng.random((len(everything), KEYPOINTS, 2))
+    inside = rng.random((len(everything), _KEYPOINTS, 2))
     half = len(pairs) // 2
-    inside[number + pairs[half:]] = inside[pairs[:half]] + rng.normal(0, 0.03, (half, KEYPOINTS, 2))
+    inside[number + pairs[half:]] = inside[pairs[:half]] + rng.normal(0, 0.03, (half, _KEYPOINTS, 2))
     points = everything[:, None, :2] + inside * (everything[:, None, 2:] - everything[:, None, :2])
-    visible = rng.integers(0, 3, (len(everything), KEYPOINTS, 1))
+    visible = rng.integers(0, 3, (len(everything), _KEYPOINTS, 1))
     lists = np.concatenate([points.round(2), visible], axis=2).reshape(len(everything), -1).tolist()
     counts = np.count_nonzero(visible, axis=1)[:, 0].tolist()
     return [
@@ -178,10 +178,10 @@ def _xywh(box: np.ndarray) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-SCHEMA = 1
+_SCHEMA = 1
 SIZE_HW = (480, 640)
-METRIC_TOLERANCE = 1e-6
-LIMIT_S = 900
+_METRIC_TOLERANCE = 1e-6
+_LIMIT_S = 900
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class Row:
     theirs_peak_mb: float | None = None
 
 
-def pasted_by_torchvision(found: Detections) -> list[dict[str, Any]]:
+def _pasted_by_torchvision(found: Detections) -> list[dict[str, Any]]:
     """Run lengths as torchvision's reference evaluation makes them."""
     import torch
     from pycocotools import mask as mask_api
@@ -213,11 +213,11 @@ def pasted_by_torchvision(found: Detections) -> list[dict[str, Any]]:
 
 PASTERS: dict[str, Callable[[Detections], list[dict[str, Any]]]] = {
     "ours": Detections.rles,
-    "torchvision": pasted_by_torchvision,
+    "torchvision": _pasted_by_torchvision,
 }
 
 
-def paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Progress) -> Row:
+def _paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Progress) -> Row:
     """Pasting and encoding, checked by pixels and by metrics."""
     found = [detections(seed, count, size_hw) for seed in range(images)]
     check = paste_check(found)
@@ -262,7 +262,7 @@ def paste_check(found: list[Detections]) -> str:
     truth = GroundTruth(_truth_near(found), "simulated")
     metrics = [score_entries(truth, of_kind(entries, "segm"), "segm").metrics for entries in results.values()]
     largest = max(abs(metrics[0][name] - metrics[1][name]) for name in metrics[0])
-    assert largest <= METRIC_TOLERANCE, f"a metric differs by {largest:.2g}"
+    assert largest <= _METRIC_TOLERANCE, f"a metric differs by {largest:.2g}"
     total = sum(map(len, found))
     return (
         f"{differing} of {total} masks differ, {pixels} px in all; metrics by {largest:.1g}, AP {metrics[0]['AP']:.3f}"
@@ -349,7 +349,7 @@ def _check_scores(ours: Any, theirs: Any) -> None:
         assert np.array_equal(getattr(ours, name), theirs.eval[name]), f"{name} differs from pycocotools'"
 
 
-def resample_row(images: int, count: int) -> Row:
+def _resample_row(images: int, count: int) -> Row:
     """The interval of a difference of two results, matching included."""
     content, results = simulated(images, count, "bbox", SIZE_HW)
     truth, rng = GroundTruth(content, "simulated"), np.random.default_rng(1)
@@ -372,11 +372,11 @@ def resample_row(images: int, count: int) -> Row:
 def peak_mb(task: dict[str, Any]) -> float | None:
     """Growth of a process's memory while it pastes, by a process of its own; None where it cannot be had."""
     command = [sys.executable, __file__, "--peak", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def own_peak_mb(task: dict[str, Any]) -> float | None:
+def _own_peak_mb(task: dict[str, Any]) -> float | None:
     """What `peak_mb` gives, in this process."""
     found = [detections(seed, task["count"], tuple(task["size_hw"])) for seed in range(task["images"])]
     paste = PASTERS[task["paster"]]
@@ -415,7 +415,7 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def growth_chart(rows: list[Row]) -> str:
+def _growth_chart(rows: list[Row]) -> str:
     """Seconds of scoring against the images of the dataset, as SVG."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in (row for row in rows if row.work.startswith("score")):
@@ -438,22 +438,22 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.peak:
-        print(json.dumps(own_peak_mb(json.loads(given.peak))))
+        print(json.dumps(_own_peak_mb(json.loads(given.peak))))
         return []
     progress = Progress()
-    rows = [paste_row(given.images, given.detections, SIZE_HW, progress)]
+    rows = [_paste_row(given.images, given.detections, SIZE_HW, progress)]
     for kind in given.kinds.split(","):
         count = min(given.detections, 20) if kind == "keypoints" else given.detections
         rows += [score_row(images, count, kind, given.repeat, progress) for images in given.dataset]
-    rows.append(resample_row(max(given.dataset), given.detections))
+    rows.append(_resample_row(max(given.dataset), given.detections))
     facts = environment()
     facts["versions"] |= {name: importlib.metadata.version(name) for name in ("numpy", "pycocotools")}
     page = "\n".join(["# Evaluation", "", table(rows), "", *machine(facts), ""])
     print(page)
     if given.output:
-        content = {"schema": SCHEMA, "environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
+        content = {"schema": _SCHEMA, "environment": facts, "rows": [dataclasses.asdict(row) for row in rows]}
         write_json(given.output / "evaluation.json", content)
-        for name, text in (("evaluation.md", page), ("evaluation.svg", growth_chart(rows))):
+        for name, text in (("evaluation.md", page), ("evaluation.svg", _growth_chart(rows))):
             with atomic_path(given.output / name) as draft:
                 draft.write_text(text, encoding="utf-8")
     return rows

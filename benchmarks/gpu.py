@@ -29,8 +29,8 @@ from maskrcnn.files import make_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_S = 20  # a check that has less is not begun
-MOST_S = 580  # of any check
-LATENCY_BATCHES = (1, 8, 16)
+_MOST_S = 580  # of any check
+_LATENCY_BATCHES = (1, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def checks(precisions: str = "fp32,bf16") -> list[Check]:
                                  "--json", "{out}/train-resnet50.json")),
         Check("shapes", shapes, ("pycocotools", "onnx")),
         Check("tensorrt", ("-m", "pytest", "-q", "-rs", "-m", "tensorrt", "tests"),
-              ("pytest", "hypothesis", "tensorrt"), limit_s=MOST_S),
-        *(_latency(batch) for batch in LATENCY_BATCHES),
+              ("pytest", "hypothesis", "tensorrt"), limit_s=_MOST_S),
+        *(_latency(batch) for batch in _LATENCY_BATCHES),
     ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def _latency(batch: int) -> Check:
     options = ("--gpu-only", "--size", "800x1344", "--batch", str(batch), "--repeat", "20")
     output = ("--output", f"{{out}}/latency-{batch}")
     command = ("benchmarks/run.py", "--workload", "resnet50", *options, *output)
-    return Check(f"latency-{batch}", command, ("pycocotools", "onnx", "onnxruntime"), limit_s=MOST_S)
+    return Check(f"latency-{batch}", command, ("pycocotools", "onnx", "onnxruntime"), limit_s=_MOST_S)
 
 
 def run(check: Check, out: Path, left_s: float = float("inf")) -> dict[str, object]:

@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-INTERVAL_MS = 200
+_INTERVAL_MS = 200
 FIELDS = ("clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 # Bits of NVML's clocks event reasons that slow a GPU down; idle and application clocks are no fault.
-THROTTLES = {
+_THROTTLES = {
     0x4: "power cap",
     0x8: "hardware slowdown",
     0x20: "thermal slowdown",
@@ -31,7 +31,7 @@ def watch(program: str = "nvidia-smi") -> Iterator[dict[str, Any]]:
     command = [program, "-i", "0", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(
-            [*command, "-lms", str(INTERVAL_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, "-lms", str(_INTERVAL_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
     except OSError:
         yield found
@@ -50,7 +50,7 @@ def summary(printed: str) -> dict[str, Any]:
     if not rows:
         return {}
     clocks, most, temperatures, powers, reasons = zip(*rows, strict=True)
-    seen = sorted({name for bits in reasons for bit, name in THROTTLES.items() if int(bits) & bit})
+    seen = sorted({name for bits in reasons for bit, name in _THROTTLES.items() if int(bits) & bit})
     return {
         "samples": len(rows),
         "sm_clock_mhz": statistics.median(clocks),

@@ -66,7 +66,7 @@ def make_files(order: Order, progress: Progress) -> tuple[Artefacts, list[str]]:
             seconds[step.path] = perf_counter() - began
         else:
             progress.say(f"{step.path.name}: {told}")
-        if error is None or (step.keeps_rejected and take_rejected(step.path)):
+        if error is None or (step.keeps_rejected and _take_rejected(step.path)):
             made.append(step.path)
             notes.append(told)
         else:
@@ -82,7 +82,7 @@ def _tried(step: Step) -> tuple[str, Exception | None]:
         return _one_line(step.make()), None
     except Exception as error:  # whatever one library raises must not cost the other files
         error = _without_folder(error, step.path.parent)
-        return _one_line(error.came if isinstance(error, UserError) else str(error)), error
+        return _one_line(error.found if isinstance(error, UserError) else str(error)), error
 
 
 def _artefacts(checkpoint: Path, made: list[Path], absent: list[Absent], seconds: dict[Path, float]) -> Artefacts:
@@ -214,7 +214,7 @@ def _needed(path: Path) -> Path:
     return path
 
 
-def take_rejected(path: Path) -> bool:
+def _take_rejected(path: Path) -> bool:
     """Gives a file that was put aside for departing too far its own name; the table will say how far it departs."""
     rejected = _rejected(path)
     if not rejected.is_file():
@@ -233,7 +233,7 @@ def _without_folder(error: Exception, folder: Path) -> Exception:
     """An error that names the files alone: nobody will find the folder, which is temporary."""
     if not isinstance(error, UserError):
         return error
-    return UserError(*(text.replace(f"{folder}/", "") for text in (error.came, error.expected, error.do)))
+    return UserError(*(text.replace(f"{folder}/", "") for text in (error.found, error.expected, error.fix)))
 
 
 def _one_line(text: str) -> str:

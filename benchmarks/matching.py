@@ -19,7 +19,7 @@ from maskrcnn.runtime.verification.compare import (
     pairwise_iou,
 )
 
-MIN_IOU = 0.5  # with which detections of the same label are paired
+_MIN_IOU = 0.5  # with which detections of the same label are paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def compare_detections(
     """
     overlaps = pairwise_iou(reference.boxes_xyxy_px, other.boxes_xyxy_px)
     overlaps = of_equal_label(overlaps, reference.labels, other.labels)
-    first, second, alone, other_alone = pair_in_order(overlaps, MIN_IOU)
+    first, second, alone, other_alone = pair_in_order(overlaps, _MIN_IOU)
     unpaired = excused = 0
     for side, indices in ((reference, alone), (other, other_alone)):
         lowest = side.scores.min() if len(side) >= rows else threshold

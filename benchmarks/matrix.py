@@ -57,9 +57,9 @@ from maskrcnn.weights.detectron2 import CONVENTIONS
 
 # The inputs of the export matrix: batches of several sizes, with ordinary, crowded and empty images.
 
-BATCHES = (1, 2, 5)
+_BATCHES = (1, 2, 5)
 # Small, landscape, portrait, and one with the longest side that the default preprocessing makes.
-SIZES_HW = ((160, 192), (480, 640), (640, 416), (800, 1344))
+_SIZES_HW = ((160, 192), (480, 640), (640, 416), (800, 1344))
 _GREY = 128
 _TILE_PX = (32, 96)  # sides of the pictures that a crowded image is put together from
 _TILES_ALONG = 5  # of them along the shorter side, within those limits
@@ -157,7 +157,7 @@ def _mosaic(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
 # each kind, so that even grey is background, drawn shapes give some detections and crowds fill the output.
 
 # What may stand after a model's name and a colon, several of them with "+" between.
-VARIANTS: dict[str, dict[str, Any]] = {
+_VARIANTS: dict[str, dict[str, Any]] = {
     "detectron2": CONVENTIONS,
     **{neck: {"neck": neck} for neck in NECKS},
     **{method: {"pool_method": method} for method in POOL_METHODS},
@@ -191,10 +191,10 @@ def _parsed(variant: str) -> tuple[str, dict[str, Any]]:
     """A model's name and the fields that its variants change."""
     name, _, endings = variant.partition(":")
     chosen = endings.split("+") if endings else []
-    if name not in MODELS or not set(chosen) <= VARIANTS.keys():
-        expected = f"one of {', '.join(MODELS)}, perhaps with :{', :'.join(VARIANTS)}"
+    if name not in MODELS or not set(chosen) <= _VARIANTS.keys():
+        expected = f"one of {', '.join(MODELS)}, perhaps with :{', :'.join(_VARIANTS)}"
         raise UserError(f"model {variant!r}", expected, "name one")
-    return name, {field: value for ending in chosen for field, value in VARIANTS[ending].items()}
+    return name, {field: value for ending in chosen for field, value in _VARIANTS[ending].items()}
 
 
 def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: int | None = None) -> MaskRCNN:
@@ -435,25 +435,25 @@ def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
     return {name: "NaN" if isinstance(v, float) and np.isnan(v) else v for name, v in inner.items()}
 
 
-SCHEMA = 1
+_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extent:
+class _Extent:
     """Which cells are computed of a model."""
 
     model: str  # as `variant_config` takes it
-    batches: tuple[int, ...] = BATCHES
-    sizes_hw: tuple[tuple[int, int], ...] = SIZES_HW
+    batches: tuple[int, ...] = _BATCHES
+    sizes_hw: tuple[tuple[int, int], ...] = _SIZES_HW
     proposals: int | None = None  # per image; None: as the model has them
 
 
-def _lighter(model: str) -> Extent:
-    return Extent(model=model, sizes_hw=(*SIZES_HW[:-1], (320, 1344)), proposals=300)
+def _lighter(model: str) -> _Extent:
+    return _Extent(model=model, sizes_hw=(*_SIZES_HW[:-1], (320, 1344)), proposals=300)
 
 
 FULL = (
-    Extent(model="maskrcnn_resnet18_fpn_small"),
+    _Extent(model="maskrcnn_resnet18_fpn_small"),
     _lighter("maskrcnn_resnet18_fpn"),
     _lighter("maskrcnn_resnet18_fpn_v2"),
     _lighter("fasterrcnn_resnet18_fpn"),
@@ -462,10 +462,10 @@ FULL = (
     _lighter("maskrcnn_resnet50_fpn:detectron2"),
     _lighter("maskrcnn_resnet18_fpn:panet+crop"),
     _lighter("maskrcnn_resnet18_fpn:bifpn+pool"),
-    Extent(model="maskrcnn_resnet50_fpn"),
+    _Extent(model="maskrcnn_resnet50_fpn"),
 )
-QUICK = tuple(
-    Extent(model=model, batches=(1, 2), sizes_hw=((160, 192), (320, 224), (64, 1344)))
+_QUICK = tuple(
+    _Extent(model=model, batches=(1, 2), sizes_hw=((160, 192), (320, 224), (64, 1344)))
     for model in ("maskrcnn_resnet18_fpn_small", "fasterrcnn_resnet18_fpn")
 )
 
@@ -490,7 +490,7 @@ def compare_model(
     return results
 
 
-def export_and_compare(extent: Extent, progress: Progress) -> list[Result]:
+def export_and_compare(extent: _Extent, progress: Progress) -> list[Result]:
     """The results of one model, in files that are gone afterwards.
 
     Raises:
@@ -507,7 +507,7 @@ def export_and_compare(extent: Extent, progress: Progress) -> list[Result]:
         return compare_model(extent.model, TorchBackend(model, device="cpu"), other, combinations, progress)
 
 
-def run(extents: Sequence[Extent], progress: Progress) -> tuple[list[Result], dict[str, str]]:
+def run(extents: Sequence[_Extent], progress: Progress) -> tuple[list[Result], dict[str, str]]:
     """The results of all models, and for those that could not be exported why."""
     results: list[Result] = []
     failures: dict[str, str] = {}
@@ -515,18 +515,18 @@ def run(extents: Sequence[Extent], progress: Progress) -> tuple[list[Result], di
         try:
             results += export_and_compare(extent, progress)
         except UserError as error:
-            failures[extent.model] = error.came
-            progress.say(f"{extent.model}: {error.came}")
+            failures[extent.model] = error.found
+            progress.say(f"{extent.model}: {error.found}")
     return results, failures
 
 
-def planned(given: argparse.Namespace) -> list[Extent]:
+def _planned(given: argparse.Namespace) -> list[_Extent]:
     """What the command line asks for.
 
     Raises:
         UserError: for a model that there is not, before an hour's work.
     """
-    plan = QUICK if given.quick else FULL
+    plan = _QUICK if given.quick else FULL
     if given.model:
         first = plan[0]  # the batches and sizes of the whole matrix, or of the quick one
         plan = tuple(dataclasses.replace(first, model=model) for model in given.model)
@@ -545,7 +545,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", action="append", help="of maskrcnn.config.MODELS, also with :detectron2 or :panet+crop; repeatable")
-    add("--batch", type=numbers, help=f"batch sizes, by default {','.join(map(str, BATCHES))}")
+    add("--batch", type=numbers, help=f"batch sizes, by default {','.join(map(str, _BATCHES))}")
     add("--size", type=size_hw, action="append", help="height×width of the images, as 480x640; repeatable")
     add("--quick", action="store_true", help="two models, batches of 1 and 2, smaller images")
     add("--json", type=Path, help="file to write the results to, with machine and versions")
@@ -553,11 +553,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def content(
-    extents: Sequence[Extent], results: Sequence[Result], failures: dict[str, str], here: dict[str, Any]
+    extents: Sequence[_Extent], results: Sequence[Result], failures: dict[str, str], here: dict[str, Any]
 ) -> dict[str, Any]:
     """What the JSON file holds."""
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "compared": "PyTorch FP32 and one exported ONNX file per model in ONNX Runtime, on the CPU",
         "tolerance": str(EXACT),
         "environment": here,
@@ -571,7 +571,7 @@ def content(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compares, prints the table, and returns the exit code."""
     given = parse(arguments)
-    extents = planned(given)
+    extents = _planned(given)
     results, failures = run(extents, Progress())
     rows, here = summary(results), environment()
     print("\n" + "\n".join([table(rows), "", f"- Tolerance: {EXACT}.", *machine(here)]))

@@ -32,7 +32,7 @@ from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
 PARTS = ("decode", "preprocess", "copy in", "engine", "copy out", "postprocess")
 
 
-def split_of_call(
+def _split_of_call(
     detector: Any, images: Sequence[np.ndarray], files: Sequence[Path], *, repeat: int
 ) -> dict[str, float] | None:
     """Milliseconds of each part of one call, medians.
@@ -76,25 +76,25 @@ def _one_call(detector: Detector, images: Sequence[np.ndarray], files: Sequence[
     return parts if files else {part: value for part, value in parts.items() if part != "decode"}
 
 
-CHECKED_IMAGES = 4
-SPLIT_CALLS = 5
+_CHECKED_IMAGES = 4
+_SPLIT_CALLS = 5
 # Detections are compared where users see them, in the photo; see `runtime.compare` for boxes and scores. One
 # in fifty may lack a partner in FP32: the overlap of two boxes can lie at suppression's very threshold.
-FP32_BOUNDS = {
+_FP32_BOUNDS = {
     "box_px": EXACT.box_px,
     "score": EXACT.score,
     "mask_iou": 0.95,
     "keypoints": EXACT.keypoints,
     "unpaired_share": 0.02,
 }
-HALF_BOUNDS = {
+_HALF_BOUNDS = {
     "box_px": HALF.box_px,
     "score": HALF.score,
     "mask_iou": 0.5,
     "keypoints": HALF.keypoints,
     "unpaired_share": HALF.departing_share,
 }
-INT8_BOUNDS = {
+_INT8_BOUNDS = {
     "box_px": INT8.box_px,
     "score": INT8.score,
     "mask_iou": 0.3,
@@ -201,7 +201,7 @@ def measure(
     return _with_ratios(rows, entries), gpu
 
 
-def detect_and_encode(detector: Any, images: list) -> list[Detections]:
+def _detect_and_encode(detector: Any, images: list) -> list[Detections]:
     """What is timed: from decoded images to boxes, scores, labels and, if any, pasted masks as run lengths."""
     found = detector.detect(images)
     for detections in found:
@@ -213,7 +213,7 @@ def detect_and_encode(detector: Any, images: list) -> list[Detections]:
 def one_line(error: Exception | str) -> str:
     """An error in one line; of a UserError what came and what to do."""
     if isinstance(error, UserError):
-        return " ".join(f"{error.came}; {error.do}".split())
+        return " ".join(f"{error.found}; {error.fix}".split())
     text = " ".join(str(error).split())
     name = "" if isinstance(error, str) else f"{type(error).__name__}: "
     return name + (text if len(text) <= 200 else text[:200] + " …")
@@ -259,13 +259,13 @@ def _check(entries: list[_Entry], workload: Workload, progress: Progress) -> Non
 
 def _checked_calls(workload: Workload) -> list[list]:
     size = next(iter(workload.pools))
-    alone = [[image] for image in workload.pools[size][:CHECKED_IMAGES]]
+    alone = [[image] for image in workload.pools[size][:_CHECKED_IMAGES]]
     return alone + [workload.batch(size, batch, 0) for batch in workload.batches if batch > 1][:1]
 
 
 def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], rows: int) -> None:
     is_exact = entry.precision == "fp32"
-    bounds = FP32_BOUNDS if is_exact else INT8_BOUNDS if "int8" in entry.precision else HALF_BOUNDS
+    bounds = _FP32_BOUNDS if is_exact else _INT8_BOUNDS if "int8" in entry.precision else _HALF_BOUNDS
     limit = entry.contender.largest_batch
     parts: list[Mismatch] = []
     try:
@@ -304,7 +304,7 @@ def _time(entries: list[_Entry], workload: Workload, group: tuple[str, int], pro
     calls: dict[str, Callable[[int], Any]] = {}
     for entry in _able(entries, batch):
         take_size(entry.detector, size)
-        calls[entry.name] = lambda turn, detector=entry.detector: detect_and_encode(
+        calls[entry.name] = lambda turn, detector=entry.detector: _detect_and_encode(
             detector, workload.batch(size, batch, turn)
         )
     # Libraries prepare themselves for each shape that they see for the first time.
@@ -334,7 +334,7 @@ def _split(entries: list[_Entry], workload: Workload, group: tuple[str, int]) ->
         take_size(entry.detector, size)
         images, files = workload.batch(size, batch, 0), workload.files_of_batch(size, batch)
         try:
-            found[entry.name] = split_of_call(entry.detector, images, files, repeat=SPLIT_CALLS)
+            found[entry.name] = _split_of_call(entry.detector, images, files, repeat=_SPLIT_CALLS)
         except Exception:  # it has a row with its latency, or with the reason why there is none
             found[entry.name] = None
     return found

@@ -20,7 +20,7 @@ import numpy as np
 from resident import resident_mb
 
 CALLS = 2
-LIMIT_S = 600
+_LIMIT_S = 600
 KEYS = ("host_mb", "host_before_mb", "device_mb")
 
 
@@ -33,13 +33,13 @@ def peak_memory(spec: dict[str, Any]) -> dict[str, float | None]:
     """
     command = [sys.executable, __file__, json.dumps(spec)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
         return json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         return dict.fromkeys(KEYS)
 
 
-def measured(spec: dict[str, Any]) -> dict[str, float | None]:
+def _measured(spec: dict[str, Any]) -> dict[str, float | None]:
     """What `peak_memory` gives, measured in this very process."""
     images = [_image(spec["size_hw"], seed) for seed in range(spec.get("batch", 1))]
     opened, before = _open(spec, images)
@@ -111,4 +111,4 @@ def _device_mb() -> float | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(json.loads(sys.argv[1]))))
+    print(json.dumps(_measured(json.loads(sys.argv[1]))))

@@ -37,10 +37,10 @@ from maskrcnn.plugins.native import Kernels
 
 SIZE_HW = (800, 1088)
 PASTE_HW = (800, 1333)
-STRIDES = (4, 8, 16, 32)
+_STRIDES = (4, 8, 16, 32)
 CHANNELS = 256
-LEAST_SHARED = 0.995  # of the boxes that NMS keeps: torchvision shifts coordinates by group, which rounds them
-REFERENCE = "torchvision"
+_LEAST_SHARED = 0.995  # of the boxes that NMS keeps: torchvision shifts coordinates by group, which rounds them
+_REFERENCE = "torchvision"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Case:
+class _Case:
     """One set of inputs; the contender `torchvision` is what the others are divided by."""
 
     name: str
@@ -60,7 +60,7 @@ class Case:
     least_bytes: int | None = None  # read or written by any implementation
 
 
-def random_boxes(count: int, device: str, seed: int, size_hw: tuple[int, int]) -> Tensor:
+def _random_boxes(count: int, device: str, seed: int, size_hw: tuple[int, int]) -> Tensor:
     """Boxes `[count, 4]` of all sizes, 8 to 600 px, inside the image."""
     rng = torch.Generator().manual_seed(seed)
     limit = torch.tensor([size_hw[1], size_hw[0]])
@@ -77,19 +77,19 @@ def roi_align_case(
     *,
     dtype: torch.dtype = torch.float32,
     kernels: Kernels | None = None,
-) -> Case:
+) -> _Case:
     """RoIAlign of `count` RoIs of each image, `bins` × `bins`; with compiled kernels, these in both layouts too.
 
     Raises:
         AssertionError: when two contenders differ.
     """
     rng = torch.Generator().manual_seed(1)
-    maps = [torch.randn(images, CHANNELS, SIZE_HW[0] // s, SIZE_HW[1] // s, generator=rng) for s in STRIDES]
+    maps = [torch.randn(images, CHANNELS, SIZE_HW[0] // s, SIZE_HW[1] // s, generator=rng) for s in _STRIDES]
     maps = [m.to(device, dtype) for m in maps]
-    rois = torch.stack([random_boxes(count, device, seed, SIZE_HW) for seed in range(images)])
+    rois = torch.stack([_random_boxes(count, device, seed, SIZE_HW) for seed in range(images)])
     given = {"output_size": bins, "sampling_ratio": 2, "aligned": False}
     contenders = {
-        REFERENCE: Contender(_torchvision_pooling(maps, rois, bins)),
+        _REFERENCE: Contender(_torchvision_pooling(maps, rois, bins)),
         "torchvision, kernels alone": Contender(_torchvision_kernels(maps, rois, bins), device == "cuda"),
         "maskrcnn": Contender(lambda: multilevel_roi_align(maps, rois, **given), device == "cuda"),
     }
@@ -104,12 +104,12 @@ def roi_align_case(
     # Torchvision rounds RoIs to the features' type, so single precision is the measure.
     tolerance = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for name, contender in contenders.items():
-        if dtype is torch.float32 or not name.startswith(REFERENCE):
+        if dtype is torch.float32 or not name.startswith(_REFERENCE):
             found = contender.call().reshape(truth.shape).float()
             torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
     kind = str(dtype).removeprefix("torch.")
     least = _touched_pixels(rois) * CHANNELS * maps[0].element_size() + truth.numel() * maps[0].element_size()
-    return Case(f"RoIAlign {images} × {count} RoIs {bins}×{bins} {kind}", contenders, least)
+    return _Case(f"RoIAlign {images} × {count} RoIs {bins}×{bins} {kind}", contenders, least)
 
 
 def _torchvision_pooling(maps: list[Tensor], rois: Tensor, bins: int) -> Callable[[], Tensor]:
@@ -128,7 +128,7 @@ def _torchvision_kernels(maps: list[Tensor], rois: Tensor, bins: int) -> Callabl
         return torch.cat(
             [
                 torchvision.ops.roi_align(m, part, bins, spatial_scale=1 / s, sampling_ratio=2)
-                for m, part, s in zip(maps, boxes_of_levels, STRIDES, strict=True)
+                for m, part, s in zip(maps, boxes_of_levels, _STRIDES, strict=True)
             ]
         )
 
@@ -139,9 +139,9 @@ def _torchvision_kernels(maps: list[Tensor], rois: Tensor, bins: int) -> Callabl
 
 def _touched_pixels(rois: Tensor) -> int:
     """How many pixels of all levels and images some RoI reads."""
-    levels, total = assign_levels(rois, min_level=2, num_levels=len(STRIDES)).cpu().numpy(), 0
+    levels, total = assign_levels(rois, min_level=2, num_levels=len(_STRIDES)).cpu().numpy(), 0
     for boxes, level_of in zip(rois.cpu().numpy(), levels, strict=True):
-        for level, stride in enumerate(STRIDES):
+        for level, stride in enumerate(_STRIDES):
             touched = np.zeros((SIZE_HW[0] // stride, SIZE_HW[1] // stride), bool)
             for x1, y1, x2, y2 in boxes[level_of == level] / stride:
                 touched[int(y1) : int(y2) + 2, int(x1) : int(x2) + 2] = True
@@ -149,14 +149,14 @@ def _touched_pixels(rois: Tensor) -> int:
     return total
 
 
-def nms_case(groups: int, per_group: int, device: str, iou: float, kernels: Kernels | None = None) -> Case:
+def nms_case(groups: int, per_group: int, device: str, iou: float, kernels: Kernels | None = None) -> _Case:
     """NMS of `groups` groups of about `per_group` boxes each, all survivors wanted.
 
     Raises:
         AssertionError: when two contenders keep different boxes, but for a few at the very threshold.
     """
     count = groups * per_group
-    boxes = random_boxes(count, device, 2, SIZE_HW)
+    boxes = _random_boxes(count, device, 2, SIZE_HW)
     owner = torch.randint(0, groups, (count,), generator=torch.Generator().manual_seed(3)).to(device)
     scores = torch.linspace(1, 0, count, device=device)
     counts = torch.tensor([count], dtype=torch.int32, device=device)
@@ -166,32 +166,32 @@ def nms_case(groups: int, per_group: int, device: str, iou: float, kernels: Kern
         return batched_nms(boxes[None], group_of, counts, iou_threshold=iou, max_output=count)
 
     contenders = {
-        REFERENCE: Contender(lambda: torchvision.ops.batched_nms(boxes, scores, owner, iou)),
+        _REFERENCE: Contender(lambda: torchvision.ops.batched_nms(boxes, scores, owner, iou)),
         "maskrcnn": Contender(ours, device == "cuda"),
     }
     if kernels is not None:
         contenders["kernel"] = Contender(
             lambda: cuda_ops.batched_nms(kernels, boxes[None], group_of, counts, iou, count), device == "cuda"
         )
-    wanted = set(contenders[REFERENCE].call().tolist())
+    wanted = set(contenders[_REFERENCE].call().tolist())
     for name, contender in contenders.items():
-        if name != REFERENCE:
+        if name != _REFERENCE:
             kept, number = contender.call()
             found = set(kept[0, : int(number)].tolist())
             same = len(found & wanted) / max(len(found | wanted), 1)
-            assert same >= LEAST_SHARED, f"{name}: {same:.2%} of the kept boxes are torchvision's too"
-    return Case(f"NMS {groups} groups of {per_group}", contenders)
+            assert same >= _LEAST_SHARED, f"{name}: {same:.2%} of the kept boxes are torchvision's too"
+    return _Case(f"NMS {groups} groups of {per_group}", contenders)
 
 
-def paste_case(count: int, device: str, kernels: Kernels | None = None) -> Case:
+def paste_case(count: int, device: str, kernels: Kernels | None = None) -> _Case:
     """Masks of `count` detections pasted into an image of 800 × 1333 pixels, as torchvision's bool masks or as bits.
 
     Raises:
         AssertionError: when more than one pixel in 10 000 differs.
     """
     masks = torch.rand(count, 28, 28, generator=torch.Generator().manual_seed(4)).to(device)
-    boxes = random_boxes(count, device, 5, PASTE_HW)
-    contenders = {REFERENCE: Contender(lambda: paste_masks_in_image(masks[:, None], boxes, PASTE_HW)[:, 0] > 0.5)}
+    boxes = _random_boxes(count, device, 5, PASTE_HW)
+    contenders = {_REFERENCE: Contender(lambda: paste_masks_in_image(masks[:, None], boxes, PASTE_HW)[:, 0] > 0.5)}
     if kernels is not None:
         for name, by_columns in (("kernel, rows", False), ("kernel, columns", True)):
             contenders[name] = Contender(
@@ -200,22 +200,22 @@ def paste_case(count: int, device: str, kernels: Kernels | None = None) -> Case:
                 ),
                 device == "cuda",
             )
-    wanted = contenders[REFERENCE].call().cpu().numpy()
+    wanted = contenders[_REFERENCE].call().cpu().numpy()
     for name, contender in contenders.items():
-        if name != REFERENCE:
+        if name != _REFERENCE:
             found = np.unpackbits(contender.call().cpu().numpy().view(np.uint8), axis=-1, bitorder="little")
             found = found.transpose(0, 2, 1) if name.endswith("columns") else found
             different = (found[:, : PASTE_HW[0], : PASTE_HW[1]].astype(bool) != wanted).mean()
             assert different <= 1e-4, f"{name}: {different:.2%} of the pixels differ from torchvision's"
     least = count * PASTE_HW[0] * -(-PASTE_HW[1] // 32) * 4
-    return Case(f"paste {count} masks into {PASTE_HW[0]}×{PASTE_HW[1]}", contenders, least)
+    return _Case(f"paste {count} masks into {PASTE_HW[0]}×{PASTE_HW[1]}", contenders, least)
 
 
 CALLS = 20  # on a GPU, of one sample
-COPY_BYTES = 1 << 30
+_COPY_BYTES = 1 << 30
 
 
-def cases(device: str, kernels: Kernels | None) -> Iterator[Case]:
+def _cases(device: str, kernels: Kernels | None) -> Iterator[_Case]:
     """What is measured on a device, made when its turn comes, for the sake of memory."""
     on_gpu = device == "cuda"
     for dtype in (torch.float32, torch.float16) if on_gpu else (torch.float32,):
@@ -227,7 +227,7 @@ def cases(device: str, kernels: Kernels | None) -> Iterator[Case]:
     yield paste_case(100, device, kernels)
 
 
-def measure(case: Case, device: str, *, repeat: int, copy_gb_per_s: float | None) -> list[dict[str, Any]]:
+def measure(case: _Case, device: str, *, repeat: int, copy_gb_per_s: float | None) -> list[dict[str, Any]]:
     """One row per contender: microseconds a call, the ratio to torchvision, and the share of a copy's bandwidth."""
     prepared = {name: _prepared(contender, device) for name, contender in case.contenders.items()}
     calls = CALLS if device == "cuda" else 1
@@ -235,7 +235,7 @@ def measure(case: Case, device: str, *, repeat: int, copy_gb_per_s: float | None
     for name, sample in samples.items():
         if sample.error is not None:
             raise RuntimeError(f"{case.name}, {name}: {sample.error}") from sample.error
-    reference = samples[REFERENCE].percentile_ms(50)
+    reference = samples[_REFERENCE].percentile_ms(50)
     rows = []
     for name, contender in case.contenders.items():
         us = _percentiles_us(samples[name], calls)
@@ -295,9 +295,9 @@ def captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def copy_bandwidth_gb_per_s() -> float:
+def _copy_bandwidth_gb_per_s() -> float:
     """Bytes read and written per second by a copy of a gigabyte inside the GPU's memory; the best of ten."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(10):
@@ -306,7 +306,7 @@ def copy_bandwidth_gb_per_s() -> float:
         target.copy_(source)
         end.record()
         torch.cuda.synchronize()
-        best = max(best, 2 * COPY_BYTES / (begin.elapsed_time(end) * 1e-3) / 1e9)
+        best = max(best, 2 * _COPY_BYTES / (begin.elapsed_time(end) * 1e-3) / 1e9)
     return best
 
 
@@ -318,13 +318,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     kernels = cuda_ops.kernels_for(torch.device("cuda", 0)) if given.device == "cuda" else None
-    copy = copy_bandwidth_gb_per_s() if given.device == "cuda" else None
+    copy = _copy_bandwidth_gb_per_s() if given.device == "cuda" else None
     if given.device == "cuda":
         print(f"copy: {copy:.0f} GB/s; kernels: {kernels.path if kernels else 'none; run `maskrcnn build-plugins`'}")
     print(f"{'':72}{'how':>7}{'p50 µs':>11}{'speedup':>9}{'of copy':>9}")
     found = []
     with torch.inference_mode():
-        for case in cases(given.device, kernels):
+        for case in _cases(given.device, kernels):
             rows = measure(case, given.device, repeat=given.repeat, copy_gb_per_s=copy)
             found += rows
             for row in rows:

@@ -30,8 +30,8 @@ from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.weights.checkpoint import load_weights
 
-CALIBRATION_IMAGES = 8
-MIXED_BATCH = 3
+_CALIBRATION_IMAGES = 8
+_MIXED_BATCH = 3
 
 
 def both_detectors(
@@ -53,7 +53,7 @@ def both_detectors(
     return detector, TorchvisionDetector(theirs, detector.metadata)
 
 
-def compare_batch(
+def _compare_batch(
     reference: TorchvisionDetector | Detector, other: TorchvisionDetector | Detector, images: Sequence[np.ndarray]
 ) -> list[Mismatch]:
     """The mismatch of each image of a batch."""
@@ -62,7 +62,7 @@ def compare_batch(
     return [compare_detections(first, second, rows=rows) for first, second in zip(*batches, strict=True)]
 
 
-def load_photos(data: Path, split: str, count: int) -> tuple[list[str], list[np.ndarray]]:
+def _load_photos(data: Path, split: str, count: int) -> tuple[list[str], list[np.ndarray]]:
     """The first photos of a split in COCO layout, and their file names."""
     from maskrcnn.data.coco import CocoDataset, find_split
     from maskrcnn.data.images import read_image
@@ -84,23 +84,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--floor", action="store_true", help="also compare torchvision with itself")
     given = parser.parse_args(arguments)
 
-    names, photos = load_photos(given.data, given.split, given.images)
+    names, photos = _load_photos(given.data, given.split, given.images)
     sizes = {"min_size_px": given.size, "max_size_px": round(given.size * 1333 / 800)}
-    weights = calibrated_state_dict(given.model, given.classes, photos[:CALIBRATION_IMAGES], given.seed, **sizes)
+    weights = calibrated_state_dict(given.model, given.classes, photos[:_CALIBRATION_IMAGES], given.seed, **sizes)
     ours, theirs = both_detectors(given.model, weights, **sizes)
     twin = _channels_last(theirs) if given.floor else None
     alone, floor = [], []
     for name, photo in zip(names, photos, strict=True):
-        alone += compare_batch(theirs, ours, [photo])
+        alone += _compare_batch(theirs, ours, [photo])
         print(f"{name} {photo.shape[1]}×{photo.shape[0]}: {alone[-1]}", flush=True)
         if twin:
-            floor += compare_batch(theirs, twin, [photo])
+            floor += _compare_batch(theirs, twin, [photo])
     print(f"\nbatch 1, {len(alone)} photos: {merge(alone)}")
     if twin:
         print(f"torchvision with itself, {len(floor)} photos: {merge(floor)}")
     mixed = _of_mixed_sizes(photos)
     shapes = ", ".join(f"{photo.shape[1]}×{photo.shape[0]}" for photo in mixed)
-    print(f"one batch of {shapes}: {merge(compare_batch(theirs, ours, mixed))}")
+    print(f"one batch of {shapes}: {merge(_compare_batch(theirs, ours, mixed))}")
 
 
 def _channels_last(detector: TorchvisionDetector) -> TorchvisionDetector:
@@ -110,10 +110,10 @@ def _channels_last(detector: TorchvisionDetector) -> TorchvisionDetector:
 
 
 def _of_mixed_sizes(photos: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Up to `MIXED_BATCH` photos, of different sizes where there are such."""
+    """Up to `_MIXED_BATCH` photos, of different sizes where there are such."""
     by_shape = {photo.shape: photo for photo in reversed(photos)}
-    chosen = list(by_shape.values())[-MIXED_BATCH:]
-    return chosen if len(chosen) == MIXED_BATCH else list(photos[:MIXED_BATCH])
+    chosen = list(by_shape.values())[-_MIXED_BATCH:]
+    return chosen if len(chosen) == _MIXED_BATCH else list(photos[:_MIXED_BATCH])
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.model.backbone import RESNET_STAGES, Backbone
 
-LEGACY_OPSET = 17
+_LEGACY_OPSET = 17
 # What torchvision's models cannot be told otherwise; Detectron2's conventions are others.
-MODEL_CONVENTIONS = (
+_MODEL_CONVENTIONS = (
     "stride_in_1x1",
     "anchors_rounded",
     "anchor_strides_px",
@@ -51,7 +51,7 @@ MODEL_CONVENTIONS = (
     "proposal_min_side_px",
     "detection_min_side_px",
 )
-PIXEL_CONVENTIONS = ("divisor", "channel_order", "resize")
+_PIXEL_CONVENTIONS = ("divisor", "channel_order", "resize")
 
 
 def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None) -> FasterRCNN:
@@ -107,8 +107,8 @@ def torchvision_from_config(config: ModelConfig, loss: LossConfig | None = None)
 
 
 def _check_conventions(config: ModelConfig) -> None:
-    given = [(name, config, ModelConfig()) for name in MODEL_CONVENTIONS]
-    given += [(name, config.preprocessing, Preprocessing()) for name in PIXEL_CONVENTIONS]
+    given = [(name, config, ModelConfig()) for name in _MODEL_CONVENTIONS]
+    given += [(name, config.preprocessing, Preprocessing()) for name in _PIXEL_CONVENTIONS]
     other = [(name, getattr(ours, name), getattr(plain, name)) for name, ours, plain in given]
     other = [(name, value, wanted) for name, value, wanted in other if value != wanted]
     if other:
@@ -165,7 +165,7 @@ def _backbone(config: ModelConfig) -> nn.Module:
 
 
 @dataclass(frozen=True, eq=False)
-class PastedDetections(Detections):
+class _PastedDetections(Detections):
     """Detections whose masks torchvision has already pasted into the image."""
 
     pasted: np.ndarray = field(kw_only=True)  # [D, H, W] bool
@@ -198,7 +198,7 @@ def _detections(found: Mapping[str, np.ndarray], size_hw: tuple[int, int]) -> De
         values["keypoints"] = np.concatenate([points[..., :2], scores[..., None]], axis=-1)
     if "masks" not in found:
         return Detections(**values)
-    return PastedDetections(**values, pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5)
+    return _PastedDetections(**values, pasted=np.asarray(found["masks"]).reshape(-1, *size_hw) > 0.5)
 
 
 def _floats(image: np.ndarray) -> Tensor:
@@ -303,7 +303,7 @@ def export_legacy(model: FasterRCNN, example: np.ndarray, output: Path) -> None:
                 ([_floats(example)],),
                 str(draft),
                 dynamo=False,
-                opset_version=LEGACY_OPSET,
+                opset_version=_LEGACY_OPSET,
                 input_names=["image"],
                 output_names=list(outputs),
                 dynamic_axes={"image": {1: "height", 2: "width"}, **outputs},

@@ -13,7 +13,7 @@ from measure import Measurement
 
 from maskrcnn.errors import UserError
 
-SLOWDOWN = 1.15  # of a row's ratio, beyond the spread of its own samples
+_SLOWDOWN = 1.15  # of a row's ratio, beyond the spread of its own samples
 AP_LOSS = 0.002
 _KEY = ("model", "backend", "precision", "size", "batch")
 _NEEDED = (*(name for name in _KEY if name != "size"), "p50_ms")  # of a row; older files have no size
@@ -95,7 +95,7 @@ def regressions(
 
     Latencies are compared as ratios to torchvision's in the same run, which another machine or a busy one changes
     little; without torchvision in both, as milliseconds, if CPU and GPU are the same. A row is slower when it is so by
-    more than `SLOWDOWN` and by more than both runs' middle half of samples explains.
+    more than `_SLOWDOWN` and by more than both runs' middle half of samples explains.
 
     Returns:
         a line for every row that is slower or lost AP, and a line for everything compared or left out.
@@ -113,7 +113,7 @@ def regressions(
             told.append(f"{title(row)}: another machine and no torchvision to divide by")
         else:
             line = f"{title(row)}: {factor:.2f} times the time ({unit}), noise {_noise(row, then):.0%}"
-            (worse if factor > max(SLOWDOWN, 1 + _noise(row, then)) and not row.peer else told).append(line)
+            (worse if factor > max(_SLOWDOWN, 1 + _noise(row, then)) and not row.peer else told).append(line)
         worse += _lost_ap(row, then)
     return worse, told
 

@@ -50,7 +50,7 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     shown = [Series(s.name, [p for p in s.points if _can_be_shown(p, x, y)]) for s in series]
     points = [point for s in shown for point in s.points]
     if not points:
-        raise ValueError("came: a chart without a point; expected: at least one; do: leave the chart out")
+        raise ValueError("found: a chart without a point; expected: at least one; fix: leave the chart out")
     across = _Scale.of([p[0] for p in points], x, _LEFT, WIDTH - _RIGHT)
     along = _Scale.of([p[1] for p in points], y, HEIGHT - _BOTTOM, _TOP)
     parts = [*_frame(title, across, along)]
@@ -152,7 +152,7 @@ def name_of(row: Measurement) -> str:
     return f"{row.model}, {row.backend} {row.precision}".strip()
 
 
-def ap_chart(rows: Sequence[Measurement]) -> str | None:
+def _ap_chart(rows: Sequence[Measurement]) -> str | None:
     """AP against latency at the smallest batch, as SVG; None without an AP.
 
     It is that of masks where there are any, else of keypoints, else of boxes.
@@ -172,7 +172,7 @@ def ap_chart(rows: Sequence[Measurement]) -> str | None:
     return chart(f"AP against latency, batch {batch}", x, Axis(f"{kind} AP"), series)
 
 
-def split_section(rows: Sequence[Measurement]) -> str:
+def _split_section(rows: Sequence[Measurement]) -> str:
     """Where each row's time goes, as an HTML table; empty where nothing was split."""
     lines = []
     for row in rows:
@@ -199,12 +199,12 @@ def html_page(
         rows: what the cells show.
         notes: lines of text below.
     """
-    picture = ap_chart(rows) or "<p>No AP was measured.</p>"
+    picture = _ap_chart(rows) or "<p>No AP was measured.</p>"
     lines = [_line(row, line) for row, line in zip(rows, cells, strict=True)]
     told = "".join(f"<li>{text(note)}</li>" for note in notes)
     return page(
         title,
-        [_STYLE, f"<h1>{text(title)}</h1>", picture, table(heads, lines), split_section(rows), f"<ul>{told}</ul>"],
+        [_STYLE, f"<h1>{text(title)}</h1>", picture, table(heads, lines), _split_section(rows), f"<ul>{told}</ul>"],
     )
 
 
@@ -218,8 +218,8 @@ def _shape(row: Measurement) -> str:
     return f"{row.size + ', ' if row.size else ''}batch {row.batch}"
 
 
-SCHEMA = 2  # see results.schema.json
-TIMED = (
+_SCHEMA = 2  # see results.schema.json
+_TIMED = (
     "one call from decoded images in memory (uint8 RGB) to boxes, scores, labels and, where the model has them, masks "
     "pasted into the original image and encoded as COCO run lengths: preprocessing, inference and postprocessing, of "
     "torchvision's model as of ours"
@@ -229,8 +229,8 @@ TIMED = (
 def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, environment: dict[str, Any]) -> str:
     """Writes results.json, .md, .html and, where there is an AP, .svg, each whole or not at all; returns the table."""
     content = {
-        "schema": SCHEMA,
-        "timed": TIMED,
+        "schema": _SCHEMA,
+        "timed": _TIMED,
         "workload": {
             "name": workload.name,
             "sizes": [size for size in workload.pools if size],
@@ -242,10 +242,10 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_json(folder / "results.json", content)
-    text = markdown_table(rows)
+    text = _markdown_table(rows)
     columns = _columns(rows)
     heads, cells = [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows]
-    picture, notes = ap_chart(rows), [line.removeprefix("- ") for line in _notes(workload, environment)]
+    picture, notes = _ap_chart(rows), [line.removeprefix("- ") for line in _notes(workload, environment)]
     pages = {
         "md": _page(text, rows, workload, environment, has_picture=picture is not None),
         "html": html_page(f"Benchmark: {workload.name}", heads, cells, rows, notes),
@@ -258,7 +258,7 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
     return text
 
 
-def markdown_table(rows: Sequence[Measurement]) -> str:
+def _markdown_table(rows: Sequence[Measurement]) -> str:
     """The rows as a Markdown table, its columns of even width."""
     columns = _columns(rows)
     return aligned([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])
@@ -270,7 +270,7 @@ def _columns(rows: Sequence[Measurement]) -> list[tuple[str, Callable[[Measureme
     return [column for column in shown if column[0] != "size" or any(row.size for row in rows)]
 
 
-def split_table(rows: Sequence[Measurement]) -> str:
+def _split_table(rows: Sequence[Measurement]) -> str:
     """Where the time of a call goes, in milliseconds, as a Markdown table; empty where nothing was split."""
     split = [row for row in rows if row.split_ms]
     parts = [part for part in PARTS if any(part in row.split_ms for row in split)]
@@ -340,7 +340,7 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
 def _page(
     text: str, rows: Sequence[Measurement], workload: Workload, environment: dict[str, Any], *, has_picture: bool
 ) -> str:
-    split = split_table(rows)
+    split = _split_table(rows)
     lines = [f"# Benchmark: {workload.name}", "", text, ""]
     if has_picture:
         lines += ["![AP against latency](results.svg)", ""]
@@ -351,7 +351,7 @@ def _page(
 
 def _notes(workload: Workload, environment: dict[str, Any]) -> list[str]:
     return [
-        f"- Timed: {TIMED}. The calls of all rows of a size and batch take turns. Percentiles are nearest-rank "
+        f"- Timed: {_TIMED}. The calls of all rows of a size and batch take turns. Percentiles are nearest-rank "
         "samples.",
         "- × torchvision: torchvision's p50 in eager PyTorch divided by the row's, at the same size and batch; "
         "× tv ONNX: likewise its legacy export in ONNX Runtime. Above 1 the row is faster.",

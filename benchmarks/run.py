@@ -39,9 +39,9 @@ from workloads import Workload, dataset_workload, resnet50_workload
 from maskrcnn.errors import UserError, told_to_the_user
 from maskrcnn.weights.checkpoint import load_checkpoint
 
-RESNET50 = "resnet50"
-RESNET50_SIZES_HW = [(800, 1088)]
-DEFAULT_OUTPUT = Path("runs") / "benchmark"
+_RESNET50 = "resnet50"
+_RESNET50_SIZES_HW = [(800, 1088)]
+_DEFAULT_OUTPUT = Path("runs") / "benchmark"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="ours and torchvision's by torch.compile too, which takes minutes")
     add("--memory", action="store_true", help="measure peak memory too, each row in a process of its own")
     add("--output", type=Path, help="folder for the results; default: beside the model")
-    add("--workload", choices=[RESNET50], help="random ResNet-50 instead of a trained model")
+    add("--workload", choices=[_RESNET50], help="random ResNet-50 instead of a trained model")
     add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
     add(
         "--size",
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
         SystemExit: with code 1 when a row is beyond a limit or became worse.
     """
     given = parse(arguments)
-    check_options(given)
+    _check_options(given)
     # Before anything is measured: the report may take the place of the very file that is to be compared with.
     before = read_rows(given.compare) if given.compare else None
     progress = Progress()
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     return rows
 
 
-def check_options(given: argparse.Namespace) -> None:
+def _check_options(given: argparse.Namespace) -> None:
     """That no option would be without effect, or is known to fail once everything is measured.
 
     Raises:
@@ -169,11 +169,11 @@ def _folder(kept: Path | None) -> contextlib.AbstractContextManager[str]:
 
 
 def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tuple[Artefacts, Workload]:
-    if given.workload == RESNET50:
+    if given.workload == _RESNET50:
         return resnet50_workload(
             folder,
             progress,
-            sizes_hw=given.size or RESNET50_SIZES_HW,
+            sizes_hw=given.size or _RESNET50_SIZES_HW,
             data=given.data,
             split=given.split,
             batches=given.batch or (1,),
@@ -196,9 +196,9 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
 
 def _default_output(given: argparse.Namespace, artefacts: Artefacts) -> Path:
     if given.workload:
-        return DEFAULT_OUTPUT.with_name(f"benchmark-{given.workload}")
+        return _DEFAULT_OUTPUT.with_name(f"benchmark-{given.workload}")
     files = [path for path in (artefacts.checkpoint, *artefacts.onnx, *artefacts.engines) if path]
-    return files[0].parent / "benchmark" if files else DEFAULT_OUTPUT
+    return files[0].parent / "benchmark" if files else _DEFAULT_OUTPUT
 
 
 if __name__ == "__main__":

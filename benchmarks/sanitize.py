@@ -26,8 +26,8 @@ from maskrcnn.plugins import reference
 from maskrcnn.plugins.build import find_library
 from maskrcnn.plugins.native import Kernels, Pyramid
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-FOUND = 9  # exit code of a tool that found something
+_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_FOUND = 9  # exit code of a tool that found something
 
 
 class Memory(Protocol):
@@ -150,7 +150,7 @@ def _paste(kernels: Kernels, memory: Memory, rng: np.random.Generator, count: in
 
 def sanitize(tool: str, out: Path, sanitizer: str) -> bool:
     """Runs the exercise under a tool; whether it found nothing and all results were right."""
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, __file__, "--exercise"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), sys.executable, __file__, "--exercise"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540)
     (out / f"sanitizer-{tool}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
     return done.returncode == 0
@@ -160,7 +160,7 @@ def main() -> int:
     """Prints a line for each tool and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="?", default=Path("sanitizer"))
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--tools", nargs="+", choices=_TOOLS, default=list(_TOOLS))
     parser.add_argument("--exercise", action="store_true", help="call the kernels, here and now")
     given = parser.parse_args()
     library = find_library("kernels")

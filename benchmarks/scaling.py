@@ -34,16 +34,16 @@ from maskrcnn.runtime import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
 
-SIZES_HW = [(224, 320), (320, 448), (480, 640), (640, 896), (800, 1088), (800, 1344)]
-BATCHES = (1, 2, 4, 8)
-DETECTIONS = (1, 5, 20, 50, 100)
+_SIZES_HW = [(224, 320), (320, 448), (480, 640), (640, 896), (800, 1088), (800, 1344)]
+_BATCHES = (1, 2, 4, 8)
+_DETECTIONS = (1, 5, 20, 50, 100)
 IMAGES = (250, 500, 1000, 2000, 5000)
-PASTED_HW = (800, 1333)
+_PASTED_HW = (800, 1333)
 RESULTS = 100  # of each image of the simulated dataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class _Curve:
     """One question: `calls[line][x]` is measured and divided by `units[x]`."""
 
     name: str
@@ -55,10 +55,10 @@ class Curve:
     warmup: int = 1
 
 
-def size_curve(detectors: Mapping[str, Detector], sizes: Sequence[tuple[int, int]]) -> Curve:
+def _size_curve(detectors: Mapping[str, Detector], sizes: Sequence[tuple[int, int]]) -> _Curve:
     """Milliseconds of one image against its pixels."""
     pixels = {height * width / 1e6: (height, width) for height, width in sizes}
-    return Curve(
+    return _Curve(
         name="size",
         title="One image, by its size",
         across="megapixels",
@@ -71,9 +71,9 @@ def size_curve(detectors: Mapping[str, Detector], sizes: Sequence[tuple[int, int
     )
 
 
-def batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size_hw: tuple[int, int]) -> Curve:
+def _batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size_hw: tuple[int, int]) -> _Curve:
     """Milliseconds of each image against the images of a call."""
-    return Curve(
+    return _Curve(
         name="batch",
         title=f"Each image of {size_name(size_hw)}, by the batch",
         across="images of a call",
@@ -86,10 +86,10 @@ def batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size_
     )
 
 
-def threads_curve(paths: Sequence[Path], size_hw: tuple[int, int]) -> Curve:
+def _threads_curve(paths: Sequence[Path], size_hw: tuple[int, int]) -> _Curve:
     """Milliseconds of one image against the threads a runtime may use; of runtimes that take their number."""
     counts = sorted({2**k for k in range(10) if 2**k <= (os.cpu_count() or 1)} | {os.cpu_count() or 1})
-    return Curve(
+    return _Curve(
         name="threads",
         title=f"One image of {size_name(size_hw)}, by threads",
         across="threads",
@@ -114,12 +114,12 @@ def _detecting(detector: Detector, size_hw: tuple[int, int], batch: int) -> Call
     return call
 
 
-def detections_curve(counts: Sequence[int]) -> Curve:
+def _detections_curve(counts: Sequence[int]) -> _Curve:
     """Milliseconds of pasting and encoding against the detections of an image."""
     found = {float(count): _random_detections(count) for count in counts}
-    return Curve(
+    return _Curve(
         name="detections",
-        title=f"Masks pasted into {size_name(PASTED_HW)} and encoded",
+        title=f"Masks pasted into {size_name(_PASTED_HW)} and encoded",
         across="detections",
         along="ms",
         calls={"paste and encode": {x: (lambda turn, found=each: found.rles()) for x, each in found.items()}},
@@ -130,13 +130,13 @@ def detections_curve(counts: Sequence[int]) -> Curve:
 def _random_detections(count: int) -> Detections:
     rng = np.random.default_rng(count)
     sides = np.exp(rng.uniform(np.log(16), np.log(400), (count, 2)))
-    corners = rng.random((count, 2)) * (np.array(PASTED_HW[::-1]) - sides)
+    corners = rng.random((count, 2)) * (np.array(_PASTED_HW[::-1]) - sides)
     boxes = np.concatenate([corners, corners + sides], axis=1).astype(np.float32)
     ones = np.ones(count, np.float32)
-    return Detections(boxes, ones, ones.astype(np.int64), rng.random((count, 28, 28), np.float32), PASTED_HW)
+    return Detections(boxes, ones, ones.astype(np.int64), rng.random((count, 28, 28), np.float32), _PASTED_HW)
 
 
-def dataset_curve(images: Sequence[int]) -> Curve:
+def dataset_curve(images: Sequence[int]) -> _Curve:
     """Seconds of scoring boxes against the images of a dataset, by pycocotools and by `--scorer fast`."""
     datasets = {float(count): simulated(count, RESULTS, "bbox", SIZE_HW) for count in images}
 
@@ -146,7 +146,7 @@ def dataset_curve(images: Sequence[int]) -> Curve:
     def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         return lambda turn: scored_by_pycocotools(content, list(results), "bbox")
 
-    return Curve(
+    return _Curve(
         name="dataset",
         title=f"Scoring boxes, {RESULTS} results an image",
         across="images",
@@ -160,7 +160,7 @@ def dataset_curve(images: Sequence[int]) -> Curve:
     )
 
 
-def measured(curve: Curve, *, repeat: int, progress: Progress) -> dict[str, list[tuple[float, float]]]:
+def _measured(curve: _Curve, *, repeat: int, progress: Progress) -> dict[str, list[tuple[float, float]]]:
     """(x, median) of every point of every line."""
     calls = {f"{line} {x:g}": call for line, points in curve.calls.items() for x, call in points.items()}
     with progress.steps(curve.title, len(calls) * (repeat + curve.warmup)) as stepper:
@@ -192,20 +192,20 @@ def table(curve: Mapping[str, Any]) -> str:
     return aligned(heads, rows)
 
 
-def curves_of(given: argparse.Namespace, paths: Sequence[Path]) -> Iterator[Curve]:
+def _curves_of(given: argparse.Namespace, paths: Sequence[Path]) -> Iterator[_Curve]:
     """Those that were asked for, made when their turn comes."""
     detectors = {path.name: Detector.load(path) for path in paths} if {"size", "batch"} & set(given.curves) else {}
     for name in given.curves:
         if name in ("size", "batch", "threads") and not paths:
             continue
         if name == "size":
-            yield size_curve(detectors, given.sizes)
+            yield _size_curve(detectors, given.sizes)
         elif name == "batch":
-            yield batch_curve(detectors, given.batch, given.sizes[0])
+            yield _batch_curve(detectors, given.batch, given.sizes[0])
         elif name == "threads":
-            yield threads_curve([path for path in paths if path.suffix in (".onnx", ".xml")], given.sizes[-1])
+            yield _threads_curve([path for path in paths if path.suffix in (".onnx", ".xml")], given.sizes[-1])
         elif name == "detections":
-            yield detections_curve(DETECTIONS)
+            yield _detections_curve(_DETECTIONS)
         else:
             yield dataset_curve(given.images)
 
@@ -216,8 +216,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, action="append", default=[], help="file, repeatable; default: newest run")
     parser.add_argument("--curves", type=lambda text: text.split(","), default=list(names), help=",".join(names))
-    parser.add_argument("--sizes", type=sizes_hw, default=SIZES_HW)
-    parser.add_argument("--batch", type=numbers, default=BATCHES, help="at the first of the sizes")
+    parser.add_argument("--sizes", type=sizes_hw, default=_SIZES_HW)
+    parser.add_argument("--batch", type=numbers, default=_BATCHES, help="at the first of the sizes")
     parser.add_argument("--images", type=numbers, default=IMAGES, help="of the simulated datasets")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs") / "scaling")
@@ -233,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     needs_model = {"size", "batch", "threads"} & set(given.curves)
     paths = given.model or (_newest() if needs_model else [])
     content: dict[str, Any] = {"schema": 1, "environment": environment(), "repeat": given.repeat, "curves": {}}
-    for curve in curves_of(given, paths):
-        lines = measured(curve, repeat=given.repeat, progress=progress)
+    for curve in _curves_of(given, paths):
+        lines = _measured(curve, repeat=given.repeat, progress=progress)
         shown = {"title": curve.title, "across": curve.across, "along": curve.along, "lines": lines}
         content["curves"][curve.name] = shown
         picture = chart(

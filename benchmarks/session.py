@@ -63,19 +63,19 @@ class Progress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def steps(self, title: str, total: int) -> Iterator[Stepper]:
+    def steps(self, title: str, total: int) -> Iterator[_Stepper]:
         """A bar of `total` steps on a terminal, one line elsewhere."""
         if not self.console.is_terminal:
             self.say(title)
-            yield Stepper(None)
+            yield _Stepper(None)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Bar(*columns, console=self.console, transient=True) as bar:
             bar.add_task(title, total=total)
-            yield Stepper(bar)
+            yield _Stepper(bar)
 
 
-class Stepper:
+class _Stepper:
     """What the body of `Progress.steps` advances."""
 
     def __init__(self, bar: Bar | None) -> None:

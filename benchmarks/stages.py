@@ -4,7 +4,7 @@
 
 Times inside a model are the runtime's own profile, which costs some per cent itself; shares are what it is for. A
 layer belongs to the module that its name begins with; what lies between layers is told apart by its operator. The call
-that is timed and the profile run on one and the same provider, the CPU: see `UNPROFILED` for why no other.
+that is timed and the profile run on one and the same provider, the CPU: see `_UNPROFILED` for why no other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.onnxruntime import session_options
 from maskrcnn.runtime.backends.onnxruntime_providers import Provider, provider_named
 
-MODULES = {
+_MODULES = {
     "backbone.body": "backbone",
     "backbone.fpn": "FPN",
     "rpn.head": "RPN head",
@@ -46,7 +46,7 @@ OPERATORS = {
 REST = "everything else"
 # ONNX Runtime's providers whose part of its profile says nothing of single layers. It can be compiled so that it asks
 # CUDA for the times of kernels (--enable_cuda_profiling), which the packages that pip installs are not.
-UNPROFILED = {
+_UNPROFILED = {
     Provider.CUDA: "says when the host started a layer, not how long the GPU took",
     Provider.TENSORRT: "has whole parts of the model as one node",
 }
@@ -65,21 +65,21 @@ class Split:
 
 def stage_of(name: str, operator: str) -> str:
     """The stage of a node of a profile."""
-    for prefix, stage in MODULES.items():
+    for prefix, stage in _MODULES.items():
         if prefix in name:
             return stage
     return OPERATORS.get(operator.lower(), REST)
 
 
-def check_provider(name: str) -> None:
+def _check_provider(name: str) -> None:
     """That ONNX Runtime's profile on a provider can be split.
 
     Raises:
         UserError: where it cannot, and for a name that is none.
     """
     provider = provider_named(name)
-    if provider in UNPROFILED:
-        came = f"--provider {name}: ONNX Runtime's profile there {UNPROFILED[provider]}"
+    if provider in _UNPROFILED:
+        came = f"--provider {name}: ONNX Runtime's profile there {_UNPROFILED[provider]}"
         do = "use --provider cpu; `benchmarks/run.py` tells preprocessing and engine apart on a GPU"
         raise UserError(came, "--provider cpu", do)
 
@@ -96,7 +96,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: st
     Raises:
         UserError: for a file whose runtime gives no profile.
     """
-    check_provider(provider)
+    _check_provider(provider)
     detector = Detector.load(path, **({"provider": provider} if path.suffix == ".onnx" else {}))
     outside: dict[str, list[float]] = {name: [] for name in OUTSIDE}
     totals = []
@@ -118,7 +118,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: st
     feeds = {"images": pixels, "image_sizes": sizes}
     profiles = list(_profiles(path, detector, feeds, repeat))
     stages = {name: 1e3 * statistics.median(values) for name, values in outside.items()}
-    for stage in (*MODULES.values(), *dict.fromkeys(OPERATORS.values()), REST):
+    for stage in (*_MODULES.values(), *dict.fromkeys(OPERATORS.values()), REST):
         if any(profile[stage] for profile in profiles):  # a model has one of the last two heads, or both, or none
             stages[stage] = statistics.median(profile[stage] for profile in profiles)
     return Split(
@@ -167,7 +167,7 @@ def _layers_by_value(path: Path) -> dict[str, str]:
 
     layers: dict[str, str] = {}
     for node in onnx.load(path).graph.node:
-        if node.name.startswith(tuple(MODULES)):
+        if node.name.startswith(tuple(_MODULES)):
             layers[node.output[0]] = node.name
         elif node.op_type in ("Relu", "Add"):
             layers[node.output[0]] = layers.get(node.input[0], "")
@@ -191,7 +191,7 @@ def table(splits: Sequence[Split]) -> str:
     head = ["stage", *(f"{split.model}, {split.backend}" for split in splits)]
     lines = [head, ["---"] * len(head)]
     found = [stage for split in splits for stage in split.stages_ms]
-    known = [stage for stage in (*OUTSIDE, *MODULES.values(), *OPERATORS.values(), REST) if stage in found]
+    known = [stage for stage in (*OUTSIDE, *_MODULES.values(), *OPERATORS.values(), REST) if stage in found]
     for stage in dict.fromkeys([*known, *found]):
         cells = []
         for split in splits:
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
     parser.add_argument("--provider", default="cpu", help="of ONNX Runtime; cpu is the only one that can be split")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
-    check_provider(given.provider)
+    _check_provider(given.provider)
     images, kind = images_of_size(given.size, given.data, given.split)
     splits = [split_of(path, images, given.repeat, given.provider) for path in given.model]
     print(f"{kind} of {given.size[0]}×{given.size[1]}, batch 1, median of {given.repeat}\n\n{table(splits)}")

@@ -44,7 +44,7 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 
     def block(match: re.Match) -> str:
         contents = [json.loads((results / name).read_text(encoding="utf-8")) for name in match[3].split()]
-        text = summary(contents) if match[2] == "summary" else rendered(contents[0])
+        text = summary(contents) if match[2] == "summary" else _rendered(contents[0])
         return f"{match[1]}{text}\n{match[5]}"
 
     return _BLOCK.sub(block, text)
@@ -79,7 +79,7 @@ def summary(contents: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join([aligned(heads, lines), *dict.fromkeys(notes)])
 
 
-def rendered(content: Any) -> str:
+def _rendered(content: Any) -> str:
     """The table of a result file, and where it was measured.
 
     Raises:
@@ -90,7 +90,9 @@ def rendered(content: Any) -> str:
             text = render(content)
             lines = machine(content["environment"]) if isinstance(content, dict) else []
             return "\n".join([text, "", *lines]) if lines else text
-    raise ValueError("came: a result of no known kind; expected: a file of benchmarks/; do: add its kind to tables.py")
+    raise ValueError(
+        "found: a result of no known kind; expected: a file of benchmarks/; fix: add its kind to tables.py"
+    )
 
 
 def _latency(content: dict[str, Any]) -> str:

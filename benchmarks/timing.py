@@ -19,9 +19,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-REST_S = 0.03
+_REST_S = 0.03
 LEAST_REPEAT = 3
-PACKAGES = (
+_PACKAGES = (
     "maskrcnn",
     "torch",
     "torchvision",
@@ -56,7 +56,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
         ValueError: for no values, or a percentage outside (0, 100].
     """
     if not values or not 0 < percent <= 100:
-        raise ValueError(f"came: {len(values)} values, {percent} %; expected: values, and 0 < percent ≤ 100")
+        raise ValueError(f"found: {len(values)} values, {percent} %; expected: values, and 0 < percent ≤ 100")
     rank = -(-len(values) * percent // 100)  # rounded up
     return sorted(values)[int(rank) - 1]
 
@@ -66,7 +66,7 @@ def time_in_turns(
     *,
     repeat: int,
     warmup: int = 1,
-    rest_s: float = REST_S,
+    rest_s: float = _REST_S,
     budget_s: float | None = None,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
@@ -120,22 +120,22 @@ def environment() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_model(),
+        "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": installed_versions(),
+        "versions": _installed_versions(),
         "commit": commit(),
     }
 
 
-def installed_versions() -> dict[str, str]:
+def _installed_versions() -> dict[str, str]:
     """Versions of the libraries that decide the numbers, those that are installed."""
     versions = {}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -143,7 +143,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def cpu_model() -> str:
+def _cpu_model() -> str:
     """The processor's name, as the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -29,7 +29,7 @@ from kernels_on_cpu import HEADERS, compiler  # noqa: E402
 
 from maskrcnn.plugins.reference import level_of  # noqa: E402
 
-WAYS = ("a thread per bin", "quads", "channels last")
+_WAYS = ("a thread per bin", "quads", "channels last")
 SIZE_HW = (800, 1088)
 CHANNELS = 128
 
@@ -88,7 +88,7 @@ def main() -> None:
         library = build(Path(folder))
         for bins in (7, 14):
             for element_bytes in (4, 2):
-                for way, name in enumerate(WAYS):
+                for way, name in enumerate(_WAYS):
                     loads, stores = trace(library, way, element_bytes, rois, bins)
                     outputs = len(rois) * CHANNELS * bins * bins
                     row = (

@@ -180,8 +180,8 @@ def peak_memory_mb(config: TrainConfig, weights: Path, trainer: str, precision: 
 
 # What a training benchmark measured, as JSON and as a Markdown page.
 
-SCHEMA = 1
-TIMED = (
+_SCHEMA = 1
+_TIMED = (
     "one optimizer step, from a batch of resized images in the host's memory: transfer, forward, losses, backward and "
     "update. Ours takes object masks as crops; torchvision's takes them at image size, as its reference does, and "
     "resizes images and masks once more inside the model, to the size that they have"
@@ -189,7 +189,7 @@ TIMED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRow:
+class _TrainingRow:
     """One trainer, in one precision."""
 
     trainer: str
@@ -208,7 +208,7 @@ class TrainingRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingReport:
+class _TrainingReport:
     """One model on one workload."""
 
     model: str
@@ -220,20 +220,20 @@ class TrainingReport:
     batch_norm: str
     trainable_stages: int
     losses: dict[str, dict[str, float]]  # of both trainers on the first batch, before timing
-    rows: tuple[TrainingRow, ...]
+    rows: tuple[_TrainingRow, ...]
     stages_ms: dict[str, dict[str, float]]  # of our step, by precision
     workers: int
     pipeline_images_per_s: float | None
     notes: tuple[str, ...] = ()
 
 
-def as_json(reports: Sequence[TrainingReport], environment: dict[str, Any]) -> dict[str, Any]:
+def _as_json(reports: Sequence[_TrainingReport], environment: dict[str, Any]) -> dict[str, Any]:
     """Everything, for a machine."""
     content = [dataclasses.asdict(report) for report in reports]
-    return {"schema": SCHEMA, "timed": TIMED, "environment": environment, "reports": content}
+    return {"schema": _SCHEMA, "timed": _TIMED, "environment": environment, "reports": content}
 
 
-def as_markdown(report: TrainingReport) -> str:
+def _as_markdown(report: _TrainingReport) -> str:
     """The table of a report, with what was checked before and what limits our step."""
     height, width = report.size_hw
     sums = " and ".join(f"{name} {losses['sum']:.4f}" for name, losses in report.losses.items())
@@ -253,17 +253,17 @@ def as_markdown(report: TrainingReport) -> str:
     return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
 
 
-def page(reports: Sequence[TrainingReport], environment: dict[str, Any]) -> str:
+def page(reports: Sequence[_TrainingReport], environment: dict[str, Any]) -> str:
     """All reports with what was timed and where."""
     notes = [
-        f"- Timed: {TIMED}.",
+        f"- Timed: {_TIMED}.",
         "- The trainers take turns, step by step. × torchvision: torchvision's latency divided by the row's in the "
         "same round, its median, and in brackets the 10th and 90th percentile. Above 1 the row is faster.",
         "- Peak memory: in a process of its own; on a CPU its growth from before the model is made, on a GPU what "
         "PyTorch has allocated. Synchronisations: times per step that the host waits for the GPU.",
         *machine(environment),
     ]
-    return "\n".join(["# Training step", "", *(as_markdown(report) for report in reports), *notes, ""])
+    return "\n".join(["# Training step", "", *(_as_markdown(report) for report in reports), *notes, ""])
 
 
 def _stages(precision: str, stages: dict[str, float]) -> str:
@@ -272,13 +272,13 @@ def _stages(precision: str, stages: dict[str, float]) -> str:
     return f"- Stages of our step in {precision}, one after another: {parts}."
 
 
-def _ratio(row: TrainingRow) -> str:
+def _ratio(row: _TrainingRow) -> str:
     if row.times_torchvision is None:
         return ""
     return f"{row.times_torchvision:.2f} ({row.times_torchvision_p10:.2f}–{row.times_torchvision_p90:.2f})"
 
 
-_COLUMNS: list[tuple[str, Callable[[TrainingRow], str]]] = [
+_COLUMNS: list[tuple[str, Callable[[_TrainingRow], str]]] = [
     ("trainer", lambda row: row.trainer),
     ("precision", lambda row: row.precision),
     ("steps", lambda row: str(row.steps or "")),
@@ -327,7 +327,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def main(arguments: Sequence[str] | None = None) -> list[TrainingReport]:
+def main(arguments: Sequence[str] | None = None) -> list[_TrainingReport]:
     """Measures every model at every batch size and prints a table of each."""
     given = parse(arguments)
     progress = Progress()
@@ -338,12 +338,12 @@ def main(arguments: Sequence[str] | None = None) -> list[TrainingReport]:
                 config = _configuration(given, model, batch_size, Path(folder))
                 reports.append(_measure(config, given, Path(folder) / "weights.safetensors", progress))
             if not given.markdown:
-                print(as_markdown(reports[-1]))
+                print(_as_markdown(reports[-1]))
     stamp = environment()
     if given.markdown:
         print(page(reports, stamp))
     if given.json:
-        write_json(given.json, as_json(reports, stamp))
+        write_json(given.json, _as_json(reports, stamp))
     return reports
 
 
@@ -371,7 +371,7 @@ def _configuration(given: argparse.Namespace, model: str, batch_size: int, folde
     return training_config(dataset, dataset, merged(settings, assignments(given.settings)))
 
 
-def _measure(config: TrainConfig, given: argparse.Namespace, weights: Path, progress: Progress) -> TrainingReport:
+def _measure(config: TrainConfig, given: argparse.Namespace, weights: Path, progress: Progress) -> _TrainingReport:
     device = choose_device(config.device)
     work = make_work(config, _POOL, pinned=device.type == "cuda")
     write_weights(config, work[0], device, weights)
@@ -381,7 +381,9 @@ def _measure(config: TrainConfig, given: argparse.Namespace, weights: Path, prog
         try:
             losses = losses or compared_losses(trainers[OURS], trainers[THEIRS], work[0])
         except ValueError as error:
-            rows += [TrainingRow(trainer=n, precision=precision, status="not run", reason=str(error)) for n in TRAINERS]
+            rows += [
+                _TrainingRow(trainer=n, precision=precision, status="not run", reason=str(error)) for n in TRAINERS
+            ]
             continue
         samples = _timed(trainers, work, given, device, progress, f"{config.model.name}, {precision}")
         measured = [_row(name, precision, samples, config.batch_size) for name in trainers]
@@ -394,7 +396,7 @@ def _measure(config: TrainConfig, given: argparse.Namespace, weights: Path, prog
             measured = [_with_memory(row, config, weights, notes) for row in measured]
         rows += measured
     valid = work[0].batch.valid
-    return TrainingReport(
+    return _TrainingReport(
         model=config.model.name,
         workload=f"{Path(config.data).name} {config.train_split}" if given.data else "generated shapes",
         size_hw=tuple(work[0].batch.images.shape[2:]),
@@ -442,10 +444,10 @@ def _timed(
     return samples
 
 
-def _row(name: str, precision: str, samples: dict[str, Samples], images: int) -> TrainingRow:
+def _row(name: str, precision: str, samples: dict[str, Samples], images: int) -> _TrainingRow:
     own, theirs = samples[name], samples[THEIRS]
     if own.error is not None:
-        return TrainingRow(trainer=name, precision=precision, status="not run", reason=one_line(own.error))
+        return _TrainingRow(trainer=name, precision=precision, status="not run", reason=one_line(own.error))
     ratios = {}
     if theirs.error is None:
         values = [b / a for a, b in zip(own.latencies_ms, theirs.latencies_ms, strict=True)]
@@ -454,7 +456,7 @@ def _row(name: str, precision: str, samples: dict[str, Samples], images: int) ->
             "times_torchvision_p10": percentile(values, 10),
             "times_torchvision_p90": percentile(values, 90),
         }
-    return TrainingRow(
+    return _TrainingRow(
         trainer=name,
         precision=precision,
         status="ok",
@@ -466,13 +468,13 @@ def _row(name: str, precision: str, samples: dict[str, Samples], images: int) ->
     )
 
 
-def _with_syncs(row: TrainingRow, trainer: Trainer, work: Work, device: torch.device) -> TrainingRow:
+def _with_syncs(row: _TrainingRow, trainer: Trainer, work: Work, device: torch.device) -> _TrainingRow:
     if row.status != "ok":
         return row
     return replace(row, synchronisations=synchronisations(lambda: trainer.run(work), device))
 
 
-def _with_memory(row: TrainingRow, config: TrainConfig, weights: Path, notes: list[str]) -> TrainingRow:
+def _with_memory(row: _TrainingRow, config: TrainConfig, weights: Path, notes: list[str]) -> _TrainingRow:
     if row.status != "ok":
         return row
     found = peak_memory_mb(config, weights, row.trainer, row.precision, _MEMORY_STEPS)

@@ -147,7 +147,7 @@ def _full_masks(record: ImageRecord, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 OURS, THEIRS = "maskrcnn", "torchvision"
-LOSS_TOLERANCE = 0.2  # of the sum: both sample anchors and proposals at random
+_LOSS_TOLERANCE = 0.2  # of the sum: both sample anchors and proposals at random
 _THEIR_NAMES = {
     "objectness": "loss_objectness",
     "rpn_box": "loss_rpn_box_reg",
@@ -257,15 +257,15 @@ def compared_losses(ours: OurTrainer, theirs: TorchvisionTrainer, work: Work) ->
     """Both trainers' losses of a batch with fixed batch-norm statistics, and their sums.
 
     Raises:
-        ValueError: where the sums differ by more than `LOSS_TOLERANCE`, or a loss is missing on one side.
+        ValueError: where the sums differ by more than `_LOSS_TOLERANCE`, or a loss is missing on one side.
     """
     found = {OURS: ours.losses(work), THEIRS: theirs.losses(work)}
     for losses in found.values():
         losses["sum"] = sum(losses.values())
     first, second = found[OURS], found[THEIRS]
     text = ", ".join(f"{name} {value:.4g} and {second.get(name, math.nan):.4g}" for name, value in first.items())
-    if first.keys() != second.keys() or not abs(first["sum"] - second["sum"]) <= LOSS_TOLERANCE * abs(second["sum"]):
-        raise ValueError(f"losses that differ by more than {LOSS_TOLERANCE:.0%}: {text}")
+    if first.keys() != second.keys() or not abs(first["sum"] - second["sum"]) <= _LOSS_TOLERANCE * abs(second["sum"]):
+        raise ValueError(f"losses that differ by more than {_LOSS_TOLERANCE:.0%}: {text}")
     return found
 
 

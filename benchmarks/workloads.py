@@ -22,7 +22,7 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.weights.checkpoint import SUFFIX, load_weights, save_checkpoint
 
-POOL = 8  # distinct images that are timed; all fit the caches of shapes that libraries keep
+_POOL = 8  # distinct images that are timed; all fit the caches of shapes that libraries keep
 _GENERATED_SIZE_HW = (128, 128)
 _RESNET50 = "maskrcnn_resnet50_fpn"
 _CLASSES = 91  # with background, COCO's
@@ -94,13 +94,13 @@ def dataset_workload(
     no_ap = "no AP: the images have the sizes of --size; it is measured without" if sizes_hw else no_ap
     given = {"batches": batches, "repeat": repeat, "budget_s": budget_s, "notes": (no_ap,) if no_ap else ()}
     if found is None:
-        pools = {size_name(size_hw): generated_images(POOL, size_hw) for size_hw in sizes_hw}
-        pools = pools or {"": generated_images(POOL, _GENERATED_SIZE_HW)}
+        pools = {size_name(size_hw): generated_images(_POOL, size_hw) for size_hw in sizes_hw}
+        pools = pools or {"": generated_images(_POOL, _GENERATED_SIZE_HW)}
         return Workload(name="generated shapes", pools=pools, dataset=None, **given)
     dataset = CocoDataset.load(*found)
     if images is not None:
         dataset = replace(dataset, images=dataset.images[:images])
-    files = tuple(record.path for record in dataset.images[:POOL])
+    files = tuple(record.path for record in dataset.images[:_POOL])
     pool = [read_image(path) for path in files]
     name = f"{found[0].name} {found[1]}, {len(pool if sizes_hw else dataset.images)} images"
     if sizes_hw:
@@ -175,8 +175,8 @@ def generated_images(count: int, size_hw: tuple[int, int]) -> list[np.ndarray]:
 def images_of_size(size_hw: tuple[int, int], data: Path | None, split: str | None) -> tuple[list[np.ndarray], str]:
     """Images of exactly this size, and what they are."""
     if data is None:
-        return generated_images(POOL, size_hw), "generated shapes"
-    records = CocoDataset.load(data, find_split(data, split or "val")).images[:POOL]
+        return generated_images(_POOL, size_hw), "generated shapes"
+    records = CocoDataset.load(data, find_split(data, split or "val")).images[:_POOL]
     return [_fitted(read_image(record.path), size_hw) for record in records], "photos"
 
 

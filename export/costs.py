@@ -14,7 +14,7 @@ from maskrcnn.export.tensorrt.flavour import take_all_rows
 from maskrcnn.stages import LEVELS
 
 # Each stage is what its tensors need and no stage before it needed.
-STAGE_TENSORS = (
+_STAGE_TENSORS = (
     ("backbone and FPN", LEVELS),
     ("RPN", ("proposals",)),
     ("box head", ("boxes",)),
@@ -121,7 +121,7 @@ def stages_by_node(proto: onnx.ModelProto) -> list[str]:
     if not any(level in producers for level in LEVELS):
         return [_WHOLE] * len(proto.graph.node)
     stage_of: dict[str, str] = {}
-    for stage, names in STAGE_TENSORS:
+    for stage, names in _STAGE_TENSORS:
         waiting = [name for name in names if name in producers]
         while waiting:
             name = waiting.pop()

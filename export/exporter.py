@@ -102,7 +102,7 @@ def registered() -> Iterator[None]:
 
 
 OPSET = 20  # the first with every operator used here in its present form
-TORCH = (2, 10)  # the oldest whose exporter this was tried with
+_TORCH = (2, 10)  # the oldest whose exporter this was tried with
 OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks", "keypoints")  # the last two where a model has them
 # Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
 FORBIDDEN_OPS = frozenset(
@@ -177,8 +177,8 @@ def _check_versions(opset: int) -> None:
             f"opset {opset}", f"{OPSET} to {newest}, the newest of onnx {onnx.__version__}", f"use --opset {OPSET}"
         )
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if found < TORCH:
-        oldest = ".".join(map(str, TORCH))
+    if found < _TORCH:
+        oldest = ".".join(map(str, _TORCH))
         raise UserError(
             f"torch {torch.__version__}", f"{oldest} or newer", f"pip install 'torch>={oldest}' torchvision"
         )

@@ -82,7 +82,7 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
                 later.append(node)
         if len(later) == len(waiting):
             raise ValueError(
-                f"came: a graph with a cycle or a value nobody makes, at {later[0].name}; expected: neither"
+                f"found: a graph with a cycle or a value nobody makes, at {later[0].name}; expected: neither"
             )
         waiting = later
     del graph.node[:]

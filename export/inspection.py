@@ -37,7 +37,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class _Inspection:
     """Everything that was found out about a file; what a kind of file does not tell is None or empty."""
 
     path: Path
@@ -98,7 +98,7 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placement: bool = True) -> Inspection:
+def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placement: bool = True) -> _Inspection:
     """Looks into a model file without running it, and without torch.
 
     Args:
@@ -122,7 +122,7 @@ def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placemen
     return others[path.suffix](path)
 
 
-def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> Inspection:
+def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> _Inspection:
     try:
         proto = onnx.load(path)
     except Exception as error:  # protobuf's decode error has no stable base class
@@ -136,7 +136,7 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
     functions = ", ".join(function.name for function in proto.functions)
     computing, results = _node_precisions(proto)
-    return Inspection(
+    return _Inspection(
         path=path,
         kind=f"ONNX, opset {opset}{f', functions {functions}' if functions else ''}",
         bytes=path.stat().st_size,
@@ -194,7 +194,7 @@ def _weights(tensors) -> dict[str, tuple[int, int]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def _inspect_engine(path: Path) -> Inspection:
+def _inspect_engine(path: Path) -> _Inspection:
     """An OpenVINO engine: what its XML says. Its graph is not costed."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
@@ -209,7 +209,7 @@ def _inspect_engine(path: Path) -> Inspection:
     layers = list(root.iter("layer"))
     constants = [layer.find("data").attrib for layer in layers if layer.get("type") == "Const"]
     metadata = ModelMetadata.from_json(entry.attrib["value"], path)
-    return Inspection(
+    return _Inspection(
         path=path,
         kind="OpenVINO engine",
         bytes=path.stat().st_size + weights.stat().st_size,
@@ -228,11 +228,11 @@ def _inspect_engine(path: Path) -> Inspection:
     )
 
 
-def _inspect_plan(path: Path) -> Inspection:
+def _inspect_plan(path: Path) -> _Inspection:
     """A TensorRT engine: what the metadata beside it says. The plan itself only TensorRT can read."""
     metadata = engine_metadata(path)
     inputs, outputs = detector_specs(metadata)
-    return Inspection(
+    return _Inspection(
         path=path,
         kind="TensorRT engine",
         bytes=path.stat().st_size,
@@ -254,7 +254,7 @@ def _port_text(layer: ElementTree.Element) -> str:
     return f"{(_PRECISIONS | _INTEGERS).get(kind, kind)} [{', '.join(map(str, lengths))}]"
 
 
-def _inspect_checkpoint(path: Path) -> Inspection:
+def _inspect_checkpoint(path: Path) -> _Inspection:
     """A checkpoint: the header of the safetensors file, which is JSON after its length in 8 bytes."""
     try:
         with open(path, "rb") as file:
@@ -264,7 +264,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise not_ours(path, f"not a checkpoint ({type(error).__name__})") from error
-    return Inspection(
+    return _Inspection(
         path=path,
         kind="checkpoint",
         bytes=path.stat().st_size,

@@ -37,8 +37,8 @@ from maskrcnn.runtime.onnx_file import check_portable, read_model
 from maskrcnn.runtime.verification.compare import HALF, INT8, Difference, Tolerance, compare_outputs, merge
 from maskrcnn.runtime.verification.inputs import validation_batches
 
-Outputs = dict[str, np.ndarray]  # and inputs, by name
-CALIBRATION_IMAGES = 64
+_Outputs = dict[str, np.ndarray]  # and inputs, by name
+_CALIBRATION_IMAGES = 64
 COMPARED_IMAGES = 8
 
 
@@ -48,7 +48,7 @@ def write_half(
     precision: str,
     *,
     images: Path | None = None,
-    limit: int = CALIBRATION_IMAGES,
+    limit: int = _CALIBRATION_IMAGES,
     simulate: bool = False,
 ) -> tuple[CastReport, Difference]:
     """Writes a file that computes in half precision, and compares it with the one that it is made from.
@@ -101,7 +101,7 @@ def write_int8(
     calibration: Path,
     *,
     keep: Sequence[str] = DEFAULT_KEEP,
-    limit: int = CALIBRATION_IMAGES,
+    limit: int = _CALIBRATION_IMAGES,
     for_tensorrt: bool = False,
 ) -> tuple[QuantizationReport, Difference]:
     """Writes a file that computes with 8-bit integers, and compares it with the one that it is made from.
@@ -172,7 +172,7 @@ def _describe(model: onnx.ModelProto, metadata: ModelMetadata, source: Path, pre
     set_metadata(model, dataclasses.replace(metadata, precision=precision, stamp=stamp))
 
 
-def _detections_of(source: Path, batches: Iterable[Outputs]) -> list[tuple[Outputs, Outputs]]:
+def _detections_of(source: Path, batches: Iterable[_Outputs]) -> list[tuple[_Outputs, _Outputs]]:
     """Feeds, and what the source makes of them."""
     reference = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
     return [(feeds, reference(feeds)) for feeds in batches]
@@ -184,7 +184,7 @@ def _compare(
     source: Path,
     backend: type[Backend],
     tolerance: Tolerance,
-    wanted: Sequence[tuple[Outputs, Outputs]],
+    wanted: Sequence[tuple[_Outputs, _Outputs]],
 ) -> Difference:
     """The difference of a model from its source; one that departs is kept beside `output` and refused."""
     rejected = output.with_suffix(".rejected.onnx")

@@ -80,8 +80,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
-            check_choice(f"model.{name}", getattr(self, name), choices)
-        check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
+            _check_choice(f"model.{name}", getattr(self, name), choices)
+        _check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
         _check_levels("model.anchor_sizes_px", self.anchor_sizes_px)
         if self.anchor_strides_px:
             _check_levels("model.anchor_strides_px", self.anchor_strides_px)
@@ -145,17 +145,17 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             if each.name.endswith("_probability"):
-                check_range(f"augment.{each.name}", getattr(self, each.name), low=0, high=1)
+                _check_range(f"augment.{each.name}", getattr(self, each.name), low=0, high=1)
         for name in ("colour_brightness", "colour_contrast", "colour_saturation", "jitter_canvas_px"):
-            check_range(f"augment.{name}", getattr(self, name), low=0)
-        check_range("augment.colour_hue", self.colour_hue, low=0, high=0.5)
+            _check_range(f"augment.{name}", getattr(self, name), low=0)
+        _check_range("augment.colour_hue", self.colour_hue, low=0, high=0.5)
         for side in self.shorter_sides_px:
-            check_range("augment.shorter_sides_px", side, low=1)
-        check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
-        check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
-        check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)
-        check_range("augment.mixup_alpha", self.mixup_alpha, low=1e-3)
-        check_range("augment.least_visible", self.least_visible, low=0, high=1)
+            _check_range("augment.shorter_sides_px", side, low=1)
+        _check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
+        _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
+        _check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)
+        _check_range("augment.mixup_alpha", self.mixup_alpha, low=1e-3)
+        _check_range("augment.least_visible", self.least_visible, low=0, high=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
@@ -181,7 +181,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name in ("rpn_box_loss", "box_loss"):
-            check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
+            _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -239,15 +239,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             if choices := each.metadata.get("choices"):
-                check_choice(each.name, getattr(self, each.name), choices)
+                _check_choice(each.name, getattr(self, each.name), choices)
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
-            check_range(name, getattr(self, name), low=1)
-        check_range("workers", self.workers, low=-1)
+            _check_range(name, getattr(self, name), low=1)
+        _check_range("workers", self.workers, low=-1)
         for name in ("warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
-            check_range(name, getattr(self, name), low=0)
-        check_range("trainable_stages", self.trainable_stages, low=0, high=5)
+            _check_range(name, getattr(self, name), low=0)
+        _check_range("trainable_stages", self.trainable_stages, low=0, high=5)
         for name in ("ema_decay", "cosine_end"):
-            check_range(name, getattr(self, name), low=0, high=1)
+            _check_range(name, getattr(self, name), low=0, high=1)
         _check_steps(self.schedule, self.step_epochs)
 
 
@@ -277,13 +277,13 @@ def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
         )
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises a UserError unless the value is one of the choices."""
     if value not in choices:
         raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"choose {name} among them")
 
 
-def check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
+def _check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
     """Raises a UserError unless low ≤ value ≤ high."""
     if not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"

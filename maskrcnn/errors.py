@@ -11,18 +11,18 @@ class UserError(Exception):
     """Something outside the program is not as it must be: a file, a flag, a missing library.
 
     Args:
-        came: what was found, naming the file, line or object.
+        found: what was found, naming the file, line or object.
         expected: what would have been right.
-        do: what the user can do about it, a command where there is one.
+        fix: what the user can do about it, a command where there is one.
     """
 
-    def __init__(self, came: str, expected: str, do: str) -> None:
-        self.came, self.expected, self.do = came, expected, do
-        super().__init__(f"came: {came}\nexpected: {expected}\ndo: {do}")
+    def __init__(self, found: str, expected: str, fix: str) -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        super().__init__(f"{found}\n  expected: {expected}\n  fix:      {fix}")
 
     def __reduce__(self) -> tuple:
         """So that it survives the way between processes."""
-        return type(self), (self.came, self.expected, self.do)
+        return type(self), (self.found, self.expected, self.fix)
 
 
 def missing_library(name: str, enables: str, install: str) -> UserError:
@@ -36,5 +36,5 @@ def told_to_the_user() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error\n{error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

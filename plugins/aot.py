@@ -38,12 +38,12 @@ FEATURE_FORMATS = (
 _LAYOUTS = {"LINEAR": aot_kernels.PLANES, "HWC": aot_kernels.HWC, "HWC8": aot_kernels.HWC8}
 # Arrays of one number. Where int is declared, the bindings of TensorRT 10 call int with such an array, which NumPy 2.4
 # refuses.
-ATTRIBUTE_TYPES = {int: npt.NDArray[np.int32], float: npt.NDArray[np.float32]}
+_ATTRIBUTE_TYPES = {int: npt.NDArray[np.int32], float: npt.NDArray[np.float32]}
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's members: ours
 
 
 @dataclass(frozen=True)
-class Target:
+class _Target:
     """What the kernels are compiled with and for."""
 
     toolchain: Toolchain
@@ -61,7 +61,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Plugin:
+class _Plugin:
     """One op: its contract, and what TensorRT asks about it.
 
     The functions get `tensorrt.plugin` and tensors of it (`TensorDesc`), and attributes by name.
@@ -73,12 +73,12 @@ class Plugin:
     launch: Callable[[Any, Sequence[Any], Mapping[str, Any]], Launch]
 
 
-_target: Target | None = None  # of the newest call of `register`; TensorRT keeps what was registered first
+_target: _Target | None = None  # of the newest call of `register`; TensorRT keeps what was registered first
 
 
 def register(
     *, arch: int | None = None, image: nvrtc.Image | None = None, toolchain: Toolchain | None = None
-) -> Target:
+) -> _Target:
     """Registers the plugins with TensorRT, in this process. Call it before an engine is built; again if need be.
 
     Args:
@@ -94,7 +94,7 @@ def register(
     tensorrt, trtp = _import_tensorrt()
     found = toolchain or find_toolchain()
     image = image or nvrtc.image_for(found)
-    target = Target(found, nvrtc.architecture(found, arch, image), image)
+    target = _Target(found, nvrtc.architecture(found, arch, image), image)
     for plugin in PLUGINS:
         _register(tensorrt, trtp, plugin)
     _target = target
@@ -115,7 +115,7 @@ def _import_tensorrt() -> tuple[Any, Any]:
     return tensorrt, trtp
 
 
-def _register(tensorrt: Any, trtp: Any, plugin: Plugin) -> None:
+def _register(tensorrt: Any, trtp: Any, plugin: _Plugin) -> None:
     """Registers one plugin, unless this process has done so."""
     name = f"{contract.DOMAIN}::{plugin.op.name}"
     if hasattr(getattr(trtp.op, contract.DOMAIN, None), plugin.op.name):
@@ -135,7 +135,7 @@ def _register(tensorrt: Any, trtp: Any, plugin: Plugin) -> None:
 # The three functions of a plugin
 
 
-def _describe(tensorrt: Any, trtp: Any, plugin: Plugin) -> Callable[..., Any]:
+def _describe(tensorrt: Any, trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
     """Types and shapes of the outputs."""
 
     def describe(*tensors: Any, **attributes: Any) -> Any:
@@ -145,11 +145,11 @@ def _describe(tensorrt: Any, trtp: Any, plugin: Plugin) -> Callable[..., Any]:
     count = len(plugin.op.outputs)
     returned = trtp.TensorDesc if count == 1 else tuple[(trtp.TensorDesc,) * count]
     arguments = _tensor_names(plugin.op, trtp.TensorDesc)
-    arguments |= {name: ATTRIBUTE_TYPES[kind] for name, kind in plugin.op.attributes.items()}
+    arguments |= {name: _ATTRIBUTE_TYPES[kind] for name, kind in plugin.op.attributes.items()}
     return _with_signature(describe, arguments, returned=returned)
 
 
-def _tune(trtp: Any, plugin: Plugin) -> Callable[..., Any]:
+def _tune(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
     """The combinations of types and formats that there are kernels for."""
 
     def tune(*tensors: Any) -> Any:  # the inputs, then a tuple of the outputs
@@ -158,7 +158,7 @@ def _tune(trtp: Any, plugin: Plugin) -> Callable[..., Any]:
     return _with_signature(tune, [*_tensor_names(plugin.op), "outputs"])
 
 
-def _implement(trtp: Any, plugin: Plugin) -> Callable[..., Any]:
+def _implement(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
     """Name and code of the kernel, its grid, and its integer arguments."""
 
     def implement(*arguments: Any) -> Any:  # the inputs, the attributes, a tuple of the outputs, the tactic
@@ -276,7 +276,7 @@ def _linear(types: str) -> Callable[[int], list[tuple[str, str]]]:
 
 
 PLUGINS = (
-    Plugin(contract.MULTILEVEL_ROI_ALIGN, _pooled, _pooling_formats, _pooling_launch),
-    Plugin(contract.BATCHED_NMS_KEEP, _keep, _linear("FP32, INT32, INT32, INT32"), _keep_launch),
-    Plugin(contract.BATCHED_NMS_COMPACT, _kept_rows, _linear("INT32, INT32, INT32"), _compact_launch),
+    _Plugin(contract.MULTILEVEL_ROI_ALIGN, _pooled, _pooling_formats, _pooling_launch),
+    _Plugin(contract.BATCHED_NMS_KEEP, _keep, _linear("FP32, INT32, INT32, INT32"), _keep_launch),
+    _Plugin(contract.BATCHED_NMS_COMPACT, _kept_rows, _linear("INT32, INT32, INT32"), _compact_launch),
 )

@@ -18,7 +18,7 @@ from maskrcnn.plugins import contract
 from maskrcnn.plugins.build import SOURCES
 
 MOST_LEVELS = 16  # as MASKRCNN_MAX_LEVELS of csrc/kernels.h
-FEATURES = {"float32": "float", "float16": "maskrcnn::Half", "bfloat16": "maskrcnn::BFloat16"}
+_FEATURES = {"float32": "float", "float16": "maskrcnn::Half", "bfloat16": "maskrcnn::BFloat16"}
 # As the kernels are written, which csrc/*/aot.cu asserts: threads of a block, bins of a channels-last block.
 _POOLING_THREADS, _NMS_THREADS, _WARP, _BINS_OF_TILE = 256, 1024, 32, 64
 _PLANES_OF_BLOCK = 64  # as csrc/multilevel_roi_align/launch.cu
@@ -56,7 +56,7 @@ PLANES, HWC, HWC8 = Layout(0), Layout(1), Layout(8)
 
 
 @dataclass(frozen=True)
-class Pooling:
+class _Pooling:
     """The kernel of MultilevelRoiAlign with what its grid depends on."""
 
     kernel: Kernel
@@ -66,7 +66,7 @@ class Pooling:
 
 def roi_align(
     attributes: Mapping[str, Any], *, num_levels: int, dtype: str, layout: Layout, channels: int | None
-) -> Pooling:
+) -> _Pooling:
     """MultilevelRoiAlign for one node.
 
     Args:
@@ -92,7 +92,7 @@ def roi_align(
     defines = {
         "MASKRCNN_THREADS": str(_POOLING_THREADS),
         "MASKRCNN_LEVELS": str(num_levels),
-        "MASKRCNN_FEATURE": FEATURES[dtype],
+        "MASKRCNN_FEATURE": _FEATURES[dtype],
         "MASKRCNN_CHANNELS_LAST": str(int(layout.is_channels_last)),
         "MASKRCNN_PITCH_UNIT": str(layout.pitch_unit),
         "MASKRCNN_CHANNELS_OF_BLOCK": str(channels_of_block),
@@ -107,7 +107,7 @@ def roi_align(
     }
     source = SOURCES / "multilevel_roi_align" / "aot.cu"
     kernel = Kernel(source, "maskrcnn_multilevel_roi_align_aot", defines, _POOLING_THREADS)
-    return Pooling(kernel, parts, channels_of_block)
+    return _Pooling(kernel, parts, channels_of_block)
 
 
 def nms_keep(attributes: Mapping[str, Any]) -> Kernel:
@@ -133,7 +133,7 @@ def usual_kernels() -> list[Kernel]:
         **{"output_size": 7, "sampling_ratio": 2, "aligned": 0, "min_level": 2},
         **{"canonical_level": 4, "canonical_size": 224.0, "level_epsilon": 1e-6},
     }
-    kinds = [(dtype, layout) for dtype in FEATURES for layout in (PLANES, HWC if dtype == "float32" else HWC8)]
+    kinds = [(dtype, layout) for dtype in _FEATURES for layout in (PLANES, HWC if dtype == "float32" else HWC8)]
     made = [roi_align(pooling, num_levels=4, dtype=dtype, layout=kind, channels=256) for dtype, kind in kinds]
     nms = {"iou_threshold": 0.7, "max_output": 1000}
     return [*(pool.kernel for pool in made), nms_keep(nms), nms_compact({"max_output": 1000})]

@@ -144,7 +144,7 @@ def _set_aside(path: Path) -> None:
 
 # Of the GPUs that this package meets: Turing, Ampere (data centre, others), Ada, Hopper, Blackwell (the same two).
 COMMON_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-FLAGS = (
+_FLAGS = (
     *("-O3", "-std=c++17", "-lineinfo", "--cudart", "static", "--threads", "0"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"),
     *("-Xlinker", "--exclude-libs,ALL,--no-undefined"),
@@ -294,7 +294,7 @@ def _record(kind: Library, arch: tuple[int, ...], toolchain: Toolchain) -> dict[
         "sources": sources_hash(source_files(kind)),
         "compiler": f"nvcc {toolchain.nvcc.version}",
         "host_compiler": str(toolchain.host_compiler),
-        "flags": list(FLAGS),
+        "flags": list(_FLAGS),
     }
     return record | ({"tensorrt": toolchain.tensorrt.version} if kind is Library.PLUGINS else {})
 
@@ -323,7 +323,7 @@ def _command(kind: Library, arch: Sequence[int], toolchain: Toolchain) -> list[s
     libraries = nvcc.resolve().parents[1] / "lib"
     found = [f"-L{libraries}"] if (libraries / "libcudart_static.a").is_file() else []
     host = ["-ccbin", str(toolchain.host_compiler)]
-    return [str(nvcc), "-shared", *FLAGS, *host, *targets, *includes, *found, "-ldl"]
+    return [str(nvcc), "-shared", *_FLAGS, *host, *targets, *includes, *found, "-ldl"]
 
 
 def _run(command: list[str], output: Path) -> None:

@@ -17,8 +17,8 @@ SWITCH = "MASKRCNN_KERNELS"  # environment: "off", or the path of a library to u
 INTERFACE_VERSION = 1  # MASKRCNN_KERNELS_VERSION of kernels.h
 MAX_LEVELS = 16
 INVALID = -1
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
-LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
+_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
+_LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
 
 _Address = ctypes.c_void_p
 
@@ -74,8 +74,8 @@ class Kernels:
         version = self._library.maskrcnn_kernels_version()
         if version != INTERFACE_VERSION:
             raise ValueError(
-                f"came: kernels of interface version {version} in {path}; expected: version {INTERFACE_VERSION}; "
-                "do: run `maskrcnn build-plugins --force`"
+                f"found: kernels of interface version {version} in {path}; expected: version {INTERFACE_VERSION}; "
+                "fix: run `maskrcnn build-plugins --force`"
             )
         self._declare()
 
@@ -126,13 +126,13 @@ class Kernels:
         """
         if len(pyramid.addresses) > MAX_LEVELS:
             raise ValueError(
-                f"came: {len(pyramid.addresses)} levels; expected: at most {MAX_LEVELS}; "
-                "do: raise MASKRCNN_MAX_LEVELS in kernels.h"
+                f"found: {len(pyramid.addresses)} levels; expected: at most {MAX_LEVELS}; "
+                "fix: raise MASKRCNN_MAX_LEVELS in kernels.h"
             )
         params = _RoiAlignParams(
             num_levels=len(pyramid.addresses), batch=pyramid.batch, num_rois=num_rois, channels=pyramid.channels,
-            channel_pitch=pyramid.channel_pitch or pyramid.channels, dtype=DTYPES[pyramid.dtype],
-            layout=LAYOUTS[pyramid.layout], output_dtype=DTYPES[output_dtype], output_size=output_size,
+            channel_pitch=pyramid.channel_pitch or pyramid.channels, dtype=_DTYPES[pyramid.dtype],
+            layout=_LAYOUTS[pyramid.layout], output_dtype=_DTYPES[output_dtype], output_size=output_size,
             sampling_ratio=sampling_ratio, aligned=int(aligned), min_level=min_level,
             canonical_level=canonical_level, canonical_size=canonical_size, level_epsilon=level_epsilon,
         )  # fmt: skip
@@ -209,7 +209,7 @@ class Kernels:
                 boxes,
                 num_masks,
                 mask_size,
-                DTYPES[dtype],
+                _DTYPES[dtype],
                 height,
                 width,
                 threshold,
@@ -255,8 +255,12 @@ class Kernels:
             return
         why = self._library.maskrcnn_error_string(code).decode()
         if code == INVALID:
-            raise ValueError(f"came: {why}; expected: arguments as csrc/kernels.h describes them; do: compare the two")
-        raise RuntimeError(f"came: CUDA error {code}, {why}; expected: a started kernel; do: see CUDA's list of errors")
+            raise ValueError(
+                f"found: {why}; expected: arguments as csrc/kernels.h describes them; fix: compare the two"
+            )
+        raise RuntimeError(
+            f"found: CUDA error {code}, {why}; expected: a started kernel; fix: see CUDA's list of errors"
+        )
 
 
 def kernels_for(arch: int) -> Kernels | None:

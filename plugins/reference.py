@@ -42,7 +42,7 @@ def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
     return (top * (1 - dy) + bottom * dy).astype(np.float32)
 
 
-def adaptive_ratio(bin_size: float) -> int:
+def _adaptive_ratio(bin_size: float) -> int:
     """Samples along an axis of a bin of so many pixels: none in an empty RoI, nor where its size is no number."""
     return max(math.ceil(bin_size), 0) if math.isfinite(bin_size) else 0
 
@@ -76,7 +76,7 @@ def multilevel_roi_align(
             if not aligned:
                 width, height = max(width, 1.0), max(height, 1.0)
             bin_width, bin_height = width / output_size, height / output_size
-            ratio_y, ratio_x = (sampling_ratio or adaptive_ratio(size) for size in (bin_height, bin_width))
+            ratio_y, ratio_x = (sampling_ratio or _adaptive_ratio(size) for size in (bin_height, bin_width))
             for i in range(output_size):
                 for j in range(output_size):
                     total = np.zeros(feature.shape[0], np.float32)
@@ -147,7 +147,7 @@ def batched_nms(
         indices int32 `[N, M]`, zero past the end, and their number int32 `[N]`.
     """
     keep = batched_nms_keep(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
-    return batched_nms_compact(keep, max_output=max_output)
+    return _batched_nms_compact(keep, max_output=max_output)
 
 
 def batched_nms_keep(
@@ -170,7 +170,7 @@ def batched_nms_keep(
     return keep
 
 
-def batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarray, np.ndarray]:
+def _batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarray, np.ndarray]:
     """`BatchedNmsCompact` of the contract: keep `[N, K]`; outputs as of `batched_nms`."""
     indices = np.zeros((keep.shape[0], max_output), np.int32)
     num = np.zeros(keep.shape[0], np.int32)

@@ -40,7 +40,7 @@ class Nvcc:
 
 
 @dataclass(frozen=True)
-class Nvrtc:
+class _Nvrtc:
     """CUDA's compiler as a library, which needs neither a toolkit nor a host compiler."""
 
     version: str  # as 13.2
@@ -76,7 +76,7 @@ NVRTC = Absence(
     "NVRTC", "compiling the kernels of ahead-of-time plugins", "`pip install cuda-bindings nvidia-cuda-nvrtc`"
 )
 HOST_COMPILER = Absence("C++ compiler", "compiling the plugin libraries: nvcc calls it", "`apt install g++`")
-CUDA_HEADERS = Absence(
+_CUDA_HEADERS = Absence(
     "CUDA headers", "compiling the plugin libraries", "`pip install nvidia-cuda-runtime` (CUDA 13), or the CUDA toolkit"
 )
 TENSORRT_HEADERS = Absence(
@@ -94,7 +94,7 @@ class Toolchain:
     """Everything that `find_toolchain` looked for; None for what is missing."""
 
     nvcc: Nvcc | None = None
-    nvrtc: Nvrtc | None = None
+    nvrtc: _Nvrtc | None = None
     host_compiler: Path | None = None
     cuda_headers: Path | None = None  # the folder that holds cuda_runtime_api.h
     tensorrt: TensorRtHeaders | None = None
@@ -107,7 +107,7 @@ class Toolchain:
         found = {
             NVCC: self.nvcc,
             HOST_COMPILER: self.host_compiler,
-            CUDA_HEADERS: self.cuda_headers,
+            _CUDA_HEADERS: self.cuda_headers,
             TENSORRT_HEADERS: self.tensorrt,
             NVRTC: self.nvrtc,
             GPU: self.gpus,
@@ -149,7 +149,7 @@ def find_nvcc() -> Nvcc | None:
     return None
 
 
-def find_nvrtc() -> Nvrtc | None:
+def find_nvrtc() -> _Nvrtc | None:
     """NVRTC as cuda-bindings finds it."""
     try:
         from cuda.bindings import nvrtc
@@ -160,7 +160,7 @@ def find_nvrtc() -> Nvrtc | None:
         return None
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or listed != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         return None
-    return Nvrtc(f"{major}.{minor}", tuple(sorted(architectures)))
+    return _Nvrtc(f"{major}.{minor}", tuple(sorted(architectures)))
 
 
 def find_host_compiler() -> Path | None:

@@ -27,7 +27,7 @@ from maskrcnn import errors
 
 TIMEOUT_S = 120.0  # for one library; importing torch from a cold disk takes tens of seconds
 
-Facts = dict[str, Any]
+_Facts = dict[str, Any]
 
 # Names in /proc/cpuinfo (x86, then Arm) of what fast kernels are chosen by.
 _CPU_FEATURES = (
@@ -124,7 +124,7 @@ def _cpu(path: str = "/proc/cpuinfo") -> str:
 # Libraries: what the probes said, as findings
 
 
-def _torch(torch: Facts, torchvision: Facts, driver: str | None) -> list[Finding]:
+def _torch(torch: _Facts, torchvision: _Facts, driver: str | None) -> list[Finding]:
     version = torch.get("version") and f"{torch['version']} (CUDA {torch.get('cuda') or 'not built in'})"
     gpus = "; ".join(torch.get("gpus", []))
     if driver is None or "version" not in torch:
@@ -140,7 +140,7 @@ def _torch(torch: Facts, torchvision: Facts, driver: str | None) -> list[Finding
     ]
 
 
-def _onnx(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
+def _onnx(facts: dict[str, _Facts], driver: str | None) -> list[Finding]:
     runtime = facts["onnxruntime"]
     has_gpu_wheel = (  # as in pyproject.toml
         platform.machine() in ("x86_64", "AMD64") and sys.platform in ("linux", "win32") and sys.version_info >= (3, 11)
@@ -163,13 +163,13 @@ def _onnx(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
     return findings
 
 
-def _openvino(facts: Facts) -> Finding:
+def _openvino(facts: _Facts) -> Finding:
     devices = "; ".join(facts.get("devices", [])) or "no device could be asked"
     found = f"{facts.get('version')}: {devices}"
     return _library("OpenVINO", facts, "the fastest engines on CPUs", "pip install 'openvino>=2025.3'", found)
 
 
-def _tensorrt(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
+def _tensorrt(facts: dict[str, _Facts], driver: str | None) -> list[Finding]:
     install = f"pip install -U 'tensorrt>={_OLDEST_TENSORRT}' (downloads from pypi.nvidia.com)"
     tensorrt = _library("TensorRT (Python)", facts["tensorrt"], "TensorRT engines on NVIDIA GPUs", install)
     if tensorrt.found and _numbers(tensorrt.found)[:2] < _numbers(_OLDEST_TENSORRT):
@@ -189,7 +189,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def _library(component: str, facts: Facts, enables: str, install: str, found: str | None = None) -> Finding:
+def _library(component: str, facts: _Facts, enables: str, install: str, found: str | None = None) -> Finding:
     """The finding for a library; one that is installed but broken counts as missing and says its error."""
     if "version" in facts:
         return Finding(component, found or facts["version"], enables, install)
@@ -198,7 +198,7 @@ def _library(component: str, facts: Facts, enables: str, install: str, found: st
     return Finding(component, None, enables, install)
 
 
-def _failure(facts: Facts) -> str:
+def _failure(facts: _Facts) -> str:
     return facts.get("error", "no reason given")
 
 
@@ -235,15 +235,15 @@ def _first_line(*command: str, lines: int = 1) -> str | None:
 # a crash later on.
 
 
-def _version_of(module: str) -> Callable[[], Iterator[Facts]]:
-    def probe() -> Iterator[Facts]:
+def _version_of(module: str) -> Callable[[], Iterator[_Facts]]:
+    def probe() -> Iterator[_Facts]:
         found = getattr(importlib.import_module(module), "__version__", None)
         yield {"version": found or importlib.metadata.version(module)}
 
     return probe
 
 
-def _probe_torch() -> Iterator[Facts]:
+def _probe_torch() -> Iterator[_Facts]:
     import torch
 
     yield {"version": torch.__version__, "cuda": torch.version.cuda}
@@ -252,7 +252,7 @@ def _probe_torch() -> Iterator[Facts]:
         yield {"gpus": [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 20} MiB" for p in properties]}
 
 
-def _probe_onnxruntime() -> Iterator[Facts]:
+def _probe_onnxruntime() -> Iterator[_Facts]:
     import onnxruntime
 
     yield {"version": onnxruntime.__version__}
@@ -287,7 +287,7 @@ def _tiny_model() -> bytes:
     return b"\x08\x08" + part(7, graph) + part(8, b"\x10\x11")  # IR version 8, opset 17
 
 
-def _probe_openvino() -> Iterator[Facts]:
+def _probe_openvino() -> Iterator[_Facts]:
     import openvino
 
     yield {"version": openvino.__version__.partition("-")[0]}
@@ -299,7 +299,7 @@ def _probe_openvino() -> Iterator[Facts]:
         yield {"devices": list(devices)}
 
 
-def _probe_tensorrt() -> Iterator[Facts]:
+def _probe_tensorrt() -> Iterator[_Facts]:
     import tensorrt
 
     yield {"version": tensorrt.__version__}
@@ -307,13 +307,13 @@ def _probe_tensorrt() -> Iterator[Facts]:
     yield {"builder": True}
 
 
-def _probe_cuda_python() -> Iterator[Facts]:
+def _probe_cuda_python() -> Iterator[_Facts]:
     import cuda.bindings.driver  # noqa: F401
 
     yield {"version": importlib.metadata.version("cuda-bindings") + " (cuda-bindings)"}
 
 
-_PROBES: dict[str, Callable[[], Iterator[Facts]]] = {
+_PROBES: dict[str, Callable[[], Iterator[_Facts]]] = {
     "torch": _probe_torch,
     "torchvision": _version_of("torchvision"),
     "onnx": _version_of("onnx"),
@@ -331,7 +331,7 @@ _MARK = "maskrcnn-doctor:"  # begins a line of facts among whatever else a libra
 def _answer(name: str) -> None:
     """Runs a probe and prints what it yields; the whole work of a probe's process."""
 
-    def tell(facts: Facts) -> None:
+    def tell(facts: _Facts) -> None:
         print(f"\n{_MARK}{json.dumps(facts)}", flush=True)
 
     try:
@@ -345,12 +345,12 @@ def _answer(name: str) -> None:
         tell({"error": f"{type(error).__name__}: {error}"[:300]})
 
 
-def library_facts(name: str) -> Facts:
+def library_facts(name: str) -> _Facts:
     """What there is to know of one library: `version`, and for OpenVINO `devices`; empty where it is missing."""
     return {key: value for key, value in _facts_of(name).items() if key not in ("error", "missing")}
 
 
-def _facts_of(name: str) -> Facts:
+def _facts_of(name: str) -> _Facts:
     """What a probe learnt before it ended, crashed or ran out of time."""
     # The current folder is taken off the path: a folder `onnx` or `torch` in it would pass for the library.
     package_parent = str(Path(inspect.getfile(errors)).resolve().parents[1])
@@ -367,7 +367,7 @@ def _facts_of(name: str) -> Facts:
         printed, ending = error.stdout or b"", f"no answer within {TIMEOUT_S:.0f} s"
     except Exception as error:
         printed, ending = b"", f"Python cannot be started: {error}"
-    facts: Facts = {}
+    facts: _Facts = {}
     for line in printed.decode("utf-8", errors="replace").splitlines():
         if line.startswith(_MARK):
             try:

@@ -27,7 +27,7 @@ _NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 # Operators that are worth half precision, and the inputs that carry features.
 COMPUTING = {"Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
 # Operators that stay in half precision where all their features are in it already.
-PASSING = {
+_PASSING = {
     **{"Add": (0, 1), "Concat": None, "Relu": (0,), "MaxPool": (0,), "Resize": (0,)},
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
     **{"GatherElements": (0,), "Slice": (0,)},
@@ -38,9 +38,9 @@ _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
 _POOLING = (_ROI_ALIGN, contract.MULTILEVEL_ROI_POOL.name)
 # Operators whose results are new numbers, where the others pass on what they got.
 _MAKING = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", _ROI_ALIGN)
-LARGEST_FP16 = 65504.0
-BFLOAT16_OPSET = 22
-MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
+_LARGEST_FP16 = 65504.0
+_BFLOAT16_OPSET = 22
+_MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
 _SHAPE_READERS = ("Shape", "Size")  # they take any type
 
 
@@ -121,7 +121,7 @@ def simulate_half(
 
     for node in list(model.graph.node):
         if node.output[0] in half:
-            for name in dict.fromkeys(feature_inputs(node)):
+            for name in dict.fromkeys(_feature_inputs(node)):
                 if name not in half and (name not in graph.constants or graph.float_type(name)):
                     node.input[:] = [rounded_name(name) if each == name else each for each in node.input]
             if node.op_type in COMPUTING or node.op_type in _MAKING:
@@ -139,13 +139,13 @@ def _add_rounding(model: onnx.ModelProto, name: str, rounded: str, kind: int) ->
     model.graph.node.extend([down, up])
 
 
-def feature_inputs(node: onnx.NodeProto) -> list[str] | None:
+def _feature_inputs(node: onnx.NodeProto) -> list[str] | None:
     """The inputs of a node that can be in half precision, or None where the rule keeps the node as it is."""
     if node.domain == contract.DOMAIN:
         return list(node.input[:-1]) if node.op_type in _POOLING else None
     if node.domain:
         return None
-    places = COMPUTING.get(node.op_type, PASSING.get(node.op_type, ()))
+    places = COMPUTING.get(node.op_type, _PASSING.get(node.op_type, ()))
     if places == ():
         return None
     return [name for k, name in enumerate(node.input) if name and (places is None or k in places)]
@@ -157,7 +157,7 @@ def candidates(proto: onnx.ModelProto) -> list[str]:
     half = _choose(graph, "bf16", {}, CastReport("bf16"))
     for node in proto.graph.node:
         if node.output[0] in half:
-            features = [name for name in feature_inputs(node) if name not in graph.constants]
+            features = [name for name in _feature_inputs(node) if name not in graph.constants]
             names.update(dict.fromkeys((*features, node.output[0])))
     return list(names)
 
@@ -166,7 +166,7 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
     """Names of the values that are made in half precision."""
     half: set[str] = set()
     for node in graph.graph.node:
-        features = None if _is_exempt(graph, node, precision) else feature_inputs(node)
+        features = None if _is_exempt(graph, node, precision) else _feature_inputs(node)
         if features is None:
             if graph.makes_floats(node):
                 report.kept[RULE].append(node.name)
@@ -198,11 +198,11 @@ def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest:
     """Why FP16 cannot hold what this node reads or makes."""
     for name in features:
         value = graph.constant(name)
-        if value is not None and value.size and not np.abs(value).max() <= LARGEST_FP16:
+        if value is not None and value.size and not np.abs(value).max() <= _LARGEST_FP16:
             return "weights beyond the range of FP16"
     carried = [name for name in features if name not in graph.constants]
-    if any(not largest.get(name, 0.0) * MARGIN <= LARGEST_FP16 for name in (*carried, node.output[0])):
-        return f"activations within a factor {MARGIN:g} of the range of FP16, or beyond it"
+    if any(not largest.get(name, 0.0) * _MARGIN <= _LARGEST_FP16 for name in (*carried, node.output[0])):
+        return f"activations within a factor {_MARGIN:g} of the range of FP16, or beyond it"
     return None
 
 
@@ -223,7 +223,7 @@ def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report
         return made[name, to]
 
     for node in list(model.graph.node):
-        features = set(feature_inputs(node) or ()) if node.output[0] in half else set()
+        features = set(_feature_inputs(node) or ()) if node.output[0] in half else set()
         for k, name in enumerate(node.input):
             if name in features and name not in half:
                 if name not in graph.constants or graph.float_type(name):
@@ -246,4 +246,4 @@ def _raise_opset(model: onnx.ModelProto) -> None:
     for holder in (model, *model.functions):
         for entry in holder.opset_import:
             if entry.domain == "":
-                entry.version = max(entry.version, BFLOAT16_OPSET)
+                entry.version = max(entry.version, _BFLOAT16_OPSET)

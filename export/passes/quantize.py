@@ -44,7 +44,7 @@ GROUPS = {
     "fpn": ("backbone.fpn.*",),  # whatever the neck
 }
 DEFAULT_KEEP = ("last",)
-MODULES = ("backbone.", "rpn.", "roi_heads.")  # with which every layer's name begins
+_MODULES = ("backbone.", "rpn.", "roi_heads.")  # with which every layer's name begins
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _left_out(nodes: Sequence[onnx.NodeProto], keep: Iterable[str]) -> set[str]:
 
 def _check_named(names: Sequence[str]) -> None:
     """Refuses a file in which no layer has the name of a module: no group and no pattern would fit."""
-    if not any(name.startswith(MODULES) for name in names):
+    if not any(name.startswith(_MODULES) for name in names):
         raise UserError(
             "a file whose layers have no names, as older versions of maskrcnn exported it",
             "layers that are named after the model's modules",
@@ -281,17 +281,17 @@ class _Pass:
 
 # Which values a graph's tensors take on images: the ground for 8-bit scales and for what FP16 can hold.
 
-Feeds = dict[str, np.ndarray]
+_Feeds = dict[str, np.ndarray]
 
 
-def feeds_from_files(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[Feeds]:
+def feeds_from_files(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[_Feeds]:
     """One batch of one image for each file, prepared as the model wants it."""
     for path in paths:
         images, sizes = batch_images([read_image(path)], metadata.preprocessing)
         yield {"images": images, "image_sizes": sizes}
 
 
-def observe(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]) -> dict[str, np.ndarray]:
+def observe(proto: onnx.ModelProto, feeds: Iterable[_Feeds], names: Sequence[str]) -> dict[str, np.ndarray]:
     """The least and the largest number of each value, for each batch.
 
     Args:
@@ -325,6 +325,6 @@ def observe(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]
     return {name: values[:, k] for k, name in enumerate(names)}
 
 
-def largest_magnitudes(proto: onnx.ModelProto, feeds: Iterable[Feeds], names: Sequence[str]) -> dict[str, float]:
+def largest_magnitudes(proto: onnx.ModelProto, feeds: Iterable[_Feeds], names: Sequence[str]) -> dict[str, float]:
     """The largest magnitude of each value over all batches."""
     return {name: float(np.abs(seen).max(initial=0.0)) for name, seen in observe(proto, feeds, names).items()}

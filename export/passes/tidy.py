@@ -7,7 +7,7 @@ import onnx
 
 from maskrcnn.export.graph import Graph, remove_unused_constants
 
-WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PREFIX = "model."  # of the wrapper that is exported
 
 
@@ -50,7 +50,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
     weights, seen = {tensor.name for tensor in graph.initializer}, {}
     biased = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "Add"}
     for node in graph.node:
-        if node.op_type in WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
+        if node.op_type in _WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
             module = node.input[1].removesuffix(".weight")
             if node.op_type == "MatMul":  # its weight has been transposed, and lost the name; the bias has not
                 module = biased.get(node.output[0], module).removesuffix(".bias")

@@ -71,7 +71,7 @@ class LintReport:
                 lines += [f"    {_place(finding)}" for finding in members[:_EXAMPLES] if finding.node or finding.output]
                 if len(members) > _EXAMPLES:
                     lines.append(f"    … and {len(members) - _EXAMPLES} more")
-                lines += [f"    do: {remedy}", f"    source: {source}"]
+                lines += [f"    fix: {remedy}", f"    source: {source}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

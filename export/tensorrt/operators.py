@@ -29,7 +29,7 @@ _HALF_AND_SINGLE = frozenset({"FLOAT", "FLOAT16"})
 
 
 @dataclass(frozen=True)
-class OpSupport:
+class _OpSupport:
     """One operator that the parser imports."""
 
     types: frozenset[str]  # names of ONNX element types that its data may have
@@ -38,7 +38,7 @@ class OpSupport:
 
 
 @dataclass(frozen=True)
-class AttributeRule:
+class _AttributeRule:
     """The values that an attribute may have; in a list, each element of it. None allowed: it must be absent."""
 
     attribute: str
@@ -47,7 +47,7 @@ class AttributeRule:
 
 
 @dataclass(frozen=True)
-class ConstantRule:
+class _ConstantRule:
     """An input that must be known when the engine is built."""
 
     position: int
@@ -56,11 +56,11 @@ class ConstantRule:
     source: str = MATRIX
 
 
-def _rows(types: frozenset[str], names: str, source: str = MATRIX) -> dict[str, OpSupport]:
-    return {name: OpSupport(types, source) for name in names.split()}
+def _rows(types: frozenset[str], names: str, source: str = MATRIX) -> dict[str, _OpSupport]:
+    return {name: _OpSupport(types, source) for name in names.split()}
 
 
-SUPPORTED: dict[str, OpSupport] = {
+SUPPORTED: dict[str, _OpSupport] = {
     **_rows(
         _FLOATS,
         "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
@@ -92,12 +92,12 @@ SUPPORTED: dict[str, OpSupport] = {
     **_rows(frozenset({"FLOAT"}), "STFT"),
     **_rows(frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}), "DequantizeLinear"),
     **_rows(_ANY | {"INT8"}, "NonZero", IMPORTERS),  # the matrix names FLOAT and FLOAT16 only
-    "HardSwish": OpSupport(_HALF_AND_SINGLE, IMPORTERS),  # the matrix names BF16 as well
-    "Attention": OpSupport(_FLOATS | {"INT8", "FLOAT8E4M3FN"}, CHANGELOG, (10, 14)),
-    "RMSNormalization": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
-    "RotaryEmbedding": OpSupport(_FLOATS, CHANGELOG, (10, 15)),
-    "TensorScatter": OpSupport(_FLOATS | {"INT32"}, CHANGELOG, (10, 15)),
-    "Swish": OpSupport(_FLOATS, CHANGELOG, (11, 0)),
+    "HardSwish": _OpSupport(_HALF_AND_SINGLE, IMPORTERS),  # the matrix names BF16 as well
+    "Attention": _OpSupport(_FLOATS | {"INT8", "FLOAT8E4M3FN"}, CHANGELOG, (10, 14)),
+    "RMSNormalization": _OpSupport(_FLOATS, CHANGELOG, (10, 15)),
+    "RotaryEmbedding": _OpSupport(_FLOATS, CHANGELOG, (10, 15)),
+    "TensorScatter": _OpSupport(_FLOATS | {"INT32"}, CHANGELOG, (10, 15)),
+    "Swish": _OpSupport(_FLOATS, CHANGELOG, (11, 0)),
 }
 
 # Types that some versions take, or that importers take although the matrix does not list them: a warning.
@@ -116,46 +116,46 @@ _REFUSED = (
 )
 UNSUPPORTED = frozenset(_REFUSED.split())
 
-_POOL = AttributeRule("dilations", (1,), CHECKERS)
-ATTRIBUTES: dict[str, tuple[AttributeRule, ...]] = {
+_POOL = _AttributeRule("dilations", (1,), CHECKERS)
+ATTRIBUTES: dict[str, tuple[_AttributeRule, ...]] = {
     "AveragePool": (_POOL,),
-    "BatchNormalization": (AttributeRule("training_mode", (0,), CHECKERS),),
-    "Constant": tuple(AttributeRule(name, ()) for name in ("sparse_value", "value_string", "value_strings")),
+    "BatchNormalization": (_AttributeRule("training_mode", (0,), CHECKERS),),
+    "Constant": tuple(_AttributeRule(name, ()) for name in ("sparse_value", "value_string", "value_strings")),
     # The importer knows the names of before opset 20, and takes any other for nearest without a word.
-    "GridSample": (AttributeRule("mode", ("nearest", "bilinear", "bicubic"), IMPORTERS),),
-    "LSTM": (AttributeRule("input_forget", (0,)), AttributeRule("layout", (0,))),
-    "LpNormalization": (AttributeRule("p", (1, 2), CHECKERS),),
-    "LpPool": (_POOL, AttributeRule("p", (1, 2), CHECKERS)),
+    "GridSample": (_AttributeRule("mode", ("nearest", "bilinear", "bicubic"), IMPORTERS),),
+    "LSTM": (_AttributeRule("input_forget", (0,)), _AttributeRule("layout", (0,))),
+    "LpNormalization": (_AttributeRule("p", (1, 2), CHECKERS),),
+    "LpPool": (_POOL, _AttributeRule("p", (1, 2), CHECKERS)),
     "MaxPool": (_POOL,),
-    "Pad": (AttributeRule("mode", ("constant", "reflect", "edge", "wrap"), IMPORTERS),),
+    "Pad": (_AttributeRule("mode", ("constant", "reflect", "edge", "wrap"), IMPORTERS),),
     "Resize": (
-        AttributeRule("mode", ("nearest", "linear", "cubic"), CHECKERS),
-        AttributeRule(
+        _AttributeRule("mode", ("nearest", "linear", "cubic"), CHECKERS),
+        _AttributeRule(
             "coordinate_transformation_mode",
             ("half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"),
         ),
-        AttributeRule("nearest_mode", ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")),
-        AttributeRule("keep_aspect_ratio_policy", ("stretch",)),
-        AttributeRule("antialias", (0,)),
+        _AttributeRule("nearest_mode", ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")),
+        _AttributeRule("keep_aspect_ratio_policy", ("stretch",)),
+        _AttributeRule("antialias", (0,)),
     ),
     "RoiAlign": (
-        AttributeRule("mode", ("avg", "max"), CHECKERS),
-        AttributeRule("coordinate_transformation_mode", ("half_pixel", "output_half_pixel"), CHECKERS),
+        _AttributeRule("mode", ("avg", "max"), CHECKERS),
+        _AttributeRule("coordinate_transformation_mode", ("half_pixel", "output_half_pixel"), CHECKERS),
     ),
-    "ScatterND": (AttributeRule("reduction", ("none",)),),
-    "TopK": (AttributeRule("sorted", (1,)),),
+    "ScatterND": (_AttributeRule("reduction", ("none",)),),
+    "TopK": (_AttributeRule("sorted", (1,)),),
 }
 
-_AXES = (ConstantRule(1, "axes"),)
-_RESOLVED_AXES = (ConstantRule(1, "axes", may_be_computed=True),)
-CONSTANT_INPUTS: dict[str, tuple[ConstantRule, ...]] = {
+_AXES = (_ConstantRule(1, "axes"),)
+_RESOLVED_AXES = (_ConstantRule(1, "axes", may_be_computed=True),)
+CONSTANT_INPUTS: dict[str, tuple[_ConstantRule, ...]] = {
     **{name: _AXES for name in SUPPORTED if name.startswith("Reduce")},
-    "CumSum": (ConstantRule(1, "axis", may_be_computed=True),),
-    "Dropout": (ConstantRule(2, "training_mode"),),
-    "OneHot": (ConstantRule(1, "depth", may_be_computed=True),),
-    "QuantizeLinear": (ConstantRule(2, "zero point", may_be_computed=True),),
-    "DequantizeLinear": (ConstantRule(2, "zero point", may_be_computed=True),),
-    "STFT": (ConstantRule(1, "frame_step"), ConstantRule(2, "window")),
+    "CumSum": (_ConstantRule(1, "axis", may_be_computed=True),),
+    "Dropout": (_ConstantRule(2, "training_mode"),),
+    "OneHot": (_ConstantRule(1, "depth", may_be_computed=True),),
+    "QuantizeLinear": (_ConstantRule(2, "zero point", may_be_computed=True),),
+    "DequantizeLinear": (_ConstantRule(2, "zero point", may_be_computed=True),),
+    "STFT": (_ConstantRule(1, "frame_step"), _ConstantRule(2, "window")),
     "Squeeze": _RESOLVED_AXES,
     "Unsqueeze": _RESOLVED_AXES,
 }

@@ -25,7 +25,7 @@ from maskrcnn.runtime.backends.tensorrt_library import (
 from maskrcnn.runtime.build.gate import GateImages
 from maskrcnn.runtime.build.network import BuildOptions
 
-PRECISIONS = ("fp16", "fp32", "bf16", "int8", "tf32")
+_PRECISIONS = ("fp16", "fp32", "bf16", "int8", "tf32")
 _HALF = ("fp16", "bf16")
 
 
@@ -43,7 +43,7 @@ class TensorRtChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class _Prepared:
     """A graph that TensorRT's parser can have."""
 
     reference: Path  # in single precision
@@ -76,7 +76,7 @@ def run_build_engine(
     Args:
         console: to print to.
         source: the ONNX file in single precision; by default the newest export.
-        precision: one of `PRECISIONS`.
+        precision: one of `_PRECISIONS`.
         int8: for "int8".
         target: "tensorrt", "openvino", or "auto" for the first of them that can be built here.
         output: the engine; by default it lies beside the ONNX file.
@@ -94,7 +94,7 @@ def run_build_engine(
         return
     obstacle = tensorrt_obstacle()
     if target == "auto" and obstacle is not None:
-        console.print(f"TensorRT: {obstacle.came}; building the CPU engine with OpenVINO", markup=False)
+        console.print(f"TensorRT: {obstacle.found}; building the CPU engine with OpenVINO", markup=False)
         if tensorrt.given or tensorrt.given_paths:
             console.print(f"for TensorRT alone, so without effect: {_listed(tensorrt)}", markup=False)
         _build_openvino(console, onnx, precision, int8, output)
@@ -130,9 +130,9 @@ def _build_tensorrt(
         if choice.images.annotations is not None and precision in _HALF:
             _tell_simulated_ap(console, prepared, choice.images)
         raise UserError(
-            f"{obstacle.came}; everything before TensorRT's own part is done: {prepared.graph} is what its parser gets",
+            f"{obstacle.found}; the graph for TensorRT's parser is ready: {prepared.graph}",
             obstacle.expected,
-            obstacle.do,
+            obstacle.fix,
         )
     from maskrcnn.runtime.build.request import Order
     from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
@@ -183,7 +183,7 @@ def run_refit_engine(console: Console, engine: Path, onnx: Path, *, output: Path
     _tell_built(console, built, output, onnx)
 
 
-def prepare(console: Console, onnx: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> Prepared:
+def prepare(console: Console, onnx: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> _Prepared:
     """Everything that needs no TensorRT: precision pass, its effect in ONNX Runtime, TensorRT's flavour, lint, kernels.
 
     Raises:
@@ -211,7 +211,7 @@ def prepare(console: Console, onnx: Path, precision: str, int8: Int8Options, cho
         _compile_kernels(console, graph, choice.options.hardware)
     else:
         _find_library(console)
-    return Prepared(reference=onnx, graph=graph, precision=precision)
+    return _Prepared(reference=onnx, graph=graph, precision=precision)
 
 
 def _compile_kernels(console: Console, graph: Path, hardware: Hardware) -> None:
@@ -281,7 +281,7 @@ def _library_obstacle(toolchain: Toolchain, version: str | None) -> str:
     )
 
 
-def _with_progress(console: Console, prepared: Prepared, work):
+def _with_progress(console: Console, prepared: _Prepared, work):
     """What `work` returns, which is given TensorRT, the GPU, and a bar to tell its progress to."""
     from maskrcnn.cli.progress import EngineProgress
     from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
@@ -313,7 +313,7 @@ def _tell_built(console: Console, built, path: Path, onnx: Path) -> None:
     console.print(f"{path} ({size:.1f} MB) and {path.name}.json, from {onnx}", markup=False)
 
 
-def _tell_simulated_ap(console: Console, prepared: Prepared, images: GateImages) -> None:
+def _tell_simulated_ap(console: Console, prepared: _Prepared, images: GateImages) -> None:
     """AP of the graph as a device computes it that rounds after every layer, beside that of single precision."""
     from maskrcnn.export.variants import write_half
     from maskrcnn.runtime.detector import Detector

@@ -36,7 +36,7 @@ from maskrcnn.runtime.evaluation.sharding import (
 if TYPE_CHECKING:
     from maskrcnn.cli.evaluate import Request
 
-Found = tuple[list[dict[str, Any]], Seconds, dict[str, Any]]  # results, time, facts about the model
+_Found = tuple[list[dict[str, Any]], Seconds, dict[str, Any]]  # results, time, facts about the model
 
 
 def evaluate_model(console: Console, request: Request, model: Path) -> Evaluation | None:
@@ -92,7 +92,7 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
         yield lambda count: bar.advance(task, count)
 
 
-def _detections(console: Console, request: Request, model: Path, dataset: CocoDataset, share: Share) -> Found | None:
+def _detections(console: Console, request: Request, model: Path, dataset: CocoDataset, share: Share) -> _Found | None:
     task = DetectionTask(model, request.data, dataset.split, request.backend, request.batch_size)
     with progress_bar(console, "detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = request.resume or Path(folder) / "detections.jsonl"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from maskrcnn.export.tensorrt.lint import LintReport
 
 _TEMPORARY = ".export-"  # how a folder's name begins that is gone afterwards
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ def run_export(
 def _check_options(
     source: Source, precision: str, int8: Int8Options, *, opset: int | None, simulate: bool, tensorrt: bool, aot: bool
 ) -> None:
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
+    if precision not in _PRECISIONS:
+        raise UserError(f"--precision {precision}", ", ".join(_PRECISIONS), "choose one of these")
     if source.path is not None and source.weights is not None:
         raise UserError(f"{source.path} and --weights {source.weights}", "one of the two", "drop one of them")
     if source.weights is None and (source.model is not None or source.batch_norm_epsilon is not None):
@@ -208,7 +208,7 @@ def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]
         except UserError as error:
             for path in folder.glob("*.rejected.*"):
                 path.replace(beside.parent / path.name)
-            told = [error.came, error.expected, error.do]
+            told = [error.found, error.expected, error.fix]
             for old, new in ((folder / runs.ONNX, origin or beside.with_name(runs.ONNX)), (folder, beside.parent)):
                 told = [text.replace(str(old), str(new)) for text in told]
             raise UserError(*told) from error

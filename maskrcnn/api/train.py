@@ -37,7 +37,7 @@ from maskrcnn.weights.finetuning import finetuning_tensors
 
 # Datasets that are generated where their name is given for a folder that does not exist.
 GENERATED = {"shapes": generate_shapes, "figures": generate_figures}
-DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
+_DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
 
 
 def run_training(console: Console, *, output: Path | None, resume: Path | None, settings: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple
         console.print(line)
     for dataset in (trainset, valset):
         if dataset.keypoint_fault is not None:
-            console.print(f"keypoints that cannot be learnt: {dataset.keypoint_fault.came}", markup=False)
+            console.print(f"keypoints that cannot be learnt: {dataset.keypoint_fault.found}", markup=False)
     if trainset.category_ids != valset.category_ids:
         raise UserError(
             f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",
@@ -232,7 +232,7 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
         pictures = []
         for number, record in enumerate(valset.images[: config.pictures]):
             image = read_image(record.path)
-            found = detector.detect([image])[0].above(DRAWN_SCORE)
+            found = detector.detect([image])[0].above(_DRAWN_SCORE)
             drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
             pictures.append((f"prediction-{number}", np.asarray(drawn)))
         return pictures

@@ -55,7 +55,7 @@ def run_verify(
     for target in (json, page):
         if target is not None:
             check_target(target)
-    paths = image_files(images, max_images)
+    paths = _image_files(images, max_images)
     models = [_on_cpu(path) for path in (first, second)]
     check_comparable(*(model.metadata for model in models))
     if len(paths) > max_images:
@@ -82,7 +82,7 @@ def run_verify(
     return found.ok
 
 
-def image_files(paths: Sequence[Path], limit: int) -> list[Path]:
+def _image_files(paths: Sequence[Path], limit: int) -> list[Path]:
     """The image files among files and folders; of a folder at most `limit`, evenly spread over the names.
 
     Raises:

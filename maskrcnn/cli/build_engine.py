@@ -16,7 +16,7 @@ _ENGINE, _TENSORRT, _GATE = "Engine", "TensorRT", "Comparison with the ONNX file
 _BATCH, _SIZE = "1", "coco"
 
 
-class Target(str, Enum):
+class _Target(str, Enum):
     """What an engine is built for."""
 
     AUTO = "auto"
@@ -24,7 +24,7 @@ class Target(str, Enum):
     OPENVINO = "openvino"
 
 
-class Compatible(str, Enum):
+class _Compatible(str, Enum):
     """The GPUs beside this machine's own model that an engine runs on."""
 
     SAME_COMPUTE_CAPABILITY = "same_compute_capability"
@@ -43,11 +43,11 @@ def _gate(*names: str, **options: Any) -> Any:
     return typer.Option(*names, rich_help_panel=_GATE, **options)
 
 
-GateFolder = Annotated[Path | None, _gate("--gate-images", help="Folder of images to compare on, too.")]
-GateAnnotations = Annotated[
+_GateFolder = Annotated[Path | None, _gate("--gate-images", help="Folder of images to compare on, too.")]
+_GateAnnotations = Annotated[
     Path | None, _gate("--gate-annotations", help="COCO annotations of these images: AP may not fall either.")
 ]
-GateMost = Annotated[int, _gate("--gate-max-images", min=1, help="Most images to take; AP takes all annotated ones.")]
+_GateMost = Annotated[int, _gate("--gate-max-images", min=1, help="Most images to take; AP takes all annotated ones.")]
 
 
 def build_engine(
@@ -63,7 +63,7 @@ def build_engine(
     ] = False,
     calibration_images: Annotated[int, _engine(min=1, help="Most images to take from CALIBRATION_DIR.")] = 64,
     keep: Annotated[list[str] | None, _engine(help="With --int8: as for export.")] = None,
-    target: Annotated[Target, _engine(help="auto: TensorRT where it can be, else OpenVINO.")] = Target.AUTO,
+    target: Annotated[_Target, _engine(help="auto: TensorRT where it can be, else OpenVINO.")] = _Target.AUTO,
     output: Annotated[Path | None, _engine(help="Default: beside the ONNX file.")] = None,
     batch: Annotated[str, _tensorrt(help="Images: 1,4,8 makes three profiles, 1:4:8 a range tuned for 4.")] = _BATCH,
     size: Annotated[
@@ -79,13 +79,13 @@ def build_engine(
     version_compatible: Annotated[
         bool, _tensorrt("--version-compatible", help="Runs in later versions of TensorRT; slower.")
     ] = False,
-    hardware_compatible: Annotated[Compatible | None, _tensorrt(help="Runs on other GPUs, too; slower.")] = None,
+    hardware_compatible: Annotated[_Compatible | None, _tensorrt(help="Runs on other GPUs, too; slower.")] = None,
     refit: Annotated[bool, _tensorrt("--refit", help="Other weights can be put in later.")] = False,
     strip_weights: Annotated[bool, _tensorrt("--strip-weights", help="Leave the weights out.")] = False,
     timing_cache: Annotated[Path | None, _tensorrt(help="Default: one for this machine in the cache.")] = None,
-    gate_images: GateFolder = None,
-    gate_annotations: GateAnnotations = None,
-    gate_max_images: GateMost = 16,
+    gate_images: _GateFolder = None,
+    gate_annotations: _GateAnnotations = None,
+    gate_max_images: _GateMost = 16,
 ) -> None:
     """Builds the fastest engine for this machine and compares it with the ONNX file."""
     from maskrcnn.api.build_engine import TensorRtChoice, run_build_engine
@@ -147,9 +147,9 @@ def refit_engine(
     engine: Annotated[Path, typer.Argument(help="A TensorRT engine built with --refit or --strip-weights.")],
     model: Annotated[Path, typer.Argument(help="ONNX file in single precision, with the weights.")],
     output: Annotated[Path, typer.Option(help="The engine with these weights.")],
-    gate_images: GateFolder = None,
-    gate_annotations: GateAnnotations = None,
-    gate_max_images: GateMost = 16,
+    gate_images: _GateFolder = None,
+    gate_annotations: _GateAnnotations = None,
+    gate_max_images: _GateMost = 16,
 ) -> None:
     """Puts weights into a TensorRT engine and compares it with the ONNX file that they come from."""
     from maskrcnn.api.build_engine import run_refit_engine

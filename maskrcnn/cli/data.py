@@ -31,7 +31,7 @@ class Kind(str, Enum):
     VIA = "via"
 
 
-class Difficult(str, Enum):
+class _Difficult(str, Enum):
     """What becomes of VOC's difficult objects."""
 
     CROWD = "crowd"
@@ -83,7 +83,7 @@ def data_convert(
     with_masks: Annotated[
         bool, _of_format("--with-masks", help="voc: the masks of its segmentation lists, not the boxes.")
     ] = False,
-    difficult: Annotated[Difficult, _of_format(help="voc: what difficult objects become.")] = Difficult.CROWD,
+    difficult: Annotated[_Difficult, _of_format(help="voc: what difficult objects become.")] = _Difficult.CROWD,
     zero_based: Annotated[bool, _of_format("--zero-based", help="voc: boxes are counted from 0.")] = False,
     image_folder: Annotated[str | None, _of_format(help="id-masks, via: below SOURCE; default images, itself.")] = None,
     mask_folder: Annotated[str | None, _of_format(help="id-masks: below SOURCE; default masks.")] = None,

@@ -122,8 +122,8 @@ def _engine(found: Fit) -> Finding:
     if found.error is None:
         remark = f" ({found.remark})" if found.remark else ""
         return Finding(component, f"{found.described}: fits this machine{remark}", "inference", "nothing to do")
-    enables, remedy = f"running it, which takes {found.error.expected}", found.error.do
-    return Finding(component, f"{found.described}: {found.error.came}", enables, remedy, is_enough=False)
+    enables, remedy = f"running it, which takes {found.error.expected}", found.error.fix
+    return Finding(component, f"{found.described}: {found.error.found}", enables, remedy, is_enough=False)
 
 
 def _machine() -> Machine:

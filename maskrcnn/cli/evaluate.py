@@ -28,7 +28,7 @@ class Kind(str, Enum):
     KEYPOINTS = "keypoints"
 
 
-class ScorerName(str, Enum):
+class _ScorerName(str, Enum):
     """Who computes the figures; they are the same."""
 
     PYCOCOTOOLS = "pycocotools"
@@ -78,7 +78,7 @@ def evaluate(
     annotations: Annotated[Path | None, typer.Option(help="Of --results: annotations in COCO's format.")] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --annotations: images for --report.")] = None,
     iou_type: Annotated[list[Kind] | None, typer.Option(help="Repeatable; default what the results have.")] = None,
-    scorer: Annotated[ScorerName, typer.Option(help="fast: the same figures sooner.")] = ScorerName.PYCOCOTOOLS,
+    scorer: Annotated[_ScorerName, typer.Option(help="fast: the same figures sooner.")] = _ScorerName.PYCOCOTOOLS,
     compare: Annotated[Path | None, typer.Option(help="Another results file or model: the AP's difference.")] = None,
     resamples: Annotated[int, typer.Option(min=1, help="Of the images, for intervals of AP.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
@@ -95,7 +95,7 @@ def evaluate(
     from maskrcnn.cli.console import console
     from maskrcnn.runtime.detector import backend_spec
 
-    run_evaluate(
+    _run_evaluate(
         console,
         Request(
             model=model,
@@ -123,7 +123,7 @@ def evaluate(
     )
 
 
-def run_evaluate(console: Console, request: Request) -> None:
+def _run_evaluate(console: Console, request: Request) -> None:
     """Evaluates, prints and writes what was asked for.
 
     Args:

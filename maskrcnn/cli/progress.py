@@ -73,10 +73,10 @@ class EngineProgress:
 
 # What a user sees while training: a progress bar on a terminal, plain lines elsewhere.
 
-SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
+_SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
 
 
-class EpochProgress:
+class _EpochProgress:
     """Counts images of the whole run and shows loss, images/s and the time that is left."""
 
     def __init__(self, total_images: int, done_images: int, console: Console) -> None:
@@ -106,7 +106,7 @@ class EpochProgress:
         numbers = f"epoch {epoch}  loss {loss:.3f}  {self.rate():.1f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, numbers=numbers)
-        elif time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+        elif time.perf_counter() - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = time.perf_counter()
             left = (self.total - self.done) / max(self.rate(), 1e-9)
             self.console.print(f"{numbers}  {self.done}/{self.total} images  {left:.0f} s left", soft_wrap=True)
@@ -117,10 +117,10 @@ class EpochProgress:
 
 
 @contextmanager
-def epoch_progress(total_images: int, done_images: int, *, shown: bool = True) -> Iterator[EpochProgress]:
+def epoch_progress(total_images: int, done_images: int, *, shown: bool = True) -> Iterator[_EpochProgress]:
     """A progress display for the time of the context; one that is not shown says nothing."""
     console = Console(file=sys.stderr, highlight=False, quiet=not shown)
-    progress = EpochProgress(total_images, done_images, console)
+    progress = _EpochProgress(total_images, done_images, console)
     if progress.bar is None:
         yield progress
         return

@@ -66,10 +66,10 @@ def triton(
         has_cuda_graphs=cuda_graphs,
     )
     options = {"name": name, "is_bare": raw, "keeps_config": keep_config, "plugin_library": plugin_library}
-    run_triton(console, models, out, serving, **options)
+    _run_triton(console, models, out, serving, **options)
 
 
-def run_triton(
+def _run_triton(
     console: Console,
     models: Sequence[Path],
     out: Path,

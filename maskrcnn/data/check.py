@@ -35,24 +35,24 @@ from maskrcnn.metadata import sha256_of
 
 # What can be wrong with one image of a dataset and with the objects on it.
 
-LEAST_MASK_PX = 4  # fewer pixels are a slip of the mouse more often than an object
-SAME_IOU = 0.95  # masks or boxes of one class that agree better are one object annotated twice
-LEAST_FIT_IOU = 0.5  # between a box and the extent of its mask
+_LEAST_MASK_PX = 4  # fewer pixels are a slip of the mouse more often than an object
+_SAME_IOU = 0.95  # masks or boxes of one class that agree better are one object annotated twice
+_LEAST_FIT_IOU = 0.5  # between a box and the extent of its mask
 _UPRIGHT = 1  # EXIF orientation: first row at the top, first column at the left
 
-MISSING = Problem("missing image", is_error=True)
-UNREADABLE = Problem("unreadable image", is_error=True)
-OTHER_SIZE = Problem("image of another size than its entry says", is_error=True)
-TURNED = Problem("image with an EXIF orientation, which training does not apply")
-THIN = Problem("box with a side below one pixel")
-TINY = Problem(f"mask of fewer than {LEAST_MASK_PX} pixels")
-MISFIT = Problem("box that does not fit its mask")
-TWICE = Problem("object annotated twice")
+_MISSING = Problem("missing image", is_error=True)
+_UNREADABLE = Problem("unreadable image", is_error=True)
+_OTHER_SIZE = Problem("image of another size than its entry says", is_error=True)
+_TURNED = Problem("image with an EXIF orientation, which training does not apply")
+_THIN = Problem("box with a side below one pixel")
+_TINY = Problem(f"mask of fewer than {_LEAST_MASK_PX} pixels")
+_MISFIT = Problem("box that does not fit its mask")
+_TWICE = Problem("object annotated twice")
 OUTSIDE = Problem("visible keypoint outside the image")
-MISCOUNTED = Problem("number of keypoints that is not what num_keypoints says")
+_MISCOUNTED = Problem("number of keypoints that is not what num_keypoints says")
 
 
-def examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]:
+def _examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]:
     """What is wrong with an image, and the SHA-256 of its file; None for a file that is no image.
 
     An object has one finding at most besides its keypoints and being a duplicate: a box thinner than a pixel is not
@@ -60,20 +60,20 @@ def examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]
     """
     findings = list(_object_findings(split, record))
     if not record.path.is_file():
-        return [_of_image(MISSING, split, record, f"no file {record.path}"), *findings], None
+        return [_of_image(_MISSING, split, record, f"no file {record.path}"), *findings], None
     try:
         size_hw = read_image(record.path).shape[:2]
     except UserError as error:
-        return [_of_image(UNREADABLE, split, record, error.came), *findings], None
+        return [_of_image(_UNREADABLE, split, record, error.found), *findings], None
     orientation = _orientation(record.path)
     if size_hw != (record.height, record.width):
         detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
         if orientation != _UPRIGHT:
             detail += f"; annotated after EXIF orientation {orientation} was applied?"
-        findings.append(_of_image(OTHER_SIZE, split, record, detail))
+        findings.append(_of_image(_OTHER_SIZE, split, record, detail))
     elif orientation != _UPRIGHT:
         detail = f"orientation {orientation}; annotations must fit the pixels as stored, as they are drawn here"
-        findings.append(_of_image(TURNED, split, record, detail))
+        findings.append(_of_image(_TURNED, split, record, detail))
     return findings, sha256_of(record.path)
 
 
@@ -122,7 +122,7 @@ def _object_findings(split: str, record: ImageRecord) -> Iterator[Finding]:
             )
     for first, second, detail in _duplicates(objects, rles):
         yield Finding(
-            problem=TWICE,
+            problem=_TWICE,
             split=split,
             where=place(record, first, second),
             detail=detail,
@@ -136,15 +136,15 @@ def _fault(record: ImageRecord, instance: Instance, mask_px: int) -> Iterator[tu
     box = np.array(instance.box_xyxy_px)
     width, height = box[2:] - box[:2]
     if min(width, height) < 1:
-        yield THIN, f"{width:.2f}×{height:.2f} px"
-    elif mask_px < LEAST_MASK_PX:
-        yield TINY, f"{mask_px} pixel(s), box {width:.0f}×{height:.0f} px"
+        yield _THIN, f"{width:.2f}×{height:.2f} px"
+    elif mask_px < _LEAST_MASK_PX:
+        yield _TINY, f"{mask_px} pixel(s), box {width:.0f}×{height:.0f} px"
     else:
         extent = _extent(instance.segmentation, record.height, record.width)
         whole_px = np.concatenate([np.floor(box[:2]), np.ceil(box[2:])])  # as masks are, which counts for small ones
         iou = max(_box_iou(box, extent), _box_iou(whole_px, extent))
-        if iou < LEAST_FIT_IOU:
-            yield MISFIT, f"IoU {iou:.2f} of box {_short(box)} and mask extent {_short(extent)}, xyxy px"
+        if iou < _LEAST_FIT_IOU:
+            yield _MISFIT, f"IoU {iou:.2f} of box {_short(box)} and mask extent {_short(extent)}, xyxy px"
 
 
 def _keypoint_faults(record: ImageRecord, instance: Instance) -> Iterator[tuple[Problem, str]]:
@@ -152,7 +152,7 @@ def _keypoint_faults(record: ImageRecord, instance: Instance) -> Iterator[tuple[
     keypoints = np.zeros((0, 3)) if instance.keypoints is None else instance.keypoints
     labelled = int((keypoints[:, 2] > 0).sum())
     if instance.stated_keypoints not in (None, labelled):
-        yield MISCOUNTED, f"{labelled} labelled, num_keypoints {instance.stated_keypoints}"
+        yield _MISCOUNTED, f"{labelled} labelled, num_keypoints {instance.stated_keypoints}"
     x, y = keypoints[:, 0], keypoints[:, 1]
     outside = (keypoints[:, 2] > 0) & ((x < 0) | (y < 0) | (x > record.width) | (y > record.height))
     if outside.any():
@@ -172,7 +172,7 @@ def _duplicates(objects: list[Instance], rles: list[dict]) -> Iterator[tuple[Ins
         boxes = np.array([objects[index].box_xyxy_px for index in indices])
         boxes_xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         box_ious = np.asarray(mask_api.iou(boxes_xywh, boxes_xywh, [0] * len(boxes)))
-        alike = np.tri(len(indices), k=-1, dtype=bool) & (np.maximum(ious, box_ious) > SAME_IOU)
+        alike = np.tri(len(indices), k=-1, dtype=bool) & (np.maximum(ious, box_ious) > _SAME_IOU)
         for later in np.flatnonzero(alike.any(axis=1)):
             first = int(alike[later].argmax())
             detail = f"mask IoU {ious[later, first]:.2f}, box IoU {box_ious[later, first]:.2f}"
@@ -202,15 +202,15 @@ def _short(box: np.ndarray) -> str:
 
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas at which COCO's sizes end
 
-STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
-CATEGORY_IDS = Problem("category ids that differ between splits", is_error=True)
+_STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
+_CATEGORY_IDS = Problem("category ids that differ between splits", is_error=True)
 CLASS_NAMES = Problem("class names that differ between splits")
-KEYPOINTS = Problem("keypoints that cannot be learnt")
-KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
-UNUSED_CLASS = Problem("class without objects")
-REPEATED = Problem("the same image twice in a split")
-LEAKED = Problem("the same image in several splits")
-SKIPPED = "annotation left out of training"  # and the reason
+_KEYPOINTS = Problem("keypoints that cannot be learnt")
+_KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
+_UNUSED_CLASS = Problem("class without objects")
+_REPEATED = Problem("the same image twice in a split")
+_LEAKED = Problem("the same image in several splits")
+_SKIPPED = "annotation left out of training"  # and the reason
 
 
 def check_dataset(
@@ -238,9 +238,9 @@ def check_dataset(
         try:
             datasets.append(CocoDataset.load(root, name, require_images=False))
         except UserError as error:
-            detail = f"{error.came}; expected: {error.expected}"
+            detail = f"{error.found}; expected: {error.expected}"
             findings.append(
-                Finding(problem=STRUCTURE, split=name, where=annotation_file(root, name).name, detail=detail)
+                Finding(problem=_STRUCTURE, split=name, where=annotation_file(root, name).name, detail=detail)
             )
     findings += _category_findings(datasets)
     findings += _keypoint_findings(datasets)
@@ -292,7 +292,7 @@ def _category_findings(datasets: Sequence[CocoDataset]) -> Iterator[Finding]:
         lacking, new = sorted(expected.keys() - came.keys()), sorted(came.keys() - expected.keys())
         if lacking or new:
             detail = f"only in {first.split}: {_listed(lacking)}; only in {dataset.split}: {_listed(new)}"
-            yield _of_file(CATEGORY_IDS, dataset, detail)
+            yield _of_file(_CATEGORY_IDS, dataset, detail)
         renamed = [k for k in expected.keys() & came.keys() if expected[k] != came[k]]
         if renamed:
             k = min(renamed)
@@ -306,11 +306,11 @@ def _keypoint_findings(datasets: Sequence[CocoDataset]) -> Iterator[Finding]:
     for dataset in datasets:
         if dataset.keypoint_fault is not None:
             fault = dataset.keypoint_fault
-            yield _of_file(KEYPOINTS, dataset, f"{fault.came}; expected: {fault.expected}")
+            yield _of_file(_KEYPOINTS, dataset, f"{fault.found}; expected: {fault.expected}")
         elif named and dataset.keypoint_names != named[0].keypoint_names:
             came = ", ".join(dataset.keypoint_names) or "none"
             yield _of_file(
-                KEYPOINT_NAMES, dataset, f"{came}; in {named[0].split}: {', '.join(named[0].keypoint_names)}"
+                _KEYPOINT_NAMES, dataset, f"{came}; in {named[0].split}: {', '.join(named[0].keypoint_names)}"
             )
 
 
@@ -328,7 +328,7 @@ def _class_findings(dataset: CocoDataset) -> Iterator[Finding]:
     for label, (category_id, name) in enumerate(zip(dataset.category_ids, dataset.class_names, strict=True), start=1):
         if not counts[label]:
             detail = f"category id {category_id}"
-            yield Finding(problem=UNUSED_CLASS, split=dataset.split, where=name, detail=detail)
+            yield Finding(problem=_UNUSED_CLASS, split=dataset.split, where=name, detail=detail)
 
 
 def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
@@ -336,7 +336,7 @@ def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
     for skipped in dataset.skipped_annotations:
         record = records.get(skipped.image_id)
         yield Finding(
-            problem=Problem(f"{SKIPPED}: {skipped.reason}"),
+            problem=Problem(f"{_SKIPPED}: {skipped.reason}"),
             split=dataset.split,
             where=f"{place(record)}, {skipped.name}" if record else skipped.name,
             detail=skipped.detail,
@@ -360,7 +360,7 @@ def _image_findings(
     places = [(dataset.split, record) for dataset in datasets for record in dataset.images]
     seen: dict[str, list[tuple[str, ImageRecord]]] = {}
     with ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding Python's lock
-        for number, (own, digest) in enumerate(pool.map(lambda at: examine(*at), places)):
+        for number, (own, digest) in enumerate(pool.map(lambda at: _examine(*at), places)):
             yield from own
             if digest is not None:
                 earlier = seen.setdefault(digest, [])
@@ -376,7 +376,7 @@ def _repeated(split: str, record: ImageRecord, earlier: list[tuple[str, ImageRec
     same = [twin for name, twin in earlier if name == split]
     twin_split, twin = (split, same[0]) if same else earlier[0]
     yield Finding(
-        problem=REPEATED if same else LEAKED,
+        problem=_REPEATED if same else _LEAKED,
         split=split,
         where=place(record),
         detail=f"the same bytes as {place(twin)} of {twin_split}",

@@ -21,7 +21,7 @@ from maskrcnn.imaging.draw import colour_of
 
 _EXAMPLES = 3  # shown of each problem
 _MOST_CLASSES = 100  # rows of the table; a longer list is complete in the JSON file
-SIZES = ("small", "medium", "large")  # COCO's: areas below 32², below 96², and the rest
+_SIZES = ("small", "medium", "large")  # COCO's: areas below 32², below 96², and the rest
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class DatasetReport:
 def _figures_as_json(figures: SplitFigures) -> dict[str, Any]:
     values = dict(vars(figures))
     values["objects"] = {
-        name: dict(zip(SIZES, counts, strict=True)) | {"all": sum(counts)} for name, counts in figures.objects.items()
+        name: dict(zip(_SIZES, counts, strict=True)) | {"all": sum(counts)} for name, counts in figures.objects.items()
     }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -146,10 +146,10 @@ def _class_table(splits: tuple[SplitFigures, ...]) -> list[str]:
     names = {name: None for figures in splits for name in figures.objects}
     totals = {name: sum(sum(figures.objects.get(name, ())) for figures in splits) for name in names}
     ordered = sorted(names, key=lambda name: -totals[name])[:_MOST_CLASSES]
-    head = [["", *(cell for f in splits for cell in (f.split, *[""] * len(SIZES)))]]
-    head += [["class", *("objects", *SIZES) * len(splits)]]
+    head = [["", *(cell for f in splits for cell in (f.split, *[""] * len(_SIZES)))]]
+    head += [["class", *("objects", *_SIZES) * len(splits)]]
     rows = [[name, *(str(n) for f in splits for n in _counts(f, name))] for name in ordered]
-    sums = [[sum(counts) for counts in zip(*f.objects.values(), strict=True)] or [0] * len(SIZES) for f in splits]
+    sums = [[sum(counts) for counts in zip(*f.objects.values(), strict=True)] or [0] * len(_SIZES) for f in splits]
     rows.append(["all classes", *(str(n) for counts in sums for n in (sum(counts), *counts))])
     widths = [max(len(row[k]) for row in head + rows) for k in range(len(rows[0]))]
     table = [
@@ -162,7 +162,7 @@ def _class_table(splits: tuple[SplitFigures, ...]) -> list[str]:
 
 
 def _counts(figures: SplitFigures, name: str) -> tuple[int, ...]:
-    counts = figures.objects.get(name, (0,) * len(SIZES))
+    counts = figures.objects.get(name, (0,) * len(_SIZES))
     return (sum(counts), *counts)
 
 
@@ -176,7 +176,7 @@ def _examples(name: str, findings: list[Finding]) -> list[str]:
 
 # Pictures of what a check of a dataset found, and a sheet of samples as they are annotated.
 
-Box = tuple[float, float, float, float]  # xyxy, pixels of the image
+_Box = tuple[float, float, float, float]  # xyxy, pixels of the image
 
 _PANEL_PX = 640  # longest side of each of a picture's one or two panels
 _THUMBNAIL_PX = 320
@@ -190,7 +190,7 @@ _BACKGROUND = (32, 32, 32)
 
 @dataclass(frozen=True)
 class _Mark:
-    box_xyxy_px: Box
+    box_xyxy_px: _Box
     text: str
     colour: tuple[int, int, int]
 
@@ -214,7 +214,7 @@ def write_pictures(report: DatasetReport, folder: Path, *, per_problem: int) -> 
     for is_error in (True, False):
         for problem, findings in report.by_problem(is_error=is_error).items():
             for number, finding in enumerate(findings[:per_problem], start=1):
-                picture = finding.record and picture_of(finding, names[finding.split])
+                picture = finding.record and _picture_of(finding, names[finding.split])
                 if picture:
                     _save(picture, folder / f"{_slug(problem)}-{number:02}-{finding.record.path.stem}.png")
                     written += 1
@@ -224,7 +224,7 @@ def write_pictures(report: DatasetReport, folder: Path, *, per_problem: int) -> 
     return written + bool(sheet)
 
 
-def picture_of(finding: Finding, class_names: Sequence[str]) -> Image.Image | None:
+def _picture_of(finding: Finding, class_names: Sequence[str]) -> Image.Image | None:
     """The picture of a finding, with what is wrong as its caption; None where the image cannot be read."""
     try:
         image = read_image(finding.record.path)
@@ -278,7 +278,7 @@ def _painted(image: np.ndarray, record: ImageRecord, instances: Sequence[Instanc
     return canvas.round().astype(np.uint8)
 
 
-def _closer_view(boxes: Sequence[Box], size_hw: tuple[int, int]) -> Box | None:
+def _closer_view(boxes: Sequence[_Box], size_hw: tuple[int, int]) -> _Box | None:
     """The surroundings of the boxes, or None where they take half the image's length anyway."""
     if not boxes:
         return None
@@ -296,7 +296,7 @@ def _closer_view(boxes: Sequence[Box], size_hw: tuple[int, int]) -> Box | None:
 
 
 def _panel(
-    painted: np.ndarray, marks: Sequence[_Mark], view: Box, longest_px: int, *, crowded: bool = False
+    painted: np.ndarray, marks: Sequence[_Mark], view: _Box, longest_px: int, *, crowded: bool = False
 ) -> Image.Image:
     """A part of the image at `longest_px`, with the marked boxes and their texts; if crowded, those that fit."""
     left, top, right, bottom = (int(value) for value in view)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from maskrcnn.imaging.postprocess import Detections
 
 Colour = tuple[int, int, int]
-Line = tuple[tuple[float, float, float, float], Colour]  # x0, y0, x1, y1
+_Line = tuple[tuple[float, float, float, float], Colour]  # x0, y0, x1, y1
 
 # Keypoints below it are not drawn. It is a logit of the heat map, as in Detectron's pictures, and no probability: how
 # large it gets depends on the training, and one that is hidden may have a high one as well.
@@ -32,7 +32,7 @@ class Mark:
     colour: Colour
     mask: np.ndarray | None = None  # [H, W] bool
     points_px: Sequence[tuple[float, float]] = ()  # x, y
-    lines: Sequence[Line] = ()
+    lines: Sequence[_Line] = ()
 
 
 def colour_of(index: int) -> Colour:

@@ -148,7 +148,7 @@ def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return resized
 
 
-def resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+def _resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """An image resized by Pillow's bilinear filter, which smooths when it shrinks.
 
     Args:
@@ -192,7 +192,7 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
         if preprocessing.resize == "pillow":
-            slot[:, :height, :width] = resize_pillow(channels, (height, width)).transpose(2, 0, 1)
+            slot[:, :height, :width] = _resize_pillow(channels, (height, width)).transpose(2, 0, 1)
         else:
             _resize_into(channels, slot[:, :height, :width])
     return batch, np.array(sizes, np.int64)

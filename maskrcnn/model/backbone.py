@@ -29,11 +29,11 @@ from maskrcnn.config import ModelConfig
 # Each neck takes and gives maps by name, as torchvision's detectors have them: "0" … "3" are C2 … C5 and become P2 …
 # P5, "pool" is P6.
 
-Norm = Callable[[int], nn.Module] | None
+_Norm = Callable[[int], nn.Module] | None
 _FUSION_EPSILON = 1e-4  # Tan et al. 2020, section 3.3
 
 
-def make_neck(kind: str, in_channels: Sequence[int], channels: int, *, norm: Norm, repeats: int) -> nn.Module:
+def make_neck(kind: str, in_channels: Sequence[int], channels: int, *, norm: _Norm, repeats: int) -> nn.Module:
     """A neck with random weights.
 
     Args:
@@ -59,7 +59,7 @@ class PathAggregation(FeaturePyramidNetwork):
     Source: Liu et al. 2018, "Path Aggregation Network for Instance Segmentation", section 3.1.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int, norm: Norm) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int, norm: _Norm) -> None:
         super().__init__(list(in_channels), channels, norm_layer=norm)
         blocks = {"in_channels": channels, "out_channels": channels, "kernel_size": 3, "norm_layer": norm}
         steps = range(len(in_channels) - 1)

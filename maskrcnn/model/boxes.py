@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_LOG_SCALE = math.log(1000.0 / 16)  # a decoded side is at most 62.5 times the reference's (torchvision)
+_MAX_LOG_SCALE = math.log(1000.0 / 16)  # a decoded side is at most 62.5 times the reference's (torchvision)
 
 
 def decode_boxes(deltas: Tensor, references: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
@@ -21,8 +21,8 @@ def decode_boxes(deltas: Tensor, references: Tensor, weights: tuple[float, float
     width, height = references[..., 2] - references[..., 0], references[..., 3] - references[..., 1]
     centre_x, centre_y = references[..., 0] + 0.5 * width, references[..., 1] + 0.5 * height
     dx, dy = deltas[..., 0] / weights[0], deltas[..., 1] / weights[1]
-    dw = (deltas[..., 2] / weights[2]).clamp(max=MAX_LOG_SCALE)
-    dh = (deltas[..., 3] / weights[3]).clamp(max=MAX_LOG_SCALE)
+    dw = (deltas[..., 2] / weights[2]).clamp(max=_MAX_LOG_SCALE)
+    dh = (deltas[..., 3] / weights[3]).clamp(max=_MAX_LOG_SCALE)
     centre_x, centre_y = dx * width + centre_x, dy * height + centre_y
     half_width, half_height = 0.5 * torch.exp(dw) * width, 0.5 * torch.exp(dh) * height
     return torch.stack(

@@ -23,7 +23,7 @@ def kernels_for(device: torch.device) -> Kernels | None:
     return native.kernels_for(major * 10 + minor)
 
 
-def stream_of(device: torch.device) -> int:
+def _stream_of(device: torch.device) -> int:
     """The address of the stream on which PyTorch runs, 0 on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
@@ -69,7 +69,7 @@ def multilevel_roi_align(
             sampling_ratio=sampling_ratio,
             aligned=aligned,
             min_level=min_level,
-            stream=stream_of(rois.device),
+            stream=_stream_of(rois.device),
         )
     return pooled
 
@@ -95,7 +95,7 @@ def batched_nms(
             workspace=workspace.data_ptr(),
             indices=indices.data_ptr(),
             num=num.data_ptr(),
-            stream=stream_of(boxes.device),
+            stream=_stream_of(boxes.device),
         )
     return indices, num
 
@@ -129,7 +129,7 @@ def paste_masks(
             size_hw=size_hw,
             threshold=threshold,
             by_columns=by_columns,
-            stream=stream_of(masks.device),
+            stream=_stream_of(masks.device),
         )
     return bits
 
@@ -158,5 +158,5 @@ def resize_pad(
             resized_hw=size_hw,
             padded_hw=tuple(padded.shape[1:]),
             swap_channels=swap_channels,
-            stream=stream_of(image.device),
+            stream=_stream_of(image.device),
         )

@@ -29,14 +29,14 @@ def inference_copy(model: MaskRCNN, dtype: torch.dtype = torch.float32) -> MaskR
         dtype: of convolutions and matrix products; inputs and outputs are in the types that they always have.
     """
     made = copy.deepcopy(model).eval().requires_grad_(False)
-    fold_all_norms(made)
+    _fold_all_norms(made)
     if dtype != torch.float32:
         for module in _computing(made):
             _lower(module, dtype)
     return made
 
 
-def fold_all_norms(model: nn.Module) -> None:
+def _fold_all_norms(model: nn.Module) -> None:
     """Puts every batch norm that follows a convolution into it, in single precision, in evaluation mode."""
     with torch.no_grad():
         for module in list(model.modules()):
@@ -99,8 +99,8 @@ def _cast(value, dtype: torch.dtype):
 # That is possible because nothing in the model waits for the GPU and no shape depends on a value. It pays where
 # starting some thousand kernels takes the host longer than running them takes the GPU: small batches, half precision.
 
-Outputs = dict[str, Tensor]
-Run = Callable[[Tensor, Tensor], Outputs]
+_Outputs = dict[str, Tensor]
+_Run = Callable[[Tensor, Tensor], _Outputs]
 _WARM_UPS = 2  # runs on a side stream before the capture, in which libraries choose their kernels
 
 
@@ -114,14 +114,14 @@ class GraphedModel:
         shapes: how many graphs to keep; the one not used for longest goes.
     """
 
-    def __init__(self, run: Run, *, shapes: int = 8) -> None:
+    def __init__(self, run: _Run, *, shapes: int = 8) -> None:
         self.run, self.shapes = run, shapes
-        self._calls: OrderedDict[tuple, Run | None] = OrderedDict()  # by shape, the newest last; None: seen once
+        self._calls: OrderedDict[tuple, _Run | None] = OrderedDict()  # by shape, the newest last; None: seen once
         self._pool: tuple | None = None  # memory that the graphs share, as only one runs and its results are copied
         self._side: torch.cuda.Stream | None = None  # where all are captured; on others they would not share memory
         self._done: torch.cuda.Event | None = None  # behind the newest use of the graphs' memory, on whatever stream
 
-    def __call__(self, images: Tensor, image_sizes: Tensor) -> Outputs:
+    def __call__(self, images: Tensor, image_sizes: Tensor) -> _Outputs:
         """The outputs, in memory of their own.
 
         Args:
@@ -164,7 +164,7 @@ class GraphedModel:
         finally:
             self._done.record(stream)
 
-    def _capture(self, images: Tensor, image_sizes: Tensor) -> Run:
+    def _capture(self, images: Tensor, image_sizes: Tensor) -> _Run:
         """What copies its arguments to where the graph reads them, and starts it."""
         given = images.clone(memory_format=torch.preserve_format), image_sizes.clone()
         self._side = self._side or torch.cuda.Stream(images.device)
@@ -179,7 +179,7 @@ class GraphedModel:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             found = self.run(*given)
 
-        def replay(images: Tensor, image_sizes: Tensor) -> Outputs:
+        def replay(images: Tensor, image_sizes: Tensor) -> _Outputs:
             given[0].copy_(images)
             given[1].copy_(image_sizes)
             graph.replay()

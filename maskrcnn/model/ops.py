@@ -220,7 +220,9 @@ def multilevel_roi_align(
     Source: He et al. 2017, section 3; torchvision's `MultiScaleRoIAlign`.
     """
     if sampling_ratio < 0:
-        raise ValueError(f"came: sampling_ratio {sampling_ratio}; expected: 0 or more; do: pass 0 for an adaptive one")
+        raise ValueError(
+            f"found: sampling_ratio {sampling_ratio}; expected: 0 or more; fix: pass 0 for an adaptive one"
+        )
     # The op has no gradient; the PyTorch code has.
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*features, rois))
     is_op = torch.compiler.is_exporting() or (rois.is_cuda and not needs_gradient)

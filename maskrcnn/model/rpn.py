@@ -50,7 +50,7 @@ def grid_anchors(cells: Tensor, feature: Tensor, images: Tensor, stride_px: int 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
-class RpnOutput(NamedTuple):
+class _RpnOutput(NamedTuple):
     """Anchors of all levels in order, with what the head says of each."""
 
     anchors: list[Tensor]  # per level [A_l, 4]
@@ -79,10 +79,10 @@ class RegionProposalNetwork(nn.Module):
             cells = cell_anchors(size, ratios, rounded=config.anchors_rounded)
             self.register_buffer(f"cells_{level}", cells, persistent=False)
 
-    def forward(self, features: list[Tensor], images: Tensor) -> RpnOutput:
+    def forward(self, features: list[Tensor], images: Tensor) -> _RpnOutput:
         """Head outputs for `features`, per level `[N, C, H_l, W_l]`, in the anchors' order."""
         logits, deltas = self.head(features)
-        return RpnOutput(
+        return _RpnOutput(
             self.anchors(features, images),
             [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits],
             # [N, A·4, H, W] → [N, H·W·A, 4]
@@ -109,7 +109,7 @@ class RegionProposalNetwork(nn.Module):
         """
         convolutions = [block[0] for block in self.head.conv]
         per_cell = len(self.config.anchor_aspect_ratios)
-        values, inside = surroundings(features, torch.div(index, per_cell, rounding_mode="floor"), len(convolutions))
+        values, inside = _surroundings(features, torch.div(index, per_cell, rounding_mode="floor"), len(convolutions))
         for convolution in convolutions:
             # Outside the map there is padding, before the second convolution as before the first.
             values = F.relu(F.conv2d(values * inside, convolution.weight, convolution.bias))
@@ -120,7 +120,7 @@ class RegionProposalNetwork(nn.Module):
         deltas = deltas.gather(1, own[..., None].expand(-1, 1, 4))
         return logits.view(index.shape), deltas.view(*index.shape, 4)
 
-    def proposals(self, output: RpnOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    def proposals(self, output: _RpnOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The best proposals of each image.
 
         Returns:
@@ -166,7 +166,7 @@ class RegionProposalNetwork(nn.Module):
         return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
 
 
-def surroundings(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+def _surroundings(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
     """Squares of feature maps around cells, as a convolution with padding sees them.
 
     Args:

@@ -88,7 +88,7 @@ def sample_balanced(
 # rows and columns: target = A_y · mask · A_xᵀ, where row b of A_y holds the weight of each pixel row in bin row b. The
 # mask may then be a crop, as long as it holds every pixel of the object.
 
-MAX_SAMPLES = 8  # per bin and axis. A RoI of IoU ≥ 0.5 is at most twice its object's side: 2 · 112 / 28 crop pixels
+_MAX_SAMPLES = 8  # per bin and axis. A RoI of IoU ≥ 0.5 is at most twice its object's side: 2 · 112 / 28 crop pixels
 
 
 def mask_targets(
@@ -153,14 +153,14 @@ def _axis_weights(
     """
     length = (end - start).clamp(min=1.0)  # RoIAlign's rule
     scale = (frame_end - frame_start).clamp(min=1.0) / side  # image pixels per crop pixel, 1 for small objects
-    count = (length / scale / size).ceil().clamp(1, MAX_SAMPLES)[..., None]
+    count = (length / scale / size).ceil().clamp(1, _MAX_SAMPLES)[..., None]
     bins = torch.arange(size, device=start.device)
     limit = limit[:, None, None].to(start.dtype)
     weights = start.new_zeros(*start.shape, size, side)
     bin_length = (length / size)[..., None]
     # One sample of every bin after the other, not all at once: within one, no pixel is written to twice except with
     # a zero, so the order in which a GPU adds does not show in the result.
-    for sample in range(MAX_SAMPLES):
+    for sample in range(_MAX_SAMPLES):
         position = start[..., None] + bins * bin_length + (sample + 0.5) * bin_length / count  # pixel i lies at i
         counts = (sample < count) & (position >= -1) & (position <= limit)
         position = torch.minimum(position.clamp(min=0.0), limit - 1)

@@ -111,7 +111,7 @@ def pictures_of_samples(batch: Batch, model: ModelConfig, count: int) -> list[Pi
 
 # Figures of a step, read without making the device wait.
 
-MOST_PENDING = 8  # steps that may be under way on the device before the host waits for the oldest
+_MOST_PENDING = 8  # steps that may be under way on the device before the host waits for the oldest
 
 
 class Readout:
@@ -142,7 +142,7 @@ class Readout:
         while self._pending:
             tag, names, values, event = self._pending[0]
             if event is not None and not event.query():
-                if not wait and len(self._pending) <= MOST_PENDING:
+                if not wait and len(self._pending) <= _MOST_PENDING:
                     break
                 event.synchronize()
             self._pending.popleft()

@@ -13,7 +13,7 @@ from maskrcnn.settings import typed, with_sections
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
 SHAPES_SIZE_PX = 128  # side of a generated picture, and what a small model on shapes sees
-SMALL_SIZE_PX = 256  # shorter side for a small model on other data
+_SMALL_SIZE_PX = 256  # shorter side for a small model on other data
 
 # A small model learns from fewer samples per image; a CPU's time goes where the samples go.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
@@ -42,7 +42,7 @@ def training_config(
     sizes = dict(model.get("preprocessing", {}))
     small = name == SMALL_MODEL
     native = max(max(record.height, record.width) for record in dataset.images)
-    default_size = (SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
+    default_size = (_SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
     min_size = sizes.setdefault("min_size_px", default_size)
     sizes.setdefault("max_size_px", max(min_size, round(min_size * 1333 / 800)))
     base = TrainConfig(

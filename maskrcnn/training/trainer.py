@@ -29,12 +29,12 @@ from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
 # Evaluates a model and returns at least "box_ap", for one with masks "mask_ap", and for one with keypoints
 # "keypoint_ap", in [0, 1]; the same in every process.
-Evaluate = Callable[[MaskRCNN], dict[str, float]]
+_Evaluate = Callable[[MaskRCNN], dict[str, float]]
 # Draws a model's predictions.
 Draw = Callable[[MaskRCNN], list[Picture]]
 
 SECONDS_BETWEEN_STATES = 600.0  # of an epoch that takes longer than that; the end of an epoch is always saved
-MOST_SKIPPED = 100  # steps in a row without a finite gradient: nothing is being learnt
+_MOST_SKIPPED = 100  # steps in a row without a finite gradient: nothing is being learnt
 
 
 class Trainer:
@@ -85,7 +85,7 @@ class Trainer:
         """Continues from the last state that was saved, with any number of processes."""
         self.progress = state.load_state(self.run / runs.STATE, self.step)
 
-    def fit(self, evaluate: Evaluate, draw: Draw | None = None) -> dict[str, Any]:
+    def fit(self, evaluate: _Evaluate, draw: Draw | None = None) -> dict[str, Any]:
         """Trains to the last epoch and returns the figures of the last evaluation.
 
         Raises:
@@ -177,7 +177,7 @@ class Trainer:
         self.progress.skipped += 1
         self.progress.totals["nonfinite_steps"] = self.progress.totals.get("nonfinite_steps", 0.0) + 1
         came = f"loss {figures['loss']}, gradient norm {figures['gradient_norm']} at step {number}, images {images}"
-        if self.config.on_nonfinite == "stop" or self.progress.skipped > MOST_SKIPPED:
+        if self.config.on_nonfinite == "stop" or self.progress.skipped > _MOST_SKIPPED:
             raise UserError(
                 came,
                 "a finite loss and gradient",
@@ -187,7 +187,7 @@ class Trainer:
         self.display.say(f"skipped: {came}")
         return False
 
-    def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
+    def _end_epoch(self, evaluate: _Evaluate, draw: Draw | None) -> dict[str, Any]:
         """Evaluates, saves checkpoints and state, and returns the figures of the epoch."""
         config, progress = self.config, self.progress
         taken = max(progress.totals.pop("finite", 0.0), 1.0)

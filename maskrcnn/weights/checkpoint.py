@@ -51,13 +51,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: when the file is missing, is not safetensors, or is not ours.
     """
-    tensors, header = read_safetensors(path)
+    tensors, header = _read_safetensors(path)
     if header is None:
         raise not_ours(path, "safetensors without maskrcnn's header")
     return tensors, header
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of any safetensors file, and our header where it has one.
 
     Raises:
@@ -152,7 +152,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
         UserError: when the file is missing or holds anything but tensors.
     """
     if path.suffix == SUFFIX:
-        tensors, header = read_safetensors(path)
+        tensors, header = _read_safetensors(path)
     else:
         tensors, header = _read_arrays(path) if path.suffix == PICKLE_SUFFIX else _read_pickled(path), None
     if not is_detectron2(tensors):

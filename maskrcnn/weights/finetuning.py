@@ -12,22 +12,22 @@ from maskrcnn.config import ModelConfig
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.torchvision import BODY, HEAT_MAPS, StartingWeights
 
-MASK_HEAD = "roi_heads.mask_"
-KEYPOINT_HEAD = "roi_heads.keypoint_"
-NECK = "backbone.fpn."
+_MASK_HEAD = "roi_heads.mask_"
+_KEYPOINT_HEAD = "roi_heads.keypoint_"
+_NECK = "backbone.fpn."
 # Parts that a neck has as a whole or not at all: FPN, PANet's second path beside it, BiFPN.
-OF_NECKS = (
+_OF_NECKS = (
     ("backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."),
     ("backbone.fpn.down_blocks.", "backbone.fpn.fuse_blocks."),
     ("backbone.fpn.lateral_blocks.", "backbone.fpn.passes."),
 )
 # The tensors whose shape depends on the number of classes, and on that of keypoints.
-OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+_OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 OF_KEYPOINTS = HEAT_MAPS
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning:
+class _FineTuning:
     """What `finetuning_tensors` did not take from the weights."""
 
     source: str
@@ -49,7 +49,7 @@ class FineTuning:
         return told
 
 
-def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
+def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], _FineTuning]:
     """Weights made to fit a model of other classes, or of other parts.
 
     What keeps the model's present values: the tensors whose shape depends on the number of classes, unless the
@@ -63,12 +63,12 @@ def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[
     own, tensors = model.state_dict(), dict(weights.tensors)
     same, classes = _compare_classes(weights, model.config)
     same_keypoints, keypoints = _compare_keypoints(weights, model.config)
-    others = (*(() if same else OF_CLASSES), *(() if same_keypoints else (OF_KEYPOINTS,)))
+    others = (*(() if same else _OF_CLASSES), *(() if same_keypoints else (OF_KEYPOINTS,)))
     reset = [name for name in own if name.startswith(others) and name in tensors]
     added, dropped = _other_parts(own, tensors)
     for name in dropped:
         del tensors[name]
-    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
+    return tensors | {name: own[name] for name in (*reset, *added)}, _FineTuning(
         source=weights.source,
         classes=classes,
         keypoints=keypoints,
@@ -115,7 +115,7 @@ def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], l
         return [name for name in own if not name.startswith(BODY)], []
     added, dropped = [], []
     # Weights without any neck are a file with something missing.
-    for part in (MASK_HEAD, KEYPOINT_HEAD, *(OF_NECKS if any(name.startswith(NECK) for name in given) else ())):
+    for part in (_MASK_HEAD, _KEYPOINT_HEAD, *(_OF_NECKS if any(name.startswith(_NECK) for name in given) else ())):
         ours, theirs = ([name for name in names if name.startswith(part)] for names in (own, given))
         added += [] if theirs else ours
         dropped += [] if ours else theirs

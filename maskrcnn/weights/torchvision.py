@@ -30,7 +30,7 @@ from maskrcnn.weights.detectron2 import CONVENTIONS, from_detectron2, is_detectr
 # Torchvision's weights by name: members of its enumerations, whose files torch.hub downloads once and keeps.
 
 
-def named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
+def _named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
     """The member of torchvision's enumerations that a name stands for.
 
     Args:
@@ -56,7 +56,7 @@ def named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
         ) from error
 
 
-def pixels_of(weights: WeightsEnum) -> dict[str, Any]:
+def _pixels_of(weights: WeightsEnum) -> dict[str, Any]:
     """Mean and deviation of the pixels that weights were trained on, where they are not the usual.
 
     `VGG16_Weights.IMAGENET1K_FEATURES`, which come from Caffe, are such.
@@ -157,9 +157,9 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
     """
     path, source, known = Path(spec), str(spec), {}
     if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
-        weights = named_weights(source, config)
+        weights = _named_weights(source, config)
         path, source = downloaded(weights), repr(weights)
-        known = {"pixels": pixels_of(weights), "is_legacy": weights.name == "COCO_LEGACY"}
+        known = {"pixels": _pixels_of(weights), "is_legacy": weights.name == "COCO_LEGACY"}
     tensors, header = read_state_dict(path)
     saved = config_of(header, path) if header else None
     if saved is None and (path.suffix == PICKLE_SUFFIX or is_detectron2(tensors)):
@@ -185,7 +185,7 @@ def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, An
         }
     return {
         "frozen_batch_norm": _is_frozen(weights.tensors),
-        "batch_norm_epsilon": default_batch_norm_epsilon(weights, usual_epsilon(config.backbone)),
+        "batch_norm_epsilon": _default_batch_norm_epsilon(weights, usual_epsilon(config.backbone)),
     }
 
 
@@ -269,7 +269,7 @@ def load_torchvision(
         class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
         category_ids: likewise; by default 1, 2, ….
         batch_norm_epsilon: of the model that was saved, which its file does not tell; by default what
-            `default_batch_norm_epsilon` reads off the tensors.
+            `_default_batch_norm_epsilon` reads off the tensors.
 
     Raises:
         UserError: when weights and architecture do not fit.
@@ -292,7 +292,7 @@ def load_torchvision(
         )
     if batch_norm_epsilon is None:
         usual = usual_epsilon(model_config(name).backbone)
-        batch_norm_epsilon = default_batch_norm_epsilon(weights, usual)
+        batch_norm_epsilon = _default_batch_norm_epsilon(weights, usual)
     config = model_config(
         name,
         class_names=class_names,
@@ -313,7 +313,7 @@ def _keypoint_fields(weights: StartingWeights) -> dict[str, Any]:
     return {"keypoint_names": tuple(f"keypoint_{number}" for number in range(1, count + 1))}
 
 
-def default_batch_norm_epsilon(weights: StartingWeights, usual: float = 1e-5) -> float:
+def _default_batch_norm_epsilon(weights: StartingWeights, usual: float = 1e-5) -> float:
     """The epsilon with which torchvision would run these weights.
 
     Its first COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90

@@ -34,12 +34,12 @@ from maskrcnn.runtime.gpu.memory import Cuda, MemoryPool, Room, as_before
 # Inputs and outputs of an ONNX Runtime session, bound to memory of the host and of a GPU.
 
 
-def bind_host_input(binding: Any, name: str, value: Any) -> None:
+def _bind_host_input(binding: Any, name: str, value: Any) -> None:
     """Binds an array of the host; a GPU provider copies it."""
     binding.bind_cpu_input(name, np.ascontiguousarray(value))
 
 
-def bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int) -> dict[str, np.ndarray]:
+def _bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int) -> dict[str, np.ndarray]:
     """Binds all outputs to new arrays of the host, and returns these."""
     found = {name: np.empty(_with_batch(spec, batch), spec.dtype) for name, spec in specs.items()}
     for name, array in found.items():
@@ -47,16 +47,16 @@ def bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int)
     return found
 
 
-def gpu_binding(device: int, metadata: ModelMetadata) -> GpuBinding | None:
+def gpu_binding(device: int, metadata: ModelMetadata) -> _GpuBinding | None:
     """The binding for a GPU, or None where cuda-bindings is not installed, or is newer than the driver."""
     try:
         cuda = Cuda(device)
     except UserError:
         return None
-    return GpuBinding(cuda, metadata)
+    return _GpuBinding(cuda, metadata)
 
 
-class GpuBinding:
+class _GpuBinding:
     """A session's tensors on a GPU; any number of threads may use it.
 
     Args:
@@ -100,7 +100,7 @@ class GpuBinding:
         with self.cuda.active():  # which ONNX Runtime chooses too, and leaves chosen
             binding = session.io_binding()
             kept = [self._bind_input(binding, name, value) for name, value in feeds.items()]
-            found = self._bind_outputs(binding, outputs, batch) if lend else bind_host_outputs(binding, outputs, batch)
+            found = self._bind_outputs(binding, outputs, batch) if lend else _bind_host_outputs(binding, outputs, batch)
             self.stream.synchronize()  # ONNX Runtime has streams of its own
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
@@ -109,7 +109,7 @@ class GpuBinding:
 
     def _bind_input(self, binding: Any, name: str, value: Any) -> Any:
         if not is_on_device(value):
-            bind_host_input(binding, name, value)
+            _bind_host_input(binding, name, value)
             return value
         array = as_device_array(value, self.cuda, self.stream)
         binding.bind_input(name, "cuda", self.cuda.index, array.dtype, array.shape, array.address)
@@ -208,7 +208,7 @@ class OnnxRuntimeBackend(Backend):
             return self._session_by(best)
         except UserError as error:  # mostly a library that CUDA wants; what is wrong with the file is said once more
             found = self._session_by(Provider.CPU)
-            self._refusal = f"on the CPU, though there is a GPU: {error.came}; {error.do}"
+            self._refusal = f"on the CPU, though there is a GPU: {error.found}; {error.fix}"
             return found
 
     def _session_by(self, provider: Provider) -> Any:
@@ -241,7 +241,7 @@ class OnnxRuntimeBackend(Backend):
                 "export it again; what is in bfloat16 runs with --backend openvino",
             ) from error
 
-    def _use(self, on_gpu: GpuBinding | None) -> None:
+    def _use(self, on_gpu: _GpuBinding | None) -> None:
         self._on_gpu, self.takes_gpu_arrays = on_gpu, on_gpu is not None
         self.paste = on_gpu.paste if on_gpu is not None else None
 
@@ -254,8 +254,8 @@ class OnnxRuntimeBackend(Backend):
             return self._on_gpu.infer(self.session, self._outputs, feeds)
         binding = self.session.io_binding()
         for name, value in feeds.items():
-            bind_host_input(binding, name, value)
-        found = bind_host_outputs(binding, self._outputs, len(feeds["images"]))
+            _bind_host_input(binding, name, value)
+        found = _bind_host_outputs(binding, self._outputs, len(feeds["images"]))
         self.session.run_with_iobinding(binding)
         return found
 

@@ -35,7 +35,7 @@ class Provider(str, Enum):
         return {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}[self.value]
 
 
-class ConvolutionSearch(str, Enum):
+class _ConvolutionSearch(str, Enum):
     """How cuDNN's algorithm for each convolution is found."""
 
     HEURISTIC = "heuristic"  # guessed from the shape
@@ -55,7 +55,7 @@ class GpuOptions:
     profile: Profile | None = None  # of the shapes that TensorRT is to take; by default those that come, with a rebuild
 
     def __post_init__(self) -> None:
-        known = [each.value for each in ConvolutionSearch]
+        known = [each.value for each in _ConvolutionSearch]
         if self.search not in known:
             raise UserError(f"search {self.search!r}", f"one of {', '.join(known)}", "leave it out")
         if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
@@ -148,7 +148,7 @@ def _cuda_options(options: GpuOptions) -> dict[str, str]:
 
 
 def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
-    folder = options.cache or cache_folder()
+    folder = options.cache or _cache_folder()
     make_folder(folder)
     found = {
         "device_id": str(options.device),
@@ -167,7 +167,7 @@ def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
     return found
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """`onnxruntime-tensorrt` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn."""
     root = os.environ.get("MASKRCNN_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "onnxruntime-tensorrt"

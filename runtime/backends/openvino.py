@@ -18,7 +18,7 @@ _core_lock = threading.Lock()
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # our names of precisions, and OpenVINO's
 
 
-def import_openvino():
+def _import_openvino():
     """The openvino module.
 
     Raises:
@@ -41,14 +41,14 @@ def openvino_core():
     Raises:
         UserError: when OpenVINO is not installed.
     """
-    openvino = import_openvino()
+    openvino = _import_openvino()
     with _core_lock:
         if not _cores:
             _cores.append(openvino.Core())
         return _cores[0]
 
 
-def read_onnx(path: Path):
+def _read_onnx(path: Path):
     """An exported ONNX file as (OpenVINO model, metadata).
 
     OpenVINO knows neither model-local functions nor our ops, so the functions are inlined first.
@@ -139,7 +139,7 @@ def _array(tensor) -> np.ndarray:
 
 def _read(core, path: Path):
     """(OpenVINO model, metadata) of an engine or an ONNX file."""
-    return read_onnx(path) if path.suffix == ".onnx" else _read_engine(core, path)
+    return _read_onnx(path) if path.suffix == ".onnx" else _read_engine(core, path)
 
 
 def _execution_precision(metadata: ModelMetadata) -> str:

@@ -20,7 +20,7 @@ from maskrcnn.runtime.backends.tensorrt_engine import Bound, Lane, Shape, load_p
 from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
 from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes
 
-SHAPES = 16  # input shapes whose contexts and graphs are kept, in each lane
+_SHAPES = 16  # input shapes whose contexts and graphs are kept, in each lane
 
 
 class TensorRtBackend(Backend):
@@ -41,7 +41,7 @@ class TensorRtBackend(Backend):
     takes_gpu_arrays = True
 
     def __init__(
-        self, path: Path, *, device: int = 0, graphs: bool = True, contexts: int = 1, shapes: int = SHAPES
+        self, path: Path, *, device: int = 0, graphs: bool = True, contexts: int = 1, shapes: int = _SHAPES
     ) -> None:
         if contexts < 1 or shapes < 1:
             raise UserError(f"contexts {contexts}, shapes {shapes}", "at least 1 of each", "leave them out")

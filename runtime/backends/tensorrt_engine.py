@@ -30,7 +30,7 @@ from maskrcnn.runtime.gpu.arrays import DeviceArray
 from maskrcnn.runtime.gpu.memory import Cuda, DeviceMemory, Graph, Loan, MemoryPool, Staging
 from maskrcnn.runtime.onnx_file import PREFIX
 
-REBUILD = "maskrcnn build-engine --fp16 --target tensorrt"
+_REBUILD = "maskrcnn build-engine --fp16 --target tensorrt"
 _DTYPES = {  # TensorRT's types, and NumPy's
     "FLOAT": "float32",
     "HALF": "float16",
@@ -41,7 +41,7 @@ _DTYPES = {  # TensorRT's types, and NumPy's
 
 
 @dataclass(frozen=True)
-class LoadedPlan:
+class _LoadedPlan:
     """An engine in a GPU's memory, ready for execution contexts."""
 
     cuda: Cuda
@@ -68,7 +68,7 @@ class LoadedPlan:
 
     @property
     def _rebuild(self) -> str:
-        return str(self.metadata.stamp.get("command") or REBUILD)
+        return str(self.metadata.stamp.get("command") or _REBUILD)
 
 
 def metadata_path(path: Path) -> Path:
@@ -76,7 +76,7 @@ def metadata_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def load_plan(path: Path, device: int) -> LoadedPlan:
+def load_plan(path: Path, device: int) -> _LoadedPlan:
     """The engine of a file, on the GPU of this number.
 
     Raises:
@@ -87,7 +87,7 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
     trt = import_tensorrt()
     cuda = Cuda(device)
     if error := check_stamp(metadata, trt=trt, gpu=cuda.name, compute_capability=cuda.compute_capability):
-        raise UserError(f"{path}: {error.came}", error.expected, error.do)
+        raise UserError(f"{path}: {error.found}", error.expected, error.fix)
     if metadata.stamp.get("plugins") == PluginForm.LIBRARY.value:  # ahead-of-time plugins are in the engine
         major, minor = cuda.compute_capability
         load_plugins(trt, PluginForm.LIBRARY, arch=10 * major + minor)
@@ -98,7 +98,7 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
             runtime.engine_host_code_allowed = True  # such a plan holds a runtime of the version it was built with
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise failure(log.messages, f"{path}: TensorRT loads no engine from it", f"a plan of `{REBUILD}`")
+        raise failure(log.messages, f"{path}: TensorRT loads no engine from it", f"a plan of `{_REBUILD}`")
     inputs, outputs = _tensors(trt, engine, path)
     _check_contract(inputs, outputs, metadata, path)
     profiles = tensorrt_profiles.from_json(str(metadata.stamp.get("profiles")))
@@ -106,7 +106,7 @@ def load_plan(path: Path, device: int) -> LoadedPlan:
         raise not_ours(
             path, f"{engine.num_optimization_profiles} profiles, and {len(profiles)} in its {path.name}.json"
         )
-    return LoadedPlan(cuda, trt, log, runtime, engine, metadata, tuple(profiles), inputs, outputs)
+    return _LoadedPlan(cuda, trt, log, runtime, engine, metadata, tuple(profiles), inputs, outputs)
 
 
 def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
@@ -120,7 +120,7 @@ def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
         raise UserError(
             f"no file {' and '.join(missing)} in {path.parent}",
             f"both files of a TensorRT engine, {path.name} and {metadata_path(path).name}",
-            f"check the path, or build it: `{REBUILD}`",
+            f"check the path, or build it: `{_REBUILD}`",
         )
     metadata, plan = ModelMetadata.from_json(metadata_path(path).read_text(encoding="utf-8"), path), path.read_bytes()
     if metadata.stamp.get("refit") == Weights.STRIPPED.value:
@@ -172,14 +172,14 @@ def _agree(found: TensorSpec | None, wanted: TensorSpec | None) -> bool:
 # each input shape has a context of its own, whose shape, profile and addresses stay; the contexts of a lane share its
 # scratch memory, which is the large part of what a context needs, because only one of them runs at a time.
 
-ALIGNMENT = 256  # bytes, of every address that TensorRT gets (IExecutionContext::setTensorAddress)
+_ALIGNMENT = 256  # bytes, of every address that TensorRT gets (IExecutionContext::setTensorAddress)
 _CAPTURED_AT = 2  # the run that is captured: the first one lets TensorRT prepare itself, which a graph cannot hold
 
 Shape = tuple[int, int, int]  # images, height and width in pixels
 
 
 @dataclass(frozen=True)
-class Slot:
+class _Slot:
     """Where a tensor lies in a block of memory."""
 
     offset: int
@@ -193,19 +193,19 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """Tensors one after the other in one block of memory, so that one copy moves all of them."""
 
-    slots: dict[str, Slot]
+    slots: dict[str, _Slot]
     nbytes: int
 
     @classmethod
-    def of(cls, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> Block:
+    def of(cls, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> _Block:
         """The block for shapes and types by name."""
         slots, end = {}, 0
         for name, (shape, dtype) in tensors.items():
-            slots[name] = Slot(end, tuple(shape), np.dtype(dtype))
-            end += -(-slots[name].nbytes // ALIGNMENT) * ALIGNMENT
+            slots[name] = _Slot(end, tuple(shape), np.dtype(dtype))
+            end += -(-slots[name].nbytes // _ALIGNMENT) * _ALIGNMENT
         return cls(slots, end)
 
 
@@ -222,7 +222,7 @@ class Bound:
         UserError: where no profile takes the shape, or memory is short.
     """
 
-    def __init__(self, plan: LoadedPlan, shape: Shape, lane: Lane, *, graphs: bool) -> None:
+    def __init__(self, plan: _LoadedPlan, shape: Shape, lane: Lane, *, graphs: bool) -> None:
         profile = plan.choose(shape)
         self.plan, self.lane, self.stream, self.graphs = plan, lane, lane.stream, graphs
         self.graph: Graph | None = None
@@ -235,7 +235,7 @@ class Bound:
         for name, (wanted, _) in inputs.items():
             self._do("set_input_shape", name, wanted)
         outputs = {name: (self._shape_of(name), spec.dtype) for name, spec in plan.outputs.items()}
-        self.inputs, self.outputs = Block.of(inputs), Block.of(outputs)
+        self.inputs, self.outputs = _Block.of(inputs), _Block.of(outputs)
         self._given = lane.cuda.memory(self.inputs.nbytes)
         self._found = lane.cuda.memory(self.outputs.nbytes)
         self._loans = MemoryPool(lane.cuda, self.outputs.nbytes)
@@ -277,8 +277,8 @@ class Bound:
             self._send(name, slot, own, value)
         elif value.shape != slot.shape:
             came, expected = list(value.shape), list(slot.shape)
-            raise ValueError(f"came: {name} {came} on the GPU; expected: {expected}; do: bind the shape that it has")
-        elif self.graphs or value.address % ALIGNMENT:
+            raise ValueError(f"found: {name} {came} on the GPU; expected: {expected}; fix: bind the shape that it has")
+        elif self.graphs or value.address % _ALIGNMENT:
             if value.address != own:
                 self.stream.copy(own, value.address, slot.nbytes)
         else:
@@ -287,7 +287,7 @@ class Bound:
             self._borrowed[name] = value
         self._aim(name, own)
 
-    def _send(self, name: str, slot: Slot, target: int, value: np.ndarray) -> None:
+    def _send(self, name: str, slot: _Slot, target: int, value: np.ndarray) -> None:
         staging = self.lane.staging[name]
         staged = staging.room(slot.nbytes).array(slot.shape, slot.dtype)
         if value.shape != slot.shape:
@@ -373,7 +373,7 @@ class Bound:
             self._do("set_tensor_address", name, address)
             self._aims[name] = address
 
-    def _view(self, slot: Slot, memory: DeviceMemory | Loan) -> DeviceArray:
+    def _view(self, slot: _Slot, memory: DeviceMemory | Loan) -> DeviceArray:
         return DeviceArray(memory.address + slot.offset, slot.shape, slot.dtype, stream=self.stream, owner=memory)
 
 
@@ -387,7 +387,7 @@ class Lane:
         shapes: how many to keep.
     """
 
-    def __init__(self, plan: LoadedPlan, cuda: Cuda, *, graphs: bool, shapes: int) -> None:
+    def __init__(self, plan: _LoadedPlan, cuda: Cuda, *, graphs: bool, shapes: int) -> None:
         self.plan, self.cuda, self.graphs, self.shapes = plan, cuda, graphs, shapes
         self.stream = cuda.stream()
         self.scratch = cuda.memory(plan.engine.device_memory_size_v2)

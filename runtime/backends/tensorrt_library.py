@@ -22,7 +22,7 @@ from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import Library
 
 OLDEST = (10, 9)  # the first with ahead-of-time plugins that the ONNX parser finds
-INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
+_INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
 OLDEST_ARCH = 80  # of AMPERE_PLUS engines, whose ahead-of-time kernels must run on each of their GPUs
 
 
@@ -71,20 +71,20 @@ def import_tensorrt() -> Any:
     """
     oldest = ".".join(map(str, OLDEST))
     if importlib.util.find_spec("tensorrt") is None:
-        raise UserError("no Python package tensorrt", f"TensorRT {oldest} or newer", INSTALL)
+        raise UserError("no Python package tensorrt", f"TensorRT {oldest} or newer", _INSTALL)
     try:
         import tensorrt
     except Exception as error:  # ImportError and OSError for missing libraries, anything from a half-removed package
         raise UserError(
             f"the Python package tensorrt, which cannot be loaded ({_first_line(error)})",
             f"TensorRT {oldest} or newer with its libraries",
-            f"install it anew: {INSTALL}",
+            f"install it anew: {_INSTALL}",
         ) from error
     if not hasattr(tensorrt, "__version__") or not hasattr(tensorrt, "Builder"):
         came = f"a module tensorrt that is not NVIDIA's ({getattr(tensorrt, '__file__', None)})"
-        raise UserError(came, f"TensorRT {oldest} or newer", f"remove it, then {INSTALL}")
+        raise UserError(came, f"TensorRT {oldest} or newer", f"remove it, then {_INSTALL}")
     if version_of(tensorrt)[:2] < OLDEST:
-        raise UserError(f"TensorRT {tensorrt.__version__}", f"{oldest} or newer", f"update it: {INSTALL}")
+        raise UserError(f"TensorRT {tensorrt.__version__}", f"{oldest} or newer", f"update it: {_INSTALL}")
     return tensorrt
 
 
@@ -102,7 +102,7 @@ def find_gpu(device: int = 0) -> Gpu:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise UserError("no Python package cuda-bindings", "cuda-bindings, to find the GPU", INSTALL) from error
+        raise UserError("no Python package cuda-bindings", "cuda-bindings, to find the GPU", _INSTALL) from error
     try:
         _value(driver.cuInit(0))
         handle = _value(driver.cuDeviceGet(device))
@@ -129,7 +129,7 @@ def tensorrt_obstacle(device: int = 0) -> UserError | None:
             missing.append(error)
     if not missing:
         return None
-    parts = zip(*((error.came, error.expected, error.do) for error in missing), strict=True)
+    parts = zip(*((error.found, error.expected, error.fix) for error in missing), strict=True)
     return UserError(*("; ".join(dict.fromkeys(part)) for part in parts))
 
 

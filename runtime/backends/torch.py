@@ -24,7 +24,7 @@ from maskrcnn.runtime.gpu.images import paste_by_portions, resizes
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
 COMPILER = "inductor"  # of `torch.compile`
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend(Backend):
@@ -58,14 +58,14 @@ class TorchBackend(Backend):
         compile: bool = False,
         graphs: bool = False,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise UserError(f"precision {precision!r}", " or ".join(PRECISIONS), "choose one of these")
+        if precision not in _PRECISIONS:
+            raise UserError(f"precision {precision!r}", " or ".join(_PRECISIONS), "choose one of these")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_gpu = self.takes_gpu_arrays = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise UserError(f"CUDA graphs on {self.device.type}", "a GPU", "leave graphs out, or use device cuda")
         if precision != "fp32" or compile or graphs:
-            model = inference_copy(model, PRECISIONS[precision])
+            model = inference_copy(model, _PRECISIONS[precision])
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         self.device = next(self.model.parameters()).device  # "cuda" alone is another GPU wherever another is current
         self.metadata = metadata_of(model.config, source)

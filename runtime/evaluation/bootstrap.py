@@ -22,7 +22,7 @@ from maskrcnn.runtime.evaluation.matching import IGNORED, TRUE, MatchRecords
 from maskrcnn.runtime.evaluation.scoring import average_precision
 
 RESAMPLES = 1000
-LEVEL = 0.95
+_LEVEL = 0.95
 _ELEMENTS_AT_ONCE = 1 << 20
 
 
@@ -54,7 +54,7 @@ class _ClassRecords(NamedTuple):
 
 
 def interval_of_ap(
-    records: MatchRecords, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    records: MatchRecords, *, resamples: int = RESAMPLES, seed: int = 0, level: float = _LEVEL
 ) -> Interval:
     """AP over all areas with its interval; see `interval_of_difference`."""
     return _interval([records], lambda values: values[0], resamples, seed, level)
@@ -66,7 +66,7 @@ def interval_of_difference(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = LEVEL,
+    level: float = _LEVEL,
     progress: Callable[[int], None] = lambda resamples: None,
 ) -> Interval:
     """AP of `other` minus AP of `records`, with the interval that the choice of images leaves it.

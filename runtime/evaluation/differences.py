@@ -90,7 +90,7 @@ _MIN_IOU = 0.5  # with which boxes of one class are taken for the same detection
 
 
 @dataclass(frozen=True)
-class ImageDifference:
+class _ImageDifference:
     """One image; counts and shifts are of detections with at least the given score."""
 
     image_id: int
@@ -116,7 +116,7 @@ class Difference:
     kind: str
     interval: Interval  # of the AP's difference, other minus first
     metrics: dict[str, float]  # other minus first, by name; those that both can measure
-    images: list[ImageDifference]  # all, those that differ most first
+    images: list[_ImageDifference]  # all, those that differ most first
     min_score: float
 
     def lines(self, most: int = 10) -> list[str]:
@@ -173,7 +173,7 @@ def difference(
     shifts = _shifts(first, other, min_score)
     truth = first.truth
     images = [
-        ImageDifference(
+        _ImageDifference(
             image_id,
             str(truth.images[image_id].get("file_name", "")),
             float(aps[0][place]),

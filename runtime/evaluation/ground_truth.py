@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 256  # strings of some hundred characters: their numbers stay in the processor's cache
 
-Fault = Callable[[int, str], UserError]
+_Fault = Callable[[int, str], UserError]
 
 
 def compressed(
-    segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: Fault
+    segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: _Fault
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Run lengths as pycocotools takes them, and pixels `[N]` int64 of each mask.
 
@@ -81,7 +81,7 @@ def _is_compressed(segmentation: Any, size_hw: tuple[int, int]) -> bool:
     )
 
 
-def _as_strings(segmentation: Any, size_hw: tuple[int, int], index: int, fault: Fault) -> dict[str, Any]:
+def _as_strings(segmentation: Any, size_hw: tuple[int, int], index: int, fault: _Fault) -> dict[str, Any]:
     """Compressed run lengths, whose string is yet to be checked, of anything else."""
     height, width = size_hw
     if isinstance(segmentation, list) and segmentation and all(isinstance(part, np.ndarray) for part in segmentation):

@@ -24,7 +24,7 @@ from maskrcnn.runtime.evaluation.results_file import Results
 # Boxes and keypoints are computed here for all pairs at once; masks by pycocotools' own C code, group by group.
 
 
-def box_overlaps(boxes: np.ndarray, objects: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
+def _box_overlaps(boxes: np.ndarray, objects: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
     """IoU `[P]` float64 of boxes `[P, 4]` and objects `[P, 4]`, both (x, y, width, height).
 
     With a crowd region the overlap is divided by the area of the box alone.
@@ -43,7 +43,7 @@ def box_overlaps(boxes: np.ndarray, objects: np.ndarray, is_crowd: np.ndarray) -
     return np.divide(overlap, union, out=found, where=(width > 0) & (height > 0))
 
 
-def mask_overlaps(
+def _mask_overlaps(
     masks: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], is_crowd: np.ndarray
 ) -> np.ndarray:
     """IoU `[D, G]` float64 of compressed run lengths of one image, all against all; neither list is empty."""
@@ -102,7 +102,7 @@ class Side(NamedTuple):
     group: np.ndarray  # int64, class · images + image
 
 
-class Pairs(NamedTuple):
+class _Pairs(NamedTuple):
     """Rows of the two sides that overlap, by ascending row of the detections."""
 
     detection: np.ndarray  # [P] int64
@@ -116,17 +116,17 @@ def sorted_side(group: np.ndarray, key: np.ndarray) -> Side:
     return Side(order, group[order])
 
 
-def run_edges(values: np.ndarray) -> list[int]:
+def _run_edges(values: np.ndarray) -> list[int]:
     """Where each run of equal values begins, and the length."""
     return [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)] if len(values) else [0]
 
 
-def candidates(truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float) -> Pairs:
+def candidates(truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float) -> _Pairs:
     """All pairs of a group that overlap by at least `least`, which is not 0."""
     find = _mask_pairs if results.kind == "segm" else _other_pairs
     parts = list(find(truth, results, detections, objects, least))
-    empty = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    return Pairs(*(np.concatenate(values) for values in zip(empty, *parts, strict=True)))
+    empty = _Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    return _Pairs(*(np.concatenate(values) for values in zip(empty, *parts, strict=True)))
 
 
 def _all_pairs(
@@ -135,7 +135,7 @@ def _all_pairs(
     """Rows of all pairs of a group, in portions."""
     start = np.searchsorted(objects.group, detections.group, "left")
     number = np.searchsorted(objects.group, detections.group, "right") - start
-    for begin, end in pairwise(run_edges(np.cumsum(number) // at_once)):
+    for begin, end in pairwise(_run_edges(np.cumsum(number) // at_once)):
         some = number[begin:end]
         before = np.cumsum(some) - some
         yield (
@@ -146,22 +146,24 @@ def _all_pairs(
 
 def _other_pairs(
     truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float
-) -> Iterator[Pairs]:
+) -> Iterator[_Pairs]:
     """Pairs of boxes or of keypoints."""
     at_once = _KEYPOINT_PAIRS_AT_ONCE if results.kind == "keypoints" else _PAIRS_AT_ONCE
     for detection, row in _all_pairs(detections, objects, at_once):
         one, other = detections.order[detection], objects.order[row]
         if results.kind == "bbox":
-            overlap = box_overlaps(results.boxes[one], truth.boxes[other], truth.is_crowd[other])
+            overlap = _box_overlaps(results.boxes[one], truth.boxes[other], truth.is_crowd[other])
         else:
             overlap = keypoint_overlaps(
                 results.keypoints[one], truth.keypoints[other], truth.boxes[other], truth.areas_px[other], truth.sigmas
             )
         near = overlap >= least
-        yield Pairs(detection[near], row[near], overlap[near])
+        yield _Pairs(detection[near], row[near], overlap[near])
 
 
-def _mask_pairs(truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float) -> Iterator[Pairs]:
+def _mask_pairs(
+    truth: GroundTruth, results: Results, detections: Side, objects: Side, least: float
+) -> Iterator[_Pairs]:
     """Pairs of masks; those whose sizes alone forbid such an overlap are not compared."""
     masks, pixels = truth.masks
     is_possible = np.zeros(len(detections.order), bool)
@@ -171,16 +173,16 @@ def _mask_pairs(truth: GroundTruth, results: Results, detections: Side, objects:
         is_possible[detection[near]] = True
     rows = np.flatnonzero(is_possible)
     groups = detections.group[rows]
-    for begin, end in pairwise(run_edges(groups)):
+    for begin, end in pairwise(_run_edges(groups)):
         first, last = (int(np.searchsorted(objects.group, groups[begin], side)) for side in ("left", "right"))
         own = objects.order[first:last]
-        overlap = mask_overlaps(
+        overlap = _mask_overlaps(
             [results.masks[k] for k in detections.order[rows[begin:end]].tolist()],
             [masks[k] for k in own.tolist()],
             truth.is_crowd[own],
         )
         near = np.nonzero(overlap >= least)
-        yield Pairs(rows[begin:end][near[0]], first + near[1], overlap[near])
+        yield _Pairs(rows[begin:end][near[0]], first + near[1], overlap[near])
 
 
 IGNORED, FALSE, TRUE = 0, 1, 2  # what a detection is at a threshold and for an area range
@@ -275,7 +277,7 @@ def _is_outside(areas_px: np.ndarray, protocol: Protocol) -> np.ndarray:
 
 
 def choices(
-    pairs: Pairs, group: np.ndarray, is_counted: np.ndarray, is_crowd: np.ndarray, thresholds: np.ndarray
+    pairs: _Pairs, group: np.ndarray, is_counted: np.ndarray, is_crowd: np.ndarray, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which object each detection takes.
 
@@ -301,7 +303,7 @@ def choices(
     taken = np.full((len(rows), lanes), nothing, np.int32)
     turn = rank_in_run(group[rows])
     sequence = np.lexsort((-number, turn))
-    for begin, end in pairwise(run_edges(turn[sequence])):
+    for begin, end in pairwise(_run_edges(turn[sequence])):
         now = sequence[begin:end]
         best, spare = taken[now], taken[now]  # copies
         for wish in reversed(range(int(number[now[0]]))):

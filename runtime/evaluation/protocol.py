@@ -29,7 +29,7 @@ METRICS = (
     "AR_medium",
     "AR_large",
 )
-KEYPOINT_METRICS = (
+_KEYPOINT_METRICS = (
     "AP",
     "AP50",
     "AP75",
@@ -74,7 +74,7 @@ _OBJECTS = (METRICS, ("all", "small", "medium", "large"), (1, 10, 100))
 PROTOCOLS = {
     "bbox": Protocol("bbox", *_OBJECTS),
     "segm": Protocol("segm", *_OBJECTS),
-    "keypoints": Protocol("keypoints", KEYPOINT_METRICS, ("all", "medium", "large"), (20,)),
+    "keypoints": Protocol("keypoints", _KEYPOINT_METRICS, ("all", "medium", "large"), (20,)),
 }
 
 

@@ -33,7 +33,7 @@ from maskrcnn.runtime.html import page, picture, row, table, text
 
 
 @dataclass(frozen=True, eq=False)
-class Confusion:
+class _Confusion:
     """Counts at one threshold of overlap and of score."""
 
     matrix: np.ndarray  # [K + 1, K + 1] int64: rows are true classes and nothing, columns detected classes and missed
@@ -48,7 +48,7 @@ class Confusion:
         return [(int(rows[k]), int(columns[k]), int(inner[rows[k], columns[k]])) for k in order]
 
 
-def confusion(truth: GroundTruth, results: Results, records: MatchRecords, min_score: float) -> Confusion:
+def confusion(truth: GroundTruth, results: Results, records: MatchRecords, min_score: float) -> _Confusion:
     """The matrix at the lowest threshold of overlap, 0.5.
 
     The diagonal are COCO's true positives. What is left of detections then looks for what is left of objects,
@@ -80,7 +80,7 @@ def confusion(truth: GroundTruth, results: Results, records: MatchRecords, min_s
     is_missed = np.ones(len(left) + 1, bool)
     is_missed[taken_by] = False
     np.add.at(matrix, (object_class[:-1][is_missed[:-1]], records.categories), 1)
-    return Confusion(matrix, overlap, min_score)
+    return _Confusion(matrix, overlap, min_score)
 
 
 def _side(indices: np.ndarray, group: np.ndarray, key: np.ndarray) -> Side:
@@ -165,10 +165,10 @@ _FOUND, _MISSED, _FALSE, _IGNORED = (60, 200, 90), (255, 150, 0), (255, 70, 70),
 _MARK_COLOURS = {TRUE: _FOUND, FALSE: _FALSE, IGNORED: _IGNORED}
 _MOST_MARKS = 60  # on one picture
 
-ImageFile = Callable[[int], Path]  # by image id
+_ImageFile = Callable[[int], Path]  # by image id
 
 
-def gallery(scored: Scored, scores: ImageScores, image_file: ImageFile, *, min_score: float, count: int) -> str:
+def _gallery(scored: Scored, scores: ImageScores, image_file: _ImageFile, *, min_score: float, count: int) -> str:
     """HTML of the worst images: annotations at the left, detections at the right.
 
     Args:
@@ -195,7 +195,7 @@ def _key(word: str, colour: Colour) -> str:
     return f'<span style="background:rgb{colour}">&nbsp;{word}&nbsp;</span>'
 
 
-def _image(scored: Scored, scores: ImageScores, place: int, image_file: ImageFile, min_score: float) -> str:
+def _image(scored: Scored, scores: ImageScores, place: int, image_file: _ImageFile, min_score: float) -> str:
     image_id = int(scored.truth.image_ids[place])
     ap = f"AP {scores.ap[place]:.3f}" if scores.ap[place] >= 0 else "nothing to be found"
     head = (
@@ -205,7 +205,7 @@ def _image(scored: Scored, scores: ImageScores, place: int, image_file: ImageFil
     try:
         image = read_image(image_file(image_id))
     except UserError as error:
-        return f"{head}<p>{text(error.came)}</p>"
+        return f"{head}<p>{text(error.found)}</p>"
     height, width = image.shape[:2]
     if (height, width) != scored.truth.sizes_hw[place]:
         return f"{head}<p>{text(f'the file measures {width}×{height}, the annotations say otherwise')}</p>"
@@ -281,7 +281,7 @@ def report_page(
     scored: Mapping[str, Scored],
     *,
     differences: Mapping[str, Difference] | None = None,
-    image_file: ImageFile | None = None,
+    image_file: _ImageFile | None = None,
     min_score: float = 0.5,
     worst: int = 12,
     resamples: int = RESAMPLES,
@@ -309,7 +309,7 @@ def report_page(
     if image_file is not None:
         last = list(scored.values())[-1]
         scores = image_scores(last.records, min_score)
-        parts.append(gallery(last, scores, image_file, min_score=min_score, count=worst))
+        parts.append(_gallery(last, scores, image_file, min_score=min_score, count=worst))
     return page(f"maskrcnn evaluate: {title}", parts)
 
 
@@ -360,7 +360,7 @@ def _curves(scored: Scored) -> str:
     return f"<h3>Precision over recall</h3><div class='pictures'>{''.join(plots)}</div>"
 
 
-def _confusion(found: Confusion, names: Sequence[str]) -> str:
+def _confusion(found: _Confusion, names: Sequence[str]) -> str:
     matrix, classes = found.matrix, np.arange(len(names))
     told = (
         f"IoU {found.min_overlap:g}, score {found.min_score:g} or more. Rows are annotated classes, columns detected "

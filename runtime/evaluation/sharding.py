@@ -39,7 +39,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class ImageDetections:
+class _ImageDetections:
     """What a log holds of one image."""
 
     results: list[dict[str, Any]]  # COCO's format
@@ -59,13 +59,13 @@ class DetectionsLog:
         self.path, self.origin, self.names = path, origin, dict(names or {})
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
-    def read(self) -> dict[int, ImageDetections]:
+    def read(self) -> dict[int, _ImageDetections]:
         """What all parts hold, by image id.
 
         Raises:
             UserError: for detections of another origin, and for a file that is something else.
         """
-        found: dict[int, ImageDetections] = {}
+        found: dict[int, _ImageDetections] = {}
         for part in self.parts():
             found |= self._read_part(part)[0]
         return found
@@ -102,7 +102,7 @@ class DetectionsLog:
                 return header["facts"]
         return {}
 
-    def writer(self, rank: int = 0, facts: Mapping[str, Any] | None = None) -> LogWriter:
+    def writer(self, rank: int = 0, facts: Mapping[str, Any] | None = None) -> _LogWriter:
         """Goes on with the part of a process, behind its last whole line.
 
         Args:
@@ -116,11 +116,11 @@ class DetectionsLog:
         make_folder(part.parent)
         end = self._read_part(part)[1] if part.exists() else 0
         header = {_KEY: _VERSION, "origin": asdict(self.origin), "names": self.names, "facts": dict(facts or {})}
-        return LogWriter(part, end, header)
+        return _LogWriter(part, end, header)
 
-    def _read_part(self, part: Path) -> tuple[dict[int, ImageDetections], int]:
+    def _read_part(self, part: Path) -> tuple[dict[int, _ImageDetections], int]:
         """The images of a part, and where its last whole line ends."""
-        found: dict[int, ImageDetections] = {}
+        found: dict[int, _ImageDetections] = {}
         end = 0
         for number, line in enumerate(part.read_bytes().splitlines(keepends=True)):
             entry = _entry(line)
@@ -130,7 +130,7 @@ class DetectionsLog:
                 break
             if number:
                 try:
-                    found[entry["image_id"]] = ImageDetections(entry["results"], Seconds(*entry["seconds"]))
+                    found[entry["image_id"]] = _ImageDetections(entry["results"], Seconds(*entry["seconds"]))
                 except (KeyError, TypeError) as error:
                     raise _no_log(part, f"line {number + 1} is no image with its results") from error
             end += len(line)
@@ -150,7 +150,7 @@ class DetectionsLog:
                 )
 
 
-class LogWriter:
+class _LogWriter:
     """Adds images to one part of a log; see `DetectionsLog.writer`."""
 
     def __init__(self, path: Path, end: int, header: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda, Stream
 # Source: dlpack.h of DLPack 1.0, and the Python specification of `__dlpack__`.
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
-ON_GPU = (CUDA, CUDA_MANAGED)
+_ON_GPU = (CUDA, CUDA_MANAGED)
 _NAME, _VERSIONED_NAME = b"dltensor", b"dltensor_versioned"
 _USED = {_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
 _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode, by NumPy's kind
@@ -30,7 +30,7 @@ def is_on_device(value: Any) -> bool:
     if isinstance(value, (np.ndarray, np.generic)):
         return False
     if hasattr(value, "__dlpack_device__"):
-        return value.__dlpack_device__()[0] in ON_GPU
+        return value.__dlpack_device__()[0] in _ON_GPU
     return hasattr(value, "__cuda_array_interface__")
 
 
@@ -74,7 +74,7 @@ class _Versioned(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Seen:
+class _Seen:
     """What a capsule holds."""
 
     address: int
@@ -115,7 +115,7 @@ class Taken:
     def __init__(self, capsule: Any) -> None:
         name = next((name for name in _USED if _is_valid(capsule, name)), None)
         if name is None:
-            raise ValueError(f"came: {capsule!r}; expected: an unused DLPack capsule; do: call __dlpack__ again")
+            raise ValueError(f"found: {capsule!r}; expected: an unused DLPack capsule; fix: call __dlpack__ again")
         self._pointer = _pointer_in(capsule, name)
         kind = _Versioned if name == _VERSIONED_NAME else _Managed
         self._managed = ctypes.cast(self._pointer, ctypes.POINTER(kind)).contents
@@ -128,11 +128,11 @@ class Taken:
             self._deleter(self._pointer)
 
 
-def _read(tensor: _Tensor) -> Seen:
+def _read(tensor: _Tensor) -> _Seen:
     ndim = tensor.ndim
     kind = {code: name for name, code in _KINDS.items()}.get(tensor.code)
     known = kind is not None and tensor.lanes == 1 and tensor.bits % 8 == 0
-    return Seen(
+    return _Seen(
         address=(tensor.data or 0) + tensor.byte_offset,
         shape=tuple(tensor.shape[:ndim]),
         strides=tuple(tensor.strides[:ndim]) if tensor.strides else None,
@@ -233,7 +233,7 @@ class DeviceArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("came: copy=False; expected: a copy, as the array lies on a GPU; do: leave copy out")
+            raise ValueError("found: copy=False; expected: a copy, as the array lies on a GPU; fix: leave copy out")
         return self.numpy().astype(dtype or self.dtype, copy=False)
 
     @property
@@ -263,7 +263,7 @@ class DeviceArray:
     ) -> Any:
         """A capsule; the consumer's stream (None: the default one, -1: none) waits for what writes the array."""
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("came: a copy, or another device; expected: this memory; do: copy what you get")
+            raise BufferError("found: a copy, or another device; expected: this memory; fix: copy what you get")
         if stream is None or stream >= 0:
             self.stream.hold_up_stream(stream or LEGACY_STREAM)
         device_type, device_id = self.__dlpack_device__()
@@ -305,8 +305,8 @@ def _from_ours(value: DeviceArray, cuda: Cuda, stream: Stream) -> DeviceArray:
 
 def _from_dlpack(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
     device_type, device_id = value.__dlpack_device__()
-    if device_type not in ON_GPU or device_id != cuda.index:
-        raise _elsewhere(value, device_id if device_type in ON_GPU else None, cuda)
+    if device_type not in _ON_GPU or device_id != cuda.index:
+        raise _elsewhere(value, device_id if device_type in _ON_GPU else None, cuda)
     try:
         capsule = value.__dlpack__(stream=stream.address, max_version=(1, 0))
     except TypeError:  # makers of before DLPack 1.0 know no versions

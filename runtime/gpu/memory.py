@@ -36,10 +36,10 @@ def import_driver() -> Any:
     Raises:
         UserError: where it is not installed.
     """
-    return import_bindings("driver")
+    return _import_bindings("driver")
 
 
-def import_bindings(name: str) -> Any:
+def _import_bindings(name: str) -> Any:
     """A module of `cuda.bindings`.
 
     Raises:
@@ -63,7 +63,7 @@ def bound(driver: Any, context: Any) -> Iterator[None]:
     status = driver.cuCtxSetCurrent(context)[0]
     if int(status) != 0:
         came = f"cuCtxSetCurrent answers {status.name}"
-        raise RuntimeError(f"came: {came}; expected: success; do: start the program anew")
+        raise RuntimeError(f"found: {came}; expected: success; fix: start the program anew")
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def import_runtime() -> Any:
     Raises:
         UserError: where it is not installed.
     """
-    return import_bindings("runtime")
+    return _import_bindings("runtime")
 
 
 class Cuda:
@@ -147,9 +147,9 @@ class Cuda:
         """Memory on the GPU; its contents are arbitrary."""
         return DeviceMemory(self, nbytes)
 
-    def pinned(self, nbytes: int) -> PinnedMemory:
+    def pinned(self, nbytes: int) -> _PinnedMemory:
         """Memory of the host that the GPU reaches by itself."""
-        return PinnedMemory(self, nbytes)
+        return _PinnedMemory(self, nbytes)
 
     def stream(self) -> Stream:
         """A stream that the default stream does not hold up."""
@@ -185,7 +185,7 @@ class Cuda:
         remedy = "see CUDA's list of errors"
         if status in (kinds.cudaErrorIllegalAddress, kinds.cudaErrorLaunchFailure):
             remedy = "start the program anew, as this process has lost the GPU; compute-sanitizer finds the kernel"
-        return RuntimeError(f"came: {name} answers {status.name} ({said}); expected: success; do: {remedy}")
+        return RuntimeError(f"found: {name} answers {status.name} ({said}); expected: success; fix: {remedy}")
 
 
 class _Held:
@@ -221,7 +221,7 @@ class DeviceMemory(_Held):
         self._hold(cuda, "cudaFree", self.address)
 
 
-class PinnedMemory(_Held):
+class _PinnedMemory(_Held):
     """Memory of the host that is never moved, so that copies need no help of the processor."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
@@ -240,7 +240,7 @@ class PinnedMemory(_Held):
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if offset < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
-                f"came: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; do: ask for less"
+                f"found: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; fix: ask for less"
             )
         memory = (ctypes.c_byte * nbytes).from_address(self.address + offset)
         memory.owner = self
@@ -401,11 +401,11 @@ class Staging:
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self._memory: PinnedMemory | None = None
+        self._memory: _PinnedMemory | None = None
         self._sent = cuda.event()
         self._is_sending = False
 
-    def room(self, nbytes: int) -> PinnedMemory:
+    def room(self, nbytes: int) -> _PinnedMemory:
         """At least so much memory, once what was sent from it has arrived."""
         if self._is_sending:
             self._sent.synchronize()

@@ -212,11 +212,11 @@ def _warmup(batch: int, size: Size, *, is_batched: bool) -> Message:
 #
 # A client of the ensemble sends image files and gets detections in pixels of the original images.
 
-Tensors = dict[str, tuple[str, list[int]]]  # by name, type and shape without the first dimension
+_Tensors = dict[str, tuple[str, list[int]]]  # by name, type and shape without the first dimension
 
-_IMAGE: Tensors = {"image": ("str", [1])}
-_INPUTS: Tensors = {"images": ("float32", [3, -1, -1]), "image_sizes": ("int64", [2])}
-_SIZES: Tensors = {"image_sizes": ("int64", [2]), "original_sizes": ("int64", [2])}
+_IMAGE: _Tensors = {"image": ("str", [1])}
+_INPUTS: _Tensors = {"images": ("float32", [3, -1, -1]), "image_sizes": ("int64", [2])}
+_SIZES: _Tensors = {"image_sizes": ("int64", [2]), "original_sizes": ("int64", [2])}
 
 
 def pre_config(served: Served, serving: Serving, name: str) -> Message:
@@ -260,7 +260,7 @@ def ensemble_config(served: Served, serving: Serving, name: str) -> Message:
     }
 
 
-def _step(name: str, limit: int, serving: Serving, inputs: Tensors, outputs: Tensors) -> Message:
+def _step(name: str, limit: int, serving: Serving, inputs: _Tensors, outputs: _Tensors) -> Message:
     return {
         "name": name,
         "backend": "python",
@@ -271,26 +271,26 @@ def _step(name: str, limit: int, serving: Serving, inputs: Tensors, outputs: Ten
     }
 
 
-def _described(tensors: Tensors) -> list[Message]:
+def _described(tensors: _Tensors) -> list[Message]:
     return [{"name": name, "data_type": TYPES[kind], "dims": dims} for name, (kind, dims) in tensors.items()]
 
 
-def _same(tensors: Tensors) -> dict[str, str]:
+def _same(tensors: _Tensors) -> dict[str, str]:
     """A map for tensors whose names in a step are those in the ensemble."""
     return {name: name for name in tensors}
 
 
-def _network_outputs(served: Served, serving: Serving) -> Tensors:
+def _network_outputs(served: Served, serving: Serving) -> _Tensors:
     """The network's outputs that the step after it needs."""
     _, specs = detector_specs(served.metadata)
     wanted = {name: spec for name, spec in specs.items() if name != "masks" or serving.masks != "none"}
     return {name: (spec.dtype, list(spec.shape[1:]) or [1]) for name, spec in wanted.items()}
 
 
-def _detections(served: Served, serving: Serving) -> Tensors:
+def _detections(served: Served, serving: Serving) -> _Tensors:
     """What a client gets of each image: rows, of which `num_detections` are used."""
     rows = served.metadata.detections
-    outputs: Tensors = {
+    outputs: _Tensors = {
         "num_detections": ("int32", [1]),
         "boxes": ("float32", [rows, 4]),
         "scores": ("float32", [rows]),

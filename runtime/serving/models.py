@@ -18,7 +18,7 @@ from maskrcnn.runtime.engine_files import metadata_of_xml
 from maskrcnn.runtime.onnx_file import check_portable, read_model
 
 KINDS = (".onnx", ".engine", ".xml")
-REGISTERING_LIBRARY = "libmaskrcnn_plugins_register.so"  # loads the plugins that lie beside it, see plugins/csrc
+_REGISTERING_LIBRARY = "libmaskrcnn_plugins_register.so"  # loads the plugins that lie beside it, see plugins/csrc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def _engine(path: Path, plugin_library: Path | None) -> Served:
         flags.append("--backend-config=tensorrt,version-compatible=true")
     if stamp.get("plugins") == PluginForm.LIBRARY.value:
         files |= _libraries(stamp, plugin_library)
-        flags.append(f"--backend-config=tensorrt,plugins={{folder}}/{REGISTERING_LIBRARY}")
+        flags.append(f"--backend-config=tensorrt,plugins={{folder}}/{_REGISTERING_LIBRARY}")
     return Served(
         path=path,
         metadata=metadata,
@@ -173,14 +173,14 @@ def _libraries(stamp: dict[str, str], given: Path | None) -> dict[str, Path]:
             f"{Library.PLUGINS.file_name}, which this engine calls",
             "`maskrcnn build-plugins --form library --arch …`, or name one with --plugin-library",
         )
-    registering = library.with_name(REGISTERING_LIBRARY)
+    registering = library.with_name(_REGISTERING_LIBRARY)
     if not registering.is_file():
         raise UserError(
-            f"no {REGISTERING_LIBRARY} beside {library}",
+            f"no {_REGISTERING_LIBRARY} beside {library}",
             "the library that puts the plugins into TensorRT's registry: Triton only loads libraries",
             "`maskrcnn build-plugins --form library --force`, or cmake on the sources in plugins/csrc",
         )
-    return {Library.PLUGINS.file_name: library, REGISTERING_LIBRARY: registering}
+    return {Library.PLUGINS.file_name: library, _REGISTERING_LIBRARY: registering}
 
 
 def largest_batch(profiles: Sequence[Profile]) -> int:
@@ -198,8 +198,8 @@ def largest_batch(profiles: Sequence[Profile]) -> int:
 
 # How models are to be served, and what their files allow of it.
 
-MASKS = ("rle", "bits", "none")
-INSTANCE_KINDS = ("auto", "gpu", "cpu")
+_MASKS = ("rle", "bits", "none")
+_INSTANCE_KINDS = ("auto", "gpu", "cpu")
 _LARGEST_BATCH = 8  # of files that take any; a batch of images of 800 × 1333 then needs some gigabytes
 
 Size = tuple[int, int]
@@ -221,7 +221,7 @@ class Serving:
     has_cuda_graphs: bool = True  # whether TensorRT engines run as CUDA graphs
 
     def __post_init__(self) -> None:
-        for value, allowed, option in ((self.masks, MASKS, "--masks"), (self.kind, INSTANCE_KINDS, "--kind")):
+        for value, allowed, option in ((self.masks, _MASKS, "--masks"), (self.kind, _INSTANCE_KINDS, "--kind")):
             if value not in allowed:
                 raise UserError(f"{option} {value}", f"one of {', '.join(allowed)}", "choose one of these")
 

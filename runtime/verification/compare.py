@@ -16,7 +16,7 @@ from maskrcnn.errors import UserError
 _TAKEN = -1.0  # in a matrix of overlaps: this pair is not to be made
 
 
-class Pairs(NamedTuple):
+class _Pairs(NamedTuple):
     """Rows `first[k]` and `second[k]` belong together; the others of either side are alone. All int64."""
 
     first: np.ndarray
@@ -42,7 +42,7 @@ def of_equal_label(overlaps: np.ndarray, labels: np.ndarray, other_labels: np.nd
     return np.where(labels[:, None] == other_labels[None, :], overlaps, _TAKEN)
 
 
-def pair_in_order(overlaps: np.ndarray, min_iou: float) -> Pairs:
+def pair_in_order(overlaps: np.ndarray, min_iou: float) -> _Pairs:
     """Each row of the first side in its order takes the best of those left: as COCO's evaluation does with scores.
 
     Args:
@@ -59,7 +59,7 @@ def pair_in_order(overlaps: np.ndarray, min_iou: float) -> Pairs:
     return _with_the_rest(pairs, overlaps.shape)
 
 
-def pair_best_first(overlaps: np.ndarray, min_iou: float) -> Pairs:
+def pair_best_first(overlaps: np.ndarray, min_iou: float) -> _Pairs:
     """The pair that overlaps most is made first: no row takes the partner that fits another better.
 
     Args:
@@ -77,10 +77,10 @@ def pair_best_first(overlaps: np.ndarray, min_iou: float) -> Pairs:
     return _with_the_rest(sorted(pairs), overlaps.shape)
 
 
-def _with_the_rest(pairs: list[tuple[int, int]], shape: tuple[int, ...]) -> Pairs:
+def _with_the_rest(pairs: list[tuple[int, int]], shape: tuple[int, ...]) -> _Pairs:
     made = np.array(pairs, np.int64).reshape(-1, 2)
     alone = (np.setdiff1d(np.arange(length, dtype=np.int64), made[:, k]) for k, length in enumerate(shape))
-    return Pairs(made[:, 0], made[:, 1], *alone)
+    return _Pairs(made[:, 0], made[:, 1], *alone)
 
 
 # How far the keypoints of two models are apart. Needs NumPy only.
@@ -358,7 +358,7 @@ def _departing(near: np.ndarray, masks: np.ndarray | None, tolerance: Tolerance)
     return int((~near).sum())
 
 
-def pair_detections(first: dict[str, np.ndarray], second: dict[str, np.ndarray], min_iou: float) -> Pairs:
+def pair_detections(first: dict[str, np.ndarray], second: dict[str, np.ndarray], min_iou: float) -> _Pairs:
     """Detections of the same label, the reference's in their order taking the best overlap.
 
     Args:

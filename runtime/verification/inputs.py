@@ -89,7 +89,7 @@ def drawn_batches(seed: int = 0) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Feeding:
+class _Feeding:
     """How one of two models gets its images."""
 
     own: Preprocessing  # by its metadata
@@ -97,11 +97,11 @@ class Feeding:
 
     def own_feeds(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """What this model would be fed with anywhere."""
-        return feeds_of(images, self.own)
+        return _feeds_of(images, self.own)
 
     def shared_feeds(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """The same images in the reference's sizes."""
-        return feeds_of(images, self.shared)
+        return _feeds_of(images, self.shared)
 
     @property
     def is_resized(self) -> bool:
@@ -109,7 +109,7 @@ class Feeding:
         return self.own != self.shared
 
 
-def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None = None) -> tuple[Feeding, Feeding]:
+def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None = None) -> tuple[_Feeding, _Feeding]:
     """How two models are fed: the shared sizes are the reference's, padded to what both can take.
 
     Args:
@@ -128,11 +128,11 @@ def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None
         "divisor": math.lcm(reference.divisor, other.divisor),
         "resize": reference.resize,  # it decides how sides are rounded, too
     }
-    first, second = (Feeding(rule, dataclasses.replace(rule, **sizes)) for rule in (reference, other))
+    first, second = (_Feeding(rule, dataclasses.replace(rule, **sizes)) for rule in (reference, other))
     return first, second
 
 
-def feeds_of(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> dict[str, np.ndarray]:
+def _feeds_of(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> dict[str, np.ndarray]:
     """Inputs of a detector; images without pixels become slots of size 0 × 0, all padding.
 
     Args:

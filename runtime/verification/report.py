@@ -51,7 +51,7 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageResult:
+class _StageResult:
     """One stage on all images."""
 
     stage: str
@@ -88,7 +88,7 @@ class VerifyReport:
     models: tuple[str, str]  # what ran the reference, and the other
     tolerances: str  # name of the class
     images: tuple[str, ...]
-    stages: tuple[StageResult, ...]
+    stages: tuple[_StageResult, ...]
     notes: tuple[str, ...] = ()
     worst: Evidence | None = None
 
@@ -102,7 +102,7 @@ class VerifyReport:
         """The first stage in order that departs; what comes after it inherits its difference."""
         return next((result.stage for result in self.stages if result.verdict is Verdict.DEPARTS), None)
 
-    def result(self, stage: str) -> StageResult:
+    def result(self, stage: str) -> _StageResult:
         """What was found of one stage."""
         return next(result for result in self.stages if result.stage == stage)
 
@@ -118,7 +118,7 @@ class VerifyReport:
         return (
             f"first departure: {first.stage}, most on {self.images[first.worst_image]}: "
             f"needs a tolerance of {figure(first.needed)}{kept}, {self.tolerances!r} allows {first.limit.tolerance:g}\n"
-            f"look at: {_CAUSES[cause_of(first.stage)]}"
+            f"look at: {_CAUSES[_cause_of(first.stage)]}"
         )
 
     def table(self) -> str:
@@ -155,7 +155,7 @@ class VerifyReport:
         }
 
 
-def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent: Sequence[bool]) -> StageResult:
+def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent: Sequence[bool]) -> _StageResult:
     """The verdict on one stage.
 
     Args:
@@ -168,7 +168,7 @@ def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent
     figures = np.concatenate([np.zeros(0), *(error.figures for error in present)])
     need = needed(figures, limit.share)
     agrees = need is not None and need <= limit.tolerance  # NaN is not
-    return StageResult(
+    return _StageResult(
         stage=stage,
         verdict=Verdict.NOT_COMPARED if need is None else Verdict.AGREES if agrees else Verdict.DEPARTS,
         needed=need,
@@ -208,13 +208,13 @@ def figure(value: float | None) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:.1e}" if value < 0.01 else f"{value:.2g}"
 
 
-def cause_of(stage: str) -> str:
+def _cause_of(stage: str) -> str:
     """The name under which the causes of a stage's departure are listed."""
     name, _, level = stage.rpartition("_")
     return "levels" if stage in LEVELS else name if level in LEVELS else stage
 
 
-def _stage_dict(result: StageResult) -> dict[str, Any]:
+def _stage_dict(result: _StageResult) -> dict[str, Any]:
     return {
         "stage": result.stage,
         "verdict": result.verdict.value,
@@ -269,7 +269,7 @@ def _table(report: VerifyReport) -> str:
     return table(heads, map(_row, report.stages))
 
 
-def _row(result: StageResult) -> str:
+def _row(result: _StageResult) -> str:
     cells = [
         figure(result.needed),
         f"{result.limit.tolerance:g}",

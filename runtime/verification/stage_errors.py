@@ -24,11 +24,11 @@ from maskrcnn.runtime.verification.compare import (
 from maskrcnn.runtime.verification.tolerances import PEAK, StageTolerances
 from maskrcnn.stages import LEVELS
 
-OF_ANCHORS = tuple(f"{kind}_{level}" for kind in ("objectness", "anchor_deltas") for level in LEVELS)
-DENSE = ("normalised", *LEVELS, *OF_ANCHORS)
-OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
-OF_DETECTIONS = ("mask_features", "mask_logits", "keypoint_features", "keypoint_logits")
-SMALLEST_PX = 16.0  # differences of smaller boxes count as those of boxes of this size
+_OF_ANCHORS = tuple(f"{kind}_{level}" for kind in ("objectness", "anchor_deltas") for level in LEVELS)
+_DENSE = ("normalised", *LEVELS, *_OF_ANCHORS)
+_OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
+_OF_DETECTIONS = ("mask_features", "mask_logits", "keypoint_features", "keypoint_logits")
+_SMALLEST_PX = 16.0  # differences of smaller boxes count as those of boxes of this size
 _TINY = 1e-12  # instead of a spread of zero: any difference from zeros is beyond every tolerance
 
 
@@ -64,7 +64,7 @@ def image_errors(
         threshold: the score below which nothing is reported.
     """
     errors = {}
-    for stage in DENSE:
+    for stage in _DENSE:
         if stage in reference.stages and stage in other.stages:
             first, second = (valid_part(side, stage, index) for side in (reference, other))
             errors[stage] = dense_error(first, second)
@@ -111,15 +111,15 @@ def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
     return value[..., :rows, :columns]
 
 
-def box_figures(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _box_figures(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The largest shift of a side, relative to the box's size, `[K]`, of pairs of boxes `[K, 4]`."""
     return np.abs(reference - other).max(axis=1, initial=0.0) / _sizes_px(reference)
 
 
 def _sizes_px(boxes: np.ndarray) -> np.ndarray:
-    """The side of a square of a box's area, `[K]`, of boxes `[K, 4]`; at least `SMALLEST_PX`."""
+    """The side of a square of a box's area, `[K]`, of boxes `[K, 4]`; at least `_SMALLEST_PX`."""
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.maximum(np.sqrt(areas.clip(min=0)), SMALLEST_PX)
+    return np.maximum(np.sqrt(areas.clip(min=0)), _SMALLEST_PX)
 
 
 def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
@@ -129,16 +129,16 @@ def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTol
     pairs = pair_best_first(pairwise_iou(*boxes), tolerances.min_iou)
     alone = len(pairs.alone_first) + len(pairs.alone_second)
     errors = {"proposals": _box_error(boxes[0][pairs.first], boxes[1][pairs.second], alone)}
-    agree = box_figures(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement
+    agree = _box_figures(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement
     chosen = rows[0][pairs.first[agree]], rows[1][pairs.second[agree]]
-    return errors | _rows_on_boxes(OF_PROPOSALS, first, second, index, chosen)
+    return errors | _rows_on_boxes(_OF_PROPOSALS, first, second, index, chosen)
 
 
 def _detection_errors(
     first: Side, second: Side, index: int, tolerances: StageTolerances, threshold: float
 ) -> dict[str, StageError]:
     """Of `boxes`, `scores`, `labels`, `masks` and `keypoints`, from the models as they are."""
-    sides = [live_detections(side.outputs, index) for side in (first, second)]
+    sides = [_live_detections(side.outputs, index) for side in (first, second)]
     a, b, *alone = pair_detections(*sides, tolerances.min_iou)
     limits = [(tolerances.score, threshold, side.outputs["scores"].shape[1]) for side in (first, second)]
     alone = [
@@ -158,7 +158,7 @@ def _detection_errors(
         "scores": StageError(figures=scores, largest=_largest(scores), compared=len(a)),
         "labels": StageError(figures=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
     }
-    agree = (box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
+    agree = (_box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
     a, b = a[agree], b[agree]
     if "masks" in sides[0]:
         errors["masks"] = _row_error(sides[0]["masks"][a], sides[1]["masks"][b], is_relative=False)
@@ -172,13 +172,13 @@ def _head_errors(first: Side, second: Side, index: int, tolerances: StageToleran
     """Of what hangs on the detections of the instrumented copies."""
     if any(not {"boxes", "labels", "num_detections"} <= side.stages.keys() for side in (first, second)):
         return {}
-    sides = [live_detections(side.stages, index) for side in (first, second)]
+    sides = [_live_detections(side.stages, index) for side in (first, second)]
     a, b, *_ = pair_detections(*sides, tolerances.min_iou)
-    agree = box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement
-    return _rows_on_boxes(OF_DETECTIONS, first, second, index, (a[agree], b[agree]))
+    agree = _box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement
+    return _rows_on_boxes(_OF_DETECTIONS, first, second, index, (a[agree], b[agree]))
 
 
-def live_detections(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+def _live_detections(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
     """The used rows of one image of the detector's outputs."""
     count = int(outputs["num_detections"][index])
     names = ("boxes", "scores", "labels", "masks", "keypoints")
@@ -227,7 +227,7 @@ def _row_figures(reference: np.ndarray, other: np.ndarray, *, is_relative: bool 
 
 
 def _box_error(reference: np.ndarray, other: np.ndarray, alone: int) -> StageError:
-    figures = box_figures(reference, other)
+    figures = _box_figures(reference, other)
     return StageError(
         figures=np.concatenate([figures, np.full(alone, np.inf)]),
         largest=_largest(np.abs(reference - other)),

@@ -47,7 +47,7 @@ def machine(monkeypatch):
 
 
 def absent_rows(artefacts):
-    return {(each.model, each.backend, each.precision): str(each.error.came) for each in artefacts.absent}
+    return {(each.model, each.backend, each.precision): str(each.error.found) for each in artefacts.absent}
 
 
 def test_without_a_gpu_rows_say_why(order, machine):
@@ -162,7 +162,7 @@ def test_files_for_the_cpu_and_one_of_an_earlier_run(order, machine, monkeypatch
 
 def test_the_cuda_provider_must_work_and_not_only_be_there(onnx_file, monkeypatch):
     monkeypatch.setattr(onnxruntime_providers, "best_provider", lambda: onnxruntime_providers.Provider.CPU)
-    assert "no GPU" in making.cuda_obstacle(onnx_file).came
+    assert "no GPU" in making.cuda_obstacle(onnx_file).found
     monkeypatch.setattr(onnxruntime_providers, "best_provider", lambda: onnxruntime_providers.Provider.CUDA)
     asked = []
     monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", lambda path, provider: asked.append(provider))
@@ -172,4 +172,4 @@ def test_the_cuda_provider_must_work_and_not_only_be_there(onnx_file, monkeypatc
         raise UserError("ONNX Runtime without CUDA", "CUDA", "install it")
 
     monkeypatch.setattr(onnxruntime_backend, "OnnxRuntimeBackend", refuse)
-    assert making.cuda_obstacle(onnx_file).came == "ONNX Runtime without CUDA"
+    assert making.cuda_obstacle(onnx_file).found == "ONNX Runtime without CUDA"

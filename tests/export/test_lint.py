@@ -376,7 +376,7 @@ def test_the_report_says_where_what_and_why():
     report = lint(parsed(ERRORS["large K"][0]))
     text = report.text()
     assert text.splitlines()[0] == "1 nodes: 1 errors, 0 warnings"
-    for part in ("error: 1 × TopK: K = 4000", "→ y", "do: take fewer", f"source: {table.MATRIX}"):
+    for part in ("error: 1 × TopK: K = 4000", "→ y", "fix: take fewer", f"source: {table.MATRIX}"):
         assert part in text
     assert json.loads(json.dumps(report.to_dict()))["errors"][0]["op"] == "TopK"
     many = LintReport(report.findings * 5, 5)

@@ -120,7 +120,7 @@ def test_a_file_without_names_of_layers_is_to_be_exported_again(proto, activatio
     nameless = onnx.ModelProto.FromString(proto.SerializeToString())
     for number, node in enumerate(nameless.graph.node):
         node.name = f"node_{number}"
-    with pytest.raises(UserError, match=r"no names(.|\n)*do: export the checkpoint again"):
+    with pytest.raises(UserError, match=r"no names(.|\n)*fix:      export the checkpoint again"):
         to_int8(nameless, activations)
 
 

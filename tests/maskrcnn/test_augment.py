@@ -195,7 +195,7 @@ def test_a_damaged_partner_is_named(tmp_path, change):
     found = [samples(dataset, **{f"{change}_probability": 1.0})[epoch, 0] for epoch in range(5)]
     errors = [error for error in found if isinstance(error, UserError)]
     assert len(errors) >= 4  # a partner may be the image itself
-    assert all(error.came.startswith(f"image {root / 'train'}") for error in errors)
+    assert all(error.found.startswith(f"image {root / 'train'}") for error in errors)
 
 
 @pytest.mark.parametrize(

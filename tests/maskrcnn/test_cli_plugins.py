@@ -51,7 +51,7 @@ def rows(out: str) -> dict[str, str]:
 
 def test_a_machine_with_nothing(run, programs):
     result = run("build-plugins")
-    expect_error(result, "came: no nvcc; no NVRTC\n", "pip install nvidia-cuda-nvcc", "nvidia-cuda-nvrtc")
+    expect_error(result, "found: no nvcc; no NVRTC\n", "pip install nvidia-cuda-nvcc", "nvidia-cuda-nvrtc")
     table = rows(result[1])
     assert set(table) == {KERNELS, PLUGINS, AOT}
     assert all(text.startswith("left out") and "to get it: " in text for text in table.values())
@@ -91,7 +91,7 @@ def test_what_is_asked_for_must_be_built(run, toolkit, form, names, missing):
     result = run("build-plugins", "--form", form, "--arch", "90")
     assert set(rows(result[1])) == names
     if missing:
-        expect_error(result, f"came: no {missing}\n", "trtexec, Triton")
+        expect_error(result, f"no {missing}\n", "trtexec, Triton")
         assert rows(result[1])[KERNELS].startswith("built in")  # the rest is built all the same
     else:
         assert result[0] == 0, result[2]

@@ -291,7 +291,7 @@ TWO_IMAGES, TWO_CATEGORIES = CONTENT["images"], CONTENT["categories"]
 )
 def test_structure_errors_name_the_file_and_the_place(tmp_path, content, text):
     write(tmp_path, content)
-    with pytest.raises(UserError, match=rf"came: .*instances_val\.json: .*{text}"):
+    with pytest.raises(UserError, match=rf".*instances_val\.json: .*{text}"):
         CocoDataset.load(tmp_path, "val")
 
 

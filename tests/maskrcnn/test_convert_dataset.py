@@ -194,7 +194,7 @@ def test_boxes_are_cut_to_the_image():
 
 
 def test_objects_without_a_pixel_are_refused():
-    with pytest.raises(BadEntry, match="came: here\nexpected: at least one pixel"):
+    with pytest.raises(BadEntry, match="here\n  expected: at least one pixel"):
         mask_fields(np.zeros((3, 4), bool), "here")
     with pytest.raises(BadEntry, match="here"):
         polygon_fields([[1, 1, 2, 2, 1, 1.01]], (10, 10), "here")
@@ -360,8 +360,12 @@ def test_a_closed_vocabulary_leaves_out_what_an_open_one_refuses():
 
 
 def test_faults_travel_between_processes():
-    fault = pickle.loads(pickle.dumps(BadEntry("reason", "came", "expected", "do")))
-    assert (fault.reason, fault.came, str(fault)) == ("reason", "came", "came: came\nexpected: expected\ndo: do")
+    fault = pickle.loads(pickle.dumps(BadEntry("reason", "found", "expected", "fix")))
+    assert (fault.reason, fault.found, str(fault)) == (
+        "reason",
+        "found",
+        "found\n  expected: expected\n  fix:      fix",
+    )
 
 
 def test_the_report_counts_and_gives_examples(tmp_path):

@@ -93,8 +93,8 @@ def test_missing_file_folder_empty_file_and_no_image(tmp_path):
     ]:
         with pytest.raises(UserError, match=text) as caught:
             read_image(tmp_path / name)
-        assert str(tmp_path / name) in caught.value.came
-        assert caught.value.expected and caught.value.do
+        assert str(tmp_path / name) in caught.value.found
+        assert caught.value.expected and caught.value.fix
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "bmp", "gif"])

@@ -156,4 +156,4 @@ def test_a_truncated_image_comes_out_of_the_loader_as_its_error(shapes, tmp_path
     loader, _ = training_loader(samples(root), batch_size=4, workers=workers, pin_memory=False)
     errors = [batch for batch in loader if isinstance(batch, UserError)]
     assert len(errors) == 1
-    assert "000003.png" in errors[0].came
+    assert "000003.png" in errors[0].found

@@ -78,10 +78,10 @@ def test_a_model_may_be_a_name_alone(started, tmp_path):
 def test_a_resumed_run_keeps_its_splits_and_model(started):
     assert started("--resume", "runs/x", "--accumulate", 2)["settings"] == {"accumulate": 2}
     assert started("--resume", "runs/x", "--data", "elsewhere")["settings"] == {"data": "elsewhere"}
-    with pytest.raises(UserError, match=r"came: --resume with --split.*\nexpected: the run as it began"):
+    with pytest.raises(UserError, match=r"--resume with --split.*\n  expected: the run as it began"):
         started("--resume", "runs/x", "--split", "other")
     for name in ("model", "model.name"):
-        with pytest.raises(UserError, match=r"--resume with the model 'maskrcnn_resnet34_fpn'\n.*\ndo: .*a new run"):
+        with pytest.raises(UserError, match=r"--resume with the model 'maskrcnn_resnet34_fpn'\n.*\nfix: .*a new run"):
             started("--resume", "runs/x", "--set", f"{name}=maskrcnn_resnet34_fpn")
     assert started("--resume", "runs/x", "--set", "model.detections=7")["settings"] == {"model": {"detections": 7}}
 
@@ -90,8 +90,8 @@ def test_a_resumed_run_keeps_its_splits_and_model(started):
 def test_a_resumed_run_has_its_weights(started, words):
     with pytest.raises(UserError) as caught:
         started("--resume", "runs/x", *words)
-    assert caught.value.came == "--resume with the weights 'w.pth'"
-    assert "has already" in caught.value.expected and "start a new run from those weights" in caught.value.do
+    assert caught.value.found == "--resume with the weights 'w.pth'"
+    assert "has already" in caught.value.expected and "start a new run from those weights" in caught.value.fix
 
 
 def test_the_help_says_which_of_file_and_options_counts():
@@ -170,7 +170,7 @@ def test_a_list_on_the_command_line_needs_no_brackets(started, words, expected):
 def test_a_value_of_the_wrong_type_is_named_before_anything_is_loaded(started, text, came, expected):
     with pytest.raises(UserError) as caught:
         started("--set", text)
-    assert caught.value.came == came and caught.value.expected.startswith(expected)
+    assert caught.value.found == came and caught.value.expected.startswith(expected)
 
 
 @pytest.mark.parametrize("line", ["step_epochs: 8", "step_epochs: 8,", "step_epochs: [8]"])
@@ -240,7 +240,7 @@ def test_settings_make_a_configuration(shapes):
         ({"model": {"anchor_strides_px": [4]}}, r"model.anchor_strides_px \[4\]\nexpected: 5 values .* P2, P3"),
         ({"model": {"mask_head_channels": []}}, r"model.mask_head_channels \[\]\nexpected: at least one"),
         ({"model": {"anchor_aspect_ratios": []}}, r"model.anchor_aspect_ratios \[\]\nexpected: at least one"),
-        ({"schedule": "step"}, r"schedule step without step_epochs\n.*decays\ndo: .*--step-epochs 8,11.*constant"),
+        ({"schedule": "step"}, r"schedule step without step_epochs\n.*decays\nfix: .*--step-epochs 8,11.*constant"),
         ({"step_epochs": [11, 8]}, r"step_epochs \[11, 8\]\nexpected: epochs from 1 on, each after the one before"),
         ({"step_epochs": [8, 8]}, r"step_epochs \[8, 8\]"),
         ({"step_epochs": [0, 8]}, r"step_epochs \[0, 8\]"),

@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(shapes, tmp_path):
     trainer = start_run(config(shapes), tmp_path, CocoDataset.load(shapes, "train"))
     with pytest.raises(UserError, match=r"loss nan, .* at step 1, images \[\d+, \d+, \d+, \d+\]") as caught:
         poisoned(trainer).fit(fixed_ap(0.1))
-    assert f"--resume {tmp_path}" in caught.value.do
+    assert f"--resume {tmp_path}" in caught.value.fix
     assert not (tmp_path / runs.BEST).exists()
 
 
@@ -322,7 +322,7 @@ def test_running_out_of_memory_says_what_to_lower(shapes, tmp_path):
     trainer.step.run = run
     with pytest.raises(UserError, match=r"out of memory with images of 4×3×96×96") as caught:
         trainer.fit(fixed_ap(0.1))
-    assert "--accumulate" in caught.value.do and "--batch-size" in caught.value.do
+    assert "--accumulate" in caught.value.fix and "--batch-size" in caught.value.fix
 
 
 def test_a_run_keeps_scalars_and_pictures(shapes, tmp_path):

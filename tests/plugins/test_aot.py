@@ -141,7 +141,7 @@ def test_a_library_with_the_same_ops_is_in_the_way(tensorrt_rig, with_compiler):
         "    tell(str(error))",
         env=tensorrt_rig,
     )
-    assert told.startswith("came: maskrcnn::MultilevelRoiAlign is registered already, by a plugin library\n")
+    assert told.startswith("maskrcnn::MultilevelRoiAlign is registered already, by a plugin library\n")
 
 
 def test_without_tensorrt(monkeypatch):

@@ -113,8 +113,8 @@ def test_a_compiler_that_fails(toolchain, cache_folder):
     nvcc = add_nvcc(toolchain.nvcc.path, body=f"{lines}; exit 3")
     with pytest.raises(UserError) as caught:
         build_library("kernels", arch=(90,), toolchain=toolchain)
-    assert caught.value.came.startswith(f"{nvcc} failed with code 3 on libmaskrcnn_kernels.so:\n")
-    assert "line 99" in caught.value.came and "line 70" not in caught.value.came
+    assert caught.value.found.startswith(f"{nvcc} failed with code 3 on libmaskrcnn_kernels.so:\n")
+    assert "line 99" in caught.value.found and "line 70" not in caught.value.found
     assert list(cache_folder.iterdir()) == []
     with pytest.raises(UserError, match="failed with code 0"):
         build_library(
@@ -138,7 +138,7 @@ def true(nvcc: Path) -> Path:
 def test_what_is_missing(toolchain, kind, missing, sentence):
     lacking = replace(toolchain, **{missing: None})
     assert str(build.obstacle(kind, lacking)) in map(str, lacking.absences)
-    with pytest.raises(UserError, match=f"{sentence}\n.*\ndo: "):
+    with pytest.raises(UserError, match=f"{sentence}\n.*\nfix: "):
         build_library(kind, arch=(90,), toolchain=lacking)
     assert build.obstacle(kind, toolchain) is None
 
@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_written(toolchain, monkeypatch, tmp_path):
 
     monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
-    with pytest.raises(UserError, match=r"cannot be written to .Permission denied(.|\n)*do: set MASKRCNN_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written to .Permission denied(.|\n)*fix:      set MASKRCNN_CACHE"):
         build_library("kernels", arch=(90,), toolchain=toolchain)
 
 

@@ -68,5 +68,5 @@ def test_the_default_is_every_common_gpu(configured):
 def test_missing_headers_are_named(configured, tmp_path):
     _, done = configured(f"-DTENSORRT_INCLUDE_DIR={tmp_path}")
     assert done.returncode != 0
-    for words in ("came: no NvInferRuntime.h in", "expected: the headers of TensorRT 10", "do: pass -DTensorRT_ROOT"):
+    for words in ("found: no NvInferRuntime.h in", "expected: the headers of TensorRT 10", "fix: pass -DTensorRT_ROOT"):
         assert words in done.stdout

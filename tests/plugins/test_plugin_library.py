@@ -70,7 +70,7 @@ def test_a_wrong_attribute_is_refused_in_words(library, capfd, op, attributes, c
     assert library.create(op, (ROI if op == ROI_ALIGN else SUPPRESS) | attributes) is None
     said = capfd.readouterr().err
     assert said.startswith(f"maskrcnn::{op}\ncame: ") and came in said.splitlines()[1]
-    assert expected in said.splitlines()[2] and said.splitlines()[3].startswith("do: ")
+    assert expected in said.splitlines()[2] and said.splitlines()[3].startswith("fix: ")
 
 
 def test_integers_and_numbers_of_64_bits_are_taken(library):
@@ -133,7 +133,7 @@ def test_inputs_of_other_numbers_and_ranks_are_refused(library, capfd):
     shapes = [tensor.shape for tensor in contract.BATCHED_NMS.inputs]
     for inputs in (shapes[:2], [*shapes, shapes[0]], [shapes[1], *shapes[1:]]):
         assert suppress.output_shapes(inputs) is None
-    assert capfd.readouterr().err.count("came: ") == 9
+    assert capfd.readouterr().err.count("found: ") == 9
 
 
 def test_types_of_outputs(library, capfd):

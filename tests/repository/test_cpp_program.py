@@ -341,7 +341,7 @@ def test_cmake_builds_it_or_says_what_is_missing(tmp_path):
 
     # An empty value is not searched for.
     done = cmake("-S", str(SOURCES), "-B", str(tmp_path / "none"), "-DTENSORRT_LIBRARY=")
-    assert done.returncode != 0 and "do: pass -DTensorRT_ROOT=" in done.stderr
+    assert done.returncode != 0 and "fix: pass -DTensorRT_ROOT=" in done.stderr
     library = tmp_path / "libnothing.so"
     command = [str(kernels_on_cpu.compiler()), "-shared", "-x", "c++", "/dev/null", "-o", str(library)]
     subprocess.run(command, check=True, timeout=60)

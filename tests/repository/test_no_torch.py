@@ -41,7 +41,15 @@ def test_runtime_imports():
 
 
 def test_light_modules_import():
-    names = ("errors", "files", "metadata", "preprocess", "postprocess", "doctor", "plugins.contract")
+    names = (
+        "errors",
+        "files",
+        "metadata",
+        "imaging.preprocess",
+        "imaging.postprocess",
+        "runtime.doctor",
+        "plugins.contract",
+    )
     done = run_blocked("import " + ", ".join(f"maskrcnn.{name}" for name in names))
     assert done.returncode == 0, done.stderr
 

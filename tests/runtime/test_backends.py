@@ -114,7 +114,7 @@ class OnGpu:
 
 
 def test_arrays_on_a_gpu_are_refused_where_the_model_is_not(backend):
-    with pytest.raises(UserError, match="came: arrays on a GPU\nexpected: arrays of the host"):
+    with pytest.raises(UserError, match="arrays on a GPU\n  expected: arrays of the host"):
         backend({**feeds(), "images": OnGpu()})
 
 

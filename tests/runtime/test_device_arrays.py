@@ -132,7 +132,7 @@ def test_a_capsule_is_taken_once():
         assert (taken.seen.device_type, taken.seen.strides) == (dlpack.CPU, (3, 1))
         with pytest.raises(ValueError, match="an unused DLPack capsule"):
             dlpack.Taken(capsule)
-    with pytest.raises(ValueError, match="came: 5; expected: an unused"):
+    with pytest.raises(ValueError, match="found: 5; expected: an unused"):
         dlpack.Taken(5)
     assert dlpack.Taken(torch.zeros(2, dtype=torch.bfloat16).__dlpack__()).seen.dtype is None
 

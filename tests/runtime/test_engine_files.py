@@ -73,7 +73,7 @@ def test_a_tensorrt_engine_fits_where_it_was_built(tmp_path, onnx_file):
 def test_what_differs_is_named(tmp_path, onnx_file, machine, came):
     path = write_engine(tmp_path / "m.engine", onnx_file)
     found = fit(path, dataclasses.replace(GPU_BOX, **machine))
-    assert found.error.came == came and found.error.do
+    assert found.error.found == came and found.error.fix
 
 
 def test_a_portable_engine_fits_more(tmp_path, onnx_file):
@@ -85,11 +85,11 @@ def test_a_portable_engine_fits_more(tmp_path, onnx_file):
 def test_files_that_are_no_engines(tmp_path, onnx_file):
     path = write_engine(tmp_path / "m.engine", onnx_file)
     path.with_name("m.engine.json").unlink()
-    assert fit(path, GPU_BOX).error.came == f"no m.engine.json beside {path}"
+    assert fit(path, GPU_BOX).error.found == f"no m.engine.json beside {path}"
     (tmp_path / "other.xml").write_text("<net></net>")
-    assert "without maskrcnn's metadata" in fit(tmp_path / "other.xml", GPU_BOX).error.came
+    assert "without maskrcnn's metadata" in fit(tmp_path / "other.xml", GPU_BOX).error.found
     rejected = write_engine(tmp_path / "m.rejected.engine", onnx_file, compared="9 detections")
-    assert fit(rejected, GPU_BOX).error.came == "rejected when it was built (9 detections)"
+    assert fit(rejected, GPU_BOX).error.found == "rejected when it was built (9 detections)"
 
 
 def test_an_openvino_engine(tmp_path, openvino_engine):
@@ -98,11 +98,11 @@ def test_an_openvino_engine(tmp_path, openvino_engine):
     found = fit(path, machine)
     assert found.error is None and found.remark == "" and found.described.startswith("OpenVINO fp16, executed in ")
     assert fit(path, GPU_BOX).remark == f"built and compared on {metadata.stamp['cpu']}"
-    assert fit(path, dataclasses.replace(machine, openvino=None)).error.do == "`pip install 'openvino>=2025.3'`"
+    assert fit(path, dataclasses.replace(machine, openvino=None)).error.fix == "`pip install 'openvino>=2025.3'`"
     half = restamped(path, tmp_path / "half.xml", execution="bf16")
     assert fit(half, machine).error is None
     without = dataclasses.replace(machine, has_bfloat16=False)
-    assert "built for bfloat16" in fit(half, without).error.came
+    assert "built for bfloat16" in fit(half, without).error.found
     assert fit(restamped(path, tmp_path / "single.xml", execution="fp32"), without).error is None
     half.with_suffix(".bin").unlink()
-    assert fit(half, machine).error.came == "no half.bin beside it"
+    assert fit(half, machine).error.found == "no half.bin beside it"

@@ -131,7 +131,7 @@ def test_a_code_whose_name_is_a_method_is_read_from_its_text():
     values = {"code": Code(), "desc": "bad_alloc", "node": 0, "node_name": "conv", "node_operator": "Conv"}
     error = SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
     told = parsing_failure(SimpleNamespace(num_errors=1, get_error=lambda index: error), ())
-    assert "conv (Conv): MEM_ALLOC_FAILED: bad_alloc" in told.came and told.do.startswith("free memory")
+    assert "conv (Conv): MEM_ALLOC_FAILED: bad_alloc" in told.found and told.fix.startswith("free memory")
 
 
 def test_a_message_is_shown_once(error):

@@ -60,14 +60,14 @@ def test_an_engine_for_this_machine_fits():
 )
 def test_the_field_that_differs_is_named_with_both_values_and_the_command(field, value, here):
     error = refusal(**{field: value})
-    assert error.came == f"an engine built for {field} {value}; here is {here}"
+    assert error.found == f"an engine built for {field} {value}; here is {here}"
     assert error.expected == f"{field} {here}"
-    assert error.do == "rebuild it here: `maskrcnn build-engine m.onnx --fp16 --target tensorrt`"
+    assert error.fix == "rebuild it here: `maskrcnn build-engine m.onnx --fp16 --target tensorrt`"
 
 
 def test_a_library_of_other_sources_does_not_fit():
     error = refusal(plugins="library")
-    assert "plugin_hash of another version" in error.came
+    assert "plugin_hash of another version" in error.found
     assert refusal(plugins="library", plugin_hash=plugin_hash(PluginForm.LIBRARY)) is None
 
 
@@ -78,13 +78,13 @@ def test_a_version_compatible_engine_runs_in_later_versions(built):
 
 @pytest.mark.parametrize("built", ["11.4.1.0", "12.0.0.1"])
 def test_and_not_in_earlier_ones(built):
-    assert f"built for tensorrt {built}" in refusal(version_compatible="yes", tensorrt=built).came
+    assert f"built for tensorrt {built}" in refusal(version_compatible="yes", tensorrt=built).found
 
 
 def test_hardware_compatible_engines():
     same = {"hardware_compatibility": "same_compute_capability", "gpu": "NVIDIA GH200"}
     assert refusal(**same) is None
-    assert "compute_capability 8.9" in refusal(**same, compute_capability="8.9").came
+    assert "compute_capability 8.9" in refusal(**same, compute_capability="8.9").found
     newer = {"hardware_compatibility": "ampere_plus", "gpu": "NVIDIA A10", "compute_capability": "8.6"}
     assert refusal(**newer) is None
 
@@ -92,15 +92,15 @@ def test_hardware_compatible_engines():
 def test_an_ampere_plus_engine_on_an_older_gpu():
     metadata = SimpleNamespace(stamp={**STAMP, "hardware_compatibility": "ampere_plus"})
     error = check_stamp(metadata, trt=TRT, gpu="Tesla T4", compute_capability=(7, 5))
-    assert error.came == "an engine built for compute_capability 8.0 and newer; here is 7.5"
+    assert error.found == "an engine built for compute_capability 8.0 and newer; here is 7.5"
 
 
 def test_other_targets_and_missing_weights():
-    assert "an engine for openvino" in refusal(target="openvino").came
-    assert "maskrcnn refit-engine" in refusal(refit="stripped").do
+    assert "an engine for openvino" in refusal(target="openvino").found
+    assert "maskrcnn refit-engine" in refusal(refit="stripped").fix
     assert refusal(refit="refitted") is None
     without_command = refusal(gpu="another", command=None)
-    assert "maskrcnn build-engine --fp16 --target tensorrt" in without_command.do
+    assert "maskrcnn build-engine --fp16 --target tensorrt" in without_command.fix
 
 
 def test_hashes_of_the_two_forms():
@@ -147,7 +147,7 @@ print(import_tensorrt().__version__)
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("__version__ = '10.8.0.43'\nclass Builder: pass", "came: TensorRT 10.8.0.43"),
+        ("__version__ = '10.8.0.43'\nclass Builder: pass", "TensorRT 10.8.0.43"),
         ("__version__ = '10.9.0.34'\nclass Builder: pass", "10.9.0.34"),
         ("raise ImportError('libnvinfer.so.11: cannot open shared object file')", "libnvinfer.so.11: cannot open"),
         ("raise OSError('a driver is missing')", "cannot be loaded (a driver is missing)"),
@@ -173,9 +173,9 @@ def test_everything_that_is_missing_is_told_at_once(monkeypatch):
     monkeypatch.setattr(tensorrt_library, "import_tensorrt", missing("library"))
     monkeypatch.setattr(tensorrt_library, "find_gpu", missing("GPU"))
     error = tensorrt_library.tensorrt_obstacle()
-    assert (error.came, error.do) == ("no library; no GPU", "get a library; get a GPU")
+    assert (error.found, error.fix) == ("no library; no GPU", "get a library; get a GPU")
     monkeypatch.setattr(tensorrt_library, "find_gpu", lambda device: Gpu("x", (9, 0)))
-    assert tensorrt_library.tensorrt_obstacle().came == "no library"
+    assert tensorrt_library.tensorrt_obstacle().found == "no library"
     monkeypatch.setattr(tensorrt_library, "import_tensorrt", lambda: TRT)
     assert tensorrt_library.tensorrt_obstacle() is None
 

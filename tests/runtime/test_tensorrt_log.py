@@ -109,9 +109,9 @@ def test_the_newest_are_kept(trt):
 def test_an_error_is_told_by_what_was_said_meanwhile(trt):
     listen(trt).logger.log(Severity.ERROR, "out of memory")
     log = listen(trt)
-    assert failure(log.messages, "no engine", "one").came == "no engine: TensorRT told no reason"
+    assert failure(log.messages, "no engine", "one").found == "no engine: TensorRT told no reason"
     log.logger.log(Severity.ERROR, "the moon is full")
-    assert failure(log.messages, "no engine", "one").came == "no engine:\n  the moon is full"
+    assert failure(log.messages, "no engine", "one").found == "no engine:\n  the moon is full"
 
 
 def test_an_engine_does_not_tell_the_errors_of_another(monkeypatch, onnx_file, tmp_path):
@@ -120,10 +120,10 @@ def test_an_engine_does_not_tell_the_errors_of_another(monkeypatch, onnx_file, t
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [any_size])
     one, other = load_plan(path, 0), load_plan(path, 0)
     module.say("out of memory")
-    assert "too little free memory" in one.failure("no context").came
+    assert "too little free memory" in one.failure("no context").found
     module.say("enqueue: no luck")
-    assert other.failure("no run").came == "no run:\n  enqueue: no luck"
-    assert "TensorRT told no reason" in one.failure("no run").came
+    assert other.failure("no run").found == "no run:\n  enqueue: no luck"
+    assert "TensorRT told no reason" in one.failure("no run").found
     (tmp_path / "a.engine").write_bytes(b"broken")
     with pytest.raises(UserError, match="a plan of another version of TensorRT"):
         load_plan(path, 0)

@@ -58,9 +58,9 @@ def test_what_no_profile_takes_is_an_error_that_names_all_and_the_command():
     profiles = parsed_profiles("1,4", "800x1344", USUAL)
     with pytest.raises(UserError) as raised:
         choose(profiles, (2, 800, 1344), rebuild="maskrcnn build-engine m.onnx --fp16")
-    assert raised.value.came == "a batch of 2 of 800×1344 for an engine with other profiles"
+    assert raised.value.found == "a batch of 2 of 800×1344 for an engine with other profiles"
     assert raised.value.expected == "batch 1 of 800×1344; batch 4 of 800×1344"
-    assert "--batch and --size of `maskrcnn build-engine m.onnx --fp16`" in raised.value.do
+    assert "--batch and --size of `maskrcnn build-engine m.onnx --fp16`" in raised.value.fix
 
 
 def test_batches_are_padded_to_the_smallest_room():

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.tensorrt
 @pytest.fixture(scope="module")
 def around() -> Surroundings:
     if obstacle := tensorrt_obstacle():
-        pytest.skip(obstacle.came)
+        pytest.skip(obstacle.found)
     return Surroundings(trt=import_tensorrt(), gpu=find_gpu(), open_engine=TensorRtBackend)
 
 

@@ -292,4 +292,4 @@ def test_what_cannot_be_compared_is_an_error(run, tmp_path, onnx_file, boxes_onn
     paths = {"ONNX": onnx_file, "BOXES": boxes_onnx_file}
     code, _, err = run(onnx_file, *(paths.get(argument, argument) for argument in arguments))
     assert code == 1
-    assert err.startswith("error\ncame:") and message in err
+    assert err.startswith("Error: ") and message in err

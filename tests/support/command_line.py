@@ -4,5 +4,5 @@
 def expect_error(result, *parts):
     code, _, err = result
     assert code == 1, err
-    for word in ("came:", "expected:", "do:", *parts):
+    for word in ("Error: ", "\n  expected: ", "\n  fix:      ", *parts):
         assert word in err, err

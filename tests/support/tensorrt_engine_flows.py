@@ -96,7 +96,7 @@ def engine_that_departs(given: Flow) -> Any:
         _build(given, Trt(wrong), order)
     except UserError as error:
         kept = (given.folder / "model.fp16.engine").read_text()
-        return {"files": _files(given.folder), "kept": kept, "parts": [error.came, error.expected, error.do]}
+        return {"files": _files(given.folder), "kept": kept, "parts": [error.found, error.expected, error.fix]}
 
 
 @flow
@@ -108,7 +108,7 @@ def stripped_engine_that_departs(given: Flow) -> Any:
         _build(given, trt, given.order(profiles=profiles, options=options))
     except UserError as error:
         stamp = json.loads((given.folder / "model.fp16.rejected.engine.json").read_text())["stamp"]
-        return {"came": error.came, "stamp": stamp["refit"], "hash": "plan_sha256" in stamp}
+        return {"came": error.found, "stamp": stamp["refit"], "hash": "plan_sha256" in stamp}
 
 
 @flow
@@ -130,7 +130,7 @@ def engine_without_weights(given: Flow) -> Any:
         "refit": trt.refit == [given.graph.read_bytes()],
         "cleared": serialized,
         "stamp": built.metadata.stamp["refit"],
-        "do": refused.do,
+        "do": refused.fix,
         "host_code": trt.runtime.engine_host_code_allowed,
     }
 
@@ -199,7 +199,7 @@ def engine_that_gets_weights_but_once(given: Flow) -> Any:
     try:
         _refit(given, trt, given.folder / "new.engine", "third.engine")
     except UserError as error:
-        return {"stamp": stamp["refit"], "flags": len(flags), "came": error.came}
+        return {"stamp": stamp["refit"], "flags": len(flags), "came": error.found}
 
 
 @flow

@@ -92,7 +92,7 @@ def run(**paths: str) -> dict[str, Any]:
         try:
             results[name] = {"value": FLOWS[name](given)}
         except UserError as error:
-            results[name] = {"error": [error.came, error.expected, error.do]}
+            results[name] = {"error": [error.found, error.expected, error.fix]}
         except BaseException:
             results[name] = {"crash": traceback.format_exc()}
     return results
@@ -344,7 +344,7 @@ def builds_and_loads_one_after_the_other(given: Flow) -> Any:
     try:
         tensorrt_refit.refitted(trt, b"broken", b"")
     except UserError as error:
-        return {"warnings": warnings, "came": error.came}
+        return {"warnings": warnings, "came": error.found}
 
 
 # Plugins, in the real registry
@@ -373,4 +373,4 @@ def plugins_in_the_registry(given: Flow) -> Any:
     try:
         tensorrt_library.load_plugins(real, PluginForm.LIBRARY, library=library)
     except UserError as error:
-        return {"before": before, "after": names(), "returned": [first, second], "came": error.came}
+        return {"before": before, "after": names(), "returned": [first, second], "came": error.found}

@@ -32,7 +32,7 @@ from maskrcnn.files import make_folder
 _LISTS = ("images", "annotations")
 
 
-class DatasetWriter:
+class _DatasetWriter:
     """An unfinished dataset.
 
     Entries go to the disk as they come, one line of JSON each; nothing of an image stays in memory. `new_dataset`
@@ -124,7 +124,7 @@ class DatasetWriter:
 @contextmanager
 def new_dataset(
     out: Path, categories: Sequence[Category], info: dict[str, Any], **options: Any
-) -> Iterator[DatasetWriter]:
+) -> Iterator[_DatasetWriter]:
     """A writer whose folder becomes `out` when the block ends without an exception, and is removed otherwise.
 
     Raises:
@@ -138,7 +138,7 @@ def new_dataset(
     writer = None
     try:
         temporary.mkdir()
-        writer = DatasetWriter(temporary, categories, info, **options)
+        writer = _DatasetWriter(temporary, categories, info, **options)
         yield writer
         writer.finish()
         if out.exists():
@@ -179,7 +179,7 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class _Report:
     """What a conversion wrote, and what it did not."""
 
     out: Path
@@ -210,7 +210,7 @@ def convert(
     keep_going: bool = False,
     copies: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
+) -> _Report:
     """Converts a dataset. The same input gives the same bytes of JSON.
 
     Images are read one at a time. Image ids are the dataset's own, or number the images it lists, so that leaving
@@ -247,7 +247,7 @@ def convert(
         _write_all(opened, splits, writer, faults, progress)
         if not writer.images:
             raise UserError(f"{source}: no image could be converted", "at least one", "\n  ".join(faults.lines()))
-    return Report(
+    return _Report(
         out=out,
         classes=len(opened.categories),
         images=dict(sorted(writer.images.items())),
@@ -261,7 +261,7 @@ def convert(
 def _write_all(
     source: Source,
     splits: Sequence[str | None],
-    writer: DatasetWriter,
+    writer: _DatasetWriter,
     faults: Faults,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -271,7 +271,7 @@ def _write_all(
         progress(done, len(wanted))
 
 
-def _write_one(source: Source, number: int, entry: Entry, split: str, writer: DatasetWriter, faults: Faults) -> None:
+def _write_one(source: Source, number: int, entry: Entry, split: str, writer: _DatasetWriter, faults: Faults) -> None:
     try:
         picture = source.read(entry)
     except BadEntry as fault:

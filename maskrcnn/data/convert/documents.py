@@ -32,17 +32,17 @@ class BadEntry(UserError):
 
     Args:
         reason: the same for all of its kind.
-        came: what was found, naming the file and the line or object.
+        found: what was found, naming the file and the line or object.
         expected: what would have been right.
-        do: what the user can do about it.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, reason: str, came: str, expected: str, do: str) -> None:
+    def __init__(self, reason: str, found: str, expected: str, fix: str) -> None:
         self.reason = reason
-        super().__init__(came, expected, do)
+        super().__init__(found, expected, fix)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.reason, self.came, self.expected, self.do)
+        return type(self), (self.reason, self.found, self.expected, self.fix)
 
 
 class Faults:
@@ -63,7 +63,7 @@ class Faults:
         if not self.keep_going:
             raise fault
         self.skipped[fault.reason] += 1
-        self._examples.setdefault(fault.reason, fault.came)
+        self._examples.setdefault(fault.reason, fault.found)
 
     def leave_out(self, reason: str, example: str) -> None:
         """Counts what the format or an option says is not to be converted; that is no fault."""
@@ -91,7 +91,7 @@ class Faults:
         ]
 
 
-UNREADABLE = "annotation file that cannot be read"
+_UNREADABLE = "annotation file that cannot be read"
 _RESTORE = "restore the file from its source"
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 _CHUNK = 1 << 20  # bytes that are read at a time from a file that is not read whole
@@ -112,9 +112,9 @@ def json_from(data: bytes, name: str) -> Any:
         return json.loads(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         came = f"{name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-        raise BadEntry(UNREADABLE, came, "a complete JSON file", _RESTORE) from error
+        raise BadEntry(_UNREADABLE, came, "a complete JSON file", _RESTORE) from error
     except (ValueError, RecursionError) as error:
-        raise BadEntry(UNREADABLE, f"{name}: not JSON ({error})", "a complete JSON file in UTF-8", _RESTORE) from error
+        raise BadEntry(_UNREADABLE, f"{name}: not JSON ({error})", "a complete JSON file in UTF-8", _RESTORE) from error
 
 
 def object_at(value: Any, where: str) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class _Window:
 
 def _no_list(path: Path, byte: int) -> NoReturn:
     came = f"{path}, byte {byte}: not JSON, or not one list"
-    raise BadEntry(UNREADABLE, came, "a complete JSON list", _RESTORE)
+    raise BadEntry(_UNREADABLE, came, "a complete JSON list", _RESTORE)
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -220,12 +220,12 @@ def read_xml(path: Path) -> ElementTree.Element:
     except ElementTree.ParseError as error:
         line, column = error.position
         came = f"{path}, line {line}, column {column + 1}: not XML ({error})"
-        raise BadEntry(UNREADABLE, came, "a complete XML file", _RESTORE) from error
+        raise BadEntry(_UNREADABLE, came, "a complete XML file", _RESTORE) from error
     except _DeclaredError as error:
         came = f"{path}: a document type declaration"
-        raise BadEntry(UNREADABLE, came, "XML without <!DOCTYPE …>", "take the declaration out") from error
+        raise BadEntry(_UNREADABLE, came, "XML without <!DOCTYPE …>", "take the declaration out") from error
     except (ValueError, LookupError) as error:  # unknown encodings
-        raise BadEntry(UNREADABLE, f"{path}: not XML ({error})", "a complete XML file", _RESTORE) from error
+        raise BadEntry(_UNREADABLE, f"{path}: not XML ({error})", "a complete XML file", _RESTORE) from error
 
 
 class _DeclaredError(Exception):
@@ -262,18 +262,18 @@ def _bytes_of(path: Path) -> bytes:
 
 def _not_readable(path: Path, error: OSError) -> NoReturn:
     came = f"{path} cannot be read ({error.strerror or error})"
-    raise BadEntry(UNREADABLE, came, "a file that exists and can be read", "complete the dataset") from error
+    raise BadEntry(_UNREADABLE, came, "a file that exists and can be read", "complete the dataset") from error
 
 
 # Image files on their way into a dataset: looked through once, then linked, copied or turned upright.
 
-UNREADABLE_IMAGE = "image that cannot be read"
-OTHER_SIZE = "annotation of another size than its image"
+_UNREADABLE_IMAGE = "image that cannot be read"
+_OTHER_SIZE = "annotation of another size than its image"
 _JPEG_QUALITY = 95  # of a picture that is turned; Pillow's documentation advises against more
 
 
 @dataclass(frozen=True)
-class Looked:
+class _Looked:
     """What an image file is."""
 
     size_hw: tuple[int, int]  # as stored
@@ -285,7 +285,7 @@ class Looked:
         return self.size_hw[::-1] if self.orientation > 4 else self.size_hw
 
 
-def look(content: Path | bytes, name: str = "") -> Looked:
+def look(content: Path | bytes, name: str = "") -> _Looked:
     """Decodes an image once, so that nothing is converted that training could not read.
 
     Of a JPEG only an eighth of the pixels is computed; all of the file is read for it.
@@ -300,14 +300,14 @@ def look(content: Path | bytes, name: str = "") -> Looked:
             orientation = _orientation(image)
             if image.format == "JPEG" and image.draft(None, (1, 1)):
                 image.load()
-                return Looked(size_hw, orientation)
+                return _Looked(size_hw, orientation)
     except Exception:  # Pillow's decoders raise whatever they stumble over; `read_image` has words for it
         orientation = 1
     try:
         pixels = decode_image(content, name) if isinstance(content, bytes) else read_image(content)
     except UserError as error:
-        raise BadEntry(UNREADABLE_IMAGE, error.came, error.expected, error.do) from error
-    return Looked(pixels.shape[:2], orientation)
+        raise BadEntry(_UNREADABLE_IMAGE, error.found, error.expected, error.fix) from error
+    return _Looked(pixels.shape[:2], orientation)
 
 
 def require_size(size_hw: tuple[int, int], expected_hw: tuple[int, int], where: str) -> None:
@@ -315,7 +315,7 @@ def require_size(size_hw: tuple[int, int], expected_hw: tuple[int, int], where: 
     if tuple(size_hw) != tuple(expected_hw):
         came = f"{where}: for {size_hw[1]}×{size_hw[0]} pixels"
         expected = f"the image's size, {expected_hw[1]}×{expected_hw[0]}"
-        raise BadEntry(OTHER_SIZE, came, expected, "restore the image that was annotated, or correct the annotation")
+        raise BadEntry(_OTHER_SIZE, came, expected, "restore the image that was annotated, or correct the annotation")
 
 
 def place(content: Path | bytes, target: Path, *, is_upright: bool, copies: bool) -> None:
@@ -360,7 +360,7 @@ def _orientation(image: Image.Image) -> int:
 
 # PNG files whose pixels are numbers: of instances, of classes, or of both.
 
-UNREADABLE_MASK = "mask that cannot be read"
+_UNREADABLE_MASK = "mask that cannot be read"
 _RESTORE_MASK = "restore the file from its source"
 _NUMBERS = ("1", "L", "P", "I")  # Pillow's modes of one number per pixel, and those that begin with I;16
 
@@ -374,7 +374,9 @@ def read_ids(path: Path) -> np.ndarray:
     pixels, mode = _decoded(path)
     if mode not in _NUMBERS and not mode.startswith("I;16"):
         came = f"{path}: {mode} pixels"
-        raise BadEntry(UNREADABLE_MASK, came, "one number per pixel (grey or palette image)", "save it without colours")
+        raise BadEntry(
+            _UNREADABLE_MASK, came, "one number per pixel (grey or palette image)", "save it without colours"
+        )
     return pixels.astype(np.int64)
 
 
@@ -387,7 +389,7 @@ def read_two_channels(path: Path) -> tuple[np.ndarray, np.ndarray]:
     pixels, mode = _decoded(path)
     if mode not in ("RGB", "RGBA"):
         came = f"{path}: {mode} pixels"
-        raise BadEntry(UNREADABLE_MASK, came, "a PNG of three channels", _RESTORE_MASK)
+        raise BadEntry(_UNREADABLE_MASK, came, "a PNG of three channels", _RESTORE_MASK)
     return pixels[..., 0].astype(np.int64), pixels[..., 1].astype(np.int64)
 
 
@@ -407,7 +409,7 @@ def _decoded(path: Path) -> tuple[np.ndarray, str]:
         return pixels, mode
     except Exception as error:  # on damaged bytes Pillow's decoders raise whatever they stumble over
         what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise BadEntry(UNREADABLE_MASK, f"{path} ({what})", "an undamaged PNG file", _RESTORE_MASK) from error
+        raise BadEntry(_UNREADABLE_MASK, f"{path} ({what})", "an undamaged PNG file", _RESTORE_MASK) from error
 
 
 def _packing(image: Image.Image) -> str:

@@ -30,12 +30,12 @@ from maskrcnn.data.images import IMAGE_SUFFIXES
 from maskrcnn.errors import UserError
 
 # Ids of the classes with instances that Cityscapes' benchmark counts (cityscapesScripts, labels.py).
-CITYSCAPES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"}
-CITYSCAPES |= {32: "motorcycle", 33: "bicycle"}
+_CITYSCAPES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"}
+_CITYSCAPES |= {32: "motorcycle", 33: "bicycle"}
 _CITYSCAPES_DIVISOR = 1000
 # Ids of the classes of SYNTHIA-RAND-CITYSCAPES that move, and so have instances.
-SYNTHIA = {8: "car", 10: "pedestrian", 11: "bicycle", 12: "motorcycle", 17: "rider", 18: "truck"}
-SYNTHIA |= {19: "bus", 20: "train"}
+_SYNTHIA = {8: "car", 10: "pedestrian", 11: "bicycle", 12: "motorcycle", 17: "rider", 18: "truck"}
+_SYNTHIA |= {19: "bus", 20: "train"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Layout:
 
 
 # The instances of a mask file: category id, pixels `[H, W]`, whether it is a group, and a name for messages.
-Found = Iterator[tuple[int, np.ndarray, bool, str]]
-Decoder = Callable[[Path], tuple[tuple[int, int], Found]]
+_Found = Iterator[tuple[int, np.ndarray, bool, str]]
+_Decoder = Callable[[Path], tuple[tuple[int, int], _Found]]
 
 
 def open_penn_fudan(root: Path, options: Options, faults: Faults) -> Source:
@@ -69,7 +69,7 @@ def open_synthia(root: Path, options: Options, faults: Faults) -> Source:
 
     Pixels of such a class without a number are a crowd region. Other classes have no instances and are left out.
     """
-    vocabulary = _chosen(SYNTHIA, options)
+    vocabulary = _chosen(_SYNTHIA, options)
     decode = partial(_two_channels, vocabulary=vocabulary)
     return _opened(root, Layout("RGB", "GT/LABELS"), vocabulary, decode, faults)
 
@@ -81,7 +81,7 @@ def open_cityscapes(root: Path, options: Options, faults: Faults) -> Source:
     crowd regions.
     """
     layout = Layout("leftImg8bit", "gtFine", "_leftImg8bit", "_gtFine_instanceIds", options.sets or ("train", "val"))
-    vocabulary = _chosen(CITYSCAPES, options)
+    vocabulary = _chosen(_CITYSCAPES, options)
     decode = partial(_divided, divisor=_CITYSCAPES_DIVISOR, void=None, vocabulary=vocabulary, faults=faults)
     return _opened(root, layout, vocabulary, decode, faults)
 
@@ -122,7 +122,7 @@ def _chosen(names: dict[int, str], options: Options) -> Vocabulary:
 # --- files -------------------------------------------------------------------------------------------
 
 
-def _opened(root: Path, layout: Layout, vocabulary: Vocabulary, decode: Decoder, faults: Faults) -> Source:
+def _opened(root: Path, layout: Layout, vocabulary: Vocabulary, decode: _Decoder, faults: Faults) -> Source:
     images = _by_key(folder(root, layout.images, layout=str(layout)), layout.image_ending, layout.sets)
     masks = _by_key(folder(root, layout.masks, layout=str(layout)), layout.mask_ending, layout.sets)
     if layout.images == layout.masks:
@@ -159,7 +159,7 @@ def _entry(root: Path, layout: Layout, key: Path, image: Path | None, mask: Path
     return Entry(name=name.as_posix(), where=mask or missing, split=split, data=(image, mask))
 
 
-def _read(entry: Entry, *, decode: Decoder, faults: Faults) -> Picture:
+def _read(entry: Entry, *, decode: _Decoder, faults: Faults) -> Picture:
     image, mask = entry.data
     if image is None:
         raise BadEntry("mask without an image", str(mask), "an image of the same name", "complete the images")
@@ -183,7 +183,7 @@ def _read(entry: Entry, *, decode: Decoder, faults: Faults) -> Picture:
 _UNKNOWN = 0  # category id of an instance of an unknown class
 
 
-def _plain(path: Path, *, void: int | None) -> tuple[tuple[int, int], Found]:
+def _plain(path: Path, *, void: int | None) -> tuple[tuple[int, int], _Found]:
     """Each number but 0 and `void` is an instance of the only class."""
     ids = read_ids(path)
     numbers = [int(number) for number in np.unique(ids) if number not in (0, void)]
@@ -192,11 +192,11 @@ def _plain(path: Path, *, void: int | None) -> tuple[tuple[int, int], Found]:
 
 def _divided(
     path: Path, *, divisor: int, void: int | None, vocabulary: Vocabulary, faults: Faults
-) -> tuple[tuple[int, int], Found]:
+) -> tuple[tuple[int, int], _Found]:
     """Numbers from `divisor` on are class · divisor + instance; a class by itself is a group of instances."""
     ids = read_ids(path)
 
-    def found() -> Found:
+    def found() -> _Found:
         for number in map(int, np.unique(ids)):
             category_id, is_group = (number, True) if number < divisor else (number // divisor, False)
             name = f"pixels of {number}"
@@ -212,10 +212,10 @@ def _divided(
     return ids.shape, found()
 
 
-def _two_channels(path: Path, *, vocabulary: Vocabulary) -> tuple[tuple[int, int], Found]:
+def _two_channels(path: Path, *, vocabulary: Vocabulary) -> tuple[tuple[int, int], _Found]:
     classes, instances = read_two_channels(path)
 
-    def found() -> Found:
+    def found() -> _Found:
         for category in vocabulary.categories:
             own = classes == category.id
             for number in map(int, np.unique(instances[own])):

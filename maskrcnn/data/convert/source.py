@@ -16,7 +16,7 @@ from maskrcnn.data.convert.documents import BadEntry
 from maskrcnn.data.convert.vocabulary import Category
 from maskrcnn.errors import UserError
 
-OWN_SPLITS = ("train", "val", "test")  # how folders are called that are splits
+_OWN_SPLITS = ("train", "val", "test")  # how folders are called that are splits
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Options:
 def are_splits(paths: Iterable[Path]) -> bool:
     """Whether the first folders of all paths (below the dataset's) are called like splits."""
     firsts = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
-    return bool(firsts) and all(first.lower().startswith(OWN_SPLITS) for first in firsts)
+    return bool(firsts) and all(first.lower().startswith(_OWN_SPLITS) for first in firsts)
 
 
 def split_off(path: Path, *, has_splits: bool) -> tuple[str | None, Path]:

@@ -14,7 +14,7 @@ from maskrcnn.data.convert.documents import BadEntry, Faults, read_json, read_li
 from maskrcnn.data.convert.source import Entry
 from maskrcnn.errors import UserError
 
-DEFAULT_VAL = 0.1  # of a dataset that has no splits, so that there is something to validate on
+_DEFAULT_VAL = 0.1  # of a dataset that has no splits, so that there is something to validate on
 _NAME = re.compile(r"[\w.-]+")
 
 
@@ -41,7 +41,7 @@ class SplitPlan:
         """
         plan = self
         if not (self.lists or self.shares or self.rest or has_splits):
-            plan = SplitPlan(lists={}, shares={"val": DEFAULT_VAL}, rest="train", seed=self.seed)
+            plan = SplitPlan(lists={}, shares={"val": _DEFAULT_VAL}, rest="train", seed=self.seed)
         splits = plan._listed(entries, faults)
         plan._drawn(entries, splits)
         for place, entry in enumerate(entries):

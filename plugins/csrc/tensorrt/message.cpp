@@ -29,7 +29,7 @@ void report(const char *op, const char *expected, const char *remedy, const char
     va_start(values, came);
     vsnprintf(what, sizeof what, came, values);
     va_end(values);
-    snprintf(text, sizeof text, "maskrcnn::%s\ncame: %s\nexpected: %s\ndo: %s", op, what, expected, remedy);
+    snprintf(text, sizeof text, "maskrcnn::%s\ncame: %s\nexpected: %s\nfix: %s", op, what, expected, remedy);
     if (nvinfer1::ILogger *logger = find_logger()) {
         logger->log(nvinfer1::ILogger::Severity::kERROR, text);
     } else {

@@ -16,7 +16,7 @@ namespace {
 #define TEXT(value) TEXT_OF(value)
 
 void fail(const char *came, const char *expected, const char *remedy) {
-    fprintf(stderr, "maskrcnn plugins\ncame: %s\nexpected: %s\ndo: %s\n", came, expected, remedy);
+    fprintf(stderr, "maskrcnn plugins\ncame: %s\nexpected: %s\nfix: %s\n", came, expected, remedy);
 }
 
 // The library that stands beside this one.
