@@ -1,0 +1,29 @@
+"""Progress of a long call, reported to its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Receives the messages and the progress of a function of `maskrcnn.api`; this class ignores them.
+
+    Subclass it to show them: the command line prints messages and draws bars, a notebook may collect them.
+    """
+
+    def message(self, text: str) -> None:
+        """Receives one line of plain text for the user."""
+
+    @contextmanager
+    def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Encloses a part of the work that takes long.
+
+        Args:
+            title: what is done, such as "exporting model.safetensors".
+            total: number of steps; None if it is unknown.
+
+        Yields:
+            a function that is called with the number of steps completed since the last call.
+        """
+        yield lambda steps: None
