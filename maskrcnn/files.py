@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""JSON files, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -85,6 +85,35 @@ def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
     text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Reads a JSON file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: file to read.
+        what: what the file should be ("an annotation file in COCO's format"), for the error text.
+
+    Raises:
+        UserError: where the file cannot be read or is not JSON; names the file, and the line of a syntax error.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})", what, "check the path") from error
+    return parse_json(data, str(path), what)
+
+
+def parse_json(data: bytes, name: str, what: str) -> Any:
+    """Parses JSON text in UTF-8; `name` stands for the file in errors, see `read_json`."""
+    fix = "restore the file, or name another one"
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        found = f"{name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+        raise UserError(found, what, fix) from error
+    except (ValueError, RecursionError) as error:  # wrong encoding; nested too deeply
+        raise UserError(f"{name}: not JSON ({error})", what, fix) from error
 
 
 def make_folder(path: Path) -> None:

@@ -1,3 +1,4 @@
+import codecs
 import errno
 import json
 import math
@@ -6,7 +7,7 @@ import os
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, check_target, folder_beside, make_folder, write_json
+from maskrcnn.files import atomic_path, check_target, folder_beside, make_folder, read_json, write_json
 
 
 def names(folder):
@@ -115,3 +116,26 @@ def test_values_that_json_cannot_hold_leave_the_old_file(tmp_path, value, error)
         write_json(tmp_path / "v.json", {"ap": value})
     assert json.loads((tmp_path / "v.json").read_text()) == {"ap": 0.5}
     assert names(tmp_path) == ["v.json"]
+
+
+def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path):
+    for mark in (b"", codecs.BOM_UTF8):
+        (tmp_path / "v.json").write_bytes(mark + '{"name": "犬"}'.encode())
+        assert read_json(tmp_path / "v.json", "a JSON file") == {"name": "犬"}
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, r"v\.json cannot be read \(No such file"),
+        (b'{\n"a" 1}', r"v\.json, line 2, column 5: not JSON \(Expecting ':' delimiter\)"),
+        (b'"\xff"', r"v\.json: not JSON"),
+        (b"[" * 200_000, r"v\.json: not JSON"),
+    ],
+)
+def test_json_that_cannot_be_read_names_file_and_line(tmp_path, content, found):
+    if content is not None:
+        (tmp_path / "v.json").write_bytes(content)
+    with pytest.raises(UserError, match=found) as caught:
+        read_json(tmp_path / "v.json", "a results file")
+    assert caught.value.expected == "a results file"
