@@ -1,0 +1,129 @@
+"""Line charts as SVG text, for HTML pages and Markdown files; the only module that imports matplotlib."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from maskrcnn.errors import missing_library
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+
+_COLOURS = (
+    "#1565c0",
+    "#c62828",
+    "#2e7d32",
+    "#6a1b9a",
+    "#ef6c00",
+    "#00838f",
+    "#4e342e",
+    "#ad1457",
+    "#827717",
+    "#37474f",
+)
+_SETTINGS = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "maskrcnn",  # the same chart gives the same bytes
+    "text.parse_math": False,  # names may contain $
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Sequence[tuple[float, float]] | np.ndarray],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    markers: bool = True,
+    size_in: tuple[float, float] = (5.5, 4.2),
+) -> str:
+    """Draws one line per series and a legend at the right.
+
+    Args:
+        title: chart title.
+        x_label: x axis label.
+        y_label: y axis label.
+        series: points (x, y) `[P, 2]` by series name, in legend order; colours repeat after ten. Points that cannot be
+            drawn (not finite, or not positive on a logarithmic axis) are left out, and so is a series without points.
+        log_x: logarithmic x axis.
+        log_y: logarithmic y axis.
+        x_range: limits of the x axis (default: the data's).
+        y_range: limits of the y axis (default: the data's).
+        markers: mark each point and list the values in the series' tooltip.
+        size_in: width and height of the plot in inches, without the legend.
+
+    Returns:
+        An `<svg>` element; written to a file, it is a complete SVG image.
+
+    Raises:
+        UserError: if matplotlib is not installed.
+        ValueError: if no point can be drawn.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_library("matplotlib", "draw charts", "pip install matplotlib") from error
+
+    drawn = {name: _drawable(points, log_x, log_y) for name, points in series.items()}
+    drawn = {name: points for name, points in drawn.items() if len(points)}
+    if not drawn:
+        raise ValueError("found: a chart without a point; expected: at least one; fix: leave the chart out")
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=size_in)
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+        axes.grid(color="#e0e0e0", linewidth=0.6)
+        lines = []
+        for number, points in enumerate(drawn.values()):
+            (line,) = axes.plot(*points.T, color=_COLOURS[number % len(_COLOURS)], marker="o" if markers else "")
+            line.set_gid(f"series-{number}")
+            lines.append(line)
+        points = np.concatenate(list(drawn.values()))
+        for axis, is_log, limits, values in zip(
+            (axes.xaxis, axes.yaxis), (log_x, log_y), (x_range, y_range), points.T, strict=True
+        ):
+            if is_log:
+                _make_logarithmic(axis, float(values.max() / values.min()))
+            if limits is not None:
+                axis.set_view_interval(*limits, ignore=True)
+        axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]  # without the XML declaration, which may not stand inside HTML
+    for number, (name, points) in enumerate(drawn.items()):
+        values = [f"{x:.4g}, {y:.4g}" for x, y in points.tolist()] if markers else []
+        tooltip = html.escape("\n".join([name, *values]))
+        text = text.replace(f'<g id="series-{number}">', f"<g><title>{tooltip}</title>")
+    return text
+
+
+def _drawable(points: Sequence[tuple[float, float]] | np.ndarray, log_x: bool, log_y: bool) -> np.ndarray:
+    values = np.asarray(points, np.float64).reshape(-1, 2)
+    return values[(np.isfinite(values) & ((values > 0) | ~np.array([log_x, log_y]))).all(axis=1)]
+
+
+def _make_logarithmic(axis: Axis, ratio: float) -> None:
+    """Logarithmic scale with plain numbers at 1, 2, 5, 10, …, or at powers of ten if the values span a `ratio` > 300."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
