@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
-from maskrcnn.data.poses import generate_figures
+from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import save_checkpoint
@@ -102,9 +102,9 @@ def joint_onnx_file(tmp_path_factory, joint_model) -> Path:
 
 
 @pytest.fixture(scope="session")
-def figures(tmp_path_factory) -> Path:
+def stick_figures(tmp_path_factory) -> Path:
     """Stick figures, with masks and keypoints."""
-    return generate_figures(tmp_path_factory.mktemp("data") / "figures", train_images=12, val_images=6, size_px=96)
+    return generate_poses(tmp_path_factory.mktemp("data") / "stick_figures", train_images=12, val_images=6, size_px=96)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ _UPPER_ARM, _FOREARM, _THIGH, _SHIN = 0.17, 0.16, 0.21, 0.21
 _TORSO_RADIUS, _ARM_RADIUS, _LEG_RADIUS, _HAND_RADIUS, _FOOT_RADIUS = 0.06, 0.032, 0.038, 0.042, 0.048
 
 
-def generate_figures(
+def generate_poses(
     out: str | Path, *, train_images: int = 600, val_images: int = 100, size_px: int = 128, seed: int = 0
 ) -> Path:
     """Writes the dataset to `out` and returns `out`, see `write_drawn_dataset`.
@@ -65,13 +65,13 @@ def generate_figures(
     """
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        image, figures = figures_image(rng, (size_px, size_px))
+        image, figures = poses_image(rng, (size_px, size_px))
         return image, [_annotation(joints, visible) for joints, visible in figures]
 
     return write_drawn_dataset(
         out,
         draw,
-        name="figures",
+        name="poses",
         info={"description": "generated stick figures", "generator": "maskrcnn.data.poses, version 1"},
         categories=[
             {"id": 1, "name": CLASS_NAMES[0], "keypoints": list(JOINTS), "skeleton": [list(line) for line in SKELETON]}
@@ -83,7 +83,7 @@ def generate_figures(
     )
 
 
-def figures_image(
+def poses_image(
     rng: np.random.Generator, size_hw: tuple[int, int]
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """One random image: `[H, W, 3]` uint8 RGB, and for each figure its joints and visible mask.

@@ -13,7 +13,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from maskrcnn.config import AugmentConfig, LossConfig, model_config
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
-from maskrcnn.data.poses import generate_figures
+from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.detector import MaskRCNN
@@ -59,10 +59,8 @@ def dataset(tmp_path_factory) -> CocoDataset:
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory) -> CocoDataset:
-    root = generate_figures(
-        tmp_path_factory.mktemp("parity") / "figures", train_images=3, val_images=1, size_px=96, seed=5
-    )
+def poses(tmp_path_factory) -> CocoDataset:
+    root = generate_poses(tmp_path_factory.mktemp("parity") / "poses", train_images=3, val_images=1, size_px=96, seed=5)
     return CocoDataset.load(root, "train")
 
 
@@ -125,15 +123,15 @@ def test_losses_and_gradients_equal_torchvisions(dataset, name, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"has_masks": True}], ids=["pose", "joint"])
-def test_keypoint_losses_and_gradients_equal_torchvisions(figures, changes):
-    assert any((instance.keypoints[:, 2] == 0).any() for record in figures.images for instance in record.instances)
+def test_keypoint_losses_and_gradients_equal_torchvisions(poses, changes):
+    assert any((instance.keypoints[:, 2] == 0).any() for record in poses.images for instance in record.instances)
     pose = {
         "class_names": ("figure",),
         "category_ids": (1,),
-        "keypoint_names": figures.keypoint_names,
+        "keypoint_names": poses.keypoint_names,
         "keypoint_head_channels": (32, 32),
     }
-    assert_same_losses(figures, "keypointrcnn_resnet18_fpn", {**pose, **changes})
+    assert_same_losses(poses, "keypointrcnn_resnet18_fpn", {**pose, **changes})
 
 
 def assert_same_losses(dataset, name, changes):

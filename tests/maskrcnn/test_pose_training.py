@@ -1,4 +1,4 @@
-"""Training of keypoints: settings, losses and the road from drawn figures to an evaluated model."""
+"""Training of keypoints: settings, losses and the road from drawn poses to an evaluated model."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from maskrcnn import runs
 from maskrcnn.api import train
 from maskrcnn.config import LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.poses import JOINTS, SKELETON, generate_figures
+from maskrcnn.data.poses import JOINTS, SKELETON, generate_poses
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import USUAL_SIGMA
 from maskrcnn.training.loader import collate
@@ -23,8 +23,8 @@ from maskrcnn.weights.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
-def dataset(figures) -> CocoDataset:
-    return CocoDataset.load(figures, "train")
+def dataset(stick_figures) -> CocoDataset:
+    return CocoDataset.load(stick_figures, "train")
 
 
 # --- settings ----------------------------------------------------------------------------------------
@@ -67,12 +67,12 @@ def test_keypoints_that_the_data_do_not_have_are_refused(dataset, shapes):
 
 
 def one_batch(dataset):
-    config = tiny_config(**FIGURES)
+    config = tiny_config(**POSES)
     samples = TrainingSamples(dataset, config.preprocessing, seed=0)
     return collate([samples[0, index] for index in range(4)], config.preprocessing.divisor)
 
 
-FIGURES = {
+POSES = {
     **TINY_POSE,
     "class_names": ("figure",),
     "category_ids": (1,),
@@ -88,7 +88,7 @@ def keypoint_loss(model, batch, **changes) -> torch.Tensor:
 
 
 def test_without_labelled_keypoints_there_is_nothing_to_learn(dataset):
-    model, batch = lively_model(tiny_config(**FIGURES)).eval(), one_batch(dataset)
+    model, batch = lively_model(tiny_config(**POSES)).eval(), one_batch(dataset)
     assert float(keypoint_loss(model, batch).detach()) > 1
     loss = keypoint_loss(model, batch, keypoints=torch.zeros_like(batch.keypoints))
     loss.backward()
@@ -97,7 +97,7 @@ def test_without_labelled_keypoints_there_is_nothing_to_learn(dataset):
 
 
 def test_hidden_keypoints_count_as_visible_ones(dataset):
-    model, batch = lively_model(tiny_config(**FIGURES)).eval(), one_batch(dataset)
+    model, batch = lively_model(tiny_config(**POSES)).eval(), one_batch(dataset)
     hidden = batch.keypoints.clone()
     hidden[..., 2] = hidden[..., 2].clamp(max=1)
     assert not torch.equal(hidden, batch.keypoints)
@@ -105,7 +105,7 @@ def test_hidden_keypoints_count_as_visible_ones(dataset):
 
 
 def test_the_mean_is_taken_over_all_processes(dataset):
-    model, batch = lively_model(tiny_config(**FIGURES)).eval(), one_batch(dataset)
+    model, batch = lively_model(tiny_config(**POSES)).eval(), one_batch(dataset)
     loss, seen = LossConfig(rpn_samples=64, box_samples=32), []
 
     def twice(count):
@@ -121,11 +121,11 @@ def test_the_mean_is_taken_over_all_processes(dataset):
 # --- runs --------------------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_losses_of_masks_and_keypoints(figures, dataset, tmp_path):
+def test_training_lowers_the_losses_of_masks_and_keypoints(stick_figures, dataset, tmp_path):
     config = TrainConfig(
-        model=tiny_config(**FIGURES),
+        model=tiny_config(**POSES),
         loss=LossConfig(rpn_samples=32, box_samples=32),
-        data=str(figures),
+        data=str(stick_figures),
         epochs=7,
         batch_size=4,
         learning_rate=0.02,
@@ -151,20 +151,18 @@ def test_the_best_checkpoint_is_the_best_by_masks_and_keypoints():
     assert (score_of({"box_ap": 0.9, "mask_ap": 0.4}), score_of({"box_ap": 0.9})) == (0.4, 0.9)
 
 
-def test_figures_are_drawn_trained_and_evaluated(run, tmp_path, monkeypatch):
-    few = partial(generate_figures, train_images=8, val_images=4, size_px=64)
-    monkeypatch.setitem(train.GENERATED, "figures", few)
-    code, out, err = run("train", "--data", "figures", "--epochs", 1, "--workers", 0, "--batch-size", 4)
+def test_poses_are_drawn_trained_and_evaluated(run, tmp_path, monkeypatch):
+    few = partial(generate_poses, train_images=8, val_images=4, size_px=64)
+    monkeypatch.setitem(train.GENERATED, "poses", few)
+    code, out, err = run("train", "--data", "poses", "--epochs", 1, "--workers", 0, "--batch-size", 4)
     assert code == 0, err
     assert "best mask and keypoint AP" in out
     (line,) = (tmp_path / "runs" / "train-1" / runs.LOG).read_text().splitlines()
     assert {"mask", "keypoint", "box_ap", "mask_ap", "keypoint_ap"} <= json.loads(line).keys()
-    assert (tmp_path / "runs" / "figures" / "annotations" / "instances_val.json").exists()
+    assert (tmp_path / "runs" / "poses" / "annotations" / "instances_val.json").exists()
     config = load_checkpoint(tmp_path / "runs" / "train-1" / runs.BEST).config
     assert config.has_masks and config.keypoint_names == JOINTS
-    code, out, err = run(
-        "evaluate", "runs/train-1/best.safetensors", "--data", "runs/figures", "--json", "metrics.json"
-    )
+    code, out, err = run("evaluate", "runs/train-1/best.safetensors", "--data", "runs/poses", "--json", "metrics.json")
     assert code == 0, err
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["keypoint"]["AP"] >= 0 and len(metrics["keypoint"]) == 10

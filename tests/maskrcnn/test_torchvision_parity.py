@@ -13,7 +13,7 @@ from random_weights import calibrate, calibrated_state_dict, torchvision_model
 from torchvision.models import get_model, list_models
 
 from maskrcnn.config import MODELS, model_config
-from maskrcnn.data.poses import figures_image
+from maskrcnn.data.poses import poses_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
@@ -164,7 +164,7 @@ def test_keypoints(changes, least_share):
     pose = {"has_masks": False, "has_keypoints": True, "keypoint_names": ("a", "b", "c")}
     config = replace(SMALL, **{**pose, "keypoint_head_channels": (32, 32), **changes})
     rng = np.random.default_rng(6)
-    images = [figures_image(rng, size)[0] for size in MIXED_SIZES]
+    images = [poses_image(rng, size)[0] for size in MIXED_SIZES]
     torch.manual_seed(0)
     theirs = torchvision_from_config(config)
     calibrate(theirs, images)

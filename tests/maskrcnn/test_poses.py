@@ -1,0 +1,97 @@
+"""The generated dataset of stick figures: what is annotated is what was drawn."""
+
+import numpy as np
+import pytest
+
+from maskrcnn.data import poses
+from maskrcnn.data.check import check_dataset
+from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.images import read_image
+from maskrcnn.data.poses import JOINTS, SKELETON, generate_poses, poses_image
+from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.errors import UserError
+from maskrcnn.keypoints import mirrored
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "poses"
+    return generate_poses(root, train_images=60, val_images=5, size_px=96, seed=2)
+
+
+@pytest.fixture(scope="module")
+def dataset(folder) -> CocoDataset:
+    return CocoDataset.load(folder, "train")
+
+
+def test_nothing_is_wrong_with_it(folder, dataset):
+    assert (dataset.class_names, dataset.keypoint_names, dataset.keypoint_skeleton) == (("figure",), JOINTS, SKELETON)
+    assert dataset.skipped == {} and len(CocoDataset.load(folder, "val").images) == 5
+    assert check_dataset(folder, workers=1).findings == ()
+    numbers = [len(record.instances) for record in dataset.images]
+    assert 1 <= numbers.count(0) <= 10 and max(numbers) == 3
+
+
+def test_annotations_describe_the_drawn_pixels_and_joints(dataset):
+    for index, record in enumerate(dataset.images[:20]):
+        image, drawn = poses_image(np.random.default_rng([2, 0, index]), (96, 96))
+        np.testing.assert_array_equal(read_image(record.path), image)
+        assert len(drawn) == len(record.instances)
+        for (joints, visible), instance in zip(drawn, record.instances, strict=True):
+            np.testing.assert_array_equal(instance_mask(record, instance), visible)
+            np.testing.assert_allclose(instance.keypoints, joints, atol=0.006)  # two decimals in the file
+            assert instance.area_px == visible.sum()
+
+
+def test_a_joints_visibility_is_what_can_be_seen_of_it(dataset):
+    found = []
+    for record in dataset.images:
+        for instance in record.instances:
+            mask = instance_mask(record, instance)
+            for x, y, shown in instance.keypoints:
+                if shown:
+                    assert 0 <= x <= 96 and 0 <= y <= 96
+                    near = mask[max(int(y) - 1, 0) : int(y) + 2, max(int(x) - 1, 0) : int(x) + 2]
+                    assert (shown == 2) <= near.any()
+                found.append(shown)
+    shares = np.bincount(np.array(found, int), minlength=3) / len(found)
+    assert shares[2] > 0.75 and min(shares[0], shares[1]) > 0.005
+
+
+def test_the_side_shows_in_the_face(monkeypatch):
+    """Whoever faces the camera has the left hand on the image's right; in a mirror the names change places."""
+    drawn = []
+    parts = poses._parts
+
+    def spy(at, height_px, is_facing, size_hw):
+        drawn.append((at, is_facing))
+        return parts(at, height_px, is_facing, size_hw)
+
+    monkeypatch.setattr(poses, "_parts", spy)
+    for seed in range(20):
+        poses_image(np.random.default_rng(seed), (64, 64))
+    assert {is_facing for _, is_facing in drawn} == {True, False}
+    for at, is_facing in drawn:
+        down, across = at["hip"] - at["neck"], at["left_shoulder"] - at["right_shoulder"]
+        assert (across[0] * down[1] - across[1] * down[0] > 0) == is_facing
+    partners = mirrored(JOINTS)
+    assert all(JOINTS[k].split("_")[-1] == JOINTS[partner].split("_")[-1] for k, partner in enumerate(partners))
+    assert [JOINTS[k] for k, partner in enumerate(partners) if k == partner] == ["head", "neck", "hip"]
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(folder, tmp_path):
+    arguments = {"train_images": 3, "val_images": 1, "size_px": 96}
+    again = generate_poses(tmp_path / "again", **arguments, seed=2)
+    for name in ("000000.png", "000002.png"):
+        assert (again / "train" / name).read_bytes() == (folder / "train" / name).read_bytes()
+    other = generate_poses(tmp_path / "other", **arguments, seed=3)
+    assert (other / "train" / "000000.png").read_bytes() != (folder / "train" / "000000.png").read_bytes()
+
+
+def test_it_is_used_again_and_never_taken_for_shapes(folder, tmp_path):
+    before = (folder / "annotations" / "instances_train.json").stat().st_mtime_ns
+    arguments = {"train_images": 60, "val_images": 5, "size_px": 96, "seed": 2}
+    assert generate_poses(folder, **arguments) == folder
+    assert (folder / "annotations" / "instances_train.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="is not the complete shapes dataset"):
+        generate_shapes(folder, **arguments)
