@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from maskrcnn import runs
+from maskrcnn.cli.progress import EpochProgress
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
-from maskrcnn.data.poses import generate_figures
+from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
@@ -36,7 +37,7 @@ from maskrcnn.weights.checkpoint import SUFFIX
 from maskrcnn.weights.finetuning import finetuning_tensors
 
 # Datasets that are generated where their name is given for a folder that does not exist.
-GENERATED = {"shapes": generate_shapes, "figures": generate_figures}
+GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
 _DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
 
 
@@ -66,7 +67,8 @@ def _train(console: Console, processes: Processes, begin: Callable, folder: Path
     )
     for line in without_effect(config):
         console.print(line, markup=False)
-    trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config))
+    with EpochProgress(quiet=not processes.is_first) as progress:
+        trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config), progress)
     console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
 
 

@@ -1,12 +1,10 @@
-"""The phases of TensorRT's builder as nested bars."""
+"""Progress bars of `maskrcnn train` and of TensorRT's builder."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -71,63 +69,62 @@ class EngineProgress:
                 self._bars.remove_task(self._phases.pop(phase)[0])
 
 
-# What a user sees while training: a progress bar on a terminal, plain lines elsewhere.
-
 _SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
 
 
-class _EpochProgress:
-    """Counts images of the whole run and shows loss, images/s and the time that is left."""
+class EpochProgress:
+    """Training progress on standard error: a bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, total_images: int, done_images: int, console: Console) -> None:
-        self.console = console
-        self.total, self.done = total_images, done_images
-        self.started, self.at_start = time.perf_counter(), done_images
-        self.last_line = self.started
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            self.bar = Progress(
+    Implements `maskrcnn.training.trainer.TrainingProgress`.
+
+    Args:
+        quiet: print nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, quiet=quiet)
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> EpochProgress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start(self, total_images: int, done_images: int) -> None:
+        """Shows the bar and starts the clock."""
+        self._total, self._done = total_images, done_images
+        self._started, self._at_start = time.perf_counter(), done_images
+        self._last_line = self._started
+        if self._console.is_terminal:
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
-                console=console,
+                console=self._console,
             )
-            self.task = self.bar.add_task("training", total=total_images, completed=done_images, numbers="")
+            self._task = self._bar.add_task("training", total=total_images, completed=done_images, numbers="")
+            self._bar.start()
 
-    def rate(self) -> float:
-        """Images per second since this process began training."""
-        return (self.done - self.at_start) / max(time.perf_counter() - self.started, 1e-9)
+    def step(self, images: int, *, epoch: int, loss: float) -> None:
+        """Shows epoch, loss, images/s and the remaining time."""
+        self._done += images
+        rate = (self._done - self._at_start) / max(time.perf_counter() - self._started, 1e-9)
+        numbers = f"epoch {epoch}  loss {loss:.3f}  {rate:.1f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, numbers=numbers)
+        elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.perf_counter()
+            left = (self._total - self._done) / max(rate, 1e-9)
+            self.message(f"{numbers}  {self._done}/{self._total} images  {left:.0f} s left")
 
-    def advance(self, images: int, *, epoch: int, loss: float) -> None:
-        """Records a batch."""
-        self.done += images
-        numbers = f"epoch {epoch}  loss {loss:.3f}  {self.rate():.1f} images/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, numbers=numbers)
-        elif time.perf_counter() - self.last_line > _SECONDS_BETWEEN_LINES:
-            self.last_line = time.perf_counter()
-            left = (self.total - self.done) / max(self.rate(), 1e-9)
-            self.console.print(f"{numbers}  {self.done}/{self.total} images  {left:.0f} s left", soft_wrap=True)
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Prints the metrics on one line."""
+        self.message("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Prints a line that stays."""
-        self.console.print(text, soft_wrap=True)
-
-
-@contextmanager
-def epoch_progress(total_images: int, done_images: int, *, shown: bool = True) -> Iterator[_EpochProgress]:
-    """A progress display for the time of the context; one that is not shown says nothing."""
-    console = Console(file=sys.stderr, highlight=False, quiet=not shown)
-    progress = _EpochProgress(total_images, done_images, console)
-    if progress.bar is None:
-        yield progress
-        return
-    with progress.bar:
-        yield progress
-
-
-def table_line(values: dict[str, Any]) -> str:
-    """Figures of an epoch on one line."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self._console.print(text, soft_wrap=True)

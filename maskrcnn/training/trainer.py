@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from maskrcnn import runs
-from maskrcnn.cli.progress import epoch_progress, table_line
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
@@ -35,6 +34,26 @@ Draw = Callable[[MaskRCNN], list[Picture]]
 
 SECONDS_BETWEEN_STATES = 600.0  # of an epoch that takes longer than that; the end of an epoch is always saved
 _MOST_SKIPPED = 100  # steps in a row without a finite gradient: nothing is being learnt
+
+
+class TrainingProgress(Protocol):
+    """Receives the progress of `Trainer.fit`."""
+
+    def start(self, total_images: int, done_images: int) -> None:
+        """Begins a run of `total_images` over all epochs, `done_images` of which an earlier process trained on."""
+
+    def step(self, images: int, *, epoch: int, loss: float) -> None:
+        """Records an optimizer step over `images` images; epochs count from 1."""
+
+    def epoch(self, metrics: dict[str, Any]) -> None:
+        """Records the metrics of a finished epoch."""
+
+    def message(self, text: str) -> None:
+        """Receives a line for the user, such as a skipped step."""
+
+
+class _Silent(TrainingProgress):
+    """Ignores the progress."""
 
 
 class Trainer:
@@ -85,8 +104,15 @@ class Trainer:
         """Continues from the last state that was saved, with any number of processes."""
         self.progress = state.load_state(self.run / runs.STATE, self.step)
 
-    def fit(self, evaluate: _Evaluate, draw: Draw | None = None) -> dict[str, Any]:
-        """Trains to the last epoch and returns the figures of the last evaluation.
+    def fit(
+        self, evaluate: _Evaluate, draw: Draw | None = None, display: TrainingProgress | None = None
+    ) -> dict[str, Any]:
+        """Trains to the last epoch and returns the metrics of the last one.
+
+        Args:
+            evaluate: scores the model after an epoch.
+            draw: draws the model's predictions after an evaluation (default: no images).
+            display: receives the progress (default: silent).
 
         Raises:
             UserError: when a file cannot be used, when memory runs out, or when the loss is not finite.
@@ -107,17 +133,18 @@ class Trainer:
         done = progress.epoch * images + progress.step * config.batch_size
         figures: dict[str, Any] = {}
         self.logbook = self._open_logbook()
-        with epoch_progress(config.epochs * images, done, shown=self.processes.is_first) as self.display:
-            while progress.epoch < config.epochs:
-                # The epoch and the index decide all randomness, so a resumed run repeats what an unbroken one does.
-                sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
-                began, before = time.perf_counter(), progress.step
-                self._train_epoch()
-                rate = (self.steps_per_epoch - before) * config.batch_size / (time.perf_counter() - began)
-                figures = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
-                if self.logbook is not None:
-                    self.logbook.epoch(progress.epoch * self.steps_per_epoch, figures)
-                self.display.say(table_line(figures))
+        self.display = display or _Silent()
+        self.display.start(config.epochs * images, done)
+        while progress.epoch < config.epochs:
+            # The epoch and the index decide all randomness, so a resumed run repeats what an unbroken one does.
+            sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
+            began, before = time.perf_counter(), progress.step
+            self._train_epoch()
+            rate = (self.steps_per_epoch - before) * config.batch_size / (time.perf_counter() - began)
+            figures = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
+            if self.logbook is not None:
+                self.logbook.epoch(progress.epoch * self.steps_per_epoch, figures)
+            self.display.epoch(figures)
         if self.logbook is not None:
             self.logbook.close()
         return figures
@@ -161,7 +188,7 @@ class Trainer:
             if self.logbook is not None:
                 self.logbook.step(number, {**figures, "learning_rate": rate})
             epoch = number // self.steps_per_epoch + 1
-            self.display.advance(self.config.batch_size, epoch=epoch, loss=figures["loss"])
+            self.display.step(self.config.batch_size, epoch=epoch, loss=figures["loss"])
 
     def _check(self, number: int, images: list[int], figures: dict[str, float]) -> bool:
         """Whether a step was taken; stops, or says that it was skipped.
@@ -184,7 +211,7 @@ class Trainer:
                 f"look at these images, lower --learning-rate, or skip such steps with --on-nonfinite skip; "
                 f"continue the last good state with --resume {self.run}",
             )
-        self.display.say(f"skipped: {came}")
+        self.display.message(f"skipped: {came}")
         return False
 
     def _end_epoch(self, evaluate: _Evaluate, draw: Draw | None) -> dict[str, Any]:
