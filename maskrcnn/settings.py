@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 import yaml
 
 from maskrcnn.errors import UserError
@@ -103,45 +99,6 @@ def _no_list(name: str, inner: Any, value: Any, default: Any) -> UserError:
         f"{name} {value!r}",
         f"a list of {_LISTS.get(inner, 'lists')}, as {form}",
         f"write it in such brackets, also where there is one value only; --set '{name}={form}'",
-    )
-
-
-# Settings of a run from the command line and from YAML: one dataclass stands behind both.
-
-
-def with_settings(kind: type) -> Callable[[Callable], Callable]:
-    """A decorator that gives a command an option for each field of a dataclass that has a help text.
-
-    The command gets those that the user gave as a dictionary `settings`.
-    """
-
-    def decorate(command: Callable) -> Callable:
-        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "settings"]
-        types = typing.get_type_hints(kind)
-        fields = [f for f in dataclasses.fields(kind) if "help" in f.metadata]
-        made = [_parameter(f, types[f.name]) for f in fields]
-
-        @functools.wraps(command)
-        def with_dictionary(**values: Any) -> Any:
-            given = {f.name: values.pop(f.name) for f in fields}
-            return command(**values, settings={name: value for name, value in given.items() if value is not None})
-
-        with_dictionary.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
-        with_dictionary.__annotations__ = {p.name: p.annotation for p in own + made}
-        return with_dictionary
-
-    return decorate
-
-
-def _parameter(setting: dataclasses.Field, kind: Any) -> inspect.Parameter:
-    choices = setting.metadata["choices"]
-    text = setting.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "")
-    if setting.default not in ("", ()):
-        text += f" Default {setting.default}."
-    option = typer.Option(help=text, show_default=False)
-    shown = kind if kind in (int, float, bool) else str
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shown | None, option]
     )
 
 
