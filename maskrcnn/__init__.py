@@ -1,7 +1,74 @@
 """Mask R-CNN from training data to the fastest engine a machine can run.
 
-Importing this package loads nothing heavy: torch, ONNX Runtime and OpenVINO are imported by the
-modules that use them, so that a deployment machine needs only the one it runs.
+    import maskrcnn
+
+    run = maskrcnn.train("shapes", epochs=4)
+    model = maskrcnn.export(run.checkpoint)
+    engine = maskrcnn.build_engine(model.path)
+    print(maskrcnn.evaluate(engine.path, data="runs/shapes").metrics)
+    print(maskrcnn.predict("photo.jpg", model=engine.path).detections[0])
+
+Importing this package imports nothing heavy: PyTorch, ONNX Runtime and OpenVINO are imported by the functions that use
+them, so that a deployment machine needs only the one it runs.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskrcnn.api.build_engine import build_engine, refit_engine
+    from maskrcnn.api.data import check_data, convert
+    from maskrcnn.api.evaluate import evaluate
+    from maskrcnn.api.inspect import inspect, lint
+    from maskrcnn.api.predict import predict
+    from maskrcnn.api.train import train
+    from maskrcnn.api.verify import verify
+    from maskrcnn.errors import UserError
+    from maskrcnn.runtime.detector import Detector
+
 __version__ = "0.1.0"
+
+# Name → module. `maskrcnn.export` is a package that can be called, see export/__init__.py.
+_LAZY = {
+    "train": "maskrcnn.api.train",
+    "export": "maskrcnn.export",
+    "build_engine": "maskrcnn.api.build_engine",
+    "refit_engine": "maskrcnn.api.build_engine",
+    "predict": "maskrcnn.api.predict",
+    "evaluate": "maskrcnn.api.evaluate",
+    "verify": "maskrcnn.api.verify",
+    "inspect": "maskrcnn.api.inspect",
+    "lint": "maskrcnn.api.inspect",
+    "convert": "maskrcnn.api.data",
+    "check_data": "maskrcnn.api.data",
+    "Detector": "maskrcnn.runtime.detector",
+    "UserError": "maskrcnn.errors",
+}
+
+__all__ = [
+    "Detector",
+    "UserError",
+    "build_engine",
+    "check_data",
+    "convert",
+    "evaluate",
+    "inspect",
+    "lint",
+    "predict",
+    "refit_engine",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if name == "export" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

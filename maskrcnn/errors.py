@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -31,10 +31,15 @@ def missing_library(name: str, enables: str, install: str) -> UserError:
 
 
 @contextmanager
-def told_to_the_user() -> Iterator[None]:
-    """A `UserError` inside this context ends the program: its text on standard error, exit code 1."""
+def exit_on_user_error(before_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A `UserError` inside this context is printed to standard error, and ends the program with exit code 1.
+
+    Args:
+        before_exit: called before the error is printed, while it is handled.
+    """
     try:
         yield
     except UserError as error:
+        before_exit()
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,116 +1,422 @@
-"""`maskrcnn evaluate MODEL`: where the detections come from — this process, several, or those of torchrun."""
+"""`maskrcnn.evaluate(...)`: COCO metrics of a model on a dataset, or of a results file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.evaluation.evaluate import (
-    Evaluation,
-    Seconds,
-    check_classes,
-    detect_records,
-    facts_of,
-    kinds_found,
-    score_kinds,
-)
-from maskrcnn.runtime.evaluation.scoring import Scorer
-from maskrcnn.runtime.evaluation.sharding import (
-    DetectionTask,
-    Share,
-    detect_in_processes,
-    detect_share,
-    gathered,
-    use_own_gpu,
-)
+from maskrcnn.files import atomic_path, check_target, report_path, write_json
 
 if TYPE_CHECKING:
-    from maskrcnn.cli.evaluate import Request
+    from maskrcnn.data.coco import CocoDataset
+    from maskrcnn.runtime.evaluation.differences import Difference
+    from maskrcnn.runtime.evaluation.evaluate import Evaluation
+    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+    from maskrcnn.runtime.evaluation.sharding import Share
 
-_Found = tuple[list[dict[str, Any]], Seconds, dict[str, Any]]  # results, time, facts about the model
+
+@dataclass(frozen=True, repr=False)
+class EvaluateResult(Result):
+    """COCO metrics, and what was written."""
+
+    source: str  # the model or the results file
+    annotations: str  # the file of the ground truth
+    images: int
+    metrics: dict[str, dict[str, float]]  # "box", "mask", "keypoints" → metric → value
+    seconds: dict[str, float]  # time of each part
+    files: list[Path] = field(default_factory=list)  # results, JSON and report that were written
+    remarks: list[str] = field(default_factory=list)
+    differences: dict[str, Difference] = field(default_factory=dict, repr=False)  # by kind, with `compare`
+    evaluation: Evaluation | None = field(default=None, repr=False)  # match records, results, per-class metrics
+
+    def table(self) -> str:
+        """The metrics as a table."""
+        assert self.evaluation is not None
+        return self.evaluation.table()
 
 
-def evaluate_model(console: Console, request: Request, model: Path) -> Evaluation | None:
-    """Detects on the dataset of a request and scores; prints which model, where it ran and on what.
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The arguments of `evaluate`, as paths."""
+
+    model: Path | None
+    data: Path | None
+    split: str
+    backend: str | None
+    batch_size: int
+    processes: int
+    resume: Path | None
+    results: Path | None
+    annotations: Path | None
+    images: Path | None
+    kinds: tuple[str, ...]
+    compare: Path | None
+    resamples: int
+    seed: int
+    threshold: float
+    save_results: Path | None
+    json: Path | None
+    report: Path | None
+    worst: int
+
+
+def evaluate(
+    model: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str = "val",
+    backend: str | None = None,
+    provider: str | None = None,
+    precision: str | None = None,
+    batch_size: int = 1,
+    processes: int = 1,
+    resume: str | Path | None = None,
+    results: str | Path | None = None,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    iou_type: Sequence[str] = (),
+    compare: str | Path | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    threshold: float = 0.5,
+    save_results: str | Path | None = None,
+    json: str | Path | None = None,
+    report: str | Path | None = None,
+    worst: int = 12,
+    progress: Progress | None = None,
+) -> EvaluateResult | None:
+    """Computes COCO metrics; every figure equals pycocotools' to the last digit.
 
     Args:
-        console: where to print.
-        request: the options.
-        model: the file to load; it may be another than the request's.
+        model: checkpoint, ONNX file or engine; or None, with `results`.
+        data: folder of a dataset in COCO format.
+        split: split of `data` to evaluate on.
+        backend, provider, precision: as `maskrcnn.predict`.
+        batch_size: images per batch. Padding of a batch changes metrics in the third decimal.
+        processes: number of worker processes.
+        resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
+        results: results file in COCO format to score instead of a model.
+        annotations: annotation file in COCO format, with `results` instead of `data`.
+        images: folder of the images of `annotations`, for the report.
+        iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
+        compare: results file or model to compare with: difference in AP with its interval.
+        resamples: bootstrap resamples of the images for intervals of AP.
+        seed: random seed of the resamples.
+        threshold: lowest score in comparisons of images, in confusions and in the images of the report.
+        save_results: file to write the results to, as COCO's server takes them.
+        json: file to write metrics and results to.
+        report: HTML file to write, or a folder for `report.html`.
+        worst: maximum number of images in the report.
+        progress: receives messages.
 
     Returns:
-        the evaluation; None in a process of torchrun that is not the first.
+        the result; None in processes of torchrun other than the first.
 
     Raises:
-        UserError: see `evaluate`, and for a sharing of work that cannot be.
+        UserError: for options that contradict each other and files that cannot be used.
     """
-    share = Share.of_environment()
-    if share.count > 1 and (request.processes > 1 or request.resume is None):
-        came = f"WORLD_SIZE={share.count} " + ("with --processes" if request.processes > 1 else "without --resume FILE")
-        raise UserError(came, "processes of torchrun that meet in one file", "add --resume FILE, leave out --processes")
-    if share.rank:
-        console = Console(quiet=True)
-    dataset = dataset_of(console, request, require_images=True)
-    found = _detections(console, request, model, dataset, share)
-    if found is None:
-        return None
-    results, seconds, facts = found
-    kinds = request.kinds or kinds_found(
-        with_masks=facts["has_masks"] and dataset.has_masks,
-        with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # older logs do not say
+    from maskrcnn.runtime.detector import backend_spec
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+
+    progress = progress or Progress()
+    options = _Options(
+        model=_path(model),
+        data=_path(data),
+        split=split,
+        backend=backend_spec(backend, provider, precision),
+        batch_size=batch_size,
+        processes=processes,
+        resume=_path(resume),
+        results=_path(results),
+        annotations=_path(annotations),
+        images=_path(images),
+        kinds=tuple(iou_type),
+        compare=_path(compare),
+        resamples=resamples,
+        seed=seed,
+        threshold=threshold,
+        save_results=_path(save_results),
+        json=_path(json),
+        report=_path(report),
+        worst=worst,
     )
-    sigmas, scorer = facts.get("sigmas", ()), Scorer(request.scorer)
-    evaluation = score_kinds(dataset, results, kinds, sigmas=sigmas, seconds=seconds, scorer=scorer)
-    told = f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}"
-    console.print(told, markup=False)
-    return evaluation
+    _check(options)
+    if options.model is not None:
+        evaluation = _evaluate_model(options, options.model, options.kinds, options.resume, progress)
+    else:
+        evaluation = _evaluate_file(options, progress)
+    if evaluation is None:
+        return None
+    truth = next(iter(evaluation.scored.values())).truth
+    remarks = _remarks(evaluation)
+    for remark in remarks:
+        progress.message(remark)
+    files: list[Path] = []
+    if options.save_results is not None:  # before the comparison, which may fail
+        files += _save(options.save_results, evaluation)
+    differences = _differences(options, evaluation, truth, progress)
+    if options.json is not None:
+        _write_json(options, evaluation, differences)
+        files.append(options.json)
+    if options.report is not None:
+        files.append(_write_report(options, evaluation, differences, truth))
+    return EvaluateResult(
+        source=str(options.model or options.results),
+        annotations=str(truth.source),
+        images=evaluation.images,
+        metrics={KIND_NAMES[kind]: scored.metrics for kind, scored in evaluation.scored.items()},
+        seconds=asdict(evaluation.seconds),
+        files=files,
+        remarks=remarks,
+        differences=differences,
+        evaluation=evaluation,
+    )
 
 
-def dataset_of(console: Console, request: Request, *, require_images: bool) -> CocoDataset:
-    """The dataset of a request; prints what of its annotations is left out."""
-    split = find_split(request.data, request.split)
-    dataset = CocoDataset.load(request.data, split, require_images=require_images)
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _remarks(evaluation: Evaluation) -> list[str]:
+    return [text for text in dict.fromkeys(scored.results.remark() for scored in evaluation.scored.values()) if text]
+
+
+def _check(options: _Options) -> None:
+    """Refuses options that contradict each other."""
+    if (options.model is None) == (options.results is None):
+        found = "a model and --results" if options.model else "neither a model nor --results"
+        raise UserError(
+            found, "one of them", "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
+        )
+    if options.model is not None and options.data is None:
+        raise UserError("a model without --data", "the folder of a dataset", "add --data DIR")
+    if options.model is not None and options.annotations is not None:
+        raise UserError("a model with --annotations", "--data DIR", "name the folder that holds annotations/")
+    if options.results is not None and (options.annotations is None) == (options.data is None):
+        found = "--results with --annotations and --data" if options.data else "--results without --annotations"
+        raise UserError(found, "the ground truth of the results", "add --annotations FILE, or --data DIR")
+    if options.results is not None and (options.resume is not None or options.processes > 1):
+        raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
+    if options.images is not None and options.annotations is None:
+        raise UserError("--images without --annotations", "--annotations", "drop it: --data has the images")
+    if options.compare is not None and not options.compare.is_file():
+        raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
+    outputs = {"--save-results": options.save_results, "--json": options.json, "--resume": options.resume}
+    if options.report is not None:
+        outputs["--report"] = report_path(options.report)
+    inputs = [path.resolve() for path in (options.model, options.results, options.annotations, options.compare) if path]
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in inputs:
+            raise UserError(f"{option} {path}, an input of the command", "another file", "choose another name")
+        check_target(path)
+
+
+def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
+    from maskrcnn.data.coco import CocoDataset, find_split
+
+    assert options.data is not None
+    dataset = CocoDataset.load(options.data, find_split(options.data, options.split), require_images=require_images)
     for line in dataset.skipped_lines():
-        console.print(line, markup=False)
+        progress.message(line)
     return dataset
 
 
-@contextmanager
-def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; gives what advances it."""
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+def _evaluate_model(
+    options: _Options, model: Path, kinds: Sequence[str], resume: Path | None, progress: Progress
+) -> Evaluation | None:
+    """Detects on the dataset and scores; None in processes of torchrun other than the first."""
+    from maskrcnn.runtime.evaluation.evaluate import kinds_found, score_kinds
+    from maskrcnn.runtime.evaluation.sharding import Share
+
+    share = Share.of_environment()
+    if share.count > 1 and (options.processes > 1 or resume is None):
+        found = f"WORLD_SIZE={share.count} " + (
+            "with --processes" if options.processes > 1 else "without --resume FILE"
+        )
+        raise UserError(found, "processes of torchrun that share one file", "add --resume FILE, drop --processes")
+    if share.rank:
+        progress = Progress()
+    dataset = _dataset(options, progress, require_images=True)
+    detected = _detect(options, model, resume, dataset, share, progress)
+    if detected is None:
+        return None
+    results, seconds, facts = detected
+    kinds = tuple(kinds) or kinds_found(
+        with_masks=facts["has_masks"] and dataset.has_masks,
+        with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # absent from older logs
+    )
+    evaluation = score_kinds(dataset, results, kinds, sigmas=facts.get("sigmas", ()), seconds=seconds)
+    progress.message(f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}")
+    return evaluation
 
 
-def _detections(console: Console, request: Request, model: Path, dataset: CocoDataset, share: Share) -> _Found | None:
-    task = DetectionTask(model, request.data, dataset.split, request.backend, request.batch_size)
-    with progress_bar(console, "detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
-        log_path = request.resume or Path(folder) / "detections.jsonl"
-        if request.processes > 1:
+def _detect(
+    options: _Options, model: Path, resume: Path | None, dataset: CocoDataset, share: Share, progress: Progress
+) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
+    """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
+    from maskrcnn.runtime.detector import Detector
+    from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
+    from maskrcnn.runtime.evaluation.sharding import (
+        DetectionTask,
+        detect_in_processes,
+        detect_share,
+        gathered,
+        use_own_gpu,
+    )
+
+    assert options.data is not None
+    task = DetectionTask(model, options.data, dataset.split, options.backend, options.batch_size)
+    with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
+        log_path = resume or Path(folder) / "detections.jsonl"
+        if options.processes > 1:
             log = task.log(log_path, dataset)
-            results, seconds = detect_in_processes(task, dataset, log, request.processes, progress=advance)
+            results, seconds = detect_in_processes(task, dataset, log, options.processes, progress=advance)
             return results, seconds, log.facts()
         use_own_gpu(share)
-        detector = Detector.load(model, request.backend)
+        detector = Detector.load(model, options.backend)
         for line in detector.backend.remarks():
-            console.print(line, markup=False)
-        if request.resume is None:
+            progress.message(line)
+        if resume is None:
             check_classes(detector, dataset)
-            batch_size = request.batch_size
-            found = detect_records(detector, dataset.images, batch_size=batch_size, progress=advance)
-            return *found, facts_of(detector)
+            results, seconds = detect_records(detector, dataset.images, batch_size=options.batch_size, progress=advance)
+            return results, seconds, facts_of(detector)
         log = task.log(log_path, dataset)
         detect_share(detector, dataset, log, share, progress=advance)
         if share.rank:
             return None
-        return *gathered(dataset, log), facts_of(detector)
+        results, seconds = gathered(dataset, log)
+        return results, seconds, facts_of(detector)
+
+
+def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
+    """The evaluation of `results`."""
+    from maskrcnn.runtime.evaluation.evaluate import score_file
+    from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+
+    assert options.results is not None
+    if options.annotations is not None:
+        truth = GroundTruth.read(options.annotations)
+    else:
+        truth = GroundTruth.of_dataset(_dataset(options, progress, require_images=False))
+    evaluation = score_file(truth, options.results, options.kinds)
+    count = len(evaluation.results)
+    progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
+    return evaluation
+
+
+def _differences(
+    options: _Options, evaluation: Evaluation, truth: GroundTruth, progress: Progress
+) -> dict[str, Difference]:
+    """The difference to `compare`, by kind."""
+    if options.compare is None:
+        return {}
+    from maskrcnn.runtime.detector import BACKENDS
+    from maskrcnn.runtime.evaluation.differences import difference
+    from maskrcnn.runtime.evaluation.evaluate import score_file
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+    from maskrcnn.runtime.evaluation.sharding import Share
+
+    kinds = tuple(evaluation.scored)
+    if options.compare.suffix not in BACKENDS:
+        other: Evaluation | None = score_file(truth, options.compare, kinds)
+    elif options.data is None or Share.of_environment().count > 1:
+        found = f"--compare {options.compare}, a model, " + ("under torchrun" if options.data else "with --annotations")
+        fix = "add --data DIR, without torchrun; or --save-results of that model, and compare with the file"
+        raise UserError(found, "a results file, or a dataset to run the model on", fix)
+    else:
+        other = _evaluate_model(options, options.compare, kinds, None, progress)
+    assert other is not None
+    for remark in _remarks(other):
+        progress.message(remark)
+    differences = {}
+    for kind, scored in evaluation.scored.items():
+        with progress.task("resampling", options.resamples) as advance:
+            differences[kind] = difference(
+                scored,
+                other.scored[kind],
+                min_score=options.threshold,
+                resamples=options.resamples,
+                seed=options.seed,
+                progress=advance,
+            )
+        progress.message(f"{KIND_NAMES[kind]} of {options.compare} minus {options.model or options.results}:")
+        progress.message("\n".join(differences[kind].lines()))
+    return differences
+
+
+def _save(path: Path, evaluation: Evaluation) -> Iterator[Path]:
+    """Writes one results file per kind."""
+    from maskrcnn.runtime.evaluation.results_file import write_server_results
+
+    for kind in evaluation.scored:
+        own = path if len(evaluation.scored) == 1 else path.with_suffix(f".{kind}{path.suffix}")
+        write_server_results(own, evaluation.results, kind)
+        yield own
+
+
+def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+
+    assert options.json is not None
+    content: dict[str, Any] = {"model": str(options.model)} if options.model else {"file": str(options.results)}
+    content |= {"box": evaluation.box, "mask": evaluation.mask, "keypoint": evaluation.keypoint}
+    content |= {KIND_NAMES[kind]: scored.metrics for kind, scored in evaluation.scored.items()}
+    content["per_class"] = {KIND_NAMES[kind]: scored.by_class() for kind, scored in evaluation.scored.items()}
+    content["seconds"] = asdict(evaluation.seconds)
+    if differences:
+        content["compared_with"] = str(options.compare)
+        content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
+    if options.model:
+        content["results"] = evaluation.results
+    write_json(options.json, content)
+
+
+def _write_report(
+    options: _Options, evaluation: Evaluation, differences: dict[str, Difference], truth: GroundTruth
+) -> Path:
+    from maskrcnn.runtime.evaluation.report import report_page
+
+    assert options.report is not None
+    path = report_path(options.report)
+    facts = [
+        f"{evaluation.images} images of {truth.source}",
+        f"{len(evaluation.results)} results",
+        evaluation.seconds.line(),
+        *_remarks(evaluation),
+        *([f"compared with {options.compare}"] if options.compare else []),
+    ]
+    html = report_page(
+        str(options.model or options.results),
+        facts,
+        evaluation.scored,
+        differences=differences,
+        image_file=_image_file(options, truth),
+        min_score=options.threshold,
+        worst=options.worst,
+        resamples=options.resamples,
+        seed=options.seed,
+    )
+    with atomic_path(path) as draft:
+        draft.write_text(html, encoding="utf-8")
+    return path
+
+
+def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
+    """The file of an image id; None if the folder of the images is unknown."""
+    from maskrcnn.data.coco import find_split, image_folder
+
+    if options.data is not None:
+        folder: Path | None = image_folder(options.data, find_split(options.data, options.split))
+    else:
+        folder = options.images
+    if folder is None or options.worst == 0:
+        return None
+    return lambda image_id: folder / str(truth.images[image_id].get("file_name", image_id))

@@ -1,206 +1,271 @@
-"""What `maskrcnn export` does, step by step."""
+"""`maskrcnn.export(...)`: one ONNX file from a checkpoint, weights of another library, or an exported file."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, Literal
 
 from maskrcnn import runs
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_target, folder_beside
 
 if TYPE_CHECKING:
     from maskrcnn.export.tensorrt.lint import LintReport
+    from maskrcnn.model.detector import MaskRCNN
 
-_TEMPORARY = ".export-"  # how a folder's name begins that is gone afterwards
-_PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is to be exported: a checkpoint, weights of another library, or an ONNX file of ours."""
-
-    path: Path | None = None
-    weights: str | None = None
-    model: str | None = None
-    batch_norm_epsilon: float | None = None
+_TEMPORARY = ".export-"  # prefix of folders that exist while a file is written
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+CALIBRATION_IMAGES = 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Int8Options:
-    """How 8-bit scales are found."""
+@dataclass(frozen=True, repr=False)
+class ExportResult(Result):
+    """The exported file and how far it is from its source."""
 
-    calibration: Path | None = None
-    keep: Sequence[str] = ()
-    images: int = 64
+    path: Path
+    source: Path
+    precision: str
+    size_mb: float
+    differences: list[str]  # one line per comparison: from what, and the tolerance that was needed
+    lint: LintReport | None = field(default=None, repr=False)  # for TensorRT: what its parser would object to
 
 
-def run_export(
-    console: Console,
-    source: Source,
+def export(
+    checkpoint: str | Path | None = None,
     *,
-    output: Path | None,
+    output: str | Path | None = None,
+    precision: Precision = "fp32",
+    calibration: str | Path | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+    keep: Sequence[str] = (),
+    simulate: bool = False,
+    tensorrt: bool = False,
+    aot: bool = False,
+    opset: int | None = None,
+    weights: str | None = None,
+    model: str | None = None,
+    batch_norm_epsilon: float | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Writes one ONNX file, compared with its source before it is kept.
+
+    Args:
+        checkpoint: a `.safetensors` checkpoint, or an exported `.onnx` file to write in another precision. Default: the
+            best checkpoint of the newest run.
+        output: file to write. Default: `model.onnx` beside the checkpoint, with the precision in its name.
+        precision: of the graph.
+        calibration: folder of images; determines the scales of int8 and the range check of fp16.
+        calibration_images: maximum number of images to take from it.
+        keep: with int8, layers that stay in floating point: "first", "last", "heads", "backbone", "fpn", or names.
+        simulate: with fp16 and bf16, write a float32 graph that rounds after every layer instead.
+        tensorrt: write the graph for TensorRT's parser, with plugin nodes.
+        aot: with `tensorrt`, plugins whose kernels are compiled into the engine.
+        opset: ONNX opset version. Default: 20.
+        weights: weights instead of a checkpoint: a torchvision or Detectron2 file, a checkpoint, or a name such as
+            "COCO_V1".
+        model: architecture of torchvision `weights`.
+        batch_norm_epsilon: of `weights`. Default: 0 for COCO_V1 weights, 1e-5 for others.
+        progress: receives messages.
+
+    Raises:
+        UserError: if options contradict each other, a file cannot be read or written, or the exported file differs from
+            its source by more than the tolerance of its precision.
+    """
+    progress = progress or Progress()
+    path = None if checkpoint is None else Path(checkpoint)
+    variant: dict[str, Any] = {
+        "precision": precision,
+        "calibration": None if calibration is None else Path(calibration),
+        "calibration_images": calibration_images,
+        "keep": keep,
+        "simulate": simulate,
+        "tensorrt": tensorrt,
+        "aot": aot,
+    }
+    _check_options(path, weights, model, batch_norm_epsilon, opset, **variant)
+    if path is not None and path.suffix == ".onnx":
+        target = Path(output) if output else _variant_name(path, precision, simulate=simulate, tensorrt=tensorrt)
+        _check_output(target, path)
+        differences, lint = write_variant(path, target, **variant, progress=progress)
+        return _result(target, path, precision, differences, lint)
+    loaded, origin, is_named = _load(path, weights, model, batch_norm_epsilon, progress)
+    if output is not None:
+        target = Path(output)
+    else:
+        plain = Path(f"{loaded.config.name}.onnx") if is_named else origin.with_name(runs.ONNX)
+        target = _variant_name(plain, precision, simulate=simulate, tensorrt=tensorrt)
+    _check_output(target, origin)
+    if precision == "fp32" and not tensorrt:
+        differences = [_write_onnx(loaded, target, origin, opset, progress)]
+        return _result(target, origin, precision, differences, None)
+    with temporary_folder(target, origin) as folder:
+        single = folder / runs.ONNX
+        differences = [_write_onnx(loaded, single, origin, opset, progress)]
+        more, lint = write_variant(single, target, **variant, progress=progress)
+    return _result(target, origin, precision, differences + more, lint)
+
+
+def _result(
+    target: Path, source: Path, precision: str, differences: list[str], lint: LintReport | None
+) -> ExportResult:
+    return ExportResult(target, source, precision, round(target.stat().st_size / 1e6, 1), differences, lint)
+
+
+def _write_onnx(model: MaskRCNN, target: Path, origin: Path, opset: int | None, progress: Progress) -> str:
+    from maskrcnn.export.exporter import OPSET, export_onnx
+
+    with progress.task(f"exporting {origin}"):
+        difference = export_onnx(model, target, source=origin, opset=opset or OPSET)
+    progress.message(f"compared with PyTorch: {difference}")
+    return f"PyTorch: {difference}"
+
+
+def write_variant(
+    source: Path,
+    target: Path,
+    *,
     precision: str,
-    int8: Int8Options,
+    calibration: Path | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+    keep: Sequence[str] = (),
+    simulate: bool = False,
+    tensorrt: bool = False,
+    aot: bool = False,
+    progress: Progress,
+) -> tuple[list[str], LintReport | None]:
+    """Writes an exported file in another precision, for TensorRT's parser, or both. Arguments as `export`.
+
+    Returns:
+        one line per comparison, and with `tensorrt` the lint report.
+    """
+    from maskrcnn.export import variants
+
+    differences: list[str] = []
+    lint = None
+    with temporary_folder(target) as folder, progress.task(f"writing {target.name}"):
+        made = source
+        draft = folder / target.name if tensorrt else target
+        if precision in ("fp16", "bf16"):
+            report, difference = variants.write_half(
+                source, draft, precision, images=calibration, limit=calibration_images, simulate=simulate
+            )
+        elif precision == "int8":
+            assert calibration is not None, "checked by the callers"
+            report, difference = variants.write_int8(
+                source,
+                draft,
+                calibration,
+                keep=tuple(keep) or variants.DEFAULT_KEEP,
+                limit=calibration_images,
+                for_tensorrt=tensorrt,
+            )
+        if precision != "fp32":
+            progress.message(report.text())
+            progress.message(f"compared with single precision: {difference}")
+            differences.append(f"single precision: {difference}")
+            made = draft
+        if tensorrt:
+            lint = variants.write_tensorrt(made, target, aot=aot)
+            progress.message(lint.text())
+    return differences, lint
+
+
+def _check_options(
+    path: Path | None,
+    weights: str | None,
+    model: str | None,
+    batch_norm_epsilon: float | None,
     opset: int | None,
+    *,
+    precision: str,
+    calibration: Path | None,
+    calibration_images: int,
+    keep: Sequence[str],
     simulate: bool,
     tensorrt: bool,
     aot: bool,
 ) -> None:
-    """Writes one ONNX file and says how far it is from what it was made from."""
-    _check_options(source, precision, int8, opset=opset, simulate=simulate, tensorrt=tensorrt, aot=aot)
-    if source.path is not None and source.path.suffix == ".onnx":
-        target = output or _variant(source.path, precision, simulate=simulate, tensorrt=tensorrt)
-        _check_output(target, source.path)
-        write_variant(console, source.path, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot)
-        return
-    loaded, origin, named = _load(console, source)
-    target = output or (Path(f"{loaded.config.name}.onnx") if named else origin.with_name(runs.ONNX))
-    if output is None:
-        target = _variant(target, precision, simulate=simulate, tensorrt=tensorrt)
-    _check_output(target, origin)
-    from maskrcnn.export.exporter import OPSET, export_onnx
-
-    def export(path: Path) -> None:
-        with console.status(f"exporting {origin}"):
-            difference = export_onnx(loaded, path, source=origin, opset=opset or OPSET)
-        console.print(f"compared with PyTorch: {difference}")
-
-    if precision == "fp32" and not tensorrt:
-        export(target)
-        console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB, from {origin})")
-        return
-    with temporary_folder(target, origin) as folder:
-        export(folder / runs.ONNX)
-        write_variant(
-            console, folder / runs.ONNX, target, precision, int8, simulate=simulate, tensorrt=tensorrt, aot=aot
-        )
-
-
-def _check_options(
-    source: Source, precision: str, int8: Int8Options, *, opset: int | None, simulate: bool, tensorrt: bool, aot: bool
-) -> None:
-    if precision not in _PRECISIONS:
-        raise UserError(f"--precision {precision}", ", ".join(_PRECISIONS), "choose one of these")
-    if source.path is not None and source.weights is not None:
-        raise UserError(f"{source.path} and --weights {source.weights}", "one of the two", "drop one of them")
-    if source.weights is None and (source.model is not None or source.batch_norm_epsilon is not None):
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
+    if path is not None and weights is not None:
+        raise UserError(f"{path} and --weights {weights}", "one of the two", "drop one of them")
+    if weights is None and (model is not None or batch_norm_epsilon is not None):
         raise UserError(
             "--model or --batch-norm-epsilon without --weights",
-            "a checkpoint or an ONNX file, which knows both",
-            "add --weights, or leave them out",
+            "a checkpoint or an ONNX file, whose metadata has both",
+            "add --weights, or drop these options",
         )
-    if precision == "int8" and int8.calibration is None:
+    if precision == "int8" and calibration is None:
         raise UserError(
             "--precision int8 without --calibration",
-            "a folder of images like those to be seen later, to take 8-bit scales from",
+            "a folder of images like those of the deployment, to compute the 8-bit scales from",
             "add --calibration FOLDER",
         )
     if simulate and (precision not in ("fp16", "bf16") or tensorrt):
-        came = f"--simulate with --precision {precision}{' and --tensorrt' if tensorrt else ''}"
-        raise UserError(came, "--precision fp16 or bf16", "drop --simulate, or choose one of these")
+        found = f"--simulate with --precision {precision}{' and --tensorrt' if tensorrt else ''}"
+        raise UserError(found, "--precision fp16 or bf16", "drop --simulate, or choose one of these")
     if aot and not tensorrt:
         raise UserError("--aot without --tensorrt", "--tensorrt --aot", "add --tensorrt")
-    if int8.keep and precision != "int8":
+    if keep and precision != "int8":
         raise UserError(f"--keep with --precision {precision}", "--precision int8", "drop --keep")
-    if int8.calibration is not None and precision == "fp32":
+    if calibration is not None and precision == "fp32":
         raise UserError("--calibration with --precision fp32", "another --precision", "drop --calibration")
-    if source.path is None or source.path.suffix != ".onnx":
+    if path is None or path.suffix != ".onnx":
         return
     if opset is not None:
-        raise UserError(f"--opset with {source.path}", "a checkpoint", "export the checkpoint with --opset")
+        raise UserError(f"--opset with {path}", "a checkpoint", "export the checkpoint with --opset")
     if precision == "fp32" and not tensorrt:
         raise UserError(
-            f"{source.path}: an ONNX file already", "a checkpoint, or another --precision", "say what to make"
+            f"{path}, which is an ONNX file in single precision already",
+            "a checkpoint; or an ONNX file with another --precision or --tensorrt",
+            "add --precision fp16, bf16 or int8, or name a checkpoint",
         )
 
 
-def _load(console: Console, source: Source):
-    """(model, the file it came from, whether it came by a name)."""
+def _load(
+    path: Path | None, weights: str | None, model: str | None, batch_norm_epsilon: float | None, progress: Progress
+) -> tuple[MaskRCNN, Path, bool]:
+    """(model, the file that it was read from, whether that file was named by a torchvision weights name)."""
     from maskrcnn.weights.checkpoint import load_checkpoint
     from maskrcnn.weights.torchvision import load_detector
 
-    if source.weights is None:
-        path = source.path or runs.newest_checkpoint()
+    if weights is None:
+        path = path or runs.newest_checkpoint()
         return load_checkpoint(path), path, False
-    loaded, path = load_detector(source.weights, source.model, batch_norm_epsilon=source.batch_norm_epsilon)
+    loaded, path = load_detector(weights, model, batch_norm_epsilon=batch_norm_epsilon)
     config = loaded.config
     epsilon = f"batch norm epsilon {config.batch_norm_epsilon:g}"
-    console.print(f"{config.name}: {config.num_classes} classes, {epsilon}")
-    return loaded, path, path != Path(source.weights)
+    progress.message(f"{config.name}: {config.num_classes} classes, {epsilon}")
+    return loaded, path, path != Path(weights)
 
 
-def write_variant(
-    console: Console,
-    source: Path,
-    target: Path,
-    precision: str,
-    int8: Int8Options,
-    *,
-    simulate: bool = False,
-    tensorrt: bool = False,
-    aot: bool = False,
-) -> LintReport | None:
-    """Makes a file in another precision, for TensorRT's parser, or both, from one that was exported.
-
-    Returns:
-        with `tensorrt`, what the lint says of the file.
-    """
-    from maskrcnn.export import variants
-
-    found = None
-    with temporary_folder(target) as folder:
-        made = source
-        draft = folder / target.name if tensorrt else target
-        with console.status(f"making {target.name}"):
-            if precision in ("fp16", "bf16"):
-                report, difference = variants.write_half(
-                    source, draft, precision, images=int8.calibration, limit=int8.images, simulate=simulate
-                )
-            elif precision == "int8":
-                keep = int8.keep or variants.DEFAULT_KEEP
-                report, difference = variants.write_int8(
-                    source, draft, int8.calibration, keep=keep, limit=int8.images, for_tensorrt=tensorrt
-                )
-            if precision != "fp32":
-                console.print(report.text(), markup=False)
-                console.print(f"compared with single precision: {difference}")
-                made = draft
-            if tensorrt:
-                found = variants.write_tensorrt(made, target, aot=aot)
-                console.print(found.text(), markup=False)
-    if not target.parent.name.startswith(_TEMPORARY):
-        console.print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
-    return found
-
-
-def _variant(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
-    """The name of a variant of model.onnx, as model.fp16.onnx or model.fp16.tensorrt.onnx."""
+def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
+    """The file name of a variant of model.onnx, such as model.fp16.onnx or model.fp16.tensorrt.onnx."""
     suffix = "" if precision == "fp32" else f".{precision}{'.simulated' if simulate else ''}"
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 
 def _check_output(target: Path, source: Path) -> None:
-    """That the target is an ONNX file's name, can be written, and is not the source."""
     if target.suffix != ".onnx":
         raise UserError(f"--output {target}", "a name that ends in .onnx", f"for example {target.with_suffix('.onnx')}")
     if target.resolve() == source.resolve():
-        raise UserError(f"--output {target}, the file to make it from", "another file", "choose another name")
+        raise UserError(f"--output {target}, the source of the export", "another file", "choose another name")
     check_target(target)
 
 
 @contextlib.contextmanager
 def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]:
-    """A folder beside a file, gone afterwards. What is refused in it is kept beside the file, and named there.
+    """A folder beside a file, deleted at the end; files rejected in it are moved beside the file.
 
     Args:
-        beside: the file that is being made.
-        origin: what errors call the folder's `model.onnx`, which nobody will find.
+        beside: the file that is written.
+        origin: what error messages name instead of the folder's `model.onnx`.
     """
     with folder_beside(beside, prefix=_TEMPORARY) as folder:
         try:
@@ -208,7 +273,7 @@ def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]
         except UserError as error:
             for path in folder.glob("*.rejected.*"):
                 path.replace(beside.parent / path.name)
-            told = [error.found, error.expected, error.fix]
+            parts = [error.found, error.expected, error.fix]
             for old, new in ((folder / runs.ONNX, origin or beside.with_name(runs.ONNX)), (folder, beside.parent)):
-                told = [text.replace(str(old), str(new)) for text in told]
-            raise UserError(*told) from error
+                parts = [text.replace(str(old), str(new)) for text in parts]
+            raise UserError(*parts) from error

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskrcnn.training.trainer import TrainingProgress
 
 
 class Progress:
@@ -27,3 +31,8 @@ class Progress:
             a function that is called with the number of steps completed since the last call.
         """
         yield lambda steps: None
+
+    @contextmanager
+    def training(self) -> Iterator[TrainingProgress | None]:
+        """Encloses a training; yields what receives its steps and epochs, or None."""
+        yield None

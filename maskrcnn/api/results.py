@@ -28,7 +28,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(_text(value))}</td></tr>"
+            f"<tr style='text-align:left'><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>"
             for name, value in self.to_dict().items()
             if value not in (None, [], {}, "")
         )

@@ -1,18 +1,18 @@
-"""`maskrcnn train`: joins the processes, prepares the run, and gives the trainer its evaluation."""
+"""`maskrcnn.train(...)`: prepares the data, the model and the run, and trains."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from maskrcnn import runs
-from maskrcnn.cli.progress import EpochProgress
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
@@ -25,7 +25,14 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, score_results
-from maskrcnn.settings import merged
+from maskrcnn.settings import (
+    assignments,
+    merged,
+    read_settings,
+    require_changes_of_a_run,
+    typed,
+    with_sections,
+)
 from maskrcnn.training.distributed import Processes, joined
 from maskrcnn.training.logbook import Picture
 from maskrcnn.training.optimizer import without_effect
@@ -36,61 +43,133 @@ from maskrcnn.weights import torchvision
 from maskrcnn.weights.checkpoint import SUFFIX
 from maskrcnn.weights.finetuning import finetuning_tensors
 
-# Datasets that are generated where their name is given for a folder that does not exist.
+# Datasets that are drawn if `data` is their name and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
-_DRAWN_SCORE = 0.5  # lowest score of a detection in the pictures
+_DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
 
 
-def run_training(console: Console, *, output: Path | None, resume: Path | None, settings: dict[str, Any]) -> None:
-    """Trains a new run, or the rest of an interrupted one.
+@dataclass(frozen=True, repr=False)
+class TrainResult(Result):
+    """A finished run."""
+
+    run: Path  # folder
+    checkpoint: Path  # the best checkpoint
+    best_ap: float
+    best_by: str  # metric of the best checkpoint: "mask", "box", "keypoint", or "mask and keypoint" AP
+    epochs: int
+    metrics: dict[str, Any]  # of the last epoch
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    split: str | None = None,
+    val_split: str | None = None,
+    model: str | None = None,
+    config: str | Path | None = None,
+    settings: Sequence[str] | dict[str, Any] = (),
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Trains a detector, or continues an interrupted run.
 
     Args:
-        console: where the first process prints; the others are silent.
-        output: folder of a new run.
-        resume: folder of the run to continue, with `settings` changed.
-        settings: see `training_config`; typed.
+        data: folder of a dataset in COCO format; "shapes" or "poses" for a drawn one. Default: shapes.
+        split: split to train on. Default: the one whose name begins with "train".
+        val_split: split to evaluate on. Default: the one whose name begins with "val".
+        model: architecture, such as "maskrcnn_resnet50_fpn". Default: a small one.
+        config: YAML file of settings; arguments override it.
+        settings: any settings, as `["model.detections=300"]` or nested dictionaries.
+        output: folder of the run. Default: runs/train-N.
+        resume: folder of the run to continue; other arguments change it from here on.
+        min_size: shorter side of the resized images, px.
+        max_size: maximum longer side of the resized images, px.
+        progress: receives messages and the progress of the training.
+        options: fields of `maskrcnn.config.TrainConfig`, such as `epochs`, `batch_size`, `weights`.
+
+    Raises:
+        UserError: for settings, data and weights that cannot be used, and if the loss is not finite.
     """
-    with joined(settings.get("device", "auto")) as processes:
-        begin = _continued if resume is not None else _begun
-        _train(console if processes.is_first else Console(quiet=True), processes, begin, resume or output, settings)
+    if resume is not None and (split or val_split or model or output or config):
+        found = "--resume with --split, --val-split, --model, --config or --output"
+        raise UserError(found, "the run as it began", "drop these; other options change the run from here on")
+    named = {"data": data and str(data), "train_split": split, "val_split": val_split}
+    sizes = {name: size for name, size in (("min_size_px", min_size), ("max_size_px", max_size)) if size is not None}
+    layers = [
+        with_sections(read_settings(Path(config))) if config else {},
+        settings if isinstance(settings, dict) else assignments(list(settings)),
+        {name: value for name, value in named.items() if value is not None},
+        {"model": {"name": model}} if model else {},
+        {"model": {"preprocessing": sizes}} if sizes else {},
+        {name: value for name, value in options.items() if value is not None},
+    ]
+    chosen: dict[str, Any] = {}
+    for layer in layers:
+        chosen = merged(chosen, layer)
+    chosen = typed(TrainConfig, chosen)
+    if resume is not None:
+        require_changes_of_a_run(chosen)
+    folder = resume if resume is not None else output
+    begin = _continued if resume is not None else _begun
+    with joined(chosen.get("device", "auto")) as processes:
+        shown = progress if progress is not None and processes.is_first else Progress()
+        return _train(begin, processes, None if folder is None else Path(folder), chosen, shown)
 
 
-def _train(console: Console, processes: Processes, begin: Callable, folder: Path | None, settings: dict) -> None:
-    """All of it, in a function of its own: `joined` wants the trainer gone."""
-    trainer, valset = begin(console, processes, folder, settings)
+def _train(
+    begin: Callable[..., tuple[Trainer, CocoDataset]],
+    processes: Processes,
+    folder: Path | None,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> TrainResult:
+    """A function of its own, so that the trainer is freed before `joined` ends the process group."""
+    trainer, valset = begin(progress, processes, folder, settings)
     config = trainer.config
-    console.print(
+    progress.message(
         f"{config.model.name} on {trainer.device} in {trainer.precision}"
         + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
-        + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}",
-        markup=False,
+        + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}"
     )
     for line in without_effect(config):
-        console.print(line, markup=False)
-    with EpochProgress(quiet=not processes.is_first) as progress:
-        trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config), progress)
-    console.print(f"best {_best_by(config)} AP {trainer.progress.best_ap:.4f}: {trainer.run / runs.BEST}")
+        progress.message(line)
+    with progress.training() as display:
+        metrics = trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config), display)
+    result = TrainResult(
+        trainer.run,
+        trainer.run / runs.BEST,
+        trainer.progress.best_ap,
+        _best_by(config),
+        trainer.progress.epoch,
+        metrics,
+    )
+    progress.message(f"best {result.best_by} AP {result.best_ap:.4f}: {result.checkpoint}")
+    return result
 
 
 def _begun(
-    console: Console, processes: Processes, output: Path | None, settings: dict[str, Any]
+    progress: Progress, processes: Processes, output: Path | None, settings: dict[str, Any]
 ) -> tuple[Trainer, CocoDataset]:
     settings = dict(settings)
     splits = settings.pop("train_split", "train"), settings.pop("val_split", "val")
     root = _root(settings.pop("data", ""), processes)
-    trainset, valset = _datasets(console, root, *splits)
+    trainset, valset = _datasets(progress, root, *splits)
     config, weights = _configured(trainset, valset, settings)
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
         if weights is not None:
-            tensors, told = finetuning_tensors(trainer.model, weights)
+            tensors, changes = finetuning_tensors(trainer.model, weights)
             trainer.load_weights(tensors, weights.source)
-            for line in told.lines():
-                console.print(line)
+            for line in changes.lines():
+                progress.message(line)
         trainer.begin()
     except BaseException:
-        with contextlib.suppress(OSError):  # is not there, or not empty
+        with contextlib.suppress(OSError):  # the folder does not exist, or is not empty
             run.rmdir()
             if output is None:
                 runs.FOLDER.rmdir()
@@ -101,49 +180,47 @@ def _begun(
 def _configured(
     trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
 ) -> tuple[TrainConfig, torchvision.StartingWeights | None]:
-    """The configuration, changed as the weights to start from want it, and those weights."""
+    """The configuration, adapted to the weights to start from, and these weights."""
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
     weights = torchvision.starting_weights(spec) if Path(spec).is_file() or Path(spec).suffix == SUFFIX else None
     if weights is not None and weights.config is not None and "model" not in settings:
-        # Those are the dataset's.
+        # Classes and keypoints are the dataset's.
         kept = ("class_names", "category_ids", "keypoint_names", "keypoint_skeleton", "keypoint_sigmas")
         settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}
     config = training_config(trainset, valset, settings)
     weights = weights or torchvision.starting_weights(spec, config.model)
     changes = torchvision.model_changes(weights, config.model)
-    if "batch_norm" in settings:  # what was asked for counts
+    if "batch_norm" in settings:  # an explicit setting wins
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     batch_norm = "frozen" if changes["frozen_batch_norm"] else config.batch_norm
     return replace(config, batch_norm=batch_norm, model=replace(config.model, **changes)), weights
 
 
 def _continued(
-    console: Console, processes: Processes, run: Path, settings: dict[str, Any]
+    progress: Progress, processes: Processes, run: Path, settings: dict[str, Any]
 ) -> tuple[Trainer, CocoDataset]:
     before = settings_of_run(run)
     if "data" in settings:
         settings = settings | {"data": str(_root(settings["data"], processes).resolve())}
     config = from_dict(TrainConfig, merged(before, settings))
     for line in _changes(before, to_dict(config)):
-        console.print(line, markup=False)
-    trainset, valset = _datasets(console, Path(config.data), config.train_split, config.val_split)
+        progress.message(line)
+    trainset, valset = _datasets(progress, Path(config.data), config.train_split, config.val_split)
     require_fitting(config.model, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
-    if processes.is_first:  # so that the next --resume goes on with the same settings
+    if processes.is_first:  # the next --resume continues with the same settings
         write_json(run / runs.CONFIG, to_dict(config))
     done = trainer.progress
-    console.print(
-        f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps", markup=False
-    )
+    progress.message(f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps")
     return trainer, valset
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
-    """A line for each setting that has another value now; a version without a setting has not written it."""
+    """One line per changed setting; settings that an older version did not write are left out."""
     lines = []
     for name, value in now.items():
         if isinstance(value, dict):
@@ -162,7 +239,7 @@ def _new_folder(output: Path | None) -> Path:
 
 
 def _root(data: str, processes: Processes) -> Path:
-    """The folder of the data, once it is generated where it is to be: without a name, shapes."""
+    """The folder of the dataset; a drawn one is generated first. Default: shapes."""
     name = data or "shapes"
     if name not in GENERATED or (data and Path(data).exists()):
         return Path(data)
@@ -174,19 +251,19 @@ def _root(data: str, processes: Processes) -> Path:
 
 
 def _best_by(config: TrainConfig) -> str:
-    """What the best checkpoint is the best by, see `score_of`."""
+    """The metric that selects the best checkpoint, see `score_of`."""
     kinds = [kind for kind, has in (("mask", config.model.has_masks), ("keypoint", config.model.has_keypoints)) if has]
     return " and ".join(kinds) or "box"
 
 
-def _datasets(console: Console, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
+def _datasets(progress: Progress, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have the same classes."""
     trainset, valset = (CocoDataset.load(root, find_split(root, kind)) for kind in (split, val_split))
     for line in (*trainset.skipped_lines(), *valset.skipped_lines()):
-        console.print(line)
+        progress.message(line)
     for dataset in (trainset, valset):
         if dataset.keypoint_fault is not None:
-            console.print(f"keypoints that cannot be learnt: {dataset.keypoint_fault.found}", markup=False)
+            progress.message(f"keypoints that cannot be trained on: {dataset.keypoint_fault.found}")
     if trainset.category_ids != valset.category_ids:
         raise UserError(
             f"{root}: categories {trainset.category_ids[:9]} to train on, {valset.category_ids[:9]} to validate",
@@ -201,15 +278,17 @@ def _detector(model: MaskRCNN) -> Detector:
 
 
 def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) -> Callable:
-    """COCO evaluation over all processes: each detects on its images, the first scores, all get the figures."""
+    """COCO evaluation over all processes: each detects on its images, the first scores, all return the metrics."""
 
     def run(model: MaskRCNN) -> dict[str, float]:
         detector = _detector(model)
         check_classes(detector, valset)
         records = valset.images[processes.rank :: processes.world_size]
-        found, seconds = detect_records(detector, records, batch_size=max(1, config.batch_size // processes.world_size))
-        gathered = processes.gather(found)
-        figures = None
+        detected, seconds = detect_records(
+            detector, records, batch_size=max(1, config.batch_size // processes.world_size)
+        )
+        gathered = processes.gather(detected)
+        metrics = None
         if processes.is_first:
             results = [result for part in gathered for result in part]
             scores = score_results(
@@ -220,8 +299,8 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
                 sigmas=detector.metadata.keypoint_sigmas,
                 seconds=seconds,
             )
-            figures = scores.summary()
-        return processes.from_first(figures)
+            metrics = scores.summary()
+        return processes.from_first(metrics)
 
     return run
 
@@ -231,12 +310,12 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
 
     def draw(model: MaskRCNN) -> list[Picture]:
         detector = _detector(model)
-        pictures = []
+        images = []
         for number, record in enumerate(valset.images[: config.pictures]):
             image = read_image(record.path)
             found = detector.detect([image])[0].above(_DRAWN_SCORE)
             drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
-            pictures.append((f"prediction-{number}", np.asarray(drawn)))
-        return pictures
+            images.append((f"prediction-{number}", np.asarray(drawn)))
+        return images
 
     return draw

@@ -1,95 +1,109 @@
-"""`maskrcnn verify`: loads two models, compares them stage by stage, and writes what was found."""
+"""`maskrcnn.verify(...)`: two model files compared stage by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-
-from maskrcnn.data.images import images_in, read_image
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, check_target, report_path, write_json
-from maskrcnn.runtime.backends.base import Backend
-from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.onnx_file import check_portable, read_model
-from maskrcnn.runtime.verification.inputs import Batch, drawn_batches
-from maskrcnn.runtime.verification.report import html_page
-from maskrcnn.runtime.verification.tolerances import tolerances_named
-from maskrcnn.runtime.verification.verify import check_comparable, verify
+
+if TYPE_CHECKING:
+    from maskrcnn.runtime.backends.base import Backend
+    from maskrcnn.runtime.verification.inputs import Batch
+    from maskrcnn.runtime.verification.report import VerifyReport
 
 
-def run_verify(
-    console: Console,
-    first: Path,
-    second: Path,
+@dataclass(frozen=True, repr=False)
+class VerifyResult(Result):
+    """Whether two models agree, and the first stage at which they do not."""
+
+    ok: bool
+    reference: Path
+    other: Path
+    conclusion: str
+    first_departure: str | None  # name of the first stage beyond its tolerance
+    report: Path | None = None  # the HTML page
+    details: VerifyReport | None = field(default=None, repr=False)  # every stage: errors, limits, worst images
+
+
+def verify(
+    reference: str | Path,
+    other: str | Path,
     *,
-    images: Sequence[Path] = (),
+    images: str | Path | Sequence[str | Path] = (),
     max_images: int = 16,
-    size_px: int | None = None,
-    tolerance: str | None = None,
-    json: Path | None = None,
-    report: Path | None = None,
-) -> bool:
-    """Compares two model files on the CPU, prints the table, and writes what was asked for.
+    size: int | None = None,
+    tolerance: Literal["exact", "half", "int8"] | None = None,
+    json: str | Path | None = None,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Compares two model files on the CPU, from the normalised image to masks and keypoints.
 
     Args:
-        console: where to print.
-        first: the reference.
-        second: what is compared with it.
-        images: files and folders; none means drawn shapes.
-        max_images: as many are compared at most.
-        size_px: shorter side of the resized images.
-        tolerance: "exact", "half" or "int8"; by default what the two files' precisions need.
-        json: where to write the report as JSON.
-        report: where to write it as HTML: a file, or a folder for `report.html`.
-
-    Returns:
-        whether no stage departs.
+        reference: checkpoint, ONNX file or engine.
+        other: the file to compare with it.
+        images: image files and folders. Default: drawn shapes.
+        max_images: maximum number of images to compare on.
+        size: shorter side of the resized images, px. Default: that of the models.
+        tolerance: limits of every stage. Default: by the lower precision of the two files.
+        json: file to write every stage's errors to.
+        report: HTML file to write, or a folder for `report.html`.
+        progress: receives messages.
 
     Raises:
         UserError: for files that cannot be used, models that cannot be compared, and folders without images.
     """
-    tolerances = tolerances_named(tolerance) if tolerance else None
-    page = None if report is None else report_path(report)
+    from maskrcnn.runtime.verification.inputs import drawn_batches
+    from maskrcnn.runtime.verification.report import html_page
+    from maskrcnn.runtime.verification.tolerances import tolerances_named
+    from maskrcnn.runtime.verification.verify import check_comparable
+    from maskrcnn.runtime.verification.verify import verify as compare
+
+    progress = progress or Progress()
+    first, second = Path(reference), Path(other)
+    limits = tolerances_named(tolerance) if tolerance else None
+    page = None if report is None else report_path(Path(report))
     for target in (json, page):
         if target is not None:
-            check_target(target)
-    paths = _image_files(images, max_images)
+            check_target(Path(target))
+    paths = _image_files([images] if isinstance(images, (str, Path)) else images, max_images)
     models = [_on_cpu(path) for path in (first, second)]
-    check_comparable(*(model.metadata for model in models))
+    check_comparable(models[0].metadata, models[1].metadata)
     if len(paths) > max_images:
-        console.print(f"the first {max_images} images (--max-images)")
-    with console.status("comparing") as status:
-        found = verify(
-            *models,
-            _read(paths[:max_images]) if images else drawn_batches(),
-            tolerances,
-            size_px=size_px,
-            progress=lambda name: status.update(f"compared {name}"),
+        progress.message(f"the first {max_images} images (--max-images)")
+    with progress.task("comparing") as advance:
+        details = compare(
+            models[0],
+            models[1],
+            _read(paths[:max_images]) if paths else drawn_batches(),
+            limits,
+            size_px=size,
+            progress=lambda name: advance(1),
         )
-    for role, path, model in zip(("reference", "other"), (first, second), found.models, strict=True):
-        console.print(f"{role}: {path} in {model}", markup=False)
-    console.print(found.table(), markup=False)
-    console.print(found.conclusion(), markup=False)
+    for role, path, model in zip(("reference", "other"), (first, second), details.models, strict=True):
+        progress.message(f"{role}: {path} in {model}")
     names = (str(first), str(second))
     if json is not None:
-        write_json(json, {"reference": names[0], "other": names[1], **found.to_dict()})
+        content: dict[str, Any] = {"reference": names[0], "other": names[1], **details.to_dict()}
+        write_json(Path(json), content)
     if page is not None:
         with atomic_path(page) as draft:
-            draft.write_text(html_page(found, names, models[0].metadata), encoding="utf-8")
-        console.print(f"report → {page}")
-    return found.ok
+            draft.write_text(html_page(details, names, models[0].metadata), encoding="utf-8")
+    return VerifyResult(details.ok, first, second, details.conclusion(), details.first_departure, page, details)
 
 
-def _image_files(paths: Sequence[Path], limit: int) -> list[Path]:
-    """The image files among files and folders; of a folder at most `limit`, evenly spread over the names.
+def _image_files(paths: Sequence[str | Path], limit: int) -> list[Path]:
+    """The image files among files and folders; of a folder at most `limit`, evenly spread over the names."""
+    from maskrcnn.data.images import images_in
 
-    Raises:
-        UserError: for a folder without images and for what does not exist.
-    """
-    files = []
-    for path in paths:
+    files: list[Path] = []
+    for path in map(Path, paths):
         if path.is_dir():
             files += images_in(path, limit)
         elif path.exists():
@@ -100,19 +114,25 @@ def _image_files(paths: Sequence[Path], limit: int) -> list[Path]:
 
 
 def _on_cpu(path: Path) -> Backend:
-    """The model on the CPU, where arithmetic is what its precision says: GPUs shorten FP32 by default."""
+    """The model on the CPU, which computes in the precision of the file: GPUs shorten FP32 by default (TF32)."""
+    from maskrcnn.runtime.detector import load_backend
+    from maskrcnn.runtime.engine_files import check_portable, read_model
+
     if path.suffix == ".safetensors":
         return load_backend(path, device="cpu")
     if path.suffix != ".onnx":
         return load_backend(path)
     proto, metadata = read_model(path)
     check_portable(proto, path)
-    if metadata.precision == "bf16":  # ONNX Runtime has no kernels for it
+    if metadata.precision == "bf16":  # ONNX Runtime has no CPU kernels for it
         return load_backend(path, "openvino")
     return load_backend(path, providers=["CPUExecutionProvider"])
 
 
 def _read(paths: Sequence[Path]) -> Iterator[Batch]:
-    """One image after the other: a batch would change each a little."""
+    """One image per batch: the padding of a batch changes its other images slightly."""
+    from maskrcnn.data.images import read_image
+    from maskrcnn.runtime.verification.inputs import Batch
+
     for path in paths:
         yield Batch((path.name,), (read_image(path),))

@@ -1,5 +1,56 @@
-"""The command line: one file per command. It parses options, calls `maskrcnn.api`, and prints."""
+"""The command line: one file per command, which parses options, calls `maskrcnn.api`, and prints.
 
-from maskrcnn.cli.commands import app, main
+Heavy libraries are imported inside the commands, so that `maskrcnn --help` answers at once.
+"""
 
-__all__ = ["app", "main"]
+from __future__ import annotations
+
+import traceback
+from typing import Annotated
+
+import typer
+
+from maskrcnn import __version__, errors
+from maskrcnn.cli import build_engine, commands, data, evaluate, export, inspect, predict, train, triton, verify
+from maskrcnn.cli.console import console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Mask R-CNN from training data to FP16 engines.",
+)
+app.command()(train.train)
+app.command()(export.export)
+app.command("build-engine")(build_engine.build_engine)
+app.command("refit-engine")(build_engine.refit_engine)
+app.command()(predict.predict)
+app.command()(evaluate.evaluate)
+app.command()(verify.verify)
+app.command()(inspect.inspect)
+app.command()(inspect.lint)
+app.command("build-plugins")(commands.build_plugins)
+app.command()(triton.triton)
+app.command()(commands.doctor)
+app.add_typer(data.data_app, name="data")
+
+_verbose = False
+
+
+def main() -> None:
+    """Runs the command line. A `UserError` is printed as three lines, with exit code 1."""
+    with errors.exit_on_user_error(before_exit=lambda: traceback.print_exc() if _verbose else None):
+        app()
+
+
+@app.callback(invoke_without_command=True)
+def _global_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of errors, too.")] = False,
+) -> None:
+    global _verbose
+    _verbose = verbose
+    console.quiet = quiet
+    if version:
+        print(__version__)
+        raise typer.Exit()

@@ -1,56 +1,52 @@
-"""The work of `maskrcnn inspect` and `maskrcnn lint`, apart from parsing their options."""
+"""`maskrcnn inspect` and `maskrcnn lint`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 
 
-def run_inspect(console: Console, path: Path, *, size: str | None, json: Path | None) -> None:
-    """Prints what a model file is; `size` is HEIGHTxWIDTH of the network's input."""
-    from maskrcnn.export.inspection import inspect
+def inspect(
+    file: Annotated[Path, typer.Argument(help="ONNX file, engine (.xml, .engine) or checkpoint (.safetensors).")],
+    size: Annotated[
+        str | None, typer.Option(help="Input size to count operations at, HEIGHTxWIDTH in px (default: the model's).")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the description to.")] = None,
+) -> None:
+    """Describe a model file: tensors, precision, size, operations, provenance, and where its nodes would run."""
+    from maskrcnn.api.inspect import inspect as run
 
-    with console.status(f"looking into {path}"):
-        found = inspect(path, size_hw=None if size is None else _size_hw(size))
-    console.print(found.text(), markup=False)
+    with ConsoleProgress().task(f"inspecting {file}"):
+        found = run(file, size_hw=None if size is None else _size_hw(size))
+    show(found.text())
     if json is not None:
         write_json(json, found.to_dict())
 
 
-def run_lint(console: Console, path: Path, *, json: Path | None) -> bool:
-    """Prints what TensorRT's parser would object to; whether there were errors.
+def lint(
+    file: Annotated[Path, typer.Argument(help="ONNX file, exported by maskrcnn or by any other tool.")],
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the findings to.")] = None,
+) -> None:
+    """List the nodes of an ONNX file that TensorRT's parser rejects or runs badly; needs no TensorRT.
 
-    A file of ours is checked as TensorRT gets it: with plugins instead of functions, 8-bit integers symmetric. Any
-    other is checked as it is.
+    Exit code 1 if there are errors.
     """
-    import onnx
+    from maskrcnn.api.inspect import lint_file
 
-    from maskrcnn.export.passes.quantize import symmetric
-    from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
-    from maskrcnn.export.tensorrt.lint import lint
-    from maskrcnn.metadata import KEY
-
-    if not path.is_file():
-        raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
-    try:
-        proto = onnx.load(path)
-        onnx.checker.check_model(str(path))
-    except Exception as error:  # onnx's and protobuf's own exceptions share no public base
-        raise UserError(
-            f"{path}: not a valid ONNX file ({str(error)[:200]})", "an ONNX file", "export it again"
-        ) from error
-    is_ours = any(entry.key == KEY for entry in proto.metadata_props)
-    report = lint(tensorrt_flavour(symmetric(proto)) if is_ours else proto)
+    report, is_ours = lint_file(file)
     checked = "its TensorRT flavour, with plugins" if is_ours else "as it is"
-    console.print(f"{path}, {checked}: {report.text()}", markup=False)
+    show(f"{file}, {checked}: {report.text()}")
     if json is not None:
-        write_json(json, {"model": str(path), "flavour": is_ours, **report.to_dict()})
-    return bool(report.errors)
+        write_json(json, {"model": str(file), "flavour": is_ours, **report.to_dict()})
+    if report.errors:
+        raise typer.Exit(1)
 
 
 def _size_hw(text: str) -> tuple[int, int]:

@@ -1,0 +1,170 @@
+"""`maskrcnn.convert(...)` and `maskrcnn.check_data(...)`: datasets converted to COCO format, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
+
+if TYPE_CHECKING:
+    from maskrcnn.data.check_report import DatasetReport
+
+
+@dataclass(frozen=True, repr=False)
+class ConvertResult(Result):
+    """The converted dataset, and what was left out."""
+
+    out: Path
+    classes: int
+    images: dict[str, int]  # by split
+    objects: dict[str, int]  # by split
+    skipped: dict[str, int]  # what could not be converted: reason → count
+    left_out: dict[str, int]  # what is not converted by design: reason → count
+    notes: list[str] = field(default_factory=list)  # one line per reason, with an example
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        splits = [f"{split}: {count} images, {self.objects[split]} objects" for split, count in self.images.items()]
+        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *self.notes))]
+
+
+def convert(
+    kind: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    keep_going: bool = False,
+    copy: bool = False,
+    split: Sequence[str] = (),
+    rest: str | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    sets: Sequence[str] = (),
+    classes: str | Path | int | None = None,
+    alias: str | Path | None = None,
+    class_name: str | None = None,
+    class_attribute: str | None = None,
+    with_masks: bool = False,
+    difficult: str = "crowd",
+    zero_based: bool = False,
+    image_folder: str | None = None,
+    mask_folder: str | None = None,
+    mask_suffix: str | None = None,
+    divisor: int | None = None,
+    void: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Converts a dataset to COCO format.
+
+    Args:
+        kind: format of the source: "coco", "voc", "visual-genome", "penn-fudan", "synthia", "cityscapes", "id-masks",
+            "mask-files", "labelme" or "via".
+        source: folder of the dataset; for "via" also its JSON file.
+        out: folder to write; it must not exist or be empty.
+        keep_going: skip and count what cannot be converted instead of stopping.
+        copy: copy the images. Default: hard links.
+        split: splits, each `NAME=LIST` (a file of image names or ids) or `NAME=SHARE` (0 to 1).
+        rest: name of the split of all other images.
+        val_fraction: short for `split=["val=FRACTION"], rest="train"`. Default: 0.1 if the source has no splits.
+        seed: random seed of shares.
+        sets: splits of the source to take ("coco", "voc", "cityscapes").
+        classes: file with one class per line (`name` or `id: name`), or the number of most frequent classes to keep.
+        alias: file with the names of one class per line, separated by commas.
+        class_name: class of all objects.
+        class_attribute: "via": the attribute that holds the class.
+        with_masks: "voc": take the masks of its segmentation lists instead of the boxes.
+        difficult: "voc": "crowd", "keep" or "drop" its difficult objects.
+        zero_based: "voc": box coordinates count from 0.
+        image_folder: "id-masks", "via": folder of the images below `source`.
+        mask_folder: "id-masks": folder of the masks below `source`.
+        mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
+        divisor: "id-masks": pixel values are class · divisor + instance.
+        void: "id-masks": pixel value of no object, besides 0.
+        progress: receives progress.
+
+    Raises:
+        UserError: for a source that cannot be read; without `keep_going`, for the first entry that cannot be converted.
+    """
+    from maskrcnn.data.convert.conversion import convert as run
+    from maskrcnn.data.convert.source import Options
+    from maskrcnn.data.convert.splits import split_plan
+
+    options = Options(
+        classes=None if classes is None else str(classes),
+        alias=None if alias is None else Path(alias),
+        class_name=class_name,
+        sets=tuple(sets),
+        with_masks=with_masks,
+        difficult=difficult,
+        zero_based=zero_based,
+        class_attribute=class_attribute,
+        image_folder=image_folder,
+        mask_folder=mask_folder,
+        mask_suffix=mask_suffix,
+        divisor=divisor,
+        void=void,
+    )
+    plan = split_plan(split, rest=rest, val_fraction=val_fraction, seed=seed)
+    with _counted(progress, "converting") as advance:
+        report = run(
+            kind,
+            Path(source),
+            Path(out),
+            options=options,
+            plan=plan,
+            keep_going=keep_going,
+            copies=copy,
+            progress=advance,
+        )
+    return ConvertResult(
+        report.out,
+        report.classes,
+        report.images,
+        report.objects,
+        report.skipped,
+        report.left_out,
+        list(report.notes),
+    )
+
+
+def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progress | None = None) -> DatasetReport:
+    """Checks a COCO-format dataset for what training would refuse, skip, or learn wrongly.
+
+    Args:
+        data: folder of the dataset.
+        split: splits to check. Default: all.
+        progress: receives progress.
+
+    Returns:
+        a report with `findings`, `text()` and `to_dict()`.
+
+    Raises:
+        UserError: if the folder is not a dataset in COCO format.
+    """
+    from maskrcnn.data.check import check_dataset
+
+    with _counted(progress, "checking") as advance:
+        return check_dataset(Path(data), split, progress=advance)
+
+
+class _counted:
+    """Adapts `Progress` to functions that report (done, total)."""
+
+    def __init__(self, progress: Progress | None, title: str) -> None:
+        self._task = (progress or Progress()).task(title)
+        self._done = 0
+
+    def __enter__(self) -> _counted:
+        self._advance = self._task.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._task.__exit__(*error)  # type: ignore[arg-type]
+
+    def __call__(self, done: int, total: int) -> None:
+        self._advance(done - self._done)
+        self._done = done

@@ -1,0 +1,116 @@
+"""`maskrcnn export`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.errors import UserError
+
+_OUTPUT, _INT8, _TENSORRT, _WEIGHTS = "Output", "8-bit integers", "TensorRT", "Weights of other libraries"
+
+
+class Precision(str, Enum):
+    """Arithmetic of an exported graph."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+def export(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="Checkpoint, or ONNX file to convert with --precision (default: best of the newest run)."),
+    ] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file (required).")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="ONNX file to write (default: model.onnx beside the checkpoint).", rich_help_panel=_OUTPUT),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Precision of the graph.", rich_help_panel=_OUTPUT)
+    ] = Precision.FP32,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Write a float32 graph that rounds after every layer as fp16 or bf16 would.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset version (default: 20).", rich_help_panel=_OUTPUT)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images to calibrate int8 scales, and to check the range of fp16.", rich_help_panel=_INT8
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int, typer.Option(min=1, help="Maximum number of calibration images.", rich_help_panel=_INT8)
+    ] = 64,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to leave unquantized: first, last, heads, backbone, fpn, or layer names; repeatable "
+            "(default: last).",
+            rich_help_panel=_INT8,
+        ),
+    ] = None,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Write the graph for TensorRT's parser.", rich_help_panel=_TENSORRT)
+    ] = False,
+    aot: Annotated[
+        bool,
+        typer.Option(
+            "--aot", help="Use plugins that are compiled into the engine (with --tensorrt).", rich_help_panel=_TENSORRT
+        ),
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Export these weights instead of a checkpoint: a torchvision or Detectron2 file, or a torchvision "
+            "name (COCO_V1, DEFAULT).",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Architecture of torchvision weights.", rich_help_panel=_WEIGHTS)
+    ] = None,
+    batch_norm_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Batch norm epsilon of the weights (default: 0 for COCO_V1, 1e-5 for others).",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+) -> None:
+    """Export a model to one ONNX file, compared with its source before it is kept."""
+    from maskrcnn.api.export import export as run
+
+    if not onnx:
+        raise UserError("no output format", "--onnx", "run `maskrcnn export --onnx`")
+    result = run(
+        checkpoint,
+        output=output,
+        precision=precision.value,
+        calibration=calibration,
+        calibration_images=calibration_images,
+        keep=keep or (),
+        simulate=simulate,
+        tensorrt=tensorrt,
+        aot=aot,
+        opset=opset,
+        weights=weights,
+        model=model,
+        batch_norm_epsilon=batch_norm_epsilon,
+        progress=ConsoleProgress(),
+    )
+    show(f"{result.path} ({result.size_mb} MB, from {result.source})")

@@ -1,0 +1,48 @@
+"""`maskrcnn predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of images.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint, ONNX file or engine (default: best checkpoint of the newest run)."),
+    ] = None,
+    backend: BackendName = None,
+    provider: ProviderName = None,
+    precision: PrecisionName = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder to write overlays and results.json to.", rich_help_panel="Output")
+    ] = Path("predictions"),
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Lowest score of a detection to draw.", rich_help_panel="Output")
+    ] = 0.5,
+    keypoint_threshold: Annotated[
+        float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
+    ] = 2.0,
+) -> None:
+    """Detect objects in images: an overlay of each image, and all results in COCO format."""
+    from maskrcnn.api.predict import IMAGES
+    from maskrcnn.api.predict import predict as run
+
+    result = run(
+        images,
+        model=model,
+        backend=backend,
+        provider=provider,
+        precision=precision,
+        output=output,
+        threshold=threshold,
+        keypoint_threshold=keypoint_threshold,
+        progress=ConsoleProgress(),
+    )
+    show(f"{sum(result.counts)} results → {result.results} (image ids in {IMAGES})")
