@@ -113,11 +113,22 @@ def train(
     chosen = typed(TrainConfig, chosen)
     if resume is not None:
         require_changes_of_a_run(chosen)
+    return run_training(chosen, output=output, resume=resume, progress=progress)
+
+
+def run_training(
+    settings: dict[str, Any],
+    *,
+    output: str | Path | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Trains with settings that `maskrcnn.settings.typed` has checked; other arguments as `train`."""
     folder = resume if resume is not None else output
     begin = _continued if resume is not None else _begun
-    with joined(chosen.get("device", "auto")) as processes:
+    with joined(settings.get("device", "auto")) as processes:
         shown = progress if progress is not None and processes.is_first else Progress()
-        return _train(begin, processes, None if folder is None else Path(folder), chosen, shown)
+        return _train(begin, processes, None if folder is None else Path(folder), settings, shown)
 
 
 def _train(

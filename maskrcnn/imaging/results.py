@@ -41,7 +41,7 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
             generator = contour_generator(z=np.pad(window, 1), fill_type=FillType.OuterOffset)
             points, offsets = generator.filled(threshold, np.inf)
             for ring, starts in zip(points, offsets, strict=True):
-                outer = ring[starts[0] : starts[1]] + (left - 0.5, top - 0.5)
+                outer = ring[starts[0] : starts[1]] + np.array((left - 0.5, top - 0.5))
                 height, width = detections.size_hw
                 parts.append(np.clip(outer, 0, (width, height)))
         outlines.append(parts)

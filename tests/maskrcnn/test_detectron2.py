@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import MessageLog
 from detectron2_model import SMALL, ZOO, PlainDetectron2, Sizes, layout, lively_tensors
 from tiny import tiny_config
 from torch import Tensor
@@ -331,12 +332,13 @@ def test_training_starts_with_the_conventions_of_the_weights(zoo_file):
     assert torch.equal(model.roi_heads.box_head.fc7.bias, lively_tensors(18)["roi_heads.box_head.fc2.bias"])
 
 
-def test_one_command_exports_a_file_of_the_model_zoo(zoo_file, tmp_path, capsys):
-    from maskrcnn.cli import commands
+def test_one_call_exports_a_file_of_the_model_zoo(zoo_file, tmp_path):
+    from maskrcnn.api.export import export
     from maskrcnn.metadata import KEY, ModelMetadata
 
-    commands.export(weights=str(zoo_file), onnx=True, output=tmp_path / "model.onnx")  # raises where PyTorch disagrees
-    assert "maskrcnn_resnet18_fpn: 3 classes, batch norm epsilon 1e-05" in capsys.readouterr().out
+    messages = MessageLog()
+    export(weights=str(zoo_file), output=tmp_path / "model.onnx", progress=messages)  # raises if PyTorch disagrees
+    assert "maskrcnn_resnet18_fpn: 3 classes, batch norm epsilon 1e-05" in messages.lines
     proto = onnx.load(tmp_path / "model.onnx")
     nodes = [node for node in proto.graph.node if node.op_type == "MultilevelRoiAlign"]
     ratios = [a.i for node in nodes for a in node.attribute if a.name == "sampling_ratio"]

@@ -19,7 +19,9 @@ from maskrcnn.training.recipe import training_config
 def started(monkeypatch):
     """What `maskrcnn train` would do, instead of doing it."""
     calls = []
-    monkeypatch.setattr("maskrcnn.api.train.run_training", lambda console, **call: calls.append(call))
+    monkeypatch.setattr(
+        "maskrcnn.api.train.run_training", lambda settings, **call: calls.append({"settings": settings, **call})
+    )
 
     def run(*arguments):
         result = CliRunner().invoke(app, ["train", *map(str, arguments)], catch_exceptions=True)
@@ -81,7 +83,7 @@ def test_a_resumed_run_keeps_its_splits_and_model(started):
     with pytest.raises(UserError, match=r"--resume with --split.*\n  expected: the run as it began"):
         started("--resume", "runs/x", "--split", "other")
     for name in ("model", "model.name"):
-        with pytest.raises(UserError, match=r"--resume with the model 'maskrcnn_resnet34_fpn'\n.*\nfix: .*a new run"):
+        with pytest.raises(UserError, match=r"--resume with the model 'maskrcnn_resnet34_fpn'\n.*\n  fix: .*a new run"):
             started("--resume", "runs/x", "--set", f"{name}=maskrcnn_resnet34_fpn")
     assert started("--resume", "runs/x", "--set", "model.detections=7")["settings"] == {"model": {"detections": 7}}
 

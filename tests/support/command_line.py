@@ -1,4 +1,6 @@
-"""What tests of the command line expect of it."""
+"""What tests of the command line and of the Python API share."""
+
+from maskrcnn.api.progress import Progress
 
 
 def expect_error(result, *parts):
@@ -6,3 +8,13 @@ def expect_error(result, *parts):
     assert code == 1, err
     for word in ("Error: ", "\n  expected: ", "\n  fix:      ", *parts):
         assert word in err, err
+
+
+class MessageLog(Progress):
+    """Keeps the messages of an API call."""
+
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
