@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from maskrcnn import __version__, errors
-from maskrcnn.cli import build_engine, commands, data, evaluate, export, inspect, predict, train, triton, verify
+from maskrcnn.cli import (
+    build_engine,
+    build_plugins,
+    commands,
+    data,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    train,
+    triton,
+    verify,
+)
 from maskrcnn.cli.console import console
 
 app = typer.Typer(
@@ -28,7 +40,7 @@ app.command()(evaluate.evaluate)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(inspect.lint)
-app.command("build-plugins")(commands.build_plugins)
+app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
 app.command()(commands.doctor)
 app.add_typer(data.data_app, name="data")
