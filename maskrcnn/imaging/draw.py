@@ -5,11 +5,13 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maskrcnn.imaging.postprocess import Detections
+if TYPE_CHECKING:
+    from maskrcnn.imaging.postprocess import Detections
 
 Colour = tuple[int, int, int]
 _Line = tuple[tuple[float, float, float, float], Colour]  # x0, y0, x1, y1
