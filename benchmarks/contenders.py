@@ -1,8 +1,7 @@
-"""What a benchmark compares: every model file on every backend, and torchvision, or why one cannot run."""
+"""The contenders of a benchmark: every model file on every backend, and torchvision's models."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,45 +25,31 @@ _LEGACY_EXPORT = "torchvision legacy export"
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One row of the table for each batch size."""
+    """A model on a backend: one row of the table per size and batch size."""
 
-    model: str  # the file's name, or what torchvision's is called
+    model: str  # file name, or the name of torchvision's model
     backend: str
-    precision: str  # where it cannot be opened; what was opened tells its own
-    open: Callable[[], Any]  # a Detector, or a peer with the same methods; raises where it cannot run
-    is_reference: bool = False  # every other one is compared with this
-    peer: str = ""  # "eager" or "onnx": what the ratios refer to
+    precision: str  # as known before opening; see `precision_of`
+    open: Callable[[], Any]  # returns a Detector, or a peer with its methods; raises if it cannot run
+    is_reference: bool = False  # the others' detections are compared with it
+    peer: str = ""  # "eager" or "onnx": the denominator of the ratios
     largest_batch: int | None = None
-    file: Path | None = None  # that it runs
-    seconds: float | None = None  # that making the file took
-    spec: dict[str, Any] | None = None  # how benchmarks/memory.py opens it
+    file: Path | None = None
+    build_s: float | None = None  # time to make the file
+    spec: dict[str, Any] | None = None  # arguments of `resources.detector_peak`
 
     def file_mb(self) -> float | None:
-        """Size of the file, with the weights that lie beside it."""
+        """Size of the file, including OpenVINO's separate weights."""
         if self.file is None or not self.file.is_file():
             return None
         weights = self.file.with_suffix(".bin")
         beside = weights.stat().st_size if self.file.suffix == ".xml" and weights.is_file() else 0
         return (self.file.stat().st_size + beside) / 1e6
 
-    def build_s(self) -> float | None:
-        """What making the file took, where that is known."""
-        return self.seconds
-
     def fingerprint(self) -> list[Any]:
-        """What its results depend on, as far as files tell."""
+        """What the results depend on, as far as files show it."""
         stat = self.file.stat() if self.file is not None and self.file.is_file() else None
         return [self.model, self.backend, self.precision, [stat.st_size, stat.st_mtime_ns] if stat else None]
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A row for a file that could not be made."""
-
-    model: str  # the file's name
-    backend: str
-    precision: str
-    error: Exception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +59,17 @@ class Artefacts:
     checkpoint: Path | None = None
     onnx: tuple[Path, ...] = ()
     engines: tuple[Path, ...] = ()  # OpenVINO's .xml
-    others: tuple[Path, ...] = ()  # TensorRT's engines, and files that no backend of ours runs
-    absent: tuple[Absent, ...] = ()
-    complete: bool = True  # whether to say what else is missing
-    seconds: Mapping[Path, float] = field(default_factory=dict)  # that making a file took
+    others: tuple[Path, ...] = ()  # TensorRT engines, and files of unknown kinds
+    absent: tuple[Contender, ...] = ()  # files that could not be made, see `unavailable`
+    complete: bool = True  # add rows for files a run usually has
+    build_s: Mapping[Path, float] = field(default_factory=dict)  # time to make each file
 
 
 def newest_artefacts() -> Artefacts:
-    """The newest run's best checkpoint and what was made of it.
+    """Find the newest run's best checkpoint and the files made from it.
 
     Raises:
-        UserError: where there is no run.
+        UserError: if there is no run.
     """
     checkpoint = runs.newest_checkpoint()
     folder = checkpoint.parent
@@ -97,24 +82,22 @@ def newest_artefacts() -> Artefacts:
 
 
 def _kept(folder: Path, pattern: str) -> tuple[Path, ...]:
-    """Files of a run that are there to be run: none that was put aside, and no graph for TensorRT's parser."""
+    """Files of a run, without rejected ones and graphs for TensorRT's parser."""
     return tuple(path for path in sorted(folder.glob(pattern)) if not {".rejected", ".tensorrt"} & set(path.suffixes))
 
 
 def given_artefacts(paths: Sequence[Path]) -> Artefacts:
-    """The files named on the command line.
+    """Sort the files of the command line.
 
     Raises:
-        UserError: for a file that does not exist, and for two checkpoints.
+        UserError: if a file does not exist, or for more than one checkpoint.
     """
     for path in paths:
         if not path.is_file():
             raise UserError(f"no file {path}", "a checkpoint, an ONNX file or an engine", "check the path")
     checkpoints = [path for path in paths if path.suffix == SUFFIX]
     if len(checkpoints) > 1:
-        raise UserError(
-            f"{len(checkpoints)} checkpoints", "at most one, which the other files were made from", "name one"
-        )
+        raise UserError(f"{len(checkpoints)} checkpoints", "at most one: the source of the other files", "name one")
     known = (SUFFIX, ".onnx", ".xml")
     return Artefacts(
         checkpoint=checkpoints[0] if checkpoints else None,
@@ -126,11 +109,11 @@ def given_artefacts(paths: Sequence[Path]) -> Artefacts:
 
 
 def our_contenders(artefacts: Artefacts, *, compiled: bool = False) -> list[Contender]:
-    """Every file on every backend that can run it; the first that is no failure is the reference.
+    """Return a contender for every file on every backend that can run it, the reference first.
 
     Args:
         artefacts: the files.
-        compiled: the checkpoint by `torch.compile` too, which takes minutes.
+        compiled: also run the checkpoint with `torch.compile`, which takes minutes.
     """
     found = []
     if artefacts.checkpoint:
@@ -138,24 +121,20 @@ def our_contenders(artefacts: Artefacts, *, compiled: bool = False) -> list[Cont
     for path in artefacts.onnx:
         found += _of_onnx(path, artefacts.checkpoint)
     found += [_of_engine(path, artefacts.onnx) for path in artefacts.engines]
-    found += [_of_other(path) for path in artefacts.others]
-    found += [_absent(each.model, each.backend, each.precision, each.error) for each in artefacts.absent]
+    for path in artefacts.others:
+        backend = "TensorRT" if path.suffix == ".engine" else path.suffix.removeprefix(".")
+        found.append(_of_file(path, backend, None, ""))
+    found += artefacts.absent
     if artefacts.complete:
         found += _missing(artefacts)
     if found and not artefacts.checkpoint:
         found[0] = replace(found[0], is_reference=True)
-    return [replace(each, seconds=artefacts.seconds.get(each.file)) for each in found]
+    return [replace(each, build_s=artefacts.build_s.get(each.file)) for each in found]
 
 
-def on_gpu(contenders: Sequence[Contender]) -> list[Contender]:
-    """Those that a GPU may run: all but OpenVINO's."""
-    return [each for each in contenders if "OpenVINO" not in each.backend]
-
-
-def _of_other(path: Path) -> Contender:
-    """A TensorRT engine, or a file that no backend runs."""
-    is_engine = path.suffix == ".engine"
-    return _of_file(path, "TensorRT" if is_engine else path.suffix.removeprefix("."), None, "")
+def runs_on_gpu(contender: Contender) -> bool:
+    """Whether a GPU can run the contender: all but OpenVINO's."""
+    return "OpenVINO" not in contender.backend
 
 
 def _of_checkpoint(path: Path, *, compiled: bool) -> list[Contender]:
@@ -167,41 +146,25 @@ def _of_checkpoint(path: Path, *, compiled: bool) -> list[Contender]:
             raise UserError("this CPU has no bfloat16 instructions", "AVX512-BF16 or AMX", "use a CPU that has them")
         return Detector.load(path, precision=half)
 
-    found = [
-        Contender(
-            model=path.name,
-            backend=f"PyTorch {device}",
-            precision="fp32",
-            open=lambda: Detector.load(path),
-            is_reference=True,
-            file=path,
-            spec={"path": str(path)},
-        ),
-        Contender(
-            model=path.name,
-            backend=f"PyTorch {device}",
-            precision=half,
-            open=open_half,
-            file=path,
-            spec={"path": str(path), "options": {"precision": half}},
-        ),
-    ]
-    ways = [("CUDA graphs", {"precision": half, "graphs": True})] if device == "CUDA" else []
-    ways += [("compiled", {"precision": precision, "compile": True}) for precision in ("fp32", half) if compiled]
-    for way, options in ways:
-        found.append(
-            Contender(
-                model=path.name,
-                backend=f"PyTorch {device}, {way}",
-                precision=options["precision"],
-                open=lambda options=options: Detector.load(path, **options),
-                file=path,
-                spec={"path": str(path), "options": options},
-            )
-        )
+    def contender(mode: str, options: dict[str, Any], **changes: Any) -> Contender:
+        values = {
+            "model": path.name,
+            "backend": f"PyTorch {device}{mode}",
+            "precision": options.get("precision", "fp32"),
+            "open": lambda: Detector.load(path, **options),
+            "file": path,
+            "spec": {"path": str(path), "options": options},
+        }
+        return Contender(**values | changes)
+
+    found = [contender("", {}, is_reference=True), contender("", {"precision": half}, open=open_half)]
+    if device == "CUDA":
+        found.append(contender(", CUDA graphs", {"precision": half, "graphs": True}))
+    if compiled:
+        found += [contender(", compiled", {"precision": each, "compile": True}) for each in ("fp32", half)]
     if device == "CPU":
         no_gpu = UserError("no CUDA GPU that PyTorch can use", "an NVIDIA GPU", "see `maskrcnn doctor`")
-        found.append(_absent(path.name, "PyTorch CUDA", "fp16", no_gpu))
+        found.append(unavailable(path.name, "PyTorch CUDA", "fp16", no_gpu))
     return found
 
 
@@ -213,10 +176,13 @@ def _of_file(
     *,
     source: Path | None = None,
     options: dict[str, str] | None = None,
+    command: str = "maskrcnn export --onnx",
 ) -> Contender:
+    """A file on a backend, by its key in `BACKENDS`; None: the file's default backend."""
+
     def open_file() -> Detector:
         detector = Detector.load(path, key, **(options or {}))
-        _check_source(path, detector, source, "maskrcnn export --onnx")
+        _check_source(path, detector, source, command)
         return detector
 
     spec = {"path": str(path), "backend": key, "options": options or {}}
@@ -224,11 +190,11 @@ def _of_file(
 
 
 def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
-    """An exported file on the runtimes that take its precision, which its name tells, as model.fp16.onnx does."""
+    """An exported file on the runtimes for its precision, which is part of its name, such as model.fp16.onnx."""
     named = [suffix.removeprefix(".") for suffix in path.suffixes[:-1]]
     precision = next((name for name in named if name in ("fp16", "bf16", "int8")), "fp32")
     found = []
-    if precision != "bf16":  # ONNX Runtime has no kernels for it
+    if precision != "bf16":  # ONNX Runtime has no bfloat16 kernels
         found.append(_of_file(path, "ONNX Runtime", "onnxruntime", precision, source=source))
     if precision in ("fp32", "bf16"):
         options = {"precision": "fp32"} if precision == "fp32" else {}
@@ -237,42 +203,35 @@ def _of_onnx(path: Path, source: Path | None) -> list[Contender]:
 
 
 def _is_variant(path: Path) -> bool:
-    """Whether an ONNX file was made from another one, as model.int8.onnx from model.onnx."""
+    """Whether an ONNX file was made from another one, such as model.int8.onnx from model.onnx."""
     return len(path.suffixes) > 1
 
 
 def _of_engine(path: Path, onnx: Sequence[Path]) -> Contender:
-    """An engine; its metadata tells the precision, and the ONNX file that it was built from."""
+    """An engine, built from the only exported file if there is one; its metadata names precision and source."""
     exported = [each for each in onnx if not _is_variant(each)]
     source = exported[0] if len(exported) == 1 else None
-
-    def open_engine() -> Detector:
-        detector = Detector.load(path)
-        _check_source(path, detector, source, "maskrcnn build-engine --fp16")
-        return detector
-
-    spec = {"path": str(path)}
-    return Contender(model=path.name, backend="OpenVINO engine", precision="", open=open_engine, file=path, spec=spec)
+    return _of_file(path, "OpenVINO engine", None, "", source=source, command="maskrcnn build-engine --fp16")
 
 
 def precision_of(detector: Any) -> str:
-    """The arithmetic of an opened detector, and the weights' type where that is another."""
+    """Precision of an opened detector, with the type of its weights if it differs."""
     backend = getattr(detector, "backend", None)
     if backend is None:
         return "fp32"  # a peer
     weights = backend.metadata.stamp.get("weights", backend.precision)
-    is_told = backend.precision.startswith(weights)
-    return backend.precision if is_told else f"{backend.precision}, {weights} weights"
+    is_same = backend.precision.startswith(weights)
+    return backend.precision if is_same else f"{backend.precision}, {weights} weights"
 
 
 def backend_of(detector: Any, named: str) -> str:
-    """What runs an opened detector: as it was named, and of ONNX Runtime the provider too, where it is not the CPU."""
+    """Backend name of an opened detector; for ONNX Runtime with the provider, unless it is the CPU."""
     name = getattr(getattr(detector, "backend", None), "name", named)
     return name if name.startswith(named) else named
 
 
 def _check_source(path: Path, detector: Detector, source: Path | None, command: str) -> None:
-    """Refuses a file made from other weights: its numbers would not belong in the table."""
+    """Refuse a file made from other weights: its results do not belong in the table."""
     made_from = detector.metadata.source_sha256
     if source is not None and made_from and made_from != sha256_of(source):
         raise UserError(
@@ -283,22 +242,24 @@ def _check_source(path: Path, detector: Detector, source: Path | None, command: 
 
 
 def _missing(artefacts: Artefacts) -> list[Contender]:
-    """Rows for what would be in the table if it had been made."""
+    """Rows for files that have not been made."""
     found = []
     if not artefacts.onnx:
         error = UserError("no ONNX file in the run", "an export", "run `maskrcnn export --onnx`")
-        found += [_absent("model.onnx", backend, "fp32", error) for backend in ("ONNX Runtime", "OpenVINO")]
+        found += [unavailable("model.onnx", backend, "fp32", error) for backend in ("ONNX Runtime", "OpenVINO")]
     if not artefacts.engines:
         error = UserError("no engine in the run", "an engine", "run `maskrcnn build-engine --fp16`")
-        found.append(_absent("model.fp16.xml", "OpenVINO engine", "bf16", error))
+        found.append(unavailable("model.fp16.xml", "OpenVINO engine", "bf16", error))
     if not artefacts.others:
         command = "run `maskrcnn build-engine --fp16 --target tensorrt`"
         error = tensorrt_obstacle() or UserError("no TensorRT engine in the run", "an engine", command)
-        found.append(_absent("model.engine", "TensorRT", "fp16", error))
+        found.append(unavailable("model.engine", "TensorRT", "fp16", error))
     return found
 
 
-def _absent(model: str, backend: str, precision: str, error: Exception) -> Contender:
+def unavailable(model: str, backend: str, precision: str, error: Exception) -> Contender:
+    """A contender that cannot be opened: its row shows the error."""
+
     def refuse() -> Any:
         raise error
 
@@ -308,13 +269,14 @@ def _absent(model: str, backend: str, precision: str, error: Exception) -> Conte
 def peer_contenders(
     model: MaskRCNN, folder: Path, example: np.ndarray, checkpoint: Path | None = None, *, compiled: bool = False
 ) -> list[Contender]:
-    """torchvision's model with the weights of ours, eager and exported, and by `torch.compile` where asked for.
+    """Return torchvision's model with our weights: eager, exported, and optionally with `torch.compile`.
 
     Args:
-        model: ours.
-        folder: where the export may be written.
-        example: image that the exporter traces.
-        checkpoint: the file of `model`, for benchmarks/memory.py.
+        model: our model.
+        folder: folder for the exported file.
+        example: image for the tracing exporter.
+        checkpoint: file of `model`; without it memory cannot be measured.
+        compiled: add the model with `torch.compile`.
     """
     metadata = metadata_of(model.config)
 
@@ -332,7 +294,7 @@ def peer_contenders(
         return {"path": str(checkpoint), "peer": name} if checkpoint else None
 
     device = "CUDA" if torch.cuda.is_available() else "CPU"
-    by_compiler = Contender(
+    with_compile = Contender(
         model="torchvision",
         backend=f"PyTorch {device}, compiled",
         precision="fp32",
@@ -340,7 +302,7 @@ def peer_contenders(
         peer="compiled",
     )
     return [
-        *([by_compiler] if compiled else []),
+        *([with_compile] if compiled else []),
         Contender(
             model="torchvision",
             backend=f"PyTorch {device}",
@@ -360,12 +322,3 @@ def peer_contenders(
             spec=spec("onnx"),
         ),
     ]
-
-
-def validation_split(checkpoint: Path | None) -> tuple[Path, str] | None:
-    """The dataset and the split that a run was validated on, as its configuration says."""
-    path = checkpoint.with_name(runs.CONFIG) if checkpoint else None
-    if path is None or not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return Path(config["data"]), config["val_split"]

@@ -1,9 +1,9 @@
-"""Where the time of the training data goes.
+"""Cost of the training data pipeline.
 
     python benchmarks/data.py DATASET [--split train] [--min-size 800] [--images 200] [--workers 2]
 
-Prints for one core: the stages of a plain sample; whole samples with each augmentation switched on alone; and the
-rate of the loader with its workers. DATASET is a folder in COCO layout.
+prints, for one core, the stages of a plain sample and whole samples with each augmentation alone, and the rate of the
+loader with its workers. DATASET is a COCO-format folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from timing import environment
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, find_split
 from maskrcnn.data.images import read_image
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, exit_on_user_error
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training.augmentation import Augmentation
 from maskrcnn.training.loader import collate, training_loader
@@ -41,23 +42,23 @@ AUGMENTATIONS = {
 
 
 def _stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: int) -> dict[str, float]:
-    """Seconds per image in each stage of a sample that is mirrored and resized; flipping copies nothing."""
+    """Seconds per image in each stage of a sample that is flipped and resized; flipping copies nothing."""
     config = AugmentConfig()
     augmentation, rng = Augmentation(config, preprocessing), np.random.default_rng(0)
     seconds = dict.fromkeys(("decode", "flip and resize", "masks", "collate"), 0.0)
 
-    def timed(stage: str, call: Callable):
-        began = time.perf_counter()
+    def timed(stage: str, call: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
         result = call()
-        seconds[stage] += (time.perf_counter() - began) / images
+        seconds[stage] += (time.perf_counter() - start) / images
         return result
 
     waiting: list[Sample] = []
     for number in range(images):
         record = dataset.images[number % len(dataset.images)]
         view = augmentation.view((record.height, record.width), rng)
-        picture = timed("decode", lambda record=record: read_image(record.path))
-        image = timed("flip and resize", lambda picture=picture, view=view: augmentation.image(picture, view, rng))
+        decoded = timed("decode", lambda record=record: read_image(record.path))
+        image = timed("flip and resize", lambda decoded=decoded, view=view: augmentation.image(decoded, view, rng))
         objects = timed("masks", lambda record=record, view=view: objects_in_view(record, view, config.least_visible))
         waiting.append(Sample(record.id, image, objects, 0))
         if len(waiting) == _BATCH_SIZE:
@@ -67,50 +68,56 @@ def _stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: i
 
 
 def sample_seconds(dataset: CocoDataset, preprocessing: Preprocessing, augment: AugmentConfig, images: int) -> float:
-    """Seconds per whole sample, not collated.
+    """Measure seconds per sample, without collating.
 
     Raises:
-        UserError: for a file that cannot be used.
+        UserError: if a file cannot be used.
     """
     samples = TrainingSamples(dataset, preprocessing, augment=augment, seed=0)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for number in range(images):
         found = samples[number // len(samples), number % len(samples)]
         if isinstance(found, UserError):
             raise found
-    return (time.perf_counter() - began) / images
+    return (time.perf_counter() - start) / images
 
 
 def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int, images: int) -> float:
-    """Images per second that the loader gives, its workers started and warm."""
+    """Measure images per second of the loader, with its workers started and warm.
+
+    Raises:
+        UserError: if a file cannot be used.
+    """
     samples = TrainingSamples(dataset, preprocessing, seed=0)
     loader, sampler = training_loader(samples, batch_size=_BATCH_SIZE, workers=workers, pin_memory=False)
-    count, began, batches = 0, None, -(-images // _BATCH_SIZE)
+    count, start, batches = 0, None, -(-images // _BATCH_SIZE)
     while count < batches:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            if began is None:
-                began = time.perf_counter()  # after the first batch, which waited for the workers
+            if start is None:
+                start = time.perf_counter()  # after the first batch, which waited for the workers
                 continue
             count += 1
             if count == batches:
                 break
         sampler.epoch += 1
-    return count * _BATCH_SIZE / (time.perf_counter() - began)
+    return count * _BATCH_SIZE / (time.perf_counter() - start)
 
 
 def main() -> None:
-    """Prints three tables and the machine."""
+    """Measure and print three tables and the machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--min-size", type=int, default=800)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("dataset", type=Path, help="COCO-format folder")
+    parser.add_argument("--split", default="train", help="default: train")
+    parser.add_argument(
+        "--min-size", type=int, default=800, help="shorter side of the resized images, px; default: 800"
+    )
+    parser.add_argument("--images", type=int, default=200, help="images per measurement; default: 200")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the loader; default: 2")
     given = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
-    with told_to_the_user():
+    with exit_on_user_error():
         dataset = CocoDataset.load(given.dataset, find_split(given.dataset, given.split))
         preprocessing = Preprocessing(min_size_px=given.min_size, max_size_px=round(given.min_size * 1333 / 800))
         seconds = _stage_seconds(dataset, preprocessing, given.images)

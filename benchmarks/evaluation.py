@@ -1,15 +1,15 @@
-"""How fast results are made, scored and resampled, beside torchvision and pycocotools.
+"""Speed of an evaluation's parts compared with torchvision and pycocotools: pasting, scoring and resampling.
 
     python benchmarks/evaluation.py [--images 200] [--detections 100] [--dataset 250,1000,5000] [--output FOLDER]
 
-- Pasting: masks of as many detections as torchvision's `paste_masks_in_image` with pycocotools' encoder pastes and
-  encodes, in turns, image by image; the masks, and the metrics that they score, are compared first. Peak memory is
-  taken in processes of their own.
-- Scoring: simulated results, from a list of dictionaries to COCO's metrics, by pycocotools as its own demo calls it,
-  and by `--scorer fast`; every array of both is compared first. A chart shows the growth with the dataset.
-- Resampling: the interval of the difference of two results.
+- Pasting: masks are pasted and encoded by us and by torchvision's `paste_masks_in_image` with pycocotools' encoder,
+  interleaved image by image. The masks and their metrics are compared first. Peak memory is measured in separate
+  processes.
+- Scoring: simulated results, from a list of dictionaries to COCO's metrics, with pycocotools as in its own demo and
+  with `--scorer fast`. All arrays of both are compared first. A chart shows the growth with the dataset.
+- Resampling: the confidence interval of the difference of two results.
 
-Run it with OMP_NUM_THREADS=1 where other things run as well: torchvision's pasting uses all cores, ours one.
+On a machine with other load, run it with OMP_NUM_THREADS=1: torchvision's pasting uses all cores, ours one.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ import copy
 import dataclasses
 import importlib.metadata
 import io
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import Axis, Series, aligned, chart, machine
-from resident import forget_peak, resident_mb
-from session import Progress, numbers
-from timing import environment, time_in_turns
+from resources import call_in_new_process, memory_growth_mb
+from session import Progress, aligned, numbers
+from timing import environment, machine, time_in_turns
 
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.imaging.paste import pasted_runs
@@ -43,21 +39,24 @@ from maskrcnn.runtime.evaluation.bootstrap import RESAMPLES, interval_of_differe
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.matching import match_records
 from maskrcnn.runtime.evaluation.protocol import KINDS
-from maskrcnn.runtime.evaluation.results_file import checked_results, of_kind
-from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
+from maskrcnn.runtime.evaluation.results_file import checked_results
+from maskrcnn.runtime.evaluation.scoring import score_entries
+from maskrcnn.runtime.plots import line_chart
 
-# Detections, ground truth and results that look like COCO's, drawn at random, for measuring an evaluation.
-
-OBJECTS = 7.3  # per image on average, as in COCO's val2017
-CLASSES, CLASSES_PER_IMAGE = 80, 3
-_NEAR = 0.4  # share of the detections that lie at an object
-_LEAST_SIDE_PX = 8
+_OBJECTS = 7.3  # per image on average, as in COCO's val2017
+CLASSES, _CLASSES_PER_IMAGE = 80, 3
+_NEAR = 0.4  # share of the detections near an object
+_MIN_SIDE_PX = 8
 _KEYPOINTS = 17
 _SHAPES = 64
+_SCHEMA = 1
+SIZE_HW = (480, 640)
+_METRIC_TOLERANCE = 1e-6
+_PEAK_LIMIT_S = 900
 
 
-def blobs(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Masks `[count, 28, 28]` float32 as a mask head gives them: one smooth shape each, a soft border."""
+def _blobs(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Masks `[count, 28, 28]` float32 like a mask head's: one smooth shape with a soft border each."""
     y, x = np.mgrid[0:28, 0:28] / 27 - 0.5
     angle, radius = np.arctan2(y, x), np.hypot(y, x)
     lobes, phase, size = rng.integers(2, 6, count), rng.uniform(0, 2 * np.pi, count), rng.uniform(0.3, 0.5, count)
@@ -65,21 +64,21 @@ def blobs(rng: np.random.Generator, count: int) -> np.ndarray:
     return (1 / (1 + np.exp(40 * (radius - size[:, None, None] * wave)))).astype(np.float32)
 
 
-def boxes(rng: np.random.Generator, count: int, size_hw: tuple[int, int]) -> np.ndarray:
-    """Boxes xyxy `[count, 4]` inside the image, their sides log-uniform."""
-    sides = _LEAST_SIDE_PX * np.exp(rng.random((count, 2)) * np.log(min(size_hw) / _LEAST_SIDE_PX))
+def _boxes(rng: np.random.Generator, count: int, size_hw: tuple[int, int]) -> np.ndarray:
+    """Boxes xyxy `[count, 4]` inside the image, with log-uniform sides."""
+    sides = _MIN_SIDE_PX * np.exp(rng.random((count, 2)) * np.log(min(size_hw) / _MIN_SIDE_PX))
     corners = rng.random((count, 2)) * (np.array(size_hw[::-1]) - sides)
     return np.concatenate([corners, corners + sides], axis=1)
 
 
 def detections(seed: int, count: int, size_hw: tuple[int, int]) -> Detections:
-    """What a detector finds in one image."""
+    """Draw random detections of one image."""
     rng = np.random.default_rng(seed)
     return Detections(
-        boxes(rng, count, size_hw).astype(np.float32),
+        _boxes(rng, count, size_hw).astype(np.float32),
         np.sort(rng.random(count, np.float32))[::-1].copy(),
         rng.integers(1, CLASSES + 1, count),
-        blobs(rng, count),
+        _blobs(rng, count),
         size_hw,
     )
 
@@ -87,9 +86,13 @@ def detections(seed: int, count: int, size_hw: tuple[int, int]) -> Detections:
 def simulated(
     images: int, detections_per_image: int, kind: str, size_hw: tuple[int, int], seed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An annotation file's content and results of one kind, in COCO's formats."""
+    """Draw a dataset and results of one kind (bbox, segm or keypoints) that resemble COCO's.
+
+    Returns:
+        Content of an annotation file, and of a results file.
+    """
     rng = np.random.default_rng((seed, images, detections_per_image))
-    shapes = blobs(rng, _SHAPES)
+    shapes = _blobs(rng, _SHAPES)
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image_id in range(1, images + 1):
@@ -114,10 +117,10 @@ def _classes(kind: str) -> int:
 def _image(
     rng: np.random.Generator, count: int, kind: str, size_hw: tuple[int, int], shapes: np.ndarray
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    number = int(rng.poisson(OBJECTS))
-    own = rng.integers(1, _classes(kind) + 1, CLASSES_PER_IMAGE)
-    true, classes, shape = boxes(rng, number, size_hw), rng.choice(own, number), rng.integers(0, _SHAPES, number)
-    found, found_classes = boxes(rng, count, size_hw), rng.integers(1, _classes(kind) + 1, count)
+    number = int(rng.poisson(_OBJECTS))
+    own = rng.integers(1, _classes(kind) + 1, _CLASSES_PER_IMAGE)
+    true, classes, shape = _boxes(rng, number, size_hw), rng.choice(own, number), rng.integers(0, _SHAPES, number)
+    found, found_classes = _boxes(rng, count, size_hw), rng.integers(1, _classes(kind) + 1, count)
     found_shape, score = rng.integers(0, _SHAPES, count), rng.random(count) ** 2
     near = np.flatnonzero(rng.random(count) < _NEAR) if number else np.zeros(0, int)
     at = rng.integers(0, max(number, 1), len(near))
@@ -154,7 +157,7 @@ def _fields(
     number: int,
     pairs: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """The field of the kind, of objects and detections together."""
+    """The fields of the kind, for objects and detections together."""
     if kind == "segm":
         runs = pasted_runs(masks, everything.astype(np.float32), size_hw, 0.5)
         return [{"segmentation": {"size": list(size_hw), "counts": text}} for text in strings_from_runs(runs)]
@@ -178,29 +181,23 @@ def _xywh(box: np.ndarray) -> list[float]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-_SCHEMA = 1
-SIZE_HW = (480, 640)
-_METRIC_TOLERANCE = 1e-6
-_LIMIT_S = 900
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One piece of work, by us and by others."""
+    """One task, done by us and by another library."""
 
     work: str
     items: str
     ours_ms: float
-    theirs_ms: float | None  # None where nobody else does it
-    times: float | None  # theirs divided by ours
+    theirs_ms: float | None  # None: no other library does it
+    times: float | None  # theirs / ours
     theirs: str
-    check: str  # what was compared before
+    check: str  # what was compared before timing
     ours_peak_mb: float | None = None
     theirs_peak_mb: float | None = None
 
 
 def _pasted_by_torchvision(found: Detections) -> list[dict[str, Any]]:
-    """Run lengths as torchvision's reference evaluation makes them."""
+    """Paste and encode as torchvision's reference evaluation does."""
     import torch
     from pycocotools import mask as mask_api
     from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -218,7 +215,7 @@ PASTERS: dict[str, Callable[[Detections], list[dict[str, Any]]]] = {
 
 
 def _paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Progress) -> Row:
-    """Pasting and encoding, checked by pixels and by metrics."""
+    """Measure pasting and encoding."""
     found = [detections(seed, count, size_hw) for seed in range(images)]
     check = paste_check(found)
     calls = {name: lambda turn, paste=paste: paste(found[turn]) for name, paste in PASTERS.items()}
@@ -226,7 +223,9 @@ def _paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Prog
         samples = time_in_turns(calls, repeat=images, rest_s=0.0, progress=lambda name: stepper.advance())
     ours, theirs = (sum(samples[name].latencies_ms) for name in PASTERS)
     task = {"images": min(images, 20), "count": count, "size_hw": size_hw}
-    peaks = [peak_mb({**task, "paster": name}) for name in PASTERS]
+    peaks = [
+        call_in_new_process("evaluation:pasting_peak_mb", {**task, "paster": name}, _PEAK_LIMIT_S) for name in PASTERS
+    ]
     return Row(
         work=f"paste and encode, {size_hw[0]}×{size_hw[1]}",
         items=f"{images} images × {count}",
@@ -241,10 +240,10 @@ def _paste_row(images: int, count: int, size_hw: tuple[int, int], progress: Prog
 
 
 def paste_check(found: list[Detections]) -> str:
-    """Compares the masks of both, and the metrics that they score on annotations near them.
+    """Compare the pasters' masks, and the metrics of these masks on annotations near them.
 
     Raises:
-        AssertionError: where a metric differs by more than the tolerance.
+        AssertionError: if a metric differs by more than 1e-6.
     """
     from pycocotools import mask as mask_api
 
@@ -260,7 +259,8 @@ def paste_check(found: list[Detections]) -> str:
                 differing += 1
                 pixels += int(np.count_nonzero(mask_api.decode(ours) != mask_api.decode(theirs)))
     truth = GroundTruth(_truth_near(found), "simulated")
-    metrics = [score_entries(truth, of_kind(entries, "segm"), "segm").metrics for entries in results.values()]
+    scored = [score_entries(truth, entries, "segm", measured_by="segmentation") for entries in results.values()]
+    metrics = [each.metrics for each in scored]
     largest = max(abs(metrics[0][name] - metrics[1][name]) for name in metrics[0])
     assert largest <= _METRIC_TOLERANCE, f"a metric differs by {largest:.2g}"
     total = sum(map(len, found))
@@ -270,7 +270,7 @@ def paste_check(found: list[Detections]) -> str:
 
 
 def _truth_near(found: list[Detections]) -> dict[str, Any]:
-    """Annotations: every third detection, moved a little."""
+    """Annotations: every third detection, slightly moved."""
     height, width = found[0].size_hw
     annotations = []
     for image_id, own in enumerate(found, start=1):
@@ -288,7 +288,7 @@ def _truth_near(found: list[Detections]) -> dict[str, Any]:
 
 
 def scored_by_pycocotools(content: dict[str, Any], results: list[dict[str, Any]], kind: str) -> Any:
-    """The evaluation object of pycocotools after all its steps; it changes what it is given."""
+    """Run all steps of pycocotools and return its evaluation object; the arguments are modified."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -304,11 +304,11 @@ def scored_by_pycocotools(content: dict[str, Any], results: list[dict[str, Any]]
 
 
 def score_row(images: int, count: int, kind: str, repeat: int, progress: Progress) -> Row:
-    """Scoring, checked array by array."""
+    """Measure scoring, after comparing all arrays of the scores."""
     content, results = simulated(images, count, kind, SIZE_HW)
 
     def ours(turn: int) -> Any:
-        scored = score_entries(GroundTruth(content, "simulated"), results, kind, scorer=Scorer.FAST)
+        scored = score_entries(GroundTruth(content, "simulated"), results, kind)
         return scored, scored.metrics
 
     prepared: list[Any] = []
@@ -316,7 +316,7 @@ def score_row(images: int, count: int, kind: str, repeat: int, progress: Progres
     def theirs(turn: int) -> Any:
         return scored_by_pycocotools(*prepared.pop(), kind)
 
-    def prepare() -> None:  # copies, which are not part of the work
+    def prepare() -> None:  # copying is not part of the measured time
         prepared.append((copy.deepcopy(content), copy.deepcopy(results)))
 
     latencies: dict[str, list[float]] = {"ours": [], "theirs": []}
@@ -325,9 +325,9 @@ def score_row(images: int, count: int, kind: str, repeat: int, progress: Progres
             answers = {}
             for name, call in (("ours", ours), ("theirs", theirs))[:: 1 if turn % 2 else -1]:
                 prepare()
-                began = time.perf_counter()
+                start = time.perf_counter()
                 answers[name] = call(turn)
-                latencies[name].append(1000 * (time.perf_counter() - began))
+                latencies[name].append(1000 * (time.perf_counter() - start))
                 prepared.clear()
                 stepper.advance()
             _check_scores(answers["ours"][0].scores, answers["theirs"])
@@ -350,14 +350,14 @@ def _check_scores(ours: Any, theirs: Any) -> None:
 
 
 def _resample_row(images: int, count: int) -> Row:
-    """The interval of a difference of two results, matching included."""
+    """Measure the confidence interval of an AP difference, matching included."""
     content, results = simulated(images, count, "bbox", SIZE_HW)
     truth, rng = GroundTruth(content, "simulated"), np.random.default_rng(1)
     other = [{**entry, "score": entry["score"] * float(rng.uniform(0.9, 1.1))} for entry in results]
-    began = time.perf_counter()
+    start = time.perf_counter()
     records = [match_records(truth, checked_results(truth, each, "bbox", "simulated")) for each in (results, other)]
     found = interval_of_difference(*records)
-    taken = 1000 * (time.perf_counter() - began)
+    taken = 1000 * (time.perf_counter() - start)
     return Row(
         work=f"AP difference, {RESAMPLES} resamples",
         items=f"{images} images × {count}",
@@ -369,33 +369,26 @@ def _resample_row(images: int, count: int) -> Row:
     )
 
 
-def peak_mb(task: dict[str, Any]) -> float | None:
-    """Growth of a process's memory while it pastes, by a process of its own; None where it cannot be had."""
-    command = [sys.executable, __file__, "--peak", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def pasting_peak_mb(images: int, count: int, size_hw: Sequence[int], paster: str) -> float | None:
+    """Measure the growth of this process's memory while it pastes, MB; None where the system does not report it."""
+    found = [detections(seed, count, tuple(size_hw)) for seed in range(images)]
+    paste = PASTERS[paster]
+    paste(detections(0, 2, (32, 32)))  # imports and one-time allocations
 
+    def paste_all() -> None:
+        for own in found:
+            paste(own)
 
-def _own_peak_mb(task: dict[str, Any]) -> float | None:
-    """What `peak_mb` gives, in this process."""
-    found = [detections(seed, task["count"], tuple(task["size_hw"])) for seed in range(task["images"])]
-    paste = PASTERS[task["paster"]]
-    paste(detections(0, 2, (32, 32)))  # what is imported and allocated once
-    forget_peak()
-    before = resident_mb("VmRSS")
-    for own in found:
-        paste(own)
-    after = resident_mb("VmHWM")
-    return None if before is None or after is None else after - before
+    return memory_growth_mb(paste_all)
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
 
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    heads = ["work", "items", "ours ms", "theirs ms", "× faster", "peak MB", "theirs MB", "beside", "checked before"]
+    heads = ["work", "items", "ours ms", "theirs ms", "× faster", "peak MB", "theirs MB", "compared with", "check"]
     return aligned(
         heads,
         [
@@ -416,30 +409,25 @@ def table(rows: list[Row]) -> str:
 
 
 def _growth_chart(rows: list[Row]) -> str:
-    """Seconds of scoring against the images of the dataset, as SVG."""
+    """SVG chart of the seconds of scoring against the number of images."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in (row for row in rows if row.work.startswith("score")):
         images = float(row.items.split()[0])
         for name, value in ((f"{row.work[6:]}, fast", row.ours_ms), (f"{row.work[6:]}, pycocotools", row.theirs_ms)):
             lines.setdefault(name, []).append((images, value / 1000))
-    series = [Series(name, points) for name, points in lines.items()]
-    return chart("Scoring simulated results", Axis("images", True), Axis("seconds", True), series)
+    return line_chart("Scoring simulated results", "images", "seconds", lines, log_x=True, log_y=True)
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    """Measures, prints the table and the machine, and writes both."""
+    """Measure, print the table and the machine, and write both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=200, help="of pasting")
-    parser.add_argument("--detections", type=int, default=100, help="of each image")
-    parser.add_argument("--dataset", type=numbers, default=(250, 1000, 5000), help="images to score")
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--repeat", type=int, default=3, help="of scoring")
-    parser.add_argument("--output", type=Path, help="folder for evaluation.json, evaluation.md and a chart")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=int, default=200, help="images for pasting; default: 200")
+    parser.add_argument("--detections", type=int, default=100, help="detections per image; default: 100")
+    parser.add_argument("--dataset", type=numbers, default=(250, 1000, 5000), help="numbers of images to score")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of results; default: all")
+    parser.add_argument("--repeat", type=int, default=3, help="repetitions of scoring; default: 3")
+    parser.add_argument("--output", type=Path, help="folder for evaluation.json, .md and .svg")
     given = parser.parse_args(arguments)
-    if given.peak:
-        print(json.dumps(_own_peak_mb(json.loads(given.peak))))
-        return []
     progress = Progress()
     rows = [_paste_row(given.images, given.detections, SIZE_HW, progress)]
     for kind in given.kinds.split(","):

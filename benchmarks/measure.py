@@ -1,7 +1,11 @@
-"""Opens every contender, compares it with the reference, then times and evaluates it."""
+"""Measure every contender: open it, compare its detections with the reference, time it, and evaluate its AP.
+
+Every call of a detector is also split into its parts: decoding, preprocessing, copies, the engine and postprocessing.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -12,115 +16,62 @@ from typing import Any
 
 import numpy as np
 from contenders import Contender, backend_of, precision_of
-from gpu_watch import watch
-from matching import Mismatch, compare_detections, merge
-from memory import KEYS, peak_memory
-from session import Progress, Unfinished
+from resources import call_in_new_process, watch_gpu
+from session import Progress, Unfinished, one_line
 from timing import Samples, time_in_turns
-from workloads import Workload, take_size
+from workloads import Workload, set_input_size
 
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.imaging.preprocess import batch_images
-from maskrcnn.runtime import Detector
+from maskrcnn.runtime.backends.base import TimedInference
+from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import evaluate
-from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
-
-# Where the time of one call goes: decoding, preprocessing, copies, the engine, postprocessing.
+from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, Mismatch, compare_detections, merge_mismatches
 
 PARTS = ("decode", "preprocess", "copy in", "engine", "copy out", "postprocess")
 
 
-def _split_of_call(
-    detector: Any, images: Sequence[np.ndarray], files: Sequence[Path], *, repeat: int
-) -> dict[str, float] | None:
-    """Milliseconds of each part of one call, medians.
-
-    Args:
-        detector: opened; a peer, which does not show its parts, gives None.
-        images: of one call.
-        files: those that the images were read from; without them there is no "decode".
-        repeat: measured calls, after one to warm up.
-
-    Returns:
-        by the names of `PARTS`. Backends that do not tell their copies apart have them in "engine".
-    """
-    if not isinstance(detector, Detector):
-        return None
-    calls = [_one_call(detector, images, files) for _ in range(repeat + 1)][1:]
-    found = {part: statistics.median(call[part] for call in calls) for part in PARTS if part in calls[0]}
-    return {part: milliseconds for part, milliseconds in found.items() if part in calls[0]}
-
-
-def _one_call(detector: Detector, images: Sequence[np.ndarray], files: Sequence[Path]) -> dict[str, float]:
-    marks = [("", time.perf_counter())]
-
-    def mark(part: str) -> None:
-        marks.append((part, time.perf_counter()))
-
-    for path in files:
-        read_image(path)
-    mark("decode")
-    pixels, sizes = batch_images(list(images), detector.metadata.preprocessing)
-    mark("preprocess")
-    feeds = {"images": pixels, "image_sizes": sizes}
-    timed = getattr(detector.backend, "infer_timed", None)
-    outputs, inside = timed(feeds) if timed else (detector.backend(feeds), {})
-    mark("engine")
-    for found in unpack(outputs, sizes, [image.shape[:2] for image in images]):
-        if found.has_masks:
-            found.rles()
-    mark("postprocess")
-    parts = {part: 1e3 * (end - began) for (_, began), (part, end) in itertools.pairwise(marks)} | inside
-    return parts if files else {part: value for part, value in parts.items() if part != "decode"}
-
-
 _CHECKED_IMAGES = 4
 _SPLIT_CALLS = 5
-# Detections are compared where users see them, in the photo; see `runtime.compare` for boxes and scores. One
-# in fifty may lack a partner in FP32: the overlap of two boxes can lie at suppression's very threshold.
-_FP32_BOUNDS = {
-    "box_px": EXACT.box_px,
-    "score": EXACT.score,
-    "mask_iou": 0.95,
-    "keypoints": EXACT.keypoints,
-    "unpaired_share": 0.02,
-}
-_HALF_BOUNDS = {
-    "box_px": HALF.box_px,
-    "score": HALF.score,
-    "mask_iou": 0.5,
-    "keypoints": HALF.keypoints,
-    "unpaired_share": HALF.departing_share,
-}
-_INT8_BOUNDS = {
-    "box_px": INT8.box_px,
-    "score": INT8.score,
-    "mask_iou": 0.3,
-    "keypoints": INT8.keypoints,
-    "unpaired_share": INT8.departing_share,
+_MEMORY = ("host_mb", "host_before_mb", "device_mb")  # see `resources.detector_peak`
+# Detections are compared in pixels of the original image, with the box and score tolerances of
+# `runtime.verification.compare`. In FP32 one in fifty may be unpaired: the IoU of two boxes can be at NMS's threshold.
+_BOUNDS = {
+    name: {
+        "box_px": tolerance.box_px,
+        "score": tolerance.score,
+        "mask_iou": mask_iou,
+        "keypoints": tolerance.keypoints,
+        "unpaired_share": unpaired_share,
+    }
+    for name, tolerance, mask_iou, unpaired_share in (
+        ("fp32", EXACT, 0.95, 0.02),
+        ("half", HALF, 0.5, HALF.departing_share),
+        ("int8", INT8, 0.3, INT8.departing_share),
+    )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One row of the table."""
+    """One row of the table: a contender at one image size and batch size."""
 
     model: str
     backend: str
     precision: str
-    size: str  # of the images, as 800×1088; empty: as the dataset's are
+    size: str  # of the images, such as 800×1088; empty: the dataset's own sizes
     batch: int
     status: str = "ok"  # ok | inexact | not run | differs | failed
-    reason: str = ""  # one line, where the status is not ok
+    reason: str = ""  # one line, unless the status is ok
     peer: str = ""
     samples: int = 0
     p50_ms: float | None = None  # of a call with the whole batch
     p90_ms: float | None = None
     p99_ms: float | None = None
     images_per_s: float | None = None
-    times_torchvision: float | None = None  # its p50 divided by this one's, at the same size and batch
+    times_torchvision: float | None = None  # torchvision's p50 / this p50, at the same size and batch
     times_torchvision_onnx: float | None = None
     box_ap: float | None = None
     mask_ap: float | None = None
@@ -129,18 +80,18 @@ class Measurement:
     mask_ap_difference: float | None = None
     keypoint_ap_difference: float | None = None
     check: str = ""  # difference to the reference's detections
-    split_ms: dict[str, float] | None = None  # by splits.PARTS, medians of other calls than those above
-    host_mb: float | None = None  # most memory that a process with this contender alone held, libraries included
+    split_ms: dict[str, float] | None = None  # by `PARTS`, medians of additional calls
+    host_mb: float | None = None  # peak memory of a process with this contender only, libraries included
     model_mb: float | None = None  # the part of it beyond the libraries
     device_mb: float | None = None
-    file_mb: float | None = None  # of the file, with its weights
-    build_s: float | None = None  # what making the file took
+    file_mb: float | None = None  # weights included
+    build_s: float | None = None  # time to make the file
     latencies_ms: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass
 class _Entry:
-    """A contender on its way through the benchmark."""
+    """State of a contender during the benchmark."""
 
     contender: Contender
     backend: str
@@ -157,12 +108,12 @@ class _Entry:
         return f"{self.contender.model} · {self.backend} {self.precision}".strip()
 
     def fail(self, status: str, error: Exception | str) -> None:
-        """Takes the contender out, with a reason of one line."""
+        """Set the status, with a reason of one line."""
         self.status, self.reason = status, one_line(error)
 
     @property
     def runs(self) -> bool:
-        """Whether it can still be called."""
+        """Whether it is opened and may be called."""
         return self.detector is not None and self.status in ("ok", "inexact")
 
 
@@ -174,20 +125,23 @@ def measure(
     memory: bool = False,
     kept: Unfinished | None = None,
 ) -> tuple[list[Measurement], dict[str, Any]]:
-    """The table's rows, every contender at every size and batch; and what the GPU did meanwhile, if there is one.
+    """Measure every contender at every size and batch size.
 
     Args:
-        contenders: what is compared.
-        workload: on what.
-        progress: is told what is being done.
-        memory: measure peak memory too, each contender in a process of its own.
-        kept: what a broken run has measured already.
+        contenders: models to measure.
+        workload: images, batch sizes and dataset.
+        progress: progress output.
+        memory: also measure peak memory, each contender in its own process.
+        kept: results of an interrupted run.
+
+    Returns:
+        The rows of the table, and the GPU's state during timing (empty without a GPU).
     """
     kept = kept or Unfinished(None, {})
     entries = [_open(contender, progress) for contender in contenders]
     _check(entries, workload, progress)
     groups = [(size, batch) for size in workload.pools for batch in workload.batches]
-    with watch() as gpu:
+    with watch_gpu() as gpu:
         samples = {group: _kept_samples(kept, entries, workload, group, progress) for group in groups}
     splits = {group: _split(entries, workload, group) for group in groups}
     if memory:
@@ -201,22 +155,13 @@ def measure(
     return _with_ratios(rows, entries), gpu
 
 
-def _detect_and_encode(detector: Any, images: list) -> list[Detections]:
-    """What is timed: from decoded images to boxes, scores, labels and, if any, pasted masks as run lengths."""
+def _detect_and_encode(detector: Any, images: list[np.ndarray]) -> list[Detections]:
+    """The timed call: from decoded images to boxes, scores, labels and, if the model has masks, their run lengths."""
     found = detector.detect(images)
     for detections in found:
         if detections.has_masks:
             detections.rles()
     return found
-
-
-def one_line(error: Exception | str) -> str:
-    """An error in one line; of a UserError what came and what to do."""
-    if isinstance(error, UserError):
-        return " ".join(f"{error.found}; {error.fix}".split())
-    text = " ".join(str(error).split())
-    name = "" if isinstance(error, str) else f"{type(error).__name__}: "
-    return name + (text if len(text) <= 200 else text[:200] + " …")
 
 
 def _open(contender: Contender, progress: Progress) -> _Entry:
@@ -227,24 +172,24 @@ def _open(contender: Contender, progress: Progress) -> _Entry:
         entry.backend = backend_of(entry.detector, contender.backend)
     except (UserError, ImportError) as error:
         entry.fail("not run", error)
-    except Exception as error:  # a library that fails in its own way costs its own row only
+    except Exception as error:  # any error of a library affects its own row only
         entry.fail("failed", error)
     progress.say(f"{entry.name}: {entry.reason or 'ready'}")
     return entry
 
 
 def _check(entries: list[_Entry], workload: Workload, progress: Progress) -> None:
-    """Compares each entry's detections with the reference's; the first that runs where none is named."""
+    """Compare each entry's detections with the reference's; without a named reference, with the first that runs."""
     running = [entry for entry in entries if entry.runs]
     if not running:
         return
     reference = next((entry for entry in running if entry.contender.is_reference), running[0])
     calls = _checked_calls(workload)
     for entry in running:
-        take_size(entry.detector, next(iter(workload.pools)))
+        set_input_size(entry.detector, next(iter(workload.pools)))
     try:
-        wanted = [reference.detector.detect(images) for images in calls]
-    except Exception as error:  # without a reference nothing can be checked
+        expected = [reference.detector.detect(images) for images in calls]
+    except Exception as error:  # nothing can be checked without a reference
         for entry in running:
             entry.fail("failed", f"the reference {reference.name} failed: {one_line(error)}")
         return
@@ -252,44 +197,45 @@ def _check(entries: list[_Entry], workload: Workload, progress: Progress) -> Non
     with progress.steps(f"comparing with {reference.name}", len(running) - 1) as stepper:
         for entry in running:
             if entry is not reference:
-                _compare(entry, calls, wanted, reference.detector.metadata.detections)
+                _compare(entry, calls, expected, reference.detector.metadata.detections)
                 progress.say(f"{entry.name}: {entry.check or entry.reason}")
                 stepper.advance()
 
 
-def _checked_calls(workload: Workload) -> list[list]:
+def _checked_calls(workload: Workload) -> list[list[np.ndarray]]:
+    """Some images one by one, and one batch."""
     size = next(iter(workload.pools))
     alone = [[image] for image in workload.pools[size][:_CHECKED_IMAGES]]
     return alone + [workload.batch(size, batch, 0) for batch in workload.batches if batch > 1][:1]
 
 
-def _compare(entry: _Entry, calls: list[list], wanted: list[list[Detections]], rows: int) -> None:
+def _compare(entry: _Entry, calls: list[list[np.ndarray]], expected: list[list[Detections]], rows: int) -> None:
     is_exact = entry.precision == "fp32"
-    bounds = _FP32_BOUNDS if is_exact else _INT8_BOUNDS if "int8" in entry.precision else _HALF_BOUNDS
+    bounds = _BOUNDS["fp32" if is_exact else "int8" if "int8" in entry.precision else "half"]
     limit = entry.contender.largest_batch
     parts: list[Mismatch] = []
     try:
-        for images, reference in zip(calls, wanted, strict=True):
+        for images, reference in zip(calls, expected, strict=True):
             if limit is None or len(images) <= limit:
                 found = entry.detector.detect(images)
                 parts += [
-                    compare_detections(first, second, bounds["keypoints"], edge=bounds["score"], rows=rows)
+                    compare_detections(first, second, bounds["keypoints"], edge=bounds["score"], max_rows=rows)
                     for first, second in zip(reference, found, strict=True)
                 ]
     except Exception as error:
         entry.fail("failed", error)
         return
-    difference = merge(parts)
+    difference = merge_mismatches(parts)
     entry.check = str(difference)
     if not difference.within(**bounds):
-        # A wrong FP32 model is a bug, and its latency no result. Other precisions are judged by their AP.
+        # A wrong FP32 model is a bug, and its latency is not reported. Other precisions are judged by their AP.
         entry.fail("differs" if is_exact else "inexact", f"from the reference: {difference}")
 
 
 def _kept_samples(
     kept: Unfinished, entries: list[_Entry], workload: Workload, group: tuple[str, int], progress: Progress
 ) -> dict[str, Samples]:
-    """The samples of one size and batch: all contenders' from one measurement, in turns, or none."""
+    """Latencies of all contenders at one size and batch, from one interleaved measurement or from the kept results."""
 
     def make() -> dict[str, Any]:
         found = _time(entries, workload, group, progress)
@@ -303,11 +249,11 @@ def _time(entries: list[_Entry], workload: Workload, group: tuple[str, int], pro
     size, batch = group
     calls: dict[str, Callable[[int], Any]] = {}
     for entry in _able(entries, batch):
-        take_size(entry.detector, size)
+        set_input_size(entry.detector, size)
         calls[entry.name] = lambda turn, detector=entry.detector: _detect_and_encode(
             detector, workload.batch(size, batch, turn)
         )
-    # Libraries prepare themselves for each shape that they see for the first time.
+    # Libraries prepare for each new input shape.
     shapes = {tuple(image.shape for image in workload.batch(size, batch, turn)) for turn in range(workload.repeat)}
     warmup = min(workload.repeat, len(workload.pools[size])) if len(shapes) > 1 else 1
     total = len(calls) * (workload.repeat + warmup)
@@ -322,31 +268,63 @@ def _time(entries: list[_Entry], workload: Workload, group: tuple[str, int], pro
 
 
 def _able(entries: list[_Entry], batch: int) -> list[_Entry]:
-    """Those that run and take so many images at once."""
+    """Entries that run at this batch size."""
     return [entry for entry in entries if entry.runs and batch <= (entry.contender.largest_batch or batch)]
 
 
 def _split(entries: list[_Entry], workload: Workload, group: tuple[str, int]) -> dict[str, dict[str, float] | None]:
-    """Where the time of a call goes, by contender; a contender that fails here has no split."""
+    """Median milliseconds of each of `PARTS` of a call, by contender; None for peers and where the call fails."""
     size, batch = group
     found: dict[str, dict[str, float] | None] = {}
     for entry in _able(entries, batch):
-        take_size(entry.detector, size)
+        set_input_size(entry.detector, size)
         images, files = workload.batch(size, batch, 0), workload.files_of_batch(size, batch)
-        try:
-            found[entry.name] = _split_of_call(entry.detector, images, files, repeat=_SPLIT_CALLS)
-        except Exception:  # it has a row with its latency, or with the reason why there is none
-            found[entry.name] = None
+        found[entry.name] = None
+        if isinstance(entry.detector, Detector):
+            with contextlib.suppress(Exception):  # the row has its latency, or the reason why there is none
+                calls = [_one_call(entry.detector, images, files) for _ in range(_SPLIT_CALLS + 1)][1:]
+                parts = [part for part in PARTS if part in calls[0]]
+                found[entry.name] = {part: statistics.median(call[part] for call in calls) for part in parts}
     return found
+
+
+def _one_call(detector: Detector, images: Sequence[np.ndarray], files: Sequence[Path]) -> dict[str, float]:
+    """Milliseconds of each part; "decode" only with files, copies within "engine" unless the backend measures them."""
+    marks = [("", time.perf_counter())]
+
+    def mark(part: str) -> None:
+        marks.append((part, time.perf_counter()))
+
+    for path in files:
+        read_image(path)
+    mark("decode")
+    pixels, sizes = batch_images(list(images), detector.metadata.preprocessing)
+    mark("preprocess")
+    feeds = {"images": pixels, "image_sizes": sizes}
+    backend = detector.backend
+    outputs, inside = backend.infer_timed(feeds) if isinstance(backend, TimedInference) else (backend(feeds), {})
+    mark("engine")
+    for found in unpack(outputs, sizes, [image.shape[:2] for image in images]):
+        if found.has_masks:
+            found.rles()
+    mark("postprocess")
+    parts = {part: 1e3 * (end - began) for (_, began), (part, end) in itertools.pairwise(marks)} | inside
+    return parts if files else {part: value for part, value in parts.items() if part != "decode"}
 
 
 def _measure_memory(entries: list[_Entry], workload: Workload, progress: Progress, kept: Unfinished) -> None:
     able = [entry for entry in entries if entry.runs and entry.contender.spec]
-    size_hw = next(iter(workload.pools.values()))[0].shape[:2]
+    size_hw = list(next(iter(workload.pools.values()))[0].shape[:2])
+
+    def peak(spec: dict[str, Any]) -> dict[str, float | None]:
+        try:
+            return call_in_new_process("resources:detector_peak", {**spec, "size_hw": size_hw})
+        except RuntimeError:  # the row has its latency
+            return dict.fromkeys(_MEMORY)
+
     with progress.steps("measuring memory", len(able)) as stepper:
         for entry in able:
-            spec = {**entry.contender.spec, "size_hw": list(size_hw)}
-            entry.memory = kept.get("memory", entry.name, lambda spec=spec: peak_memory(spec))
+            entry.memory = kept.get("memory", entry.name, lambda entry=entry: peak(entry.contender.spec))
             stepper.advance()
 
 
@@ -356,15 +334,15 @@ def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress, kep
     running = [entry for entry in entries if entry.runs]
     with progress.steps("evaluating", len(running) * len(workload.dataset.images)) as stepper:
         for entry in running:
-            take_size(entry.detector, next(iter(workload.pools)))
+            set_input_size(entry.detector, next(iter(workload.pools)))
             try:
                 entry.summary = kept.get(
                     "ap",
                     entry.name,
                     lambda entry=entry: evaluate(entry.detector, workload.dataset, progress=stepper.advance).summary(),
                 )
-                figures = (f"{name.replace('_ap', ' AP')} {value:.4f}" for name, value in entry.summary.items())
-                progress.say(f"{entry.name}: {', '.join(figures)}")
+                metrics = (f"{name.replace('_ap', ' AP')} {value:.4f}" for name, value in entry.summary.items())
+                progress.say(f"{entry.name}: {', '.join(metrics)}")
             except Exception as error:
                 entry.reason = f"no AP: {one_line(error)}"
                 progress.say(f"{entry.name}: {entry.reason}")
@@ -372,7 +350,7 @@ def _evaluate(entries: list[_Entry], workload: Workload, progress: Progress, kep
 
 def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: dict[str, float] | None) -> Measurement:
     contender = entry.contender
-    host, before, device = (entry.memory.get(key) for key in KEYS)
+    host, before, device = (entry.memory.get(key) for key in _MEMORY)
     row = Measurement(
         model=contender.model,
         backend=entry.backend,
@@ -387,7 +365,7 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
         model_mb=host - before if host and before else None,
         device_mb=device,
         file_mb=contender.file_mb(),
-        build_s=contender.build_s(),
+        build_s=contender.build_s,
         **entry.summary,
     )
     if not entry.runs:
@@ -411,7 +389,7 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
 
 
 def _with_ratios(rows: list[Measurement], entries: list[_Entry]) -> list[Measurement]:
-    """The rows with their ratios to torchvision's and their AP's difference to the reference's."""
+    """Add the latency ratios to torchvision and the AP differences to the reference."""
     peers = {(row.peer, row.size, row.batch): row.p50_ms for row in rows if row.peer and row.p50_ms}
     base = next((entry.summary for entry in entries if entry.check == "reference"), {})
 

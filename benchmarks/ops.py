@@ -1,15 +1,15 @@
-"""The custom ops beside torchvision's, in one run.
+"""The custom ops compared with torchvision's, in one run.
 
     python benchmarks/ops.py [--device cuda] [--json FILE]
 
-Sizes are those of Mask R-CNN ResNet-50 FPN: 1000 RoIs pooled 7×7 and 100 pooled 14×14 from four levels of 256
+The sizes are those of Mask R-CNN ResNet-50 FPN: 1000 RoIs pooled to 7×7 and 100 to 14×14 from four levels of 256
 channels (images of 800×1088), NMS over five levels and over 80 classes of 1000 boxes each, and 100 masks pasted into
 an image of 800×1333. Values are compared before anything is timed.
 
-On a GPU also 8 images at once, half precision, and the kernels that `maskrcnn build-plugins` has compiled, in both
-layouts. What can be captured is measured as a CUDA graph of many calls, the kernel's own time; the rest as calls one
-after the other, waiting included, as a user sees it. "of copy" is the share of the bandwidth of a copy on the same GPU
-in the same run that the bytes which any implementation must move would need in that time.
+On a GPU also batches of 8 images, half precision, and the kernels of `maskrcnn build-plugins`, in both layouts.
+Implementations that can be captured are measured as a CUDA graph of many calls, which is the kernels' own time; the
+others as consecutive calls with synchronisation. "of copy" is the bandwidth of the bytes that any implementation must
+move, relative to a copy on the same GPU in the same run.
 """
 
 from __future__ import annotations
@@ -33,35 +33,33 @@ from maskrcnn.model import cuda_ops
 from maskrcnn.model.ops import assign_levels, batched_nms, multilevel_roi_align
 from maskrcnn.plugins.native import Kernels
 
-# The cases of `benchmarks/ops.py`: inputs, contenders, the check that they agree, and the bytes that must be moved.
-
 SIZE_HW = (800, 1088)
 PASTE_HW = (800, 1333)
 _STRIDES = (4, 8, 16, 32)
 CHANNELS = 256
-_LEAST_SHARED = 0.995  # of the boxes that NMS keeps: torchvision shifts coordinates by group, which rounds them
+_MIN_SHARED = 0.995  # of the boxes kept by NMS: torchvision offsets coordinates by group, which rounds them
 _REFERENCE = "torchvision"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way of computing a case."""
+class _Contender:
+    """An implementation of a case."""
 
     call: Callable[[], Any]
-    capturable: bool = False  # in a CUDA graph: it neither waits for the GPU nor reads from it
+    capturable: bool = False  # in a CUDA graph: it does not synchronise with the host
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One set of inputs; the contender `torchvision` is what the others are divided by."""
+    """A set of inputs and the implementations; the speed of "torchvision" is the denominator of the others'."""
 
     name: str
-    contenders: dict[str, Contender]
-    least_bytes: int | None = None  # read or written by any implementation
+    contenders: dict[str, _Contender]
+    min_bytes: int | None = None  # that any implementation must read and write
 
 
 def _random_boxes(count: int, device: str, seed: int, size_hw: tuple[int, int]) -> Tensor:
-    """Boxes `[count, 4]` of all sizes, 8 to 600 px, inside the image."""
+    """Boxes xyxy `[count, 4]` inside the image, with sides of 8 to 600 px."""
     rng = torch.Generator().manual_seed(seed)
     limit = torch.tensor([size_hw[1], size_hw[0]])
     sides = 8 * torch.exp(torch.rand(count, 2, generator=rng) * 4.3)
@@ -78,10 +76,10 @@ def roi_align_case(
     dtype: torch.dtype = torch.float32,
     kernels: Kernels | None = None,
 ) -> _Case:
-    """RoIAlign of `count` RoIs of each image, `bins` × `bins`; with compiled kernels, these in both layouts too.
+    """RoIAlign of `count` RoIs per image to `bins` × `bins`; compiled kernels are measured in both layouts.
 
     Raises:
-        AssertionError: when two contenders differ.
+        AssertionError: if two implementations differ.
     """
     rng = torch.Generator().manual_seed(1)
     maps = [torch.randn(images, CHANNELS, SIZE_HW[0] // s, SIZE_HW[1] // s, generator=rng) for s in _STRIDES]
@@ -89,19 +87,19 @@ def roi_align_case(
     rois = torch.stack([_random_boxes(count, device, seed, SIZE_HW) for seed in range(images)])
     given = {"output_size": bins, "sampling_ratio": 2, "aligned": False}
     contenders = {
-        _REFERENCE: Contender(_torchvision_pooling(maps, rois, bins)),
-        "torchvision, kernels alone": Contender(_torchvision_kernels(maps, rois, bins), device == "cuda"),
-        "maskrcnn": Contender(lambda: multilevel_roi_align(maps, rois, **given), device == "cuda"),
+        _REFERENCE: _Contender(_torchvision_pooling(maps, rois, bins)),
+        "torchvision, kernels alone": _Contender(_torchvision_kernels(maps, rois, bins), device == "cuda"),
+        "maskrcnn": _Contender(lambda: multilevel_roi_align(maps, rois, **given), device == "cuda"),
     }
     if kernels is not None:
         last = [m.contiguous(memory_format=torch.channels_last) for m in maps]
         for name, laid in (("kernel, planes", maps), ("kernel, channels last", last)):
-            contenders[name] = Contender(
+            contenders[name] = _Contender(
                 lambda laid=laid: cuda_ops.multilevel_roi_align(kernels, laid, rois, dtype=dtype, min_level=2, **given),
                 device == "cuda",
             )
     truth = _torchvision_pooling([m.float() for m in maps], rois, bins)()
-    # Torchvision rounds RoIs to the features' type, so single precision is the measure.
+    # torchvision rounds RoIs to the features' dtype, so its float32 result is the reference.
     tolerance = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for name, contender in contenders.items():
         if dtype is torch.float32 or not name.startswith(_REFERENCE):
@@ -119,7 +117,7 @@ def _torchvision_pooling(maps: list[Tensor], rois: Tensor, bins: int) -> Callabl
 
 
 def _torchvision_kernels(maps: list[Tensor], rois: Tensor, bins: int) -> Callable[[], Tensor]:
-    """torchvision's kernel of each level, with the RoIs sorted by level beforehand and not put back in order."""
+    """torchvision's kernel per level, with the RoIs assigned to levels beforehand."""
     levels = assign_levels(rois, min_level=2, num_levels=len(maps))
     parts = [[r[level == i].to(maps[0].dtype) for r, level in zip(rois, levels, strict=True)] for i in range(len(maps))]
     order = torch.argsort(torch.cat([torch.nonzero(levels.flatten() == i).flatten() for i in range(len(maps))]))
@@ -132,13 +130,13 @@ def _torchvision_kernels(maps: list[Tensor], rois: Tensor, bins: int) -> Callabl
             ]
         )
 
-    # roi_align turns a list of boxes into one tensor with small operations of its own; that is not the kernel.
+    # roi_align converts a list of boxes into a tensor with small operations, which are not part of the kernel.
     boxes_of_levels = [torchvision.ops._utils.convert_boxes_to_roi_format(part) for part in parts]
     return lambda: pool()[order]
 
 
 def _touched_pixels(rois: Tensor) -> int:
-    """How many pixels of all levels and images some RoI reads."""
+    """Number of pixels of all levels and images that are read by at least one RoI."""
     levels, total = assign_levels(rois, min_level=2, num_levels=len(_STRIDES)).cpu().numpy(), 0
     for boxes, level_of in zip(rois.cpu().numpy(), levels, strict=True):
         for level, stride in enumerate(_STRIDES):
@@ -150,10 +148,10 @@ def _touched_pixels(rois: Tensor) -> int:
 
 
 def nms_case(groups: int, per_group: int, device: str, iou: float, kernels: Kernels | None = None) -> _Case:
-    """NMS of `groups` groups of about `per_group` boxes each, all survivors wanted.
+    """NMS of `groups` groups of about `per_group` boxes each, without a limit of the output.
 
     Raises:
-        AssertionError: when two contenders keep different boxes, but for a few at the very threshold.
+        AssertionError: if two implementations keep different boxes, except for a few at the threshold.
     """
     count = groups * per_group
     boxes = _random_boxes(count, device, 2, SIZE_HW)
@@ -166,57 +164,57 @@ def nms_case(groups: int, per_group: int, device: str, iou: float, kernels: Kern
         return batched_nms(boxes[None], group_of, counts, iou_threshold=iou, max_output=count)
 
     contenders = {
-        _REFERENCE: Contender(lambda: torchvision.ops.batched_nms(boxes, scores, owner, iou)),
-        "maskrcnn": Contender(ours, device == "cuda"),
+        _REFERENCE: _Contender(lambda: torchvision.ops.batched_nms(boxes, scores, owner, iou)),
+        "maskrcnn": _Contender(ours, device == "cuda"),
     }
     if kernels is not None:
-        contenders["kernel"] = Contender(
+        contenders["kernel"] = _Contender(
             lambda: cuda_ops.batched_nms(kernels, boxes[None], group_of, counts, iou, count), device == "cuda"
         )
-    wanted = set(contenders[_REFERENCE].call().tolist())
+    expected = set(contenders[_REFERENCE].call().tolist())
     for name, contender in contenders.items():
         if name != _REFERENCE:
             kept, number = contender.call()
             found = set(kept[0, : int(number)].tolist())
-            same = len(found & wanted) / max(len(found | wanted), 1)
-            assert same >= _LEAST_SHARED, f"{name}: {same:.2%} of the kept boxes are torchvision's too"
+            same = len(found & expected) / max(len(found | expected), 1)
+            assert same >= _MIN_SHARED, f"{name}: {same:.2%} of the kept boxes are also torchvision's"
     return _Case(f"NMS {groups} groups of {per_group}", contenders)
 
 
 def paste_case(count: int, device: str, kernels: Kernels | None = None) -> _Case:
-    """Masks of `count` detections pasted into an image of 800 × 1333 pixels, as torchvision's bool masks or as bits.
+    """Paste `count` masks into an image of 800 × 1333 pixels, as torchvision's boolean masks or as bits.
 
     Raises:
-        AssertionError: when more than one pixel in 10 000 differs.
+        AssertionError: if more than one pixel in 10 000 differs.
     """
     masks = torch.rand(count, 28, 28, generator=torch.Generator().manual_seed(4)).to(device)
     boxes = _random_boxes(count, device, 5, PASTE_HW)
-    contenders = {_REFERENCE: Contender(lambda: paste_masks_in_image(masks[:, None], boxes, PASTE_HW)[:, 0] > 0.5)}
+    contenders = {_REFERENCE: _Contender(lambda: paste_masks_in_image(masks[:, None], boxes, PASTE_HW)[:, 0] > 0.5)}
     if kernels is not None:
         for name, by_columns in (("kernel, rows", False), ("kernel, columns", True)):
-            contenders[name] = Contender(
+            contenders[name] = _Contender(
                 lambda by_columns=by_columns: cuda_ops.paste_masks(
                     kernels, masks, boxes, PASTE_HW, by_columns=by_columns
                 ),
                 device == "cuda",
             )
-    wanted = contenders[_REFERENCE].call().cpu().numpy()
+    expected = contenders[_REFERENCE].call().cpu().numpy()
     for name, contender in contenders.items():
         if name != _REFERENCE:
             found = np.unpackbits(contender.call().cpu().numpy().view(np.uint8), axis=-1, bitorder="little")
             found = found.transpose(0, 2, 1) if name.endswith("columns") else found
-            different = (found[:, : PASTE_HW[0], : PASTE_HW[1]].astype(bool) != wanted).mean()
+            different = (found[:, : PASTE_HW[0], : PASTE_HW[1]].astype(bool) != expected).mean()
             assert different <= 1e-4, f"{name}: {different:.2%} of the pixels differ from torchvision's"
     least = count * PASTE_HW[0] * -(-PASTE_HW[1] // 32) * 4
     return _Case(f"paste {count} masks into {PASTE_HW[0]}×{PASTE_HW[1]}", contenders, least)
 
 
-CALLS = 20  # on a GPU, of one sample
+_CALLS = 20  # per sample on a GPU
 _COPY_BYTES = 1 << 30
 
 
 def _cases(device: str, kernels: Kernels | None) -> Iterator[_Case]:
-    """What is measured on a device, made when its turn comes, for the sake of memory."""
+    """The cases of a device, each made when it is measured to save memory."""
     on_gpu = device == "cuda"
     for dtype in (torch.float32, torch.float16) if on_gpu else (torch.float32,):
         for images in (1, 8) if on_gpu else (1,):
@@ -228,9 +226,9 @@ def _cases(device: str, kernels: Kernels | None) -> Iterator[_Case]:
 
 
 def measure(case: _Case, device: str, *, repeat: int, copy_gb_per_s: float | None) -> list[dict[str, Any]]:
-    """One row per contender: microseconds a call, the ratio to torchvision, and the share of a copy's bandwidth."""
+    """Return a row per implementation: µs per call, and speed relative to torchvision and to a copy's bandwidth."""
     prepared = {name: _prepared(contender, device) for name, contender in case.contenders.items()}
-    calls = CALLS if device == "cuda" else 1
+    calls = _CALLS if device == "cuda" else 1
     samples = time_in_turns(prepared, repeat=repeat, warmup=3, rest_s=0.0 if device == "cuda" else 0.03)
     for name, sample in samples.items():
         if sample.error is not None:
@@ -240,8 +238,8 @@ def measure(case: _Case, device: str, *, repeat: int, copy_gb_per_s: float | Non
     for name, contender in case.contenders.items():
         us = _percentiles_us(samples[name], calls)
         share = None
-        if copy_gb_per_s and case.least_bytes:
-            share = case.least_bytes / (us["p50_us"] * 1e-6) / (copy_gb_per_s * 1e9)
+        if copy_gb_per_s and case.min_bytes:
+            share = case.min_bytes / (us["p50_us"] * 1e-6) / (copy_gb_per_s * 1e9)
         rows.append(
             {
                 "case": case.name,
@@ -259,19 +257,19 @@ def _percentiles_us(samples: Samples, calls: int) -> dict[str, float]:
     return {f"p{percent}_us": 1000 * samples.percentile_ms(percent) / calls for percent in (10, 50, 90)}
 
 
-def _prepared(contender: Contender, device: str) -> Callable[[int], Any]:
-    """A call that `time_in_turns` can measure; on a GPU `CALLS` calls and the wait for their end."""
+def _prepared(contender: _Contender, device: str) -> Callable[[int], Any]:
+    """A function for `time_in_turns`; on a GPU it makes `_CALLS` calls and synchronises."""
     if device != "cuda":
         return lambda turn: contender.call()
     if not contender.capturable:
 
         def one_by_one(turn: int) -> None:
-            for _ in range(CALLS):
+            for _ in range(_CALLS):
                 contender.call()
             torch.cuda.synchronize()
 
         return one_by_one
-    graph = captured(contender.call, CALLS)
+    graph = _captured(contender.call, _CALLS)
 
     def replayed(turn: int) -> None:
         graph.replay()
@@ -280,8 +278,8 @@ def _prepared(contender: Contender, device: str) -> Callable[[int], Any]:
     return replayed
 
 
-def captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `times` calls."""
+def _captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
+    """Capture a CUDA graph of `times` calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -296,7 +294,7 @@ def captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
 
 
 def _copy_bandwidth_gb_per_s() -> float:
-    """Bytes read and written per second by a copy of a gigabyte inside the GPU's memory; the best of ten."""
+    """GB read and written per second by a copy of a gigabyte in GPU memory; the maximum of ten copies."""
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     best = 0.0
@@ -311,11 +309,16 @@ def _copy_bandwidth_gb_per_s() -> float:
 
 
 def main() -> None:
-    """Prints a table and the machine, and writes both as JSON."""
+    """Measure, print a table and the machine, and write both as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeat", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
+        help="default: cuda if available",
+    )
+    parser.add_argument("--repeat", type=int, default=20, help="samples per implementation; default: 20")
+    parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     kernels = cuda_ops.kernels_for(torch.device("cuda", 0)) if given.device == "cuda" else None
     copy = _copy_bandwidth_gb_per_s() if given.device == "cuda" else None

@@ -1,23 +1,26 @@
-"""Latency and accuracy of every model file on every backend of this machine, beside torchvision's own model.
+"""Latency and accuracy of every model file on every backend of this machine, compared with torchvision's model.
 
     python benchmarks/run.py
 
-takes the newest run below `runs/`: its checkpoint, its ONNX file and its engines. `--workload resnet50` measures
-Mask R-CNN ResNet-50 at fixed sizes instead, with random weights. A number is only printed for a model whose
-detections agree with PyTorch FP32; what cannot run has a row that says why.
+measures the newest run in `runs/`: its checkpoint, ONNX files and engines. `--workload resnet50` measures Mask R-CNN
+ResNet-50 at fixed sizes instead, with random weights. A latency is only reported for a model whose detections agree
+with PyTorch FP32; what cannot run has a row with the reason.
 
-A run on a trained model that was broken off goes on where it stopped; `--workload resnet50` makes its files anew and so
-begins again. `--compare`, `--max-latency` and `--min-ap` make exit code 1 of what became worse, for CI.
+An interrupted run on a trained model is resumed; `--workload resnet50` makes its files again and so starts anew. With
+`--compare`, `--max-latency` and `--min-ap`, for CI, a regression sets exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from contenders import (
@@ -25,70 +28,74 @@ from contenders import (
     Contender,
     given_artefacts,
     newest_artefacts,
-    on_gpu,
     our_contenders,
     peer_contenders,
+    runs_on_gpu,
 )
 from measure import Measurement, measure
-from regressions import Before, Limits, beyond_limits, read_rows, regressions
 from report import write_report
-from session import FILE, Progress, Unfinished, count, numbers, sizes_hw
+from session import Progress, Unfinished, count, numbers, sizes_hw
 from timing import environment
 from workloads import Workload, dataset_workload, resnet50_workload
 
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, exit_on_user_error
 from maskrcnn.weights.checkpoint import load_checkpoint
 
 _RESNET50 = "resnet50"
 _RESNET50_SIZES_HW = [(800, 1088)]
 _DEFAULT_OUTPUT = Path("runs") / "benchmark"
+_UNFINISHED = "unfinished.json"
+_SLOWDOWN = 1.15  # allowed ratio of latencies, in addition to the spread of the samples
+_AP_LOSS = 0.002
+_KEY = ("model", "backend", "precision", "size", "batch")
+_REQUIRED = {"model", "backend", "precision", "batch", "p50_ms"}  # keys of a row; older files have no size
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", type=Path, action="append", default=[], help="file to measure, repeatable; default: newest run")
-    add("--data", type=Path, help="dataset in COCO layout; default: what the run was validated on")
-    add("--split", help="split of --data; default val")
-    add("--batch", type=numbers, help="batch sizes, as 1,4")
-    add("--repeat", type=count, help="measured calls of each model and batch size; default 20, fewer on a slow machine")
-    add("--max-images", "--images", type=count, metavar="N", help="most images to evaluate on; default all")
-    add("--no-peers", action="store_true", help="leave torchvision out")
-    add("--gpu-only", action="store_true", help="leave OpenVINO and the workload's 8-bit files out: they are for CPUs")
-    add("--compile", action="store_true", help="ours and torchvision's by torch.compile too, which takes minutes")
-    add("--memory", action="store_true", help="measure peak memory too, each row in a process of its own")
-    add("--output", type=Path, help="folder for the results; default: beside the model")
-    add("--workload", choices=[_RESNET50], help="random ResNet-50 instead of a trained model")
+    add("--model", type=Path, action="append", default=[], help="file to measure, repeatable; default: the newest run")
+    add("--data", type=Path, help="COCO-format dataset; default: the run's validation dataset")
+    add("--split", help="split of --data; default: val")
+    add("--batch", type=numbers, help="batch sizes, such as 1,4")
+    add("--repeat", type=count, help="calls per model and batch size; default: 20, fewer on a slow machine")
+    add("--max-images", "--images", type=count, metavar="N", help="maximum number of images for AP; default: all")
+    add("--no-peers", action="store_true", help="do not measure torchvision's models")
+    add("--gpu-only", action="store_true", help="do not measure OpenVINO or make the workload's 8-bit files")
+    add("--compile", action="store_true", help="also measure both models with torch.compile, which takes minutes")
+    add("--memory", action="store_true", help="also measure peak memory, each row in its own process")
+    add("--output", type=Path, help="folder for the results; default: benchmark/ beside the model")
+    add("--workload", choices=[_RESNET50], help="ResNet-50 with random weights instead of a trained model")
     add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
     add(
         "--size",
         type=sizes_hw,
-        help="to resize images to, as 800x1088,800x1344; no AP then; the workload's default is 800x1088",
+        help="sizes to resize images to, such as 800x1088,800x1344, without AP; default for the workload: 800x1088",
     )
-    add("--compare", type=Path, help="an older results.json, which is read at once; exit code 1 if a row became worse")
-    add("--max-latency", type=float, metavar="MS", help="exit code 1 if the p50 of a row of ours exceeds it")
-    add("--min-ap", type=float, metavar="AP", help="exit code 1 if the box AP of a row of ours is below it")
-    add("--afresh", action="store_true", help="do not go on with a run that was broken off")
+    add("--compare", type=Path, help="results.json of an earlier run; exit code 1 if a row has become worse")
+    add("--max-latency", type=float, metavar="MS", help="exit code 1 if the p50 latency of a model exceeds this")
+    add("--min-ap", type=float, metavar="AP", help="exit code 1 if the box AP of a model is below this")
+    add("--afresh", action="store_true", help="do not resume an interrupted run")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
-    """Measures, writes results.json, .md, .svg and .html, and prints the table.
+    """Measure, write results.json, .md, .svg and .html, and print the table.
 
     Raises:
-        SystemExit: with code 1 when a row is beyond a limit or became worse.
+        SystemExit: with code 1 if a row exceeds a limit or has become worse.
     """
     given = parse(arguments)
     _check_options(given)
-    # Before anything is measured: the report may take the place of the very file that is to be compared with.
-    before = read_rows(given.compare) if given.compare else None
+    # Read before measuring: the report may overwrite this file.
+    before = read_results(given.compare) if given.compare else None
     progress = Progress()
     with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
         output = given.output or _default_output(given, artefacts)
         contenders = our_contenders(artefacts, compiled=given.compile)
-        contenders = on_gpu(contenders) if given.gpu_only else contenders
+        contenders = [each for each in contenders if not given.gpu_only or runs_on_gpu(each)]
         if not given.no_peers and artefacts.checkpoint:
             model, example = load_checkpoint(artefacts.checkpoint), next(iter(workload.pools.values()))[0]
             contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint, compiled=given.compile)
@@ -98,29 +105,33 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     table = write_report(output, rows, workload, machine)
     kept.finish()
     print(f"\n{table}\n\n{', '.join(str(output / f'results.{kind}') for kind in ('md', 'json', 'html'))}")
-    _hold_to_limits(given, rows, machine, before)
+    failures = beyond_limits(rows, max_latency_ms=given.max_latency, min_ap=given.min_ap)
+    if before is not None:
+        worse, notes = regressions(rows, machine, before)
+        print("\n".join(notes))
+        failures += worse
+    if failures:
+        print("\n".join(["", "worse than allowed:", *failures]), file=sys.stderr)
+        raise SystemExit(1)
     return rows
 
 
 def _check_options(given: argparse.Namespace) -> None:
-    """That no option would be without effect, or is known to fail once everything is measured.
-
-    Raises:
-        UserError: naming the first that would.
-    """
-    kind = f"--workload {given.workload}" if given.workload else ""
-    no_ap = kind or ("--size" if given.size else "")
+    """Refuse options that would have no effect or would fail after everything is measured."""
+    workload = f"--workload {given.workload}" if given.workload else ""
+    without_ap = workload or ("--size" if given.size else "")
     no_gpu = given.gpu_only and not torch.cuda.is_available()
-    for is_idle, came, expected, do in (
-        (kind and given.model, f"--model with {kind}", "one of them: the workload makes its files", "drop one"),
-        (kind and given.max_images, f"--max-images with {kind}", "a model with an AP", "drop --max-images"),
-        (no_ap and given.min_ap is not None, f"--min-ap with {no_ap}", "a measured AP", "drop one of them"),
-        (kind and given.afresh, f"--afresh with {kind}", "a model; the workload always begins anew", "drop --afresh"),
+    for is_refused, found, expected, fix in (
+        (workload and given.model, f"--model with {workload}", "one of them: the workload makes its files", "drop one"),
+        (workload and given.max_images, f"--max-images with {workload}", "a model with an AP", "drop --max-images"),
+        (without_ap and given.min_ap is not None, f"--min-ap with {without_ap}", "a measured AP", "drop one of them"),
+        (workload and given.afresh, f"--afresh with {workload}", "a model; a workload is never resumed",
+         "drop --afresh"),
         (given.split and not given.data, f"--split {given.split}", "the dataset of the split, too", "add --data"),
         (no_gpu, "--gpu-only", "a CUDA GPU that PyTorch can use", "drop --gpu-only; see `maskrcnn doctor`"),
-    ):
-        if is_idle:
-            raise UserError(came, expected, do)
+    ):  # fmt: skip
+        if is_refused:
+            raise UserError(found, expected, fix)
 
 
 def _unfinished(
@@ -130,8 +141,8 @@ def _unfinished(
     workload: Workload,
     progress: Progress,
 ) -> Unfinished:
-    """What a broken run of the same benchmark left. Files that are made anew each time cannot be gone on with."""
-    path = output / FILE if given.workload is None else None
+    """Results of an interrupted run of the same benchmark. Files that are made anew each time cannot be resumed."""
+    path = output / _UNFINISHED if given.workload is None else None
     if given.afresh and path is not None:
         path.unlink(missing_ok=True)
     machine = environment()
@@ -143,25 +154,12 @@ def _unfinished(
     }
     kept = Unfinished(path, key)
     if kept.found:
-        progress.say(f"going on with {path}: {kept.found} results (--afresh begins anew)")
+        progress.say(f"resuming {path}: {kept.found} results (--afresh starts anew)")
     return kept
 
 
-def _hold_to_limits(
-    given: argparse.Namespace, rows: Sequence[Measurement], machine: dict, before: Before | None
-) -> None:
-    failures = beyond_limits(rows, Limits(given.max_latency, given.min_ap))
-    if before is not None:
-        worse, told = regressions(rows, machine, before)
-        print("\n".join(told))
-        failures += worse
-    if failures:
-        print("\n".join(["", "worse than allowed:", *failures]), file=sys.stderr)
-        raise SystemExit(1)
-
-
 def _folder(kept: Path | None) -> contextlib.AbstractContextManager[str]:
-    """Where files are made that the benchmark itself needs."""
+    """The folder for files that the benchmark makes for itself."""
     if kept is None:
         return tempfile.TemporaryDirectory(prefix="maskrcnn-benchmark-")
     kept.mkdir(parents=True, exist_ok=True)
@@ -201,6 +199,111 @@ def _default_output(given: argparse.Namespace, artefacts: Artefacts) -> Path:
     return files[0].parent / "benchmark" if files else _DEFAULT_OUTPUT
 
 
+def beyond_limits(
+    rows: Sequence[Measurement], *, max_latency_ms: float | None = None, min_ap: float | None = None
+) -> list[str]:
+    """Describe every row beyond a limit, peers excluded; a limit without any row to compare is exceeded, too.
+
+    Args:
+        rows: the measured rows.
+        max_latency_ms: limit of the p50 latency; None: no limit.
+        min_ap: limit of the box AP; None: no limit.
+    """
+    ours = [row for row in rows if not row.peer and row.p50_ms is not None]
+    found = []
+    for name, limit, values in (
+        ("latency", max_latency_ms, [(row, row.p50_ms) for row in ours]),
+        ("box AP", min_ap, [(row, row.box_ap) for row in ours if row.box_ap is not None]),
+    ):
+        if limit is None:
+            continue
+        if not values:
+            found.append(f"{name}: no row to compare with the limit {limit:g}")
+        for row, value in values:
+            if value > limit if name == "latency" else value < limit:
+                found.append(f"{_title(row)}: {name} {value:.4g}, limit {limit:g}")
+    return found
+
+
+def _title(row: Measurement) -> str:
+    return f"{row.model} · {row.backend} {row.precision} · {row.size or 'own size'} · batch {row.batch}"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results.json.
+
+    Raises:
+        UserError: if the file is missing or was not written by this benchmark.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        reason = "" if _is_results(content) else "no rows of latencies"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        found = f"{path}: no results of this benchmark ({reason})"
+        raise UserError(found, "a results.json", "name one that `run.py` wrote")
+    return content
+
+
+def _is_results(content: Any) -> bool:
+    rows, environment = (content.get(name) if isinstance(content, dict) else None for name in ("rows", "environment"))
+    if not isinstance(rows, list) or not rows or not isinstance(environment, dict):
+        return False
+    return all(isinstance(row, dict) and row.keys() >= _REQUIRED for row in rows)
+
+
+def regressions(
+    rows: Sequence[Measurement], environment: dict[str, Any], before: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Compare rows with an earlier run's.
+
+    Latencies are compared relative to torchvision's in the same run, which depends little on the machine and its load;
+    without torchvision in both runs, in milliseconds if CPU and GPU are the same. A row is slower if it exceeds both
+    `_SLOWDOWN` and the interquartile range of both runs' samples.
+
+    Args:
+        rows: the measured rows.
+        environment: machine of the rows.
+        before: content of the earlier results.json.
+
+    Returns:
+        One line per row that is slower or lost AP, and one line per other comparison.
+    """
+    known = {tuple(row.get(name) or "" for name in _KEY): row for row in before["rows"]}
+    same_machine = all(environment.get(name) == before["environment"].get(name) for name in ("cpu", "gpu"))
+    worse, notes = [], []
+    for row in rows:
+        then = known.get(tuple(getattr(row, name) or "" for name in _KEY))
+        if then is None or row.p50_ms is None or then.get("p50_ms") is None:
+            notes.append(f"{_title(row)}: not in both")
+            continue
+        if row.times_torchvision and then.get("times_torchvision"):
+            factor, unit = then["times_torchvision"] / row.times_torchvision, "relative to torchvision"
+        elif same_machine:
+            factor, unit = row.p50_ms / then["p50_ms"], "milliseconds"
+        else:
+            notes.append(f"{_title(row)}: another machine and no torchvision to divide by")
+            factor = None
+        if factor is not None:
+            noise = max(_spread(row.latencies_ms), _spread(then.get("latencies_ms") or ()))
+            line = f"{_title(row)}: {factor:.2f} times the time ({unit}), noise {noise:.0%}"
+            (worse if factor > max(_SLOWDOWN, 1 + noise) and not row.peer else notes).append(line)
+        for name in ("box_ap", "mask_ap", "keypoint_ap"):
+            now, was = getattr(row, name), then.get(name)
+            if now is not None and was is not None and now < was - _AP_LOSS:
+                worse.append(f"{_title(row)}: {name.replace('_ap', ' AP')} {now:.4f}, was {was:.4f}")
+    return worse, notes
+
+
+def _spread(latencies: Sequence[float]) -> float:
+    """Interquartile range relative to the median; 0 for fewer than 4 samples."""
+    if len(latencies) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(latencies, n=4)
+    return (high - low) / middle
+
+
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         main()

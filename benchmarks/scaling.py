@@ -1,12 +1,12 @@
-"""How the cost of a model grows: with the image, the batch, the threads, the detections and the dataset.
+"""Scaling of a model's cost with image size, batch size, threads, detections and dataset size.
 
     python benchmarks/scaling.py [--model FILE …] [--curves size,batch,threads,detections,dataset] [--output FOLDER]
 
-Takes the newest run's ONNX file and engines, or the files named. The points of one curve take turns, so that a busy
-machine bends no curve. Each curve becomes an SVG; scaling.json holds the numbers, and a table is printed.
+measures the newest run's ONNX file and engines, or the given files. The points of a curve are measured interleaved, so
+that other load does not bend it. Each curve is drawn as an SVG; scaling.json holds the values, and tables are printed.
 
-The last two curves need no model: masks of random boxes are pasted and encoded, and the simulated results
-of benchmarks/evaluation.py, 100 an image, are scored by pycocotools and by our own scorer.
+The last two curves need no model: masks of random boxes are pasted and encoded, and the simulated results of
+benchmarks/evaluation.py, 100 per image, are scored by pycocotools and by our own scorer.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from typing import Any
 import numpy as np
 from contenders import newest_artefacts
 from evaluation import SIZE_HW, scored_by_pycocotools, simulated
-from report import Axis, Series, aligned, chart, machine
-from session import Progress, numbers, sizes_hw
-from timing import environment, time_in_turns
-from workloads import generated_images, size_name, take_size
+from session import Progress, aligned, numbers, sizes_hw
+from timing import environment, machine, time_in_turns
+from workloads import generated_images, set_input_size, size_name
 
-from maskrcnn.errors import told_to_the_user
+from maskrcnn.errors import exit_on_user_error
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.imaging.postprocess import Detections
-from maskrcnn.runtime import Detector
+from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
-from maskrcnn.runtime.evaluation.scoring import Scorer, score_entries
+from maskrcnn.runtime.evaluation.scoring import score_entries
+from maskrcnn.runtime.plots import line_chart
 
 _SIZES_HW = [(224, 320), (320, 448), (480, 640), (640, 896), (800, 1088), (800, 1344)]
 _BATCHES = (1, 2, 4, 8)
 _DETECTIONS = (1, 5, 20, 50, 100)
-IMAGES = (250, 500, 1000, 2000, 5000)
+_IMAGES = (250, 500, 1000, 2000, 5000)
 _PASTED_HW = (800, 1333)
-RESULTS = 100  # of each image of the simulated dataset
+_RESULTS = 100  # per image of the simulated dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Curve:
-    """One question: `calls[line][x]` is measured and divided by `units[x]`."""
+    """A chart: the latency of `calls[line][x]` divided by `units[x]`, against x."""
 
     name: str
     title: str
@@ -56,7 +56,7 @@ class _Curve:
 
 
 def _size_curve(detectors: Mapping[str, Detector], sizes: Sequence[tuple[int, int]]) -> _Curve:
-    """Milliseconds of one image against its pixels."""
+    """Milliseconds per image against its pixels."""
     pixels = {height * width / 1e6: (height, width) for height, width in sizes}
     return _Curve(
         name="size",
@@ -72,7 +72,7 @@ def _size_curve(detectors: Mapping[str, Detector], sizes: Sequence[tuple[int, in
 
 
 def _batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size_hw: tuple[int, int]) -> _Curve:
-    """Milliseconds of each image against the images of a call."""
+    """Milliseconds per image against the batch size."""
     return _Curve(
         name="batch",
         title=f"Each image of {size_name(size_hw)}, by the batch",
@@ -87,7 +87,7 @@ def _batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size
 
 
 def _threads_curve(paths: Sequence[Path], size_hw: tuple[int, int]) -> _Curve:
-    """Milliseconds of one image against the threads a runtime may use; of runtimes that take their number."""
+    """Milliseconds per image against the number of threads, for runtimes where it can be set."""
     counts = sorted({2**k for k in range(10) if 2**k <= (os.cpu_count() or 1)} | {os.cpu_count() or 1})
     return _Curve(
         name="threads",
@@ -106,7 +106,7 @@ def _detecting(detector: Detector, size_hw: tuple[int, int], batch: int) -> Call
     images = generated_images(batch, size_hw)
 
     def call(turn: int) -> None:
-        take_size(detector, size_name(size_hw))
+        set_input_size(detector, size_name(size_hw))
         for found in detector.detect(images):
             if found.has_masks:
                 found.rles()
@@ -115,7 +115,7 @@ def _detecting(detector: Detector, size_hw: tuple[int, int], batch: int) -> Call
 
 
 def _detections_curve(counts: Sequence[int]) -> _Curve:
-    """Milliseconds of pasting and encoding against the detections of an image."""
+    """Milliseconds of pasting and encoding against the number of detections."""
     found = {float(count): _random_detections(count) for count in counts}
     return _Curve(
         name="detections",
@@ -137,18 +137,18 @@ def _random_detections(count: int) -> Detections:
 
 
 def dataset_curve(images: Sequence[int]) -> _Curve:
-    """Seconds of scoring boxes against the images of a dataset, by pycocotools and by `--scorer fast`."""
-    datasets = {float(count): simulated(count, RESULTS, "bbox", SIZE_HW) for count in images}
+    """Seconds of scoring boxes against the number of images, by pycocotools and by `--scorer fast`."""
+    datasets = {float(count): simulated(count, _RESULTS, "bbox", SIZE_HW) for count in images}
 
     def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox", scorer=Scorer.FAST)
+        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox")
 
     def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         return lambda turn: scored_by_pycocotools(content, list(results), "bbox")
 
     return _Curve(
         name="dataset",
-        title=f"Scoring boxes, {RESULTS} results an image",
+        title=f"Scoring boxes, {_RESULTS} results an image",
         across="images",
         along="s",
         calls={
@@ -161,7 +161,7 @@ def dataset_curve(images: Sequence[int]) -> _Curve:
 
 
 def _measured(curve: _Curve, *, repeat: int, progress: Progress) -> dict[str, list[tuple[float, float]]]:
-    """(x, median) of every point of every line."""
+    """Measure (x, median) for every point of every line."""
     calls = {f"{line} {x:g}": call for line, points in curve.calls.items() for x, call in points.items()}
     with progress.steps(curve.title, len(calls) * (repeat + curve.warmup)) as stepper:
         samples = time_in_turns(calls, repeat=repeat, warmup=curve.warmup, progress=lambda name: stepper.advance())
@@ -176,13 +176,13 @@ def _measured(curve: _Curve, *, repeat: int, progress: Progress) -> dict[str, li
 
 
 def growth(points: Sequence[tuple[float, float]]) -> float:
-    """The exponent p of cost ~ x^p, by least squares on logarithms: 1 is proportional, 0 no growth."""
+    """Fit the exponent p of cost ~ x^p by least squares on logarithms: 1 is proportional, 0 no growth."""
     x, y = np.log(np.array(points).T)
     return float(np.polyfit(x, y, 1)[0])
 
 
 def table(curve: Mapping[str, Any]) -> str:
-    """One curve of scaling.json as a Markdown table: a row for each line, a column for each x, and the growth."""
+    """Format a curve of scaling.json as a Markdown table: a row per line, a column per x, and the growth."""
     first = next(iter(curve["lines"].values()))
     heads = [f"{curve['along']} at {curve['across']}", *(f"{x:.4g}" for x, _ in first), "grows as"]
     rows = [
@@ -193,7 +193,7 @@ def table(curve: Mapping[str, Any]) -> str:
 
 
 def _curves_of(given: argparse.Namespace, paths: Sequence[Path]) -> Iterator[_Curve]:
-    """Those that were asked for, made when their turn comes."""
+    """The chosen curves, each made when it is measured."""
     detectors = {path.name: Detector.load(path) for path in paths} if {"size", "batch"} & set(given.curves) else {}
     for name in given.curves:
         if name in ("size", "batch", "threads") and not paths:
@@ -211,51 +211,45 @@ def _curves_of(given: argparse.Namespace, paths: Sequence[Path]) -> Iterator[_Cu
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     names = ("size", "batch", "threads", "detections", "dataset")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, action="append", default=[], help="file, repeatable; default: newest run")
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="file, repeatable; default: those of the newest run"
+    )
     parser.add_argument("--curves", type=lambda text: text.split(","), default=list(names), help=",".join(names))
-    parser.add_argument("--sizes", type=sizes_hw, default=_SIZES_HW)
-    parser.add_argument("--batch", type=numbers, default=_BATCHES, help="at the first of the sizes")
-    parser.add_argument("--images", type=numbers, default=IMAGES, help="of the simulated datasets")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("runs") / "scaling")
+    parser.add_argument("--sizes", type=sizes_hw, default=_SIZES_HW, help="image sizes, such as 224x320,480x640")
+    parser.add_argument("--batch", type=numbers, default=_BATCHES, help="batch sizes, at the first image size")
+    parser.add_argument("--images", type=numbers, default=_IMAGES, help="numbers of images of the simulated datasets")
+    parser.add_argument("--repeat", type=int, default=5, help="measurements per point; default: 5")
+    parser.add_argument("--output", type=Path, default=Path("runs") / "scaling", help="default: runs/scaling")
     given = parser.parse_args(arguments)
     if unknown := set(given.curves) - set(names):
-        parser.error(f"--curves {','.join(sorted(unknown))}: none of {', '.join(names)}")
+        parser.error(f"--curves {','.join(sorted(unknown))}: expected {', '.join(names)}")
     return given
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measures, writes, prints, and returns what scaling.json holds."""
+    """Measure, write, print, and return the content of scaling.json."""
     given, progress = parse(arguments), Progress()
-    needs_model = {"size", "batch", "threads"} & set(given.curves)
-    paths = given.model or (_newest() if needs_model else [])
+    paths = given.model
+    if not paths and {"size", "batch", "threads"} & set(given.curves):
+        artefacts = newest_artefacts()
+        paths = [*artefacts.onnx, *artefacts.engines]
     content: dict[str, Any] = {"schema": 1, "environment": environment(), "repeat": given.repeat, "curves": {}}
     for curve in _curves_of(given, paths):
         lines = _measured(curve, repeat=given.repeat, progress=progress)
         shown = {"title": curve.title, "across": curve.across, "along": curve.along, "lines": lines}
         content["curves"][curve.name] = shown
-        picture = chart(
-            curve.title,
-            Axis(curve.across, logarithmic=True),
-            Axis(curve.along, logarithmic=True),
-            [Series(name, points) for name, points in lines.items()],
-        )
+        chart = line_chart(curve.title, curve.across, curve.along, lines, log_x=True, log_y=True)
         with atomic_path(given.output / f"{curve.name}.svg") as draft:
-            draft.write_text(picture, encoding="utf-8")
+            draft.write_text(chart, encoding="utf-8")
         write_json(given.output / "scaling.json", content)
         print(f"\n{curve.title}\n\n{table(shown)}")
     print("\n".join(["", *machine(content["environment"]), "", str(given.output / "scaling.json")]))
     return content
 
 
-def _newest() -> list[Path]:
-    artefacts = newest_artefacts()
-    return [*artefacts.onnx, *artefacts.engines]
-
-
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         main()

@@ -1,10 +1,10 @@
-"""Where the time of one image goes, stage by stage, in every runtime that runs a model's files.
+"""Time per stage of the detector for one image, from the profiles of ONNX Runtime and OpenVINO.
 
     python benchmarks/stages.py runs/train-1/model.onnx runs/train-1/model.int8.xml [--size 800x1088] [--repeat 5]
 
-Times inside a model are the runtime's own profile, which costs some per cent itself; shares are what it is for. A
-layer belongs to the module that its name begins with; what lies between layers is told apart by its operator. The call
-that is timed and the profile run on one and the same provider, the CPU: see `_UNPROFILED` for why no other.
+Profiling itself costs a few per cent; the shares are meaningful, not the sum. A layer belongs to the module its name
+starts with; operations between layers are classified by operator. The timed call and the profile both run on ONNX
+Runtime's CPU provider: see `_UNPROFILED` for the others.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import numpy as np
 from session import size_hw
 from workloads import images_of_size
 
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, exit_on_user_error
 from maskrcnn.files import write_json
 from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.imaging.preprocess import batch_images
-from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.onnxruntime import session_options
 from maskrcnn.runtime.backends.onnxruntime_providers import Provider, provider_named
+from maskrcnn.runtime.detector import Detector
 
 _MODULES = {
     "backbone.body": "backbone",
@@ -39,62 +39,58 @@ _MODULES = {
     "roi_heads.mask": "mask head",
     "roi_heads.keypoint": "keypoint head",
 }
-OPERATORS = {
+_OPERATORS = {
     "roialign": "RoIAlign",
     **dict.fromkeys(("topk", "nonmaxsuppression"), "TopK and NMS"),
 }
 REST = "everything else"
-# ONNX Runtime's providers whose part of its profile says nothing of single layers. It can be compiled so that it asks
-# CUDA for the times of kernels (--enable_cuda_profiling), which the packages that pip installs are not.
+# ONNX Runtime's providers without times of single layers in its profile. Kernel times of CUDA need a build with
+# --enable_cuda_profiling, which the packages of pip are not.
 _UNPROFILED = {
-    Provider.CUDA: "says when the host started a layer, not how long the GPU took",
-    Provider.TENSORRT: "has whole parts of the model as one node",
+    Provider.CUDA: "contains when the host started a layer, not how long the GPU took",
+    Provider.TENSORRT: "contains large parts of the model as one node",
 }
 OUTSIDE = ("resize and pad", "paste and encode")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Milliseconds of one image by stage, medians over calls."""
+    """Milliseconds per stage for one image, medians over calls."""
 
     model: str
     backend: str
-    total_ms: float  # of a call, without profile
+    total_ms: float  # of a call without profiling
     stages_ms: dict[str, float]
 
 
 def stage_of(name: str, operator: str) -> str:
-    """The stage of a node of a profile."""
+    """Return the stage of a node of a profile."""
     for prefix, stage in _MODULES.items():
         if prefix in name:
             return stage
-    return OPERATORS.get(operator.lower(), REST)
+    return _OPERATORS.get(operator.lower(), REST)
 
 
 def _check_provider(name: str) -> None:
-    """That ONNX Runtime's profile on a provider can be split.
-
-    Raises:
-        UserError: where it cannot, and for a name that is none.
-    """
+    """Refuse providers whose profile has no stages, and unknown ones."""
     provider = provider_named(name)
     if provider in _UNPROFILED:
-        came = f"--provider {name}: ONNX Runtime's profile there {_UNPROFILED[provider]}"
-        do = "use --provider cpu; `benchmarks/run.py` tells preprocessing and engine apart on a GPU"
-        raise UserError(came, "--provider cpu", do)
+        found = f"--provider {name}: ONNX Runtime's profile there {_UNPROFILED[provider]}"
+        fix = "use --provider cpu; `benchmarks/run.py` separates preprocessing and engine on a GPU"
+        raise UserError(found, "--provider cpu", fix)
 
 
 def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: str = "cpu") -> Split:
-    """The split of one file in its default runtime.
+    """Measure one file in its default runtime.
 
     Args:
-        path: an ONNX file or an OpenVINO engine.
+        path: ONNX file or OpenVINO engine.
         images: uint8 `[H, W, 3]` RGB.
-        repeat: measured calls, and as many that are profiled.
-        provider: of ONNX Runtime, for all of them.
+        repeat: number of timed calls, and of profiled calls.
+        provider: execution provider of ONNX Runtime.
 
     Raises:
-        UserError: for a file whose runtime gives no profile.
+        UserError: if the runtime of the file has no profile.
     """
     _check_provider(provider)
     detector = Detector.load(path, **({"provider": provider} if path.suffix == ".onnx" else {}))
@@ -102,7 +98,7 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: st
     totals = []
     for k in range(repeat + 1):
         image = images[k % len(images)]
-        began = time.perf_counter()
+        start = time.perf_counter()
         pixels, sizes = batch_images([image], detector.metadata.preprocessing)
         prepared = time.perf_counter()
         outputs = detector.backend({"images": pixels, "image_sizes": sizes})
@@ -111,15 +107,15 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: st
             if found.has_masks:
                 found.rles()
         ended = time.perf_counter()
-        if k:  # the first call prepares
-            totals.append(ended - began)
-            for name, seconds in zip(OUTSIDE, (prepared - began, ended - inferred), strict=True):
+        if k:  # the first call is warm-up
+            totals.append(ended - start)
+            for name, seconds in zip(OUTSIDE, (prepared - start, ended - inferred), strict=True):
                 outside[name].append(seconds)
     feeds = {"images": pixels, "image_sizes": sizes}
     profiles = list(_profiles(path, detector, feeds, repeat))
     stages = {name: 1e3 * statistics.median(values) for name, values in outside.items()}
-    for stage in (*_MODULES.values(), *dict.fromkeys(OPERATORS.values()), REST):
-        if any(profile[stage] for profile in profiles):  # a model has one of the last two heads, or both, or none
+    for stage in (*_MODULES.values(), *dict.fromkeys(_OPERATORS.values()), REST):
+        if any(profile[stage] for profile in profiles):  # models differ in their heads
             stages[stage] = statistics.median(profile[stage] for profile in profiles)
     return Split(
         path.name, f"{detector.backend.name} {detector.backend.precision}", 1e3 * statistics.median(totals), stages
@@ -127,14 +123,12 @@ def split_of(path: Path, images: Sequence[np.ndarray], repeat: int, provider: st
 
 
 def _profiles(path: Path, detector: Detector, feeds: dict[str, np.ndarray], repeat: int) -> Iterable[Counter[str]]:
-    """Milliseconds by stage, of each of `repeat` calls."""
+    """Milliseconds by stage, for each of `repeat` calls."""
     if detector.backend.name.startswith("ONNX Runtime"):
         return _onnxruntime_profiles(path, feeds, repeat, detector.backend.session.get_providers())
     if detector.backend.name == "OpenVINO":
         return _openvino_profiles(detector, feeds, repeat)
-    raise UserError(
-        f"{path}: {detector.backend.name} gives no profile", "an ONNX file or an engine", "name one of those"
-    )
+    raise UserError(f"{path}: {detector.backend.name} has no profile", "an ONNX file or an engine", "name one of those")
 
 
 def _onnxruntime_profiles(
@@ -162,7 +156,7 @@ def _onnxruntime_profiles(
 
 
 def _layers_by_value(path: Path) -> dict[str, str]:
-    """The layer that made each value, itself or through what ONNX Runtime fuses with it and names after its output."""
+    """The layer of each value; ONNX Runtime names a fused node after the output of the node that it fuses last."""
     import onnx
 
     layers: dict[str, str] = {}
@@ -187,11 +181,11 @@ def _openvino_profiles(detector: Detector, feeds: dict[str, np.ndarray], repeat:
 
 
 def table(splits: Sequence[Split]) -> str:
-    """One column for each file: milliseconds and their share of all stages."""
+    """Format a table with a column per file: milliseconds and their share of all stages."""
     head = ["stage", *(f"{split.model}, {split.backend}" for split in splits)]
     lines = [head, ["---"] * len(head)]
     found = [stage for split in splits for stage in split.stages_ms]
-    known = [stage for stage in (*OUTSIDE, *_MODULES.values(), *OPERATORS.values(), REST) if stage in found]
+    known = [stage for stage in (*OUTSIDE, *_MODULES.values(), *_OPERATORS.values(), REST) if stage in found]
     for stage in dict.fromkeys([*known, *found]):
         cells = []
         for split in splits:
@@ -203,15 +197,17 @@ def table(splits: Sequence[Split]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Split]:
-    """Prints the table, and writes it where asked."""
+    """Measure, print the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="+", help="ONNX files and OpenVINO engines")
-    parser.add_argument("--size", type=size_hw, default=(800, 1088), help="of the images, as 800x1088")
-    parser.add_argument("--data", type=Path, help="dataset to take images from; default: drawn shapes")
-    parser.add_argument("--split", default="val", help="split of --data")
-    parser.add_argument("--repeat", type=int, choices=range(1, 101), metavar="CALLS", default=5)
-    parser.add_argument("--provider", default="cpu", help="of ONNX Runtime; cpu is the only one that can be split")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", type=size_hw, default=(800, 1088), help="image size; default: 800x1088")
+    parser.add_argument("--data", type=Path, help="COCO-format dataset of the images; default: generated shapes")
+    parser.add_argument("--split", default="val", help="split of --data; default: val")
+    parser.add_argument(
+        "--repeat", type=int, choices=range(1, 101), metavar="CALLS", default=5, help="timed calls; default: 5"
+    )
+    parser.add_argument("--provider", default="cpu", help="provider of ONNX Runtime; only cpu has profiles by layer")
+    parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args(arguments)
     _check_provider(given.provider)
     images, kind = images_of_size(given.size, given.data, given.split)
@@ -223,5 +219,5 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         main()

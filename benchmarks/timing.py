@@ -1,8 +1,8 @@
-"""Latency of several functions, measured in turns, and a description of the machine they ran on.
+"""Interleaved latency measurement of several functions, and a description of the machine.
 
-Measuring one function after the other gives the first a cool machine and the last a warm one. Here every round
-calls each function once, in an order drawn anew, so that drifts fall on all alike. A short rest before each
-call lets the threads of the library before it go to sleep: they spin for a while after their work.
+Measured one after the other, the first function would run on a cool machine and the last on a warm one. Here every
+round calls each function once, in random order, so that drift affects all of them equally. A short pause before each
+call lets the threads of the previous library go to sleep: they spin for a while after their work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _REST_S = 0.03
-LEAST_REPEAT = 3
+MIN_ROUNDS = 3
 _PACKAGES = (
     "maskrcnn",
     "torch",
@@ -41,19 +41,19 @@ class Samples:
     error: Exception | None = None
 
     def percentile_ms(self, percent: float) -> float:
-        """The smallest measured latency that at least this share of the samples does not exceed."""
+        """Return the nearest-rank percentile of the latencies."""
         return percentile(self.latencies_ms, percent)
 
     def per_second(self, items: int) -> float:
-        """Items per second, at the median latency of a call that handles so many."""
+        """Return items per second at the median latency of a call with this many items."""
         return 1000.0 * items / self.percentile_ms(50)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The nearest-rank percentile, always one of the values.
+    """Return the nearest-rank percentile, which is one of the values.
 
     Raises:
-        ValueError: for no values, or a percentage outside (0, 100].
+        ValueError: without values, or for a percentage outside (0, 100].
     """
     if not values or not 0 < percent <= 100:
         raise ValueError(f"found: {len(values)} values, {percent} %; expected: values, and 0 < percent ≤ 100")
@@ -73,48 +73,48 @@ def time_in_turns(
     sleep: Callable[[float], None] = time.sleep,
     progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Samples]:
-    """Measures each function `repeat` times, in turns.
+    """Measure each function `repeat` times, interleaved.
 
     Args:
-        calls: by name; each takes the number of the round, so that all can do the same work in it.
+        calls: functions by name; each takes the round's number, so that all can do the same work in a round.
         repeat: measured rounds.
         warmup: rounds before them, not measured.
-        rest_s: pause before each call.
-        budget_s: no round begins later than this, once there are `LEAST_REPEAT`.
-        seed: decides the order inside the rounds.
-        clock: seconds.
-        sleep: pauses.
-        progress: called with a function's name after each of its calls.
+        rest_s: pause before each call, seconds.
+        budget_s: time limit for starting another round after the first `MIN_ROUNDS`, seconds.
+        seed: random seed of the order within rounds.
+        clock: returns the time in seconds.
+        sleep: pauses for some seconds.
+        progress: called with the function's name after each call.
 
     Returns:
-        samples by name. A function that raises is not called again; its samples hold the exception.
+        Samples by name. A function that raises is not called again; its samples hold the exception.
     """
     order, rng = list(calls), random.Random(seed)
     latencies: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, Exception] = {}
     started = clock()
     for turn in range(-warmup, repeat):
-        if budget_s is not None and turn >= LEAST_REPEAT and clock() - started > budget_s:
+        if budget_s is not None and turn >= MIN_ROUNDS and clock() - started > budget_s:
             break
         rng.shuffle(order)
         for name in order:
             if name in errors:
                 continue
             sleep(rest_s)
-            began = clock()
+            start = clock()
             try:
                 calls[name](turn % max(repeat, 1))
-            except Exception as error:  # whatever one library raises must not end the others' measurement
+            except Exception as error:  # any error of a library must not end the measurement of the others
                 errors[name] = error
                 continue
             if turn >= 0:
-                latencies[name].append(1000.0 * (clock() - began))
+                latencies[name].append(1000.0 * (clock() - start))
             progress(name)
     return {name: Samples(tuple(values), errors.get(name)) for name, values in latencies.items()}
 
 
 def environment() -> dict[str, Any]:
-    """What a latency depends on besides the code: processor, threads, versions, commit, GPU and date."""
+    """Describe what a latency depends on besides the code: processor, threads, versions, commit, GPU and date."""
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -128,12 +128,30 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": _installed_versions(),
-        "commit": commit(),
+        "commit": _commit(),
     }
 
 
+def machine(environment: dict[str, Any]) -> list[str]:
+    """Format an `environment` as items of a Markdown list."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    lines = [
+        f"- Machine: {environment['cpu']}, {environment['cores']} cores, "
+        f"{environment['torch_threads']} PyTorch threads, {environment['memory_gb']} GB, "
+        f"GPU: {environment['gpu'] or 'none'}; {environment['system']}, Python {environment['python']}",
+        f"- Versions: {versions}; commit {environment['commit'] or 'unknown'}; {environment['date']}",
+    ]
+    if gpu := environment.get("gpu_watch"):
+        lines.append(
+            f"- GPU while timing: {gpu['sm_clock_mhz']:.0f} of {gpu['sm_clock_max_mhz']:.0f} MHz (lowest "
+            f"{gpu['sm_clock_low_mhz']:.0f}), {gpu['temperature_c']:.0f} °C, {gpu['power_w']:.0f} W, "
+            f"{', '.join(gpu['throttled']) or 'not throttled'}"
+        )
+    return lines
+
+
 def _installed_versions() -> dict[str, str]:
-    """Versions of the libraries that decide the numbers, those that are installed."""
+    """Versions of the installed libraries that affect latency."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -144,7 +162,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    """The processor's name, as the system knows it."""
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -153,8 +171,8 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+def _commit() -> str | None:
+    """Commit of the checkout, with "-modified" if files differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

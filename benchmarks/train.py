@@ -1,9 +1,10 @@
-"""Our training step beside the step of torchvision's reference script, in one run and from the same weights.
+"""Our training step compared with the step of torchvision's reference script, in one run from the same weights.
 
     python benchmarks/train.py --batch 2 --precision fp32,bf16
 
-measures Mask R-CNN ResNet-50 at 800×1088 and the small default model at 128×128, on images drawn for the purpose, or
-on those of `--data`. Before anything is timed, both trainers' losses on the first batch must agree.
+measures Mask R-CNN ResNet-50 at 800×1088 and the small default model at 128×128, on generated images or on those of
+`--data`: latency, memory, synchronisations, stages, and the rate of the data loader. Before anything is timed, both
+trainers' losses on the first batch must agree.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -25,12 +23,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measure import one_line
-from report import aligned, machine, number
-from session import Progress, numbers, size_hw
-from timing import Samples, environment, percentile, time_in_turns
+from resources import call_in_new_process
+from session import Progress, aligned, number, numbers, one_line, size_hw
+from timing import Samples, environment, machine, percentile, time_in_turns
 from trainers import (
-    AS_IT_IS,
+    NO_AUGMENTATION,
     OURS,
     SPLIT,
     THEIRS,
@@ -46,7 +43,7 @@ from trainers import (
 
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, exit_on_user_error
 from maskrcnn.files import write_json
 from maskrcnn.model import detector
 from maskrcnn.settings import assignments, merged
@@ -55,23 +52,128 @@ from maskrcnn.training.loader import training_loader
 from maskrcnn.training.recipe import SHAPES_SIZE_PX, SMALL_MODEL, training_config
 from maskrcnn.training.samples import TrainingSamples
 
-# What is measured of a training step besides its latency: synchronisations, stages, memory, and the data's rate.
+_RESNET50 = "maskrcnn_resnet50_fpn"
+_RESNET50_SIZE_HW = (800, 1088)
+_COCO_CLASSES = 80
+_POOL = 4  # different batches
+_MEMORY_STEPS = 3
+_MEMORY_LIMIT_S = 1800
+_PIPELINE_S = 5.0
+_LEARNING_RATE = 1e-3  # with random weights, larger ones diverge
+_PRECISIONS = ("fp32", "bf16", "fp16")
+_SCHEMA = 1
+_TIMED = (
+    "one optimizer step, from a batch of resized images in host memory: transfer, forward, losses, backward and "
+    "update. Ours takes object masks as crops; torchvision's takes them at image size, as its reference script does, "
+    "and resizes images and masks once more inside the model, to the same size"
+)
 
-_CHILD = Path(__file__).with_name("train_memory.py")
-_CHILD_TIMEOUT_S = 1800
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainingRow:
+    """Results of one trainer in one precision."""
+
+    trainer: str
+    precision: str
+    status: str  # "ok" or "not run"
+    reason: str = ""
+    steps: int = 0
+    p50_s: float | None = None
+    p90_s: float | None = None
+    images_per_s: float | None = None
+    times_torchvision: float | None = None  # median over rounds of torchvision's latency / this latency
+    times_torchvision_p10: float | None = None
+    times_torchvision_p90: float | None = None
+    peak_memory_mb: float | None = None
+    synchronisations: int | None = None  # per step; None on a CPU
 
 
-def wait(device: torch.device) -> None:
-    """Returns when the device has done everything that it was told."""
+@dataclass(frozen=True, kw_only=True)
+class _TrainingReport:
+    """Results of one model on one workload."""
+
+    model: str
+    workload: str
+    size_hw: tuple[int, int]  # of the first batch, padded
+    batch: int
+    objects_per_image: float
+    device: str
+    batch_norm: str
+    trainable_stages: int
+    losses: dict[str, dict[str, float]]  # of both trainers on the first batch, before timing
+    rows: tuple[_TrainingRow, ...]
+    stages_ms: dict[str, dict[str, float]]  # median of each stage of our step, by precision
+    workers: int
+    pipeline_images_per_s: float | None
+    notes: tuple[str, ...] = ()
+
+
+def _as_markdown(report: _TrainingReport) -> str:
+    """Format a report: its table, the loss comparison, the stages of our step and the data loader's rate."""
+    height, width = report.size_hw
+    sums = " and ".join(f"{name} {losses['sum']:.4f}" for name, losses in report.losses.items())
+    lines = [
+        f"## {report.model}, {report.batch} × {height}×{width}, {report.device}",
+        "",
+        aligned([name for name, _ in _COLUMNS], [[show(row) for _, show in _COLUMNS] for row in report.rows]),
+        "",
+        f"- Workload: {report.workload}, {report.objects_per_image:.1f} objects per image; batch norm "
+        f"{report.batch_norm}, {report.trainable_stages} of 5 backbone stages train.",
+        f"- Loss of the first batch with the same weights and fixed batch norm: {sums or 'not computed'}.",
+    ]
+    for precision, stages in report.stages_ms.items():
+        parts = ", ".join(f"{name} {ms:.0f} ms ({ms / sum(stages.values()):.0%})" for name, ms in stages.items())
+        lines.append(f"- Stages of our step in {precision}, one after another: {parts}.")
+    if report.pipeline_images_per_s is not None:
+        rate = f"{report.pipeline_images_per_s:.1f} images/s with {report.workers} worker(s)"
+        lines.append(f"- Our data loader alone: {rate}.")
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
+
+
+def _page(reports: Sequence[_TrainingReport], environment: dict[str, Any]) -> str:
+    """All reports, with notes and machine."""
+    notes = [
+        f"- Timed: {_TIMED}.",
+        "- The trainers' steps are interleaved. × torchvision: torchvision's latency divided by the row's in the same "
+        "round, its median, and in brackets the 10th and 90th percentile. Above 1 the row is faster.",
+        "- Peak memory, measured in a separate process: on a CPU the growth since before the model is made, on a GPU "
+        "the memory allocated by PyTorch. Synchronisations: times per step that the host waits for the GPU.",
+        *machine(environment),
+    ]
+    return "\n".join(["# Training step", "", *(_as_markdown(report) for report in reports), *notes, ""])
+
+
+def _ratio(row: _TrainingRow) -> str:
+    if row.times_torchvision is None:
+        return ""
+    return f"{row.times_torchvision:.2f} ({row.times_torchvision_p10:.2f}–{row.times_torchvision_p90:.2f})"
+
+
+_COLUMNS: list[tuple[str, Callable[[_TrainingRow], str]]] = [
+    ("trainer", lambda row: row.trainer),
+    ("precision", lambda row: row.precision),
+    ("steps", lambda row: str(row.steps or "")),
+    ("p50 s", number("p50_s", ".3f")),
+    ("p90 s", number("p90_s", ".3f")),
+    ("images/s", number("images_per_s", ".2f")),
+    ("× torchvision", _ratio),
+    ("peak MB", number("peak_memory_mb", ".0f")),
+    ("syncs", number("synchronisations", "d")),
+    ("status", lambda row: f"{row.status}: {row.reason}".replace("|", "/") if row.reason else row.status),
+]
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for all queued work of a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def synchronisations(run: Callable[[], Any], device: torch.device) -> int | None:
-    """How often the host waits for the GPU during a call, by PyTorch's synchronisation debug mode; None on a CPU."""
+    """Count synchronisations of host and GPU in a call, with PyTorch's sync debug mode; None on a CPU."""
     if device.type != "cuda":
         return None
-    wait(device)
+    _wait(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -83,14 +185,14 @@ def synchronisations(run: Callable[[], Any], device: torch.device) -> int | None
 
 
 def stages_ms(trainer: OurTrainer, work: Work, repeat: int) -> dict[str, float]:
-    """Where our step's time goes: median milliseconds of each of its stages, one after another.
+    """Measure the median milliseconds of each stage of our step.
 
-    The device is waited for after each stage, so on a GPU their sum exceeds the step's latency.
+    The device is synchronised after each stage, so on a GPU their sum exceeds the latency of the step.
     """
     marks: list[tuple[str, float]] = []
 
     def mark(name: str) -> None:
-        wait(trainer.device)
+        _wait(trainer.device)
         marks.append((name, time.perf_counter()))
 
     rounds: dict[str, list[float]] = {}
@@ -107,9 +209,9 @@ def stages_ms(trainer: OurTrainer, work: Work, repeat: int) -> dict[str, float]:
 
 @contextmanager
 def _marked(trainer: OurTrainer, mark: Callable[[str], None]) -> Iterator[None]:
-    """Calls `mark` at the end of each stage of the trainer's step for the time of the context."""
+    """Call `mark` at the end of each stage of the trainer's step within the context."""
 
-    def marking(function: Callable, name: str, before: str | None = None) -> Callable:
+    def marking(function: Callable[..., Any], name: str, before: str | None = None) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **named: Any) -> Any:
             if before:
                 mark(before)
@@ -135,220 +237,79 @@ def _marked(trainer: OurTrainer, mark: Callable[[str], None]) -> Iterator[None]:
 
 
 def pipeline_images_per_s(config: TrainConfig, seconds: float) -> float:
-    """Images per second that our data loader delivers with `config.workers`, nothing else running.
-
-    Measured from the second batch on, over whole batches, for about so many seconds.
-    """
+    """Measure images per second of our data loader with `config.workers`, for about `seconds` after the first batch."""
     dataset = CocoDataset.load(config.data, config.train_split)
-    samples = TrainingSamples(dataset, config.model.preprocessing, augment=AS_IT_IS, seed=config.seed)
+    samples = TrainingSamples(dataset, config.model.preprocessing, augment=NO_AUGMENTATION, seed=config.seed)
     loader, sampler = training_loader(samples, batch_size=config.batch_size, workers=config.workers, pin_memory=False)
-    images, began = 0, None
+    images, start = 0, None
     while True:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             now = time.perf_counter()
-            if began is None:
-                began = now
+            if start is None:
+                start = now
                 continue
             images += len(batch.image_ids)
-            if now - began > seconds:
-                return images / (now - began)
+            if now - start > seconds:
+                return images / (now - start)
         sampler.epoch += 1
 
 
-def peak_memory_mb(config: TrainConfig, weights: Path, trainer: str, precision: str, steps: int) -> float | str:
-    """Memory that a trainer takes in a process of its own, MB, or why it is not known.
-
-    On a GPU the most that PyTorch has allocated; on a CPU how far the process's memory rises above what it was before
-    the model was made.
-    """
-    with tempfile.TemporaryDirectory(prefix="maskrcnn-train-memory-") as folder:
-        task = Path(folder) / "task.json"
-        names = {"trainer": trainer, "weights": str(weights), "precision": precision, "steps": steps}
-        write_json(task, {"config": to_dict(config), **names})
-        command = [sys.executable, str(_CHILD), str(task)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return f"more than {_CHILD_TIMEOUT_S} s"
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no output"])[-1]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return answer["peak_mb"] if answer["peak_mb"] is not None else "this system does not tell"
-
-
-# What a training benchmark measured, as JSON and as a Markdown page.
-
-_SCHEMA = 1
-_TIMED = (
-    "one optimizer step, from a batch of resized images in the host's memory: transfer, forward, losses, backward and "
-    "update. Ours takes object masks as crops; torchvision's takes them at image size, as its reference does, and "
-    "resizes images and masks once more inside the model, to the size that they have"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TrainingRow:
-    """One trainer, in one precision."""
-
-    trainer: str
-    precision: str
-    status: str  # "ok" or "not run"
-    reason: str = ""
-    steps: int = 0
-    p50_s: float | None = None
-    p90_s: float | None = None
-    images_per_s: float | None = None
-    times_torchvision: float | None = None  # median over rounds of torchvision's latency divided by this one's
-    times_torchvision_p10: float | None = None
-    times_torchvision_p90: float | None = None
-    peak_memory_mb: float | None = None
-    synchronisations: int | None = None  # per step; None on a CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TrainingReport:
-    """One model on one workload."""
-
-    model: str
-    workload: str
-    size_hw: tuple[int, int]  # of the first batch, padded
-    batch: int
-    objects_per_image: float
-    device: str
-    batch_norm: str
-    trainable_stages: int
-    losses: dict[str, dict[str, float]]  # of both trainers on the first batch, before timing
-    rows: tuple[_TrainingRow, ...]
-    stages_ms: dict[str, dict[str, float]]  # of our step, by precision
-    workers: int
-    pipeline_images_per_s: float | None
-    notes: tuple[str, ...] = ()
-
-
-def _as_json(reports: Sequence[_TrainingReport], environment: dict[str, Any]) -> dict[str, Any]:
-    """Everything, for a machine."""
-    content = [dataclasses.asdict(report) for report in reports]
-    return {"schema": _SCHEMA, "timed": _TIMED, "environment": environment, "reports": content}
-
-
-def _as_markdown(report: _TrainingReport) -> str:
-    """The table of a report, with what was checked before and what limits our step."""
-    height, width = report.size_hw
-    sums = " and ".join(f"{name} {losses['sum']:.4f}" for name, losses in report.losses.items())
-    lines = [
-        f"## {report.model}, {report.batch} × {height}×{width}, {report.device}",
-        "",
-        aligned([name for name, _ in _COLUMNS], [[show(row) for _, show in _COLUMNS] for row in report.rows]),
-        "",
-        f"- Workload: {report.workload}, {report.objects_per_image:.1f} objects per image; batch norm "
-        f"{report.batch_norm}, {report.trainable_stages} of 5 backbone stages train.",
-        f"- Loss of the first batch with the same weights and fixed batch norm: {sums or 'not computed'}.",
-        *(_stages(precision, stages) for precision, stages in report.stages_ms.items()),
-    ]
-    if report.pipeline_images_per_s is not None:
-        rate = f"{report.pipeline_images_per_s:.1f} images/s with {report.workers} worker(s)"
-        lines.append(f"- Our data loader by itself: {rate}.")
-    return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
-
-
-def page(reports: Sequence[_TrainingReport], environment: dict[str, Any]) -> str:
-    """All reports with what was timed and where."""
-    notes = [
-        f"- Timed: {_TIMED}.",
-        "- The trainers take turns, step by step. × torchvision: torchvision's latency divided by the row's in the "
-        "same round, its median, and in brackets the 10th and 90th percentile. Above 1 the row is faster.",
-        "- Peak memory: in a process of its own; on a CPU its growth from before the model is made, on a GPU what "
-        "PyTorch has allocated. Synchronisations: times per step that the host waits for the GPU.",
-        *machine(environment),
-    ]
-    return "\n".join(["# Training step", "", *(_as_markdown(report) for report in reports), *notes, ""])
-
-
-def _stages(precision: str, stages: dict[str, float]) -> str:
-    total = sum(stages.values())
-    parts = ", ".join(f"{name} {value:.0f} ms ({value / total:.0%})" for name, value in stages.items())
-    return f"- Stages of our step in {precision}, one after another: {parts}."
-
-
-def _ratio(row: _TrainingRow) -> str:
-    if row.times_torchvision is None:
-        return ""
-    return f"{row.times_torchvision:.2f} ({row.times_torchvision_p10:.2f}–{row.times_torchvision_p90:.2f})"
-
-
-_COLUMNS: list[tuple[str, Callable[[_TrainingRow], str]]] = [
-    ("trainer", lambda row: row.trainer),
-    ("precision", lambda row: row.precision),
-    ("steps", lambda row: str(row.steps or "")),
-    ("p50 s", number("p50_s", ".3f")),
-    ("p90 s", number("p90_s", ".3f")),
-    ("images/s", number("images_per_s", ".2f")),
-    ("× torchvision", _ratio),
-    ("peak MB", number("peak_memory_mb", ".0f")),
-    ("syncs", number("synchronisations", "d")),
-    ("status", lambda row: f"{row.status}: {row.reason}".replace("|", "/") if row.reason else row.status),
-]
-
-
-_RESNET50 = "maskrcnn_resnet50_fpn"
-_RESNET50_SIZE_HW = (800, 1088)
-_COCO_CLASSES = 80
-_POOL = 4  # different batches
-_MEMORY_STEPS = 3
-_PIPELINE_S = 5.0
-_LEARNING_RATE = 1e-3  # random weights do not stand more for long
-_PRECISIONS = ("fp32", "bf16", "fp16")
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", action="append", help=f"repeatable; default {_RESNET50} and {SMALL_MODEL}")
-    add("--size", type=size_hw, help="of generated images, height×width; default 800x1088, small model 128x128")
-    add("--batch", type=numbers, default=(2,), help="batch sizes, as 2,4")
-    add("--precision", default="fp32,bf16", help=f"among {','.join(_PRECISIONS)}")
-    add("--steps", type=int, default=20, help="measured steps of each trainer")
-    add("--warmup", type=int, default=2, help="steps before them")
-    add("--data", type=Path, help="dataset in COCO layout instead of generated images")
-    add("--split", default=SPLIT, help="split of --data")
-    add("--set", dest="settings", action="append", default=[], help="setting of training, as batch_norm=train")
-    add("--workers", type=int, default=1, help="data loading processes, of which only the data's rate depends")
+    add("--model", action="append", help=f"model name, repeatable; default: {_RESNET50} and {SMALL_MODEL}")
+    add("--size", type=size_hw, help="size of generated images, height×width; default: 800x1088, small model 128x128")
+    add("--batch", type=numbers, default=(2,), help="batch sizes, such as 2,4; default: 2")
+    add("--precision", default="fp32,bf16", help=f"comma-separated, of {','.join(_PRECISIONS)}; default: fp32,bf16")
+    add("--steps", type=int, default=20, help="measured steps per trainer; default: 20")
+    add("--warmup", type=int, default=2, help="unmeasured steps before them; default: 2")
+    add("--data", type=Path, help="COCO-format dataset instead of generated images")
+    add("--split", default=SPLIT, help=f"split of --data; default: {SPLIT}")
+    add(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        help="training setting, such as batch_norm=train; repeatable",
+    )
+    add("--workers", type=int, default=1, help="processes of the data loader; affects its rate only; default: 1")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--no-memory", action="store_true", help="leave the peak memory out: it takes a process for each trainer")
-    add("--json", type=Path, help="write everything there")
-    add("--markdown", action="store_true", help="print a whole page, with notes and machine")
+    add("--no-memory", action="store_true", help="do not measure peak memory, which needs a process per trainer")
+    add("--json", type=Path, help="JSON file for the results")
+    add("--markdown", action="store_true", help="print a Markdown page with notes and machine")
     given = parser.parse_args(arguments)
     given.precision = given.precision.split(",")
     if unknown := set(given.precision) - set(_PRECISIONS):
-        parser.error(f"precision {', '.join(unknown)}: expected some of {', '.join(_PRECISIONS)}")
+        parser.error(f"--precision {', '.join(unknown)}: expected {', '.join(_PRECISIONS)}")
     return given
 
 
 def main(arguments: Sequence[str] | None = None) -> list[_TrainingReport]:
-    """Measures every model at every batch size and prints a table of each."""
+    """Measure every model at every batch size and print the tables."""
     given = parse(arguments)
     progress = Progress()
     reports = []
     for model in given.model or [_RESNET50, SMALL_MODEL]:
         for batch_size in given.batch:
             with tempfile.TemporaryDirectory(prefix="maskrcnn-train-benchmark-") as folder:
-                config = _configuration(given, model, batch_size, Path(folder))
+                config = configuration(given, model, batch_size, Path(folder))
                 reports.append(_measure(config, given, Path(folder) / "weights.safetensors", progress))
             if not given.markdown:
                 print(_as_markdown(reports[-1]))
     stamp = environment()
     if given.markdown:
-        print(page(reports, stamp))
+        print(_page(reports, stamp))
     if given.json:
-        write_json(given.json, _as_json(reports, stamp))
+        content = [dataclasses.asdict(report) for report in reports]
+        write_json(given.json, {"schema": _SCHEMA, "timed": _TIMED, "environment": stamp, "reports": content})
     return reports
 
 
-def _configuration(given: argparse.Namespace, model: str, batch_size: int, folder: Path) -> TrainConfig:
-    """How both train: for torchvision's models as its reference trains on COCO, for the small one as ours does."""
+def configuration(given: argparse.Namespace, model: str, batch_size: int, folder: Path) -> TrainConfig:
+    """Configuration of both trainers: as torchvision's reference trains on COCO; for the small model as ours does."""
     is_small = model == SMALL_MODEL
     size = given.size or ((SHAPES_SIZE_PX,) * 2 if is_small else _RESNET50_SIZE_HW)
     settings: dict[str, Any] = {
@@ -422,12 +383,12 @@ def _timed(
     progress: Progress,
     title: str,
 ) -> dict[str, Samples]:
-    """Latencies of both trainers' steps, which take turns; what a trainer raises is in its samples."""
+    """Interleaved latencies of both trainers' steps; the samples hold an exception of a trainer."""
 
     def call(trainer: Trainer) -> Callable[[int], None]:
         def step(turn: int) -> None:
             trainer.run(work[turn % len(work)])
-            wait(device)
+            _wait(device)
 
         return step
 
@@ -477,13 +438,17 @@ def _with_syncs(row: _TrainingRow, trainer: Trainer, work: Work, device: torch.d
 def _with_memory(row: _TrainingRow, config: TrainConfig, weights: Path, notes: list[str]) -> _TrainingRow:
     if row.status != "ok":
         return row
-    found = peak_memory_mb(config, weights, row.trainer, row.precision, _MEMORY_STEPS)
-    if isinstance(found, str):
-        notes.append(f"no peak memory of {row.trainer} in {row.precision}: {found}")
-        return row
-    return replace(row, peak_memory_mb=found)
+    task = {"config": to_dict(config), "weights": str(weights), "trainer": row.trainer, "precision": row.precision}
+    try:
+        peak = call_in_new_process("trainers:peak_memory_mb", {**task, "steps": _MEMORY_STEPS}, _MEMORY_LIMIT_S)
+        reason = "this system does not report it"
+    except RuntimeError as error:
+        peak, reason = None, str(error)
+    if peak is None:
+        notes.append(f"no peak memory of {row.trainer} in {row.precision}: {reason}")
+    return replace(row, peak_memory_mb=peak)
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         main()

@@ -1,4 +1,4 @@
-"""The trainers that are compared, each with one method `run` for an optimizer step, from the same weights."""
+"""The trainers to compare, each with a method `run` for one optimizer step, and the batches they train on."""
 
 from __future__ import annotations
 
@@ -13,45 +13,48 @@ import torch
 from peers import torchvision_from_config
 from PIL import Image
 from pycocotools import mask as mask_api
+from resources import memory_growth_mb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from maskrcnn.config import AugmentConfig, TrainConfig
+from maskrcnn.config import AugmentConfig, TrainConfig, from_dict
 from maskrcnn.data.coco import CocoDataset, ImageRecord, instance_mask
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.training.distributed import choose_device
 from maskrcnn.training.loader import Batch, collate
 from maskrcnn.training.optimizer import freeze_stages, make_optimizer, parameter_groups
 from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.step import AUTOCAST, Step
 from maskrcnn.training.view import MIN_SIDE_PX, instances_of, resized_mask
 
-# What both trainers train on: the same images and objects, in the form that each takes.
-
 SPLIT = "train"
-_TILES = 2  # along each side of a generated image; a tile has 3 shapes on average
-AS_IT_IS = AugmentConfig(flip_probability=0.0)
+_TILES = 2  # per side of a generated image; a tile has 3 shapes on average
+NO_AUGMENTATION = AugmentConfig(flip_probability=0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One batch."""
+    """One batch, in the form of each trainer."""
 
-    batch: Batch
-    images: list[Tensor]  # float32 [3, h, w] in 0–1, as torchvision's models take them
-    targets: list[dict[str, Tensor]]  # boxes, labels and masks of the image's size, likewise
+    batch: Batch  # for ours
+    images: list[Tensor]  # for torchvision: float32 [3, h, w] in [0, 1]
+    targets: list[dict[str, Tensor]]  # for torchvision: boxes, labels, and masks at image size
 
 
 def generated_dataset(folder: Path, count: int, size_hw: tuple[int, int], classes: int) -> Path:
-    """Writes images of drawn shapes, about a dozen each, in COCO's layout; returns `folder`.
+    """Write a COCO-format dataset of images with about a dozen shapes each.
 
     Args:
-        folder: to write to.
-        count: images.
-        size_hw: of each.
-        classes: the shapes' classes are drawn from so many; a benchmark learns nothing anyway.
+        folder: folder to write.
+        count: number of images.
+        size_hw: size of the images.
+        classes: number of classes, assigned to the shapes at random.
+
+    Returns:
+        `folder`.
     """
     (folder / SPLIT).mkdir(parents=True)
     images: list[dict[str, Any]] = []
@@ -82,7 +85,7 @@ def generated_dataset(folder: Path, count: int, size_hw: tuple[int, int], classe
 
 
 def _drawn(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """An image `[H, W, 3]` of several generated ones side by side, and the masks of its objects."""
+    """An image `[H, W, 3]` tiled from several generated ones, and the masks of its objects."""
     pixels, masks = np.zeros((*size_hw, 3), np.uint8), []
     rows, columns = (np.linspace(0, side, _TILES + 1).astype(int) for side in size_hw)
     for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
@@ -95,20 +98,18 @@ def _drawn(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarr
     return pixels, masks
 
 
-def make_work(config: TrainConfig, most: int, *, pinned: bool) -> list[Work]:
-    """Up to `most` different batches of the configuration's dataset, at least one, without augmentation.
-
-    Where the dataset has too few images, they occur again.
+def make_work(config: TrainConfig, max_batches: int, *, pinned: bool) -> list[Work]:
+    """Load different batches of a dataset, without augmentation; images repeat if the dataset is smaller than a batch.
 
     Args:
         config: dataset, preprocessing and batch size.
-        most: batches.
-        pinned: whether our batches lie in page-locked memory, as our data loader leaves them for a GPU.
+        max_batches: maximum number of batches; at least one is returned.
+        pinned: put our batches into page-locked memory, as our data loader does for a GPU.
     """
     dataset = CocoDataset.load(config.data, config.train_split)
-    samples = TrainingSamples(dataset, config.model.preprocessing, augment=AS_IT_IS, seed=config.seed)
+    samples = TrainingSamples(dataset, config.model.preprocessing, augment=NO_AUGMENTATION, seed=config.seed)
     size, total = config.batch_size, len(dataset.images)
-    batches = max(1, min(most, total // size))
+    batches = max(1, min(max_batches, total // size))
     chosen = [[(k * size + j) % total for j in range(size)] for k in range(batches)]
     work = [_work(samples, indices, config.model.has_masks) for indices in chosen]
     return [replace(w, batch=w.batch.pin_memory()) for w in work] if pinned else work
@@ -135,7 +136,7 @@ def _work(samples: TrainingSamples, indices: list[int], with_masks: bool) -> Wor
 
 
 def _full_masks(record: ImageRecord, size_hw: tuple[int, int]) -> np.ndarray:
-    """Masks uint8 `[G, h, w]` in the resized image, of the objects that a sample keeps."""
+    """Masks uint8 `[G, h, w]` in the resized image, of the objects kept in a sample."""
     scale = np.array([size_hw[1] / record.width, size_hw[0] / record.height] * 2)
     masks = []
     for instance in instances_of(record):
@@ -147,7 +148,7 @@ def _full_masks(record: ImageRecord, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 OURS, THEIRS = "maskrcnn", "torchvision"
-_LOSS_TOLERANCE = 0.2  # of the sum: both sample anchors and proposals at random
+_LOSS_TOLERANCE = 0.2  # relative, of the sum: both sample anchors and proposals at random
 _THEIR_NAMES = {
     "objectness": "loss_objectness",
     "rpn_box": "loss_rpn_box_reg",
@@ -158,11 +159,11 @@ _THEIR_NAMES = {
 
 
 def write_weights(config: TrainConfig, work: Work, device: torch.device, path: Path) -> None:
-    """Writes random weights whose batch-norm statistics are those of a batch, so that features keep their size."""
+    """Write random weights with the batch-norm statistics of a batch, so that features keep their magnitude."""
     torch.manual_seed(config.seed)
     model = MaskRCNN(replace(config.model, frozen_batch_norm=False)).to(device).train()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.momentum = None  # a plain average instead of a moving one
+        norm.momentum = None  # cumulative instead of moving average
     with torch.no_grad():
         model.features(work.batch.images.to(device), work.batch.image_sizes.to(device))
     save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, path)
@@ -179,19 +180,19 @@ class OurTrainer:
         _to_training(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
         self.step = Step(self.model, self.optimizer, config, device, precision)
-        self.figures: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
 
     def run(self, work: Work) -> None:
-        """One optimizer step, from a batch in the host's memory as the data loader leaves it."""
-        self.figures = self.step.run([work.batch])
+        """Take one optimizer step, from a batch in host memory as the data loader returns it."""
+        self.metrics = self.step.run([work.batch])
 
     def check(self) -> None:
-        """Raises FloatingPointError where the last step was not taken."""
-        if not bool(self.figures["finite"]):
-            raise FloatingPointError(f"loss {float(self.figures['loss'])}, the step was not taken")
+        """Raise FloatingPointError if the last step was skipped because its loss was not finite."""
+        if not bool(self.metrics["finite"]):
+            raise FloatingPointError(f"loss {float(self.metrics['loss'])}; the step was skipped")
 
     def losses(self, work: Work) -> dict[str, float]:
-        """The losses of a batch in FP32, as things stand."""
+        """Return the losses of a batch in FP32 with the present weights."""
         batch = work.batch.to(self.device)
         images = batch.images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), _FixedBatchNorm(self.model):
@@ -202,9 +203,9 @@ class OurTrainer:
 class TorchvisionTrainer:
     """The step of torchvision's references/detection/engine.py, `train_one_epoch`.
 
-    Contiguous memory, masks of the images' size, `torch.optim.SGD` as it comes. Learning rate, momentum, decay and
-    frozen stages are those of our trainer, and there is no clipping. For bfloat16, which the reference does not have,
-    its autocast region is bfloat16's and there is no scaler.
+    Contiguous memory, masks at image size, `torch.optim.SGD` with its defaults. Learning rate, momentum, weight decay
+    and frozen stages are those of our trainer; gradients are not clipped. In bfloat16, which the reference does not
+    have, its autocast region is in bfloat16 and there is no scaler.
     """
 
     def __init__(self, config: TrainConfig, weights: Path, device: torch.device, precision: str) -> None:
@@ -218,7 +219,7 @@ class TorchvisionTrainer:
         self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
 
     def run(self, work: Work) -> None:
-        """One optimizer step; like the reference it reads the loss and stops where it is not finite."""
+        """Take one optimizer step; as in the reference, the loss is read and must be finite."""
         loss = sum(self._losses(work).values())
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss {loss.item()}")
@@ -232,10 +233,10 @@ class TorchvisionTrainer:
             self.scaler.update()
 
     def check(self) -> None:
-        """Nothing: `run` has raised."""
+        """Do nothing: `run` raises."""
 
     def losses(self, work: Work) -> dict[str, float]:
-        """The losses of a batch in FP32, as things stand, under our names."""
+        """Return the losses of a batch in FP32 with the present weights, under our names."""
         kind, self.kind = self.kind, None
         with torch.no_grad(), _FixedBatchNorm(self.model):
             found = self._losses(work)
@@ -254,10 +255,10 @@ TRAINERS: dict[str, type] = {OURS: OurTrainer, THEIRS: TorchvisionTrainer}
 
 
 def compared_losses(ours: OurTrainer, theirs: TorchvisionTrainer, work: Work) -> dict[str, dict[str, float]]:
-    """Both trainers' losses of a batch with fixed batch-norm statistics, and their sums.
+    """Return both trainers' losses of a batch with fixed batch-norm statistics, and their sums.
 
     Raises:
-        ValueError: where the sums differ by more than `_LOSS_TOLERANCE`, or a loss is missing on one side.
+        ValueError: if the sums differ by more than `_LOSS_TOLERANCE`, or one trainer lacks a loss.
     """
     found = {OURS: ours.losses(work), THEIRS: theirs.losses(work)}
     for losses in found.values():
@@ -270,7 +271,7 @@ def compared_losses(ours: OurTrainer, theirs: TorchvisionTrainer, work: Work) ->
 
 
 def _to_training(model: nn.Module, config: TrainConfig) -> None:
-    """Training mode, the first stages of the backbone frozen as `maskrcnn train` freezes them."""
+    """Set training mode, with the backbone's first stages frozen as in `maskrcnn train`."""
     frozen = freeze_stages(model, config.trainable_stages)
     model.train()
     for module in frozen:
@@ -278,7 +279,7 @@ def _to_training(model: nn.Module, config: TrainConfig) -> None:
 
 
 class _FixedBatchNorm:
-    """Batch norm uses its stored statistics and leaves them alone for the time of the context."""
+    """Batch norm uses its stored statistics, unchanged, within the context."""
 
     def __init__(self, model: nn.Module) -> None:
         self.norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
@@ -290,3 +291,35 @@ class _FixedBatchNorm:
     def __exit__(self, *_: object) -> None:
         for norm in self.norms:
             norm.train()
+
+
+def peak_memory_mb(config: dict[str, Any], weights: str, trainer: str, precision: str, steps: int) -> float | None:
+    """Measure the memory of a trainer in this process, which should hold nothing else.
+
+    Args:
+        config: a `TrainConfig` as a dictionary.
+        weights: file written by `write_weights`.
+        trainer: key of `TRAINERS`.
+        precision: "fp32", "bf16" or "fp16".
+        steps: optimizer steps to take.
+
+    Returns:
+        MB: on a GPU the peak allocated by PyTorch; on a CPU the growth since before the model was made, None where the
+        system does not report it.
+    """
+    settings = from_dict(TrainConfig, config)
+    device = choose_device(settings.device)
+    on_gpu = device.type == "cuda"
+    work = make_work(settings, steps, pinned=on_gpu)
+
+    def train() -> None:
+        chosen = TRAINERS[trainer](settings, Path(weights), device, precision)
+        for number in range(steps):
+            chosen.run(work[number % len(work)])
+
+    if not on_gpu:
+        return memory_growth_mb(train)
+    torch.cuda.reset_peak_memory_stats(device)
+    train()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e6

@@ -1,4 +1,4 @@
-"""The data benchmark runs every stage and stops at a file that cannot be used."""
+"""The data benchmark runs every stage and refuses unusable files."""
 
 import sys
 
@@ -25,7 +25,7 @@ def test_all_tables_are_printed(tmp_path, monkeypatch, capsys):
     assert "loader, 0 worker(s):" in output
 
 
-def test_an_error_is_not_timed(tmp_path):
+def test_an_unusable_file_is_an_error(tmp_path):
     dataset = CocoDataset.load(write_solid_dataset(tmp_path / "solid"), "train")
     dataset.images[1].path.write_bytes(b"")
     with pytest.raises(UserError, match="empty file"):

@@ -1,14 +1,20 @@
-"""The command that runs what needs a GPU."""
+"""The checks that need a GPU, and the kernel exercise of compute-sanitizer with kernels compiled for the CPU."""
 
+import ctypes
 import json
+from pathlib import Path
 
 import gpu
+import kernels_on_cpu
+import numpy as np
 import pytest
 import run
 import torch
 
+from maskrcnn.plugins.native import Kernels
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys, monkeypatch):
+
+def test_without_a_gpu_nothing_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([str(tmp_path / "out")]) == 0
     assert "no CUDA GPU" in capsys.readouterr().out
@@ -27,7 +33,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path, capsys, monkeypat
     ],
 )
 def test_outcomes(tmp_path, check, outcome, why):
-    found = gpu.run(check, tmp_path)
+    found = gpu.run_check(check, tmp_path)
     assert (found["outcome"], found.get("why")) == (outcome, why)
 
 
@@ -41,10 +47,10 @@ def test_a_failed_check_fails_the_command(tmp_path, monkeypatch):
     assert (tmp_path / "gpu.json").is_file()
 
 
-def test_a_spent_budget_leaves_the_rest_out(tmp_path, monkeypatch):
+def test_a_spent_budget_leaves_the_remaining_checks_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", dict)
-    monkeypatch.setattr(gpu, "LEAST_S", 1)
+    monkeypatch.setattr(gpu, "MIN_S", 1)
     monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("a", ("-c", "import time; time.sleep(2)")),
                                                 gpu.Check("b", ("-c", "1/0"))])  # fmt: skip
     assert gpu.main([str(tmp_path), "--budget-s", "2.9"]) == 0
@@ -52,17 +58,17 @@ def test_a_spent_budget_leaves_the_rest_out(tmp_path, monkeypatch):
     assert [(each["name"], each["outcome"]) for each in found] == [("a", "passed"), ("b", "left out")]
 
 
-def test_a_check_that_the_budget_cuts_off_has_not_failed(tmp_path, monkeypatch):
+def test_a_check_stopped_by_the_budget_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", dict)
-    monkeypatch.setattr(gpu, "LEAST_S", 0)
+    monkeypatch.setattr(gpu, "MIN_S", 0)
     monkeypatch.setattr(gpu, "checks", lambda: [gpu.Check("a", ("-c", "import time; time.sleep(60)"))])
     assert gpu.main([str(tmp_path), "--budget-s", "0.5"]) == 0
     (found,) = json.loads((tmp_path / "gpu.json").read_text())["checks"]
     assert found["outcome"] == "left out" and "the time budget was spent" in found["why"]
 
 
-def test_what_is_promised_is_checked():
+def test_the_documented_checks():
     checks = {check.name: check for check in gpu.checks()}
     assert "tensorrt" in checks["tensorrt"].packages
     assert checks["tensorrt"].command[-3:] == ("-m", "tensorrt", "tests")
@@ -75,6 +81,52 @@ def test_what_is_promised_is_checked():
     assert all(check.limit_s < 600 for check in checks.values())
 
 
-def test_the_files_that_it_runs_exist():
+def test_scripts_of_the_checks_exist():
     scripts = [check.command[0] for check in gpu.checks() if check.command[0].endswith(".py")]
-    assert scripts and all((gpu.ROOT / script).is_file() for script in scripts)
+    assert scripts and all((Path(gpu.__file__).parents[1] / script).is_file() for script in scripts)
+
+
+class CpuMemory:
+    """Host memory in place of a GPU's, for kernels compiled for the CPU."""
+
+    def __init__(self) -> None:
+        self.kept: list[np.ndarray] = []
+
+    def upload(self, values: np.ndarray) -> int:
+        self.kept.append(np.array(values, order="C"))
+        return self.kept[-1].ctypes.data
+
+    def allocate(self, size: int) -> int:
+        return self.upload(np.full(max(size, 1), 0xA5, np.uint8))
+
+    def download(self, address: int, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    if kernels_on_cpu.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return Kernels(kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"), MASKRCNN_NMS_THREADS=128))
+
+
+def test_exercise_calls_every_kernel(kernels):
+    lines = []
+    gpu.exercise_kernels(kernels, CpuMemory(), lines.append)
+    assert {line.split()[0] for line in lines} == {"RoIAlign", "NMS", "paste"}
+
+
+def test_exercise_stops_at_a_wrong_result(kernels, monkeypatch):
+    right = Kernels.batched_nms
+    monkeypatch.setattr(Kernels, "batched_nms", lambda *a, **k: right(*a, **{**k, "iou_threshold": 0.9}))
+    with pytest.raises(AssertionError):
+        gpu.exercise_kernels(kernels, CpuMemory(), lambda line: None)
+
+
+def test_output_of_a_sanitizer_tool_is_written(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "ERROR SUMMARY: 3 errors ($2)"\nexit $4\n')
+    tool.chmod(0o755)
+    assert not gpu.sanitize("memcheck", tmp_path, str(tool))
+    assert "3 errors (memcheck)" in (tmp_path / "sanitizer-memcheck.txt").read_text()

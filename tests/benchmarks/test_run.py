@@ -1,6 +1,5 @@
-"""The benchmark on a tiny random model: every row is there, and what cannot run says why."""
+"""benchmarks/run.py on a tiny random model: all rows are present, and what cannot run has a reason."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -9,21 +8,18 @@ from types import SimpleNamespace
 
 import contenders
 import jsonschema
-import numpy as np
 import pytest
 import run
 import torch
 import workloads
-from matching import compare_detections, merge
-from measure import one_line
+from session import one_line
 
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.postprocess import Detections
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, checkpoint, onnx_file, shapes):
-    """A working folder with a run that has been exported."""
+    """A working folder with an exported run."""
     made = tmp_path / "runs" / "train-1"
     made.mkdir(parents=True)
     shutil.copy(checkpoint, made / "best.safetensors")
@@ -34,7 +30,7 @@ def folder(tmp_path, monkeypatch, checkpoint, onnx_file, shapes):
 
 
 def check_schema(content):
-    """The file is what benchmarks/results.schema.json says."""
+    """Validate results.json with benchmarks/results.schema.json."""
     schema = json.loads((Path(run.__file__).parent / "results.schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(content, schema, cls=jsonschema.Draft202012Validator)
 
@@ -86,7 +82,7 @@ def test_newest_run_with_peers(folder):
     assert not list((folder / "benchmark").glob(".*"))
 
 
-def test_a_model_without_masks_has_rows_of_box_ap_alone(tmp_path, boxes_onnx_file, shapes):
+def test_a_model_without_masks_has_box_ap_only(tmp_path, boxes_onnx_file, shapes):
     files = ["--model", str(boxes_onnx_file.with_name("best.safetensors")), "--model", str(boxes_onnx_file)]
     options = ["--data", str(shapes), "--repeat", "1", "--images", "3", "--batch", "1", "--output", str(tmp_path)]
     rows = run.main([*files, *options])
@@ -126,7 +122,7 @@ def test_export_of_another_checkpoint_is_refused(folder, model):
             assert row.status == "not run" and "maskrcnn export --onnx" in row.reason
 
 
-def test_no_run_is_an_error_with_a_way_out(tmp_path, monkeypatch):
+def test_without_a_run_the_error_names_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="maskrcnn train"):
         run.main([])
@@ -156,47 +152,7 @@ def test_reasons_are_one_line():
     assert one_line(RuntimeError("x\n" * 500)).startswith("RuntimeError: x x")
 
 
-def detections(boxes, scores, labels):
-    count = len(boxes)
-    return Detections(
-        np.array(boxes, np.float32).reshape(count, 4),
-        np.array(scores, np.float32),
-        np.array(labels, np.int64),
-        np.ones((count, 28, 28), np.float32),
-        (60, 80),
-    )
-
-
-def test_detections_are_paired_by_label_and_overlap():
-    first = detections([[5, 5, 25, 25], [30, 10, 50, 40]], [0.9, 0.5], [1, 2])
-    second = detections([[30, 10, 50, 41], [5, 5, 25, 25]], [0.9, 0.8], [2, 1])
-    found = compare_detections(first, second)
-    assert (found.unpaired, found.reordered) == (0, 2)
-    assert found.box_px == 1
-    assert found.score == pytest.approx(0.4)
-
-
-def test_another_label_is_no_partner():
-    found = compare_detections(detections([[5, 5, 25, 25]], [0.9], [1]), detections([[5, 5, 25, 25]], [0.9], [2]))
-    assert found.unpaired == 2
-    assert not found.within(box_px=1, score=1, mask_iou=0, unpaired_share=0.5)
-
-
-def test_detection_at_the_threshold_may_be_alone():
-    found = compare_detections(detections([[5, 5, 25, 25]], [0.0504], [1]), detections([], [], []))
-    assert (found.unpaired, found.excused) == (0, 1)
-
-
-def test_a_box_at_a_whole_pixel_makes_a_mask_jump():
-    # A box of 28 px grows by one pixel on each side: this one's right side comes to lie at 44.
-    first = detections([[15, 5, 43, 33]], [0.9], [1])
-    second = detections([[15, 5, 42.999, 33]], [0.9], [1])
-    assert compare_detections(first, first).jumped == 0
-    found = compare_detections(first, second)
-    assert found.jumped == 1 and found.mask_px == 0
-
-
-def test_torch_compile_has_rows_where_asked_for(checkpoint):
+def test_torch_compile_adds_rows(checkpoint):
     artefacts = contenders.Artefacts(checkpoint=checkpoint, complete=False)
     plain, asked = (contenders.our_contenders(artefacts, compiled=compiled) for compiled in (False, True))
     added = {(each.backend, each.precision) for each in asked} - {(each.backend, each.precision) for each in plain}
@@ -222,20 +178,7 @@ def test_a_model_with_keypoints_has_their_ap(tmp_path, joint_onnx_file, poses):
     check_schema(json.loads((tmp_path / "results.json").read_text(encoding="utf-8")))
 
 
-def test_keypoints_elsewhere_are_a_difference():
-    first = detections([[5, 5, 25, 25], [30, 10, 50, 40]], [0.9, 0.5], [1, 2])
-    points = np.random.default_rng(0).uniform(5, 25, (2, 4, 3)).astype(np.float32)
-    first = dataclasses.replace(first, keypoints=points)
-    moved = dataclasses.replace(first, keypoints=points + np.float32([3, 0, 0]))
-    bounds = {"box_px": 1, "score": 1, "mask_iou": 0, "unpaired_share": 0}
-    assert compare_detections(first, first).within(**bounds)
-    assert not compare_detections(first, moved).within(**bounds)
-    assert "8 of 8 farther off (at most 3 px)" in str(merge([compare_detections(first, moved)]))
-    # Where one of the two finds none there is nothing to compare.
-    assert compare_detections(first, dataclasses.replace(first, keypoints=None)).keypoints is None
-
-
-def test_an_older_run_is_read_before_its_file_is_replaced(tmp_path, onnx_file, capsys):
+def test_the_earlier_run_is_read_before_its_file_is_replaced(tmp_path, onnx_file, capsys):
     options = ["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)]
     run.main(options)
     path = tmp_path / "results.json"
@@ -248,7 +191,7 @@ def test_an_older_run_is_read_before_its_file_is_replaced(tmp_path, onnx_file, c
     assert "times the time (milliseconds)" in capsys.readouterr().err
 
 
-def test_a_mistyped_older_run_is_found_before_anything_is_measured(tmp_path, onnx_file, monkeypatch):
+def test_a_wrong_earlier_run_is_refused_before_measuring(tmp_path, onnx_file, monkeypatch):
     monkeypatch.setattr(run, "measure", lambda *given, **options: pytest.fail("it was measured"))
     with pytest.raises(UserError, match=r"none\.json: no results of this benchmark"):
         run.main(["--model", str(onnx_file), "--compare", str(tmp_path / "none.json"), "--output", str(tmp_path)])
@@ -270,13 +213,13 @@ def test_options_without_effect_are_refused(options):
         run.main(options)
 
 
-def test_only_gpus_wants_one(monkeypatch):
+def test_gpu_only_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--gpu-only"):
         run.main(["--gpu-only"])
 
 
-def test_a_number_of_images_has_two_names():
+def test_max_images_is_positive_and_has_two_names():
     assert run.parse(["--max-images", "3"]).max_images == run.parse(["--images", "3"]).max_images == 3
     for text in ("0", "-1", "many"):
         with pytest.raises(SystemExit):
@@ -303,7 +246,7 @@ def test_resized_images_need_no_dataset(onnx_file):
     assert len(found.notes) == 1 and found.dataset is None
 
 
-def test_what_was_put_aside_is_no_contender(folder):
+def test_rejected_files_are_no_contenders(folder):
     for kind in ("onnx", "xml", "engine"):
         for name in ("model.fp16", "model.fp16.rejected"):
             (folder / f"{name}.{kind}").touch()
@@ -314,7 +257,7 @@ def test_what_was_put_aside_is_no_contender(folder):
     assert [path.name for path in found.others] == ["model.fp16.engine"]
 
 
-def test_a_row_says_which_provider_ran_it():
+def test_a_row_names_the_provider():
     def opened(name):
         return SimpleNamespace(backend=SimpleNamespace(name=name))
 
@@ -323,8 +266,7 @@ def test_a_row_says_which_provider_ran_it():
     assert contenders.backend_of(object(), "ONNX Runtime") == "ONNX Runtime"
 
 
-def test_a_gpus_contenders_are_all_but_openvinos(checkpoint, onnx_file):
+def test_openvino_does_not_run_on_a_gpu(checkpoint, onnx_file):
     artefacts = contenders.Artefacts(checkpoint=checkpoint, onnx=(onnx_file,), complete=False)
     found = contenders.our_contenders(artefacts)
-    left = contenders.on_gpu(found)
-    assert {each.backend for each in found} - {each.backend for each in left} == {"OpenVINO"}
+    assert {each.backend for each in found if not contenders.runs_on_gpu(each)} == {"OpenVINO"}

@@ -1,4 +1,4 @@
-"""Curves of cost, on a tiny model."""
+"""The scaling benchmark on a tiny model."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_growth_is_the_exponent(power):
     assert scaling.growth([(x, 3 * x**power) for x in (1, 2, 8)]) == pytest.approx(power, abs=1e-9)
 
 
-def test_both_scorers_get_the_same_results_and_the_terminal_nothing(capsys):
+def test_both_scorers_score_the_same_results_silently(capsys):
     curve = scaling.dataset_curve([20])
     theirs, fast = (curve.calls[name][20.0](0) for name in ("pycocotools", "--scorer fast"))
     assert fast.metrics["AP"] == pytest.approx(theirs.stats[0], abs=1e-12) and 0.05 < theirs.stats[0] < 0.95

@@ -1,4 +1,4 @@
-"""The split of a model's time into stages."""
+"""Time of a model by stage."""
 
 import numpy as np
 import onnxruntime
@@ -38,7 +38,7 @@ def test_every_runtime_splits_a_call(tmp_path, onnx_file):
         assert split.model in stages.table([split]) and split.total_ms > 0
 
 
-def test_the_call_and_its_profile_run_on_the_same_provider(onnx_file, monkeypatch):
+def test_the_timed_call_and_the_profile_use_the_same_provider(onnx_file, monkeypatch):
     calls, sessions = [], []
     load, session = stages.Detector.load, onnxruntime.InferenceSession
     monkeypatch.setattr(
@@ -53,7 +53,7 @@ def test_the_call_and_its_profile_run_on_the_same_provider(onnx_file, monkeypatc
         ),
     )
     stages.split_of(onnx_file, [np.zeros((64, 64, 3), np.uint8)], repeat=1)
-    assert calls == [{"provider": "cpu"}]  # and not the best that works here
+    assert calls == [{"provider": "cpu"}]  # not the fastest one available
     assert sessions == [["CPUExecutionProvider"]] * 2
 
 
@@ -61,13 +61,13 @@ def test_the_call_and_its_profile_run_on_the_same_provider(onnx_file, monkeypatc
     ("provider", "why"),
     [("cuda", "not how long the GPU took"), ("tensorrt", "one node"), ("rocm", "provider 'rocm'")],
 )
-def test_what_cannot_be_split_is_refused_at_once(onnx_file, monkeypatch, provider, why):
+def test_providers_without_a_profile_are_refused_before_loading(onnx_file, monkeypatch, provider, why):
     monkeypatch.setattr(stages.Detector, "load", lambda *given, **options: pytest.fail("it was opened"))
     with pytest.raises(UserError, match=why):
         stages.main([str(onnx_file), "--size", "64x64", "--provider", provider])
 
 
-def test_a_stage_that_one_file_lacks_is_none_of_its_time():
+def test_a_stage_missing_in_one_file_takes_no_time():
     splits = [stages.Split("a", "b", 3.0, {"FPN": 1.0, head: 1.0}) for head in ("mask head", "keypoint head")]
     lines = stages.table(splits).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| FPN", "| mask head", "| keypoint head"]
@@ -75,5 +75,5 @@ def test_a_stage_that_one_file_lacks_is_none_of_its_time():
 
 
 def test_a_checkpoint_has_no_profile(checkpoint):
-    with pytest.raises(UserError, match="PyTorch gives no profile"):
+    with pytest.raises(UserError, match="PyTorch has no profile"):
         stages.split_of(checkpoint, [np.zeros((64, 64, 3), np.uint8)], repeat=1)

@@ -1,4 +1,4 @@
-"""docs/results.md and README.md show what the committed results say."""
+"""The tables of docs/results.md and README.md are those of the committed results."""
 
 import json
 
@@ -7,7 +7,7 @@ import tables
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
-def test_the_page_is_as_its_files_give_it(page):
+def test_the_tables_of_a_page_are_up_to_date(page):
     text = page.read_text(encoding="utf-8")
     assert tables.files_of(text)
     assert tables.rewritten(text) == text, "run python benchmarks/tables.py"
@@ -18,7 +18,7 @@ def test_every_result_has_its_table():
     assert files and files == set(tables.files_of(tables.PAGE.read_text(encoding="utf-8")))
 
 
-def test_only_what_lies_between_the_comments_is_rewritten(tmp_path):
+def test_only_text_between_the_comments_is_rewritten(tmp_path):
     content = [{"model": "m", "backend": "b", "total_ms": 2.0, "stages_ms": {"one": 1.5, "two": 0.5}}]
     (tmp_path / "x.json").write_text(json.dumps(content))
     text = "before\n<!-- table: x.json -->\nold\n<!-- end -->\nafter\n"
@@ -64,7 +64,7 @@ def test_a_summary_has_a_column_group_for_each_result():
 
 
 @pytest.mark.parametrize(("name", "note"), [("a, random weights", "random weights"), ("a val", "trained weights")])
-def test_a_summary_says_which_detections_are_not_those_of_fp32(name, note):
+def test_a_summary_marks_detections_that_differ_from_fp32(name, note):
     content = result(
         name,
         ("a.onnx", "ONNX Runtime", "fp32", "", "", 1, 9.0, 2.0),
@@ -74,17 +74,17 @@ def test_a_summary_says_which_detections_are_not_those_of_fp32(name, note):
     content["rows"][1]["status"] = "inexact"
     table, *below = tables.summary([content]).split("\n\n")
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["2.0", "4.5 *"]
-    assert len(below) == 1 and below[0].startswith(f"\\* {note}: kept detections differ from FP32's")
+    assert len(below) == 1 and below[0].startswith(f"\\* {note}: detections that differ from FP32's")
     assert tables.summary([content, content]).count("\\*") == 1
 
 
-def test_the_note_lies_inside_the_block(tmp_path):
+def test_the_note_is_inside_the_block(tmp_path):
     content = result("a, random weights", ("a", "b", "int8", "", "", 1, 4.0, 4.5))
     content["rows"][0]["status"] = "inexact"
     (tmp_path / "x.json").write_text(json.dumps(content))
     text = "<!-- summary: x.json -->\n<!-- end -->\nafter\n"
     new = tables.rewritten(text, tmp_path)
-    assert new.endswith("of the trained model.\n<!-- end -->\nafter\n")
+    assert new.endswith("the cost in AP.\n<!-- end -->\nafter\n")
     assert tables.rewritten(new, tmp_path) == new
 
 

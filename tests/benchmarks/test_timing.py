@@ -1,7 +1,7 @@
-"""The statistics of the benchmark, on a clock that the test moves."""
+"""Interleaved timing and its statistics, with a simulated clock."""
 
 import pytest
-from timing import LEAST_REPEAT, Samples, environment, percentile, time_in_turns
+from timing import MIN_ROUNDS, Samples, environment, percentile, time_in_turns
 
 
 class Clock:
@@ -30,7 +30,7 @@ def test_percentiles_of_one_to_ten(percent, expected):
 
 @pytest.mark.parametrize(("values", "percent"), [([], 50), ([1.0], 0), ([1.0], 101)])
 def test_percentile_refuses(values, percent):
-    with pytest.raises(ValueError, match="came:"):
+    with pytest.raises(ValueError, match="found:"):
         percentile(values, percent)
 
 
@@ -38,7 +38,7 @@ def test_images_per_second_at_the_median():
     assert Samples((10.0, 20.0, 900.0)).per_second(4) == pytest.approx(200.0)
 
 
-def test_latencies_without_warm_up_and_rests():
+def test_latencies_exclude_warm_up_and_pauses():
     clock = Clock()
     calls = {"slow": lambda turn: clock.work(2.0 if turn else 5.0), "fast": lambda turn: clock.work(0.5)}
     found = time_in_turns(calls, repeat=3, warmup=2, rest_s=0.1, clock=clock, sleep=clock.sleep)
@@ -47,7 +47,7 @@ def test_latencies_without_warm_up_and_rests():
     assert clock.rests == [0.1] * 10
 
 
-def test_every_round_calls_each_once_in_changing_order():
+def test_every_round_calls_each_function_once_in_random_order():
     clock, called = Clock(), []
     calls = {name: lambda turn, name=name: called.append((turn, name)) for name in "abc"}
     time_in_turns(calls, repeat=12, warmup=0, clock=clock, sleep=clock.sleep)
@@ -57,7 +57,7 @@ def test_every_round_calls_each_once_in_changing_order():
     assert len({tuple(name for _, name in one) for one in rounds}) > 1
 
 
-def test_one_that_fails_does_not_stop_the_others():
+def test_a_failing_function_does_not_stop_the_others():
     clock = Clock()
 
     def fail(turn):
@@ -69,14 +69,14 @@ def test_one_that_fails_does_not_stop_the_others():
     assert found["good"].error is None and len(found["good"].latencies_ms) == 4
 
 
-def test_budget_ends_the_rounds():
+def test_the_budget_limits_the_rounds():
     clock = Clock()
     found = time_in_turns(
         {"slow": lambda turn: clock.work(10.0)}, repeat=50, budget_s=1.0, clock=clock, sleep=clock.sleep
     )
-    assert len(found["slow"].latencies_ms) == LEAST_REPEAT
+    assert len(found["slow"].latencies_ms) == MIN_ROUNDS
 
 
-def test_environment_says_what_the_numbers_depend_on():
+def test_environment_describes_the_machine():
     found = environment()
     assert found["cpu"] and found["cores"] >= 1 and "torch" in found["versions"] and found["date"]

@@ -1,4 +1,4 @@
-"""The training benchmark on a tiny model: both trainers run, and only after their losses agree."""
+"""The training benchmark on a tiny model."""
 
 import json
 import sys
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import train
-import train as train_measure
 import trainers
-from train import peak_memory_mb, pipeline_images_per_s, synchronisations
+from resources import call_in_new_process
+from train import pipeline_images_per_s, stages_ms, synchronisations
 from trainers import SPLIT, generated_dataset, make_work
 
-from maskrcnn.config import LossConfig, TrainConfig
+from maskrcnn.config import LossConfig, TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 
@@ -36,7 +36,7 @@ def config(tmp_path) -> TrainConfig:
     """A tiny model on two generated images."""
     folder = tmp_path / "made"
     given = train.parse([*ARGUMENTS, "--device", "cpu", "--workers", "0"])
-    return train._configuration(given, "maskrcnn_resnet18_fpn_small", 2, folder)
+    return train.configuration(given, "maskrcnn_resnet18_fpn_small", 2, folder)
 
 
 @pytest.fixture
@@ -84,12 +84,12 @@ def test_report_of_both_trainers(tmp_path, capsys):
     assert page.count("| ok ") == 4 and "Machine:" in page and "Loss of the first batch" in page
 
 
-def test_the_step_is_left_as_it_was_after_its_stages_were_timed(config, weights):
+def test_measuring_stages_leaves_the_step_unchanged(config, weights):
     ours = trainers.OurTrainer(config, weights, torch.device("cpu"), "fp32")
     work = make_work(config, 1, pinned=False)[0]
-    train_measure.stages_ms(ours, work, 1)
+    stages_ms(ours, work, 1)
     assert "features" not in vars(ours.model) and "forward" not in vars(ours.model.rpn)
-    assert train_measure.detector.rpn_losses.__module__ == "maskrcnn.model.losses"
+    assert train.detector.rpn_losses.__module__ == "maskrcnn.model.losses"
 
 
 def test_losses_that_differ_are_not_timed(monkeypatch):
@@ -102,7 +102,7 @@ def test_losses_that_differ_are_not_timed(monkeypatch):
     assert all("differ by more than 20%: objectness" in row.reason and row.p50_s is None for row in report.rows)
 
 
-def test_a_trainer_that_fails_has_a_row_that_says_why(monkeypatch):
+def test_a_failing_trainer_has_a_row_with_the_reason(monkeypatch):
     def fail(self, work):
         raise RuntimeError("no such kernel")
 
@@ -117,7 +117,7 @@ def test_a_step_that_is_not_finite_is_not_reported(monkeypatch):
     monkeypatch.setattr(trainers.TorchvisionTrainer, "check", trainers.OurTrainer.check)
     monkeypatch.setattr(
         trainers.TorchvisionTrainer,
-        "figures",
+        "metrics",
         {"finite": torch.tensor(False), "loss": torch.tensor(float("nan"))},
         raising=False,
     )
@@ -146,17 +146,14 @@ def test_settings_reach_torchvision(config, weights):
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (40, 30)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak memory")
-def test_peak_memory_is_that_of_a_process_of_its_own(config, weights):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports peak memory")
+def test_peak_memory_is_measured_in_a_new_process(config, weights):
     parameters = sum(
         p.numel() for p in trainers.OurTrainer(config, weights, torch.device("cpu"), "fp32").step.parameters
     )
-    found = peak_memory_mb(config, weights, "maskrcnn", "fp32", steps=2)
+    task = {"config": to_dict(config), "weights": str(weights), "trainer": "maskrcnn", "precision": "fp32", "steps": 2}
+    found = call_in_new_process("trainers:peak_memory_mb", task)
     assert found > 3 * 4 * parameters / 1e6  # weights, gradients and momentum at least
-
-
-def test_a_memory_process_that_fails_says_why(config, tmp_path):
-    assert "nowhere.safetensors" in peak_memory_mb(config, tmp_path / "nowhere.safetensors", "maskrcnn", "fp32", 1)
 
 
 def test_synchronisations_are_counted_among_other_warnings(monkeypatch):
@@ -180,7 +177,7 @@ def test_generated_images_have_about_a_dozen_objects(tmp_path):
     assert {(record.height, record.width) for record in dataset.images} == {(96, 128)}
 
 
-def test_both_forms_of_the_work_hold_the_same(config):
+def test_both_forms_of_a_batch_are_equal(config):
     work = make_work(config, 3, pinned=False)
     assert len(work) == 3
     for one in work:
@@ -193,7 +190,7 @@ def test_both_forms_of_the_work_hold_the_same(config):
                 assert torch.allclose(torch.stack(extent).float(), box)
 
 
-def test_the_datas_rate_counts_images(config):
+def test_the_rate_of_the_loader_counts_images(config):
     assert pipeline_images_per_s(config, seconds=0.2) > 1
 
 

@@ -1,13 +1,15 @@
-"""A broken benchmark goes on where it stopped."""
+"""An interrupted benchmark is resumed."""
 
 import json
 
 import pytest
 import run
-from session import FILE, Unfinished
+from session import Unfinished
+
+FILE = "unfinished.json"
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path):
+def test_kept_results_are_not_measured_again(tmp_path):
     path, calls = tmp_path / FILE, []
 
     def make(value):
@@ -29,13 +31,13 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {"a": 2}, "sections": {"ap": {"x": 1}}}', "{}"])
-def test_a_file_of_something_else_is_not_used(tmp_path, content):
+def test_a_file_of_another_version_is_not_used(tmp_path, content):
     path = tmp_path / FILE
     path.write_text(content)
     assert Unfinished(path, {"a": 1}).get("ap", "x", lambda: 7) == 7
 
 
-def test_a_failure_keeps_nothing(tmp_path):
+def test_a_failure_is_not_kept(tmp_path):
     kept = Unfinished(tmp_path / FILE, {})
     with pytest.raises(ZeroDivisionError):
         kept.get("ap", "x", lambda: 1 / 0)
@@ -43,24 +45,21 @@ def test_a_failure_keeps_nothing(tmp_path):
     assert kept.get("ap", "x", lambda: 1) == 1
 
 
-def test_the_benchmark_goes_on(tmp_path, onnx_file, monkeypatch, capsys):
+def test_the_benchmark_is_resumed_unless_afresh(tmp_path, onnx_file, monkeypatch, capsys):
     arguments = ["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)]
-    with monkeypatch.context() as broken:
-        broken.setattr(run, "write_report", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run.main(arguments)
-    kept = json.loads((tmp_path / FILE).read_text())["sections"]["samples"][" 1"]
+
+    def interrupted():
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "write_report", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run.main(arguments)
+        return json.loads((tmp_path / FILE).read_text())["sections"]["samples"][" 1"]
+
+    kept = interrupted()
     rows = run.main(arguments)
-    assert "going on with" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert {row.latencies_ms[0] for row in rows} == {ms[0] for ms, _ in kept.values()}
     assert not (tmp_path / FILE).exists()
-
-
-def test_afresh_begins_anew(tmp_path, onnx_file, capsys, monkeypatch):
-    arguments = ["--model", str(onnx_file), "--repeat", "1", "--batch", "1", "--output", str(tmp_path)]
-    with monkeypatch.context() as broken:
-        broken.setattr(run, "write_report", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run.main(arguments)
+    interrupted()
     run.main([*arguments, "--afresh"])
-    assert "going on with" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out

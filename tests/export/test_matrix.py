@@ -1,27 +1,28 @@
-"""One file of each architecture agrees with PyTorch for every batch size, shape and kind of image.
+"""One exported file per architecture agrees with PyTorch for every batch size, shape and kind of image.
 
-The session's exported files are used, with another last layer: as it is made, a tiny model fills every output.
+The session's exported files are used, with another last layer: unmodified, a tiny model fills every output. The full
+matrix, with models of real size, is in test_matrix_full.py.
 """
 
 import copy
 import json
 import re
 
-import matrix
+import export_matrix
 import numpy as np
 import onnx
 import pytest
-from matrix import (
+from export_matrix import (
     Cell,
     Kind,
     Result,
     cell_feeds,
     cells,
     compare_cell,
+    draw_image,
     for_pixels_of,
     matrix_model,
     needed_share,
-    picture,
     summary,
     table,
     tell_kinds_apart,
@@ -40,7 +41,7 @@ from maskrcnn.weights.checkpoint import load_weights
 from maskrcnn.weights.detectron2 import CONVENTIONS
 
 SIZES_HW = ((96, 128), (224, 128), (64, 1344))  # a small image, a portrait, and one with a long side
-TAUGHT = tuple(f"roi_heads.box_predictor.cls_score.{part}" for part in ("weight", "bias"))
+FITTED = tuple(f"roi_heads.box_predictor.cls_score.{part}" for part in ("weight", "bias"))
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +60,10 @@ def detectron2_onnx_file(tmp_path_factory, detectron2_model):
 
 
 def with_last_layer(path, model, output):
-    """A copy of an exported file, in which the classes' scores are those of `model`."""
+    """Copy an exported file with the last layer of `model`."""
     proto, weights = onnx.load(path), model.state_dict()
-    found = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name in TAUGHT}
-    assert set(found) == set(TAUGHT)
+    found = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.name in FITTED}
+    assert set(found) == set(FITTED)
     for name, tensor in found.items():
         assert list(tensor.dims) == list(weights[name].shape)
         tensor.CopyFrom(onnx.numpy_helper.from_array(weights[name].numpy(), name))
@@ -78,7 +79,7 @@ VARIANTS = ("resnet_panet_pool", "mobilenet_bifpn_crop")
     ids=["v1", "v2", "boxes", "keypoints", "detectron2", *VARIANTS],
 )
 def model_and_file(request):
-    """A tiny model of each architecture, and its file."""
+    """A tiny model of each architecture and its exported file."""
     if request.param in VARIANTS:
         return request.getfixturevalue("exported_variant")(request.param)[:2]
     return tuple(request.getfixturevalue(f"{request.param}{kind}") for kind in ("model", "onnx_file"))
@@ -89,10 +90,10 @@ def test_every_cell_agrees(model_and_file, tmp_path):
     tell_kinds_apart(model.eval(), SIZES_HW, images=2)
     path = with_last_layer(model_and_file[1], model, tmp_path / "model.onnx")
     exported = OnnxRuntimeBackend(path, providers=["CPUExecutionProvider"], threads=1)
-    results = matrix.compare_model("m", TorchBackend(model, device="cpu"), exported, cells((1, 2, 5), SIZES_HW))
+    results = export_matrix.compare_model("m", TorchBackend(model, device="cpu"), exported, cells((1, 2, 5), SIZES_HW))
     assert len(results) == 27
     assert {str(result.cell): str(result.difference) for result in results if not within(result)} == {}
-    # Outputs of every kind have been seen, whatever such a small model makes of an image.
+    # There are outputs of every kind, whatever so small a model finds in an image.
     assert sum(result.full for result in results) > 0
     assert sum(result.partly for result in results) > 0
     empty = [result.difference for result in results if result.cell.kind is Kind.EMPTY]
@@ -132,7 +133,7 @@ def test_cells_of_other_batch_sizes_have_other_images_and_crowds_have_more_edges
     )
     assert first not in second and second not in third
     edges = {
-        kind: np.mean([np.abs(np.diff(picture(kind, (160, 192), k).astype(int), axis=1)).mean() for k in range(4)])
+        kind: np.mean([np.abs(np.diff(draw_image(kind, (160, 192), k).astype(int), axis=1)).mean() for k in range(4)])
         for kind in Kind
     }
     assert edges[Kind.EMPTY] == 0 < edges[Kind.ORDINARY] < edges[Kind.CROWDED]
@@ -188,8 +189,8 @@ def test_another_model_is_beyond_the_tolerance(model):
 
 def test_the_command_writes_rows_cells_and_machine(tmp_path, monkeypatch, capsys):
     found = [result(), result(Kind.EMPTY, images_without_detections=1), result(Kind.CROWDED, full=1)]
-    monkeypatch.setattr(matrix, "export_and_compare", lambda extent, progress: found)
-    assert matrix.main(["--quick", "--model", "maskrcnn_resnet34_fpn", "--json", str(tmp_path / "m.json")]) == 0
+    monkeypatch.setattr(export_matrix, "export_and_compare", lambda extent, progress: found)
+    assert export_matrix.main(["--quick", "--model", "maskrcnn_resnet34_fpn", "--json", str(tmp_path / "m.json")]) == 0
     content = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
     assert [extent["model"] for extent in content["models"]] == ["maskrcnn_resnet34_fpn"]
     assert [row["kind"] for row in content["rows"]] == ["ordinary", "empty", "crowded"]
@@ -198,30 +199,30 @@ def test_the_command_writes_rows_cells_and_machine(tmp_path, monkeypatch, capsys
 
 
 def test_the_exit_code_tells_of_a_cell_beyond_and_of_a_model_that_cannot_be_exported(monkeypatch, capsys):
-    monkeypatch.setattr(matrix, "export_and_compare", lambda extent, progress: [result(unpaired=1)])
-    assert matrix.main(["--quick"]) == 1
+    monkeypatch.setattr(export_matrix, "export_and_compare", lambda extent, progress: [result(unpaired=1)])
+    assert export_matrix.main(["--quick"]) == 1
 
     def refused(extent, progress):
         raise UserError("weights with NaN", "finite weights", "train again")
 
-    monkeypatch.setattr(matrix, "export_and_compare", refused)
-    assert matrix.main(["--quick"]) == 1
+    monkeypatch.setattr(export_matrix, "export_and_compare", refused)
+    assert export_matrix.main(["--quick"]) == 1
     assert "fasterrcnn_resnet18_fpn could not be exported: weights with NaN" in capsys.readouterr().out
 
 
 def test_a_wrong_model_is_refused_before_anything_is_computed():
     for wrong in ("maskrcnn_resnet19_fpn", "maskrcnn_resnet18_fpn:panet+warp"):
         with pytest.raises(UserError, match=re.escape(f"model '{wrong}'")):
-            matrix.main(["--model", "maskrcnn_resnet18_fpn", "--model", wrong])
+            export_matrix.main(["--model", "maskrcnn_resnet18_fpn", "--model", wrong])
 
 
 def test_the_whole_matrix_has_every_architecture():
-    configs = [variant_config(extent.model) for extent in matrix.FULL]
+    configs = [variant_config(extent.model) for extent in export_matrix.FULL]
     traits = {(c.has_masks, c.head_batch_norm, c.pool_aligned, c.backbone) for c in configs}
     assert {trait[:2] for trait in traits} == {(True, False), (True, True), (False, False), (False, True)}
     assert (True, False, True, "resnet50") in traits and (True, False, False, "resnet50") in traits
     assert {c.neck for c in configs} == set(NECKS) and {c.pool_method for c in configs} == set(POOL_METHODS)
-    for extent in matrix.FULL:
+    for extent in export_matrix.FULL:
         assert extent.batches == (1, 2, 5)
         assert any(max(size) < 200 for size in extent.sizes_hw) and any(1344 in size for size in extent.sizes_hw)
         assert {height < width for height, width in extent.sizes_hw} == {True, False}

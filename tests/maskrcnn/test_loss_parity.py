@@ -6,8 +6,7 @@ All proposals and anchors are sampled, so that both sample the same ones.
 import numpy as np
 import pytest
 import torch
-from peers import torchvision_from_config
-from random_weights import calibrate
+from peers import calibrate, torchvision_from_config
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from maskrcnn.config import AugmentConfig, LossConfig, model_config

@@ -1,18 +1,20 @@
 """Our detector and torchvision's, with the same weights, find the same in the same images."""
 
+import copy
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from matching import Mismatch, compare_detections, merge
-from parity import both_detectors
-from peers import TorchvisionDetector, torchvision_from_config
-from random_weights import calibrate, calibrated_state_dict, torchvision_model
+from peers import TorchvisionDetector, calibrate, calibrated_state_dict, torchvision_from_config, torchvision_model
 from torchvision.models import get_model, list_models
 
 from maskrcnn.config import MODELS, model_config
+from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.images import read_image
 from maskrcnn.data.poses import poses_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
@@ -20,8 +22,10 @@ from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.detector import Detector
+from maskrcnn.runtime.verification.compare import Mismatch, compare_detections, merge_mismatches
 from maskrcnn.weights.checkpoint import load_weights
 
+COCO = os.environ.get("MASKRCNN_COCO")  # a COCO-format folder with the split val2017
 MIXED_SIZES = [(120, 160), (200, 150), (97, 211)]
 SMALL = model_config(
     "maskrcnn_resnet18_fpn_small",
@@ -38,7 +42,7 @@ def images_of(sizes, seed=1):
 
 def mismatches(theirs, ours, images) -> list[Mismatch]:
     pairs = zip(theirs.detect(images), ours.detect(images), strict=True)
-    return [compare_detections(a, b, rows=ours.metadata.detections) for a, b in pairs]
+    return [compare_detections(a, b, max_rows=ours.metadata.detections) for a, b in pairs]
 
 
 def assert_equal(found: Mismatch):
@@ -63,13 +67,13 @@ def small_pair():
 
 
 def test_each_image_alone(small_pair):
-    found = merge([mismatches(*small_pair, [image])[0] for image in images_of(MIXED_SIZES)])
+    found = merge_mismatches([mismatches(*small_pair, [image])[0] for image in images_of(MIXED_SIZES)])
     assert found.detections >= 20 and found.labels >= 2
     assert_equal(found)
 
 
 def test_batch_of_mixed_sizes(small_pair):
-    found = merge(mismatches(*small_pair, images_of(MIXED_SIZES)))
+    found = merge_mismatches(mismatches(*small_pair, images_of(MIXED_SIZES)))
     assert found.detections >= 20 and found.labels >= 2
     assert_equal(found)
 
@@ -82,7 +86,8 @@ def test_an_adaptive_number_of_samples():
     ours = MaskRCNN(config)
     load_weights(ours, theirs.state_dict(), "calibrated weights")
     detector = Detector(TorchBackend(ours, device="cpu"))
-    found = merge(mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images_of(MIXED_SIZES)))
+    parts = mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images_of(MIXED_SIZES))
+    found = merge_mismatches(parts)
     assert found.detections >= 20
     assert_equal(found)
 
@@ -90,12 +95,12 @@ def test_an_adaptive_number_of_samples():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"stride_in_1x1": True}, "stride_in_1x1=True\nexpected: stride_in_1x1=False, as torchvision"),
+        ({"stride_in_1x1": True}, "stride_in_1x1=True\n  expected: stride_in_1x1=False, as torchvision"),
         ({"anchors_rounded": False, "pool_aligned": True}, "anchors_rounded=False, pool_aligned=True\n"),
-        ({"anchor_strides_px": (4, 8, 16, 32, 64)}, r"anchor_strides_px=\(4, 8, 16, 32, 64\)\nexpected: \S+=\(\)"),
+        ({"anchor_strides_px": (4, 8, 16, 32, 64)}, r"anchor_strides_px=\(4, 8, 16, 32, 64\)\n  expected: \S+=\(\)"),
         ({"detection_min_side_px": 0.0}, "detection_min_side_px=0.0"),
-        ({"preprocessing": Preprocessing(resize="pillow")}, "resize='pillow'\nexpected: resize='torchvision'"),
-        ({"preprocessing": Preprocessing(divisor=64)}, "divisor=64\nexpected: divisor=32"),
+        ({"preprocessing": Preprocessing(resize="pillow")}, "resize='pillow'\n  expected: resize='torchvision'"),
+        ({"preprocessing": Preprocessing(divisor=64)}, "divisor=64\n  expected: divisor=32"),
     ],
 )
 def test_conventions_that_torchvision_does_not_have_are_refused(changes, text):
@@ -103,14 +108,73 @@ def test_conventions_that_torchvision_does_not_have_are_refused(changes, text):
         torchvision_from_config(replace(SMALL, **changes))
 
 
+def both_detectors(name, weights, **sizes):
+    """Our detector and torchvision's with the same weights."""
+    classes = len(weights["roi_heads.box_predictor.cls_score.weight"])
+    config = model_config(
+        name,
+        class_names=tuple(f"class_{label}" for label in range(1, classes)),
+        category_ids=tuple(range(1, classes)),
+        preprocessing=Preprocessing(**sizes),
+    )
+    ours = MaskRCNN(config)
+    load_weights(ours, weights, "calibrated weights")
+    theirs = torchvision_model(name, classes, **sizes)
+    theirs.load_state_dict(weights)
+    detector = Detector(TorchBackend(ours))
+    return detector, TorchvisionDetector(theirs, detector.metadata)
+
+
 def test_plain_architecture():
     sizes = {"min_size_px": 128, "max_size_px": 213}
     images = images_of([(120, 160), (160, 120)], seed=2)
     weights = calibrated_state_dict("maskrcnn_resnet18_fpn", 6, images, 0, **sizes)
     ours, theirs = both_detectors("maskrcnn_resnet18_fpn", weights, **sizes)
-    found = merge(mismatches(theirs, ours, images))
+    found = merge_mismatches(mismatches(theirs, ours, images))
     assert found.detections >= 10 and found.labels >= 3
     assert_equal(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COCO is None, reason="needs the environment variable MASKRCNN_COCO")
+@pytest.mark.parametrize(
+    ("name", "count", "short_side_px"),
+    [
+        ("maskrcnn_resnet50_fpn", 12, 800),
+        ("maskrcnn_resnet50_fpn", 4, 400),
+        ("maskrcnn_resnet50_fpn_v2", 4, 400),
+        ("fasterrcnn_resnet50_fpn", 4, 400),
+        ("fasterrcnn_resnet50_fpn_v2", 4, 400),
+    ],
+)
+def test_coco_images(name, count, short_side_px):
+    """Print the metrics of docs/results.md: images one by one, torchvision with itself, and a batch of mixed sizes.
+
+    Convolutions in another memory layout add in another order: float32 cannot agree better than torchvision with
+    itself.
+    """
+    records = CocoDataset.load(Path(COCO), find_split(Path(COCO), "val2017")).images[:count]
+    images = [read_image(record.path) for record in records]
+    sizes = {"min_size_px": short_side_px, "max_size_px": round(short_side_px * 1333 / 800)}
+    weights = calibrated_state_dict(name, 91, images[:8], 0, **sizes)
+    ours, theirs = both_detectors(name, weights, **sizes)
+    other_layout = copy.deepcopy(theirs.model).to(memory_format=torch.channels_last)
+    same = TorchvisionDetector(other_layout, theirs.metadata)
+    found = {title: [] for title in ("torchvision and ours", "torchvision with itself")}
+    for image in images:
+        for detector, parts in zip((ours, same), found.values(), strict=True):
+            parts += mismatches(theirs, detector, [image])
+    by_shape = {image.shape: image for image in reversed(images)}
+    mixed = list(by_shape.values())[-3:] if len(by_shape) >= 3 else images[:3]
+    found["one batch of " + ", ".join(f"{w}×{h}" for h, w, _ in (image.shape for image in mixed))] = mismatches(
+        theirs, ours, mixed
+    )
+    print(f"\n{name} at {short_side_px} px, {count} images")
+    for title, parts in found.items():
+        print(f"{title}: {merge_mismatches(parts)}")
+        for part in parts:
+            assert part.detections > 0
+            assert_equal(part)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) & set(list_models(module=torchvision.models.detection))))
@@ -141,7 +205,7 @@ def test_models_that_torchvision_builds_itself(name):
     ours = MaskRCNN(config)
     load_weights(ours, theirs.state_dict(), "calibrated weights")
     detector = Detector(TorchBackend(ours, device="cpu"))
-    found = merge(mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images))
+    found = merge_mismatches(mismatches(TorchvisionDetector(theirs, detector.metadata), detector, images))
     assert found.detections >= 10 and found.labels >= 3
     assert found.masks == (found.detections if config.has_masks else 0)
     assert_equal(found)

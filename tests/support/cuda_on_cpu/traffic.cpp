@@ -1,5 +1,5 @@
 // RoIAlign's kernels with element types that note where each lane reads and writes: which requests a warp makes, and how
-// many 32-byte sectors and 128-byte lines of memory each touches. Called by benchmarks/traffic.py.
+// many 32-byte sectors and 128-byte lines of memory each touches. Called by tests/plugins/test_memory_traffic.py.
 
 #include "cuda_on_cpu.h"
 

@@ -1,20 +1,20 @@
-"""How far an exported file is from PyTorch: every architecture, several batch and image sizes, all kinds of images.
+"""Difference between an exported file and PyTorch: every architecture, several batch and image sizes, kinds of images.
 
-    python benchmarks/matrix.py
-    python benchmarks/matrix.py --quick
-    python benchmarks/matrix.py --model maskrcnn_resnet101_fpn --model fasterrcnn_resnet50_fpn:detectron2
+    python tests/support/export_matrix.py --json OUT
+    python tests/support/export_matrix.py --quick
+    python tests/support/export_matrix.py --model maskrcnn_resnet101_fpn --model fasterrcnn_resnet50_fpn:detectron2
 
-Each model is exported once, and this one file runs in ONNX Runtime what the model runs in PyTorch, both on the CPU:
-batches of 1, 2 and 5 of four sizes, with ordinary images, empty ones and empty slots, and crowded ones, whose
-outputs are full. Weights are random (see `matrix_models`).
+Each model is exported once. The file runs in ONNX Runtime and the model in PyTorch, both on the CPU, on batches of 1, 2
+and 5 of four sizes, with ordinary images, with empty ones and empty slots, and with crowded ones, whose outputs are
+full. Weights are random (see `matrix_model`).
 
-So that two cores need about half an hour, only `maskrcnn_resnet50_fpn` and the small model are as named. The others
-have a ResNet-18, but for Detectron2's conventions, one of which concerns bottlenecks only; they have 300 proposals,
-and their longest images are narrower. What `--model` names is compared as it is. ResNet-50 in a batch of 5 needs
-8 GB of memory.
+The full matrix takes about half an hour on two cores. For that, only `maskrcnn_resnet50_fpn` and the small model are as
+named. The others have a ResNet-18, except with Detectron2's conventions, one of which concerns bottlenecks only; they
+have 300 proposals, and their longest images are narrower. Models given by `--model` are compared unchanged. ResNet-50
+in a batch of 5 needs 8 GB of memory.
 
-The exit code is 1 when any cell is beyond `EXACT` of `maskrcnn.runtime.verification.compare`, and when a kind of
-images has no outputs of its kind.
+The exit code is 1 if a cell exceeds `EXACT` of `maskrcnn.runtime.verification.compare`, and if a kind of images does
+not have its kind of outputs.
 """
 
 from __future__ import annotations
@@ -36,15 +36,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_weights import calibrated_state_dict
-from report import aligned, machine
-from session import Progress, numbers, size_hw
-from timing import environment
 from torch import Tensor
 
 from maskrcnn.config import MODELS, NECKS, POOL_METHODS, ModelConfig, model_config
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.errors import UserError, told_to_the_user
+from maskrcnn.errors import UserError, exit_on_user_error
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.files import write_json
 from maskrcnn.model.detector import MaskRCNN
@@ -55,25 +51,29 @@ from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_out
 from maskrcnn.weights.checkpoint import load_weights
 from maskrcnn.weights.detectron2 import CONVENTIONS
 
-# The inputs of the export matrix: batches of several sizes, with ordinary, crowded and empty images.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # for use as a script
+
+from peers import calibrated_state_dict
+from session import Progress, aligned, numbers, size_hw
+from timing import environment, machine
 
 _BATCHES = (1, 2, 5)
-# Small, landscape, portrait, and one with the longest side that the default preprocessing makes.
+# Small, landscape, portrait, and one with the longest side of the default preprocessing.
 _SIZES_HW = ((160, 192), (480, 640), (640, 416), (800, 1344))
 _GREY = 128
-_TILE_PX = (32, 96)  # sides of the pictures that a crowded image is put together from
-_TILES_ALONG = 5  # of them along the shorter side, within those limits
-_LEAST_OBJECTS = 3  # of an ordinary image
-_DRAWINGS = 20  # after which an image stays as it is; images of 32 px have no room for three
+_TILE_PX = (32, 96)  # sides of the tiles of a crowded image
+_TILES_ALONG = 5  # per shorter side, within these limits
+_MIN_OBJECTS = 3  # per ordinary image
+_MAX_DRAWINGS = 20  # attempts; images of 32 px have no room for three objects
 _PADDING_HW = (17, 40)  # how much smaller than its batch every other image is
 
 
 class Kind(Enum):
-    """What the images of a batch show."""
+    """Content of the images of a batch."""
 
-    ORDINARY = "ordinary"  # a few drawn shapes
+    ORDINARY = "ordinary"  # a few shapes
     EMPTY = "empty"  # even grey images, and empty slots: images of size 0 × 0, all padding
-    CROWDED = "crowded"  # hundreds of drawn shapes
+    CROWDED = "crowded"  # hundreds of shapes
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ class Cell:
 
 
 def cells(batches: Sequence[int], sizes_hw: Sequence[tuple[int, int]]) -> list[Cell]:
-    """Every kind, size and batch size."""
+    """Combine every kind, size and batch size."""
     return [Cell(kind, batch, size) for kind in Kind for size in sizes_hw for batch in batches]
 
 
 def cell_feeds(cell: Cell) -> Iterator[dict[str, np.ndarray]]:
-    """The detector's inputs for a cell: one batch, or two where one has no room for both kinds of empty images.
+    """Yield the detector's inputs for a cell: one batch, or two for a grey image and an empty slot in batches of 1.
 
-    Every other image is smaller than the tensor and padded, every other empty one an empty slot. Cells of other
-    batch sizes have other images.
+    Every other image is smaller than the tensor and padded; every other empty one is an empty slot. Cells of different
+    batch sizes have different images.
     """
     first = cell.batch * (cell.batch - 1) // 2
     starts = (0, 1) if cell.kind is Kind.EMPTY and cell.batch == 1 else (first,)
@@ -109,7 +109,7 @@ def _feeds(cell: Cell, indices: range) -> dict[str, np.ndarray]:
     images = np.zeros((cell.batch, 3, *cell.size_hw), np.float32)
     sizes = [_true_size(cell, index) for index in indices]
     for image, (height, width), index in zip(images, sizes, indices, strict=True):
-        image[:, :height, :width] = picture(cell.kind, (height, width), index).transpose(2, 0, 1)
+        image[:, :height, :width] = draw_image(cell.kind, (height, width), index).transpose(2, 0, 1)
     return {"images": images, "image_sizes": np.array(sizes, np.int64)}
 
 
@@ -121,8 +121,8 @@ def _true_size(cell: Cell, index: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def picture(kind: Kind, size_hw: tuple[int, int], index: int) -> np.ndarray:
-    """One image, uint8 `[H, W, 3]`, not to be written to; the same arguments give the same image."""
+def draw_image(kind: Kind, size_hw: tuple[int, int], index: int) -> np.ndarray:
+    """Draw an image, uint8 `[H, W, 3]`, read-only; the same arguments give the same image."""
     if kind is Kind.EMPTY:
         image = np.full((*size_hw, 3), _GREY, np.uint8)
     elif kind is Kind.ORDINARY:
@@ -134,84 +134,76 @@ def picture(kind: Kind, size_hw: tuple[int, int], index: int) -> np.ndarray:
 
 
 def _with_objects(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
-    """Drawn shapes, at least three."""
-    for _ in range(_DRAWINGS):
+    """At least three shapes."""
+    for _ in range(_MAX_DRAWINGS):
         image, objects = shapes_image(rng, size_hw)
-        if len(objects) >= _LEAST_OBJECTS:
+        if len(objects) >= _MIN_OBJECTS:
             break
     return image
 
 
 def _mosaic(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
-    """Many small pictures of shapes side by side, cut at the right and the bottom."""
+    """Many small images of shapes side by side, cropped at the right and the bottom."""
     side = int(np.clip(min(size_hw) // _TILES_ALONG, *_TILE_PX))
     rows, columns = (-(-length // side) for length in size_hw)
     tiles = [[shapes_image(rng, (side, side))[0] for _ in range(columns)] for _ in range(rows)]
     return np.ascontiguousarray(np.block([[[tile] for tile in row] for row in tiles])[: size_hw[0], : size_hw[1]])
 
 
-# The models of the export matrix: every architecture, with random weights that tell the kinds of images apart.
-#
-# Calibrated random weights (`random_weights`) find about as many objects in an even grey image as in a crowded one.
-# Here the background's row of the last layer is fitted, by least squares on what the layer sees of other images of
-# each kind, so that even grey is background, drawn shapes give some detections and crowds fill the output.
-
-# What may stand after a model's name and a colon, several of them with "+" between.
+# Suffixes of a model name after a colon, joined by "+".
 _VARIANTS: dict[str, dict[str, Any]] = {
     "detectron2": CONVENTIONS,
     **{neck: {"neck": neck} for neck in NECKS},
     **{method: {"pool_method": method} for method in POOL_METHODS},
 }
-CLASSES = 90  # COCO's count of labels, as torchvision's weights have
+_CLASSES = 90  # as torchvision's COCO weights
 _CALIBRATION_IMAGES = 4
 _CALIBRATION_SIZE_HW = (320, 416)
-_OTHER_IMAGES = 1000  # index from which on pictures are used for fitting: the matrix has the ones before
-_FITTED_SIZES = 3  # the smallest: the others take longer
-_RIDGE = 1e-1  # of the mean square of a feature
-_CLASS_GAIN = 2.0  # how much the classes' logits are spread, so that some scores are high
-_STRENGTH = 5.0  # logits of background between an ordinary and a grey image, and a crowded and an ordinary one
+_OTHER_IMAGES = 1000  # first index of the images for fitting; the matrix has smaller ones
+_FITTED_SIZES = 3  # the smallest ones, to save time
+_RIDGE = 1e-1  # relative to the mean square of a feature
+_CLASS_GAIN = 2.0  # factor of the classes' logits, so that some scores are high
+_STRENGTH = 5.0  # difference of the background logit between grey and ordinary, and ordinary and crowded images
 
 
 def variant_config(variant: str) -> ModelConfig:
-    """The configuration of a model's name, which may end in variants, as `:detectron2` or `:panet+crop`.
+    """Return the configuration of a model name with optional variants, such as `:detectron2` or `:panet+crop`.
 
     Raises:
-        UserError: for a name that is not in `maskrcnn.config.MODELS`, and a variant that there is not.
+        UserError: for an unknown model or variant.
     """
-    name, changes = _parsed(variant)
-    return model_config(
-        name,
-        class_names=tuple(f"class_{label}" for label in range(1, CLASSES + 1)),
-        category_ids=tuple(range(1, CLASSES + 1)),
-        **changes,
-    )
-
-
-def _parsed(variant: str) -> tuple[str, dict[str, Any]]:
-    """A model's name and the fields that its variants change."""
     name, _, endings = variant.partition(":")
     chosen = endings.split("+") if endings else []
     if name not in MODELS or not set(chosen) <= _VARIANTS.keys():
-        expected = f"one of {', '.join(MODELS)}, perhaps with :{', :'.join(_VARIANTS)}"
-        raise UserError(f"model {variant!r}", expected, "name one")
-    return name, {field: value for ending in chosen for field, value in _VARIANTS[ending].items()}
+        expected = f"one of {', '.join(MODELS)}, optionally with :{', :'.join(_VARIANTS)}"
+        raise UserError(f"model {variant!r}", expected, "choose one of these")
+    return model_config(
+        name,
+        class_names=tuple(f"class_{label}" for label in range(1, _CLASSES + 1)),
+        category_ids=tuple(range(1, _CLASSES + 1)),
+        **{field: value for ending in chosen for field, value in _VARIANTS[ending].items()},
+    )
 
 
 def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: int | None = None) -> MaskRCNN:
-    """A model of the matrix with its weights, which are the same every time.
+    """Make a model of the matrix, with reproducible random weights.
+
+    Calibrated random weights (`peers.calibrated_state_dict`) find about as many objects in a grey image as in a crowded
+    one. The background's row of the last layer is therefore fitted to other images of each kind (`tell_kinds_apart`),
+    so that grey is background, ordinary images have some detections, and crowded ones fill the output.
 
     Args:
-        variant: as `variant_config` takes it.
-        sizes_hw: of the images that it is to see; the smaller ones are fitted to.
-        proposals: per image, by default the model's own number.
+        variant: see `variant_config`.
+        sizes_hw: image sizes of the matrix, the smallest of which are used for fitting.
+        proposals: proposals per image (default: the model's).
     """
     config = variant_config(variant)
     config = dataclasses.replace(config, proposals=proposals or config.proposals)
-    images = [picture(Kind.ORDINARY, _CALIBRATION_SIZE_HW, _OTHER_IMAGES + k) for k in range(_CALIBRATION_IMAGES)]
+    images = [draw_image(Kind.ORDINARY, _CALIBRATION_SIZE_HW, _OTHER_IMAGES + k) for k in range(_CALIBRATION_IMAGES)]
     short, long = min(_CALIBRATION_SIZE_HW), max(_CALIBRATION_SIZE_HW)
-    # torchvision's model is what is calibrated: it has no other conventions, but the same tensors, given the neck.
+    # torchvision's model is calibrated: it has no other conventions, but with the same neck the same tensors.
     weights = calibrated_state_dict(
-        config.name, CLASSES + 1, images, 0, min_size_px=short, max_size_px=long, neck=config.neck
+        config.name, _CLASSES + 1, images, 0, min_size_px=short, max_size_px=long, neck=config.neck
     )
     model = MaskRCNN(config)
     load_weights(model, for_pixels_of(config, weights), "calibrated weights")
@@ -220,7 +212,7 @@ def matrix_model(variant: str, sizes_hw: Sequence[tuple[int, int]], proposals: i
 
 
 def for_pixels_of(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model with the default preprocessing for one that divides pixels by other deviations."""
+    """Adapt weights for the default preprocessing to another standard deviation of pixels."""
     name = "backbone.body.conv1.weight"
     factor = torch.tensor(config.preprocessing.std) / torch.tensor(ModelConfig().preprocessing.std)
     return weights | {name: weights[name] * factor.view(1, 3, 1, 1)}
@@ -228,56 +220,56 @@ def for_pixels_of(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def tell_kinds_apart(model: MaskRCNN, sizes_hw: Sequence[tuple[int, int]], images: int = 1) -> None:
-    """Fits the background's logit: high in even grey images, low in crowded ones, in between in ordinary ones.
+    """Fit the background logit by least squares: high in grey images, low in crowded ones, in between in ordinary ones.
 
     Args:
-        model: whose last layer of the box head is changed in place.
-        sizes_hw: of the images it is fitted on.
-        images: so many of each kind and size.
+        model: model whose last layer of the box head is modified.
+        sizes_hw: sizes of the images to fit to.
+        images: number of images per kind and size.
     """
     target = {Kind.EMPTY: 1.0, Kind.ORDINARY: 0.0, Kind.CROWDED: -1.0}
     fitted, others = ([_OTHER_IMAGES + 2 * k + part for k in range(images)] for part in (0, 1))
     seen = [(kind, rows) for kind in Kind for rows in _embeddings(model, kind, sizes_hw, fitted)]
     inputs = torch.cat([rows for _, rows in seen]).double()
-    wanted = torch.cat([torch.full((len(rows),), target[kind]) for kind, rows in seen]).double()
-    mean, level = inputs.mean(dim=0), wanted.mean()
-    moved = inputs - mean
-    square = moved.T @ moved
+    targets = torch.cat([torch.full((len(rows),), target[kind]) for kind, rows in seen]).double()
+    mean, level = inputs.mean(dim=0), targets.mean()
+    centred = inputs - mean
+    square = centred.T @ centred
     square.diagonal().add_(_RIDGE * square.diagonal().mean())
-    row = torch.linalg.solve(square, moved.T @ (wanted - level))
+    row = torch.linalg.solve(square, centred.T @ (targets - level))
     layer = model.roi_heads.box_predictor.cls_score
     layer.weight[1:] *= _CLASS_GAIN
     layer.bias[1:] *= _CLASS_GAIN
     layer.weight[0] = _STRENGTH * row
     layer.bias[0] = _STRENGTH * (level - mean @ row)
-    fresh = _embeddings(model, Kind.ORDINARY, sizes_hw, others)  # those that were fitted are told apart too well
+    fresh = _embeddings(model, Kind.ORDINARY, sizes_hw, others)  # unseen images: fitted ones are separated too well
     layer.bias[0] += _shift([layer(rows) for rows in fresh], model.config)
 
 
 def _embeddings(
     model: MaskRCNN, kind: Kind, sizes_hw: Sequence[tuple[int, int]], indices: Sequence[int]
 ) -> Iterator[Tensor]:
-    """What the last layer of the box head sees of each image's proposals, `[R, C]`."""
+    """Inputs of the box head's last layer for each image's proposals, `[R, C]`."""
     caught: list[Tensor] = []
     hook = model.roi_heads.box_predictor.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
         for size, index in itertools.product(sizes_hw, indices):
-            image = torch.from_numpy(picture(kind, size, index).transpose(2, 0, 1)[None].copy()).float()
+            image = torch.from_numpy(draw_image(kind, size, index).transpose(2, 0, 1)[None].copy()).float()
             stages: dict[str, Tensor] = {}
             model(image, torch.tensor([size]), stages)
-            yield caught.pop()[stages["proposals"][0].any(dim=1)]  # rows of zeros are no proposals
+            yield caught.pop()[stages["proposals"][0].any(dim=1)]  # without padding rows
     finally:
         hook.remove()
 
 
 def _shift(logits: Sequence[Tensor], config: ModelConfig) -> float:
-    """What to add to background so that the median image has as many scores as the output has rows.
+    """Return the offset of the background logit at which the median image has as many scores as output rows.
 
-    Some of them are then suppressed, and the output is not full.
+    NMS then suppresses some of them, and the output is not full.
 
     Args:
-        logits: `[R, 1 + classes]` of each image.
-        config: for the score threshold and the rows of the output.
+        logits: `[R, 1 + classes]` per image.
+        config: score threshold and number of output rows.
     """
     low, high = -40.0, 40.0
     for _ in range(30):
@@ -288,21 +280,18 @@ def _shift(logits: Sequence[Tensor], config: ModelConfig) -> float:
     return high
 
 
-# What the export matrix found: one result per cell, one row per model and kind of images.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How far two backends were apart in one cell."""
+    """Difference of two backends in a cell."""
 
     model: str
     cell: Cell
     difference: Difference
-    full: int  # images whose output had no row left, in the reference
-    partly: int  # images whose output had some rows
+    full: int  # images whose reference output fills all rows
+    partly: int  # images whose reference output fills some rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON can hold it."""
+        """Return the result as JSON-compatible values."""
         kind, size = self.cell.kind.value, list(self.cell.size_hw)
         place = {"model": self.model, "kind": kind, "batch": self.cell.batch, "size_hw": size}
         return {
@@ -316,7 +305,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The cells of one model and one kind of images together."""
+    """All cells of a model and a kind of images."""
 
     model: str
     kind: Kind
@@ -324,12 +313,12 @@ class Row:
     difference: Difference
     full: int
     partly: int
-    worst: Result  # the cell that needs the most of the tolerance
-    beyond: int  # cells that are outside of it
+    worst: Result  # the cell closest to the tolerance, or farthest beyond it
+    beyond: int  # number of cells beyond the tolerance
 
     @property
     def status(self) -> str:
-        """What is wrong, or ok."""
+        """The error, or ok."""
         if self.beyond:
             return f"{self.beyond} of {self.cells} cells beyond the tolerance"
         missing = {
@@ -340,7 +329,7 @@ class Row:
         return missing[self.kind] or "ok"
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON can hold it."""
+        """Return the row as JSON-compatible values."""
         place = {
             "model": self.model,
             "kind": self.kind.value,
@@ -353,7 +342,7 @@ class Row:
 
 
 def compare_cell(model: str, reference: Backend, other: Backend, cell: Cell) -> Result:
-    """The difference of two backends on the batches of a cell."""
+    """Compare two backends on the batches of a cell."""
     parts, full, partly = [], 0, 0
     for feeds in cell_feeds(cell):
         expected = reference(feeds)
@@ -365,7 +354,7 @@ def compare_cell(model: str, reference: Backend, other: Backend, cell: Cell) -> 
 
 
 def summary(results: Sequence[Result]) -> list[Row]:
-    """One row for each model and kind, in the order of the results."""
+    """Merge the results of each model and kind into a row, in the order of the results."""
     rows = []
     for (model, kind), group in groupby(results, key=lambda result: (result.model, result.cell.kind)):
         found = list(group)
@@ -385,7 +374,7 @@ def summary(results: Sequence[Result]) -> list[Row]:
 
 
 def needed_share(difference: Difference) -> float:
-    """How much of `EXACT` a difference needs: above 1 it is outside; infinite for NaN and detections alone."""
+    """Return the difference relative to `EXACT`: above 1 it exceeds it; infinite for NaN and unpaired detections."""
     shares = (
         difference.box_px / EXACT.box_px,
         difference.score / EXACT.score,
@@ -403,7 +392,7 @@ def needed_share(difference: Difference) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     head = [
         *("model", "kind", "cells", "images", "empty", "partly full", "full", "detections"),
         *("box px", "score", "mask", "mask mean", "keypoint px", "elsewhere", "unpaired", "worst cell", "status"),
@@ -426,7 +415,7 @@ def _columns(row: Row) -> list[str]:
 
 
 def _numbers(difference: Difference) -> dict[str, Any]:
-    """A difference's fields; NaN, which JSON does not have, as text."""
+    """The fields of a difference, with NaN as text: JSON has no NaN."""
     return _without_nan(dataclasses.asdict(difference))
 
 
@@ -440,12 +429,12 @@ _SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class _Extent:
-    """Which cells are computed of a model."""
+    """The cells of a model."""
 
-    model: str  # as `variant_config` takes it
+    model: str  # see `variant_config`
     batches: tuple[int, ...] = _BATCHES
     sizes_hw: tuple[tuple[int, int], ...] = _SIZES_HW
-    proposals: int | None = None  # per image; None: as the model has them
+    proposals: int | None = None  # per image; None: the model's
 
 
 def _lighter(model: str) -> _Extent:
@@ -473,14 +462,14 @@ _QUICK = tuple(
 def compare_model(
     name: str, reference: Backend, other: Backend, combinations: Iterable[Cell], progress: Progress | None = None
 ) -> list[Result]:
-    """The difference of two backends in every cell.
+    """Compare two backends in every cell.
 
     Args:
-        name: the model's, for the table.
+        name: name of the model, for the table.
         reference: PyTorch.
         other: the exported file.
-        combinations: cells, those of a kind one after another.
-        progress: hears of every cell.
+        combinations: cells, grouped by kind.
+        progress: progress output.
     """
     results = []
     for cell in combinations:
@@ -491,10 +480,10 @@ def compare_model(
 
 
 def export_and_compare(extent: _Extent, progress: Progress) -> list[Result]:
-    """The results of one model, in files that are gone afterwards.
+    """Export a model to a temporary file and compare it in all cells.
 
     Raises:
-        UserError: where it cannot be exported.
+        UserError: if it cannot be exported.
     """
     progress.say(f"{extent.model}: weights")
     model = matrix_model(extent.model, extent.sizes_hw, extent.proposals)
@@ -507,28 +496,11 @@ def export_and_compare(extent: _Extent, progress: Progress) -> list[Result]:
         return compare_model(extent.model, TorchBackend(model, device="cpu"), other, combinations, progress)
 
 
-def run(extents: Sequence[_Extent], progress: Progress) -> tuple[list[Result], dict[str, str]]:
-    """The results of all models, and for those that could not be exported why."""
-    results: list[Result] = []
-    failures: dict[str, str] = {}
-    for extent in extents:
-        try:
-            results += export_and_compare(extent, progress)
-        except UserError as error:
-            failures[extent.model] = error.found
-            progress.say(f"{extent.model}: {error.found}")
-    return results, failures
-
-
 def _planned(given: argparse.Namespace) -> list[_Extent]:
-    """What the command line asks for.
-
-    Raises:
-        UserError: for a model that there is not, before an hour's work.
-    """
+    """The models and cells of the command line, with all model names checked."""
     plan = _QUICK if given.quick else FULL
     if given.model:
-        first = plan[0]  # the batches and sizes of the whole matrix, or of the quick one
+        first = plan[0]  # for its batches and sizes
         plan = tuple(dataclasses.replace(first, model=model) for model in given.model)
     changes: dict[str, Any] = {}
     if given.batch:
@@ -541,48 +513,49 @@ def _planned(given: argparse.Namespace) -> list[_Extent]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", action="append", help="of maskrcnn.config.MODELS, also with :detectron2 or :panet+crop; repeatable")
-    add("--batch", type=numbers, help=f"batch sizes, by default {','.join(map(str, _BATCHES))}")
-    add("--size", type=size_hw, action="append", help="height×width of the images, as 480x640; repeatable")
+    add("--model", action="append", help="model, also with variants as :detectron2 or :panet+crop; repeatable")
+    add("--batch", type=numbers, help=f"batch sizes; default: {','.join(map(str, _BATCHES))}")
+    add("--size", type=size_hw, action="append", help="height×width of the images, such as 480x640; repeatable")
     add("--quick", action="store_true", help="two models, batches of 1 and 2, smaller images")
-    add("--json", type=Path, help="file to write the results to, with machine and versions")
+    add("--json", type=Path, help="JSON file for the results, with machine and versions")
     return parser.parse_args(arguments)
 
 
-def content(
-    extents: Sequence[_Extent], results: Sequence[Result], failures: dict[str, str], here: dict[str, Any]
-) -> dict[str, Any]:
-    """What the JSON file holds."""
-    return {
-        "schema": _SCHEMA,
-        "compared": "PyTorch FP32 and one exported ONNX file per model in ONNX Runtime, on the CPU",
-        "tolerance": str(EXACT),
-        "environment": here,
-        "models": [dataclasses.asdict(extent) for extent in extents],
-        "failures": failures,
-        "rows": [row.to_dict() for row in summary(results)],
-        "cells": [result.to_dict() for result in results],
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compares, prints the table, and returns the exit code."""
+    """Compare, print the table, and return the exit code."""
     given = parse(arguments)
-    extents = _planned(given)
-    results, failures = run(extents, Progress())
+    extents, progress = _planned(given), Progress()
+    results: list[Result] = []
+    failures: dict[str, str] = {}
+    for extent in extents:
+        try:
+            results += export_and_compare(extent, progress)
+        except UserError as error:
+            failures[extent.model] = error.found
+            progress.say(f"{extent.model}: {error.found}")
     rows, here = summary(results), environment()
     print("\n" + "\n".join([table(rows), "", f"- Tolerance: {EXACT}.", *machine(here)]))
     for model, reason in failures.items():
         print(f"- {model} could not be exported: {reason}")
     if given.json:
-        write_json(given.json, content(extents, results, failures, here))
+        content = {
+            "schema": _SCHEMA,
+            "compared": "PyTorch FP32 and one exported ONNX file per model in ONNX Runtime, on the CPU",
+            "tolerance": str(EXACT),
+            "environment": here,
+            "models": [dataclasses.asdict(extent) for extent in extents],
+            "failures": failures,
+            "rows": [row.to_dict() for row in rows],
+            "cells": [result.to_dict() for result in results],
+        }
+        write_json(given.json, content)
         print(f"\n{given.json}")
     return int(bool(failures) or any(row.status != "ok" for row in rows))
 
 
 if __name__ == "__main__":
-    with told_to_the_user():
+    with exit_on_user_error():
         sys.exit(main())
