@@ -1,4 +1,4 @@
-"""The one class that a user needs: images in, detections in the original images out."""
+"""`Detector`: images in, detections in the original images out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.runtime.backends.base import Backend
+from maskrcnn.runtime.backends.base import Backend, GpuPasting, Remarks
 
-# Kinds of model file, and the backends that run them; the first is the default.
+# Suffixes of model files and the backends that run them; the first is the default.
 BACKENDS = {
     ".safetensors": ("torch",),
     ".onnx": ("onnxruntime", "openvino"),
@@ -22,7 +22,7 @@ BACKENDS = {
 
 
 class Detector:
-    """Runs any model file on images, with one preprocessing and one postprocessing for all.
+    """Runs a model file on images, with the same preprocessing and postprocessing for every backend.
 
     Args:
         backend: the loaded model.
@@ -33,16 +33,16 @@ class Detector:
 
     @classmethod
     def load(cls, path: str | Path, backend: str | None = None, **options: Any) -> Detector:
-        """The detector for a checkpoint, an ONNX file or an engine.
+        """Loads a checkpoint, an ONNX file or an engine.
 
         Args:
             path: `.safetensors`, `.onnx`, `.xml` or `.engine`.
-            backend: "torch", "onnxruntime", "openvino" or "tensorrt", where a kind of file has several; with one of
-                ONNX Runtime's providers as "onnxruntime:cuda", with PyTorch's precision as "torch:fp16".
-            options: for the backend, such as `threads`, `precision` or `graphs`.
+            backend: "torch", "onnxruntime", "openvino" or "tensorrt", if the kind of file has several. A suffix
+                selects a provider of ONNX Runtime ("onnxruntime:cuda") or a precision of PyTorch ("torch:fp16").
+            options: of the backend, such as `threads`, `precision` or `graphs`.
 
         Raises:
-            UserError: when the file cannot be used or the backend's library is missing.
+            UserError: if the file cannot be used or the backend's library is missing.
         """
         return cls(load_backend(Path(path), backend, **options))
 
@@ -51,18 +51,23 @@ class Detector:
         """Class names, preprocessing and provenance of the model."""
         return self.backend.metadata
 
+    def remarks(self) -> list[str]:
+        """Returns lines about how the model runs here; see `backends.base.Remarks`."""
+        return self.backend.remarks() if isinstance(self.backend, Remarks) else []
+
     def detect(self, images: list[np.ndarray]) -> list[Detections]:
-        """Detections of a batch of images, in pixels of each original image.
+        """Returns the detections of a batch of images, in pixels of each original image.
 
         Args:
             images: uint8 `[H, W, 3]` RGB, of any sizes; the batch is padded to the largest.
         """
         outputs, sizes = self.backend.run_images(images)
-        return unpack(outputs, sizes, [image.shape[:2] for image in images], paste=self.backend.paste)
+        paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
+        return unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)
 
 
 def load_backend(path: Path, backend: str | None = None, **options: Any) -> Backend:
-    """The backend for a model file; see `Detector.load`."""
+    """Loads a model file in a backend; see `Detector.load`."""
     kinds = BACKENDS.get(path.suffix)
     if kinds is None:
         raise UserError(
@@ -74,13 +79,16 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
     chosen, _, variant = (backend or kinds[0]).partition(":")
     if variant:
         options["precision" if chosen == "torch" else "provider"] = variant
-    if chosen not in kinds and "precision" in options and chosen == "torch":
-        raise _has_its_own_precision(options["precision"], path)
     if chosen not in kinds:
+        if chosen == "torch" and "precision" in options:
+            raise _precision_is_fixed(options["precision"], path)
         raise UserError(f"backend {chosen!r} for {path}", " or ".join(kinds), "choose one of these")
     if "provider" in options and chosen != "onnxruntime":
-        came, do = f"a provider for {path} in {chosen}", "leave it out, or name an ONNX file and --backend onnxruntime"
-        raise UserError(came, "ONNX Runtime, whose providers they are", do)
+        raise UserError(
+            f"a provider for {path} in {chosen}",
+            "ONNX Runtime, the only backend with providers",
+            "leave it out, or name an ONNX file and --backend onnxruntime",
+        )
     if chosen == "torch":
         from maskrcnn.runtime.backends.torch import TorchBackend
 
@@ -99,26 +107,26 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
 
 
 def backend_spec(backend: str | None, provider: str | None, precision: str | None) -> str | None:
-    """A backend's name with one of ONNX Runtime's providers or a precision of PyTorch's, as `load_backend` takes it.
+    """Returns the backend's name with its provider or precision, as `load_backend` takes it.
 
     Args:
-        backend: as a user names it, or None.
-        provider: as a user names it, or None for the best that works.
-        precision: as a user names it, or None for single precision.
+        backend: name, or None for the default of the file.
+        provider: of ONNX Runtime, or None for the best that works.
+        precision: of PyTorch, or None for float32.
 
     Raises:
-        UserError: for a precision of another backend, and for both.
+        UserError: for a precision of another backend than PyTorch, and for a precision with a provider.
     """
     if precision is None:
         return f"{backend or 'onnxruntime'}:{provider}" if provider else backend
     if provider or backend not in (None, "torch"):
-        raise _has_its_own_precision(precision, provider or backend)
+        raise _precision_is_fixed(precision, provider or backend or "")
     return f"torch:{precision}"
 
 
-def _has_its_own_precision(precision: str, what: str | Path) -> UserError:
+def _precision_is_fixed(precision: str, what: str | Path) -> UserError:
     return UserError(
         f"precision {precision} for {what}",
-        "a checkpoint in PyTorch, where it can be chosen; other files have theirs",
+        "a checkpoint in PyTorch; other files have a fixed precision",
         "leave it out, or make such a file with `maskrcnn export --precision` or `maskrcnn build-engine`",
     )

@@ -1,150 +1,205 @@
-"""Engine files on a disk, and whether this machine runs each: for `maskrcnn doctor` and `maskrcnn inspect`.
+"""Model and engine files: the only reader of their metadata.
 
-Nothing is loaded: an engine's metadata says what it was built for.
+Metadata is read from the file itself, without the library that runs it: an ONNX file's properties, an OpenVINO model's
+`rt_info`, and the `.json` beside a TensorRT engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, missing_library
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
-from maskrcnn.runtime.backends.tensorrt_engine import metadata_path
-from maskrcnn.runtime.backends.tensorrt_library import Gpu, check_stamp
+from maskrcnn.plugins import contract
 
-# What an OpenVINO engine's XML says of itself, read without OpenVINO.
+if TYPE_CHECKING:
+    import onnx
+
+STAGE_PREFIX = "stage."  # of the outputs that `staged_graph` adds; the tensor itself keeps the stage's name
+_RT_INFO_BYTES = 1 << 16  # the end of an OpenVINO model's XML, where `rt_info` is
 
 
-def metadata_of_xml(path: Path) -> ModelMetadata:
-    """The metadata of an engine, on any machine: whether it runs here is not asked.
+def metadata_path(engine: Path) -> Path:
+    """Returns the path of a TensorRT engine's metadata: `model.engine.json` for `model.engine`."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def read_metadata(path: Path) -> ModelMetadata:
+    """Reads the metadata of an ONNX file, an OpenVINO engine (`.xml`) or a TensorRT engine (`.engine`).
+
+    Works on any machine; whether the engine runs there is not checked.
 
     Raises:
-        UserError: for a file that is no XML, or not ours.
+        UserError: if a file is missing, cannot be read or was not written by maskrcnn.
     """
-    try:
-        entry = ElementTree.parse(path).getroot().find(f"rt_info/{KEY}")
-    except ElementTree.ParseError as error:
-        raise not_ours(path, f"no XML ({error})") from error
-    if entry is None:
-        raise not_ours(path, "an OpenVINO model without maskrcnn's metadata")
-    return ModelMetadata.from_json(entry.get("value", ""), path)
+    if path.suffix == ".onnx":
+        return read_model(path)[1]
+    if path.suffix == ".xml":
+        try:
+            entry = ElementTree.parse(path).getroot().find(f"rt_info/{KEY}")
+        except ElementTree.ParseError as error:
+            raise not_ours(path, f"no XML ({error})") from error
+        return parse_metadata(None if entry is None else entry.get("value", ""), path, "an OpenVINO model")
+    beside = metadata_path(path)
+    if not beside.is_file():
+        raise UserError(
+            f"no {beside.name} beside {path}",
+            "both files of a TensorRT engine",
+            "copy both, or build it again: `maskrcnn build-engine --fp16`",
+        )
+    return ModelMetadata.from_json(beside.read_text(encoding="utf-8"), beside)
 
 
-_REJECTED = ".rejected"  # in the name of an engine that departed from its ONNX file when it was built
+def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:
+    """Parses the metadata found in a file.
+
+    Args:
+        text: JSON, or None if the file has no such entry.
+        path: the file, for errors.
+        kind: what the file is without metadata, for errors: "an ONNX file".
+
+    Raises:
+        UserError: if there is no metadata, or it cannot be read.
+    """
+    if text is None:
+        raise not_ours(path, f"{kind} without maskrcnn's metadata")
+    return ModelMetadata.from_json(text, path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What engines depend on."""
+def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
+    """Reads both files of a TensorRT engine that is to be run.
 
-    gpus: tuple[Gpu, ...] = ()
-    tensorrt: str | None = None  # version
-    openvino: str | None = None  # version
-    cpu: str = ""  # as OpenVINO names it
-    has_bfloat16: bool = False  # whether OpenVINO executes in it here
+    Returns:
+        The metadata and the plan.
 
-
-@dataclass(frozen=True)
-class Fit:
-    """What an engine is, and whether it runs."""
-
-    path: Path
-    described: str  # in a few words
-    error: UserError | None = None  # why it does not run here, and what to do
-    remark: str = ""  # what to know although it does
+    Raises:
+        UserError: if a file is missing, the plan has no weights, or the metadata belongs to another plan.
+    """
+    beside = metadata_path(path)
+    if missing := [each.name for each in (path, beside) if not each.is_file()]:
+        raise UserError(
+            f"no file {' and '.join(missing)} in {path.parent}",
+            f"both files of a TensorRT engine, {path.name} and {beside.name}",
+            "check the path, or build it: `maskrcnn build-engine --fp16 --target tensorrt`",
+        )
+    metadata, plan = ModelMetadata.from_json(beside.read_text(encoding="utf-8"), path), path.read_bytes()
+    if metadata.stamp.get("refit") == "stripped":
+        raise UserError(
+            f"{path}: an engine without its weights",
+            "an engine with weights",
+            f"add them: `maskrcnn refit-engine {path.name} MODEL.onnx`",
+        )
+    sha256 = hashlib.sha256(plan).hexdigest()
+    if metadata.stamp.get("plan_sha256", sha256) != sha256:
+        raise not_ours(path, f"not the plan that {beside.name} was written for")
+    return metadata, plan
 
 
 def find_engines(places: Iterable[Path]) -> list[Path]:
-    """Engines among files and below folders: TensorRT's plans and OpenVINO's models that are ours.
+    """Finds engines among files and below folders: TensorRT's plans, and OpenVINO models written by maskrcnn.
 
     Raises:
-        UserError: for a place that does not exist, or a file that is no engine.
+        UserError: if a place does not exist, or a file is not an engine.
     """
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            found += _below(place)
+            found += sorted(path for path in place.rglob("*") if path.suffix == ".engine" or _is_our_xml(path))
         elif not place.exists():
             raise UserError(f"no file or folder {place}", "engines, or folders with engines", "check the path")
         elif place.suffix not in (".engine", ".xml"):
-            raise UserError(f"{place}: no engine", "a file .engine or .xml", "look into others with `maskrcnn inspect`")
+            raise UserError(
+                f"{place}: not an engine", "a file .engine or .xml", "inspect other files with `maskrcnn inspect`"
+            )
         else:
             found.append(place)
     return list(dict.fromkeys(found))
 
 
-def engine_metadata(path: Path) -> ModelMetadata:
-    """What an engine's own metadata says: of an OpenVINO engine inside its `.xml`, of a TensorRT engine beside it.
-
-    Raises:
-        UserError: where there is none, or it cannot be read.
-    """
-    if path.suffix == ".xml":
-        return metadata_of_xml(path)
-    beside = metadata_path(path)
-    if not beside.is_file():
-        came, expected = f"no {beside.name} beside {path}", "both files of a TensorRT engine"
-        raise UserError(came, expected, "copy both, or build it again: `maskrcnn build-engine --fp16`")
-    return ModelMetadata.from_json(beside.read_text(encoding="utf-8"), beside)
-
-
-def fit(path: Path, machine: Machine) -> Fit:
-    """Whether a machine runs an engine, by the engine's stamp."""
-    try:
-        metadata = engine_metadata(path)
-    except UserError as error:
-        return Fit(path, "cannot be used", error)
-    if _REJECTED in path.suffixes:
-        came = f"rejected when it was built ({metadata.stamp.get('compared', 'it departed from its ONNX file')})"
-        return Fit(path, metadata.precision, UserError(came, "an engine that agrees", "see `maskrcnn verify`"))
-    if path.suffix == ".xml":
-        return _fit_openvino(path, metadata, machine)
-    return Fit(path, f"TensorRT {metadata.precision}", _tensorrt_obstacle(metadata, machine))
-
-
-def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix == ".engine" or _is_our_xml(path))
-
-
 def _is_our_xml(path: Path) -> bool:
     if path.suffix != ".xml" or not path.is_file():
         return False
-    with open(path, "rb") as file:  # rt_info stands at the end
-        file.seek(max(0, path.stat().st_size - (1 << 16)))
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _RT_INFO_BYTES))
         return f"<{KEY} ".encode() in file.read()
 
 
-def _tensorrt_obstacle(metadata: ModelMetadata, machine: Machine) -> UserError | None:
-    """Why none of the GPUs runs it."""
-    if machine.tensorrt is None:
-        version = metadata.stamp.get("tensorrt", "unknown")
-        came, expected = f"an engine for TensorRT {version}, and no TensorRT here", f"TensorRT {version}"
-        return UserError(came, expected, f"`pip install tensorrt=={version}`, or run the ONNX file it was built from")
-    if not machine.gpus:
-        return UserError("an engine for an NVIDIA GPU, and none here", "a GPU", "run the ONNX file it was built from")
-    trt = SimpleNamespace(__version__=machine.tensorrt)
-    errors = [
-        check_stamp(metadata, trt=trt, gpu=gpu.name, compute_capability=gpu.compute_capability) for gpu in machine.gpus
-    ]
-    return None if None in errors else errors[0]
+# ONNX files
 
 
-def _fit_openvino(path: Path, metadata: ModelMetadata, machine: Machine) -> Fit:
-    stamp = metadata.stamp
-    described = f"OpenVINO {metadata.precision}, executed in {stamp.get('execution', 'fp32')}"
-    rebuild = "rebuild it here: `maskrcnn build-engine --fp16 --target openvino`"
-    if not path.with_suffix(".bin").is_file():
-        came = f"no {path.with_suffix('.bin').name} beside it"
-        return Fit(path, described, UserError(came, "both files of an OpenVINO engine", "copy both"))
-    if machine.openvino is None:
-        return Fit(path, described, UserError("no OpenVINO here", "OpenVINO", "`pip install 'openvino>=2025.3'`"))
-    if stamp.get("execution") == "bf16" and not machine.has_bfloat16:
-        came = "built for bfloat16, which this CPU does not have"
-        return Fit(path, described, UserError(came, "a CPU with AVX512-BF16 or AMX", rebuild))
-    built_on = stamp.get("cpu", "")
-    remark = f"built and compared on {built_on}" if built_on and built_on != machine.cpu else ""
-    return Fit(path, described, remark=remark)
+def read_model(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
+    """Reads an exported ONNX file.
+
+    Returns:
+        The model and its metadata.
+
+    Raises:
+        UserError: if the file is missing, was not written by maskrcnn, or has another version of the custom ops.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_library("onnx", f"read {path}", "pip install onnx") from error
+    if not path.is_file():
+        raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's decode error has no stable base class
+        raise not_ours(path, f"not an ONNX file ({error})") from error
+    metadata = parse_metadata({prop.key: prop.value for prop in model.metadata_props}.get(KEY), path, "an ONNX file")
+    versions = {entry.version for entry in model.opset_import if entry.domain == contract.DOMAIN}
+    if not versions <= {contract.VERSION}:
+        raise UserError(
+            f"{path}: operators {contract.DOMAIN} of version {', '.join(map(str, versions))}",
+            f"version {contract.VERSION}",
+            "export the model again with this version of maskrcnn",
+        )
+    return model, metadata
+
+
+def check_portable(model: onnx.ModelProto, path: Path) -> None:
+    """Raises unless the custom ops have function bodies; the copy of a model for TensorRT has none.
+
+    Raises:
+        UserError: naming the operators without body.
+    """
+    bodies = {(function.domain, function.name) for function in model.functions}
+    bare = {n.op_type for n in model.graph.node if n.domain == contract.DOMAIN and (n.domain, n.op_type) not in bodies}
+    if bare:
+        raise UserError(
+            f"{path}: {', '.join(sorted(bare))} without bodies in standard operators, which only TensorRT can run",
+            "a file of `maskrcnn export --onnx` without --tensorrt",
+            "name the file that this one was made from",
+        )
+
+
+def staged_graph(graph: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """Adds intermediate tensors to a graph's outputs, in float32.
+
+    Args:
+        graph: an ONNX file with types and shapes of its tensors, as `export.tensorrt.tensorrt_flavour` makes it.
+        names: of tensors, see `maskrcnn.stages`; names that the graph lacks are ignored.
+
+    Returns:
+        The file, and the tensor of each output; tensors that were outputs before are included.
+    """
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    float32 = onnx.TensorProto.FLOAT
+    outputs = {value.name for value in model.graph.output}
+    known = {value.name: value for value in model.graph.value_info}
+    shown = {name: name for name in names if name in outputs}
+    for name in names:
+        if name in outputs or name not in known:
+            continue
+        output = f"{STAGE_PREFIX}{name}"
+        shown[output] = name
+        model.graph.node.append(onnx.helper.make_node("Cast", [name], [output], name=output, to=float32))
+        shape = [dim.dim_value or dim.dim_param or None for dim in known[name].type.tensor_type.shape.dim]
+        model.graph.output.append(onnx.helper.make_tensor_value_info(output, float32, shape))
+    return model.SerializeToString(), shown

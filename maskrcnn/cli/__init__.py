@@ -14,8 +14,8 @@ from maskrcnn import __version__, errors
 from maskrcnn.cli import (
     build_engine,
     build_plugins,
-    commands,
     data,
+    doctor,
     evaluate,
     export,
     inspect,
@@ -42,7 +42,7 @@ app.command()(inspect.inspect)
 app.command()(inspect.lint)
 app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
-app.command()(commands.doctor)
+app.command()(doctor.doctor)
 app.add_typer(data.data_app, name="data")
 
 _verbose = False

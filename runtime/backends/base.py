@@ -1,11 +1,11 @@
-"""What every backend is: a description of its tensors and a function from arrays to arrays."""
+"""Interface of a backend: `describe`, `infer`, and protocols for what only some backends have."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,13 +18,16 @@ from maskrcnn.runtime.gpu.arrays import is_on_device
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor; `None` in the shape is any length."""
+    """Type and shape of a named tensor."""
 
-    dtype: str  # a NumPy name
-    shape: tuple[int | None, ...]
+    dtype: str  # NumPy name
+    shape: tuple[int | None, ...]  # None: dynamic
 
 
-def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+Specs = dict[str, TensorSpec]
+
+
+def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
     """Inputs and outputs of the detector contract (docs/architecture.md)."""
     rows = metadata.detections
     inputs = {
@@ -45,98 +48,139 @@ def detector_specs(metadata: ModelMetadata) -> tuple[dict[str, TensorSpec], dict
 
 
 class Backend(ABC):
-    """A loaded model. Subclasses give `describe` and `infer`, and `stages` where they can; callers call the object.
+    """A loaded model. Subclasses implement `describe` and `infer`; callers call the object, which checks the inputs.
 
-    Those that run on a GPU may also take arrays that lie there, of any library that `runtime/gpu/arrays.py` names;
-    where `images` is one, the outputs are arrays on the GPU too.
+    What only some backends support is declared by the protocols of this module.
     """
 
-    name: str  # of the software that runs it, as tables show it
-    precision: str  # of the arithmetic, as tables show it
+    name: str  # of the software, for tables
+    precision: str  # of the arithmetic, for tables
     metadata: ModelMetadata
-    takes_gpu_arrays = False  # whether inputs may lie on a GPU
-    paste: Paste | None = None  # what pastes masks into images faster than the CPU, if anything does
 
     @abstractmethod
-    def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-        """Inputs and outputs by name."""
+    def describe(self) -> tuple[Specs, Specs]:
+        """Returns inputs and outputs by name."""
 
     @abstractmethod
-    def infer(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name for inputs that have been checked."""
+    def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Returns outputs by name for checked inputs."""
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Outputs for images of any sizes, and their sizes after resizing.
+        """Preprocesses and infers images of any sizes.
 
         Args:
             images: uint8 `[H, W, 3]` RGB.
 
         Returns:
-            the outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.
+            Outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.
 
         Raises:
-            UserError: for an empty list, an image of another type or shape, or one that the model cannot take.
+            UserError: if the list is empty, or an image has another type or shape or does not fit the model.
         """
         pixels, sizes = batch_images(images, self.metadata.preprocessing)
         return self({"images": pixels, "image_sizes": sizes}), sizes
 
-    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Tensors on the way from images to detections, from a second, instrumented copy of the model.
-
-        Asking for a tensor keeps a runtime from fusing it away, and may change the precision around it. So what a
-        model detects is what the call says, not what is found here.
-
-        Args:
-            feeds: as for a call, checked.
-            names: of `maskrcnn.stages`; outputs may be among them.
-
-        Returns:
-            those that the model has under these names; files written before stages had names have the outputs only.
-
-        Raises:
-            UserError: for a backend that cannot show them.
-        """
-        raise UserError(
-            f"a model in {self.name}",
-            "a backend that shows the tensors on the way",
-            "verify the ONNX file or the checkpoint that this one was made from",
-        )
-
-    def remarks(self) -> list[str]:
-        """What a user may want to know of how the model runs here, a line each; most have nothing to say."""
-        return []
-
     def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Checks names, types and shapes, then infers.
+        """Checks names, types and shapes of the inputs, then infers.
 
         Raises:
-            UserError: for feeds that do not fit `describe`.
+            UserError: if the feeds do not match `describe`.
         """
         inputs, _ = self.describe()
         if set(feeds) != set(inputs):
             raise _bad_feed(f"inputs {sorted(feeds)}", f"{sorted(inputs)}")
         for name, spec in inputs.items():
             value = feeds[name]
-            dtype = str(value.dtype).rpartition(".")[2]  # torch says torch.float32
-            if dtype != spec.dtype or not _fits(tuple(value.shape), spec.shape):
+            dtype = str(value.dtype).rpartition(".")[2]  # torch's is "torch.float32"
+            if dtype != spec.dtype or not _matches(tuple(value.shape), spec.shape):
                 raise _bad_feed(f"{name} {dtype} {list(value.shape)}", f"{name} {spec.dtype} {list(spec.shape)}")
         images, sizes = feeds["images"], feeds["image_sizes"]
-        if not self.takes_gpu_arrays and any(is_on_device(value) for value in feeds.values()):
-            came, expected = "arrays on a GPU", f"arrays of the host: {self.name} does not run there, or not with them"
+        accepts_gpu = isinstance(self, GpuInputs) and self.takes_gpu_arrays
+        if not accepts_gpu and any(is_on_device(value) for value in feeds.values()):
             raise UserError(
-                came, expected, "copy them to the host first, or load the model on the GPU; see docs/gpu.md"
+                "arrays on a GPU",
+                f"arrays of the host: {self.name} does not run on the GPU here, or cannot read its arrays",
+                "copy them to the host first, or load the model on the GPU; see docs/gpu.md",
             )
         divisor = self.metadata.preprocessing.divisor
         if len(images) == 0 or len(images) != len(sizes):
-            raise _bad_feed(f"{len(images)} images with {len(sizes)} sizes", "as many of both, at least one")
+            raise _bad_feed(f"{len(images)} images with {len(sizes)} sizes", "the same number of both, at least one")
         if images.shape[2] % divisor or images.shape[3] % divisor or 0 in images.shape[2:]:
             raise _bad_feed(f"images of {images.shape[2]}×{images.shape[3]}", f"multiples of {divisor}")
         return self.infer(feeds)
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(w is None or s == w for s, w in zip(shape, wanted, strict=True))
+@runtime_checkable
+class GpuInputs(Protocol):
+    """A backend whose inputs may be GPU arrays of any library that `runtime/gpu/arrays.py` reads.
+
+    If `images` is one, the outputs are GPU arrays too.
+    """
+
+    takes_gpu_arrays: bool
 
 
-def _bad_feed(came: str, expected: str) -> UserError:
-    return UserError(came, expected, "prepare images with maskrcnn.imaging.preprocess.batch_images")
+@runtime_checkable
+class GpuPasting(Protocol):
+    """A backend that may paste masks into images faster than the CPU."""
+
+    paste: Paste | None
+
+
+@runtime_checkable
+class IntermediateStages(Protocol):
+    """A backend that returns intermediate tensors, from a second, instrumented copy of the model.
+
+    Requesting a tensor keeps a runtime from fusing it away and may change the precision around it, so detections are
+    taken from the call, not from here.
+    """
+
+    def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Returns intermediate tensors by name.
+
+        Args:
+            feeds: as for a call, checked.
+            names: of `maskrcnn.stages`; outputs may be among them.
+
+        Returns:
+            The tensors that the model has under these names; files older than the names have the outputs only.
+        """
+
+
+@runtime_checkable
+class TimedInference(Protocol):
+    """A backend that measures the parts of a call on the GPU."""
+
+    def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Returns outputs on the host, and milliseconds of `copy in`, `engine` and `copy out`; none on a CPU."""
+
+
+@runtime_checkable
+class Remarks(Protocol):
+    """A backend that reports how the model runs here."""
+
+    def remarks(self) -> list[str]:
+        """Returns lines for the user, such as nodes that the GPU left to the CPU."""
+
+
+def stages_of(backend: Backend, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns intermediate tensors by name; see `IntermediateStages`.
+
+    Raises:
+        UserError: if the backend cannot return them.
+    """
+    if not isinstance(backend, IntermediateStages):
+        raise UserError(
+            f"a model in {backend.name}",
+            "a backend that returns intermediate tensors",
+            "verify the ONNX file or the checkpoint that this one was made from",
+        )
+    return backend.stages(feeds, names)
+
+
+def _matches(shape: tuple[int, ...], spec: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(spec) and all(w is None or s == w for s, w in zip(shape, spec, strict=True))
+
+
+def _bad_feed(found: str, expected: str) -> UserError:
+    return UserError(found, expected, "prepare images with maskrcnn.imaging.preprocess.batch_images")

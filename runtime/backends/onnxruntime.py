@@ -1,9 +1,9 @@
-"""ONNX Runtime as a backend, on the CPU and on GPUs."""
+"""ONNX Runtime backend, on the CPU and on GPUs."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,97 +11,81 @@ from typing import Any
 import numpy as np
 
 from maskrcnn.errors import UserError, missing_library
+from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import batch_sizes
-from maskrcnn.metadata import KEY, ModelMetadata, not_ours
+from maskrcnn.metadata import KEY, ModelMetadata
 from maskrcnn.plugins.native import kernels_for
-from maskrcnn.runtime.backends.base import Backend, TensorSpec
+from maskrcnn.runtime.backends.base import Backend, Specs, TensorSpec
 from maskrcnn.runtime.backends.onnxruntime_providers import (
-    RECORD,
     GpuOptions,
-    Placement,
     Provider,
     best_provider,
-    placement_in,
     prepare,
     provider_chain,
     provider_named,
     unusable,
 )
+from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
+from maskrcnn.runtime.engine_files import parse_metadata
 from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes
-from maskrcnn.runtime.gpu.memory import Cuda, MemoryPool, Room, as_before
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, GrowableBuffer, preserve_context
 
-# Inputs and outputs of an ONNX Runtime session, bound to memory of the host and of a GPU.
-
-
-def _bind_host_input(binding: Any, name: str, value: Any) -> None:
-    """Binds an array of the host; a GPU provider copies it."""
-    binding.bind_cpu_input(name, np.ascontiguousarray(value))
-
-
-def _bind_host_outputs(binding: Any, specs: Mapping[str, TensorSpec], batch: int) -> dict[str, np.ndarray]:
-    """Binds all outputs to new arrays of the host, and returns these."""
-    found = {name: np.empty(_with_batch(spec, batch), spec.dtype) for name, spec in specs.items()}
-    for name, array in found.items():
-        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-    return found
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+}
+_ON_GPU = (Provider.CUDA.full_name, Provider.TENSORRT.full_name)
 
 
-def gpu_binding(device: int, metadata: ModelMetadata) -> _GpuBinding | None:
-    """The binding for a GPU, or None where cuda-bindings is not installed, or is newer than the driver."""
-    try:
-        cuda = Cuda(device)
-    except UserError:
-        return None
-    return _GpuBinding(cuda, metadata)
-
-
-class _GpuBinding:
-    """A session's tensors on a GPU; any number of threads may use it.
+class GpuBinding:
+    """Inputs and outputs of a session in GPU memory; any number of threads may use it.
 
     Args:
         cuda: the GPU.
-        metadata: the model's.
+        metadata: of the model.
     """
 
     def __init__(self, cuda: Cuda, metadata: ModelMetadata) -> None:
         self.cuda, self.stream = cuda, cuda.stream()
-        major, minor = self.cuda.compute_capability
-        kernels = kernels_for(10 * major + minor)
+        kernels = kernels_for(cuda.arch)
         self.preprocessing = metadata.preprocessing
-        self.resizes = kernels is not None and resizes(metadata.preprocessing)
-        self.paste = MaskPaster(kernels, self.cuda) if kernels is not None and metadata.has_masks else None
-        self._loader = ImageLoader(kernels, self.cuda, metadata.preprocessing) if self.resizes else None
-        self._images = Room(self.cuda)
-        self._pools: dict[tuple[str, int], MemoryPool] = {}  # outputs by size, which follows from the batch's
+        self.paste = MaskPaster(kernels, cuda) if kernels is not None and metadata.has_masks else None
+        self.loader: ImageLoader | None = None
+        if kernels is not None and resizes_on_gpu(metadata.preprocessing):
+            self.loader = ImageLoader(kernels, cuda, metadata.preprocessing)
+        self._images = GrowableBuffer(cuda)
+        self._pools: dict[tuple[str, int], BufferPool] = {}  # outputs by bytes, which depend on the batch
         self._lock = threading.Lock()
 
-    def infer(self, session: Any, outputs: Mapping[str, TensorSpec], feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs a session; outputs are on the GPU where `images` is."""
-        return self._run(session, outputs, feeds, lend=is_on_device(feeds["images"]))
+    def infer(self, session: Any, outputs: Specs, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Runs a session; outputs are on the GPU if `images` is."""
+        return self._run(session, outputs, feeds, outputs_on_gpu=is_on_device(feeds["images"]))
 
     def run_images(
-        self, session: Any, outputs: Mapping[str, TensorSpec], images: Sequence[np.ndarray]
+        self, session: Any, outputs: Specs, images: Sequence[np.ndarray], loader: ImageLoader
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`, with photos resized and padded on the GPU."""
+        """As `Backend.run_images`, with images resized and padded on the GPU."""
         sizes, padded_hw = batch_sizes(images, self.preprocessing)
         image_sizes, shape = np.array(sizes, np.int64), (len(images), 3, *padded_hw)
         with self._lock, self.cuda.active():
-            memory = self._images.at_least(4 * int(np.prod(shape)))
+            memory = self._images.reserve(4 * int(np.prod(shape)))
             batch = DeviceArray(memory.address, shape, np.float32, stream=self.stream, owner=memory)
-            self._loader.fill(images, sizes, batch)
+            loader.fill(images, sizes, batch)
             feeds = {"images": batch, "image_sizes": image_sizes}
-            return self._run(session, outputs, feeds, lend=False), image_sizes
+            return self._run(session, outputs, feeds, outputs_on_gpu=False), image_sizes
 
-    def _run(
-        self, session: Any, outputs: Mapping[str, TensorSpec], feeds: Mapping[str, Any], *, lend: bool
-    ) -> dict[str, Any]:
+    def _run(self, session: Any, outputs: Specs, feeds: dict[str, Any], *, outputs_on_gpu: bool) -> dict[str, Any]:
         batch = len(feeds["images"])
-        with self.cuda.active():  # which ONNX Runtime chooses too, and leaves chosen
+        with self.cuda.active():  # ONNX Runtime makes its GPU current and leaves it so
             binding = session.io_binding()
             kept = [self._bind_input(binding, name, value) for name, value in feeds.items()]
-            found = self._bind_outputs(binding, outputs, batch) if lend else _bind_host_outputs(binding, outputs, batch)
-            self.stream.synchronize()  # ONNX Runtime has streams of its own
+            bind_outputs = self._bind_outputs if outputs_on_gpu else _bind_host_outputs
+            found = bind_outputs(binding, outputs, batch)
+            self.stream.synchronize()  # ONNX Runtime runs on its own streams
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
             kept.clear()
@@ -115,51 +99,62 @@ class _GpuBinding:
         binding.bind_input(name, "cuda", self.cuda.index, array.dtype, array.shape, array.address)
         return array
 
-    def _bind_outputs(self, binding: Any, specs: Mapping[str, TensorSpec], batch: int) -> dict[str, DeviceArray]:
-        found = {name: self._new(name, _with_batch(spec, batch), spec.dtype) for name, spec in specs.items()}
-        for name, array in found.items():
+    def _bind_outputs(self, binding: Any, specs: Specs, batch: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, spec in specs.items():
+            shape = _with_batch(spec, batch)
+            nbytes = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+            pool = self._pools.setdefault((name, nbytes), BufferPool(self.cuda, nbytes))
+            buffer = pool.acquire(self.stream)
+            array = DeviceArray(buffer.address, shape, spec.dtype, stream=self.stream, owner=buffer)
             binding.bind_output(name, "cuda", self.cuda.index, array.dtype, array.shape, array.address)
+            found[name] = array
         return found
 
-    def _new(self, name: str, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        pool = self._pools.setdefault((name, nbytes), MemoryPool(self.cuda, nbytes))
-        loan = pool.lend(self.stream)
-        return DeviceArray(loan.address, shape, dtype, stream=self.stream, owner=loan)
+
+def gpu_binding(device: int, metadata: ModelMetadata) -> GpuBinding | None:
+    """Creates the binding for a GPU, or None if cuda-bindings is missing or newer than the driver."""
+    try:
+        cuda = Cuda(device)
+    except UserError:
+        return None
+    return GpuBinding(cuda, metadata)
+
+
+def _bind_host_input(binding: Any, name: str, value: Any) -> None:
+    """Binds an array of the host; a GPU provider copies it."""
+    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+
+
+def _bind_host_outputs(binding: Any, specs: Specs, batch: int) -> dict[str, Any]:
+    """Binds all outputs to new arrays of the host, and returns these."""
+    found = {name: np.empty(_with_batch(spec, batch), spec.dtype) for name, spec in specs.items()}
+    for name, array in found.items():
+        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return found
 
 
 def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
-    """The shape of an output, of which only the number of images is open."""
-    return (batch, *(int(length) for length in spec.shape[1:]))
-
-
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-    "tensor(uint8)": "uint8",
-}
-_ON_GPU = (Provider.CUDA.full_name, Provider.TENSORRT.full_name)
+    """Shape of an output, of which only the batch is dynamic."""
+    return (batch, *(int(length or 0) for length in spec.shape[1:]))
 
 
 class OnnxRuntimeBackend(Backend):
-    """An exported file in ONNX Runtime, whose inlined functions stand for the custom ops.
+    """An exported file in ONNX Runtime, which inlines the functions of the custom ops.
 
-    Inputs and outputs are bound, not passed: arrays on the GPU are read where they lie, and outputs are written into
-    memory that is there already. Any number of threads may call it. Without cuda-bindings a GPU provider works on
-    arrays of the host alone.
+    Inputs and outputs are bound: arrays on the GPU are read in place, and outputs are written into allocated memory.
+    Any number of threads may call it. Without cuda-bindings a GPU provider accepts arrays of the host only.
 
     Args:
         path: the ONNX file.
-        provider: "cpu", "cuda" or "tensorrt", which must then work; by default CUDA where it works, else the CPU, with
-            a remark where there is a GPU.
-        gpu: how the GPU providers work.
-        providers: instead, ONNX Runtime's own names in order of preference.
-        threads: of the CPU provider; 0 leaves the choice to ONNX Runtime.
+        provider: "cpu", "cuda" or "tensorrt", which must then work (default: CUDA if it works, else the CPU, with a
+            remark if there is a GPU).
+        gpu: options of the GPU providers.
+        providers: ONNX Runtime's own names in order of preference, instead of `provider`.
+        threads: number of threads of the CPU provider; 0 leaves the choice to ONNX Runtime.
 
     Raises:
-        UserError: for a file that cannot be used, or a provider that does not work here.
+        UserError: if the file cannot be used, or the provider does not work here.
     """
 
     name = "ONNX Runtime"
@@ -181,40 +176,38 @@ class OnnxRuntimeBackend(Backend):
             raise UserError(f"no file {path}", "an ONNX file", "check the path, or run `maskrcnn export --onnx`")
         self.path, self.gpu = path, gpu or GpuOptions()
         self._instrumented: tuple[tuple[str, ...], Any] | None = None
-        self._threads, self._refusal = threads, ""
+        self._threads, self._gpu_refusal = threads, ""
         self.session = self._session(provider, providers)
-        text = self.session.get_modelmeta().custom_metadata_map.get(KEY)
-        if text is None:
-            raise not_ours(path, "an ONNX file without maskrcnn's metadata")
-        self.metadata = ModelMetadata.from_json(text, path)
+        # Read from the session: the onnx package may be missing.
+        self.metadata = parse_metadata(self.session.get_modelmeta().custom_metadata_map.get(KEY), path, "an ONNX file")
         self.precision = self.metadata.precision
         first = self.session.get_providers()[0]
         if first != Provider.CPU.full_name:
             self.name = f"ONNX Runtime {first.removesuffix('ExecutionProvider')}"
         self._inputs, self._outputs = _specs(self.session.get_inputs()), _specs(self.session.get_outputs())
-        self._use(gpu_binding(self.gpu.device, self.metadata) if first in _ON_GPU else None)
+        self.bind_to(gpu_binding(self.gpu.device, self.metadata) if first in _ON_GPU else None)
 
     def _session(self, provider: str | None, providers: list[str] | None) -> Any:
-        """The session by a provider that must work, by the best that does, or by ONNX Runtime's own choice."""
+        """The session with a provider that must work, with the best that does, or as ONNX Runtime chooses."""
         if provider is not None:
-            return self._session_by(provider_named(provider))
+            return self._session_with(provider_named(provider))
         if providers is not None:
             self._options = session_options(self._threads)
             return self._open(providers)
         best = best_provider()
         if best is Provider.CPU:
-            return self._session_by(best)
+            return self._session_with(best)
         try:
-            return self._session_by(best)
-        except UserError as error:  # mostly a library that CUDA wants; what is wrong with the file is said once more
-            found = self._session_by(Provider.CPU)
-            self._refusal = f"on the CPU, though there is a GPU: {error.found}; {error.fix}"
-            return found
+            return self._session_with(best)
+        except UserError as error:  # often a missing CUDA library; an error of the file is raised again below
+            session = self._session_with(Provider.CPU)
+            self._gpu_refusal = f"on the CPU, though there is a GPU: {error.found}; {error.fix}"
+            return session
 
-    def _session_by(self, provider: Provider) -> Any:
+    def _session_with(self, provider: Provider) -> Any:
         prepare(provider)
         self._options = session_options(self._threads)
-        # Otherwise ONNX Runtime would print what fails and go on without it.
+        # By default ONNX Runtime would print the failure and fall back to another provider.
         chain, fallback = provider_chain(provider, self.gpu), {"enable_fallback": 0}
         if provider is Provider.CPU:
             return self._open(chain, **fallback)
@@ -227,31 +220,34 @@ class OnnxRuntimeBackend(Backend):
             raise unusable(provider, f"it uses {', '.join(session.get_providers())} instead")
         return session
 
-    def _open(self, providers: list, **fallback: int) -> Any:
+    def _open(self, providers: Sequence[Any], **fallback: int) -> Any:
         import onnxruntime
 
-        self._providers = providers
+        self._providers = list(providers)
         try:
-            with _gpu_kept(providers):
-                return onnxruntime.InferenceSession(str(self.path), self._options, providers=providers, **fallback)
-        except Exception as error:  # ONNX Runtime's own exceptions share no public base
+            with _preserve_gpu(providers):
+                return onnxruntime.InferenceSession(
+                    str(self.path), self._options, providers=self._providers, **fallback
+                )
+        except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise UserError(
                 f"{self.path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
                 "a file of `maskrcnn export --onnx` without --tensorrt",
-                "export it again; what is in bfloat16 runs with --backend openvino",
+                "export it again; a bfloat16 file runs with --backend openvino",
             ) from error
 
-    def _use(self, on_gpu: _GpuBinding | None) -> None:
-        self._on_gpu, self.takes_gpu_arrays = on_gpu, on_gpu is not None
-        self.paste = on_gpu.paste if on_gpu is not None else None
+    def bind_to(self, gpu: GpuBinding | None) -> None:
+        """Binds inputs and outputs to GPU memory, or to the host's."""
+        self._gpu_binding, self.takes_gpu_arrays = gpu, gpu is not None
+        self.paste: Paste | None = None if gpu is None else gpu.paste
 
-    def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    def describe(self) -> tuple[Specs, Specs]:
         return self._inputs, self._outputs
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Outputs by name, on the host, or, where `images` lies on the GPU, there, in memory of their own."""
-        if self._on_gpu is not None:
-            return self._on_gpu.infer(self.session, self._outputs, feeds)
+        """Returns outputs on the host, or, if `images` is on the GPU, on the GPU in memory of their own."""
+        if self._gpu_binding is not None:
+            return self._gpu_binding.infer(self.session, self._outputs, feeds)
         binding = self.session.io_binding()
         for name, value in feeds.items():
             _bind_host_input(binding, name, value)
@@ -260,71 +256,74 @@ class OnnxRuntimeBackend(Backend):
         return found
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`; with a GPU and compiled kernels the photos are resized and padded there."""
-        if self._on_gpu is None or not self._on_gpu.resizes:
+        """As `Backend.run_images`; with a GPU and compiled kernels the images are resized and padded there."""
+        gpu = self._gpu_binding
+        if gpu is None or gpu.loader is None:
             return super().run_images(images)
-        return self._on_gpu.run_images(self.session, self._outputs, images)
+        return gpu.run_images(self.session, self._outputs, images, gpu.loader)
 
     def remarks(self) -> list[str]:
-        if self._refusal:
-            return [f"ONNX Runtime {self._refusal}"]
+        if self._gpu_refusal:
+            return [f"ONNX Runtime {self._gpu_refusal}"]
         placement = self.placement()
         return [f"ONNX Runtime on {placement.text()}"] if placement else []
 
     def placement(self) -> Placement | None:
-        """Which nodes the GPU provider left to the CPU; None on the CPU alone."""
+        """Returns the nodes that the GPU provider left to the CPU; None on the CPU."""
         first = self.session.get_providers()[0]
         return None if first == Provider.CPU.full_name else placement_in(self.session, first)
 
-    def stages(self, feeds: dict[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
         if self._instrumented is None or self._instrumented[0] != tuple(names):
             self._instrumented = tuple(names), self._instrumented_session(names)
         session = self._instrumented[1]
         present = [output.name for output in session.get_outputs() if output.name in names]
-        with _gpu_kept(session.get_providers()):
+        with _preserve_gpu(session.get_providers()):
             return dict(zip(present, session.run(present, feeds), strict=True))
 
-    def _instrumented_session(self, names: Sequence[str]):
-        """A session of the same graph, which has the named tensors among its outputs."""
+    def _instrumented_session(self, names: Sequence[str]) -> Any:
+        """A session of the same graph with the named tensors as outputs."""
         import onnxruntime
 
         try:
             import onnx
         except ImportError as error:
-            raise missing_library("onnx", f"look into {self.path}", "pip install onnx") from error
+            raise missing_library(
+                "onnx", f"read the intermediate tensors of {self.path}", "pip install onnx"
+            ) from error
         model = onnx.load(self.path)
         outputs = {output.name for output in model.graph.output}
         values = {name for node in model.graph.node for name in node.output}
-        # Without a type: ONNX Runtime infers it, and an FP16 graph has others than an FP32 one.
+        # Without a type, which differs between FP32 and FP16 graphs: ONNX Runtime infers it.
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
-        with _gpu_kept(self._providers):
+        with _preserve_gpu(self._providers):
             return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
 
 
-def session_options(threads: int = 0):
-    """Options of a session of any file; 0 threads leaves their number to ONNX Runtime."""
+def session_options(threads: int = 0) -> Any:
+    """Creates session options; 0 threads leaves their number to ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors only; warnings name CUDA libraries a CPU machine lacks
+    options.log_severity_level = 3  # errors only; on a CPU machine warnings name missing CUDA libraries
     return options
 
 
-def _gpu_kept(providers: Sequence[Any]) -> AbstractContextManager[None]:
-    """Within it ONNX Runtime may leave the thread on its GPU, as it does."""
-    names = [each if isinstance(each, str) else each[0] for each in providers]
-    return as_before() if set(names) & set(_ON_GPU) else nullcontext()
-
-
 def usable_providers() -> list[str]:
-    """CUDA, prepared, where there is a GPU for it, and the CPU; ONNX Runtime's names, for a session of any file."""
+    """Returns ONNX Runtime's names of CUDA, prepared, if there is a GPU for it, and of the CPU."""
     best = best_provider()
     prepare(best)
     return list(dict.fromkeys([best.full_name, Provider.CPU.full_name]))
 
 
-def _specs(nodes) -> dict[str, TensorSpec]:
+def _preserve_gpu(providers: Sequence[Any]) -> AbstractContextManager[None]:
+    """Restores the thread's current GPU, which ONNX Runtime changes if it uses one."""
+    names = {each if isinstance(each, str) else each[0] for each in providers}
+    return preserve_context() if names & set(_ON_GPU) else nullcontext()
+
+
+def _specs(nodes: Sequence[Any]) -> Specs:
     return {
         node.name: TensorSpec(
             _DTYPES.get(node.type, node.type),

@@ -1,16 +1,14 @@
-"""ONNX Runtime's execution providers by name, with the options that our models want.
+"""ONNX Runtime's execution providers: selection and options.
 
-Option names as in the documentation of the CUDA and TensorRT execution providers; both take their values as text.
+Source: documentation of the CUDA and TensorRT execution providers, whose options are strings.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
@@ -23,7 +21,7 @@ _GIGABYTE = 1 << 30
 
 
 class Provider(str, Enum):
-    """What computes."""
+    """Execution provider."""
 
     CPU = "cpu"
     CUDA = "cuda"
@@ -31,42 +29,38 @@ class Provider(str, Enum):
 
     @property
     def full_name(self) -> str:
-        """As ONNX Runtime calls it."""
+        """ONNX Runtime's name."""
         return {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}[self.value]
 
 
-class _ConvolutionSearch(str, Enum):
-    """How cuDNN's algorithm for each convolution is found."""
-
-    HEURISTIC = "heuristic"  # guessed from the shape
-    EXHAUSTIVE = "exhaustive"  # all are timed, for every new image size anew
-    DEFAULT = "default"  # one that always works
+# Search for cuDNN's convolution algorithms: by heuristic from the shape, by timing all of them for each new image size,
+# or the default one, which always works.
+_SEARCHES = ("heuristic", "exhaustive", "default")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions:
-    """How the GPU providers work; the precision is the graph's."""
+    """Options of the GPU providers. The precision is the graph's."""
 
     device: int = 0
-    memory_limit_gb: float | None = None  # of CUDA's arena, and of the scratch memory of TensorRT's layers
-    search: str = "heuristic"  # a value of ConvolutionSearch
-    tf32: bool = False  # let convolutions and products of float32 round their factors to 10 bits
-    cache: Path | None = None  # for TensorRT's engines and timings; by default below $MASKRCNN_CACHE
-    profile: Profile | None = None  # of the shapes that TensorRT is to take; by default those that come, with a rebuild
+    memory_limit_gb: float | None = None  # of CUDA's arena, and of TensorRT's workspace
+    search: str = "heuristic"  # of cuDNN's algorithms: heuristic, exhaustive or default
+    tf32: bool = False  # round the factors of float32 convolutions and products to 10 bits
+    cache: Path | None = None  # folder of TensorRT's engines and timings (default: below $MASKRCNN_CACHE)
+    profile: Profile | None = None  # shapes of TensorRT's engine (default: those seen, rebuilding for new ones)
 
     def __post_init__(self) -> None:
-        known = [each.value for each in _ConvolutionSearch]
-        if self.search not in known:
-            raise UserError(f"search {self.search!r}", f"one of {', '.join(known)}", "leave it out")
+        if self.search not in _SEARCHES:
+            raise UserError(f"search {self.search!r}", f"one of {', '.join(_SEARCHES)}", "leave it out")
         if self.memory_limit_gb is not None and not self.memory_limit_gb > 0:
             raise UserError(f"memory limit {self.memory_limit_gb:g} GB", "more than 0", "leave it out")
 
 
 def provider_named(name: str) -> Provider:
-    """The provider for a user's word.
+    """Returns a provider by name.
 
     Raises:
-        UserError: for another word.
+        UserError: for an unknown name.
     """
     try:
         return Provider(name)
@@ -76,10 +70,10 @@ def provider_named(name: str) -> Provider:
 
 
 def provider_chain(provider: Provider, options: GpuOptions) -> list[tuple[str, dict[str, str]]]:
-    """Providers with their options in order of preference: what one does not take goes to the next.
+    """Returns providers with their options in order of preference; nodes that one does not support go to the next.
 
     Raises:
-        UserError: where the cache's folder cannot be made.
+        UserError: if the cache folder cannot be created.
     """
     chain: list[tuple[str, dict[str, str]]] = [(_CPU, {})]
     if provider is not Provider.CPU:
@@ -90,11 +84,11 @@ def provider_chain(provider: Provider, options: GpuOptions) -> list[tuple[str, d
 
 
 def best_provider() -> Provider:
-    """CUDA where this ONNX Runtime has it and there is a GPU, else the CPU. Whether it works shows when it is used."""
+    """Returns CUDA if this ONNX Runtime has it and there is a GPU, else the CPU. CUDA may still fail when used."""
     import onnxruntime
 
-    # ONNX Runtime lists devices of the providers that are compiled into it or registered, mostly the CPU's alone.
-    devices = getattr(onnxruntime, "get_ep_devices", list)()
+    # Devices of compiled-in or registered providers, usually only the CPU's; new in ONNX Runtime 1.22.
+    devices = onnxruntime.get_ep_devices() if hasattr(onnxruntime, "get_ep_devices") else []
     if any(device.ep_name == _CUDA for device in devices):
         return Provider.CUDA
     has_cuda = _CUDA in onnxruntime.get_available_providers() and bool(find_gpus())
@@ -102,10 +96,10 @@ def best_provider() -> Provider:
 
 
 def prepare(provider: Provider) -> None:
-    """What has to be before a session is made: CUDA's libraries, as pip installs them, are loaded.
+    """Loads the CUDA libraries that pip installed, before a session is created.
 
     Raises:
-        UserError: where this ONNX Runtime was compiled without the provider.
+        UserError: if this ONNX Runtime was compiled without the provider.
     """
     import onnxruntime
 
@@ -122,25 +116,25 @@ def prepare(provider: Provider) -> None:
 
 
 def unusable(provider: Provider, reason: str) -> UserError:
-    """The error for a provider that was asked for and does not work here."""
-    needs = "a GPU, its driver, and the CUDA and cuDNN that onnxruntime-gpu was compiled for"
+    """Returns the error for a requested provider that does not work here."""
+    expected = "a GPU, its driver, and the CUDA and cuDNN that onnxruntime-gpu was compiled for"
     if provider is Provider.TENSORRT:
-        needs += ", and TensorRT of the major version that it was compiled for"
+        expected += ", and TensorRT of the major version that it was compiled for"
     return UserError(
         f"ONNX Runtime without {provider.full_name}: {' '.join(reason.split())[:300]}",
-        needs,
-        "see `maskrcnn doctor`; `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings CUDA's libraries",
+        expected,
+        "see `maskrcnn doctor`; `pip install 'onnxruntime-gpu[cuda,cudnn]'` installs CUDA's libraries",
     )
 
 
 def _cuda_options(options: GpuOptions) -> dict[str, str]:
     found = {
         "device_id": str(options.device),
-        "arena_extend_strategy": "kSameAsRequested",  # powers of two waste up to half for activations of this size
+        "arena_extend_strategy": "kSameAsRequested",  # powers of two waste up to half of it for large activations
         "cudnn_conv_algo_search": options.search.upper(),
         "cudnn_conv_use_max_workspace": "1",
         "do_copy_in_default_stream": "1",
-        "use_tf32": _flag(options.tf32),
+        "use_tf32": "1" if options.tf32 else "0",
     }
     if options.memory_limit_gb is not None:
         found["gpu_mem_limit"] = str(int(options.memory_limit_gb * _GIGABYTE))
@@ -148,11 +142,13 @@ def _cuda_options(options: GpuOptions) -> dict[str, str]:
 
 
 def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
-    folder = options.cache or _cache_folder()
+    root = os.environ.get("MASKRCNN_CACHE")
+    cache = Path(root) if root else Path.home() / ".cache" / "maskrcnn"
+    folder = options.cache or cache / "onnxruntime-tensorrt"
     make_folder(folder)
     found = {
         "device_id": str(options.device),
-        "trt_fp16_enable": "0",  # the graph says what is computed in which precision
+        "trt_fp16_enable": "0",  # the graph defines the precision
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(folder),
         "trt_timing_cache_enable": "1",
@@ -161,78 +157,7 @@ def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
     if options.memory_limit_gb is not None:
         found["trt_max_workspace_size"] = str(int(options.memory_limit_gb * _GIGABYTE))
     if options.profile is not None:
-        for theirs, ours in (("min", "least"), ("opt", "best"), ("max", "greatest")):
-            batch, height, width = options.profile.corner(ours)
-            found[f"trt_profile_{theirs}_shapes"] = f"images:{batch}x3x{height}x{width},image_sizes:{batch}x2"
+        for which in ("min", "opt", "max"):
+            batch, height, width = options.profile.corner(which)
+            found[f"trt_profile_{which}_shapes"] = f"images:{batch}x3x{height}x{width},image_sizes:{batch}x2"
     return found
-
-
-def _cache_folder() -> Path:
-    """`onnxruntime-tensorrt` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn."""
-    root = os.environ.get("MASKRCNN_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "onnxruntime-tensorrt"
-
-
-def _flag(value: bool) -> str:
-    return "1" if value else "0"
-
-
-# Which nodes of a model an ONNX Runtime session gave to a provider, and which it left to the CPU.
-#
-# A node that a GPU provider does not take runs on the CPU, and its tensors travel there and back.
-
-RECORD = "session.record_ep_graph_assignment_info"  # the entry of a session's options that makes it remember
-_EXAMPLES = 8
-_RECORD_SUFFIX = "ExecutionProvider"
-_CPU_PROVIDER = f"CPU{_RECORD_SUFFIX}"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What one provider does with the nodes of a model, functions inlined."""
-
-    provider: str
-    taken: dict[str, int] = field(default_factory=dict)  # nodes by operator
-    left: dict[str, int] = field(default_factory=dict)  # those that the CPU gets instead
-    left_names: tuple[str, ...] = ()  # of the first few
-    why_not: str = ""  # why the provider cannot be used here, or cannot be asked
-    elsewhere: dict[str, int] = field(default_factory=dict)  # nodes by other providers, as CUDA behind TensorRT
-
-    def text(self) -> str:
-        """One line."""
-        name = self.provider.removesuffix(_RECORD_SUFFIX)
-        if self.why_not:
-            return f"{name}: {self.why_not}"
-        taken, left = sum(self.taken.values()), sum(self.left.values())
-        total = taken + left + sum(self.elsewhere.values())
-        if taken == total:
-            return f"{name}: all {taken} nodes"
-        parts = [f"{name}: {taken} of {total} nodes"]
-        parts += [f"{other.removesuffix(_RECORD_SUFFIX)}: {count}" for other, count in self.elsewhere.items()]
-        if left:
-            operators = ", ".join(f"{op} {count}" for op, count in self.left.items())
-            parts.append(f"left to the CPU: {operators} ({', '.join(self.left_names)})")
-        return "; ".join(parts)
-
-
-def placement_in(session: Any, provider: str) -> Placement:
-    """What a provider took of a session's model; the session was made with `RECORD` set to "1"."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return Placement(provider, why_not="this version of ONNX Runtime does not tell; 1.31 does")
-    taken, left, elsewhere, names = Counter(), Counter(), Counter(), []
-    for part in session.get_provider_graph_assignment_info():
-        for node in part.get_nodes():
-            if part.ep_name == provider:
-                taken[node.op_type] += 1
-            elif part.ep_name == _CPU_PROVIDER:
-                left[node.op_type] += 1
-                names.append(node.name)
-            else:
-                elsewhere[part.ep_name] += 1
-    return Placement(
-        provider,
-        dict(taken.most_common()),
-        dict(left.most_common()),
-        tuple(names[:_EXAMPLES]),
-        elsewhere=dict(elsewhere),
-    )

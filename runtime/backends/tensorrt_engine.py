@@ -1,8 +1,7 @@
-"""Loading a TensorRT engine: its two files, the stamp, what its plugins need, and the tensors that it has."""
+"""TensorRT engines: loading and checking a plan, and execution contexts with their memory and CUDA graphs."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata, not_ours
-from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
+from maskrcnn.runtime.backends.base import Specs, TensorSpec, detector_specs
 from maskrcnn.runtime.backends.tensorrt_library import (
     Log,
     PluginForm,
-    Weights,
     check_stamp,
     import_tensorrt,
     listen,
@@ -26,12 +24,13 @@ from maskrcnn.runtime.backends.tensorrt_library import (
 from maskrcnn.runtime.build import profiles as tensorrt_profiles
 from maskrcnn.runtime.build.messages import failure
 from maskrcnn.runtime.build.profiles import Profile
+from maskrcnn.runtime.engine_files import STAGE_PREFIX, metadata_path, read_engine
 from maskrcnn.runtime.gpu.arrays import DeviceArray
-from maskrcnn.runtime.gpu.memory import Cuda, DeviceMemory, Graph, Loan, MemoryPool, Staging
-from maskrcnn.runtime.onnx_file import PREFIX
+from maskrcnn.runtime.gpu.images import ImageLoader
+from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, DeviceMemory, Graph, PooledBuffer, StagingBuffer
 
 _REBUILD = "maskrcnn build-engine --fp16 --target tensorrt"
-_DTYPES = {  # TensorRT's types, and NumPy's
+_DTYPES = {  # NumPy's names of TensorRT's types
     "FLOAT": "float32",
     "HALF": "float16",
     "INT64": "int64",
@@ -42,46 +41,41 @@ _DTYPES = {  # TensorRT's types, and NumPy's
 
 @dataclass(frozen=True)
 class _LoadedPlan:
-    """An engine in a GPU's memory, ready for execution contexts."""
+    """An engine in a GPU's memory, from which execution contexts are created."""
 
     cuda: Cuda
     trt: Any  # the tensorrt module
-    log: Log  # what TensorRT says since this was loaded
-    runtime: Any  # which lives as long as the engine
+    log: Log  # TensorRT's messages since the engine was loaded
+    runtime: Any  # must live as long as the engine
     engine: Any
     metadata: ModelMetadata
     profiles: tuple[Profile, ...]
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
+    inputs: Specs
+    outputs: Specs
 
     def failure(self, what: str) -> UserError:
-        """The error for something that TensorRT refused to do, by what it said."""
+        """Returns the error for an operation that TensorRT refused, with TensorRT's messages."""
         return failure(self.log.take(), what, "an engine that runs")
 
-    def choose(self, shape: tuple[int, int, int]) -> int:
-        """The profile for so many images of this height and width; see `profiles.choose`."""
+    def choose(self, shape: Shape) -> int:
+        """Returns the profile for an input shape; see `profiles.choose`."""
         return tensorrt_profiles.choose(self.profiles, shape, rebuild=self._rebuild)
 
-    def roomy_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """What to pad a batch to; see `profiles.roomy_shape`."""
-        return tensorrt_profiles.roomy_shape(self.profiles, shape, rebuild=self._rebuild)
+    def padded_shape(self, shape: Shape) -> Shape:
+        """Returns the shape to pad a batch to; see `profiles.padded_shape`."""
+        return tensorrt_profiles.padded_shape(self.profiles, shape, rebuild=self._rebuild)
 
     @property
     def _rebuild(self) -> str:
         return str(self.metadata.stamp.get("command") or _REBUILD)
 
 
-def metadata_path(path: Path) -> Path:
-    """The second file of an engine: `model.engine.json` of `model.engine`."""
-    return path.with_name(f"{path.name}.json")
-
-
 def load_plan(path: Path, device: int) -> _LoadedPlan:
-    """The engine of a file, on the GPU of this number.
+    """Loads an engine onto a GPU.
 
     Raises:
-        UserError: where a file is missing or not ours, TensorRT or the GPU is missing, the stamp names another machine,
-            weights or a plugin library are not there, or TensorRT refuses the plan.
+        UserError: if a file is missing or not ours, TensorRT or the GPU is missing, the stamp is for another machine,
+            weights or a plugin library are missing, or TensorRT refuses the plan.
     """
     metadata, plan = read_engine(path)
     trt = import_tensorrt()
@@ -89,52 +83,29 @@ def load_plan(path: Path, device: int) -> _LoadedPlan:
     if error := check_stamp(metadata, trt=trt, gpu=cuda.name, compute_capability=cuda.compute_capability):
         raise UserError(f"{path}: {error.found}", error.expected, error.fix)
     if metadata.stamp.get("plugins") == PluginForm.LIBRARY.value:  # ahead-of-time plugins are in the engine
-        major, minor = cuda.compute_capability
-        load_plugins(trt, PluginForm.LIBRARY, arch=10 * major + minor)
+        load_plugins(trt, PluginForm.LIBRARY, arch=cuda.arch)
     log = listen(trt)
     with cuda.active():
         runtime = trt.Runtime(log.logger)
         if metadata.stamp.get("version_compatible") == "yes":
-            runtime.engine_host_code_allowed = True  # such a plan holds a runtime of the version it was built with
+            runtime.engine_host_code_allowed = True  # such a plan contains a runtime of the version it was built with
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise failure(log.messages, f"{path}: TensorRT loads no engine from it", f"a plan of `{_REBUILD}`")
+        raise failure(log.messages, f"{path}: TensorRT cannot load it", f"a plan of `{_REBUILD}`")
     inputs, outputs = _tensors(trt, engine, path)
-    _check_contract(inputs, outputs, metadata, path)
+    _check_contract({**inputs, **outputs}, metadata, path)
     profiles = tensorrt_profiles.from_json(str(metadata.stamp.get("profiles")))
     if len(profiles) != engine.num_optimization_profiles:
         raise not_ours(
-            path, f"{engine.num_optimization_profiles} profiles, and {len(profiles)} in its {path.name}.json"
+            path, f"{engine.num_optimization_profiles} profiles, and {len(profiles)} in its {metadata_path(path).name}"
         )
     return _LoadedPlan(cuda, trt, log, runtime, engine, metadata, tuple(profiles), inputs, outputs)
 
 
-def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
-    """Both files of an engine: its metadata and the plan.
-
-    Raises:
-        UserError: where one is missing, the plan holds no weights, or the stamp was written for another plan.
-    """
-    missing = [each.name for each in (path, metadata_path(path)) if not each.is_file()]
-    if missing:
-        raise UserError(
-            f"no file {' and '.join(missing)} in {path.parent}",
-            f"both files of a TensorRT engine, {path.name} and {metadata_path(path).name}",
-            f"check the path, or build it: `{_REBUILD}`",
-        )
-    metadata, plan = ModelMetadata.from_json(metadata_path(path).read_text(encoding="utf-8"), path), path.read_bytes()
-    if metadata.stamp.get("refit") == Weights.STRIPPED.value:
-        came, expected = f"{path}: an engine without its weights", "one that has got them"
-        raise UserError(came, expected, f"put them in: `maskrcnn refit-engine {path.name} MODEL.onnx`")
-    if metadata.stamp.get("plan_sha256", (found := hashlib.sha256(plan).hexdigest())) != found:
-        raise not_ours(path, f"another plan than the one that {metadata_path(path).name} was written for")
-    return metadata, plan
-
-
-def _tensors(trt: Any, engine: Any, path: Path) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+def _tensors(trt: Any, engine: Any, path: Path) -> tuple[Specs, Specs]:
     """Inputs and outputs by name; a length that depends on the profile is None."""
-    inputs: dict[str, TensorSpec] = {}
-    outputs: dict[str, TensorSpec] = {}
+    inputs: Specs = {}
+    outputs: Specs = {}
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         kind = engine.get_tensor_dtype(name).name
@@ -146,281 +117,261 @@ def _tensors(trt: Any, engine: Any, path: Path) -> tuple[dict[str, TensorSpec], 
     return inputs, outputs
 
 
-def _check_contract(
-    inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec], metadata: ModelMetadata, path: Path
-) -> None:
-    """Refuses a plan whose tensors are not the detector's: its .json belongs to another file."""
-    wanted_inputs, wanted_outputs = detector_specs(metadata)
-    wanted = {**wanted_inputs, **wanted_outputs}
-    # An engine that was built to look into it has its stages as further outputs.
-    found = {name: spec for name, spec in {**inputs, **outputs}.items() if not name.startswith(PREFIX)}
-    differing = {name for name in wanted.keys() | found.keys() if not _agree(found.get(name), wanted.get(name))}
+def _check_contract(tensors: Specs, metadata: ModelMetadata, path: Path) -> None:
+    """Raises if the plan's tensors are not those of its metadata, which then belongs to another file."""
+    inputs, outputs = detector_specs(metadata)
+    expected = {**inputs, **outputs}
+    # An engine built for verification has its stages as further outputs.
+    found = {name: spec for name, spec in tensors.items() if not name.startswith(STAGE_PREFIX)}
+    differing = {name for name in expected.keys() | found.keys() if not _agree(found.get(name), expected.get(name))}
     if differing:
         raise not_ours(path, f"{', '.join(sorted(differing))} other than {metadata_path(path).name} says")
 
 
-def _agree(found: TensorSpec | None, wanted: TensorSpec | None) -> bool:
-    """Whether a tensor is as the contract has it; where one of them leaves a length open, any is right."""
-    if found is None or wanted is None or found.dtype != wanted.dtype or len(found.shape) != len(wanted.shape):
+def _agree(found: TensorSpec | None, expected: TensorSpec | None) -> bool:
+    """Whether two specs agree; a dynamic length agrees with any."""
+    if found is None or expected is None or found.dtype != expected.dtype or len(found.shape) != len(expected.shape):
         return False
-    return all(None in pair or pair[0] == pair[1] for pair in zip(found.shape, wanted.shape, strict=True))
+    return all(None in pair or pair[0] == pair[1] for pair in zip(found.shape, expected.shape, strict=True))
 
 
-# Running a TensorRT engine: execution contexts with their memory and graphs, one thread at a time.
+# Execution
 #
-# A CUDA graph is made of a context as it is, and TensorRT does not say what of the context may change afterwards. So
-# each input shape has a context of its own, whose shape, profile and addresses stay; the contexts of a lane share its
-# scratch memory, which is the large part of what a context needs, because only one of them runs at a time.
+# A CUDA graph captures a context as it is, and TensorRT does not document what of the context may change afterwards. So
+# each input shape has its own context, whose shape, profile and addresses are fixed. Contexts that run on one stream,
+# one at a time, share their scratch memory, which is the large part of a context.
 
-_ALIGNMENT = 256  # bytes, of every address that TensorRT gets (IExecutionContext::setTensorAddress)
-_CAPTURED_AT = 2  # the run that is captured: the first one lets TensorRT prepare itself, which a graph cannot hold
+_ALIGNMENT = 256  # bytes, of every address passed to TensorRT (IExecutionContext::setTensorAddress)
+_CAPTURED_RUN = 2  # the first run lets TensorRT initialise itself, which a graph cannot capture
 
 Shape = tuple[int, int, int]  # images, height and width in pixels
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a tensor lies in a block of memory."""
+    """Place of a tensor in a block of memory."""
 
     offset: int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Tensors one after the other in one block of memory, so that one copy moves all of them."""
-
-    slots: dict[str, _Slot]
-    nbytes: int
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> _Block:
-        """The block for shapes and types by name."""
-        slots, end = {}, 0
-        for name, (shape, dtype) in tensors.items():
-            slots[name] = _Slot(end, tuple(shape), np.dtype(dtype))
-            end += -(-slots[name].nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(slots, end)
+def _layout(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, _Slot], int]:
+    """Slots of tensors in one block, so that one copy moves all of them, and the block's bytes."""
+    slots: dict[str, _Slot] = {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        slots[name] = _Slot(end, tuple(shape), np.dtype(dtype))
+        end += -(-slots[name].nbytes // _ALIGNMENT) * _ALIGNMENT
+    return slots, end
 
 
-class Bound:
-    """An engine with inputs of one shape.
+class Binding:
+    """An execution context for one input shape, with its memory and its CUDA graph.
 
     Args:
         plan: the engine.
         shape: of the images.
-        lane: whose stream and memory it uses.
-        graphs: capture a graph on the second run, and run that from then on.
+        contexts: owner of the stream and of the shared memory.
+        graphs: capture a graph on the second run and launch it from then on.
 
     Raises:
-        UserError: where no profile takes the shape, or memory is short.
+        UserError: if no profile fits the shape, or memory is short.
     """
 
-    def __init__(self, plan: _LoadedPlan, shape: Shape, lane: Lane, *, graphs: bool) -> None:
-        profile = plan.choose(shape)
-        self.plan, self.lane, self.stream, self.graphs = plan, lane, lane.stream, graphs
+    def __init__(self, plan: _LoadedPlan, shape: Shape, contexts: ExecutionContexts, *, graphs: bool) -> None:
+        self.plan, self.contexts, self.stream, self.graphs = plan, contexts, contexts.stream, graphs
         self.graph: Graph | None = None
-        self.why_no_graph = ""  # what the capture said, where the engine cannot be captured
+        self.graph_refusal = ""  # why the engine cannot be captured
         self._runs = 0
-        self._aims: dict[str, int] = {}  # the context's addresses
-        self._borrowed: dict[str, DeviceArray] = {}  # what it reads of others
-        self.context = self._new_context(profile)
-        inputs = {name: (_with_shape(spec, shape), spec.dtype) for name, spec in plan.inputs.items()}
-        for name, (wanted, _) in inputs.items():
-            self._do("set_input_shape", name, wanted)
-        outputs = {name: (self._shape_of(name), spec.dtype) for name, spec in plan.outputs.items()}
-        self.inputs, self.outputs = _Block.of(inputs), _Block.of(outputs)
-        self._given = lane.cuda.memory(self.inputs.nbytes)
-        self._found = lane.cuda.memory(self.outputs.nbytes)
-        self._loans = MemoryPool(lane.cuda, self.outputs.nbytes)
-
-    def _new_context(self, profile: int) -> Any:
-        user_managed = self.plan.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.context = self.plan.engine.create_execution_context(user_managed)
+        self._addresses: dict[str, int] = {}  # those that the context has
+        self._borrowed: dict[str, DeviceArray] = {}  # the callers' arrays that the run reads
+        user_managed = plan.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        profile = plan.choose(shape)
+        self.context = plan.engine.create_execution_context(user_managed)
         if self.context is None:
-            raise self.plan.failure("TensorRT makes no execution context")
-        self.context.set_device_memory(self.lane.scratch.address, self.lane.scratch.nbytes)
-        self._do("set_optimization_profile_async", profile, self.stream.address)
-        return self.context
+            raise plan.failure("TensorRT creates no execution context")
+        self.context.set_device_memory(contexts.scratch.address, contexts.scratch.nbytes)
+        self._call_context("set_optimization_profile_async", profile, self.stream.address)
+        inputs = {name: (_input_shape(spec, shape), spec.dtype) for name, spec in plan.inputs.items()}
+        for name, (input_shape, _) in inputs.items():
+            self._call_context("set_input_shape", name, input_shape)
+        outputs = {name: (self._output_shape(name), spec.dtype) for name, spec in plan.outputs.items()}
+        (self._inputs, input_bytes), (self._outputs, self._output_bytes) = _layout(inputs), _layout(outputs)
+        self._input_memory = plan.cuda.memory(input_bytes)
+        self._output_memory = plan.cuda.memory(self._output_bytes)
+        self._pool = BufferPool(plan.cuda, self._output_bytes)
 
-    def _shape_of(self, output: str) -> tuple[int, ...]:
-        shape = tuple(int(length) for length in self.context.get_tensor_shape(output))
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(int(length) for length in self.context.get_tensor_shape(name))
         if any(length < 0 for length in shape):
-            raise self.plan.failure(f"TensorRT does not know the shape of {output} beforehand")
+            raise self.plan.failure(f"TensorRT cannot infer the shape of {name}")
         return shape
 
-    def _do(self, name: str, *arguments: Any) -> None:
-        """Calls a function of the context that answers whether it worked."""
+    def _call_context(self, name: str, *arguments: Any) -> None:
+        """Calls a method of the context that returns whether it succeeded."""
         if not getattr(self.context, name)(*arguments):
             raise self.plan.failure(f"TensorRT refuses {name}({', '.join(map(str, arguments))})")
 
-    # Inputs
-
     def put(self, name: str, value: np.ndarray | DeviceArray) -> None:
-        """Gives an input.
+        """Sets an input.
 
         Args:
             name: of the input.
-            value: on the host, where a smaller array is filled up with zeros, or on the GPU. There it is read where it
-                lies, and must not change before the run is over; but a graph, whose addresses are fixed, gets a copy of
-                it, unless it is `input(name)`.
+            value: on the host, padded with zeros if it is smaller, or on the GPU. An array on the GPU is read in place
+                and must not change before the run ends; with a graph, whose addresses are fixed, it is copied, unless
+                it is `input(name)`.
         """
-        slot = self.inputs.slots[name]
-        own = self._given.address + slot.offset
+        slot = self._inputs[name]
+        address = self._input_memory.address + slot.offset
         if not isinstance(value, DeviceArray):
-            self._send(name, slot, own, value)
-        elif value.shape != slot.shape:
-            came, expected = list(value.shape), list(slot.shape)
-            raise ValueError(f"found: {name} {came} on the GPU; expected: {expected}; fix: bind the shape that it has")
-        elif self.graphs or value.address % _ALIGNMENT:
-            if value.address != own:
-                self.stream.copy(own, value.address, slot.nbytes)
+            staging = self.contexts.staging[name]
+            staged = staging.reserve(slot.nbytes).array(slot.shape, slot.dtype)
+            if value.shape != slot.shape:
+                staged[...] = 0
+            staged[tuple(slice(length) for length in value.shape)] = value
+            staging.send(self.stream, address, slot.nbytes)
         else:
-            own = value.address
-        if isinstance(value, DeviceArray):
+            if value.shape != slot.shape:
+                found, expected = list(value.shape), list(slot.shape)
+                raise ValueError(f"found: {name} {found} on the GPU; expected: {expected}; fix: bind its own shape")
+            if not self.graphs and value.address % _ALIGNMENT == 0:
+                address = value.address
+            elif value.address != address:
+                self.stream.copy(address, value.address, slot.nbytes)
             self._borrowed[name] = value
-        self._aim(name, own)
-
-    def _send(self, name: str, slot: _Slot, target: int, value: np.ndarray) -> None:
-        staging = self.lane.staging[name]
-        staged = staging.room(slot.nbytes).array(slot.shape, slot.dtype)
-        if value.shape != slot.shape:
-            staged[...] = 0
-        staged[tuple(slice(length) for length in value.shape)] = value
-        staging.send(self.stream, target, slot.nbytes)
+        self._set_address(name, address)
 
     def input(self, name: str) -> DeviceArray:
-        """The memory that `name` is read from, to be written on the lane's stream before a run."""
-        slot = self.inputs.slots[name]
-        self._aim(name, self._given.address + slot.offset)
-        return self._view(slot, self._given)
+        """Returns the memory that an input is read from, to be written on the contexts' stream before a run."""
+        slot = self._inputs[name]
+        self._set_address(name, self._input_memory.address + slot.offset)
+        return self._view(slot, self._input_memory)
 
-    # The run
-
-    def run(self, *, lend: bool = False) -> dict[str, DeviceArray]:
-        """Starts the engine on what was put in, without waiting for it.
+    def run(self, *, own_outputs: bool = False) -> dict[str, DeviceArray]:
+        """Starts the engine on the inputs, without waiting for it.
 
         Args:
-            lend: give the results memory of their own. Otherwise `fetch` copies them to the host, and the arrays hold
-                them until the lane is used again.
+            own_outputs: return outputs in memory of their own. Otherwise they are valid until the next run, and
+                `fetch` copies them to the host.
         """
         self._runs += 1
-        target = self._loans.lend(self.stream) if lend else self._found
-        written = self._found if self.graphs else target
-        for name, slot in self.outputs.slots.items():
-            self._aim(name, written.address + slot.offset)
-        if self.graphs and self._runs == _CAPTURED_AT:
+        target = self._pool.acquire(self.stream) if own_outputs else self._output_memory
+        written = self._output_memory if self.graphs else target
+        for name, slot in self._outputs.items():
+            self._set_address(name, written.address + slot.offset)
+        if self.graphs and self._runs == _CAPTURED_RUN:
             self._capture()
         if self.graph is not None:
             self.graph.launch(self.stream)
         else:
-            self._do("execute_async_v3", self.stream.address)
+            self._call_context("execute_async_v3", self.stream.address)
         if target is not written:
-            self.stream.copy(target.address, written.address, self.outputs.nbytes)
-        return {name: self._view(slot, target) for name, slot in self.outputs.slots.items()}
+            self.stream.copy(target.address, written.address, self._output_bytes)
+        return {name: self._view(slot, target) for name, slot in self._outputs.items()}
 
     def fetch(self, images: int | None = None) -> dict[str, np.ndarray]:
-        """The results of the newest run, which lent nothing, on the host; waits for them.
+        """Copies the outputs of the last run to the host and waits for them.
 
         Args:
-            images: how many of the batch; by default all.
+            images: number of images of the batch to return (default: all).
         """
         self.download()
         return self.downloaded(images)
 
+    def download(self) -> None:
+        """Starts copying the outputs to the host."""
+        staged = self.contexts.staging["outputs"].reserve(self._output_bytes)
+        self.stream.copy(staged.address, self._output_memory.address, self._output_bytes, "DeviceToHost")
+
     def downloaded(self, images: int | None = None) -> dict[str, np.ndarray]:
-        """What `download` copies; waits for it."""
+        """Waits for `download` and returns the outputs."""
         self.wait()
-        staged = self.lane.staging["outputs"].room(self.outputs.nbytes)
+        staged = self.contexts.staging["outputs"].reserve(self._output_bytes)
         return {
             name: staged.array(slot.shape, slot.dtype, slot.offset)[:images].copy()
-            for name, slot in self.outputs.slots.items()
+            for name, slot in self._outputs.items()
         }
 
-    def download(self) -> None:
-        """Starts copying the results to where `fetch` reads them."""
-        staged = self.lane.staging["outputs"].room(self.outputs.nbytes)
-        self.stream.copy(staged.address, self._found.address, self.outputs.nbytes, "DeviceToHost")
-
     def wait(self) -> None:
-        """Waits until the newest run is over."""
+        """Waits until the last run has ended."""
         self.stream.synchronize()
         self._borrowed.clear()
 
     def close(self) -> None:
-        """Gives back everything but what is lent."""
+        """Frees everything but outputs that callers hold."""
         if self.graph is not None:
             self.graph.close()
         self.context = self.graph = None
-        self._given.close()
-        self._found.close()
+        self._input_memory.close()
+        self._output_memory.close()
 
     def _capture(self) -> None:
         try:
-            self.graph = self.stream.capture(lambda: self._do("execute_async_v3", self.stream.address))
-        except Exception as error:  # of CUDA or of TensorRT, which runs the engine without a graph as well
-            self.why_no_graph = " ".join(str(error).split())
+            self.graph = self.stream.capture(lambda: self._call_context("execute_async_v3", self.stream.address))
+        except Exception as error:  # of CUDA or TensorRT; the engine also runs without a graph
+            self.graph_refusal = " ".join(str(error).split())
             self.graphs = False
 
-    def _aim(self, name: str, address: int) -> None:
-        if self._aims.get(name) != address:
-            self._do("set_tensor_address", name, address)
-            self._aims[name] = address
+    def _set_address(self, name: str, address: int) -> None:
+        if self._addresses.get(name) != address:
+            self._call_context("set_tensor_address", name, address)
+            self._addresses[name] = address
 
-    def _view(self, slot: _Slot, memory: DeviceMemory | Loan) -> DeviceArray:
+    def _view(self, slot: _Slot, memory: DeviceMemory | PooledBuffer) -> DeviceArray:
         return DeviceArray(memory.address + slot.offset, slot.shape, slot.dtype, stream=self.stream, owner=memory)
 
 
-class Lane:
-    """One thread's way through an engine: a stream, scratch memory, and the newest shapes with their contexts.
+class ExecutionContexts:
+    """Execution contexts of an engine on one stream, one for each recent input shape; for one thread at a time.
 
     Args:
         plan: the engine.
-        cuda: its GPU.
-        graphs: as for `Bound`.
-        shapes: how many to keep.
+        graphs: see `Binding`.
+        shapes: number of input shapes to keep.
+        loader: image loader for the stream, if images are resized on the GPU.
     """
 
-    def __init__(self, plan: _LoadedPlan, cuda: Cuda, *, graphs: bool, shapes: int) -> None:
-        self.plan, self.cuda, self.graphs, self.shapes = plan, cuda, graphs, shapes
-        self.stream = cuda.stream()
-        self.scratch = cuda.memory(plan.engine.device_memory_size_v2)
-        self.staging = {name: Staging(cuda) for name in (*plan.inputs, "outputs")}
-        self.bound: OrderedDict[Shape, Bound] = OrderedDict()  # the newest last
+    def __init__(self, plan: _LoadedPlan, *, graphs: bool, shapes: int, loader: ImageLoader | None = None) -> None:
+        self.plan, self.graphs, self.shapes, self.loader = plan, graphs, shapes, loader
+        self.stream = plan.cuda.stream()
+        self.scratch = plan.cuda.memory(plan.engine.device_memory_size_v2)
+        self.staging = {name: StagingBuffer(plan.cuda) for name in (*plan.inputs, "outputs")}
+        self.bindings: OrderedDict[Shape, Binding] = OrderedDict()  # by last use, the most recent last
 
-    def bind(self, shape: Shape) -> Bound:
-        """The engine with inputs of this shape; the one not used for longest makes room.
+    def bind(self, shape: Shape) -> Binding:
+        """Returns the binding for an input shape; a new one replaces the least recently used.
 
         Raises:
-            UserError: as `Bound`.
+            UserError: as `Binding`.
         """
-        if shape not in self.bound:
-            self.plan.choose(shape)  # what is refused costs no other shape its place
-            with self.cuda.active():
-                while len(self.bound) >= self.shapes:
+        if shape not in self.bindings:
+            self.plan.choose(shape)  # raises before another shape is dropped
+            with self.plan.cuda.active():
+                while len(self.bindings) >= self.shapes:
                     self.stream.synchronize()
-                    self.bound.popitem(last=False)[1].close()
-                self.bound[shape] = Bound(self.plan, shape, self, graphs=self.graphs)
-        self.bound.move_to_end(shape)
-        return self.bound[shape]
+                    self.bindings.popitem(last=False)[1].close()
+                self.bindings[shape] = Binding(self.plan, shape, self, graphs=self.graphs)
+        self.bindings.move_to_end(shape)
+        return self.bindings[shape]
 
     def close(self) -> None:
-        """Gives everything back; waits for what is running."""
-        with self.cuda.active():
+        """Waits for running work and frees everything."""
+        with self.plan.cuda.active():
             self.stream.synchronize()
-            while self.bound:
-                self.bound.popitem()[1].close()
+            while self.bindings:
+                self.bindings.popitem()[1].close()
+            if self.loader is not None:
+                self.loader.close()
             for each in (*self.staging.values(), self.scratch, self.stream):
                 each.close()
 
 
-def _with_shape(spec: TensorSpec, shape: Shape) -> tuple[int, ...]:
-    """`images` `[N, 3, H, W]` and `image_sizes` `[N, 2]`."""
+def _input_shape(spec: TensorSpec, shape: Shape) -> tuple[int, ...]:
+    """`[N, 3, H, W]` for `images` and `[N, 2]` for `image_sizes`."""
     images, height, width = shape
     return (images, 3, height, width) if len(spec.shape) == 4 else (images, 2)

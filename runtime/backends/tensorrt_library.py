@@ -1,6 +1,6 @@
-"""TensorRT's Python package, the plugins in its registry, and whether an engine fits this machine.
+"""TensorRT's Python package, its logger, the plugins in its registry, and the compatibility of engines.
 
-TensorRT is imported inside functions, and handed on as `trt`: nothing here needs it before an engine is built or run.
+TensorRT is imported on demand and passed as `trt`: nothing here needs it before an engine is built or run.
 """
 
 from __future__ import annotations
@@ -18,35 +18,34 @@ from typing import Any
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build, contract
-from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import Library
 
-OLDEST = (10, 9)  # the first with ahead-of-time plugins that the ONNX parser finds
-_INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
+OLDEST = (10, 9)  # the first version with ahead-of-time plugins that the ONNX parser finds
 OLDEST_ARCH = 80  # of AMPERE_PLUS engines, whose ahead-of-time kernels must run on each of their GPUs
+_INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
 
 
 class PluginForm(str, Enum):
-    """How the custom ops get into an engine."""
+    """How an engine contains the custom ops."""
 
-    AOT = "aot"  # their kernels are part of it; it needs nothing where it runs
-    LIBRARY = "library"  # they stay in libmaskrcnn_plugins.so, which is loaded before the engine
+    AOT = "aot"  # their kernels are part of the engine, which needs nothing else where it runs
+    LIBRARY = "library"  # they are in libmaskrcnn_plugins.so, which is loaded before the engine
 
 
 class Hardware(str, Enum):
-    """On which GPUs an engine runs: the names of TensorRT's HardwareCompatibilityLevel, in lower case."""
+    """On which GPUs an engine runs: TensorRT's HardwareCompatibilityLevel in lower case."""
 
-    NONE = "none"  # the model of GPU that it was built on
+    NONE = "none"  # the GPU model it was built on
     SAME_COMPUTE_CAPABILITY = "same_compute_capability"
     AMPERE_PLUS = "ampere_plus"  # compute capability 8.0 and newer
 
 
 class Weights(str, Enum):
-    """What an engine holds of the weights."""
+    """How an engine contains the weights."""
 
     FIXED = "fixed"
-    REFITTABLE = "refittable"  # others can take their place later
-    STRIPPED = "stripped"  # none: the same ones are put in where it is used
+    REFITTABLE = "refittable"  # can be replaced later
+    STRIPPED = "stripped"  # none; the same weights are added where it is used
 
 
 @dataclass(frozen=True)
@@ -58,46 +57,46 @@ class Gpu:
 
     @property
     def arch(self) -> int:
-        """The compute capability as compilers write it: 90 for 9.0."""
+        """Compute capability as compilers write it: 90 for 9.0."""
         major, minor = self.compute_capability
         return 10 * major + minor
 
 
 def import_tensorrt() -> Any:
-    """The tensorrt module.
+    """Imports the tensorrt module.
 
     Raises:
-        UserError: when it is missing, older than 10.9, or cannot load its libraries.
+        UserError: if it is missing, older than 10.9, or cannot load its libraries.
     """
     oldest = ".".join(map(str, OLDEST))
     if importlib.util.find_spec("tensorrt") is None:
         raise UserError("no Python package tensorrt", f"TensorRT {oldest} or newer", _INSTALL)
     try:
         import tensorrt
-    except Exception as error:  # ImportError and OSError for missing libraries, anything from a half-removed package
+    except Exception as error:  # ImportError or OSError for missing libraries, others from a half-removed package
         raise UserError(
             f"the Python package tensorrt, which cannot be loaded ({_first_line(error)})",
             f"TensorRT {oldest} or newer with its libraries",
-            f"install it anew: {_INSTALL}",
+            f"reinstall it: {_INSTALL}",
         ) from error
     if not hasattr(tensorrt, "__version__") or not hasattr(tensorrt, "Builder"):
-        came = f"a module tensorrt that is not NVIDIA's ({getattr(tensorrt, '__file__', None)})"
-        raise UserError(came, f"TensorRT {oldest} or newer", f"remove it, then {_INSTALL}")
+        found = f"a module tensorrt that is not NVIDIA's ({getattr(tensorrt, '__file__', None)})"
+        raise UserError(found, f"TensorRT {oldest} or newer", f"remove it, then {_INSTALL}")
     if version_of(tensorrt)[:2] < OLDEST:
         raise UserError(f"TensorRT {tensorrt.__version__}", f"{oldest} or newer", f"update it: {_INSTALL}")
     return tensorrt
 
 
 def version_of(trt: Any) -> tuple[int, ...]:
-    """The version in numbers: (11, 4, 0, 106) for 11.4.0.106."""
+    """Returns the version as numbers: (11, 4, 0, 106) for 11.4.0.106."""
     return _numbers(trt.__version__)
 
 
 def find_gpu(device: int = 0) -> Gpu:
-    """A GPU of this machine, asked of the driver; no context is made on it.
+    """Describes a GPU of this machine, by the driver and without creating a context.
 
     Raises:
-        UserError: without cuda-bindings, without a driver, and where there is no such GPU.
+        UserError: if cuda-bindings, the driver or the GPU is missing.
     """
     try:
         from cuda.bindings import driver
@@ -110,7 +109,7 @@ def find_gpu(device: int = 0) -> Gpu:
         kinds = driver.CUdevice_attribute
         major = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
         minor = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
-    except Exception as error:  # the bindings say that there is no driver by several types
+    except Exception as error:  # the bindings raise several types without a driver
         raise UserError(
             f"no NVIDIA GPU {device} on this machine ({_first_line(error)})",
             "a GPU that the NVIDIA driver shows",
@@ -119,17 +118,27 @@ def find_gpu(device: int = 0) -> Gpu:
     return Gpu(name, (major, minor))
 
 
+def find_gpus() -> tuple[Gpu, ...]:
+    """Describes the NVIDIA GPUs of this machine; none without a driver."""
+    found: list[Gpu] = []
+    try:
+        while True:
+            found.append(find_gpu(len(found)))
+    except UserError:
+        return tuple(found)
+
+
 def tensorrt_obstacle(device: int = 0) -> UserError | None:
-    """Why no TensorRT engine can be built or run here, with everything that is missing, or None."""
-    missing = []
-    for look in (import_tensorrt, lambda: find_gpu(device)):
+    """Returns why no TensorRT engine can be built or run here, with everything that is missing, or None."""
+    errors = []
+    for check in (import_tensorrt, lambda: find_gpu(device)):
         try:
-            look()
+            check()
         except UserError as error:
-            missing.append(error)
-    if not missing:
+            errors.append(error)
+    if not errors:
         return None
-    parts = zip(*((error.found, error.expected, error.fix) for error in missing), strict=True)
+    parts = zip(*((error.found, error.expected, error.fix) for error in errors), strict=True)
     return UserError(*("; ".join(dict.fromkeys(part)) for part in parts))
 
 
@@ -137,10 +146,10 @@ def tensorrt_obstacle(device: int = 0) -> UserError | None:
 
 
 def plugin_hash(form: PluginForm) -> str:
-    """A hash of the sources of the plugins in one form, which an engine's stamp holds."""
+    """Returns the hash of the plugins' sources, as stored in an engine's stamp."""
     if form is PluginForm.AOT:
-        return cache.sources_hash(cache.SOURCES.rglob("aot.cu"))
-    return cache.sources_hash(build.source_files(Library.PLUGINS))
+        return build.sources_hash(build.SOURCES.rglob("aot.cu"))
+    return build.sources_hash(build.source_files(Library.PLUGINS))
 
 
 def load_plugins(
@@ -151,24 +160,24 @@ def load_plugins(
     image: Any = None,
     library: Path | None = None,
 ) -> Path | None:
-    """Puts the plugins into TensorRT's registry; a second call finds them there.
+    """Registers the plugins with TensorRT, once per process.
 
-    To run an engine with ahead-of-time plugins this is not needed.
+    Not needed to run an engine with ahead-of-time plugins.
 
     Args:
         trt: the tensorrt module.
-        form: which plugins.
-        arch: compute capability to compile ahead-of-time kernels for, 90 for 9.0, or that the library must run on;
-            by default what this machine's GPUs have.
-        image: for ahead-of-time kernels, see `plugins.aot.register`.
-        library: the plugin library; by default that of the cache for this TensorRT.
+        form: of the plugins.
+        arch: compute capability to compile ahead-of-time kernels for, or that the library must support: 90 for 9.0
+            (default: those of this machine's GPUs).
+        image: of ahead-of-time kernels, see `plugins.aot.register`.
+        library: path of the plugin library (default: that of the cache for this TensorRT).
 
     Returns:
-        the plugin library, None for ahead-of-time plugins.
+        Path of the plugin library, None for ahead-of-time plugins.
 
     Raises:
-        UserError: where the plugins cannot be compiled, found or loaded, and where the other form has been loaded in
-            this process: both have `MultilevelRoiAlign`.
+        UserError: if the plugins cannot be compiled, found or loaded, or the other form is registered in this process:
+            both define `MultilevelRoiAlign`.
     """
     if form is PluginForm.AOT:
         from maskrcnn.plugins import aot
@@ -177,22 +186,30 @@ def load_plugins(
         return None
     path = library or build.find_library(Library.PLUGINS, arch, tensorrt=trt.__version__)
     if path is None or not path.is_file():
-        wanted = f"{Library.PLUGINS.file_name} of the present sources for TensorRT {trt.__version__} in the cache"
+        cached = f"{Library.PLUGINS.file_name} of the present sources for TensorRT {trt.__version__} in the cache"
         raise UserError(
-            f"no plugin library {path or wanted}",
+            f"no plugin library {path or cached}",
             "the compiled plugins that the engine calls",
             "`maskrcnn build-plugins --form library`",
         )
-    if not _is_loaded(trt):
-        _load_library(trt, path)
+    if _is_loaded(trt):
+        return path
+    # None if it cannot be loaded, or one of its plugins is registered already; the library logs its own reason.
+    handle = trt.get_plugin_registry().load_library(str(path.resolve()))
+    if handle is None or not _is_loaded(trt):
+        raise UserError(
+            f"{path}: TensorRT {trt.__version__} cannot load it",
+            "a library compiled for this TensorRT, CUDA and GPU",
+            "compile it here: `maskrcnn build-plugins --form library --force`",
+        )
     return path
 
 
 def _is_loaded(trt: Any) -> bool:
-    """Whether the library's plugins are in the registry.
+    """Whether the library's plugins are registered.
 
     Raises:
-        UserError: where the ahead-of-time plugins are.
+        UserError: if the ahead-of-time plugins are.
     """
     registry, version = trt.get_plugin_registry(), str(contract.VERSION)
     if registry.get_creator(contract.BATCHED_NMS.name, version, contract.DOMAIN) is not None:
@@ -201,20 +218,9 @@ def _is_loaded(trt: Any) -> bool:
         return False
     raise UserError(
         "the ahead-of-time plugins are registered in this process",
-        "either these or the plugin library in one process",
-        "load engines with the plugin library in a process of their own",
+        "only one form of the plugins per process",
+        "load engines with the plugin library in another process",
     )
-
-
-def _load_library(trt: Any, path: Path) -> None:
-    # None where it cannot be loaded, or where a plugin of it is there already; the library logs its own reason.
-    handle = trt.get_plugin_registry().load_library(str(path.resolve()))
-    if handle is None or not _is_loaded(trt):
-        raise UserError(
-            f"{path}: TensorRT {trt.__version__} does not load it",
-            "a library compiled for this TensorRT, CUDA and GPU",
-            "compile it here: `maskrcnn build-plugins --form library --force`",
-        )
 
 
 # Stamps
@@ -223,103 +229,94 @@ def _load_library(trt: Any, path: Path) -> None:
 def check_stamp(
     metadata: ModelMetadata, *, trt: Any, gpu: str, compute_capability: tuple[int, int]
 ) -> UserError | None:
-    """Whether an engine fits this machine, by what its stamp says.
+    """Checks an engine's stamp against this machine.
 
-    The kernels of ahead-of-time plugins are in the engine, so newer sources of them do not matter to it.
+    The kernels of ahead-of-time plugins are in the engine, so changes of their sources do not matter.
 
     Args:
         metadata: of the engine.
         trt: the tensorrt module.
-        gpu: name of the GPU, as the driver gives it.
+        gpu: name of the GPU, from the driver.
         compute_capability: of the GPU, (9, 0) for 9.0.
 
     Returns:
-        None, or an error that names the field that differs, both values, and the command that rebuilds.
+        None if the engine runs here, or an error with the differing field, both values, and the command that rebuilds.
     """
     stamp = metadata.stamp
+    rebuild = f"rebuild it here: `{stamp.get('command') or 'maskrcnn build-engine --fp16 --target tensorrt'}`"
     if stamp.get("target") != "tensorrt":
-        return UserError(
-            f"an engine for {stamp.get('target', 'nothing that its stamp names')}", "one for TensorRT", _rebuild(stamp)
-        )
+        return UserError(f"an engine for {stamp.get('target', 'an unknown target')}", "one for TensorRT", rebuild)
     if stamp.get("refit") == Weights.STRIPPED.value:
         return UserError(
-            "an engine that was built without its weights",
-            "one that has got them",
-            "put them in: `maskrcnn refit-engine ENGINE MODEL.onnx --output NEW.engine`",
+            "an engine built without its weights",
+            "an engine with weights",
+            "add them: `maskrcnn refit-engine ENGINE MODEL.onnx --output NEW.engine`",
         )
-    for field, (wanted, here) in _needs(stamp, version_of(trt), gpu, compute_capability).items():
-        if wanted != here:
-            return UserError(
-                f"an engine built for {field} {wanted}; here is {here}", f"{field} {here}", _rebuild(stamp)
-            )
+    for field, (built, here) in _requirements(stamp, version_of(trt), gpu, compute_capability).items():
+        if built != here:
+            return UserError(f"an engine built for {field} {built}; here is {here}", f"{field} {here}", rebuild)
     return None
 
 
-def _needs(
+def _requirements(
     stamp: dict[str, Any], version: tuple[int, ...], gpu: str, capability: tuple[int, int]
 ) -> dict[str, tuple[str, str]]:
-    """What must be equal: by the name of the field the engine's value, and that of this machine."""
-    needs = {}
-    built = _numbers(stamp.get("tensorrt", ""))
-    here = ".".join(map(str, version))
-    is_portable = stamp.get("version_compatible") == "yes" and built <= version
+    """Fields that must be equal, by name: the engine's value and this machine's."""
+    fields: dict[str, tuple[str, str]] = {}
+    is_portable = stamp.get("version_compatible") == "yes" and _numbers(stamp.get("tensorrt", "")) <= version
     if not is_portable:
-        needs["tensorrt"] = (str(stamp.get("tensorrt")), here)
-    dotted = ".".join(map(str, capability))
+        fields["tensorrt"] = (str(stamp.get("tensorrt")), ".".join(map(str, version)))
+    here = ".".join(map(str, capability))
     level = stamp.get("hardware_compatibility", Hardware.NONE.value)
     if level == Hardware.AMPERE_PLUS.value:
-        is_new = 10 * capability[0] + capability[1] >= OLDEST_ARCH
-        needs["compute_capability"] = (dotted if is_new else "8.0 and newer", dotted)
+        is_supported = 10 * capability[0] + capability[1] >= OLDEST_ARCH
+        fields["compute_capability"] = (here if is_supported else "8.0 and newer", here)
     else:
-        needs["compute_capability"] = (str(stamp.get("compute_capability")), dotted)
+        fields["compute_capability"] = (str(stamp.get("compute_capability")), here)
     if level == Hardware.NONE.value:
-        needs["gpu"] = (str(stamp.get("gpu")), gpu)
+        fields["gpu"] = (str(stamp.get("gpu")), gpu)
     if stamp.get("plugins") == PluginForm.LIBRARY.value:
-        needs["plugin_hash"] = (str(stamp.get("plugin_hash")), plugin_hash(PluginForm.LIBRARY))
-    return needs
-
-
-def _rebuild(stamp: dict[str, Any]) -> str:
-    return f"rebuild it here: `{stamp.get('command') or 'maskrcnn build-engine --fp16 --target tensorrt'}`"
+        fields["plugin_hash"] = (str(stamp.get("plugin_hash")), plugin_hash(PluginForm.LIBRARY))
+    return fields
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:4])
 
 
-def _value(answer: tuple[Any, ...]) -> Any:
-    """What a function of the driver returned behind its status."""
-    if int(answer[0]) != 0:
-        raise RuntimeError(str(answer[0]))
-    return answer[1] if len(answer) > 1 else None
+def _value(result: tuple[Any, ...]) -> Any:
+    """The value that a driver function returned behind its status."""
+    if int(result[0]) != 0:
+        raise RuntimeError(str(result[0]))
+    return result[1] if len(result) > 1 else None
 
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-# What TensorRT says, of which one logger keeps the warnings and errors for as long as the process lives.
+# TensorRT's messages
 #
-# TensorRT takes a logger wherever it makes something, but what it says outside of that goes to the first one that it
-# ever got. Were that freed with the engine that it was made for, TensorRT would call into memory that is no logger any
-# more.
+# TensorRT takes a logger wherever it creates an object, but messages outside of that go to the first logger it ever
+# received. If that were freed with its engine, TensorRT would call into freed memory. So one logger per process records
+# all warnings and errors.
 
-_KEPT = 500  # messages; a build that fails says why at its end
+_MAX_MESSAGES = 500  # kept; a build that fails gives its reason at the end
 
 
 @dataclass(frozen=True)
 class Message:
-    """One message; `severity` as TensorRT names it."""
+    """A message; `severity` is TensorRT's name."""
 
     severity: str
     text: str
 
 
 class Log:
-    """What TensorRT says from some moment on.
+    """TensorRT's messages since this object was created.
 
     Args:
-        logger: for TensorRT's constructors.
+        logger: to pass to TensorRT's constructors.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -327,24 +324,24 @@ class Log:
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out what has been said so far."""
+        """Drops the messages so far."""
         self._start = self.logger.record.count
 
     @property
     def messages(self) -> list[Message]:
-        """Warnings and errors, the newest `_KEPT` of them, of all threads: TensorRT builds in several."""
-        return [said.message for said in self.logger.record.since(self._start)]
+        """Warnings and errors, the newest 500, of all threads: TensorRT builds in several."""
+        return [entry.message for entry in self.logger.record.since(self._start)]
 
     def take(self) -> list[Message]:
-        """Those of the calling thread, which are forgotten then; where it has none, those of all.
+        """Removes and returns the messages of the calling thread; if it has none, returns those of all threads.
 
-        For what TensorRT does in the calling thread, so that errors of other engines and of earlier runs do not count.
+        For calls in the calling thread, so that errors of other engines and of earlier runs are excluded.
         """
         return self.logger.record.take(self._start) or self.messages
 
 
 @dataclass
-class _Said:
+class _Entry:
     number: int
     thread: int
     message: Message
@@ -356,35 +353,35 @@ class _Record:
 
     def __init__(self) -> None:
         self.count = 0
-        self._kept: deque[_Said] = deque(maxlen=_KEPT)
-        # Reentrant, as TensorRT says something, too, when Python frees an object of its amid these lines.
+        self._entries: deque[_Entry] = deque(maxlen=_MAX_MESSAGES)
+        # Reentrant: TensorRT also logs when Python frees one of its objects within these lines.
         self._lock = threading.RLock()
 
     def add(self, message: Message) -> None:
         with self._lock:
-            self._kept.append(_Said(self.count, threading.get_ident(), message))
+            self._entries.append(_Entry(self.count, threading.get_ident(), message))
             self.count += 1
 
-    def since(self, start: int) -> list[_Said]:
+    def since(self, start: int) -> list[_Entry]:
         with self._lock:
-            kept = list(self._kept)
-        return [said for said in kept if said.number >= start and not said.is_taken]
+            entries = list(self._entries)
+        return [entry for entry in entries if entry.number >= start and not entry.is_taken]
 
     def take(self, start: int) -> list[Message]:
-        mine = [said for said in self.since(start) if said.thread == threading.get_ident()]
-        for said in mine:
-            said.is_taken = True
-        return [said.message for said in mine]
+        mine = [entry for entry in self.since(start) if entry.thread == threading.get_ident()]
+        for entry in mine:
+            entry.is_taken = True
+        return [entry.message for entry in mine]
 
 
-# By module. Python keeps a module that was imported, and so its logger, which TensorRT refers to. Only those that play
-# TensorRT in tests are freed, and weak keys let their loggers go with them.
+# By module. Python keeps an imported module, and so its logger, to which TensorRT refers. Weak keys free the loggers of
+# the modules that replace TensorRT in tests.
 _LOGGERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _LOGGERS_LOCK = threading.Lock()
 
 
 def listen(trt: Any) -> Log:
-    """What TensorRT says from now on, but for information and verbose messages.
+    """Starts a log of TensorRT's warnings and errors.
 
     Args:
         trt: the tensorrt module.
@@ -396,12 +393,12 @@ def listen(trt: Any) -> Log:
 
 
 def _new_logger(trt: Any) -> Any:
-    base, severity = trt.ILogger, trt.ILogger.Severity  # and not `trt`, which the class would keep alive
-    ignored = (severity.VERBOSE, severity.INFO)  # hundreds of thousands of them
+    base, severity = trt.ILogger, trt.ILogger.Severity  # not `trt`, which the class would keep alive
+    ignored = (severity.VERBOSE, severity.INFO)  # hundreds of thousands of messages
 
-    class RecordingLogger(base):
+    class RecordingLogger(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            base.__init__(self)  # the bindings want it called by name
+            base.__init__(self)  # the bindings require a call by name
             self.record = _Record()
 
         def log(self, severity: Any, msg: str) -> None:

@@ -1,9 +1,9 @@
-"""PyTorch as a backend. The only module of `maskrcnn.runtime` that imports torch."""
+"""PyTorch backend. The only module of `maskrcnn.runtime` that imports torch."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -14,32 +14,33 @@ import torch
 from torch.nn import functional as F
 
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import batch_sizes
+from maskrcnn.imaging.postprocess import Paste
+from maskrcnn.imaging.preprocess import Preprocessing, batch_sizes
 from maskrcnn.model import cuda_ops
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import GraphedModel, inference_copy
-from maskrcnn.runtime.backends.base import Backend, TensorSpec, detector_specs
-from maskrcnn.runtime.gpu.arrays import is_on_device
-from maskrcnn.runtime.gpu.images import paste_by_portions, resizes
+from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs
+from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.memory import Cuda
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
-COMPILER = "inductor"  # of `torch.compile`
+COMPILER = "inductor"  # backend of `torch.compile`
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend(Backend):
-    """A model in PyTorch, on the GPU where there is one; any number of threads may call it, one at a time runs.
+    """A model in PyTorch, on the GPU if there is one. Any number of threads may call it; one at a time runs.
 
     Args:
-        model: the model. As it is by default, in evaluation mode and channels-last layout; in half precision, compiled
-            or captured it is a copy whose norms are folded into its convolutions.
-        source: the file it came from, for its hash.
-        precision: "fp32", or "bf16" or "fp16", in which convolutions and matrix products then are, weights included;
-            coordinates and scores stay in single precision.
-        device: "cpu", "cuda", "cuda:1" …, or by default CUDA where available. Calls work there, whatever GPU is the
-            thread's current one, which it stays.
-        compile: let `torch.compile` make kernels of its own, which takes a minute at the first call, and at the second
-            if its images have another size.
+        model: the model. By default it is used in evaluation mode and channels-last layout; in half precision, compiled
+            or with graphs a copy is used, whose norms are folded into its convolutions.
+        source: the file it was loaded from, for its hash.
+        precision: "fp32", or "bf16" or "fp16" for convolutions and matrix products, weights included; coordinates and
+            scores stay in float32.
+        device: "cpu", "cuda", "cuda:1" … (default: CUDA if available). The calling thread's current GPU is preserved.
+        compile: use `torch.compile`, which takes a minute at the first call, and at the second if its images have
+            another size.
         graphs: run each batch and image size as a CUDA graph from its second call on.
 
     Raises:
@@ -66,44 +67,46 @@ class TorchBackend(Backend):
             raise UserError(f"CUDA graphs on {self.device.type}", "a GPU", "leave graphs out, or use device cuda")
         if precision != "fp32" or compile or graphs:
             model = inference_copy(model, _PRECISIONS[precision])
-        self.model = model.eval().to(self.device, memory_format=torch.channels_last)
-        self.device = next(self.model.parameters()).device  # "cuda" alone is another GPU wherever another is current
+        self.model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = next(self.model.parameters()).device  # with an index: "cuda" alone follows the current GPU
         self.metadata = metadata_of(model.config, source)
         self.precision = precision
-        self._run = torch.compile(self.model, backend=COMPILER) if compile else self.model
+        self._run: Callable[..., Any] = torch.compile(self.model, backend=COMPILER) if compile else self.model
         if graphs:
             self._run = GraphedModel(self._run)
-        ways = [way for way, is_used in (("compiled", compile), ("CUDA graphs", graphs)) if is_used]
-        self.name = ", ".join(["PyTorch", *ways])
+        modes = [mode for mode, is_used in (("compiled", compile), ("CUDA graphs", graphs)) if is_used]
+        self.name = ", ".join(["PyTorch", *modes])
+        self.paste: Paste | None = None
+        self._loader: _BatchLoader | None = None
         self._lock = threading.Lock()
-        self._kernels = cuda_ops.kernels_for(self.device) if on_gpu else None
-        if self._kernels is not None and self.metadata.has_masks:
-            self.paste = self._paste
+        if on_gpu and (kernels := cuda_ops.kernels_for(self.device)) is not None and (cuda := _cuda(self.device)):
+            self.paste = MaskPaster(kernels, cuda) if self.metadata.has_masks else None
+            self._loader = _BatchLoader(ImageLoader(kernels, cuda, self.metadata.preprocessing), cuda)
 
     @classmethod
-    def load(cls, path: Path, **options) -> TorchBackend:
-        """The backend for a checkpoint."""
+    def load(cls, path: Path, **options: Any) -> TorchBackend:
+        """Loads a checkpoint."""
         return cls(load_checkpoint(path), source=path, **options)
 
-    def describe(self) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    def describe(self) -> tuple[Specs, Specs]:
         return detector_specs(self.metadata)
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Outputs by name: of NumPy, or, where `images` lies on a GPU, tensors there."""
+        """Returns outputs as NumPy arrays, or, if `images` is on a GPU, as tensors there."""
         with self._lock, torch.inference_mode(), self._on_device():
             outputs = self._run(*self._inputs(feeds))
             return dict(outputs) if is_on_device(feeds["images"]) else _on_host(outputs)
 
-    def infer_timed(self, feeds: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Outputs, and on a GPU the milliseconds of `copy in`, `engine` and `copy out` there; elsewhere none."""
+    def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Returns outputs, and on a GPU the milliseconds of `copy in`, `engine` and `copy out`."""
         if self.device.type != "cuda":
             return self.infer(feeds), {}
         with self._lock, torch.inference_mode(), self._on_device():
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
             marks[0].record()
-            given = self._inputs(feeds)
+            inputs = self._inputs(feeds)
             marks[1].record()
-            outputs = self._run(*given)
+            outputs = self._run(*inputs)
             marks[2].record()
             found = _on_host(outputs)
             marks[3].record()
@@ -112,73 +115,107 @@ class TorchBackend(Backend):
         return found, {part: a.elapsed_time(b) for part, (a, b) in zip(parts, pairwise(marks), strict=True)}
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`; on a GPU the photos are resized and padded there."""
-        if self.device.type != "cuda" or not resizes(self.metadata.preprocessing):
+        """As `Backend.run_images`; on a GPU the images are resized and padded there."""
+        preprocessing = self.metadata.preprocessing
+        if self.device.type != "cuda" or not resizes_on_gpu(preprocessing):
             return super().run_images(images)
-        sizes, padded_hw = batch_sizes(images, self.metadata.preprocessing)
+        sizes, padded_hw = batch_sizes(images, preprocessing)
         image_sizes = np.array(sizes, np.int64)
         with self._lock, torch.inference_mode(), self._on_device():
-            batch = self._batch(images, sizes, padded_hw)
-            outputs = self._run(batch, _to_device(image_sizes, self.device))
+            if self._loader is not None:
+                batch = self._loader.load(images, sizes, padded_hw, self.device)
+            else:
+                batch = resize_batch(images, sizes, padded_hw, preprocessing, self.device)
+            outputs = self._run(
+                batch.contiguous(memory_format=torch.channels_last), _to_device(image_sizes, self.device)
+            )
             return _on_host(outputs), image_sizes
 
     def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
         found: dict[str, torch.Tensor] = {}
         with self._lock, torch.inference_mode(), self._on_device():
-            self.model(*self._inputs(feeds), found)  # neither a graph nor compiled code shows them
+            self.model(*self._inputs(feeds), found)  # neither a graph nor compiled code returns them
             return _on_host({name: found[name] for name in names if name in found})
 
-    def _on_device(self) -> AbstractContextManager:
-        """Within it the model's GPU is the thread's, on which streams, events and Triton's kernels come to be."""
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Makes the model's GPU current, on which streams, events and Triton's kernels are created."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _inputs(self, feeds: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         images, sizes = (_to_device(feeds[name], self.device) for name in ("images", "image_sizes"))
         return images.contiguous(memory_format=torch.channels_last), sizes
 
-    def _batch(
-        self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], padded_hw: tuple[int, int]
+
+class _BatchLoader:
+    """`ImageLoader` on a stream of its own, with which PyTorch's current stream is synchronised."""
+
+    def __init__(self, loader: ImageLoader, cuda: Cuda) -> None:
+        self._loader, self._cuda, self._stream = loader, cuda, cuda.stream()
+
+    def load(
+        self,
+        images: Sequence[np.ndarray],
+        sizes: Sequence[tuple[int, int]],
+        padded_hw: tuple[int, int],
+        device: torch.device,
     ) -> torch.Tensor:
-        """Photos resized and padded on the device, as `preprocess.batch_images` does it."""
-        swap = self.metadata.preprocessing.channel_order == "BGR"
-        batch = torch.zeros(len(images), 3, *padded_hw, device=self.device)
-        for slot, image, size in zip(batch, images, sizes, strict=True):
-            raw = _to_device(np.ascontiguousarray(image), self.device)
-            if self._kernels is not None:
-                cuda_ops.resize_pad(self._kernels, raw, slot, size, swap_channels=swap)
-                continue
-            planes = (raw.flip(2) if swap else raw).permute(2, 0, 1)[None].float()
-            resized = F.interpolate(planes, size, mode="bilinear", align_corners=False)
-            slot[:, : size[0], : size[1]] = resized[0]
-        return batch.contiguous(memory_format=torch.channels_last)
+        batch = torch.empty(len(images), 3, *padded_hw, device=device)
+        self._loader.fill(images, sizes, as_device_array(batch, self._cuda, self._stream))
+        self._stream.hold_up_stream(torch.cuda.current_stream(device).cuda_stream)
+        return batch
 
-    def _paste(
-        self, masks: np.ndarray, boxes_xyxy_px: np.ndarray, size_hw: tuple[int, int], threshold: float
-    ) -> np.ndarray:
-        def bits_of(masks: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-            given = (_to_device(np.ascontiguousarray(each, np.float32), self.device) for each in (masks, boxes))
-            bits = cuda_ops.paste_masks(self._kernels, *given, size_hw, threshold=threshold)
-            return bits.cpu().numpy().view(np.uint32)
 
-        with self._on_device():
-            return paste_by_portions(bits_of, masks, boxes_xyxy_px, size_hw)
+def _cuda(device: torch.device) -> Cuda | None:
+    """The GPU, or None without cuda-bindings."""
+    try:
+        return Cuda(device.index)
+    except UserError:
+        return None
+
+
+def resize_batch(
+    images: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    padded_hw: tuple[int, int],
+    preprocessing: Preprocessing,
+    device: torch.device,
+) -> torch.Tensor:
+    """Resizes and pads images by PyTorch, as `preprocess.batch_images`.
+
+    Args:
+        images: uint8 `[H, W, 3]` RGB.
+        sizes: height and width of each after resizing.
+        padded_hw: height and width of the batch.
+        preprocessing: of the model, for which `resizes_on_gpu` holds.
+        device: that resizes them.
+
+    Returns:
+        float32 `[N, 3, H, W]` on the device.
+    """
+    batch = torch.zeros(len(images), 3, *padded_hw, device=device)
+    for slot, image, size in zip(batch, images, sizes, strict=True):
+        raw = _to_device(image, device)
+        channels = raw.flip(2) if preprocessing.channel_order == "BGR" else raw
+        planes = channels.permute(2, 0, 1)[None].float()
+        slot[:, : size[0], : size[1]] = F.interpolate(planes, size, mode="bilinear", align_corners=False)[0]
+    return batch
 
 
 def _to_device(value: Any, device: torch.device) -> torch.Tensor:
-    """An array of any library as a tensor, without a copy where it lies there already."""
+    """An array of any library as a tensor, without a copy if it is on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if is_on_device(value):
-        taken = torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.as_tensor(value, device=device)
-        return taken.to(device)
+        shared = torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.as_tensor(value, device=device)
+        return shared.to(device)
     tensor = torch.from_numpy(np.ascontiguousarray(value))
     if device.type != "cuda":
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until it has been read
+    return tensor.pin_memory().to(device, non_blocking=True)  # PyTorch keeps pinned memory until it has been read
 
 
 def _on_host(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Tensors in NumPy, which has no bfloat16; waits once for all of them."""
+    """Tensors as NumPy arrays, bfloat16 as float32; synchronises once for all of them."""
     values = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in values.items()}
     on_gpu = next((value.device for value in values.values() if value.is_cuda), None)
     if on_gpu is None:

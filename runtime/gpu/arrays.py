@@ -1,22 +1,19 @@
-"""Arrays on a GPU, of ours and of others: those of torch, CuPy and PyCUDA, and whatever speaks DLPack or has a
-`__cuda_array_interface__`.
+"""GPU arrays: `DeviceArray`, and arrays of torch, CuPy, PyCUDA and other libraries, exchanged without a copy.
+
+Arrays are exchanged by DLPack, whose C structures are declared here with ctypes, or by `__cuda_array_interface__`.
+
+Source: dlpack.h of DLPack 1.0, and the Python specification of `__dlpack__`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda, Stream
-
-# DLPack, by which libraries pass arrays to each other without a copy: its structures, read and made with ctypes.
-#
-# Source: dlpack.h of DLPack 1.0, and the Python specification of `__dlpack__`.
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
 _ON_GPU = (CUDA, CUDA_MANAGED)
@@ -26,11 +23,11 @@ _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode, by NumPy's kind
 
 
 def is_on_device(value: Any) -> bool:
-    """Whether something is an array in a GPU's memory, of whatever library."""
+    """Whether a value is an array in GPU memory, of any library."""
     if isinstance(value, (np.ndarray, np.generic)):
         return False
     if hasattr(value, "__dlpack_device__"):
-        return value.__dlpack_device__()[0] in _ON_GPU
+        return bool(value.__dlpack_device__()[0] in _ON_GPU)
     return hasattr(value, "__cuda_array_interface__")
 
 
@@ -73,20 +70,8 @@ class _Versioned(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a capsule holds."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None  # in elements; None: without gaps, the last axis fastest
-    dtype: np.dtype | None  # None: a type that NumPy lacks
-    device_type: int
-    device_id: int
-
-
 def _function(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of Python's on capsules; a prototype of our own, as those of `ctypes.pythonapi` are everybody's."""
+    """A capsule function of Python's C API; with its own prototype, as `ctypes.pythonapi` shares its own globally."""
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
 
@@ -94,23 +79,22 @@ _new = _function("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_ch
 _is_valid = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
 _pointer_in = _function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _rename = _function("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
-# The same by the bare address of a dying capsule, to which no reference may be made.
+# The same by address, for a capsule that is being destroyed, to which no reference may be made.
 _is_dying_valid = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
 _pointer_in_dying = _function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 
 
-# Taking
-
-
-class Taken:
-    """The contents of a capsule, which its maker gets back when this object dies.
+class ImportedTensor:
+    """The contents of a DLPack capsule, released to its producer when this object is garbage-collected.
 
     Args:
-        capsule: of an object's `__dlpack__`; it is used up.
+        capsule: returned by `__dlpack__`; it is consumed.
 
     Raises:
-        ValueError: for something else, or a capsule that was taken before.
+        ValueError: if it is not a capsule, or has been consumed.
     """
+
+    _deleter = None
 
     def __init__(self, capsule: Any) -> None:
         name = next((name for name in _USED if _is_valid(capsule, name)), None)
@@ -118,57 +102,52 @@ class Taken:
             raise ValueError(f"found: {capsule!r}; expected: an unused DLPack capsule; fix: call __dlpack__ again")
         self._pointer = _pointer_in(capsule, name)
         kind = _Versioned if name == _VERSIONED_NAME else _Managed
-        self._managed = ctypes.cast(self._pointer, ctypes.POINTER(kind)).contents
-        self._deleter = self._managed.deleter
+        managed = ctypes.cast(self._pointer, ctypes.POINTER(kind)).contents
+        self._deleter = managed.deleter
         _rename(capsule, _USED[name])
-        self.seen = _read(self._managed.tensor)
+        tensor: _Tensor = managed.tensor
+        kind_code = {code: name for name, code in _KINDS.items()}.get(tensor.code)
+        is_known = kind_code is not None and tensor.lanes == 1 and tensor.bits % 8 == 0
+        self.address: int = (tensor.data or 0) + tensor.byte_offset
+        self.shape: tuple[int, ...] = tuple(tensor.shape[: tensor.ndim])
+        self.dtype = np.dtype(f"{kind_code}{tensor.bits // 8}") if is_known else None  # None: not in NumPy
+        self.device_type: int = tensor.device_type
+        self.device_id: int = tensor.device_id
+        # In elements; None: contiguous, the last axis fastest.
+        self.strides: tuple[int, ...] | None = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
 
     def __del__(self) -> None:
-        if getattr(self, "_deleter", None):
+        if self._deleter:  # may be a null pointer
             self._deleter(self._pointer)
 
 
-def _read(tensor: _Tensor) -> _Seen:
-    ndim = tensor.ndim
-    kind = {code: name for name, code in _KINDS.items()}.get(tensor.code)
-    known = kind is not None and tensor.lanes == 1 and tensor.bits % 8 == 0
-    return _Seen(
-        address=(tensor.data or 0) + tensor.byte_offset,
-        shape=tuple(tensor.shape[:ndim]),
-        strides=tuple(tensor.strides[:ndim]) if tensor.strides else None,
-        dtype=np.dtype(f"{kind}{tensor.bits // 8}") if known else None,
-        device_type=tensor.device_type,
-        device_id=tensor.device_id,
-    )
-
-
-# Giving
-
-_given: dict[int, tuple] = {}  # what consumers hold, by the address of its structure
+_exported: dict[int, tuple[Any, ...]] = {}  # what consumers hold, by the address of its structure
 
 
 @_DELETER
 def _delete(pointer: int) -> None:
-    _given.pop(pointer, None)
+    _exported.pop(pointer, None)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def _delete_capsule(capsule: int) -> None:
-    """Of a capsule that dies: what nobody took is given back."""
+    """Destructor of a capsule: releases contents that were not consumed."""
     if _is_dying_valid(capsule, _NAME):
         _delete(_pointer_in_dying(capsule, _NAME))
 
 
-def give(address: int, shape: tuple[int, ...], dtype: np.dtype, *, device_type: int, device_id: int, owner: Any) -> Any:
-    """A capsule for `__dlpack__`.
+def export_capsule(
+    address: int, shape: tuple[int, ...], dtype: np.dtype[Any], *, device_type: int, device_id: int, owner: Any
+) -> Any:
+    """Creates a capsule to return from `__dlpack__`.
 
     Args:
-        address: of the first element; the array has no gaps, and its last axis is the fastest.
-        shape: its lengths.
+        address: of the first element of a contiguous array, its last axis fastest.
+        shape: of the array.
         dtype: a boolean, integer or floating-point type of NumPy.
-        device_type: `CUDA` for example.
-        device_id: which of them.
-        owner: kept alive until the consumer is done.
+        device_type: such as `CUDA`.
+        device_id: index of the device.
+        owner: object kept alive until the consumer releases the capsule.
     """
     lengths = (ctypes.c_int64 * len(shape))(*shape)
     managed = _Managed(deleter=_delete)
@@ -183,22 +162,21 @@ def give(address: int, shape: tuple[int, ...], dtype: np.dtype, *, device_type: 
         shape=lengths,
     )
     pointer = ctypes.addressof(managed)
-    _given[pointer] = (managed, lengths, owner)
+    _exported[pointer] = (managed, lengths, owner)
     return _new(pointer, _NAME, ctypes.cast(_delete_capsule, ctypes.c_void_p))
 
 
 class DeviceArray:
-    """An array in a GPU's memory, which other libraries take without a copy.
+    """A contiguous array in GPU memory, shared with other libraries without a copy.
 
-    `torch.from_dlpack(array)`, `cupy.from_dlpack(array)` and whatever reads `__cuda_array_interface__` get the memory
-    itself. Its last axis is the fastest, and it has no gaps.
+    `torch.from_dlpack(array)`, `cupy.from_dlpack(array)` and readers of `__cuda_array_interface__` use the same memory.
 
     Args:
         address: of the first element.
-        shape: its lengths.
-        dtype: of its elements, as NumPy names it.
-        stream: which has written or will write it.
-        owner: what keeps the memory, and what else it needs, alive.
+        shape: of the array; the last axis is the fastest.
+        dtype: of its elements, a NumPy type.
+        stream: on which it is written.
+        owner: object kept alive with the array, such as its memory.
     """
 
     device_type = CUDA
@@ -209,12 +187,12 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it is."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     @property
     def ndim(self) -> int:
-        """Its number of axes."""
+        """Number of axes."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -224,21 +202,21 @@ class DeviceArray:
         return f"DeviceArray({self.dtype} {list(self.shape)} on GPU {self.stream.cuda.index})"
 
     def numpy(self) -> np.ndarray:
-        """A copy on the host; waits for it."""
-        found = np.empty(self.shape, self.dtype)
+        """Returns a copy on the host."""
+        values = np.empty(self.shape, self.dtype)
         with self.stream.cuda.active():
-            self.stream.copy(found.ctypes.data, self.address, self.nbytes, "DeviceToHost")
+            self.stream.copy(values.ctypes.data, self.address, self.nbytes, "DeviceToHost")
             self.stream.synchronize()
-        return found
+        return values
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("found: copy=False; expected: a copy, as the array lies on a GPU; fix: leave copy out")
+            raise ValueError("found: copy=False; expected: a copy, as the array is on a GPU; fix: leave copy out")
         return self.numpy().astype(dtype or self.dtype, copy=False)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        # Not every reader heeds a stream, so that there is none to heed: the host waits here.
+        # Not every reader observes a stream, so the host waits here and none is given.
         with self.stream.cuda.active():
             self.stream.synchronize()
         return {
@@ -261,33 +239,30 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule; the consumer's stream (None: the default one, -1: none) waits for what writes the array."""
+        """Returns a capsule; the consumer's stream (None: the default, -1: none) waits for writes to the array."""
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("found: a copy, or another device; expected: this memory; fix: copy what you get")
+            raise BufferError("found: a copy, or another device; expected: this memory; fix: copy the result")
         if stream is None or stream >= 0:
             self.stream.hold_up_stream(stream or LEGACY_STREAM)
         device_type, device_id = self.__dlpack_device__()
-        return give(self.address, self.shape, self.dtype, device_type=device_type, device_id=device_id, owner=self)
-
-
-def on_host(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays by name, those on a GPU copied to the host."""
-    return {name: value.numpy() if isinstance(value, DeviceArray) else value for name, value in values.items()}
+        return export_capsule(
+            self.address, self.shape, self.dtype, device_type=device_type, device_id=device_id, owner=self
+        )
 
 
 def as_device_array(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
-    """Somebody's array on a GPU as one of ours, without a copy.
+    """Wraps a GPU array of any library, without a copy.
 
     Args:
-        value: of any library; see the module.
-        cuda: the GPU that it must lie on.
-        stream: which is going to read it, and waits for what writes it, as far as its owner says what that is. An
-            owner that says nothing is taken to work on the default stream.
+        value: with `__dlpack__` or `__cuda_array_interface__`.
+        cuda: the GPU that it must be on.
+        stream: that will read it. It waits for the stream that writes the array, or, if the array names none, for the
+            default stream.
 
     Raises:
-        UserError: for an array elsewhere, with gaps, or of a type that NumPy lacks.
+        UserError: if the array is elsewhere, not contiguous, or of a type that NumPy lacks.
     """
-    with cuda.active():  # torch gives its tensors to those alone who are on their GPU
+    with cuda.active():  # torch exports a tensor only while its GPU is current
         if isinstance(value, DeviceArray):
             return _from_ours(value, cuda, stream)
         if hasattr(value, "__dlpack__"):
@@ -309,52 +284,51 @@ def _from_dlpack(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
         raise _elsewhere(value, device_id if device_type in _ON_GPU else None, cuda)
     try:
         capsule = value.__dlpack__(stream=stream.address, max_version=(1, 0))
-    except TypeError:  # makers of before DLPack 1.0 know no versions
+    except TypeError:  # before DLPack 1.0 there was no max_version
         capsule = value.__dlpack__(stream=stream.address)
-    taken = Taken(capsule)
-    seen = taken.seen
-    if seen.dtype is None:
-        raise UserError(_said(value), "a type that NumPy has", "convert it to float32")
-    strides = None if seen.strides is None else tuple(step * seen.dtype.itemsize for step in seen.strides)
-    _check_gaps(value, seen.shape, strides, seen.dtype)
-    return DeviceArray(seen.address, seen.shape, seen.dtype, stream=stream, owner=taken)
+    tensor = ImportedTensor(capsule)
+    if tensor.dtype is None:
+        raise UserError(_described(value), "a type that NumPy has", "convert it to float32")
+    itemsize = tensor.dtype.itemsize
+    strides = None if tensor.strides is None else tuple(step * itemsize for step in tensor.strides)
+    _check_contiguous(value, tensor.shape, strides, itemsize)
+    return DeviceArray(tensor.address, tensor.shape, tensor.dtype, stream=stream, owner=tensor)
 
 
 def _from_interface(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
     interface = value.__cuda_array_interface__
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
-    _check_gaps(value, shape, interface.get("strides"), dtype)
+    _check_contiguous(value, shape, interface.get("strides"), dtype.itemsize)
     address = interface["data"][0]
     attributes = cuda.call("cudaPointerGetAttributes", address) if address else None
     if attributes is not None and int(attributes.device) != cuda.index:
         raise _elsewhere(value, int(attributes.device), cuda)
     writer = interface.get("stream") if interface["version"] >= 3 else LEGACY_STREAM
-    if writer is not None:  # with version 3 it says that there is nothing to wait for
+    if writer is not None:  # version 3 without a stream: nothing to wait for
         stream.wait_for_stream(int(writer))
     return DeviceArray(address, shape, dtype, stream=stream, owner=value)
 
 
-def _check_gaps(value: Any, shape: tuple[int, ...], strides: Any, dtype: np.dtype) -> None:
-    """Raises unless the elements lie one after the other; strides in bytes, None where they do."""
-    expected = dtype.itemsize
+def _check_contiguous(value: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> None:
+    """Raises unless the array is contiguous; strides in bytes, None if it is."""
     if 0 in shape:
         return
     for length, step in reversed(list(zip(shape, strides or (), strict=False))):
-        if length > 1 and step != expected:
-            remedy = "make it contiguous first: `.contiguous()` in torch, `cupy.ascontiguousarray`"
+        if length > 1 and step != itemsize:
             raise UserError(
-                f"{_said(value)} with gaps or another order of axes", "elements one after the other", remedy
+                f"{_described(value)} with gaps or another order of axes",
+                "a contiguous array",
+                "make it contiguous first: `.contiguous()` in torch, `cupy.ascontiguousarray`",
             )
-        expected *= length
+        itemsize *= length
 
 
-def _said(value: Any) -> str:
+def _described(value: Any) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return f"an array of {type(value).__module__}.{type(value).__qualname__} ({dtype} {list(shape or ())})"
 
 
 def _elsewhere(value: Any, index: int | None, cuda: Cuda) -> UserError:
     where = "not on a GPU" if index is None else f"on GPU {index}"
-    return UserError(
-        f"{_said(value)} {where}", f"one on GPU {cuda.index}", "move it there, or load the model on its GPU"
-    )
+    fix = "move it there, or load the model on its GPU"
+    return UserError(f"{_described(value)} {where}", f"one on GPU {cuda.index}", fix)

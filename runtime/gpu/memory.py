@@ -1,10 +1,14 @@
-"""A GPU's memory, streams, events and graphs through cuda-bindings (12.6 or newer), in the few names that we need.
+"""GPU memory, streams, events and CUDA graphs through cuda-bindings (12.6 or newer).
 
-Every object frees what it holds when it is closed or no longer used. All of it may be made, used and freed in any
-thread, whatever GPU that works on, and leaves the thread there. Errors of CUDA become sentences: those that a user
-can mend are a `UserError`, the others a `RuntimeError` with CUDA's own name of it.
+Every object frees its resource when it is closed or garbage-collected. Objects may be created, used and freed in any
+thread, whatever its current GPU, which stays as it was. CUDA errors that a user can fix are raised as `UserError`,
+others as `RuntimeError` with CUDA's name.
 
-Source: CUDA Runtime API.
+CUDA works on the context that is current in the calling thread. It is set and restored through the driver:
+`cudaSetDevice` would create a context on GPU 0, with all its memory, for a caller that had none, and would replace the
+context of a caller that created its own, as PyCUDA does.
+
+Source: CUDA Runtime API; CUDA Driver API, context management.
 """
 
 from __future__ import annotations
@@ -14,37 +18,35 @@ import importlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError, missing_library
 
-# Which GPU is the calling thread's: ours for as long as we work on it, and afterwards what it was before.
-#
-# CUDA works on the context that is current in the calling thread. Ours is bound through the driver, and so is what was
-# there before: going back with cudaSetDevice would make a context on GPU 0, with all the memory that this takes, for a
-# caller who had none, and would replace the context of one who made his own, as PyCUDA does.
-#
-# Source: CUDA Driver API, context management; CUDA Runtime API, interactions with the CUDA Driver API.
+LEGACY_STREAM = 1  # cudaStreamLegacy, the default stream, used by libraries without a stream argument
 
 
 def import_driver() -> Any:
-    """The module `cuda.bindings.driver`.
+    """Imports `cuda.bindings.driver`.
 
     Raises:
-        UserError: where it is not installed.
+        UserError: if it is not installed.
     """
     return _import_bindings("driver")
 
 
-def _import_bindings(name: str) -> Any:
-    """A module of `cuda.bindings`.
+def import_runtime() -> Any:
+    """Imports `cuda.bindings.runtime`.
 
     Raises:
-        UserError: where it is not installed.
+        UserError: if it is not installed.
     """
+    return _import_bindings("runtime")
+
+
+def _import_bindings(name: str) -> Any:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
@@ -53,33 +55,15 @@ def _import_bindings(name: str) -> Any:
 
 
 @contextmanager
-def bound(driver: Any, context: Any) -> Iterator[None]:
-    """Lets the calling thread work in a context of the driver, and then in its own again, if it had one.
+def preserve_context() -> Iterator[None]:
+    """Restores the calling thread's CUDA context afterwards, for libraries that leave another GPU current.
 
-    Raises:
-        RuntimeError: where CUDA is lost.
-    """
-    before = _current(driver)
-    status = driver.cuCtxSetCurrent(context)[0]
-    if int(status) != 0:
-        came = f"cuCtxSetCurrent answers {status.name}"
-        raise RuntimeError(f"found: {came}; expected: success; fix: start the program anew")
-    try:
-        yield
-    finally:
-        driver.cuCtxSetCurrent(before)
-
-
-@contextmanager
-def as_before() -> Iterator[None]:
-    """Whatever is done inside, the calling thread's GPU is afterwards the one that it was.
-
-    For libraries that choose a GPU and leave it chosen. Without cuda-bindings or a driver nothing is done about it.
+    Does nothing without cuda-bindings or a driver.
     """
     try:
         driver = import_driver()
-        before = _current(driver)
-    except (UserError, RuntimeError):  # the bindings look for the driver's library at the first call
+        before = _current_context(driver)
+    except (UserError, RuntimeError):  # the bindings load the driver's library at the first call
         driver = before = None
     try:
         yield
@@ -88,34 +72,22 @@ def as_before() -> Iterator[None]:
             driver.cuCtxSetCurrent(before)
 
 
-def _current(driver: Any) -> Any:
-    """The calling thread's context, or a null one, as before the driver is initialised."""
+def _current_context(driver: Any) -> Any:
+    """The calling thread's context, or a null one if the driver is not initialised."""
     status, context = driver.cuCtxGetCurrent()
     return context if int(status) == 0 else driver.CUcontext(0)
-
-
-LEGACY_STREAM = 1  # cudaStreamLegacy: the default stream, on which libraries work that know nothing of streams
-
-
-def import_runtime() -> Any:
-    """The module `cuda.bindings.runtime`.
-
-    Raises:
-        UserError: where it is not installed.
-    """
-    return _import_bindings("runtime")
 
 
 class Cuda:
     """One GPU.
 
     Args:
-        index: which, as CUDA counts them.
-        runtime: instead of the installed `cuda.bindings.runtime`.
-        driver: instead of the installed `cuda.bindings.driver`.
+        index: of the GPU, as CUDA counts.
+        runtime: replaces the installed `cuda.bindings.runtime`.
+        driver: replaces the installed `cuda.bindings.driver`.
 
     Raises:
-        UserError: without cuda-bindings, driver or GPU, or where there is no GPU of this index.
+        UserError: if cuda-bindings, the driver or the GPU is missing.
     """
 
     def __init__(self, index: int = 0, runtime: Any = None, driver: Any = None) -> None:
@@ -125,18 +97,43 @@ class Cuda:
         if not 0 <= index < count:
             raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "name another device")
         self.call("cuInit", 0)
-        # The context that the runtime and all libraries on it share; as the runtime does, it is kept until the end.
+        # The context shared by the runtime and all libraries on it. Never released, as the runtime never does.
         self._context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
         properties = self.call("cudaGetDeviceProperties", index)
         self.name = properties.name.decode(errors="replace").rstrip("\0")
         self.compute_capability = (int(properties.major), int(properties.minor))
 
-    def active(self) -> AbstractContextManager[None]:
-        """Within it this is the calling thread's GPU, of which CUDA's functions speak, and what they make is there."""
-        return bound(self.driver, self._context)
+    @property
+    def arch(self) -> int:
+        """Compute capability as compilers write it: 90 for 9.0."""
+        major, minor = self.compute_capability
+        return 10 * major + minor
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes this the calling thread's current GPU, and restores its own context afterwards.
+
+        Raises:
+            RuntimeError: if CUDA is lost.
+        """
+        before = _current_context(self.driver)
+        status = self.driver.cuCtxSetCurrent(self._context)[0]
+        if int(status) != 0:
+            raise RuntimeError(
+                f"found: cuCtxSetCurrent returns {status.name}; expected: success; fix: restart the program"
+            )
+        try:
+            yield
+        finally:
+            self.driver.cuCtxSetCurrent(before)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What a function of the runtime or the driver returns behind its status: nothing, a value or a tuple."""
+        """Calls a function of the runtime or the driver and returns what follows its status: None, a value or a tuple.
+
+        Raises:
+            UserError: for an error that the user can fix.
+            RuntimeError: for any other error.
+        """
         module = self.runtime if name.startswith("cuda") else self.driver
         status, *values = getattr(module, name)(*arguments)
         if int(status) != 0:
@@ -144,198 +141,203 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values) or None
 
     def memory(self, nbytes: int) -> DeviceMemory:
-        """Memory on the GPU; its contents are arbitrary."""
+        """Allocates uninitialised memory on the GPU."""
         return DeviceMemory(self, nbytes)
 
     def pinned(self, nbytes: int) -> _PinnedMemory:
-        """Memory of the host that the GPU reaches by itself."""
+        """Allocates pinned memory on the host."""
         return _PinnedMemory(self, nbytes)
 
     def stream(self) -> Stream:
-        """A stream that the default stream does not hold up."""
+        """Creates a stream that does not synchronise with the default stream."""
         return Stream(self)
 
     def event(self, *, timing: bool = False) -> Event:
-        """An event; with `timing` one that `milliseconds` can measure from and to."""
+        """Creates an event; `timing` allows `milliseconds`."""
         return Event(self, timing=timing)
 
     def free_and_total(self) -> tuple[int, int]:
-        """Bytes of its memory that are free, and all of them."""
+        """Returns the bytes of its memory that are free, and the total."""
         with self.active():
-            return self.call("cudaMemGetInfo")
+            free, total = self.call("cudaMemGetInfo")
+            return int(free), int(total)
 
-    def _error(self, name: str, status: Any, arguments: tuple) -> Exception:
-        """The sentence for a status of the runtime, or of the driver, whose numbers are the same."""
+    def _error(self, name: str, status: Any, arguments: tuple[Any, ...]) -> Exception:
+        """The error for a status of the runtime, or of the driver, whose numbers are the same."""
         kinds = self.runtime.cudaError_t
         status = next((kind for kind in kinds if int(kind) == int(status)), kinds.cudaErrorUnknown)
         if status == kinds.cudaErrorMemoryAllocation:
-            is_size = name in ("cudaMalloc", "cudaHostAlloc")
-            wanted = f"{arguments[0] / 1e6:.0f} MB" if is_size else "more memory"
+            size = f"{arguments[0] / 1e6:.0f} MB" if name in ("cudaMalloc", "cudaHostAlloc") else "more memory"
             where = "of pinned host memory" if name == "cudaHostAlloc" else f"on GPU {self.index}"
-            remedy = "use smaller batches or images or fewer contexts, or close what else uses it (`nvidia-smi`)"
-            return UserError(f"no {wanted} {where} left", "free memory", remedy)
+            fix = "use smaller batches or images or fewer contexts, or stop other programs on it (`nvidia-smi`)"
+            return UserError(f"no {size} {where} left", "free memory", fix)
         if status in (kinds.cudaErrorNoDevice, kinds.cudaErrorInitializationError):
             return UserError(
                 "no GPU that CUDA can use", "an NVIDIA GPU", "run it where there is one; see `maskrcnn doctor`"
             )
         if status == kinds.cudaErrorInsufficientDriver:
-            came = "no NVIDIA driver, or one older than the installed CUDA"
-            return UserError(came, "a driver for it", "install a newer driver: https://www.nvidia.com/drivers")
-        said = self.runtime.cudaGetErrorString(status)[1].decode(errors="replace")
-        remedy = "see CUDA's list of errors"
+            found = "no NVIDIA driver, or one older than the installed CUDA"
+            return UserError(found, "a driver for it", "install a newer driver: https://www.nvidia.com/drivers")
+        text = self.runtime.cudaGetErrorString(status)[1].decode(errors="replace")
+        fix = "see CUDA's list of errors"
         if status in (kinds.cudaErrorIllegalAddress, kinds.cudaErrorLaunchFailure):
-            remedy = "start the program anew, as this process has lost the GPU; compute-sanitizer finds the kernel"
-        return RuntimeError(f"found: {name} answers {status.name} ({said}); expected: success; fix: {remedy}")
+            fix = "restart the program, as this process has lost the GPU; compute-sanitizer finds the kernel"
+        return RuntimeError(f"found: {name} returns {status.name} ({text}); expected: success; fix: {fix}")
 
 
-class _Held:
-    """Something of CUDA's that is given back once: on `close`, or when nobody holds the object any more."""
+class _Resource:
+    """A CUDA resource that is freed once: by `close`, or when the object is garbage-collected."""
 
-    def _hold(self, cuda: Cuda, free: str, handle: Any) -> None:
+    def _own(self, cuda: Cuda, free: str, handle: Any) -> None:
         self.cuda = cuda
-        self._free = weakref.finalize(self, _give_back, cuda, free, handle)
+        self._finalizer = weakref.finalize(self, _free, cuda, free, handle)
 
     def close(self) -> None:
-        """Gives it back; nothing may use it afterwards."""
-        self._free()
+        """Frees the resource, which must not be used afterwards."""
+        self._finalizer()
 
     @property
     def is_open(self) -> bool:
-        """Whether it has not been given back."""
-        return self._free.alive
+        """Whether the resource has not been freed."""
+        return self._finalizer.alive
 
 
-def _give_back(cuda: Cuda, free: str, handle: Any) -> None:
-    """Ignores errors: one that a kernel made earlier is reported by every later call, and was raised where it was."""
-    with suppress(RuntimeError), cuda.active():  # in a thread without a GPU the runtime would choose one, and take it
-        getattr(cuda.runtime, free)(handle)
+def _free(cuda: Cuda, function: str, handle: Any) -> None:
+    """Frees a resource. Ignores errors: every call reports the error of an earlier kernel, which was raised there."""
+    with suppress(RuntimeError), cuda.active():  # a thread without context would get one on GPU 0
+        getattr(cuda.runtime, function)(handle)
 
 
-class DeviceMemory(_Held):
+class DeviceMemory(_Resource):
     """Memory on a GPU."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
         self.nbytes = nbytes
         with cuda.active():
             self.address = int(cuda.call("cudaMalloc", max(nbytes, 1)))
-        self._hold(cuda, "cudaFree", self.address)
+        self._own(cuda, "cudaFree", self.address)
 
 
-class _PinnedMemory(_Held):
-    """Memory of the host that is never moved, so that copies need no help of the processor."""
+class _PinnedMemory(_Resource):
+    """Page-locked memory on the host, which the GPU copies from and to asynchronously."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
         self.nbytes = nbytes
         with cuda.active():
             self.address = int(cuda.call("cudaHostAlloc", max(nbytes, 1), cuda.runtime.cudaHostAllocDefault))
-        self._hold(cuda, "cudaFreeHost", self.address)
+        self._own(cuda, "cudaFreeHost", self.address)
 
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> np.ndarray:
-        """A part of it as a NumPy array, which keeps the memory alive.
+        """Returns a NumPy view, which keeps the memory alive.
+
+        Args:
+            shape: of the view.
+            dtype: of its elements.
+            offset: of its first element, in bytes.
 
         Raises:
-            ValueError: for a part that is not in it.
+            ValueError: if the view exceeds the memory.
         """
         dtype = np.dtype(dtype)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if offset < 0 or offset + nbytes > self.nbytes:
             raise ValueError(
-                f"found: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; fix: ask for less"
+                f"found: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; fix: reserve more"
             )
         memory = (ctypes.c_byte * nbytes).from_address(self.address + offset)
-        memory.owner = self
+        memory.owner = self  # type: ignore[attr-defined]
         return np.ndarray(shape, dtype, memory)
 
 
-class Event(_Held):
-    """A mark in a stream."""
+class Event(_Resource):
+    """A CUDA event."""
 
     def __init__(self, cuda: Cuda, *, timing: bool = False) -> None:
         flags = cuda.runtime.cudaEventDefault if timing else cuda.runtime.cudaEventDisableTiming
         with cuda.active():
             self.handle = cuda.call("cudaEventCreateWithFlags", flags)
-        self._hold(cuda, "cudaEventDestroy", self.handle)
+        self._own(cuda, "cudaEventDestroy", self.handle)
 
     def synchronize(self) -> None:
-        """Waits until the work before it is done."""
+        """Waits until the work recorded before it is done."""
         self.cuda.call("cudaEventSynchronize", self.handle)
 
     def milliseconds(self, later: Event) -> float:
-        """Time between two events made with `timing`, both done."""
+        """Returns the time to a later event; both must be done and created with `timing`."""
         return float(self.cuda.call("cudaEventElapsedTime", self.handle, later.handle))
 
 
-class Graph(_Held):
-    """Work that was captured once and is started as a whole."""
+class Graph(_Resource):
+    """An instantiated CUDA graph."""
 
     def __init__(self, cuda: Cuda, captured: Any) -> None:
         try:
             self.handle = cuda.call("cudaGraphInstantiate", captured, 0)
         finally:
             cuda.call("cudaGraphDestroy", captured)
-        self._hold(cuda, "cudaGraphExecDestroy", self.handle)
+        self._own(cuda, "cudaGraphExecDestroy", self.handle)
 
     def launch(self, stream: Stream) -> None:
-        """Starts it on a stream."""
+        """Launches the graph on a stream."""
         self.cuda.call("cudaGraphLaunch", self.handle, stream.handle)
 
 
-class Stream(_Held):
-    """Work in the order in which it is given."""
+class Stream(_Resource):
+    """A CUDA stream."""
 
     def __init__(self, cuda: Cuda) -> None:
         with cuda.active():
             self.handle = cuda.call("cudaStreamCreateWithFlags", cuda.runtime.cudaStreamNonBlocking)
         self.address = int(self.handle)
-        self._hold(cuda, "cudaStreamDestroy", self.handle)
+        self._own(cuda, "cudaStreamDestroy", self.handle)
 
     def synchronize(self) -> None:
-        """Waits until all its work is done."""
+        """Waits until all work on the stream is done."""
         self.cuda.call("cudaStreamSynchronize", self.handle)
 
     def record(self, event: Event) -> Event:
-        """Puts the event behind the work given so far."""
+        """Records the event after the work so far, and returns it."""
         self.cuda.call("cudaEventRecord", event.handle, self.handle)
         return event
 
     def wait(self, event: Event) -> None:
-        """Later work begins after the event; the host does not wait."""
+        """Makes later work wait for an event; the host does not wait."""
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def wait_for_stream(self, other: int) -> None:
-        """Later work begins after what another stream, given by its address, has to do by now."""
-        with self.cuda.active():  # the default stream is that of the thread's GPU
+        """Makes later work wait for the present work of another stream, given by its address."""
+        with self.cuda.active():  # the default stream belongs to the thread's GPU
             event = self.cuda.event()
             self.cuda.call("cudaEventRecord", event.handle, self.cuda.runtime.cudaStream_t(other))
             self.wait(event)
 
     def hold_up_stream(self, other: int) -> None:
-        """Lets another stream, given by its address, wait for what this one has to do by now."""
+        """Makes another stream, given by its address, wait for the present work of this one."""
         with self.cuda.active():
             event = self.record(self.cuda.event())
             self.cuda.call("cudaStreamWaitEvent", self.cuda.runtime.cudaStream_t(other), event.handle, 0)
 
     def copy(self, target: int, source: int, nbytes: int, kind: str = "DeviceToDevice") -> None:
-        """Copies bytes between addresses; `kind` as CUDA names it, "HostToDevice" for example."""
+        """Copies bytes between addresses; `kind` is CUDA's name, such as "HostToDevice"."""
         kinds = self.cuda.runtime.cudaMemcpyKind
         self.cuda.call("cudaMemcpyAsync", target, source, nbytes, getattr(kinds, f"cudaMemcpy{kind}"), self.handle)
 
     def clear(self, target: int, nbytes: int) -> None:
-        """Fills memory of the GPU with zeros."""
+        """Fills memory on the GPU with zeros."""
         self.cuda.call("cudaMemsetAsync", target, 0, nbytes, self.handle)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """The graph of what `work` puts on this stream, none of which is run.
+        """Captures the work that a function puts on this stream, without running it.
 
         Raises:
-            RuntimeError: where the work holds something that a graph cannot, such as waiting for the GPU.
+            RuntimeError: if the work cannot be captured, such as waiting for the GPU.
         """
-        # Relaxed: in the other modes memory that Python happens to free meanwhile would spoil the capture.
+        # Relaxed: in the other modes, memory freed by Python's garbage collector meanwhile invalidates the capture.
         mode = self.cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
         try:
             work()
-        except BaseException:  # the stream must leave its capture, whose own error would hide this one
+        except BaseException:  # end the capture, whose own error would hide this one
             _, graph = self.cuda.runtime.cudaStreamEndCapture(self.handle)
             if graph is not None and int(graph):
                 self.cuda.runtime.cudaGraphDestroy(graph)
@@ -343,61 +345,58 @@ class Stream(_Held):
         return Graph(self.cuda, self.cuda.call("cudaStreamEndCapture", self.handle))
 
 
-# Memory that is used again: blocks on the GPU that are lent, and pinned memory that arrays pass through.
+class BufferPool:
+    """GPU buffers of one size, reused once their holder releases them.
 
-
-class MemoryPool:
-    """Blocks of one size, lent to whoever wants results of their own, and lent again.
-
-    A block that comes back may still be read by work that its borrower gave to the default stream: what is written
-    into it next waits for that. A borrower who works on other streams keeps it until these have run.
+    A released buffer may still be read by work on the default stream; the next write to it waits for that work. A
+    holder that works on other streams must keep the buffer until these have finished.
     """
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
         self.cuda, self.nbytes = cuda, nbytes
-        self._free: deque[DeviceMemory] = deque()  # whose methods are atomic: blocks come back in any thread
+        self._free: deque[DeviceMemory] = deque()  # its methods are atomic: buffers return in any thread
 
-    def lend(self, stream: Stream) -> Loan:
-        """A block, to be written on a stream; its contents are arbitrary."""
+    def acquire(self, stream: Stream) -> PooledBuffer:
+        """Returns an uninitialised buffer, to be written on a stream."""
         try:
             memory = self._free.pop()
         except IndexError:
-            return Loan(self._free, self.cuda.memory(self.nbytes))
+            return PooledBuffer(self._free, self.cuda.memory(self.nbytes))
         stream.wait_for_stream(LEGACY_STREAM)
-        return Loan(self._free, memory)
+        return PooledBuffer(self._free, memory)
 
 
-class Loan:
-    """A block of a `MemoryPool`, which gets it back when nobody holds this object any more."""
+class PooledBuffer:
+    """A buffer of a `BufferPool`, to which it returns when this object is garbage-collected."""
 
     def __init__(self, pool: deque[DeviceMemory], memory: DeviceMemory) -> None:
         self.address, self.nbytes = memory.address, memory.nbytes
         weakref.finalize(self, pool.append, memory)
 
 
-class Room:
-    """Memory on the GPU that grows to the largest that was asked for."""
+class GrowableBuffer:
+    """GPU memory that grows to the largest size reserved."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         self._memory: DeviceMemory | None = None
 
-    def at_least(self, nbytes: int) -> DeviceMemory:
-        """So much memory, the same as before where that suffices."""
+    def reserve(self, nbytes: int) -> DeviceMemory:
+        """Returns at least `nbytes` of memory, the same as before if it is large enough."""
         if self._memory is None or self._memory.nbytes < nbytes:
-            self.close()  # CUDA frees memory once nothing that was started reads it
+            self.close()  # CUDA frees memory once running work no longer reads it
             self._memory = self.cuda.memory(nbytes)
         return self._memory
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         if self._memory is not None:
             self._memory.close()
             self._memory = None
 
 
-class Staging:
-    """Pinned memory through which arrays go to the GPU and back; it grows to the largest."""
+class StagingBuffer:
+    """Pinned memory through which arrays are copied to the GPU and back; it grows to the largest size reserved."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
@@ -405,8 +404,8 @@ class Staging:
         self._sent = cuda.event()
         self._is_sending = False
 
-    def room(self, nbytes: int) -> _PinnedMemory:
-        """At least so much memory, once what was sent from it has arrived."""
+    def reserve(self, nbytes: int) -> _PinnedMemory:
+        """Waits until the last `send` has finished and returns at least `nbytes` of memory."""
         if self._is_sending:
             self._sent.synchronize()
             self._is_sending = False
@@ -415,13 +414,15 @@ class Staging:
         return self._memory
 
     def send(self, stream: Stream, target: int, nbytes: int, offset: int = 0) -> None:
-        """Copies from it to the GPU; `room` waits for that."""
+        """Starts copying reserved memory to an address on the GPU."""
+        if self._memory is None:
+            raise ValueError("found: nothing to send; expected: reserved memory; fix: call reserve first")
         stream.copy(target, self._memory.address + offset, nbytes, "HostToDevice")
         stream.record(self._sent)
         self._is_sending = True
 
     def close(self) -> None:
-        """Gives the memory back, and can be used no more."""
+        """Frees the memory; the buffer cannot be used afterwards."""
         if self._memory is not None:
             self._memory.close()
         self._sent.close()

@@ -1,4 +1,4 @@
-"""Comparing two models stage by stage, from the pixels to masks and keypoints."""
+"""Compares two models stage by stage, from the pixels to masks and keypoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.runtime.backends.base import Backend
+from maskrcnn.runtime.backends.base import Backend, stages_of
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs, merge
 from maskrcnn.runtime.verification.inputs import Batch, feedings
 from maskrcnn.runtime.verification.report import Evidence, VerifyReport, judged, needed
@@ -17,7 +17,7 @@ from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_e
 from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for
 from maskrcnn.stages import LEVELS, OF_KEYPOINTS, OF_MASKS, STAGES
 
-JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # `boxes` counts them
+JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # the number shows in `boxes`
 
 
 def verify(
@@ -29,23 +29,23 @@ def verify(
     size_px: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> VerifyReport:
-    """Which stages of two models agree, and which departs first.
+    """Compares two models stage by stage, and finds the first stage that departs.
 
-    Each model prepares the images by its own metadata, which is the first stage. From there on both see images of
-    the size that the reference's resizing gives, each in its own channel order, so that later stages can be compared
-    where the sizes differ. Detections are those of the models as they are; the tensors on the way are those of their
-    instrumented copies.
+    Each model preprocesses the images by its own metadata, which is the first stage, `images`. The later stages of both
+    models are computed from images in the reference's resized size, each in its own channel order, so that they can be
+    compared where the sizes differ. Detections are those of the unmodified models; the intermediate tensors are those
+    of their instrumented copies.
 
     Args:
-        reference: what the other is measured by.
-        other: of the same classes.
+        reference: the reference model.
+        other: a model of the same classes.
         batches: the images.
-        tolerances: by default those that the two models' precisions need.
-        size_px: shorter side of the resized images for both models, instead of each one's own.
+        tolerances: limits of the stages (default: those of the models' precisions).
+        size_px: shorter side of the resized images (default: each model's own).
         progress: called with the name of each image when it is done.
 
     Raises:
-        UserError: for models that detect different things, and without images.
+        UserError: for models of different tasks, and without images.
     """
     check_comparable(reference.metadata, other.metadata)
     comparison = _Comparison((reference, other), tolerances, size_px)
@@ -57,16 +57,16 @@ def verify(
 
 
 def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
-    """Refuses models of different numbers of classes or keypoints, and a model with masks beside one without.
+    """Checks that two models have the same numbers of classes and keypoints, and both or neither have masks.
 
     Raises:
-        UserError: naming what differs.
+        UserError: if they differ.
     """
     counts = [len(metadata.class_names) for metadata in (reference, other)]
     if counts[0] != counts[1]:
         raise UserError(
             f"models of {counts[0]} and of {counts[1]} classes",
-            "as many classes in both",
+            "the same number of classes",
             "name two forms of one model",
         )
     if reference.has_masks != other.has_masks:
@@ -75,12 +75,12 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
         )
     counts = [len(metadata.keypoint_names) for metadata in (reference, other)]
     if counts[0] != counts[1]:
-        came = f"models of {counts[0]} and of {counts[1]} keypoints"
-        raise UserError(came, "as many in both", "name two forms of one model")
+        found = f"models of {counts[0]} and of {counts[1]} keypoints"
+        raise UserError(found, "the same number of keypoints", "name two forms of one model")
 
 
 class _Comparison:
-    """Two models while they are being compared."""
+    """State of a comparison."""
 
     def __init__(
         self, models: tuple[Backend, Backend], tolerances: StageTolerances | None, size_px: int | None
@@ -92,7 +92,8 @@ class _Comparison:
         self.names: list[str] = []
         self.errors: list[dict[str, StageError]] = []
         self.present: tuple[set[str], set[str]] = (set(), set())  # stages of each model
-        self.disturbance: tuple[list[Difference], list[Difference]] = ([], [])  # of each model's instrumented copy
+        # Differences of each model's instrumented copy from the model.
+        self.disturbance: tuple[list[Difference], list[Difference]] = ([], [])
         self.worst: Evidence | None = None
         self._badness = (-np.inf, -np.inf)
 
@@ -114,10 +115,10 @@ class _Comparison:
                 self._badness, self.worst = badness, _evidence(name, image, (first, second), index)
 
     def report(self) -> VerifyReport:
-        """What was found.
+        """The report.
 
         Raises:
-            UserError: when nothing was added.
+            UserError: if no batch was added.
         """
         if not self.names:
             raise UserError("no images", "at least one", "name image files, or a folder that holds some")
@@ -151,51 +152,51 @@ class _Comparison:
                 found.append(compare_outputs(side.outputs, instrumented, EXACT))
 
     def _badness_of(self, found: dict[str, StageError]) -> tuple[float, float]:
-        """How much an image has to show: the earlier it departs, and then the more, the larger."""
+        """Sort key of images: larger for an earlier departure, then for a larger error."""
         order, ratio = -np.inf, 0.0
-        for place, stage in enumerate(self._stages()):
+        for index, stage in enumerate(self._stages()):
             limit = self.tolerances.limit(stage)
-            need = needed(found[stage].figures, limit.share) if stage in found else None
+            need = needed(found[stage].values, limit.share) if stage in found else None
             if need is None:
                 continue
             if not need <= limit.tolerance and order == -np.inf:
-                return float(-place), np.inf if np.isnan(need) else need
+                return float(-index), np.inf if np.isnan(need) else need
             ratio = max(ratio, need / max(limit.tolerance, 1e-12))
         return order, ratio
 
     def _notes_of_sizes(self) -> list[str]:
         notes = []
         if self.has_size:
-            notes.append("--size took the place of both models' own sizes")
+            notes.append("--size replaced both models' own sizes")
         if any(feeding.is_resized for feeding in self.feedings):
-            notes.append("stages after `images`: both models saw images of the reference's size")
+            notes.append("stages after `images`: computed from images of the reference's size for both models")
         return notes
 
     def _notes_of_absence(self) -> list[str]:
         notes = [
-            f"{which} was written before stages had names: export or build it again to compare them all"
+            f"{which} has no stage names: export or build it again to compare all stages"
             for which, present in zip(("the reference", "the other"), self.present, strict=True)
             if not present & set(LEVELS)
         ]
-        if not any(found["boxes"].figures.size for found in self.errors):
-            notes.append("nothing was detected on any image: boxes and what hangs on them were not compared")
+        if not any(found["boxes"].values.size for found in self.errors):
+            notes.append("nothing was detected on any image: boxes and their heads' stages were not compared")
         return notes
 
     def _notes_of_disturbance(self) -> list[str]:
         return [
-            f"instrumentation changes what {model.name} {model.precision} ({which}) detects: {merge(found)}"
+            f"instrumentation changes the detections of {model.name} {model.precision} ({which}): {merge(found)}"
             for which, model, found in zip(("the reference", "the other"), self.models, self.disturbance, strict=True)
             if found and not merge(found).within(EXACT)
         ]
 
 
 def _run(model: Backend, feeds: dict[str, np.ndarray]) -> Side:
-    outputs = model(feeds)  # checks the feeds
-    return Side(feeds, outputs, model.stages(feeds, STAGES))
+    outputs = model(feeds)
+    return Side(feeds, outputs, stages_of(model, feeds, STAGES))
 
 
 def _pixel_error(first: dict[str, np.ndarray], second: dict[str, np.ndarray], index: int) -> StageError:
-    """Of the images that two models prepared, without padding."""
+    """The error of two models' preprocessed images, without padding."""
     parts = []
     for feeds in (first, second):
         height, width = feeds["image_sizes"][index]
@@ -204,7 +205,7 @@ def _pixel_error(first: dict[str, np.ndarray], second: dict[str, np.ndarray], in
 
 
 def _evidence(name: str, image: np.ndarray, sides: tuple[Side, Side], index: int) -> Evidence:
-    """What one image has to show, cut out of its batch."""
+    """The evidence of one image of a batch."""
     detections = []
     for side in sides:
         outputs = {key: value[index : index + 1] for key, value in side.outputs.items()}

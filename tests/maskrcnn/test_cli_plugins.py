@@ -1,6 +1,5 @@
 """`maskrcnn build-plugins`: what is built, what is left out and for want of what; and the doctor's lines about it."""
 
-import re
 import sys
 from types import SimpleNamespace
 
@@ -8,9 +7,8 @@ import pytest
 from bare_machine import WRITE_ARGUMENTS, add_nvcc, add_program, strip
 from command_line import expect_error
 
-from maskrcnn.cli import build_plugins
 from maskrcnn.plugins.aot_kernels import usual_kernels
-from maskrcnn.runtime.doctor import Finding
+from maskrcnn.runtime import doctor
 
 KERNELS, PLUGINS, REGISTER = (f"libmaskrcnn_{name}.so" for name in ("kernels", "plugins", "plugins_register"))
 AOT = "ahead-of-time kernels"
@@ -141,24 +139,14 @@ def test_a_compiler_that_fails_is_quoted(run, toolkit):
     expect_error(run("build-plugins"), "failed with code 2", "kernel.cuh(3): error: expected a ;")
 
 
-def test_the_doctor_says_what_there_is_to_compile_with(run, toolkit):
-    found = {finding.component: finding for finding in build_plugins.plugin_findings()}
+def test_the_doctor_lists_compilers_and_compiled_plugins(run, toolkit, monkeypatch):
+    monkeypatch.setattr(doctor, "probe", lambda name: {"missing": True})
+    found = {finding.component: finding for finding in doctor.diagnose()}
     assert found["nvcc"].found == f"13.0.88 at {toolkit / 'nvcc'}"
-    assert [name for name, finding in found.items() if finding.found is None] == [
-        *("NVRTC", "TensorRT headers", "compiled plugins"),
-    ]
+    assert [found[name].found for name in ("NVRTC", "TensorRT headers", "compiled plugins")] == [None] * 3
     assert found["compiled plugins"].remedy == "`maskrcnn build-plugins`"
     assert run("build-plugins", "--form", "kernels")[0] == 0
-    (compiled,) = [f for f in build_plugins.plugin_findings() if f.component == "compiled plugins"]
-    assert compiled.found.endswith(KERNELS)
-
-
-def test_the_doctor_prints_them(run, programs, monkeypatch):
-    monkeypatch.setattr("maskrcnn.runtime.doctor.diagnose", lambda groups: [f for group in groups for f in group()])
-    code, out, _ = run("doctor")
-    assert code == 0 and re.search(r"^NVRTC +missing$", out, re.MULTILINE)
-    assert "    to get it: `maskrcnn build-plugins`" in out
-    assert all(isinstance(finding, Finding) for finding in build_plugins.plugin_findings())
+    assert {finding.component: finding for finding in doctor.diagnose()}["compiled plugins"].found.endswith(KERNELS)
 
 
 def test_each_kernel_that_is_compiled_is_of_another_kind():

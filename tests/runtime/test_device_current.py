@@ -15,12 +15,13 @@ from maskrcnn.errors import UserError  # noqa: E402
 from maskrcnn.runtime import Detector  # noqa: E402
 from maskrcnn.runtime.backends import tensorrt as tensorrt_backend  # noqa: E402
 from maskrcnn.runtime.build.profiles import Profile, Span  # noqa: E402
-from maskrcnn.runtime.gpu import memory as current  # noqa: E402
 from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array  # noqa: E402
 from maskrcnn.runtime.gpu.memory import (  # noqa: E402
     LEGACY_STREAM,
+    BufferPool,
     Cuda,
-    MemoryPool,
+    import_driver,
+    preserve_context,
 )
 
 ANY = Profile(Span(1, 1, 8), Span(32, 96, 384), Span(32, 96, 384))
@@ -77,11 +78,11 @@ def test_the_default_stream_is_that_of_the_arrays_gpu(runtime):
     with cuda.active():
         runtime.cudaStreamSynchronize(LEGACY_STREAM)
     assert found.tolist() == [1] * 4
-    pool, stream = MemoryPool(cuda, 4), cuda.stream()
-    address = pool.lend(stream).address
+    pool, stream = BufferPool(cuda, 4), cuda.stream()
+    address = pool.acquire(stream).address
     with cuda.active():
         runtime.cudaMemsetAsync(address, 1, 4, LEGACY_STREAM)
-    pool.lend(stream)
+    pool.acquire(stream)
     stream.synchronize()
     assert runtime.array(address, (1,), np.int32).tolist() == [0x01010101]
     del capsule
@@ -96,7 +97,7 @@ def test_errors_leave_the_thread_where_it_was(runtime):
     assert runtime.context == OWN
     memory = cuda.memory(8)
     runtime.driver.failing["cuCtxSetCurrent"] = real_driver.CUresult.CUDA_ERROR_DEINITIALIZED
-    with pytest.raises(RuntimeError, match="cuCtxSetCurrent answers CUDA_ERROR_DEINITIALIZED"), cuda.active():
+    with pytest.raises(RuntimeError, match="cuCtxSetCurrent returns CUDA_ERROR_DEINITIALIZED"), cuda.active():
         pass
     memory.close()  # as at the end of a program
 
@@ -106,7 +107,7 @@ def test_a_context_that_cannot_be_made_is_something_to_mend(runtime):
     with pytest.raises(UserError, match="no more memory on GPU 1 left"):
         Cuda(1, runtime, runtime.driver)
     runtime.driver.failing["cuDevicePrimaryCtxRetain"] = real_driver.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE
-    with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain answers cudaErrorDevicesUnavailable"):
+    with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain returns cudaErrorDevicesUnavailable"):
         Cuda(1, runtime, runtime.driver)
 
 
@@ -114,7 +115,7 @@ def test_a_context_that_cannot_be_made_is_something_to_mend(runtime):
 def test_what_other_libraries_choose_is_undone(runtime, monkeypatch, before):
     fake_cuda.install(monkeypatch, runtime)
     runtime.context = before
-    with current.as_before():
+    with preserve_context():
         runtime.cudaSetDevice(1)
     assert runtime.context == before
 
@@ -122,8 +123,8 @@ def test_what_other_libraries_choose_is_undone(runtime, monkeypatch, before):
 def test_without_a_driver_nothing_has_to_be_undone(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.driver", None)
     with pytest.raises(UserError, match="no Python package cuda-bindings"):
-        current.import_driver()
-    with current.as_before():
+        import_driver()
+    with preserve_context():
         pass
 
 

@@ -12,9 +12,8 @@ real_driver = pytest.importorskip("cuda.bindings.driver")
 import fake_cuda  # noqa: E402
 
 from maskrcnn.errors import UserError  # noqa: E402
-from maskrcnn.runtime.gpu import memory as current  # noqa: E402
-from maskrcnn.runtime.gpu import memory as device_memory  # noqa: E402
-from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda, MemoryPool, Room, Staging  # noqa: E402  # noqa: E402
+from maskrcnn.runtime.gpu import memory  # noqa: E402
+from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, BufferPool, Cuda, GrowableBuffer, StagingBuffer  # noqa: E402  # noqa: E402
 
 
 @pytest.fixture
@@ -138,7 +137,7 @@ def test_events_measure_time(cuda):
 
 def test_a_capture_that_fails_leaves_the_stream_usable(cuda, runtime):
     stream = cuda.stream()
-    with pytest.raises(RuntimeError, match=r"cudaStreamSynchronize answers cudaErrorStreamCaptureUnsupported \("):
+    with pytest.raises(RuntimeError, match=r"cudaStreamSynchronize returns cudaErrorStreamCaptureUnsupported \("):
         stream.capture(stream.synchronize)
     assert runtime.open == {"stream": 1}
     stream.synchronize()
@@ -193,8 +192,8 @@ def test_without_a_driver_the_real_bindings_say_so():
 
 
 def test_a_lent_block_is_lent_again_behind_the_default_streams_work(cuda, runtime):
-    pool, stream = MemoryPool(cuda, 4), cuda.stream()
-    first, second = pool.lend(stream), pool.lend(stream)
+    pool, stream = BufferPool(cuda, 4), cuda.stream()
+    first, second = pool.acquire(stream), pool.acquire(stream)
     address = first.address
     assert address != second.address
     reader = pinned_with(cuda, np.int32([7]))
@@ -203,7 +202,7 @@ def test_a_lent_block_is_lent_again_behind_the_default_streams_work(cuda, runtim
     default = runtime.cudaStream_t(LEGACY_STREAM)
     runtime.cudaMemcpyAsync(reader.address, address, 4, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost, default)
     del first
-    again = pool.lend(stream)
+    again = pool.acquire(stream)
     assert again.address == address
     stream.clear(again.address, 4)
     stream.synchronize()
@@ -214,23 +213,23 @@ def test_a_lent_block_is_lent_again_behind_the_default_streams_work(cuda, runtim
 
 
 def test_staging_is_not_written_before_it_has_been_read(cuda, runtime):
-    staging, stream, target = Staging(cuda), cuda.stream(), cuda.memory(8)
+    staging, stream, target = StagingBuffer(cuda), cuda.stream(), cuda.memory(8)
     for value, place in ((1, 0), (2, 4)):
-        staging.room(4).array((1,), np.int32)[...] = value
+        staging.reserve(4).array((1,), np.int32)[...] = value
         staging.send(stream, target.address + place, 4)
     stream.synchronize()
     assert runtime.array(target.address, (2,), np.int32).tolist() == [1, 2]
-    small = staging.room(4)
-    assert staging.room(2) is small
-    assert staging.room(100).nbytes == 100
+    small = staging.reserve(4)
+    assert staging.reserve(2) is small
+    assert staging.reserve(100).nbytes == 100
 
 
 def test_a_room_grows_once_nothing_reads_it(cuda, runtime):
-    room, stream = Room(cuda), cuda.stream()
-    small = room.at_least(4)
+    room, stream = GrowableBuffer(cuda), cuda.stream()
+    small = room.reserve(4)
     stream.clear(small.address, 4)
-    assert room.at_least(3) is small
-    assert room.at_least(400).nbytes == 400
+    assert room.reserve(3) is small
+    assert room.reserve(400).nbytes == 400
     assert runtime.open["device"] == 1
     stream.synchronize()
 
@@ -238,7 +237,7 @@ def test_a_room_grows_once_nothing_reads_it(cuda, runtime):
 def test_the_modules_call_nothing_that_the_bindings_lack():
     import ast
 
-    nodes = [node for each in (device_memory, current) for node in ast.walk(ast.parse(inspect.getsource(each)))]
+    nodes = list(ast.walk(ast.parse(inspect.getsource(memory))))
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     named = {text for text in strings if text.startswith("cu") and text.isidentifier()}
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - {"cuda", "current"}

@@ -11,10 +11,10 @@ import pytest
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.build.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
-from maskrcnn.runtime.build.profiles import parsed_profiles
+from maskrcnn.runtime.build.profiles import parse_profiles
 from maskrcnn.runtime.build.refit import refit_tensorrt_engine
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
-from maskrcnn.runtime.onnx_file import PREFIX, staged_graph
+from maskrcnn.runtime.engine_files import STAGE_PREFIX, staged_graph
 from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
 from maskrcnn.runtime.verification.inputs import batches_of_shapes
 from maskrcnn.stages import OF_KEYPOINTS, STAGES
@@ -39,7 +39,7 @@ def backend(onnx_file):
 
 @pytest.fixture
 def profiles(backend):
-    return parsed_profiles("3", "128x160", backend.metadata.preprocessing)
+    return parse_profiles("3", "128x160", backend.metadata.preprocessing)
 
 
 def test_drawn_batches_have_the_shapes_asked_for_small_images_and_an_empty_slot():
@@ -130,10 +130,10 @@ def test_stages_become_outputs_in_float32(graphs):
     graph = Path(graphs["graph"]).read_bytes()
     staged, shown = staged_graph(graph, STAGES)
     before, after = (onnx.load_from_string(each) for each in (graph, staged))
-    assert {stage for stage in STAGES if f"{PREFIX}{stage}" in shown} | {"boxes", "masks"} <= set(shown.values())
+    assert {stage for stage in STAGES if f"{STAGE_PREFIX}{stage}" in shown} | {"boxes", "masks"} <= set(shown.values())
     assert set(STAGES) - set(shown.values()) == set(OF_KEYPOINTS)
     added = after.graph.output[len(before.graph.output) :]
-    assert {value.name for value in added} == {name for name in shown if name.startswith(PREFIX)}
+    assert {value.name for value in added} == {name for name in shown if name.startswith(STAGE_PREFIX)}
     assert {value.type.tensor_type.elem_type for value in added} == {onnx.TensorProto.FLOAT}
     half = {value.name: value.type.tensor_type.elem_type for value in before.graph.value_info}
     assert half["P2"] == onnx.TensorProto.FLOAT16  # so the cast matters

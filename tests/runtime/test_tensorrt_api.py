@@ -42,7 +42,7 @@ def test_the_sources_are_read_where_they_use_tensorrt(used):
         ("trtp.op.maskrcnn", {"tensorrt.plugin.op.maskrcnn"}),
         ("trt.get_plugin_registry().load_library(path)", {"tensorrt.IPluginRegistry.load_library"}),
         ("self.config.set_flag(trt.int8)", {"tensorrt.IBuilderConfig.set_flag", "tensorrt.int8"}),
-        ("self._do('set_input_shape', name)", {"tensorrt.IExecutionContext.set_input_shape"}),
+        ("self._call_context('set_input_shape', name)", {"tensorrt.IExecutionContext.set_input_shape"}),
         ("tensorrt.given", set()),
     ],
 )

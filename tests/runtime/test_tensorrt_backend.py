@@ -122,29 +122,28 @@ def test_a_timed_run_gives_the_same_and_its_parts(engine, machine, reference):
         assert parts == {"copy in": 1.5, "engine": 1.5, "copy out": 1.5}  # what the pretended GPU says of any two
 
 
-def test_without_graphs_inputs_are_read_where_they_lie(engine, runtime):
+def test_without_graphs_inputs_are_read_in_place(engine, runtime, trt):
     backend = load_backend(engine, graphs=False)
     given = on_gpu(backend, feeds())
     backend(given)
     runtime.calls.clear()
     found = backend(given)
     assert "cudaMemcpyAsync" not in runtime.calls
-    with backend.lane() as lane:
-        aims = lane.bind((2, 64, 96))._aims
-    assert aims["images"] == given["images"].address and aims["boxes"] == found["boxes"].address
+    assert trt.engines[0].contexts[-1].addresses["images"] == given["images"].address
+    assert trt.engines[0].contexts[-1].addresses["boxes"] == found["boxes"].address
 
 
 def test_with_graphs_the_engines_own_input_is_not_copied(engine, runtime, reference):
     backend = load_backend(engine)
     backend(feeds())
-    with backend.lane() as lane:
-        bound = lane.bind((2, 64, 96))
-        bound.put("image_sizes", feeds(seed=3)["image_sizes"])
-        images = bound.input("images")
+    with backend.acquire() as contexts:
+        binding = contexts.bind((2, 64, 96))
+        binding.put("image_sizes", feeds(seed=3)["image_sizes"])
+        images = binding.input("images")
         runtime.array(images.address, images.shape, images.dtype)[...] = feeds(seed=3)["images"]
         runtime.calls.clear()
-        bound.put("images", images)
-        outputs = bound.run()
+        binding.put("images", images)
+        outputs = binding.run()
         assert "cudaMemcpyAsync" not in runtime.calls and "cudaGraphLaunch" in runtime.calls
         assert_equal({name: value.numpy() for name, value in outputs.items()}, reference(feeds(seed=3)))
 
@@ -165,8 +164,8 @@ def test_a_batch_is_padded_to_what_a_profile_takes(tmp_path, onnx_file, machine,
     images = [shapes_image(np.random.default_rng(seed), (300, 200 + 50 * seed))[0] for seed in range(3)]
     backend = load_backend(path)
     nothing = np.full((4, 3, 160, 160), np.nan, np.float32)  # which must not stay where no image is next
-    with backend.lane() as lane:
-        lane.bind((4, 160, 160)).put("images", nothing)
+    with backend.acquire() as contexts:
+        contexts.bind((4, 160, 160)).put("images", nothing)
     found, sizes = backend.run_images(images)
     pixels, wanted_sizes = batch_images(images, reference.metadata.preprocessing)
     padded = np.zeros((4, 3, 160, 160), np.float32)
@@ -189,7 +188,7 @@ def test_each_shape_runs_in_the_profile_that_fits_best(tmp_path, onnx_file, mach
     backend = load_backend(path)
     for batch in (1, 2):
         assert_equal(backend(feeds(batch)), reference(feeds(batch)))
-    assert [context._profile for context in trt.engines[0].contexts] == [1, 0]
+    assert [context.profile for context in trt.engines[0].contexts] == [1, 0]
     with pytest.raises(UserError, match=r"a batch of 1 of 416×96[\s\S]*384[\s\S]*build-engine model.onnx --fp32"):
         backend(feeds(1, height=416))
     assert len(trt.engines[0].contexts) == 2
@@ -223,9 +222,9 @@ def test_threads_share_an_engine(engine, runtime, trt, reference):
     inside, both = threading.Barrier(2, timeout=30), []
 
     def work(number: int) -> None:
-        with backend.lane() as lane:
+        with backend.acquire() as contexts:
             inside.wait()  # so two of them are in use at once
-            both.append(lane)
+            both.append(contexts)
         for seed in range(number, 12, 4):
             found[seed] = backend(feeds(seed=seed))
 
@@ -238,7 +237,8 @@ def test_threads_share_an_engine(engine, runtime, trt, reference):
     for seed, outputs in found.items():
         assert_equal(outputs, reference(feeds(seed=seed)))
     assert len(set(both)) == 2
-    assert len(backend._lanes) == 2
+    with backend.acquire() as first, backend.acquire() as second:
+        assert {first, second} == set(both)
 
 
 # Photos and masks on the GPU
@@ -274,7 +274,7 @@ def test_masks_are_pasted_on_the_gpu(detector_with_kernels, runtime, monkeypatch
     assert len(found) > 3
     np.testing.assert_array_equal(found.full_masks(), on_cpu.full_masks())
     assert runtime.calls.count("cudaStreamSynchronize") == 1
-    monkeypatch.setattr(gpu_images, "_MOST_BITS", 2 * 120 * 6 * 4)  # two masks at a time
+    monkeypatch.setattr(gpu_images, "MAX_BITS_BYTES", 2 * 120 * 6 * 4)  # two masks at a time
     np.testing.assert_array_equal(found.full_masks(0.3), on_cpu.full_masks(0.3))
     some = found.above(float(np.sort(found.scores)[-2]))
     assert some.paste is found.paste and some.full_masks().shape == (2, 120, 171)
@@ -350,7 +350,7 @@ def test_an_engine_that_cannot_be_captured_runs_without_a_graph(engine, runtime,
 def test_too_little_memory_says_what_to_do(engine, runtime, trt):
     backend = load_backend(engine)
     trt.most_contexts = 0
-    with pytest.raises(UserError, match=r"makes no execution context[\s\S]*too little free memory"):
+    with pytest.raises(UserError, match=r"creates no execution context[\s\S]*too little free memory"):
         backend(feeds())
     runtime.failing["cudaMalloc"] = fake_cuda.real.cudaError_t.cudaErrorMemoryAllocation, 0
     with pytest.raises(UserError, match="on GPU 0 left"):
@@ -389,13 +389,13 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, engine, boxes_o
     with pytest.raises(UserError, match=r"masks other than model\.fp32\.engine\.json says"):
         load_backend(engine)
     engine.write_bytes(b"no plan")
-    with pytest.raises(UserError, match=r"TensorRT loads no engine from it[\s\S]*another version of TensorRT"):
+    with pytest.raises(UserError, match=r"TensorRT cannot load it[\s\S]*another version of TensorRT"):
         load_backend(engine)
 
 
 def test_a_plan_that_the_json_was_not_written_for_is_refused(tmp_path, onnx_file, machine):
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [ANY], plan_sha256="0" * 64)
-    with pytest.raises(UserError, match=r"another plan than the one that a\.engine\.json was written for"):
+    with pytest.raises(UserError, match=r"not the plan that a\.engine\.json was written for"):
         load_backend(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     load_backend(fake_tensorrt.write_engine(onnx_file, path, [ANY], plan_sha256=found))

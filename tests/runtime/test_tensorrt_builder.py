@@ -1,4 +1,4 @@
-"""Building plans over doubles of TensorRT's own classes: what is asked of them, and every way in which they refuse."""
+"""Builds of TensorRT plans with doubles of its classes: the settings that reach them, and the error of each failure."""
 
 from types import SimpleNamespace
 
@@ -8,33 +8,33 @@ from maskrcnn.runtime.build.messages import parsing_failure
 
 
 @pytest.fixture(scope="session")
-def said(each_tensorrt, flow_paths, tmp_path_factory):
-    """What each flow of tests/support/tensorrt_flows.py said."""
+def results(each_tensorrt, flow_paths, tmp_path_factory):
+    """The result of each flow of tests/support/tensorrt_flows.py."""
     return each_tensorrt.flows("tensorrt_flows", {**flow_paths, "folder": str(tmp_path_factory.mktemp("flows"))})
 
 
 @pytest.fixture
-def value(said):
+def value(results):
     def of(name):
-        assert "value" in said[name], said[name].get("crash") or said[name]
-        return said[name]["value"]
+        assert "value" in results[name], results[name].get("crash") or results[name]
+        return results[name]["value"]
 
     return of
 
 
 @pytest.fixture
-def error(said):
+def error(results):
     def of(name):
-        assert "error" in said[name], said[name].get("crash") or said[name]
-        return said[name]["error"]
+        assert "error" in results[name], results[name].get("crash") or results[name]
+        return results[name]["error"]
 
     return of
 
 
-def test_a_plain_build_asks_for_nothing_that_is_not_tensorrts_default_but_exact_products(value):
+def test_default_settings_are_those_of_tensorrt_except_tf32(value):
     built = value("plain_build")
     assert built["plan"] == "a plan" and built["graph"] is True
-    assert built["typed"] is True  # which 11 always is, and 10 on demand
+    assert built["typed"] is True
     off = ("TF32", "VERSION_COMPATIBLE", "REFIT", "STRIP_PLAN", "REFIT_IDENTICAL")
     assert built["flags"] == dict.fromkeys(off, False)
     assert built["pools"] == [] and built["hardware_compatibility_level"] == "NONE"
@@ -58,10 +58,10 @@ def test_profiles_have_the_shapes_of_both_inputs(value):
 def test_progress_and_warnings_are_passed_on(value):
     built = value("plain_build")
     assert built["phases"] == [
-        ["started", "Building", None, 2],
-        ["started", "Tactics", "Building", 5],
-        ["completed", "Tactics", 0],
-        ["finished", "Tactics"],
+        ["started", "Building", 2],
+        ["started", "  Tactics", 5],
+        ["advanced", "  Tactics", 1],
+        ["finished", "  Tactics"],
         ["finished", "Building"],
     ]
     assert built["warnings"] == ["a warning"]
@@ -84,42 +84,42 @@ def test_a_plan_without_weights(value):
     assert built["hardware_compatibility_level"] == "AMPERE_PLUS"
 
 
-def test_errors_of_the_parser_name_node_stage_and_remedy(error):
-    came, _, do = error("parser_refuses_a_node")
-    assert came.startswith("5 error(s) of TensorRT's ONNX parser:\n  node 214, ")
-    assert "(Resize) in the backbone and FPN: UNSUPPORTED_NODE_ATTR: no such mode\n" in came
-    assert came.endswith("and 2 more") and "another version of TensorRT" in do
+def test_parser_errors_name_the_node_its_stage_and_a_fix(error):
+    found, _, fix = error("parser_refuses_a_node")
+    assert found.startswith("5 error(s) of TensorRT's ONNX parser:\n  node 214, ")
+    assert "(Resize) in the backbone and FPN: UNSUPPORTED_NODE_ATTR: no such mode\n" in found
+    assert found.endswith("and 2 more") and "another version of TensorRT" in fix
 
 
 @pytest.mark.parametrize(
-    ("flow", "came", "do"),
+    ("flow", "found", "fix"),
     [
-        ("no_builder", "TensorRT has no builder here", "run the ONNX file"),
+        ("no_builder", "TensorRT has no builder here", "report this"),
         ("parser_has_no_plugin", "nms (BatchedNms): UNSUPPORTED_NODE", "BatchedNms is an op of maskrcnn"),
         ("parser_is_out_of_memory", "MEM_ALLOC_FAILED: bad_alloc", "free memory"),
-        ("parser_says_nothing", "refuses the graph:\n  weights lie elsewhere", "report this"),
+        ("parser_says_nothing", "rejects the graph:\n  weights lie elsewhere", "report this"),
         ("other_outputs", "a network with the outputs num_detections INT32, boxes FLOAT", "export the model again"),
         ("no_kernel_image", "kernels that were not compiled for this GPU", "maskrcnn build-plugins"),
         ("out_of_memory", "too little free memory on the GPU", "smaller --batch and --size"),
         ("no_workspace", "a workspace limit", "raise --workspace"),
-        ("no_implementation", "no implementation under these settings", "leave out --version-compatible"),
-        ("unknown_gpu", "a GPU that this version of TensorRT does not know", "install a version for it"),
+        ("no_implementation", "no implementation under these settings", "drop --version-compatible"),
+        ("unknown_gpu", "a GPU that this version of TensorRT does not support", "install a version that supports it"),
         ("old_driver", "an NVIDIA driver that is missing or older", "update the driver"),
-        ("says_nothing", "TensorRT built no engine: TensorRT told no reason", "report this"),
+        ("says_nothing", "TensorRT built no engine: TensorRT logged no reason", "report this"),
         ("interrupted", "stopped by Ctrl-C", "run it again"),
-        ("profile_is_refused", "does not take the profile batch 1 of 32–160×32–160", "choose other --batch"),
-        ("shape_is_refused", "(Shape provided for min is inconsistent)", "choose others"),
+        ("profile_is_refused", "rejects the profile batch 1 of 32–160×32–160", "choose another --batch"),
+        ("shape_is_refused", "(Shape provided for min is inconsistent)", "choose another --batch"),
         ("library_is_missing", "no plugin library", "maskrcnn build-plugins --form library"),
-        ("library_is_none", "does not load it", "--form library --force"),
+        ("library_is_none", "cannot load it", "--form library --force"),
     ],
 )
-def test_what_goes_wrong_is_said_with_what_to_do(error, flow, came, do):
+def test_failures_have_a_cause_and_a_fix(error, flow, found, fix):
     parts = error(flow)
-    assert came in parts[0] and do in parts[2]
+    assert found in parts[0] and fix in parts[2]
 
 
-def test_a_code_whose_name_is_a_method_is_read_from_its_text():
-    """As those of TensorRT 10.9 are."""
+def test_the_parser_error_codes_of_tensorrt_10_9_are_read():
+    """Their `name` is a method that cannot be called."""
 
     class Code:
         def __str__(self):
@@ -130,29 +130,29 @@ def test_a_code_whose_name_is_a_method_is_read_from_its_text():
 
     values = {"code": Code(), "desc": "bad_alloc", "node": 0, "node_name": "conv", "node_operator": "Conv"}
     error = SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
-    told = parsing_failure(SimpleNamespace(num_errors=1, get_error=lambda index: error), ())
-    assert "conv (Conv): MEM_ALLOC_FAILED: bad_alloc" in told.found and told.fix.startswith("free memory")
+    failure = parsing_failure(SimpleNamespace(num_errors=1, get_error=lambda index: error), (), lambda node: "")
+    assert "conv (Conv): MEM_ALLOC_FAILED: bad_alloc" in failure.found and failure.fix.startswith("free memory")
 
 
-def test_a_message_is_shown_once(error):
+def test_a_repeated_message_is_shown_once(error):
     assert error("says_something_new")[0] == "TensorRT built no engine:\n  Error Code 99: the moon is full"
 
 
-def test_one_logger_hears_everything_and_each_build_tells_its_own(value):
+def test_each_build_reports_its_own_messages_though_tensorrt_keeps_one_logger(value):
     found = value("builds_and_loads_one_after_the_other")
     assert found["warnings"] == [["first"], ["second"]]
-    assert "Version tag does not match" in found["came"]
+    assert "Version tag does not match" in found["found"]
 
 
 def test_an_exception_in_the_progress_bar_stops_the_build_and_is_raised(value):
     assert value("progress_breaks") == "the terminal is gone"
 
 
-def test_the_timing_cache_keeps_what_another_build_wrote_meanwhile(value):
+def test_the_timing_cache_keeps_entries_of_concurrent_builds(value):
     assert value("timing_cache_of_two") == "meanwhile;new;old"
 
 
-def test_a_timing_cache_that_does_not_fit_gives_way_to_a_new_one(value):
+def test_a_timing_cache_that_does_not_fit_is_replaced(value):
     (broken_sets, broken), (other_sets, _) = value("timing_caches_that_do_not_fit")
     assert broken_sets == other_sets == 1 and broken == "new"
 
@@ -162,4 +162,4 @@ def test_plugins_are_registered_once_and_the_library_is_not_loaded_beside_them(v
     assert found["before"] == []
     assert found["after"] == ["BatchedNmsCompact", "BatchedNmsKeep", "MultilevelRoiAlign"]
     assert found["returned"] == [None, None]
-    assert found["came"] == "the ahead-of-time plugins are registered in this process"
+    assert found["found"] == "the ahead-of-time plugins are registered in this process"

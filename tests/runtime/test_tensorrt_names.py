@@ -15,12 +15,10 @@ from unittest.mock import create_autospec
 import numpy as np
 import tensorrt as trt
 import fake_cuda, fake_tensorrt
-from maskrcnn.runtime.device import current
-from maskrcnn.runtime.device import memory as device_memory
-from maskrcnn.runtime.trt import library as tensorrt_library
-from maskrcnn.runtime.trt import plan as tensorrt_plan
+from maskrcnn.runtime.backends import tensorrt_engine, tensorrt_library
 from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
 from maskrcnn.runtime.build.profiles import Profile, Span
+from maskrcnn.runtime.gpu import memory
 
 used = set()
 
@@ -39,7 +37,7 @@ def double(real, pretended):
         value = getattr(pretended, name)
         if callable(value):
             getattr(made, name).side_effect = answering(value, f"{{real.__name__}}.{{name}}")
-        elif name not in ("contexts", "computed"):
+        elif name not in ("contexts", "computed", "profile", "addresses"):
             setattr(made, name, value)
     return made
 
@@ -65,9 +63,9 @@ class Doubles(fake_tensorrt.Module):
 assert tensorrt_library.import_tensorrt() is trt
 runtime = fake_cuda.FakeRuntime()
 doubles = Doubles(runtime)
-device_memory.import_runtime = lambda: runtime
-current.import_driver = lambda: runtime.driver
-tensorrt_plan.import_tensorrt = lambda: doubles
+memory.import_runtime = lambda: runtime
+memory.import_driver = lambda: runtime.driver
+tensorrt_engine.import_tensorrt = lambda: doubles
 any_size = Profile(Span(1, 1, 2), Span(32, 64, 96), Span(32, 96, 96))
 path = fake_tensorrt.write_engine(
     Path({onnx!r}), Path({folder!r}) / "model.engine", [any_size], tensorrt=trt.__version__, version_compatible="yes"

@@ -22,7 +22,7 @@ from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
 from maskrcnn.runtime.backends.tensorrt_library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
 from maskrcnn.runtime.build.gate import GateImages, gate
 from maskrcnn.runtime.build.network import BuildOptions
-from maskrcnn.runtime.build.profiles import parsed_profiles
+from maskrcnn.runtime.build.profiles import parse_profiles
 from maskrcnn.runtime.build.refit import refit_tensorrt_engine
 from maskrcnn.runtime.build.request import Order, Refit, Surroundings
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
@@ -68,7 +68,7 @@ def build_engine(around, graph_of, onnx_file, tmp_path_factory):
             "reference": onnx_file,
             "output": folder / f"model.{precision}.engine",
             "precision": precision,
-            "profiles": parsed_profiles("1:2:4", "64x96:96x128:160x160", preprocessing),
+            "profiles": parse_profiles("1:2:4", "64x96:96x128:160x160", preprocessing),
             "timing_cache": timing,
             **changes,
         }
@@ -223,7 +223,7 @@ def test_a_version_compatible_engine(build_engine, tmp_path):
 
 def test_several_profiles_run_each_shape_in_its_own(build_engine, tmp_path, onnx_file):
     preprocessing = Detector.load(onnx_file).metadata.preprocessing
-    profiles = parsed_profiles("1,2", "64x96,128x160", preprocessing)
+    profiles = parse_profiles("1,2", "64x96,128x160", preprocessing)
     _, path = build_engine(tmp_path, profiles=profiles)
     backend = TensorRtBackend(path)
     for feeds in feeds_of((1, 64, 96), (2, 128, 160), (1, 128, 160), (2, 64, 96)):
@@ -271,12 +271,12 @@ def test_the_engines_own_input_is_written_and_its_outputs_read_in_place(engine):
     (feeds,) = feeds_of((2, 96, 128))
     wanted = backend(feeds)
     for _ in range(3):
-        with backend.lane() as lane:
-            bound = lane.bind((2, 96, 128))
-            torch.from_dlpack(bound.input("images")).copy_(torch.from_numpy(feeds["images"]))
+        with backend.acquire() as contexts:
+            binding = contexts.bind((2, 96, 128))
+            torch.from_dlpack(binding.input("images")).copy_(torch.from_numpy(feeds["images"]))
             torch.cuda.synchronize()
-            bound.put("image_sizes", feeds["image_sizes"])
-            assert_same(wanted, {name: value.numpy() for name, value in bound.run().items()})
+            binding.put("image_sizes", feeds["image_sizes"])
+            assert_same(wanted, {name: value.numpy() for name, value in binding.run().items()})
 
 
 def test_memory_comes_back(engine):

@@ -20,8 +20,7 @@ from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real
 
 from maskrcnn.plugins.native import Kernels
-from maskrcnn.runtime.gpu import memory as current
-from maskrcnn.runtime.gpu import memory as device_memory
+from maskrcnn.runtime.gpu import memory
 
 OK = real.cudaError_t.cudaSuccess
 INVALID = real.cudaError_t.cudaErrorInvalidValue
@@ -371,8 +370,8 @@ class FakeDriver:
 
 def install(monkeypatch: Any, runtime: FakeRuntime) -> None:
     """Puts a pretended GPU in the place of the real ones, for one test."""
-    monkeypatch.setattr(device_memory, "import_runtime", lambda: runtime)
-    monkeypatch.setattr(current, "import_driver", lambda: runtime.driver)
+    monkeypatch.setattr(memory, "import_runtime", lambda: runtime)
+    monkeypatch.setattr(memory, "import_driver", lambda: runtime.driver)
 
 
 class DeferredKernels(Kernels):

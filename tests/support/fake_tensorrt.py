@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 
 from maskrcnn.metadata import KEY, ModelMetadata
-from maskrcnn.runtime.backends import tensorrt_engine as tensorrt_plan
+from maskrcnn.runtime.backends import tensorrt_engine
 from maskrcnn.runtime.backends.onnxruntime import session_options
 from maskrcnn.runtime.build import profiles as tensorrt_profiles
 from maskrcnn.runtime.build.profiles import Profile
@@ -59,9 +59,9 @@ class Context:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._runtime = engine, engine._runtime
         self._scratch: tuple[int, int] | None = None
-        self._profile: int | None = None
+        self.profile: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
+        self.addresses: dict[str, int] = {}
         self._runs = 0
         self._captured = False
 
@@ -72,15 +72,15 @@ class Context:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._change()
-        self._profile = profile_index
+        self.profile = profile_index
         return 0 <= profile_index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._change()
-        assert self._profile is not None, "shapes are checked against a profile"
+        assert self.profile is not None, "shapes are checked against a profile"
         self._shapes[name] = tuple(shape)
         images = shape if name == "images" else None
-        return images is None or self._engine._profiles[self._profile].takes((images[0], images[2], images[3]))
+        return images is None or self._engine._profiles[self.profile].takes((images[0], images[2], images[3]))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         assert set(self._shapes) == set(self._engine._inputs), "shapes follow from all inputs"
@@ -92,11 +92,11 @@ class Context:
         self._change()
         if memory % 256:
             return False
-        self._addresses[name] = memory
+        self.addresses[name] = memory
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        engine, addresses = self._engine, dict(self._addresses)
+        engine, addresses = self._engine, dict(self.addresses)
         if engine._module.refuses:
             engine._module.say("enqueue: no luck")
             return False
@@ -229,7 +229,7 @@ def install(monkeypatch: Any, devices: int = 1) -> tuple[fake_cuda.FakeRuntime, 
     runtime = fake_cuda.FakeRuntime(devices)
     module = Module(runtime)
     fake_cuda.install(monkeypatch, runtime)
-    monkeypatch.setattr(tensorrt_plan, "import_tensorrt", lambda: module)
+    monkeypatch.setattr(tensorrt_engine, "import_tensorrt", lambda: module)
     return runtime, module
 
 

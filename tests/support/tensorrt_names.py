@@ -45,7 +45,7 @@ OBJECTS = {
     },
 }
 RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
-BY_TEXT = {"_do": "IExecutionContext"}  # functions of ours that take a method's name
+BY_TEXT = {"_call_context": "IExecutionContext"}  # functions of ours that take a method's name
 OURS = {"tensorrt.found"}  # of a variable in doctor.py
 
 
