@@ -90,8 +90,8 @@ def convert(
         UserError: for a source that cannot be read; without `keep_going`, for the first entry that cannot be converted.
     """
     from maskrcnn.data.convert.conversion import convert as run
+    from maskrcnn.data.convert.conversion import split_plan
     from maskrcnn.data.convert.source import Options
-    from maskrcnn.data.convert.splits import split_plan
 
     options = Options(
         classes=None if classes is None else str(classes),

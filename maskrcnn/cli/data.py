@@ -197,12 +197,12 @@ def data_check(
     Exit code 1 for errors, which stop training; 0 for remarks, unless --strict.
     """
     from maskrcnn.api.data import check_data
-    from maskrcnn.data.check_report import write_pictures
+    from maskrcnn.data.check_report import draw_findings
 
     report = check_data(data, split=split or (), progress=ConsoleProgress())
     show(report.text())
     if output is not None:
-        show(f"{write_pictures(report, output, per_problem=pictures)} images → {output}")
+        show(f"{draw_findings(report, output, per_problem=pictures)} images → {output}")
     if json is not None:
         write_json(json, report.to_dict())
     if report.by_problem(is_error=True) or (strict and report.findings):

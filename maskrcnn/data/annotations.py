@@ -1,8 +1,11 @@
-"""Polygons and run-length encodings of COCO annotations, checked before pycocotools sees them."""
+"""Annotation files in COCO's format: the file as a whole, and each annotation.
+
+A fault of the file is a UserError; a fault of one annotation is an AnnotationError. Segmentations are checked before
+pycocotools sees them.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,15 +16,26 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import read_json
 from maskrcnn.imaging.run_lengths import runs_from_strings
 from maskrcnn.keypoints import check_skeleton
 
-# Polygons as arrays (x, y, x, y, …) in pixels, where pixel 0 reaches from 0 to 1; or RLE {"size", "counts"}.
+# Polygons as arrays (x, y, x, y, …) in pixels, where pixel 0 spans 0 to 1; or RLE {"size", "counts"}.
 Segmentation: TypeAlias = list[np.ndarray] | dict[str, Any]
+
+LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
+_FIX = "correct the file (format: cocodataset.org/#format-data)"
+_TYPE_NAMES = {int: "an integer", str: "a string", list: "a list", dict: "an object"}
+_VISIBILITIES = (0, 1, 2)  # of keypoints: not labelled; labelled and hidden; labelled and visible
 
 
 class AnnotationError(Exception):
-    """An annotation that cannot be used: `reason` is the same for all its kind, `detail` says what came."""
+    """An annotation that cannot be used.
+
+    Args:
+        reason: the kind of fault; faults are counted by it.
+        detail: what was found.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
@@ -29,7 +43,7 @@ class AnnotationError(Exception):
 
 
 def finite_numbers(values: Any) -> np.ndarray | None:
-    """A list of finite numbers as float64, or None for anything else."""
+    """A list of finite numbers as float64 `[N]`; None for anything else."""
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         return None
     try:
@@ -39,14 +53,17 @@ def finite_numbers(values: Any) -> np.ndarray | None:
     return array if np.isfinite(array).all() else None
 
 
-def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmentation:
-    """COCO's segmentation in an image of this size, once pycocotools can decode it safely.
+# --- segmentations -----------------------------------------------------------------------------------
 
-    Of run lengths that stop short of the image's end, pycocotools 2.0.11 leaves the rest of the mask
-    uninitialised; longer ones it refuses only when a mask is decoded, in the middle of training.
+
+def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmentation:
+    """Checks COCO's segmentation in an image of this size, so that pycocotools can decode it safely.
+
+    pycocotools 2.0.11 leaves the rest of the mask uninitialised where run lengths end before the image, and rejects
+    longer ones only when the mask is decoded.
 
     Raises:
-        AnnotationError: for what is missing, empty or malformed.
+        AnnotationError: for a missing, empty or malformed segmentation.
     """
     if not segmentation:
         raise AnnotationError("no segmentation", f"segmentation {segmentation!r}")
@@ -56,8 +73,8 @@ def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmenta
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise AnnotationError(malformed, "neither a list of polygons nor an object with size and counts")
     if segmentation["size"] != [height, width]:
-        came = f"RLE of size {segmentation['size']!r}, image [{height}, {width}]"
-        raise AnnotationError("mask of another size than the image", came)
+        found = f"RLE of size {segmentation['size']!r}, image [{height}, {width}]"
+        raise AnnotationError("mask of another size than the image", found)
     runs = _runs_from_counts(segmentation["counts"])
     if runs is None or runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise AnnotationError(malformed, f"RLE whose runs do not add up to {height}×{width} pixels")
@@ -79,116 +96,95 @@ def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray:
     points = finite_numbers(polygon)
     if points is None or points.size < 6 or points.size % 2:
         raise AnnotationError("malformed segmentation", "polygon that is not three or more pairs of numbers")
-    # pycocotools walks the outline in steps of a fifth of a pixel: a stray 1e9 would cost gigabytes.
+    # pycocotools samples the outline at a fifth of a pixel: a stray 1e9 would need gigabytes.
     x, y = points[0::2], points[1::2]
     if min(x.min() + width, y.min() + height) < 0 or x.max() > 2 * width or y.max() > 2 * height:
-        raise AnnotationError("malformed segmentation", "polygon farther than one image size outside the image")
+        raise AnnotationError("malformed segmentation", "polygon more than one image size outside the image")
     return points
 
 
 def _runs_from_counts(counts: Any) -> np.ndarray | None:
-    """The run lengths of an RLE, alternating background and object, or None where they cannot be read."""
+    """The run lengths of an RLE, alternately background and object; None for malformed counts."""
     if isinstance(counts, list):
-        if not all(type(run) is int and 0 <= run < 2**32 for run in counts):
-            return None
-        return np.array(counts, dtype=np.int64)
+        valid = all(type(run) is int and 0 <= run < 2**32 for run in counts)
+        return np.array(counts, dtype=np.int64) if valid else None
     if not isinstance(counts, str):
         return None
-    found, is_good = runs_from_strings([counts])
-    return found.runs if is_good[0] else None
+    decoded, is_good = runs_from_strings([counts])
+    return decoded.runs if is_good[0] else None
 
 
-# The entries of annotation files in COCO's format, each checked for what the rest of the package relies on.
-#
-# What is wrong with the file as a whole is a UserError; what is wrong with one annotation is an AnnotationError.
-
-LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
-TOP_LEVEL_KEYS = ("images", "annotations", "categories")
-_TYPE_NAMES = {int: "an integer", str: "a string", list: "a list", dict: "an object"}
+# --- annotation files --------------------------------------------------------------------------------
 
 
-def _structure_error(path: Path, what: str, expected: str) -> UserError:
-    return UserError(f"{path}: {what}", expected, "correct the file (format: cocodataset.org/#format-data)")
-
-
-def read_json(path: Path) -> Any:
-    """The content of an annotation file.
+def read_annotation_lists(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
+    """Reads the lists `images`, `annotations` and `categories` of an annotation file.
 
     Raises:
-        UserError: where it cannot be read or is not JSON.
+        UserError: where the file cannot be read, is not JSON, or has no such lists.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"annotation file {path} cannot be read ({error.strerror})",
-            LAYOUT,
-            "point --data at such a folder and name a split that it has",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise _structure_error(path, f"not JSON ({error})", "a complete JSON file in COCO's format") from error
+    if not path.exists():
+        fix = "point --data at such a folder and name one of its splits"
+        raise UserError(f"annotation file {path} does not exist", LAYOUT, fix)
+    content = read_json(path, "a complete JSON file in COCO's format")
+    images, annotations, categories = (
+        _required(path, content, "the file", key, list) for key in ("images", "annotations", "categories")
+    )
+    return images, annotations, categories
 
 
-def required(path: Path, entry: Any, where: str, key: str, kind: type) -> Any:
-    """`entry[key]`, which must be there and of this type."""
+def _required(path: Path, entry: Any, where: str, key: str, kind: type) -> Any:
+    """`entry[key]`, which must exist and be of this type."""
     if not isinstance(entry, dict):
-        raise _structure_error(path, f"{where} is of type {type(entry).__name__}", _TYPE_NAMES[dict])
+        raise UserError(f"{path}: {where} is of type {type(entry).__name__}", _TYPE_NAMES[dict], _FIX)
     if key not in entry:
-        raise _structure_error(path, f"{where} has no key {key!r}", f"{key!r}: {_TYPE_NAMES[kind]}")
-    if type(entry[key]) is not kind:  # not isinstance: true and false are no integers here
-        came = f"{key!r} of {where} is of type {type(entry[key]).__name__}"
-        raise _structure_error(path, came, f"{key!r}: {_TYPE_NAMES[kind]}")
+        raise UserError(f"{path}: {where} has no key {key!r}", f"{key!r}: {_TYPE_NAMES[kind]}", _FIX)
+    if type(entry[key]) is not kind:  # not isinstance: bool is a subclass of int
+        found = f"{path}: {key!r} of {where} is of type {type(entry[key]).__name__}"
+        raise UserError(found, f"{key!r}: {_TYPE_NAMES[kind]}", _FIX)
     return entry[key]
 
 
-def categories_of(path: Path, entries: list[Any]) -> dict[int, str]:
-    """Category id -> name, in ascending order of the ids."""
+def read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
+    """Category id -> name, in ascending order of the ids; `path` names the file in errors."""
     if not entries:
-        raise _structure_error(path, "no categories", "at least one entry in 'categories'")
+        raise UserError(f"{path}: no categories", "at least one entry in 'categories'", _FIX)
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
-        category_id = required(path, entry, f"categories[{index}]", "id", int)
+        category_id = _required(path, entry, f"categories[{index}]", "id", int)
         if category_id in names:
-            raise _structure_error(path, f"category id {category_id} occurs twice", "unique category ids")
-        names[category_id] = required(path, entry, f"categories[{index}]", "name", str)
+            raise UserError(f"{path}: category id {category_id} occurs twice", "unique category ids", _FIX)
+        names[category_id] = _required(path, entry, f"categories[{index}]", "name", str)
     return dict(sorted(names.items()))
 
 
-def images_of(path: Path, folder: Path, entries: list[Any]) -> dict[int, tuple[Path, int, int]]:
-    """Image id -> (file, height, width), in the order of the file."""
+def read_images(path: Path, folder: Path, entries: list[Any]) -> dict[int, tuple[Path, int, int]]:
+    """Image id -> (file, height, width), in the order of the annotation file `path`; `folder` holds the images."""
     if not entries:
-        raise _structure_error(path, "no images", "at least one entry in 'images'")
+        raise UserError(f"{path}: no images", "at least one entry in 'images'", _FIX)
     images: dict[int, tuple[Path, int, int]] = {}
     for index, entry in enumerate(entries):
         where = f"images[{index}]"
-        image_id = required(path, entry, where, "id", int)
+        image_id = _required(path, entry, where, "id", int)
         if image_id in images:
-            raise _structure_error(path, f"image id {image_id} occurs twice", "unique image ids")
-        name = required(path, entry, where, "file_name", str)
-        height, width = (required(path, entry, where, key, int) for key in ("height", "width"))
+            raise UserError(f"{path}: image id {image_id} occurs twice", "unique image ids", _FIX)
+        name = _required(path, entry, where, "file_name", str)
+        height, width = (_required(path, entry, where, key, int) for key in ("height", "width"))
         if min(height, width) < 1:
-            raise _structure_error(path, f"{where} measures {width}×{height}", "positive width and height")
+            raise UserError(f"{path}: {where} measures {width}×{height}", "positive width and height", _FIX)
         inside = os.path.normpath(name)
         if os.path.isabs(inside) or os.path.splitdrive(inside)[0] or inside.split(os.sep)[0] == os.pardir:
-            came = f"'file_name' of {where} is {name!r}, outside the image folder"
-            raise _structure_error(path, came, f"a path relative to {folder} that stays in it")
+            found = f"{path}: 'file_name' of {where} is {name!r}, outside the image folder"
+            raise UserError(found, f"a path relative to {folder} that stays in it", _FIX)
         images[image_id] = (folder / inside, height, width)
     return images
 
 
-def require_files(path: Path, folder: Path, files: list[Path]) -> None:
-    """Raises a UserError where image files are missing; counts them and names the first."""
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(files)} images of {path} are missing, the first is {missing[0]}",
-            f"every image of the file below {folder}",
-            "complete the image folder, or remove the entries from the annotation file",
-        )
+# --- annotations -------------------------------------------------------------------------------------
 
 
 def usable_id(entry: Any) -> int | None:
-    """The annotation's id, unless pycocotools would misread it: to its matching, 0 means unmatched."""
+    """The id of an annotation; None for one that pycocotools misreads: in its matching, 0 means unmatched."""
     value = entry.get("id") if isinstance(entry, dict) else None
     return value if type(value) is int and value > 0 else None
 
@@ -202,13 +198,13 @@ def are_boxes_only(annotations: list[Any]) -> bool:
 def checked_annotation(
     entry: Any, images: dict[int, tuple[Path, int, int]], labels: dict[int, int], *, boxes_only: bool = False
 ) -> tuple[int, dict[str, Any]]:
-    """The image id of an annotation, and the fields of an Instance without its id.
+    """The image id of an annotation, and the fields of an `Instance` without its id.
 
     Args:
-        entry: as the file has it.
-        images: see `images_of`.
+        entry: annotation of the file.
+        images: see `read_images`.
         labels: category id -> label.
-        boxes_only: take the box's pixels for the mask instead of reading a segmentation.
+        boxes_only: use the pixels of the box as the mask instead of reading a segmentation.
 
     Raises:
         AnnotationError: for an annotation that cannot be used.
@@ -225,8 +221,10 @@ def checked_annotation(
         raise AnnotationError("unknown crowd flag", f"iscrowd {crowd!r}")
     _, height, width = images[image_id]
     box = _checked_box(entry.get("bbox"), height, width)
-    if boxes_only:
-        segmentation = [_pixels_of_box(box)]
+    segmentation: Segmentation
+    if boxes_only:  # the whole pixels that the box touches, so that no box is without a pixel
+        (left, top), (right, bottom) = map(math.floor, box[:2]), map(math.ceil, box[2:])
+        segmentation = [np.array([left, top, right, top, right, bottom, left, bottom], np.float64)]
     else:
         segmentation = checked_segmentation(entry.get("segmentation"), height, width)
     area = finite_numbers([entry.get("area")])
@@ -241,15 +239,8 @@ def checked_annotation(
     }
 
 
-def _pixels_of_box(box_xyxy_px: tuple[float, float, float, float]) -> np.ndarray:
-    """The outline of the whole pixels that a box touches, so that no box is without a pixel."""
-    left, top = (math.floor(value) for value in box_xyxy_px[:2])
-    right, bottom = (math.ceil(value) for value in box_xyxy_px[2:])
-    return np.array([left, top, right, top, right, bottom, left, bottom], np.float64)
-
-
 def _checked_box(bbox: Any, height: int, width: int) -> tuple[float, float, float, float]:
-    """COCO's (x, y, width, height) as xyxy, cut to the image."""
+    """COCO's (x, y, width, height) as xyxy, clipped to the image."""
     values = finite_numbers(bbox)
     if values is None or values.size != 4 or values[2] <= 0 or values[3] <= 0:
         raise AnnotationError("invalid box", f"bbox {bbox!r}")
@@ -261,85 +252,77 @@ def _checked_box(bbox: Any, height: int, width: int) -> tuple[float, float, floa
     return left, top, right, bottom
 
 
-# Keypoints in annotation files of COCO's format: a category names them, an annotation says where they are.
-
-_VISIBILITIES = (0, 1, 2)  # not labelled; labelled and hidden; labelled and visible
+# --- keypoints ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CategoryKeypoints:
-    """What the categories of a file say of keypoints."""
+    """The keypoints of a file's categories."""
 
-    names: tuple[str, ...] = ()  # the same in all categories that have any; (): there are none that can be used
-    skeleton: tuple[tuple[int, int], ...] = ()  # lines between them, which count from 1
-    category_ids: frozenset[int] = frozenset()  # of the categories that have them
-    fault: UserError | None = None  # why there are none that can be used, where categories have some
+    names: tuple[str, ...] = ()  # the same in all categories with keypoints; (): no usable keypoints
+    skeleton: tuple[tuple[int, int], ...] = ()  # pairs of keypoint numbers, which start at 1
+    category_ids: frozenset[int] = frozenset()  # of the categories with keypoints
+    fault: UserError | None = None  # why the keypoints of the file cannot be used
 
 
-def keypoints_of(path: Path, entries: list[dict[str, Any]]) -> CategoryKeypoints:
-    """The keypoints of a file's categories.
-
-    A fault is no error here: boxes and masks of the file can be used all the same.
+def read_keypoints(path: Path, entries: list[dict[str, Any]]) -> CategoryKeypoints:
+    """Reads the keypoints of a file's categories. A fault is returned, as boxes and masks of the file can be used.
 
     Args:
-        path: of the file, for messages.
+        path: annotation file, for errors.
         entries: its categories, with valid ids.
     """
-    having = [entry for entry in entries if entry.get("keypoints")]
-    if not having:
+    with_keypoints = [entry for entry in entries if entry.get("keypoints")]
+    if not with_keypoints:
         return CategoryKeypoints()
+    first = with_keypoints[0]
     try:
-        names = _names(path, having[0])
-        for entry in having[1:]:
-            if _names(path, entry) != names:
+        names = _keypoint_names(path, first)
+        for entry in with_keypoints[1:]:
+            if _keypoint_names(path, entry) != names:
                 raise UserError(
-                    f"{path}: categories {having[0]['id']} and {entry['id']} with different keypoints",
-                    "the same keypoints in all categories that have any, as a model finds one set of them",
+                    f"{path}: categories {first['id']} and {entry['id']} with different keypoints",
+                    "the same keypoints in all categories that have any, as a model predicts one set of them",
                     "keep the keypoints of one category, or write a file for each",
                 )
-        skeleton = _skeleton(path, having[0], len(names))
+        skeleton = _skeleton(path, first, len(names))
     except UserError as fault:
         return CategoryKeypoints(fault=fault)
-    return CategoryKeypoints(names, skeleton, frozenset(entry["id"] for entry in having))
+    return CategoryKeypoints(names, skeleton, frozenset(entry["id"] for entry in with_keypoints))
 
 
-def _names(path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
+def _keypoint_names(path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
     names = entry["keypoints"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        raise UserError(
-            f"{path}: 'keypoints' of category {entry['id']} is {str(names)[:80]}",
-            "a list of different names",
-            "correct the file (format: cocodataset.org/#format-data)",
-        )
+        found = f"{path}: 'keypoints' of category {entry['id']} is {str(names)[:80]}"
+        raise UserError(found, "a list of unique names", _FIX)
     return tuple(names)
 
 
 def _skeleton(path: Path, entry: dict[str, Any], count: int) -> tuple[tuple[int, int], ...]:
     where, lines = f"{path}: 'skeleton' of category {entry['id']}", entry.get("skeleton") or []
-    shaped = isinstance(lines, list) and all(isinstance(line, list) for line in lines)
-    if not shaped or not all(type(number) is int for line in lines for number in line):
-        raise UserError(
-            f"{where} is {str(lines)[:80]}", "a list of pairs of numbers", "correct the file, or leave it out"
-        )
-    check_skeleton(where, tuple(tuple(line) for line in lines), count)
-    return tuple(tuple(line) for line in lines)
+    valid = isinstance(lines, list) and all(isinstance(line, list) for line in lines)
+    if not valid or not all(type(number) is int for line in lines for number in line):
+        raise UserError(f"{where} is {str(lines)[:80]}", "a list of pairs of numbers", "correct the file, or remove it")
+    skeleton = tuple(tuple(line) for line in lines)
+    check_skeleton(where, skeleton, count)
+    return skeleton
 
 
 def checked_keypoints(value: Any, count: int) -> np.ndarray | None:
-    """The keypoints of an annotation as float64 `[K, 3]`: x, y in pixels and visibility; zeros where unlabelled.
+    """The keypoints of an annotation, float64 `[K, 3]`: x, y, px, and visibility; zeros where not labelled.
 
-    Coordinates are as the file has them, distances from the image's corner; nothing is added for the middle of a
-    pixel, as torchvision adds nothing.
+    Coordinates are the file's, measured from the image's corner; as in torchvision, no half pixel is added.
 
     Args:
-        value: `keypoints` of the annotation; nothing or an empty list is an object without.
-        count: K, of its category.
+        value: `keypoints` of the annotation; None or an empty list is an object without keypoints.
+        count: K, the number of keypoints of its category.
 
     Returns:
-        None for an object of which nothing is labelled.
+        None for an object without a labelled keypoint.
 
     Raises:
-        AnnotationError: for another number of numbers, what is no finite number, and an unknown visibility.
+        AnnotationError: for another number of values, a value that is not finite, or an unknown visibility.
     """
     if not value:
         return None

@@ -1,4 +1,4 @@
-"""What a check of a dataset found, as text and as JSON."""
+"""The report of `check_dataset`: text, JSON, and images of the findings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.imaging.draw import colour_of
 
-_EXAMPLES = 3  # shown of each problem
-_MOST_CLASSES = 100  # rows of the table; a longer list is complete in the JSON file
+_EXAMPLES = 3  # of each problem
+_MAX_CLASSES = 100  # rows of the table; JSON has all classes
 _SIZES = ("small", "medium", "large")  # COCO's: areas below 32², below 96², and the rest
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A kind of fault. Training stops at an error; it goes on with a remark."""
+    """A kind of fault: an error, which stops training, or a remark."""
 
     name: str
     is_error: bool = False
@@ -40,41 +40,41 @@ class Finding:
     split: str
     where: str  # the file, image or annotation
     detail: str
-    record: ImageRecord | None = None  # the image, where there is one to look at
-    instances: tuple[Instance, ...] = ()  # the objects to show on it
-    boxes_xyxy_px: tuple[tuple[float, float, float, float], ...] = ()  # regions to show that are no objects
+    record: ImageRecord | None = None  # the image to draw
+    instances: tuple[Instance, ...] = ()  # the objects to draw
+    boxes_xyxy_px: tuple[tuple[float, float, float, float], ...] = ()  # boxes of skipped annotations to draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFigures:
-    """What a split holds. Objects are annotations that training uses; crowd regions it leaves out."""
+class SplitStatistics:
+    """Statistics of a split. Objects are the annotations that training uses, without crowd regions."""
 
     split: str
     images: int
     images_without_objects: int
     crowd_regions: int
     skipped_annotations: int
-    smallest_image_hw: tuple[int, int]  # by its area, as the JSON says
+    smallest_image_hw: tuple[int, int]  # by area, from the annotation file
     largest_image_hw: tuple[int, int]
     objects_per_image_median: float
     objects_per_image_max: int
-    objects: dict[str, tuple[int, int, int]]  # class name -> objects of each of SIZES
+    objects: dict[str, tuple[int, int, int]]  # class name -> small, medium and large objects
     has_masks: bool = True  # False: boxes only, for models without masks
-    objects_with_keypoints: int = 0  # of which some are labelled
+    objects_with_keypoints: int = 0  # with labelled keypoints
 
     @property
     def object_count(self) -> int:
-        """All objects."""
+        """Number of objects of all classes."""
         return sum(sum(counts) for counts in self.objects.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DatasetReport:
-    """The whole check."""
+    """The result of a check."""
 
     root: Path
-    datasets: tuple[CocoDataset, ...]  # those whose annotations can be read
-    splits: tuple[SplitFigures, ...]  # of the same ones
+    datasets: tuple[CocoDataset, ...]  # splits with a readable annotation file
+    splits: tuple[SplitStatistics, ...]  # of the same splits
     findings: tuple[Finding, ...]
 
     def by_problem(self, *, is_error: bool) -> dict[str, list[Finding]]:
@@ -86,17 +86,17 @@ class DatasetReport:
         return dict(groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the objects themselves, as JSON holds it."""
+        """The report without images and objects, as JSON values."""
         return {
             "root": str(self.root),
-            "splits": [_figures_as_json(figures) for figures in self.splits],
+            "splits": [_statistics_as_json(split) for split in self.splits],
             "errors": _findings_as_json(self.by_problem(is_error=True)),
             "remarks": _findings_as_json(self.by_problem(is_error=False)),
         }
 
     def text(self) -> str:
         """A summary of each split, the table of classes, and each problem with its first examples."""
-        lines = [f"{self.root}", *(_summary(figures) for figures in self.splits)]
+        lines = [f"{self.root}", *(_summary(split) for split in self.splits)]
         if self.splits:
             lines += ["", *_class_table(self.splits)]
         for title, is_error in (("errors, at which training stops", True), ("remarks", False)):
@@ -107,10 +107,10 @@ class DatasetReport:
         return "\n".join(lines)
 
 
-def _figures_as_json(figures: SplitFigures) -> dict[str, Any]:
-    values = dict(vars(figures))
+def _statistics_as_json(split: SplitStatistics) -> dict[str, Any]:
+    values = dict(vars(split))
     values["objects"] = {
-        name: dict(zip(_SIZES, counts, strict=True)) | {"all": sum(counts)} for name, counts in figures.objects.items()
+        name: dict(zip(_SIZES, counts, strict=True)) | {"all": sum(counts)} for name, counts in split.objects.items()
     }
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -125,27 +125,27 @@ def _findings_as_json(groups: dict[str, list[Finding]]) -> dict[str, Any]:
     }
 
 
-def _summary(figures: SplitFigures) -> str:
-    (low_h, low_w), (high_h, high_w) = figures.smallest_image_hw, figures.largest_image_hw
+def _summary(split: SplitStatistics) -> str:
+    (low_h, low_w), (high_h, high_w) = split.smallest_image_hw, split.largest_image_hw
     sizes = (
         f"{low_w}×{low_h}"
-        if figures.smallest_image_hw == figures.largest_image_hw
+        if split.smallest_image_hw == split.largest_image_hw
         else (f"{low_w}×{low_h} to {high_w}×{high_h}")
     )
     return (
-        f"  {figures.split}: {figures.images} images of {sizes} px, {figures.images_without_objects} without objects; "
-        f"{figures.object_count} objects, {figures.objects_per_image_median:g} per image (median), "
-        f"{figures.objects_per_image_max} at most; {figures.crowd_regions} crowd regions"
-        + (f"; {figures.objects_with_keypoints} objects with keypoints" if figures.objects_with_keypoints else "")
-        + ("" if figures.has_masks else "; boxes without masks (train a fasterrcnn_… model)")
+        f"  {split.split}: {split.images} images of {sizes} px, {split.images_without_objects} without objects; "
+        f"{split.object_count} objects, {split.objects_per_image_median:g} per image (median), "
+        f"{split.objects_per_image_max} at most; {split.crowd_regions} crowd regions"
+        + (f"; {split.objects_with_keypoints} objects with keypoints" if split.objects_with_keypoints else "")
+        + ("" if split.has_masks else "; boxes without masks (train a fasterrcnn_… model)")
     )
 
 
-def _class_table(splits: tuple[SplitFigures, ...]) -> list[str]:
+def _class_table(splits: tuple[SplitStatistics, ...]) -> list[str]:
     """Objects by class, the most frequent first, with a group of columns for each split."""
-    names = {name: None for figures in splits for name in figures.objects}
-    totals = {name: sum(sum(figures.objects.get(name, ())) for figures in splits) for name in names}
-    ordered = sorted(names, key=lambda name: -totals[name])[:_MOST_CLASSES]
+    names = {name: None for split in splits for name in split.objects}
+    totals = {name: sum(sum(split.objects.get(name, ())) for split in splits) for name in names}
+    ordered = sorted(names, key=lambda name: -totals[name])[:_MAX_CLASSES]
     head = [["", *(cell for f in splits for cell in (f.split, *[""] * len(_SIZES)))]]
     head += [["class", *("objects", *_SIZES) * len(splits)]]
     rows = [[name, *(str(n) for f in splits for n in _counts(f, name))] for name in ordered]
@@ -161,8 +161,8 @@ def _class_table(splits: tuple[SplitFigures, ...]) -> list[str]:
     return [line.rstrip() for line in table]
 
 
-def _counts(figures: SplitFigures, name: str) -> tuple[int, ...]:
-    counts = figures.objects.get(name, (0,) * len(_SIZES))
+def _counts(split: SplitStatistics, name: str) -> tuple[int, ...]:
+    counts = split.objects.get(name, (0,) * len(_SIZES))
     return (sum(counts), *counts)
 
 
@@ -174,17 +174,17 @@ def _examples(name: str, findings: list[Finding]) -> list[str]:
     return lines
 
 
-# Pictures of what a check of a dataset found, and a sheet of samples as they are annotated.
+# Images of findings, and a contact sheet of annotated samples.
 
 _Box = tuple[float, float, float, float]  # xyxy, pixels of the image
 
-_PANEL_PX = 640  # longest side of each of a picture's one or two panels
+_PANEL_PX = 640  # longest side of one or two panels
 _THUMBNAIL_PX = 320
-_COLUMNS, _ROWS, _GAP_PX = 4, 4, 6  # of the sheet
+_COLUMNS, _ROWS, _GAP_PX = 4, 4, 6  # of the contact sheet
 _FONT_PX = 14
 _LETTER_PX = 7.5  # average width at that size
 _OPACITY = 0.4
-_LEAST_VIEW_PX = 64  # a closer look at less than this shows only squares
+_MIN_VIEW_PX = 64  # of the enlarged part; smaller ones show only squares
 _BACKGROUND = (32, 32, 32)
 
 
@@ -195,54 +195,56 @@ class _Mark:
     colour: tuple[int, int, int]
 
 
-def write_pictures(report: DatasetReport, folder: Path, *, per_problem: int) -> int:
-    """Draws the first findings of each problem and a sheet of random samples, `samples.png`.
+def draw_findings(report: DatasetReport, folder: Path, *, per_problem: int) -> int:
+    """Draws the first findings of each problem, and a contact sheet of random samples, `samples.png`.
 
-    A finding's picture holds the whole image with the objects concerned and, where these are small, a closer look
-    at them. Findings without a readable image have none.
+    The image of a finding shows the whole image with its objects and, where these are small, an enlarged part.
+    Findings without a readable image are not drawn.
 
     Args:
-        report: of `check_dataset`.
-        folder: to write to; it is made.
-        per_problem: most pictures of each problem.
+        report: result of `check_dataset`.
+        folder: output folder.
+        per_problem: largest number of images of each problem.
 
     Returns:
-        how many pictures were written.
+        The number of images written.
     """
     names = {dataset.split: dataset.class_names for dataset in report.datasets}
     written = 0
     for is_error in (True, False):
         for problem, findings in report.by_problem(is_error=is_error).items():
             for number, finding in enumerate(findings[:per_problem], start=1):
-                picture = finding.record and _picture_of(finding, names[finding.split])
-                if picture:
-                    _save(picture, folder / f"{_slug(problem)}-{number:02}-{finding.record.path.stem}.png")
+                image = _draw_finding(finding, names)
+                if image is not None and finding.record is not None:
+                    _save(image, folder / f"{_slug(problem)}-{number:02}-{finding.record.path.stem}.png")
                     written += 1
-    sheet = contact_sheet(report.datasets)
+    sheet = _contact_sheet(report.datasets)
     if sheet:
         _save(sheet, folder / "samples.png")
     return written + bool(sheet)
 
 
-def _picture_of(finding: Finding, class_names: Sequence[str]) -> Image.Image | None:
-    """The picture of a finding, with what is wrong as its caption; None where the image cannot be read."""
+def _draw_finding(finding: Finding, class_names: dict[str, tuple[str, ...]]) -> Image.Image | None:
+    """The image of a finding with a caption; None without a readable image. `class_names` are by split."""
+    if finding.record is None:
+        return None
     try:
         image = read_image(finding.record.path)
     except UserError:
         return None
-    marks = [_mark(index, instance, class_names) for index, instance in enumerate(finding.instances)]
+    marks = [_mark(index, instance, class_names[finding.split]) for index, instance in enumerate(finding.instances)]
     marks += [_Mark(box, "left out", (255, 255, 255)) for box in finding.boxes_xyxy_px]
-    painted = _painted(image, finding.record, finding.instances)
+    pixels = _with_masks(image, finding.record, finding.instances)
     whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
-    panels = [_panel(painted, marks, whole, _PANEL_PX)]
-    closer = _closer_view([mark.box_xyxy_px for mark in marks], image.shape[:2])
-    if closer:
-        panels.append(_panel(painted, marks, closer, _PANEL_PX))
-    return _captioned(_beside(panels), f"{finding.problem.name}\n{finding.split}: {finding.where}: {finding.detail}")
+    panels = [_panel(pixels, marks, whole, _PANEL_PX)]
+    enlarged = _enlarged_view([mark.box_xyxy_px for mark in marks], image.shape[:2])
+    if enlarged:
+        panels.append(_panel(pixels, marks, enlarged, _PANEL_PX))
+    return _with_caption(_join(panels), f"{finding.problem.name}\n{finding.split}: {finding.where}: {finding.detail}")
 
 
-def contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
-    """Up to 16 random images with all their objects, always the same ones; None where no image can be read."""
+def _contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
+    """Up to 16 random images (with a fixed seed) with all their objects; None where no image can be read."""
     pool = [(dataset, record) for dataset in datasets for record in dataset.images if record.instances]
     cells = []
     for index in np.random.default_rng(0).permutation(len(pool)):
@@ -253,14 +255,14 @@ def contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
             continue
         marks = [_mark(k, instance, dataset.class_names) for k, instance in enumerate(record.instances)]
         whole = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
-        panel = _panel(_painted(image, record, record.instances), marks, whole, _THUMBNAIL_PX, crowded=True)
+        panel = _panel(_with_masks(image, record, record.instances), marks, whole, _THUMBNAIL_PX, crowded=True)
         cell = Image.new("RGB", (_THUMBNAIL_PX + _GAP_PX, _THUMBNAIL_PX + _GAP_PX), _BACKGROUND)
         cell.paste(panel, (0, 0))
-        cells.append(_captioned(cell, f"{dataset.split}: {record.path.name}"))
+        cells.append(_with_caption(cell, f"{dataset.split}: {record.path.name}"))
         if len(cells) == _COLUMNS * _ROWS:
             break
-    rows = [_beside(cells[k : k + _COLUMNS]) for k in range(0, len(cells), _COLUMNS)]
-    return _below(rows) if rows else None
+    rows = [_join(cells[k : k + _COLUMNS]) for k in range(0, len(cells), _COLUMNS)]
+    return _join(rows, vertical=True) if rows else None
 
 
 def _mark(index: int, instance: Instance, class_names: Sequence[str]) -> _Mark:
@@ -268,8 +270,8 @@ def _mark(index: int, instance: Instance, class_names: Sequence[str]) -> _Mark:
     return _Mark(instance.box_xyxy_px, f"{name}, crowd" if instance.is_crowd else name, colour_of(index))
 
 
-def _painted(image: np.ndarray, record: ImageRecord, instances: Sequence[Instance]) -> np.ndarray:
-    """The image uint8 `[H, W, 3]` with the masks tinted; a mask of another size lies at the top left."""
+def _with_masks(image: np.ndarray, record: ImageRecord, instances: Sequence[Instance]) -> np.ndarray:
+    """The image, uint8 `[H, W, 3]`, with coloured masks; a mask of another size is aligned at the top left."""
     canvas = image.astype(np.float32)
     for index, instance in enumerate(instances):
         mask = instance_mask(record, instance)[: image.shape[0], : image.shape[1]]
@@ -278,14 +280,14 @@ def _painted(image: np.ndarray, record: ImageRecord, instances: Sequence[Instanc
     return canvas.round().astype(np.uint8)
 
 
-def _closer_view(boxes: Sequence[_Box], size_hw: tuple[int, int]) -> _Box | None:
-    """The surroundings of the boxes, or None where they take half the image's length anyway."""
+def _enlarged_view(boxes: Sequence[_Box], size_hw: tuple[int, int]) -> _Box | None:
+    """The part of the image around the boxes; None where it is more than half the image's length."""
     if not boxes:
         return None
     height, width = size_hw
     corners = np.array(boxes, np.float64).clip(0, [width, height, width, height])
     low, high = corners[:, :2].min(axis=0), corners[:, 2:].max(axis=0)
-    half = max(float((high - low).max()), _LEAST_VIEW_PX / 2)
+    half = max(float((high - low).max()), _MIN_VIEW_PX / 2)
     centre = (low + high) / 2
     if 4 * half > max(size_hw):
         return None
@@ -296,19 +298,19 @@ def _closer_view(boxes: Sequence[_Box], size_hw: tuple[int, int]) -> _Box | None
 
 
 def _panel(
-    painted: np.ndarray, marks: Sequence[_Mark], view: _Box, longest_px: int, *, crowded: bool = False
+    pixels: np.ndarray, marks: Sequence[_Mark], view: _Box, longest_px: int, *, crowded: bool = False
 ) -> Image.Image:
-    """A part of the image at `longest_px`, with the marked boxes and their texts; if crowded, those that fit."""
+    """A part of the image, scaled to `longest_px`, with boxes and labels; if crowded, only labels that fit."""
     left, top, right, bottom = (int(value) for value in view)
     scale = longest_px / max(right - left, bottom - top)
     size = tuple(max(1, round(side * scale)) for side in (right - left, bottom - top))
-    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
-    panel = Image.fromarray(painted[top:bottom, left:right]).resize(size, way)
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    panel = Image.fromarray(pixels[top:bottom, left:right]).resize(size, resampling)
     draw = ImageDraw.Draw(panel)
     font = ImageFont.load_default(_FONT_PX)
     for mark in marks:
         x1, y1, x2, y2 = (np.array(mark.box_xyxy_px) - [left, top, left, top]) * scale
-        # A box that reaches out of the view is cut just outside it, and one of negative size is drawn all the same.
+        # A box is clipped just outside the view; one of negative size is drawn too.
         x1, x2 = sorted(np.clip([x1, x2], -2, size[0] + 1))
         y1, y2 = sorted(np.clip([y1, y2], -2, size[1] + 1))
         draw.rectangle((x1, y1, x2, y2), outline=mark.colour)
@@ -320,33 +322,27 @@ def _panel(
     return panel
 
 
-def _captioned(picture: Image.Image, text: str) -> Image.Image:
-    """The picture below its caption, which is wrapped to the picture's width."""
-    letters = max(int(picture.width / _LETTER_PX), 20)
-    # The font that comes with Pillow has no multiplication sign.
+def _with_caption(image: Image.Image, text: str) -> Image.Image:
+    """The image below its caption, wrapped to the image's width."""
+    letters = max(int(image.width / _LETTER_PX), 20)
+    # Pillow's font has no multiplication sign.
     lines = [part for line in text.replace("×", "x").splitlines() for part in textwrap.wrap(line, letters)]
     font, step = ImageFont.load_default(_FONT_PX), _FONT_PX + 5
-    bar = Image.new("RGB", (picture.width, step * len(lines) + 6), _BACKGROUND)
+    bar = Image.new("RGB", (image.width, step * len(lines) + 6), _BACKGROUND)
     for number, line in enumerate(lines):
         ImageDraw.Draw(bar).text((6, 3 + number * step), line, fill="white", font=font)
-    return _below([bar, picture])
+    return _join([bar, image], vertical=True)
 
 
-def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    joined = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), _BACKGROUND)
-    left = 0
-    for picture in pictures:
-        joined.paste(picture, (left, 0))
-        left += picture.width
-    return joined
-
-
-def _below(pictures: Sequence[Image.Image]) -> Image.Image:
-    joined = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), _BACKGROUND)
-    top = 0
-    for picture in pictures:
-        joined.paste(picture, (0, top))
-        top += picture.height
+def _join(images: Sequence[Image.Image], *, vertical: bool = False) -> Image.Image:
+    """Images side by side, or one below the other."""
+    widths, heights = zip(*(image.size for image in images), strict=True)
+    size = (max(widths), sum(heights)) if vertical else (sum(widths), max(heights))
+    joined = Image.new("RGB", size, _BACKGROUND)
+    offset = 0
+    for image in images:
+        joined.paste(image, (0, offset) if vertical else (offset, 0))
+        offset += image.height if vertical else image.width
     return joined
 
 
@@ -354,6 +350,6 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     with atomic_path(path) as draft:
-        picture.save(draft, format="PNG")
+        image.save(draft, format="PNG")

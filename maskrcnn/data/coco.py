@@ -1,16 +1,15 @@
 """Datasets in COCO's format: `annotations/instances_<split>.json` beside the image folder `<split>/`.
 
-COCO's own keypoints are in files of another name: the split `person_keypoints_train2017` is that of
+COCO's own keypoints are in files of another name: the split `person_keypoints_train2017` is
 `annotations/person_keypoints_train2017.json`, with the images in `train2017/`.
 
-What is wrong with the file as a whole is an error. What is wrong with one annotation costs that annotation
-alone, and is counted: real annotation files hold such entries by the dozen.
+A fault of the file as a whole is an error. An annotation with a fault is skipped and counted: real annotation files
+have dozens of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +17,26 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
-from pycocotools.coco import COCO
 
 from maskrcnn.data.annotations import (
     LAYOUT,
-    TOP_LEVEL_KEYS,
     AnnotationError,
     CategoryKeypoints,
     Segmentation,
     are_boxes_only,
-    categories_of,
     checked_annotation,
     checked_keypoints,
     compressed_rle,
-    images_of,
-    keypoints_of,
-    read_json,
-    require_files,
-    required,
+    read_annotation_lists,
+    read_categories,
+    read_images,
+    read_keypoints,
     usable_id,
 )
 from maskrcnn.errors import UserError
 
 _PREFIX = "instances_"  # of annotation files
-_OTHER_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
+_KEYPOINTS_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +45,18 @@ class Instance:
 
     annotation_id: int  # unique in the dataset and positive
     label: int  # 1 … number of classes
-    box_xyxy_px: tuple[float, float, float, float]  # cut to the image
+    box_xyxy_px: tuple[float, float, float, float]  # clipped to the image
     segmentation: Segmentation
     is_crowd: bool
-    area_px: float  # as the file gives it, else counted from the mask
-    # float64 [K, 3] x, y in pixels and visibility: 0 not labelled, 1 hidden, 2 visible. None: nothing is labelled.
+    area_px: float  # the file's, else the pixels of the mask
+    # float64 [K, 3] x, y in pixels and visibility: 0 not labelled, 1 hidden, 2 visible. None: none is labelled.
     keypoints: np.ndarray | None = None
-    stated_keypoints: int | None = None  # how many are labelled, as the file says
+    stated_keypoints: int | None = None  # the file's `num_keypoints`
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord:
-    """One image and what is on it; an image without objects is a valid negative."""
+    """One image and its objects; an image without objects is a valid negative."""
 
     id: int
     path: Path
@@ -72,13 +67,13 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class SkippedAnnotation:
-    """An annotation that was left out, and why."""
+    """An annotation with a fault."""
 
-    reason: str  # the same for all of its kind
+    reason: str  # kind of fault
     name: str  # "annotation 7"
-    detail: str  # what came
-    image_id: int | None  # where the image is known
-    bbox: Any  # as the file has it
+    detail: str
+    image_id: int | None  # None: unknown image
+    bbox: Any  # the file's
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,20 +90,19 @@ class CocoDataset:
     category_ids: tuple[int, ...]
     images: tuple[ImageRecord, ...]  # in the order of the file
     skipped_annotations: tuple[SkippedAnnotation, ...]
-    file_boxes_xywh_px: dict[int, tuple[float, ...]]  # annotation id -> box uncut, for the evaluation
-    has_masks: bool = True  # False: no annotation has a segmentation, and each object's is its box
-    keypoint_names: tuple[str, ...] = ()  # of the categories that have any, see `CategoryKeypoints`
+    file_boxes_xywh_px: dict[int, tuple[float, ...]]  # annotation id -> box of the file, for the evaluation
+    has_masks: bool = True  # False: no annotation has a segmentation; each object's mask is its box
+    keypoint_names: tuple[str, ...] = ()  # of the categories with keypoints, see `CategoryKeypoints`
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()
     keypoint_fault: UserError | None = None
 
     @classmethod
     def load(cls, root: str | Path, split: str, *, require_images: bool = True) -> CocoDataset:
-        """Reads the annotations of `split`; image files are looked for and not opened.
+        """Reads the annotations of `split`; image files must exist but are not opened.
 
-        Left out and counted are annotations of an unknown image or category, with a box that is not four
-        finite numbers of positive size or lies wholly outside the image, with a segmentation that is missing,
-        empty or malformed, and with malformed keypoints. A file in which no annotation at all has a
-        segmentation is one of boxes.
+        Skipped and counted are annotations of an unknown image or category, with a box that is not four finite
+        numbers of positive size or lies outside the image, with a missing, empty or malformed segmentation, and with
+        malformed keypoints. A file without any segmentation is one of boxes.
 
         Args:
             root: the dataset's folder.
@@ -116,31 +110,34 @@ class CocoDataset:
             require_images: whether missing image files are an error.
 
         Raises:
-            UserError: where the annotation file is missing, is not JSON or not of COCO's structure (the
-                key is named), has no images or no categories, has an id twice, names a file outside the
-                image folder, or where image files are missing.
+            UserError: where the annotation file is missing, not JSON or not in COCO's structure (the error names the
+                key), has no images or no categories, a duplicate id, or a file name outside the image folder, and
+                where image files are missing.
         """
-        return cls.read(
-            annotation_file(root, split), image_folder(root, split), require_images=require_images, split=split
-        )
+        path, folder = annotation_file(root, split), image_folder(root, split)
+        return cls.read(path, folder, require_images=require_images, split=split)
 
     @classmethod
     def read(cls, path: Path, folder: Path, *, require_images: bool = True, split: str | None = None) -> CocoDataset:
-        """As `load`, for an annotation file and an image folder wherever they lie; `split` is a name for it."""
-        content = read_json(path)
-        lists = {key: required(path, content, "the file", key, list) for key in TOP_LEVEL_KEYS}
-        categories = categories_of(path, lists["categories"])
-        keypoints = keypoints_of(path, lists["categories"])
-        images = images_of(path, folder, lists["images"])
-        if require_images:
-            require_files(path, folder, [file for file, _, _ in images.values()])
+        """As `load`, for any annotation file and image folder; `split` is a name for them."""
+        image_entries, annotations, category_entries = read_annotation_lists(path)
+        categories = read_categories(path, category_entries)
+        keypoints = read_keypoints(path, category_entries)
+        images = read_images(path, folder, image_entries)
+        missing = [file for file, _, _ in images.values() if not os.path.isfile(file)] if require_images else []
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(images)} images of {path} are missing, the first is {missing[0]}",
+                f"every image of the file below {folder}",
+                "complete the image folder, or remove the entries from the annotation file",
+            )
         labels = {category_id: label for label, category_id in enumerate(categories, start=1)}
-        found: dict[int, list[Instance]] = defaultdict(list)
+        instances: dict[int, list[Instance]] = defaultdict(list)  # by image id
         skipped: list[SkippedAnnotation] = []
-        next_id = 1 + max((usable_id(entry) or 0 for entry in lists["annotations"]), default=0)
+        next_id = 1 + max((usable_id(entry) or 0 for entry in annotations), default=0)
         file_boxes: dict[int, tuple[float, ...]] = {}
-        boxes_only = are_boxes_only(lists["annotations"])
-        for index, entry in enumerate(lists["annotations"]):
+        boxes_only = are_boxes_only(annotations)
+        for index, entry in enumerate(annotations):
             try:
                 image_id, values = checked_annotation(entry, images, labels, boxes_only=boxes_only)
                 values |= _keypoint_values(entry, keypoints)
@@ -151,7 +148,7 @@ class CocoDataset:
             if annotation_id is None or annotation_id in file_boxes:
                 annotation_id, next_id = next_id, next_id + 1
             file_boxes[annotation_id] = tuple(entry["bbox"])
-            found[image_id].append(Instance(annotation_id=annotation_id, **values))
+            instances[image_id].append(Instance(annotation_id=annotation_id, **values))
         return cls(
             root=folder.parent,
             split=split or folder.name,
@@ -159,7 +156,7 @@ class CocoDataset:
             class_names=tuple(categories.values()),
             category_ids=tuple(categories),
             images=tuple(
-                ImageRecord(image_id, file, height, width, tuple(found[image_id]))
+                ImageRecord(image_id, file, height, width, tuple(instances[image_id]))
                 for image_id, (file, height, width) in images.items()
             ),
             skipped_annotations=tuple(skipped),
@@ -172,96 +169,44 @@ class CocoDataset:
 
     @property
     def has_keypoints(self) -> bool:
-        """Whether keypoints have names, and some are labelled."""
+        """Whether the dataset has keypoint names and labelled keypoints."""
         instances = (instance for record in self.images for instance in record.instances)
         return bool(self.keypoint_names) and any(instance.keypoints is not None for instance in instances)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many annotations were left out for each reason."""
+        """Number of skipped annotations by reason."""
         return dict(Counter(annotation.reason for annotation in self.skipped_annotations))
 
     @property
     def skipped_examples(self) -> dict[str, str]:
-        """The first annotation left out for each reason."""
+        """The first skipped annotation by reason."""
         backwards = reversed(self.skipped_annotations)
         first = {annotation.reason: f"{annotation.name}: {annotation.detail}" for annotation in backwards}
         return {reason: first[reason] for reason in self.skipped}
 
     def skipped_lines(self) -> list[str]:
-        """What was left out, a line for each reason."""
+        """One line of text for each reason."""
+        examples = self.skipped_examples
         return [
-            f"{self.annotation_path}: skipped {count} annotation(s): {reason}, first: {self.skipped_examples[reason]}"
+            f"{self.annotation_path}: skipped {count} annotation(s): {reason}, first: {examples[reason]}"
             for reason, count in self.skipped.items()
         ]
-
-    def ground_truth(self) -> COCO:
-        """The annotations that were not skipped, as pycocotools' evaluation takes them; prints nothing.
-
-        Image ids, category ids, boxes and crowd flags are the file's, so that AP is the official number; so
-        are annotation ids and areas wherever the evaluation can use them.
-        """
-        coco = COCO()
-        coco.dataset = {
-            "info": {"description": f"{self.annotation_path.name}, usable annotations"},
-            "images": [
-                {
-                    "id": record.id,
-                    "file_name": record.path.relative_to(image_folder(self.root, self.split)).as_posix(),
-                    "height": record.height,
-                    "width": record.width,
-                }
-                for record in self.images
-            ],
-            "categories": [
-                {"id": category_id, "name": name, **self._category_keypoints()}
-                for category_id, name in zip(self.category_ids, self.class_names, strict=True)
-            ],
-            "annotations": [self._coco_annotation(r, i) for r in self.images for i in r.instances],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
-    def _coco_annotation(self, record: ImageRecord, instance: Instance) -> dict[str, Any]:
-        return {
-            "id": instance.annotation_id,
-            "image_id": record.id,
-            "category_id": self.category_ids[instance.label - 1],
-            "bbox": list(self.file_boxes_xywh_px[instance.annotation_id]),
-            "segmentation": instance.segmentation,
-            "area": instance.area_px,
-            "iscrowd": int(instance.is_crowd),
-            **self._coco_keypoints(instance),
-        }
-
-    def _category_keypoints(self) -> dict[str, Any]:
-        """What a category of the ground truth says; all say it, as only objects with keypoints are measured."""
-        if not self.keypoint_names:
-            return {}
-        return {"keypoints": list(self.keypoint_names), "skeleton": [list(line) for line in self.keypoint_skeleton]}
-
-    def _coco_keypoints(self, instance: Instance) -> dict[str, Any]:
-        if not self.keypoint_names:
-            return {}
-        nothing = np.zeros((len(self.keypoint_names), 3))
-        keypoints = nothing if instance.keypoints is None else instance.keypoints
-        return {"keypoints": keypoints.ravel().tolist(), "num_keypoints": int((keypoints[:, 2] > 0).sum())}
 
 
 def annotation_file(root: str | Path, split: str) -> Path:
     """The annotation file of a split."""
-    name = split if split.startswith(_OTHER_PREFIX) else f"{_PREFIX}{split}"
+    name = split if split.startswith(_KEYPOINTS_PREFIX) else f"{_PREFIX}{split}"
     return Path(root) / "annotations" / f"{name}.json"
 
 
 def image_folder(root: str | Path, split: str) -> Path:
     """The folder of a split's images."""
-    return Path(root) / split.removeprefix(_OTHER_PREFIX)
+    return Path(root) / split.removeprefix(_KEYPOINTS_PREFIX)
 
 
 def list_splits(root: str | Path) -> list[str]:
-    """The names of all splits of a dataset, sorted; those of COCO's files of keypoints where there are no others.
+    """The names of all splits of a dataset, sorted; those of COCO's keypoint files where there are no others.
 
     Raises:
         UserError: where there is no folder `annotations`.
@@ -269,34 +214,33 @@ def list_splits(root: str | Path) -> list[str]:
     folder = Path(root) / "annotations"
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", LAYOUT, "point --data at the folder that holds annotations/")
-    plain = sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json"))
-    return plain or _keypoint_splits(folder)
+    return sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json")) or _keypoint_splits(folder)
 
 
 def _keypoint_splits(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob(f"{_OTHER_PREFIX}*.json"))
+    return sorted(path.stem for path in folder.glob(f"{_KEYPOINTS_PREFIX}*.json"))
 
 
 def find_split(root: str | Path, kind: str) -> str:
-    """The name of the split of a kind: `kind` itself, else the only split whose name begins with it.
+    """The split of this name, else the only split whose name begins with it.
 
     Args:
         root: the dataset's folder.
         kind: "train", "val" or an exact name, such as "val2017" or "person_keypoints_val2017".
 
     Raises:
-        UserError: listing the splits there are, where none or several fit.
+        UserError: where no split or several match; lists the dataset's splits.
     """
     folder = Path(root) / "annotations"
     splits = list_splits(root)
-    if kind.startswith(_OTHER_PREFIX):
+    if kind.startswith(_KEYPOINTS_PREFIX):
         splits = _keypoint_splits(folder)
-    fitting = [kind] if kind in splits else [name for name in splits if kind and name.startswith(kind)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        came = f"several splits for {kind!r} in {folder}: {', '.join(fitting)}"
-        raise UserError(came, "one split", "name one of them exactly")
+    matching = [kind] if kind in splits else [name for name in splits if kind and name.startswith(kind)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        found = f"several splits for {kind!r} in {folder}: {', '.join(matching)}"
+        raise UserError(found, "one split", "name one of them exactly")
     raise UserError(
         f"no split {kind!r} in {folder}",
         f"one of: {', '.join(splits)}" if splits else f"files {_PREFIX}<split>.json",
@@ -314,11 +258,7 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
 
 
 def _keypoint_values(entry: dict[str, Any], keypoints: CategoryKeypoints) -> dict[str, Any]:
-    """The fields of an Instance that are about keypoints.
-
-    Raises:
-        AnnotationError: for malformed ones of a category that has any.
-    """
+    """The keypoint fields of an `Instance`; raises an AnnotationError for malformed keypoints."""
     if entry["category_id"] not in keypoints.category_ids:
         return {}
     stated = entry.get("num_keypoints")

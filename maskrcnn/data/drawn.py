@@ -1,8 +1,7 @@
-"""What the generated datasets have in common: backgrounds, strokes of paint, and a folder that appears whole."""
+"""Common parts of the drawn datasets: backgrounds, paint, and a dataset folder that is written whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -16,19 +15,19 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import make_folder, write_json
+from maskrcnn.files import make_folder, read_json, write_json
 
-# Draws an image from a random generator: uint8 [H, W, 3], and COCO's annotations of what is on it, without ids.
-Draw = Callable[[np.random.Generator], tuple[np.ndarray, list[dict[str, Any]]]]
+# Draws an image from a random generator: uint8 [H, W, 3], and COCO's annotations without ids.
+_Draw = Callable[[np.random.Generator], tuple[np.ndarray, list[dict[str, Any]]]]
 
 _SPLITS = ("train", "val")
-_LEAST_SIZE_PX = 32
-_LEAST_CONTRAST = 70  # Euclidean distance in RGB between a fill and what it covers
+_MIN_SIZE_PX = 32
+_MIN_CONTRAST = 70  # Euclidean distance in RGB between a fill and what it covers
 
 
 def write_drawn_dataset(
     out: str | Path,
-    draw: Draw,
+    draw: _Draw,
     *,
     name: str,
     info: dict[str, str],
@@ -40,27 +39,27 @@ def write_drawn_dataset(
 ) -> Path:
     """Writes a dataset to `out` (`train/`, `val/`, `annotations/`) and returns `out`.
 
-    Image i of split s (train 0, val 1) is drawn from `np.random.default_rng([seed, s, i])`. The same arguments give
-    the same bytes of JSON. The folder appears whole or not at all; one that was made with the same arguments is used
-    as it is.
+    Image i of split s (train 0, val 1) is drawn with `np.random.default_rng([seed, s, i])`. The same arguments give
+    the same bytes of JSON. The folder is written whole or not at all; an existing folder of the same arguments is
+    kept.
 
     Args:
-        out: a folder that does not exist, is empty, or holds this dataset.
+        out: folder that is missing, empty, or holds this dataset.
         draw: draws square images of `size_px`.
         name: of the dataset, for messages.
-        info: what the annotation files say of it besides the arguments.
+        info: `info` of the annotation files, to which the arguments are added.
         categories: COCO's, from id 1.
-        train_images, val_images: images of each split, at least 1.
+        train_images, val_images: number of images, at least 1.
         size_px: side of the images, at least 32.
-        seed: non-negative.
+        seed: random seed, non-negative.
 
     Raises:
         UserError: for arguments out of range, and where `out` holds anything else.
     """
-    if min(train_images, val_images) < 1 or size_px < _LEAST_SIZE_PX or seed < 0:
+    if min(train_images, val_images) < 1 or size_px < _MIN_SIZE_PX or seed < 0:
         raise UserError(
             f"{train_images} training and {val_images} validation images of {size_px} px, seed {seed}",
-            f"at least 1 image of each, at least {_LEAST_SIZE_PX} px, a seed of 0 or more",
+            f"at least 1 image of each, at least {_MIN_SIZE_PX} px, a seed of 0 or more",
             "change the arguments",
         )
     out = Path(out).resolve()
@@ -72,8 +71,8 @@ def write_drawn_dataset(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
             f"{out} exists and is not the complete {name} dataset of {arguments}",
-            "a folder that is missing, empty, or made with the same arguments",
-            "name another folder or remove this one",
+            "a folder that is missing, empty, or of the same arguments",
+            "name another folder, or remove this one",
         )
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
@@ -86,12 +85,12 @@ def write_drawn_dataset(
             out.rmdir()  # empty; Windows does not rename onto it
         os.rename(temporary, out)
     except OSError as error:
-        if _is_complete(out, info, counts):  # another process was faster
+        if _is_complete(out, info, counts):  # another process has written it
             return out
         raise UserError(
             f"the {name} dataset cannot be written to {out} ({error.strerror or error})",
-            "a folder that can be written, on a disk with space",
-            "name another folder, or make room",
+            "a writable folder, on a disk with space",
+            "name another folder, or free space",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,19 +102,19 @@ def _annotation_path(root: Path, split: str) -> Path:
 
 
 def _is_complete(root: Path, info: dict[str, Any], counts: dict[str, int]) -> bool:
-    """Whether `root` holds both splits, made with these arguments, with all their images."""
+    """Whether `root` holds both splits of these arguments, with all their images."""
     for split, count in counts.items():
         try:
-            content = json.loads(_annotation_path(root, split).read_bytes())
+            content = read_json(_annotation_path(root, split), "an annotation file")
             names = {entry["file_name"] for entry in content["images"]}
             if content["info"] != info or len(names) != count or names - set(os.listdir(root / split)):
                 return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, OSError, KeyError, TypeError):
             return False
     return True
 
 
-def _write_images(folder: Path, draw: Draw, count: int, size_px: int, seeds: list[int]) -> dict[str, Any]:
+def _write_images(folder: Path, draw: _Draw, count: int, size_px: int, seeds: list[int]) -> dict[str, Any]:
     """Draws a split's images into `folder`; returns its COCO lists."""
     folder.mkdir(parents=True)
     images: list[dict[str, Any]] = []
@@ -131,7 +130,7 @@ def _write_images(folder: Path, draw: Draw, count: int, size_px: int, seeds: lis
 
 
 def mask_annotation(label: int, visible: np.ndarray) -> dict[str, Any]:
-    """COCO's fields of an object: box, area and compressed run lengths of its visible pixels `[H, W]` bool."""
+    """COCO's fields of an object from its visible pixels, bool `[H, W]`: box, area and compressed run lengths."""
     rle = mask_api.encode(np.asfortranarray(visible, dtype=np.uint8))
     return {
         "category_id": label,
@@ -164,45 +163,45 @@ def background(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray
 
 
 def noisy(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """A painted image `[H, W, 3]` float32 as a sensor sees it: uint8."""
+    """Adds sensor noise to an image, float32 `[H, W, 3]`, and returns it as uint8."""
     image += rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def standing_out(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """A random colour float32 `[3]` that differs from the colour `under` `[3]`."""
+def contrasting_colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
+    """A random colour, float32 `[3]`, with contrast to the colour `under` `[3]`."""
     candidates = rng.uniform(10, 245, (16, 3))
     contrast = np.linalg.norm(candidates - under, axis=1)
-    return candidates[np.argmax(contrast >= min(_LEAST_CONTRAST, contrast.max()))].astype(np.float32)
+    return candidates[np.argmax(contrast >= min(_MIN_CONTRAST, contrast.max()))].astype(np.float32)
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, colour: np.ndarray | None = None) -> None:
-    """Fills a region with a colour, shaded and grained.
+    """Fills a region with a colour, with shade and grain.
 
     Args:
-        image: float32 `[H, W, 3]`, is painted on.
-        coverage: float32 `[H, W]`, 0 … 1, somewhere above 0.
-        colour: `[3]`; by default one that stands out from what is there.
+        image: float32 `[H, W, 3]`, changed in place.
+        coverage: float32 `[H, W]`, 0 … 1, not all 0.
+        colour: `[3]` (default: random, with contrast to the pixels under it).
     """
     rows, columns = np.flatnonzero(coverage.any(axis=1)), np.flatnonzero(coverage.any(axis=0))
     part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     coverage = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, None]
     if colour is None:
-        colour = standing_out(rng, (part * coverage).sum(axis=(0, 1)) / coverage.sum())
+        colour = contrasting_colour(rng, (part * coverage).sum(axis=(0, 1)) / coverage.sum())
     shade = _smooth(rng.uniform(-18, 18, (2, 2, 1)).astype(np.float32), part.shape[:2])
     grain = rng.normal(0, rng.uniform(0, 7), (*part.shape[:2], 1)).astype(np.float32)
     part += coverage * (colour + shade + grain - part)
 
 
 def pixel_centres(size_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """y `[H, 1]` and x `[1, W]` of the pixels' centres; pixel 0 reaches from 0 to 1, as in COCO polygons."""
+    """y `[H, 1]` and x `[1, W]` of the pixels' centres; pixel 0 spans 0 to 1, as in COCO polygons."""
     height, width = size_hw
     y, x = (np.arange(size, dtype=np.float32) + 0.5 for size in (height, width))
     return y[:, None], x[None, :]
 
 
 def _smooth(grid: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """A grid `[A, B, C]` stretched over the image by linear interpolation, `[H, W, C]` float32."""
+    """Interpolates a grid `[A, B, C]` linearly to the image's size, float32 `[H, W, C]`."""
     for axis, size in enumerate(size_hw):
         place = np.linspace(0, grid.shape[axis] - 1, size, dtype=np.float32)
         low = np.minimum(place.astype(np.int64), grid.shape[axis] - 2)

@@ -1,8 +1,8 @@
-"""The generated dataset of poses: stick figures with outlines and joints, in COCO's format.
+"""The drawn dataset of poses: stick figures with masks and joints, in COCO's format.
 
-Which hand is the left one does not show in its colour but in the whole: a figure that faces the camera has a face, and
-its left hand is to the right of its body in the image; one that turns its back shows hair, and it is the other way
-round. So a mirror image of a figure is a figure whose left and right have changed names, as it is with people.
+Left and right are not encoded in colour: a figure that faces the camera has a face, and its left hand is on the right
+of its body in the image; a figure seen from behind shows hair, and the sides are swapped. So a mirrored figure is a
+figure whose left and right joints have changed names, as with people.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from maskrcnn.data.drawn import (
     background,
+    contrasting_colour,
     mask_annotation,
     noisy,
     paint,
     pixel_centres,
-    standing_out,
     write_drawn_dataset,
 )
 
@@ -39,12 +39,12 @@ JOINTS = (
     "right_foot",
 )
 SKELETON = ((1, 2), (2, 3), (2, 4), (4, 6), (2, 5), (5, 7), (3, 8), (8, 10), (3, 9), (9, 11))  # numbers from 1
-_EMPTY_FRACTION = 0.05  # images drawn without any figure
-_MOST_FIGURES = 3
-_HEIGHT_PX = (56, 100)  # of a figure that stands straight, in an image whose shorter side is 128 px
-_LEAST_VISIBLE = 0.5  # of a figure's pixels in the image; one that shows less is not drawn at all
-_LEAST_VISIBLE_PX = 60
-_LARGEST_TILT = math.radians(35)
+_EMPTY_FRACTION = 0.05  # share of images without a figure
+_MAX_FIGURES = 3
+_HEIGHT_PX = (56, 100)  # of an upright figure, in an image whose shorter side is 128 px
+_MIN_VISIBLE = 0.5  # share of a figure's pixels in the image; a figure with less is not drawn
+_MIN_VISIBLE_PX = 60
+_MAX_TILT = math.radians(35)
 
 # Lengths as shares of a figure's height.
 _HEAD_RADIUS, _HEAD_ABOVE_NECK, _TORSO = 0.1, 0.15, 0.3
@@ -58,7 +58,7 @@ def generate_poses(
 ) -> Path:
     """Writes the dataset to `out` and returns `out`, see `write_drawn_dataset`.
 
-    A joint has visibility 2 where it can be seen, 1 where another figure covers it, and 0 outside the image.
+    A visible joint has visibility 2, one covered by another figure 1, and one outside the image 0.
 
     Raises:
         UserError: for arguments out of range, and where `out` holds anything else.
@@ -89,20 +89,20 @@ def poses_image(
     """One random image: `[H, W, 3]` uint8 RGB, and for each figure its joints and visible mask.
 
     Joints are float64 `[11, 3]`: x and y in pixels, and visibility; masks `[H, W]` bool do not overlap, and the last
-    figure is the frontmost. About one image in twenty has no figure.
+    figure is in front. About one image in twenty has no figure.
     """
     image = background(rng, size_hw)
-    count = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MOST_FIGURES + 1))
-    drawn = _enough_visible([_random_figure(rng, size_hw) for _ in range(count)])
+    count = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MAX_FIGURES + 1))
+    drawn = _visible_figures([_random_figure(rng, size_hw) for _ in range(count)])
     for figure, _ in drawn:
         _paint(rng, image, figure)
-    return noisy(rng, image), [(_seen_joints(figure, visible), visible) for figure, visible in drawn]
+    return noisy(rng, image), [(_joints_with_visibility(figure, visible), visible) for figure, visible in drawn]
 
 
 @dataclass
 class _Part:
     coverage: np.ndarray  # [H, W] float32, 0 … 1: soft over one pixel at the edge
-    kind: str  # what it is coloured as
+    kind: str  # key of its colour
 
 
 @dataclass
@@ -113,11 +113,11 @@ class _Figure:
 
 
 def _random_figure(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Figure:
-    """A figure of random size, place, tilt and pose; it may reach over the image's edge."""
+    """A figure of random size, place, tilt and pose; parts of it may be outside the image."""
     height_px = rng.uniform(*_HEIGHT_PX) * min(size_hw) / 128
     is_facing = bool(rng.random() < 0.5)
     joints = _pose(rng, is_facing)
-    tilt = rng.uniform(-_LARGEST_TILT, _LARGEST_TILT)
+    tilt = rng.uniform(-_MAX_TILT, _MAX_TILT)
     turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
     half_width, half_height = (
         min(share * height_px, side / 2) for share, side in ((0.25, size_hw[1]), (0.4, size_hw[0]))
@@ -132,7 +132,7 @@ def _random_figure(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Figur
 
 
 def _pose(rng: np.random.Generator, is_facing: bool) -> dict[str, tuple[float, float]]:
-    """Where the points of an upright figure are, as shares of its height: x to the right, y down, the neck at 0."""
+    """The points of an upright figure as shares of its height: x to the right, y down, the neck at 0."""
     at = {"head": (0.0, -_HEAD_ABOVE_NECK), "neck": (0.0, 0.0), "hip": (0.0, _TORSO)}
     for side, sign in (("left", 1 if is_facing else -1), ("right", -1 if is_facing else 1)):
         shoulder, bone = (sign * _SHOULDER, 0.03), (sign * _HIP_BONE, _TORSO)
@@ -184,7 +184,7 @@ def _parts(at: dict[str, np.ndarray], height_px: float, is_facing: bool, size_hw
 
 
 def _capsule(start: np.ndarray, end: np.ndarray, radius_px: float, size_hw: tuple[int, int]) -> np.ndarray:
-    """The coverage `[H, W]` of all that is within a radius of a line from `start` to `end`, xy px."""
+    """The coverage `[H, W]` of the area within a radius of the line from `start` to `end`, xy px."""
     y, x = pixel_centres(size_hw)
     along = (end - start).astype(np.float32)
     dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
@@ -193,22 +193,22 @@ def _capsule(start: np.ndarray, end: np.ndarray, radius_px: float, size_hw: tupl
     return np.clip(0.5 + np.float32(radius_px) - distance, 0, 1)
 
 
-def _enough_visible(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]:
-    """The figures of which enough shows, back to front, with their visible masks.
+def _visible_figures(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]:
+    """The figures that are visible enough, back to front, with their visible masks.
 
-    One that shows too little is left out of the image, so that nothing is drawn without its annotation.
+    Other figures are not drawn, so that nothing is drawn without its annotation.
     """
     kept, covered = [], False
     for figure in reversed(figures):  # from the front
         visible = figure.whole & ~np.asarray(covered)
-        if visible.sum() >= max(_LEAST_VISIBLE * figure.whole.sum(), _LEAST_VISIBLE_PX):
+        if visible.sum() >= max(_MIN_VISIBLE * figure.whole.sum(), _MIN_VISIBLE_PX):
             covered = figure.whole | covered
             kept.append((figure, visible))
     return kept[::-1]
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, figure: _Figure) -> None:
-    """Paints a figure: skin light, hair dark, clothes in colours of which one stands out."""
+    """Paints a figure: light skin, dark hair, clothes of which the torso and legs contrast with the background."""
     tone, dark = rng.uniform(0.75, 1.0), rng.uniform(5, 45)
     colours: dict[str, np.ndarray | None] = {
         "skin": tone * np.array([245, 205, 170], np.float32),
@@ -222,17 +222,13 @@ def _paint(rng: np.random.Generator, image: np.ndarray, figure: _Figure) -> None
         if not part.coverage.any():
             continue  # outside the image
         if colours[part.kind] is None:
-            colours[part.kind] = standing_out(rng, _mean(image, part.coverage))
+            mean = (image * part.coverage[..., None]).sum(axis=(0, 1)) / part.coverage.sum()
+            colours[part.kind] = contrasting_colour(rng, mean)
         paint(rng, image, part.coverage, colours[part.kind])
 
 
-def _mean(image: np.ndarray, coverage: np.ndarray) -> np.ndarray:
-    """The mean colour `[3]` under a part."""
-    return (image * coverage[..., None]).sum(axis=(0, 1)) / coverage.sum()
-
-
-def _seen_joints(figure: _Figure, visible: np.ndarray) -> np.ndarray:
-    """Joints with their visibility; zeros outside the image."""
+def _joints_with_visibility(figure: _Figure, visible: np.ndarray) -> np.ndarray:
+    """The joints, float64 `[11, 3]`, with their visibility; zeros outside the image."""
     height, width = visible.shape
     x, y = figure.joints_xy.T
     inside = (x >= 0) & (y >= 0) & (x <= width) & (y <= height)

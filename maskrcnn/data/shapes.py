@@ -1,8 +1,8 @@
-"""The generated dataset: circles, rectangles and triangles on textured backgrounds, in COCO's format.
+"""The drawn dataset of shapes: circles, rectangles and triangles on textured backgrounds, in COCO's format.
 
-It needs no download, so that training, export and their tests run anywhere. A detector reaches a high AP on
-it within minutes, but not by colour alone: fills, backgrounds, sizes and angles are random, shapes cover
-each other, and some images are empty.
+It needs no download, so that training, export and their tests run anywhere. A detector reaches a high AP within
+minutes, but not by colour alone: fills, backgrounds, sizes and angles are random, shapes overlap, and some images are
+empty.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pycocotools import mask as mask_api
 from maskrcnn.data.drawn import background, mask_annotation, noisy, paint, pixel_centres, write_drawn_dataset
 
 CLASS_NAMES = ("circle", "rectangle", "triangle")  # label k is CLASS_NAMES[k - 1]
-_EMPTY_FRACTION = 0.05  # images drawn without any object
-_MOST_OBJECTS = 6
+_EMPTY_FRACTION = 0.05  # share of images without an object
+_MAX_OBJECTS = 6
 _DIAMETER_PX = (14, 60)  # of an image whose shorter side is 128 px
-_LEAST_VISIBLE = 0.35  # of a shape's area; what shows less is not drawn at all
-_LEAST_VISIBLE_PX = 40
-_POLYGON_IOU = 0.92  # a polygon that pycocotools draws less like the shape is written as RLE
+_MIN_VISIBLE = 0.35  # share of a shape's area; a shape with less is not drawn
+_MIN_VISIBLE_PX = 40
+_MIN_POLYGON_IOU = 0.92  # of a polygon drawn by pycocotools and the shape; else the shape is written as RLE
 
 
 def generate_shapes(
@@ -60,8 +60,8 @@ def generate_shapes(
 def shapes_image(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """One random image: `[H, W, 3]` uint8 RGB, and for each object its label and visible mask `[H, W]` bool.
 
-    Sizes scale with the shorter side. Masks do not overlap; the last object is the frontmost. About one
-    image in twenty has no object, as do images too small for shapes of 40 visible pixels.
+    Sizes scale with the shorter side. Masks do not overlap; the last object is in front. About one image in twenty has
+    no object, as do images too small for shapes of 40 visible pixels.
     """
     image, shapes = _scene(rng, size_hw)
     return image, [(shape.label, shape.visible) for shape in shapes]
@@ -71,16 +71,16 @@ def shapes_image(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np
 class _Shape:
     label: int
     coverage: np.ndarray  # [H, W] float32, 0 … 1: soft over one pixel at the edge
-    area_px: float  # of the whole shape, whatever covers or cuts it
+    area_px: float  # of the whole shape, including covered parts
     outline: np.ndarray  # [P, 2] x, y
     visible: np.ndarray  # [H, W] bool
-    is_whole: bool = True  # nothing covers it and the image does not cut it
+    is_whole: bool = True  # neither covered nor cut by the image
 
 
 def _scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarray, list[_Shape]]:
     """The image and its shapes, back to front."""
     image = background(rng, size_hw)
-    count = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MOST_OBJECTS + 1))
+    count = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MAX_OBJECTS + 1))
     shapes = _visible_shapes([_random_shape(rng, size_hw) for _ in range(count)], size_hw)
     for shape in shapes:
         paint(rng, image, shape.coverage)
@@ -88,10 +88,10 @@ def _scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarr
 
 
 def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Shape:
-    """A shape of random class, size, place and angle, which may reach over the image's edge by a quarter."""
+    """A shape of random class, size, place and angle; up to a quarter of it may be outside the image."""
     height, width = size_hw
     scale = min(size_hw) / 128
-    smallest = max(_DIAMETER_PX[0] * scale, 12.0)  # smaller ones have no 40 pixels
+    smallest = max(_DIAMETER_PX[0] * scale, 12.0)  # smaller ones have less than 40 pixels
     largest = max(_DIAMETER_PX[1] * scale, smallest)
     radius = 0.5 * smallest * (largest / smallest) ** rng.random()
     margin_x, margin_y = min(radius / 2, width / 2), min(radius / 2, height / 2)
@@ -117,7 +117,7 @@ def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Shape:
 
 
 def _polygon_distance(outline: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Distance of each pixel to the nearest edge line of a convex polygon, negative inside; and its area."""
+    """Distance of each pixel to the nearest edge line of a convex polygon, negative inside; and the polygon's area."""
     after = np.roll(outline, -1, axis=0)
     cross = outline[:, 0] * after[:, 1] - outline[:, 1] * after[:, 0]
     area = cross.sum() / 2
@@ -130,9 +130,9 @@ def _polygon_distance(outline: np.ndarray, y: np.ndarray, x: np.ndarray) -> tupl
 
 
 def _visible_shapes(shapes: list[_Shape], size_hw: tuple[int, int]) -> list[_Shape]:
-    """The shapes of which enough shows, back to front, with their visible masks.
+    """The shapes that are visible enough, back to front, with their visible masks.
 
-    A shape that shows too little is left out of the image, so that nothing is drawn without its annotation.
+    Other shapes are not drawn, so that nothing is drawn without its annotation.
     """
     height, width = size_hw
     covered = np.zeros(size_hw, bool)
@@ -141,7 +141,7 @@ def _visible_shapes(shapes: list[_Shape], size_hw: tuple[int, int]) -> list[_Sha
         whole = shape.visible
         shape.visible = whole & ~covered
         pixels = int(shape.visible.sum())
-        if pixels < max(_LEAST_VISIBLE * shape.area_px, _LEAST_VISIBLE_PX):
+        if pixels < max(_MIN_VISIBLE * shape.area_px, _MIN_VISIBLE_PX):
             continue
         inside = (shape.outline >= 0).all() and (shape.outline <= (width, height)).all()
         shape.is_whole = bool(inside) and not (whole & covered).any()
@@ -151,11 +151,11 @@ def _visible_shapes(shapes: list[_Shape], size_hw: tuple[int, int]) -> list[_Sha
 
 
 def _annotation(shape: _Shape) -> dict[str, Any]:
-    """COCO's fields of a shape: a polygon where it is whole and drawn well, otherwise compressed RLE."""
+    """COCO's fields of a shape: a polygon if it is whole and drawn accurately, else compressed RLE."""
     values = mask_annotation(shape.label, shape.visible)
     if shape.is_whole:
         polygon = [np.round(shape.outline, 2).ravel().tolist()]
         drawn = mask_api.frPyObjects(polygon, *shape.visible.shape)
-        if mask_api.iou(drawn, [values["segmentation"]], [0])[0, 0] > _POLYGON_IOU:
+        if mask_api.iou(drawn, [values["segmentation"]], [0])[0, 0] > _MIN_POLYGON_IOU:
             values["segmentation"] = polygon
     return values

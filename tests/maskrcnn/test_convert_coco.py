@@ -1,4 +1,4 @@
-"""COCO divided anew: minival and valminusminival, and what must not change on the way."""
+"""COCO with new splits: minival and valminusminival; everything else stays the same."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 from source_datasets import as_it_is, coco, content, converted, written_json
 
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.convert.conversion import convert, split_plan
 from maskrcnn.errors import UserError
 
 
@@ -54,9 +55,6 @@ def test_the_rest_joins_the_training_images(source, tmp_path):
 
 
 def test_a_share_depends_on_the_seed_alone(source, tmp_path):
-    from maskrcnn.data.convert.conversion import convert
-    from maskrcnn.data.convert.splits import split_plan
-
     chosen = []
     for number, seed in enumerate((0, 0, 1, 2, 3, 4, 5)):
         plan = split_plan(["minival=0.34"], rest="others", seed=seed)
@@ -81,18 +79,14 @@ def break_things(data):
     data["annotations"][0]["segmentation"] = [[1, 2, 3]]
     data["annotations"][1]["category_id"] = 5
     data["annotations"][2]["image_id"] = 9999
-    data["annotations"][3]["id"] = 1  # which train2014 has
+    data["annotations"][3]["id"] = 1  # of train2014
 
 
 def test_keep_going_counts_and_leaves_out(source, tmp_path):
     changed(source, "val2014", break_things)
     (source / "val2014" / "COCO_val2014_000000000073.jpg").write_bytes(b"\xff\xd8\xff broken")
     report = as_it_is("coco", source, tmp_path / "out", keep_going=True)
-    assert report.skipped == {
-        "unknown image": 1,
-        "malformed segmentation": 1,
-        "image that cannot be read": 1,
-    }
+    assert report.skipped == {"unknown image": 1, "malformed segmentation": 1, "image that cannot be read": 1}
     after = content(tmp_path / "out", "val2014")
     assert [image["id"] for image in after["images"]] == [42, 139, 285]
     assert [(a["id"], a["image_id"]) for a in after["annotations"]] == [(5, 285)]
@@ -105,14 +99,14 @@ def test_keep_going_counts_and_leaves_out(source, tmp_path):
         (lambda d: d["categories"].append({"id": 18, "name": "wolf"}), "category id 18 occurs twice"),
         (lambda d: d["categories"].append({"id": 19, "name": " Dog"}), r"'dog' \(id 18\) and ' Dog' \(id 19\) are one"),
         (lambda d: d["categories"][1].update(name="wolf"), "category 18 is 'wolf', in another split 'dog'"),
-        (lambda d: d["images"][0].update(id=100), "image id 100, which train2014 has too"),
+        (lambda d: d["images"][0].update(id=100), "image id 100, also in train2014"),
         (lambda d: d["images"][0].update(file_name="../x.jpg"), "outside the image folder"),
         (lambda d: d["images"][0].update(height=11), r"image 42: for 12×11 pixels"),
         (break_things, r"annotation 5: image_id 9999"),
     ],
     ids=["ids", "names", "splits", "images", "path", "size", "annotation"],
 )
-def test_what_clashes_or_is_broken_stops_it(source, tmp_path, change, text):
+def test_faults_stop_the_conversion(source, tmp_path, change, text):
     changed(source, "val2014", change)
     with pytest.raises(UserError, match=text):
         as_it_is("coco", source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""LabelMe: shapes, groups, masks, photos on their side, and what is not LabelMe's."""
+"""LabelMe: shapes, groups, masks, EXIF orientations, and faults."""
 
 import base64
 import io
@@ -73,22 +73,22 @@ def test_masks_keep_their_holes_and_unite_with_polygons(tmp_path):
         ("ring", "rectangle", [[20, 10], [24, 12]], {"group_id": 1}),
     )
     data, _ = whole("labelme", source, tmp_path / "out")
-    wanted = np.zeros((20, 30), bool)
-    wanted[4:9, 3:9] = pixels
-    wanted[10:12, 20:24] = True
-    assert (only_mask(tmp_path / "out") == wanted).all()
-    assert data["annotations"][0]["area"] == wanted.sum() and data["annotations"][0]["bbox"] == [3, 4, 21, 8]
+    expected = np.zeros((20, 30), bool)
+    expected[4:9, 3:9] = pixels
+    expected[10:12, 20:24] = True
+    assert (only_mask(tmp_path / "out") == expected).all()
+    assert data["annotations"][0]["area"] == expected.sum() and data["annotations"][0]["bbox"] == [3, 4, 21, 8]
 
 
-def test_one_number_means_one_object_of_each_label(tmp_path):
+def test_a_group_id_is_one_object_of_each_label(tmp_path):
     shapes = [(label, "polygon", TRIANGLE, {"group_id": 0}) for label in ("a", "b", "a")]
     data, _ = whole("labelme", one(tmp_path, *shapes), tmp_path / "out")
     assert [(a["category_id"], len(a["segmentation"])) for a in data["annotations"]] == [(1, 2), (2, 1)]
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 6, 8])
-def test_a_photo_on_its_side_is_written_upright(tmp_path, orientation):
-    """The shape is where it was drawn, on the picture as LabelMe shows it."""
+def test_an_image_with_an_orientation_is_written_upright(tmp_path, orientation):
+    """Coordinates refer to the image as LabelMe shows it."""
     stored_hw = (20, 30) if orientation < 5 else (30, 20)
     upright = np.zeros((20, 30, 3), np.uint8)
     upright[2:10, 4:20] = 255
@@ -112,7 +112,7 @@ def test_a_photo_on_its_side_is_written_upright(tmp_path, orientation):
         assert image.getexif().get(ORIENTATION, 1) == 1
 
 
-def test_images_inside_of_json_and_paths_of_windows(tmp_path):
+def test_embedded_images_and_windows_paths(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     folder = tmp_path / "photos"
     labelme_file(folder / "a.json", "..\\img\\a.png", (20, 30), ("x", "polygon", TRIANGLE), imageData=in_base64(pixels))
@@ -123,7 +123,7 @@ def test_images_inside_of_json_and_paths_of_windows(tmp_path):
     assert (read_image(tmp_path / "out" / "all" / "a.png") == pixels).all()
 
 
-def test_unlabelled_photos_and_labels_that_are_no_classes(tmp_path):
+def test_unlabelled_images_and_ignored_labels(tmp_path):
     source = one(tmp_path, ("__ignore__", "polygon", TRIANGLE), ("x", "polygon", TRIANGLE))
     photo(source / "unlabelled.jpg", (20, 30), 1)
     labelme_file(source / "empty.json", "empty.jpg", (20, 30))
@@ -134,7 +134,7 @@ def test_unlabelled_photos_and_labels_that_are_no_classes(tmp_path):
     assert data["categories"] == [{"id": 1, "name": "x"}]
 
 
-def test_folders_called_train_and_val_are_the_splits(source, tmp_path):
+def test_folders_named_train_and_val_are_the_splits(source, tmp_path):
     for stem, split in (("a", "train"), ("b", "val")):
         (source / split).mkdir()
         for suffix in ("jpg", "json"):
@@ -146,7 +146,7 @@ def test_folders_called_train_and_val_are_the_splits(source, tmp_path):
 
 # --- bad input ---------------------------------------------------------------------------------------
 
-SHAPES = {  # the shape, the reason, what is named
+SHAPES = {  # shape, reason, error text
     "point": (("x", "point", [[1, 2]]), "shape that has no area", r"shape 2 \(x\): point of 1 points"),
     "line": (("x", "line", [[1, 2], [3, 4]]), "shape that has no area", "line of 2 points"),
     "two points": (("x", "polygon", [[1, 2], [3, 4]]), "shape that has no area", "polygon of 2 points"),
@@ -176,7 +176,7 @@ def test_a_shape_at_fault_is_named_or_counted(tmp_path, name):
     assert report.skipped == {reason: 1} and len(data["annotations"]) == 1
 
 
-def test_an_object_of_which_a_part_is_at_fault_is_left_out_whole(tmp_path):
+def test_an_object_with_a_faulty_part_is_skipped(tmp_path):
     group = {"group_id": 1}
     source = one(
         tmp_path, ("x", "polygon", TRIANGLE, group), ("x", "line", [[1, 2], [3, 4]], group), ("x", "polygon", TRIANGLE)
@@ -223,8 +223,8 @@ FILES = {
     a_list: ("malformed entry", r"a\.json: of type list"),
     no_shapes: ("malformed entry", r"a\.json, shapes: of type NoneType"),
     no_image: ("missing image", r"a\.json: no file .*a\.jpg, and no imageData"),
-    other_size: ("annotation of another size than its image", r"a\.json: for 30×20 pixels\nexpected: .*30×21"),
-    no_base64: ("missing image", r"a\.json, imageData: no base64"),
+    other_size: ("annotation of another size than its image", r"a\.json: for 30×20 pixels\n  expected: .*30×21"),
+    no_base64: ("missing image", r"a\.json, imageData: not base64"),
 }
 
 
@@ -245,7 +245,7 @@ def test_two_spellings_of_a_label_are_refused(tmp_path):
         whole("labelme", source, tmp_path / "out", keep_going=True)
 
 
-def test_two_files_for_one_photo_are_refused(source, tmp_path):
+def test_two_files_for_one_image_are_refused(source, tmp_path):
     labelme_file(source / "c.json", "a.jpg", (20, 30), ("leaf", "polygon", TRIANGLE))
     with pytest.raises(UserError, match=r"a\.json and .*c\.json: both images would be a\.jpg"):
         whole("labelme", source, tmp_path / "out")

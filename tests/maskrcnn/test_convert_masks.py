@@ -1,4 +1,4 @@
-"""Masks from files: Penn-Fudan, SYNTHIA, Cityscapes, folders of one's own, and one file for each object."""
+"""Mask files: Penn-Fudan, SYNTHIA, Cityscapes, other folders of id masks, and one file for each object."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from source_datasets import (
 )
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
-from maskrcnn.data.convert.documents import read_two_channels
+from maskrcnn.data.convert.files import read_two_channels
 from maskrcnn.errors import UserError
 
 
@@ -45,33 +45,18 @@ def test_penn_fudan(tmp_path):
         {"id": 1, "file_name": "FudanPed00001.png", "height": 6, "width": 8},
         {"id": 2, "file_name": "PennPed00002.png", "height": 6, "width": 8},
     ]
+    first, size = {"image_id": 1, "category_id": 1, "iscrowd": 0}, {"size": [6, 8]}
     assert data["annotations"][:2] == [
-        {
-            "id": 1,
-            "image_id": 1,
-            "category_id": 1,
-            "bbox": [1.0, 1.0, 2.0, 3.0],
-            "area": 6,
-            "iscrowd": 0,
-            "segmentation": {"size": [6, 8], "counts": "7330m0"},  # runs 7, 3, 3, 3, 32
-        },
-        {
-            "id": 2,
-            "image_id": 1,
-            "category_id": 1,
-            "bbox": [5.0, 2.0, 3.0, 4.0],
-            "area": 12,
-            "iscrowd": 0,
-            "segmentation": {"size": [6, 8], "counts": "P142000"},  # runs 32, 4, 2, 4, 2, 4
-        },
-    ]
+        {**first, "id": 1, "bbox": [1.0, 1.0, 2.0, 3.0], "area": 6, "segmentation": {**size, "counts": "7330m0"}},
+        {**first, "id": 2, "bbox": [5.0, 2.0, 3.0, 4.0], "area": 12, "segmentation": {**size, "counts": "P142000"}},
+    ]  # runs 7, 3, 3, 3, 32, and 32, 4, 2, 4, 2, 4
 
 
 def test_synthia_reads_both_bytes_of_its_numbers(tmp_path):
     data, _ = whole("synthia", synthia(tmp_path / "RAND_CITYSCAPES"), tmp_path / "out")
     found = [(a["category_id"], a["bbox"], a["area"], a["iscrowd"]) for a in data["annotations"] if a["image_id"] == 1]
     assert found == [
-        (8, [0, 0, 3, 1], 3, 1),  # cars without a number: a region of them
+        (8, [0, 0, 3, 1], 3, 1),  # cars without a number: a crowd region
         (8, [1, 1, 3, 3], 9, 0),
         (10, [5, 3, 3, 3], 9, 0),
     ]
@@ -99,7 +84,7 @@ def test_cityscapes(tmp_path):
     assert [c["id"] for c in train["categories"]] == [24, 25, 26, 27, 28, 31, 32, 33]
 
 
-def test_cityscapes_with_classes_and_sets_of_ones_own(tmp_path):
+def test_cityscapes_with_other_classes_and_sets(tmp_path):
     (tmp_path / "classes.txt").write_text("26: car\n29: caravan\n")
     source, classes = cityscapes(tmp_path / "cityscapes"), str(tmp_path / "classes.txt")
     report = as_it_is("cityscapes", source, tmp_path / "out", classes=classes, sets=("test",))
@@ -107,7 +92,7 @@ def test_cityscapes_with_classes_and_sets_of_ones_own(tmp_path):
     assert [a["category_id"] for a in content(tmp_path / "out", "test")["annotations"]] == [26, 26, 29]
 
 
-def test_a_folder_of_ones_own(tmp_path):
+def test_id_masks_of_one_class(tmp_path):
     data, _ = whole("id-masks", id_masks(tmp_path / "mine"), tmp_path / "out", class_name="ring", void=9)
     assert data["categories"] == [{"id": 1, "name": "ring"}]
     assert [(a["image_id"], a["bbox"], a["area"]) for a in data["annotations"]] == [
@@ -118,19 +103,19 @@ def test_a_folder_of_ones_own(tmp_path):
     assert not ring[2:4, 2:4].any() and ring[1:5, 1:5].sum() == 12
 
 
-def test_a_folder_with_a_divisor_and_names_for_both_files(tmp_path):
+def test_id_masks_with_a_divisor_and_a_mask_suffix(tmp_path):
     source = tmp_path / "mine"
     photo(source / "shots" / "a.jpg", (4, 6))
     numbers(source / "shots" / "a_ids.png", [[0, 201, 201, 202, 2, 3]] * 4, np.uint16)
     (tmp_path / "classes.txt").write_text("1: nut\n2: bolt\n")
-    told = {"image_folder": "shots", "mask_folder": "shots", "mask_suffix": "_ids"}
-    data, _ = whole("id-masks", source, tmp_path / "out", classes=str(tmp_path / "classes.txt"), divisor=100, **told)
+    names = {"image_folder": "shots", "mask_folder": "shots", "mask_suffix": "_ids"}
+    data, _ = whole("id-masks", source, tmp_path / "out", classes=str(tmp_path / "classes.txt"), divisor=100, **names)
     assert [image["file_name"] for image in data["images"]] == ["a.jpg"]
     found = [(a["category_id"], a["bbox"], a["iscrowd"]) for a in data["annotations"]]
     assert found == [(2, [4, 0, 1, 4], 1), (2, [1, 0, 2, 4], 0), (2, [3, 0, 1, 4], 0)]
     numbers(source / "shots" / "a_ids.png", [[0, 301, 0, 0, 0, 0]] * 4, np.uint16)
     with pytest.raises(UserError, match=r"a_ids.png, pixels of 301: class 3"):
-        whole("id-masks", source, tmp_path / "new", classes=str(tmp_path / "classes.txt"), divisor=100, **told)
+        whole("id-masks", source, tmp_path / "new", classes=str(tmp_path / "classes.txt"), divisor=100, **names)
 
 
 def test_mask_files(tmp_path):
@@ -158,7 +143,7 @@ def test_folders_that_are_called_like_splits_are_splits(tmp_path):
     assert content(tmp_path / "out", "validation")["images"][0]["file_name"] == "2c3d.png"
 
 
-# --- every mask comes back bit by bit ----------------------------------------------------------------
+# --- masks are converted exactly ---------------------------------------------------------------------
 
 
 @given(
@@ -167,31 +152,31 @@ def test_folders_that_are_called_like_splits_are_splits(tmp_path):
     )
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_numbered_masks_come_back(tmp_path_factory, ids):
-    """With holes, in several parts, touching, one pixel large: any picture of numbers."""
+def test_id_masks_are_exact(tmp_path_factory, ids):
+    """Masks with holes, of several parts, touching, or one pixel large."""
     root = tmp_path_factory.mktemp("ids")
     photo(root / "in" / "images" / "a.png", ids.shape)
     numbers(root / "in" / "masks" / "a.png", ids)
     whole("id-masks", root / "in", root / "out")
     (masks,) = masks_of(root / "out")
-    wanted = [ids == number for number in np.unique(ids) if number]
-    assert len(masks) == len(wanted)
-    assert all((mask == want).all() for mask, want in zip(masks, wanted, strict=True))
+    expected = [ids == number for number in np.unique(ids) if number]
+    assert len(masks) == len(expected)
+    assert all((mask == want).all() for mask, want in zip(masks, expected, strict=True))
 
 
 @given(stack=arrays.arrays(bool, st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_overlapping_mask_files_come_back(tmp_path_factory, stack):
+def test_overlapping_mask_files_are_exact(tmp_path_factory, stack):
     root = tmp_path_factory.mktemp("files")
     photo(root / "in" / "x" / "images" / "x.png", stack.shape[1:])
     for k, mask in enumerate(stack):
         numbers(root / "in" / "x" / "masks" / f"{k}.png", mask * 255)
     _, report = whole("mask-files", root / "in", root / "out", keep_going=True)
-    wanted = [mask for mask in stack if mask.any()]
-    assert report.skipped.get("mask without a pixel", 0) == len(stack) - len(wanted)
-    if wanted:
+    expected = [mask for mask in stack if mask.any()]
+    assert report.skipped.get("mask without a pixel", 0) == len(stack) - len(expected)
+    if expected:
         (masks,) = masks_of(root / "out")
-        assert all((mask == want).all() for mask, want in zip(masks, wanted, strict=True))
+        assert all((mask == want).all() for mask, want in zip(masks, expected, strict=True))
 
 
 # --- bad input ---------------------------------------------------------------------------------------
@@ -230,7 +215,7 @@ def cut_image(source):
 FAULTS = {
     no_mask: ("image without a mask", r"FudanPed00001\.png\n.*FudanPed00001_mask\.png"),
     no_image: ("mask without an image", r"FudanPed00001_mask\.png"),
-    other_size: ("annotation of another size than its image", r"_mask\.png: for 8×6 pixels\nexpected: .*6×8"),
+    other_size: ("annotation of another size than its image", r"_mask\.png: for 8×6 pixels\n  expected: .*6×8"),
     colours: ("mask that cannot be read", "RGB pixels"),
     cut: ("mask that cannot be read", "FudanPed00001_mask.png"),
     jpeg: ("mask that cannot be read", "a JPEG, whose compression changes the numbers"),
@@ -249,10 +234,10 @@ def test_a_fault_is_named_or_counted(tmp_path, spoil):
     assert [(image["id"], image["file_name"]) for image in data["images"]] == [(2, "PennPed00002.png")]
 
 
-def test_an_empty_mask_is_a_fault_of_its_object_alone(tmp_path):
+def test_an_empty_mask_is_a_fault_of_its_object(tmp_path):
     source = mask_files(tmp_path / "nuclei")
     numbers(source / "0a1b" / "masks" / "0f.png", np.zeros((6, 8)))
-    with pytest.raises(UserError, match=r"0a1b.masks.0f\.png\nexpected: at least one pixel"):
+    with pytest.raises(UserError, match=r"0a1b.masks.0f\.png\n  expected: at least one pixel"):
         whole("mask-files", source, tmp_path / "out")
     _, report = whole("mask-files", source, tmp_path / "out", keep_going=True)
     assert report.skipped == {"mask without a pixel": 1} and report.objects == {"all": 3}
@@ -269,7 +254,7 @@ def test_folders_without_masks_or_with_two_images(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_without_objects_is_one_all_the_same(tmp_path):
+def test_an_image_without_objects_is_converted(tmp_path):
     source = mask_files(tmp_path / "nuclei")
     for path in (source / "0a1b" / "masks").iterdir():
         path.unlink()

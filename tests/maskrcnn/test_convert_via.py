@@ -1,4 +1,4 @@
-"""VGG Image Annotator: regions, attributes, versions, and what is not VIA's."""
+"""VGG Image Annotator: regions, attributes, versions, and faults."""
 
 import json
 import math
@@ -34,15 +34,8 @@ def test_a_project(source, tmp_path):
     leaf, stone = data["annotations"][:2]
     assert leaf["segmentation"] == [[1, 1, 9, 1, 5, 9]]
     assert (leaf["image_id"], leaf["category_id"], leaf["bbox"]) == (1, 1, [1.0, 1.0, 8.0, 8.0])
-    assert stone == {
-        "id": 2,
-        "image_id": 1,
-        "category_id": 2,
-        "bbox": [12.0, 4.0, 8.0, 9.0],
-        "area": 72,
-        "iscrowd": 0,
-        "segmentation": [[12, 4, 20, 4, 20, 13, 12, 13]],
-    }
+    assert stone["segmentation"] == [[12, 4, 20, 4, 20, 13, 12, 13]]
+    assert (stone["category_id"], stone["bbox"], stone["area"], stone["iscrowd"]) == (2, [12.0, 4.0, 8.0, 9.0], 72, 0)
 
 
 def test_the_file_itself_can_be_named(source, tmp_path):
@@ -59,8 +52,8 @@ def test_ellipses_and_circles_are_round(tmp_path, turn):
     y, x = np.mgrid[:20, :30] + 0.5
     along = (x - 14) * math.cos(turn) + (y - 10) * math.sin(turn)
     across = (y - 10) * math.cos(turn) - (x - 14) * math.sin(turn)
-    wanted = (along / 9) ** 2 + (across / 5) ** 2 < 1, np.hypot(x - 8, y - 9) < 6
-    for instance, inside in zip(record.instances, wanted, strict=True):
+    expected = (along / 9) ** 2 + (across / 5) ** 2 < 1, np.hypot(x - 8, y - 9) < 6
+    for instance, inside in zip(record.instances, expected, strict=True):
         assert (instance_mask(record, instance) ^ inside).sum() <= 0.05 * inside.sum()
 
 

@@ -6,8 +6,8 @@ import pytest
 from source_datasets import converted, photo, visual_genome, whole, written_json
 
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.convert import documents
-from maskrcnn.data.convert.documents import BadEntry, array_spans
+from maskrcnn.data.convert.source import BadEntry
+from maskrcnn.data.convert.visual_genome import array_spans
 from maskrcnn.errors import UserError
 
 
@@ -51,14 +51,14 @@ def test_names_of_a_file(source, tmp_path):
     assert [a["category_id"] for a in data["annotations"]] == [2, 1, 2]
 
 
-def test_it_is_a_dataset_of_boxes(source, tmp_path):
+def test_the_dataset_has_boxes_only(source, tmp_path):
     converted("visual-genome", source, tmp_path / "out", classes="5")
     dataset = CocoDataset.load(tmp_path / "out", "train")
     assert not dataset.has_masks and dataset.skipped == {}
     assert all(record.instances for record in dataset.images)
 
 
-def test_a_vocabulary_is_needed(source, tmp_path):
+def test_classes_are_required(source, tmp_path):
     with pytest.raises(UserError, match="without --classes"):
         whole("visual-genome", source, tmp_path / "out")
     with pytest.raises(UserError, match="--classes 0"):
@@ -156,28 +156,27 @@ def test_a_folder_that_is_not_visual_genome(source, tmp_path):
         whole("visual-genome", source / "VG_100K", tmp_path / "out", classes="9")
 
 
-# --- lists that are not read whole -------------------------------------------------------------------
+# --- lists read in chunks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
 @pytest.mark.parametrize("head", ["", "\ufeff"])
-def test_entries_are_found_however_the_file_is_cut(tmp_path, monkeypatch, chunk, head):
-    monkeypatch.setattr(documents, "_CHUNK", chunk)
+def test_entries_are_found_with_any_chunk_size(tmp_path, chunk, head):
     values = [{"a": [1, {"b": ']},\\" ü€😀'}]}, {}, {"long": "x" * 50}, {"n": -1.5e3}]
     text = head + " [ " + " ,\n ".join(json.dumps(value, ensure_ascii=False) for value in values) + " ] "
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     data = (tmp_path / "x.json").read_bytes()
-    assert [json.loads(data[start:end]) for start, end in array_spans(tmp_path / "x.json")] == values
+    spans = array_spans(tmp_path / "x.json", chunk_bytes=chunk)
+    assert [json.loads(data[start:end]) for start, end in spans] == values
 
 
 @pytest.mark.parametrize("chunk", [2, 1000])
 @pytest.mark.parametrize(
     ("text", "byte"), [("{}", 0), ("", 0), ('[{"a": 1}, {"b" 2}]', 16), ('[{"a": 1}', 9), ('[{"a": 1}, {"b": ', 17)]
 )
-def test_where_a_list_breaks_off_is_named(tmp_path, monkeypatch, chunk, text, byte):
-    monkeypatch.setattr(documents, "_CHUNK", chunk)
+def test_the_error_names_the_byte_of_a_truncated_list(tmp_path, chunk, text, byte):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(BadEntry, match=rf"x\.json, byte {byte}: not JSON"):
-        list(array_spans(tmp_path / "x.json"))
+        list(array_spans(tmp_path / "x.json", chunk_bytes=chunk))
     with pytest.raises(BadEntry, match=r"y\.json cannot be read"):
         list(array_spans(tmp_path / "y.json"))

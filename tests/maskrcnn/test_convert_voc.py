@@ -1,4 +1,4 @@
-"""Pascal VOC: boxes from 1, marks, lists, masks with borders, and XML that is not what it should be."""
+"""Pascal VOC: boxes, flags, lists, masks with borders, and malformed XML."""
 
 import numpy as np
 import pytest
@@ -29,26 +29,10 @@ def annotations(out, split="train"):
     return content(out, split)["annotations"]
 
 
-BIRD_1 = {
-    "id": 1,
-    "image_id": 1,
-    "category_id": 3,
-    "bbox": [0.0, 1.0, 4.0, 7.0],
-    "area": 28.0,
-    "iscrowd": 0,
-    "difficult": 0,
-    "truncated": 1,
-}
-CAT_1 = {
-    "id": 2,
-    "image_id": 1,
-    "category_id": 8,
-    "bbox": [5.0, 2.0, 7.0, 3.0],
-    "area": 21.0,
-    "iscrowd": 1,
-    "difficult": 1,
-    "truncated": 0,
-}
+BIRD_1 = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [0.0, 1.0, 4.0, 7.0], "area": 28.0, "iscrowd": 0}
+BIRD_1 |= {"difficult": 0, "truncated": 1}
+CAT_1 = {"id": 2, "image_id": 1, "category_id": 8, "bbox": [5.0, 2.0, 7.0, 3.0], "area": 21.0, "iscrowd": 1}
+CAT_1 |= {"difficult": 1, "truncated": 0}
 
 
 def test_boxes(source, tmp_path):
@@ -62,7 +46,7 @@ def test_boxes(source, tmp_path):
 
 
 @pytest.mark.parametrize(("difficult", "flags"), [("crowd", [0, 1]), ("keep", [0, 0]), ("drop", [0])])
-def test_what_difficult_objects_become(source, tmp_path, difficult, flags):
+def test_difficult_objects(source, tmp_path, difficult, flags):
     report = as_it_is("voc", source, tmp_path / "out", difficult=difficult)
     assert [a["iscrowd"] for a in annotations(tmp_path / "out")] == flags
     assert report.left_out == ({"difficult object": 2} if difficult == "drop" else {})
@@ -83,14 +67,14 @@ def test_masks(source, tmp_path):
     assert (bird["truncated"], cat["difficult"]) == (1, 1)
 
 
-def test_masks_do_without_xml_and_its_marks(source, tmp_path):
+def test_masks_without_xml_or_with_another_class_in_it(source, tmp_path):
     xml(source).unlink()
     replaced(source, "<name>cat</name>", "<name>dog</name>", "000002")
     as_it_is("voc", source, tmp_path / "out", with_masks=True)
     assert [a["iscrowd"] for split in ("train", "val") for a in annotations(tmp_path / "out", split)] == [0, 0, 0, 0]
 
 
-def test_a_folder_of_ones_own_without_lists(tmp_path):
+def test_a_folder_without_lists(tmp_path):
     source = tmp_path / "mine"
     for number, stem in enumerate(("x", "y", "z")):
         photo(source / "JPEGImages" / f"{stem}.png", (8, 12), number)
@@ -102,7 +86,7 @@ def test_a_folder_of_ones_own_without_lists(tmp_path):
     assert [c["name"] for c in content(tmp_path / "out", "val")["categories"]] == ["bird", "zebra"]
 
 
-def test_boxes_that_are_counted_from_0(source, tmp_path):
+def test_zero_based_boxes(source, tmp_path):
     replaced(source, "<xmin>1</xmin>", "<xmin>0</xmin>")
     with pytest.raises(UserError, match=r"object 1 \(bird\): box from \(0, 2\)[\s\S]*--zero-based"):
         as_it_is("voc", source, tmp_path / "out")
@@ -110,7 +94,7 @@ def test_boxes_that_are_counted_from_0(source, tmp_path):
     assert annotations(tmp_path / "out")[0]["bbox"] == [0.0, 2.0, 4.0, 6.0]
 
 
-def test_classes_and_other_names_from_files(source, tmp_path):
+def test_files_of_classes_and_aliases(source, tmp_path):
     (tmp_path / "classes.txt").write_text("# two\n7: animal, bird\n9: feline\n")
     (tmp_path / "alias.txt").write_text("feline, cat, kitten\n")
     as_it_is("voc", source, tmp_path / "out", classes=str(tmp_path / "classes.txt"), alias=tmp_path / "alias.txt")
@@ -143,7 +127,7 @@ def no_name(source):
     replaced(source, "<name>cat</name>", "<name> </name>")
 
 
-def odd_mark(source):
+def odd_flag(source):
     replaced(source, "<difficult>1", "<difficult>maybe")
 
 
@@ -173,12 +157,12 @@ def other_size(source):
     photo(source / "JPEGImages" / "000001.jpg", (9, 12))
 
 
-FAULTS = {  # what is spoilt, the reason, what is named, the objects that are left in `train`
+FAULTS = {  # fault, reason, error text, remaining objects of `train`
     outside: ("box outside the image", r"000001.xml, object 2 \(cat\): box from \(6, 3\) to \(13, 5\)", 1),
     backwards: ("box without extent", r"object 2 \(cat\)", 1),
     no_number: ("malformed entry", "<xmin> 'six'", 1),
     no_name: ("malformed entry", "000001.xml, object 2: no <name>", 1),
-    odd_mark: ("malformed entry", "<difficult> 'maybe'", 1),
+    odd_flag: ("malformed entry", "<difficult> 'maybe'", 1),
     broken_xml: ("annotation file that cannot be read", r"000001.xml, line \d+, column \d+: not XML", 0),
     entities: ("annotation file that cannot be read", "document type declaration", 0),
     no_xml: ("annotation file that cannot be read", "000001.xml cannot be read", 0),
@@ -236,30 +220,30 @@ def cut_mask(source):
         (cut_mask, r"SegmentationObject.*000001.png \("),
     ],
 )
-def test_masks_at_fault(source, tmp_path, spoil, text):
+def test_faults_of_masks(source, tmp_path, spoil, text):
     spoil(source)
     with pytest.raises(UserError, match=text):
         as_it_is("voc", source, tmp_path / "out", with_masks=True)
 
 
-def test_folders_and_lists_that_cannot_be(source, tmp_path):
+def test_invalid_folders_and_lists(source, tmp_path):
     with pytest.raises(UserError, match="which holds VOC2012"):
         as_it_is("voc", source.parent, tmp_path / "out")
     with pytest.raises(UserError, match=r"trainval\.txt cannot be read"):
         as_it_is("voc", source, tmp_path / "out", sets=("trainval",))
     (source / "ImageSets" / "Main" / "trainval.txt").write_text("000001\n000002\n")
-    with pytest.raises(UserError, match=r"trainval\.txt, line 1: 000001, which train\.txt has too"):
+    with pytest.raises(UserError, match=r"trainval\.txt, line 1: 000001, also in train\.txt"):
         as_it_is("voc", source, tmp_path / "out", sets=("train", "trainval"))
     (source / "ImageSets" / "Main" / "up.txt").write_text("../../000001\n")
-    with pytest.raises(UserError, match="a path inside of the dataset"):
+    with pytest.raises(UserError, match="a path inside the dataset"):
         as_it_is("voc", source, tmp_path / "out", sets=("up",))
     with pytest.raises(UserError, match="--difficult never"):
         as_it_is("voc", source, tmp_path / "out", difficult="never")
 
 
-def test_an_unknown_class_and_two_spellings(source, tmp_path):
+def test_unknown_class_and_two_spellings(source, tmp_path):
     (tmp_path / "classes.txt").write_text("bird\n")
-    with pytest.raises(UserError, match=r"object 2 \(cat\): class 'cat'\nexpected: one of bird\n"):
+    with pytest.raises(UserError, match=r"object 2 \(cat\): class 'cat'\n  expected: one of bird\n"):
         as_it_is("voc", source, tmp_path / "out", classes=str(tmp_path / "classes.txt"))
     replaced(source, "<name>cat</name>", "<name>Bird</name>", "000002")
     with pytest.raises(UserError, match=r"000001.xml: class 'bird'; .*000002.xml: class 'Bird'"):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskrcnn.data import drawn, shapes
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import CLASS_NAMES, generate_shapes, shapes_image
@@ -40,7 +39,7 @@ def test_classes_are_balanced_and_some_images_are_empty(folder):
     assert 1 <= objects.count(0) <= 12 and max(objects) == 6
 
 
-def test_annotations_describe_the_drawn_pixels(folder):
+def test_annotations_equal_the_drawn_pixels(folder):
     dataset = CocoDataset.load(folder, "train")
     kinds = Counter()
     for index, record in enumerate(dataset.images):
@@ -77,38 +76,25 @@ def test_masks_are_disjoint_and_stand_out():
     assert np.median(distances) > 50
 
 
-def test_covered_shapes_show_the_front_one_and_hidden_ones_are_left_out():
-    def square(left, right):
-        whole = np.zeros((32, 64), bool)
-        whole[8:24, left:right] = True
-        outline = np.array([[left, 8], [right, 8], [right, 24], [left, 24]], float)
-        return shapes._Shape(2, whole.astype(np.float32), float(whole.sum()), outline, whole)
-
-    back, hidden, front = square(10, 30), square(31, 47), square(20, 46)
-    kept = shapes._visible_shapes([back, hidden, front], (32, 64))
-    assert kept == [back, front]  # 15 of the hidden one's 16 columns are covered
-    assert back.visible.sum() == 10 * 16 and not back.is_whole  # 10 of 20 columns
-    assert front.visible.sum() == 26 * 16 and front.is_whole
-
-
-@pytest.mark.parametrize("label", [1, 2, 3])
-def test_drawn_shapes_have_the_area_of_their_geometry(label):
-    rng, checked = np.random.default_rng(0), 0
-    while checked < 10:
-        shape = shapes._random_shape(rng, (256, 256))
-        inside = shape.outline.min() >= 0 and shape.outline.max() <= 256
-        if shape.label != label or not inside:
-            continue
-        x, y = shape.outline.T
-        shoelace = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
-        assert len(x) == {1: 48, 2: 4, 3: 3}[label]
-        assert shape.area_px == pytest.approx(shoelace, rel=0.005 if label == 1 else 1e-6)
-        perimeter = np.linalg.norm(shape.outline - np.roll(shape.outline, -1, axis=0), axis=1).sum()
-        assert shape.visible.sum() == pytest.approx(shape.area_px, abs=0.15 * perimeter)
-        if label == 2:  # right angles
-            sides = np.diff(shape.outline, axis=0)
-            assert abs(np.dot(sides[0], sides[1])) < 1e-6 * math.prod(np.linalg.norm(sides[:2], axis=1))
-        checked += 1
+def test_polygons_have_the_geometry_of_their_class(folder):
+    found = Counter()
+    for record in CocoDataset.load(folder, "train").images:
+        for instance in record.instances:
+            if not isinstance(instance.segmentation, list):
+                continue
+            corners = instance.segmentation[0].reshape(-1, 2)
+            (x, y), after = corners.T, np.roll(corners, -1, axis=0)
+            shoelace = abs(np.dot(x, after[:, 1]) - np.dot(y, after[:, 0])) / 2
+            perimeter = np.linalg.norm(corners - after, axis=1).sum()
+            assert len(corners) == {1: 48, 2: 4, 3: 3}[instance.label]
+            assert instance.area_px == pytest.approx(shoelace, abs=0.15 * perimeter)
+            if instance.label == 1:
+                assert 4 * math.pi * shoelace / perimeter**2 > 0.99
+            if instance.label == 2:  # right angles; two decimals in the file
+                sides = np.diff(corners, axis=0)
+                assert abs(np.dot(sides[0], sides[1])) < 2e-3 * math.prod(np.linalg.norm(sides[:2], axis=1))
+            found[instance.label] += 1
+    assert min(found[label] for label in (1, 2, 3)) > 5
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (5, 300), (64, 200), (333, 250)])
@@ -139,11 +125,10 @@ def test_splits_differ(folder):
     assert (folder / "train" / "000000.png").read_bytes() != (folder / "val" / "000000.png").read_bytes()
 
 
-def test_complete_folder_is_used_as_it_is(tmp_path, monkeypatch):
+def test_complete_folder_is_kept(tmp_path):
     arguments = {"train_images": 2, "val_images": 1, "size_px": 32}
     out = generate_shapes(tmp_path / "s", **arguments)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    monkeypatch.setattr(shapes, "_scene", lambda *_: pytest.fail("drawn again"))
     assert generate_shapes(out, **arguments) == out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -203,15 +188,14 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
 
 
 def test_finishing_second_uses_the_first_ones_folder(tmp_path, monkeypatch):
-    arguments = {"train_images": 1, "val_images": 1, "size_px": 32}
-    write = drawn._write_images
+    arguments, save = {"train_images": 1, "val_images": 1, "size_px": 32}, Image.Image.save
 
-    def overtaken(*given):
-        monkeypatch.setattr(drawn, "_write_images", write)
+    def overtaken(image, *given, **options):
+        monkeypatch.setattr(Image.Image, "save", save)
         generate_shapes(tmp_path / "s", **arguments)
-        return write(*given)
+        save(image, *given, **options)
 
-    monkeypatch.setattr(drawn, "_write_images", overtaken)
+    monkeypatch.setattr(Image.Image, "save", overtaken)
     assert generate_shapes(tmp_path / "s", **arguments) == tmp_path / "s"
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
@@ -223,6 +207,6 @@ def test_arguments_out_of_range(tmp_path, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_names_its_arguments(folder):
+def test_json_holds_the_arguments(folder):
     info = json.loads((folder / "annotations" / "instances_val.json").read_text())["info"]
     assert info["arguments"] == SMALL

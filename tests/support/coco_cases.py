@@ -1,15 +1,46 @@
-"""Small random ground truths and results, made to meet every corner of COCO's evaluation."""
+"""COCO ground truth of a dataset for pycocotools, and small random cases for every corner of COCO's evaluation."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+
+from maskrcnn.data.coco import CocoDataset
 
 SIZE_HW = (120, 150)
 SIDES_PX = (4, 12, 31, 32, 33, 60, 96, 97)  # on both sides of small, medium and large
 KEYPOINTS = 17
+
+
+def coco_truth(dataset: CocoDataset) -> COCO:
+    """The usable annotations of a dataset as pycocotools' ground truth, with the ids, boxes and areas of the file."""
+    annotations = [
+        {
+            "id": instance.annotation_id,
+            "image_id": record.id,
+            "category_id": dataset.category_ids[instance.label - 1],
+            "bbox": list(dataset.file_boxes_xywh_px[instance.annotation_id]),
+            "segmentation": instance.segmentation,
+            "area": instance.area_px,
+            "iscrowd": int(instance.is_crowd),
+        }
+        for record in dataset.images
+        for instance in record.instances
+    ]
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": record.id, "height": record.height, "width": record.width} for record in dataset.images],
+        "categories": [{"id": category_id} for category_id in dataset.category_ids],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
 
 
 def make_case(

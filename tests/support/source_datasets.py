@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maskrcnn.data.convert.conversion import convert
+from maskrcnn.data.convert.conversion import convert, split_plan
 from maskrcnn.data.convert.source import Options
-from maskrcnn.data.convert.splits import split_plan
 
 
 def photo(path, size_hw, seed=0, **options):

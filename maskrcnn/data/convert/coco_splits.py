@@ -1,4 +1,4 @@
-"""COCO itself, divided anew: 2014's minival and valminusminival, or any lists and shares of COCO-format splits."""
+"""COCO-format datasets with new splits: 2014's minival and valminusminival, or any lists and shares of images."""
 
 from __future__ import annotations
 
@@ -8,46 +8,64 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.annotations import (
-    TOP_LEVEL_KEYS,
+    LAYOUT,
     AnnotationError,
     are_boxes_only,
-    categories_of,
     checked_annotation,
-    images_of,
-    read_json,
-    required,
+    read_annotation_lists,
+    read_categories,
+    read_images,
     usable_id,
 )
 from maskrcnn.data.coco import find_split, list_splits
-from maskrcnn.data.convert.documents import BadEntry, Faults, look, require_size
-from maskrcnn.data.convert.source import Entry, Options, Picture, Source, SourceObject, require_entries
-from maskrcnn.data.convert.vocabulary import Category, refuse_clashes
+from maskrcnn.data.convert.files import image_size, require_size
+from maskrcnn.data.convert.source import (
+    AnnotatedImage,
+    BadEntry,
+    Category,
+    Entry,
+    Faults,
+    ObjectAnnotation,
+    Options,
+    Source,
+    require_entries,
+)
+from maskrcnn.data.convert.vocabulary import check_categories
 from maskrcnn.errors import UserError
 
-_LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
 _CORRECT = "correct the file"
-_IMAGE_FIELDS = ("id", "file_name", "height", "width")  # which the writer gives
 
 
 def open_coco(root: Path, options: Options, faults: Faults) -> Source:
-    """The splits named in `options.sets` (beginnings are enough), by default all.
+    """Opens the splits of `options.sets` (prefixes suffice), by default all.
 
-    Ids, categories, segmentations and all further fields stay as they are.
+    Ids, categories, segmentations and all further fields are kept.
 
     Raises:
-        UserError: for a file that is not COCO's, and for splits whose categories or ids clash.
+        UserError: for a file in another format, and for splits whose categories or image ids clash.
     """
     names = [find_split(root, name) for name in options.sets] or list_splits(root) or [find_split(root, "train")]
     entries: list[Entry] = []
     categories: dict[int, Category] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int, str] = {}  # image id -> split
     annotation_ids: set[int] = set()
     for name in dict.fromkeys(names):
         split = _Split(root, name)
-        _join_categories(categories, split)
-        _require_new_ids(owners, split)
+        for category in split.categories:
+            first = categories.setdefault(category.id, category)
+            if first.name != category.name:
+                found = f"{split.path}: category {category.id} is {category.name!r}, in another split {first.name!r}"
+                fix = "correct the files, or convert them one by one"
+                raise UserError(found, "the same categories in all splits", fix)
+        check_categories(categories.values(), f"{split.path} and the splits before it")
+        for image_id in split.images:
+            owner = owners.setdefault(image_id, name)
+            if owner != name:
+                found = f"{split.path}: image id {image_id}, also in {owner}"
+                fix = "convert the splits one by one with --sets"
+                raise UserError(found, "image ids that are unique in all splits", fix)
         entries += split.entries(annotation_ids, faults)
-    require_entries(entries, root, _LAYOUT)
+    require_entries(entries, root, LAYOUT)
     return Source(
         categories=tuple(categories.values()),
         entries=entries,
@@ -62,87 +80,66 @@ class _Split:
 
     def __init__(self, root: Path, name: str) -> None:
         self.name, self.path, self.folder = name, root / "annotations" / f"instances_{name}.json", root / name
-        self.content = read_json(self.path)
-        lists = {key: required(self.path, self.content, "the file", key, list) for key in TOP_LEVEL_KEYS}
-        self.names = categories_of(self.path, lists["categories"])
-        self.categories = [_category(entry) for entry in lists["categories"]]
-        refuse_clashes(self.categories, str(self.path))
-        self.images = images_of(self.path, self.folder, lists["images"])
-        self.image_fields = {entry["id"]: _others(entry, _IMAGE_FIELDS) for entry in lists["images"]}
-        self.annotations = lists["annotations"]
+        images, self.annotations, categories = read_annotation_lists(self.path)
+        read_categories(self.path, categories)  # checks them
+        self.categories = [Category(entry["id"], entry["name"], _without(entry, "id", "name")) for entry in categories]
+        check_categories(self.categories, str(self.path))
+        self.images = read_images(self.path, self.folder, images)
+        self.image_fields = {entry["id"]: _without(entry, "id", "file_name", "height", "width") for entry in images}
         self.boxes_only = are_boxes_only(self.annotations)
 
     def entries(self, annotation_ids: set[int], faults: Faults) -> list[Entry]:
-        """The images in the order of the file; adds the ids of their annotations, and takes away those used twice."""
-        found: dict[int, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+        """The images in the order of the file.
 
-        def placed(index: int, annotation: Any) -> int:
+        Args:
+            annotation_ids: ids of earlier splits, extended by those of this split; a duplicate id is dropped.
+            faults: counts annotations of unknown images.
+        """
+        by_image: dict[int, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+
+        def assign(index: int, annotation: Any) -> None:
             entry = annotation if isinstance(annotation, dict) else {}
             image_id, name = entry.get("image_id"), f"{self.path}, annotation {entry.get('id', f'number {index}')}"
             if type(image_id) is not int or image_id not in self.images:
                 raise BadEntry("unknown image", f"{name}: image_id {image_id!r}", "an image of the file", _CORRECT)
             annotation_id = usable_id(annotation)
             if annotation_id is None or annotation_id in annotation_ids:
-                entry = _others(entry, ("id",))
+                entry = _without(entry, "id")
             else:
                 annotation_ids.add(annotation_id)
-            found[image_id].append((name, entry))
-            return image_id
+            by_image[image_id].append((name, entry))
 
-        for _ in faults.usable(self.annotations, placed):
-            pass
+        list(faults.convert_each(self.annotations, assign))
         return [
             Entry(
                 name=file.relative_to(self.folder).as_posix(),
-                where=self.path,
+                path=self.path,
                 split=self.name,
                 image_id=image_id,
-                data=(self, found[image_id]),
+                data=(self, by_image[image_id]),
             )
             for image_id, (file, _, _) in self.images.items()
         ]
 
 
-def _read(entry: Entry, *, faults: Faults, labels: dict[int, int]) -> Picture:
+def _read(entry: Entry, *, faults: Faults, labels: dict[int, int]) -> AnnotatedImage:
     split, annotations = entry.data
     file, height, width = split.images[entry.image_id]
-    require_size((height, width), look(file).size_hw, f"{split.path}, image {entry.image_id}")
+    require_size((height, width), image_size(file), f"{split.path}, image {entry.image_id}")
 
-    def checked(_: int, item: tuple[str, dict[str, Any]]) -> SourceObject:
+    def convert(_: int, item: tuple[str, dict[str, Any]]) -> ObjectAnnotation:
         name, annotation = item
         try:
             _, values = checked_annotation(annotation, split.images, labels, boxes_only=split.boxes_only)
         except AnnotationError as fault:
-            came = f"{name}: {fault.detail}"
-            raise BadEntry(fault.reason, came, "an annotation as COCO defines it", _CORRECT) from fault
-        wanted = {"area": values["area_px"], "iscrowd": int(values["is_crowd"])}  # files may lack them
-        return SourceObject(annotation["category_id"], wanted | _others(annotation, ("image_id", "category_id")))
+            found = f"{name}: {fault.detail}"
+            raise BadEntry(fault.reason, found, "an annotation in COCO's format", _CORRECT) from fault
+        defaults = {"area": values["area_px"], "iscrowd": int(values["is_crowd"])}  # files may lack them
+        return ObjectAnnotation(annotation["category_id"], defaults | _without(annotation, "image_id", "category_id"))
 
-    objects = tuple(faults.usable(annotations, checked))
-    return Picture(file, (height, width), objects, fields=split.image_fields[entry.image_id])
-
-
-def _category(entry: dict[str, Any]) -> Category:
-    return Category(entry["id"], entry["name"], _others(entry, ("id", "name")))
+    objects = tuple(faults.convert_each(annotations, convert))
+    return AnnotatedImage(file, (height, width), objects, fields=split.image_fields[entry.image_id])
 
 
-def _others(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name not in names}
-
-
-def _join_categories(known: dict[int, Category], split: _Split) -> None:
-    """Adds a split's categories; the splits together may not clash."""
-    for category in split.categories:
-        twin = known.setdefault(category.id, category)
-        if twin.name != category.name:
-            came = f"{split.path}: category {category.id} is {category.name!r}, in another split {twin.name!r}"
-            raise UserError(came, "the same categories in all splits", "correct the files, or convert them one by one")
-    refuse_clashes(known.values(), f"{split.path} and the splits before it")
-
-
-def _require_new_ids(owners: dict[int, str], split: _Split) -> None:
-    for image_id in split.images:
-        other = owners.setdefault(image_id, split.name)
-        if other != split.name:
-            came = f"{split.path}: image id {image_id}, which {other} has too"
-            raise UserError(came, "image ids that differ between splits", "convert the splits one by one with --sets")
+def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in keys}

@@ -1,203 +1,194 @@
-"""`maskrcnn data convert`: from a dataset in its own format to a folder in COCO layout."""
+"""`maskrcnn data convert`: converts a dataset in its own format to a folder in COCO layout."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TextIO
 
+from maskrcnn.data.convert.annotation_tools import open_labelme, open_via
 from maskrcnn.data.convert.coco_splits import open_coco
-from maskrcnn.data.convert.documents import BadEntry, Faults, place
-from maskrcnn.data.convert.labelme import open_labelme
+from maskrcnn.data.convert.files import read_json, read_lines, write_image
 from maskrcnn.data.convert.masks import open_cityscapes, open_id_masks, open_mask_files, open_penn_fudan, open_synthia
-from maskrcnn.data.convert.source import Entry, Options, Picture, Source
-from maskrcnn.data.convert.splits import SplitPlan
-from maskrcnn.data.convert.via import open_via
+from maskrcnn.data.convert.source import AnnotatedImage, BadEntry, Category, Entry, Faults, Options, Source
 from maskrcnn.data.convert.visual_genome import open_visual_genome
 from maskrcnn.data.convert.voc import open_voc
-from maskrcnn.data.convert.vocabulary import Category
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
 
-# Writes a dataset in COCO layout, image by image, so that the folder appears whole or not at all.
-
-_LISTS = ("images", "annotations")
-
-
-class _DatasetWriter:
-    """An unfinished dataset.
-
-    Entries go to the disk as they come, one line of JSON each; nothing of an image stays in memory. `new_dataset`
-    makes one.
-
-    Args:
-        root: an empty folder.
-        categories: of all splits.
-        info: what the annotation files say of the dataset.
-        first_annotation_id: of objects without an id of their own.
-        copies: copy image files instead of linking them.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        categories: Sequence[Category],
-        info: dict[str, Any],
-        *,
-        first_annotation_id: int = 1,
-        copies: bool = False,
-    ) -> None:
-        self.images: Counter[str] = Counter()  # by split
-        self.objects: Counter[str] = Counter()
-        self._root, self._copies, self._next_id = root, copies, first_annotation_id
-        self._head = {
-            "info": info,
-            "categories": [{**c.fields, "id": c.id, "name": c.name} for c in categories],
-        }
-        self._parts: dict[tuple[str, str], TextIO] = {}
-        self._open = ExitStack()
-        (root / "annotations").mkdir()
-
-    def add(self, split: str, image_id: int, name: str, picture: Picture) -> None:
-        """One image with its objects.
-
-        Raises:
-            UserError: where the split has an image of this name.
-        """
-        if (self._root / split / name).exists():
-            came = f"two images for {split}/{name}"
-            raise UserError(came, "one image for each name in a split", "rename one, or put them into two splits")
-        place(picture.content, self._root / split / name, is_upright=picture.is_upright, copies=self._copies)
-        height, width = picture.size_hw
-        image = {**picture.fields, "id": image_id, "file_name": name, "height": height, "width": width}
-        self._write(split, "images", image)
-        for each in picture.objects:
-            annotation_id = each.fields.get("id", self._next_id)
-            self._next_id += "id" not in each.fields
-            own = {"id": annotation_id, "image_id": image_id, "category_id": each.category_id}
-            self._write(split, "annotations", own | {k: v for k, v in each.fields.items() if k not in own})
-        self.images[split] += 1
-        self.objects[split] += len(picture.objects)
-
-    def finish(self) -> None:
-        """Joins the parts to one annotation file for each split."""
-        self._open.close()
-        for split in self.images:
-            final = self._root / "annotations" / f"instances_{split}.json"
-            with open(final, "w", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(self._head, ensure_ascii=False)[:-1])
-                for kind in _LISTS:
-                    file.write(f', "{kind}": [')
-                    part = self._part_path(split, kind)
-                    if part.exists():
-                        with open(part, encoding="utf-8", newline="\n") as entries:
-                            shutil.copyfileobj(entries, file)
-                        part.unlink()
-                    file.write("]")
-                file.write("}\n")
-
-    def close(self) -> None:
-        """Lets go of all files."""
-        self._open.close()
-
-    def _part_path(self, split: str, kind: str) -> Path:
-        return self._root / "annotations" / f"{kind}_{split}.part"
-
-    def _write(self, split: str, kind: str, entry: dict[str, Any]) -> None:
-        part = self._parts.get((split, kind))
-        if part is None:
-            part = open(self._part_path(split, kind), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-            self._parts[split, kind] = self._open.enter_context(part)
-        else:
-            part.write(",\n")
-        part.write(json.dumps(entry, ensure_ascii=False, allow_nan=False))
+_DEFAULT_VAL_SHARE = 0.1  # of a dataset without splits
+_SPLIT_NAME = re.compile(r"[\w.-]+")
+_LISTS = ("images", "annotations")  # lists of an annotation file that grow with the dataset
 
 
-@contextmanager
-def new_dataset(
-    out: Path, categories: Sequence[Category], info: dict[str, Any], **options: Any
-) -> Iterator[_DatasetWriter]:
-    """A writer whose folder becomes `out` when the block ends without an exception, and is removed otherwise.
-
-    Raises:
-        UserError: where `out` holds anything, or cannot be written.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        expected = "a folder that is missing or empty"
-        raise UserError(f"{out} exists already", expected, "name another folder, or remove this one")
-    make_folder(out.parent)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    writer = None
-    try:
-        temporary.mkdir()
-        writer = _DatasetWriter(temporary, categories, info, **options)
-        yield writer
-        writer.finish()
-        if out.exists():
-            out.rmdir()  # empty; Windows does not rename onto it
-        os.rename(temporary, out)
-    except OSError as error:
-        came = f"the dataset cannot be written to {out} ({error.strerror or error})"
-        raise UserError(came, "a folder that can be written, on a disk with space", "name another folder") from error
-    finally:
-        if writer is not None:
-            writer.close()
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A format."""
+class _Kind(NamedTuple):
+    """A source format."""
 
     open: Callable[[Path, Options, Faults], Source]
-    options: tuple[str, ...]  # the fields of Options that it takes
+    options: tuple[str, ...]  # accepted fields of Options
 
 
 _NAMES = ("classes", "alias")
-KINDS: dict[str, Kind] = {
-    "coco": Kind(open_coco, ("sets",)),
-    "voc": Kind(open_voc, (*_NAMES, "sets", "with_masks", "difficult", "zero_based")),
-    "visual-genome": Kind(open_visual_genome, _NAMES),
-    "penn-fudan": Kind(open_penn_fudan, ("class_name",)),
-    "synthia": Kind(open_synthia, ("classes",)),
-    "cityscapes": Kind(open_cityscapes, ("classes", "sets")),
-    "id-masks": Kind(
+KINDS: dict[str, _Kind] = {
+    "coco": _Kind(open_coco, ("sets",)),
+    "voc": _Kind(open_voc, (*_NAMES, "sets", "with_masks", "difficult", "zero_based")),
+    "visual-genome": _Kind(open_visual_genome, _NAMES),
+    "penn-fudan": _Kind(open_penn_fudan, ("class_name",)),
+    "synthia": _Kind(open_synthia, ("classes",)),
+    "cityscapes": _Kind(open_cityscapes, ("classes", "sets")),
+    "id-masks": _Kind(
         open_id_masks, ("classes", "class_name", "image_folder", "mask_folder", "mask_suffix", "divisor", "void")
     ),
-    "mask-files": Kind(open_mask_files, ("class_name",)),
-    "labelme": Kind(open_labelme, _NAMES),
-    "via": Kind(open_via, (*_NAMES, "class_name", "class_attribute", "image_folder")),
+    "mask-files": _Kind(open_mask_files, ("class_name",)),
+    "labelme": _Kind(open_labelme, _NAMES),
+    "via": _Kind(open_via, (*_NAMES, "class_name", "class_attribute", "image_folder")),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report:
-    """What a conversion wrote, and what it did not."""
+class SplitPlan:
+    """The splits to make.
+
+    Without lists, shares and `rest`, images stay in the dataset's own splits; where it has none, a tenth becomes
+    `val` and the rest `train`.
+    """
+
+    lists: dict[str, Path] = dataclasses.field(default_factory=dict)  # split -> file of image names or ids
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)  # split -> share of the images not in a list
+    rest: str | None = None  # split of all other images (default: their own; without one they are left out)
+    seed: int = 0  # of the shares
+
+    def assign(self, entries: Sequence[Entry], faults: Faults, *, has_splits: bool) -> list[str | None]:
+        """The split of each entry; None, counted in `faults`, for an entry without one.
+
+        Raises:
+            UserError: for a list that cannot be read or has an image twice or of another list, and for an empty split.
+            BadEntry: for a line of a list that is not an image of the dataset, unless faults are counted.
+        """
+        plan = self
+        if not (self.lists or self.shares or self.rest or has_splits):
+            plan = SplitPlan(shares={"val": _DEFAULT_VAL_SHARE}, rest="train", seed=self.seed)
+        splits = plan._assign_lists(entries, faults)
+        plan._assign_shares(entries, splits)
+        for index, entry in enumerate(entries):
+            splits[index] = splits[index] or plan.rest or entry.split
+            if splits[index] is None:
+                faults.leave_out("image that no split list has", entry.name)
+        return splits
+
+    def _assign_lists(self, entries: Sequence[Entry], faults: Faults) -> list[str | None]:
+        splits: list[str | None] = [None] * len(entries)
+        origins: dict[int, str] = {}
+        indices: dict[str, set[int]] = defaultdict(set)  # by path, file name, both without suffix, and id
+        for index, entry in enumerate(entries if self.lists else ()):
+            path = PurePosixPath(entry.name)
+            keys = {entry.name, str(path.with_suffix("")), path.name, path.stem}
+            for key in keys if entry.image_id is None else keys | {str(entry.image_id)}:
+                indices[key].add(index)
+        for split, path in self.lists.items():
+            for where, key in _read_list(path):
+                matching = indices.get(key, set())
+                if len(matching) != 1:
+                    found = f"{where}: {key}" + (f", the name of {len(matching)} images" if matching else "")
+                    expected = "the path, file name or id of one image of the dataset"
+                    reason = "line of a split list that is no image"
+                    faults.handle(BadEntry(reason, found, expected, "correct the list"))
+                    continue
+                (index,) = matching
+                if index in origins:
+                    found = f"{where}: {key}, also in {origins[index]}"
+                    raise UserError(found, "each image once, in one list", "correct the lists")
+                splits[index], origins[index] = split, where
+        return splits
+
+    def _assign_shares(self, entries: Sequence[Entry], splits: list[str | None]) -> None:
+        """Fills in the shares, in the order of a hash of seed and image name.
+
+        So the split of an image depends neither on the order of files nor, but at the borders, on other images.
+        """
+        free = [index for index, split in enumerate(splits) if split is None]
+        free.sort(key=lambda index: hashlib.sha256(f"{self.seed}:{entries[index].name}".encode()).digest())
+        begin = 0
+        for split, share in self.shares.items():
+            end = begin + max(1, round(share * len(free)))
+            if end + bool(self.rest) > len(free):
+                found = f"{len(free)} image(s) for {', '.join(self.shares)}"
+                raise UserError(found, "at least one image for each split", "lower the shares, or add images")
+            for index in free[begin:end]:
+                splits[index] = split
+            begin = end
+
+
+def split_plan(
+    texts: Sequence[str], *, rest: str | None = None, val_fraction: float | None = None, seed: int = 0
+) -> SplitPlan:
+    """A plan from command-line options.
+
+    Args:
+        texts: `NAME=LIST.txt`, `NAME=LIST.json` or `NAME=SHARE` each.
+        rest: split of all other images.
+        val_fraction: short for `val=FRACTION` with the rest `train`.
+        seed: of the shares.
+
+    Raises:
+        UserError: for a malformed text or name, a duplicate split, or shares that are not between 0 and 1.
+    """
+    lists: dict[str, Path] = {}
+    shares: dict[str, float] = {}
+    if val_fraction is not None:
+        texts, rest = [*texts, f"val={val_fraction}"], rest or "train"
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value or name in lists or name in shares or not _SPLIT_NAME.fullmatch(name) or name == rest:
+            found = f"--split {text}" + (f" with --rest {rest}" if rest else "")
+            raise UserError(found, "NAME=LIST.txt or NAME=SHARE, unique names", "write for example --split val=0.1")
+        try:
+            shares[name] = float(value)
+        except ValueError:
+            lists[name] = Path(value)
+    if rest is not None and not _SPLIT_NAME.fullmatch(rest):
+        raise UserError(f"--rest {rest}", "letters, digits, - and _", "name a split")
+    if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) > 1:
+        found = "shares " + ", ".join(f"{name}={share:g}" for name, share in shares.items())
+        raise UserError(found, "each between 0 and 1, at most 1 in total", "correct the shares")
+    return SplitPlan(lists=lists, shares=shares, rest=rest, seed=seed)
+
+
+def _read_list(path: Path) -> list[tuple[str, str]]:
+    """The images of a list with the place of each: from lines of text, a JSON list, or COCO JSON's image ids."""
+    if path.suffix.lower() != ".json":
+        return [(f"{path}, line {number}", line.split()[0]) for number, line in read_lines(path)]
+    content = values = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        values = [image.get("id") if isinstance(image, dict) else None for image in content["images"]]
+    if not isinstance(values, list) or not all(type(value) in (int, str) for value in values):
+        found = f"{path}: {json.dumps(content)[:60]} …"
+        raise UserError(found, "a list of names or ids, or COCO JSON with images", "correct the file")
+    return [(f"{path}, entry {index}", str(value)) for index, value in enumerate(values)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """Counts of a conversion."""
 
     out: Path
     classes: int
     images: dict[str, int]  # split -> count
     objects: dict[str, int]
-    skipped: dict[str, int]  # fault -> count
-    left_out: dict[str, int]  # what was not meant to be converted -> count
-    notes: tuple[str, ...]  # a line for each of both, with an example
-
-    def lines(self) -> list[str]:
-        """The report as text."""
-        splits = [f"{split}: {count} images, {self.objects[split]} objects" for split, count in self.images.items()]
-        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *self.notes))]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON holds it."""
-        return {**dataclasses.asdict(self), "out": str(self.out), "notes": list(self.notes)}
+    skipped: dict[str, int]  # reason of a fault -> count
+    left_out: dict[str, int]  # reason to exclude an entry -> count
+    notes: tuple[str, ...]  # one line for each reason, with an example
 
 
 def convert(
@@ -210,44 +201,56 @@ def convert(
     keep_going: bool = False,
     copies: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> _Report:
+) -> ConversionReport:
     """Converts a dataset. The same input gives the same bytes of JSON.
 
-    Images are read one at a time. Image ids are the dataset's own, or number the images it lists, so that leaving
-    one out changes no other's.
+    Images are read one at a time. Image ids are the dataset's own, or the position in its list, so that a skipped
+    image does not change the ids of others.
 
     Args:
-        kind: one of `KINDS`.
+        kind: format, one of `KINDS`.
         source: the dataset's folder, or for some formats its annotation file.
-        out: a folder that is missing or empty.
-        options: what the format is to be told.
-        plan: which image goes into which split.
-        keep_going: leave out and count what cannot be converted, instead of stopping at the first.
-        copies: copy image files instead of linking them.
-        progress: called with the images that are done, and with all there are.
+        out: folder to write, missing or empty.
+        options: options of the format.
+        plan: splits to make.
+        keep_going: skip and count entries that cannot be converted, instead of stopping at the first.
+        copies: copy image files instead of hard-linking them.
+        progress: called with the numbers of converted images and of all images.
 
     Raises:
-        UserError: for an unknown kind, an option that the kind does not take, a dataset that is not of this kind,
-            `out` that holds anything, and a fault (a BadEntry) unless `keep_going`.
+        UserError: for an unknown kind, an option that the kind does not accept, a dataset of another kind, an `out`
+            that is not empty, and a fault (a BadEntry) unless `keep_going`.
     """
-    options, plan = options or Options(), plan or SplitPlan(lists={}, shares={})
+    options, plan = options or Options(), plan or SplitPlan()
     if kind not in KINDS:
         raise UserError(f"kind {kind!r}", f"one of {', '.join(KINDS)}", "name the dataset's format")
-    _require_taken(kind, options)
+    for field in dataclasses.fields(Options):
+        if getattr(options, field.name) != field.default and field.name not in KINDS[kind].options:
+            kinds = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
+            option = "class" if field.name == "class_name" else field.name.replace("_", "-")
+            raise UserError(f"--{option} with kind {kind}", f"the option with {kinds} only", "remove the option")
     source, out, faults = Path(source), Path(out).resolve(), Faults(keep_going=keep_going)
     if not source.exists():
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
     opened = KINDS[kind].open(source, options, faults)
-    splits = plan.assigned(opened.entries, faults, has_splits=opened.has_splits)
-    for split in sorted(set(splits) - {None}):
-        _require_name(split)
-    info = {"description": f"converted from {kind} by maskrcnn data convert"}
-    first_id = opened.first_annotation_id
-    with new_dataset(out, opened.categories, info, first_annotation_id=first_id, copies=copies) as writer:
-        _write_all(opened, splits, writer, faults, progress)
+    splits = plan.assign(opened.entries, faults, has_splits=opened.has_splits)
+    for split in sorted({split for split in splits if split}):
+        if split == "annotations" or split.startswith("."):
+            raise UserError(f"split {split!r}", "a name for a folder of images", "rename the split, e.g. train")
+    numbered = zip(itertools.count(1), opened.entries, splits, strict=False)
+    selected = [(number, entry, split) for number, entry, split in numbered if split]
+    with _new_dataset(kind, opened, out, copies=copies) as writer:
+        for done, (number, entry, split) in enumerate(selected, start=1):
+            try:
+                image = opened.read(entry)
+            except BadEntry as fault:
+                faults.handle(fault)
+            else:
+                writer.add(split, number if entry.image_id is None else entry.image_id, entry.name, image)
+            progress(done, len(selected))
         if not writer.images:
             raise UserError(f"{source}: no image could be converted", "at least one", "\n  ".join(faults.lines()))
-    return _Report(
+    return ConversionReport(
         out=out,
         classes=len(opened.categories),
         images=dict(sorted(writer.images.items())),
@@ -258,38 +261,113 @@ def convert(
     )
 
 
-def _write_all(
-    source: Source,
-    splits: Sequence[str | None],
-    writer: _DatasetWriter,
-    faults: Faults,
-    progress: Callable[[int, int], None],
-) -> None:
-    wanted = [(number, entry) for number, entry in enumerate(source.entries, start=1) if splits[number - 1]]
-    for done, (number, entry) in enumerate(wanted, start=1):
-        _write_one(source, number, entry, splits[number - 1], writer, faults)
-        progress(done, len(wanted))
+class _DatasetWriter:
+    """Writes a dataset in COCO layout to an empty folder, image by image; see `_new_dataset`.
+
+    Entries are written immediately, one line of JSON each, to a file for each split and list; no image is kept in
+    memory. `finish` joins these files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        categories: Sequence[Category],
+        description: str,
+        *,
+        first_annotation_id: int,
+        copies: bool,
+        files: ExitStack,
+    ) -> None:
+        self.images: Counter[str] = Counter()  # by split
+        self.objects: Counter[str] = Counter()
+        self._root, self._copies, self._next_id, self._files = root, copies, first_annotation_id, files
+        entries = [{**category.fields, "id": category.id, "name": category.name} for category in categories]
+        self._head = {"info": {"description": description}, "categories": entries}
+        self._parts: dict[tuple[str, str], TextIO] = {}
+        (root / "annotations").mkdir()
+
+    def add(self, split: str, image_id: int, name: str, image: AnnotatedImage) -> None:
+        """Writes one image and its objects.
+
+        Raises:
+            UserError: where the split has an image of this name.
+        """
+        target = self._root / split / name
+        if target.exists():
+            found = f"two images for {split}/{name}"
+            raise UserError(found, "unique image names in a split", "rename one, or put them into two splits")
+        write_image(image.content, target, is_upright=image.is_upright, copies=self._copies)
+        height, width = image.size_hw
+        entry = {**image.fields, "id": image_id, "file_name": name, "height": height, "width": width}
+        self._write(split, "images", entry)
+        for each in image.objects:
+            annotation_id = each.fields.get("id", self._next_id)
+            self._next_id += "id" not in each.fields
+            ids = {"id": annotation_id, "image_id": image_id, "category_id": each.category_id}
+            self._write(split, "annotations", ids | {k: v for k, v in each.fields.items() if k not in ids})
+        self.images[split] += 1
+        self.objects[split] += len(image.objects)
+
+    def finish(self) -> None:
+        """Writes the annotation file of each split."""
+        self._files.close()
+        for split in self.images:
+            final = self._root / "annotations" / f"instances_{split}.json"
+            with open(final, "w", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(self._head, ensure_ascii=False)[:-1])
+                for name in _LISTS:
+                    file.write(f', "{name}": [')
+                    part = self._part_path(split, name)
+                    if part.exists():
+                        with open(part, encoding="utf-8", newline="\n") as entries:
+                            shutil.copyfileobj(entries, file)
+                        part.unlink()
+                    file.write("]")
+                file.write("}\n")
+
+    def _part_path(self, split: str, name: str) -> Path:
+        return self._root / "annotations" / f"{name}_{split}.part"
+
+    def _write(self, split: str, name: str, entry: dict[str, Any]) -> None:
+        part = self._parts.get((split, name))
+        if part is None:
+            part = open(self._part_path(split, name), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+            self._parts[split, name] = self._files.enter_context(part)
+        else:
+            part.write(",\n")
+        part.write(json.dumps(entry, ensure_ascii=False, allow_nan=False))
 
 
-def _write_one(source: Source, number: int, entry: Entry, split: str, writer: _DatasetWriter, faults: Faults) -> None:
+@contextmanager
+def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool) -> Iterator[_DatasetWriter]:
+    """A writer whose folder becomes `out` when the block ends without an exception, and is removed otherwise.
+
+    Raises:
+        UserError: where `out` is not empty or cannot be written.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        expected = "a folder that is missing or empty"
+        raise UserError(f"{out} exists already", expected, "name another folder, or remove this one")
+    make_folder(out.parent)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        picture = source.read(entry)
-    except BadEntry as fault:
-        faults.meet(fault)
-        return
-    writer.add(split, number if entry.image_id is None else entry.image_id, entry.name, picture)
-
-
-def _require_taken(kind: str, options: Options) -> None:
-    """Raises a UserError for an option that the kind would ignore."""
-    for field in dataclasses.fields(Options):
-        if getattr(options, field.name) != field.default and field.name not in KINDS[kind].options:
-            takers = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
-            option = "class" if field.name == "class_name" else field.name.replace("_", "-")
-            came = f"--{option} with kind {kind}"
-            raise UserError(came, f"it with {takers}", "leave it out")
-
-
-def _require_name(split: str) -> None:
-    if split == "annotations" or split.startswith("."):
-        raise UserError(f"split {split!r}", "a name for a folder of images", "name the split otherwise, as train")
+        with ExitStack() as files:
+            temporary.mkdir()
+            writer = _DatasetWriter(
+                temporary,
+                source.categories,
+                f"converted from {kind} by maskrcnn data convert",
+                first_annotation_id=source.first_annotation_id,
+                copies=copies,
+                files=files,
+            )
+            yield writer
+            writer.finish()
+        if out.exists():
+            out.rmdir()  # empty; Windows does not rename onto it
+        os.rename(temporary, out)
+    except OSError as error:
+        found = f"the dataset cannot be written to {out} ({error.strerror or error})"
+        raise UserError(found, "a writable folder, on a disk with space", "name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,35 +1,25 @@
-"""Names of classes and the category ids they get.
+"""Class names and their category ids.
 
-A file of classes has one on each line: `name`, or `id: name`, and after commas further names of the same class
-(`person, man, woman`). A file of aliases has such lines without ids. Two names for one id, one name on two lines,
-and names that differ only in case or spaces are refused: such maps are mistakes, and training would not notice.
+A file of classes has one class on each line: `name`, or `id: name`, and after commas synonyms of the class
+(`person, man, woman`). A file of aliases has such lines without ids. Two names with one id, a name on two lines, and
+names that differ only in case or spaces are errors, because training would not notice them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from maskrcnn.data.convert.documents import BadEntry, Faults, read_lines
+from maskrcnn.data.convert.files import read_lines
+from maskrcnn.data.convert.source import BadEntry, Category, Faults, Options
 from maskrcnn.errors import UserError
 
 _WITH_ID = re.compile(r"(\d+)\s*:\s*(.*)")
 
 
-@dataclass(frozen=True)
-class Category:
-    """A class as the annotation file lists it."""
-
-    id: int  # positive
-    name: str
-    fields: dict[str, Any] = field(default_factory=dict)  # what else the source says of it
-
-
-def plain(name: str) -> str:
-    """What names of one class have in common: case and spaces do not count."""
+def normalized(name: str) -> str:
+    """The name in lower case with single spaces; classes are compared by it."""
     return " ".join(name.split()).casefold()
 
 
@@ -37,12 +27,13 @@ class Vocabulary:
     """The classes of a dataset.
 
     Args:
-        categories: each with a name and id of its own.
-        aliases: further names, each with the name it stands for.
-        is_closed: whether other names are left out, and not a fault.
+        categories: classes with unique names and ids.
+        aliases: synonym -> class name.
+        is_closed: leave out objects of other classes, instead of reporting a fault.
+        origin: name of the source of the classes in errors.
 
     Raises:
-        UserError: where categories clash.
+        UserError: for duplicate names or ids.
     """
 
     def __init__(
@@ -53,22 +44,22 @@ class Vocabulary:
         is_closed: bool = False,
         origin: str = "the classes",
     ) -> None:
-        refuse_clashes(categories, origin)
+        check_categories(categories, origin)
         self.categories = tuple(sorted(categories, key=lambda category: category.id))
-        self.aliases = {plain(alias): plain(name) for alias, name in (aliases or {}).items()}
+        self.aliases = {normalized(alias): normalized(name) for alias, name in (aliases or {}).items()}
         self.is_closed = is_closed
-        self._ids = {plain(category.name): category.id for category in categories}
+        self._ids = {normalized(category.name): category.id for category in categories}
 
     def __contains__(self, category_id: int) -> bool:
         return any(category.id == category_id for category in self.categories)
 
     def id_of(self, name: str, where: str, faults: Faults) -> int | None:
-        """The category id of a name; None, which is counted, for one that a closed vocabulary does not have.
+        """The category id of a class name; None, and counted in `faults`, for an unknown name if `is_closed`.
 
         Raises:
-            BadEntry: for an unknown name, and an open vocabulary.
+            BadEntry: for an unknown name otherwise; `where` names the object.
         """
-        key = plain(name)
+        key = normalized(name)
         category_id = self._ids.get(self.aliases.get(key, key))
         if category_id is not None:
             return category_id
@@ -80,27 +71,66 @@ class Vocabulary:
             "unknown class",
             f"{where}: class {name!r}",
             f"one of {known}" + (" …" if len(self.categories) > 9 else ""),
-            "correct the label, or name all classes with --classes FILE or --alias FILE",
+            "correct the label, or list all classes with --classes FILE or --alias FILE",
         )
 
 
-def refuse_clashes(categories: Iterable[Category], origin: str) -> None:
-    """Raises a UserError where two categories have one id, one name, or names that differ in case or spaces alone."""
+def check_categories(categories: Iterable[Category], origin: str) -> None:
+    """Raises a UserError for two categories of one id, or of names that differ at most in case and spaces."""
     ids: dict[int, str] = {}
     names: dict[str, Category] = {}
     for category in categories:
         if category.id in ids:
-            came = f"{origin}: {ids[category.id]!r} and {category.name!r} both have id {category.id}"
-            raise UserError(came, "an id of its own for each class", "correct the classes")
-        twin = names.get(plain(category.name))
-        if twin is not None:
-            came = f"{origin}: {twin.name!r} (id {twin.id}) and {category.name!r} (id {category.id}) are one name"
-            raise UserError(came, "names that differ in more than case and spaces", "correct the classes")
-        ids[category.id], names[plain(category.name)] = category.name, category
+            found = f"{origin}: {ids[category.id]!r} and {category.name!r} both have id {category.id}"
+            raise UserError(found, "unique class ids", "correct the classes")
+        first = names.get(normalized(category.name))
+        if first is not None:
+            found = f"{origin}: {first.name!r} (id {first.id}) and {category.name!r} (id {category.id}) are one name"
+            raise UserError(found, "names that differ in more than case and spaces", "correct the classes")
+        ids[category.id], names[normalized(category.name)] = category.name, category
+
+
+def build_vocabulary(options: Options, faults: Faults, names: Iterable[tuple[str, str]]) -> Vocabulary:
+    """The vocabulary of `options.classes`, else of the class names in a dataset; with the synonyms of `options.alias`.
+
+    Args:
+        options: see `Options`.
+        faults: counts faults of the file of aliases.
+        names: class names with the place of each; iterated only without `options.classes`.
+
+    Raises:
+        UserError: for files that cannot be read or whose names clash, and names that differ only in case or spaces.
+    """
+    aliases = read_aliases(options.alias, faults) if options.alias else {}
+    if options.classes:
+        categories, synonyms = read_classes(Path(options.classes))
+        return Vocabulary(categories, aliases | synonyms, origin=options.classes)
+    return vocabulary_from_names(names, aliases)
+
+
+def vocabulary_from_names(names: Iterable[tuple[str, str]], aliases: dict[str, str]) -> Vocabulary:
+    """The class names of a dataset, sorted and numbered from 1.
+
+    Args:
+        names: class names with the place of each.
+        aliases: normalized synonym -> class name.
+
+    Raises:
+        UserError: where two names differ only in case or spaces, with both places.
+    """
+    classes: dict[str, tuple[str, str]] = {}
+    for given, where in names:
+        name = aliases.get(normalized(given), " ".join(given.split()))
+        first = classes.setdefault(normalized(name), (name, where))
+        if first[0] != name:
+            found = f"{first[1]}: class {first[0]!r}; {where}: class {name!r}"
+            raise UserError(found, "one spelling of each class", "correct the labels, or add an --alias file")
+    ordered = sorted(name for name, _ in classes.values())
+    return Vocabulary([Category(k, name) for k, name in enumerate(ordered, start=1)], aliases)
 
 
 def read_classes(path: Path) -> tuple[list[Category], dict[str, str]]:
-    """The classes of a file, numbered from 1 where lines have no id, and their further names.
+    """Reads a file of classes: the categories, numbered from 1 where lines have no id, and normalized synonym -> name.
 
     Raises:
         UserError: where the file cannot be read, has no class, ids on some lines only, or names that clash.
@@ -108,30 +138,29 @@ def read_classes(path: Path) -> tuple[list[Category], dict[str, str]]:
     categories: list[Category] = []
     aliases: dict[str, str] = {}
     lines = list(read_lines(path))
-    with_ids = {bool(_WITH_ID.fullmatch(line)) for _, line in lines}
-    if len(with_ids) != 1:
-        came = f"{path}: " + ("ids on some lines only" if lines else "no class")
-        raise UserError(came, "one class on each line, all as `name` or all as `id: name`", "correct the file")
-    for index, (number, line) in enumerate(lines, start=1):
-        match = _WITH_ID.fullmatch(line)
-        name, *others = _names_of(match.group(2) if match else line, path, number)
-        categories.append(Category(int(match.group(1)) if match else index, name))
-        aliases |= _new_aliases(aliases, others, name, f"{path}, line {number}")
-    origin = str(path)
-    refuse_clashes(categories, origin)
+    matches = [_WITH_ID.fullmatch(line) for _, line in lines]
+    if len({match is None for match in matches}) != 1:
+        found = f"{path}: " + ("ids on some lines only" if lines else "no class")
+        raise UserError(found, "one class on each line, all as `name` or all as `id: name`", "correct the file")
+    for index, ((number, line), match) in enumerate(zip(lines, matches, strict=True), start=1):
+        name, *synonyms = _names(match[2] if match else line, path, number)
+        categories.append(Category(int(match[1]) if match else index, name))
+        aliases |= _new_aliases(aliases, synonyms, name, f"{path}, line {number}")
+    check_categories(categories, str(path))
     if any(category.id < 1 for category in categories):
         raise UserError(f"{path}: id 0", "ids from 1; 0 is background", "correct the file")
     for category in categories:
-        if aliases.get(plain(category.name), category.name) != category.name:
-            came = f"{path}: {category.name!r} is a class and another name of {aliases[plain(category.name)]!r}"
-            raise UserError(came, "each name on one line", "correct the file")
+        target = aliases.get(normalized(category.name), category.name)
+        if target != category.name:
+            found = f"{path}: {category.name!r} is a class and a synonym of {target!r}"
+            raise UserError(found, "each name on one line", "correct the file")
     return categories, aliases
 
 
 def read_aliases(path: Path, faults: Faults) -> dict[str, str]:
-    """Each further name (see `plain`) of a file of aliases, with the first name of its line.
+    """Reads a file of aliases: each normalized name -> the first name of its line.
 
-    A line of which a name stands on an earlier line is a fault; going on, the earlier line counts for that name.
+    A name that an earlier line has is a fault; with `keep_going`, the earlier line counts.
 
     Raises:
         UserError: where the file cannot be read.
@@ -139,46 +168,26 @@ def read_aliases(path: Path, faults: Faults) -> dict[str, str]:
     """
     aliases: dict[str, str] = {}
     for number, line in read_lines(path):
-        first, *others = _names_of(line, path, number)
-        for name in (first, *others):
+        names = _names(line, path, number)
+        for name in names:
             try:
-                aliases |= _new_aliases(aliases, [name], first, f"{path}, line {number}")
+                aliases |= _new_aliases(aliases, [name], names[0], f"{path}, line {number}")
             except BadEntry as fault:
-                faults.meet(fault)
+                faults.handle(fault)
     return aliases
 
 
-def _names_of(line: str, path: Path, number: int) -> list[str]:
+def _names(line: str, path: Path, number: int) -> list[str]:
     names = [" ".join(name.split()) for name in line.split(",")]
     if not all(names):
-        raise UserError(f"{path}, line {number}: {line!r}", "names with commas between", "correct the file")
+        raise UserError(f"{path}, line {number}: {line!r}", "names separated by commas", "correct the file")
     return names
 
 
-def _new_aliases(known: dict[str, str], names: Sequence[str], first: str, where: str) -> dict[str, str]:
+def _new_aliases(known: dict[str, str], names: Sequence[str], target: str, where: str) -> dict[str, str]:
     for name in names:
-        if known.get(plain(name), first) != first:
-            came = f"{where}: {name!r} stands for {first!r}, and for {known[plain(name)]!r} on an earlier line"
-            raise BadEntry("name that stands for two classes", came, "each name on one line", "correct the file")
-    return {plain(name): first for name in names}
-
-
-def collected(names: Iterable[tuple[str, str]], aliases: dict[str, str]) -> Vocabulary:
-    """A vocabulary of the names that a dataset uses, sorted and numbered from 1.
-
-    Args:
-        names: each with the place where it is used.
-        aliases: further names, which get no number.
-
-    Raises:
-        UserError: where two names differ in case or spaces only, with both places.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for given, where in names:
-        name = aliases.get(plain(given), " ".join(given.split()))
-        first = found.setdefault(plain(name), (name, where))
-        if first[0] != name:
-            came = f"{first[1]}: class {first[0]!r}; {where}: class {name!r}"
-            raise UserError(came, "one spelling of each class", "correct the labels, or give an --alias file")
-    ordered = sorted(name for name, _ in found.values())
-    return Vocabulary([Category(k, name) for k, name in enumerate(ordered, start=1)], aliases)
+        earlier = known.get(normalized(name), target)
+        if earlier != target:
+            found = f"{where}: {name!r} stands for {target!r}, and for {earlier!r} on an earlier line"
+            raise BadEntry("name that stands for two classes", found, "each name on one line", "correct the file")
+    return {normalized(name): target for name in names}

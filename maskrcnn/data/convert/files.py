@@ -1,0 +1,251 @@
+"""Reads annotation files, images and id masks of source datasets, and writes converted images.
+
+A file that cannot be read is a `BadEntry`, which names the file and, for JSON and XML, the line.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from maskrcnn import files
+from maskrcnn.data.convert.source import BadEntry
+from maskrcnn.data.images import decode_image, read_image
+from maskrcnn.errors import UserError
+
+UNREADABLE = "annotation file that cannot be read"
+_UNREADABLE_MASK = "mask that cannot be read"
+_RESTORE = "restore the file from its source"
+_JPEG_QUALITY = 95  # of images saved upright; Pillow's documentation advises against more
+_ID_MODES = ("1", "L", "P", "I")  # Pillow's modes of one number per pixel, besides those that begin with I;16
+
+
+@contextmanager
+def as_fault(reason: str) -> Iterator[None]:
+    """Converts a `UserError` in this context to a `BadEntry` of the given reason."""
+    try:
+        yield
+    except UserError as error:
+        raise BadEntry(reason, error.found, error.expected, error.fix) from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises a BadEntry where it is missing or not JSON."""
+    with as_fault(UNREADABLE):
+        return files.read_json(path, "a complete JSON file in UTF-8")
+
+
+def object_at(value: Any, where: str) -> dict[str, Any]:
+    """Returns the value if it is a JSON object, else raises a BadEntry; `where` names it."""
+    if isinstance(value, dict):
+        return value
+    raise _malformed(f"{where}: of type {type(value).__name__}", "an object")
+
+
+def list_at(value: Any, where: str) -> list[Any]:
+    """Returns the value if it is a JSON list, else raises a BadEntry."""
+    if isinstance(value, list):
+        return value
+    raise _malformed(f"{where}: of type {type(value).__name__}", "a list")
+
+
+def text_at(value: Any, where: str) -> str:
+    """Returns the value if it is a non-empty string, else raises a BadEntry."""
+    if isinstance(value, str) and value.strip():
+        return value
+    raise _malformed(f"{where}: {value!r}", "a non-empty string")
+
+
+def number_at(value: Any, where: str, *, positive: bool = False) -> Any:
+    """Returns the value if it is a finite number, and positive if required; else raises a BadEntry."""
+    if type(value) in (int, float) and math.isfinite(value) and (value > 0 or not positive):
+        return value
+    expected = "a positive number" if positive else "a number"
+    raise BadEntry("malformed shape", f"{where}: {value!r}", expected, "correct the file")
+
+
+def _malformed(found: str, expected: str) -> BadEntry:
+    return BadEntry("malformed entry", found, expected, "correct the file")
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """Reads an XML file and returns its root element.
+
+    A document type declaration is rejected: annotations need none, and the entities it may declare can expand to
+    fill the memory. External entities are never fetched.
+
+    Raises:
+        BadEntry: where the file is missing, not XML, or has a document type declaration.
+    """
+    try:
+        return ElementTree.fromstring(path.read_bytes(), parser=ElementTree.XMLParser(target=_NoDeclarations()))
+    except OSError as error:
+        found = f"{path} cannot be read ({error.strerror or error})"
+        raise BadEntry(UNREADABLE, found, "a file that exists and can be read", "complete the dataset") from error
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        found = f"{path}, line {line}, column {column + 1}: not XML ({error})"
+        raise BadEntry(UNREADABLE, found, "a complete XML file", _RESTORE) from error
+    except _DeclarationError as error:
+        found = f"{path}: a document type declaration"
+        raise BadEntry(UNREADABLE, found, "XML without <!DOCTYPE …>", "remove the declaration") from error
+    except (ValueError, LookupError) as error:  # unknown encodings
+        raise BadEntry(UNREADABLE, f"{path}: not XML ({error})", "a complete XML file", _RESTORE) from error
+
+
+class _DeclarationError(Exception):
+    pass
+
+
+class _NoDeclarations(ElementTree.TreeBuilder):
+    def doctype(self, name: str, public_id: str | None, system: str | None) -> None:
+        raise _DeclarationError
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields number and text of each line of a file, except empty lines and those that begin with `#`.
+
+    Raises:
+        UserError: where the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason})", "a text file in UTF-8", "correct the path") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line.strip()
+
+
+def image_size(content: Path | bytes, name: str = "", *, upright: bool = False) -> tuple[int, int]:
+    """Decodes an image and returns its (height, width), so that every converted image can be read in training.
+
+    Of a JPEG only an eighth of the pixels is computed; the whole file is read for it.
+
+    Args:
+        content: image file, or the content of one.
+        name: name of the content in errors.
+        upright: whether to return the size after the EXIF orientation is applied.
+
+    Raises:
+        BadEntry: where the file is missing, damaged or not an image.
+    """
+    orientation = 1
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            size_hw, orientation = image.size[::-1], _orientation(image)
+            complete = image.format == "JPEG" and image.draft(None, (1, 1)) is not None
+            if complete:
+                image.load()
+    except Exception:  # Pillow's decoders raise any exception; `read_image` names the cause
+        complete, orientation = False, 1
+    if not complete:
+        with as_fault("image that cannot be read"):
+            pixels = decode_image(content, name) if isinstance(content, bytes) else read_image(content)
+        size_hw = pixels.shape[:2]
+    # Orientations 5 to 8 swap rows and columns (EXIF 2.3, tag 274).
+    return size_hw[::-1] if upright and orientation > 4 else size_hw
+
+
+def require_size(size_hw: tuple[int, ...], image_hw: tuple[int, int], where: str) -> None:
+    """Raises a BadEntry where an annotation is for an image of another size than `image_hw`."""
+    if tuple(size_hw) != tuple(image_hw):
+        found = f"{where}: for {size_hw[1]}×{size_hw[0]} pixels"
+        expected = f"the image's size, {image_hw[1]}×{image_hw[0]}"
+        fix = "restore the image that was annotated, or correct the annotation"
+        raise BadEntry("annotation of another size than its image", found, expected, fix)
+
+
+def write_image(content: Path | bytes, target: Path, *, is_upright: bool, copies: bool) -> None:
+    """Writes an image to `target`.
+
+    Args:
+        content: image file, or the content of one.
+        target: file to write.
+        is_upright: apply the EXIF orientation, if there is one; otherwise the bytes stay the same.
+        copies: copy a file instead of hard-linking it; where the file system has no links, it is copied anyway.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_upright:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if _orientation(image) != 1:
+                options = {"quality": _JPEG_QUALITY, "subsampling": 0} if image.format == "JPEG" else {}
+                ImageOps.exif_transpose(image).save(target, format=image.format, **options)
+                return
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+        return
+    source = content.resolve()
+    if not copies:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another disk, or a file system without links
+    shutil.copyfile(source, target)
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Reads a single-channel image as int64 `[H, W]`; of a palette image the indices, not the colours.
+
+    Raises:
+        BadEntry: where the file is missing, damaged, or has several channels.
+    """
+    pixels, mode = _decode(path)
+    if mode not in _ID_MODES and not mode.startswith("I;16"):
+        expected = "one number per pixel (grey or palette image)"
+        raise BadEntry(_UNREADABLE_MASK, f"{path}: {mode} pixels", expected, "save it without colours")
+    return pixels.astype(np.int64)
+
+
+def read_two_channels(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the first two channels of an image of 8 or 16 bits per channel, int64 `[H, W]` each.
+
+    Raises:
+        BadEntry: where the file is missing, damaged, or has fewer than three channels.
+    """
+    pixels, mode = _decode(path)
+    if mode not in ("RGB", "RGBA"):
+        raise BadEntry(_UNREADABLE_MASK, f"{path}: {mode} pixels", "a PNG of three channels", _RESTORE)
+    return pixels[..., 0].astype(np.int64), pixels[..., 1].astype(np.int64)
+
+
+def _decode(path: Path) -> tuple[np.ndarray, str]:
+    """Pixels and Pillow's mode of an image; 16-bit colours keep all 16 bits."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise ValueError("a JPEG, whose compression changes the numbers")
+            mode, arguments = image.mode, image.tile[0][3] if image.tile else ""
+            packing = arguments if isinstance(arguments, str) else str(arguments[0])
+            pixels = np.array(image)
+        if packing.endswith(";16B") and mode in ("RGB", "RGBA"):
+            # Pillow keeps the high byte of such samples; read with swapped byte order, it keeps the low byte.
+            with Image.open(path) as image:
+                image.tile = [_with_packing(tile, f"{mode};16L") for tile in image.tile]
+                pixels = pixels.astype(np.uint16) << 8 | np.array(image)
+        return pixels, mode
+    except Exception as error:  # Pillow's decoders raise any exception on damaged bytes
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise BadEntry(_UNREADABLE_MASK, f"{path} ({reason})", "an undamaged PNG file", _RESTORE) from error
+
+
+def _with_packing(tile: Any, packing: str) -> Any:
+    changed = (*tile[:3], packing)
+    return type(tile)(*changed) if hasattr(tile, "_fields") else changed
