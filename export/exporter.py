@@ -1,4 +1,8 @@
-"""From a PyTorch model to one ONNX file that every runtime can run."""
+"""Export of a PyTorch model to one ONNX file that every runtime can run.
+
+The model is traced once and never edited. The file holds nodes of the custom ops together with their ONNX functions,
+and is compared with PyTorch before it is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxscript
@@ -33,85 +37,17 @@ from maskrcnn.runtime.verification.inputs import compare_backends
 from maskrcnn.stages import OF_KEYPOINTS, OF_MASKS, STAGES
 from maskrcnn.weights.checkpoint import metadata_of
 
-# The contract's ops as ONNX schemas, so that the exporter can write them.
-
-_ATTRIBUTE_TYPES = {
-    int: OpSchema.AttrType.INT,
-    float: OpSchema.AttrType.FLOAT,
-    list: OpSchema.AttrType.INTS,
-}
-_FEATURE_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
-
-
-def _parameter(tensor: contract.Tensor) -> OpSchema.FormalParameter:
-    option = OpSchema.FormalParameterOption.Variadic if tensor.variadic else OpSchema.FormalParameterOption.Single
-    shape = ", ".join(map(str, tensor.shape))
-    return OpSchema.FormalParameter(tensor.name, _TYPES[tensor.dtype], description=f"[{shape}]", param_option=option)
-
-
-def schema(op: contract.Op) -> OpSchema:
-    """The ONNX schema of one op of the contract.
-
-    ONNX allows a variadic input in the last place only, so `P…, rois` is declared as one variadic input.
-    """
-    inputs = [_parameter(tensor) for tensor in op.inputs]
-    if any(tensor.variadic for tensor in op.inputs[:-1]):
-        inputs = [
-            OpSchema.FormalParameter(
-                "P_and_rois",
-                "T",
-                description="the levels, then rois",
-                param_option=OpSchema.FormalParameterOption.Variadic,
-                is_homogeneous=False,
-            )
-        ]
-    variables = [("F", _FEATURE_TYPES, "type of features")]
-    if inputs[0].type_str == "T":
-        variables.append(("T", _FEATURE_TYPES, "features or rois"))
-    used = {p.type_str for p in inputs} | {_TYPES[t.dtype] for t in op.outputs}
-    return OpSchema(
-        op.name,
-        contract.DOMAIN,
-        contract.VERSION,
-        doc=op.doc,
-        inputs=inputs,
-        outputs=[_parameter(tensor) for tensor in op.outputs],
-        type_constraints=[v for v in variables if v[0] in used],
-        attributes=[
-            OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in op.attributes.items()
-        ],
-    )
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """The ops are known to `onnx` inside this context.
-
-    Not for longer: a schema cannot say what type comes out, whereas a file's own functions can, and shape
-    inference prefers the schema.
-    """
-    new = [op for op in contract.OPS.values() if not onnx.defs.has(op.name, domain=contract.DOMAIN)]
-    for op in new:
-        onnx.defs.register_schema(schema(op))
-    try:
-        yield
-    finally:
-        for op in new:
-            onnx.defs.deregister_schema(op.name, contract.VERSION, contract.DOMAIN)
-
-
-OPSET = 20  # the first with every operator used here in its present form
-_TORCH = (2, 10)  # the oldest whose exporter this was tried with
-OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks", "keypoints")  # the last two where a model has them
+OPSET = 20  # the first opset with every operator used here in its current form
+_MIN_TORCH = (2, 10)  # the oldest PyTorch whose exporter was tested
+OUTPUTS = ("num_detections", "boxes", "scores", "labels", "masks", "keypoints")  # masks and keypoints are optional
 # Control flow and data-dependent shapes: TensorRT rejects them or is slow on them.
-FORBIDDEN_OPS = frozenset(
+_FORBIDDEN_OPS = frozenset(
     {"If", "Loop", "Scan", "NonZero", "NonMaxSuppression", "Unique", "Compress", "SequenceConstruct"}
 )
 
 
 class _WithStages(nn.Module):
-    """The model with its outputs in the order of `OUTPUTS`, then the tensors on the way, which so get their names."""
+    """The model with its outputs in the order of `OUTPUTS`, then the intermediate tensors, which so get names."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
@@ -128,20 +64,20 @@ class _WithStages(nn.Module):
 
 
 def export_onnx(model: MaskRCNN, output: Path, *, source: Path | None = None, opset: int = OPSET) -> Difference:
-    """Writes `output` and returns how much it differs from PyTorch.
+    """Exports a model to ONNX and returns the difference between the file and PyTorch.
 
-    Batch size, height and width stay dynamic. The file is compared with the model in PyTorch on batch sizes and
-    shapes that it was not traced with, an image without detections among them, before it is kept.
+    Batch size, height and width stay dynamic. The comparison uses batch sizes and shapes other than the traced ones,
+    among them an image without detections.
 
     Args:
-        model: any model of this package; it is not changed.
-        output: the file to write; nothing is left there when this fails.
-        source: the checkpoint, whose hash the file keeps.
-        opset: of ONNX's operators, 20 or newer.
+        model: detector of this package; it is not changed.
+        output: path of the file to write; nothing is left there on failure.
+        source: checkpoint of the model, whose hash is recorded in the file.
+        opset: ONNX opset version, 20 or newer (default: 20).
 
     Raises:
-        UserError: for weights that are not finite, an opset or a PyTorch that is too old, when the graph holds an
-            operator it must not, or when the file disagrees with PyTorch.
+        UserError: if the weights are not finite, the opset or PyTorch is too old, the graph contains a forbidden
+            operator, or the file disagrees with PyTorch.
     """
     _check_versions(opset)
     _check_weights(model)
@@ -174,20 +110,20 @@ def _check_versions(opset: int) -> None:
     newest = onnx.defs.onnx_opset_version()
     if not OPSET <= opset <= newest:
         raise UserError(
-            f"opset {opset}", f"{OPSET} to {newest}, the newest of onnx {onnx.__version__}", f"use --opset {OPSET}"
+            f"opset {opset}", f"{OPSET} to {newest}, the maximum of onnx {onnx.__version__}", f"use --opset {OPSET}"
         )
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if found < _TORCH:
-        oldest = ".".join(map(str, _TORCH))
+    if found < _MIN_TORCH:
+        oldest = ".".join(map(str, _MIN_TORCH))
         raise UserError(
             f"torch {torch.__version__}", f"{oldest} or newer", f"pip install 'torch>={oldest}' torchvision"
         )
 
 
 def _check_weights(model: MaskRCNN) -> None:
-    """Refuses weights with NaN or infinity: they detect nothing, in PyTorch as in any other runtime, and so agree."""
+    """Rejects NaN and infinity: without detections in any runtime, the comparison with PyTorch would pass."""
     if not model.config.class_names:
-        raise UserError("a model without classes", "at least one", "give its configuration class_names")
+        raise UserError("a model without classes", "at least one class", "set class_names in its configuration")
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise UserError(
@@ -198,30 +134,30 @@ def _check_weights(model: MaskRCNN) -> None:
 
 
 def check_graph(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuses a main graph with control flow or data-dependent shapes.
+    """Rejects a main graph with control flow or data-dependent shapes.
 
     Raises:
-        UserError: naming the operators.
+        UserError: lists the forbidden operators.
     """
-    found = sorted(set(op_counts(proto)) & FORBIDDEN_OPS)
+    found = sorted(set(op_counts(proto)) & _FORBIDDEN_OPS)
     if found:
         raise UserError(
             f"{path}: a main graph with {', '.join(found)}",
             "no control flow and no data-dependent shapes",
-            "write the model's part that needs them as a custom op",
+            "implement that part of the model as a custom op",
         )
 
 
 def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
     divisor = model.config.preprocessing.divisor
-    # No axis of any level may have length 1 while tracing: it would be taken for a broadcast one.
+    # While tracing, no axis of any pyramid level may have length 1, which would be specialised to broadcasting.
     height, width = 6 * divisor, 10 * divisor
     images = torch.zeros(2, 3, height, width)
     sizes = torch.tensor([[height, width], [height - 5, width - 40]])
     dim = torch.export.Dim
     wrapped, batch = _WithStages(model), dim("N", min=1, max=4096)
     rows, columns = divisor * dim("rows", min=1, max=512), divisor * dim("columns", min=1, max=512)
-    with registered(), _quiet(), torch.no_grad():
+    with _registered_schemas(), _quiet(), torch.no_grad():
         program = torch.onnx.export(
             wrapped,
             (images, sizes),
@@ -238,15 +174,17 @@ def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
             },
             verbose=False,
         )
+        assert program is not None  # only None without `dynamo`
         proto = program.model_proto
     del proto.graph.output[len(wrapped.outputs) :]
     tidy(proto)
     return proto
 
 
+# Translations of the torch ops. torch.onnx.export derives an ONNX signature from the annotations: a parameter that is
+# not `Any` would be restricted to that type.
+
 _CUSTOM = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
-
-
 _LEVELS = {
     "canonical_level": ops.CANONICAL_LEVEL,
     "canonical_size": ops.CANONICAL_SIZE_PX,
@@ -254,7 +192,9 @@ _LEVELS = {
 }
 
 
-def _roi_align_node(features, rois, output_size, sampling_ratio, aligned, min_level):
+def _roi_align_node(
+    features: Any, rois: Any, output_size: Any, sampling_ratio: Any, aligned: Any, min_level: Any
+) -> Any:
     return _CUSTOM.MultilevelRoiAlign(
         *features,
         rois,
@@ -266,22 +206,22 @@ def _roi_align_node(features, rois, output_size, sampling_ratio, aligned, min_le
     )
 
 
-def _roi_pool_node(features, rois, output_size, min_level):
+def _roi_pool_node(features: Any, rois: Any, output_size: Any, min_level: Any) -> Any:
     return _CUSTOM.MultilevelRoiPool(
         *features, rois, pooled_shape=[output_size, output_size], min_level=min_level, **_LEVELS
     )
 
 
-def _nms_node(boxes, groups, counts, iou_threshold, max_output):
+def _nms_node(boxes: Any, groups: Any, counts: Any, iou_threshold: Any, max_output: Any) -> Any:
     return _CUSTOM.BatchedNms(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
 
 
-def _live_rows_node(boxes, labels, counts):
+def _live_rows_node(boxes: Any, labels: Any, counts: Any) -> Any:
     return _CUSTOM.LiveRows(boxes, labels, counts)
 
 
 def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
-    """Adds the functions of the custom ops that the graph has."""
+    """Adds the functions of the custom ops that occur in the graph."""
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     used, levels = set(op_counts(proto)), len(config.strides_px)
     for function in (
@@ -297,8 +237,8 @@ def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Silences the exporter's chatter; its errors still come through as exceptions."""
+def _quiet() -> Iterator[None]:
+    """Suppresses the logging and warnings of torch.onnx.export; its errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -310,3 +250,71 @@ def _quiet():
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# ONNX schemas of the custom ops, which torch.onnx.export needs to write their nodes.
+
+_ATTRIBUTE_TYPES = {
+    int: OpSchema.AttrType.INT,
+    float: OpSchema.AttrType.FLOAT,
+    list: OpSchema.AttrType.INTS,
+}
+_FEATURE_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_TYPES = {"float": "F", "float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
+
+
+@contextlib.contextmanager
+def _registered_schemas() -> Iterator[None]:
+    """Registers the custom ops with `onnx` inside the context.
+
+    Outside it the functions of the file define the ops. Shape inference prefers a registered schema, which cannot
+    express the output type.
+    """
+    new = [op for op in contract.OPS.values() if not onnx.defs.has(op.name, domain=contract.DOMAIN)]
+    for op in new:
+        onnx.defs.register_schema(_schema(op))
+    try:
+        yield
+    finally:
+        for op in new:
+            onnx.defs.deregister_schema(op.name, contract.VERSION, contract.DOMAIN)
+
+
+def _schema(op: contract.Op) -> OpSchema:
+    """The ONNX schema of an op of the contract.
+
+    Only the last input of a schema can be variadic, so `P…, rois` is declared as one variadic input.
+    """
+    inputs = [_parameter(tensor) for tensor in op.inputs]
+    if any(tensor.variadic for tensor in op.inputs[:-1]):
+        inputs = [
+            OpSchema.FormalParameter(
+                "P_and_rois",
+                "T",
+                description="the levels, then rois",
+                param_option=OpSchema.FormalParameterOption.Variadic,
+                is_homogeneous=False,
+            )
+        ]
+    variables = [("F", _FEATURE_TYPES, "type of features")]
+    if inputs[0].type_str == "T":
+        variables.append(("T", _FEATURE_TYPES, "features or rois"))
+    used = {p.type_str for p in inputs} | {_TYPES[t.dtype] for t in op.outputs}
+    return OpSchema(
+        op.name,
+        contract.DOMAIN,
+        contract.VERSION,
+        doc=op.doc,
+        inputs=inputs,
+        outputs=[_parameter(tensor) for tensor in op.outputs],
+        type_constraints=[v for v in variables if v[0] in used],
+        attributes=[
+            OpSchema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in op.attributes.items()
+        ],
+    )
+
+
+def _parameter(tensor: contract.Tensor) -> OpSchema.FormalParameter:
+    option = OpSchema.FormalParameterOption.Variadic if tensor.variadic else OpSchema.FormalParameterOption.Single
+    shape = ", ".join(map(str, tensor.shape))
+    return OpSchema.FormalParameter(tensor.name, _TYPES[tensor.dtype], description=f"[{shape}]", param_option=option)

@@ -1,7 +1,7 @@
-"""The custom ops as ONNX functions in standard operators, so that any runtime can run the file.
+"""ONNX functions of the custom ops: bodies of standard operators, so that any runtime can run the file.
 
-A runtime that knows `maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms` (TensorRT with our plugins) runs
-its own; every other one inlines these bodies. Bodies may use data-dependent operators; the main graph may not.
+TensorRT runs `maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms` with the plugins; every other runtime inlines
+these bodies. A body may use data-dependent operators, the main graph may not.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ import onnx
 
 from maskrcnn.plugins import contract
 
-# aligned=False is torchvision v1's RoIAlign; ONNX calls the two pixel models by these names.
+# Names of the two pixel models in ONNX; aligned=False is torchvision's default.
 _COORDINATES = {False: "output_half_pixel", True: "half_pixel"}
 
 
 def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opset: int) -> onnx.FunctionProto:
-    """`MultilevelRoiAlign` for pyramids of `num_levels` levels: each RoI is pooled at its own level only.
+    """Returns the function of `MultilevelRoiAlign`, which pools each RoI at its own level only.
 
-    A function body can depend neither on the number of inputs nor turn an integer into a mode's name, so both
-    are fixed here, and with them `min_level`.
+    A function body can neither depend on the number of inputs nor derive a mode's name from an integer, so these
+    attributes are fixed per function.
+
+    Args:
+        num_levels: number of pyramid levels.
+        aligned: pixel centres at half-integers.
+        min_level: exponent of the first level's stride.
+        opset: ONNX opset version of the body.
     """
     pool = "".join(
         f"""
@@ -32,10 +38,10 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
 
 
 def multilevel_roi_pool(num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
-    """`MultilevelRoiPool`, likewise, on the standard MaxRoiPool.
+    """Returns the function of `MultilevelRoiPool`, on the standard MaxRoiPool; arguments as for `multilevel_roi_align`.
 
-    RoIs are rounded to whole pixels beforehand, halves away from zero as MaxRoiPool itself should do it: whole numbers
-    are what a runtime that computes in bfloat16 keeps.
+    RoIs are rounded to integer pixels, halves away from zero, before MaxRoiPool does the same: integers survive in a
+    runtime that computes in bfloat16.
     """
     pool = "".join(
         f"""
@@ -60,12 +66,12 @@ def multilevel_roi_pool(num_levels: int, *, min_level: int, opset: int) -> onnx.
 
 
 def _pooling(op: contract.Op, pool: str, num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
-    """A function that sorts RoIs by their level, has each pooled there, and puts the results in order.
+    """A function that groups the RoIs by level, pools each group and restores the order.
 
     Args:
-        op: of the contract; its attributes are the function's.
-        pool: makes `pooled_i` of `features_i`, `boxes_i` `[K_i, 4]` and `image_i` `[K_i]`, for each level i.
-        num_levels, min_level, opset: as above.
+        op: op of the contract, whose attributes the function has.
+        pool: body that computes `pooled_i` from `features_i`, `boxes_i` `[K_i, 4]` and `image_i` `[K_i]` per level i.
+        num_levels, min_level, opset: as for `multilevel_roi_align`.
     """
     levels = range(num_levels)
     names = [f"p{i}" for i in levels]
@@ -111,7 +117,7 @@ def _pooling(op: contract.Op, pool: str, num_levels: int, *, min_level: int, ops
         exponent = Floor(octaves_up_epsilon)
         level_any = Sub(exponent, first)
         level_inside = Clip(level_any, zero, highest)
-        # A box without area, or of NaN, belongs to the first level: every box must belong to one.
+        # A box with no area or with NaN is assigned to the first level, so that every box has a level.
         has_area = Greater(area, zero)
         level = Where(has_area, level_inside, zero)
 
@@ -145,9 +151,9 @@ def _pooling(op: contract.Op, pool: str, num_levels: int, *, min_level: int, ops
 
 
 def batched_nms(opset: int) -> onnx.FunctionProto:
-    """`BatchedNms` on the standard NonMaxSuppression, one of its classes per group.
+    """Returns the function of `BatchedNms`, on the standard NonMaxSuppression with one class per group.
 
-    Scores are the negative row numbers, so that order and ties are exactly the caller's.
+    Scores are the negative row indices, which preserves the order of the rows and ties.
     """
     op = contract.BATCHED_NMS
     text = f"""
@@ -195,7 +201,7 @@ def batched_nms(opset: int) -> onnx.FunctionProto:
         ones = ConstantOfShape<value = int64[1] {{1}}>(kept_count_shape)
         kept = ScatterND(nothing, kept_places, ones)
         kept_bool = Cast<to = 9>(kept)
-        # Kept rows keep their number, the others get numbers past the end; the M smallest are the answer.
+        # Kept rows rank by their index, the others past the end; the M smallest ranks are the result.
         row_past = Add(rows, k)
         rank = Where(kept_bool, rows, row_past)
         m = Min(max_output, k)
@@ -217,7 +223,7 @@ def batched_nms(opset: int) -> onnx.FunctionProto:
 
 
 def live_rows(opset: int) -> onnx.FunctionProto:
-    """`LiveRows`, which spares a mask head the rows without a detection."""
+    """Returns the function of `LiveRows`, which removes rows that hold no detection in any image."""
     op = contract.LIVE_ROWS
     text = f"""
     <domain: "{contract.DOMAIN}", opset_import: ["": {opset}]>
@@ -228,9 +234,9 @@ def live_rows(opset: int) -> onnx.FunctionProto:
         start = Constant<value_ints = [0]>()
         row_axis = Constant<value_ints = [1]>()
         counts_long = Cast<to = 7>(counts)
-        most = ReduceMax<keepdims = 0>(counts_long)
-        at_least_one = Max(most, one)
-        end = Reshape(at_least_one, flat_shape)
+        max_count = ReduceMax<keepdims = 0>(counts_long)
+        num_rows = Max(max_count, one)
+        end = Reshape(num_rows, flat_shape)
         live_boxes = Slice(boxes, start, end, row_axis)
         live_labels = Slice(labels, start, end, row_axis)
     }}"""

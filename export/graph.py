@@ -1,4 +1,4 @@
-"""Reading and editing ONNX graphs: what every pass needs."""
+"""Reading and editing ONNX graphs: indices, constants, inferred types and shapes, metadata."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from maskrcnn.plugins import contract
 
 
 class Graph:
-    """Indices over the main graph of a model; edits go to the model itself.
+    """Indices of the main graph of a model by tensor name.
 
     Args:
-        proto: the model, which is changed in place. Nodes must be in topological order, as ONNX demands.
+        proto: the model; the editing methods change it in place.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
@@ -32,57 +32,62 @@ class Graph:
         self._types = {value.name: value.type.tensor_type.elem_type for value in recorded}
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer, or None for anything else."""
+        """Returns the value of an initializer, or None for any other tensor."""
         return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
 
     def makes_floats(self, node: onnx.NodeProto) -> bool:
-        """Whether a node's first result is in single precision, by the types that the graph records."""
+        """Returns whether the graph records FLOAT as the type of a node's first output."""
         return self._types.get(node.output[0]) == onnx.TensorProto.FLOAT
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
-        """The one node that reads a value which is no output of the graph, or None."""
+        """Returns the only node that reads a tensor; None if there are several, or if it is a graph output."""
         readers = self.consumers.get(name, [])
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
-        """Adds an initializer; one of the same name must not exist."""
+        """Adds an initializer under an unused name, and returns the name."""
         tensor = numpy_helper.from_array(np.asarray(value), name)
         self.graph.initializer.append(tensor)
         self.constants[name] = self.graph.initializer[-1]
         return name
 
     def replace_constant(self, name: str, value: np.ndarray) -> None:
-        """Gives an initializer another value, and type."""
+        """Replaces the value and type of an initializer."""
         self.constants[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
 
     def float_type(self, name: str) -> bool:
-        """Whether an initializer holds single-precision numbers."""
+        """Returns whether the tensor is an initializer of type FLOAT."""
         return name in self.constants and self.constants[name].data_type == onnx.TensorProto.FLOAT
 
 
 def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A model that can be changed without changing this one."""
+    """Returns a deep copy of a model."""
     copied = onnx.ModelProto()
     copied.CopyFrom(proto)
     return copied
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Puts nodes into an order in which every value is made before it is read."""
-    made = {value.name for value in (*graph.input, *graph.initializer)} | {""}
+    """Sorts the nodes topologically, in place.
+
+    Raises:
+        ValueError: if the graph has a cycle or reads a tensor that nothing produces.
+    """
+    available = {value.name for value in (*graph.input, *graph.initializer)} | {""}
     waiting = list(graph.node)
     ordered: list[onnx.NodeProto] = []
     while waiting:
         later = []
         for node in waiting:
-            if all(name in made for name in node.input):
+            if all(name in available for name in node.input):
                 ordered.append(node)
-                made.update(node.output)
+                available.update(node.output)
             else:
                 later.append(node)
         if len(later) == len(waiting):
             raise ValueError(
-                f"found: a graph with a cycle or a value nobody makes, at {later[0].name}; expected: neither"
+                f"found: a cycle or a tensor without a producer, at node {later[0].name}; expected: a directed "
+                "acyclic graph"
             )
         waiting = later
     del graph.node[:]
@@ -90,7 +95,7 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
 
 
 def remove_unused_constants(graph: onnx.GraphProto) -> None:
-    """Drops initializers that nothing reads."""
+    """Removes initializers that no node reads."""
     used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -98,7 +103,7 @@ def remove_unused_constants(graph: onnx.GraphProto) -> None:
 
 
 def op_counts(proto: onnx.ModelProto) -> Counter[str]:
-    """How often each operator occurs in the main graph; custom ops are named `domain::Op`."""
+    """Counts the nodes of the main graph by operator; custom ops are named `domain::Op`."""
     return Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in proto.graph.node)
 
 
@@ -107,16 +112,14 @@ def set_metadata(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
     onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
 
 
-# Types, shapes and constants of the tensors of a graph, those that our own nodes make included.
-
-# Letters of contract shapes that no input has, with the attribute of each; of a list, the first number.
+# Shape letters of the contract that no input has, with the attribute that sets each (of a list, its first element).
 _LENGTHS_BY_ATTRIBUTE = (("S", "output_size"), ("S", "pooled_shape"), ("M", "max_output"))
 
 
 def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every tensor has the type and shape that can be inferred, our nodes' outputs among them.
+    """Returns a copy with inferred types and shapes, the outputs of the custom ops included.
 
-    ONNX knows nothing of our nodes once their functions are gone, so their shapes come from the contract.
+    Without the functions ONNX cannot infer the custom ops' shapes; they are taken from the contract.
     """
     inferred = shape_inference.infer_shapes(proto, data_prop=True)
     graph = inferred.graph
@@ -127,7 +130,7 @@ def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def tensor_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto.Tensor]:
-    """Type and shape of every tensor of which the graph says them, initializers included."""
+    """Returns type and shape of every tensor for which the graph records them, initializers included."""
     known = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     for tensor in graph.initializer:
         known[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims)).tensor_type
@@ -135,12 +138,12 @@ def tensor_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto.Tensor]:
 
 
 def is_static(kind: onnx.TypeProto.Tensor | None) -> bool:
-    """Whether every length of a shape is a number."""
+    """Returns whether every dimension of a shape is a number."""
     return kind is not None and kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim)
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto | onnx.AttributeProto]:
-    """Every initializer, and the value of every `Constant` node, by tensor name."""
+    """Returns every initializer and the value of every `Constant` node, by tensor name."""
     constants: dict[str, onnx.TensorProto | onnx.AttributeProto] = {t.name: t for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute:
@@ -150,18 +153,18 @@ def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto | onnx.At
 
 
 def constant_value(constant: onnx.TensorProto | onnx.AttributeProto) -> np.ndarray:
-    """The array that `constants_of` found."""
+    """Returns a value of `constants_of` as an array."""
     if isinstance(constant, onnx.TensorProto):
         return numpy_helper.to_array(constant)
     return np.asarray(onnx.helper.get_attribute_value(constant))
 
 
 def _describe_plugin_outputs(graph: onnx.GraphProto, *, by_shape: bool) -> bool:
-    """Adds types and shapes of our nodes' outputs where the inputs' are known; whether there was anything to add.
+    """Records types and shapes of the custom ops' outputs; returns whether there were any to record.
 
     Args:
-        graph: the graph, which is changed.
-        by_shape: wait for the inputs' shapes; else their types are enough.
+        graph: changed in place.
+        by_shape: skip nodes whose input shapes are unknown; otherwise known types suffice.
     """
     known, new = tensor_types(graph), False
     outputs = {value.name: value for value in graph.output}
@@ -185,7 +188,7 @@ def _describe_plugin_outputs(graph: onnx.GraphProto, *, by_shape: bool) -> bool:
 
 
 def _lengths(op: contract.Op, node: onnx.NodeProto, known: dict[str, onnx.TypeProto.Tensor]) -> dict[str, str | int]:
-    """What the letters of the op's shapes stand for at this node: numbers, or symbols of the graph."""
+    """The value of each letter in the op's shapes at this node: a number or a symbol of the graph."""
     variadic = len(node.input) - len(op.inputs) + 1
     inputs = [tensor for tensor in op.inputs for _ in range(variadic if tensor.variadic else 1)]
     attributes = {a.name: a.ints[0] if a.ints else a.i for a in node.attribute}
@@ -193,5 +196,5 @@ def _lengths(op: contract.Op, node: onnx.NodeProto, known: dict[str, onnx.TypePr
     for tensor, name in zip(inputs, node.input, strict=False):
         for letter, dim in zip(tensor.shape, known[name].shape.dim, strict=False):
             if isinstance(letter, str) and (dim.dim_value or (dim.dim_param and letter not in found)):
-                found[letter] = dim.dim_value or dim.dim_param  # a number says more than a symbol
+                found[letter] = dim.dim_value or dim.dim_param  # prefer a number to a symbol
     return found | {k: attributes[v] for k, v in _LENGTHS_BY_ATTRIBUTE if v in attributes}

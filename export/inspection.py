@@ -1,4 +1,8 @@
-"""What a model file is: tensors, operators, precision, size, cost, where it comes from, where it would run."""
+"""Model file inspection: tensors, operators, precision, size, cost, provenance and node placement, without running it.
+
+The cost counts the multiply-accumulate operations (MACs) of convolutions and matrix products at a fixed input size,
+by stage of the detector.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +10,83 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import onnx
+import onnx_ir
+from onnxscript import optimizer
 
 from maskrcnn.errors import UserError
-from maskrcnn.export.costs import COUNTED, Costs, costs_of
-from maskrcnn.export.graph import Graph, copy_of, op_counts, tensor_types, with_shapes
-from maskrcnn.export.placement import Placement, placements
+from maskrcnn.export.graph import Graph, copy_of, is_static, op_counts, tensor_types, with_shapes
 from maskrcnn.export.tensorrt.flavour import take_all_rows
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
-from maskrcnn.runtime.engine_files import engine_metadata
+from maskrcnn.runtime.backends.placement import Placement, placements
+from maskrcnn.runtime.engine_files import read_metadata
+from maskrcnn.stages import LEVELS
 
-_PHOTO_HW = (480, 640)  # a common format of pictures, for the default input size
-_SHOWN_OPERATORS = 12
-# ONNX's, OpenVINO's, safetensors' and NumPy's names of number formats.
+_DEFAULT_IMAGE_HW = (480, 640)  # a common image size; the default input size is what it is resized and padded to
+_MAX_SHOWN_OPERATORS = 12
+# Number formats by the names that ONNX, OpenVINO, safetensors and NumPy use.
 _PRECISIONS = {
     **{"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64", "INT8": "int8", "UINT8": "uint8"},
     **{"f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "uint8"},
     **{"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"},
     "float32": "fp32",
 }
-_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's, of indices and counts: no weights
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm: state, not parameters
+_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's names; indices and counts, not weights
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm; not parameters
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """MACs of one image."""
+
+    size_hw: tuple[int, int]  # of the network's input
+    macs: dict[str, int]  # by stage
+    uncounted: tuple[str, ...]  # nodes whose shapes could not be inferred
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations; two per MAC."""
+        return 2 * sum(self.macs.values())
+
+    def lines(self) -> list[str]:
+        """Lines of the report."""
+        height, width = self.size_hw
+        lines = [f"cost of one image of {width}×{height} px: {self.flops / 1e9:.2f} GFLOP"]
+        lines += [f"    {stage}: {2 * macs / 1e9:.3f} GFLOP" for stage, macs in self.macs.items()]
+        if self.uncounted:
+            lines.append(f"    not counted, shape unknown: {', '.join(self.uncounted)}")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Inspection:
-    """Everything that was found out about a file; what a kind of file does not tell is None or empty."""
+    """Contents of a model file; a field is None or empty if this kind of file does not record it."""
 
     path: Path
     kind: str
     bytes: int
     metadata: ModelMetadata | None = None
-    config: dict[str, Any] = field(default_factory=dict)  # of a checkpoint
+    config: dict[str, Any] = field(default_factory=dict)  # checkpoints only
     versions: dict[str, str] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)  # name: type and shape
+    inputs: dict[str, str] = field(default_factory=dict)  # name → type and shape
     outputs: dict[str, str] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)
-    weights: dict[str, tuple[int, int]] = field(default_factory=dict)  # precision: (parameters, bytes)
-    computing: dict[str, dict[str, int]] = field(default_factory=dict)  # precision: convolutions and products
-    results: dict[str, int] = field(default_factory=dict)  # nodes by what they make
-    costs: Costs | None = None
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)  # precision → (parameters, bytes)
+    computing: dict[str, dict[str, int]] = field(default_factory=dict)  # precision → convolutions, matrix products
+    results: dict[str, int] = field(default_factory=dict)  # output type → nodes
+    costs: _Costs | None = None
     placements: list[Placement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
+        """All fields as JSON values."""
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -75,7 +105,7 @@ class _Inspection:
         }
 
     def text(self) -> str:
-        """A report of some twenty lines."""
+        """Report of about twenty lines."""
         lines = [f"{self.path}: {self.kind}, {_megabytes(self.bytes)}"]
         if self.metadata is not None:
             lines += _provenance(self.metadata)
@@ -85,41 +115,44 @@ class _Inspection:
         lines += [f"input {name}: {what}" for name, what in self.inputs.items()]
         lines += [f"output {name}: {what}" for name, what in self.outputs.items()]
         if self.operators:
-            shown = _pairs(dict(list(self.operators.items())[:_SHOWN_OPERATORS]))
-            more = ", …" if len(self.operators) > _SHOWN_OPERATORS else ""
+            shown = _pairs(dict(list(self.operators.items())[:_MAX_SHOWN_OPERATORS]))
+            more = ", …" if len(self.operators) > _MAX_SHOWN_OPERATORS else ""
             lines.append(f"nodes: {sum(self.operators.values())} ({shown}{more})")
         for precision, (count, size) in self.weights.items():
             lines.append(f"weights in {precision}: {count:,} parameters, {_megabytes(size)}")
         for precision, operators in self.computing.items():
             lines.append(f"computing in {precision}: {_pairs(operators)}")
         lines += [f"nodes by result: {_pairs(self.results)}"] if self.results else []
-        lines += _cost_lines(self.costs) if self.costs else []
+        lines += self.costs.lines() if self.costs else []
         lines += [f"ONNX Runtime on {placement.text()}" for placement in self.placements or ()]
         return "\n".join(lines)
 
 
 def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placement: bool = True) -> _Inspection:
-    """Looks into a model file without running it, and without torch.
+    """Reads a model file without running it and without torch.
 
     Args:
-        path: an ONNX file, an OpenVINO engine (`.xml`), a TensorRT engine (`.engine`) or a checkpoint
-            (`.safetensors`).
-        size_hw: of the network's input, for the cost; by default what a picture of 640 × 480 becomes.
-        with_placement: ask ONNX Runtime's providers, each of which makes a session.
+        path: ONNX file, OpenVINO engine (`.xml`), TensorRT engine (`.engine`) or checkpoint (`.safetensors`).
+        size_hw: height and width in pixels of the network's input, for the cost (default: the size to which a
+            640×480 image is resized and padded).
+        with_placement: create a session with every provider of ONNX Runtime to find the placement of the nodes.
 
     Raises:
-        UserError: for other files, and for those that cannot be read.
+        UserError: if the file is of another kind or cannot be read.
     """
-    others = {".xml": _inspect_engine, ".engine": _inspect_plan, ".safetensors": _inspect_checkpoint}
+    others = {".xml": _inspect_openvino, ".engine": _inspect_tensorrt, ".safetensors": _inspect_checkpoint}
     if not path.is_file():
         raise UserError(f"no file {path}", "a model file", "check the path")
     if path.suffix == ".onnx":
         return _inspect_onnx(path, size_hw, with_placement=with_placement)
     if path.suffix not in others:
-        raise UserError(f"{path}", f"a file that ends in .onnx, {', '.join(others)}", "name one of these")
+        raise UserError(f"{path}", f"a file that ends in .onnx, {', '.join(others)}", "pass one of these")
     if size_hw is not None:
-        raise UserError(f"--size for {path.name}", "an ONNX file, whose graph tells the cost", "leave --size out")
+        raise UserError(f"--size for {path.name}", "an ONNX file: the cost is computed from its graph", "omit --size")
     return others[path.suffix](path)
+
+
+# ONNX files
 
 
 def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> _Inspection:
@@ -130,9 +163,14 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     text = {entry.key: entry.value for entry in proto.metadata_props}.get(KEY)
     metadata = None if text is None else ModelMetadata.from_json(text, path)
     preprocessing = metadata.preprocessing if metadata else Preprocessing()
-    if size_hw is not None and any(side < 1 or side % preprocessing.divisor for side in size_hw):
-        multiples = f"height and width that are multiples of {preprocessing.divisor}"
-        raise UserError(f"size {size_hw[0]}x{size_hw[1]}", multiples, "round it up")
+    divisor = preprocessing.divisor
+    if size_hw is not None and any(side < 1 or side % divisor for side in size_hw):
+        raise UserError(
+            f"size {size_hw[0]}x{size_hw[1]}", f"height and width that are multiples of {divisor}", "round it up"
+        )
+    if size_hw is None:
+        height, width = resized_size(_DEFAULT_IMAGE_HW, preprocessing)
+        size_hw = math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
     functions = ", ".join(function.name for function in proto.functions)
     computing, results = _node_precisions(proto)
@@ -149,19 +187,13 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
         ),
         computing=computing,
         results=results,
-        costs=costs_of(proto, size_hw or _default_size(preprocessing)),
+        costs=costs_of(proto, size_hw),
         placements=placements(path) if with_placement else None,
     )
 
 
-def _default_size(preprocessing: Preprocessing) -> tuple[int, int]:
-    height, width = resized_size(_PHOTO_HW, preprocessing)
-    divisor = preprocessing.divisor
-    return math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor
-
-
 def _node_precisions(proto: onnx.ModelProto) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Convolutions and matrix products by the type they compute in, and all nodes by the type they make."""
+    """Convolutions and matrix products by the type they compute in, and all nodes by their output type."""
     plain = copy_of(proto)
     del plain.functions[:]
     take_all_rows(plain.graph)
@@ -172,18 +204,18 @@ def _node_precisions(proto: onnx.ModelProto) -> tuple[dict[str, dict[str, int]],
     for node in plain.graph.node:
         kind = known.get(node.output[0])
         name = onnx.TensorProto.DataType.Name(kind.elem_type) if kind is not None else "unknown"
-        made = _PRECISIONS.get(name, name.lower())
-        results[made] += 1
-        if node.op_type in COUNTED and not node.domain:
+        result = _PRECISIONS.get(name, name.lower())
+        results[result] += 1
+        if node.op_type in _MACS and not node.domain:
             sources = {producers[name].op_type if name in producers else "" for name in node.input[:2]}
-            # Both factors from DequantizeLinear stand for arithmetic in 8 bits; one alone is only stored so.
-            precision = "int8" if sources == {"DequantizeLinear"} else made
+            # DequantizeLinear on both factors means 8-bit arithmetic; on one of them only 8-bit storage.
+            precision = "int8" if sources == {"DequantizeLinear"} else result
             computing.setdefault(precision, Counter())[node.op_type] += 1
     return {k: dict(v.most_common()) for k, v in computing.items()}, dict(results.most_common())
 
 
-def _weights(tensors) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes by precision, of (type, shape) pairs; shapes and indices in integers do not count."""
+def _weights(tensors: Iterable[tuple[str, Sequence[int]]]) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes by precision, from (type, shape) pairs; integer shapes and indices are not counted."""
     found: dict[str, tuple[int, int]] = {}
     for kind, shape in tensors:
         precision = _PRECISIONS.get(kind)
@@ -194,8 +226,153 @@ def _weights(tensors) -> dict[str, tuple[int, int]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
 
-def _inspect_engine(path: Path) -> _Inspection:
-    """An OpenVINO engine: what its XML says. Its graph is not costed."""
+def _tensor_text(kind: onnx.TypeProto.Tensor) -> str:
+    name = onnx.TensorProto.DataType.Name(kind.elem_type)
+    lengths = [dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?") for dim in kind.shape.dim]
+    return f"{_PRECISIONS.get(name, name.lower())} [{', '.join(lengths)}]"
+
+
+# Cost
+
+# A stage comprises the nodes that its tensors depend on and that no earlier stage contains.
+_STAGE_TENSORS = (
+    ("backbone and FPN", LEVELS),
+    ("RPN", ("proposals",)),
+    ("box head", ("boxes",)),
+    ("mask head", ("masks",)),
+    ("keypoint head", ("keypoints",)),
+)
+_MAX_SHAPE_ELEMENTS = 1024  # a larger constant does not determine a shape
+_MAX_ROUNDS = 12  # of shape inference and constant folding; the detector needs about 5
+
+
+def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> _Costs | None:
+    """Counts the MACs of convolutions and matrix products for one image.
+
+    The mask and keypoint heads are counted for all rows of the output. Interpolation, NMS, RoIAlign and element-wise
+    operations are not counted, as is usual.
+
+    Args:
+        proto: model with the input `images`, exported by this package or not; it is not changed.
+        size_hw: height and width of the input in pixels, after resizing and padding.
+
+    Returns:
+        The costs, or None if the model has no such input.
+    """
+    if not any(value.name == "images" and len(value.type.tensor_type.shape.dim) == 4 for value in proto.graph.input):
+        return None
+    fixed = _at_size(proto, size_hw)
+    known, stages = tensor_types(fixed.graph), stages_by_node(fixed)
+    macs: dict[str, int] = {}
+    uncounted = []
+    for stage, node in zip(stages, fixed.graph.node, strict=True):
+        if node.op_type not in _MACS or node.domain:
+            continue
+        try:
+            macs[stage] = macs.get(stage, 0) + _MACS[node.op_type](node, known)
+        except (KeyError, ValueError):
+            uncounted.append(node.name or node.output[0])
+    return _Costs(size_hw, macs, tuple(uncounted))
+
+
+def stages_by_node(proto: onnx.ModelProto) -> list[str]:
+    """Returns the name of the stage that each node belongs to; "whole model" if the graph does not name its stages."""
+    producers = Graph(proto).producers
+    if not any(level in producers for level in LEVELS):
+        return ["whole model"] * len(proto.graph.node)
+    stage_of: dict[str, str] = {}
+    for stage, names in _STAGE_TENSORS:
+        waiting = [name for name in names if name in producers]
+        while waiting:
+            name = waiting.pop()
+            if name in producers and name not in stage_of:
+                stage_of[name] = stage
+                waiting += producers[name].input
+    return [next((stage_of[name] for name in node.output if name in stage_of), "other") for node in proto.graph.node]
+
+
+def _at_size(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> onnx.ModelProto:
+    """A copy without weights and functions whose shapes are those of one image of this size."""
+    fixed: onnx.ModelProto = copy_of(proto)
+    del fixed.functions[:]
+    take_all_rows(fixed.graph)
+    for value in fixed.graph.input:
+        lengths = (1, 3, *size_hw) if value.name == "images" else (1,)
+        for dim, length in zip(value.type.tensor_type.shape.dim, lengths, strict=False):
+            if not dim.HasField("dim_value"):
+                dim.dim_value = length
+    _weights_to_inputs(fixed.graph)
+    unknown = -1
+    for _ in range(_MAX_ROUNDS):  # each round propagates shapes past one more node that computes a size
+        del fixed.graph.value_info[:]
+        for value in fixed.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        fixed = with_shapes(fixed)
+        before, unknown = unknown, sum(not is_static(kind) for kind in tensor_types(fixed.graph).values())
+        if unknown in (0, before):
+            break
+        model = onnx_ir.serde.deserialize_model(fixed)
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        fixed = onnx_ir.serde.serialize_model(model)
+    return fixed
+
+
+def _weights_to_inputs(graph: onnx.GraphProto) -> None:
+    """Replaces weights by graph inputs: their shapes are enough, and the passes run faster without the values."""
+    small = []
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) > _MAX_SHAPE_ELEMENTS:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            small.append(onnx.TensorProto.FromString(tensor.SerializeToString()))
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+
+
+_Types = dict[str, onnx.TypeProto.Tensor]
+
+
+def _shape(name: str, known: _Types) -> tuple[int, ...]:
+    """A static shape; raises KeyError or ValueError if it is not known."""
+    kind = known[name]
+    if not is_static(kind):
+        raise ValueError(name)
+    return tuple(dim.dim_value for dim in kind.shape.dim)
+
+
+def _conv(node: onnx.NodeProto, known: _Types) -> int:
+    _, *per_output = _shape(node.input[1], known)  # [out, in / groups, kernel …]
+    return math.prod(_shape(node.output[0], known)) * math.prod(per_output)
+
+
+def _conv_transpose(node: onnx.NodeProto, known: _Types) -> int:
+    _, *per_input = _shape(node.input[1], known)  # [in, out / groups, kernel …]
+    return math.prod(_shape(node.input[0], known)) * math.prod(per_input)
+
+
+def _gemm(node: onnx.NodeProto, known: _Types) -> int:
+    rows = _shape(node.input[0], known)
+    is_transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(_shape(node.output[0], known)) * rows[0 if is_transposed else 1]
+
+
+def _matmul(node: onnx.NodeProto, known: _Types) -> int:
+    return math.prod(_shape(node.output[0], known)) * _shape(node.input[0], known)[-1]
+
+
+_MACS: dict[str, Callable[[onnx.NodeProto, _Types], int]] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}
+
+
+# Engines and checkpoints
+
+
+def _inspect_openvino(path: Path) -> _Inspection:
+    """An OpenVINO engine, from its XML file; the cost is not computed."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise UserError(f"{path} without {weights.name}", "both files of an OpenVINO engine", "build it again")
@@ -207,7 +384,7 @@ def _inspect_engine(path: Path) -> _Inspection:
     if entry is None or "value" not in entry.attrib:
         raise not_ours(path, "an XML file without maskrcnn's metadata")
     layers = list(root.iter("layer"))
-    constants = [layer.find("data").attrib for layer in layers if layer.get("type") == "Const"]
+    constants = [data.attrib for layer in layers if layer.get("type") == "Const" for data in layer.findall("data")]
     metadata = ModelMetadata.from_json(entry.attrib["value"], path)
     return _Inspection(
         path=path,
@@ -215,7 +392,7 @@ def _inspect_engine(path: Path) -> _Inspection:
         bytes=path.stat().st_size + weights.stat().st_size,
         metadata=metadata,
         inputs={layer.get("name", ""): _port_text(layer) for layer in layers if layer.get("type") == "Parameter"},
-        outputs={  # without those that keep coordinates in single precision, see runtime/build/openvino.py
+        outputs={  # without the outputs that keep coordinates in single precision, see runtime/build/openvino.py
             layer.get("output_names", ""): _port_text(layer)
             for layer in layers
             if layer.get("type") == "Result" and layer.get("output_names") in detector_specs(metadata)[1]
@@ -228,9 +405,16 @@ def _inspect_engine(path: Path) -> _Inspection:
     )
 
 
-def _inspect_plan(path: Path) -> _Inspection:
-    """A TensorRT engine: what the metadata beside it says. The plan itself only TensorRT can read."""
-    metadata = engine_metadata(path)
+def _port_text(layer: ElementTree.Element) -> str:
+    port = next(layer.iter("port"))
+    lengths = [dim.text if dim.text != "-1" else "?" for dim in port.iter("dim")]
+    kind = port.get("precision", "").lower()
+    return f"{(_PRECISIONS | _INTEGERS).get(kind, kind)} [{', '.join(map(str, lengths))}]"
+
+
+def _inspect_tensorrt(path: Path) -> _Inspection:
+    """A TensorRT engine, from the metadata file beside it; only TensorRT can read the engine itself."""
+    metadata = read_metadata(path)
     inputs, outputs = detector_specs(metadata)
     return _Inspection(
         path=path,
@@ -247,20 +431,13 @@ def _spec_text(spec: TensorSpec) -> str:
     return f"{_PRECISIONS.get(spec.dtype, spec.dtype)} [{', '.join(lengths)}]"
 
 
-def _port_text(layer: ElementTree.Element) -> str:
-    port = next(layer.iter("port"))
-    lengths = [dim.text if dim.text != "-1" else "?" for dim in port.iter("dim")]
-    kind = port.get("precision", "").lower()
-    return f"{(_PRECISIONS | _INTEGERS).get(kind, kind)} [{', '.join(map(str, lengths))}]"
-
-
 def _inspect_checkpoint(path: Path) -> _Inspection:
-    """A checkpoint: the header of the safetensors file, which is JSON after its length in 8 bytes."""
+    """A checkpoint, from the JSON header of the safetensors file, which follows its length in 8 bytes."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, path.stat().st_size)))
-        ours = json.loads(header.pop("__metadata__")[KEY])
+        contents = json.loads(header.pop("__metadata__")[KEY])
         tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise not_ours(path, f"not a checkpoint ({type(error).__name__})") from error
@@ -268,27 +445,24 @@ def _inspect_checkpoint(path: Path) -> _Inspection:
         path=path,
         kind="checkpoint",
         bytes=path.stat().st_size,
-        config=ours.get("config", {}),
-        versions=ours.get("versions", {}),
+        config=contents.get("config", {}),
+        versions=contents.get("versions", {}),
         weights=_weights(pair for name, pair in tensors.items() if not name.endswith(_BUFFERS)),
     )
 
 
-def _tensor_text(kind: onnx.TypeProto.Tensor) -> str:
-    name = onnx.TensorProto.DataType.Name(kind.elem_type)
-    lengths = [dim.dim_param or (str(dim.dim_value) if dim.HasField("dim_value") else "?") for dim in kind.shape.dim]
-    return f"{_PRECISIONS.get(name, name.lower())} [{', '.join(lengths)}]"
+# Text
 
 
 def _provenance(metadata: ModelMetadata) -> list[str]:
     classes = metadata.class_names
-    named = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+    names = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
     pre = metadata.preprocessing
     size = f"{pre.min_size_px} to {pre.max_size_px} px, multiples of {pre.divisor}"
     lines = [
         f"model: {metadata.model}, precision {metadata.precision}, contract {metadata.contract}",
-        f"classes: {len(classes)} ({named}), {'with' if metadata.has_masks else 'without'} masks, "
-        f"{metadata.detections} detections at most",
+        f"classes: {len(classes)} ({names}), {'with' if metadata.has_masks else 'without'} masks, "
+        f"at most {metadata.detections} detections",
         f"preprocessing: {size}, {pre.channel_order}, mean {list(pre.mean)}, std {list(pre.std)}",
         f"made from: SHA-256 {metadata.source_sha256 or 'not recorded'}",
         f"written by: {_pairs(metadata.versions) or 'not recorded'}",
@@ -296,15 +470,6 @@ def _provenance(metadata: ModelMetadata) -> list[str]:
     if metadata.has_keypoints:
         lines.insert(2, f"keypoints: {len(metadata.keypoint_names)} ({', '.join(metadata.keypoint_names)})")
     return lines + [f"stamp, {key}: {'; '.join(str(value).splitlines())}" for key, value in metadata.stamp.items()]
-
-
-def _cost_lines(costs: Costs) -> list[str]:
-    height, width = costs.size_hw
-    lines = [f"cost of one image of {width}×{height} px: {costs.flops / 1e9:.2f} GFLOP"]
-    lines += [f"    {stage}: {2 * macs / 1e9:.3f} GFLOP" for stage, macs in costs.macs.items()]
-    if costs.uncounted:
-        lines.append(f"    not counted, shape unknown: {', '.join(costs.uncounted)}")
-    return lines
 
 
 def _megabytes(size: int) -> str:

@@ -1,1 +1,1 @@
-"""The custom ops: one contract, a slow truth in NumPy, and the kernels that follow them."""
+"""Custom ops: contract, NumPy reference, CUDA kernels and TensorRT plugins."""

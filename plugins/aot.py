@@ -1,11 +1,11 @@
-"""The ops as TensorRT's ahead-of-time Python plugins: their kernels become part of the engine.
+"""Ahead-of-time (AOT) Python plugins for TensorRT: the custom ops with kernels that become part of the engine.
 
-An engine built with them needs no plugin library and no Python where it runs; building it needs neither a compiler's
-toolkit nor TensorRT's headers. The graph must be the flavour for them: `maskrcnn export --tensorrt --aot`.
+Running such an engine needs no plugin library and no Python; building it needs neither the CUDA toolkit nor TensorRT's
+headers. The graph must be the AOT flavour: `maskrcnn export --tensorrt --aot`.
 
-`tensorrt.plugin` wants functions with one named argument for each tensor, and compares the names when a function is
-registered. RoIAlign has as many feature maps as the model has levels, so the functions here take any number, and tell
-`inspect` the signature that is wanted, with four levels: TensorRT itself calls them with the tensors that a node has.
+`tensorrt.plugin` requires functions with one named argument per tensor, whose names it checks at registration, whereas
+RoIAlign has one feature map per pyramid level. The functions here therefore accept any number of tensors, and their
+`__signature__` declares four levels; TensorRT calls them with the tensors of the node.
 """
 
 from __future__ import annotations
@@ -19,41 +19,30 @@ import numpy as np
 import numpy.typing as npt
 
 from maskrcnn.errors import UserError
-from maskrcnn.plugins import aot_kernels, contract, nvrtc
-from maskrcnn.plugins.aot_kernels import Kernel, Layout
+from maskrcnn.plugins import aot_kernels, contract
+from maskrcnn.plugins.aot_kernels import Image, Kernel
 from maskrcnn.plugins.toolchain import Toolchain, find_toolchain
 
-OLDEST = "10.9"  # whose release notes announce ahead-of-time plugins and their import by the ONNX parser
-_LEVELS = 4  # in the signature that is registered
-
-# What RoIAlign's features may be: TensorRT's names of type and format. HWC8 is for 16-bit numbers, HWC for float32.
-FEATURE_FORMATS = (
-    ("FP32", "LINEAR"),
-    ("FP16", "LINEAR"),
-    ("BF16", "LINEAR"),
-    ("FP32", "HWC"),
-    ("FP16", "HWC8"),
-    ("BF16", "HWC8"),
-)
-_LAYOUTS = {"LINEAR": aot_kernels.PLANES, "HWC": aot_kernels.HWC, "HWC8": aot_kernels.HWC8}
-# Arrays of one number. Where int is declared, the bindings of TensorRT 10 call int with such an array, which NumPy 2.4
-# refuses.
+_MIN_TENSORRT = "10.9"  # release notes: first version with AOT plugins that the ONNX parser imports
+_LEVELS = 4  # feature maps in the registered signature
+_TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}  # names of tensorrt.plugin
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # members of tensorrt.DataType
+# Arrays of one element: given `int`, the bindings of TensorRT 10 call int() on an array, which NumPy 2.4 rejects.
 _ATTRIBUTE_TYPES = {int: npt.NDArray[np.int32], float: npt.NDArray[np.float32]}
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's members: ours
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What the kernels are compiled with and for."""
+    """How the kernels are compiled."""
 
     toolchain: Toolchain
     arch: int
-    image: nvrtc.Image
+    image: Image
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid and its integer arguments: numbers, or TensorRT's symbols for lengths."""
+    """A kernel with its grid and integer arguments, which are numbers or TensorRT's symbolic lengths."""
 
     kernel: Kernel
     grid: tuple[Any, Any]  # blocks along x and y
@@ -62,39 +51,37 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Plugin:
-    """One op: its contract, and what TensorRT asks about it.
+    """One op as a plugin.
 
-    The functions get `tensorrt.plugin` and tensors of it (`TensorDesc`), and attributes by name.
+    The functions take `tensorrt`, `tensorrt.plugin`, tensors (`TensorDesc`) and attributes by name.
     """
 
     op: contract.Op
     outputs: Callable[[Any, Any, Sequence[Any], Mapping[str, Any]], tuple[Any, ...]]
-    formats: Callable[[int], list[tuple[str, str]]]  # of a number of inputs: types and formats, joined by commas
+    formats: Callable[[int], list[tuple[str, str]]]  # number of inputs → comma-separated types and formats
     launch: Callable[[Any, Sequence[Any], Mapping[str, Any]], Launch]
 
 
-_target: _Target | None = None  # of the newest call of `register`; TensorRT keeps what was registered first
+_target: _Target | None = None  # from the latest `register`; the plugins themselves are registered once
 
 
-def register(
-    *, arch: int | None = None, image: nvrtc.Image | None = None, toolchain: Toolchain | None = None
-) -> _Target:
-    """Registers the plugins with TensorRT, in this process. Call it before an engine is built; again if need be.
+def register(*, arch: int | None = None, image: Image | None = None, toolchain: Toolchain | None = None) -> _Target:
+    """Registers the plugins with TensorRT in this process, before an engine is built; may be called again.
 
     Args:
-        arch: compute capability to compile for, 90 for 9.0; by default what every GPU of this machine runs.
-        image: what to give TensorRT; by default PTX, unless the driver is too old to read the compiler's.
-        toolchain: what to compile with; by default what there is.
+        arch: compute capability to compile for, 90 for 9.0 (default: the newest that every GPU of this machine runs).
+        image: format of the kernels (default: PTX, or CUBIN if the driver is older than the compiler).
+        toolchain: compiler to use (default: the one found on this machine).
 
     Raises:
-        UserError: without TensorRT, with one that is too old, without a compiler, where `arch` is needed, and when a
-            plugin library has registered the same ops.
+        UserError: if TensorRT is missing or too old, there is no compiler, `arch` is needed, or a plugin library has
+            registered the same ops.
     """
     global _target
     tensorrt, trtp = _import_tensorrt()
-    found = toolchain or find_toolchain()
-    image = image or nvrtc.image_for(found)
-    target = _Target(found, nvrtc.architecture(found, arch, image), image)
+    toolchain = toolchain or find_toolchain()
+    image = image or aot_kernels.image_for(toolchain)
+    target = _Target(toolchain, aot_kernels.architecture(toolchain, arch, image), image)
     for plugin in PLUGINS:
         _register(tensorrt, trtp, plugin)
     _target = target
@@ -102,21 +89,21 @@ def register(
 
 
 def _import_tensorrt() -> tuple[Any, Any]:
-    do = f"pip install 'tensorrt>={OLDEST}', or use the plugin library: `maskrcnn build-plugins --form library`"
+    expected = f"TensorRT {_MIN_TENSORRT} or newer"
+    fix = f"pip install 'tensorrt>={_MIN_TENSORRT}', or use the plugin library: `maskrcnn build-plugins --form library`"
     try:
         import tensorrt
         import tensorrt.plugin as trtp
     except ImportError as error:
-        came = f"TensorRT's Python plugins cannot be imported ({error})"
-        raise UserError(came, f"TensorRT {OLDEST} or newer", do) from error
+        raise UserError(f"TensorRT's Python plugins cannot be imported ({error})", expected, fix) from error
     if not hasattr(trtp, "aot_impl"):
-        came = f"TensorRT {tensorrt.__version__}, whose Python plugins cannot be compiled ahead of time"
-        raise UserError(came, f"TensorRT {OLDEST} or newer", do)
+        found = f"TensorRT {tensorrt.__version__}, whose Python plugins cannot be compiled ahead of time"
+        raise UserError(found, expected, fix)
     return tensorrt, trtp
 
 
 def _register(tensorrt: Any, trtp: Any, plugin: _Plugin) -> None:
-    """Registers one plugin, unless this process has done so."""
+    """Registers one plugin, unless it is registered already."""
     name = f"{contract.DOMAIN}::{plugin.op.name}"
     if hasattr(getattr(trtp.op, contract.DOMAIN, None), plugin.op.name):
         return
@@ -125,7 +112,7 @@ def _register(tensorrt: Any, trtp: Any, plugin: _Plugin) -> None:
         raise UserError(
             f"{name} is registered already, by a plugin library",
             "either the library or the ahead-of-time plugins in one process",
-            "do not load libmaskrcnn_plugins here",
+            "do not load libmaskrcnn_plugins in this process",
         )
     trtp.register(name)(_describe(tensorrt, trtp, plugin))
     trtp.autotune(name)(_tune(trtp, plugin))
@@ -136,39 +123,38 @@ def _register(tensorrt: Any, trtp: Any, plugin: _Plugin) -> None:
 
 
 def _describe(tensorrt: Any, trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """Types and shapes of the outputs."""
+    """The function that returns types and shapes of the outputs."""
 
     def describe(*tensors: Any, **attributes: Any) -> Any:
         outputs = plugin.outputs(tensorrt, trtp, tensors, aot_kernels.checked(plugin.op, attributes))
         return outputs[0] if len(outputs) == 1 else outputs
 
     count = len(plugin.op.outputs)
-    returned = trtp.TensorDesc if count == 1 else tuple[(trtp.TensorDesc,) * count]
+    returned = trtp.TensorDesc if count == 1 else tuple.__class_getitem__((trtp.TensorDesc,) * count)
     arguments = _tensor_names(plugin.op, trtp.TensorDesc)
     arguments |= {name: _ATTRIBUTE_TYPES[kind] for name, kind in plugin.op.attributes.items()}
     return _with_signature(describe, arguments, returned=returned)
 
 
 def _tune(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """The combinations of types and formats that there are kernels for."""
+    """The function that returns the supported combinations of types and formats."""
 
-    def tune(*tensors: Any) -> Any:  # the inputs, then a tuple of the outputs
+    def tune(*tensors: Any) -> Any:  # the inputs and a tuple of the outputs
         return [trtp.AutoTuneCombination(types, formats) for types, formats in plugin.formats(len(tensors) - 1)]
 
     return _with_signature(tune, [*_tensor_names(plugin.op), "outputs"])
 
 
 def _implement(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """Name and code of the kernel, its grid, and its integer arguments."""
+    """The function that returns name and code of the kernel, its grid and its integer arguments."""
 
     def implement(*arguments: Any) -> Any:  # the inputs, the attributes, a tuple of the outputs, the tactic
         tensors = [argument for argument in arguments if isinstance(argument, trtp.TensorDesc)]
         values = arguments[len(tensors) : -2]
-        # In the order of the creator's fields, which the parser and `tensorrt.plugin.op` keep to, and which is the
-        # contract's; if there are too few, `checked` says so.
+        # The parser and `tensorrt.plugin.op` pass attributes in the order of the creator's fields, which is that of the
+        # contract; `checked` raises if there are too few.
         named = dict(zip(plugin.op.attributes, values, strict=False))
-        launch = plugin.launch(trtp, tensors, named)
-        return _compiled(trtp, launch)
+        return _compiled(trtp, plugin.launch(trtp, tensors, named))
 
     returned = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     names = [*_tensor_names(plugin.op), *plugin.op.attributes, "outputs", "tactic"]
@@ -176,15 +162,16 @@ def _implement(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
 
 
 def _compiled(trtp: Any, launch: Launch) -> tuple[str, bytes, Any, Any]:
+    assert _target is not None  # TensorRT calls the functions after `register` only
     kernel = launch.kernel
-    code = nvrtc.compile_kernel(kernel, arch=_target.arch, toolchain=_target.toolchain, image=_target.image)
+    code = aot_kernels.compile_kernel(kernel, arch=_target.arch, toolchain=_target.toolchain, image=_target.image)
     grid = trtp.KernelLaunchParams(grid_x=launch.grid[0], grid_y=launch.grid[1], block_x=kernel.threads)
     return kernel.name, code, grid, trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in launch.arguments])
 
 
 def _tensor_names(op: contract.Op, annotation: Any = inspect.Parameter.empty) -> dict[str, Any]:
-    """The inputs as arguments; a variadic one stands for `_LEVELS`."""
-    names = []
+    """Argument names of the inputs; a variadic input becomes `_LEVELS` arguments."""
+    names: list[str] = []
     for tensor in op.inputs:
         names += [f"{tensor.name}{number}" for number in range(_LEVELS)] if tensor.variadic else [tensor.name]
     return dict.fromkeys(names, annotation)
@@ -196,17 +183,17 @@ def _with_signature(
     *,
     returned: Any = inspect.Signature.empty,
 ) -> Callable[..., Any]:
-    """The function, which tells `inspect` that it has these arguments."""
+    """The function with these arguments as its `__signature__`."""
     annotations = arguments if isinstance(arguments, Mapping) else dict.fromkeys(arguments, inspect.Parameter.empty)
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
         for name, annotation in annotations.items()
     ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
     return function
 
 
-# MultilevelRoiAlign: the feature maps, then rois
+# MultilevelRoiAlign; its inputs are the feature maps and rois
 
 
 def _pooled(tensorrt: Any, trtp: Any, tensors: Sequence[Any], attributes: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -217,20 +204,22 @@ def _pooled(tensorrt: Any, trtp: Any, tensors: Sequence[Any], attributes: Mappin
 
 
 def _pooling_formats(inputs: int) -> list[tuple[str, str]]:
-    return [
-        (", ".join([dtype] * (inputs - 1) + ["FP32", dtype]), ", ".join([layout] * (inputs - 1) + ["LINEAR"] * 2))
-        for dtype, layout in FEATURE_FORMATS
-    ]
+    combinations = []
+    for dtype, layout in aot_kernels.FEATURE_FORMATS:
+        kind = _TYPES[dtype]
+        types, layouts = [kind] * (inputs - 1) + ["FP32", kind], [layout] * (inputs - 1) + ["LINEAR"] * 2
+        combinations.append((", ".join(types), ", ".join(layouts)))
+    return combinations
 
 
 def _pooling_launch(trtp: Any, tensors: Sequence[Any], attributes: Mapping[str, Any]) -> Launch:
     *features, rois = tensors
-    known_channels = int(features[0].shape[1])  # -1: not before the engine runs
+    known_channels = int(features[0].shape[1])  # -1 if known only at run time
     pooling = aot_kernels.roi_align(
         attributes,
         num_levels=len(features),
         dtype=_DTYPES[features[0].dtype.name],
-        layout=_layout_of(features[0]),
+        layout=features[0].format.name,
         channels=known_channels if known_channels >= 0 else None,
     )
     batch, num_rois = rois.shape_expr[0], rois.shape_expr[1]
@@ -239,10 +228,6 @@ def _pooling_launch(trtp: Any, tensors: Sequence[Any], attributes: Mapping[str, 
     blocks = trtp.max(batch * num_rois * pooling.parts, 1)
     groups = trtp.max(trtp.cdiv(channels, pooling.channels_of_block), 1)
     return Launch(pooling.kernel, (blocks, groups), (batch, num_rois, channels, *sizes))
-
-
-def _layout_of(feature: Any) -> Layout:
-    return _LAYOUTS[feature.format.name]
 
 
 # BatchedNms in two steps
@@ -255,7 +240,7 @@ def _keep(tensorrt: Any, trtp: Any, tensors: Sequence[Any], attributes: Mapping[
 
 def _keep_launch(trtp: Any, tensors: Sequence[Any], attributes: Mapping[str, Any]) -> Launch:
     batch, num_boxes = tensors[0].shape_expr[0], tensors[0].shape_expr[1]
-    # As buckets_for of csrc/batched_nms/kernel.cuh; the kernel takes any number.
+    # As in buckets_for of csrc/batched_nms/kernel.cuh; the kernel works with any number of buckets.
     buckets = trtp.min(trtp.max(num_boxes // 32, 1), 128)
     return Launch(aot_kernels.nms_keep(attributes), (buckets, trtp.max(batch, 1)), (batch, num_boxes))
 

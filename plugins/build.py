@@ -1,9 +1,8 @@
-"""The kernels and the TensorRT plugins as libraries, compiled by nvcc and kept in the cache.
+"""Libraries of the kernels and TensorRT plugins, compiled by nvcc and kept in a cache.
 
-`libmaskrcnn_kernels` exports the C interface of csrc/kernels.h and needs CUDA alone; `libmaskrcnn_plugins` holds the
-same kernels behind TensorRT's C++ plugin interface and needs TensorRT's headers; beside it lies
-`libmaskrcnn_plugins_register`, for programs that do no more than load a library. csrc/CMakeLists.txt builds the same,
-for those who have their own build.
+`libmaskrcnn_kernels` exports the C interface of csrc/kernels.h and needs CUDA only. `libmaskrcnn_plugins` contains the
+same kernels as TensorRT C++ plugins and needs TensorRT's headers. `libmaskrcnn_plugins_register` beside it registers
+the plugins when it is loaded. csrc/CMakeLists.txt builds the same libraries.
 """
 
 from __future__ import annotations
@@ -24,33 +23,34 @@ from typing import Any
 
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, make_folder, write_json
-from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Absence, Toolchain
+from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Absence, Nvcc, Toolchain
 
-# Where compiled plugins are kept: a folder for each set of sources, compiler, architectures and flags.
-#
-# A folder appears whole or not at all, so any number of processes can build at the same time: they compile in folders
-# of their own, and the first to finish is kept.
+# The cache has a folder for each combination of sources, compiler, architectures and flags. A process compiles in a
+# temporary folder and renames it, so that concurrent builds are safe; the first result is kept.
 
 SOURCES = Path(__file__).with_name("csrc")
-RECORD = "build.json"  # in each folder: what it was made from
+RECORD = "build.json"  # in each folder: what its files depend on
 
 
 def folder() -> Path:
-    """`plugins` in $MASKRCNN_CACHE, by default in ~/.cache/maskrcnn.
+    """Returns the cache folder: `plugins` in $MASKRCNN_CACHE (default: ~/.cache/maskrcnn).
 
     Raises:
-        UserError: for a user without a home folder, where the variable is not set.
+        UserError: if the variable is not set and the user has no home folder.
     """
     root = os.environ.get("MASKRCNN_CACHE")
     try:
         return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "plugins"
     except RuntimeError as error:
-        came = "no home folder to keep compiled plugins in"
-        raise UserError(came, "one, or MASKRCNN_CACHE", "set MASKRCNN_CACHE to a folder of this user alone") from error
+        raise UserError(
+            "no home folder for compiled plugins",
+            "a home folder, or MASKRCNN_CACHE",
+            "set MASKRCNN_CACHE to a private folder of this user",
+        ) from error
 
 
 def sources_hash(paths: Iterable[Path]) -> str:
-    """A hash over names and bytes of source files, and of all headers, as any of them may include any."""
+    """Hashes names and contents of source files and of all headers, which any source may include."""
     digest = hashlib.sha256()
     headers = (path for suffix in ("h", "cuh") for path in SOURCES.rglob(f"*.{suffix}"))
     for path in sorted({*paths, *headers}):
@@ -58,19 +58,19 @@ def sources_hash(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def key_of(record: Mapping[str, Any]) -> str:
-    """The name of the folder for what a record says."""
+def _key_of(record: Mapping[str, Any]) -> str:
+    """Returns the folder name of a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def find(record: Mapping[str, Any], name: str) -> Path | None:
-    """A file made from exactly this, or None."""
-    path = folder() / key_of(record) / name
+    """Returns the cached file of a record, or None."""
+    path = folder() / _key_of(record) / name
     return path if path.is_file() else None
 
 
 def records() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every folder with its record, the newest first; none where there can be no cache."""
+    """Yields every folder with its record, newest first; nothing if there is no cache."""
     found = []
     try:
         paths = list(folder().glob(f"[!.]*/{RECORD}"))
@@ -79,22 +79,22 @@ def records() -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in paths:
         try:
             found.append((path.stat().st_mtime, path.parent, json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError):  # removed meanwhile, or not ours
+        except (OSError, ValueError):  # removed by another process, or not a record
             continue
     yield from ((parent, record) for _, parent, record in sorted(found, key=lambda entry: entry[0], reverse=True))
 
 
 def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *, force: bool = False) -> Path:
-    """The file of this record; `make` writes it to the path it is given, unless it is there.
+    """Returns the cached file of a record, creating it if necessary.
 
     Args:
-        record: what the file depends on, as JSON holds it.
-        name: of the file.
-        make: may write further files beside it; may raise, and then nothing is kept.
-        force: make it even if it is there.
+        record: everything that the file depends on, as JSON values.
+        name: name of the file.
+        make: writes the file to the given path; may write more files beside it. Nothing is kept if it raises.
+        force: create the file even if it is cached.
 
     Raises:
-        UserError: where the cache's folder cannot be made or written to.
+        UserError: if the cache folder cannot be created or written.
     """
     if not force and (path := find(record, name)):
         return path
@@ -102,10 +102,10 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
     with _draft() as draft:
         make(draft / name)
         write_json(draft / RECORD, dict(record))
-        final = folder() / key_of(record)
+        final = folder() / _key_of(record)
         try:
             os.rename(draft, final)
-        except OSError:  # the folder is there: another process was faster, or it is to be replaced, or broken
+        except OSError:  # the folder exists: created by another process, to be replaced, or incomplete
             while force or not (final / name).is_file():
                 _set_aside(final)
                 try:
@@ -114,7 +114,7 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
                 except OSError:
                     if not final.exists():
                         raise
-                    force = False  # somebody else's came between, which is as fresh as ours
+                    force = False  # another process has created the folder in between, from the same record
     return final / name
 
 
@@ -123,17 +123,20 @@ def _draft() -> Iterator[Path]:
     try:
         path = Path(tempfile.mkdtemp(dir=folder(), prefix=".draft-"))
     except OSError as error:
-        came, expected = f"{folder()} cannot be written to ({error.strerror})", "a folder for compiled plugins"
-        raise UserError(came, expected, "set MASKRCNN_CACHE to another folder") from error
+        raise UserError(
+            f"{folder()} cannot be written to ({error.strerror})",
+            "a folder for compiled plugins",
+            "set MASKRCNN_CACHE to another folder",
+        ) from error
     try:
-        path.chmod(0o755)  # mkdtemp's own mode would hide a shared cache from other users
+        path.chmod(0o755)  # mkdtemp creates private folders, but a cache may be shared
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(path: Path) -> None:
-    """Removes a folder, under another name first: whoever has its library open keeps it."""
+    """Renames and then removes a folder; processes that have loaded its library keep it."""
     aside = path.with_name(f".old-{secrets.token_hex(4)}")
     try:
         os.rename(path, aside)
@@ -142,7 +145,9 @@ def _set_aside(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-# Of the GPUs that this package meets: Turing, Ampere (data centre, others), Ada, Hopper, Blackwell (the same two).
+# Libraries
+
+# Turing, Ampere (data centre, other), Ada, Hopper, Blackwell (data centre, other).
 COMMON_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 _FLAGS = (
     *("-O3", "-std=c++17", "-lineinfo", "--cudart", "static", "--threads", "0"),
@@ -150,41 +155,41 @@ _FLAGS = (
     *("-Xlinker", "--exclude-libs,ALL,--no-undefined"),
 )
 _REGISTER = "libmaskrcnn_plugins_register.so"
-_SHOWN_LINES = 25  # of a failing compiler's output
+_SHOWN_LINES = 25  # of the compiler's output on failure
 
 
 class Library(str, Enum):
-    """What can be built."""
+    """Library to build."""
 
     KERNELS = "kernels"
     PLUGINS = "plugins"
 
     @property
     def file_name(self) -> str:
-        """Of the library on Linux."""
+        """File name on Linux."""
         return f"libmaskrcnn_{self.value}.so"
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Files that belong beside it."""
+        """Files to keep beside the library."""
         return (_REGISTER,) if self is Library.PLUGINS else ()
 
 
 def architectures(toolchain: Toolchain, wanted: Sequence[int] = ()) -> tuple[int, ...]:
-    """What to compile for: what is wanted, else this machine's GPUs, else the common ones that nvcc knows.
+    """Returns the architectures to compile for: `wanted`, or this machine's GPUs, or the common ones.
 
-    A GPU that is newer than nvcc gets the newest architecture that nvcc knows: each library carries that one's PTX
-    too, from which the driver compiles.
+    A GPU newer than nvcc gets the newest architecture that nvcc supports; the driver compiles the library's PTX for it.
 
     Raises:
-        UserError: for an architecture that nvcc does not know.
+        UserError: if nvcc is missing or does not support an architecture in `wanted`.
     """
-    known = _nvcc(toolchain).architectures
+    nvcc = _nvcc(toolchain)
+    known = nvcc.architectures
     if unknown := sorted(set(wanted) - set(known)):
         raise UserError(
             f"architecture {', '.join(map(str, unknown))}",
-            f"some of {', '.join(map(str, known))}, which {toolchain.nvcc.path} compiles for",
-            "choose among these, or get a newer CUDA toolkit",
+            f"some of {', '.join(map(str, known))}, which {nvcc.path} supports",
+            "choose among these, or install a newer CUDA toolkit",
         )
     if wanted:
         return tuple(sorted(set(wanted)))
@@ -193,8 +198,8 @@ def architectures(toolchain: Toolchain, wanted: Sequence[int] = ()) -> tuple[int
 
 
 def obstacle(kind: str | Library, toolchain: Toolchain) -> Absence | None:
-    """What is missing to build a library, or None."""
-    wanted = [(NVCC, toolchain.nvcc), (HOST_COMPILER, toolchain.host_compiler)]
+    """Returns the first missing requirement for building a library, or None."""
+    wanted: list[tuple[Absence, object]] = [(NVCC, toolchain.nvcc), (HOST_COMPILER, toolchain.host_compiler)]
     if Library(kind) is Library.PLUGINS:
         wanted.append((TENSORRT_HEADERS, toolchain.tensorrt))
     return next((absence for absence, found in wanted if not found), None)
@@ -203,21 +208,21 @@ def obstacle(kind: str | Library, toolchain: Toolchain) -> Absence | None:
 def build_library(
     kind: str | Library, *, arch: Sequence[int], toolchain: Toolchain, out: Path | None = None, force: bool = False
 ) -> Path:
-    """Compiles a library, unless the cache has it.
+    """Compiles a library, unless it is cached.
 
     Args:
         kind: `kernels` or `plugins`.
-        arch: compute capabilities, 90 for 9.0, as `architectures` gives them; machine code for each, and PTX of the
-            newest for GPUs to come.
-        toolchain: what to compile with.
-        out: a folder to copy the library to, with its companions.
-        force: compile even if the cache has it.
+        arch: compute capabilities, 90 for 9.0 (empty: as chosen by `architectures`). The library contains machine code
+            for each, and PTX of the newest for future GPUs.
+        toolchain: compilers and headers.
+        out: folder to copy the library and its companions to.
+        force: compile even if the library is cached.
 
     Returns:
-        The library in `out`, or else in the cache.
+        Path of the library in `out` or in the cache.
 
     Raises:
-        UserError: where something is missing, or when the compiler fails.
+        UserError: if a requirement is missing or the compiler fails.
     """
     kind = Library(kind)
     record = _record(kind, architectures(toolchain, arch), toolchain)
@@ -231,22 +236,21 @@ def build_library(
 
 
 def cached_library(kind: str | Library, *, arch: Sequence[int], toolchain: Toolchain) -> Path | None:
-    """The library that `build_library` would not have to compile, or None."""
+    """Returns the cached library that `build_library` would return, or None."""
     kind = Library(kind)
     return find(_record(kind, architectures(toolchain, arch), toolchain), kind.file_name)
 
 
 def find_library(kind: str | Library, arch: int | None = None, *, tensorrt: str | None = None) -> Path | None:
-    """A library of the present sources in the cache, without looking for a compiler.
+    """Finds a cached library of the current sources, without a compiler.
 
     Args:
         kind: `kernels` or `plugins`.
-        arch: compute capability it must run on, 90 for 9.0; one compiled for exactly that is preferred.
-        tensorrt: version of TensorRT that is to load the plugins, as its `__version__` says it: only a library
-            compiled against headers of the same major version will do.
+        arch: compute capability that the library must support, 90 for 9.0; an exact match is preferred.
+        tensorrt: `__version__` of the TensorRT that will load the plugins; the major version must match the headers.
 
     Returns:
-        The newest that fits, or None.
+        Path of the newest match, or None.
     """
     kind = Library(kind)
     sources = sources_hash(source_files(kind))
@@ -254,8 +258,8 @@ def find_library(kind: str | Library, arch: int | None = None, *, tensorrt: str 
     for folder, record in records():
         path = folder / kind.file_name
         compiled_for = record.get("architectures") or [0]
-        is_ours = record.get("library") == kind.value and record.get("sources") == sources
-        if is_ours and _is_for(record, tensorrt) and path.is_file():
+        is_current = record.get("library") == kind.value and record.get("sources") == sources
+        if is_current and _is_for(record, tensorrt) and path.is_file():
             if arch is None or arch in compiled_for:
                 return path
             if runs_on(compiled_for, arch):
@@ -269,7 +273,7 @@ def _is_for(record: dict[str, Any], tensorrt: str | None) -> bool:
 
 
 def runs_on(compiled_for: Sequence[int], arch: int) -> bool:
-    """Whether a GPU runs a library: its machine code within a generation, the newest's PTX from there on.
+    """Returns whether a GPU runs a library: machine code of its own generation, or PTX of an older architecture.
 
     Source: CUDA Programming Guide, binary and PTX compatibility.
     """
@@ -278,25 +282,27 @@ def runs_on(compiled_for: Sequence[int], arch: int) -> bool:
 
 
 def source_files(kind: Library) -> list[Path]:
-    """The files that a library is compiled from."""
+    """Returns the sources of a library."""
     suffixes = ("cu", "cpp") if kind is Library.PLUGINS else ("cu",)
     found = [path for suffix in suffixes for path in SOURCES.rglob(f"*.{suffix}")]
-    return sorted(path for path in found if path.name != "aot.cu")  # which NVRTC compiles, op by op
+    return sorted(path for path in found if path.name != "aot.cu")  # compiled per node, see aot_kernels.py
 
 
 def _record(kind: Library, arch: tuple[int, ...], toolchain: Toolchain) -> dict[str, Any]:
-    """Everything the library depends on."""
+    """Everything that the library depends on."""
     if missing := obstacle(kind, toolchain):
         raise UserError(f"no {missing.what} on this machine", f"one, for {missing.enables}", missing.remedy)
     record = {
         "library": kind.value,
         "architectures": list(arch),
         "sources": sources_hash(source_files(kind)),
-        "compiler": f"nvcc {toolchain.nvcc.version}",
+        "compiler": f"nvcc {_nvcc(toolchain).version}",
         "host_compiler": str(toolchain.host_compiler),
         "flags": list(_FLAGS),
     }
-    return record | ({"tensorrt": toolchain.tensorrt.version} if kind is Library.PLUGINS else {})
+    if kind is Library.PLUGINS and toolchain.tensorrt:
+        record["tensorrt"] = toolchain.tensorrt.version
+    return record
 
 
 def _compile(kind: Library, record: dict[str, Any], toolchain: Toolchain, output: Path) -> None:
@@ -312,14 +318,14 @@ def _compile(kind: Library, record: dict[str, Any], toolchain: Toolchain, output
 
 
 def _command(kind: Library, arch: Sequence[int], toolchain: Toolchain) -> list[str]:
-    """nvcc with everything but sources and output."""
+    """The nvcc command without sources and output."""
     nvcc, newest = _nvcc(toolchain).path, max(arch)
     codes = [(number, f"sm_{number}") for number in arch] + [(newest, f"compute_{newest}")]
     targets = [word for number, code in codes for word in ("-gencode", f"arch=compute_{number},code={code}")]
     includes = [f"-I{SOURCES}"]
-    if kind is Library.PLUGINS:
+    if kind is Library.PLUGINS and toolchain.tensorrt:
         includes += ["-isystem", str(toolchain.tensorrt.folder)]
-    # A wheel's nvcc looks for the CUDA runtime in lib64, but its wheel brings lib.
+    # The nvcc of the pip package searches lib64 for the CUDA runtime, but the package has lib.
     libraries = nvcc.resolve().parents[1] / "lib"
     found = [f"-L{libraries}"] if (libraries / "libcudart_static.a").is_file() else []
     host = ["-ccbin", str(toolchain.host_compiler)]
@@ -332,12 +338,12 @@ def _run(command: list[str], output: Path) -> None:
         shown = "\n".join(done.stdout.splitlines()[-_SHOWN_LINES:])
         raise UserError(
             f"{command[0]} failed with code {done.returncode} on {output.name}:\n{shown}",
-            "sources that it compiles",
-            "try another CUDA or host compiler (NVCC_CCBIN names one); if neither helps, report this with the output",
+            "sources that compile",
+            "try another CUDA version or host compiler (NVCC_CCBIN); if neither helps, report this with the output",
         )
 
 
-def _nvcc(toolchain: Toolchain):
+def _nvcc(toolchain: Toolchain) -> Nvcc:
     if toolchain.nvcc is None:
         raise UserError("no nvcc on this machine", f"one, for {NVCC.enables}", NVCC.remedy)
     return toolchain.nvcc

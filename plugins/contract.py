@@ -1,7 +1,7 @@
-"""The one table of the custom ops: names, inputs, outputs, attributes.
+"""Contract of the custom ops: names, inputs, outputs and attributes.
 
-The ONNX nodes, their function bodies, the NumPy reference and the TensorRT plugins are all tested against it.
-Op names must not equal a standard ONNX op's: TensorRT's parser would take its own importer first.
+The ONNX nodes and functions, the NumPy reference and the TensorRT plugins are tested against it. The name of an op must
+differ from every standard ONNX operator, because TensorRT's parser prefers its own importers.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output. `shape` uses the letters of docs/architecture.md; `dtype` is a NumPy name."""
+    """An input or output."""
 
     name: str
-    dtype: str
-    shape: tuple[str | int, ...]
-    variadic: bool = False  # stands for one or more tensors, its name a prefix
+    dtype: str  # NumPy name; "float" is the features' type
+    shape: tuple[str | int, ...]  # letters of docs/architecture.md, or numbers
+    variadic: bool = False  # one or more tensors, whose names start with `name`
 
 
 @dataclass(frozen=True)
 class Op:
-    """One custom op. `attributes` maps each name to its Python type."""
+    """A custom op."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    attributes: dict[str, type]
+    attributes: dict[str, type]  # name → Python type
     doc: str
 
 
-# The attributes that say at which level a RoI is pooled.
+# Attributes that determine the pyramid level of a RoI.
 _LEVELS = ("min_level", "canonical_level", "canonical_size", "level_epsilon")
 
 MULTILEVEL_ROI_ALIGN = Op(
@@ -45,7 +45,7 @@ MULTILEVEL_ROI_ALIGN = Op(
     outputs=(Tensor("pooled", "float", ("N", "R", "C", "S", "S")),),
     attributes={
         "output_size": int,  # S
-        "sampling_ratio": int,  # points per bin and axis; 0: ceil(RoI's side in pixels of its level / S)
+        "sampling_ratio": int,  # samples per bin and axis; 0: ceil(RoI side in pixels of its level / S)
         "aligned": int,  # 1: pixel centres at half-integers
         "min_level": int,  # exponent of the first level's stride
         "canonical_level": int,  # FPN equation 1: the level of a box of canonical_size
@@ -60,10 +60,10 @@ MULTILEVEL_ROI_POOL = Op(
     inputs=MULTILEVEL_ROI_ALIGN.inputs,
     outputs=MULTILEVEL_ROI_ALIGN.outputs,
     attributes={
-        "pooled_shape": list,  # S, S: as MaxRoiPool has it, to which a function can but pass it on
+        "pooled_shape": list,  # [S, S], the form of MaxRoiPool: a function can only pass attributes on
         **{name: MULTILEVEL_ROI_ALIGN.attributes[name] for name in _LEVELS},
     },
-    doc="RoIPool of each RoI at its own pyramid level: the largest of the whole pixels of a bin. It has no plugin.",
+    doc="RoIPool of each RoI at its own pyramid level: the maximum over the pixels of a bin. It has no plugin.",
 )
 
 BATCHED_NMS = Op(
@@ -75,7 +75,7 @@ BATCHED_NMS = Op(
     ),
     outputs=(Tensor("indices", "int32", ("N", "M")), Tensor("num", "int32", ("N",))),
     attributes={"iou_threshold": float, "max_output": int},
-    doc="Greedy NMS inside each group of boxes that are sorted by descending score.",
+    doc="Greedy NMS within each group of boxes sorted by descending score.",
 )
 
 LIVE_ROWS = Op(
@@ -87,19 +87,19 @@ LIVE_ROWS = Op(
     ),
     outputs=(Tensor("live_boxes", "float32", ("N", "L", 4)), Tensor("live_labels", "int64", ("N", "L"))),
     attributes={},
-    doc="The first L rows, L the largest count and at least 1; or all D rows, which is as right and has no plugin.",
+    doc="The first L rows, L = max(largest count, 1). Returning all D rows is equally valid. It has no plugin.",
 )
 
 OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, MULTILEVEL_ROI_POOL, BATCHED_NMS, LIVE_ROWS)}
 
-# BatchedNms in two steps, for TensorRT's ahead-of-time plugins alone: each of those is one kernel. No exported file has
-# these, and no function stands for them; `export.tensorrt.tensorrt_flavour(…, aot=True)` writes them.
+# BatchedNms in two steps, for TensorRT's ahead-of-time plugins, each of which is one kernel. Only
+# `export.tensorrt.flavour.tensorrt_flavour(…, aot=True)` writes these nodes; they have no ONNX functions.
 BATCHED_NMS_KEEP = Op(
     name="BatchedNmsKeep",
     inputs=BATCHED_NMS.inputs,
     outputs=(Tensor("keep", "int32", ("N", "K")),),
     attributes=BATCHED_NMS.attributes,
-    doc="1 where NMS keeps a box below its image's count, else 0; past the first max_output kept ones 0 is as right.",
+    doc="1 for a box that NMS keeps, else 0. After the first max_output kept boxes of an image 0 is equally valid.",
 )
 
 BATCHED_NMS_COMPACT = Op(
@@ -107,10 +107,10 @@ BATCHED_NMS_COMPACT = Op(
     inputs=BATCHED_NMS_KEEP.outputs,
     outputs=BATCHED_NMS.outputs,
     attributes={"max_output": int},
-    doc="The rows that are kept, in order: at most max_output of them.",
+    doc="Indices of the kept rows in order, at most max_output.",
 )
 
-# What ahead-of-time plugins exist for.
+# Ops with ahead-of-time plugins.
 AOT_OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, BATCHED_NMS_KEEP, BATCHED_NMS_COMPACT)}
 
 ALL_OPS = {**OPS, **AOT_OPS}

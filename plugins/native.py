@@ -1,7 +1,7 @@
-"""The compiled kernels, called from Python: the C interface of `csrc/kernels.h` through ctypes.
+"""Python binding of the compiled kernels: the C interface of `csrc/kernels.h` through ctypes.
 
-Arguments are addresses, of memory of whatever device the library was compiled for; nothing is copied, and nothing is
-waited for. Who calls keeps the memory alive until the stream has run.
+Arguments are addresses in the memory of the device that the library was compiled for. Calls neither copy nor
+synchronise; the caller keeps the memory alive until the stream has finished.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SWITCH = "MASKRCNN_KERNELS"  # environment: "off", or the path of a library to use instead of the cache's
+SWITCH = "MASKRCNN_KERNELS"  # environment variable: "off", or the path of a library to use instead of the cached one
 INTERFACE_VERSION = 1  # MASKRCNN_KERNELS_VERSION of kernels.h
 MAX_LEVELS = 16
-INVALID = -1
+INVALID = -1  # MASKRCNN_INVALID
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
 _LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
 
@@ -41,10 +41,10 @@ class _RoiAlignParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Feature maps in memory, one address, height and width for each level.
+    """Feature maps in device memory, one address, height and width per level.
 
-    With layout "NCHW" a map is `[batch, channels, height, width]`; with "NHWC" it is
-    `[batch, height, width, channel_pitch]`, of which the first `channels` count.
+    A map is `[batch, channels, height, width]` in layout "NCHW" and `[batch, height, width, channel_pitch]` in layout
+    "NHWC", of which the first `channels` are used.
     """
 
     addresses: Sequence[int]
@@ -52,20 +52,23 @@ class Pyramid:
     widths: Sequence[int]
     batch: int
     channels: int
-    dtype: str  # a key of DTYPES
+    dtype: str  # float32, float16 or bfloat16
     layout: str = "NCHW"
-    channel_pitch: int = 0  # 0: channels
+    channel_pitch: int = 0  # 0 means `channels`
 
 
 class Kernels:
-    """One loaded library of kernels.
+    """A loaded kernel library.
+
+    Methods raise ValueError for arguments outside `kernels.h`, without starting a kernel, and RuntimeError if CUDA
+    fails to start one. Their `stream` is the address of a CUDA stream; 0 is the default stream.
 
     Args:
-        path: `libmaskrcnn_kernels.so`, which `maskrcnn build-plugins` makes.
+        path: `libmaskrcnn_kernels.so`, built by `maskrcnn build-plugins`.
 
     Raises:
-        OSError: when the file cannot be loaded.
-        ValueError: when it was compiled from sources of another interface.
+        OSError: if the file cannot be loaded.
+        ValueError: if the library has another version of the interface.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -111,18 +114,14 @@ class Kernels:
         level_epsilon: float = 1e-6,
         stream: int = 0,
     ) -> None:
-        """`MultilevelRoiAlign` of the contract.
+        """Runs `MultilevelRoiAlign` of the contract.
 
         Args:
-            pyramid: the features.
+            pyramid: features.
             rois: address of float32 `[N, R, 4]` xyxy px.
             num_rois: R.
             pooled: address of the result, `output_dtype` `[N, R, C, S, S]`.
-            output_dtype: the features' type, or "float32".
-
-        Raises:
-            ValueError: for arguments that `kernels.h` does not allow; nothing was started.
-            RuntimeError: when CUDA refuses to start the kernel.
+            output_dtype: type of the features, or "float32".
         """
         if len(pyramid.addresses) > MAX_LEVELS:
             raise ValueError(
@@ -142,7 +141,7 @@ class Kernels:
         self._check(self._library.maskrcnn_multilevel_roi_align(ctypes.byref(params), rois, pooled, stream))
 
     def batched_nms_workspace(self, batch: int, num_boxes: int) -> int:
-        """Bytes of workspace that `batched_nms` wants."""
+        """Returns the size in bytes of the workspace for `batched_nms`."""
         return int(self._library.maskrcnn_batched_nms_workspace(batch, num_boxes))
 
     def batched_nms(
@@ -160,12 +159,12 @@ class Kernels:
         num: int,
         stream: int = 0,
     ) -> None:
-        """`BatchedNms` of the contract: addresses of boxes `[N, K, 4]`, groups `[N, K]`, counts `[N]`, and of the
-        results indices `[N, M]` and num `[N]`; N is `batch`, K `num_boxes`, M `max_output`.
+        """Runs `BatchedNms` of the contract.
 
-        Raises:
-            ValueError: for arguments that `kernels.h` does not allow; nothing was started.
-            RuntimeError: when CUDA refuses to start a kernel.
+        Args:
+            boxes, groups, counts: addresses of `[N, K, 4]`, `[N, K]` and `[N]`; N is `batch` and K `num_boxes`.
+            workspace: address of `batched_nms_workspace(N, K)` bytes.
+            indices, num: addresses of the results `[N, M]` and `[N]`; M is `max_output`.
         """
         self._check(
             self._library.maskrcnn_batched_nms(
@@ -187,20 +186,16 @@ class Kernels:
         by_columns: bool = False,
         stream: int = 0,
     ) -> None:
-        """Pastes masks `[D, S, S]` at boxes float32 `[D, 4]` xyxy px of the image, as one bit a pixel.
+        """Pastes masks into the image, as one bit per pixel.
 
         Args:
-            masks: address of the probabilities, float32 or float16.
-            boxes: address of the boxes.
-            bits: address of the result: uint32 `[D, H, ceil(W / 32)]`, or, `by_columns`, `[D, W, ceil(H / 32)]`; bit
-                b of a word is pixel 32 · word + b.
+            masks: address of the probabilities `[D, S, S]`, float32 or float16.
+            boxes: address of float32 `[D, 4]` xyxy px of the image.
+            bits: address of the result: uint32 `[D, H, ceil(W / 32)]`, or `[D, W, ceil(H / 32)]` with `by_columns`;
+                bit b of word w is pixel 32 w + b.
             size_hw: H and W of the image.
 
-        Raises:
-            ValueError: for arguments that `kernels.h` does not allow; nothing was started.
-            RuntimeError: when CUDA refuses to start the kernel.
-
-        Source: torchvision's `paste_masks_in_image`, and a threshold.
+        Source: torchvision's `paste_masks_in_image`, followed by a threshold.
         """
         height, width = size_hw
         self._check(
@@ -230,19 +225,15 @@ class Kernels:
         swap_channels: bool = False,
         stream: int = 0,
     ) -> None:
-        """One image of the detector's input: `batch_images`, but for Pillow's way of resizing.
+        """Resizes and pads one image as `batch_images` does, except for Pillow's resizing.
 
         Args:
             image: address of uint8 `[H, W, 3]`.
             size_hw: H and W.
-            padded: address of the result, float32 `[3, padded height, padded width]`, 0–255, zeros where no image is.
-            resized_hw: size of the image in it, from `maskrcnn.imaging.preprocess.resized_size`.
-            padded_hw: size of the result, at least that.
-            swap_channels: write BGR for RGB.
-
-        Raises:
-            ValueError: for arguments that `kernels.h` does not allow; nothing was started.
-            RuntimeError: when CUDA refuses to start the kernel.
+            padded: address of the result, float32 `[3, padded height, padded width]`, 0–255, padded with zeros.
+            resized_hw: size of the resized image, from `maskrcnn.imaging.preprocess.resized_size`.
+            padded_hw: size of the result, not less than `resized_hw`.
+            swap_channels: convert between RGB and BGR.
         """
         self._check(
             self._library.maskrcnn_resize_pad(
@@ -253,31 +244,31 @@ class Kernels:
     def _check(self, code: int) -> None:
         if code == 0:
             return
-        why = self._library.maskrcnn_error_string(code).decode()
+        reason = self._library.maskrcnn_error_string(code).decode()
         if code == INVALID:
             raise ValueError(
-                f"found: {why}; expected: arguments as csrc/kernels.h describes them; fix: compare the two"
+                f"found: {reason}; expected: arguments as described in csrc/kernels.h; fix: correct the arguments"
             )
         raise RuntimeError(
-            f"found: CUDA error {code}, {why}; expected: a started kernel; fix: see CUDA's list of errors"
+            f"found: CUDA error {code}, {reason}; expected: a started kernel; fix: see CUDA's list of errors"
         )
 
 
 def kernels_for(arch: int) -> Kernels | None:
-    """The compiled kernels for a GPU, or None where there are none; looked for once in a process.
+    """Returns the compiled kernels for a GPU, or None if there are none; the result is cached.
 
     Args:
-        arch: its compute capability, 90 for 9.0.
+        arch: compute capability of the GPU, 90 for 9.0.
 
     Raises:
-        OSError: when the environment's `MASKRCNN_KERNELS` names a file that cannot be loaded.
+        OSError: if the environment variable `MASKRCNN_KERNELS` names a file that cannot be loaded.
     """
     return _kernels(arch, os.environ.get(SWITCH, ""))
 
 
 @functools.cache
 def _kernels(arch: int, switch: str) -> Kernels | None:
-    from maskrcnn.plugins.build import find_library  # which other users of this module do not need
+    from maskrcnn.plugins.build import find_library  # imported late: other uses of this module do not need it
 
     if switch == "off":
         return None

@@ -1,7 +1,7 @@
-"""The custom ops in plain NumPy: slow, short, and what every other implementation is compared with.
+"""NumPy reference of the custom ops: slow and short; every other implementation is compared with it.
 
-Pixel model: with `aligned`, the pixel (i, j) of a feature map has its centre at (j + 0.5, i + 0.5) in units of
-its stride; without, at (j, i).
+Pixel model: the centre of pixel (i, j) of a feature map is (j + 0.5, i + 0.5) in units of its stride with `aligned`,
+and (j, i) without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def level_of(
     canonical_size: float,
     level_epsilon: float,
 ) -> int:
-    """Index of the level that pools one RoI `[4]` xyxy px (Lin et al. 2017, equation 1)."""
+    """Returns the index of the level of one RoI `[4]` xyxy px (Lin et al. 2017, equation 1)."""
     area = np.float32(roi[2] - roi[0]) * np.float32(roi[3] - roi[1])
     if not area > 0:
         return 0
@@ -29,9 +29,9 @@ def level_of(
 
 
 def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
-    """The value `[C]` of a feature map `[C, H, W]` at a point in pixel units; zero outside [-1, size]."""
+    """Samples a feature map `[C, H, W]` at a point in pixel units; returns `[C]`, zero outside [-1, size]."""
     height, width = feature.shape[1:]
-    if not (-1 <= y <= height and -1 <= x <= width):  # what is not a number lies outside as well
+    if not (-1 <= y <= height and -1 <= x <= width):  # true for NaN as well
         return np.zeros(feature.shape[0], np.float32)
     y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
     y0, x0 = math.floor(y), math.floor(x)
@@ -43,7 +43,7 @@ def bilinear(feature: np.ndarray, y: float, x: float) -> np.ndarray:
 
 
 def _adaptive_ratio(bin_size: float) -> int:
-    """Samples along an axis of a bin of so many pixels: none in an empty RoI, nor where its size is no number."""
+    """Number of samples along an axis of a bin; none if the RoI is empty or its size is not finite."""
     return max(math.ceil(bin_size), 0) if math.isfinite(bin_size) else 0
 
 
@@ -59,7 +59,11 @@ def multilevel_roi_align(
     canonical_size: float = 224.0,
     level_epsilon: float = 1e-6,
 ) -> np.ndarray:
-    """`MultilevelRoiAlign` of the contract: features per level `[N, C, H_l, W_l]`, rois `[N, R, 4]`.
+    """Computes `MultilevelRoiAlign` of the contract.
+
+    Args:
+        features: `[N, C, H_l, W_l]` per level.
+        rois: `[N, R, 4]` xyxy px.
 
     Returns:
         float32 `[N, R, C, S, S]`.
@@ -90,7 +94,7 @@ def multilevel_roi_align(
 
 
 def _bin_edges(start: float, end: float, bins: int, size: int) -> list[tuple[int, int]]:
-    """The pixels of each bin of RoIPool along one axis: the first, and the one after the last, inside the map."""
+    """Start and end pixel of each bin of RoIPool along one axis, clipped to the map."""
     first, last = (int(math.copysign(math.floor(abs(value) + 0.5), value)) for value in (start, end))
     length = np.float32(max(last - first + 1, 1)) / np.float32(bins)
     edges = [(math.floor(np.float32(k) * length), math.ceil(np.float32(k + 1) * length)) for k in range(bins)]
@@ -107,10 +111,10 @@ def multilevel_roi_pool(
     canonical_size: float = 224.0,
     level_epsilon: float = 1e-6,
 ) -> np.ndarray:
-    """`MultilevelRoiPool` of the contract: features per level `[N, C, H_l, W_l]`, rois `[N, R, 4]`.
+    """Computes `MultilevelRoiPool` of the contract; arguments as for `multilevel_roi_align`.
 
     Returns:
-        float32 `[N, R, C, S, S]`; bins without a pixel are zero.
+        float32 `[N, R, C, S, S]`; empty bins are zero.
     """
     batch, count = rois.shape[:2]
     pooled = np.zeros((batch, count, features[0].shape[1], *pooled_shape), np.float32)
@@ -129,7 +133,7 @@ def multilevel_roi_pool(
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two boxes `[4]` xyxy; NaN where both areas are zero."""
+    """Returns the intersection over union of two boxes `[4]` xyxy; NaN if both areas are zero."""
     width = max(min(first[2], second[2]) - max(first[0], second[0]), np.float32(0))
     height = max(min(first[3], second[3]) - max(first[1], second[1]), np.float32(0))
     overlap = width * height
@@ -141,10 +145,15 @@ def iou(first: np.ndarray, second: np.ndarray) -> float:
 def batched_nms(
     boxes: np.ndarray, groups: np.ndarray, counts: np.ndarray, *, iou_threshold: float, max_output: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`BatchedNms` of the contract: boxes `[N, K, 4]` by descending score, groups `[N, K]`, counts `[N]`.
+    """Computes `BatchedNms` of the contract.
+
+    Args:
+        boxes: `[N, K, 4]` xyxy, by descending score.
+        groups: `[N, K]`.
+        counts: `[N]`, number of boxes of each image.
 
     Returns:
-        indices int32 `[N, M]`, zero past the end, and their number int32 `[N]`.
+        Indices int32 `[N, M]`, zero past the end, and their number int32 `[N]`.
     """
     keep = batched_nms_keep(boxes, groups, counts, iou_threshold=iou_threshold, max_output=max_output)
     return _batched_nms_compact(keep, max_output=max_output)
@@ -153,25 +162,25 @@ def batched_nms(
 def batched_nms_keep(
     boxes: np.ndarray, groups: np.ndarray, counts: np.ndarray, *, iou_threshold: float, max_output: int
 ) -> np.ndarray:
-    """`BatchedNmsKeep` of the contract, inputs as of `batched_nms`.
+    """Computes `BatchedNmsKeep` of the contract; arguments as for `batched_nms`.
 
     Returns:
-        int32 `[N, K]`: 1 where a box is kept; all of them, also past the first `max_output`.
+        int32 `[N, K]`: 1 for every kept box, even after the first `max_output`.
     """
     keep = np.zeros(boxes.shape[:2], np.int32)
-    limit = np.float32(iou_threshold)  # as ONNX holds it
+    threshold = np.float32(iou_threshold)  # the type of an ONNX attribute
     for n in range(boxes.shape[0]):
         kept: list[int] = []
         for k in range(min(int(counts[n]), boxes.shape[1])):
             rivals = (j for j in kept if groups[n, j] == groups[n, k])
-            if not any(iou(boxes[n, j], boxes[n, k]) > limit for j in rivals):
+            if not any(iou(boxes[n, j], boxes[n, k]) > threshold for j in rivals):
                 kept.append(k)
         keep[n, kept] = 1
     return keep
 
 
 def _batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarray, np.ndarray]:
-    """`BatchedNmsCompact` of the contract: keep `[N, K]`; outputs as of `batched_nms`."""
+    """`BatchedNmsCompact` of the contract: keep `[N, K]`; returns as `batched_nms`."""
     indices = np.zeros((keep.shape[0], max_output), np.int32)
     num = np.zeros(keep.shape[0], np.int32)
     for n in range(keep.shape[0]):
@@ -182,10 +191,10 @@ def _batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarr
 
 
 def live_rows(boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`LiveRows` of the contract: boxes `[N, D, 4]`, labels `[N, D]`, counts `[N]`.
+    """Computes `LiveRows` of the contract: boxes `[N, D, 4]`, labels `[N, D]`, counts `[N]`.
 
     Returns:
-        boxes `[N, L, 4]` and labels `[N, L]`.
+        Boxes `[N, L, 4]` and labels `[N, L]`.
     """
-    most = max(int(counts.max()), 1)
-    return boxes[:, :most], labels[:, :most]
+    num_rows = max(int(counts.max()), 1)
+    return boxes[:, :num_rows], labels[:, :num_rows]

@@ -1,7 +1,6 @@
-"""What a machine has to compile the plugins with: compilers, headers, and the GPUs to compile for.
+"""Toolchain discovery: compilers and headers for the plugins, and the GPUs to compile for.
 
-Nothing here is needed to run a model. Nothing here raises because something is absent: a `Toolchain` has None in its
-place, and `absences` says for each what it would be good for and how to get it.
+A missing part is None in `Toolchain` and not an error; `absences` lists what it is needed for and how to install it.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ class Nvcc:
     """CUDA's compiler."""
 
     path: Path
-    version: str  # as 13.0.88
-    architectures: tuple[int, ...]  # that it compiles for; 90 is compute capability 9.0
+    version: str  # e.g. 13.0.88
+    architectures: tuple[int, ...]  # supported; 90 is compute capability 9.0
 
 
 @dataclass(frozen=True)
-class _Nvrtc:
-    """CUDA's compiler as a library, which needs neither a toolkit nor a host compiler."""
+class Nvrtc:
+    """CUDA's run-time compiler, a library that needs neither the CUDA toolkit nor a host compiler."""
 
-    version: str  # as 13.2
+    version: str  # e.g. 13.2
     architectures: tuple[int, ...]
 
 
@@ -51,13 +50,13 @@ class _Nvrtc:
 class TensorRtHeaders:
     """TensorRT's C++ headers."""
 
-    folder: Path  # that holds NvInfer.h
-    version: str  # as 11.0.0; "unknown version" where the headers do not say it
+    folder: Path  # contains NvInfer.h
+    version: str  # e.g. 11.0.0; "unknown version" if the headers do not define it
 
 
 @dataclass(frozen=True)
 class Absence:
-    """Something that is missing."""
+    """A missing part, what it is needed for and how to install it."""
 
     what: str
     enables: str
@@ -91,19 +90,19 @@ GPU = Absence(
 
 @dataclass(frozen=True, kw_only=True)
 class Toolchain:
-    """Everything that `find_toolchain` looked for; None for what is missing."""
+    """Result of `find_toolchain`; None for what is missing."""
 
     nvcc: Nvcc | None = None
-    nvrtc: _Nvrtc | None = None
+    nvrtc: Nvrtc | None = None
     host_compiler: Path | None = None
-    cuda_headers: Path | None = None  # the folder that holds cuda_runtime_api.h
+    cuda_headers: Path | None = None  # folder with cuda_runtime_api.h
     tensorrt: TensorRtHeaders | None = None
-    gpus: tuple[int, ...] = ()  # compute capabilities, each once: 90 is 9.0
-    driver_cuda: tuple[int, int] | None = None  # the newest CUDA that the driver knows
+    gpus: tuple[int, ...] = ()  # distinct compute capabilities; 90 is 9.0
+    driver_cuda: tuple[int, int] | None = None  # newest CUDA version that the driver supports
 
     @property
     def absences(self) -> list[Absence]:
-        """What is missing, in the order in which one would get it."""
+        """Missing parts, in the order of installation."""
         found = {
             NVCC: self.nvcc,
             HOST_COMPILER: self.host_compiler,
@@ -116,13 +115,13 @@ class Toolchain:
 
 
 def find_toolchain(*, tensorrt_include: Path | None = None) -> Toolchain:
-    """Looks at what this machine has, in about a second.
+    """Finds compilers, headers and GPUs of this machine, in about a second.
 
     Args:
-        tensorrt_include: the folder of TensorRT's headers; by default they are searched where they usually are.
+        tensorrt_include: folder of TensorRT's headers (default: search the usual folders).
 
     Raises:
-        UserError: when `tensorrt_include` is given and holds no headers.
+        UserError: if `tensorrt_include` contains no headers.
     """
     nvcc = find_nvcc()
     return Toolchain(
@@ -137,7 +136,7 @@ def find_toolchain(*, tensorrt_include: Path | None = None) -> Toolchain:
 
 
 def find_nvcc() -> Nvcc | None:
-    """The first nvcc that answers: on PATH, in CUDA_HOME, CUDA_PATH, CUDA's usual folders, or from a wheel."""
+    """Returns the first working nvcc on PATH, in CUDA_HOME, CUDA_PATH, the usual CUDA folders or a pip package."""
     on_path = shutil.which("nvcc")
     roots = [*_cuda_roots(), *_wheel_folders()]
     for path in [*([Path(on_path)] if on_path else []), *(root / "bin" / "nvcc" for root in roots)]:
@@ -149,22 +148,22 @@ def find_nvcc() -> Nvcc | None:
     return None
 
 
-def find_nvrtc() -> _Nvrtc | None:
-    """NVRTC as cuda-bindings finds it."""
+def find_nvrtc() -> Nvrtc | None:
+    """Returns the NVRTC that cuda-bindings loads."""
     try:
         from cuda.bindings import nvrtc
 
         status, major, minor = nvrtc.nvrtcVersion()
         listed, architectures = nvrtc.nvrtcGetSupportedArchs()
-    except Exception:  # ImportError, or what the bindings raise where the library is missing or does not load
+    except Exception:  # ImportError, or an error of the bindings if the library is missing or does not load
         return None
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or listed != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         return None
-    return _Nvrtc(f"{major}.{minor}", tuple(sorted(architectures)))
+    return Nvrtc(f"{major}.{minor}", tuple(sorted(architectures)))
 
 
 def find_host_compiler() -> Path | None:
-    """The C++ compiler for nvcc to call: what NVCC_CCBIN, CUDAHOSTCXX or CXX say, else the usual names."""
+    """Returns the C++ compiler for nvcc: from NVCC_CCBIN, CUDAHOSTCXX or CXX, or g++, c++ or clang++."""
     wanted = [os.environ[name] for name in ("NVCC_CCBIN", "CUDAHOSTCXX", "CXX") if os.environ.get(name)]
     for name in [*wanted, "g++", "c++", "clang++"]:
         if path := shutil.which(name):
@@ -173,17 +172,20 @@ def find_host_compiler() -> Path | None:
 
 
 def find_cuda_headers(nvcc: Nvcc | None) -> Path | None:
-    """The folder of cuda_runtime_api.h: the compiler's own, else any."""
+    """Returns the folder of cuda_runtime_api.h, preferably nvcc's own."""
     own = [nvcc.path.resolve().parents[1]] if nvcc else []
     roots = [*own, *_cuda_roots(), *_wheel_folders()]
     return next((root / "include" for root in roots if (root / "include" / "cuda_runtime_api.h").is_file()), None)
 
 
 def find_tensorrt_headers(folder: Path | None = None) -> TensorRtHeaders | None:
-    """NvInfer.h and its version: in a folder, else in that of TensorRT_ROOT or TENSORRT_ROOT, else where it usually is.
+    """Returns the folder and version of NvInfer.h.
+
+    Args:
+        folder: folder to search (default: those of TensorRT_ROOT and TENSORRT_ROOT, then the usual ones).
 
     Raises:
-        UserError: when a folder is given and holds no headers.
+        UserError: if `folder` contains no headers.
     """
     roots = [os.environ[name] for name in ("TensorRT_ROOT", "TENSORRT_ROOT") if os.environ.get(name)]
     folders = [folder] if folder else [*(f"{root}/include" for root in roots), *roots, *_HEADER_FOLDERS]
@@ -191,8 +193,11 @@ def find_tensorrt_headers(folder: Path | None = None) -> TensorRtHeaders | None:
         if (candidate / "NvInfer.h").is_file():
             return TensorRtHeaders(candidate, _tensorrt_version(candidate / "NvInferVersion.h"))
     if folder:
-        came, expected = f"no NvInfer.h in {folder}", "the folder that holds TensorRT's headers"
-        raise UserError(came, expected, f"name their include folder; to get them: {TENSORRT_HEADERS.remedy}")
+        raise UserError(
+            f"no NvInfer.h in {folder}",
+            "the folder that contains TensorRT's headers",
+            f"pass their include folder; to install them: {TENSORRT_HEADERS.remedy}",
+        )
     return None
 
 
@@ -201,28 +206,28 @@ def _tensorrt_version(path: Path) -> str:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    # By version, the numbers stand behind NV_TENSORRT_… or behind TRT_…_ENTERPRISE.
+    # Depending on the version, the macros are NV_TENSORRT_… or TRT_…_ENTERPRISE.
     numbers = dict(re.findall(r"#define (?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH)\w* (\d+)", text))
     return ".".join(numbers[part] for part in ("MAJOR", "MINOR", "PATCH") if part in numbers) or "unknown version"
 
 
 def find_gpus() -> tuple[int, ...]:
-    """The compute capabilities of the GPUs, each once: by the driver's library, else by nvidia-smi."""
+    """Returns the distinct compute capabilities of the GPUs, from the driver or else nvidia-smi."""
     try:
         found = set(_gpus_of_driver())
-    except Exception:  # no cuda-bindings, or no driver, which the bindings say by several types
+    except Exception:  # no cuda-bindings, or no driver, for which the bindings raise several types
         text = _output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader") or ""
         found = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", text, flags=re.MULTILINE)}
     return tuple(sorted(found))
 
 
 def find_driver_cuda() -> tuple[int, int] | None:
-    """The newest version of CUDA that the driver knows, which decides what PTX it reads."""
+    """Returns the newest CUDA version that the driver supports, which limits the PTX that it can read."""
     try:
         from cuda.bindings import driver
 
-        number = _value(driver.cuDriverGetVersion())  # 13020 is 13.2
-    except Exception:  # as for the GPUs
+        number = int(_value(driver.cuDriverGetVersion()))  # 13020 is 13.2
+    except Exception:  # as in find_gpus
         return None
     return number // 1000, number % 1000 // 10
 
@@ -230,7 +235,7 @@ def find_driver_cuda() -> tuple[int, int] | None:
 def _gpus_of_driver() -> Iterator[int]:
     from cuda.bindings import driver
 
-    _value(driver.cuInit(0))  # makes no context and takes no GPU memory
+    _value(driver.cuInit(0))  # creates no context and allocates no GPU memory
     names = driver.CUdevice_attribute
     for number in range(_value(driver.cuDeviceGetCount())):
         device = _value(driver.cuDeviceGet(number))
@@ -239,11 +244,11 @@ def _gpus_of_driver() -> Iterator[int]:
         yield 10 * major + minor
 
 
-def _value(answer: tuple[Any, ...]) -> Any:
-    """What a function of the driver returned behind its status."""
-    if int(answer[0]) != 0:
-        raise RuntimeError(str(answer[0]))
-    return answer[1] if len(answer) > 1 else None
+def _value(returned: tuple[Any, ...]) -> Any:
+    """The value that a driver function returned after its status."""
+    if int(returned[0]) != 0:
+        raise RuntimeError(str(returned[0]))
+    return returned[1] if len(returned) > 1 else None
 
 
 def _cuda_roots() -> list[Path]:
@@ -252,14 +257,14 @@ def _cuda_roots() -> list[Path]:
 
 
 def _wheel_folders() -> list[Path]:
-    """The folders in which NVIDIA's wheels put CUDA: nvidia/cu13, or for CUDA 12 one for each component."""
+    """Folders of CUDA in NVIDIA's pip packages: nvidia/cu13, or for CUDA 12 one per component."""
     spec = importlib.util.find_spec("nvidia")
     parents = spec.submodule_search_locations if spec else None
     return sorted(folder for parent in parents or () for folder in Path(parent).glob("cu*") if folder.is_dir())
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, or None where it does not run or fails."""
+    """Standard output of a program, or None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,10 @@
-"""Half precision written into the graph, by a rule that can be read off the graph itself.
+"""Mixed precision as a graph pass: `Cast` nodes, placed by one rule, so that every runtime computes the same.
 
-Convolutions and matrix products compute in half precision, and so does what only passes their results on: addition,
-multiplication, activations, pooling, resizing, RoIAlign's features. Everything else stays in single precision:
-normalisation of the pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores, NMS, RoI
-coordinates, and what finds keypoints in heat maps, matrix products of two computed tensors included. A weight or an
-activation too large for the type keeps its node in single precision too. The graph says all of it in `Cast` nodes, so
-every runtime does the same.
+Convolutions and matrix products compute in half precision (FP16 or BF16), and so do operators whose features are all
+in half precision: addition, multiplication, activations, pooling, resizing, RoIAlign. Everything else stays in single
+precision: normalisation of pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores,
+NMS, RoI coordinates, and the keypoint search in heat maps, which includes matrix products of two computed tensors. A
+node whose weights or activations exceed the range of FP16 stays in single precision too.
 """
 
 from __future__ import annotations
@@ -24,37 +23,37 @@ from maskrcnn.plugins import contract
 
 HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-# Operators that are worth half precision, and the inputs that carry features.
+# Operators that start half precision, with the positions of their feature and weight inputs.
 COMPUTING = {"Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
-# Operators that stay in half precision where all their features are in it already.
-_PASSING = {
+# Operators that continue half precision if all their feature inputs have it; None means every input.
+_PASSING: dict[str, tuple[int, ...] | None] = {
     **{"Add": (0, 1), "Concat": None, "Relu": (0,), "MaxPool": (0,), "Resize": (0,)},
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
     **{"GatherElements": (0,), "Slice": (0,)},
     **{"Mul": (0, 1), "Gelu": (0,), "HardSigmoid": (0,), "HardSwish": (0,), "Sigmoid": (0,)},
 }
-_NOT_IN_BF16 = ("HardSwish",)  # TensorRT's importer refuses it, though the support matrix lists it
+_NOT_IN_BF16 = ("HardSwish",)  # rejected by TensorRT's importer, although the support matrix lists it
 _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
 _POOLING = (_ROI_ALIGN, contract.MULTILEVEL_ROI_POOL.name)
-# Operators whose results are new numbers, where the others pass on what they got.
-_MAKING = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", _ROI_ALIGN)
-_LARGEST_FP16 = 65504.0
-_BFLOAT16_OPSET = 22
-_MARGIN = 4.0  # an activation may be this much larger on other images than on those it was observed on
-_SHAPE_READERS = ("Shape", "Size")  # they take any type
+# Operators that compute new values; the others select or rearrange their inputs' values.
+_ARITHMETIC = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", _ROI_ALIGN)
+_MAX_FP16 = 65504.0
+_BFLOAT16_OPSET = 22  # the first opset whose convolutions accept bfloat16
+_MARGIN = 4.0  # allowed ratio of an activation on other images to its maximum on the observed ones
+_SHAPE_READERS = ("Shape", "Size")  # accept any type
 
 
 @dataclass
 class CastReport:
-    """Which nodes compute in half precision, and why the others do not."""
+    """Nodes in half precision, and the reasons why the others stay in single precision."""
 
     precision: str
-    half: Counter[str] = field(default_factory=Counter)  # by operator
-    kept: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → names of nodes
+    half: Counter[str] = field(default_factory=Counter)  # number of nodes by operator
+    kept: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason → node names
     casts: int = 0
 
     def text(self) -> str:
-        """Some lines for a user."""
+        """Report of a few lines."""
         operators = ", ".join(f"{count} {name}" for name, count in self.half.most_common())
         lines = [f"{self.precision}: {self.half.total()} nodes ({operators}); {self.casts} casts"]
         for reason, names in self.kept.items():
@@ -69,16 +68,16 @@ RULE = "coordinates, scores and their arithmetic"
 def to_half(
     proto: onnx.ModelProto, precision: str = "fp16", *, largest: Mapping[str, float] | None = None
 ) -> tuple[onnx.ModelProto, CastReport]:
-    """A copy of an exported model that computes in half precision; inputs and outputs keep their types.
+    """Converts a copy of an exported model to half precision; its inputs and outputs keep their types.
 
     Args:
-        proto: a model that `export_onnx` wrote, in single precision.
+        proto: model written by `export_onnx`, in single precision.
         precision: "fp16" or "bf16".
-        largest: of values by name, the largest magnitude that was observed on images; see `largest_magnitudes`.
-            Without it activations are taken to fit. bfloat16 has the range of single precision and needs none.
+        largest: maximum magnitude of each activation observed on images, by tensor name; see `largest_magnitudes`
+            (default: assume that activations are in range). Not used for "bf16", which has the range of float32.
 
     Returns:
-        the model, and what was done.
+        The model and the report.
     """
     model = copy_of(proto)
     report = CastReport(precision)
@@ -86,25 +85,29 @@ def to_half(
     _insert_casts(model, half, precision, report)
     remove_unused_constants(model.graph)
     sort_nodes(model.graph)
-    _retype(model, half, HALF_TYPES[precision])
-    if precision == "bf16":
-        _raise_opset(model)
+    for value in model.graph.value_info:
+        if value.name in half:
+            value.type.tensor_type.elem_type = HALF_TYPES[precision]
+    if precision == "bf16":  # from opset 20 to 22 the operators in use gained types and did not change otherwise
+        for holder in (model, *model.functions):
+            for entry in holder.opset_import:
+                if entry.domain == "":
+                    entry.version = max(entry.version, _BFLOAT16_OPSET)
     return model, report
 
 
 def simulate_half(
     proto: onnx.ModelProto, precision: str = "fp16", *, largest: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """A copy in single precision in which every value that `to_half` makes in half precision is rounded to it.
+    """Returns a copy in single precision that rounds every value which `to_half` computes in half precision.
 
-    This is what a device with half-precision arithmetic and single-precision sums computes. ONNX Runtime's CPU
-    provider, given the model of `to_half` itself, computes consecutive layers in single precision and rounds nothing
-    in between.
+    It computes what a device with half-precision products and single-precision accumulation does. ONNX Runtime's CPU
+    provider runs consecutive layers of the `to_half` model in single precision, without rounding in between.
 
     Args:
         proto, precision, largest: as for `to_half`.
     """
-    model = copy_of(proto)
+    model: onnx.ModelProto = copy_of(proto)
     graph = Graph(model)
     half = _choose(graph, precision, largest or {}, CastReport(precision))
     rounded: dict[str, str] = {}
@@ -121,10 +124,10 @@ def simulate_half(
 
     for node in list(model.graph.node):
         if node.output[0] in half:
-            for name in dict.fromkeys(_feature_inputs(node)):
+            for name in dict.fromkeys(_feature_inputs(node) or ()):
                 if name not in half and (name not in graph.constants or graph.float_type(name)):
                     node.input[:] = [rounded_name(name) if each == name else each for each in node.input]
-            if node.op_type in COMPUTING or node.op_type in _MAKING:
+            if node.op_type in COMPUTING or node.op_type in _ARITHMETIC:
                 exact = f"{node.output[0]}_exact"
                 _add_rounding(model, exact, node.output[0], HALF_TYPES[precision])
                 node.output[0] = exact
@@ -140,7 +143,7 @@ def _add_rounding(model: onnx.ModelProto, name: str, rounded: str, kind: int) ->
 
 
 def _feature_inputs(node: onnx.NodeProto) -> list[str] | None:
-    """The inputs of a node that can be in half precision, or None where the rule keeps the node as it is."""
+    """The inputs that can be in half precision, or None if the rule keeps this operator in single precision."""
     if node.domain == contract.DOMAIN:
         return list(node.input[:-1]) if node.op_type in _POOLING else None
     if node.domain:
@@ -152,18 +155,19 @@ def _feature_inputs(node: onnx.NodeProto) -> list[str] | None:
 
 
 def candidates(proto: onnx.ModelProto) -> list[str]:
-    """Values whose magnitude decides what can be in half precision: what candidates read and make."""
-    graph, names = Graph(proto), {}
+    """Returns the names of the activations that `to_half` may convert, whose magnitudes `largest` must hold."""
+    graph = Graph(proto)
+    names: dict[str, None] = {}
     half = _choose(graph, "bf16", {}, CastReport("bf16"))
     for node in proto.graph.node:
         if node.output[0] in half:
-            features = [name for name in _feature_inputs(node) if name not in graph.constants]
+            features = [name for name in _feature_inputs(node) or () if name not in graph.constants]
             names.update(dict.fromkeys((*features, node.output[0])))
     return list(names)
 
 
 def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: CastReport) -> set[str]:
-    """Names of the values that are made in half precision."""
+    """Returns the names of the tensors to compute in half precision, and records the decisions in the report."""
     half: set[str] = set()
     for node in graph.graph.node:
         features = None if _is_exempt(graph, node, precision) else _feature_inputs(node)
@@ -174,7 +178,7 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
         carried = [name for name in features if name not in graph.constants]
         computes = node.op_type in COMPUTING or node.op_type in _POOLING
         if not computes and not (carried and all(name in half for name in carried)):
-            continue  # it passes on what is no feature: indices, shapes, coordinates
+            continue  # its inputs are not features but indices, shapes or coordinates
         reason = _too_large(graph, node, features, largest) if precision == "fp16" else None
         if reason:
             report.kept[reason].append(node.name)
@@ -185,65 +189,51 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
 
 
 def _is_exempt(graph: Graph, node: onnx.NodeProto, precision: str) -> bool:
-    """Whether a node of these operators stays in single precision all the same."""
-    if node.op_type == "Sigmoid":  # one that makes scores or masks; not that of a swish, x · sigmoid(x)
+    """Whether a node stays in single precision although its operator supports half precision."""
+    if node.op_type == "Sigmoid":  # computes scores or masks, unless it is part of a swish, x · sigmoid(x)
         reader = graph.only_consumer(node.output[0])
         return reader is None or reader.op_type != "Mul" or node.input[0] not in reader.input
-    if node.op_type == "MatMul":  # without a weight: positions times a heat map, whose neighbouring pixels would tie
+    if node.op_type == "MatMul":  # without a weight it resamples heat maps, whose neighbouring pixels would tie
         return not any(name in graph.constants for name in node.input)
     return precision == "bf16" and node.op_type in _NOT_IN_BF16
 
 
 def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest: Mapping[str, float]) -> str | None:
-    """Why FP16 cannot hold what this node reads or makes."""
+    """The reason why FP16 cannot represent a node's weights, inputs or output, or None."""
     for name in features:
         value = graph.constant(name)
-        if value is not None and value.size and not np.abs(value).max() <= _LARGEST_FP16:
+        if value is not None and value.size and not np.abs(value).max() <= _MAX_FP16:
             return "weights beyond the range of FP16"
     carried = [name for name in features if name not in graph.constants]
-    if any(not largest.get(name, 0.0) * _MARGIN <= _LARGEST_FP16 for name in (*carried, node.output[0])):
+    if any(not largest.get(name, 0.0) * _MARGIN <= _MAX_FP16 for name in (*carried, node.output[0])):
         return f"activations within a factor {_MARGIN:g} of the range of FP16, or beyond it"
     return None
 
 
 def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report: CastReport) -> None:
     graph, kind = Graph(model), HALF_TYPES[precision]
-    made: dict[tuple[str, int], str] = {}
+    converted: dict[tuple[str, int], str] = {}
 
-    def converted(name: str, to: int) -> str:
-        if (name, to) not in made:
+    def converted_name(name: str, to: int) -> str:
+        if (name, to) not in converted:
             suffix = precision if to == kind else "fp32"
-            made[name, to] = f"{name}_{suffix}"
+            converted[name, to] = f"{name}_{suffix}"
             if name in graph.constants:
-                graph.add_constant(made[name, to], graph.constant(name).astype(_NUMPY[precision]))
+                graph.add_constant(converted[name, to], graph.constant(name).astype(_NUMPY[precision]))
             else:
-                node = onnx.helper.make_node("Cast", [name], [made[name, to]], f"{name}/to_{suffix}", to=to)
+                node = onnx.helper.make_node("Cast", [name], [converted[name, to]], f"{name}/to_{suffix}", to=to)
                 model.graph.node.append(node)
                 report.casts += 1
-        return made[name, to]
+        return converted[name, to]
 
     for node in list(model.graph.node):
         features = set(_feature_inputs(node) or ()) if node.output[0] in half else set()
         for k, name in enumerate(node.input):
             if name in features and name not in half:
                 if name not in graph.constants or graph.float_type(name):
-                    node.input[k] = converted(name, kind)
+                    node.input[k] = converted_name(name, kind)
             elif name in half and name not in features and node.op_type not in _SHAPE_READERS:
-                node.input[k] = converted(name, TensorProto.FLOAT)
+                node.input[k] = converted_name(name, TensorProto.FLOAT)
     for value in model.graph.output:
         if value.name in half:
             raise AssertionError(f"{value.name} is in half precision; the rule keeps outputs in single precision")
-
-
-def _retype(model: onnx.ModelProto, half: set[str], kind: int) -> None:
-    for value in model.graph.value_info:
-        if value.name in half:
-            value.type.tensor_type.elem_type = kind
-
-
-def _raise_opset(model: onnx.ModelProto) -> None:
-    """Opset 22, whose convolutions take bfloat16; since 20 our operators gained types and changed in nothing else."""
-    for holder in (model, *model.functions):
-        for entry in holder.opset_import:
-            if entry.domain == "":
-                entry.version = max(entry.version, _BFLOAT16_OPSET)

@@ -1,6 +1,8 @@
-"""What is done to a graph as the exporter leaves it: norms folded, names readable, traces of the export removed."""
+"""Cleanup of a freshly traced graph: fold frozen norms, name nodes and weights, remove the exporter's annotations."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -8,32 +10,35 @@ import onnx
 from maskrcnn.export.graph import Graph, remove_unused_constants
 
 _WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_PREFIX = "model."  # of the wrapper that is exported
+_PREFIX = "model."  # attribute of the wrapper module that is traced
 
 
 def tidy(proto: onnx.ModelProto) -> None:
-    """Folds frozen norms, drops the exporter's notes, and names nodes and weights after the model's modules.
+    """Folds frozen norms, names nodes and weights after the model's modules, and removes annotations, in place.
 
-    The notes hold stack traces with the paths of the machine that exported, and are a hundredth of the file.
+    The annotations contain stack traces with local paths and are about 1 % of the file.
     """
-    _drop_notes(proto.graph)
-    _drop_prefix(proto.graph)
-    fold_norms(proto)
+    _drop_annotations(proto.graph)
+    _name_weights(proto.graph)
+    _fold_norms(proto)
     _name_nodes(proto.graph)
 
 
-def _drop_notes(graph: onnx.GraphProto) -> None:
+def _drop_annotations(graph: onnx.GraphProto) -> None:
     for holder in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         if holder.metadata_props:
             del holder.metadata_props[:]
         holder.doc_string = ""
 
 
-def _drop_prefix(graph: onnx.GraphProto) -> None:
-    """Weights get the names that they have in a checkpoint, where no node has given its result such a name."""
-    made = {name for node in graph.node for name in node.output}  # as "mean" by an average
+def _name_weights(graph: onnx.GraphProto) -> None:
+    """Gives weights their names in the checkpoint, except where a node's output has that name already."""
+    outputs = {name for node in graph.node for name in node.output}  # e.g. "mean", from an average
     names = {tensor.name: _checkpoint_name(tensor.name) for tensor in graph.initializer}
-    names = {old: new for old, new in names.items() if new not in made}
+    _rename_constants(graph, {old: new for old, new in names.items() if new not in outputs})
+
+
+def _rename_constants(graph: onnx.GraphProto, names: dict[str, str]) -> None:
     for tensor in graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     for node in graph.node:
@@ -42,59 +47,53 @@ def _drop_prefix(graph: onnx.GraphProto) -> None:
 
 
 def _checkpoint_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).replace(".weight_bias", ".bias")  # of a norm that the exporter folded
+    return name.removeprefix(_PREFIX).replace(".weight_bias", ".bias")  # suffix of norms that the exporter folded
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """A node with a weight gets the module's name; the head that sees every level, numbered from the second on."""
-    weights, seen = {tensor.name for tensor in graph.initializer}, {}
+    """Names nodes with a weight after its module; if a module occurs again (RPN head), from the second on with #k."""
+    weights = {tensor.name for tensor in graph.initializer}
+    counts: Counter[str] = Counter()
     biased = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "Add"}
     for node in graph.node:
         if node.op_type in _WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
             module = node.input[1].removesuffix(".weight")
-            if node.op_type == "MatMul":  # its weight has been transposed, and lost the name; the bias has not
+            if node.op_type == "MatMul":  # its transposed weight has lost the module's name; the bias has kept it
                 module = biased.get(node.output[0], module).removesuffix(".bias")
-            seen[module] = seen.get(module, 0) + 1
-            node.name = module if seen[module] == 1 else f"{module}#{seen[module]}"
+            counts[module] += 1
+            node.name = module if counts[module] == 1 else f"{module}#{counts[module]}"
 
 
-def fold_norms(proto: onnx.ModelProto) -> int:
-    """Multiplies a frozen norm, `Mul` and `Add` with constants of each channel, into the convolution before it.
-
-    Returns:
-        how many were folded.
-    """
-    graph, gone = Graph(proto), []
+def _fold_norms(proto: onnx.ModelProto) -> None:
+    """Folds frozen norms, `Mul` and `Add` with per-channel constants, into the preceding convolution."""
+    graph = Graph(proto)
+    names: dict[str, str] = {}
+    folded_nodes: list[onnx.NodeProto] = []
     for node in list(proto.graph.node):
         if node.op_type != "Conv" or graph.constant(node.input[1]) is None:
             continue
         scaled = _reader(graph, node.output[0], "Mul")
         shifted = _reader(graph, scaled[0].output[0], "Add") if scaled else None
-        if not shifted or len(graph.consumers[node.input[1]]) > 1:
+        if not scaled or not shifted or len(graph.consumers[node.input[1]]) > 1:
             continue
         weight = graph.constant(node.input[1])
         scale, shift = (value.reshape(-1) for value in (scaled[1], shifted[1]))
         bias = graph.constant(node.input[2]) if len(node.input) > 2 else np.zeros(len(weight), weight.dtype)
         name = node.input[1].removesuffix(".weight")
-        folded = graph.add_constant(f"{name}.folded.weight", weight * scale[:, None, None, None])
-        graph.add_constant(f"{name}.folded.bias", bias * scale + shift)
-        output = shifted[0].output[0]
-        node.input[:] = [node.input[0], folded, f"{name}.folded.bias"]
-        node.output[0] = output
-        gone += [scaled[0], shifted[0]]
-    for node in gone:
+        folded = {"weight": weight * scale[:, None, None, None], "bias": bias * scale + shift}
+        for part, value in folded.items():
+            names[graph.add_constant(f"{name}.folded.{part}", value)] = f"{name}.{part}"
+        node.input[:] = [node.input[0], *(f"{name}.folded.{part}" for part in folded)]
+        node.output[0] = shifted[0].output[0]
+        folded_nodes += [scaled[0], shifted[0]]
+    for node in folded_nodes:
         proto.graph.node.remove(node)
     remove_unused_constants(proto.graph)
-    for tensor in proto.graph.initializer:
-        tensor.name = tensor.name.replace(".folded.", ".")
-    for node in proto.graph.node:
-        for k, name in enumerate(node.input):
-            node.input[k] = name.replace(".folded.", ".")
-    return len(gone) // 2
+    _rename_constants(proto.graph, names)
 
 
 def _reader(graph: Graph, name: str, op_type: str) -> tuple[onnx.NodeProto, np.ndarray] | None:
-    """The only reader of a value, if it is of this type, and its constant, if that has one value per channel."""
+    """The only reader of a tensor and its constant, if it is of this type and the constant is per-channel."""
     node = graph.only_consumer(name)
     if node is None or node.op_type != op_type:
         return None

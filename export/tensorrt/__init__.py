@@ -1,1 +1,1 @@
-"""The ONNX graph as TensorRT's parser accepts it."""
+"""TensorRT: the flavour of the ONNX graph for its parser, and a lint of graphs."""

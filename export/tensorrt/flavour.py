@@ -1,15 +1,14 @@
-"""The exported graph as TensorRT's ONNX parser wants it.
+"""TensorRT flavour: a copy of the exported graph for TensorRT's ONNX parser, and the AOT kernels that it needs.
 
-The parser looks an operator up by its name alone: among its own importers, among the file's functions, among the
-registered plugins; that of TensorRT 11 begins with the plugins where a node carries `plugin_namespace` (sources of
-onnx-tensorrt 10.1 and 11.0). So the copy for TensorRT has no functions, and its nodes say which plugin they mean.
+The parser looks up an operator by name only: in its importers, in the file's functions, in the registered plugins. The
+parser of TensorRT 11 tries the plugins first if the node has a `plugin_namespace` (sources of onnx-tensorrt 10.1 and
+11.0). The flavour therefore has no functions, and its custom nodes name their plugins.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import onnx
 import onnx_ir
@@ -19,67 +18,73 @@ from onnxscript import optimizer
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import copy_of, tensor_types, with_shapes
 from maskrcnn.plugins import aot_kernels, contract
-from maskrcnn.plugins.aot import FEATURE_FORMATS
 from maskrcnn.plugins.aot_kernels import Kernel
 
-# Equal to the nodes' domain, where parsers from 10.10 on look when the attribute is missing, and the part of
-# "maskrcnn::BatchedNms" before the colons, under which `tensorrt.plugin.register` files a Python plugin.
+# The namespace equals the nodes' domain, which parsers from 10.10 on use if the attribute is missing, and the prefix of
+# "maskrcnn::BatchedNms", which `tensorrt.plugin.register` uses for a Python plugin.
 PLUGIN_NAMESPACE = contract.DOMAIN
 PLUGIN_VERSION = str(contract.VERSION)
-PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # what a node has beside the contract's attributes
+PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # of a node, in addition to the contract's
 
-_FORMER_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # of GridSample
+_GRID_SAMPLE_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # opset 20 name → name before opset 20
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
 
 def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.ModelProto:
-    """A copy of an exported model for TensorRT's parser.
+    """Returns a copy of an exported model for TensorRT's parser.
 
-    Functions are gone and our nodes name their plugins; `LiveRows`, which only saves work where shapes may depend on
-    values, gives way to its inputs; what becomes constant is folded. 64-bit integers stay: TensorRT 10 and 11 take
-    them in every operator that the exporter writes but `Clip`, which becomes `Min` and `Max`. Tensors keep their
-    names, and the metadata are the original's.
+    The functions are removed and the custom nodes name their plugins. `LiveRows`, an optimisation for runtimes with
+    data-dependent shapes, is replaced by its inputs. `Clip` of integers becomes `Min` and `Max`; TensorRT 10 and 11
+    accept 64-bit integers in all other operators that the exporter writes. Constants are folded. Names of tensors and
+    metadata are unchanged.
 
     Args:
-        proto: a file of ours; it is not changed.
-        aot: for plugins whose kernels become part of the engine (`plugins.aot`; `aot_impl` of `tensorrt.plugin`). Each
-            of those is one kernel, so `BatchedNms` becomes two nodes. Without it the parser takes what the network's
-            flags prefer, and a C++ plugin does not look.
+        proto: file of this package; it is not changed.
+        aot: select the ahead-of-time plugins of `plugins.aot` (`aot_impl` of `tensorrt.plugin`). Each is a single
+            kernel, so `BatchedNms` becomes two nodes. If false, the network's flags select the kind of plugin; C++
+            plugins ignore the attribute.
 
     Raises:
-        UserError: for functions that are not in the contract, which no plugin would replace.
+        UserError: if the model has functions that are not in the contract, for which there are no plugins.
     """
     foreign = sorted({function.name for function in proto.functions} - contract.OPS.keys())
     if foreign:
         raise UserError(
             f"a model with the function(s) {', '.join(foreign)}",
-            f"functions of {', '.join(contract.OPS)} alone",
+            f"only functions of {', '.join(contract.OPS)}",
             "inline the others first: onnx.inliner.inline_selected_functions",
         )
     flavour = copy_of(proto)
     del flavour.functions[:]
     take_all_rows(flavour.graph)
-    _replace_integer_clips(flavour.graph)
-    _name_modes(flavour.graph)
+    known = tensor_types(flavour.graph)
+    nodes = list(flavour.graph.node)
+    nodes = [new for node in nodes for new in _without_integer_clip(node, known)]
     if aot:
-        _split_nms(flavour.graph)
+        nodes = [new for node in nodes for new in _without_batched_nms(node)]
+    changed = onnx.GraphProto(node=nodes)  # copies the nodes, because `del` empties those of the graph
+    del flavour.graph.node[:]
+    flavour.graph.node.extend(changed.node)
+    _rename_modes(flavour.graph)
     _name_plugins(flavour.graph, aot=aot)
     return _folded(with_shapes(flavour))
 
 
 def take_all_rows(graph: onnx.GraphProto) -> None:
-    """Replaces `LiveRows` by its inputs, and in the shapes its number of rows by theirs."""
+    """Replaces `LiveRows` by its inputs, and its number of rows in all shapes by theirs, in place."""
     known = tensor_types(graph)
     for node in [n for n in graph.node if n.op_type == contract.LIVE_ROWS.name and n.domain == contract.DOMAIN]:
         boxes, live_boxes = known.get(node.input[0]), known.get(node.output[0])
         if boxes is not None and live_boxes is not None and live_boxes.shape.dim[1].dim_param:
-            _fix_length(graph, live_boxes.shape.dim[1].dim_param, boxes.shape.dim[1].dim_value)
-        _rename(graph, dict(zip(node.output, node.input, strict=False)))
+            _set_length(graph, live_boxes.shape.dim[1].dim_param, boxes.shape.dim[1].dim_value)
+        names = dict(zip(node.output, node.input, strict=False))
+        for reader in graph.node:
+            reader.input[:] = [names.get(name, name) for name in reader.input]
         graph.node.remove(node)
 
 
-def _fix_length(graph: onnx.GraphProto, symbol: str, length: int) -> None:
-    """Writes a number for a symbol in all shapes; products such as `N*u0` keep their other factors."""
+def _set_length(graph: onnx.GraphProto, symbol: str, length: int) -> None:
+    """Substitutes a number for a symbol in all shapes; products such as `N*u0` keep their other factors."""
     word = re.compile(rf"\b{re.escape(symbol)}\b")
     for value in (*graph.value_info, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
@@ -92,80 +97,60 @@ def _fix_length(graph: onnx.GraphProto, symbol: str, length: int) -> None:
                     dim.dim_param = text
 
 
-def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
-    """Lets every reader of a tensor read another one."""
-    for node in graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = names.get(name, name)
-
-
-def _replace_integer_clips(graph: onnx.GraphProto) -> None:
-    """Integer `Clip` as `Max` with the lower bound, then `Min` with the upper: the support matrix has these."""
-    known, nodes = tensor_types(graph), []
-    for node in graph.node:
-        kind = known.get(node.input[0]) if node.op_type == "Clip" and not node.domain else None
-        nodes += [node] if kind is None or kind.elem_type not in _INTEGERS else _bounded(node)
-    changed = onnx.GraphProto(node=nodes)  # copies, as clearing the graph would empty its own
-    del graph.node[:]
-    graph.node.extend(changed.node)
-
-
-def _bounded(clip: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
-    bounds = dict(zip(("Max", "Min"), list(clip.input)[1:], strict=False))
+def _without_integer_clip(node: onnx.NodeProto, known: dict[str, onnx.TypeProto.Tensor]) -> Iterator[onnx.NodeProto]:
+    """The node, or for a `Clip` of integers `Max` with the lower and `Min` with the upper bound."""
+    kind = known.get(node.input[0]) if node.op_type == "Clip" and not node.domain else None
+    if kind is None or kind.elem_type not in _INTEGERS:
+        yield node
+        return
+    bounds = dict(zip(("Max", "Min"), list(node.input)[1:], strict=False))
     steps = [(op, bound) for op, bound in bounds.items() if bound] or [("Identity", "")]
-    value = clip.input[0]
+    value = node.input[0]
     for number, (op, bound) in enumerate(steps, start=1):
         last = number == len(steps)
-        result = clip.output[0] if last else f"{clip.output[0]}_from_below"
+        result = node.output[0] if last else f"{node.output[0]}_from_below"
         inputs = [value, bound] if bound else [value]
-        yield onnx.helper.make_node(op, inputs, [result], name=clip.name if last else f"{clip.name}_{op}")
+        yield onnx.helper.make_node(op, inputs, [result], name=node.name if last else f"{node.name}_{op}")
         value = result
 
 
-def _name_modes(graph: onnx.GraphProto) -> None:
-    """`GridSample`'s modes by their names of before opset 20: the parser takes those it does not know for nearest."""
-    for node in graph.node:
-        if node.op_type == "GridSample" and not node.domain:
-            for attribute in node.attribute:
-                if attribute.name == "mode" and attribute.s in _FORMER_MODES:
-                    attribute.s = _FORMER_MODES[attribute.s]
-
-
-def _split_nms(graph: onnx.GraphProto) -> None:
-    """`BatchedNms` as `BatchedNmsKeep` and `BatchedNmsCompact`."""
-    nodes = []
-    for node in graph.node:
-        is_nms = node.domain == contract.DOMAIN and node.op_type == contract.BATCHED_NMS.name
-        nodes += _two_steps(node) if is_nms else [node]
-    changed = onnx.GraphProto(node=nodes)
-    del graph.node[:]
-    graph.node.extend(changed.node)
-
-
-def _two_steps(nms: onnx.NodeProto) -> Iterable[onnx.NodeProto]:
-    keep = f"{nms.output[0]}_keep"
+def _without_batched_nms(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """The node, or for `BatchedNms` the nodes `BatchedNmsKeep` and `BatchedNmsCompact`."""
+    if node.domain != contract.DOMAIN or node.op_type != contract.BATCHED_NMS.name:
+        yield node
+        return
+    keep = f"{node.output[0]}_keep"
     steps = (
-        (contract.BATCHED_NMS_KEEP, f"{nms.name}_keep", nms.input, [keep]),
-        (contract.BATCHED_NMS_COMPACT, nms.name, [keep], nms.output),
+        (contract.BATCHED_NMS_KEEP, f"{node.name}_keep", node.input, [keep]),
+        (contract.BATCHED_NMS_COMPACT, node.name, [keep], node.output),
     )
     for op, name, inputs, outputs in steps:
         step = onnx.helper.make_node(op.name, inputs, outputs, name=name, domain=contract.DOMAIN)
-        step.attribute.extend(attribute for attribute in nms.attribute if attribute.name in op.attributes)
+        step.attribute.extend(attribute for attribute in node.attribute if attribute.name in op.attributes)
         yield step
 
 
+def _rename_modes(graph: onnx.GraphProto) -> None:
+    """Gives `GridSample` the mode names from before opset 20: the parser treats unknown modes as nearest."""
+    for node in graph.node:
+        if node.op_type == "GridSample" and not node.domain:
+            for attribute in node.attribute:
+                if attribute.name == "mode":
+                    attribute.s = _GRID_SAMPLE_MODES.get(attribute.s, attribute.s)
+
+
 def _name_plugins(graph: onnx.GraphProto, *, aot: bool) -> None:
-    """Says on each of our nodes which plugin it means. The domain stays, for ONNX's own tools."""
-    wanted = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION, **({"aot": 1} if aot else {})}
+    """Adds the attributes that name the plugin to each custom node; the domain stays, for ONNX's tools."""
+    added = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION, **({"aot": 1} if aot else {})}
     for node in graph.node:
         if node.domain == contract.DOMAIN:
             kept = [attribute for attribute in node.attribute if attribute.name not in PLUGIN_ATTRIBUTES]
             del node.attribute[:]
-            node.attribute.extend([*kept, *(onnx.helper.make_attribute(k, v) for k, v in wanted.items())])
+            node.attribute.extend([*kept, *(onnx.helper.make_attribute(k, v) for k, v in added.items())])
 
 
 def _folded(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with everything computed that depends on constants and fixed lengths alone."""
+    """The model after constant folding, without unused nodes, and with all constants as initializers."""
     model = onnx_ir.serde.deserialize_model(proto)
     optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_empty_pads(model.graph)
@@ -175,37 +160,38 @@ def _folded(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _drop_empty_pads(graph: onnx_ir.Graph) -> None:
-    """Removes `Pad` nodes that add nothing: the rows that `LiveRows` left out are no longer missing."""
+    """Removes `Pad` nodes without padding, which restored the rows that `LiveRows` had removed."""
     for node in [n for n in graph if n.op_type == "Pad" and not n.domain and len(n.inputs) > 1]:
-        pads, output = onnx_ir.convenience.get_const_tensor(node.inputs[1]), node.outputs[0]
-        if pads is not None and not pads.numpy().any() and not output.is_graph_output():
-            onnx_ir.convenience.replace_all_uses_with(output, node.inputs[0])
+        data, pads, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        if data is None or pads is None or output.is_graph_output():
+            continue
+        value = onnx_ir.convenience.get_const_tensor(pads)
+        if value is not None and not value.numpy().any():
+            onnx_ir.convenience.replace_all_uses_with(output, data)
             graph.remove(node, safe=True)
 
 
-# Which kernels TensorRT will ask of our ahead-of-time plugins for a graph.
-#
-# Compiling them beforehand says what is wrong in words, where TensorRT would say that a plugin failed; and without
-# TensorRT it proves that they compile.
+# Kernels of the ahead-of-time plugins. Compiling them before TensorRT does gives a readable error message, and shows
+# without TensorRT that they compile.
 
-_TYPES = {  # ONNX's, ours and TensorRT's
-    onnx.TensorProto.FLOAT: ("float32", "FP32"),
-    onnx.TensorProto.FLOAT16: ("float16", "FP16"),
-    onnx.TensorProto.BFLOAT16: ("bfloat16", "BF16"),
+_DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
 }
-_LAYOUTS = {"LINEAR": aot_kernels.PLANES, "HWC": aot_kernels.HWC, "HWC8": aot_kernels.HWC8}
 
 
 def kernels_of(flavour: onnx.ModelProto) -> list[Kernel]:
-    """Every kernel that may become part of an engine: TensorRT chooses the memory layout while it builds.
+    """Returns every kernel that an engine may contain; TensorRT chooses the memory layout during the build.
 
     Args:
-        flavour: of `tensorrt_flavour(…, aot=True)`.
+        flavour: result of `tensorrt_flavour(…, aot=True)`.
 
     Raises:
-        UserError: for nodes that the kernels cannot be compiled for.
+        UserError: if there is no kernel for a node.
     """
-    known, found = tensor_types(flavour.graph), []
+    known = tensor_types(flavour.graph)
+    found: list[Kernel] = []
     for node in flavour.graph.node:
         if node.domain == contract.DOMAIN:
             found += [kernel for kernel in _kernels_of_node(node, known) if kernel not in found]
@@ -213,24 +199,17 @@ def kernels_of(flavour: onnx.ModelProto) -> list[Kernel]:
 
 
 def _kernels_of_node(node: onnx.NodeProto, known: dict[str, onnx.TypeProto.Tensor]) -> Iterator[Kernel]:
-    attributes = _attributes(node)
+    names = contract.ALL_OPS[node.op_type].attributes
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in names}
     if node.op_type == contract.BATCHED_NMS_KEEP.name:
         yield aot_kernels.nms_keep(attributes)
     elif node.op_type == contract.BATCHED_NMS_COMPACT.name:
         yield aot_kernels.nms_compact(attributes)
     elif node.op_type == contract.MULTILEVEL_ROI_ALIGN.name:
-        feature = known[node.input[0]]
-        dtype, wanted = _TYPES[feature.elem_type]
+        feature, levels = known[node.input[0]], len(node.input) - 1
         channels = feature.shape.dim[1].dim_value or None if len(feature.shape.dim) > 1 else None
-        for name, layout in FEATURE_FORMATS:
-            if name == wanted:
-                levels = len(node.input) - 1
+        for dtype, layout in aot_kernels.FEATURE_FORMATS:
+            if dtype == _DTYPES[feature.elem_type]:
                 yield aot_kernels.roi_align(
-                    attributes, num_levels=levels, dtype=dtype, layout=_LAYOUTS[layout], channels=channels
+                    attributes, num_levels=levels, dtype=dtype, layout=layout, channels=channels
                 ).kernel
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """Those of the contract."""
-    names = contract.ALL_OPS[node.op_type].attributes
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in names}

@@ -1,10 +1,11 @@
-"""The rules of `export/tensorrt/lint.py`: what may be wrong with one node."""
+"""Rules of `export/tensorrt/lint.py`: problems of a single node, and the analysis of value origins that they use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import onnx
 
@@ -14,43 +15,43 @@ from maskrcnn.export.tensorrt.flavour import PLUGIN_ATTRIBUTES, PLUGIN_NAMESPACE
 from maskrcnn.export.tensorrt.operators import DATA_DEPENDENT, HOST_OPS, SIZE_INPUTS
 from maskrcnn.plugins import contract
 
-# What the value of each tensor of a graph depends on, and whether its size depends on values.
+# Value origins
 
 _SIZED_BY_VALUES = (*DATA_DEPENDENT, "Unique", "Compress")
 
 
 class Origin(IntEnum):
-    """What must be known to know a tensor's value; a later member includes the earlier ones."""
+    """What a tensor's value depends on; a later member includes the earlier ones."""
 
-    GIVEN = 0  # nothing: an initializer, or a Constant node
-    COMPUTED = 1  # constants alone
-    SHAPE = 2  # the shapes of the model's inputs
-    SHAPE_OF_DATA = 3  # the shape of something whose size depends on values
+    GIVEN = 0  # nothing: an initializer or a Constant node
+    COMPUTED = 1  # constants only
+    SHAPE = 2  # shapes of the model's inputs
+    SHAPE_OF_DATA = 3  # the shape of a tensor whose size depends on values
     INPUT = 4  # an integer input of the model, through arithmetic that the host can do
-    DATA = 5  # anything the GPU computes
+    DATA = 5  # results of the GPU
 
 
 @dataclass
 class Origins:
-    """The analysis of one graph. Tensors that it does not know count as data."""
+    """Value origins of one graph; unknown tensors count as DATA."""
 
     values: dict[str, Origin] = field(default_factory=dict)
-    sized_by_values: set[str] = field(default_factory=set)
+    sized_by_values: set[str] = field(default_factory=set)  # tensors whose size depends on values
 
     def of(self, name: str) -> Origin:
-        """The origin of a tensor's value; of a left-out optional input, nothing."""
+        """Returns the origin of a tensor's value; GIVEN for an omitted optional input."""
         return self.values.get(name, Origin.DATA) if name else Origin.GIVEN
 
 
 def origins_of(
     graph: onnx.GraphProto, known: Mapping[str, onnx.TypeProto.Tensor], outer: Origins | None = None
 ) -> Origins:
-    """Follows values from constants and inputs through a graph, whose nodes are in order.
+    """Propagates origins from constants and inputs through a topologically sorted graph.
 
     Args:
-        graph: the main graph, or one inside a node.
+        graph: main graph or subgraph.
         known: types and shapes by tensor name.
-        outer: the analysis of the graph around it.
+        outer: origins of the enclosing graph.
     """
     found = Origins(dict(outer.values) if outer else {}, set(outer.sized_by_values) if outer else set())
     integers = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
@@ -92,11 +93,20 @@ def _is_sized_by_values(node: onnx.NodeProto, found: Origins) -> bool:
 
 _TYPE_NAMES = {number: name for name, number in onnx.TensorProto.DataType.items()}
 _ONNX_DOMAINS = ("", "ai.onnx")
+_CONTRACT_TYPES = {
+    "float": ("FLOAT", "FLOAT16", "BFLOAT16"),
+    "float32": ("FLOAT",),
+    "int32": ("INT32",),
+    "int64": ("INT64",),
+}
+
+
+# Rules
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a rule objects to."""
+    """A violation of a rule."""
 
     why: str
     remedy: str
@@ -106,50 +116,49 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph with what is known about its tensors, those of the graphs around it included."""
+    """A graph and the tensors visible in it, those of enclosing graphs included."""
 
     graph: onnx.GraphProto
-    where: str  # "" for the main graph
+    path: str  # of the subgraph; "" for the main graph
     known: dict[str, onnx.TypeProto.Tensor]
     origins: Origins
     constants: dict[str, onnx.TensorProto | onnx.AttributeProto]
-    readers: dict[str, list[str]]  # operators that read a tensor of this graph
-    is_main: bool
 
     def type_name(self, name: str) -> str | None:
-        """The element type of a tensor, or None where it is not known."""
+        """Returns the element type of a tensor, or None if it is unknown."""
         kind = self.known.get(name)
         return _TYPE_NAMES[kind.elem_type] if kind is not None and kind.elem_type else None
 
     def rank(self, name: str) -> int | None:
-        """The number of axes of a tensor, or None where it is not known."""
+        """Returns the number of axes of a tensor, or None if it is unknown."""
         kind = self.known.get(name)
         return len(kind.shape.dim) if kind is not None and kind.HasField("shape") else None
 
 
 def problems_of(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    """Everything that the rules object to at a node."""
+    """Yields the problems of a node."""
     if node.domain == contract.DOMAIN:
         yield from _plugin_problems(node, scope)
     elif node.domain not in _ONNX_DOMAINS:
         yield _foreign_problem(node)
     elif node.op_type not in table.SUPPORTED:
-        listed = "the support matrix says no" if node.op_type in table.UNSUPPORTED else "not in the support matrix"
-        remedy = "write that part in supported operators, or as a plugin"
+        listed = "unsupported" if node.op_type in table.UNSUPPORTED else "not listed"
+        listed += " in the support matrix"
+        remedy = "implement that part with supported operators or as a plugin"
         yield Problem(f"no importer: {listed}", remedy, table.MATRIX)
     else:
-        for rule in (_version, _types, _attributes, _constants, _sizes, _outputs, _particulars):
+        for rule in (_version, _types, _attributes, _constants, _sizes, _outputs, _operator_rules):
             yield from rule(node, scope)
     yield from _bytes(node, scope)
 
 
-def _attribute_values(node: onnx.NodeProto) -> dict[str, object]:
-    """A node's attributes; those that a function's body takes from its caller are left out."""
+def _attribute_values(node: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes of a node, without those that a function body takes from its caller."""
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
 
 
 def _input(node: onnx.NodeProto, position: int) -> str:
-    """The name of an input, or "" where it is left out."""
+    """The name of an input, or "" if it is omitted."""
     return node.input[position] if position < len(node.input) else ""
 
 
@@ -160,14 +169,15 @@ def _version(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     entry = table.SUPPORTED[node.op_type]
     if entry.since > table.OLDEST:
         since = ".".join(map(str, entry.since))
-        yield Problem(f"TensorRT {since} or newer only", "write it in older operators", entry.source, is_error=False)
+        yield Problem(f"TensorRT {since} or newer only", "use older operators", entry.source, is_error=False)
 
 
 def _typed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
-    """Positions of the inputs that the table's types are about: those of the schema's main type variable."""
-    if node.op_type in table.TYPED_INPUTS:
-        return table.TYPED_INPUTS[node.op_type]
-    if not onnx.defs.has(node.op_type):  # operators that only the parser has
+    """Positions of the inputs that the table's types apply to: those of the schema's main type variable."""
+    listed: tuple[int, ...] | None = table.TYPED_INPUTS.get(node.op_type)
+    if listed is not None:
+        return listed
+    if not onnx.defs.has(node.op_type):  # only the parser has it
         return (0,)
     schema = onnx.defs.get_schema(node.op_type)
     variables = [p.type_str for p in schema.inputs]
@@ -179,7 +189,7 @@ def _typed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
 
 def _types(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     entry = table.SUPPORTED[node.op_type]
-    some, some_source = table.TAKEN_BY_SOME.get(node.op_type, (frozenset(), ""))
+    some, some_source = table.SUPPORTED_BY_SOME.get(node.op_type, (frozenset(), ""))
     names = [_input(node, k) for k in _typed_inputs(node)]
     if node.op_type in ("Cast", "CastLike", "Constant", "ConstantOfShape"):
         names = [*names, *node.output] if node.op_type.startswith("Cast") else list(node.output)
@@ -187,13 +197,14 @@ def _types(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
         if found in entry.types:
             continue
         if found in some:
-            why, remedy = f"{found} is taken by some versions only", "use operators that list the type, as Min and Max"
+            why = f"{found} is supported by some versions only"
+            remedy = "use operators that support the type, such as Min and Max"
             yield Problem(why, remedy, some_source, is_error=False)
         elif found == "DOUBLE":
             yield Problem("DOUBLE becomes FLOAT", "export the model in float32", table.MATRIX, is_error=False)
         elif not (found == "UINT8" and node.op_type == "Constant"):
             expected = ", ".join(sorted(entry.types))
-            yield Problem(f"type {found}; the parser takes {expected}", "cast to one of these first", entry.source)
+            yield Problem(f"type {found}; the parser supports {expected}", "cast to one of these first", entry.source)
 
 
 def _attributes(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
@@ -208,15 +219,15 @@ def _attributes(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
         elif not all(part in rule.allowed for part in parts):
             allowed = ", ".join(map(str, rule.allowed))
             shown = parts[0] if len(parts) == 1 else parts
-            yield Problem(f"{rule.attribute} = {shown}; the parser takes {allowed}", "use one of these", rule.source)
+            yield Problem(f"{rule.attribute} = {shown}; the parser supports {allowed}", "use one of these", rule.source)
 
 
 def _constants(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     for rule in table.CONSTANT_INPUTS.get(node.op_type, ()):
         origin = scope.origins.of(_input(node, rule.position))
         if origin > (Origin.COMPUTED if rule.may_be_computed else Origin.GIVEN):
-            why = f"{rule.what} is computed in the graph; the parser wants a constant"
-            yield Problem(why, "fold constants, or make it an initializer", rule.source)
+            why = f"{rule.what} is computed in the graph; the parser requires a constant"
+            yield Problem(why, "fold constants, or use an initializer", rule.source)
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         zero_point = scope.constants.get(_input(node, 2))
         if zero_point is not None and constant_value(zero_point).any():
@@ -228,49 +239,49 @@ def _sizes(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     worst = max((scope.origins.of(name) for name in names), default=Origin.GIVEN)
     if worst is Origin.DATA:
         yield Problem(
-            "a data-dependent shape: the size of its output is computed from values, not from shapes",
-            "take all rows, with a count or a mask; or leave the part to a plugin",
+            "a data-dependent shape: the size of the output is computed from values, not from shapes",
+            "return all rows with a count or a mask, or implement that part as a plugin",
             table.GLOSSARY,
             is_error=False,
         )
     elif worst is Origin.INPUT:
         yield Problem(
-            "the size of its output comes from the values of an input, which so becomes a shape tensor",
-            "set the input's values in every optimisation profile, or take the size from a shape",
+            "the size of the output depends on the values of an input, which becomes a shape tensor",
+            "set the input's values in every optimisation profile, or derive the size from a shape",
             table.GLOSSARY,
             is_error=False,
         )
     if node.op_type in table.DATA_DEPENDENT:
-        why = "a data-dependent shape: how many rows come out depends on values; TensorRT waits for the GPU to know"
+        why = "a data-dependent shape: the number of output rows depends on values, so TensorRT waits for the GPU"
         yield Problem(why, table.DATA_DEPENDENT[node.op_type], table.GLOSSARY, is_error=False)
 
 
 def _outputs(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    most = table.MOST_OUTPUTS.get(node.op_type)
-    if most is not None and sum(map(bool, node.output)) > most:
-        yield Problem(f"more than {most} output(s)", "do without the others", table.MATRIX)
+    maximum = table.MAX_OUTPUTS.get(node.op_type)
+    if maximum is not None and sum(map(bool, node.output)) > maximum:
+        yield Problem(f"more than {maximum} output(s)", "remove the others", table.MATRIX)
     ranks, rank = table.RANKS.get(node.op_type), scope.rank(_input(node, 0))
     if ranks is not None and rank is not None and rank not in ranks:
-        wanted = " or ".join(map(str, ranks))
-        yield Problem(f"an input of {rank} axes; the parser takes {wanted}", "reshape it", table.MATRIX)
+        expected = " or ".join(map(str, ranks))
+        yield Problem(f"an input of {rank} axes; the parser supports {expected}", "reshape it", table.MATRIX)
 
 
-def _particulars(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    """What only one operator has."""
+def _operator_rules(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
+    """Rules for single operators."""
     if node.op_type == "TopK":
         yield from _topk(node, scope)
     elif node.op_type == "If":
         yield from _branches(node)
     elif node.op_type in table.LOOPS:
-        yield Problem("a loop, which TensorRT runs step by step", "unroll or batch it", table.MATRIX, is_error=False)
+        yield Problem("a loop, whose iterations run sequentially", "unroll or batch it", table.MATRIX, is_error=False)
         if node.op_type == "Loop":
             yield from _loop(node, scope)
     elif node.op_type == "Squeeze" and not _input(node, 1) and not _attribute_values(node).get("axes"):
         kind = scope.known.get(node.input[0])
         if kind is not None and kind.HasField("shape") and not is_static(kind):
-            yield Problem("no axes, and an input of dynamic shape", "name the axes", table.IMPORTERS)
+            yield Problem("no axes, and an input of dynamic shape", "set the axes", table.IMPORTERS)
     elif node.op_type == "EyeLike" and not is_static(scope.known.get(node.input[0])):
-        yield Problem("an input of dynamic shape", "fix the shape, or give the matrix as a constant", table.MATRIX)
+        yield Problem("an input of dynamic shape", "fix the shape, or use a constant matrix", table.MATRIX)
 
 
 def _topk(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
@@ -280,32 +291,32 @@ def _topk(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
         k = int(constant_value(constant).reshape(-1)[0])
         if k >= table.TOPK_LIMIT:
             yield Problem(
-                f"K = {k}; it must be below {table.TOPK_LIMIT}", "take fewer, or in several groups", table.MATRIX
+                f"K = {k}; it must be below {table.TOPK_LIMIT}", "reduce K, or split the axis into groups", table.MATRIX
             )
-    elif scope.origins.of(name) < Origin.INPUT:  # beyond that, the rule of sizes speaks
-        why = f"K is no constant, so nothing shows that it stays below {table.TOPK_LIMIT}"
-        remedy = "pad the axis and use one constant K"
+    elif scope.origins.of(name) < Origin.INPUT:  # `_sizes` reports later origins
+        why = f"K is not a constant, so it may reach {table.TOPK_LIMIT} or more"
+        remedy = "pad the axis and use a constant K"
         yield Problem(why, remedy, f"{table.MATRIX}; {table.OPERATORS}", is_error=False)
 
 
 def _loop(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     carried = len(node.input) - 2
     if len(node.output) > carried and scope.origins.of(_input(node, 0)) > Origin.SHAPE:
-        why = "scan outputs of a loop whose number of steps depends on values"
-        yield Problem(why, "give the loop a constant number of steps", table.MATRIX)
+        why = "scan outputs of a loop whose number of iterations depends on values"
+        yield Problem(why, "use a constant number of iterations", table.MATRIX)
     body = _attribute_values(node)["body"]
-    makers = {name: inner for inner in body.node for name in inner.output}
+    producers = {name: inner for inner in body.node for name in inner.output}
     for before, after in zip(body.input[2:], body.output[1:], strict=False):
-        maker = makers.get(after.name)
-        if maker is not None and maker.op_type == "Concat" and before.name in maker.input:
-            why = f"a carried tensor ({before.name}) that grows from step to step"
-            yield Problem(why, "carry a tensor of fixed size, or batch the steps", table.MATRIX)
+        producer = producers.get(after.name)
+        if producer is not None and producer.op_type == "Concat" and before.name in producer.input:
+            why = f"a loop-carried tensor ({before.name}) that grows with each iteration"
+            yield Problem(why, "carry a tensor of fixed size, or batch the iterations", table.MATRIX)
 
 
 def _branches(node: onnx.NodeProto) -> Iterator[Problem]:
     values = _attribute_values(node)
     then, other = (values[name].output for name in ("then_branch", "else_branch"))
-    remedy = "decide at export time, or give both branches the same rank"
+    remedy = "evaluate the condition at export time, or give both branches the same rank"
     yield Problem("control flow: both branches are built, one runs", remedy, table.MATRIX, is_error=False)
     if len(then) != len(other):
         yield Problem("branches with different numbers of outputs", remedy, table.CHECKERS)
@@ -321,10 +332,10 @@ def _branches(node: onnx.NodeProto) -> Iterator[Problem]:
 
 
 def _bytes(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    """UINT8 tensors may be inputs and outputs of the network, nothing in between but a Cast."""
-    results = {output.name for output in scope.graph.output}
-    inner = any(scope.type_name(name) == "UINT8" and name not in results for name in node.output)
-    if inner and node.op_type not in ("Constant", "QuantizeLinear"):
+    """UINT8 is supported for inputs and outputs of the network only."""
+    outputs = {output.name for output in scope.graph.output}
+    is_inner = any(scope.type_name(name) == "UINT8" and name not in outputs for name in node.output)
+    if is_inner and node.op_type not in ("Constant", "QuantizeLinear"):
         yield Problem("an intermediate tensor of type UINT8", "cast to FLOAT or INT32 first", table.PARSER)
 
 
@@ -336,42 +347,42 @@ def _foreign_problem(node: onnx.NodeProto) -> Problem:
         why = f"the parser ignores the domain and imports ONNX's {node.op_type}"
         return Problem(why, "rename the operator", table.PARSER, is_error=False)
     if node.op_type.startswith("TRT_") or node.op_type.endswith("_TRT"):
-        why = "an operator of TensorRT's own, which other runtimes lack and later versions may drop"
-        return Problem(why, "use standard operators or an own plugin", table.PARSER, is_error=False)
+        why = "a TensorRT operator, which other runtimes lack and later versions may remove"
+        return Problem(why, "use standard operators or a custom plugin", table.PARSER, is_error=False)
     return Problem("no importer: a plugin of this name must be registered", "register one", table.PARSER)
 
 
 def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    """Our own nodes, against the contract."""
-    flavour = "make the flavour with maskrcnn.export.tensorrt.flavour.tensorrt_flavour"
+    """Checks a custom op of this package against the contract."""
+    flavour = "write the flavour with maskrcnn.export.tensorrt.flavour.tensorrt_flavour"
     op = contract.ALL_OPS.get(node.op_type)
     if onnx.defs.has(node.op_type) or node.op_type in table.SUPPORTED:
-        why = f"a plugin called like ONNX's {node.op_type}, which the parser takes instead"
+        why = f"a plugin with the name of ONNX's {node.op_type}, which the parser prefers"
         yield Problem(why, "rename the operator", table.PARSER)
     if op is None:
         why = "not in the contract, so there is no plugin"
         yield Problem(why, f"use {', '.join(contract.ALL_OPS)}", table.CONTRACT)
         return
     if op is contract.LIVE_ROWS:
-        yield Problem("has no plugin; all rows are as right", flavour, table.CONTRACT)
+        yield Problem("has no plugin; the flavour for TensorRT uses all rows", flavour, table.CONTRACT)
         return
     if op is contract.MULTILEVEL_ROI_POOL:
-        remedy = "train with --set model.pool_method=align or crop, which TensorRT runs"
+        remedy = "train with --set model.pool_method=align or crop, which TensorRT supports"
         yield Problem("has no plugin, and MaxRoiPool no importer", remedy, table.CONTRACT)
         return
     values = _attribute_values(node)
     yield from _contract_attributes(op, values)
     if values.get("aot") and op.name not in contract.AOT_OPS:
-        why = "aot = 1, but no ahead-of-time plugin: these are one kernel each"
+        why = "aot = 1, but no ahead-of-time plugin, which can only have one kernel"
         yield Problem(why, f"{flavour}(…, aot=True)", table.CONTRACT)
     namespace = values.get("plugin_namespace", b"")
     if namespace != PLUGIN_NAMESPACE.encode():
-        why = f"plugin_namespace is {namespace.decode() or 'missing'}; before 10.10 the parser finds no plugin then"
+        why = f"plugin_namespace is {namespace.decode() or 'missing'}; parsers before 10.10 need it to find the plugin"
         yield Problem(why, flavour, table.CHANGELOG, is_error=False)
     yield from _contract_types(node, op, scope)
 
 
-def _contract_attributes(op: contract.Op, values: dict[str, object]) -> Iterator[Problem]:
+def _contract_attributes(op: contract.Op, values: dict[str, Any]) -> Iterator[Problem]:
     for name, kind in op.attributes.items():
         if name not in values:
             yield Problem(f"no attribute {name}", "set it", table.CONTRACT)
@@ -387,15 +398,11 @@ def _contract_types(node: onnx.NodeProto, op: contract.Op, scope: Scope) -> Iter
     inputs = [tensor for tensor in op.inputs for _ in range(repeats if tensor.variadic else 1)]
     if len(inputs) != len(node.input) or repeats < 1 or len(node.output) != len(op.outputs):
         why = f"{len(node.input)} inputs and {len(node.output)} outputs; the contract has {len(op.inputs)} kinds of"
-        yield Problem(f"{why} inputs and {len(op.outputs)} outputs", "connect what the contract says", table.CONTRACT)
+        remedy = "connect the inputs and outputs of the contract"
+        yield Problem(f"{why} inputs and {len(op.outputs)} outputs", remedy, table.CONTRACT)
         return
     for tensor, name in zip(inputs, node.input, strict=True):
-        found = scope.type_name(name)
-        wanted = ("FLOAT", "FLOAT16", "BFLOAT16") if tensor.dtype == "float" else (_onnx_type(tensor.dtype),)
-        if found is not None and found not in wanted:
-            why = f"input {tensor.name} is {found}; the contract has {' or '.join(wanted)}"
+        found, expected = scope.type_name(name), _CONTRACT_TYPES[tensor.dtype]
+        if found is not None and found not in expected:
+            why = f"input {tensor.name} is {found}; the contract has {' or '.join(expected)}"
             yield Problem(why, "cast it", table.CONTRACT)
-
-
-def _onnx_type(dtype: str) -> str:
-    return {"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}[dtype]

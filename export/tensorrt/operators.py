@@ -1,17 +1,17 @@
-"""What TensorRT's ONNX parser takes: the table that `export/tensorrt/lint.py` checks graphs against.
+"""Operators and types that TensorRT's ONNX parser supports, for `export/tensorrt/lint.py`.
 
-For TensorRT 10.9 and newer; each entry names the document that it was read from.
+For TensorRT 10.9 and newer; each entry names its source.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-OLDEST = (10, 9)  # the first version with ahead-of-time Python plugins, and the oldest that engines are built with
-OPSETS = range(9, 25)  # the matrices of 10.15 and 11.0; that of 10.1 ends at 20
+OLDEST = (10, 9)  # the first version with ahead-of-time Python plugins; engines need at least this one
+OPSETS = range(9, 25)  # support matrices of 10.15 and 11.0; the matrix of 10.1 ends at opset 20
 OPSETS_EVERYWHERE = range(9, 21)
 
-# Where the entries come from.
+# Sources of the entries.
 MATRIX = "docs/operators.md of onnx-tensorrt, for TensorRT 10.1 and 11.0"
 CHANGELOG = "docs/Changelog.md of onnx-tensorrt, up to 11.0"
 CHECKERS = "onnxOpCheckers.cpp of onnx-tensorrt 10.1"
@@ -30,16 +30,16 @@ _HALF_AND_SINGLE = frozenset({"FLOAT", "FLOAT16"})
 
 @dataclass(frozen=True)
 class _OpSupport:
-    """One operator that the parser imports."""
+    """Support of one operator."""
 
-    types: frozenset[str]  # names of ONNX element types that its data may have
+    types: frozenset[str]  # supported ONNX element types of its data
     source: str = MATRIX
     since: tuple[int, int] = OLDEST  # TensorRT version
 
 
 @dataclass(frozen=True)
 class _AttributeRule:
-    """The values that an attribute may have; in a list, each element of it. None allowed: it must be absent."""
+    """Supported values of an attribute, or of each element of a list. If empty, the attribute must be absent."""
 
     attribute: str
     allowed: tuple[int | str, ...]
@@ -48,11 +48,11 @@ class _AttributeRule:
 
 @dataclass(frozen=True)
 class _ConstantRule:
-    """An input that must be known when the engine is built."""
+    """An input that must be a constant."""
 
     position: int
     what: str
-    may_be_computed: bool = False  # from other constants; else an initializer or a Constant node
+    may_be_computed: bool = False  # from constants; otherwise it must be an initializer or a Constant node
     source: str = MATRIX
 
 
@@ -100,8 +100,8 @@ SUPPORTED: dict[str, _OpSupport] = {
     "Swish": _OpSupport(_FLOATS, CHANGELOG, (11, 0)),
 }
 
-# Types that some versions take, or that importers take although the matrix does not list them: a warning.
-TAKEN_BY_SOME: dict[str, tuple[frozenset[str], str]] = {
+# Types that some versions support, or that importers accept although the matrix does not list them: a warning.
+SUPPORTED_BY_SOME: dict[str, tuple[frozenset[str], str]] = {
     "Clip": (_INTEGERS, IMPORTERS),
     "Pow": (_INTEGERS, CHANGELOG),  # from 10.12 on
 }
@@ -121,7 +121,7 @@ ATTRIBUTES: dict[str, tuple[_AttributeRule, ...]] = {
     "AveragePool": (_POOL,),
     "BatchNormalization": (_AttributeRule("training_mode", (0,), CHECKERS),),
     "Constant": tuple(_AttributeRule(name, ()) for name in ("sparse_value", "value_string", "value_strings")),
-    # The importer knows the names of before opset 20, and takes any other for nearest without a word.
+    # The importer knows the names from before opset 20 and silently treats any other as nearest.
     "GridSample": (_AttributeRule("mode", ("nearest", "bilinear", "bicubic"), IMPORTERS),),
     "LSTM": (_AttributeRule("input_forget", (0,)), _AttributeRule("layout", (0,))),
     "LpNormalization": (_AttributeRule("p", (1, 2), CHECKERS),),
@@ -160,7 +160,7 @@ CONSTANT_INPUTS: dict[str, tuple[_ConstantRule, ...]] = {
     "Unsqueeze": _RESOLVED_AXES,
 }
 
-# Inputs whose values decide how large the output is.
+# Inputs whose values determine the size of the output.
 SIZE_INPUTS: dict[str, tuple[int, ...]] = {
     "ConstantOfShape": (0,),
     "Expand": (1,),
@@ -174,25 +174,26 @@ SIZE_INPUTS: dict[str, tuple[int, ...]] = {
     "Tile": (1,),
     "TopK": (1,),
 }
-TOPK_LIMIT = 3840  # the matrix wants K below it; the operator reference allows it as well
+TOPK_LIMIT = 3840  # the support matrix requires K below it; the operator reference also allows K equal to it
 
-# Outputs whose size only their values tell: TensorRT waits for the GPU to learn it.
+# Operators with data-dependent output sizes, for which TensorRT waits for the GPU, and the remedy.
 DATA_DEPENDENT = {
-    "NonZero": "give the consumer all elements with a mask, so that no size depends on values",
-    "NonMaxSuppression": "use a node with a fixed number of rows and a count, as maskrcnn::BatchedNms",
+    "NonZero": "pass all elements with a mask, so that no size depends on values",
+    "NonMaxSuppression": "use a node with a fixed number of rows and a count, such as maskrcnn::BatchedNms",
 }
 LOOPS = ("Loop", "Scan")
 
-RANKS: dict[str, tuple[int, ...]] = {  # of the first input
+# Supported ranks of the first input.
+RANKS: dict[str, tuple[int, ...]] = {
     "AveragePool": (4, 5),
     "DeformConv": (3, 4),
     "GridSample": (4,),
     "MaxPool": (4, 5),
     "TensorScatter": (4,),
 }
-MOST_OUTPUTS = {"MaxPool": 1, "LayerNormalization": 1, "Attention": 1}
+MAX_OUTPUTS = {"MaxPool": 1, "LayerNormalization": 1, "Attention": 1}
 
-# Inputs that the table's types are about, where ONNX's own schema does not tell.
+# Inputs that the table's types apply to, if they do not follow from ONNX's schema.
 TYPED_INPUTS: dict[str, tuple[int, ...]] = {
     "DequantizeLinear": (0,),
     "If": (),
@@ -203,7 +204,7 @@ TYPED_INPUTS: dict[str, tuple[int, ...]] = {
     "Scan": (),
 }
 
-# Arithmetic on a few numbers, which TensorRT does on the host when a size depends on it.
+# Operators that TensorRT evaluates on the host if a size depends on them.
 _ON_THE_HOST = (
     "Abs Add And Cast Ceil Clip Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater GreaterOrEqual "
     "Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Range Reciprocal ReduceMax ReduceMin ReduceProd ReduceSum "

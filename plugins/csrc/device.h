@@ -1,5 +1,5 @@
-// What the kernels need of CUDA C++, for three compilers: nvcc, NVRTC (which has no headers of its own), and an ordinary
-// C++ compiler, for which a header of the tests plays the GPU. Includes neither TensorRT's nor torch's headers.
+// The part of CUDA C++ that the kernels use, for three compilers: nvcc, NVRTC (which has no standard headers), and a
+// host C++ compiler, for which a header of the tests emulates the GPU. Needs no headers of TensorRT or torch.
 
 #ifndef MASKRCNN_DEVICE_H
 #define MASKRCNN_DEVICE_H
@@ -27,7 +27,7 @@ namespace maskrcnn {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// Half precision as its bits: conversions are all that is done with them, and need no header.
+// Bits of half-precision numbers, which are only converted; that needs no header.
 struct Half {
     uint16_t bits;
 };
@@ -73,7 +73,7 @@ __host__ __device__ inline float to_float(Half value) {
 #endif
 }
 
-// Rounding to nearest, ties to even, as the hardware does it; values beyond the range become infinite.
+// Rounds to nearest, ties to even, like the hardware; values beyond the range become infinite.
 __host__ __device__ inline void from_float(float value, float &result) { result = value; }
 
 __host__ __device__ inline void from_float(float value, BFloat16 &result) {
@@ -91,7 +91,7 @@ __host__ __device__ inline void from_float(float value, Half &result) {
         result.bits = 0x7fff;
     } else if (magnitude >= 0x47800000u) {  // 65536 and more
         result.bits = uint16_t(sign | 0x7c00u);
-    } else if (magnitude < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which this addition rounds to
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: this addition rounds to a multiple of 2^-24
         result.bits = uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
     } else {
         result.bits = uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
@@ -99,7 +99,7 @@ __host__ __device__ inline void from_float(float value, Half &result) {
 #endif
 }
 
-// A product and a sum that no compiler fuses: comparisons at a threshold must come out the same everywhere.
+// Products and quotients that no compiler fuses: comparisons with a threshold must give the same result everywhere.
 __host__ __device__ inline float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(a, b);
@@ -116,7 +116,7 @@ __host__ __device__ inline float quotient(float a, float b) {
 #endif
 }
 
-// Four neighbouring elements in one transaction; the address is a multiple of their size.
+// Loads four neighbouring elements in one transaction; the address is a multiple of their size.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
     T values[4];

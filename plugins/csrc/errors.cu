@@ -1,4 +1,4 @@
-// What the codes of the C interface mean.
+// Messages for the codes of the C interface.
 
 #include "launch.h"
 

@@ -1,4 +1,4 @@
-// How the C interface starts kernels: through CUDA's runtime, or through the tests' header on a CPU.
+// Kernel launches of the C interface: by the CUDA runtime, or by the tests' emulation on a CPU.
 
 #ifndef MASKRCNN_LAUNCH_H
 #define MASKRCNN_LAUNCH_H

@@ -1,4 +1,4 @@
-// Linear interpolation along one axis, in the arithmetic of maskrcnn.imaging.preprocess.linear_taps.
+// Linear interpolation along one axis, with the arithmetic of maskrcnn.imaging.preprocess.linear_taps.
 
 #ifndef MASKRCNN_LINEAR_H
 #define MASKRCNN_LINEAR_H
@@ -7,7 +7,7 @@
 
 namespace maskrcnn {
 
-// Linear interpolation of `size_in` values to `size_out` pixels: where pixel `index` reads.
+// Positions and weight that pixel `index` reads when `size_in` values are interpolated to `size_out` pixels.
 struct Lerp {
     int low, high;
     float weight;  // of high

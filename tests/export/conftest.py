@@ -1,4 +1,4 @@
-"""Exported files of other backbones, necks and pooling methods, made once."""
+"""Exported files of other backbones, necks and pooling methods, shared by the session."""
 
 import functools
 
@@ -10,7 +10,7 @@ from maskrcnn.export.exporter import export_onnx
 
 @pytest.fixture(scope="session")
 def exported_variant(tmp_path_factory):
-    """From a name of `EXPORTED` to (model, file, what the export said of the two)."""
+    """Maps a name of `EXPORTED` to (model, file, difference between the two)."""
 
     @functools.cache
     def exported(name: str):

@@ -1,6 +1,7 @@
-"""What `maskrcnn inspect` says of a file."""
+"""`maskrcnn inspect`: the report on each kind of model file."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,9 @@ from typer.testing import CliRunner
 
 from maskrcnn.cli import app
 from maskrcnn.errors import UserError
-from maskrcnn.export import placement
-from maskrcnn.export.costs import costs_of
-from maskrcnn.export.inspection import inspect
+from maskrcnn.export.inspection import costs_of, inspect
 from maskrcnn.metadata import KEY, sha256_of
+from maskrcnn.runtime.backends.placement import Placement, placements
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
 
@@ -40,7 +40,7 @@ def test_tensors_operators_and_origin(report, onnx_file, checkpoint, model):
     for part in (
         "opset 20, functions MultilevelRoiAlign, BatchedNms, LiveRows",
         "model: maskrcnn_resnet18_fpn_small, precision fp32, contract 1",
-        "classes: 3 (circle, rectangle, triangle), with masks, 12 detections at most",
+        "classes: 3 (circle, rectangle, triangle), with masks, at most 12 detections",
         "preprocessing: 96 to 160 px, multiples of 32, RGB",
         f"SHA-256 {report.metadata.source_sha256}",
         f"torch {torch.__version__}",
@@ -48,7 +48,7 @@ def test_tensors_operators_and_origin(report, onnx_file, checkpoint, model):
         assert part in text
 
 
-def test_parameters_are_the_models_but_for_folded_norms(report, model):
+def test_parameters_equal_the_models_except_for_folded_norms(report, model):
     (count, size), norms = report.weights["fp32"], 0
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -60,11 +60,11 @@ def test_parameters_are_the_models_but_for_folded_norms(report, model):
     assert {"fp32", "int64", "bool", "int32"} <= set(report.results)
 
 
-def test_operations_are_those_that_pytorch_counts(report, model):
+def test_operations_equal_the_counts_of_pytorch(report, model):
     images, sizes = torch.rand(1, 3, 96, 128) * 255, torch.tensor([[96, 128]])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = model(images, sizes)
-    rows = int(outputs["num_detections"].max())  # PyTorch runs the mask head for used rows only
+    rows = int(outputs["num_detections"].max())  # PyTorch runs the mask head on the used rows only
     counts = {name: sum(values.values()) for name, values in counter.get_flop_counts().items()}
     costs, name = report.costs, type(model).__name__
     assert costs.uncounted == ()
@@ -77,8 +77,8 @@ def test_operations_are_those_that_pytorch_counts(report, model):
     assert "cost of one image of 128×96 px: 0.92 GFLOP" in report.text()
 
 
-def test_operations_grow_with_the_size_where_they_should(onnx_file, report):
-    small, large = (costs_of(onnx.load(onnx_file), (64 * k, 128 * k)) for k in (1, 2))  # P6 halves without a rest
+def test_operations_of_the_backbone_and_rpn_grow_with_the_image(onnx_file, report):
+    small, large = (costs_of(onnx.load(onnx_file), (64 * k, 128 * k)) for k in (1, 2))  # P6 has an integer size in both
     for stage in ("backbone and FPN", "RPN"):
         assert large.macs[stage] == 4 * small.macs[stage]
     for stage in ("box head", "mask head"):
@@ -104,12 +104,12 @@ def test_operations_of_a_graph_typed_by_hand():
     assert costs.macs == {"whole model": conv + transposed + gemm + matmul}
 
 
-def test_without_an_input_called_images_nothing_is_counted():
+def test_costs_need_an_input_named_images():
     proto = onnx.parser.parse_model(f"{HEAD} g (float[2,3] x, float[3,4] w) => (float[2,4] y) {{ y = MatMul(x, w) }}")
     assert costs_of(proto, (32, 32)) is None
 
 
-def test_a_layer_in_single_precision_that_reads_integers_computes_in_single_precision(tmp_path):
+def test_a_layer_with_dequantized_activations_alone_computes_in_single_precision(tmp_path):
     proto = onnx.parser.parse_model(
         f"""{HEAD} g (float[1,2,4,4] x) => (float[1,2,4,4] y)
         <float[2,2,1,1] w = {{1, 2, 3, 4}}, float s = {{0.5}}, int8 z = {{0}}>
@@ -142,12 +142,12 @@ def test_precision_is_read_off_the_graph(tmp_path):
     onnx.save(proto, path)
     found = inspect(path, with_placement=False)
     assert found.computing == {"fp16": {"Conv": 1}, "int8": {"Conv": 1}}
-    assert found.weights["fp16"] == (4, 8) and found.weights["int8"] == (5, 5)  # the zero point is one of them
+    assert found.weights["fp16"] == (4, 8) and found.weights["int8"] == (5, 5)  # one of them is the zero point
     assert found.results == {"fp32": 4, "fp16": 2, "int8": 1}
     assert found.metadata is None and found.costs is None
 
 
-def test_a_tensorrt_engine_is_told_by_the_metadata_beside_it(tmp_path, onnx_file):
+def test_a_tensorrt_engine_is_described_by_the_metadata_beside_it(tmp_path, onnx_file):
     path = write_engine(tmp_path / "m.engine", onnx_file)
     found = inspect(path)
     assert (found.kind, found.bytes, found.metadata.precision) == ("TensorRT engine", path.stat().st_size, "fp16")
@@ -162,41 +162,57 @@ def test_a_tensorrt_engine_is_told_by_the_metadata_beside_it(tmp_path, onnx_file
 # Placement
 
 
+@pytest.fixture
+def one_provider(monkeypatch):
+    """Makes ONNX Runtime list a single provider, so that one subprocess is started."""
+    return lambda name: monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name])
+
+
+@pytest.fixture
+def at_start(monkeypatch, tmp_path):
+    """Runs code at the start of every Python subprocess."""
+
+    def install(code: str) -> None:
+        (tmp_path / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    return install
+
+
 def test_the_cpu_provider_takes_every_node(onnx_file):
-    found = {p.provider: p for p in placement.placements(onnx_file)}
+    found = {p.provider: p for p in placements(onnx_file)}
     assert found.keys() == set(onnxruntime.get_available_providers())
     cpu = found["CPUExecutionProvider"]
     assert cpu.why_not == "" and cpu.left == {} and sum(cpu.taken.values()) > 500
     assert cpu.text() == f"CPU: all {sum(cpu.taken.values())} nodes"
-    for other in found.values():  # usable or not, each says so
+    for other in found.values():  # a provider that is not usable gives a reason
         assert other.taken or other.why_not
 
 
 def test_nodes_left_to_the_cpu_are_named():
-    found = placement.Placement("CUDAExecutionProvider", {"Conv": 9}, {"NonZero": 2, "TopK": 1}, ("a", "b", "c"))
+    found = Placement("CUDAExecutionProvider", {"Conv": 9}, {"NonZero": 2, "TopK": 1}, ("a", "b", "c"))
     assert found.text() == "CUDA: 9 of 12 nodes; left to the CPU: NonZero 2, TopK 1 (a, b, c)"
 
 
-def test_a_provider_that_crashes_costs_one_line(onnx_file, monkeypatch):
-    monkeypatch.setattr(placement, "_CODE", "{root!r}; import os; os.abort(); ")
-    found = placement._asked(onnx_file, "CPUExecutionProvider")
-    assert found.why_not.startswith("its process ended without an answer: ")
+def test_a_provider_that_crashes_gets_a_reason(onnx_file, one_provider, at_start):
+    one_provider("CPUExecutionProvider")
+    at_start("import os; os.abort()")
+    (found,) = placements(onnx_file)
+    assert found.why_not.startswith("its process ended without a result: ")
 
 
-def test_a_provider_that_is_missing_says_what_it_lacks(onnx_file, monkeypatch):
-    complaint = "error: libcublas.so.13: cannot open shared object file"
-    code = "{root!r}; import sys; from maskrcnn.export import placement; "
-    code += f"print({complaint!r}, file=sys.stderr); placement._placement = lambda path, provider: "
-    code += "placement.Placement(provider, why_not='fell back'); from maskrcnn.export.placement import answer; "
-    monkeypatch.setattr(placement, "_CODE", code)
-    found = placement._asked(onnx_file, "CUDAExecutionProvider")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CUDA provider works here")
+def test_a_missing_library_is_named(onnx_file, one_provider, at_start):
+    one_provider("CUDAExecutionProvider")
+    at_start("import sys; print('error: libcublas.so.13: cannot open shared object file', file=sys.stderr)")
+    (found,) = placements(onnx_file)
     assert found.why_not == "cannot be used here: libcublas.so.13: cannot open shared object file"
 
 
 # Other files
 
 
-def test_a_checkpoint_in_short(checkpoint, model):
+def test_a_checkpoint(checkpoint, model):
     found = inspect(checkpoint)
     assert found.kind == "checkpoint" and found.config["name"] == model.config.name
     assert found.weights == {
@@ -206,7 +222,7 @@ def test_a_checkpoint_in_short(checkpoint, model):
 
 
 def engine(path: Path, metadata: str) -> Path:
-    """A file as OpenVINO writes engines, with one input, one weight and two outputs, one of them not the detector's."""
+    """An OpenVINO engine with one input, one weight and two outputs, one of which is not the detector's."""
     result = '<layer id="{k}" name="r{k}" type="Result" output_names="{name}"><input><port precision="FP32">'
     result += "<dim>-1</dim><dim>12</dim><dim>4</dim></port></input></layer>"
     layers = [
@@ -223,7 +239,7 @@ def engine(path: Path, metadata: str) -> Path:
     return path
 
 
-def test_an_engine_in_short(report, tmp_path):
+def test_an_openvino_engine(report, tmp_path):
     found = inspect(engine(tmp_path / "model.fp16.xml", report.metadata.to_json()))
     assert found.metadata == report.metadata
     assert found.inputs == {"images": "fp32 [?, 3, ?, ?]"} and found.outputs == {"boxes": "fp32 [?, 12, 4]"}
@@ -234,15 +250,15 @@ def test_an_engine_in_short(report, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.safetensors"])
-def test_files_that_are_something_else_are_refused(tmp_path, name):
+def test_other_files_are_refused(tmp_path, name):
     path = tmp_path / name
-    path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00 nothing of the kind <")
+    path.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00 not a model <")
     path.with_suffix(".bin").write_bytes(b"")
     with pytest.raises(UserError, match="a file written by maskrcnn"):
         inspect(path)
 
 
-def test_what_cannot_be_inspected_is_said(tmp_path, onnx_file, checkpoint):
+def test_unusable_arguments_are_errors(tmp_path, onnx_file, checkpoint):
     with pytest.raises(UserError, match="no file"):
         inspect(tmp_path / "none.onnx")
     (tmp_path / "model.pb").touch()
@@ -250,11 +266,11 @@ def test_what_cannot_be_inspected_is_said(tmp_path, onnx_file, checkpoint):
         inspect(tmp_path / "model.pb")
     with pytest.raises(UserError, match="multiples of 32"):
         inspect(onnx_file, size_hw=(100, 128))
-    with pytest.raises(UserError, match="leave --size out"):
+    with pytest.raises(UserError, match="omit --size"):
         inspect(checkpoint, size_hw=(96, 128))
 
 
-def test_the_command_writes_everything(onnx_file, tmp_path):
+def test_the_command_prints_and_writes_the_report(onnx_file, tmp_path):
     out = tmp_path / "model.json"
     done = CliRunner().invoke(app, ["inspect", str(onnx_file), "--size", "96x128", "--json", str(out)])
     assert done.exit_code == 0, done.output
@@ -273,7 +289,7 @@ def test_torch_is_not_needed():
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-def test_weights_of_a_file_are_left_alone(onnx_file):
+def test_costs_do_not_change_the_model(onnx_file):
     proto = onnx.load(onnx_file)
     before = proto.SerializeToString(deterministic=True)
     costs_of(proto, (64, 64))

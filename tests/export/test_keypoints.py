@@ -1,4 +1,4 @@
-"""Keypoints in exported files: the outputs, every precision, and what TensorRT gets."""
+"""Keypoints in exported files: the outputs, every precision, and the flavour for TensorRT."""
 
 import numpy as np
 import onnx
@@ -7,21 +7,20 @@ import pytest
 
 from maskrcnn.data.images import images_in
 from maskrcnn.export.exporter import OUTPUTS, check_graph, export_onnx
-from maskrcnn.export.graph import copy_of, op_counts
+from maskrcnn.export.graph import copy_of, op_counts, tensor_types, with_shapes
 from maskrcnn.export.inspection import inspect
 from maskrcnn.export.passes.precision import simulate_half, to_half
-from maskrcnn.export.passes.quantize import feeds_from_files, observe, ranges, symmetric, to_int8, values_to_observe
+from maskrcnn.export.passes.quantize import activation_ranges, feeds_from_files, symmetric, to_int8
 from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
 from maskrcnn.export.tensorrt.lint import lint
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from maskrcnn.runtime.backends.torch import TorchBackend
-from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, compare_outputs
+from maskrcnn.runtime.engine_files import read_model
+from maskrcnn.runtime.verification.compare import HALF, INT8
 from maskrcnn.runtime.verification.inputs import compare_backends
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 CPU = {"providers": ["CPUExecutionProvider"]}
-# What only the search of heat maps needs; each was looked up in TensorRT's support matrix
+# Operators that only the keypoint search in heat maps needs; TensorRT's support matrix lists them
 # (export/tensorrt/operators.py).
 SEARCH_OPS = {"Abs", "ArgMax", "Ceil", "Identity", "MatMul", "Reciprocal", "ReduceMax", "Round"}
 
@@ -54,12 +53,12 @@ def test_keypoints_are_an_output_with_or_without_masks(proto, pose_file):
     pose = onnx.load(pose_file)
     assert list(shapes_of(pose)) == [name for name in OUTPUTS if name != "masks"]
     assert shapes_of(pose)["keypoints"] == ["N", 12, 5, 3]
-    for each in (proto, pose):  # two heads share the rows and what is pooled for them
+    for each in (proto, pose):  # both heads share the rows and the pooled features
         counts = op_counts(each)
         assert counts["maskrcnn::MultilevelRoiAlign"] == 2 and counts["maskrcnn::LiveRows"] == 1
 
 
-def test_the_search_adds_only_operators_that_tensorrt_has(proto, onnx_file, tmp_path):
+def test_the_keypoint_search_adds_only_operators_that_tensorrt_supports(proto, onnx_file, tmp_path):
     check_graph(proto, tmp_path / "x.onnx")
     assert set(op_counts(proto)) - set(op_counts(onnx.load(onnx_file))) <= SEARCH_OPS
     assert op_counts(proto)["MatMul"] == 2
@@ -72,27 +71,8 @@ def test_the_metadata_name_the_keypoints(joint_onnx_file, joint_model):
         assert getattr(metadata, name) == getattr(config, name)
 
 
-@pytest.mark.parametrize(("batch", "size_hw"), [(1, (64, 96)), (3, (160, 128)), (1, (320, 224))])
-def test_the_file_agrees_with_pytorch(joint_onnx_file, joint_model, batch, size_hw):
-    data = feeds(batch, *size_hw, seed=batch)
-    reference, other = TorchBackend(joint_model, device="cpu")(data), OnnxRuntimeBackend(joint_onnx_file, **CPU)(data)
-    difference = compare_outputs(reference, other, EXACT)
-    assert difference.within(EXACT), str(difference)
-    assert difference.keypoints.compared >= 5 * difference.detections > 0
-    assert "keypoints" in str(difference)
-
-
-def test_unused_rows_are_zero(joint_onnx_file):
-    data = feeds(2, 96, 96, seed=1)
-    data["image_sizes"][1] = 0  # an empty slot
-    outputs = OnnxRuntimeBackend(joint_onnx_file, **CPU)(data)
-    used = outputs["num_detections"][0]
-    assert outputs["keypoints"][0, :used].all() and outputs["num_detections"][1] == 0
-    assert not outputs["keypoints"][0, used:].any() and not outputs["keypoints"][1].any()
-
-
 @pytest.mark.parametrize("aot", [False, True])
-def test_the_flavour_for_tensorrt_is_clean_and_gives_all_rows(proto, pose_file, aot):
+def test_the_flavour_for_tensorrt_has_no_findings_and_all_rows(proto, pose_file, aot):
     for original in (proto, onnx.load(pose_file)):
         flavour = tensorrt_flavour(original, aot=aot)
         report = lint(flavour)
@@ -116,17 +96,9 @@ def test_the_flavour_detects_the_same(proto):
         np.testing.assert_allclose(mine, wanted, atol=1e-4, err_msg=name)
 
 
-def types_of(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    return {value.name: value.type.tensor_type.elem_type for value in values} | {
-        tensor.name: tensor.data_type for tensor in inferred.initializer
-    }
-
-
 def test_in_half_precision_the_head_computes_and_the_search_does_not(proto, joint_onnx_file, tmp_path):
     model, report = to_half(proto)
-    types = types_of(model)
+    types = {name: kind.elem_type for name, kind in tensor_types(with_shapes(model).graph).items()}
     for node in model.graph.node:
         if node.name.startswith("roi_heads.keypoint_"):
             assert {types[name] for name in node.input} == {FLOAT16}, node.name
@@ -142,11 +114,10 @@ def test_in_half_precision_the_head_computes_and_the_search_does_not(proto, join
     assert not lint(tensorrt_flavour(model)).errors
 
 
-def test_with_8_bit_integers_the_search_keeps_its_numbers(proto, joint_onnx_file, shapes, tmp_path):
+def test_with_8_bit_integers_the_search_stays_in_single_precision(proto, joint_onnx_file, shapes, tmp_path):
     data = list(feeds_from_files(images_in(shapes / "train", 4), read_model(joint_onnx_file)[1]))
-    activations = ranges(observe(proto, data, values_to_observe(proto)))
-    model, report = to_int8(proto, activations)
-    assert "roi_heads.keypoint_predictor.kps_score_lowres" in report.kept  # as the other last layers
+    model, report = to_int8(proto, activation_ranges(proto, data))
+    assert "roi_heads.keypoint_predictor.kps_score_lowres" in report.kept  # like the other last layers
     assert "MatMul" not in report.quantized
     by_name = {node.output[0]: node.op_type for node in model.graph.node}
     head = next(node for node in model.graph.node if node.name == "roi_heads.keypoint_head.0")
@@ -158,7 +129,7 @@ def test_with_8_bit_integers_the_search_keeps_its_numbers(proto, joint_onnx_file
     assert not lint(tensorrt_flavour(symmetric(model))).errors
 
 
-def test_inspect_tells_of_keypoints_and_their_cost(joint_onnx_file, joint_model):
+def test_inspect_reports_keypoints_and_their_cost(joint_onnx_file, joint_model):
     report = inspect(joint_onnx_file, size_hw=(96, 128), with_placement=False)
     assert report.outputs["keypoints"] == "fp32 [N, 12, 5, 3]"
     assert "keypoints: 5 (head, left_hand, right_hand, left_foot, right_foot)" in report.text()

@@ -1,4 +1,4 @@
-"""The linter: every rule on a planted graph, our own files clean, torchvision's export named."""
+"""The lint: every rule on a graph that violates it, exported files without findings, torchvision's export with."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,7 @@ from maskrcnn.cli import app
 from maskrcnn.export.tensorrt import operators as table
 from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
 from maskrcnn.export.tensorrt.lint import LintReport, lint
+from maskrcnn.export.tensorrt.lint_rules import Origin, origins_of
 from maskrcnn.plugins import contract
 
 HEAD = '<ir_version: 10, opset_import: ["": 20, "maskrcnn": 1, "other": 1]>'
@@ -25,21 +26,21 @@ def parsed(body: str) -> onnx.ModelProto:
     return onnx.parser.parse_model(f"{HEAD} g {body}")
 
 
-# Each with the operator and the beginning of the reason.
+# Graph, operator and the beginning of the reason.
 ERRORS = {
     "no importer": ("(float[4] x) => (float[n] y) { y = Unique(x) }", "Unique", "no importer"),
     "unknown here": (
         "(float[1,2,3,3] x) => (float[1,2,3,3] y) { y = LpPooling(x) }",
         "LpPooling",
-        "no importer: not in",
+        "no importer: not listed in",
     ),
-    "type": ("(int32[4] x) => (int32[4] y) { y = Neg(x) z = Sqrt(x) }", "Sqrt", "type INT32; the parser takes"),
-    "type of a cast": ("(float[4] x) => (int8[4] y) { y = Cast<to = 3>(x) }", "Cast", "type INT8; the parser takes"),
+    "type": ("(int32[4] x) => (int32[4] y) { y = Neg(x) z = Sqrt(x) }", "Sqrt", "type INT32; the parser supports"),
+    "type of a cast": ("(float[4] x) => (int8[4] y) { y = Cast<to = 3>(x) }", "Cast", "type INT8; the parser supports"),
     "bool range": ("(bool[4] x) => (bool[n] y) { y, i = TopK(x, k) }", "TopK", "type BOOL"),
     "attribute": (
         "(float[1,1,4,4] x) => (float[1,1,2,2] y) { y = MaxPool<kernel_shape = [2, 2], dilations = [2, 1]>(x) }",
         "MaxPool",
-        "dilations = [2, 1]; the parser takes 1",
+        "dilations = [2, 1]; the parser supports 1",
     ),
     "indices": (
         "(float[1,1,4,4] x) => (float[1,1,2,2] y) { y, i = MaxPool<kernel_shape = [2, 2]>(x) }",
@@ -55,7 +56,7 @@ ERRORS = {
         '(float[1,1,4,4] x) => (float[1,1,8,8] y) <float[4] s = {1.0, 1.0, 2.0, 2.0}> { y = Resize<mode = "linear", '
         'coordinate_transformation_mode = "half_pixel_symmetric">(x, , s) }',
         "Resize",
-        "coordinate_transformation_mode = half_pixel_symmetric; the parser takes half_pixel,",
+        "coordinate_transformation_mode = half_pixel_symmetric; the parser supports half_pixel,",
     ),
     "antialias": (
         "(float[1,1,4,4] x) => (float[1,1,8,8] y) <float[4] s = {1.0, 1.0, 2.0, 2.0}> "
@@ -72,7 +73,7 @@ ERRORS = {
     "scatter": (
         '(float[4] x, int64[1,1] i, float[1] u) => (float[4] y) { y = ScatterND<reduction = "add">(x, i, u) }',
         "ScatterND",
-        "reduction = add; the parser takes none",
+        "reduction = add; the parser supports none",
     ),
     "computed reduction axes": (
         "(float[2,3] x) => (float[2] y) <int64[1] a = {0}> { one = Constant<value_ints = [1]>() b = Add(a, one) "
@@ -106,7 +107,7 @@ ERRORS = {
     "name of an ONNX op": (
         "(float[4] x) => (float[4] y) { y = maskrcnn.RoiAlign(x) }",
         "maskrcnn::RoiAlign",
-        "a plugin called like ONNX's RoiAlign",
+        "a plugin with the name of ONNX's RoiAlign",
     ),
     "not in the contract": (
         "(float[4] x) => (float[4] y) { y = maskrcnn.Swirl(x) }",
@@ -123,36 +124,36 @@ WARNINGS = {
     "rows by value": (
         "(float[4] x) => (int64[1,n] y) { y = NonZero(x) }",
         "NonZero",
-        "a data-dependent shape: how many",
+        "a data-dependent shape: the number of output rows",
     ),
     "nms": (
         "(float[1,4,4] b, float[1,1,4] s) => (int64[n,3] y) { y = NonMaxSuppression(b, s) }",
         "NonMaxSuppression",
-        "a data-dependent shape: how many rows",
+        "a data-dependent shape: the number of output rows",
     ),
     "slice by value": (
         "(float[8] x) => (float[n] y) <int64[1] zero = {0}> { m, i = TopK(x, k) y = Slice(x, zero, i) }",
         "Slice",
-        "a data-dependent shape: the size of its output",
+        "a data-dependent shape: the size of the output",
     ),
     "range by value": (
         "(float[8] x) => (int64[n] y) <int64 zero = {0}, int64 one = {1}> { m = ArgMax<keepdims = 0>(x) "
         "y = Range(zero, m, one) }",
         "Range",
-        "a data-dependent shape: the size of its output",
+        "a data-dependent shape: the size of the output",
     ),
     "range by an input": (
         "(int64 m) => (int64[n] y) <int64 zero = {0}, int64 one = {1}> { y = Range(zero, m, one) }",
         "Range",
-        "the size of its output comes from the values of an input",
+        "the size of the output depends on the values of an input",
     ),
     "dynamic K": (
         "(float[n] x) => (float[n] y) { k = Shape(x) y, i = TopK(x, k) }",
         "TopK",
-        "K is no constant",
+        "K is not a constant",
     ),
     "double": ("(double[4] x) => (double[4] y) { y = Sqrt(x) }", "Sqrt", "DOUBLE becomes FLOAT"),
-    "integer clip": ("(int64[4] x, int64 m) => (int64[4] y) { y = Clip(x, m) }", "Clip", "INT64 is taken by some"),
+    "integer clip": ("(int64[4] x, int64 m) => (int64[4] y) { y = Clip(x, m) }", "Clip", "INT64 is supported by some"),
     "other domain": (
         "(float[4] x) => (float[4] y) { y = other.Relu(x) }",
         "other::Relu",
@@ -161,7 +162,7 @@ WARNINGS = {
     "their plugin": (
         "(float[4] x) => (float[4] y) { y = other.EfficientNMS_TRT(x) }",
         "other::EfficientNMS_TRT",
-        "an oper",
+        "a TensorRT operator",
     ),
 }
 
@@ -171,13 +172,13 @@ def described(findings, op: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_the_parser_rejects_is_an_error(name):
+def test_errors(name):
     body, op, why = ERRORS[name]
     assert any(text.startswith(why) for text in described(lint(parsed(body)).errors, op))
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_what_is_slow_or_depends_on_the_version_is_a_warning(name):
+def test_warnings(name):
     body, op, why = WARNINGS[name]
     report = lint(parsed(body))
     assert any(text.startswith(why) for text in described(report.warnings, op))
@@ -190,7 +191,7 @@ def test_what_is_slow_or_depends_on_the_version_is_a_warning(name):
         "(float[n,8] x) => (float[n,3] y) <int64[1] k = {3}> { y, i = TopK(x, k) }",
         "(float[n,8] x) => (float[n,8] y) { s = Shape(x) z = ConstantOfShape(s) y = Add(x, z) }",
         "(float[n,1] x) => (float[n] y) <int64[1] a = {1}> { y = Squeeze(x, a) }",
-        "(float[2,1] x) => (float[2] y) { y = Squeeze(x) }",  # nothing is dynamic
+        "(float[2,1] x) => (float[2] y) { y = Squeeze(x) }",  # static shape
         "(uint8[4] x) => (float[4] y) { y = Cast<to = 1>(x) }",
         "(float[4] x) => (float[4] y) <float s = {0.5}, int8 z = {0}> { q = QuantizeLinear(x, s, z) "
         "y = DequantizeLinear(q, s, z) }",
@@ -198,7 +199,7 @@ def test_what_is_slow_or_depends_on_the_version_is_a_warning(name):
         "(float[n,3] x, bool[n,3] c) => (float[n,3] y) <float zero = {0.0}> { y = Where(c, x, zero) }",
     ],
 )
-def test_what_the_parser_takes_is_clean(body):
+def test_supported_graphs_have_no_findings(body):
     assert lint(parsed(body)).findings == ()
 
 
@@ -240,7 +241,7 @@ def test_nodes_inside_a_branch_are_checked():
 
 
 def loop(*, carried_grows: bool, scans: bool, steps: str) -> onnx.ModelProto:
-    """A loop of `steps`, which adds or appends to a carried tensor, with or without a list of results."""
+    """A loop of `steps` iterations that adds or appends to a carried tensor, with or without scan outputs."""
     step = "Concat<axis = 0>(before, one)" if carried_grows else "Add(before, one)"
     outputs = "bool keep, float[n] after" + (", float[1] each" if scans else "")
     body = onnx.parser.parse_graph(
@@ -260,20 +261,20 @@ def loop(*, carried_grows: bool, scans: bool, steps: str) -> onnx.ModelProto:
 
 def test_loops_that_grow_are_an_error():
     assert described(lint(loop(carried_grows=True, scans=False, steps="four")).errors, "Loop") == [
-        "a carried tensor (before) that grows from step to step"
+        "a loop-carried tensor (before) that grows with each iteration"
     ]
     assert described(lint(loop(carried_grows=False, scans=True, steps="most")).errors, "Loop") == [
-        "scan outputs of a loop whose number of steps depends on values"
+        "scan outputs of a loop whose number of iterations depends on values"
     ]
     report = lint(loop(carried_grows=False, scans=True, steps="four"))
-    assert not report.errors and described(report.warnings, "Loop") == ["a loop, which TensorRT runs step by step"]
+    assert not report.errors and described(report.warnings, "Loop") == ["a loop, whose iterations run sequentially"]
 
 
-# Our own nodes
+# Custom ops of this package
 
 
-def our_node(**changes) -> onnx.ModelProto:
-    """A BatchedNms node as the flavour has it, with changes to attributes or inputs; None removes an attribute."""
+def batched_nms(**changes) -> onnx.ModelProto:
+    """A BatchedNms node of the flavour, with changed attributes or input types; None removes an attribute."""
     kinds = {"boxes": TensorProto.FLOAT, "groups": TensorProto.INT32, "counts": TensorProto.INT32}
     kinds.update({name: changes.pop(name) for name in list(changes) if name in kinds})
     shapes = {"boxes": [1, 8, 4], "groups": [1, 8], "counts": [1]}
@@ -291,8 +292,8 @@ def our_node(**changes) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def test_a_node_as_in_the_contract_is_clean():
-    assert lint(our_node()).findings == ()
+def test_a_node_that_follows_the_contract_has_no_findings():
+    assert lint(batched_nms()).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -302,28 +303,28 @@ def test_a_node_as_in_the_contract_is_clean():
         ({"max_output": 4.0}, "attribute max_output is float, not int"),
         ({"classes": 3}, "attribute classes is not in the contract"),
         ({"groups": TensorProto.INT64}, "input groups is INT64; the contract has INT32"),
-        ({"aot": 1}, "aot = 1, but no ahead-of-time plugin: these are one kernel each"),
+        ({"aot": 1}, "aot = 1, but no ahead-of-time plugin, which can only have one kernel"),
     ],
 )
-def test_a_node_against_the_contract_is_an_error(changes, why):
-    assert described(lint(our_node(**changes)).errors, "maskrcnn::BatchedNms") == [why]
+def test_a_violation_of_the_contract_is_an_error(changes, why):
+    assert described(lint(batched_nms(**changes)).errors, "maskrcnn::BatchedNms") == [why]
 
 
 def test_a_node_with_too_few_inputs_is_an_error():
-    model = our_node()
+    model = batched_nms()
     del model.graph.node[0].input[2]
     assert described(lint(model).errors, "maskrcnn::BatchedNms")[0].startswith("2 inputs and 2 outputs; the contract")
 
 
 def test_a_node_without_a_namespace_is_a_warning():
-    (warning,) = lint(our_node(plugin_namespace=None)).findings
-    assert warning.why.startswith("plugin_namespace is missing; before 10.10")
+    (warning,) = lint(batched_nms(plugin_namespace=None)).findings
+    assert warning.why.startswith("plugin_namespace is missing; parsers before 10.10")
 
 
-# Whole files
+# Files
 
 
-def test_our_flavour_is_clean(onnx_file, boxes_onnx_file):
+def test_the_flavour_of_an_exported_file_has_no_findings(onnx_file, boxes_onnx_file):
     for path in (onnx_file, boxes_onnx_file):
         for aot in (False, True):
             report = lint(tensorrt_flavour(onnx.load(path), aot=aot))
@@ -331,7 +332,7 @@ def test_our_flavour_is_clean(onnx_file, boxes_onnx_file):
             assert report.nodes > 400
 
 
-def test_a_file_with_functions_and_live_rows_is_not(onnx_file):
+def test_an_exported_file_itself_has_findings(onnx_file):
     proto = onnx.load(onnx_file)
     before = proto.SerializeToString(deterministic=True)
     report = lint(proto)
@@ -343,7 +344,7 @@ def test_a_file_with_functions_and_live_rows_is_not(onnx_file):
     assert {finding.op for finding in inside} >= {"NonZero"}
 
 
-def test_opsets_that_are_not_documented_are_a_warning():
+def test_an_undocumented_opset_is_a_warning():
     for version, why in (
         (22, "opset 22 is documented for TensorRT 10.15, not for 10.1"),
         (8, "opset 8 is not documented"),
@@ -355,38 +356,89 @@ def test_opsets_that_are_not_documented_are_a_warning():
 
 @pytest.fixture(scope="module")
 def legacy_file(tmp_path_factory) -> Path:
-    """torchvision's Mask R-CNN through PyTorch's tracing exporter, as users have it."""
+    """torchvision's Mask R-CNN, exported by PyTorch's tracing exporter."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("legacy") / "torchvision.onnx"
-    picture = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
-    export_legacy(torchvision_from_config(tiny_config(score_threshold=0.0)), picture, path)
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    export_legacy(torchvision_from_config(tiny_config(score_threshold=0.0)), image, path)
     return path
 
 
-def test_torchvisions_export_is_named_node_by_node(legacy_file):
+def test_findings_of_torchvisions_export(legacy_file):
     report = lint(onnx.load(legacy_file))
-    assert described(report.errors, "Loop")[0].startswith("a carried tensor")
+    assert described(report.errors, "Loop")[0].startswith("a loop-carried tensor")
     ops = {finding.op for finding in report.warnings}
     assert {"If", "NonZero", "NonMaxSuppression", "Loop", "TopK"} <= ops
     assert all(finding.node and finding.output for finding in report.findings)
-    assert any(finding.graph.endswith("else_branch") for finding in report.warnings)  # NMS lies in one
+    assert any(finding.graph.endswith("else_branch") for finding in report.warnings)  # which contains NMS
 
 
-def test_the_report_says_where_what_and_why():
+def test_the_report():
     report = lint(parsed(ERRORS["large K"][0]))
     text = report.text()
     assert text.splitlines()[0] == "1 nodes: 1 errors, 0 warnings"
-    for part in ("error: 1 × TopK: K = 4000", "→ y", "fix: take fewer", f"source: {table.MATRIX}"):
+    for part in ("error: 1 × TopK: K = 4000", "→ y", "fix: reduce K", f"source: {table.MATRIX}"):
         assert part in text
     assert json.loads(json.dumps(report.to_dict()))["errors"][0]["op"] == "TopK"
     many = LintReport(report.findings * 5, 5)
     assert "5 × TopK" in many.text() and "… and 2 more" in many.text()
 
 
-def test_the_command_checks_the_flavour_of_our_files_and_others_as_they_are(onnx_file, legacy_file, tmp_path):
+def test_the_command_checks_the_flavour_of_exported_files_and_other_files_unchanged(onnx_file, legacy_file, tmp_path):
     ours = CliRunner().invoke(app, ["lint", str(onnx_file)])
     assert ours.exit_code == 0 and "its TensorRT flavour, with plugins" in ours.stdout
     out = tmp_path / "findings.json"
     other = CliRunner().invoke(app, ["lint", str(legacy_file), "--json", str(out)])
     assert other.exit_code == 1 and "as it is" in other.stdout
     assert json.loads(out.read_text())["flavour"] is False
+
+
+# Table of operators and value origins
+
+
+def test_the_table_is_consistent_with_onnx():
+    own = {"ImageScaler", "ParametricSoftplus", "ScaledTanh"}  # of the parser or of an old ONNX version
+    names = set(table.SUPPORTED) | table.UNSUPPORTED
+    assert not set(table.SUPPORTED) & table.UNSUPPORTED
+    assert {name for name in names if not onnx.defs.has(name)} <= own
+    for rules in (table.ATTRIBUTES, table.CONSTANT_INPUTS, table.SIZE_INPUTS, table.RANKS, table.TYPED_INPUTS):
+        assert set(rules) <= set(table.SUPPORTED)
+    for name, rules in table.ATTRIBUTES.items():
+        assert {rule.attribute for rule in rules} <= set(onnx.defs.get_schema(name).attributes)
+    kinds = set(onnx.TensorProto.DataType.keys())
+    assert all(entry.types <= kinds and entry.source for entry in table.SUPPORTED.values())
+
+
+def test_origins_of_values():
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20]>
+        g (float[n,4] x, int64[2] sizes) => (float[n,4] y) <int64[1] two = {2}, int64 zero = {0}>
+        {
+            shape = Shape(x)
+            n = Gather(shape, zero)
+            fixed = Add(two, two)
+            size = Gather(sizes, zero)
+            largest = ReduceMax<keepdims = 0>(x)
+            rows = Cast<to = 7>(largest)
+            found = NonZero(x)
+            count = Shape(found)
+            mixed = Add(n, size)
+            y = Identity(x)
+        }"""
+    )
+    known = {v.name: v.type.tensor_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    known.update({v.name: v.type.tensor_type for v in model.graph.input})
+    found = origins_of(model.graph, known)
+    wanted = {
+        "two": Origin.GIVEN,
+        "fixed": Origin.COMPUTED,
+        "shape": Origin.SHAPE,
+        "n": Origin.SHAPE,
+        "size": Origin.INPUT,
+        "mixed": Origin.INPUT,
+        "rows": Origin.DATA,
+        "count": Origin.SHAPE_OF_DATA,
+        "y": Origin.DATA,
+    }
+    assert {name: found.of(name) for name in wanted} == wanted
+    assert found.sized_by_values == {"found"}

@@ -1,4 +1,4 @@
-"""Other backbones, necks and pooling methods in ONNX: equal to PyTorch, in every precision, and for TensorRT."""
+"""Other backbones, necks and pooling methods: exported, in every precision, and for TensorRT."""
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ POOLING = {"align": "maskrcnn::MultilevelRoiAlign", "pool": "maskrcnn::Multileve
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_file_equals_pytorch(exported_variant, name):
+def test_the_file_agrees_with_pytorch(exported_variant, name):
     model, path, difference = exported_variant(name)
     assert difference.within(EXACT) and difference.detections > 10
     proto = onnx.load(path)
@@ -38,7 +38,7 @@ def test_the_file_equals_pytorch(exported_variant, name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_tensorrts_parser_takes_it_unless_it_has_roi_pool(exported_variant, name):
+def test_the_flavour_has_no_findings_except_for_roi_pool(exported_variant, name):
     model, path, _ = exported_variant(name)
     for aot in (False, True):
         flavour = tensorrt_flavour(onnx.load(path), aot=aot)
@@ -54,10 +54,10 @@ def test_tensorrts_parser_takes_it_unless_it_has_roi_pool(exported_variant, name
     assert modes == [b"bilinear"] * (2 if model.config.pool_method == "crop" else 0)
 
 
-def test_the_mode_linear_which_the_parser_takes_for_nearest_is_an_error(exported_variant):
+def test_the_grid_sample_mode_linear_is_an_error(exported_variant):
     _, path, _ = exported_variant("vgg_fpn_crop")
     why = {finding.why for finding in lint(onnx.load(path)).errors if finding.op == "GridSample"}
-    assert why == {"mode = linear; the parser takes nearest, bilinear, bicubic"}
+    assert why == {"mode = linear; the parser supports nearest, bilinear, bicubic"}
 
 
 @pytest.mark.parametrize("name", ["resnet_panet_pool", "vgg_fpn_crop"])
@@ -69,14 +69,14 @@ def test_openvino_agrees(exported_variant, name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_half_precision_of_every_layer_and_nothing_that_needs_more(exported_variant, name, tmp_path):
+def test_every_layer_is_in_half_precision_and_normalisation_is_not(exported_variant, name, tmp_path):
     model, path, _ = exported_variant(name)
     proto = onnx.load(path)
     half, report = to_half(proto, "fp16")
     counts = op_counts(proto)
     for op in ("Conv", "MatMul", "Gelu", "HardSwish", "HardSigmoid", "Relu", POOLING["pool"]):
         assert report.half[op.rpartition("::")[2]] == counts[op], op
-    assert report.half["Sigmoid"] == (8 if model.config.neck == "bifpn" else 0)  # those of swish alone
+    assert report.half["Sigmoid"] == (8 if model.config.neck == "bifpn" else 0)  # only those of swish
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(half).graph.value_info}
     for node in half.graph.node:
         if node.op_type in ("GridSample", "LayerNormalization", "ReduceMean"):
@@ -84,7 +84,7 @@ def test_half_precision_of_every_layer_and_nothing_that_needs_more(exported_vari
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_half_precision_changes_features_by_less_than_a_hundredth(exported_variant, name, tmp_path):
+def test_half_precision_changes_features_by_less_than_one_percent(exported_variant, name, tmp_path):
     _, path, _ = exported_variant(name)
     onnx.save(simulate_half(onnx.load(path), "fp16"), tmp_path / "half.onnx")
     feeds = next(validation_batches(32))
@@ -104,7 +104,7 @@ def test_detections_in_half_precision(exported_variant, name, precision, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["resnet_panet_pool", "convnext_panet_align"])
-def test_integers(exported_variant, name, shapes, tmp_path):
+def test_detections_with_8_bit_integers(exported_variant, name, shapes, tmp_path):
     _, path, _ = exported_variant(name)
     report, difference = write_int8(path, tmp_path / "int8.onnx", shapes / "train", limit=4)
     assert difference.within(INT8) and difference.detections > 10

@@ -1,4 +1,4 @@
-"""Half precision in the graph: which nodes, what it costs, and what FP16 cannot hold."""
+"""Half precision: which nodes, the difference in detections, and values beyond the range of FP16."""
 
 from collections import Counter
 
@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
-from maskrcnn.export.graph import Graph, copy_of
-from maskrcnn.export.passes.precision import RULE, candidates, simulate_half, to_half
+from maskrcnn.export.graph import Graph, copy_of, tensor_types, with_shapes
+from maskrcnn.export.passes.precision import RULE, simulate_half, to_half
 from maskrcnn.export.passes.quantize import largest_magnitudes
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.verification.compare import HALF
@@ -28,11 +28,8 @@ def half(proto):
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
-    """Element types of the main graph's values, by shape inference and, behind our ops, by the graph's own record."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    values = (*inferred.value_info, *inferred.input, *inferred.output)
-    found = {value.name: value.type.tensor_type.elem_type for value in values}
-    return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    """Element types of the main graph's tensors."""
+    return {name: kind.elem_type for name, kind in tensor_types(with_shapes(model).graph).items()}
 
 
 def test_layers_compute_in_half_and_coordinates_do_not(half):
@@ -62,7 +59,7 @@ def test_the_source_is_not_changed(onnx_file, proto):
     assert proto.SerializeToString() == before
 
 
-def test_the_report_counts_every_layer_and_says_why_others_stayed(proto, half):
+def test_the_report_counts_every_layer_and_gives_reasons_for_the_others(proto, half):
     model, report = half
     counts = Counter(node.op_type for node in proto.graph.node)
     assert all(report.half[name] == counts[name] for name in ("Conv", "ConvTranspose", "Gemm", "Relu"))
@@ -70,18 +67,18 @@ def test_the_report_counts_every_layer_and_says_why_others_stayed(proto, half):
     assert list(report.kept) == [RULE] and "coordinates" in report.text()
 
 
-def test_half_the_bytes_and_nearly_the_same_detections(tmp_path, onnx_file, half):
+def test_a_half_precision_file_is_half_as_large_and_detects_the_same(tmp_path, onnx_file, half):
     path = tmp_path / "model.fp16.onnx"
     onnx.save(half[0], path)
     assert path.stat().st_size < 0.55 * onnx_file.stat().st_size
     difference = compare_backends(OnnxRuntimeBackend(onnx_file), OnnxRuntimeBackend(path), HALF)
     assert difference.within(HALF) and difference.detections > 10
-    assert difference.box_px > 0  # it is another arithmetic
+    assert difference.box_px > 0  # the arithmetic differs
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_simulation_rounds_every_layer(tmp_path, onnx_file, proto, precision):
-    """Its stages hold nothing but numbers of the half type; the single-precision model's do not."""
+    """Its stages contain only values of the half type, unlike those of the single-precision model."""
     simulated = tmp_path / "simulated.onnx"
     onnx.save(simulate_half(proto, precision), simulated)
     feeds = next(validation_batches(32))
@@ -117,18 +114,18 @@ def run(model: onnx.ModelProto, path) -> list[dict[str, np.ndarray]]:
 
 
 def test_activations_beyond_fp16_stay_in_single_precision(tmp_path, proto):
-    """ReLU passes factors on, so the scaled model detects what the other does."""
+    """ReLU preserves positive factors, so the scaled model has the same detections."""
     extreme = scaled(proto, FC6, 3e5, back=FC7)
     expected = run(proto, tmp_path / "fp32.onnx")
     blind = run(simulate_half(extreme, "fp16"), tmp_path / "blind.onnx")
     assert any(batch["num_detections"].any() for batch in expected)
-    assert not any(batch["num_detections"].any() for batch in blind)  # as all boxes are no numbers
+    assert not any(batch["num_detections"].any() for batch in blind)  # all boxes are NaN
 
-    largest = largest_magnitudes(extreme, validation_batches(32), candidates(extreme))
+    largest = largest_magnitudes(extreme, validation_batches(32))
     careful, report = to_half(extreme, "fp16", largest=largest)
     kept = [name for reason, names in report.kept.items() if "range of FP16" in reason for name in names]
     assert {FC6, FC7} <= set(kept) and len(kept) < 8
-    assert report.half["Conv"] == to_half(proto, "fp16")[1].half["Conv"]  # an island, not the sea
+    assert report.half["Conv"] == to_half(proto, "fp16")[1].half["Conv"]  # only the scaled layers
     assert all(FC6 not in name for name in types_of(careful) if name.endswith("_fp16"))
     simulated = simulate_half(extreme, "fp16", largest=largest)
     for a, b in zip(expected, run(simulated, tmp_path / "careful.onnx"), strict=True):
@@ -143,7 +140,7 @@ def test_weights_beyond_fp16_stay_in_single_precision(proto):
     assert "backbone.body.conv1" in report.text()
 
 
-def test_bfloat16_needs_no_islands_and_a_newer_opset(proto):
+def test_bfloat16_has_the_range_of_float32_and_needs_a_newer_opset(proto):
     extreme = scaled(proto, "backbone.body.conv1", 1e6)
     model, report = to_half(extreme, "bf16", largest={"normalised": 1e30})
     assert list(report.kept) == [RULE]
@@ -152,10 +149,9 @@ def test_bfloat16_needs_no_islands_and_a_newer_opset(proto):
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_single_precision_observes_what_it_computes(proto):
-    """Magnitudes are those of the tensors themselves."""
+def test_largest_magnitudes_are_those_of_the_tensors(proto):
     feeds = next(validation_batches(32))
-    observed = largest_magnitudes(proto, [feeds], ["normalised", "P2"])
+    observed = largest_magnitudes(proto, [feeds])
     mean, std = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
     height, width = feeds["image_sizes"][0]
     pixels = feeds["images"][0, :, :height, :width].transpose(1, 2, 0)

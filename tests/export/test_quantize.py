@@ -1,4 +1,4 @@
-"""8-bit integers in the graph: where Q/DQ nodes stand, their scales, and what comes out."""
+"""8-bit quantisation: the Q/DQ nodes, their scales, and the difference in detections."""
 
 from collections import Counter
 
@@ -11,16 +11,14 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph
 from maskrcnn.export.passes.quantize import (
     GROUPS,
+    activation_ranges,
     feeds_from_files,
-    observe,
-    ranges,
     symmetric,
     to_int8,
-    values_to_observe,
 )
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.backends.openvino import OpenVinoBackend
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.engine_files import read_model
 from maskrcnn.runtime.verification.compare import INT8
 from maskrcnn.runtime.verification.inputs import compare_backends
 
@@ -39,7 +37,7 @@ def feeds(onnx_file, shapes) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def activations(proto, feeds) -> dict[str, tuple[float, float]]:
-    return ranges(observe(proto, feeds, values_to_observe(proto)))
+    return activation_ranges(proto, feeds)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def test_every_layer_reads_integers_and_no_coordinate_does(whole, proto):
     assert all(name in features for name, op in makers.items() if op == "Add")
 
 
-def test_nothing_stands_between_a_layer_and_its_relu(whole):
+def test_nothing_is_quantised_between_a_layer_and_its_relu(whole):
     graph = Graph(whole)
     relus = [node for node in whole.graph.node if node.op_type == "Relu"]
     assert relus and all(producer(graph, node.input[0]).op_type in (*LAYERS, "Add") for node in relus)
@@ -79,10 +77,10 @@ def test_weights_have_a_scale_for_each_output_channel(whole, proto):
         assert scale.shape == (weight.shape[axis],) and integers.dtype == np.int8
         shape = [-1 if k == axis else 1 for k in range(4)]
         assert np.abs(integers * scale.reshape(shape) - weight).max() <= 0.5001 * scale.max()
-        assert np.abs(integers).max() == 127  # the whole range is used
+        assert np.abs(integers).max() == 127  # the full range is used
 
 
-def test_biases_are_int32_of_the_product_of_scales(whole):
+def test_biases_are_int32_with_the_product_of_scales(whole):
     graph = Graph(whole)
     node = next(node for node in whole.graph.node if node.name == "backbone.body.layer1.0.conv1")
     activation, weight, bias = (producer(graph, name) for name in node.input)
@@ -93,11 +91,11 @@ def test_biases_are_int32_of_the_product_of_scales(whole):
 
 def test_zero_is_exact_and_ranges_are_means_over_images(whole, activations, proto, feeds):
     graph = Graph(whole)
-    seen = observe(proto, feeds, ["normalised"])["normalised"]
-    assert activations["normalised"] == pytest.approx(tuple(seen.mean(axis=0)))
+    each = [activation_ranges(proto, [one])["normalised"] for one in feeds]
+    assert activations["normalised"] == pytest.approx(tuple(np.mean(each, axis=0)))
     scale, zero_point = graph.constant("normalised_scale"), graph.constant("normalised_zero_point")
     assert zero_point.dtype == np.uint8 and float(scale) * 255 == pytest.approx(np.ptp(activations["normalised"]))
-    pooled = next(node.output[0] for node in proto.graph.node if node.op_type == "MaxPool")  # of a ReLU
+    pooled = next(node.output[0] for node in proto.graph.node if node.op_type == "MaxPool")  # after a ReLU
     assert graph.constant(f"{pooled}_zero_point") == 0
 
 
@@ -111,12 +109,12 @@ def test_groups_can_be_left_out(proto, activations, group):
     assert all(node.input[1] in graph.constants for node in kept if node.op_type in LAYERS)
 
 
-def test_an_unknown_layer_is_named_with_those_there_are(proto, activations):
-    with pytest.raises(UserError, match=r"no layer 'backbone.body.conv9'\nexpected: .*backbone.body.conv1"):
+def test_an_unknown_layer_is_an_error_that_lists_the_layers(proto, activations):
+    with pytest.raises(UserError, match=r"no layer 'backbone.body.conv9'\n  expected: .*backbone.body.conv1"):
         to_int8(proto, activations, keep=("backbone.body.conv9",))
 
 
-def test_a_file_without_names_of_layers_is_to_be_exported_again(proto, activations):
+def test_a_file_without_layer_names_is_an_error(proto, activations):
     nameless = onnx.ModelProto.FromString(proto.SerializeToString())
     for number, node in enumerate(nameless.graph.node):
         node.name = f"node_{number}"
@@ -125,7 +123,7 @@ def test_a_file_without_names_of_layers_is_to_be_exported_again(proto, activatio
 
 
 @pytest.mark.parametrize("form", ["as it is", "symmetric"])
-def test_integers_detect_much_the_same(tmp_path, onnx_file, proto, activations, feeds, form):
+def test_8_bit_integers_detect_the_same(tmp_path, onnx_file, proto, activations, feeds, form):
     model, _ = to_int8(proto, activations)
     model = symmetric(model) if form == "symmetric" else model
     path = tmp_path / "model.int8.onnx"
@@ -137,11 +135,11 @@ def test_integers_detect_much_the_same(tmp_path, onnx_file, proto, activations, 
         assert difference.within(INT8), str(difference)
 
 
-def test_integers_are_a_quarter_of_the_bytes(onnx_file, whole):
+def test_an_8_bit_model_is_a_quarter_of_the_size(onnx_file, whole):
     assert len(whole.SerializeToString()) < 0.3 * onnx_file.stat().st_size
 
 
-def test_symmetric_leaves_nothing_that_tensorrt_refuses(whole):
+def test_the_symmetric_form_has_only_what_tensorrt_supports(whole):
     model = symmetric(whole)
     kinds = Counter(tensor.data_type for tensor in model.graph.initializer)
     assert not {onnx.TensorProto.UINT8, onnx.TensorProto.INT32} & set(kinds)

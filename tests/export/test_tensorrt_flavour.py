@@ -1,4 +1,4 @@
-"""The copy for TensorRT's parser: the same detections, no functions, nodes that name their plugins."""
+"""The flavour for TensorRT's parser: same detections, no functions, nodes that name their plugins."""
 
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def with_functions(flavour: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelProto:
-    """What ONNX Runtime can run: the flavour's graph with the original's functions in place of the plugins."""
+    """A model that ONNX Runtime can run: the flavour's graph with the original's functions instead of plugins."""
     runnable = copy_of(flavour)
     runnable.functions.extend(original.functions)
     if "maskrcnn::BatchedNmsKeep" in op_counts(flavour):
@@ -69,7 +69,7 @@ def test_nms_in_two_nodes_detects_the_same(proto, batch, size_hw):
     assert outputs["num_detections"].sum() > 0
 
 
-def test_both_nodes_of_nms_have_the_attributes_and_shapes_of_the_one(proto):
+def test_both_nodes_of_nms_have_the_attributes_and_shapes_of_batched_nms(proto):
     whole = {n.output[0]: n for n in proto.graph.node if n.op_type == "BatchedNms"}
     flavour = tensorrt_flavour(proto, aot=True)
     known, made = tensor_types(flavour.graph), {o: n for n in flavour.graph.node for o in n.output}
@@ -78,7 +78,7 @@ def test_both_nodes_of_nms_have_the_attributes_and_shapes_of_the_one(proto):
         keep = made[compact.input[0]]
         assert list(keep.input) == list(nms.input) and list(compact.output) == list(nms.output)
         assert keep.name != compact.name == nms.name
-        assert known[keep.output[0]] == known[nms.input[1]]  # keep is int32 [N, K], as groups is
+        assert known[keep.output[0]] == known[nms.input[1]]  # both are int32 [N, K]
         assert known[keep.output[0]].elem_type == onnx.TensorProto.INT32
         for node in (keep, compact):
             values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -91,7 +91,7 @@ def test_a_model_without_masks_has_a_flavour(boxes_onnx_file):
     assert "masks" not in assert_same_outputs(proto, tensorrt_flavour(proto, aot=True), 2, (96, 128))
 
 
-def test_the_original_stays_as_it_was(proto):
+def test_the_original_is_not_changed(proto):
     before = proto.SerializeToString(deterministic=True)
     tensorrt_flavour(proto, aot=True)
     assert proto.SerializeToString(deterministic=True) == before
@@ -113,7 +113,7 @@ def test_nodes_name_their_plugins(proto, aot):
 
 
 @pytest.mark.parametrize("aot", [False, True])
-def test_a_second_flavour_of_a_flavour_is_the_same(proto, aot):
+def test_the_flavour_of_a_flavour_is_the_same(proto, aot):
     flavour = tensorrt_flavour(proto, aot=aot)
     again = tensorrt_flavour(flavour, aot=aot)
     assert [(n.op_type, list(n.attribute)) for n in again.graph.node] == [
@@ -130,7 +130,7 @@ def test_all_rows_get_a_mask_and_nothing_is_padded_back(proto, flavour):
     assert [d.dim_value for d in known["mask_logits"].shape.dim][1:] == [12, 28, 28]
 
 
-def test_every_tensor_has_a_type_and_numbers_that_matter_are_constants(flavour):
+def test_every_tensor_has_a_type_and_sizes_are_constants(flavour):
     known, constants = tensor_types(flavour.graph), constants_of(flavour.graph)
     made = [name for node in flavour.graph.node for name in node.output]
     assert [name for name in made if name not in known] == []
@@ -139,7 +139,7 @@ def test_every_tensor_has_a_type_and_numbers_that_matter_are_constants(flavour):
     assert op_counts(flavour)["Constant"] == 0
 
 
-def test_names_and_metadata_stay(proto, flavour):
+def test_names_and_metadata_are_kept(proto, flavour):
     def names(model):
         return {name for node in model.graph.node for name in node.output} & set(STAGES)
 

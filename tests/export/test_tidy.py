@@ -1,4 +1,4 @@
-"""What an exported file holds beside the computation: readable names, and nothing of the exporting machine."""
+"""Readable names in exported files, folded norms, and no paths of the exporting machine."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_no_path_of_the_exporting_machine_is_in_the_file(onnx_file):
     assert [prop.key for prop in proto.metadata_props] == ["maskrcnn"]
 
 
-def test_layers_and_weights_have_the_checkpoints_names(onnx_file, model):
+def test_layers_and_weights_have_their_names_in_the_checkpoint(onnx_file, model):
     graph = Graph(onnx.load(onnx_file))
     weights = {name for name in model.state_dict() if name.endswith("conv1.weight") or "fc" in name}
     assert weights <= set(graph.constants)
@@ -52,9 +52,9 @@ def test_frozen_norms_are_folded_into_convolutions(tmp_path, bias):
                 value.normal_(std=0.1)
     difference = export_onnx(model, tmp_path / "frozen.onnx")
     assert difference.detections > 0
-    plain = op_counts(onnx.load(tmp_path / "frozen.onnx"))
-    graph = Graph(onnx.load(tmp_path / "frozen.onnx"))
+    proto = onnx.load(tmp_path / "frozen.onnx")
+    graph = Graph(proto)
     stem = next(node for node in graph.graph.node if node.name == "backbone.body.conv1")
     assert list(stem.input[1:]) == ["backbone.body.conv1.weight", "backbone.body.conv1.bias"]
     assert graph.only_consumer(stem.output[0]).op_type == "Relu"
-    assert plain["BatchNormalization"] == 0
+    assert op_counts(proto)["BatchNormalization"] == 0

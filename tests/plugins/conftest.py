@@ -1,4 +1,4 @@
-"""What the plugins' tests share: one TensorRT rig, for each set of headers one library, and the kernels alone."""
+"""Fixtures of the plugin tests: the TensorRT rig, the plugin library for each set of headers, and the kernels."""
 
 import kernels_on_cpu
 import kernels_on_gpu
@@ -16,7 +16,7 @@ from maskrcnn.plugins.toolchain import find_toolchain
 
 @pytest.fixture(scope="session")
 def tensorrt_rig(tmp_path_factory) -> dict[str, str]:
-    """The environment for `rig.run`; tests are skipped where there can be none."""
+    """The environment for `rig.run`; skips the test if the rig is not available."""
     if reason := rig.obstacle():
         pytest.skip(reason)
     return rig.prepare(tmp_path_factory.mktemp("tensorrt-rig"))
@@ -24,7 +24,7 @@ def tensorrt_rig(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session", params=plugin_library.header_folders() or [None], ids=str)
 def library(request, tmp_path_factory) -> plugin_library.Library:
-    """The plugins with kernels for the CPU, compiled against each version of TensorRT's headers there is."""
+    """The plugins with kernels for the CPU, for each available version of TensorRT's headers."""
     if reason := plugin_library.obstacle():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("plugins")
@@ -33,13 +33,13 @@ def library(request, tmp_path_factory) -> plugin_library.Library:
 
 @pytest.fixture(scope="session")
 def cpu(kernels_for_cpu) -> Device:
-    """The kernels as they are."""
+    """The kernels compiled for the CPU."""
     return Device(Kernels(kernels_for_cpu))
 
 
 @pytest.fixture(scope="session")
 def maths(tmp_path_factory) -> Maths:
-    """The kernels' arithmetic."""
+    """The arithmetic functions of the kernels."""
     if kernels_on_cpu.compiler() is None:
         pytest.skip("no C++ compiler")
     return Maths(tmp_path_factory.mktemp("maths"))
@@ -47,7 +47,7 @@ def maths(tmp_path_factory) -> Maths:
 
 @pytest.fixture(scope="session")
 def gpu() -> Device:
-    """The kernels on a GPU: from the cache, else compiled now, which takes a minute."""
+    """The kernels on a GPU, from the cache or compiled, which takes a minute."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     arch = kernels_on_gpu.architecture()
@@ -62,5 +62,5 @@ def gpu() -> Device:
 
 @pytest.fixture(scope="session", params=["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"])
 def device(request) -> Device:
-    """The kernels for the CPU, and for a GPU where there is one."""
+    """The kernels on the CPU, and on a GPU if there is one."""
     return request.getfixturevalue(request.param)

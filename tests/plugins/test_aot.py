@@ -1,4 +1,4 @@
-"""Ahead-of-time plugins in TensorRT's own registry: what the builder is told is what the contract and kernels say."""
+"""Ahead-of-time plugins in TensorRT's registry: the builder gets what the contract and the kernels define."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tensorrt_rig import rig
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import tensor_types
 from maskrcnn.export.tensorrt.flavour import PLUGIN_ATTRIBUTES, tensorrt_flavour
-from maskrcnn.plugins import aot, contract
+from maskrcnn.plugins import aot, aot_kernels, contract
 from maskrcnn.plugins.toolchain import find_toolchain
 
 
@@ -31,8 +31,8 @@ def cache_folder(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ask_plugins(tensorrt_rig, with_compiler):
-    """Runs code in a process in which the plugins are registered, with `build_double` at hand; what it tells."""
+def with_plugins(tensorrt_rig, with_compiler):
+    """Runs code in a process with registered plugins and `build_double`, and returns the value that it tells."""
     support = Path(rig.__file__).parent
     before = (
         f"import sys; sys.path.insert(0, {str(support)!r})\n"
@@ -42,8 +42,8 @@ def ask_plugins(tensorrt_rig, with_compiler):
     return lambda code: rig.ask(before + code, env=tensorrt_rig)
 
 
-def test_the_registered_creators_are_the_contract(ask_plugins):
-    found = ask_plugins(
+def test_the_registered_creators_are_the_contract(with_plugins):
+    found = with_plugins(
         "aot.register(arch=80)  # a second time changes nothing\n"
         "creators = [c for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == 'maskrcnn']\n"
         "tell([[c.name, c.plugin_version, c.interface_info.kind,\n"
@@ -57,14 +57,14 @@ def test_the_registered_creators_are_the_contract(ask_plugins):
 
 
 @pytest.mark.parametrize("layout", ["LINEAR", "HWC", "HWC8"])
-def test_what_tensorrt_is_told_is_what_the_kernel_wants(ask_plugins, layout):
-    """The same lengths as numbers give the same launch: nothing is lost on the way through TensorRT's symbols."""
+def test_tensorrt_gets_the_launch_of_the_kernel(with_plugins, layout):
+    """TensorRT's symbolic lengths give the same launch as numbers."""
     dtype = {"LINEAR": "float16", "HWC": "float32", "HWC8": "bfloat16"}[layout]
     for num_levels, channels, attributes in ((4, 256, POOLING), (2, 6, {**POOLING, "output_size": 14})):
         shapes = [[2, channels, 200 >> level, 304 >> level] for level in range(num_levels)]
         inputs = [(shape, TYPES[dtype]) for shape in shapes] + [([2, 1000, 4], "FLOAT")]
         unknown = {i: [0, 2, 3] for i in range(num_levels)} | {num_levels: [0]}
-        answer = ask_plugins(
+        answer = with_plugins(
             f"tell(double.build('MultilevelRoiAlign', {attributes}, {inputs}, layout={layout!r}, dynamic={unknown}))"
         )
         descs = [*(tensor(shape, dtype, layout) for shape in shapes), tensor([2, 1000, 4], "float32")]
@@ -72,7 +72,7 @@ def test_what_tensorrt_is_told_is_what_the_kernel_wants(ask_plugins, layout):
         size = attributes["output_size"]
         assert answer["types"] == [TYPES[dtype]] and answer["shapes"] == [[2, 1000, channels, size, size]]
         assert_launched(answer, launch)
-        assert len(answer["combinations"]) == len(aot.FEATURE_FORMATS)
+        assert len(answer["combinations"]) == len(aot_kernels.FEATURE_FORMATS)
         for combination in answer["combinations"]:
             kind, form = combination[0]
             assert combination == [[kind, form]] * num_levels + [["FLOAT", "LINEAR"], [kind, "LINEAR"]]
@@ -85,15 +85,15 @@ def assert_launched(answer, launch: aot.Launch) -> None:
     assert answer["shared_mem"] == 0 and answer["arguments"] == list(launch.arguments)
 
 
-def test_channels_that_are_known_only_at_run_time(ask_plugins):
+def test_channels_that_are_known_only_at_run_time(with_plugins):
     inputs = [([1, 8, 16, 16], "FLOAT"), ([1, 3, 4], "FLOAT")]
-    answer = ask_plugins(
+    answer = with_plugins(
         f"tell(double.build('MultilevelRoiAlign', {POOLING}, {inputs}, layout='HWC', dynamic={{0: [1]}}))"
     )
     assert answer["defines"]["MASKRCNN_CHANNELS_OF_BLOCK"] == "32" and answer["arguments"][2] == 8
 
 
-def test_every_node_of_an_exported_file_builds(ask_plugins, onnx_file):
+def test_every_node_of_an_exported_file_builds(with_plugins, onnx_file):
     flavour = tensorrt_flavour(onnx.load(onnx_file), aot=True)
     known, names = tensor_types(flavour.graph), {1: "FLOAT", 6: "INT32"}
     lengths = {"batch": 2}
@@ -104,14 +104,14 @@ def test_every_node_of_an_exported_file_builds(ask_plugins, onnx_file):
         inputs = [(numbers(known[name], lengths), names[known[name].elem_type]) for name in node.input]
         calls.append([node.op_type, values, inputs])
     code = f"import json\ntell([double.build(*call) for call in json.loads({json.dumps(json.dumps(calls))})])"
-    for node, answer in zip(nodes, ask_plugins(code), strict=True):
+    for node, answer in zip(nodes, with_plugins(code), strict=True):
         assert answer["shapes"] == [numbers(known[name], lengths) for name in node.output]
         assert answer["types"] == [names[known[name].elem_type] for name in node.output]
         assert answer["has_entry"]
 
 
 def numbers(kind: onnx.TypeProto.Tensor, lengths: dict[str, int]) -> list[int]:
-    """A shape with a number for each symbol: those in `lengths`, products of them, or 16."""
+    """A shape with a number for each symbol: from `lengths`, a product of them, or 16."""
     return [d.dim_value or number_of(d.dim_param, lengths) for d in kind.shape.dim]
 
 
@@ -123,8 +123,8 @@ def number_of(symbol: str, lengths: dict[str, int]) -> int:
     return int(factor) * lengths.get(name, 16)
 
 
-def test_a_library_with_the_same_ops_is_in_the_way(tensorrt_rig, with_compiler):
-    told = rig.ask(
+def test_a_registered_library_with_the_same_ops_is_an_error(tensorrt_rig, with_compiler):
+    message = rig.ask(
         "import numpy as np, tensorrt as trt\n"
         "class Creator(trt.IPluginCreatorV3One):\n"
         "    def __init__(self):\n"
@@ -141,7 +141,7 @@ def test_a_library_with_the_same_ops_is_in_the_way(tensorrt_rig, with_compiler):
         "    tell(str(error))",
         env=tensorrt_rig,
     )
-    assert told.startswith("maskrcnn::MultilevelRoiAlign is registered already, by a plugin library\n")
+    assert message.startswith("maskrcnn::MultilevelRoiAlign is registered already, by a plugin library\n")
 
 
 def test_without_tensorrt(monkeypatch):

@@ -1,4 +1,4 @@
-"""Libraries are compiled once for what they are made of, appear whole, and are found again without a compiler."""
+"""Libraries: the compiler's command, the cache, concurrent builds, and finding them without a compiler."""
 
 import ctypes
 import json
@@ -14,7 +14,6 @@ from bare_machine import WRITE_ARGUMENTS, add_nvcc, add_program
 
 from maskrcnn.errors import UserError
 from maskrcnn.plugins import build, native
-from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.build import build_library, cached_library, find_library
 from maskrcnn.plugins.toolchain import Nvcc, TensorRtHeaders, Toolchain, find_toolchain
 
@@ -31,7 +30,7 @@ def cache_folder(monkeypatch, tmp_path):
 
 @pytest.fixture
 def toolchain(tmp_path) -> Toolchain:
-    """With an nvcc that writes its arguments instead of a library."""
+    """A toolchain with an nvcc that writes its arguments instead of a library."""
     nvcc = Nvcc(add_nvcc(tmp_path / "bin" / "nvcc", body=WRITE_ARGUMENTS), "13.0.88", KNOWN)
     headers = TensorRtHeaders(tmp_path / "include", "11.0.0")
     return Toolchain(nvcc=nvcc, host_compiler=Path("/usr/bin/g++"), tensorrt=headers)
@@ -40,15 +39,21 @@ def toolchain(tmp_path) -> Toolchain:
 @pytest.fixture
 def sources(monkeypatch, tmp_path) -> Path:
     """A copy of the sources that a test may change."""
-    shutil.copytree(cache.SOURCES, tmp_path / "csrc")
-    monkeypatch.setattr(cache, "SOURCES", tmp_path / "csrc")
+    shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
     return tmp_path / "csrc"
 
 
 def calls(toolchain: Toolchain) -> int:
-    """How often the compiler has run."""
+    """Number of runs of the compiler."""
     path = toolchain.nvcc.path.with_name("calls")
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def sources_in(words: list[str]) -> set[str]:
+    """Sources among the arguments of the compiler, relative to csrc."""
+    paths = [Path(word) for word in words if word.startswith(str(build.SOURCES))]
+    return {path.relative_to(build.SOURCES).as_posix() for path in paths}
 
 
 def test_the_command(toolchain, tmp_path):
@@ -56,17 +61,13 @@ def test_the_command(toolchain, tmp_path):
     codes = [words[i + 1] for i, word in enumerate(words) if word == "-gencode"]
     assert codes == ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]
     assert words[words.index("-ccbin") + 1] == "/usr/bin/g++"
-    compiled = {
-        Path(word).relative_to(cache.SOURCES).as_posix() for word in words if word.startswith(str(cache.SOURCES))
-    }
+    compiled = sources_in(words)
     assert {"multilevel_roi_align/launch.cu", "batched_nms/launch.cu", "errors.cu"} <= compiled
     assert not [name for name in compiled if not name.endswith(".cu") or name.endswith("aot.cu")]
     words = build_library("plugins", arch=(90,), toolchain=toolchain).read_text().splitlines()
     assert words[words.index("-isystem") + 1] == str(tmp_path / "include")
-    compiled = {
-        Path(word).relative_to(cache.SOURCES).as_posix() for word in words if word.startswith(str(cache.SOURCES))
-    }
-    assert {"multilevel_roi_align/launch.cu", "multilevel_roi_align/plugin.cpp", "batched_nms/plugin.cpp"} <= compiled
+    sources = {"multilevel_roi_align/launch.cu", "multilevel_roi_align/plugin.cpp", "batched_nms/plugin.cpp"}
+    assert sources <= sources_in(words)
 
 
 def test_a_library_is_compiled_once(toolchain, cache_folder):
@@ -81,7 +82,7 @@ def test_a_library_is_compiled_once(toolchain, cache_folder):
     assert [path.name for path in cache_folder.iterdir()] == [first.parent.name]
 
 
-def test_each_thing_it_depends_on_makes_another(toolchain, sources):
+def test_a_change_of_any_dependency_makes_another_library(toolchain, sources):
     first = build_library("plugins", arch=(90,), toolchain=toolchain)
     newer = replace(toolchain, nvcc=replace(toolchain.nvcc, version="13.2.1"))
     other_headers = replace(toolchain, tensorrt=replace(toolchain.tensorrt, version="10.9.0"))
@@ -98,11 +99,11 @@ def test_each_thing_it_depends_on_makes_another(toolchain, sources):
     assert build_library("plugins", arch=(90,), toolchain=toolchain) in made
 
 
-def test_the_library_for_programs_that_only_load_one_lies_beside_the_plugins(toolchain, tmp_path):
+def test_the_registering_library_is_built_beside_the_plugins(toolchain, tmp_path):
     path = build_library("plugins", arch=(90,), toolchain=toolchain)
     words = path.with_name("libmaskrcnn_plugins_register.so").read_text().splitlines()
     assert "-DMASKRCNN_REGISTER_WHEN_LOADED" in words
-    assert "WHEN_LOADED" in (cache.SOURCES / "tensorrt" / "register.cpp").read_text()
+    assert "WHEN_LOADED" in (build.SOURCES / "tensorrt" / "register.cpp").read_text()
     copied = build_library("plugins", arch=(90,), toolchain=toolchain, out=tmp_path / "out")
     assert copied == tmp_path / "out" / "libmaskrcnn_plugins.so" and copied.read_bytes() == path.read_bytes()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {copied.name, "libmaskrcnn_plugins_register.so"}
@@ -123,7 +124,7 @@ def test_a_compiler_that_fails(toolchain, cache_folder):
 
 
 def true(nvcc: Path) -> Path:
-    """A compiler that says yes and writes nothing."""
+    """A compiler that succeeds without writing a file."""
     return add_program(nvcc.with_name("true"), "exit 0")
 
 
@@ -135,20 +136,20 @@ def true(nvcc: Path) -> Path:
         ("plugins", "tensorrt", "no TensorRT headers on this machine"),
     ],
 )
-def test_what_is_missing(toolchain, kind, missing, sentence):
+def test_a_missing_requirement(toolchain, kind, missing, sentence):
     lacking = replace(toolchain, **{missing: None})
     assert str(build.obstacle(kind, lacking)) in map(str, lacking.absences)
-    with pytest.raises(UserError, match=f"{sentence}\n.*\nfix: "):
+    with pytest.raises(UserError, match=f"{sentence}\n.*\n  fix: "):
         build_library(kind, arch=(90,), toolchain=lacking)
     assert build.obstacle(kind, toolchain) is None
 
 
 def test_architectures(toolchain):
     assert build.architectures(toolchain, (90, 80, 90)) == (80, 90)
-    assert build.architectures(toolchain) == (80, 86, 90, 120)  # of the common ones those that nvcc knows
+    assert build.architectures(toolchain) == (80, 86, 90, 120)  # the common ones that nvcc supports
     assert build.architectures(replace(toolchain, gpus=(86, 90))) == (86, 90)
-    assert build.architectures(replace(toolchain, gpus=(103,))) == (90,)  # newer than this nvcc: through PTX
-    with pytest.raises(UserError, match="architecture 75, 121\nexpected: some of 80, 86, 90, 120"):
+    assert build.architectures(replace(toolchain, gpus=(103,))) == (90,)  # newer than nvcc: PTX
+    with pytest.raises(UserError, match="architecture 75, 121\n  expected: some of 80, 86, 90, 120"):
         build.architectures(toolchain, (75, 80, 121))
 
 
@@ -156,7 +157,7 @@ def test_architectures(toolchain):
     ("compiled_for", "arch", "runs"),
     [((80,), 86, True), ((86,), 80, False), ((80,), 90, True), ((75, 90), 86, False), ((90,), 120, True)],
 )
-def test_what_runs_where(compiled_for, arch, runs):
+def test_which_gpus_run_a_library(compiled_for, arch, runs):
     assert build.runs_on(compiled_for, arch) == runs
 
 
@@ -168,7 +169,7 @@ def test_a_library_is_found_without_a_compiler(toolchain, sources):
     exact = build_library("kernels", arch=(80, 90), toolchain=toolchain)
     assert find_library("kernels", 90) == exact
     build_library("kernels", arch=(86,), toolchain=toolchain)
-    assert find_library("kernels", 90) == exact  # though the newest would run too
+    assert find_library("kernels", 90) == exact  # although a newer one would run too
     path = sources / "device.h"
     path.write_text(path.read_text() + "\n")
     assert find_library("kernels", 90) is None
@@ -184,18 +185,18 @@ def test_plugins_are_found_by_the_major_version_of_tensorrt(toolchain):
     assert find_library("plugins", 90, tensorrt="10.16.1.11") == for_10
 
 
-def test_a_cache_that_others_have_written_to(toolchain, cache_folder):
+def test_foreign_folders_in_the_cache_are_ignored(toolchain, cache_folder):
     path = build_library("kernels", arch=(90,), toolchain=toolchain)
     for name, text in (("a", "{"), ("b", "{}"), ("c", json.dumps({"library": "kernels"}))):
         (cache_folder / name).mkdir()
-        (cache_folder / name / cache.RECORD).write_text(text)
+        (cache_folder / name / build.RECORD).write_text(text)
     assert find_library("kernels", 90) == path
     path.unlink()
     assert find_library("kernels", 90) is None
     assert build_library("kernels", arch=(90,), toolchain=toolchain) == path and path.is_file()
 
 
-def test_processes_that_build_at_the_same_time(toolchain, cache_folder, tmp_path):
+def test_concurrent_builds(toolchain, cache_folder, tmp_path):
     add_nvcc(toolchain.nvcc.path, body=f"sleep 0.4; {WRITE_ARGUMENTS}")
     code = (
         "from pathlib import Path\n"
@@ -224,7 +225,7 @@ def test_a_cache_that_cannot_be_written(toolchain, monkeypatch, tmp_path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(build.tempfile, "mkdtemp", refuse)
     with pytest.raises(UserError, match=r"cannot be written to .Permission denied(.|\n)*fix:      set MASKRCNN_CACHE"):
         build_library("kernels", arch=(90,), toolchain=toolchain)
 
@@ -240,14 +241,14 @@ def test_a_user_without_a_home(toolchain, monkeypatch):
         build_library("kernels", arch=(90,), toolchain=toolchain)
 
 
-def test_the_kernels_compiled_by_the_real_compiler():
+def test_the_kernels_compiled_by_nvcc():
     toolchain = find_toolchain()
     if missing := build.obstacle("kernels", toolchain):
         pytest.skip(f"{missing}")
     newest = max(toolchain.nvcc.architectures)
     path = build_library("kernels", arch=(newest,), toolchain=toolchain)
-    library = ctypes.CDLL(str(path))  # loads without a GPU, as the CUDA runtime is in it
-    declared = re.findall(r"MASKRCNN_EXPORT\b[^;]*?\b(maskrcnn_\w+)\(", (cache.SOURCES / "kernels.h").read_text())
+    library = ctypes.CDLL(str(path))  # loads without a GPU: the CUDA runtime is linked statically
+    declared = re.findall(r"MASKRCNN_EXPORT\b[^;]*?\b(maskrcnn_\w+)\(", (build.SOURCES / "kernels.h").read_text())
     assert {"maskrcnn_batched_nms", "maskrcnn_multilevel_roi_align"} <= set(declared)
     assert all(hasattr(library, name) for name in declared)
     assert library.maskrcnn_kernels_version() == native.INTERFACE_VERSION

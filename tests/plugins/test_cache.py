@@ -1,4 +1,4 @@
-"""The cache of compiled plugins, with other processes at work in it."""
+"""The cache of compiled plugins under concurrent access."""
 
 import os
 
@@ -18,30 +18,31 @@ def writing(text):
     return lambda path: path.write_text(text)
 
 
-def test_a_file_is_made_once_and_again_by_force():
+def test_a_file_is_created_once_and_again_with_force():
     path = build.store(RECORD, "lib.so", writing("first"))
     assert build.store(RECORD, "lib.so", writing("second")) == path and path.read_text() == "first"
     assert build.store(RECORD, "lib.so", writing("second"), force=True) == path and path.read_text() == "second"
-    assert sorted(entry.name for entry in build.folder().iterdir()) == [build.key_of(RECORD)]
+    assert list(build.folder().iterdir()) == [path.parent]
 
 
-def test_what_another_process_made_while_ours_was_replacing_it_is_kept(monkeypatch):
-    """Both set the old one aside, and the other one's comes into its place first."""
+def test_the_file_of_a_faster_process_is_kept(monkeypatch):
+    """Another process puts its folder in place after the old one has been set aside."""
     path = build.store(RECORD, "lib.so", writing("old"))
-    set_aside = build._set_aside
+    rename = os.rename
 
-    def set_aside_too_late(final):
-        set_aside(final)
-        final.mkdir()
-        (final / "lib.so").write_text("theirs")
+    def rename_and_write(source, target):
+        rename(source, target)
+        if source == path.parent:  # the old folder
+            source.mkdir()
+            path.write_text("theirs")
 
-    monkeypatch.setattr(build, "_set_aside", set_aside_too_late)
+    monkeypatch.setattr(os, "rename", rename_and_write)
     assert build.store(RECORD, "lib.so", writing("ours"), force=True) == path
     assert path.read_text() == "theirs"
-    assert sorted(entry.name for entry in build.folder().iterdir()) == [build.key_of(RECORD)]
+    assert list(build.folder().iterdir()) == [path.parent]
 
 
-def test_a_folder_that_cannot_be_renamed_is_an_error_and_no_endless_loop(monkeypatch):
+def test_a_folder_that_cannot_be_renamed_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "rename", lambda *paths: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
         build.store(RECORD, "lib.so", writing("ours"))

@@ -1,4 +1,4 @@
-"""csrc/CMakeLists.txt builds the libraries for GPUs, and TensorRT takes what it builds."""
+"""csrc/CMakeLists.txt builds the libraries, and TensorRT loads them."""
 
 import ctypes
 import shutil
@@ -20,7 +20,7 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory):
-    """Configures a build; what is missing here skips the test."""
+    """Configures a build; skips the test if a requirement is missing."""
     nvcc = toolchain.find_nvcc()
     if shutil.which("cmake") is None or nvcc is None or not plugin_library.header_folders():
         pytest.skip("no cmake, nvcc or TensorRT headers (set TENSORRT_INCLUDE_DIR)")
@@ -62,7 +62,7 @@ def test_the_default_is_every_common_gpu(configured):
     known = toolchain.find_nvcc().architectures
     chosen = [int(word.removesuffix("-real")) for word in line.rpartition(" ")[2].split(";")]
     assert chosen == sorted(set(build.COMMON_ARCHITECTURES) & set(known))
-    assert line.endswith(f";{chosen[-1]}")  # the newest as PTX too
+    assert line.endswith(f";{chosen[-1]}")  # the newest also as PTX
 
 
 def test_missing_headers_are_named(configured, tmp_path):

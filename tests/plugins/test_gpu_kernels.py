@@ -1,6 +1,6 @@
-"""What only a GPU can tell of the kernels: real sizes, CUDA graphs, streams side by side, the same result every time.
+"""The kernels on a GPU: real sizes, CUDA graphs, concurrent streams, reproducible results.
 
-The other tests of kernels run on a GPU by themselves, with the inputs they have on the CPU: fixture `device` is both.
+The other kernel tests also run on a GPU if there is one, through the fixture `device`.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Op = Callable[[dict[str, Tensor]], list[Tensor]]
 
 
 def pyramid_inputs(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """Features `[2, 64, H, W]` channels last and 200 RoIs of each image, on the GPU."""
+    """Channels-last features `[2, 64, H, W]` and 200 RoIs per image, on the GPU."""
     rng = np.random.default_rng(seed)
     kinds = list(rng.choice(KINDS_OF_BOX, 400))
     tensors = {"rois": torch.from_numpy(boxes(rng, kinds, (320, 256), 4).reshape(2, 200, 4)).cuda()}
@@ -38,7 +38,7 @@ def pyramid_inputs(seed: int, dtype: torch.dtype = torch.float16) -> dict[str, T
 
 
 def nms_inputs(seed: int) -> dict[str, Tensor]:
-    """3000 boxes of each of two images in 80 groups, on the GPU."""
+    """3000 boxes in 80 groups for each of two images, on the GPU."""
     rng = np.random.default_rng(seed)
     kept = np.stack([boxes_of(rng, "scattered", 3000) for _ in range(2)])
     groups = rng.integers(0, 80, (2, 3000)).astype(np.int32)
@@ -48,7 +48,7 @@ def nms_inputs(seed: int) -> dict[str, Tensor]:
 
 
 def paste_inputs(seed: int) -> dict[str, Tensor]:
-    """100 masks of an image of 400 x 667, on the GPU."""
+    """100 masks for an image of 400 x 667 px, on the GPU."""
     rng = np.random.default_rng(seed)
     found = boxes_of_masks(rng, list(rng.choice(["inside", "across"], 100)), (400, 667))
     masks = rng.random((100, 28, 28), np.float32)
@@ -56,7 +56,7 @@ def paste_inputs(seed: int) -> dict[str, Tensor]:
 
 
 def ops_of(gpu: Device) -> dict[str, tuple[Callable[[int], dict[str, Tensor]], Op]]:
-    """Each op as a function of tensors, beside what makes its inputs."""
+    """Input generator and function of each op."""
     kernels, pooling = gpu.kernels, {"output_size": 7, "aligned": True, "min_level": 2}
 
     def pool(ratio: int) -> Op:
@@ -81,7 +81,7 @@ OPS = ("roi_align", "adaptive", "nms", "paste")
 def test_a_captured_gpu_graph_computes_new_inputs(gpu, name):
     make, op = ops_of(gpu)[name]
     tensors = make(0)
-    op(tensors)  # what the library does on its first call is not captured
+    op(tensors)  # the first call initialises the library outside of the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -104,12 +104,12 @@ def test_twenty_gpu_runs_are_equal(gpu, name):
     tensors = make(3)
     first = op(tensors)
     for _ in range(19):
-        torch.full((1 << 20,), -7, dtype=torch.int32, device="cuda")  # what freed memory and workspaces hold then
+        torch.full((1 << 20,), -7, dtype=torch.int32, device="cuda")  # overwrites freed memory and workspaces
         assert all(torch.equal(a, b) for a, b in zip(first, op(tensors), strict=True))
 
 
 @pytest.mark.parametrize("pair", [("roi_align", "nms"), ("nms", "nms"), ("paste", "adaptive")], ids=str)
-def test_two_gpu_streams_do_not_disturb_each_other(gpu, pair):
+def test_two_gpu_streams_are_independent(gpu, pair):
     both = [ops_of(gpu)[name] for name in pair]
     inputs = [make(seed) for seed, (make, _) in enumerate(both)]
     wanted = [op(tensors) for tensors, (_, op) in zip(inputs, both, strict=True)]
@@ -127,7 +127,7 @@ def test_two_gpu_streams_do_not_disturb_each_other(gpu, pair):
 
 
 def test_gpu_work_waits_for_its_stream(gpu):
-    # The result hangs on inputs that the same stream writes late; on another stream the kernel would come too early.
+    # The inputs are written late on the same stream; on another stream the kernel would run too early.
     make, op = ops_of(gpu)["nms"]
     tensors, late = make(1), make(2)
     wanted = op(late)
@@ -146,12 +146,12 @@ def test_gpu_work_waits_for_its_stream(gpu):
 @settings(max_examples=200, deadline=None)
 @given(case=roi_cases())
 def test_a_gpu_pools_as_the_cpu_does(gpu, cpu, case):
-    # Both are within the roundings of the truth; here, that there is no other difference.
+    # Both equal the reference up to rounding.
     assert check(case, case.pooled(gpu)) == check(case, case.pooled(cpu))
 
 
 @settings(max_examples=200, deadline=None)
-@given(case=nms_cases(most=1500))
+@given(case=nms_cases(max_boxes=1500))
 def test_a_gpu_keeps_what_torchvision_keeps(gpu, case):
     check_nms(case, case.kept(gpu))
 
@@ -188,7 +188,7 @@ def test_a_gpu_pools_as_torchvisions_cuda_op(gpu):
         output_size=7, sampling_ratio=2, aligned=False, min_level=2,
     )  # fmt: skip
     near = (found.flatten(0, 1) - wanted).abs().flatten(1).amax(1) < 1e-3
-    assert near.float().mean() > 0.99  # all but those in which a rounding decides about the border
+    assert near.float().mean() > 0.99  # except where rounding decides at the border
 
 
 @pytest.mark.parametrize("pattern", ["scattered", "crowded", "chain", "apart", "equal"])

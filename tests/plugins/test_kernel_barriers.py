@@ -1,5 +1,5 @@
-"""Each barrier of the kernels is needed, and the tests' GPU shows it: without one of them the results change with the
-order of threads, or the process ends with a message."""
+"""Each barrier of the kernels is necessary: without it the emulated GPU gives results that depend on the order of
+threads, or ends the process with a message."""
 
 import re
 import shutil
@@ -16,18 +16,18 @@ SMALL = {"MASKRCNN_NMS_THREADS": 128, "MASKRCNN_NMS_KEPT": 3}
 
 
 def kernel_of(op: str) -> Path:
-    """The source with an op's barriers, within csrc."""
+    """The source that contains an op's barriers, relative to csrc."""
     return Path(op) / "kernel.cuh"
 
 
 def barriers() -> list[tuple[str, int]]:
-    """Every op and each of its barriers."""
+    """(op, index) of every barrier."""
     counts = {op: len(BARRIER.findall((CSRC / kernel_of(op)).read_text())) for op in kernel_probe.PROBES}
     return [(op, number) for op, count in counts.items() for number in range(count)]
 
 
 def probe(op: str, csrc: Path, folder: Path, rest: Path) -> tuple[int, list[str]]:
-    """Compiles an op from sources and runs it: the exit status, and a hash for each order of threads."""
+    """Compiles and runs an op; returns the exit status and a hash of the results for each order of threads."""
     library = build(folder, csrc=csrc, sources=[f"{op}/launch.cu"], beside=rest, optimise=0, **SMALL)
     command = [sys.executable, kernel_probe.__file__, str(library), op]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -36,7 +36,7 @@ def probe(op: str, csrc: Path, folder: Path, rest: Path) -> tuple[int, list[str]
 
 @pytest.fixture(scope="module")
 def intact(kernels_for_cpu, tmp_path_factory) -> dict[str, str]:
-    """The hash of each op as it is."""
+    """Hash of the unchanged kernels of each op."""
     hashes = {}
     for op in kernel_probe.PROBES:
         status, found = probe(op, CSRC, tmp_path_factory.mktemp(op), kernels_for_cpu)

@@ -1,4 +1,4 @@
-"""The kernels' arithmetic: the functions that a GPU and a CPU compile alike, each against somebody else's."""
+"""Arithmetic functions of the kernels, which are the same code on GPU and CPU, against independent implementations."""
 
 import math
 
@@ -16,23 +16,23 @@ from maskrcnn.imaging.preprocess import linear_taps
 from maskrcnn.plugins import reference
 
 FPN = {"num_levels": 4, "min_level": 2, "canonical_level": 4, "canonical_size": 224.0, "epsilon": 1e-6}
-SINGLE = st.floats(width=32)  # all of them: infinite, subnormal, not a number
+SINGLE = st.floats(width=32)  # including infinite, subnormal and NaN
 SIDE = st.floats(2.0**-10, 1e5, width=32)
 
 
 def random_singles(count: int, seed: int) -> np.ndarray:
-    """float32 of random bits: every magnitude, infinities, numbers that are none."""
+    """float32 of random bits: every magnitude, infinities and NaN."""
     return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
 
 
 def just(value: float, steps: int) -> np.float32:
-    """The float32 so many steps away from a value."""
+    """The float32 `steps` representable values away from a value."""
     for _ in range(abs(steps)):
         value = np.nextafter(np.float32(value), np.float32(math.copysign(math.inf, steps)))
     return np.float32(value)
 
 
-def test_every_half_becomes_the_single_it_is(maths):
+def test_every_half_converts_exactly_to_single(maths):
     bits = np.arange(65536, dtype=np.uint16)
     with np.errstate(invalid="ignore"):
         wanted = bits.view(np.float16).astype(np.float32)
@@ -71,11 +71,11 @@ def test_every_half_becomes_the_single_it_is(maths):
         (1e-45, 0x0000),
     ],
 )
-def test_a_single_becomes_the_nearest_half(maths, value, bits):
+def test_a_single_rounds_to_the_nearest_half(maths, value, bits):
     assert maths.halves_from_singles(np.float32([value])).tolist() == [bits]
 
 
-def test_random_singles_become_numpys_halves(maths):
+def test_random_singles_round_to_halves_as_in_numpy(maths):
     values = np.concatenate(
         [random_singles(1_000_000, 1), np.random.default_rng(2).normal(0, 30000, 10**6).astype(np.float32)]
     )
@@ -86,7 +86,7 @@ def test_random_singles_become_numpys_halves(maths):
     assert np.isnan(found.view(np.float16)[~is_number]).all() and not is_number.all()
 
 
-def test_random_singles_become_torchs_bfloat16s_and_back(maths):
+def test_random_singles_round_to_bfloat16_as_in_torch_and_back(maths):
     ties = (np.arange(65536, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
     values = np.concatenate([random_singles(1_000_000, 3), ties])
     wanted = torch.from_numpy(values).bfloat16()
@@ -102,8 +102,8 @@ def test_random_singles_become_torchs_bfloat16s_and_back(maths):
     [
         (1.0, 0),
         (just(56, -1), 0),
-        (56.0, 0),  # as small as the first level is meant for
-        (just(112, -1), 1),  # a little short, which the epsilon of 1e-6 makes up for
+        (56.0, 0),  # lower limit of the first level
+        (just(112, -1), 1),  # slightly smaller, compensated by the epsilon of 1e-6
         (112 * (1 - 4e-7), 1),
         (112 * (1 - 2e-6), 0),
         (112.0, 1),
@@ -114,12 +114,12 @@ def test_random_singles_become_torchs_bfloat16s_and_back(maths):
         (just(224, 1), 2),
         (448 * (1 - 2e-6), 2),
         (448.0, 3),
-        (896.0, 3),  # beyond the last level
+        (896.0, 3),  # above the last level
         (1e18, 3),
         (1e25, 3),  # an infinite area
         (math.inf, 3),
-        (1e-20, 0),  # an area among the subnormal numbers
-        (1e-30, 0),  # none
+        (1e-20, 0),  # subnormal area
+        (1e-30, 0),  # area 0
         (0.0, 0),
         (math.nan, 0),
     ],
@@ -129,12 +129,12 @@ def test_the_level_of_a_square_box(maths, side, level):
 
 
 @pytest.mark.parametrize("sides", [(0, 9), (9, 0), (-5, 9), (9, -5), (math.nan, 9), (9, math.nan), (0, math.inf)])
-def test_a_box_without_an_area_is_of_the_first_level(maths, sides):
+def test_a_box_without_area_belongs_to_the_first_level(maths, sides):
     assert maths.levels(np.array([sides]), **FPN).tolist() == [0]
 
 
 def test_two_negative_sides_have_a_positive_area(maths):
-    assert maths.levels(np.array([[-224.0, -224.0]]), **FPN).tolist() == [2]  # in torchvision as here
+    assert maths.levels(np.array([[-224.0, -224.0]]), **FPN).tolist() == [2]  # as in torchvision
 
 
 @settings(max_examples=300, deadline=None)
@@ -145,14 +145,14 @@ def test_two_negative_sides_have_a_positive_area(maths):
     canonical_level=st.integers(0, 8),
     canonical_size=st.sampled_from([224.0, 64.0, 100.5]),
 )
-def test_levels_are_the_references_and_torchvisions(
+def test_levels_equal_the_reference_and_torchvision(
     maths, sides, num_levels, min_level, canonical_level, canonical_size
 ):
     rule = {"num_levels": num_levels, "min_level": min_level}
     canonical = {"canonical_level": canonical_level, "canonical_size": canonical_size}
     sides = np.float32(sides)
     exact = np.log2(np.sqrt(sides.astype(np.float64).prod(1)) / canonical_size) + 1e-6
-    sides = sides[np.abs(exact - np.round(exact)) > 5e-6]  # where logarithms rounded otherwise agree
+    sides = sides[np.abs(exact - np.round(exact)) > 5e-6]  # exclude values where the rounding of the logarithm matters
     boxes = np.concatenate([np.zeros_like(sides), sides], axis=1)
     found = maths.levels(sides, **rule, **canonical, epsilon=1e-6)
     assert found.tolist() == [reference.level_of(b, **rule, **canonical, level_epsilon=1e-6) for b in boxes]
@@ -168,7 +168,7 @@ def test_levels_are_the_references_and_torchvisions(
         (1.0, 5, (1, 2, 1.0, 0.0)),
         (3.5, 5, (3, 4, 0.5, 0.5)),
         (4.0, 5, (4, 4, 1.0, 0.0)),  # the last pixel's centre
-        (4.75, 5, (4, 4, 1.0, 0.0)),  # beyond it, up to a pixel
+        (4.75, 5, (4, 4, 1.0, 0.0)),  # up to one pixel beyond it
         (5.0, 5, (4, 4, 1.0, 0.0)),
         (just(5.0, 1), 5, (0, 0, 0.0, 0.0)),
         (-0.5, 5, (0, 1, 1.0, 0.0)),
@@ -190,7 +190,7 @@ def test_taps_by_hand(maths, position, size, tap):
 
 @settings(max_examples=300, deadline=None)
 @given(positions=st.lists(SINGLE | st.floats(-2, 12, width=32), min_size=1, max_size=50), size=st.integers(1, 10))
-def test_taps_lie_in_the_map_and_are_the_references(maths, positions, size):
+def test_taps_are_inside_the_map_and_equal_the_reference(maths, positions, size):
     taps = maths.taps(np.float32(positions), np.full(len(positions), size))
     assert taps.dtype == TAP
     for name in ("low", "high"):
@@ -210,7 +210,7 @@ def axis_case(low, high, *, stride=4, size=20, bins=7, ratio=0, aligned=False) -
     [
         (axis_case(8, 64, aligned=False), (2.0, 2.0, 2, 20)),
         (axis_case(8, 64, aligned=True), (1.5, 2.0, 2, 20)),
-        (axis_case(8, 64.5, bins=1), (2.0, 14.125, 15, 20)),  # a sample for every pixel and every part of one
+        (axis_case(8, 64.5, bins=1), (2.0, 14.125, 15, 20)),  # one sample per pixel, rounded up
         (axis_case(8, 64, ratio=3), (2.0, 2.0, 3, 20)),
         (axis_case(8, 10, bins=2, aligned=False), (2.0, 0.5, 1, 20)),  # widened to one pixel
         (axis_case(8, 10, bins=2, aligned=True), (1.5, 0.25, 1, 20)),
@@ -227,19 +227,19 @@ def test_axes_by_hand(maths, case, axis):
 
 @pytest.mark.parametrize("ends", [(0, math.inf), (-math.inf, 5), (0, math.nan), (math.nan, 5), (-3.3e38, 3.3e38)])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_an_axis_that_no_number_describes_has_no_samples_if_adaptive(maths, ends, aligned):
+def test_an_axis_that_is_not_finite_has_no_samples_if_adaptive(maths, ends, aligned):
     assert maths.axes(axis_case(*ends, stride=1, aligned=aligned)[None])["samples"] == [0]
 
 
 COORDINATE = st.floats(-300, 300, width=32) | st.floats(-1e6, 1e6, width=32) | SINGLE
-NEARLY = st.sampled_from([-4.0, 0.0, 4.0, 80.0]).flatmap(  # where positions come close to -1, 0, the map's size
+NEAR_EDGE = st.sampled_from([-4.0, 0.0, 4.0, 80.0]).flatmap(  # positions close to -1, 0 or the map's size
     lambda edge: st.floats(-(2.0**-13), 2.0**-13, width=32).map(lambda by: np.float32(edge) + np.float32(by))
 )
 
 
 @settings(max_examples=1500, deadline=None)
 @given(
-    ends=st.tuples(COORDINATE | NEARLY, COORDINATE | NEARLY),
+    ends=st.tuples(COORDINATE | NEAR_EDGE, COORDINATE | NEAR_EDGE),
     stride=st.sampled_from([1, 4, 32, 64]),
     size=st.sampled_from([1, 2, 20, 333, 2000]),
     bins=st.sampled_from([1, 2, 7, 14, 28]),
@@ -252,15 +252,15 @@ NEARLY = st.sampled_from([-4.0, 0.0, 4.0, 80.0]).flatmap(  # where positions com
 @example(ends=(-2.0000005, -2.0), stride=4, size=20, bins=7, ratio=3, aligned=True)
 @example(ends=(-4e7, 4e7), stride=1, size=20, bins=1, ratio=0, aligned=False)
 @example(ends=(-1e9, 4e7), stride=1, size=2000, bins=28, ratio=0, aligned=False)
-def test_no_sample_that_counts_is_left_out_and_few_others_are_looked_at(
+def test_the_range_of_samples_contains_all_inside_the_map_and_few_others(
     maths, ends, stride, size, bins, ratio, aligned
 ):
     case = axis_case(*ends, stride=stride, size=size, bins=bins, ratio=ratio, aligned=aligned)
     given, lost = maths.ranges(case)
     assert not lost.any()
-    # A sample for each pixel at most, of the map and of what surrounds it: not one for each pixel of the box.
-    most = max(ratio, 1) if ratio else 2 * (size + 2) + 64 * (bins + 1) + 10
-    assert given.max() <= most
+    # At most a sample per pixel of the map and its surroundings, not per pixel of the box.
+    limit = max(ratio, 1) if ratio else 2 * (size + 2) + 64 * (bins + 1) + 10
+    assert given.max() <= limit
     assert (given <= maths.axes(case[None])["samples"][0]).all()
 
 
@@ -273,25 +273,25 @@ def plain_overlap(a: np.ndarray, b: np.ndarray, thresholds: np.ndarray) -> np.nd
         return both / (area_a + area_b - both) > thresholds
 
 
-def test_overlaps_of_random_bits_are_divisions(maths):
+def test_overlaps_of_random_bits_equal_a_division(maths):
     a, b = random_singles(4_000_000, 4).reshape(2, -1, 4)
     thresholds = np.random.default_rng(5).choice(np.float32([0, 0.3, 0.5, 0.7, 1, 1.5, -0.5, np.nan]), len(a))
     np.testing.assert_array_equal(maths.overlap(a, b, thresholds), plain_overlap(a, b, thresholds))
 
 
-def test_overlaps_of_boxes_of_every_magnitude_are_divisions(maths):
+def test_overlaps_of_boxes_of_every_magnitude_equal_a_division(maths):
     rng = np.random.default_rng(6)
     corners = rng.uniform(0, 1, (2, 300_000, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(0, 1, corners.shape)], axis=-1)
-    boxes *= 2.0 ** rng.integers(-80, 70, (300_000, 1))  # areas from below the smallest number to beyond the largest
+    boxes *= 2.0 ** rng.integers(-80, 70, (300_000, 1))  # areas from underflow to overflow
     (a, b), thresholds = boxes.astype(np.float32), rng.uniform(0, 1, 300_000).astype(np.float32)
     wanted = plain_overlap(a, b, thresholds)
     np.testing.assert_array_equal(maths.overlap(a, b, thresholds), wanted)
     assert 0.05 < wanted.mean() < 0.95
 
 
-def test_overlaps_at_the_threshold_are_none(maths):
-    # Boxes on a grid of 4 x 1: all IoUs are ratios of small numbers, and each is tried as the threshold.
+def test_an_iou_equal_to_the_threshold_is_no_overlap(maths):
+    # Boxes on a grid: all IoUs are ratios of small integers, and each is used as the threshold.
     ends = [(x1, x2) for x1 in range(5) for x2 in range(x1 + 1, 6)]
     boxes = np.float32([(x1, 0, x2, 1) for x1, x2 in ends])
     a, b = np.repeat(boxes, len(boxes), axis=0), np.tile(boxes, (len(boxes), 1))
@@ -310,7 +310,7 @@ def test_overlaps_at_the_threshold_are_none(maths):
     boxes=st.lists(SINGLE | st.floats(0, 8, width=32), min_size=8, max_size=8),
     threshold=st.floats(0, 1, width=32) | SINGLE,
 )
-def test_overlaps_are_torchvisions(maths, boxes, threshold):
+def test_overlaps_equal_torchvision(maths, boxes, threshold):
     pair = np.float32(boxes).reshape(2, 4)
     found = maths.overlap(*pair[:, None].copy(), np.float32([threshold]))[0]
     np.testing.assert_array_equal(found, plain_overlap(*pair[:, None], np.float32([threshold]))[0])
@@ -319,7 +319,7 @@ def test_overlaps_are_torchvisions(maths, boxes, threshold):
 
 
 @pytest.mark.parametrize("mask_size", [1, 2, 7, 14, 28, 30, 31, 60])
-def test_spans_are_torchvisions(maths, mask_size):
+def test_spans_equal_torchvision(maths, mask_size):
     rng = np.random.default_rng(mask_size)
     lows = rng.uniform(-500, 1500, 20000).astype(np.float32)
     highs = (lows + np.where(rng.random(20000) < 0.1, 0, rng.uniform(-20, 900, 20000))).astype(np.float32)
@@ -332,14 +332,14 @@ def test_spans_are_torchvisions(maths, mask_size):
 @pytest.mark.parametrize(
     "ends", [(math.nan, 5), (5, math.nan), (0, math.inf), (-math.inf, 0), (-3e38, 3e38), (0, 4e9), (-4e9, 0)]
 )
-def test_a_span_that_whole_numbers_cannot_count_is_empty(maths, ends):
+def test_a_span_that_exceeds_integers_is_empty(maths, ends):
     (found,) = maths.spans(*np.float32(ends)[:, None].copy(), 28)
     assert found["last"] < found["first"]
 
 
 @settings(max_examples=300, deadline=None)
 @given(size_in=st.integers(1, 64), size_out=st.integers(1, 3000), start=st.integers(0, 2999))
-def test_lerps_are_the_preprocessings(maths, size_in, size_out, start):
+def test_lerps_equal_the_preprocessing(maths, size_in, size_out, start):
     start = min(start, size_out - 1)
     low, high, weight = linear_taps(size_in, size_out, start, size_out)
     found = maths.lerps(np.arange(start, size_out), size_in, size_out)

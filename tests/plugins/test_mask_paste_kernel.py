@@ -1,7 +1,6 @@
-"""The kernel that pastes masks, against hand-typed pixels, our own pasting, torchvision's, and pycocotools' encoder.
+"""The mask pasting kernel against pixels by hand, the package's NumPy pasting, torchvision and pycocotools.
 
-`maskrcnn.imaging.paste.paste_mask` needs NumPy alone and pastes masks where there is no kernel, so it is the
-truth here; `plugins.reference` has none of its own, as no node of a graph pastes masks.
+`maskrcnn.imaging.paste.paste_mask` is the reference; mask pasting is not an op of the graph.
 """
 
 import numpy as np
@@ -16,9 +15,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from maskrcnn.imaging.postprocess import Detections
 
-# A mask of 2 x 2 pixels with its border of zeros has 4 x 4, and a box of 3.5 px grows to 8: two pixels for each. Linear
-# interpolation of 0, 1, 1, 0 to those is 0, 1/4, 3/4, 1, 1, 3/4, 1/4, 0, and of 0, 1, 0, 0 it is 0, 1/4, 3/4, 3/4, 1/4
-# and then 0; a pixel is the product of its row's and its column's value.
+# A mask of 2 x 2 pixels has 4 x 4 with its border of zeros, and a box of 3.5 px grows to 8, two pixels for each.
+# Linear interpolation of 0, 1, 1, 0 gives 0, 1/4, 3/4, 1, 1, 3/4, 1/4, 0, and of 0, 1, 0, 0 gives 0, 1/4, 3/4, 3/4,
+# 1/4, 0, 0, 0; a pixel is the product of the values of its row and column.
 FULL, UPPER, CORNER = [[1, 1], [1, 1]], [[1, 1], [0, 0]], [[0, 1], [0, 0]]
 BOX = np.float32([1.75, 1.75, 5.25, 5.25])
 
@@ -26,14 +25,11 @@ BOX = np.float32([1.75, 1.75, 5.25, 5.25])
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("by", [(0, 0), (3, 1), (-2, 0), (0, -3), (-4, -4), (30, 0), (0, 30), (29, 31)])
 @pytest.mark.parametrize(
-    ("mask", "threshold", "picture"),
+    ("mask", "threshold", "rows"),
     [
         (FULL, 0.5, "........ ........ ..####.. ..####.. ..####.. ..####.. ........ ........"),
-        (
-            FULL,
-            9 / 16,
-            "........ ........ ...##... ..####.. ..####.. ...##... ........ ........",
-        ),  # the corners are that
+        # The corners equal the threshold.
+        (FULL, 9 / 16, "........ ........ ...##... ..####.. ..####.. ...##... ........ ........"),
         (FULL, 0.75, "........ ........ ........ ...##... ...##... ........ ........ ........"),
         (FULL, 0.2, "........ ...##... ..####.. .######. .######. ..####.. ...##... ........"),
         (FULL, 0.0, "........ .######. .######. .######. .######. .######. .######. ........"),
@@ -44,12 +40,12 @@ BOX = np.float32([1.75, 1.75, 5.25, 5.25])
     ],
     ids=[str(number) for number in range(9)],
 )
-def test_by_hand(device, mask, threshold, picture, by, by_columns):
+def test_by_hand(device, mask, threshold, rows, by, by_columns):
     right, down = by
     boxes = (BOX + np.float32([right, down, right, down]))[None]
     pixels = PasteCase(np.float32([mask]), boxes, (34, 35), threshold, by_columns).pixels(device)[0]
     wanted = np.zeros((34, 35), bool)
-    for row, line in enumerate(picture.split()):
+    for row, line in enumerate(rows.split()):
         for column, sign in enumerate(line):
             if 0 <= row + down < 34 and 0 <= column + right < 35:
                 wanted[row + down, column + right] = sign == "#"
@@ -58,13 +54,13 @@ def test_by_hand(device, mask, threshold, picture, by, by_columns):
 
 @settings(max_examples=1200, deadline=None)
 @given(case=paste_cases())
-def test_it_is_our_own_pasting(device, case):
+def test_it_equals_numpy_pasting(device, case):
     check(case, case.pixels(device))
 
 
 @settings(max_examples=200, deadline=None)
 @given(case=paste_cases())
-def test_it_is_full_masks(device, case):
+def test_it_equals_full_masks(device, case):
     found = Detections(
         boxes_xyxy_px=case.boxes,
         scores=np.ones(len(case.boxes), np.float32),
@@ -78,10 +74,10 @@ def test_it_is_full_masks(device, case):
 
 @settings(max_examples=300, deadline=None)
 @given(case=paste_cases())
-def test_it_is_torchvisions(device, case):
+def test_it_equals_torchvision(device, case):
     height, width = case.size_hw
     x1, y1, x2, y2 = case.boxes.T
-    # Torchvision needs a box with a side that is inside, and memory for all of it.
+    # torchvision needs boxes that reach into the image, and memory for the whole box.
     fitting = (x1 < width - 1) & (y1 < height - 1) & (x2 > 0) & (y2 > 0) & (x2 >= x1) & (y2 >= y1)
     fitting &= np.maximum(x2 - x1, y2 - y1) < 2000
     assume(fitting.any())
@@ -93,7 +89,7 @@ def test_it_is_torchvisions(device, case):
 
 @settings(max_examples=150, deadline=None)
 @given(case=paste_cases())
-def test_run_lengths_of_columns_are_pycocotools(device, case):
+def test_run_lengths_of_columns_equal_pycocotools(device, case):
     mask_api = pytest.importorskip("pycocotools.mask")
     by_rows, by_columns = (
         paste(device, case.masks, case.boxes, case.size_hw, case.threshold, by_columns=order) for order in (False, True)
@@ -120,7 +116,7 @@ def test_any_four_numbers_are_a_box(device, box, mask_size, by_columns):
     with np.errstate(invalid="ignore"):
         low, high = case.boxes.astype(np.float64).reshape(2, 2)
         reach = np.abs(low + high) / 2 + np.abs(high - low) * (mask_size + 2) / mask_size / 2
-    if not (reach < 1.1e9).all():  # not a number, or more pixels than are counted
+    if not (reach < 1.1e9).all():  # NaN, or too many pixels
         assert not pixels.any()
     elif (reach < 1e8).all():
         check(case, pixels)
@@ -139,12 +135,12 @@ def test_images_of_every_shape(device, size_hw, by_columns, mask_size):
 
 @pytest.mark.parametrize(("count", "size_hw"), [(0, (5, 5)), (2, (0, 5)), (2, (5, 0)), (0, (0, 0))])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_what_is_empty_gives_what_is_empty(device, count, size_hw, by_columns):
+def test_empty_inputs_give_empty_results(device, count, size_hw, by_columns):
     case = PasteCase(np.ones((count, 28, 28), np.float32), np.zeros((count, 4), np.float32), size_hw, 0.5, by_columns)
     assert case.pixels(device).shape == (count, *size_hw)
 
 
-def test_values_that_are_no_number_set_no_pixel(device):
+def test_nan_sets_no_pixel(device):
     masks = np.full((1, 28, 28), np.nan, np.float32)
     masks[0, :, 14:] = 1
     pixels = PasteCase(masks, np.float32([[0, 0, 56, 56]]), (56, 56), 0.5, False).pixels(device)[0]
@@ -153,7 +149,7 @@ def test_values_that_are_no_number_set_no_pixel(device):
 
 @settings(max_examples=60, deadline=None)
 @given(case=paste_cases())
-def test_the_order_of_threads_changes_nothing(cpu, case):
+def test_the_order_of_threads_has_no_effect(cpu, case):
     found = set()
     for order in ORDERS:
         with thread_order(order):
@@ -174,7 +170,7 @@ def test_the_order_of_threads_changes_nothing(cpu, case):
         {"size_hw": (4, (1 << 24) + 1)},
     ],
 )
-def test_arguments_outside_the_interface_are_refused_and_nothing_is_written(device, arguments):
+def test_invalid_arguments_are_errors_and_nothing_is_written(device, arguments):
     masks, boxes, bits = np.ones((1, 2, 2), np.float32), np.ones((1, 4), np.float32), np.full(8, 7, np.uint32)
     given_ = {"num_masks": 1, "mask_size": 2, "dtype": "float32", "size_hw": (4, 4), **arguments}
     with pytest.raises(ValueError, match=r"kernels\.h"):

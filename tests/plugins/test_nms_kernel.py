@@ -1,8 +1,7 @@
-"""The NMS kernels against hand-typed tables, the reference, torchvision, ONNX Runtime and the torch op: not one index
-may differ.
+"""The NMS kernels against tables by hand, the reference, torchvision, ONNX Runtime and the torch op: equal indices.
 
-Beside the library as it is, two builds whose blocks are so small that inputs of a few hundred boxes take the paths of
-many thousands: several chunks, more kept boxes than shared memory holds.
+Two further builds have such small blocks that a few hundred boxes take the code paths of many thousands: several
+chunks, and more kept boxes than shared memory holds.
 """
 
 import functools
@@ -22,12 +21,12 @@ from maskrcnn.model.ops import batched_nms
 from maskrcnn.plugins import reference
 from maskrcnn.plugins.native import Kernels
 
-SMALL = ((64, 3), (192, 40))  # threads of a block, and kept boxes that its shared memory holds
+SMALL = ((64, 3), (192, 40))  # threads per block, and kept boxes in shared memory
 
 
 @pytest.fixture(scope="module")
 def small(kernels_for_cpu, tmp_path_factory) -> list[Device]:
-    """Kernels whose blocks are as SMALL says."""
+    """Kernels with the block sizes of SMALL."""
     devices = []
     for threads, held in SMALL:
         macros = {"MASKRCNN_NMS_THREADS": threads, "MASKRCNN_NMS_KEPT": held}
@@ -39,7 +38,7 @@ def small(kernels_for_cpu, tmp_path_factory) -> list[Device]:
 def kept_rows(
     device: Device, boxes: list, *, groups: list | None = None, threshold: float = 0.5, most: int = 9
 ) -> list:
-    """Rows kept of one image."""
+    """Kept rows of one image."""
     count = len(boxes)
     found = nms(
         device,
@@ -64,30 +63,30 @@ BESIDE = (10, 0, 20, 10)  # touches TEN
     [
         ([], {}, []),
         ([TEN], {}, [0]),
-        ([TEN, TEN, TEN], {}, [0]),  # of equal ones the first
-        ([TEN, HALF], {}, [0, 1]),  # at the threshold both stay
+        ([TEN, TEN, TEN], {}, [0]),  # the first of equal boxes
+        ([TEN, HALF], {}, [0, 1]),  # IoU equal to the threshold: both are kept
         ([TEN, UPPER], {}, [0]),
         ([UPPER, TEN], {}, [0]),
-        ([TEN, UPPER], {"threshold": 0.6}, [0, 1]),  # 0.6 in single precision, which the quotient equals
+        ([TEN, UPPER], {"threshold": 0.6}, [0, 1]),  # 0.6 in float32 equals the quotient
         ([TEN, HALF, UPPER], {"threshold": 0.3}, [0]),
         ([TEN, BESIDE], {"threshold": 0.0}, [0, 1]),
         ([TEN, (9, 9, 20, 20)], {"threshold": 0.0}, [0]),
         ([TEN, TEN], {"threshold": 1.0}, [0, 1]),
         ([TEN, TEN], {"threshold": 2.0}, [0, 1]),
-        ([TEN, BESIDE], {"threshold": -0.5}, [0]),  # an IoU of 0 is greater
+        ([TEN, BESIDE], {"threshold": -0.5}, [0]),  # IoU 0 is greater
         ([TEN, UPPER, TEN], {"groups": [0, 1, 0]}, [0, 1]),
         ([TEN, TEN, TEN], {"groups": [-1, 2**31 - 1, -(2**31)]}, [0, 1, 2]),
-        # What is suppressed suppresses nothing: 1 goes for 0, and 2, which overlaps 1 alone, stays.
+        # Suppressed boxes do not suppress: 0 suppresses 1, so 2, which overlaps only 1, is kept.
         ([(0, 0, 10, 1), (3, 0, 13, 1), (6, 0, 16, 1)], {"threshold": 0.4}, [0, 2]),
         ([TEN, BESIDE, TEN, (30, 0, 40, 10)], {"most": 2}, [0, 1]),
         ([TEN, BESIDE], {"most": 0}, []),
-        ([(5, 5, 5, 5), (5, 5, 5, 5)], {}, [0, 1]),  # 0 / 0 is no number, and so not greater
+        ([(5, 5, 5, 5), (5, 5, 5, 5)], {}, [0, 1]),  # 0 / 0 is NaN and not greater
         ([(5, 5, 5, 9), TEN, (5, 5, 5, 9)], {"threshold": 0.0}, [0, 1, 2]),
         ([(9, 9, 1, 1), TEN, TEN], {}, [0, 1]),
         ([TEN, (0, 0, math.nan, 10), (0, 0, math.nan, 10), TEN], {}, [0, 1, 2]),
         ([(0, 0, math.inf, math.inf), TEN, (0, 0, math.inf, math.inf)], {}, [0, 1, 2]),
-        ([(0, 0, 1e-22, 1e-22), (0, 0, 1e-22, 1e-22)], {}, [0]),  # areas among the subnormal numbers
-        ([(0, 0, 1e-23, 1e-23), (0, 0, 1e-23, 1e-23)], {}, [0, 1]),  # areas of zero
+        ([(0, 0, 1e-22, 1e-22), (0, 0, 1e-22, 1e-22)], {}, [0]),  # subnormal areas
+        ([(0, 0, 1e-23, 1e-23), (0, 0, 1e-23, 1e-23)], {}, [0, 1]),  # areas of 0
     ],
 )
 def test_by_hand(device, small, boxes, options, kept):
@@ -96,20 +95,20 @@ def test_by_hand(device, small, boxes, options, kept):
 
 @settings(max_examples=150, deadline=None)
 @given(case=nms_cases())
-def test_it_is_torchvisions(device, case):
+def test_it_equals_torchvision(device, case):
     check(case, case.kept(device))
 
 
 @settings(max_examples=1200, deadline=None)
 @given(case=nms_cases())
-def test_small_blocks_are_torchvisions(small, case):
+def test_small_blocks_equal_torchvision(small, case):
     for kernels in small:
         check(case, case.kept(kernels))
 
 
 @settings(max_examples=250, deadline=None)
-@given(case=nms_cases(most=70))
-def test_small_blocks_are_the_references(small, case):
+@given(case=nms_cases(max_boxes=70))
+def test_small_blocks_equal_the_reference(small, case):
     with np.errstate(all="ignore"):
         indices, num = reference.batched_nms(
             case.boxes, case.groups, case.counts, iou_threshold=case.iou_threshold, max_output=case.max_output
@@ -121,8 +120,8 @@ def test_small_blocks_are_the_references(small, case):
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=nms_cases(most=300))
-def test_small_blocks_are_the_torch_op(small, case):
+@given(case=nms_cases(max_boxes=300))
+def test_small_blocks_equal_the_torch_op(small, case):
     assume((case.counts >= 0).all() and len(case.counts))
     wanted = batched_nms(
         *(torch.from_numpy(a) for a in (case.boxes, case.groups, case.counts)),
@@ -161,12 +160,12 @@ def onnx_nms() -> Any:
     threshold=st.sampled_from([0.0, 0.3, 1 / 3, 0.5, 0.6, 0.7, 1.0]),
     most=st.integers(1, 310),
 )
-def test_small_blocks_are_onnx_runtimes(small, seed, pattern, count, threshold, most):
+def test_small_blocks_equal_onnx_runtime(small, seed, pattern, count, threshold, most):
     boxes = boxes_of(np.random.default_rng(seed), pattern, count)
     case = NmsCase(boxes[None], np.zeros((1, count), np.int32), np.int32([count]), threshold, most)
-    given_ = {"boxes": case.boxes, "scores": np.arange(count, 0, -1, dtype=np.float32)[None, None]}
-    given_ |= {"most": np.array([most]), "threshold": np.float32([threshold])}
-    wanted = onnx_nms().run(None, given_)[0][:, 2]
+    arguments_ = {"boxes": case.boxes, "scores": np.arange(count, 0, -1, dtype=np.float32)[None, None]}
+    arguments_ |= {"most": np.array([most]), "threshold": np.float32([threshold])}
+    wanted = onnx_nms().run(None, arguments_)[0][:, 2]
     indices, num = case.kept(small[0])
     assert indices[0, : num[0]].tolist() == wanted.tolist()
 
@@ -174,7 +173,7 @@ def test_small_blocks_are_onnx_runtimes(small, seed, pattern, count, threshold, 
 @pytest.mark.parametrize("pattern", ["scattered", "chain", "apart", "equal", "crowded"])
 @pytest.mark.parametrize("groups", [1, 5])
 def test_several_chunks_of_a_real_block(device, pattern, groups):
-    # 5000 boxes: more than a chunk of 1024 threads, and more kept ones than shared memory holds.
+    # 5000 boxes are several chunks of 1024 threads, and more kept boxes than shared memory holds.
     rng = np.random.default_rng(1)
     boxes = boxes_of(rng, pattern, 5000)
     ids = rng.integers(0, groups, (1, 5000)).astype(np.int32)
@@ -183,12 +182,12 @@ def test_several_chunks_of_a_real_block(device, pattern, groups):
         check(case, case.kept(device))
 
 
-def test_chains_are_resolved_one_by_one(device, small):
-    # Every other box of a chain stays, whether tile, batch or chunk ends between two of them.
+def test_every_other_box_of_a_chain_is_kept(device, small):
+    # Tiles, batches and chunks end within the chain.
     count = 500
     boxes = np.float32(
         [(k * 4, 0, k * 4 + 10, 1) for k in range(count)]
-    )  # neighbours: 6 / 14; the next but one: 2 / 18
+    )  # IoU of neighbours 6 / 14, of every other box 2 / 18
     case = NmsCase(boxes[None], np.zeros((1, count), np.int32), np.int32([count]), 0.4, count)
     for kernels in (device, *small):
         indices, num = case.kept(kernels)
@@ -196,8 +195,8 @@ def test_chains_are_resolved_one_by_one(device, small):
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1, 2, 3])
-def test_kept_boxes_that_shared_memory_has_no_room_for(small, more):
-    # So many different boxes, copies of the first to the end of the block's batch, and in the next all of them again.
+def test_more_kept_boxes_than_shared_memory_holds(small, more):
+    # Different boxes, copies of the first up to the end of the batch, and all of them again in the next batch.
     for kernels, (threads, held) in zip(small, SMALL, strict=True):
         kept = list(range(held + more))
         corners = 20 * np.float32(kept + [0] * (threads - len(kept)) + kept)
@@ -206,8 +205,8 @@ def test_kept_boxes_that_shared_memory_has_no_room_for(small, more):
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=nms_cases(most=300))
-def test_the_order_of_threads_changes_nothing(small, case):
+@given(case=nms_cases(max_boxes=300))
+def test_the_order_of_threads_has_no_effect(small, case):
     for kernels in small:
         found = set()
         for order in ORDERS:
@@ -217,8 +216,8 @@ def test_the_order_of_threads_changes_nothing(small, case):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=nms_cases(most=200), seed=st.integers(0, 2**32 - 1))
-def test_images_do_not_know_of_each_other(small, case, seed):
+@given(case=nms_cases(max_boxes=200), seed=st.integers(0, 2**32 - 1))
+def test_images_are_independent(small, case, seed):
     order = np.random.default_rng(seed).permutation(len(case.counts))
     shuffled = NmsCase(case.boxes[order], case.groups[order], case.counts[order], case.iou_threshold, case.max_output)
     for mine, theirs in zip(shuffled.kept(small[1]), case.kept(small[1]), strict=True):
@@ -226,8 +225,8 @@ def test_images_do_not_know_of_each_other(small, case, seed):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=nms_cases(most=200), by=st.sampled_from(INTS))
-def test_what_a_group_is_called_changes_nothing(small, case, by):
+@given(case=nms_cases(max_boxes=200), by=st.sampled_from(INTS))
+def test_the_numbers_of_groups_have_no_effect(small, case, by):
     names = {name: index * 37 - 1000 for index, name in enumerate(np.unique(case.groups).tolist())}
     renamed = np.vectorize(names.get, otypes=[np.int32])(case.groups) ^ np.int32(by)
     case_ = NmsCase(case.boxes, renamed, case.counts, case.iou_threshold, case.max_output)
@@ -236,7 +235,7 @@ def test_what_a_group_is_called_changes_nothing(small, case, by):
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=nms_cases(most=200), most=st.integers(0, 50))
+@given(case=nms_cases(max_boxes=200), most=st.integers(0, 50))
 def test_fewer_outputs_are_the_first_of_more(small, case, most):
     assume(most <= case.max_output)
     fewer = NmsCase(case.boxes, case.groups, case.counts, case.iou_threshold, most)
@@ -246,7 +245,7 @@ def test_fewer_outputs_are_the_first_of_more(small, case, most):
 
 
 def test_the_threshold_is_single_precision():
-    # In double precision 0.6 is less than the quotient 0.6 in single precision, and the second box would go.
+    # 0.6 in double precision is less than the float32 quotient 0.6, and the second box would be suppressed.
     boxes = np.float32([[TEN, UPPER]])
     case = NmsCase(boxes, np.zeros((1, 2), np.int32), np.int32([2]), 0.6, 2)
     assert float(np.float32(0.6)) > 0.6
@@ -255,7 +254,7 @@ def test_the_threshold_is_single_precision():
 
 
 def case_arrays(case: NmsCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What an implementation is given."""
+    """Arrays of a case."""
     return case.boxes, case.groups, case.counts
 
 
@@ -270,11 +269,11 @@ def case_arrays(case: NmsCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         {"workspace": 0},
     ],
 )
-def test_arguments_outside_the_interface_are_refused_and_nothing_is_written(device, arguments):
+def test_invalid_arguments_are_errors_and_nothing_is_written(device, arguments):
     boxes, groups, counts = np.zeros((1, 2, 4), np.float32), np.zeros((1, 2), np.int32), np.full(1, 2, np.int32)
     written = {name: np.full(8, 7, np.int32) for name in ("workspace", "indices", "num")}
-    given_ = {"batch": 1, "num_boxes": 2, "iou_threshold": 0.5, "max_output": 2}
-    given_ |= {name: array.ctypes.data for name, array in written.items()} | arguments
+    arguments_ = {"batch": 1, "num_boxes": 2, "iou_threshold": 0.5, "max_output": 2}
+    arguments_ |= {name: array.ctypes.data for name, array in written.items()} | arguments
     with pytest.raises(ValueError, match=r"kernels\.h"):
-        device.kernels.batched_nms(boxes.ctypes.data, groups.ctypes.data, counts.ctypes.data, **given_)
+        device.kernels.batched_nms(boxes.ctypes.data, groups.ctypes.data, counts.ctypes.data, **arguments_)
     assert all((array == 7).all() for array in written.values())

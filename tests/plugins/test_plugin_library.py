@@ -1,7 +1,7 @@
-"""libmaskrcnn_plugins.so: its plugins as TensorRT sees them, and what they compute.
+"""libmaskrcnn_plugins.so: the interface of its plugins and their results.
 
-Compiled here are the library's own sources, with kernels for the CPU; the methods are called by a small C++ program
-that plays builder and engine, and by TensorRT's real registry (test_plugin_registry.py).
+The library is compiled from its sources with kernels for the CPU. A C++ program calls the methods like a builder and an
+engine; test_plugin_registry.py uses TensorRT's real registry.
 """
 
 import inspect
@@ -23,11 +23,11 @@ TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
 
 
 def rounded(values, kind):
-    """Values in one of the three types of features."""
+    """Values in one of the three feature types."""
     return bfloat16(values) if kind == "bfloat16" else values.astype(TYPES[kind])
 
 
-# What the plugins are
+# Creators and attributes
 
 
 def test_the_creators_are_those_of_the_contract(library):
@@ -36,20 +36,20 @@ def test_the_creators_are_those_of_the_contract(library):
         assert library.create(op, attributes).identity == (op, PLUGIN_VERSION, PLUGIN_NAMESPACE)
 
 
-def test_missing_attributes_have_the_references_defaults(library):
+def test_optional_attributes_have_the_defaults_of_the_reference(library):
     signature = inspect.signature(reference.multilevel_roi_align)
     without = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
     required = {name: ROI[name] for name in contract.MULTILEVEL_ROI_ALIGN.attributes if name not in without}
-    made = library.create(ROI_ALIGN, required).serialized()
-    assert list(made) == list(contract.MULTILEVEL_ROI_ALIGN.attributes)
-    assert {name: made[name] for name in without} == {n: type(made[n])(value) for n, value in without.items()}
+    stored = library.create(ROI_ALIGN, required).serialized()
+    assert list(stored) == list(contract.MULTILEVEL_ROI_ALIGN.attributes)
+    assert {name: stored[name] for name in without} == {n: type(stored[n])(value) for n, value in without.items()}
     for name in required:
         assert library.create(ROI_ALIGN, {n: v for n, v in required.items() if n != name}) is None
     assert all(library.create(NMS, {name: value}) is None for name, value in SUPPRESS.items())
 
 
 @pytest.mark.parametrize(
-    ("op", "attributes", "came", "expected"),
+    ("op", "attributes", "found", "expected"),
     [
         (ROI_ALIGN, {"output_size": 0}, "output_size = 0", "1 to 32767"),
         (ROI_ALIGN, {"sampling_ratio": -1}, "sampling_ratio = -1", "0 to 32767"),
@@ -66,14 +66,14 @@ def test_missing_attributes_have_the_references_defaults(library):
         (NMS, {"max_output": 0}, "max_output = 0", "1 to 2.14748365e+09"),
     ],
 )
-def test_a_wrong_attribute_is_refused_in_words(library, capfd, op, attributes, came, expected):
+def test_an_invalid_attribute_is_an_error(library, capfd, op, attributes, found, expected):
     assert library.create(op, (ROI if op == ROI_ALIGN else SUPPRESS) | attributes) is None
-    said = capfd.readouterr().err
-    assert said.startswith(f"maskrcnn::{op}\ncame: ") and came in said.splitlines()[1]
-    assert expected in said.splitlines()[2] and said.splitlines()[3].startswith("fix: ")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == f"maskrcnn::{op}" and lines[1].startswith("found: ") and found in lines[1]
+    assert expected in lines[2] and lines[3].startswith("fix: ")
 
 
-def test_integers_and_numbers_of_64_bits_are_taken(library):
+def test_integers_and_floats_of_64_bits_are_accepted(library):
     wide = {
         n: np.int64(v) if contract.MULTILEVEL_ROI_ALIGN.attributes[n] is int else np.float64(v) for n, v in ROI.items()
     }
@@ -87,7 +87,7 @@ def test_a_clone_stores_its_own_values(library):
 
 
 @pytest.mark.parametrize(("op", "attributes"), [(ROI_ALIGN, ROI), (NMS, SUPPRESS)])
-def test_a_stored_plugin_comes_back(library, op, attributes):
+def test_a_serialized_plugin_is_restored(library, op, attributes):
     plugin = library.create(op, attributes)
     stored = plugin.serialized()
     assert list(stored) == list(contract.OPS[op].attributes)
@@ -97,7 +97,7 @@ def test_a_stored_plugin_comes_back(library, op, attributes):
         assert other.identity == plugin.identity
 
 
-def test_each_attribute_tells_timings_apart(library):
+def test_the_timing_id_depends_on_each_attribute(library):
     for op, attributes in ((ROI_ALIGN, ROI), (NMS, SUPPRESS)):
         others = {name: value / 2 if isinstance(value, float) else value + 1 for name, value in attributes.items()}
         others |= {"aligned": 0} if "aligned" in attributes else {}
@@ -106,10 +106,10 @@ def test_each_attribute_tells_timings_apart(library):
         assert len(ids) == 1 + len(attributes)
 
 
-# What the builder asks
+# Methods of the build
 
 
-def test_shapes_of_outputs_are_the_contracts(library):
+def test_output_shapes_follow_the_contract(library):
     for levels in (1, 4, native.MAX_LEVELS):
         feature, rois = (tensor.shape for tensor in contract.MULTILEVEL_ROI_ALIGN.inputs)
         shape = tuple(
@@ -122,7 +122,7 @@ def test_shapes_of_outputs_are_the_contracts(library):
     assert library.create(NMS, SUPPRESS).output_shapes(inputs) == wanted
 
 
-def test_inputs_of_other_numbers_and_ranks_are_refused(library, capfd):
+def test_wrong_numbers_and_ranks_of_inputs_are_errors(library, capfd):
     feature, rois = (tensor.shape for tensor in contract.MULTILEVEL_ROI_ALIGN.inputs)
     plugin = library.create(ROI_ALIGN, ROI)
     too_many = [feature] * (native.MAX_LEVELS + 1) + [rois]
@@ -152,7 +152,7 @@ def test_formats_of_roi_align(library):
     every = list(itertools.product(plugin_library.TYPES, plugin_library.FORMATS))
     wanted = {("float32", "LINEAR"), ("float16", "LINEAR"), ("bfloat16", "LINEAR")}
     wanted |= {("float32", "HWC"), ("float16", "HWC8"), ("bfloat16", "HWC8")}
-    rest = [("int8", "LINEAR")] * 3  # not looked at
+    rest = [("int8", "LINEAR")] * 3  # ignored
     assert {first for first in every if plugin.supports(0, [first, *rest], 1)} == wanted
     for first in wanted:
         assert [t for t in every if plugin.supports(1, [first, t, *rest[:2]], 1)] == [first]
@@ -171,11 +171,11 @@ def test_formats_of_nms(library):
             assert plugin.supports(position, tensors, 2) == (tensor == (kind, "LINEAR"))
 
 
-# What they compute
+# Results
 
 
 def pyramid(rng, sizes_hw, channels, batch=2, rois=5):
-    """Features and boxes that lie in all levels, some beyond the image."""
+    """Features, and boxes of all levels, some outside the image."""
     features = [rng.standard_normal((batch, channels, *size_hw)).astype(np.float32) for size_hw in sizes_hw]
     corners = rng.uniform(-20, 100, (batch, rois, 2))
     sides = 2.0 ** rng.uniform(0, 7, (batch, rois, 2))
@@ -221,7 +221,7 @@ def test_roi_align_equals_the_reference(library, kind, layout, tolerance, change
         np.testing.assert_allclose(pooled, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_roi_align_takes_one_level_and_the_most(library):
+def test_roi_align_with_one_level_and_the_maximum(library):
     rng = np.random.default_rng(4)
     for levels in (1, 2, native.MAX_LEVELS):
         features, rois = pyramid(rng, [(max(16 >> level, 1), 8) for level in range(levels)], channels=3, batch=1)
@@ -247,7 +247,7 @@ def test_roi_align_keeps_the_number_of_levels_until_shapes_change(library, capfd
         features, rois = pyramid(rng, [(8, 12), (4, 6), (2, 3)], channels=2, batch=2)
 
 
-def test_roi_align_without_boxes_and_with_maps_that_are_none(library, capfd):
+def test_roi_align_without_boxes_and_with_empty_maps(library, capfd):
     features, rois = pyramid(np.random.default_rng(6), [(8, 8)], channels=2)
     plugin = library.create(ROI_ALIGN, ROI)
     code, pooled = pool(plugin, features, rois[:, :0], "float32", "LINEAR")
@@ -256,7 +256,7 @@ def test_roi_align_without_boxes_and_with_maps_that_are_none(library, capfd):
     assert "nothing was launched" in capfd.readouterr().err
 
 
-def test_the_builders_sizes_of_workspace(library):
+def test_workspace_sizes(library):
     boxes, groups = np.zeros((3, 70, 4), np.float32), np.zeros((3, 70), np.int32)
     counts, num = np.zeros(3, np.int32), np.zeros(3, np.int32)
     plugin = library.create(NMS, SUPPRESS)

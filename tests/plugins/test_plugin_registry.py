@@ -1,4 +1,4 @@
-"""The library in TensorRT's real plugin registry: loaded, listed, asked for the plugins of an exported file."""
+"""The plugin library in TensorRT's registry: loading, listing, and creating the plugins of an exported file."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def creator(name):
     return registry.get_creator(name, "{PLUGIN_VERSION}", "{PLUGIN_NAMESPACE}")
 
 def create(name, attributes):
-    # An attribute as the ONNX parser passes it.
+    # Attributes in the form that the ONNX parser passes.
     kinds = {{int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}}
     fields = [
         trt.PluginField(name, np.array([value], kinds[type(value)][0]), kinds[type(value)][1])
@@ -45,20 +45,20 @@ def create(name, attributes):
 
 
 def ask(code: str, tensorrt_rig: dict[str, str], **values: object):
-    """What code tells that may use the above, with `values` as its globals."""
+    """Runs code after `BEFORE` with `values` as globals, and returns the value that it tells."""
     given = "\n".join(f"{name} = json.loads({json.dumps(json.dumps(value))})" for name, value in values.items())
     return rig.ask(f"{BEFORE}\n{given}\n{code}", env=tensorrt_rig)
 
 
 @pytest.fixture(scope="session")
 def rig_version(tensorrt_rig) -> str:
-    """Of the TensorRT in the rig."""
+    """Version of TensorRT in the rig."""
     return rig.ask("import tensorrt; tell(tensorrt.__version__)", env=tensorrt_rig)
 
 
 @pytest.fixture
 def path(library, rig_version) -> str:
-    """The library, where it was compiled for the TensorRT in the rig."""
+    """The library, if it was compiled for the TensorRT version of the rig."""
     headers = find_tensorrt_headers(library.headers)
     if headers.version.partition(".")[0] != rig_version.partition(".")[0]:
         pytest.skip(f"headers of TensorRT {headers.version}, a rig of {rig_version}")
@@ -75,16 +75,16 @@ tell({name: [[f.name, f.type.name, f.size] for f in creator(name).field_names] f
     assert ask(code, tensorrt_rig, path=path) == wanted
 
 
-def test_the_plugins_of_an_exported_file_are_made(tensorrt_rig, path, onnx_file):
+def test_the_plugins_of_an_exported_file_are_created(tensorrt_rig, path, onnx_file):
     nodes = [node for node in tensorrt_flavour(onnx.load(onnx_file)).graph.node if node.domain == contract.DOMAIN]
-    asked = []
+    requests = []
     for node in nodes:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert [attributes[name] for name in PLUGIN_ATTRIBUTES[:2]] == [b"maskrcnn", b"1"]
-        asked.append([node.op_type, {n: v for n, v in attributes.items() if n not in PLUGIN_ATTRIBUTES}])
+        requests.append([node.op_type, {n: v for n, v in attributes.items() if n not in PLUGIN_ATTRIBUTES}])
     code = """
 registry.load_library(path)
-made = [create(*one) for one in asked]
+made = [create(*one) for one in requests]
 builds = [plugin.get_capability_interface(trt.PluginCapabilityType.BUILD) for plugin in made]
 cores = [plugin.get_capability_interface(trt.PluginCapabilityType.CORE) for plugin in made]
 assert all(plugin.get_capability_interface(trt.PluginCapabilityType.RUNTIME) for plugin in made)
@@ -93,18 +93,18 @@ tell([
     for core, build in zip(cores, builds)
 ])
 """
-    made = ask(code, tensorrt_rig, path=path, asked=asked)
+    made = ask(code, tensorrt_rig, path=path, requests=requests)
     assert {name for name, *_ in made} == {op.name for op in PLUGINS} and len(made) == 4
-    for (op, attributes), (name, version, namespace, outputs, text) in zip(asked, made, strict=True):
+    for (op, attributes), (name, version, namespace, outputs, text) in zip(requests, made, strict=True):
         assert (name, version, namespace) == (op, PLUGIN_VERSION, PLUGIN_NAMESPACE)
         assert outputs == len(contract.OPS[op].outputs)
-        said = dict(entry.split("=") for entry in text.split(","))
-        assert said.keys() == attributes.keys()
-        assert {n: float(v) for n, v in said.items()} == pytest.approx(attributes, rel=1e-6)
+        described = dict(entry.split("=") for entry in text.split(","))
+        assert described.keys() == attributes.keys()
+        assert {n: float(v) for n, v in described.items()} == pytest.approx(attributes, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("op", "attributes", "came"),
+    ("op", "attributes", "found"),
     [
         ("BatchedNms", {"iou_threshold": 0.5}, "no attribute max_output"),
         ("BatchedNms", {"iou_threshold": 2.0, "max_output": 5}, "iou_threshold = 2"),
@@ -112,15 +112,15 @@ tell([
         ("MultilevelRoiAlign", {"output_size": 7, "sampling_ratio": 2, "aligned": 5}, "aligned = 5"),
     ],
 )
-def test_what_can_not_be_made_is_none_and_says_why(tensorrt_rig, path, op, attributes, came):
+def test_invalid_attributes_return_null_and_report_the_reason(tensorrt_rig, path, op, attributes, found):
     values = f"path, op, attributes = json.loads({json.dumps(json.dumps([path, op, attributes]))})"
     code = f"{BEFORE}\n{values}\nregistry.load_library(path)\ntell(create(op, attributes) is None)"
     answer = rig.run(code, env=tensorrt_rig)
     assert answer.told == [True] and answer.returncode == 0
-    assert f"maskrcnn::{op}\ncame: " in answer.printed and came in answer.printed and "\nfix: " in answer.printed
+    assert f"maskrcnn::{op}\nfound: " in answer.printed and found in answer.printed and "\nfix: " in answer.printed
 
 
-def test_the_library_can_be_taken_out_and_loaded_again(tensorrt_rig, path):
+def test_the_library_can_be_deregistered_and_loaded_again(tensorrt_rig, path):
     code = """
 handle = registry.load_library(path)
 twice = registry.load_library(path) is None

@@ -1,4 +1,4 @@
-"""The rig: TensorRT's bindings and registry are the real ones, and what goes wrong in its processes is seen."""
+"""The TensorRT rig: real bindings and registry, and visible errors of its processes."""
 
 import importlib.util
 import subprocess
@@ -22,10 +22,10 @@ tell({
     "flags": sorted(trt.BuilderFlag.__members__),
 })
 """
-    said = rig.ask(code, env=tensorrt_rig)
-    assert said["version"].startswith("11.") and said["module"] == "tensorrt_bindings.tensorrt" and said["same"]
-    assert "CaskConvolutionRunnerWeightsTransformerPlugin" in said["creators"]  # which the lean library brings
-    assert "TF32" in said["flags"] and "FP16" not in said["flags"]
+    found = rig.ask(code, env=tensorrt_rig)
+    assert found["version"].startswith("11.") and found["module"] == "tensorrt_bindings.tensorrt" and found["same"]
+    assert "CaskConvolutionRunnerWeightsTransformerPlugin" in found["creators"]  # from the lean library
+    assert "TF32" in found["flags"] and "FP16" not in found["flags"]
 
 
 def test_numbers_of_the_enumerations_are_those_of_the_headers(tensorrt_rig):
@@ -35,17 +35,17 @@ def numbers(kind):
     return {name: int(member) for name, member in kind.__members__.items()}
 tell({"types": numbers(trt.DataType), "formats": numbers(trt.TensorFormat), "fields": numbers(trt.PluginFieldType)})
 """
-    said = rig.ask(code, env=tensorrt_rig)
+    found = rig.ask(code, env=tensorrt_rig)
     names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
     for name, number in plugin_library.TYPES.items():
-        assert said["types"][names.get(name, name.upper())] == number
+        assert found["types"][names.get(name, name.upper())] == number
     for name, number in plugin_library.FORMATS.items():
-        assert said["formats"][name] == number
+        assert found["formats"][name] == number
     for name, number in plugin_library.FIELD_TYPES.items():
-        assert said["fields"][name.upper()] == number
+        assert found["fields"][name.upper()] == number
 
 
-def test_there_is_no_builder_and_a_runtime_without_a_driver_costs_its_process_alone(tensorrt_rig):
+def test_there_is_no_builder_and_a_runtime_without_a_driver_ends_only_its_process(tensorrt_rig):
     code = """
 import tensorrt as trt
 logger = trt.Logger(trt.Logger.ERROR)
@@ -84,26 +84,26 @@ tell([[field.name, field.type.name] for field in creator.field_names])
         ("import tensorrt; tensorrt.NoSuchName", "has no attribute 'NoSuchName'"),
     ],
 )
-def test_what_goes_wrong_is_seen(tensorrt_rig, code, printed):
+def test_errors_of_the_process_are_reported(tensorrt_rig, code, printed):
     with pytest.raises(AssertionError, match=printed):
         rig.ask(f"tell(1)\n{code}", env=tensorrt_rig)
 
 
-def test_a_process_that_hangs_is_ended(tensorrt_rig):
+def test_a_hanging_process_is_terminated(tensorrt_rig):
     with pytest.raises(subprocess.TimeoutExpired):
         rig.run("import time; time.sleep(60)", env=tensorrt_rig, timeout=1)
 
 
-def test_where_bindings_are_missing_is_said(tmp_path):
+def test_missing_bindings_are_reported(tmp_path):
     if reason := rig.obstacle():
         pytest.skip(reason)
     assert "holds no tensorrt_bindings" in rig.obstacle(tmp_path)
 
 
-def test_the_doctor_takes_the_bindings_for_tensorrt_only_inside_the_rig(tensorrt_rig, monkeypatch):
+def test_the_doctor_finds_the_bindings_only_inside_the_rig(tensorrt_rig, monkeypatch):
     if importlib.util.find_spec("tensorrt") is None:
-        assert doctor._facts_of("tensorrt").get("missing")
+        assert doctor.probe("tensorrt").get("missing")
     for name, value in tensorrt_rig.items():
         monkeypatch.setenv(name, value)
-    facts = doctor._facts_of("tensorrt")
+    facts = doctor.probe("tensorrt")
     assert facts["version"].startswith("11.") and "nullptr" in facts["error"]

@@ -1,6 +1,6 @@
-"""The RoIAlign kernels against hand-typed numbers, double precision and the reference, in every layout, type and shape.
+"""The RoIAlign kernels against values by hand, double precision and the reference, in every layout, type and shape.
 
-Here and in the files beside it, `device` is the kernels compiled for the CPU, and a GPU too where there is one.
+The fixture `device` is the kernels on the CPU, and on a GPU if there is one.
 """
 
 import math
@@ -30,10 +30,10 @@ FORMS = (
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
 def test_a_ramp_is_the_ramp_at_the_centres_of_bins(device, form, dtype, ratio):
-    # Bilinear sampling of 10 y + x is exact, and samples lie around the centre of each bin.
+    # Bilinear sampling of 10 y + x is exact, and samples are symmetric about the centre of each bin.
     ramp = 10 * np.arange(16.0)[:, None] + np.arange(16.0)
     features = [as_dtype(np.stack([ramp, -ramp])[None].astype(np.float32), dtype)]
-    rois = np.array([[[8.0, 16.0, 40.0, 48.0]]])  # at stride 4: x from 2 to 10, y from 4 to 12
+    rois = np.array([[[8.0, 16.0, 40.0, 48.0]]])  # at stride 4: x 2 to 10, y 4 to 12
     given = {"output_size": 2, "sampling_ratio": ratio, "float32_output": True, **form}
     for aligned, wanted in ((False, [[64, 68], [104, 108]]), (True, [[58.5, 62.5], [98.5, 102.5]])):
         pooled = roi_align(device, features, rois, aligned=aligned, **given)
@@ -42,7 +42,7 @@ def test_a_ramp_is_the_ramp_at_the_centres_of_bins(device, form, dtype, ratio):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_adaptive_samples_by_hand(device, form):
-    # A RoI of 8 x 2 pixels in 2 x 2 bins: 4 samples along x and 1 along y. They lie on the pixels of row 3 or 4.
+    # A RoI of 8 x 2 pixels in 2 x 2 bins has 4 samples along x and 1 along y, on the pixels of row 3 or 4.
     feature = np.zeros((1, 1, 16, 16), np.float32)
     feature[0, 0, 3, 2:6] = [4, 8, 0, 12]
     rois = np.array([[[8.0, 12.0, 40.0, 20.0]]])
@@ -54,11 +54,11 @@ def test_adaptive_samples_by_hand(device, form):
 @pytest.mark.parametrize(
     ("roi", "aligned", "of_one", "of_two"),  # results with one and with two samples along each axis
     [
-        ((-4, 0, -4, 0), False, 3, 3),  # widened, from -1 to 0: what lies before the first pixel counts as that
-        ((-6, 0, -2, 0), False, 3, 1.5),  # one sample at -1, the last place that counts; or at -1.25 and -0.75
+        ((-4, 0, -4, 0), False, 3, 3),  # widened, from -1 to 0: samples before the first pixel get its value
+        ((-6, 0, -2, 0), False, 3, 1.5),  # one sample at -1, the limit; or two at -1.25 and -0.75
         ((-6.25, 0, -2.25, 0), False, 0, 1.5),
         ((-8, 0, -4, 0), False, 0, 0),
-        ((4, 0, 8, 0), False, 5, 5),  # from 1 to 2, behind the last pixel's centre
+        ((4, 0, 8, 0), False, 5, 5),  # from 1 to 2, after the centre of the last pixel
         ((6, 0, 10, 0), False, 5, 2.5),
         ((6.25, 0, 10.25, 0), False, 0, 2.5),
         ((8.5, 0, 12.5, 0), False, 0, 0),
@@ -73,7 +73,7 @@ def test_adaptive_samples_by_hand(device, form):
     ],
 )
 def test_borders_by_hand(device, form, roi, aligned, of_one, of_two):
-    feature = np.array([[[[3.0, 5.0]]]], np.float32)  # a map of 1 x 2 pixels; the RoI is one of them wide
+    feature = np.array([[[[3.0, 5.0]]]], np.float32)  # a map of 1 x 2 pixels; the RoI is one pixel wide
     for ratio, wanted in ((0, of_one), (1, of_one), (2, of_two)):
         given = {"output_size": 1, "sampling_ratio": ratio, "aligned": aligned}
         assert roi_align(device, [feature], np.array([[roi]]), **given, **form).item() == wanted
@@ -81,9 +81,9 @@ def test_borders_by_hand(device, form, roi, aligned, of_one, of_two):
 
 @settings(max_examples=2000, deadline=None)
 @given(case=roi_cases())
-def test_it_is_right_to_the_last_rounding(device, case):
-    told = check(case, case.pooled(device))
-    event("some RoI hangs on a rounding" if told < case.rois[..., 0].size else "every RoI was compared")
+def test_it_is_correct_up_to_rounding(device, case):
+    compared = check(case, case.pooled(device))
+    event("every RoI compared" if compared == case.rois[..., 0].size else "some RoIs depend on rounding")
 
 
 @settings(max_examples=500, deadline=None)
@@ -94,8 +94,8 @@ def test_it_is_right_to_the_last_rounding(device, case):
     aligned=st.booleans(),
     form=st.sampled_from(FORMS),
 )
-def test_borders_where_no_arithmetic_rounds(device, seed, size, ratio, aligned, form):
-    # Quarters of pixels: samples lie exactly on the borders, at -1 and at the map's size. Bins are at most 1.5 wide.
+def test_borders_without_rounding(device, seed, size, ratio, aligned, form):
+    # With quarters of pixels samples are exactly at -1 and at the map's size. Bins are at most 1.5 wide.
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 7, 2)
     features = [rng.standard_normal((1, 3, height, width)).astype(np.float32)]
@@ -112,7 +112,7 @@ def test_it_equals_the_reference(device, case):
     features, rois = [single(f) for f in case.features], case.rois[:, :2]
     assume(rois.size and features[0].shape[1] and case.attributes["output_size"] <= 7)
     widest = np.abs(rois[..., 2:] - rois[..., :2]).max() / 2.0 ** case.attributes["min_level"]
-    assume(case.attributes["sampling_ratio"] or widest < 60)  # the reference takes its time
+    assume(case.attributes["sampling_ratio"] or widest < 60)  # the reference is slow
     truth = pooling_truth.multilevel_roi_align(features, rois, **case.attributes)
     wanted = reference.multilevel_roi_align(features, rois, **case.attributes)
     found = RoiCase(case.features, rois, case.attributes, case.form).pooled(device)
@@ -139,7 +139,7 @@ NEAR = st.floats(-50, 50, width=32)
 @example(roi=(0, 0, math.nan, 20), size=2, ratio=2, aligned=False, form={"layout": "NCHW"})
 @example(roi=(0, 0, math.nan, 20), size=2, ratio=0, aligned=False, form={"layout": "NHWC"})
 def test_any_four_numbers_are_a_roi(device, roi, size, ratio, aligned, form):
-    # That it comes to an end with an adaptive ratio is part of the test.
+    # With an adaptive ratio it must terminate.
     feature = np.random.default_rng(0).standard_normal((1, 3, 5, 6)).astype(np.float32)
     rois = np.array([[roi]], np.float32)
     attributes = {"output_size": size, "sampling_ratio": ratio, "aligned": aligned}
@@ -152,8 +152,8 @@ def test_any_four_numbers_are_a_roi(device, roi, size, ratio, aligned, form):
 
 
 @pytest.mark.parametrize("form", [{"layout": "NCHW"}, {"layout": "NHWC"}], ids=str)
-def test_many_bins_of_a_box_far_larger_than_the_map(device, form):
-    # Bins times samples is more than an int holds.
+def test_many_bins_of_a_box_much_larger_than_the_map(device, form):
+    # Bins times samples overflows an int.
     feature = np.random.default_rng(0).standard_normal((1, 1, 5, 6)).astype(np.float32)
     rois = np.array([[[-1e10, 0, 40, 20], [-40, -1e10, 1e10, 1e10]]], np.float32)
     pooled = roi_align(device, [feature], rois, output_size=150, sampling_ratio=0, aligned=True, **form)
@@ -174,7 +174,7 @@ def test_more_samples_than_the_table_of_taps_holds(device, form, size, ratio):
 def test_every_level_is_used(device, levels):
     rng = np.random.default_rng(levels)
     features = [rng.standard_normal((1, 4, 6, 5)).astype(np.float32) for _ in range(levels)]
-    sides = 1.5 * 2.0 ** np.arange(levels)  # canonical_size 1 at canonical_level 0: box k belongs to level k
+    sides = 1.5 * 2.0 ** np.arange(levels)  # with canonical_size 1 at canonical_level 0 box k belongs to level k
     corners = rng.uniform(0, 3, (levels, 2)) * sides[:, None]
     rois = np.concatenate([corners, corners + sides[:, None]], axis=1)[None].astype(np.float32)
     attributes = {"output_size": 2, "sampling_ratio": 2, "aligned": True}
@@ -185,7 +185,7 @@ def test_every_level_is_used(device, levels):
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_what_is_empty_gives_what_is_empty(device, shape, layout):
+def test_empty_inputs_give_empty_results(device, shape, layout):
     batch, num_rois, channels = shape
     features, rois = [np.ones((batch, channels, 4, 4), np.float32)], np.zeros((batch, num_rois, 4), np.float32)
     pooled = roi_align(device, features, rois, output_size=7, sampling_ratio=2, aligned=True, layout=layout)
@@ -195,7 +195,7 @@ def test_what_is_empty_gives_what_is_empty(device, shape, layout):
 @pytest.mark.parametrize("form", FORMS[:4], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_coordinates_are_not_rounded_to_the_features_type(device, form, dtype):
-    # Above 1024 px, half precision knows whole pixels only, a quarter of one of this map.
+    # Above 1024 px half precision only has integers, a quarter of a pixel of this map.
     rng = np.random.default_rng(1)
     checks = np.indices((1, 3, 300, 301)).sum(0) % 2 * 2.0 - 1
     features = [as_dtype((checks * rng.uniform(0.5, 1, checks.shape)).astype(np.float32), dtype)]
@@ -212,7 +212,7 @@ def test_coordinates_are_not_rounded_to_the_features_type(device, form, dtype):
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_its_error_is_at_most_twice_that_of_the_type_itself(device, form, ratio, dtype):
+def test_its_error_is_at_most_twice_the_rounding_of_the_type(device, form, ratio, dtype):
     rng = np.random.default_rng(ratio)
     features = [rng.standard_normal((2, 33, 60 >> level, 50 >> level)).astype(np.float32) for level in range(3)]
     rois = boxes(rng, 12 * ["inside"], (200, 240), 4).reshape(2, 6, 4)
@@ -228,8 +228,8 @@ def test_its_error_is_at_most_twice_that_of_the_type_itself(device, form, ratio,
 
 @settings(max_examples=60, deadline=None)
 @given(case=roi_cases(), shift=st.sampled_from([1, 2, 3]))
-def test_where_features_begin_in_memory_changes_little(cpu, case, shift):
-    # Four channels at a time are read only where the address allows it.
+def test_the_alignment_of_features_changes_only_the_rounding(cpu, case, shift):
+    # Four channels are loaded at once only if the address is aligned.
     form = {k: v for k, v in case.form.items() if k != "shift"}
     apart = [RoiCase(case.features, case.rois, case.attributes, {**form, "shift": s}).pooled(cpu) for s in (0, shift)]
     np.testing.assert_allclose(*apart, rtol=2 * HALF_STEP[case.output_dtype], atol=2e-6)
@@ -237,7 +237,7 @@ def test_where_features_begin_in_memory_changes_little(cpu, case, shift):
 
 @settings(max_examples=60, deadline=None)
 @given(case=roi_cases())
-def test_the_order_of_threads_changes_nothing(cpu, case):
+def test_the_order_of_threads_has_no_effect(cpu, case):
     found = set()
     for order in ORDERS:
         with thread_order(order):
@@ -270,7 +270,7 @@ VALID = {"batch": 1, "channels": 4, "dtype": "float32", "layout": "NCHW"}
         ({"layout": "NHWC"}, {"num_rois": 0x7FFFFFFF, "output_size": 9}),
     ],
 )
-def test_arguments_outside_the_interface_are_refused_and_nothing_is_written(device, pyramid, arguments):
+def test_invalid_arguments_are_errors_and_nothing_is_written(device, pyramid, arguments):
     feature, rois = np.zeros((1, 4, 2, 2), np.float32), np.zeros((1, 1, 4), np.float32)
     pooled = np.full((1, 1, 4, 2, 2), 7, np.float32)
     maps = {"addresses": [feature.ctypes.data], "heights": [2], "widths": [2], **VALID, **pyramid}
@@ -283,7 +283,7 @@ def test_arguments_outside_the_interface_are_refused_and_nothing_is_written(devi
     assert (pooled == 7).all()
 
 
-def test_more_levels_than_the_interface_has_room_for(device):
+def test_too_many_levels_are_an_error(device):
     many = MAX_LEVELS + 1
     with pytest.raises(ValueError, match=f"{many} levels"):
         device.kernels.multilevel_roi_align(

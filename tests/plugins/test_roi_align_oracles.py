@@ -1,4 +1,4 @@
-"""The RoIAlign kernels against what others have written: torchvision, ONNX Runtime, torch's grid_sample."""
+"""The RoIAlign kernels against independent implementations: torchvision, ONNX Runtime, torch's grid_sample."""
 
 import functools
 from dataclasses import replace
@@ -17,17 +17,17 @@ from torch.nn import functional as F
 
 
 def assert_agree(device: Device, case: RoiCase, wanted: np.ndarray) -> None:
-    """Both are single precision: each may be off by the tolerance, and decide otherwise where a rounding decides."""
+    """Both are single precision: each may differ by the tolerance, or more where the result depends on rounding."""
     truth = pooling_truth.multilevel_roi_align(case.features, case.rois, **case.attributes)
     beyond = np.abs(case.pooled(device) - wanted) - 2 * truth.tolerance[..., None, None, None]
     assert not (beyond[truth.is_sure] > 1e-6).any()
 
 
 def of_one_level(case: RoiCase) -> tuple[RoiCase, float]:
-    """The case with its first level alone, which then is every RoI's, and that level's scale."""
+    """The case with only its first level, and the scale of that level."""
     assume(case.rois.size and case.features[0].shape[1])
     rois = case.rois
-    if case.attributes["sampling_ratio"] == 0:  # the others fail where a box has a negative side
+    if case.attributes["sampling_ratio"] == 0:  # the other implementations fail for negative sides
         rois = np.concatenate([rois[..., :2], np.maximum(rois[..., :2], rois[..., 2:])], axis=-1)
     return RoiCase(case.features[:1], rois, case.attributes, case.form), 0.5 ** case.attributes["min_level"]
 
@@ -62,7 +62,7 @@ def test_torchvisions_pooler_at_many_levels(device, seed, levels, size, ratio, c
     rng = np.random.default_rng(seed)
     features = [rng.standard_normal((2, channels, 64 >> i, 64 >> i)).astype(np.float32) for i in range(levels)]
     rois = boxes(rng, list(rng.choice(KINDS_OF_BOX, 12)), (256, 256), 4).reshape(2, 6, 4)
-    rois = rois[:, (np.prod(rois[..., 2:] - rois[..., :2], axis=-1) > 0).all(0)]  # the others' level it cannot tell
+    rois = rois[:, (np.prod(rois[..., 2:] - rois[..., :2], axis=-1) > 0).all(0)]  # torchvision needs areas
     pooler = torchvision.ops.MultiScaleRoIAlign(
         [str(i) for i in range(levels)], size, ratio or -1, canonical_scale=64, canonical_level=3
     )

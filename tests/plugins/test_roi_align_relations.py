@@ -1,6 +1,6 @@
-"""What must hold between two results of the RoIAlign kernels, whatever each of them is.
+"""Metamorphic tests of the RoIAlign kernels: relations between the results for two inputs.
 
-Two different kernels are compared on the CPU alone: a GPU's compiler may round the two differently.
+Different kernels are compared only on the CPU, because a GPU compiler may round them differently.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @st.composite
 def inside_cases(draw: st.DrawFn, margin: int = 0) -> RoiCase:
-    """Boxes wider than two pixels of the one map there is, and `margin` pixels and more from its border."""
+    """A single map, and boxes wider than two of its pixels and at least `margin` pixels from its border."""
     rng = np.random.default_rng(draw(SEEDS))
     channels, num_rois = draw(st.sampled_from([1, 4, 5])), draw(st.integers(1, 4))
     height, width = (draw(st.integers(2 * margin + 4, 40)) for _ in range(2))
@@ -25,7 +25,7 @@ def inside_cases(draw: st.DrawFn, margin: int = 0) -> RoiCase:
     inner = np.array([width - 2 * margin, height - 2 * margin]) * 4.0
     side = rng.uniform(8, np.maximum(inner, 8), (num_rois, 2))
     corner = margin * 4 + rng.uniform(0, 1, side.shape) * np.maximum(inner - side, 0)
-    rois = np.round(np.concatenate([corner, corner + side], axis=1)[None] * 16) / 16  # so that moving rounds nothing
+    rois = np.round(np.concatenate([corner, corner + side], axis=1)[None] * 16) / 16  # so that a shift is exact
     attributes = {
         "output_size": draw(st.sampled_from([1, 3, 7, 8])),
         "sampling_ratio": draw(st.sampled_from([0, 1, 2, 3])),
@@ -36,7 +36,7 @@ def inside_cases(draw: st.DrawFn, margin: int = 0) -> RoiCase:
 
 @settings(max_examples=150, deadline=None)
 @given(case=roi_cases())
-def test_twice_the_image_and_its_boxes_one_level_up_pool_the_same(device, case):
+def test_scaling_image_and_boxes_by_two_and_one_level_up(device, case):
     up = {**case.attributes, "min_level": case.attributes["min_level"] + 1}
     twice = replace(case, rois=case.rois * 2, attributes=up)
     np.testing.assert_array_equal(twice.pooled(device), case.pooled(device))
@@ -44,7 +44,7 @@ def test_twice_the_image_and_its_boxes_one_level_up_pool_the_same(device, case):
 
 @settings(max_examples=100, deadline=None)
 @given(case=inside_cases())
-def test_twice_the_box_is_pooled_from_the_next_level_of_the_same_pyramid(device, case):
+def test_a_box_twice_as_large_is_pooled_from_the_next_level(device, case):
     attributes = {**case.attributes, "canonical_size": 4.0, "canonical_level": 2}  # 8 to 160 px: P3 to P7
     nothing = np.full_like(case.features[0], 99)
     once = replace(case, features=[nothing, *(5 * case.features), nothing], attributes=attributes)
@@ -54,9 +54,9 @@ def test_twice_the_box_is_pooled_from_the_next_level_of_the_same_pyramid(device,
 
 @settings(max_examples=100, deadline=None)
 @given(case=inside_cases())
-def test_the_mirrored_image_pools_mirrored(device, case):
+def test_mirroring_the_image_mirrors_the_result(device, case):
     height, width = case.features[0].shape[2:]
-    far = np.array([width, height]) * 4.0 - (0 if case.attributes["aligned"] else 4)  # without, pixels lie at corners
+    far = np.array([width, height]) * 4.0 - (0 if case.attributes["aligned"] else 4)  # pixel centres
     mirrored = np.concatenate([far - case.rois[..., 2:], far - case.rois[..., :2]], axis=-1).astype(np.float32)
     turned = replace(case, features=[case.features[0][..., ::-1, ::-1]], rois=mirrored)
     np.testing.assert_allclose(turned.pooled(device)[..., ::-1, ::-1], case.pooled(device), atol=2e-4)
@@ -64,14 +64,14 @@ def test_the_mirrored_image_pools_mirrored(device, case):
 
 @settings(max_examples=100, deadline=None)
 @given(case=inside_cases())
-def test_rows_and_columns_are_treated_alike(device, case):
+def test_transposing_the_image_transposes_the_result(device, case):
     turned = replace(case, features=[case.features[0].swapaxes(2, 3)], rois=case.rois[..., [1, 0, 3, 2]])
     np.testing.assert_allclose(turned.pooled(device).swapaxes(3, 4), case.pooled(device), atol=5e-5)
 
 
 @settings(max_examples=100, deadline=None)
 @given(case=inside_cases(margin=2), by=st.tuples(st.integers(0, 9), st.integers(0, 9)), seed=SEEDS)
-def test_an_image_moved_by_pixels_of_the_map_pools_the_same(device, case, by, seed):
+def test_shifting_the_image_by_map_pixels(device, case, by, seed):
     down, right = by
     n, c, h, w = case.features[0].shape
     larger = np.random.default_rng(seed).standard_normal((n, c, h + down + 2, w + right + 1)).astype(np.float32)
@@ -82,7 +82,7 @@ def test_an_image_moved_by_pixels_of_the_map_pools_the_same(device, case, by, se
 
 @settings(max_examples=150, deadline=None)
 @given(case=roi_cases(), seed=SEEDS)
-def test_results_go_where_their_inputs_were(device, case, seed):
+def test_permuting_images_rois_and_channels_permutes_the_result(device, case, seed):
     rng = np.random.default_rng(seed)
     images, rois, channels = (rng.permutation(n) for n in (*case.rois.shape[:2], case.features[0].shape[1]))
     shuffled = replace(case, features=[f[images][:, channels] for f in case.features], rois=case.rois[images][:, rois])
@@ -110,7 +110,7 @@ def test_a_constant_map_pools_to_the_constant(device, case, dtype):
 
 @settings(max_examples=100, deadline=None)
 @given(case=roi_cases())
-def test_one_type_is_the_other_rounded(cpu, case):
+def test_a_half_precision_result_is_the_rounded_float32_result(cpu, case):
     assume(case.output_dtype != "float32")
     exact = replace(case, form={**case.form, "float32_output": True}).pooled(cpu)
     np.testing.assert_array_equal(case.pooled(cpu), single(as_dtype(exact, case.output_dtype)).reshape(exact.shape))
@@ -118,7 +118,7 @@ def test_one_type_is_the_other_rounded(cpu, case):
 
 @settings(max_examples=100, deadline=None)
 @given(case=roi_cases(), other=forms(0))
-def test_layouts_agree(cpu, case, other):
+def test_layouts_give_the_same_result(cpu, case, other):
     other = {**other, "pitch": case.features[0].shape[1] + other.get("pitch", 0), "float32_output": True}
     apart = [replace(case, form=form).pooled(cpu) for form in ({**case.form, "float32_output": True}, other)]
     np.testing.assert_allclose(*apart, atol=2e-6)
@@ -130,8 +130,8 @@ def test_boxes_outside_the_map_pool_zeros(device, seed, form, ratio, aligned):
     rng = np.random.default_rng(seed)
     feature = rng.uniform(1, 2, (1, 3, 9, 11)).astype(np.float32)
     rois = boxes(rng, 8 * ["outside"], (44, 36), 4)[None]
-    given_ = {"output_size": 3, "sampling_ratio": ratio, "aligned": aligned}
-    assert not roi_align(device, [feature], rois, **given_, **form).any()
+    attributes = {"output_size": 3, "sampling_ratio": ratio, "aligned": aligned}
+    assert not roi_align(device, [feature], rois, **attributes, **form).any()
     across = boxes(rng, 8 * ["across"], (44, 36), 4)[None]
-    pooled = roi_align(device, [feature], across, **given_, **form)
+    pooled = roi_align(device, [feature], across, **attributes, **form)
     assert ((pooled >= 0) & (pooled <= 2.001)).all() and pooled.any()

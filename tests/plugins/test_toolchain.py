@@ -1,4 +1,4 @@
-"""What there is to compile with is found where it may be, and what is missing is said in a sentence."""
+"""Discovery of compilers, headers and GPUs, and the description of missing parts."""
 
 import sys
 from types import SimpleNamespace
@@ -13,11 +13,11 @@ from maskrcnn.plugins.toolchain import Toolchain, find_toolchain
 
 @pytest.fixture
 def programs(monkeypatch, tmp_path):
-    """The folder that is all of PATH on an otherwise bare machine."""
+    """The only folder on PATH of an otherwise bare machine."""
     return strip(monkeypatch, tmp_path)
 
 
-def test_a_bare_machine_has_nothing_and_says_what_for(programs):
+def test_a_bare_machine_has_nothing_and_lists_the_missing_parts(programs):
     found = find_toolchain()
     assert found == Toolchain()
     assert [absence.what for absence in found.absences] == [
@@ -27,7 +27,7 @@ def test_a_bare_machine_has_nothing_and_says_what_for(programs):
         assert str(absence) == f"no {absence.what}, for {absence.enables}; to get it: {absence.remedy}"
 
 
-def test_what_is_there_is_not_missing(programs):
+def test_parts_that_are_found_are_not_missing(programs):
     add_nvcc(programs / "nvcc")
     compiler = add_program(programs / "g++", "exit 0")
     found = find_toolchain()
@@ -47,21 +47,15 @@ def test_nvcc_and_headers_of_a_toolkit_that_a_variable_names(programs, monkeypat
     assert (found.nvcc.path, found.nvcc.version, found.cuda_headers) == (nvcc, "12.4.131", root / "include")
 
 
-def test_nvcc_of_a_wheel(programs, monkeypatch, tmp_path):
-    nvcc = add_nvcc(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc")
-    monkeypatch.setattr(toolchain, "_wheel_folders", lambda: [tmp_path / "nvidia" / "cu13"])
-    assert toolchain.find_nvcc().path == nvcc
+@pytest.mark.parametrize(("folder", "is_found"), [("cu13", True), ("cuda_nvcc", True), ("nccl", False)])
+def test_nvcc_of_a_pip_package(programs, tmp_path, folder, is_found):
+    nvcc = add_nvcc(tmp_path / "nvidia" / folder / "bin" / "nvcc")
+    sys.modules["nvidia"].__spec__.submodule_search_locations.append(str(tmp_path / "nvidia"))
+    found = toolchain.find_nvcc()
+    assert (found and found.path) == (nvcc if is_found else None)
 
 
-def test_the_folders_of_wheels(monkeypatch, tmp_path):
-    for name in ("cu13", "cuda_nvcc", "nccl"):
-        (tmp_path / "nvidia" / name).mkdir(parents=True)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
-    assert [folder.name for folder in toolchain._wheel_folders()] == ["cu13", "cuda_nvcc"]
-
-
-def test_an_nvcc_that_does_not_answer_is_passed_over(programs, monkeypatch, tmp_path):
+def test_a_broken_nvcc_is_skipped(programs, monkeypatch, tmp_path):
     add_program(programs / "nvcc", "echo broken; exit 127")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     nvcc = add_nvcc(tmp_path / "bin" / "nvcc")
@@ -98,7 +92,7 @@ def test_tensorrt_headers(programs, monkeypatch, tmp_path, text):
 
 
 def test_a_named_folder_without_headers_is_an_error(programs, tmp_path):
-    with pytest.raises(UserError, match=r"no NvInfer\.h in .*\n.*holds TensorRT's headers\n.*libnvinfer-headers-dev"):
+    with pytest.raises(UserError, match=r"no NvInfer\.h in .*\n.*TensorRT's headers\n.*libnvinfer-headers-dev"):
         find_toolchain(tensorrt_include=tmp_path)
 
 
@@ -112,7 +106,7 @@ def test_gpus_by_nvidia_smi(programs):
 
 
 class Driver:
-    """cuda.bindings.driver on a machine with two GPUs; it answers as the real one does, the status first."""
+    """cuda.bindings.driver on a machine with two GPUs; functions return the status first, like the real ones."""
 
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1
@@ -144,7 +138,7 @@ def test_gpus_by_the_driver(programs, monkeypatch):
     assert toolchain.find_gpus() == (86,)
 
 
-def test_the_names_that_are_used_of_cuda_bindings():
+def test_cuda_bindings_has_the_functions_in_use():
     driver = pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
     assert all(hasattr(driver, name) for name in vars(Driver) if name.startswith("cu"))
     names = vars(Driver.CUdevice_attribute)

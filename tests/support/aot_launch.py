@@ -1,4 +1,4 @@
-"""What TensorRT hands to an ahead-of-time plugin, with plain numbers for its symbols."""
+"""Arguments of ahead-of-time plugins with numbers instead of TensorRT's symbols."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ POOLING = {
     **{"canonical_level": 4, "canonical_size": 224.0, "level_epsilon": float(np.float32(1e-6))},
 }
 NMS = {"iou_threshold": 0.5, "max_output": 20}
-TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}  # ours: TensorRT's
+TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}  # NumPy name → TensorRT name
 _ARITHMETIC = SimpleNamespace(max=max, min=min, cdiv=lambda a, b: -(-a // b))
 
 
 def tensor(shape: Any, dtype: str, layout: str = "LINEAR") -> SimpleNamespace:
-    """A tensor's description; `layout` is TensorRT's name of a format."""
+    """Describes a tensor; `layout` is a TensorRT format name."""
     name, form = SimpleNamespace(name=TYPES[dtype]), SimpleNamespace(name=layout)
     return SimpleNamespace(shape=shape, shape_expr=shape, dtype=name, format=form)
 
 
 def launch_of(op: contract.Op, tensors: list[SimpleNamespace], attributes: dict[str, Any]) -> aot.Launch:
-    """The kernel for a node, its grid and its integer arguments."""
+    """The kernel of a node, its grid and integer arguments."""
     (plugin,) = [plugin for plugin in aot.PLUGINS if plugin.op is op]
     return plugin.launch(_ARITHMETIC, tensors, attributes)

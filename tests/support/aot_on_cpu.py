@@ -1,6 +1,6 @@
-"""Kernels of ahead-of-time plugins compiled for the CPU, where `cuda_on_cpu.h` plays the GPU, and started as CUDA does.
+"""Kernels of ahead-of-time plugins, compiled for the emulated GPU of `cuda_on_cpu.h` and launched like CUDA kernels.
 
-A kernel gets its arguments by position, as TensorRT passes them: inputs, 32-bit integers, outputs.
+Arguments are positional in TensorRT's order: inputs, 32-bit integers, outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from maskrcnn.plugins.aot_kernels import Kernel
 
-# As cuLaunchKernel: an array of the addresses of the arguments' values.
+# Arguments as for cuLaunchKernel: an array of the addresses of their values.
 _HARNESS = """\
 #include "{source}"
 #include <utility>
@@ -61,7 +61,7 @@ def run(
     integers: Sequence[int],
     outputs: Sequence[np.ndarray],
 ) -> None:
-    """Starts a kernel; the outputs are written in place."""
+    """Launches a kernel, which writes the outputs in place."""
     values = [ctypes.c_void_p(array.ctypes.data) for array in inputs]
     values += [ctypes.c_int32(number) for number in integers]
     values += [ctypes.c_void_p(array.ctypes.data) for array in outputs]

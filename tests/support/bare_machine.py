@@ -1,10 +1,12 @@
-"""A machine without compilers, headers and GPUs, to which a test adds what it is about."""
+"""A machine without compilers, headers and GPUs, to which a test adds the parts that it needs."""
 
 from __future__ import annotations
 
 import stat
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 from maskrcnn.plugins import toolchain
 
@@ -12,7 +14,7 @@ _VARIABLES = "CUDA_HOME CUDA_PATH NVCC_CCBIN CUDAHOSTCXX CXX TensorRT_ROOT TENSO
 
 
 def strip(monkeypatch, folder: Path) -> Path:
-    """Takes everything away that `find_toolchain` looks for; returns a folder that is all of PATH."""
+    """Hides everything that `find_toolchain` finds; returns the only folder on PATH."""
     programs = folder / "programs"
     programs.mkdir()
     monkeypatch.setenv("PATH", str(programs))
@@ -20,13 +22,15 @@ def strip(monkeypatch, folder: Path) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(toolchain, "_CUDA_FOLDERS", ())
     monkeypatch.setattr(toolchain, "_HEADER_FOLDERS", ())
-    monkeypatch.setattr(toolchain, "_wheel_folders", lambda: [])
+    nvidia = ModuleType("nvidia")  # package of the CUDA wheels; tests append to its search locations
+    nvidia.__spec__ = ModuleSpec("nvidia", None, is_package=True)
+    monkeypatch.setitem(sys.modules, "nvidia", nvidia)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     return programs
 
 
 def add_program(path: Path, body: str) -> Path:
-    """A program written in the shell."""
+    """Writes a shell script."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -34,7 +38,7 @@ def add_program(path: Path, body: str) -> Path:
 
 
 def add_nvcc(path: Path, version: str = "13.0.88", architectures: str = "80 90 120", body: str = "exit 1") -> Path:
-    """An nvcc that says its version and architectures; asked to compile, it runs `body`."""
+    """Writes an nvcc that prints its version and architectures, and runs `body` to compile."""
     listed = "\\n".join(f"compute_{number}" for number in architectures.split())
     return add_program(
         path,
@@ -43,7 +47,7 @@ def add_nvcc(path: Path, version: str = "13.0.88", architectures: str = "80 90 1
     )
 
 
-# Compiles by writing down its arguments where -o says, and counts in the file `calls` beside itself.
+# Body of a compiler that writes its arguments to the output file, and a line per run to the file `calls` beside it.
 WRITE_ARGUMENTS = """out=; last=
 for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done
 echo call >> "${0%/*}/calls"

@@ -1,4 +1,4 @@
-"""The kernels called with NumPy arrays, wherever their memory is; nothing may be written beside a result."""
+"""Calls of the kernels with NumPy arrays on a CPU or GPU; checks that nothing is written outside a result."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from kernels_on_cpu import channels_last, name_of, single
 
 from maskrcnn.plugins.native import Kernels, Pyramid
 
-GUARD_BYTES, GUARD = 64, 0xA5  # around each result, and in it before the kernel runs
-ALIGNMENT = 16  # bytes; four float32 are read at once
+GUARD_BYTES, GUARD = 64, 0xA5  # around each result, and its initial contents
+ALIGNMENT = 16  # bytes; the size of four float32
 _LIBC = ctypes.CDLL(None)
 
 
 class Memory(Protocol):
-    """Where kernels find arrays; what was put there stays as long as this object."""
+    """Memory of a device; arrays stay valid as long as this object."""
 
     stream: int
 
     def put(self, data: np.ndarray, shift: int) -> int:
-        """The address of a copy of bytes; a multiple of ALIGNMENT, and `shift` more."""
+        """Copies bytes; returns their address, a multiple of ALIGNMENT plus `shift`."""
 
     def take(self, address: int, size: int) -> np.ndarray:
-        """So many bytes, once everything on the stream has run."""
+        """Reads `size` bytes after the stream has finished."""
 
 
 class HostMemory:
-    """Ordinary memory, for kernels that are compiled for the CPU; it ends where the array does.
+    """Host memory for kernels compiled for the CPU.
 
-    Reading behind an array ends the process, as closely as ALIGNMENT allows.
+    Each array ends at a protected page, up to ALIGNMENT, so that reading past its end ends the process.
     """
 
     stream = 0
@@ -43,15 +43,15 @@ class HostMemory:
 
     def put(self, data: np.ndarray, shift: int = 0) -> int:
         pages = -(-(data.size + shift + ALIGNMENT) // mmap.PAGESIZE)
-        room = np.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), np.uint8)
+        buffer = np.frombuffer(mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE), np.uint8)
         end = pages * mmap.PAGESIZE
-        refused = _LIBC.mprotect(ctypes.c_void_p(room.ctypes.data + end), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        refused = _LIBC.mprotect(ctypes.c_void_p(buffer.ctypes.data + end), ctypes.c_size_t(mmap.PAGESIZE), 0)
         assert refused == 0
         start = (end - data.size - shift) // ALIGNMENT * ALIGNMENT + shift
-        values = room[start : start + data.size]
+        values = buffer[start : start + data.size]
         values[:] = data
-        self._kept[room.ctypes.data + start] = values
-        return room.ctypes.data + start
+        self._kept[buffer.ctypes.data + start] = values
+        return buffer.ctypes.data + start
 
     def take(self, address: int, size: int) -> np.ndarray:
         return self._kept[address][:size]
@@ -59,14 +59,14 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class Device:
-    """A library of kernels and the memory that it works on."""
+    """A kernel library and the memory that it works on."""
 
     kernels: Kernels
     memory: Callable[[], Memory] = HostMemory
 
 
 class _Arrays:
-    """The arrays of one call."""
+    """Arrays of one call."""
 
     def __init__(self, device: Device) -> None:
         self._memory = device.memory()
@@ -75,15 +75,15 @@ class _Arrays:
     def put(self, values: np.ndarray, shift: int = 0) -> int:
         return self._memory.put(np.ascontiguousarray(values).reshape(-1).view(np.uint8), shift)
 
-    def room(self, shape: Sequence[int], dtype: np.dtype | type) -> Room:
+    def result(self, shape: Sequence[int], dtype: np.dtype | type) -> _Result:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         start = self._memory.put(np.full(size + 2 * GUARD_BYTES, GUARD, np.uint8), 0)
-        return Room(self._memory, start, size, tuple(shape), np.dtype(dtype))
+        return _Result(self._memory, start, size, tuple(shape), np.dtype(dtype))
 
 
 @dataclass(frozen=True)
-class Room:
-    """Memory for a result."""
+class _Result:
+    """Guarded memory for a result."""
 
     memory: Memory
     start: int
@@ -93,14 +93,14 @@ class Room:
 
     @property
     def address(self) -> int:
-        """Of the result."""
+        """Address of the result."""
         return self.start + GUARD_BYTES
 
     def values(self) -> np.ndarray:
-        """What the kernel wrote, and nothing but that."""
+        """Returns the result after checking the guards."""
         data = self.memory.take(self.start, self.size + 2 * GUARD_BYTES)
         assert (data[:GUARD_BYTES] == GUARD).all(), "written before the result"
-        assert (data[-GUARD_BYTES:] == GUARD).all(), "written behind the result"
+        assert (data[-GUARD_BYTES:] == GUARD).all(), "written after the result"
         return data[GUARD_BYTES:-GUARD_BYTES].view(self.dtype).reshape(self.shape)
 
 
@@ -115,16 +115,16 @@ def roi_align(
     shift: int = 0,
     **attributes: object,
 ) -> np.ndarray:
-    """`MultilevelRoiAlign`: features `[N, C, H_l, W_l]` of one type, rois `[N, R, 4]`; the result as float32.
+    """Runs `MultilevelRoiAlign` on features `[N, C, H_l, W_l]` of one type and rois `[N, R, 4]`; returns float32.
 
-    `shift`: elements by which the features' addresses are past a multiple of ALIGNMENT.
+    `shift`: offset in elements of the features' addresses from a multiple of ALIGNMENT.
     """
     arrays, kind = _Arrays(device), features[0].dtype
     batch, channels = features[0].shape[:2]
     pitch = pitch or channels
     laid = [channels_last(f, pitch) for f in features] if layout == "NHWC" else features
     size = int(attributes["output_size"])
-    pooled = arrays.room((batch, rois.shape[1], channels, size, size), np.float32 if float32_output else kind)
+    pooled = arrays.result((batch, rois.shape[1], channels, size, size), np.float32 if float32_output else kind)
     pyramid = Pyramid(
         addresses=[arrays.put(f, shift * kind.itemsize) for f in laid],
         heights=[f.shape[2] for f in features],
@@ -156,11 +156,11 @@ def nms(
     iou_threshold: float,
     max_output: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`BatchedNms`: boxes `[N, K, 4]`, groups `[N, K]`, counts `[N]`; the workspace holds anything but zeros before."""
+    """Runs `BatchedNms` on boxes `[N, K, 4]`, groups `[N, K]` and counts `[N]`, with a workspace of nonzero bytes."""
     arrays = _Arrays(device)
     batch, num_boxes = groups.shape
-    indices, num = arrays.room((batch, max_output), np.int32), arrays.room((batch,), np.int32)
-    workspace = arrays.room((device.kernels.batched_nms_workspace(batch, num_boxes),), np.uint8)
+    indices, num = arrays.result((batch, max_output), np.int32), arrays.result((batch,), np.int32)
+    workspace = arrays.result((device.kernels.batched_nms_workspace(batch, num_boxes),), np.uint8)
     device.kernels.batched_nms(
         arrays.put(boxes.astype(np.float32)),
         arrays.put(groups.astype(np.int32)),
@@ -187,10 +187,10 @@ def paste(
     *,
     by_columns: bool,
 ) -> np.ndarray:
-    """Masks `[D, S, S]` pasted at boxes `[D, 4]`: bool `[D, H, W]`, or, `by_columns`, `[D, W, H]`."""
+    """Pastes masks `[D, S, S]` at boxes `[D, 4]`; returns bool `[D, H, W]`, or `[D, W, H]` with `by_columns`."""
     arrays = _Arrays(device)
     lines, length = size_hw[::-1] if by_columns else size_hw
-    bits = arrays.room((len(masks), lines, -(-length // 32)), np.uint32)
+    bits = arrays.result((len(masks), lines, -(-length // 32)), np.uint32)
     device.kernels.paste_masks(
         arrays.put(masks),
         arrays.put(boxes.astype(np.float32)),
@@ -206,3 +206,26 @@ def paste(
     pixels = np.unpackbits(bits.values().view(np.uint8), axis=-1, bitorder="little").astype(bool)
     assert not pixels[..., length:].any(), "bits past the end of a line are set"
     return pixels[..., :length]
+
+
+def resize_pad(
+    device: Device,
+    image: np.ndarray,
+    resized_hw: tuple[int, int],
+    padded_hw: tuple[int, int],
+    *,
+    swap_channels: bool = False,
+) -> np.ndarray:
+    """Resizes and pads an image uint8 `[H, W, 3]`; returns float32 `[3, padded height, padded width]`."""
+    arrays = _Arrays(device)
+    padded = arrays.result((3, *padded_hw), np.float32)
+    device.kernels.resize_pad(
+        arrays.put(image),
+        image.shape[:2],
+        padded.address,
+        resized_hw=resized_hw,
+        padded_hw=padded_hw,
+        swap_channels=swap_channels,
+        stream=arrays.stream,
+    )
+    return padded.values()

@@ -1,4 +1,4 @@
-"""The kernels' arithmetic over NumPy arrays: `cuda_on_cpu/maths.cpp`, compiled for the CPU."""
+"""Arithmetic functions of the kernels on NumPy arrays: `cuda_on_cpu/maths.cpp`, compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEVEL_RULE = np.dtype(
 
 
 class Maths:
-    """The functions; arrays are of one length, results of the same."""
+    """The functions; arguments and results are arrays of the same length."""
 
     def __init__(self, folder: Path) -> None:
         csrc, headers = kernels_on_cpu.CSRC, kernels_on_cpu.HEADERS
@@ -61,7 +61,7 @@ class Maths:
         return self._call("levels", widths, heights, rules, result=np.int32, length=len(widths))
 
     def taps(self, positions: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """TAP of each position along an axis of that many pixels."""
+        """TAP of each position along an axis of the given number of pixels."""
         return self._call(
             "taps", positions.astype(np.float32), sizes.astype(np.int32), result=TAP, length=len(positions)
         )
@@ -71,7 +71,7 @@ class Maths:
         return self._call("axes", cases, result=AXIS, length=len(cases))
 
     def ranges(self, case: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each bin of one AXIS_CASE the samples that are looked at, and those with a weight that are not."""
+        """For each bin of one AXIS_CASE the number of samples in range, and of weighted samples outside it."""
         given, lost = np.empty((2, int(case["bins"])), np.int32)
         self._library.ranges(*(a.ctypes.data_as(ctypes.c_void_p) for a in (case, given, lost)))
         return given, lost

@@ -1,4 +1,4 @@
-"""Runs a library of kernels on fixed inputs and prints what comes out, for kernels that may take the process along.
+"""Runs a kernel library on fixed inputs and prints a hash of the results, for kernels that may crash the process.
 
 python kernel_probe.py libmaskrcnn_kernels.so multilevel_roi_align
 """
@@ -18,7 +18,7 @@ from maskrcnn.plugins.native import Kernels
 
 
 def rois_pooled(device: Device) -> Iterator[np.ndarray]:
-    """Each of the RoIAlign kernels once."""
+    """Runs each RoIAlign kernel once."""
     rng = np.random.default_rng(1)
     features = [rng.standard_normal((1, 8, 30, 20)).astype(np.float32)]
     rois = np.float32([[[3, 5, 60, 70], [10, -9, 30, 120]]])
@@ -29,7 +29,7 @@ def rois_pooled(device: Device) -> Iterator[np.ndarray]:
 
 
 def rows_kept(device: Device) -> Iterator[np.ndarray]:
-    """More boxes than one chunk of a small block holds; what suppresses what is different in each tile of 64."""
+    """More boxes than a chunk of a small block holds, with a different pattern of suppression in each tile of 64."""
     rng = np.random.default_rng(1)
     corners = np.stack([np.arange(1500) * 9.0, np.zeros(1500)], axis=-1)
     for tile in range(0, 1400, 64):
@@ -37,7 +37,7 @@ def rows_kept(device: Device) -> Iterator[np.ndarray]:
         corners[copies[20:]] = corners[copies[:20]]
         if tile % 128:
             corners[tile + np.array([2, 3, 60, 61, 62, 63])] = corners[tile + np.array([0, 1, 40, 40, 41, 41])]
-    for row in range(150, 1200, 11):  # row + 1 goes, and so row + 128, in the batch behind, stays
+    for row in range(150, 1200, 11):  # row + 1 is suppressed, so row + 128 in the next batch is kept
         corners[[row + 1, row + 128], 0] = corners[row, 0] + np.array([4, 8])
     boxes = np.concatenate([corners, corners + 8], axis=-1)[None]
     for most in (1500, 70):
@@ -49,7 +49,7 @@ PROBES = {"multilevel_roi_align": rois_pooled, "batched_nms": rows_kept}
 
 
 def main(library: str, op: str) -> None:
-    """Prints a hash of all results for each order of threads."""
+    """Prints a hash of the results for each order of threads."""
     device = Device(Kernels(library))
     for order in ORDERS:
         with thread_order(order):

@@ -1,4 +1,4 @@
-"""The kernels' sources compiled for the CPU, where `cuda_on_cpu.h` plays the GPU; `kernel_calls` calls them."""
+"""The kernels compiled for the CPU with the emulated GPU of `cuda_on_cpu.h`; `kernel_calls` calls them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from maskrcnn.plugins.native import Kernels
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "multilevel_roi_align/launch.cu",
@@ -23,13 +21,13 @@ SOURCES = (
 )
 CSRC = ROOT / "plugins" / "csrc"
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
-BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # NumPy has no such type
+BFLOAT16 = np.dtype([("bfloat16", np.uint16)])  # not a NumPy type
 ORDERS = ("forward", "backward", "shuffled")  # of threads between two barriers
 _ORDER = "CUDA_ON_CPU_ORDER"
 
 
 def compiler() -> str | None:
-    """A C++ compiler of this machine."""
+    """Finds a C++ compiler."""
     return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
@@ -45,12 +43,12 @@ def build(
     """Compiles `libmaskrcnn_kernels.so` for the CPU.
 
     Args:
-        folder: for the library.
-        csrc: the kernels' sources, or a changed copy of them.
-        sources: what to compile of them.
-        beside: a library that has the rest, where `sources` are not all.
-        optimise: the compiler's -O.
-        macros: defined as given.
+        folder: folder of the library.
+        csrc: sources of the kernels, or a modified copy.
+        sources: files to compile.
+        beside: a library with the other functions, if `sources` are not all files.
+        optimise: optimisation level (-O).
+        macros: preprocessor macros.
     """
     library = folder / "libmaskrcnn_kernels.so"
     includes = ["-I", str(HEADERS), "-x", "c++"]
@@ -64,12 +62,12 @@ def build(
 
 
 def compile_library(library: Path, words: Sequence[str]) -> Path:
-    """Compiles what `words` say as the kernels are compiled for the CPU; what is undefined in C++ ends the process."""
-    # Hidden, as in the real library: the shared memory of two builds in one process would be merged otherwise.
+    """Compiles with the flags of the kernels on the CPU; undefined behaviour ends the process."""
+    # Hidden symbols: otherwise two builds in one process would share their shared memory.
     flags = ["-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    # setjmp between stacks is what the header lives on, and what a fortified C library refuses.
+    # The header uses setjmp between stacks, which a fortified C library rejects.
     defines = ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DMASKRCNN_ON_CPU"]
-    # A GPU reads no misaligned address, and a compiler for it may assume of the rest that it does not happen.
+    # A GPU faults on misaligned addresses, and its compiler may assume that the rest does not occur.
     checked = "alignment,bounds,shift,signed-integer-overflow,float-cast-overflow"
     checks = [f"-fsanitize={checked}", "-fsanitize-undefined-trap-on-error"]
     command = [str(compiler()), *flags, *defines, *checks, *words, "-o", str(library)]
@@ -80,7 +78,7 @@ def compile_library(library: Path, words: Sequence[str]) -> Path:
 
 @contextmanager
 def thread_order(order: str) -> Iterator[None]:
-    """Threads run in one of ORDERS."""
+    """Sets the order of threads, one of ORDERS."""
     before = os.environ.get(_ORDER, ORDERS[0])
     os.environ[_ORDER] = order
     try:
@@ -90,63 +88,40 @@ def thread_order(order: str) -> Iterator[None]:
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 as bfloat16, rounded to nearest even."""
+    """Converts float32 to bfloat16, rounding to nearest even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16).view(BFLOAT16)
 
 
 def single(values: np.ndarray) -> np.ndarray:
-    """Values of any of the three types as float32."""
+    """Converts any of the three types to float32."""
     if values.dtype == BFLOAT16:
         return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
 
 
 def name_of(values: np.ndarray) -> str:
-    """The name of an array's type as the kernels know it."""
+    """The name of an array's type in the kernels' interface."""
     return "bfloat16" if values.dtype == BFLOAT16 else values.dtype.name
 
 
 def guarded(shape: Sequence[int], dtype: np.dtype | type) -> tuple[np.ndarray, np.ndarray]:
-    """An array to be filled, and the memory around it, whose bytes are all 0xA5."""
+    """An uninitialised array, and the memory around it, filled with 0xA5."""
     memory = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize + 128, 0xA5, np.uint8)
     return memory[64:-64].view(dtype).reshape(shape), memory
 
 
 def check_guards(memory: np.ndarray) -> None:
-    """Nothing was written before or behind the array."""
+    """Asserts that nothing was written before or after the array."""
     assert (memory[:64] == 0xA5).all(), "written before the result"
-    assert (memory[-64:] == 0xA5).all(), "written behind the result"
+    assert (memory[-64:] == 0xA5).all(), "written after the result"
 
 
 def channels_last(feature: np.ndarray, pitch: int) -> np.ndarray:
-    """`[N, C, H, W]` as `[N, H, W, pitch]`; the channels beyond C are 99, so that using them shows."""
+    """Converts `[N, C, H, W]` to `[N, H, W, pitch]`; the padding channels are 99, so that their use is detected."""
     n, c, h, w = feature.shape
     memory = np.full((n, h, w, pitch), 99, np.float32)
     laid = bfloat16(memory) if feature.dtype == BFLOAT16 else memory.astype(feature.dtype)
     laid = laid.reshape(n, h, w, pitch)
     laid[..., :c] = feature.transpose(0, 2, 3, 1)
     return laid
-
-
-def resize_pad(
-    kernels: Kernels,
-    image: np.ndarray,
-    resized_hw: tuple[int, int],
-    padded_hw: tuple[int, int],
-    *,
-    swap_channels: bool = False,
-) -> np.ndarray:
-    """An image uint8 `[H, W, 3]` resized and padded: float32 `[3, padded height, padded width]`."""
-    image = np.ascontiguousarray(image)
-    padded, memory = guarded((3, *padded_hw), np.float32)
-    kernels.resize_pad(
-        image.ctypes.data,
-        image.shape[:2],
-        padded.ctypes.data,
-        resized_hw=resized_hw,
-        padded_hw=padded_hw,
-        swap_channels=swap_channels,
-    )
-    check_guards(memory)
-    return padded

@@ -1,4 +1,4 @@
-"""Memory of a GPU for `kernel_calls`, by way of PyTorch."""
+"""GPU memory for `kernel_calls`, allocated by PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 
 
 def architecture() -> int:
-    """The compute capability of the present GPU: 90 for 9.0."""
+    """Compute capability of the current GPU, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
 
 class GpuMemory:
-    """Arrays on the present CUDA device; kernels run on PyTorch's current stream."""
+    """Arrays on the current CUDA device; kernels run on PyTorch's current stream."""
 
     def __init__(self, device: str = "cuda") -> None:
         self._device = device
@@ -21,11 +21,11 @@ class GpuMemory:
 
     @property
     def stream(self) -> int:
-        """The address of the stream."""
+        """Address of the stream."""
         return torch.cuda.current_stream().cuda_stream if self._device == "cuda" else 0
 
     def put(self, data: np.ndarray, shift: int = 0) -> int:
-        """As `kernel_calls.Memory` has it."""
+        """See `kernel_calls.Memory`."""
         room = torch.empty(data.size + 64 + shift, dtype=torch.uint8, device=self._device)
         start = -room.data_ptr() % 64 + shift
         tensor = room[start : start + data.size]
@@ -35,5 +35,5 @@ class GpuMemory:
         return address
 
     def take(self, address: int, size: int) -> np.ndarray:
-        """As `kernel_calls.Memory` has it; waits for the stream."""
+        """See `kernel_calls.Memory`; synchronises the stream."""
         return self._kept[address][:size].cpu().numpy()

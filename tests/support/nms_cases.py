@@ -1,4 +1,4 @@
-"""Inputs of BatchedNms that hypothesis draws, and what others make of them."""
+"""Hypothesis strategies for BatchedNms, and the expected results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NmsCase:
         return f"NmsCase({arrays}, counts {self.counts.tolist()}, {self.iou_threshold}, {self.max_output})"
 
     def kept(self, device: Device) -> tuple[np.ndarray, np.ndarray]:
-        """What the kernels make of it: indices `[N, M]` and num `[N]`."""
+        """Runs the kernels; returns indices `[N, M]` and num `[N]`."""
         return kernel_calls.nms(
             device,
             self.boxes,
@@ -44,14 +44,14 @@ class NmsCase:
 
 
 def by_torchvision(case: NmsCase) -> tuple[np.ndarray, np.ndarray]:
-    """The same by torchvision's operator, group by group."""
+    """The expected result from torchvision's operator, group by group."""
     indices, num = np.zeros((len(case.counts), case.max_output), np.int32), np.zeros(len(case.counts), np.int32)
     for image, count in enumerate(case.counts.clip(0, case.groups.shape[1])):
         kept = []
         for group in np.unique(case.groups[image, :count]):
             members = np.flatnonzero(case.groups[image, :count] == group)
             boxes = torch.from_numpy(case.boxes[image, members])
-            # Its threshold is in double precision; the contract's is not.
+            # torchvision uses a double-precision threshold, the contract float32.
             order, limit = torch.arange(len(members), 0, -1.0), float(np.float32(case.iou_threshold))
             kept += members[torchvision.ops.nms(boxes, order, limit).numpy()].tolist()
         rows = sorted(kept)[: case.max_output]
@@ -60,23 +60,23 @@ def by_torchvision(case: NmsCase) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(case: NmsCase, found: tuple[np.ndarray, np.ndarray]) -> None:
-    """Asserts that a result is torchvision's, to the last index and with zeros behind."""
+    """Asserts that a result equals torchvision's, padded with zeros."""
     for name, mine, theirs in zip(("num", "indices"), found[::-1], by_torchvision(case)[::-1], strict=True):
         np.testing.assert_array_equal(mine, theirs, err_msg=name)
 
 
 def boxes_of(rng: np.random.Generator, pattern: str, count: int) -> np.ndarray:
-    """`[count, 4]` float32 that overlap in one way or another."""
+    """Boxes float32 `[count, 4]` that overlap in a given pattern."""
     corners, sides = rng.uniform(0, 100, (count, 2)), rng.uniform(5, 60, (count, 2))
     if pattern == "crowded":
         corners, sides = rng.uniform(0, 3, (count, 2)), 30 + rng.uniform(0, 3, (count, 2))
     elif pattern == "equal":
         corners, sides = np.full((count, 2), 7.0), np.full((count, 2), 9.0)
-    elif pattern == "chain":  # each overlaps the next by more than half, the one after by less
+    elif pattern == "chain":  # each overlaps the next by more than half and the one after by less
         corners, sides = np.stack([np.arange(count) * 2.5, np.zeros(count)], axis=1), np.full((count, 2), 10.0)
     elif pattern == "apart":
         corners, sides = np.stack([np.arange(count) * 9.0, np.zeros(count)], axis=1), np.full((count, 2), 8.0)
-    elif pattern == "snapped":  # IoUs that are ratios of small numbers, thresholds among them
+    elif pattern == "snapped":  # IoUs are ratios of small integers, some equal to a threshold
         corners, sides = np.floor(corners / 12), rng.integers(1, 5, (count, 2))
     elif pattern == "degenerate":
         sides = sides * rng.choice([-1, 0, 1, 1, 1e-30], (count, 2))
@@ -88,11 +88,11 @@ def boxes_of(rng: np.random.Generator, pattern: str, count: int) -> np.ndarray:
 
 
 @st.composite
-def nms_cases(draw: st.DrawFn, most: int = 700) -> NmsCase:
-    """Every kind of boxes, groups, counts and attributes."""
+def nms_cases(draw: st.DrawFn, max_boxes: int = 700) -> NmsCase:
+    """Draws boxes, groups, counts and attributes of every kind."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    edges = [k for k in (0, 1, 31, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 700) if k <= most]
-    batch, num_boxes = draw(st.sampled_from([0, 1, 1, 2, 3])), draw(st.sampled_from(edges) | st.integers(0, most))
+    edges = [k for k in (0, 1, 31, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 700) if k <= max_boxes]
+    batch, num_boxes = draw(st.sampled_from([0, 1, 1, 2, 3])), draw(st.sampled_from(edges) | st.integers(0, max_boxes))
     boxes = [boxes_of(rng, draw(st.sampled_from(PATTERNS)), num_boxes) for _ in range(batch)]
     ids = draw(st.sampled_from(["one", "few", "many", "any", "blocks"]))
     shape = (batch, num_boxes)
@@ -101,7 +101,7 @@ def nms_cases(draw: st.DrawFn, most: int = 700) -> NmsCase:
         "few": rng.integers(0, 4, shape),
         "many": rng.integers(-50, 50, shape),
         "any": rng.choice(INTS, shape),
-        "blocks": np.broadcast_to(np.arange(num_boxes) // 64, shape),  # sorted, as levels are
+        "blocks": np.broadcast_to(np.arange(num_boxes) // 64, shape),  # sorted, like pyramid levels
     }[ids].astype(np.int32)
     counts = [draw(st.sampled_from([num_boxes, num_boxes, 0, -3, num_boxes + 9]) | st.integers(0, num_boxes))] * batch
     if batch > 1:

@@ -1,4 +1,4 @@
-"""Inputs of mask pasting that hypothesis draws, and what must come out."""
+"""Hypothesis strategies for mask pasting, and the expected results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernel_calls import Device
 
 from maskrcnn.imaging.postprocess import paste_mask
 
-PROBABILITY = 1e-5  # by which implementations may differ
+PROBABILITY = 1e-5  # tolerance between implementations
 KINDS_OF_BOX = (
     "inside",
     "inside",
@@ -42,14 +42,14 @@ class PasteCase:
         return f"PasteCase({masks}, {self.boxes.tolist()}, {self.size_hw}, {self.threshold}, {self.by_columns})"
 
     def pixels(self, device: Device) -> np.ndarray:
-        """What the kernel makes of it, bool `[D, H, W]`."""
+        """Runs the kernel; returns bool `[D, H, W]`."""
         found = kernel_calls.paste(
             device, self.masks, self.boxes, self.size_hw, self.threshold, by_columns=self.by_columns
         )
         return found.swapaxes(1, 2) if self.by_columns else found
 
     def probabilities(self) -> np.ndarray:
-        """What is compared with the threshold, float32 `[D, H, W]`; outside the boxes -inf."""
+        """Probabilities before the threshold, float32 `[D, H, W]`; -inf outside the boxes."""
         full = np.full((len(self.masks), *self.size_hw), -np.inf, np.float32)
         for slot, mask, box in zip(full, self.masks, self.boxes, strict=True):
             window, top, left = paste_mask(mask.astype(np.float32), box, self.size_hw)

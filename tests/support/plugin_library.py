@@ -1,6 +1,6 @@
-"""libmaskrcnn_plugins.so with its kernels compiled for the CPU, and the plugins in it driven as TensorRT would.
+"""libmaskrcnn_plugins.so with kernels for the CPU, and calls of its plugins like TensorRT's.
 
-What is compiled are the sources of the library for GPUs; only `cuda_on_cpu.h` stands between the kernels and CUDA.
+The library is compiled from its normal sources; `cuda_on_cpu.h` replaces CUDA for the kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskrcnn.plugins.toolchain import find_cuda_headers, find_tensorrt_headers
 
 CSRC = kernels_on_cpu.ROOT / "plugins" / "csrc"
 HARNESS = Path(__file__).parent / "plugin_harness" / "plugin_harness.cpp"
-# Numbers of NvInferRuntime.h; test_rig.py compares them with TensorRT's own.
+# Enumeration values of NvInferRuntime.h; test_rig.py compares them with TensorRT's.
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bfloat16": 7, "int64": 8}
 FORMATS = {"LINEAR": 0, "CHW2": 1, "HWC8": 2, "CHW4": 3, "CHW16": 4, "CHW32": 5, "HWC": 8, "HWC16": 11}
 FIELD_TYPES = {"float16": 0, "float32": 1, "float64": 2, "int8": 3, "int32": 5, "char": 6, "int64": 10}
@@ -45,14 +45,14 @@ class _Field(ctypes.Structure):
 
 
 def header_folders() -> list[Path]:
-    """TensorRT's headers: of each folder in TENSORRT_INCLUDE_DIR, else where they usually are; may be empty."""
+    """Folders of TensorRT's headers, from TENSORRT_INCLUDE_DIR or the usual places; may be empty."""
     named = [Path(folder) for folder in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(os.pathsep) if folder]
     found = [find_tensorrt_headers(folder) for folder in named or [None]]
     return [headers.folder for headers in found if headers]
 
 
 def obstacle() -> str | None:
-    """Why the library cannot be compiled for the CPU here, or None."""
+    """Returns the reason why the library cannot be compiled for the CPU, or None."""
     if not header_folders():
         return "no TensorRT headers: set TENSORRT_INCLUDE_DIR"
     if find_cuda_headers(None) is None:
@@ -61,7 +61,7 @@ def obstacle() -> str | None:
 
 
 def compile_library(output: Path, headers: Path, sources: Sequence[Path], *flags: str) -> Path:
-    """Compiles C++ against TensorRT's headers; that nothing stays undefined shows that no TensorRT is linked."""
+    """Compiles C++ with TensorRT's headers; no undefined symbols means that TensorRT is not linked."""
     includes = ["-I", str(kernels_on_cpu.HEADERS)]
     for folder in (headers, find_cuda_headers(None)):
         includes += ["-isystem", str(folder)]
@@ -76,18 +76,18 @@ def compile_library(output: Path, headers: Path, sources: Sequence[Path], *flags
 def build(folder: Path, headers: Path) -> Path:
     """Compiles `libmaskrcnn_plugins.so` with kernels for the CPU."""
     sources = [CSRC / name for name in kernels_on_cpu.SOURCES] + sorted(CSRC.rglob("*.cpp"))
-    # As kernels_on_cpu compiles them.
+    # As in kernels_on_cpu.
     flags = ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DMASKRCNN_ON_CPU", "-Wno-unused-parameter"]
     return compile_library(folder / "libmaskrcnn_plugins.so", headers, sources, *flags)
 
 
 class Library:
-    """A loaded library of plugins, and what drives it.
+    """A loaded plugin library and the harness that calls it.
 
     Args:
-        path: the library, for whatever device.
-        folder: where to compile the driver.
-        headers: TensorRT's, those of the library.
+        path: the library, for any device.
+        folder: output folder of the harness.
+        headers: TensorRT's headers that the library was compiled with.
     """
 
     def __init__(self, path: Path, folder: Path, headers: Path) -> None:
@@ -113,12 +113,12 @@ class Library:
         return name, version, namespace
 
     def create(self, op: str, attributes: Mapping[str, object], *, at_runtime: bool = False) -> Plugin | None:
-        """A plugin, or None where its creator refuses.
+        """Creates a plugin, or None if its creator rejects the attributes.
 
         Args:
-            op: its name.
-            attributes: NumPy scalars or arrays; a Python int is an int32 and a float a float32, as the ONNX parser
-                passes them. A pair is a field of (type's name, array).
+            op: name of the op.
+            attributes: NumPy scalars or arrays; a Python int becomes an int32 and a float a float32, as from the ONNX
+                parser. A pair is (name of the field type, array).
         """
         creator = next(c for c in self._creators if self._identity("creator", c)[0] == op)
         fields, kept = (_Field * len(attributes))(), []
@@ -139,7 +139,7 @@ def _typed(value: object) -> tuple[str, np.ndarray]:
 
 
 class Plugin:
-    """One plugin object; it is destroyed with this one."""
+    """A plugin object, destroyed with this one."""
 
     def __init__(self, library: Library, address: int) -> None:
         self.library, self._harness, self._address = library, library.harness, ctypes.c_void_p(address)
@@ -154,19 +154,19 @@ class Plugin:
 
     @property
     def timing_id(self) -> str:
-        """What tells its timings from those of plugins with other attributes."""
+        """Timing cache ID."""
         return self._harness.harness_timing_id(self._address).decode()
 
     def clone(self) -> Plugin:
-        """A copy."""
+        """Clones the plugin."""
         return Plugin(self.library, self._harness.harness_clone(self._address))
 
     def attach(self) -> Plugin:
-        """What an execution context runs."""
+        """Attaches the plugin to an execution context."""
         return Plugin(self.library, self._harness.harness_attach(self._address))
 
     def serialized(self) -> dict[str, np.generic]:
-        """The fields that go into an engine."""
+        """Fields that are stored in an engine."""
         fields = (_Field * 16)()
         count = self._harness.harness_serialized(self._address, fields, len(fields))
         kinds = {FIELD_TYPES["int32"]: ctypes.c_int32, FIELD_TYPES["float32"]: ctypes.c_float}
@@ -179,13 +179,13 @@ class Plugin:
         return values
 
     def serialized_addresses(self) -> set[int]:
-        """Where the values of these fields lie."""
+        """Addresses of these fields' values."""
         fields = (_Field * 16)()
         count = self._harness.harness_serialized(self._address, fields, len(fields))
         return {field.data for field in fields[:count]}
 
     def output_types(self, inputs: Sequence[str]) -> list[str] | None:
-        """The types of the outputs, or None where the plugin refuses the inputs'."""
+        """Output types, or None if the plugin rejects the input types."""
         given = (ctypes.c_int32 * len(inputs))(*(TYPES[name] for name in inputs))
         made = (ctypes.c_int32 * self._harness.harness_num_outputs(self._address))()
         code = self._harness.harness_output_types(self._address, given, len(inputs), made)
@@ -193,7 +193,7 @@ class Plugin:
         return None if code else [names[number] for number in made]
 
     def output_shapes(self, inputs: Sequence[Sequence[str | int]]) -> list[tuple[str, ...]] | None:
-        """Shapes of the outputs by the names of the inputs' dimensions, or None where the plugin refuses them."""
+        """Output shapes in terms of the inputs' dimension names, or None if the plugin rejects the inputs."""
         ranks = (ctypes.c_int32 * len(inputs))(*map(len, inputs))
         flat = [str(name).encode() for shape in inputs for name in shape]
         text = ctypes.create_string_buffer(1024)
@@ -203,7 +203,7 @@ class Plugin:
         return None if code else [tuple(shape.split()) for shape in text.value.decode().split(",")]
 
     def supports(self, position: int, tensors: Sequence[tuple[str, str]], num_outputs: int) -> bool:
-        """Whether it takes a tensor of this type and format, given those before it."""
+        """Whether the plugin supports the type and format at a position, given those before it."""
         described = (_Tensor * len(tensors))()
         for tensor, (kind, layout) in zip(described, tensors, strict=True):
             tensor.type, tensor.format = TYPES[kind], FORMATS[layout]
@@ -211,7 +211,7 @@ class Plugin:
         return bool(self._harness.harness_supports(self._address, position, described, inputs, num_outputs))
 
     def configure(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> tuple[int, int]:
-        """Code and bytes of workspace for tensors of at most these sizes."""
+        """Return code and workspace size in bytes for tensors of at most these sizes."""
         size = ctypes.c_size_t()
         code = self._harness.harness_configure(
             self._address, _tensors([*inputs, *outputs]), len(inputs), len(outputs), ctypes.byref(size)
@@ -228,12 +228,12 @@ class Plugin:
         workspace: np.ndarray | None = None,
         new_shapes: bool = True,
     ) -> int:
-        """Runs it on memory; the code of the first step that fails, or 0.
+        """Runs the plugin; returns the code of the first step that fails, or 0.
 
         Args:
-            formats: of tensors that are not linear, by their place among inputs and outputs.
-            shapes: of tensors whose memory is laid out otherwise.
-            new_shapes: tell the shapes first, as a context does where they changed.
+            formats: formats of non-linear tensors, by position among inputs and outputs.
+            shapes: shapes of tensors with another memory layout.
+            new_shapes: call onShapeChange first, as a context does after a change.
         """
         described = _tensors([*inputs, *outputs], formats or {}, shapes or {})
         memory = ctypes.c_void_p(workspace.ctypes.data if workspace is not None else None)

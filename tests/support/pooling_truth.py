@@ -1,4 +1,4 @@
-"""RoIAlign in double precision, as one small matrix per axis, and how far single precision may be from it."""
+"""RoIAlign in double precision with one matrix per axis, and error bounds for single precision."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 EPSILON = 2.0**-23  # of float32
-_ROUNDINGS = 3  # of a position, each by an epsilon of the numbers it is a sum of
+_ROUNDINGS = 3  # rounding errors of a position, each an epsilon of its summands
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What should come out, where that can be said."""
+    """Expected result and where it is certain."""
 
     pooled: np.ndarray  # [N, R, C, S, S] float64
-    tolerance: np.ndarray  # [N, R]: what rounding of positions and sums in float32 may change
-    is_sure: np.ndarray  # [N, R]: no level, number of samples or border hangs on a rounding
+    tolerance: np.ndarray  # [N, R]: error bound of float32 positions and sums
+    is_sure: np.ndarray  # [N, R]: level, number of samples and borders do not depend on rounding
 
 
 @dataclass(frozen=True)
 class _Axis:
     weights: np.ndarray  # [S, pixels]
-    shift: float  # pixels by which float32 may misplace a sample
+    shift: float  # position error of a sample in float32, in pixels
     is_sure: bool
 
 
@@ -61,7 +61,7 @@ def multilevel_roi_align(
 
 
 def _level(area: float, canonical_level: int, canonical_size: float, epsilon: float) -> float:
-    """Equation 1 before it is rounded down; -inf for a box without an area."""
+    """Equation 1 before rounding down; -inf for a box without area."""
     if not area > 0:
         return -math.inf
     return canonical_level + math.log2(math.sqrt(area) / canonical_size) + epsilon if area < math.inf else 99.0

@@ -1,4 +1,4 @@
-"""Inputs of MultilevelRoiAlign that hypothesis draws, and what must come out of any implementation."""
+"""Hypothesis strategies for MultilevelRoiAlign, and a check of results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kernel_calls import Device
 from kernels_on_cpu import bfloat16, single
 
-HALF_STEP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # of a result's rounding, relative
-SMALLEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 0.0}  # and absolute
+HALF_STEP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative rounding error of a result
+SMALLEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 0.0}  # absolute rounding error
 KINDS_OF_BOX = ("inside", "inside", "wide", "across", "outside", "pixel", "thin", "empty", "inverted", "far", "snapped")
 
 
@@ -21,7 +21,7 @@ KINDS_OF_BOX = ("inside", "inside", "wide", "across", "outside", "pixel", "thin"
 class RoiCase:
     """One call."""
 
-    features: list[np.ndarray]  # [N, C, H_l, W_l] float32, float16, or bfloat16 as kernels_on_cpu has it
+    features: list[np.ndarray]  # [N, C, H_l, W_l] float32, float16, or bfloat16 of kernels_on_cpu
     rois: np.ndarray  # [N, R, 4] float32
     attributes: dict[str, Any]
     form: dict[str, Any] = field(default_factory=dict)  # layout, pitch, float32_output, shift
@@ -31,22 +31,22 @@ class RoiCase:
         return f"RoiCase({maps}, {self.rois.tolist()}, {self.attributes}, {self.form})"
 
     def pooled(self, device: Device) -> np.ndarray:
-        """What the kernel makes of it."""
+        """Runs the kernel."""
         return kernel_calls.roi_align(device, self.features, self.rois, **self.form, **self.attributes)
 
     @property
     def output_dtype(self) -> str:
-        """Of the kernel's result."""
+        """Type of the result."""
         return "float32" if self.form.get("float32_output") else kernel_calls.name_of(self.features[0])
 
 
 def as_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 as one of the types that features have."""
+    """Converts float32 to a feature type."""
     return bfloat16(values).reshape(values.shape) if dtype == "bfloat16" else values.astype(dtype)
 
 
 def check(case: RoiCase, pooled: np.ndarray) -> int:
-    """Asserts that a result is right to the last rounding; the number of RoIs of which that can be said."""
+    """Asserts that a result is correct up to rounding; returns the number of RoIs for which this is certain."""
     truth = pooling_truth.multilevel_roi_align([single(f) for f in case.features], case.rois, **case.attributes)
     assert pooled.shape == truth.pooled.shape and pooled.dtype == np.float32
     half_step = HALF_STEP[case.output_dtype]
@@ -58,7 +58,7 @@ def check(case: RoiCase, pooled: np.ndarray) -> int:
 
 
 def boxes(rng: np.random.Generator, kinds: list[str], extent_wh: tuple[float, float], stride: float) -> np.ndarray:
-    """One box `[len(kinds), 4]` of each kind, for an image of that many pixels."""
+    """One box of each kind, `[len(kinds), 4]`, for an image of the given size in pixels."""
     return np.array([_box(rng, kind, np.array(extent_wh), stride) for kind in kinds], np.float32).reshape(-1, 4)
 
 
@@ -91,12 +91,12 @@ def _box(rng: np.random.Generator, kind: str, extent: np.ndarray, stride: float)
 
 @st.composite
 def roi_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")) -> RoiCase:
-    """Every kind of map, type, layout and attribute, with few RoIs."""
+    """Draws maps, types, layouts and attributes of every kind, with few RoIs."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     size = draw(st.sampled_from([1, 2, 3, 7, 8, 9, 14, 28]))
     channels = draw(st.sampled_from([0, 1, 3, 4, 5, 33, 64, 65, 128, 130]))
     batch, num_rois = draw(st.integers(0, 3)), draw(st.integers(0, 5))
-    while batch * num_rois * (channels + 32) * size * size > 40_000 and num_rois > 1:  # what takes the CPU too long
+    while batch * num_rois * (channels + 32) * size * size > 40_000 and num_rois > 1:  # limits the run time
         num_rois -= 1
     levels, min_level = draw(st.integers(1, 6)), draw(st.sampled_from([0, 2, 2, 3]))
     first_hw = draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -112,7 +112,7 @@ def roi_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32", "float16", 
         "sampling_ratio": draw(st.sampled_from([0, 1, 2, 2, 3, 4])),
         "aligned": draw(st.booleans()),
         "min_level": min_level,
-        # A small canonical size, so that small maps have boxes of every level.
+        # Small canonical sizes give small maps boxes of every level.
         "canonical_size": draw(st.sampled_from([224.0, 56.0, 30.0])),
         "canonical_level": draw(st.sampled_from([4, 4, 3])),
     }
@@ -121,7 +121,7 @@ def roi_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32", "float16", 
 
 @st.composite
 def forms(draw: st.DrawFn, channels: int) -> dict[str, Any]:
-    """How features lie in memory, and the result's type."""
+    """Draws the memory layout of features and the type of the result."""
     form = {"layout": draw(st.sampled_from(["NCHW", "NHWC"])), "float32_output": draw(st.booleans())}
     if form["layout"] == "NHWC":
         to_four, to_eight = -channels % 4, -channels % 8

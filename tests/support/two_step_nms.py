@@ -1,4 +1,4 @@
-"""`BatchedNmsKeep` and `BatchedNmsCompact` as ONNX functions, so that ONNX Runtime runs what TensorRT would get."""
+"""ONNX functions of `BatchedNmsKeep` and `BatchedNmsCompact`, so that ONNX Runtime can run the AOT flavour."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ _COMPACT = """
 
 
 def functions(opset: int) -> list[onnx.FunctionProto]:
-    """Both; the first calls `BatchedNms`, whose function the model must have too."""
+    """Returns both functions; the first calls `BatchedNms`, whose function the model must have too."""
     names = {"domain": contract.DOMAIN, "version": contract.VERSION, "opset": opset}
     return [onnx.parser.parse_function(text.format(**names)) for text in (_KEEP, _COMPACT)]

@@ -1,6 +1,6 @@
-"""Models of other backbones, necks and pooling methods, few enough to be exported in tests.
+"""Models of other backbones, necks and pooling methods for export tests.
 
-Every backbone family, neck and method is in one of them; how they combine is tested in training, which costs less.
+Together they have every backbone family, neck and method; combinations are tested in training, which is faster.
 """
 
 import functools
@@ -34,10 +34,10 @@ EXPORTED = {
 
 @functools.cache
 def variant_model(name: str) -> MaskRCNN:
-    """One of `EXPORTED`, which finds something in drawn shapes."""
+    """A model of `EXPORTED` that detects objects in drawn shapes."""
     config = tiny_config(**EXPORTED[name])
     model = lively_model(config)
-    if config.preprocessing == CAFFE:  # pixels that are 57 times as large would make every score 1
+    if config.preprocessing == CAFFE:  # otherwise pixels that are 57 times as large would saturate every score
         with torch.no_grad():
             model.backbone.body["0"].weight /= 57
     return model

@@ -1,8 +1,8 @@
-// BatchedNms for TensorRT's ahead-of-time plugins: two kernels that are part of the engine, each a plugin of its own
-// (BatchedNmsKeep, BatchedNmsCompact), as one such plugin is one kernel.
+// BatchedNms for TensorRT's ahead-of-time plugins: two kernels for two plugins (BatchedNmsKeep, BatchedNmsCompact),
+// because such a plugin has a single kernel.
 //
-// Their arguments stand in the order in which TensorRT passes them: the inputs, 32-bit integers, the outputs. What the
-// nodes' attributes say is fixed by macros, which plugins/aot_kernels.py sets; NVRTC compiles this file alone.
+// Arguments are in TensorRT's order: inputs, 32-bit integers, outputs. The attributes of the node are macros, set by
+// plugins/aot_kernels.py; each kernel is compiled from this file alone.
 
 #include "kernel.cuh"
 

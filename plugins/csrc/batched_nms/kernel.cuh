@@ -1,5 +1,5 @@
-// Greedy NMS inside each group of each image, in two kernels: which boxes stay, then where they go. plugins/contract.py
-// says what is computed, README.md how and why so.
+// Greedy NMS within each group of each image, in two kernels: mark the kept boxes, then compact them. Contract:
+// plugins/contract.py; design: README.md.
 
 #ifndef MASKRCNN_BATCHED_NMS_KERNEL_CUH
 #define MASKRCNN_BATCHED_NMS_KERNEL_CUH
@@ -17,33 +17,33 @@ __host__ __device__ inline Box box_at(const float *boxes, int64_t row) {
     return {box[0], box[1], box[2], box[3]};
 }
 
-// Whether the IoU of two boxes is greater than the threshold, rounded as torchvision rounds on a CPU; false where it is
-// not a number (two boxes without area, a coordinate that is not a number).
+// Whether the IoU of two boxes is greater than the threshold, with the rounding of torchvision on a CPU; false if the
+// IoU is NaN (two boxes without area, or a NaN coordinate).
 __host__ __device__ inline bool overlaps(const Box &a, const Box &b, float threshold) {
     float width = fmaxf(fminf(a.x2, b.x2) - fmaxf(a.x1, b.x1), 0.f);
     float height = fmaxf(fminf(a.y2, b.y2) - fmaxf(a.y1, b.y1), 0.f);
     float both = product(width, height);
-    if (both == 0.f && threshold >= 0.f) return false;  // nearly all pairs
+    if (both == 0.f && threshold >= 0.f) return false;  // the common case
     float area_a = product(a.x2 - a.x1, a.y2 - a.y1), area_b = product(b.x2 - b.x1, b.y2 - b.y1);
     float either = area_a + area_b - both;
-    // Far below the threshold, by more than all roundings together: a division less.
+    // Below the threshold by more than the rounding error: skips the division.
     if (threshold >= 0.f && either > 0.f && both < 0.99f * threshold * either) return false;
     return quotient(both, either) > threshold;
 }
 
-// The block of an image that sees to a group: groups that share a block are told apart by `overlaps_in_group`.
+// The block that handles a group of an image; groups that share a block are compared by their number.
 __host__ __device__ inline int bucket_of(int group, int buckets) { return int(uint32_t(group) % uint32_t(buckets)); }
 
-// Blocks for an image of so many boxes: enough that each of 90 classes has its own where there are many boxes, and few
-// where a block more would find nothing to do.
+// Number of blocks per image: enough for a block per class with 90 classes and many boxes, and few for few boxes, where
+// more blocks would be idle.
 __host__ __device__ inline int buckets_for(int num_boxes) {
     int buckets = num_boxes / 32;
     return buckets < 1 ? 1 : (buckets > 128 ? 128 : buckets);
 }
 
-constexpr int kTile = 64;  // boxes among which the order of suppression is resolved at once
+constexpr int kTile = 64;  // boxes whose suppression is resolved together
 
-// Sizes that the tests set smaller, so that the paths of large inputs are taken by small ones.
+// The tests set smaller sizes, so that small inputs take the code paths of large ones.
 #ifndef MASKRCNN_NMS_THREADS
 #define MASKRCNN_NMS_THREADS 1024
 #endif
@@ -51,11 +51,11 @@ constexpr int kTile = 64;  // boxes among which the order of suppression is reso
 #define MASKRCNN_NMS_KEPT 1024
 #endif
 constexpr int kNmsThreads = MASKRCNN_NMS_THREADS, kNmsWarps = kNmsThreads / kWarp;
-constexpr int kScanned = 4;                   // positions that a thread looks at before the block meets
-constexpr int kKept = MASKRCNN_NMS_KEPT;      // kept boxes that shared memory holds; more are read from global memory
+constexpr int kScanned = 4;                   // rows per thread and scan
+constexpr int kKept = MASKRCNN_NMS_KEPT;      // kept boxes in shared memory; further ones are read from global memory
 static_assert(kNmsThreads % kTile == 0 && kNmsWarps <= kWarp, "a block of whole tiles and at most 32 warps");
 
-// The sum over the threads before this one, and over all; a barrier comes before and after `warps` is used.
+// Exclusive prefix sum over the threads of the block, and the total. Has barriers before and after the use of `warps`.
 __device__ inline int sum_before(int value, int *warps, int &total) {
     int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, sum = value;
     for (int step = 1; step < kWarp; step *= 2) {
@@ -75,19 +75,19 @@ __device__ inline int sum_before(int value, int *warps, int &total) {
 }
 
 struct NmsShared {
-    int queue[kNmsThreads * kScanned];  // rows of the block's boxes that wait for their turn
+    int queue[kNmsThreads * kScanned];  // rows of the block's boxes, not yet processed
     Box kept[kKept];
     int kept_groups[kKept];
     Box tile[kTile];
     int tile_groups[kTile];
     uint32_t tile_alive[2], tile_kept[2];
-    uint32_t rivals[kTile][2];  // bit j of row i: box j of the tile comes first, is alive, and overlaps box i
+    uint32_t rivals[kTile][2];  // bit j of row i: box j precedes box i in the tile, is alive, and overlaps it
     int warps[kNmsWarps];
 };
 
-// Warp 0 finds out which boxes of the tile stay. In each round those are decided all of whose rivals are: a box with
-// a kept rival goes, one whose rivals are all gone stays. The first undecided box always is, so the rounds come to an
-// end; there are as many as the longest chain of boxes, not as there are boxes.
+// Warp 0 decides which boxes of the tile are kept. In each round a box with a kept rival is suppressed, and a box whose
+// rivals are all suppressed is kept. The first undecided box can always be decided, so the loop terminates; the number
+// of rounds is the length of the longest chain of suppressions.
 __device__ inline void resolve_tile(NmsShared &shared) {
     int lane = threadIdx.x % kWarp;
     uint32_t open[2] = {shared.tile_alive[0], shared.tile_alive[1]}, kept[2] = {0u, 0u};
@@ -124,8 +124,8 @@ __device__ inline void find_rivals(NmsShared &shared, float threshold) {
     }
 }
 
-// Whether a box kept in an earlier batch overlaps this one. Kept boxes beyond shared memory, of rows
-// [overflow, before), are found again through `keep`, which this block has written for its own groups.
+// Whether a box kept in an earlier batch overlaps this one. Kept boxes that did not fit in shared memory, in rows
+// [overflow, before), are found through `keep`, which this block has written for its groups.
 __device__ inline bool is_suppressed(const NmsShared &shared, const Box &box, int group, int kept, int overflow,
                                      int before, const float *boxes, const int *groups, const int *keep,
                                      float threshold) {
@@ -138,9 +138,9 @@ __device__ inline bool is_suppressed(const NmsShared &shared, const Box &box, in
     return false;
 }
 
-// One block: all groups g of one image with bucket_of(g) == bucket. boxes [K, 4], groups [K], keep [K] of that image.
+// One block: all groups g of one image with bucket_of(g) == bucket. boxes [K, 4], groups [K], keep [K] of the image.
 // Writes keep[row] = 1 or 0 for the boxes of its groups, and 0 for its share of the rows from `count` on. After
-// `max_output` kept boxes the others get 0: as they come later, none of them could be among the first max_output.
+// `max_output` kept boxes the others get 0, because none of them can be among the first max_output.
 __device__ inline void nms_keep(const float *boxes, const int *groups, int count, int num_boxes, float threshold,
                                 int max_output, int *keep, int bucket, int buckets) {
     __shared__ NmsShared shared;
@@ -148,8 +148,8 @@ __device__ inline void nms_keep(const float *boxes, const int *groups, int count
     count = count < 0 ? 0 : (count < num_boxes ? count : num_boxes);
     for (int64_t row = count + bucket * int64_t(kNmsThreads) + thread; row < num_boxes; row += buckets * int64_t(kNmsThreads))
         keep[row] = 0;
-    int kept = 0;            // boxes of this block so far, the same number in every thread
-    int overflow = num_boxes;  // the row of the first kept box that shared memory has no place for
+    int kept = 0;            // boxes kept by this block so far; the same in every thread
+    int overflow = num_boxes;  // row of the first kept box that does not fit in shared memory
     constexpr int kChunk = kNmsThreads * kScanned;
     for (int base = 0; base < count; base += kChunk) {
         bool is_mine[kScanned];
@@ -174,7 +174,7 @@ __device__ inline void nms_keep(const float *boxes, const int *groups, int count
                 alive = !is_suppressed(shared, box, group, kept, overflow, shared.queue[batch], boxes, groups, keep,
                                        threshold);
             for (int first = 0; first < size && kept < max_output; first += kTile) {
-                int mine = thread - first;  // this thread's place in the tile, if it has one
+                int mine = thread - first;  // position of this thread in the tile, if it is in it
                 if (mine >= 0 && mine < kTile) {
                     shared.tile[mine] = box;
                     shared.tile_groups[mine] = group;
@@ -214,7 +214,7 @@ __device__ inline void nms_keep(const float *boxes, const int *groups, int count
     }
 }
 
-// One block: the rows of one image with keep[row] != 0, in order, at most max_output of them; zeros behind.
+// One block: writes the first max_output rows of one image with keep[row] != 0, in order, padded with zeros.
 __device__ inline void nms_compact(const int *keep, int num_boxes, int max_output, int *indices, int *num) {
     __shared__ int warps[kNmsWarps];
     int written = 0, thread = threadIdx.x;

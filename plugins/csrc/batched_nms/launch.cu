@@ -1,4 +1,4 @@
-// The C interface of BatchedNms.
+// C interface of BatchedNms.
 
 #include "../launch.h"
 #include "kernel.cuh"
@@ -31,7 +31,7 @@ int maskrcnn_batched_nms(const float *boxes, const int32_t *groups, const int32_
                          int32_t num_boxes, float iou_threshold, int32_t max_output, void *workspace, int32_t *indices,
                          int32_t *num, void *stream) {
     using namespace maskrcnn;
-    constexpr int32_t kMostBoxes = 0x7fffffff - kNmsThreads * kScanned;  // rows are counted in int
+    constexpr int32_t kMostBoxes = 0x7fffffff - kNmsThreads * kScanned;  // row indices are int
     if (batch < 0 || batch > kMostRows || num_boxes < 0 || num_boxes > kMostBoxes || max_output < 0)
         return MASKRCNN_INVALID;
     if (batch == 0) return 0;

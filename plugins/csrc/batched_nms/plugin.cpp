@@ -23,7 +23,7 @@ public:
     }};
     using Plugin::Plugin;
 
-    // The build
+    // Build
 
     int32_t getNbOutputs() const noexcept override { return 2; }
 
@@ -64,7 +64,7 @@ public:
         return maskrcnn_batched_nms_workspace(int32_t(most.d[0]), int32_t(most.d[1]));
     }
 
-    // Running
+    // Execution
 
     int32_t onShapeChange(const nvinfer1::PluginTensorDesc *, int32_t, const nvinfer1::PluginTensorDesc *,
                           int32_t) noexcept override {

@@ -1,4 +1,4 @@
-// Masks in the frame of their box, pasted into the image as bits. kernels.h says what is computed, README.md how.
+// Pastes masks into the image as bits. Interface: kernels.h; design: README.md.
 
 #ifndef MASKRCNN_MASK_PASTE_KERNEL_CUH
 #define MASKRCNN_MASK_PASTE_KERNEL_CUH
@@ -8,12 +8,12 @@
 
 namespace maskrcnn {
 
-// A box of the mask grown by one pixel of zeros on each side, along one axis, in whole pixels, both ends included.
+// One axis of a mask's box with a border of one mask pixel of zeros, in integer image pixels, both ends included.
 struct Span {
     int first, last;
 };
 
-// As torchvision's paste_masks_in_image, in its float32 arithmetic; a span that is not a number is empty.
+// torchvision's paste_masks_in_image with its float32 arithmetic; a span with NaN is empty.
 __host__ __device__ inline Span span_of(float low, float high, int mask_size) {
     float scale = quotient(float(mask_size + 2), float(mask_size));
     float half = product(product(high - low, 0.5f), scale), centre = product(high + low, 0.5f);
@@ -22,10 +22,10 @@ __host__ __device__ inline Span span_of(float low, float high, int mask_size) {
     return {int(from), int(to)};
 }
 
-// The rows that are interpolated first lie along a line of bits, or across it.
+// Memory order of a mask relative to the lines of bits.
 struct MaskFrame {
     int size;            // S
-    int along, across;   // from one mask pixel to the next along a line of bits, and from line to line
+    int along, across;   // stride between mask pixels along a line of bits, and between lines
 };
 
 // A pixel of the mask with its border of zeros.
@@ -41,7 +41,7 @@ __device__ inline float mix(float low, float high, float weight) {
 
 constexpr int kPasteThreads = 256, kPasteWarps = kPasteThreads / kWarp;
 
-// One warp: 32 words of one line of bits. `line`: the row of the image (by_columns: its column); `length`: pixels of a
+// One warp: 32 words of a line of bits. `line`: the row of the image (by_columns: its column); `length`: pixels of a
 // line; `across`, `along`: the spans of the box over the lines and over the pixels of a line.
 template <class T>
 __device__ inline void paste_words(const T *mask, const MaskFrame &frame, Span across, Span along, int line, int length,

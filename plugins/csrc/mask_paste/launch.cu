@@ -1,4 +1,4 @@
-// The C interface of mask pasting.
+// C interface of mask pasting.
 
 #include "../launch.h"
 #include "kernel.cuh"
@@ -6,7 +6,7 @@
 namespace maskrcnn {
 namespace {
 
-// blockIdx.x: groups of lines, blockIdx.y: groups of 32 words, blockIdx.z: masks, and those 65535 further on.
+// blockIdx.x: groups of lines, blockIdx.y: groups of 32 words, blockIdx.z: masks, with a stride of gridDim.z.
 template <class T>
 __global__ void __launch_bounds__(kPasteThreads) paste_kernel(const T *masks, const float *boxes, int num_masks, int size,
                                                               int lines, int length, float threshold, int by_columns,
@@ -29,7 +29,7 @@ int maskrcnn_paste_masks(const void *masks, const float *boxes, int32_t num_mask
                          int32_t height, int32_t width, float threshold, int32_t by_columns, uint32_t *bits,
                          void *stream) {
     using namespace maskrcnn;
-    constexpr int kMostPixels = 1 << 24;  // of a side, that float32 can count
+    constexpr int kMostPixels = 1 << 24;  // per side; float32 represents them exactly
     bool is_valid = num_masks >= 0 && mask_size >= 1 && mask_size <= 32767 && height >= 0 && height <= kMostPixels &&
                     width >= 0 && width <= kMostPixels && (dtype == MASKRCNN_FLOAT32 || dtype == MASKRCNN_FLOAT16);
     if (!is_valid) return MASKRCNN_INVALID;

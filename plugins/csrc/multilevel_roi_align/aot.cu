@@ -1,7 +1,7 @@
-// MultilevelRoiAlign for TensorRT's ahead-of-time plugins: one kernel that is part of the engine.
+// MultilevelRoiAlign for TensorRT's ahead-of-time plugins: one kernel that becomes part of the engine.
 //
-// Its arguments stand in the order in which TensorRT passes them: the inputs, 32-bit integers, the output. What the
-// node's attributes say is fixed by macros, which plugins/aot_kernels.py sets; NVRTC compiles this file alone.
+// Arguments are in TensorRT's order: inputs, 32-bit integers, output. The attributes of the node are macros, set by
+// plugins/aot_kernels.py; the kernel is compiled from this file alone.
 
 #include "kernel.cuh"
 
@@ -27,7 +27,7 @@
 
 #define FEATURE_ARGUMENT(L) const maskrcnn::Feature *feature_##L,
 #define SIZE_ARGUMENTS(L) int height_##L, int width_##L,
-// The level is picked by comparisons: an array that is indexed by it would lie in memory.
+// The level is selected by comparisons: an array indexed by it would be placed in local memory.
 #define PICK(L) \
     if (level == L) map = {feature_##L, height_##L, width_##L, 0, ldexpf(1.f, -(MASKRCNN_MIN_LEVEL + L))};
 
@@ -38,19 +38,19 @@ using Feature = MASKRCNN_FEATURE;  // float, Half or BFloat16; the output has th
 static_assert(MASKRCNN_THREADS == kThreads, "aot_kernels.py starts blocks of the size that the kernel is written for");
 static_assert(!MASKRCNN_CHANNELS_LAST || MASKRCNN_CHANNELS_OF_BLOCK % kWarp == 0, "whole warps of channels");
 static_assert(MASKRCNN_CHANNELS_LAST ? MASKRCNN_BINS * MASKRCNN_BINS <= MASKRCNN_PARTS * kBinsOfTile : MASKRCNN_PARTS == 1,
-              "so many bins fit into a block's tile; planes have no tile");
+              "the bins of a part fit into a block's tile; planes have no tile");
 
 }  // namespace maskrcnn
 
 extern "C" {
 
-// blockIdx.x counts images, RoIs and parts of a RoI's bins, blockIdx.y groups of channels. Where a dimension is empty
-// there is one block along that axis nevertheless, as CUDA has no empty grids.
+// blockIdx.x: images, RoIs and parts of a RoI's bins; blockIdx.y: groups of channels. An empty dimension has one block,
+// because CUDA has no empty grids.
 __global__ void __launch_bounds__(MASKRCNN_THREADS)
     maskrcnn_multilevel_roi_align_aot(EACH_LEVEL(FEATURE_ARGUMENT) const float *rois, int batch, int num_rois,
                                       int channels, EACH_LEVEL(SIZE_ARGUMENTS) maskrcnn::Feature *pooled) {
     using namespace maskrcnn;
-    int64_t index = blockIdx.x / MASKRCNN_PARTS;  // of the RoI among those of all images
+    int64_t index = blockIdx.x / MASKRCNN_PARTS;  // RoI index over all images
     if (index >= int64_t(batch) * num_rois || channels == 0) return;
     const float *roi = rois + index * 4;
     Feature *out = pooled + index * channels * (MASKRCNN_BINS * MASKRCNN_BINS);

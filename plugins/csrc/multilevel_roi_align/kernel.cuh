@@ -1,4 +1,4 @@
-// RoIAlign of each RoI at its own pyramid level: plugins/contract.py says what is computed, README.md how and why so.
+// RoIAlign of each RoI at its own pyramid level. Contract: plugins/contract.py; design: README.md.
 
 #ifndef MASKRCNN_MULTILEVEL_ROI_ALIGN_KERNEL_CUH
 #define MASKRCNN_MULTILEVEL_ROI_ALIGN_KERNEL_CUH
@@ -7,7 +7,7 @@
 
 namespace maskrcnn {
 
-// FPN equation 1: the level, counted from the first, that pools a box of this size in pixels.
+// FPN equation 1: index of the level for a box of this size in pixels.
 struct LevelRule {
     int num_levels, min_level, canonical_level;
     float canonical_size, epsilon;
@@ -15,13 +15,13 @@ struct LevelRule {
 
 __host__ __device__ inline int level_of(float width, float height, const LevelRule &rule) {
     float area = product(width, height);
-    if (!(area > 0.f)) return 0;  // NaN as well
+    if (!(area > 0.f)) return 0;  // true for NaN
     float level = floorf(float(rule.canonical_level) + log2f(quotient(sqrtf(area), rule.canonical_size)) + rule.epsilon);
     float highest = float(rule.min_level + rule.num_levels - 1);
     return int(fminf(fmaxf(level, float(rule.min_level)), highest)) - rule.min_level;
 }
 
-// Where one sample along an axis reads: two neighbouring pixels and their weights, zero for a sample outside the map.
+// Two neighbouring pixels that a sample along an axis reads, and their weights; zero for a sample outside the map.
 struct alignas(16) Tap {
     int low, high;
     float low_weight, high_weight;
@@ -45,13 +45,13 @@ struct Axis {
         return tap_at(start + bin * (float(index_of_bin) + (float(sample) + 0.5f) / float(samples)), size);
     }
 
-    // The samples [first, last) of a bin among which all lie that hit the map: a box far larger than the map has more
-    // samples than anybody could wait for, nearly all of them outside.
+    // Range [first, last) of a bin's samples that contains all samples inside the map. A box much larger than the map
+    // has a huge number of samples, almost all of them outside.
     __host__ __device__ void range(int index_of_bin, int &first, int &last) const {
         first = 0, last = samples;
         if (!(bin > 0.f)) return;
         float origin = start + bin * float(index_of_bin), per_pixel = float(samples) / bin;
-        // Rounding moves positions by some 2^-21 of the numbers they are sums of, and counts of samples by two.
+        // Bounds of the rounding error: 2^-20 of the summands for positions, two for sample counts.
         float slack = fabsf(start) * 0x1p-20f + bin * 0x1p-20f * float(index_of_bin + 1);
         float from = (-1.f - slack - origin) * per_pixel - 2.f, to = (float(size) + slack - origin) * per_pixel + 2.f;
         if (from > 0.f) first = from < float(samples) ? int(from) : samples;
@@ -59,20 +59,20 @@ struct Axis {
     }
 };
 
-constexpr int kMostSamples = 1 << 24;  // whole numbers that float32 can count
+constexpr int kMostSamples = 1 << 24;  // integers that float32 represents exactly
 
 __host__ __device__ inline Axis axis_of(float low, float high, float scale, int size, int bins, int ratio, bool aligned) {
     float offset = aligned ? 0.5f : 0.f, start = product(low, scale) - offset;
     float length = (product(high, scale) - offset) - start;
-    if (!aligned) length = length < 1.f ? 1.f : length;  // what is not a number stays so
+    if (!aligned) length = length < 1.f ? 1.f : length;  // NaN stays NaN
     float bin = length / float(bins);
-    // An adaptive ratio puts no samples at all into an empty RoI, nor into one that is infinite or not a number.
+    // With an adaptive ratio an empty, infinite or NaN RoI has no samples.
     bool has_bins = bin > 0.f && bin <= 3.402823466e38f;
     int samples = ratio > 0 ? ratio : (has_bins ? int(fminf(ceilf(bin), float(kMostSamples))) : 0);
     return {start, bin, samples, size};
 }
 
-// A feature map of one image and everything that one RoI needs of it.
+// A feature map of one image.
 template <class T>
 struct Map {
     const T *data;  // [C, height, width], or [height, width, pitch]
@@ -86,17 +86,17 @@ struct Pooling {
 };
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTableTaps = 64;      // samples along an axis whose taps are computed once for a block
-constexpr int kBinsOfTile = 64;     // most bins of one block
-constexpr int kLanesOfChannels = 4; // neighbouring channels that one lane of the channels-last kernel computes
+constexpr int kTableTaps = 64;      // samples along an axis whose taps are computed once per block
+constexpr int kBinsOfTile = 64;     // maximum number of bins per block
+constexpr int kLanesOfChannels = 4; // neighbouring channels per lane of the channels-last kernel
 
 struct Taps {
     Tap table[2][kTableTaps];  // 0: rows, 1: columns
 };
 
-// The taps of one axis: from the table, or, beyond it, computed anew.
+// A tap of one axis, from the table or computed.
 __device__ inline Tap look_up(const Tap *table, const Axis &axis, int bin, int sample) {
-    if (axis.samples > kTableTaps) return axis.tap(bin, sample);  // their products may be beyond an int
+    if (axis.samples > kTableTaps) return axis.tap(bin, sample);  // the index could overflow
     int index = bin * axis.samples + sample;
     return index < kTableTaps ? table[index] : axis.tap(bin, sample);
 }
@@ -117,7 +117,7 @@ __device__ inline void axes_of(const float *roi, const Map<T> &map, const Poolin
     columns = axis_of(roi[0], roi[2], map.scale, map.width, pooling.bins, pooling.ratio, pooling.aligned);
 }
 
-// The weighted sum over the samples of one bin, of W neighbouring channels. RATIO: samples along each axis, 0: ask.
+// Weighted sum over the samples of one bin for W neighbouring channels. RATIO: samples along each axis; 0: variable.
 template <int RATIO, class T, int W>
 __device__ inline void sum_of_bin(const Map<T> &map, const Axis &rows, const Axis &columns, const Taps &taps, int y,
                                   int x, int channel, float (&sum)[W]) {
@@ -147,8 +147,8 @@ __device__ inline void sum_of_bin(const Map<T> &map, const Axis &rows, const Axi
     }
 }
 
-// Channels last: a lane computes W neighbouring channels of a bin, a warp 32 W of them, the warps of the block
-// different bins. The results go through shared memory, so that what is written to `pooled` [C, S, S] is contiguous.
+// Channels last: a lane computes W neighbouring channels of a bin, a warp 32 W channels, the warps of the block
+// different bins. Results pass through shared memory, so that writes to `pooled` [C, S, S] are contiguous.
 // One block: channels from `first_channel` on, bins [first_bin, last_bin), at most kBinsOfTile.
 template <class T, class Out, int W, int RATIO>
 __device__ inline void pool_channels_last(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
@@ -166,7 +166,7 @@ __device__ inline void pool_channels_last(const Map<T> &map, const Pooling &pool
         if (channel < pooling.channels) {
             int y = (first_bin + bin) / pooling.bins, x = (first_bin + bin) % pooling.bins;
             sum_of_bin<RATIO>(map, rows, columns, taps, y, x, channel, sum);
-            // Turned by the lane's number, so that the lanes of a warp write to different banks.
+            // Rotated by the lane number, so that the lanes of a warp write to different banks.
             for (int i = 0; i < W; i++) tile[(lane * W + i) * width + (bin + lane) % width] = sum[i] * share;
         }
     }
@@ -184,9 +184,9 @@ __device__ inline void pool_channels_last(const Map<T> &map, const Pooling &pool
     }
 }
 
-// Planes [H, W], two samples a bin and axis: a bin's 2 x 2 samples read four columns, so four lanes share a bin and a
-// warp covers 8 bins of a row of bins: neighbouring lanes read neighbouring pixels of one line, and nothing is read
-// for a lane's own use only. One block: channels [first_channel, last_channel).
+// Planes [H, W], two samples per bin and axis: the 2 x 2 samples of a bin read four columns, so four lanes share a bin
+// and a warp computes 8 bins of a row. Neighbouring lanes read neighbouring pixels of a line. One block: channels
+// [first_channel, last_channel).
 template <class T, class Out>
 __device__ inline void pool_planes_by_quads(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
                                             int first_channel, int last_channel) {
@@ -215,7 +215,7 @@ __device__ inline void pool_planes_by_quads(const Map<T> &map, const Pooling &po
                 sum *= weight;
                 sum += __shfl_xor_sync(kAllLanes, sum, 1);
                 sum += __shfl_xor_sync(kAllLanes, sum, 2);
-                // Each lane of four keeps one row of bins in four, so that a store fills whole sectors.
+                // Each of four lanes keeps every fourth row of bins, so that a store fills whole sectors.
                 if (y % 4 == entry) mine = sum;
                 if (y % 4 == 3 || y == bins - 1) {
                     int row = y - y % 4 + entry;

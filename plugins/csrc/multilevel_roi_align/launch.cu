@@ -1,4 +1,4 @@
-// The C interface of MultilevelRoiAlign: checks, and the choice among the kernels.
+// C interface of MultilevelRoiAlign: argument checks and kernel selection.
 
 #include "../launch.h"
 #include "kernel.cuh"
@@ -8,7 +8,7 @@ namespace {
 
 using Params = maskrcnn_roi_align_params;
 
-constexpr int kPlanesOfBlock = 64;  // channels of one block of the kernels for planes
+constexpr int kPlanesOfBlock = 64;  // channels per block in the kernels for planes
 
 template <class T>
 __device__ inline Map<T> map_of(const Params &params, const float *roi, int image) {
@@ -21,8 +21,8 @@ __device__ inline Map<T> map_of(const Params &params, const float *roi, int imag
             params.widths[level], pitch, ldexpf(1.f, -(params.min_level + level))};
 }
 
-// What the blocks of all kernels have in common: blockIdx.x counts images, RoIs and parts of a RoI's bins, blockIdx.y
-// groups of channels.
+// Common to the blocks of all kernels. blockIdx.x: images, RoIs and parts of a RoI's bins; blockIdx.y: groups of
+// channels.
 template <class T, class Out>
 struct Block {
     const float *roi;
@@ -31,7 +31,7 @@ struct Block {
     Pooling pooling;
 
     __device__ Block(const Params &params, const float *rois, void *out, int parts) {
-        int64_t index = blockIdx.x / parts;  // of the RoI among those of all images
+        int64_t index = blockIdx.x / parts;  // RoI index over all images
         part = blockIdx.x % parts;
         image = int(index / params.num_rois);
         roi = rois + index * 4;

@@ -20,7 +20,7 @@ bool is_feature_type(DataType type) {
     return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
 
-// The formats in which channels lie side by side: padded to a multiple of 8 for the half types, unpadded for FP32.
+// Channels-last formats: padded to a multiple of 8 channels for the half types, unpadded for FP32.
 bool is_channels_last(DataType type, TensorFormat format) {
     return format == (type == DataType::kFLOAT ? TensorFormat::kHWC : TensorFormat::kHWC8);
 }
@@ -45,7 +45,7 @@ public:
     }};
     using Plugin::Plugin;
 
-    // The build
+    // Build
 
     int32_t getNbOutputs() const noexcept override { return 1; }
 
@@ -78,7 +78,7 @@ public:
         return 0;
     }
 
-    // Feature maps share a type and a format; coordinates are FP32 whatever the type, and the result is linear.
+    // Feature maps share a type and a format; coordinates are always FP32, and the result is linear.
     bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc *tensors,
                                    int32_t num_inputs, int32_t) noexcept override {
         const nvinfer1::PluginTensorDesc &first = tensors[0].desc, &here = tensors[position].desc;
@@ -94,7 +94,7 @@ public:
         return take_levels(num_inputs);
     }
 
-    // Running
+    // Execution
 
     int32_t onShapeChange(const nvinfer1::PluginTensorDesc *, int32_t num_inputs, const nvinfer1::PluginTensorDesc *,
                           int32_t) noexcept override {

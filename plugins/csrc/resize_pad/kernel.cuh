@@ -1,4 +1,4 @@
-// An image as the detector's input: resized, turned to planes, padded. kernels.h says what is computed.
+// Resizes an image, converts it to planes and pads it. Interface: kernels.h.
 
 #ifndef MASKRCNN_RESIZE_PAD_KERNEL_CUH
 #define MASKRCNN_RESIZE_PAD_KERNEL_CUH
@@ -18,7 +18,7 @@ struct Size {
 
 constexpr int kColors = 3;
 
-// One pixel of the padded result, all three colours: neighbouring threads write neighbouring pixels of each plane.
+// One pixel of the padded result in all three channels; neighbouring threads write neighbouring pixels of each plane.
 __device__ inline void resize_pixel(const uint8_t *image, Size size, Size resized, Size padded, bool swaps, int y, int x,
                                     float *planes) {
     int64_t area = int64_t(padded.height) * padded.width;

@@ -1,4 +1,4 @@
-// The C interface of resizing and padding.
+// C interface of resizing and padding.
 
 #include "../launch.h"
 #include "kernel.cuh"
@@ -22,7 +22,7 @@ int maskrcnn_resize_pad(const uint8_t *image, int32_t height, int32_t width, flo
                         int32_t resized_width, int32_t padded_height, int32_t padded_width, int32_t swap_channels,
                         void *stream) {
     using namespace maskrcnn;
-    constexpr int kMostPixels = 1 << 24;  // of a side, that float32 can count
+    constexpr int kMostPixels = 1 << 24;  // per side; float32 represents them exactly
     bool is_valid = height >= 1 && height <= kMostPixels && width >= 1 && width <= kMostPixels && resized_height >= 1 &&
                     resized_height <= padded_height && padded_height <= kMostPixels && resized_width >= 1 &&
                     resized_width <= padded_width && padded_width <= kMostPixels;

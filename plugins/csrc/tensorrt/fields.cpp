@@ -11,7 +11,7 @@ bool read_value(const char *op, const nvinfer1::PluginField &given, bool is_inte
         report(op, wanted, remedy, "attribute %s with %d values", given.name, given.data ? given.length : 0);
         return false;
     }
-    // A field of a Python array need not be aligned.
+    // Fields from Python arrays may be unaligned.
     int32_t int32;
     int64_t int64;
     float float32;

@@ -1,4 +1,4 @@
-// The attributes of an op as TensorRT passes them about: plugin fields, read into a struct and written back.
+// Attributes of an op: conversion between TensorRT plugin fields and a struct.
 
 #ifndef MASKRCNN_TENSORRT_FIELDS_H
 #define MASKRCNN_TENSORRT_FIELDS_H
@@ -13,8 +13,8 @@
 
 namespace maskrcnn {
 
-// One attribute: the member of a struct that holds it, an integer or a number, and the values that it may have.
-// What is not required stays as the struct has it where it is missing.
+// One attribute: the struct member that stores it, an integer or a float, and its range. An optional attribute that is
+// missing keeps the struct's default.
 template <class Attributes>
 struct Field {
     const char *name;
@@ -28,7 +28,7 @@ struct Field {
     constexpr Field(const char *name, float Attributes::*member, double least, double most, bool required = false)
         : name(name), integer(nullptr), number(member), least(least), most(most), required(required) {}
 
-    // As the ONNX parser passes it.
+    // Type that the ONNX parser passes.
     nvinfer1::PluginFieldType type() const {
         return integer ? nvinfer1::PluginFieldType::kINT32 : nvinfer1::PluginFieldType::kFLOAT32;
     }
@@ -46,10 +46,10 @@ constexpr bool kRequired = true;
 template <class Attributes, size_t count>
 using Fields = std::array<Field<Attributes>, count>;
 
-// The value of a given field, which must be one integer of 32 or 64 bits, or one number of 32 or 64 bits.
+// Reads a field, which must be one integer or float of 32 or 64 bits.
 bool read_value(const char *op, const nvinfer1::PluginField &given, bool is_integer, double &value) noexcept;
 
-// The field of that name, or null; one that is given twice is an error.
+// Finds a field by name, or null; a duplicate is an error.
 bool find_field(const char *op, const nvinfer1::PluginFieldCollection &given, const char *name,
                 const nvinfer1::PluginField *&found) noexcept;
 
@@ -67,7 +67,7 @@ bool read_field(const char *op, const nvinfer1::PluginFieldCollection &given, co
     }
     double value;
     if (!read_value(op, *found, field.integer != nullptr, value)) return false;
-    if (!(value >= field.least && value <= field.most)) {  // also where it is not a number
+    if (!(value >= field.least && value <= field.most)) {  // also rejects NaN
         char range[64];
         snprintf(range, sizeof range, "%.9g to %.9g", field.least, field.most);
         report(op, range, "export the model again, or pass another value", "%s = %.9g", field.name, value);
@@ -81,7 +81,7 @@ bool read_field(const char *op, const nvinfer1::PluginFieldCollection &given, co
     return true;
 }
 
-// Reads all attributes of an op. Fields that it does not have are an error: they might be misspelt.
+// Reads all attributes of an op. Unknown fields are an error, because they may be misspelt.
 template <class Attributes, size_t count>
 bool read_fields(const char *op, const nvinfer1::PluginFieldCollection *given, const Fields<Attributes, count> &fields,
                  Attributes &attributes) noexcept {
@@ -102,7 +102,7 @@ bool read_fields(const char *op, const nvinfer1::PluginFieldCollection *given, c
     return true;
 }
 
-// Plugin fields that point at the attributes, or, without any, at nothing: a list of their names and types.
+// Plugin fields that point to the attributes; without attributes only names and types.
 template <class Attributes, size_t count>
 std::array<nvinfer1::PluginField, count> plugin_fields(const Fields<Attributes, count> &fields,
                                                        const Attributes *attributes) noexcept {

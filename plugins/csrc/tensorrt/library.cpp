@@ -1,4 +1,4 @@
-// What TensorRT looks for in a library of plugins (IPluginRegistry::loadLibrary, trtexec --dynamicPlugins).
+// Entry points of a plugin library (IPluginRegistry::loadLibrary, trtexec --dynamicPlugins).
 
 #include <dlfcn.h>
 
@@ -11,9 +11,9 @@
 namespace maskrcnn {
 namespace {
 
-std::atomic<bool> fits{true};  // whether the library was compiled for the TensorRT that loads it
+std::atomic<bool> fits{true};  // compiled for the TensorRT version that loads the library
 
-// The major version of the TensorRT that an object's class was compiled in; 0 where it can not be found out.
+// Major version of the TensorRT library that contains an object's class; 0 if unknown.
 int major_version_of(const void *object) {
     const void *first_method = **static_cast<const void *const *const *>(object);
     Dl_info info;
@@ -31,8 +31,8 @@ int major_version_of(const void *object) {
 
 extern "C" {
 
-// TensorRT calls this first. A logger of another major version has other virtual methods: it is not touched, and there
-// are no creators then.
+// Called by TensorRT first. A logger of another major version has other virtual methods, so it is not used, and no
+// creators are returned.
 MASKRCNN_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder *finder) {
     int major = finder ? maskrcnn::major_version_of(finder) : 0;
     maskrcnn::fits = major == 0 || major == NV_TENSORRT_MAJOR;

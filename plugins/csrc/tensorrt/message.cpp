@@ -23,13 +23,13 @@ nvinfer1::ILogger *find_logger() noexcept {
 
 void set_logger_finder(nvinfer1::ILoggerFinder *finder) noexcept { logger_finder = finder; }
 
-void report(const char *op, const char *expected, const char *remedy, const char *came, ...) noexcept {
+void report(const char *op, const char *expected, const char *remedy, const char *found, ...) noexcept {
     char what[512], text[1024];
     va_list values;
-    va_start(values, came);
-    vsnprintf(what, sizeof what, came, values);
+    va_start(values, found);
+    vsnprintf(what, sizeof what, found, values);
     va_end(values);
-    snprintf(text, sizeof text, "maskrcnn::%s\ncame: %s\nexpected: %s\nfix: %s", op, what, expected, remedy);
+    snprintf(text, sizeof text, "maskrcnn::%s\nfound: %s\nexpected: %s\nfix: %s", op, what, expected, remedy);
     if (nvinfer1::ILogger *logger = find_logger()) {
         logger->log(nvinfer1::ILogger::Severity::kERROR, text);
     } else {

@@ -1,4 +1,4 @@
-// What our plugins have in common: everything that TensorRT wants of an IPluginV3 and its creator but the op itself.
+// Base classes of the plugins: everything of an IPluginV3 and its creator that does not depend on the op.
 
 #ifndef MASKRCNN_TENSORRT_PLUGIN_H
 #define MASKRCNN_TENSORRT_PLUGIN_H
@@ -19,9 +19,9 @@ namespace maskrcnn {
 
 constexpr const char *kNamespace = "maskrcnn";
 constexpr const char *kVersion = "1";
-constexpr int32_t kFailed = -1;  // TensorRT takes any other number than 0 for a failure
+constexpr int32_t kFailed = -1;  // TensorRT treats any value but 0 as failure
 
-// Says that a kernel was not launched, or failed before.
+// Reports a kernel that was not launched or an earlier CUDA error; returns the code.
 inline int32_t launched(const char *op, int code) noexcept {
     if (code) {
         const char *remedy = "if the code is CUDA's, look at the errors before this one; otherwise report it";
@@ -30,7 +30,7 @@ inline int32_t launched(const char *op, int code) noexcept {
     return code;
 }
 
-// Op derives from this class and has the constants kName and kFields. It is copied to be cloned.
+// Op derives from this class and defines kName and kFields; clone() copies it.
 template <class Op, class Attributes_>
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
@@ -60,11 +60,11 @@ public:
     const char *getPluginVersion() const noexcept override { return kVersion; }
     const char *getPluginNamespace() const noexcept override { return kNamespace; }
 
-    // One tactic; what its time depends on beside shapes and formats are the attributes.
+    // One tactic, whose time depends on shapes, formats and the attributes.
     const char *getTimingCacheID() noexcept override { return description_; }
     const char *getMetadataString() noexcept override { return description_; }
 
-    // No resources of a context are used.
+    // The plugins use no resources of the context.
     nvinfer1::IPluginV3 *attachToContext(nvinfer1::IPluginResourceContext *) noexcept override { return clone(); }
 
     const nvinfer1::PluginFieldCollection *getFieldsToSerialize() noexcept override {
@@ -86,7 +86,7 @@ private:
 template <class Op>
 class Creator final : public nvinfer1::IPluginCreatorV3One {
 public:
-    // The same for a node of a network and for a serialized plugin, which has all fields.
+    // For a node of a network or a serialized plugin, which has all fields.
     nvinfer1::IPluginV3 *createPlugin(const char *, const nvinfer1::PluginFieldCollection *fields,
                                       nvinfer1::TensorRTPhase) noexcept override {
         typename Op::Attributes attributes;
@@ -105,8 +105,8 @@ private:
     const nvinfer1::PluginFieldCollection collection_{int32_t(names_.size()), names_.data()};
 };
 
-// One creator for each op, made when it is first asked for and never destroyed: the registry may outlive this library's
-// static objects.
+// One creator per op, created on first use and never destroyed: the registry may outlive this library's static
+// objects.
 nvinfer1::IPluginCreatorInterface *multilevel_roi_align_creator() noexcept;
 nvinfer1::IPluginCreatorInterface *batched_nms_creator() noexcept;
 

@@ -1,6 +1,6 @@
-// libmaskrcnn_plugins_register.so: registers the plugins as soon as it is loaded, for programs that do no more than
-// load a library (Triton's `plugins`, trtexec --staticPlugins, dlopen). A library of its own, because a registry
-// refuses a library whose plugins it has already; elsewhere this file is empty.
+// libmaskrcnn_plugins_register.so: registers the plugins when it is loaded, for programs that only load a library
+// (Triton's `plugins`, trtexec --staticPlugins, dlopen). It is a separate library because a registry rejects a library
+// whose plugins are already registered. In other builds this file is empty.
 
 #if defined(MASKRCNN_REGISTER_WHEN_LOADED)
 
@@ -15,11 +15,11 @@ namespace {
 #define TEXT_OF(value) #value
 #define TEXT(value) TEXT_OF(value)
 
-void fail(const char *came, const char *expected, const char *remedy) {
-    fprintf(stderr, "maskrcnn plugins\ncame: %s\nexpected: %s\nfix: %s\n", came, expected, remedy);
+void fail(const char *found, const char *expected, const char *remedy) {
+    fprintf(stderr, "maskrcnn plugins\nfound: %s\nexpected: %s\nfix: %s\n", found, expected, remedy);
 }
 
-// The library that stands beside this one.
+// Path of libmaskrcnn_plugins.so beside this library.
 bool find_plugins(char (&path)[PATH_MAX]) {
     Dl_info info;
     if (!dladdr(reinterpret_cast<const void *>(&find_plugins), &info) || !info.dli_fname) return false;
@@ -31,7 +31,7 @@ bool find_plugins(char (&path)[PATH_MAX]) {
 
 __attribute__((constructor)) void register_plugins() {
     const char *nvinfer = "libnvinfer.so." TEXT(NV_TENSORRT_MAJOR);
-    void *library = dlopen(nvinfer, RTLD_NOW | RTLD_LOCAL);  // stays open: the registry is in use from now on
+    void *library = dlopen(nvinfer, RTLD_NOW | RTLD_LOCAL);  // never closed: the registry stays in use
     if (!library) return fail(dlerror(), "TensorRT's library", "put its folder into LD_LIBRARY_PATH");
     using GetRegistry = nvinfer1::IPluginRegistry *(*)();
     auto get_registry = reinterpret_cast<GetRegistry>(dlsym(library, "getPluginRegistry"));

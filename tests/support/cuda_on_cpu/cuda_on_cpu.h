@@ -1,13 +1,12 @@
-// A GPU for tests: runs CUDA kernels, compiled by an ordinary C++ compiler, on one CPU thread.
+// GPU emulation for tests: runs CUDA kernels, compiled by a C++ compiler, on one CPU thread.
 //
-// Every CUDA thread of a block is a coroutine of its own stack. A barrier or a warp operation hands control on, so
-// whole kernels run as they stand, barriers, shared memory and shuffles included. What would hang or be undefined on a
-// GPU ends the process with a message: a barrier that not all threads reach, lanes in different warp operations, a
-// launch with an impossible grid.
+// Every CUDA thread of a block is a coroutine with its own stack. Barriers and warp operations switch between them, so
+// kernels run unchanged, with barriers, shared memory and shuffles. Errors that hang or are undefined on a GPU end the
+// process with a message: a barrier that not all threads reach, lanes in different warp operations, an invalid grid.
 //
-// CUDA_ON_CPU_ORDER sets the order of blocks, and of threads between two barriers. forward and backward: one warp after
-// the other, each as far as it gets; shuffled: warps take turns by chance, a step to the next warp operation at a time. A
-// kernel that lacks a barrier gives different results in one of them. Shared memory is filled with NaN before each block.
+// CUDA_ON_CPU_ORDER sets the order of blocks, and of threads between two barriers. forward, backward: one warp after the
+// other, each as far as possible; shuffled: random warps, each up to its next warp operation. A kernel without a necessary
+// barrier gives different results in one of them. Shared memory is filled with NaN before each block.
 
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H

@@ -1,5 +1,5 @@
-// The kernels' arithmetic, which is the same code on a GPU and on a CPU, over arrays, for ctypes. Function by function
-// as in plugins/csrc; `n` is the length of the arrays.
+// Arithmetic functions of plugins/csrc, the same code on GPU and CPU, applied to arrays, for ctypes. `n` is the length of
+// the arrays.
 
 #include "batched_nms/kernel.cuh"
 #include "mask_paste/kernel.cuh"

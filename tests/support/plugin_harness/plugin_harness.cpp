@@ -1,5 +1,5 @@
-// A TensorRT for tests, as far as a plugin sees one: calls the methods of our plugins as a builder and an engine do.
-// A C interface, so that Python can drive it; plugin_library.py has the same structs.
+// Calls the methods of the plugins as TensorRT's builder and engine do. Its C interface is used from Python;
+// plugin_library.py has the same structs.
 
 #include <NvInferRuntime.h>
 #include <stdio.h>
@@ -12,7 +12,7 @@ using namespace nvinfer1;
 
 namespace {
 
-// A dimension by its name: a letter, or a number.
+// A dimension: a letter or a number.
 class Dimension final : public IDimensionExpr, private apiv::VDimensionExpr {
 public:
     explicit Dimension(std::string text) : text(std::move(text)) { mImpl = this; }
@@ -22,7 +22,7 @@ public:
     const std::string text;
 };
 
-// Knows constants; our plugins need no other expressions.
+// Constants only; the plugins use no other expressions.
 class Expressions final : public IExprBuilder, private apiv::VExprBuilder {
 public:
     Expressions() { mImpl = this; }

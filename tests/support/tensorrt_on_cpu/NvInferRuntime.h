@@ -1,9 +1,10 @@
-// What docs/cpp/main.cpp uses of TensorRT, with an engine that finds two boxes in every image, or what a test wants.
+// The part of TensorRT that docs/cpp/main.cpp uses, with an engine that detects two boxes in every image or returns
+// outputs from files.
 //
-// A plan is a text: `plan`, then of each profile the largest batch and least and largest height and width. The engine
-// writes the image that it is given to the file that FAKE_TENSORRT_IMAGES names. FAKE_TENSORRT_OUTPUTS names a folder
-// of outputs that it gives instead of its own, in files called as the tensors: a line of the shape, then the values.
-// The engine has `masks` and `keypoints` only where such files are.
+// A plan is a text: `plan`, then the maximum batch size and the minimum and maximum height and width of each profile. The
+// engine writes its input image to the file FAKE_TENSORRT_IMAGES. FAKE_TENSORRT_OUTPUTS is a folder of outputs to return
+// instead, in files named like the tensors: a line with the shape, then the values. The engine has `masks` and
+// `keypoints` only if such files exist.
 
 #pragma once
 

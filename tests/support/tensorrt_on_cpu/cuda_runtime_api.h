@@ -1,4 +1,4 @@
-// The few functions of the CUDA runtime that docs/cpp/main.cpp calls, on the CPU.
+// The functions of the CUDA runtime that docs/cpp/main.cpp calls, on the CPU.
 
 #pragma once
 

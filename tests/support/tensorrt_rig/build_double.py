@@ -1,7 +1,7 @@
-"""What TensorRT's builder asks of an ahead-of-time plugin, in its order; for a process of the rig.
+"""The calls that TensorRT's builder makes to an ahead-of-time plugin, for a process of the rig.
 
-The plugin, its creator and NVIDIA's glue between them and our functions are real. The builder is not, so lengths and
-their arithmetic, which it would hand in, are numbers here that know whether the builder would know them.
+The plugin, its creator and NVIDIA's glue code are real. The builder is emulated: lengths and their arithmetic are
+numbers with a flag whether the builder knows them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import tensorrt as trt
 from tensorrt.plugin import _tensor
 
-from maskrcnn.plugins import aot, nvrtc
+from maskrcnn.plugins import aot_kernels
 
 
 class Length:
-    """One length of a shape, or what was computed from lengths."""
+    """A length of a shape, or an expression of lengths."""
 
     def __init__(self, value: int, *, is_known: bool = True) -> None:
         self.value, self.is_known = value, is_known
@@ -31,7 +31,7 @@ class Length:
 
 
 class Arithmetic:
-    """The part of `IExprBuilder`; it counts as TensorRT's documentation of `DimensionOperation` says."""
+    """`IExprBuilder`, with the operations of TensorRT's `DimensionOperation`."""
 
     def constant(self, value: int) -> Length:
         return Length(value)
@@ -51,14 +51,14 @@ class Arithmetic:
 
 
 class Lengths(list):
-    """Stands for `DimsExprs`, which is made of a number of places to fill."""
+    """`DimsExprs`, created with a number of empty elements."""
 
     def __init__(self, count: int) -> None:
         super().__init__([None] * count)
 
 
 class Argument:
-    """Stands for the object that carries a number to the builder; it takes 32-bit integers alone."""
+    """The object that passes a number to the builder; 32-bit integers only."""
 
     def __init__(self, expression: Any) -> None:
         assert isinstance(expression, _tensor.SymInt32)
@@ -66,7 +66,7 @@ class Argument:
 
 
 class Arguments:
-    """Stands for `ISymExprs`."""
+    """`ISymExprs`."""
 
     def __init__(self) -> None:
         self.values: dict[int, int] = {}
@@ -80,17 +80,17 @@ trt.IDimensionExpr, trt.DimsExprs, _tensor.SymExprImpl = Length, Lengths, Argume
 
 
 def fields_of(attributes: dict[str, int | float]) -> tuple[list[trt.PluginField], list[np.ndarray]]:
-    """Plugin fields of 32-bit numbers, as TensorRT's ONNX parser makes them; and what they point to."""
+    """Plugin fields of 32-bit numbers, as from TensorRT's ONNX parser, and the arrays that they point to."""
     arrays = [np.array([v], np.float32 if isinstance(v, float) else np.int32) for v in attributes.values()]
     kinds = [trt.PluginFieldType.FLOAT32 if a.dtype == np.float32 else trt.PluginFieldType.INT32 for a in arrays]
     return [trt.PluginField(*field) for field in zip(attributes, arrays, kinds, strict=True)], arrays
 
 
 def create(name: str, attributes: dict[str, int | float]) -> Any:
-    """The plugin for a node, by the creator that the parser finds, in the form that `aot = 1` asks for.
+    """Creates the plugin of a node as the parser does for `aot = 1`.
 
-    The parser goes through the creator's fields, not through the node's attributes (onnx-tensorrt's `loadFields`), and
-    NVIDIA's glue hands them on by position.
+    The parser iterates over the creator's fields, not the node's attributes (onnx-tensorrt's `loadFields`), and
+    NVIDIA's glue code passes them by position.
     """
     creator = trt.get_plugin_registry().get_creator(name, "1", "maskrcnn")
     fields, _arrays = fields_of({field.name: attributes[field.name] for field in creator.field_names})
@@ -99,7 +99,7 @@ def create(name: str, attributes: dict[str, int | float]) -> Any:
 
 
 def described(shape: list[int], kind: trt.DataType, dynamic: list[int]) -> trt.DynamicPluginTensorDesc:
-    """A tensor as the builder describes it: -1 for the axes whose lengths differ from run to run."""
+    """The builder's description of a tensor; dynamic axes are -1."""
     tensor = trt.DynamicPluginTensorDesc()
     desc = trt.PluginTensorDesc()
     desc.dims = [-1 if axis in dynamic else length for axis, length in enumerate(shape)]
@@ -109,7 +109,7 @@ def described(shape: list[int], kind: trt.DataType, dynamic: list[int]) -> trt.D
 
 
 def with_format(tensor: trt.DynamicPluginTensorDesc, kind: trt.DataType, layout: trt.TensorFormat) -> None:
-    """Gives a tensor the type and format that the builder has chosen."""
+    """Sets the type and format that the builder has chosen."""
     desc = tensor.desc
     desc.type, desc.format = kind, layout
     tensor.desc = desc
@@ -123,14 +123,14 @@ def build(
     layout: str = "LINEAR",
     dynamic: dict[int, list[int]] | None = None,
 ) -> dict[str, Any]:
-    """Everything that a plugin answers while an engine is built.
+    """Returns everything that a plugin provides during the build of an engine.
 
     Args:
-        name: of the op.
-        attributes: of the node.
-        inputs: shape and type (TensorRT's name) of each.
-        layout: of the first input in the combination to choose.
-        dynamic: by input, the axes whose lengths the builder does not know.
+        name: name of the op.
+        attributes: attributes of the node.
+        inputs: shape and TensorRT type of each input.
+        layout: format of the first input in the combination to choose.
+        dynamic: dynamic axes by input.
     """
     dynamic = dynamic or {}
     shapes, kinds = [shape for shape, _ in inputs], [getattr(trt.DataType, kind) for _, kind in inputs]
@@ -178,12 +178,12 @@ def build(
 
 
 def _compiled_kernels() -> list[Any]:
-    """A list to which every kernel that is compiled from now on is added."""
-    seen, compile_kernel = [], nvrtc.compile_kernel
+    """Returns a list to which every compiled kernel is added from now on."""
+    kernels, compile_kernel = [], aot_kernels.compile_kernel
 
     def recorded(kernel: Any, **options: Any) -> bytes:
-        seen.append(kernel)
+        kernels.append(kernel)
         return compile_kernel(kernel, **options)
 
-    aot.nvrtc.compile_kernel = recorded
-    return seen
+    aot_kernels.compile_kernel = recorded
+    return kernels

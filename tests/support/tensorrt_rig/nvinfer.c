@@ -1,5 +1,4 @@
-/* libnvinfer of a machine that cannot build engines: the registry, runtime and refitter are those of the lean
-   library that this one is linked to, and there is no builder. */
+/* libnvinfer without a builder: registry, runtime and refitter are those of the lean library that it is linked to. */
 
 #include <stddef.h>
 #include <stdint.h>

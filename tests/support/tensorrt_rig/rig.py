@@ -1,10 +1,10 @@
 """TensorRT's own Python bindings and plugin registry on a machine without a GPU.
 
-The bindings need three libraries that only NVIDIA's index has: builder, built-in plugins, ONNX parser. Three stubs
-stand in for them, which answer that there is no such thing; the plugin registry and the runtime are real, from
-TensorRT's lean library. So names, enumerations, plugin creators and `tensorrt.plugin` answer as they do elsewhere.
+The bindings need three libraries that are only in NVIDIA's index: builder, built-in plugins and ONNX parser. They are
+replaced by stubs without functions. The plugin registry and the runtime are real, from TensorRT's lean library, so
+names, enumerations, plugin creators and `tensorrt.plugin` behave as usual.
 
-Everything runs in a Python process of its own: a `Runtime` without a driver may take its process along.
+Code runs in a separate Python process, because a `Runtime` without a driver may crash it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 BINDINGS, LEAN = "tensorrt_bindings", "tensorrt_lean_libs"
 STUBS = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 _MARK = "tensorrt-rig:"
-# `import tensorrt` gives the bindings under the name that their own modules import. Where TensorRT itself is installed,
-# the bindings would load its libraries first; None in their place keeps them from it.
+# `import tensorrt` imports the bindings, whose modules use that name. None for `tensorrt_libs` prevents the bindings
+# from loading the libraries of an installed TensorRT.
 _ALIAS = f"""\
 import sys
 
@@ -40,7 +40,7 @@ def tell(value):
     import json
     print("\\n{_MARK}" + json.dumps(value), flush=True)
 """
-# Without a driver, what TensorRT does while Python ends may crash; by then everything has been told.
+# Without a driver TensorRT may crash at exit, after all values have been printed.
 _AFTER = """
 import os, sys
 sys.stdout.flush(), sys.stderr.flush()
@@ -50,7 +50,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process said: the values it told, in order, and everything it printed, errors included."""
+    """Output of a process: the values that it told, in order, and everything printed, errors included."""
 
     told: list[Any]
     printed: str
@@ -58,7 +58,7 @@ class Answer:
 
 
 def obstacle(bindings: Path | None = None) -> str | None:
-    """Why the rig cannot be used here, or None. `bindings` as for `prepare`."""
+    """Returns the reason why the rig is not available, or None. `bindings` as for `prepare`."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "TensorRT's bindings and lean library are wheels for Linux on x86-64"
     if bindings is None and any(importlib.util.find_spec(name) is None for name in (BINDINGS, LEAN)):
@@ -69,17 +69,17 @@ def obstacle(bindings: Path | None = None) -> str | None:
 
 
 def prepare(folder: Path, bindings: Path | None = None) -> dict[str, str]:
-    """Compiles the stubs and gives the environment in which a Python process can `import tensorrt`.
+    """Compiles the stubs and returns the environment in which a Python process can `import tensorrt`.
 
     Args:
-        folder: where to put what is made; kept as long as the environment is used.
-        bindings: a folder with the unpacked wheels of another version; by default the installed ones.
+        folder: output folder, kept as long as the environment is used.
+        bindings: folder with the unpacked wheels of another version (default: the installed ones).
     """
     lean = _lean_library(bindings)
     version = lean.name.rpartition(".")[2]
     for name in STUBS:
         stub = f"lib{name}.so.{version}"
-        # The linker drops libraries that are not used, and the bindings look for the lean one's symbols here.
+        # The bindings find the symbols of the lean library through the stubs, so the linker must not drop it.
         linked = [f"-Wl,-soname,{stub}", "-Wl,--no-as-needed", str(lean), f"-Wl,-rpath,{lean.parent}"]
         command = ["cc", "-shared", "-fPIC", "-o", str(folder / stub), str(HERE / f"{name}.c"), *linked]
         subprocess.run(command, check=True, timeout=120)
@@ -92,7 +92,7 @@ def prepare(folder: Path, bindings: Path | None = None) -> dict[str, str]:
 
 
 def run(code: str, *, env: dict[str, str], timeout: float = 120.0) -> Answer:
-    """Runs Python code in the environment of `prepare`; it answers by calling `tell` with anything JSON knows.
+    """Runs Python code in the environment of `prepare`; it returns values by calling `tell` with a JSON value.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds.
@@ -114,7 +114,7 @@ def run(code: str, *, env: dict[str, str], timeout: float = 120.0) -> Answer:
 
 
 def ask(code: str, *, env: dict[str, str], timeout: float = 120.0) -> Any:
-    """The one value that the code tells; the process must end well."""
+    """Runs code that must succeed, and returns the one value that it tells."""
     answer = run(code, env=env, timeout=timeout)
     assert answer.returncode == 0, f"the process ended with {answer.returncode}\n{answer.printed}"
     (value,) = answer.told
