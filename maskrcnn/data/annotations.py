@@ -85,11 +85,14 @@ def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmenta
 
 def compressed_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
     """A checked segmentation as pycocotools' compressed RLE; several polygons are merged."""
+    rle: dict[str, Any]
     if isinstance(segmentation, list):
-        return mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return mask_api.frPyObjects(segmentation, height, width)
-    return segmentation
+        rle = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = mask_api.frPyObjects(segmentation, height, width)
+    else:
+        rle = segmentation
+    return rle
 
 
 def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray:

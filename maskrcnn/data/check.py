@@ -124,7 +124,7 @@ def _statistics(dataset: CocoDataset) -> SplitStatistics:
         largest_image_hw=sizes[-1][1:],
         objects_per_image_median=statistics.median(numbers),
         objects_per_image_max=max(numbers),
-        objects={name: tuple(counts) for name, counts in objects.items()},
+        objects={name: (small, medium, large) for name, (small, medium, large) in objects.items()},
         has_masks=dataset.has_masks,
         objects_with_keypoints=sum(
             instance.keypoints is not None for record in dataset.images for instance in record.instances
@@ -182,7 +182,7 @@ def _class_findings(dataset: CocoDataset) -> Iterator[Finding]:
 def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
     records = {record.id: record for record in dataset.images}
     for skipped in dataset.skipped_annotations:
-        record = records.get(skipped.image_id)
+        record = None if skipped.image_id is None else records.get(skipped.image_id)
         yield Finding(
             problem=Problem(f"{_SKIPPED}: {skipped.reason}"),
             split=dataset.split,
@@ -223,34 +223,28 @@ def _repeated(split: str, record: ImageRecord, earlier: list[tuple[str, ImageRec
         return
     same = [twin for name, twin in earlier if name == split]
     twin_split, twin = (split, same[0]) if same else earlier[0]
-    yield Finding(
-        problem=_REPEATED if same else _LEAKED,
-        split=split,
-        where=_location(record),
-        detail=f"the same bytes as {_location(twin)} of {twin_split}",
-        record=record,
-        instances=record.instances,
-    )
+    detail = f"the same bytes as {_location(twin)} of {twin_split}"
+    yield _finding(_REPEATED if same else _LEAKED, split, record, detail)
 
 
 def _examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]:
     """The findings of an image and its objects, and the SHA-256 of its file; None for a file that is not an image."""
     findings = list(_object_findings(split, record))
     if not record.path.is_file():
-        return [_of_image(_MISSING, split, record, f"no file {record.path}"), *findings], None
+        return [_finding(_MISSING, split, record, f"no file {record.path}"), *findings], None
     try:
         size_hw = read_image(record.path).shape[:2]
     except UserError as error:
-        return [_of_image(_UNREADABLE, split, record, error.found), *findings], None
+        return [_finding(_UNREADABLE, split, record, error.found), *findings], None
     orientation = _orientation(record.path)
     if size_hw != (record.height, record.width):
         detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
         if orientation != _UPRIGHT:
             detail += f"; annotated after EXIF orientation {orientation} was applied?"
-        findings.append(_of_image(_OTHER_SIZE, split, record, detail))
+        findings.append(_finding(_OTHER_SIZE, split, record, detail))
     elif orientation != _UPRIGHT:
         detail = f"orientation {orientation}; annotations must fit the pixels as stored, as they are drawn here"
-        findings.append(_of_image(_ROTATED, split, record, detail))
+        findings.append(_finding(_ROTATED, split, record, detail))
     return findings, sha256_of(record.path)
 
 
@@ -263,14 +257,15 @@ def _location(record: ImageRecord, *instances: Instance) -> str:
     return f"{text}, annotation{'s' if len(instances) > 1 else ''} {ids}"
 
 
-def _of_image(problem: Problem, split: str, record: ImageRecord, detail: str) -> Finding:
+def _finding(problem: Problem, split: str, record: ImageRecord, detail: str, *instances: Instance) -> Finding:
+    """A finding of some objects, or of the whole image."""
     return Finding(
         problem=problem,
         split=split,
-        where=_location(record),
+        where=_location(record, *instances),
         detail=detail,
         record=record,
-        instances=record.instances,
+        instances=instances or record.instances,
     )
 
 
@@ -278,7 +273,8 @@ def _orientation(path: Path) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) without one."""
     try:
         with Image.open(path) as image:
-            return image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+            orientation: int = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+            return orientation
     except Exception:  # metadata cannot be read: viewers would not rotate the image either
         return _UPRIGHT
 
@@ -289,23 +285,9 @@ def _object_findings(split: str, record: ImageRecord) -> Iterator[Finding]:
     for instance, rle in zip(objects, rles, strict=True):
         problems = (*_object_problems(record, instance, int(mask_api.area(rle))), *_keypoint_problems(record, instance))
         for problem, detail in problems:
-            yield Finding(
-                problem=problem,
-                split=split,
-                where=_location(record, instance),
-                detail=detail,
-                record=record,
-                instances=(instance,),
-            )
+            yield _finding(problem, split, record, detail, instance)
     for first, second, detail in _duplicates(objects, rles):
-        yield Finding(
-            problem=_DUPLICATE_OBJECT,
-            split=split,
-            where=_location(record, first, second),
-            detail=detail,
-            record=record,
-            instances=(first, second),
-        )
+        yield _finding(_DUPLICATE_OBJECT, split, record, detail, first, second)
 
 
 def _object_problems(record: ImageRecord, instance: Instance, mask_px: int) -> Iterator[tuple[Problem, str]]:

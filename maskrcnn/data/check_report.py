@@ -303,7 +303,7 @@ def _panel(
     """A part of the image, scaled to `longest_px`, with boxes and labels; if crowded, only labels that fit."""
     left, top, right, bottom = (int(value) for value in view)
     scale = longest_px / max(right - left, bottom - top)
-    size = tuple(max(1, round(side * scale)) for side in (right - left, bottom - top))
+    size = (max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale)))
     resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
     panel = Image.fromarray(pixels[top:bottom, left:right]).resize(size, resampling)
     draw = ImageDraw.Draw(panel)

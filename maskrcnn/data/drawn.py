@@ -30,7 +30,7 @@ def write_drawn_dataset(
     draw: _Draw,
     *,
     name: str,
-    info: dict[str, str],
+    info: dict[str, Any],
     categories: list[dict[str, Any]],
     train_images: int,
     val_images: int,
@@ -121,9 +121,9 @@ def _write_images(folder: Path, draw: _Draw, count: int, size_px: int, seeds: li
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         image, objects = draw(np.random.default_rng([*seeds, index]))
-        entry = {"id": index + 1, "file_name": f"{index:06d}.png", "height": size_px, "width": size_px}
-        Image.fromarray(image).save(folder / entry["file_name"], compress_level=1)
-        images.append(entry)
+        name = f"{index:06d}.png"
+        Image.fromarray(image).save(folder / name, compress_level=1)
+        images.append({"id": index + 1, "file_name": name, "height": size_px, "width": size_px})
         for values in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **values})
     return {"images": images, "annotations": annotations}
@@ -165,14 +165,16 @@ def background(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray
 def noisy(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Adds sensor noise to an image, float32 `[H, W, 3]`, and returns it as uint8."""
     image += rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def contrasting_colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
     """A random colour, float32 `[3]`, with contrast to the colour `under` `[3]`."""
     candidates = rng.uniform(10, 245, (16, 3))
     contrast = np.linalg.norm(candidates - under, axis=1)
-    return candidates[np.argmax(contrast >= min(_MIN_CONTRAST, contrast.max()))].astype(np.float32)
+    colour: np.ndarray = candidates[np.argmax(contrast >= min(_MIN_CONTRAST, contrast.max()))]
+    return colour.astype(np.float32)
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, coverage: np.ndarray, colour: np.ndarray | None = None) -> None:

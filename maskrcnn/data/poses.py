@@ -190,7 +190,8 @@ def _capsule(start: np.ndarray, end: np.ndarray, radius_px: float, size_hw: tupl
     dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
     share = np.clip((dx * along[0] + dy * along[1]) / max(float(along @ along), 1e-6), 0, 1)
     distance = np.hypot(dx - share * along[0], dy - share * along[1])
-    return np.clip(0.5 + np.float32(radius_px) - distance, 0, 1)
+    coverage: np.ndarray = np.clip(0.5 + np.float32(radius_px) - distance, 0, 1)
+    return coverage
 
 
 def _visible_figures(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]:
@@ -198,9 +199,10 @@ def _visible_figures(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]
 
     Other figures are not drawn, so that nothing is drawn without its annotation.
     """
-    kept, covered = [], False
+    kept: list[tuple[_Figure, np.ndarray]] = []
+    covered = np.zeros((), bool)
     for figure in reversed(figures):  # from the front
-        visible = figure.whole & ~np.asarray(covered)
+        visible = figure.whole & ~covered
         if visible.sum() >= max(_MIN_VISIBLE * figure.whole.sum(), _MIN_VISIBLE_PX):
             covered = figure.whole | covered
             kept.append((figure, visible))
@@ -234,7 +236,8 @@ def _joints_with_visibility(figure: _Figure, visible: np.ndarray) -> np.ndarray:
     inside = (x >= 0) & (y >= 0) & (x <= width) & (y <= height)
     column, row = (np.clip(values.astype(int), 0, side - 1) for values, side in ((x, width), (y, height)))
     shown = np.where(inside, 1 + visible[row, column], 0)
-    return np.column_stack([x, y, shown]) * inside[:, None]
+    joints: np.ndarray = np.column_stack([x, y, shown]) * inside[:, None]
+    return joints
 
 
 def _annotation(joints: np.ndarray, visible: np.ndarray) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""`maskrcnn data convert` as a user meets it: what comes out passes the check and trains."""
+"""`maskrcnn data convert`: converted datasets pass the check and train."""
 
 import json
 
 import pytest
 import source_datasets
 from command_line import expect_error
-from source_datasets import content, labelme, photo, visual_genome, voc
+from source_datasets import content, labelme, noise_image, visual_genome, voc
 
 from maskrcnn.cli.data import Kind
 from maskrcnn.data.convert.conversion import KINDS
 from maskrcnn.data.convert.source import Options
 
 TINY = ("--epochs", 1, "--min-size", 64, "--workers", 0, "--set", "pictures=0")
-WORDS = {  # what a kind needs to be told
+OPTIONS = {  # required by a kind
     "visual-genome": ("--classes", 3),
     "id-masks": ("--class", "ring"),
     "mask-files": ("--class", "nucleus"),
@@ -26,7 +26,7 @@ def test_the_command_line_knows_every_kind():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_converted_passes_the_check(run, tmp_path, kind):
     source = getattr(source_datasets, kind.replace("-", "_"))(tmp_path / "in")
-    code, out, err = run("data", "convert", kind, source, "out", *WORDS.get(kind, ()), "--json", "counts.json")
+    code, out, err = run("data", "convert", kind, source, "out", *OPTIONS.get(kind, ()), "--json", "counts.json")
     assert code == 0, err
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert sum(counts["images"].values()) >= 2 and "maskrcnn data check out" in out
@@ -40,10 +40,10 @@ def test_what_is_converted_passes_the_check(run, tmp_path, kind):
 def test_options_reach_the_converter(run, tmp_path, monkeypatch):
     from maskrcnn.data.convert import conversion
 
-    seen = {}
+    given = {}
 
-    def convert(kind, source, out, **told):
-        seen.update(told)
+    def convert(kind, source, out, **arguments):
+        given.update(arguments)
         raise SystemExit(0)
 
     monkeypatch.setattr(conversion, "convert", convert)
@@ -51,11 +51,11 @@ def test_options_reach_the_converter(run, tmp_path, monkeypatch):
     words += " --class-attribute f --with-masks --difficult drop --zero-based --image-folder g --mask-folder h"
     words += " --mask-suffix i --divisor 10 --void 11"
     assert run("data", "convert", "voc", tmp_path, "out", *words.split())[0] == 0
-    assert seen["keep_going"] and seen["copies"]
-    plan = seen["plan"]
+    assert given["keep_going"] and given["copies"]
+    plan = given["plan"]
     assert (plan.shares, plan.rest, plan.seed) == ({"a": 0.2}, "b", 3)
-    told = vars(seen["options"]) | {"alias": str(seen["options"].alias)}
-    assert told == {
+    options = vars(given["options"]) | {"alias": str(given["options"].alias)}
+    assert options == {
         "sets": ("x", "y"),
         "classes": "c",
         "alias": "d",
@@ -70,7 +70,7 @@ def test_options_reach_the_converter(run, tmp_path, monkeypatch):
         "divisor": 10,
         "void": 11,
     }
-    assert all(told[name] != value for name, value in vars(Options()).items())  # each was changed
+    assert all(options[name] != value for name, value in vars(Options()).items())  # each was changed
 
 
 def test_own_photos_train_after_conversion(run, tmp_path):
@@ -98,7 +98,7 @@ def test_boxes_train_a_model_without_masks_and_no_other(run, tmp_path):
 
 def test_a_fault_stops_it_or_is_counted(run, tmp_path):
     visual_genome(tmp_path / "vg")
-    photo(tmp_path / "vg" / "VG_100K" / "2.jpg", (21, 30))
+    noise_image(tmp_path / "vg" / "VG_100K" / "2.jpg", (21, 30))
     words = ("data", "convert", "visual-genome", "vg", "out", "--classes", 2)
     expect_error(run(*words), "image_data.json, image 2: for 30×20 pixels")
     assert not (tmp_path / "out").exists()

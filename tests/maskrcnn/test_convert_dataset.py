@@ -16,8 +16,8 @@ from source_datasets import (
     id_masks,
     labelme,
     mask_files,
+    noise_image,
     penn_fudan,
-    photo,
     visual_genome,
     whole,
 )
@@ -119,13 +119,13 @@ def test_two_images_of_one_name_in_a_split_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["annotations", ".hidden"])
-def test_splits_get_names_of_folders(tmp_path, name):
+def test_split_names_are_folder_names(tmp_path, name):
     plan = SplitPlan(rest=name)
     with pytest.raises(UserError, match=f"split '{name}'"):
         convert("penn-fudan", penn_fudan(tmp_path / "in"), tmp_path / "out", plan=plan)
 
 
-def test_unknown_kinds_missing_sources_and_options_of_others(tmp_path):
+def test_unknown_kind_missing_source_and_options_of_other_kinds(tmp_path):
     with pytest.raises(UserError, match="kind 'yolo'\n  expected: one of coco, voc"):
         convert("yolo", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="missing does not exist"):
@@ -155,7 +155,7 @@ def test_unknown_kinds_missing_sources_and_options_of_others(tmp_path):
 
 
 def test_a_truncated_jpeg_is_a_fault(tmp_path):
-    path = photo(tmp_path / "x.jpg", (300, 200))
+    path = noise_image(tmp_path / "x.jpg", (300, 200))
     data = path.read_bytes()
     assert image_size(path) == image_size(data) == (300, 200)
     path.write_bytes(data[: len(data) * 2 // 3])
@@ -201,7 +201,7 @@ def entries(*names, split=None):
 
 
 @given(total=st.integers(2, 300), share=st.floats(0.01, 0.99), seed=st.integers(0, 9))
-def test_a_share_takes_as_many_as_it_says(total, share, seed):
+def test_the_number_of_images_of_a_share(total, share, seed):
     names = [f"{k}.jpg" for k in range(total)]
     plan = split_plan([f"val={share}"], rest="train", seed=seed)
     count = max(1, round(share * total))
@@ -217,13 +217,13 @@ def test_a_share_takes_as_many_as_it_says(total, share, seed):
 
 def test_without_splits_a_tenth_is_for_validation():
     names = [f"{k}.jpg" for k in range(20)]
-    nothing_said = SplitPlan()
-    splits = nothing_said.assign(entries(*names), Faults(), has_splits=False)
+    default = SplitPlan()
+    splits = default.assign(entries(*names), Faults(), has_splits=False)
     assert splits == split_plan([], val_fraction=0.1).assign(entries(*names), Faults(), has_splits=False)
     assert (splits.count("val"), splits.count("train")) == (2, 18)
-    assert nothing_said.assign(entries("a", "b", split="own"), Faults(), has_splits=True) == ["own", "own"]
+    assert default.assign(entries("a", "b", split="own"), Faults(), has_splits=True) == ["own", "own"]
     with pytest.raises(UserError, match=r"1 image\(s\) for val"):
-        nothing_said.assign(entries("a"), Faults(), has_splits=False)
+        default.assign(entries("a"), Faults(), has_splits=False)
 
 
 def test_lists_name_images_by_path_name_stem_or_id(tmp_path):
@@ -243,14 +243,14 @@ def test_lists_name_images_by_path_name_stem_or_id(tmp_path):
         ("b\nb.jpg\n", r"line 2: b\.jpg, also in .*line 1"),
     ],
 )
-def test_lines_of_lists_that_cannot_be(tmp_path, text, message):
+def test_invalid_lines_of_lists(tmp_path, text, message):
     (tmp_path / "val.txt").write_text(text)
     plan = split_plan([f"val={tmp_path / 'val.txt'}"], rest="train")
     with pytest.raises(UserError, match=message):
         plan.assign(entries("1/a.jpg", "2/a.jpg", "b.jpg"), Faults(), has_splits=False)
 
 
-def test_lines_that_are_no_image_are_counted_when_going_on(tmp_path):
+def test_unknown_images_in_lists_are_counted_with_keep_going(tmp_path):
     (tmp_path / "val.txt").write_text("x\nb\ny\n")
     faults = Faults(keep_going=True)
     plan = split_plan([f"val={tmp_path / 'val.txt'}"], rest="train")
@@ -281,7 +281,7 @@ def test_json_lists_hold_names_or_ids(tmp_path, content):
         (["a=0.6", "b=0.6"], {}, "shares a=0.6, b=0.6"),
     ],
 )
-def test_splits_that_cannot_be(texts, options, message):
+def test_invalid_splits(texts, options, message):
     with pytest.raises(UserError, match=message):
         split_plan(texts, **options)
 
@@ -330,7 +330,7 @@ def test_files_of_classes_that_clash(tmp_path, text, message):
         read_classes(written(tmp_path, text))
 
 
-def test_collected_names(tmp_path):
+def test_vocabulary_from_names(tmp_path):
     aliases = read_aliases(written(tmp_path, "person, man, Woman\n"), Faults())
     names = [("woman", "1"), ("dog", "2"), ("man", "3"), ("dog", "4")]
     assert vocabulary_from_names(names, aliases).categories == (Category(1, "dog"), Category(2, "person"))
@@ -338,7 +338,7 @@ def test_collected_names(tmp_path):
         vocabulary_from_names([("Dog", "1"), ("dog", "2")], {})
 
 
-def test_a_closed_vocabulary_leaves_out_what_an_open_one_refuses():
+def test_unknown_classes_of_closed_and_open_vocabularies():
     faults, categories = Faults(), [Category(1, "dog")]
     assert Vocabulary(categories, is_closed=True).id_of("cat", "here", faults) is None
     assert faults.left_out == {"class that is not in the vocabulary": 1}
@@ -356,7 +356,7 @@ def test_faults_travel_between_processes():
 
 def test_the_report_counts_faults_with_examples(tmp_path):
     source = id_masks(tmp_path / "in")
-    photo(source / "images" / "c.jpg", (6, 8))
+    noise_image(source / "images" / "c.jpg", (6, 8))
     report = converted("id-masks", source, tmp_path / "out", keep_going=True)
     assert report.notes == (f"skipped 1: image without a mask, first: {source / 'images' / 'c.jpg'}",)
     assert report.classes == 1 and report.skipped == {"image without a mask": 1}

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from source_datasets import TRIANGLE, as_it_is, content, labelme, labelme_file, photo, whole, written_json
+from source_datasets import TRIANGLE, as_it_is, content, labelme, labelme_file, noise_image, whole, written_json
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
@@ -23,8 +23,8 @@ def source(tmp_path):
 
 
 def one(tmp_path, *shapes, size_hw=(20, 30), **fields):
-    """A folder with one labelled photo."""
-    photo(tmp_path / "photos" / "a.jpg", (20, 30))
+    """A folder with one labelled image."""
+    noise_image(tmp_path / "photos" / "a.jpg", (20, 30))
     labelme_file(tmp_path / "photos" / "a.json", "a.jpg", size_hw, *shapes, **fields)
     return tmp_path / "photos"
 
@@ -116,7 +116,7 @@ def test_embedded_images_and_windows_paths(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     folder = tmp_path / "photos"
     labelme_file(folder / "a.json", "..\\img\\a.png", (20, 30), ("x", "polygon", TRIANGLE), imageData=in_base64(pixels))
-    photo(folder / "b.jpg", (20, 30), 1)
+    noise_image(folder / "b.jpg", (20, 30), 1)
     labelme_file(folder / "b.json", "C:\\photos\\b.jpg", (20, 30), ("x", "polygon", TRIANGLE))
     data, _ = whole("labelme", folder, tmp_path / "out")
     assert [image["file_name"] for image in data["images"]] == ["a.png", "b.jpg"]
@@ -125,9 +125,9 @@ def test_embedded_images_and_windows_paths(tmp_path):
 
 def test_unlabelled_images_and_ignored_labels(tmp_path):
     source = one(tmp_path, ("__ignore__", "polygon", TRIANGLE), ("x", "polygon", TRIANGLE))
-    photo(source / "unlabelled.jpg", (20, 30), 1)
+    noise_image(source / "unlabelled.jpg", (20, 30), 1)
     labelme_file(source / "empty.json", "empty.jpg", (20, 30))
-    photo(source / "empty.jpg", (20, 30), 2)
+    noise_image(source / "empty.jpg", (20, 30), 2)
     data, report = whole("labelme", source, tmp_path / "out")
     assert [image["file_name"] for image in data["images"]] == ["a.jpg", "empty.jpg"]
     assert report.left_out == {"shape labelled __ignore__": 1} and len(data["annotations"]) == 1
@@ -208,7 +208,7 @@ def no_image(source):
 
 
 def other_size(source):
-    photo(source / "a.jpg", (21, 30))
+    noise_image(source / "a.jpg", (21, 30))
 
 
 def no_base64(source):
@@ -252,7 +252,7 @@ def test_two_files_for_one_image_are_refused(source, tmp_path):
 
 
 def test_a_folder_without_json_or_labels(tmp_path):
-    photo(tmp_path / "photos" / "a.jpg", (20, 30))
+    noise_image(tmp_path / "photos" / "a.jpg", (20, 30))
     with pytest.raises(UserError, match="nothing to convert"):
         whole("labelme", tmp_path / "photos", tmp_path / "out")
     labelme_file(tmp_path / "photos" / "a.json", "a.jpg", (20, 30))

@@ -17,9 +17,9 @@ from source_datasets import (
     converted,
     id_masks,
     mask_files,
+    noise_image,
     numbers,
     penn_fudan,
-    photo,
     synthia,
     whole,
 )
@@ -69,7 +69,7 @@ def test_colours_of_16_bits_are_read_whole(tmp_path):
     colour_16_bit(tmp_path / "x.png", pixels)
     first, second = read_two_channels(tmp_path / "x.png")
     assert (first == pixels[..., 0]).all() and (second == pixels[..., 1]).all()
-    eight_bit = photo(tmp_path / "y.png", (5, 7))
+    eight_bit = noise_image(tmp_path / "y.png", (5, 7))
     assert (read_two_channels(eight_bit)[1] == np.array(Image.open(eight_bit))[..., 1]).all()
 
 
@@ -105,7 +105,7 @@ def test_id_masks_of_one_class(tmp_path):
 
 def test_id_masks_with_a_divisor_and_a_mask_suffix(tmp_path):
     source = tmp_path / "mine"
-    photo(source / "shots" / "a.jpg", (4, 6))
+    noise_image(source / "shots" / "a.jpg", (4, 6))
     numbers(source / "shots" / "a_ids.png", [[0, 201, 201, 202, 2, 3]] * 4, np.uint16)
     (tmp_path / "classes.txt").write_text("1: nut\n2: bolt\n")
     names = {"image_folder": "shots", "mask_folder": "shots", "mask_suffix": "_ids"}
@@ -155,7 +155,7 @@ def test_folders_that_are_called_like_splits_are_splits(tmp_path):
 def test_id_masks_are_exact(tmp_path_factory, ids):
     """Masks with holes, of several parts, touching, or one pixel large."""
     root = tmp_path_factory.mktemp("ids")
-    photo(root / "in" / "images" / "a.png", ids.shape)
+    noise_image(root / "in" / "images" / "a.png", ids.shape)
     numbers(root / "in" / "masks" / "a.png", ids)
     whole("id-masks", root / "in", root / "out")
     (masks,) = masks_of(root / "out")
@@ -168,7 +168,7 @@ def test_id_masks_are_exact(tmp_path_factory, ids):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_overlapping_mask_files_are_exact(tmp_path_factory, stack):
     root = tmp_path_factory.mktemp("files")
-    photo(root / "in" / "x" / "images" / "x.png", stack.shape[1:])
+    noise_image(root / "in" / "x" / "images" / "x.png", stack.shape[1:])
     for k, mask in enumerate(stack):
         numbers(root / "in" / "x" / "masks" / f"{k}.png", mask * 255)
     _, report = whole("mask-files", root / "in", root / "out", keep_going=True)
@@ -191,11 +191,11 @@ def no_image(source):
 
 
 def other_size(source):
-    photo(source / "PNGImages" / "FudanPed00001.png", (8, 6))
+    noise_image(source / "PNGImages" / "FudanPed00001.png", (8, 6))
 
 
 def colours(source):
-    photo(source / "PedMasks" / "FudanPed00001_mask.png", (6, 8))
+    noise_image(source / "PedMasks" / "FudanPed00001_mask.png", (6, 8))
 
 
 def cut(source):
@@ -246,7 +246,7 @@ def test_an_empty_mask_is_a_fault_of_its_object(tmp_path):
 def test_folders_without_masks_or_with_two_images(tmp_path):
     source = mask_files(tmp_path / "nuclei")
     shutil.rmtree(source / "0a1b" / "masks")
-    photo(source / "2c3d" / "images" / "other.png", (6, 8))
+    noise_image(source / "2c3d" / "images" / "other.png", (6, 8))
     with pytest.raises(UserError, match=r"no folder .*0a1b.masks"):
         whole("mask-files", source, tmp_path / "out")
     with pytest.raises(UserError, match=r"no image could be converted[\s\S]*skipped 1: folder without one image"):
@@ -299,7 +299,7 @@ def test_options_that_contradict_each_other(tmp_path, options, text):
 
 def test_two_files_of_one_name_are_refused(tmp_path):
     source = id_masks(tmp_path / "in")
-    photo(source / "images" / "a.png", (6, 8))
+    noise_image(source / "images" / "a.png", (6, 8))
     with pytest.raises(UserError, match=r"a\.jpg and .*a\.png"):
         converted("id-masks", source, tmp_path / "out")
 

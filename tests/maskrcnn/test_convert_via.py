@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from source_datasets import as_it_is, content, photo, via, via_region, whole, written_json
+from source_datasets import as_it_is, content, noise_image, via, via_region, whole, written_json
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.errors import UserError
@@ -20,8 +20,8 @@ def source(tmp_path):
 
 
 def one(tmp_path, *regions, filename="a.jpg"):
-    """A folder with an export of one photo's regions."""
-    photo(tmp_path / "photos" / "a.jpg", (20, 30))
+    """A folder with an export of the regions of one image."""
+    noise_image(tmp_path / "photos" / "a.jpg", (20, 30))
     image = {"filename": filename, "size": 1, "regions": list(regions), "file_attributes": {}}
     written_json(tmp_path / "photos" / "via_region_data.json", {f"{filename}1": image})
     return tmp_path / "photos"
@@ -74,7 +74,7 @@ def test_version_1_has_numbered_regions(tmp_path):
 
 def test_splits_in_folders_as_in_the_balloon_example(tmp_path):
     for number, split in enumerate(("train", "val")):
-        photo(tmp_path / "balloon" / split / "x.jpg", (20, 30), number)
+        noise_image(tmp_path / "balloon" / split / "x.jpg", (20, 30), number)
         image = {"filename": "x.jpg", "size": 1, "regions": [via_region("polygon", {}, **TRIANGLE)]}
         written_json(tmp_path / "balloon" / split / "via_region_data.json", {"x.jpg1": image})
     report = as_it_is("via", tmp_path / "balloon", tmp_path / "out", class_name="balloon")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from source_datasets import converted, photo, visual_genome, whole, written_json
+from source_datasets import converted, noise_image, visual_genome, whole, written_json
 
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.convert.source import BadEntry
@@ -143,10 +143,10 @@ def test_an_image_at_fault_is_named_or_counted(source, tmp_path, spoil, text, le
 
 def test_missing_images_and_other_sizes(source, tmp_path):
     (source / "VG_100K" / "2.jpg").unlink()
-    photo(source / "VG_100K_2" / "5.jpg", (21, 30))
+    noise_image(source / "VG_100K_2" / "5.jpg", (21, 30))
     with pytest.raises(UserError, match=r"VG_100K.2\.jpg does not exist"):
         whole("visual-genome", source, tmp_path / "out", classes="9")
-    photo(source / "VG_100K" / "2.jpg", (20, 30), 1)
+    noise_image(source / "VG_100K" / "2.jpg", (20, 30), 1)
     _, report = whole("visual-genome", source, tmp_path / "out", classes="9", keep_going=True)
     assert report.skipped == {"annotation of another size than its image": 1}
 

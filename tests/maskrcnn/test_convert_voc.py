@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from source_datasets import BIRD, as_it_is, content, converted, numbers, photo, voc
+from source_datasets import BIRD, as_it_is, content, converted, noise_image, numbers, voc
 
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.convert.voc import CLASS_NAMES
@@ -77,7 +77,7 @@ def test_masks_without_xml_or_with_another_class_in_it(source, tmp_path):
 def test_a_folder_without_lists(tmp_path):
     source = tmp_path / "mine"
     for number, stem in enumerate(("x", "y", "z")):
-        photo(source / "JPEGImages" / f"{stem}.png", (8, 12), number)
+        noise_image(source / "JPEGImages" / f"{stem}.png", (8, 12), number)
         xml(source, stem).parent.mkdir(exist_ok=True)
         text = BIRD.format(stem=stem).replace("<name>cat</name>", "<name>zebra</name>")
         xml(source, stem).write_text(text.replace("<width>12", "<width>0"))
@@ -154,7 +154,7 @@ def cut_image(source):
 
 
 def other_size(source):
-    photo(source / "JPEGImages" / "000001.jpg", (9, 12))
+    noise_image(source / "JPEGImages" / "000001.jpg", (9, 12))
 
 
 FAULTS = {  # fault, reason, error text, remaining objects of `train`
@@ -202,7 +202,7 @@ def other_mask_size(source):
 
 
 def colour_mask(source):
-    photo(source / "SegmentationObject" / "000001.png", (8, 12))
+    noise_image(source / "SegmentationObject" / "000001.png", (8, 12))
 
 
 def cut_mask(source):

@@ -82,7 +82,7 @@ def test_the_command_draws_them_under_its_former_name_too(run, tmp_path):
         assert run(*words)[0] == 0
     first, second = (tmp_path / name / "annotations" / "instances_train.json" for name in ("poses", "figures"))
     assert first.read_bytes() == second.read_bytes()
-    assert "figures" not in run("data", "--help")[1]
+    assert "│ figures" not in run("data", "--help")[1]
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not(folder, tmp_path):

@@ -76,7 +76,8 @@ def test_masks_are_disjoint_and_stand_out():
     assert np.median(distances) > 50
 
 
-def test_polygons_have_the_geometry_of_their_class(folder):
+def test_polygons_have_the_geometry_of_their_class(tmp_path):
+    folder = generate_shapes(tmp_path / "large", train_images=30, val_images=1, size_px=256)
     found = Counter()
     for record in CocoDataset.load(folder, "train").images:
         for instance in record.instances:

@@ -1,46 +1,15 @@
-"""COCO ground truth of a dataset for pycocotools, and small random cases for every corner of COCO's evaluation."""
+"""Small random ground truths and results for every corner of COCO's evaluation."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
-from pycocotools.coco import COCO
-
-from maskrcnn.data.coco import CocoDataset
 
 SIZE_HW = (120, 150)
-SIDES_PX = (4, 12, 31, 32, 33, 60, 96, 97)  # on both sides of small, medium and large
+SIDES_PX = (4, 12, 31, 32, 33, 60, 96, 97)  # below and above the limits of small, medium and large
 KEYPOINTS = 17
-
-
-def coco_truth(dataset: CocoDataset) -> COCO:
-    """The usable annotations of a dataset as pycocotools' ground truth, with the ids, boxes and areas of the file."""
-    annotations = [
-        {
-            "id": instance.annotation_id,
-            "image_id": record.id,
-            "category_id": dataset.category_ids[instance.label - 1],
-            "bbox": list(dataset.file_boxes_xywh_px[instance.annotation_id]),
-            "segmentation": instance.segmentation,
-            "area": instance.area_px,
-            "iscrowd": int(instance.is_crowd),
-        }
-        for record in dataset.images
-        for instance in record.instances
-    ]
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": record.id, "height": record.height, "width": record.width} for record in dataset.images],
-        "categories": [{"id": category_id} for category_id in dataset.category_ids],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
 
 
 def make_case(
@@ -56,12 +25,12 @@ def make_case(
     """An annotation file's content and results.
 
     Args:
-        seed: of everything random.
-        images, categories: how many; some have neither objects nor detections.
-        objects: most in an image and category; some are crowds, some of area beyond every range.
-        detections: most in an image and category.
-        grid: whether coordinates and scores are few, so that overlaps and scores tie.
-        kind: what the results have: "bbox", "segm" or "keypoints".
+        seed: random seed.
+        images, categories: numbers of images and categories; some have neither objects nor detections.
+        objects: maximum per image and category; some are crowds, some have an area beyond every range.
+        detections: maximum per image and category.
+        grid: use few different coordinates and scores, so that overlaps and scores tie.
+        kind: kind of the results: "bbox", "segm" or "keypoints".
     """
     rng = np.random.default_rng(seed)
     image_ids = rng.permutation(np.arange(10, 10 + 3 * images))[:images].tolist()

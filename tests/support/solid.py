@@ -1,11 +1,12 @@
-"""A dataset whose objects are of one colour each, so that a pixel tells the label it belongs to."""
+"""A dataset whose objects have one colour for each label, so that a pixel's colour gives its label."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_api
+
+from maskrcnn.data.drawn import mask_annotation
 
 COLOURS = {1: (240, 20, 30), 2: (25, 230, 40), 3: (35, 45, 235)}  # label -> RGB
 GROUND = (120, 120, 120)
@@ -20,20 +21,22 @@ def write_solid_dataset(root: Path) -> Path:
     images, annotations = [], []
     for number in range(12):
         size_hw = SIZES_HW[number % len(SIZES_HW)]
-        picture, masks = _draw(rng, size_hw, 0 if number == 2 else int(rng.integers(1, 5)))
+        image, masks = _draw(rng, size_hw, 0 if number == 2 else int(rng.integers(1, 5)))
         name = f"{number}.png"
-        Image.fromarray(picture).save(root / "train" / name)
+        Image.fromarray(image).save(root / "train" / name)
         images.append({"id": number + 10, "file_name": name, "height": size_hw[0], "width": size_hw[1]})
         for label, mask in masks:
-            annotations.append({"id": len(annotations) + 1, "image_id": number + 10, **_annotation(label, mask)})
+            annotations.append({"id": len(annotations) + 1, "image_id": number + 10, **mask_annotation(label, mask)})
     categories = [{"id": label, "name": f"class {label}"} for label in COLOURS]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
     return root
 
 
-def _draw(rng: np.random.Generator, size_hw: tuple[int, int], count: int):
-    picture = np.full((*size_hw, 3), GROUND, np.uint8)
+def _draw(
+    rng: np.random.Generator, size_hw: tuple[int, int], count: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    image = np.full((*size_hw, 3), GROUND, np.uint8)
     y, x = np.mgrid[: size_hw[0], : size_hw[1]] + 0.5
     taken, masks = np.zeros(size_hw, bool), []
     for _ in range(count):
@@ -45,17 +48,6 @@ def _draw(rng: np.random.Generator, size_hw: tuple[int, int], count: int):
         if mask.sum() < 60:
             continue
         taken |= mask
-        picture[mask] = COLOURS[label]
+        image[mask] = COLOURS[label]
         masks.append((label, mask))
-    return picture, masks
-
-
-def _annotation(label: int, mask: np.ndarray) -> dict:
-    rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {
-        "category_id": label,
-        "iscrowd": 0,
-        "bbox": mask_api.toBbox(rle).tolist(),
-        "area": int(mask.sum()),
-        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
-    }
+    return image, masks

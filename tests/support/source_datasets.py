@@ -1,4 +1,4 @@
-"""Small datasets in their own formats, made by hand: what the converters read."""
+"""Small datasets in each source format, input of the converters."""
 
 import json
 import struct
@@ -12,8 +12,8 @@ from maskrcnn.data.convert.conversion import convert, split_plan
 from maskrcnn.data.convert.source import Options
 
 
-def photo(path, size_hw, seed=0, **options):
-    """A picture of noise; other seeds give other bytes, so that none is taken for another's copy."""
+def noise_image(path, size_hw, seed=0, **options):
+    """Writes an image of noise; each seed gives other bytes, so that no image duplicates another."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (*size_hw, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -21,14 +21,14 @@ def photo(path, size_hw, seed=0, **options):
 
 
 def numbers(path, rows, dtype=np.uint8):
-    """A PNG of one number per pixel."""
+    """Writes a PNG of one number per pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.array(rows, dtype)).save(path)
     return path
 
 
 def colour_16_bit(path, pixels):
-    """A PNG of 16 bits per channel from `[H, W, 3]`, which Pillow does not write."""
+    """Writes a PNG of 16 bits per channel from `[H, W, 3]`; Pillow cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -48,7 +48,7 @@ def written_json(path, content):
 
 
 def converted(kind, source, out, *, split=("train=0.5",), rest="val", keep_going=False, copies=False, **options):
-    """The report of a conversion whose first half of images is `train` and whose rest is `val`."""
+    """Converts a dataset; by default half of the images are `train` and the rest `val`."""
     plan = split_plan(split, rest=rest)
     return convert(kind, source, out, options=Options(**options), plan=plan, keep_going=keep_going, copies=copies)
 
@@ -58,13 +58,13 @@ def content(out, split):
 
 
 def whole(kind, source, out, **options):
-    """The only split of a conversion without division."""
+    """Converts a dataset to one split; returns its annotation file and the report."""
     report = converted(kind, source, out, split=(), rest="all", **options)
     return content(out, "all"), report
 
 
 def as_it_is(kind, source, out, **options):
-    """A conversion with the dataset's own splits."""
+    """Converts a dataset with its own splits."""
     return converted(kind, source, out, split=(), rest=None, **options)
 
 
@@ -85,7 +85,7 @@ BIRD = """<annotation>
 def voc(root):
     """Two images of 8 × 12 px: a bird, truncated, and a difficult cat, with boxes and masks."""
     for number, (stem, name) in enumerate((("000001", "train"), ("000002", "val"))):
-        photo(root / "JPEGImages" / f"{stem}.jpg", (8, 12), number)
+        noise_image(root / "JPEGImages" / f"{stem}.jpg", (8, 12), number)
         (root / "Annotations").mkdir(exist_ok=True)
         (root / "Annotations" / f"{stem}.xml").write_text(BIRD.format(stem=stem))
         for task in ("Main", "Segmentation"):
@@ -102,8 +102,8 @@ def voc(root):
 
 
 def visual_genome(root):
-    photo(root / "VG_100K" / "2.jpg", (20, 30), 1)
-    photo(root / "VG_100K_2" / "5.jpg", (20, 30), 2)
+    noise_image(root / "VG_100K" / "2.jpg", (20, 30), 1)
+    noise_image(root / "VG_100K_2" / "5.jpg", (20, 30), 2)
     objects = [
         {
             "image_id": 2,
@@ -132,7 +132,7 @@ def penn_fudan(root):
     rows[1:4, 1:3] = 1
     rows[2:6, 5:8] = 2
     for number, stem in enumerate(("FudanPed00001", "PennPed00002")):
-        photo(root / "PNGImages" / f"{stem}.png", (6, 8), number)
+        noise_image(root / "PNGImages" / f"{stem}.png", (6, 8), number)
         numbers(root / "PedMasks" / f"{stem}_mask.png", rows)
     return root
 
@@ -144,7 +144,7 @@ def synthia(root):
     pixels[3:6, 5:8, :2] = 10, 44  # a pedestrian; 300 and 44 have the same low byte
     pixels[0, :3, :2] = 8, 0  # cars without a number
     for number, name in enumerate(("0000000.png", "0000001.png")):
-        photo(root / "RGB" / name, (6, 8), number)
+        noise_image(root / "RGB" / name, (6, 8), number)
         colour_16_bit(root / "GT" / "LABELS" / name, pixels)
     return root
 
@@ -157,7 +157,7 @@ def cityscapes(root):
     rows[4:6, 5:7] = 29000  # a caravan, which the benchmark does not count
     for number, (split, city) in enumerate((("train", "aachen"), ("val", "ulm"), ("test", "bonn"))):
         stem = f"{city}_000000_000019"
-        photo(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", (6, 8), number)
+        noise_image(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", (6, 8), number)
         path = root / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png"
         numbers(path, rows, np.uint16)
         numbers(path.with_name(f"{stem}_gtFine_labelIds.png"), rows % 256)
@@ -166,7 +166,7 @@ def cityscapes(root):
 
 def id_masks(root):
     for number, stem in enumerate("ab"):
-        photo(root / "images" / f"{stem}.jpg", (6, 8), number)
+        noise_image(root / "images" / f"{stem}.jpg", (6, 8), number)
         rows = np.zeros((6, 8), np.uint8)
         rows[1:5, 1:5] = 7
         rows[2:4, 2:4] = 0  # a hole
@@ -177,7 +177,7 @@ def id_masks(root):
 
 def mask_files(root):
     for number, name in enumerate(("0a1b", "2c3d")):
-        photo(root / name / "images" / f"{name}.png", (6, 8), number)
+        noise_image(root / name / "images" / f"{name}.png", (6, 8), number)
         for k, window in enumerate((np.s_[1:3, 1:4], np.s_[4:6, 0:8])):
             rows = np.zeros((6, 8), np.uint8)
             rows[window] = 255
@@ -207,7 +207,7 @@ TRIANGLE = [[1, 1], [9, 1.5], [5, 9]]
 
 def labelme(root):
     for number, stem in enumerate("ab"):
-        photo(root / f"{stem}.jpg", (20, 30), number)
+        noise_image(root / f"{stem}.jpg", (20, 30), number)
         labelme_file(
             root / f"{stem}.json",
             f"{stem}.jpg",
@@ -231,21 +231,21 @@ def via(root):
     ]
     images = {}
     for number, name in enumerate(("b.jpg", "a.jpg")):
-        photo(root / name, (20, 30), number)
+        noise_image(root / name, (20, 30), number)
         images[f"{name}123"] = {"filename": name, "size": 123, "regions": regions, "file_attributes": {}}
     written_json(root / "via_project.json", {"_via_settings": {}, "_via_img_metadata": images, "_via_attributes": {}})
     return root
 
 
 def coco(root):
-    """Splits train2014 and val2014 with two and four images, and fields that no other converter writes."""
+    """Splits train2014 and val2014 with two and four images, and additional fields."""
     categories = [{"id": 1, "name": "person", "supercategory": "person"}, {"id": 18, "name": "dog"}]
     first = 1
     for split, ids in (("train2014", (100, 101)), ("val2014", (42, 73, 139, 285))):
         images, annotations = [], []
         for image_id in ids:
             name = f"COCO_{split}_{image_id:012d}.jpg"
-            photo(root / split / name, (10, 12), image_id)
+            noise_image(root / split / name, (10, 12), image_id)
             images.append({"id": image_id, "file_name": name, "height": 10, "width": 12, "license": 4})
             annotations.append(
                 {

@@ -121,7 +121,7 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
     content = object_at(read_json(path), str(path))
     image = file if file.is_file() else _embedded_image(content, path, file)
     size_hw = image_size(image, f"{path}, imageData", upright=True)
-    declared_hw = (content.get("imageHeight"), content.get("imageWidth"))
+    declared_hw: tuple[Any, Any] = (content.get("imageHeight"), content.get("imageWidth"))
     if all(type(side) is int for side in declared_hw):
         require_size(declared_hw, size_hw, str(path))
     groups: dict[Any, list[tuple[str, Any]]] = defaultdict(list)  # shapes of each object, with the place of each
@@ -138,6 +138,8 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
             faults.leave_out(f"shape labelled {label}", where)
             return None
         category_id = vocabulary.id_of(label, where, faults)
+        if category_id is None:
+            return None
         parts = [_labelme_outline(shape, size_hw, f"{place} ({label})") for place, shape in group]
         if any(isinstance(part, np.ndarray) for part in parts):
             return ObjectAnnotation(category_id, rle_fields(merged_rle(parts, size_hw, where), where))
@@ -312,10 +314,12 @@ def _read_via(entry: Entry, *, name_of: _NameOf, vocabulary: Vocabulary, faults:
     file, regions = entry.data
     size_hw = image_size(file, upright=True)
 
-    def convert(index: int, region: Any) -> ObjectAnnotation:
+    def convert(index: int, region: Any) -> ObjectAnnotation | None:
         where = _region_name(entry, index)
         name = name_of(_attributes(object_at(region, where)), where)
         category_id = vocabulary.id_of(name, where, faults)
+        if category_id is None:
+            return None
         shape = object_at(region.get("shape_attributes"), f"{where}, shape_attributes")
         where = f"{where} ({name})"
         return ObjectAnnotation(category_id, polygon_fields([_via_outline(shape, where)], size_hw, where))

@@ -92,8 +92,8 @@ class SplitPlan:
         origins: dict[int, str] = {}
         indices: dict[str, set[int]] = defaultdict(set)  # by path, file name, both without suffix, and id
         for index, entry in enumerate(entries if self.lists else ()):
-            path = PurePosixPath(entry.name)
-            keys = {entry.name, str(path.with_suffix("")), path.name, path.stem}
+            name = PurePosixPath(entry.name)
+            keys = {entry.name, str(name.with_suffix("")), name.name, name.stem}
             for key in keys if entry.image_id is None else keys | {str(entry.image_id)}:
                 indices[key].add(index)
         for split, path in self.lists.items():

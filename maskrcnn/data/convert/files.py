@@ -233,6 +233,8 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
             if image.format == "JPEG":
                 raise ValueError("a JPEG, whose compression changes the numbers")
             mode, arguments = image.mode, image.tile[0][3] if image.tile else ""
+            if arguments is None:
+                raise ValueError("samples of unknown layout")
             packing = arguments if isinstance(arguments, str) else str(arguments[0])
             pixels = np.array(image)
         if packing.endswith(";16B") and mode in ("RGB", "RGBA"):

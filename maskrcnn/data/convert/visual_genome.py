@@ -120,7 +120,7 @@ def _declared_sizes(path: Path) -> dict[int, tuple[int, int]]:
     sizes_hw = {}
     for value in list_at(read_json(path), str(path)):
         entry = object_at(value, str(path))
-        values = [entry.get("image_id", entry.get("id")), entry.get("height"), entry.get("width")]
+        values: list[Any] = [entry.get("image_id", entry.get("id")), entry.get("height"), entry.get("width")]
         if all(type(each) is int for each in values):
             sizes_hw[values[0]] = (values[1], values[2])
     return sizes_hw

@@ -34,6 +34,7 @@ from maskrcnn.data.images import IMAGE_SUFFIXES
 from maskrcnn.errors import UserError
 
 # Number k of SegmentationClass is CLASS_NAMES[k - 1].
+CLASS_NAMES: tuple[str, ...]
 CLASS_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow")
 CLASS_NAMES += ("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train")
 CLASS_NAMES += ("tvmonitor",)
