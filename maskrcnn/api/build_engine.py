@@ -1,386 +1,476 @@
-"""What `maskrcnn build-engine` and `refit-engine` do, step by step: export's graph passes, then runtime's builders."""
+"""`maskrcnn.build_engine(...)` and `maskrcnn.refit_engine(...)`: TensorRT and OpenVINO engines of exported files."""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Literal
 
 from maskrcnn import runs
-from maskrcnn.api.export import Int8Options, temporary_folder, write_variant
+from maskrcnn.api.export import CALIBRATION_IMAGES, temporary_folder, write_variant
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.plugins.nvrtc import Image, architecture, compile_kernel, compiler_name, image_for
-from maskrcnn.plugins.toolchain import Toolchain
-from maskrcnn.runtime.backends.tensorrt_library import (
-    OLDEST_ARCH,
-    Hardware,
-    PluginForm,
-    find_gpu,
-    import_tensorrt,
-    tensorrt_obstacle,
-)
-from maskrcnn.runtime.build.gate import GateImages
-from maskrcnn.runtime.build.network import BuildOptions
 
-_PRECISIONS = ("fp16", "fp32", "bf16", "int8", "tf32")
+if TYPE_CHECKING:
+    from maskrcnn.plugins.toolchain import Toolchain
+    from maskrcnn.runtime.build.request import BuildRequest, BuiltEngine, Comparison
+
+EnginePrecision = Literal["fp16", "fp32", "bf16", "int8", "tf32"]
 _HALF = ("fp16", "bf16")
+_MAX_WARNINGS, _MAX_CHARACTERS = 3, 300  # of TensorRT's warnings that are printed
+BATCH, SIZE, GATE_IMAGES = "1", "coco", 16  # defaults
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorRtChoice:
-    """What only TensorRT engines have."""
+class Target(str, Enum):
+    """Library that an engine is built for."""
 
-    batch: str = "1"
-    size: str = "coco"
-    options: BuildOptions = field(default_factory=BuildOptions)
-    images: GateImages = field(default_factory=GateImages)
-    timing_cache: Path | None = None
-    given: tuple[str, ...] = ()  # the words of the command line that ask for all this
-    given_paths: tuple[str, ...] = ()  # those that name files of this machine
+    AUTO = "auto"  # TensorRT if it can be used here, else OpenVINO
+    TENSORRT = "tensorrt"
+    OPENVINO = "openvino"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A graph that TensorRT's parser can have."""
+@dataclass(frozen=True, repr=False)
+class BuildResult(Result):
+    """An engine, and how far it is from the ONNX file that it was built from."""
 
-    reference: Path  # in single precision
-    graph: Path
+    path: Path
+    source: Path
+    backend: str  # "tensorrt" or "openvino"
     precision: str
+    size_mb: float
+    difference: str  # from the ONNX file in ONNX Runtime
+    warnings: list[str]  # from TensorRT
+    comparison: Comparison = field(repr=False)  # the difference as values
+    stamp: dict[str, str] = field(repr=False)  # machine, versions and settings of the build
 
-    def stage_of(self, node: str) -> str:
-        """Which part of the detector a node of the graph belongs to."""
-        import onnx
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        stamp = self.stamp
+        compared = f"compared with ONNX Runtime: {self.difference}"
+        if self.backend == "openvino":
+            return [
+                f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}",
+                compared,
+                f"{self.path} and {self.path.with_suffix('.bin').name}, from {self.source}",
+            ]
+        return [
+            *(f"TensorRT warns: {warning[:_MAX_CHARACTERS]}" for warning in self.warnings[:_MAX_WARNINGS]),
+            f"{stamp['precision']} on {stamp['gpu']} with TensorRT {stamp['tensorrt']}, plugins: {stamp['plugins']}",
+            compared,
+            f"{self.path} ({self.size_mb} MB) and {self.path.name}.json, from {self.source}",
+        ]
 
-        from maskrcnn.export.costs import stages_by_node
 
-        proto = onnx.load(self.graph)
-        stages = dict(zip((each.name for each in proto.graph.node), stages_by_node(proto), strict=True))
-        return stages.get(node, "")
-
-
-def run_build_engine(
-    console: Console,
-    source: Path | None,
+def build_engine(
+    model: str | Path | None = None,
     *,
-    precision: str,
-    int8: Int8Options,
-    target: str,
-    output: Path | None,
-    tensorrt: TensorRtChoice,
-) -> None:
-    """Builds the fastest engine for this machine, and compares it with the ONNX file.
+    precision: EnginePrecision = "fp16",
+    target: Target | str = Target.AUTO,
+    output: str | Path | None = None,
+    calibration: str | Path | None = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+    keep: Sequence[str] = (),
+    tf32: bool = False,
+    batch: str = BATCH,
+    size: str = SIZE,
+    plugin_library: bool = False,
+    workspace: float | None = None,
+    optimization_level: int | None = None,
+    aux_streams: int | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: str | None = None,
+    refit: bool = False,
+    strip_weights: bool = False,
+    timing_cache: str | Path | None = None,
+    gate_images: str | Path | None = None,
+    gate_annotations: str | Path | None = None,
+    gate_max_images: int = GATE_IMAGES,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Builds the fastest engine for this machine, compared with the ONNX file before it is kept.
+
+    From `batch` on, options apply to TensorRT only.
 
     Args:
-        console: to print to.
-        source: the ONNX file in single precision; by default the newest export.
-        precision: one of `_PRECISIONS`.
-        int8: for "int8".
-        target: "tensorrt", "openvino", or "auto" for the first of them that can be built here.
-        output: the engine; by default it lies beside the ONNX file.
-        tensorrt: for TensorRT.
+        model: exported ONNX file in single precision. Default: the newest export.
+        precision: of the arithmetic; "bf16" and "tf32" for TensorRT only.
+        target: library to build for.
+        output: engine to write, `.engine` or `.xml`. Default: beside the ONNX file, with the precision in its name.
+        calibration: with int8, folder of images to compute the scales from.
+        calibration_images: maximum number of images to take from it.
+        keep: with int8, layers that stay in floating point; see `export`.
+        tf32: round the factors of float32 products to 10 bits; TensorRT only.
+        batch: batch sizes: "1,4,8" makes three profiles, "1:4:8" a range tuned for 4.
+        size: image sizes: "HxW", a range "HxW:HxW:HxW", "coco", "landscape", "portrait"; several with commas.
+        plugin_library: leave the plugins in libmaskrcnn_plugins.so instead of compiling them into the engine.
+        workspace: limit of a layer's scratch memory in GB. Default: all GPU memory.
+        optimization_level: 0 (fast build) to 5. Default: TensorRT's, 3.
+        aux_streams: maximum number of auxiliary streams. Default: TensorRT's choice.
+        version_compatible: build an engine that later TensorRT versions load; slower.
+        hardware_compatible: "same_compute_capability" or "ampere_plus": also run on these GPUs; slower.
+        refit: weights can be replaced later, see `refit_engine`.
+        strip_weights: write the engine without its weights; `refit_engine` puts them back.
+        timing_cache: file of TensorRT's measurements. Default: one for this machine in the cache folder.
+        gate_images: folder of images to compare on, beside drawn shapes.
+        gate_annotations: COCO annotations of these images; AP is compared, too.
+        gate_max_images: maximum number of images to take from `gate_images`; AP uses all annotated ones.
+        progress: receives messages and steps.
 
     Raises:
-        UserError: where it cannot be built, and where it departs from the ONNX file.
+        UserError: if options contradict each other, the engine cannot be built here, or it differs from the ONNX file
+            by more than its precision explains.
     """
-    onnx = source or runs.newest_onnx()
-    if target == "openvino":
-        if tensorrt.given or tensorrt.given_paths:
-            came = f"{_listed(tensorrt)} for OpenVINO"
-            raise UserError(came, "options for TensorRT alone", "leave them out, or use --target tensorrt")
-        _build_openvino(console, onnx, precision, int8, output)
-        return
-    obstacle = tensorrt_obstacle()
-    if target == "auto" and obstacle is not None:
-        console.print(f"TensorRT: {obstacle.found}; building the CPU engine with OpenVINO", markup=False)
-        if tensorrt.given or tensorrt.given_paths:
-            console.print(f"for TensorRT alone, so without effect: {_listed(tensorrt)}", markup=False)
-        _build_openvino(console, onnx, precision, int8, output)
-        return
-    _build_tensorrt(console, onnx, precision, int8, output, tensorrt, obstacle)
+    from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights, tensorrt_obstacle
+    from maskrcnn.runtime.build.request import BuildRequest
 
-
-def _listed(choice: TensorRtChoice) -> str:
-    return " ".join([*choice.given, *choice.given_paths])
-
-
-# TensorRT
-
-
-def _build_tensorrt(
-    console: Console,
-    onnx: Path,
-    precision: str,
-    int8: Int8Options,
-    output: Path | None,
-    choice: TensorRtChoice,
-    obstacle: UserError | None,
-) -> None:
-    from maskrcnn.export.variants import single_precision
-    from maskrcnn.runtime.build.profiles import parsed_profiles
-
-    path = _engine_path(output, onnx, precision, ".engine")
-    _, metadata = single_precision(onnx)
-    profiles = parsed_profiles(choice.batch, choice.size, metadata.preprocessing)
-    console.print("profiles: " + "; ".join(map(str, profiles)), markup=False)
-    prepared = prepare(console, onnx, precision, int8, choice)
-    if obstacle is not None:
-        if choice.images.annotations is not None and precision in _HALF:
-            _tell_simulated_ap(console, prepared, choice.images)
-        raise UserError(
-            f"{obstacle.found}; the graph for TensorRT's parser is ready: {prepared.graph}",
-            obstacle.expected,
-            obstacle.fix,
-        )
-    from maskrcnn.runtime.build.request import Order
-    from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
-
-    order = Order(
-        graph=prepared.graph,
-        reference=onnx,
-        output=path,
+    progress = progress or Progress()
+    _check_options(precision, target, calibration, keep, hardware_compatible, refit=refit, strip_weights=strip_weights)
+    target = Target(target)
+    onnx = runs.newest_onnx() if model is None else Path(model)
+    obstacle = None if target is Target.OPENVINO else tensorrt_obstacle()
+    is_openvino = target is Target.OPENVINO or (target is Target.AUTO and obstacle is not None)
+    if tf32 and precision == "fp32":
+        precision = "tf32"
+    request = BuildRequest(
+        model=onnx,
+        graph=onnx.with_suffix(f".{precision}.tensorrt.onnx"),
+        output=_engine_path(output, onnx, precision, ".xml" if is_openvino else ".engine"),
         precision=precision,
-        profiles=profiles,
-        options=choice.options,
-        images=choice.images,
-        command=_command(onnx, path, precision, int8, choice),
-        timing_cache=choice.timing_cache,
+        calibration=_path(calibration),
+        calibration_images=calibration_images,
+        keep=tuple(keep),
+        batch=batch,
+        size=size,
+        plugins=PluginForm.LIBRARY if plugin_library else PluginForm.AOT,
+        tf32=tf32 or precision == "tf32",
+        workspace_gb=workspace,
+        optimization_level=optimization_level,
+        aux_streams=aux_streams,
+        hardware=Hardware(hardware_compatible or Hardware.NONE),
+        version_compatible=version_compatible,
+        weights=Weights.REFITTABLE if refit else Weights.STRIPPED if strip_weights else Weights.FIXED,
+        timing_cache=_path(timing_cache),
+        gate_images=_path(gate_images),
+        gate_annotations=_path(gate_annotations),
+        gate_max_images=gate_max_images,
+        stage_of=_StageOfNode(onnx.with_suffix(f".{precision}.tensorrt.onnx")),
     )
-    built = _with_progress(console, prepared, lambda around: build_tensorrt_engine(order, around))
-    _tell_built(console, built, path, onnx)
+    if not is_openvino:
+        return _build_tensorrt(request, obstacle, progress)
+    options = " ".join(request.tensorrt_options())
+    if obstacle is None and options:
+        raise UserError(f"{options} for OpenVINO", "options of TensorRT only", "drop them, or use --target tensorrt")
+    if obstacle is not None:
+        progress.message(f"TensorRT: {obstacle.found}; building the CPU engine with OpenVINO")
+        if options:
+            progress.message(f"options of TensorRT only, without effect: {options}")
+    return _build_openvino(request, progress)
 
 
-def run_refit_engine(console: Console, engine: Path, onnx: Path, *, output: Path, images: GateImages) -> None:
-    """Puts the weights of an ONNX file into an engine that takes them, and compares the two.
+def refit_engine(
+    engine: str | Path,
+    model: str | Path,
+    *,
+    output: str | Path,
+    gate_images: str | Path | None = None,
+    gate_annotations: str | Path | None = None,
+    gate_max_images: int = GATE_IMAGES,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Puts the weights of an ONNX file into a TensorRT engine, compared with the file before it is kept.
 
     Args:
-        console: to print to.
-        engine: built with --refit or --strip-weights.
-        onnx: the exported model, in single precision.
-        output: the engine with these weights.
-        images: to compare on.
+        engine: engine built with `refit` or `strip_weights`; it is not changed.
+        model: exported ONNX file in single precision.
+        output: engine to write.
+        gate_images: as `build_engine`, also the next two.
+        gate_annotations: COCO annotations.
+        gate_max_images: maximum number of images.
+        progress: receives messages and steps.
 
     Raises:
-        UserError: where that cannot be done, and where the engine departs from the ONNX file.
+        UserError: if the engine cannot receive these weights, or the result differs from the ONNX file.
     """
     from maskrcnn.export.variants import single_precision
+    from maskrcnn.runtime.backends.tensorrt_library import PluginForm, tensorrt_obstacle
     from maskrcnn.runtime.build.refit import check_refittable, refit_tensorrt_engine
-    from maskrcnn.runtime.build.request import Refit
+    from maskrcnn.runtime.build.request import BuildRequest
 
+    progress = progress or Progress()
+    engine, onnx, output = Path(engine), Path(model), Path(output)
     if output.suffix != ".engine" or output.resolve() == engine.resolve():
         raise UserError(f"--output {output}", "another file that ends in .engine", "choose another name")
     metadata = check_refittable(engine, onnx)
     single_precision(onnx)
     if obstacle := tensorrt_obstacle():
         raise obstacle
-    form = PluginForm(metadata.stamp["plugins"])
-    choice = TensorRtChoice(options=BuildOptions(plugins=form), images=images)
-    prepared = prepare(console, onnx, metadata.precision, Int8Options(), choice)
-    order = Refit(target=engine, graph=prepared.graph, reference=onnx, output=output, images=images)
-    built = _with_progress(console, prepared, lambda around: refit_tensorrt_engine(order, around))
-    _tell_built(console, built, output, onnx)
+    graph = onnx.with_suffix(f".{metadata.precision}.tensorrt.onnx")
+    request = BuildRequest(
+        model=onnx,
+        graph=graph,
+        output=output,
+        precision=metadata.precision,
+        plugins=PluginForm(metadata.stamp["plugins"]),
+        gate_images=_path(gate_images),
+        gate_annotations=_path(gate_annotations),
+        gate_max_images=gate_max_images,
+        stage_of=_StageOfNode(graph),
+    )
+    _write_graph(request, progress)
+    return _result(refit_tensorrt_engine(engine, request, progress), onnx, "tensorrt")
 
 
-def prepare(console: Console, onnx: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> _Prepared:
-    """Everything that needs no TensorRT: precision pass, its effect in ONNX Runtime, TensorRT's flavour, lint, kernels.
+class _StageOfNode:
+    """Maps the nodes of a graph to stages of the detector; reads the file when first called."""
+
+    def __init__(self, graph: Path) -> None:
+        self._graph = graph
+        self._stages: dict[str, str] | None = None
+
+    def __call__(self, node: str) -> str:
+        if self._stages is None:
+            import onnx
+
+            from maskrcnn.export.costs import stages_by_node
+
+            proto = onnx.load(self._graph)
+            names = (each.name for each in proto.graph.node)
+            self._stages = dict(zip(names, stages_by_node(proto), strict=True))
+        return self._stages.get(node, "")
+
+
+def _check_options(
+    precision: str,
+    target: Target | str,
+    calibration: str | Path | None,
+    keep: Sequence[str],
+    hardware_compatible: str | None,
+    *,
+    refit: bool,
+    strip_weights: bool,
+) -> None:
+    from maskrcnn.runtime.backends.tensorrt_library import Hardware
+
+    choices = {
+        "precision": (precision, EnginePrecision.__args__),  # type: ignore[attr-defined]
+        "--target": (target, [each.value for each in Target]),
+        "--hardware-compatible": (hardware_compatible, [None, *(h.value for h in Hardware if h is not Hardware.NONE)]),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            known = ", ".join(word for word in allowed if word is not None)
+            raise UserError(f"{name} {value}", f"one of {known}", "choose one of these")
+    if (precision == "int8") != (calibration is not None):
+        found = "int8 without calibration images" if calibration is None else f"calibration images with {precision}"
+        raise UserError(found, "--int8 CALIBRATION_DIR", "add a folder of images, or choose another precision")
+    if keep and precision != "int8":
+        raise UserError("--keep without --int8", "--int8 CALIBRATION_DIR", "drop --keep")
+    if refit and strip_weights:
+        raise UserError("--refit and --strip-weights", "one of them", "use --refit to replace the weights later")
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _engine_path(output: str | Path | None, onnx: Path, precision: str, suffix: str) -> Path:
+    path = Path(output) if output else onnx.with_suffix(f".{precision}{suffix}")
+    if path.suffix != suffix:
+        raise UserError(f"--output {path}", f"a name that ends in {suffix}", f"use --output {path.with_suffix(suffix)}")
+    return path
+
+
+def _result(built: BuiltEngine, source: Path, backend: str) -> BuildResult:
+    return BuildResult(
+        path=built.path,
+        source=source,
+        backend=backend,
+        precision=built.metadata.precision,
+        size_mb=round(built.path.stat().st_size / 1e6, 1),
+        difference=str(built.comparison),
+        warnings=list(built.warnings),
+        comparison=built.comparison,
+        stamp=built.metadata.stamp,
+    )
+
+
+# TensorRT
+
+
+def _build_tensorrt(request: BuildRequest, obstacle: UserError | None, progress: Progress) -> BuildResult:
+    from maskrcnn.export.variants import single_precision
+
+    _, metadata = single_precision(request.model)
+    progress.message("profiles: " + "; ".join(map(str, request.profiles(metadata.preprocessing))))
+    _write_graph(request, progress)
+    if obstacle is not None:
+        if request.gate_annotations is not None and request.precision in _HALF:
+            _report_simulated_ap(request, progress)
+        raise UserError(
+            f"{obstacle.found}; the graph for TensorRT's parser is written: {request.graph}",
+            obstacle.expected,
+            obstacle.fix,
+        )
+    from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
+
+    return _result(build_tensorrt_engine(request, progress), request.model, "tensorrt")
+
+
+def _write_graph(request: BuildRequest, progress: Progress) -> None:
+    """Writes the graph for TensorRT's parser, lints it, and compiles the plugins: all that needs no TensorRT.
 
     Raises:
-        UserError: for a file that is not in single precision, and where the pass departs or the lint finds errors.
+        UserError: for a file that is not in single precision, if the graph in another precision differs from it, and if
+            the lint reports errors.
     """
-    is_aot = choice.options.plugins is PluginForm.AOT
-    graph = onnx.with_suffix(f".{precision}.tensorrt.onnx")
-    # The images that the engine is compared on tell as well how large activations become.
-    calibration = int8.calibration or (choice.images.folder if precision in _HALF else None)
-    made = "fp32" if precision == "tf32" else precision
-    with temporary_folder(graph, onnx) as folder:
+    from maskrcnn.runtime.backends.tensorrt_library import PluginForm
+
+    is_aot = request.plugins is PluginForm.AOT
+    graph, precision = request.graph, request.precision
+    with temporary_folder(graph, request.model) as folder:
         draft = folder / graph.name
-        found = write_variant(
-            console, onnx, draft, made, replace(int8, calibration=calibration), tensorrt=True, aot=is_aot
+        _, lint = write_variant(
+            request.model,
+            draft,
+            precision="fp32" if precision == "tf32" else precision,
+            # For half precision, the images of the comparison also determine the range of activations.
+            calibration=request.calibration or (request.gate_images if precision in _HALF else None),
+            calibration_images=request.calibration_images,
+            keep=request.keep,
+            tensorrt=True,
+            aot=is_aot,
+            progress=progress,
         )
-        if found.errors:
+        assert lint is not None, "given for TensorRT"
+        if lint.errors:
             raise UserError(
-                f"{len(found.errors)} node(s) of {onnx} that TensorRT's parser rejects, see above",
+                f"{len(lint.errors)} node(s) of {request.model} that TensorRT's parser rejects, see above",
                 "a graph without lint errors",
-                "do what the lint says; for a file that maskrcnn exported, report it",
+                "apply the fixes of the lint report; if maskrcnn exported the file, report it",
             )
         draft.replace(graph)
-    console.print(f"{graph} ({graph.stat().st_size / 1e6:.1f} MB): what TensorRT's parser gets", markup=False)
+    progress.message(f"{graph} ({graph.stat().st_size / 1e6:.1f} MB): graph for TensorRT's parser")
     if is_aot:
-        _compile_kernels(console, graph, choice.options.hardware)
+        _compile_kernels(request, progress)
     else:
-        _find_library(console)
-    return _Prepared(reference=onnx, graph=graph, precision=precision)
+        _find_library(progress)
 
 
-def _compile_kernels(console: Console, graph: Path, hardware: Hardware) -> None:
-    """Compiles what TensorRT will ask for, so that what fails is said in words."""
+def _compile_kernels(request: BuildRequest, progress: Progress) -> None:
+    """Compiles the kernels that TensorRT will request, so that a failure has a readable error."""
     import onnx
 
     from maskrcnn.export.tensorrt.flavour import kernels_of
-    from maskrcnn.plugins.build import COMMON_ARCHITECTURES
-    from maskrcnn.plugins.toolchain import NVRTC, find_toolchain
+    from maskrcnn.plugins import aot_kernels, build, toolchain
+    from maskrcnn.runtime.backends.tensorrt_library import OLDEST_ARCH, Hardware
 
-    toolchain = find_toolchain()
-    if not (toolchain.nvrtc or toolchain.nvcc):
-        console.print(f"kernels of the plugins: not compiled, no {NVRTC.what}; to get it: {NVRTC.remedy}", markup=False)
+    tools = toolchain.find_toolchain()
+    if not (tools.nvrtc or tools.nvcc):
+        missing = toolchain.NVRTC
+        progress.message(f"kernels of the plugins: not compiled, no {missing.what}; to install it: {missing.remedy}")
         return
-    image, where = Image.PTX, ""
-    if hardware is Hardware.AMPERE_PLUS:
-        arch = architecture(toolchain, OLDEST_ARCH)
-    elif toolchain.gpus:
-        arch, image = architecture(toolchain), image_for(toolchain)
-    else:  # the oldest that is common: newer ones run its PTX
-        arch, where = architecture(toolchain, COMMON_ARCHITECTURES[0]), ", as there is no GPU here"
-    kernels = kernels_of(onnx.load(graph))
-    with console.status("compiling the kernels of the plugins"):
+    image, note = aot_kernels.Image.PTX, ""
+    if request.hardware is Hardware.AMPERE_PLUS:
+        arch = aot_kernels.architecture(tools, OLDEST_ARCH)
+    elif tools.gpus:
+        arch, image = aot_kernels.architecture(tools), aot_kernels.image_for(tools)
+    else:  # the oldest common architecture: newer GPUs run its PTX
+        arch, note = aot_kernels.architecture(tools, build.COMMON_ARCHITECTURES[0]), ", as there is no GPU here"
+    kernels = kernels_of(onnx.load(request.graph))
+    with progress.task("compiling the kernels of the plugins", len(kernels)) as advance:
         for kernel in kernels:
-            compile_kernel(kernel, arch=arch, toolchain=toolchain, image=image)
-    compiler = compiler_name(toolchain)
-    console.print(f"{len(kernels)} kernels of the plugins compiled by {compiler} for sm_{arch}{where}", markup=False)
+            aot_kernels.compile_kernel(kernel, arch=arch, toolchain=tools, image=image)
+            advance(1)
+    compiler = aot_kernels.compiler_name(tools)
+    progress.message(f"{len(kernels)} kernels of the plugins compiled by {compiler} for sm_{arch}{note}")
 
 
-def _find_library(console: Console) -> None:
-    """The plugin library of the cache, or compiled now; without a compiler the build says what it needs."""
-    from maskrcnn.plugins import build
-    from maskrcnn.plugins.build import Library
-    from maskrcnn.plugins.toolchain import find_toolchain
+def _find_library(progress: Progress) -> None:
+    """Finds the plugin library in the cache, or compiles it. Without a compiler, loading it will raise an error."""
+    from maskrcnn.plugins import build, toolchain
+    from maskrcnn.runtime.backends.tensorrt_library import import_tensorrt
 
-    toolchain = find_toolchain()
-    version = _tensorrt_version(toolchain)
-    path = build.find_library(Library.PLUGINS, toolchain.gpus[0] if toolchain.gpus else None, tensorrt=version)
-    if path is None and (missing := _library_obstacle(toolchain, version)):
-        console.print(f"plugin library: {missing}", markup=False)
-        return
-    if path is None:
-        with console.status(f"compiling {Library.PLUGINS.file_name}"):
-            path = build.build_library(Library.PLUGINS, arch=(), toolchain=toolchain)
-    console.print(f"plugin library: {path}", markup=False)
-
-
-def _tensorrt_version(toolchain: Toolchain) -> str | None:
-    """Of the TensorRT that is to load the library; where it is not installed, of the headers to compile against."""
+    tools, kind = toolchain.find_toolchain(), build.Library.PLUGINS
+    version = tools.tensorrt.version if tools.tensorrt else None
     with suppress(UserError):
-        return import_tensorrt().__version__
-    return toolchain.tensorrt.version if toolchain.tensorrt else None
+        version = import_tensorrt().__version__  # the TensorRT that will load the library
+    path = build.find_library(kind, tools.gpus[0] if tools.gpus else None, tensorrt=version)
+    if path is None:
+        if missing := _library_obstacle(tools, version):
+            progress.message(f"plugin library: {missing}")
+            return
+        with progress.task(f"compiling {kind.file_name}"):
+            path = build.build_library(kind, arch=(), toolchain=tools)
+    progress.message(f"plugin library: {path}")
 
 
-def _library_obstacle(toolchain: Toolchain, version: str | None) -> str:
-    """Why no library for this version of TensorRT can be compiled; "" where it can."""
+def _library_obstacle(tools: Toolchain, version: str | None) -> str:
+    """Why no library for this TensorRT version can be compiled; "" if it can."""
     from maskrcnn.plugins import build
 
-    if missing := build.obstacle(build.Library.PLUGINS, toolchain):
+    if missing := build.obstacle(build.Library.PLUGINS, tools):
         return str(missing)
-    headers = toolchain.tensorrt
-    if (version or "").partition(".")[0] == headers.version.partition(".")[0]:
+    headers = tools.tensorrt
+    if headers is None or (version or "").partition(".")[0] == headers.version.partition(".")[0]:
         return ""
     return (
-        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; for those of "
-        "that version: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
+        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; with headers "
+        "of that version: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
     )
 
 
-def _with_progress(console: Console, prepared: _Prepared, work):
-    """What `work` returns, which is given TensorRT, the GPU, and a bar to tell its progress to."""
-    from maskrcnn.cli.progress import EngineProgress
-    from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
-    from maskrcnn.runtime.build.request import Surroundings
-
-    with EngineProgress(console) as bar:
-        return work(
-            Surroundings(
-                trt=import_tensorrt(),
-                gpu=find_gpu(),
-                open_engine=TensorRtBackend,
-                progress=bar,
-                tell=bar.tell,
-                stage_of=prepared.stage_of,
-            )
-        )
-
-
-def _tell_built(console: Console, built, path: Path, onnx: Path) -> None:
-    stamp = built.metadata.stamp
-    for warning in built.warnings[:3]:
-        console.print(f"TensorRT warns: {warning[:300]}", markup=False)
-    console.print(
-        f"{stamp['precision']} on {stamp['gpu']} with TensorRT {stamp['tensorrt']}, plugins: {stamp['plugins']}",
-        markup=False,
-    )
-    console.print(f"compared with ONNX Runtime: {stamp['compared']}", markup=False)
-    size = path.stat().st_size / 1e6
-    console.print(f"{path} ({size:.1f} MB) and {path.name}.json, from {onnx}", markup=False)
-
-
-def _tell_simulated_ap(console: Console, prepared: _Prepared, images: GateImages) -> None:
-    """AP of the graph as a device computes it that rounds after every layer, beside that of single precision."""
+def _report_simulated_ap(request: BuildRequest, progress: Progress) -> None:
+    """Reports the AP of the graph if every layer rounds to its precision, beside that of single precision."""
     from maskrcnn.export.variants import write_half
+    from maskrcnn.runtime.build.gate import gate_dataset
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import evaluate
 
-    dataset = images.dataset()
-    with temporary_folder(prepared.graph) as folder, console.status(f"AP on {len(dataset.images)} images"):
+    dataset = gate_dataset(request)
+    with temporary_folder(request.graph) as folder, progress.task(f"AP on {len(dataset.images)} images"):
         simulated = folder / "simulated.onnx"
-        write_half(prepared.reference, simulated, prepared.precision, images=images.folder, simulate=True)
-        found = [evaluate(Detector.load(path), dataset).summary() for path in (prepared.reference, simulated)]
-    for name, value in found[0].items():
-        text = f"{name} {found[1][name]:.4f} with {prepared.precision}'s rounding, {value:.4f} in single precision"
-        console.print(f"{text} (ONNX Runtime)", markup=False)
-
-
-def _command(onnx: Path, output: Path, precision: str, int8: Int8Options, choice: TensorRtChoice) -> str:
-    """The command line that builds the engine again; of paths only their names, as they lie elsewhere then."""
-    words = ["maskrcnn", "build-engine", onnx.name, f"--{precision}"]
-    if int8.calibration is not None:
-        words += [int8.calibration.name, *(word for name in int8.keep for word in ("--keep", name))]
-        if int8.images != Int8Options().images:
-            words += ["--calibration-images", str(int8.images)]
-    words += ["--target", "tensorrt"]
-    if output.name != _engine_path(None, onnx, precision, ".engine").name:
-        words += ["--output", output.name]
-    return shlex.join([*words, *choice.given])
+        write_half(request.model, simulated, request.precision, images=request.gate_images, simulate=True)
+        single, half = (evaluate(Detector.load(path), dataset).summary() for path in (request.model, simulated))
+    for name, value in single.items():
+        text = f"{name} {half[name]:.4f} with {request.precision} rounding, {value:.4f} in single precision"
+        progress.message(f"{text} (ONNX Runtime)")
 
 
 # OpenVINO
 
 
-def _build_openvino(console: Console, onnx: Path, precision: str, int8: Int8Options, output: Path | None) -> None:
-    from maskrcnn.runtime.build.openvino import build_openvino_engine
-
-    if precision in ("bf16", "tf32"):
-        came, expected = f"--{precision} for OpenVINO", "--fp16, which executes in bfloat16 where the CPU has it"
-        raise UserError(came, f"{expected}, --fp32 or --int8", "use --fp16")
-    path = _engine_path(output, onnx, precision, ".xml")
-    if int8.calibration is None:
-        with console.status(f"building from {onnx}"):
-            metadata, difference = build_openvino_engine(onnx, path, half=precision == "fp16")
-    else:
-        metadata, difference = _build_openvino_int8(console, onnx, int8, path)
-    stamp = metadata.stamp
-    console.print(f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}")
-    console.print(f"compared with ONNX Runtime: {difference}")
-    console.print(f"{path} and {path.with_suffix('.bin').name}, from {onnx}")
-
-
-def _build_openvino_int8(console: Console, onnx: Path, int8: Int8Options, path: Path):
+def _build_openvino(request: BuildRequest, progress: Progress) -> BuildResult:
     from maskrcnn.data.images import images_in
     from maskrcnn.export.passes.quantize import feeds_from_files
     from maskrcnn.export.variants import COMPARED_IMAGES
     from maskrcnn.runtime.build.openvino import build_openvino_engine
-    from maskrcnn.runtime.onnx_file import read_model
+    from maskrcnn.runtime.engine_files import read_model
 
+    onnx, path = request.model, request.output
+    if request.precision in ("bf16", "tf32"):
+        expected = "--fp16 (executes in bfloat16 if the CPU supports it), --fp32 or --int8"
+        raise UserError(f"--{request.precision} for OpenVINO", expected, "use --fp16")
+    if request.calibration is None:
+        with progress.task(f"building from {onnx}"):
+            built = build_openvino_engine(onnx, path, half=request.precision == "fp16")
+        return _result(built, onnx, "openvino")
     with temporary_folder(path) as folder:
-        integers = folder / f"{onnx.stem}.int8.onnx"
-        write_variant(console, onnx, integers, "int8", int8)
-        paths = images_in(int8.calibration, COMPARED_IMAGES)
-        batches = list(feeds_from_files(paths, read_model(onnx)[1]))
-        with console.status(f"building from {integers}"):
-            return build_openvino_engine(integers, path, half=True, reference=onnx, batches=batches)
-
-
-def _engine_path(output: Path | None, onnx: Path, precision: str, suffix: str) -> Path:
-    path = output or onnx.with_suffix(f".{precision}{suffix}")
-    if path.suffix != suffix:
-        raise UserError(f"--output {path}", f"a name that ends in {suffix}", f"use --output {path.with_suffix(suffix)}")
-    return path
+        quantized = folder / f"{onnx.stem}.int8.onnx"
+        write_variant(
+            onnx,
+            quantized,
+            precision="int8",
+            calibration=request.calibration,
+            calibration_images=request.calibration_images,
+            keep=request.keep,
+            progress=progress,
+        )
+        images = images_in(request.calibration, COMPARED_IMAGES)
+        batches = list(feeds_from_files(images, read_model(onnx)[1]))
+        with progress.task(f"building from {quantized}"):
+            built = build_openvino_engine(quantized, path, half=True, reference=onnx, batches=batches)
+    return _result(built, onnx, "openvino")

@@ -110,7 +110,8 @@ def _array(tensor: Any) -> np.ndarray:
     """A copy of a tensor's values; bfloat16, whose bits OpenVINO returns as float16, as float32."""
     if tensor.get_element_type().to_string() != "bf16":
         return np.array(tensor.data)
-    return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    bits: np.ndarray = tensor.data.view(np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32)
 
 
 def _execution_precision(metadata: ModelMetadata) -> str:

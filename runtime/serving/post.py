@@ -1,7 +1,7 @@
 """The step after the network on a Triton server: its outputs in, detections in the original images out.
 
-Written as a model's `model.py` like the step before the network (`pre.py`). Outputs have as many rows as the
-network's; those past `num_detections` are zero or empty.
+Written as the `model.py` of a model like the step before the network (`pre.py`). Outputs have the rows of the network's
+outputs; those past `num_detections` are zero or empty.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +24,10 @@ from maskrcnn.metadata import ModelMetadata
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls; each instance is a process of its own."""
+    """Interface of Triton's Python backend; each instance is a separate process."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the model's metadata, from beside this file, and from the configuration what clients get."""
+        """Reads the model's metadata from beside this file, and the outputs from the configuration."""
         path = Path(__file__).with_name("metadata.json")
         metadata = ModelMetadata.from_json(path.read_text(encoding="utf-8"), path)
         config = json.loads(args["model_config"])
@@ -36,16 +37,16 @@ class TritonPythonModel:
         self.inputs = [tensor["name"] for tensor in config["input"]]
         self.masks = next((tensor["data_type"] for tensor in config["output"] if tensor["name"] == "masks"), None)
 
-    def execute(self, requests: list) -> list:
-        """A response for each request."""
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Returns a response for each request."""
         return [self._respond(request) for request in requests]
 
-    def _respond(self, request):
-        given = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
-        image_sizes, original = given.pop("image_sizes"), given.pop("original_sizes")
-        given["num_detections"] = given["num_detections"].ravel()  # Triton has [N, 1] of it
+    def _respond(self, request: Any) -> Any:
+        tensors = {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        image_sizes, original = tensors.pop("image_sizes"), tensors.pop("original_sizes")
+        tensors["num_detections"] = tensors["num_detections"].ravel()  # [N, 1] on the server
         try:
-            found = unpack(given, image_sizes, [(int(height), int(width)) for height, width in original])
+            found = unpack(tensors, image_sizes, [(int(height), int(width)) for height, width in original])
         except UserError as error:
             return triton.InferenceResponse(error=triton.TritonError(str(error)))
         outputs = self._outputs([detections.above(self.min_score) for detections in found])
@@ -83,17 +84,17 @@ class TritonPythonModel:
 
 
 def bits(masks: list[np.ndarray]) -> np.ndarray:
-    """Masks of several images, eight pixels of a row in a byte, the first in the highest bit.
+    """Packs the masks of several images: eight pixels of a row in a byte, the first in the highest bit.
 
     Args:
         masks: `[D, H, W]` bool of each image.
 
     Returns:
-        `[N, most D, largest H, ceil(largest W / 8)]` uint8, at least 1 of each; what an image does not have is zero.
+        `[N, max D, max H, ceil(max W / 8)]` uint8, each at least 1, padded with zeros.
     """
     depth, height, width = (max(1, *(mask.shape[axis] for mask in masks)) for axis in range(3))
     packed = np.zeros((len(masks), depth, height, -(-width // 8)), np.uint8)
     for slot, mask in zip(packed, masks, strict=True):
-        own = np.packbits(mask, axis=2)
-        slot[: own.shape[0], : own.shape[1], : own.shape[2]] = own
+        rows = np.packbits(mask, axis=2)
+        slot[: rows.shape[0], : rows.shape[1], : rows.shape[2]] = rows
     return packed

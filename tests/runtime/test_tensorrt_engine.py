@@ -1,4 +1,4 @@
-"""Building, comparing, keeping and refitting engines: doubles of TensorRT's classes, and ONNX Runtime as the engine."""
+"""Engines built, compared, kept and refitted, with doubles of TensorRT's classes and ONNX Runtime as the engine."""
 
 import json
 
@@ -8,26 +8,26 @@ from maskrcnn.runtime.build.profiles import from_json
 
 
 @pytest.fixture(scope="session")
-def said(each_tensorrt, flow_paths, tmp_path_factory):
-    """What each flow of tests/support/tensorrt_engine_flows.py said."""
+def results(each_tensorrt, flow_paths, tmp_path_factory):
+    """The result of each flow of tests/support/tensorrt_engine_flows.py."""
     folder = tmp_path_factory.mktemp("engines")
     return each_tensorrt.flows("tensorrt_engine_flows", {**flow_paths, "folder": str(folder)})
 
 
 @pytest.fixture
-def value(said):
+def value(results):
     def of(name):
-        assert "value" in said[name], said[name].get("crash") or said[name]
-        return said[name]["value"]
+        assert "value" in results[name], results[name].get("crash") or results[name]
+        return results[name]["value"]
 
     return of
 
 
 @pytest.fixture
-def error(said):
+def error(results):
     def of(name):
-        assert "error" in said[name], said[name].get("crash") or said[name]
-        return said[name]["error"]
+        assert "error" in results[name], results[name].get("crash") or results[name]
+        return results[name]["error"]
 
     return of
 
@@ -55,16 +55,16 @@ def test_an_engine_that_agrees_is_kept_with_its_stamp(value):
     assert all(isinstance(field, str) for field in stamp.values())
 
 
-def test_the_gate_tries_the_corners_of_every_profile_and_the_images(value):
+def test_the_comparison_runs_the_corners_of_every_profile_and_the_images(value):
     built = value("engine_that_agrees")
     corners = [[batch, height, width] for batch in (1, 2) for height, width in ((64, 96), (96, 128), (128, 160))]
     assert built["shapes"][:6] == corners
-    assert built["shapes"][6:8] == [[1, 96, 96]] * 2  # two images of the folder, padded to what a profile takes
+    assert built["shapes"][6:8] == [[1, 96, 96]] * 2  # two images of the folder, padded to a profile
     assert built["ap"] == ["box_ap", "mask_ap"] and "box_ap" in built["stamp"]["compared"]
-    assert built["told"][0] == "building" and built["told"][-1].startswith("AP of the engine")
+    assert built["titles"][0] == "building" and built["titles"][-1].startswith("AP of the engine")
 
 
-def test_an_engine_that_departs_is_kept_aside_and_the_stage_is_named(value):
+def test_an_engine_that_differs_is_set_aside_and_the_stage_is_named(value):
     found = value("engine_that_departs")
     assert found["kept"] == "the one before"
     assert found["files"] == [
@@ -74,34 +74,33 @@ def test_an_engine_that_departs_is_kept_aside_and_the_stage_is_named(value):
         "model.fp16.rejected.stages.json",
         "timing.cache",
     ]
-    came, expected, do = found["parts"]
-    assert "first departure: box_deltas" in came and "model.fp16.rejected.stages.json" in came
+    text, expected, fix = found["parts"]
+    assert "first departure: box_deltas" in text and "model.fp16.rejected.stages.json" in text
     assert expected.startswith("boxes within 16 px")
-    assert "model.fp16.rejected.engine with `maskrcnn evaluate`" in do
+    assert "model.fp16.rejected.engine with `maskrcnn evaluate`" in fix
 
 
-def test_the_stage_is_named_for_an_engine_without_weights_too(value):
+def test_the_stage_is_named_for_a_stripped_engine_too(value):
     found = value("stripped_engine_that_departs")
-    assert "first departure: box_deltas" in found["came"]
+    assert "first departure: box_deltas" in found["found"]
     assert found["stamp"] == "stripped" and found["hash"]
 
 
-def test_an_engine_whose_stages_cannot_be_seen_is_refused_all_the_same(error):
-    came, _, _ = error("engine_whose_stages_do_not_build")
-    assert "its stages could not be compared: TensorRT built no engine" in came
+def test_an_engine_whose_stages_do_not_build_is_rejected_too(error):
+    assert "its stages could not be compared: TensorRT built no engine" in error("engine_whose_stages_do_not_build")[0]
 
 
-def test_an_engine_without_weights_is_compared_with_them_and_does_not_run_without(value):
+def test_a_stripped_engine_is_compared_with_its_weights_and_does_not_run_without(value):
     built = value("engine_without_weights")
     assert built["refit"] and built["cleared"] == ["EXCLUDE_WEIGHTS"] and built["host_code"] is False
-    assert built["stamp"] == "stripped" and "maskrcnn refit-engine" in built["do"]
+    assert built["stamp"] == "stripped" and "maskrcnn refit-engine" in built["fix"]
 
 
-def test_kernels_of_an_engine_for_more_gpus_are_for_the_oldest_of_them(value):
+def test_kernels_of_a_hardware_compatible_engine_are_for_the_oldest_gpu(value):
     assert value("engine_for_more_gpus") == {"arch": 80, "image": "ptx", "stamp": "aot"}
 
 
-def test_an_engine_gets_other_weights(value):
+def test_weights_are_replaced(value):
     built = value("engine_with_other_weights")
     assert {"new.engine", "new.engine.json"} <= set(built["files"])
     stamp, (old, new) = built["stamp"], built["hashes"]
@@ -111,15 +110,15 @@ def test_an_engine_gets_other_weights(value):
     assert (stamp["refit"], built["set"]) == wanted
 
 
-def test_weights_can_be_put_in_again_where_tensorrt_can_write_such_a_plan(value):
+def test_weights_can_be_replaced_again_if_tensorrt_supports_it(value):
     assert value("engine_that_gets_weights_once_more") == ["refitted", "refitted"]
     once = value("engine_that_gets_weights_but_once")
     assert once["stamp"] == "fixed" and once["flags"] == 0
-    assert "new.engine: an engine with weights that are fixed" in once["came"]
+    assert "new.engine: an engine with fixed weights" in once["found"]
 
 
 @pytest.mark.parametrize(
-    ("flow", "came"),
+    ("flow", "found"),
     [
         ("refit_of_a_broken_plan", "a plan of another version of TensorRT"),
         ("refit_without_some_weights", "2 are missing, first conv1.weight"),
@@ -127,8 +126,8 @@ def test_weights_can_be_put_in_again_where_tensorrt_can_write_such_a_plan(value)
         ("image_outside_all_profiles", "a batch of 1 of 96×96 for an engine with other profiles"),
     ],
 )
-def test_what_goes_wrong_is_said(error, flow, came):
-    assert came in error(flow)[0]
+def test_failures_name_the_cause(error, flow, found):
+    assert found in error(flow)[0]
 
 
 def test_the_command_line_builds_with_ahead_of_time_plugins(value):

@@ -1,4 +1,4 @@
-"""The logger that TensorRT gets: one for each module, whose messages belong to whoever listened when they came."""
+"""The logger passed to TensorRT: one per module, with a log for each listener."""
 
 import gc
 import threading
@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-pytest.importorskip("cuda.bindings.runtime")  # which fake_cuda takes its numbers from
+pytest.importorskip("cuda.bindings.runtime")  # used by fake_cuda
 
 import fake_tensorrt
 from fake_tensorrt import Severity
@@ -19,7 +19,7 @@ from maskrcnn.runtime.build.profiles import Profile, Span
 
 
 class Module:
-    """As much of `tensorrt` as loggers need."""
+    """The part of `tensorrt` that loggers need."""
 
     ILogger = fake_tensorrt.ILogger
 
@@ -39,7 +39,7 @@ def in_thread(work):
     thread.join()
 
 
-def test_each_log_begins_when_it_is_asked_for(trt):
+def test_each_log_starts_when_it_is_created(trt):
     first = listen(trt)
     first.logger.log(Severity.ERROR, "one")
     second = listen(trt)
@@ -70,12 +70,12 @@ def test_the_logger_lives_as_long_as_its_module(trt):
     assert of_the_other() is None
 
 
-def test_what_a_thread_takes_is_its_own_and_is_told_once(trt):
+def test_a_thread_takes_its_own_messages_once(trt):
     log = listen(trt)
     in_thread(lambda: log.logger.log(Severity.ERROR, "elsewhere"))
     log.logger.log(Severity.ERROR, "here")
     assert [message.text for message in log.take()] == ["here"]
-    assert [message.text for message in log.take()] == ["elsewhere"]  # better than nothing
+    assert [message.text for message in log.take()] == ["elsewhere"]  # those of other threads if it has none
     assert texts(log) == ["elsewhere"]
 
 
@@ -106,15 +106,15 @@ def test_the_newest_are_kept(trt):
     assert found[-1] == "1999" and len(found) < 2000 and found == [str(n) for n in range(2000 - len(found), 2000)]
 
 
-def test_an_error_is_told_by_what_was_said_meanwhile(trt):
+def test_an_error_contains_the_messages_since_the_log_started(trt):
     listen(trt).logger.log(Severity.ERROR, "out of memory")
     log = listen(trt)
-    assert failure(log.messages, "no engine", "one").found == "no engine: TensorRT told no reason"
+    assert failure(log.messages, "no engine", "one").found == "no engine: TensorRT logged no reason"
     log.logger.log(Severity.ERROR, "the moon is full")
     assert failure(log.messages, "no engine", "one").found == "no engine:\n  the moon is full"
 
 
-def test_an_engine_does_not_tell_the_errors_of_another(monkeypatch, onnx_file, tmp_path):
+def test_an_engine_does_not_report_the_errors_of_another(monkeypatch, onnx_file, tmp_path):
     _, module = fake_tensorrt.install(monkeypatch)
     any_size = Profile(Span(1, 1, 2), Span(32, 64, 96), Span(32, 96, 96))
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [any_size])
@@ -123,7 +123,7 @@ def test_an_engine_does_not_tell_the_errors_of_another(monkeypatch, onnx_file, t
     assert "too little free memory" in one.failure("no context").found
     module.say("enqueue: no luck")
     assert other.failure("no run").found == "no run:\n  enqueue: no luck"
-    assert "TensorRT told no reason" in one.failure("no run").found
+    assert "TensorRT logged no reason" in one.failure("no run").found
     (tmp_path / "a.engine").write_bytes(b"broken")
     with pytest.raises(UserError, match="a plan of another version of TensorRT"):
         load_plan(path, 0)

@@ -1,19 +1,19 @@
-"""Optimisation profiles: what the command line asks for, what a stamp holds, and which profile takes a batch."""
+"""Optimization profiles: parsing, the stamp, and the profile of a batch."""
 
 import numpy as np
 import pytest
 
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, batch_sizes
-from maskrcnn.runtime.build.profiles import Profile, Span, choose, from_json, parsed_profiles, roomy_shape, to_json
+from maskrcnn.runtime.build.profiles import Profile, Span, choose, from_json, padded_shape, parse_profiles, to_json
 
 USUAL = Preprocessing()
 SMALL = Preprocessing(min_size_px=96, max_size_px=160)
 
 
 def corners(batch: str, size: str, preprocessing: Preprocessing = USUAL) -> list[list[tuple[int, int, int]]]:
-    profiles = parsed_profiles(batch, size, preprocessing)
-    return [[profile.corner(which) for which in ("least", "best", "greatest")] for profile in profiles]
+    profiles = parse_profiles(batch, size, preprocessing)
+    return [[profile.corner(which) for which in ("min", "opt", "max")] for profile in profiles]
 
 
 def test_each_batch_size_with_each_image_size_is_a_profile():
@@ -27,7 +27,7 @@ def test_each_batch_size_with_each_image_size_is_a_profile():
     assert corners("2,2", "64×64") == [[(2, 64, 64)] * 3]
 
 
-def test_names_mean_what_the_models_resizing_gives():
+def test_named_sizes_follow_the_resizing_of_the_model():
     assert corners("1", "landscape") == [[(1, 800, 1344)] * 3]
     assert corners("1", "portrait") == [[(1, 1344, 800)] * 3]
     assert corners("1", "coco") == [[(1, 224, 224), (1, 800, 1088), (1, 1344, 1344)]]
@@ -38,14 +38,14 @@ def test_names_mean_what_the_models_resizing_gives():
 
 @pytest.mark.parametrize("size_hw", [(480, 640), (640, 480), (500, 500), (333, 500), (120, 480), (3000, 4000)])
 @pytest.mark.parametrize("preprocessing", [USUAL, SMALL, Preprocessing(min_size_px=512, max_size_px=512)])
-def test_coco_takes_usual_photos(size_hw, preprocessing):
-    photo = np.broadcast_to(np.uint8(0), (*size_hw, 3))
-    _, padded_hw = batch_sizes([photo], preprocessing)
-    assert parsed_profiles("1", "coco", preprocessing)[0].takes((1, *padded_hw))
+def test_coco_accepts_usual_images(size_hw, preprocessing):
+    image = np.broadcast_to(np.uint8(0), (*size_hw, 3))
+    _, padded_hw = batch_sizes([image], preprocessing)
+    assert parse_profiles("1", "coco", preprocessing)[0].takes((1, *padded_hw))
 
 
 def test_the_profile_tuned_for_the_nearest_shape_is_chosen():
-    profiles = parsed_profiles("1,1:4:8", "coco,800x1344", USUAL)
+    profiles = parse_profiles("1,1:4:8", "coco,800x1344", USUAL)
     named = {str(profile): index for index, profile in enumerate(profiles)}
     assert len(named) == 4
     assert choose(profiles, (1, 800, 1344)) == named["batch 1 of 800×1344"]
@@ -54,8 +54,8 @@ def test_the_profile_tuned_for_the_nearest_shape_is_chosen():
     assert str(profiles[choose(profiles, (1, 640, 640))]).startswith("batch 1 of 224–1344")
 
 
-def test_what_no_profile_takes_is_an_error_that_names_all_and_the_command():
-    profiles = parsed_profiles("1,4", "800x1344", USUAL)
+def test_a_shape_outside_all_profiles_is_an_error_with_all_profiles_and_the_command():
+    profiles = parse_profiles("1,4", "800x1344", USUAL)
     with pytest.raises(UserError) as raised:
         choose(profiles, (2, 800, 1344), rebuild="maskrcnn build-engine m.onnx --fp16")
     assert raised.value.found == "a batch of 2 of 800×1344 for an engine with other profiles"
@@ -63,25 +63,25 @@ def test_what_no_profile_takes_is_an_error_that_names_all_and_the_command():
     assert "--batch and --size of `maskrcnn build-engine m.onnx --fp16`" in raised.value.fix
 
 
-def test_batches_are_padded_to_the_smallest_room():
-    profiles = parsed_profiles("1,4", "224x224:800x1088:1344x1344", USUAL)
-    assert roomy_shape(profiles, (1, 32, 800)) == (1, 224, 800)
-    assert roomy_shape(profiles, (2, 640, 640)) == (4, 640, 640)
+def test_batches_are_padded_to_the_smallest_shape():
+    profiles = parse_profiles("1,4", "224x224:800x1088:1344x1344", USUAL)
+    assert padded_shape(profiles, (1, 32, 800)) == (1, 224, 800)
+    assert padded_shape(profiles, (2, 640, 640)) == (4, 640, 640)
     with pytest.raises(UserError, match="a batch of 5 of 32×32"):
-        roomy_shape(profiles, (5, 32, 32))
+        padded_shape(profiles, (5, 32, 32))
     with pytest.raises(UserError, match="a batch of 1 of 32×1376"):
-        roomy_shape(profiles, (1, 32, 1376))
+        padded_shape(profiles, (1, 32, 1376))
 
 
-def test_a_stamp_gives_the_profiles_back():
-    profiles = parsed_profiles("1,2:4:8", "coco,landscape", USUAL)
+def test_profiles_survive_the_stamp():
+    profiles = parse_profiles("1,2:4:8", "coco,landscape", USUAL)
     assert from_json(to_json(profiles)) == profiles
 
 
 @pytest.mark.parametrize(
     "text", ["", "[1]", '[{"batch": [1, 2]}]', '[{"batch": [2, 1, 3], "height": [1, 1, 1], "width": [1, 1, 1]}]']
 )
-def test_a_stamp_that_is_broken_is_an_error(text):
+def test_an_invalid_stamp_is_an_error(text):
     with pytest.raises(UserError, match="in an engine's stamp"):
         from_json(text)
 
@@ -103,11 +103,11 @@ def test_a_stamp_that_is_broken_is_an_error(text):
         ("1,2,3", "32x32,64x64,96x96", "9 profiles"),
     ],
 )
-def test_what_is_no_profile_is_refused(batch, size, part):
+def test_invalid_profiles_are_errors(batch, size, part):
     with pytest.raises(UserError, match=part):
-        parsed_profiles(batch, size, USUAL)
+        parse_profiles(batch, size, USUAL)
 
 
-def test_a_profile_says_what_it_takes():
+def test_a_fixed_profile_accepts_its_shape_only():
     fixed = Profile(Span(1, 1, 1), Span(64, 64, 64), Span(96, 96, 96))
     assert fixed.is_fixed and fixed.takes((1, 64, 96)) and not fixed.takes((1, 96, 64))

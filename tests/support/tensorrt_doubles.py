@@ -1,7 +1,7 @@
-"""TensorRT's building half for tests: doubles over the real classes, which refuse names and arguments that those lack.
+"""Doubles of TensorRT's builder, parser and refitter: autospecs of the real classes, which reject unknown arguments.
 
-Used inside the rig's processes, where `tensorrt` is the real module without a builder, a parser or a GPU. A double's
-plan is an ONNX file that ONNX Runtime runs, so that what is built can be compared.
+Used inside the rig's processes, where `tensorrt` is the real module without a builder, a parser or a GPU. The plan of a
+double is an ONNX file that ONNX Runtime runs, so that engines can be compared.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import two_step_nms
 from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.plugins import contract
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from maskrcnn.runtime.backends.tensorrt_engine import read_engine
 from maskrcnn.runtime.backends.tensorrt_library import Gpu, check_stamp
 from maskrcnn.runtime.build.gate import padded_feeds
-from maskrcnn.runtime.build.profiles import Profile, choose
+from maskrcnn.runtime.build.profiles import choose, from_json
+from maskrcnn.runtime.engine_files import read_engine
 
 GPU = Gpu("NVIDIA Test 1", (9, 0))
 _GENERIC = ("args", "kwargs")
 
 
 def double_of(kind: type) -> Any:
-    """An instance of a class of the bindings: its attributes and no others, arguments checked by its docstrings."""
+    """An autospec of a class of the bindings; arguments are checked against the docstrings of its methods."""
     made = mock.create_autospec(kind, spec_set=True, instance=True)
     for name in dir(kind):
         if not name.startswith("_") and (signatures := signatures_of(kind, name)):
@@ -40,7 +40,7 @@ def double_of(kind: type) -> Any:
 
 
 def answers(double: Any, name: str, function: Callable[..., Any]) -> None:
-    """Lets a method of a double do something; its arguments are checked first."""
+    """Sets the implementation of a method; its arguments are checked first."""
     method = getattr(double, name)
     check = getattr(method.side_effect, "check", method.side_effect)
 
@@ -53,7 +53,7 @@ def answers(double: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def signatures_of(kind: type, name: str) -> list[inspect.Signature]:
-    """The overloads that pybind11 writes into a method's docstring."""
+    """The overloads in a method's docstring, as pybind11 writes them."""
     text = getattr(getattr(kind, name), "__doc__", None) or ""
     found = []
     for match in re.finditer(rf"^(?:\d+\. )?{re.escape(name)}\((.*)\) -> ", text, re.MULTILINE):
@@ -64,7 +64,7 @@ def signatures_of(kind: type, name: str) -> list[inspect.Signature]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that stand in no bracket."""
+    """Splits at commas outside brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "[(") - (letter in "])")
@@ -81,7 +81,7 @@ def _parameter(text: str) -> inspect.Parameter:
 
 
 def _ordered(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    """C++ lets an argument without default follow one that has it; then Python needs one for it as well."""
+    """Gives a default to arguments that follow one with a default, which C++ does not require."""
     first = next((place for place, each in enumerate(parameters) if each.default is None), len(parameters))
     return [each if place < first else each.replace(default=None) for place, each in enumerate(parameters)]
 
@@ -104,8 +104,8 @@ class Trt:
     """The real module with doubles where a GPU would be needed.
 
     Args:
-        plan_of: what the builder makes of a graph's bytes: a plan, or None.
-        during: called while it builds, with this object; may say something to the logger or ask the monitor.
+        plan_of: returns the plan of a graph's bytes, or None.
+        during: called with this object during a build; may log, or call the monitor.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Trt:
     def __getattr__(self, name: str) -> Any:
         return getattr(real, name)
 
-    # What code under test constructs
+    # Constructors that the code under test calls
 
     def Builder(self, logger: Any) -> Any:
         self._take_logger(logger)
@@ -162,14 +162,14 @@ class Trt:
         answers(parser, "get_error", lambda index: self.errors[index])
         return parser
 
-    # What tests make happen
+    # For tests
 
     def say(self, severity: str, text: str) -> None:
-        """Tells the logger something."""
+        """Logs a message."""
         self.logger.log(getattr(real.ILogger.Severity, severity), text)
 
     def refuse(self, **fields: Any) -> None:
-        """Gives the parser an error: code, desc, node, node_name, node_operator."""
+        """Adds a parser error: code, desc, node, node_name, node_operator."""
         error = double_of(real.ParserError)
         values = {"code": "UNSUPPORTED_NODE", "desc": "", "node": 0, "node_name": "", "node_operator": "", **fields}
         values["code"] = getattr(real.ErrorCode, values["code"])
@@ -180,15 +180,15 @@ class Trt:
 
     @property
     def logger(self) -> Any:
-        """The first that it got, which has to be there still."""
+        """The first logger; it must still be alive."""
         logger = self._logger()
         assert logger is not None, "the logger was freed"
         return logger
 
-    # The doubles' ways
+    # Implementations of the doubles
 
     def _take_logger(self, logger: Any) -> None:
-        """Does not keep it alive, and ignores all but the first, as TensorRT does."""
+        """Keeps a weak reference to the first logger only, as TensorRT does."""
         assert isinstance(logger, real.ILogger)
         self._logger = self._logger or weakref.ref(logger)
 
@@ -270,12 +270,12 @@ class Trt:
 
 
 def _name_of(flag: Any) -> str:
-    """The name of a builder's flag; STRIP_PLAN has an older one besides in TensorRT 10, which would come first."""
+    """The name of a builder flag; in TensorRT 10, STRIP_PLAN has an older alias."""
     return "STRIP_PLAN" if flag == real.BuilderFlag.STRIP_PLAN else flag.name
 
 
 def runnable(original: Path) -> Callable[[bytes], bytes]:
-    """What makes a plan of a graph for the parser: the graph with functions in place of the plugins."""
+    """Returns a `plan_of`: the graph for the parser, with functions in place of the plugins."""
 
     def plan_of(graph: bytes) -> bytes:
         model, source = onnx.load_from_string(graph), onnx.load(original)
@@ -288,19 +288,16 @@ def runnable(original: Path) -> Callable[[bytes], bytes]:
 
 
 class PlanBackend(OnnxRuntimeBackend):
-    """An engine whose plan is an ONNX file; it takes what its profiles take, as TensorRT's would.
-
-    Its files are read, and its stamp is looked at, as those of engines are.
-    """
+    """An engine whose plan is an ONNX file; it accepts the shapes of its profiles only, and checks its stamp."""
 
     name = "TensorRT"
 
-    def __init__(self, path: Path, profiles: list[Profile]) -> None:
+    def __init__(self, path: Path) -> None:
         described, _ = read_engine(path)
         if error := check_stamp(described, trt=real, gpu=GPU.name, compute_capability=GPU.compute_capability):
             raise error
         super().__init__(path, providers=["CPUExecutionProvider"])
-        self.profiles = profiles
+        self.profiles = from_json(described.stamp["profiles"])
         self.shapes: list[tuple[int, ...]] = []
 
     def run_images(self, images: Any) -> Any:

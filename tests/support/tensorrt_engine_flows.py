@@ -1,11 +1,10 @@
-"""Ways through building, comparing and refitting whole engines; see tensorrt_flows.py.
+"""Whole engines, built, compared and refitted; see tensorrt_flows.py.
 
-A plan is an ONNX file here, so ONNX Runtime plays the engine, and what TensorRT might get wrong is planted into it.
+A plan is an ONNX file here: ONNX Runtime runs it as the engine, and faults of TensorRT are simulated by changing it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -18,31 +17,28 @@ from unittest import mock
 import onnx
 import tensorrt as real
 from faults import initializer
-from tensorrt_doubles import GPU, PlanBackend, Trt, answers, runnable
-from tensorrt_flows import FLOWS, Flow, flow
+from tensorrt_doubles import GPU, Trt, answers, runnable
+from tensorrt_flows import FLOWS, Flow, Recorded, flow, machine
 
-from maskrcnn import cli
-from maskrcnn.api import build_engine
+from maskrcnn.api.progress import Progress
+from maskrcnn.cli import app
+from maskrcnn.cli.console import console
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.backends import tensorrt as tensorrt_backend
+from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.backends import tensorrt_library
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
-from maskrcnn.runtime.build import refit as tensorrt_refit
-from maskrcnn.runtime.build import tensorrt as tensorrt_engine
-from maskrcnn.runtime.build.gate import GateImages
-from maskrcnn.runtime.build.network import BuildOptions
-from maskrcnn.runtime.build.profiles import from_json, parsed_profiles
-from maskrcnn.runtime.build.request import Order, Refit
+from maskrcnn.runtime.build.refit import refit_plan, refit_tensorrt_engine
+from maskrcnn.runtime.build.request import BuildRequest
+from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
 
 FLOWS.clear()  # those of plans run in another process
 
 
-def _build(given: Flow, trt: Trt, order: Order, **changes: Any) -> tuple[Any, list[str]]:
-    told: list[str] = []
-    with mock.patch.object(tensorrt_engine, "load_plugins", autospec=True, return_value=None) as load:
-        built = tensorrt_engine.build_tensorrt_engine(order, given.around(trt, order.profiles, told, **changes))
-    assert load.call_args == mock.call(trt, order.options.plugins, arch=90)
-    return built, told
+def _build(trt: Trt, request: BuildRequest, progress: Progress | None = None) -> Any:
+    with machine(trt) as (load, _):
+        built = build_tensorrt_engine(request, progress or Progress())
+    assert load.call_args == mock.call(trt, request.plugins, arch=90)
+    return built
 
 
 def _files(folder: Path) -> list[str]:
@@ -52,28 +48,29 @@ def _files(folder: Path) -> list[str]:
 @flow
 def engine_that_agrees(given: Flow) -> Any:
     annotations = given.images.parent / "annotations" / f"instances_{given.images.name}.json"
-    opened: list[PlanBackend] = []
-    order = given.order(
-        profiles=parsed_profiles("1,2", "64x96:96x128:128x160", given.metadata.preprocessing),
-        images=GateImages(folder=given.images, annotations=annotations, limit=2),
+    request, progress = (
+        given.request(
+            batch="1,2",
+            size="64x96:96x128:128x160",
+            gate_images=given.images,
+            gate_annotations=annotations,
+            gate_max_images=2,
+        ),
+        Recorded(),
     )
-
-    def open_engine(path: Path) -> PlanBackend:
-        opened.append(PlanBackend(path, order.profiles))
-        return opened[-1]
-
-    built, told = _build(given, Trt(runnable(given.reference)), order, open_engine=open_engine)
+    with machine(Trt(runnable(given.reference))) as (_, opened):
+        built = build_tensorrt_engine(request, progress)
     written = json.loads((given.folder / "model.fp16.engine.json").read_text())
     return {
         "files": _files(given.folder),
         "stamp": built.metadata.stamp,
         "same": written["stamp"] == built.metadata.stamp,
         "precision": written["precision"],
-        "source": written["source_sha256"] == tensorrt_engine.sha256_of(given.reference),
-        "plan": built.metadata.stamp["plan_sha256"] == tensorrt_engine.sha256_of(order.output),
-        "told": told,
+        "source": written["source_sha256"] == sha256_of(given.reference),
+        "plan": built.metadata.stamp["plan_sha256"] == sha256_of(request.output),
+        "titles": progress.titles,
         "shapes": opened[0].shapes,
-        "ap": list(built.result.ap),
+        "ap": list(built.comparison.ap),
     }
 
 
@@ -85,15 +82,14 @@ def _wrong(plan: bytes) -> bytes:
 
 @flow
 def engine_that_departs(given: Flow) -> Any:
-    """What TensorRT makes of the graph has another bias in the box head, and so has the engine with stages."""
+    """TensorRT changes a bias of the box head, in the engine with stages, too."""
 
     def wrong(graph: bytes) -> bytes:
         return _wrong(runnable(given.reference)(graph))
 
-    order = given.order(profiles=parsed_profiles("1", "96x128:96x128:160x160", given.metadata.preprocessing))
     (given.folder / "model.fp16.engine").write_text("the one before")
     try:
-        _build(given, Trt(wrong), order)
+        _build(Trt(wrong), given.request(batch="1", size="96x128:96x128:160x160"))
     except UserError as error:
         kept = (given.folder / "model.fp16.engine").read_text()
         return {"files": _files(given.folder), "kept": kept, "parts": [error.found, error.expected, error.fix]}
@@ -102,26 +98,23 @@ def engine_that_departs(given: Flow) -> Any:
 @flow
 def stripped_engine_that_departs(given: Flow) -> Any:
     trt = Trt(lambda graph: _wrong(runnable(given.reference)(graph)))
-    profiles = parsed_profiles("1", "96x128:96x128:160x160", given.metadata.preprocessing)
-    options = BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.STRIPPED)
     try:
-        _build(given, trt, given.order(profiles=profiles, options=options))
+        _build(trt, given.request(batch="1", size="96x128:96x128:160x160", weights=Weights.STRIPPED))
     except UserError as error:
         stamp = json.loads((given.folder / "model.fp16.rejected.engine.json").read_text())["stamp"]
-        return {"came": error.found, "stamp": stamp["refit"], "hash": "plan_sha256" in stamp}
+        return {"found": error.found, "stamp": stamp["refit"], "hash": "plan_sha256" in stamp}
 
 
 @flow
 def engine_whose_stages_do_not_build(given: Flow) -> Any:
     plans = iter([lambda graph: _wrong(runnable(given.reference)(graph)), lambda graph: None])
-    return _build(given, Trt(lambda graph: next(plans)(graph)), given.order())
+    return _build(Trt(lambda graph: next(plans)(graph)), given.request())
 
 
 @flow
 def engine_without_weights(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
-    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.STRIPPED))
-    built, _ = _build(given, trt, order)
+    built = _build(trt, given.request(weights=Weights.STRIPPED))
     refused = tensorrt_library.check_stamp(
         built.metadata, trt=trt, gpu=GPU.name, compute_capability=GPU.compute_capability
     )
@@ -130,57 +123,53 @@ def engine_without_weights(given: Flow) -> Any:
         "refit": trt.refit == [given.graph.read_bytes()],
         "cleared": serialized,
         "stamp": built.metadata.stamp["refit"],
-        "do": refused.fix,
+        "fix": refused.fix,
         "host_code": trt.runtime.engine_host_code_allowed,
     }
 
 
 @flow
 def engine_for_more_gpus(given: Flow) -> Any:
-    """With the plugins' real registration, whose kernels are for the oldest of these GPUs."""
+    """With `load_plugins` itself; the kernels are for the oldest of these GPUs."""
+    request = given.request(graph=given.aot_graph, plugins=PluginForm.AOT, hardware=Hardware.AMPERE_PLUS)
     trt = Trt(runnable(given.reference))
-    options = BuildOptions(hardware=Hardware.AMPERE_PLUS)
-    order = given.order(graph=given.aot_graph, options=options)
-    with mock.patch("maskrcnn.plugins.aot.register", autospec=True) as register:
-        built = tensorrt_engine.build_tensorrt_engine(order, given.around(trt, order.profiles))
+    with mock.patch("maskrcnn.plugins.aot.register", autospec=True) as register, machine(trt, plugins=True):
+        built = build_tensorrt_engine(request, Progress())
     named = register.call_args.kwargs
     return {"arch": named["arch"], "image": named["image"].value, "stamp": built.metadata.stamp["plugins"]}
 
 
 def _refit(given: Flow, trt: Trt, target: Path, name: str) -> tuple[Any, dict[str, Any]]:
-    """Puts weights into an engine; what was built, and what is written beside the plan."""
-    order = Refit(target=target, graph=given.graph, reference=given.reference, output=given.folder / name)
-    with mock.patch.object(tensorrt_refit, "load_plugins", autospec=True):
-        built = tensorrt_refit.refit_tensorrt_engine(order, given.around(trt, given.order().profiles))
-    return built, json.loads(order.output.with_name(f"{name}.json").read_text())["stamp"]
+    """Puts weights into an engine; returns the engine and the stamp in its file."""
+    with machine(trt):
+        built = refit_tensorrt_engine(target, given.request(output=given.folder / name), Progress())
+    return built, json.loads(built.path.with_name(f"{name}.json").read_text())["stamp"]
 
 
 @flow
 def engine_with_other_weights(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
-    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
-    _build(given, trt, order)
-    # Another plan than before, as other weights would make it.
+    first = _build(trt, given.request(weights=Weights.REFITTABLE)).path
+    # Another plan than before, as with other weights.
     trt.plan_of = lambda graph: runnable(given.reference)(graph) + b"\x32\x00"
-    built, stamp = _refit(given, trt, order.output, "new.engine")
+    built, stamp = _refit(given, trt, first, "new.engine")
     kept = [call.args[0].name for call in trt.serialization.set_flag.call_args_list]
     return {
         "files": _files(given.folder),
         "stamp": stamp,
         "set": kept,
         "can_remain": hasattr(real.SerializationFlag, "INCLUDE_REFIT"),
-        "compared": built.result.accepted and built.result.text(),
-        "hashes": [tensorrt_engine.sha256_of(path) for path in (order.output, given.folder / "new.engine")],
+        "compared": built.comparison.accepted and str(built.comparison),
+        "hashes": [sha256_of(path) for path in (first, given.folder / "new.engine")],
     }
 
 
 @flow
 def engine_that_gets_weights_once_more(given: Flow) -> Any:
-    """With a TensorRT that has the flag for this."""
+    """With a TensorRT that has INCLUDE_REFIT."""
     trt = Trt(runnable(given.reference))
     trt.SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS", INCLUDE_REFIT="INCLUDE_REFIT")
-    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
-    _build(given, trt, order)
+    _build(trt, given.request(weights=Weights.REFITTABLE))
     kinds = []
     for old, new in (("model.fp16.engine", "second.engine"), ("second.engine", "third.engine")):
         kinds.append(_refit(given, trt, given.folder / old, new)[1]["refit"])
@@ -189,22 +178,21 @@ def engine_that_gets_weights_once_more(given: Flow) -> Any:
 
 @flow
 def engine_that_gets_weights_but_once(given: Flow) -> Any:
-    """With a TensorRT as old as 10.9."""
+    """With a TensorRT that lacks INCLUDE_REFIT, as 10.9 does."""
     trt = Trt(runnable(given.reference))
     trt.SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="EXCLUDE_WEIGHTS")
-    order = given.order(options=BuildOptions(plugins=PluginForm.LIBRARY, weights=Weights.REFITTABLE))
-    _build(given, trt, order)
-    _, stamp = _refit(given, trt, order.output, "new.engine")
+    first = _build(trt, given.request(weights=Weights.REFITTABLE)).path
+    _, stamp = _refit(given, trt, first, "new.engine")
     flags = trt.serialization.set_flag.call_args_list
     try:
         _refit(given, trt, given.folder / "new.engine", "third.engine")
     except UserError as error:
-        return {"stamp": stamp["refit"], "flags": len(flags), "came": error.found}
+        return {"stamp": stamp["refit"], "flags": len(flags), "found": error.found}
 
 
 @flow
 def refit_of_a_broken_plan(given: Flow) -> Any:
-    return tensorrt_refit.refitted(Trt(), b"broken", b"")
+    return refit_plan(Trt(), b"broken", b"")
 
 
 @flow
@@ -219,72 +207,58 @@ def refit_without_some_weights(given: Flow) -> Any:
         return found
 
     trt.Refitter = refitter
-    return tensorrt_refit.refitted(trt, b"plan", b"graph")
+    return refit_plan(trt, b"plan", b"graph")
 
 
 @flow
 def refit_that_the_parser_refuses(given: Flow) -> Any:
     trt = Trt()
     trt.refuse(code="REFIT_FAILED", desc="weights of another size", node_name="conv1", node_operator="Conv")
-    return tensorrt_refit.refitted(trt, b"plan", b"graph")
+    return refit_plan(trt, b"plan", b"graph")
 
 
 @flow
 def image_outside_all_profiles(given: Flow) -> Any:
-    order = given.order(
-        profiles=parsed_profiles("1", "64x64", given.metadata.preprocessing), images=GateImages(folder=given.images)
-    )
-    return _build(given, Trt(runnable(given.reference)), order)
+    request = given.request(batch="1", size="64x64", gate_images=given.images)
+    return _build(Trt(runnable(given.reference)), request)
 
 
 # The command line
 
 
 def _commands(given: Flow, trt: Trt, *commands: list[str]) -> dict[str, Any]:
-    """What a user sees of commands in the flow's folder, with doubles in the place of TensorRT and the GPU."""
+    """Runs commands in the flow's folder; returns what they print and the files they leave."""
     shutil.copy(given.reference, given.folder / "model.onnx")
-
-    def open_engine(path: Path) -> PlanBackend:
-        stamp = json.loads(path.with_name(f"{path.name}.json").read_text())["stamp"]
-        return PlanBackend(path, from_json(stamp["profiles"]))
-
-    patches = (
-        mock.patch.dict(os.environ, {"MASKRCNN_CACHE": str(given.folder.parent / "cache")}),
-        mock.patch.object(build_engine, "tensorrt_obstacle", autospec=True, return_value=None),
-        mock.patch.object(build_engine, "import_tensorrt", autospec=True, return_value=trt),
-        mock.patch.object(build_engine, "find_gpu", autospec=True, return_value=GPU),
-        mock.patch.object(tensorrt_backend, "TensorRtBackend", open_engine),
-        mock.patch.object(tensorrt_engine, "load_plugins", autospec=True, return_value=None),
-        mock.patch.object(cli.console.console, "_file", io.StringIO()),
-    )
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.chdir, os.getcwd())
+    printed, folder = io.StringIO(), os.getcwd()
+    cache = mock.patch.dict(os.environ, {"MASKRCNN_CACHE": str(given.folder.parent / "cache")})
+    with machine(trt), cache, mock.patch.object(console, "_file", printed):
         os.chdir(given.folder)
-        for patch in patches:
-            stack.enter_context(patch)
-        for command in commands:
-            cli.app(command, standalone_mode=False)
-        return {"printed": cli.console.console._file.getvalue(), "files": _files(given.folder)}
+        try:
+            for command in commands:
+                app(command, standalone_mode=False)
+        finally:
+            os.chdir(folder)
+    return {"printed": printed.getvalue(), "files": _files(given.folder)}
 
 
 @flow
 def command_that_builds(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
     command = ["build-engine", "--fp16", "model.onnx", "--batch", "1,2", "--size", "96x128", "--workspace", "2"]
-    said = _commands(given, trt, [*command, "--gate-images", str(given.images), "--gate-max-images", "1"])
+    result = _commands(given, trt, [*command, "--gate-images", str(given.images), "--gate-max-images", "1"])
     stamp = json.loads((given.folder / "model.fp16.engine.json").read_text())["stamp"]
-    return {**said, "stamp": stamp, "aot": trt.graph == (given.folder / "model.fp16.tensorrt.onnx").read_bytes()}
+    return {**result, "stamp": stamp, "aot": trt.graph == (given.folder / "model.fp16.tensorrt.onnx").read_bytes()}
 
 
 @flow
 def command_in_tf32(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
-    said = _commands(
+    result = _commands(
         given, trt, ["build-engine", "--fp32", "--tf32", "model.onnx", "--size", "96x128", "--output", "exact.engine"]
     )
     metadata = json.loads((given.folder / "exact.engine.json").read_text())
     command = metadata["stamp"]["command"]
-    return {**said, "precision": metadata["precision"], "flag": trt.flags["TF32"], "command": command}
+    return {**result, "precision": metadata["precision"], "flag": trt.flags["TF32"], "command": command}
 
 
 @flow
@@ -292,5 +266,5 @@ def commands_that_refit(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
     build = ["build-engine", "--fp16", "model.onnx", "--size", "96x128", "--strip-weights"]
     refit = ["refit-engine", "model.fp16.engine", "model.onnx", "--output", "whole.engine"]
-    said = _commands(given, trt, build, refit)
-    return {**said, "stamp": json.loads((given.folder / "whole.engine.json").read_text())["stamp"]}
+    result = _commands(given, trt, build, refit)
+    return {**result, "stamp": json.loads((given.folder / "whole.engine.json").read_text())["stamp"]}

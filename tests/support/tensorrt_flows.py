@@ -1,6 +1,6 @@
-"""Ways through building TensorRT plans, run inside the rig's processes over doubles of the real classes.
+"""Builds of TensorRT plans, run inside the rig's processes with doubles of the real classes.
 
-Each flow returns what JSON holds, which the tests look at; a `UserError` is told by its three parts.
+Each flow returns JSON values for the tests; a `UserError` becomes its three parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,28 +22,29 @@ import onnx
 import tensorrt as real
 from tensorrt_doubles import GPU, PlanBackend, Trt, answers, double_of
 
+from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends import tensorrt_library
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
 from maskrcnn.runtime.build import refit as tensorrt_refit
-from maskrcnn.runtime.build.network import BuildOptions, build_plan, run_stoppable
-from maskrcnn.runtime.build.profiles import parsed_profiles
-from maskrcnn.runtime.build.request import Order, Surroundings
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.build import tensorrt as tensorrt_build
+from maskrcnn.runtime.build.network import build_plan, run_stoppable
+from maskrcnn.runtime.build.request import BuildRequest
+from maskrcnn.runtime.engine_files import read_model
 
 FLOWS: dict[str, Callable[[Flow], Any]] = {}
 
 
 def flow(function: Callable[[Flow], Any]) -> Callable[[Flow], Any]:
-    """Puts a function among the flows."""
+    """Registers a flow."""
     FLOWS[function.__name__] = function
     return function
 
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What a flow has to work with."""
+    """The files of a flow."""
 
     folder: Path  # empty
     reference: Path  # ONNX file in single precision
@@ -55,36 +56,78 @@ class Flow:
     def metadata(self) -> ModelMetadata:
         return read_model(self.graph)[1]
 
-    def plan(self, trt: Trt, options: BuildOptions | None = None, **named: Any) -> Any:
-        """Builds a plan of two profiles."""
-        profiles = parsed_profiles("1,2:4:8", "coco", self.metadata.preprocessing)
-        given = (self.graph.read_bytes(), self.metadata, profiles, options or BuildOptions())
-        return build_plan(trt, *given, **named)
+    def plan(self, trt: Any, *, progress: Progress | None = None, stop: Any = None, **changes: Any) -> Any:
+        """Builds a plan; the timing cache of the request is passed on."""
+        request = self.request(**{"plugins": PluginForm.AOT, "batch": "1,2:4:8", "size": "coco", **changes})
+        given = {"timing_cache": changes.get("timing_cache"), "plugin_library": self.folder / "libmaskrcnn_plugins.so"}
+        graph = self.graph.read_bytes()
+        return build_plan(trt, graph, self.metadata, request, progress=progress or Progress(), stop=stop, **given)
 
-    def order(self, **changes: Any) -> Order:
-        """For a small engine."""
+    def request(self, **changes: Any) -> BuildRequest:
+        """A small engine."""
         values = {
             "graph": self.graph,
-            "reference": self.reference,
+            "model": self.reference,
             "output": self.folder / "model.fp16.engine",
             "precision": "fp16",
-            "profiles": parsed_profiles("2", "96x128", self.metadata.preprocessing),
-            "options": BuildOptions(plugins=PluginForm.LIBRARY),
+            "batch": "2",
+            "size": "96x128",
+            "plugins": PluginForm.LIBRARY,
             "timing_cache": self.folder / "timing.cache",
-            "command": "maskrcnn build-engine model.onnx --fp16 --target tensorrt",
             **changes,
         }
-        return Order(**values)
+        return BuildRequest(**values)
 
-    def around(self, trt: Trt, profiles: Any, told: list[str] | None = None, **changes: Any) -> Surroundings:
-        """With engines that ONNX Runtime runs."""
-        tell = told.append if told is not None else lambda what: None
-        opened = lambda path: PlanBackend(path, profiles)  # noqa: E731
-        return Surroundings(**{"trt": trt, "gpu": GPU, "open_engine": opened, "tell": tell, **changes})
+
+class Recorded(Progress):
+    """Keeps what it receives."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.steps: list[list[Any]] = []
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.titles.append(title)
+        self.steps.append(["started", title, total])
+        yield lambda steps: self.steps.append(["advanced", title, steps])
+        self.steps.append(["finished", title])
+
+
+@contextlib.contextmanager
+def machine(trt: Trt, *, plugins: bool = False) -> Iterator[tuple[Any, list[PlanBackend]]]:
+    """A machine with this TensorRT and a GPU, whose engines ONNX Runtime runs.
+
+    Args:
+        trt: the double.
+        plugins: register the plugins as usual.
+
+    Yields:
+        the mock of `load_plugins` (None with `plugins`), and the engines that were opened.
+    """
+    opened: list[PlanBackend] = []
+
+    def open_engine(path: Path) -> PlanBackend:
+        opened.append(PlanBackend(path))
+        return opened[-1]
+
+    load = None
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(tensorrt_library, "tensorrt_obstacle", lambda: None))
+        patches.enter_context(mock.patch.object(tensorrt_library, "import_tensorrt", lambda: trt))
+        for module in (tensorrt_build, tensorrt_refit):
+            patches.enter_context(mock.patch.object(module, "import_tensorrt", lambda: trt))
+            patches.enter_context(mock.patch.object(module, "find_gpu", lambda: GPU))
+            patches.enter_context(mock.patch.object(module, "TensorRtBackend", open_engine))
+        if not plugins:
+            patches.enter_context(mock.patch.object(tensorrt_refit, "load_plugins", autospec=True))
+            load = mock.patch.object(tensorrt_build, "load_plugins", autospec=True, return_value=None)
+            load = patches.enter_context(load)
+        yield load, opened
 
 
 def run(**paths: str) -> dict[str, Any]:
-    """Of all flows so far what they returned under `value`, or an error's parts, or a crash's traceback."""
+    """Runs all flows: their results under `value`, or the parts of an error, or the traceback of a crash."""
     folder, results = Path(paths.pop("folder")), {}
     for name in FLOWS:
         (folder / name).mkdir()
@@ -99,7 +142,7 @@ def run(**paths: str) -> dict[str, Any]:
 
 
 def _settings(trt: Trt) -> dict[str, Any]:
-    """What was written into the builder's configuration."""
+    """The settings of the builder's configuration."""
     names = ("builder_optimization_level", "max_aux_streams", "plugins_to_serialize", "hardware_compatibility_level")
     written = {name: getattr(trt.config, name) for name in names}
     plain = {name: value for name, value in written.items() if not isinstance(value, mock.NonCallableMock)}
@@ -113,17 +156,7 @@ def _settings(trt: Trt) -> dict[str, Any]:
 
 @flow
 def plain_build(given: Flow) -> Any:
-    trt, phases = Trt(), []
-
-    class Told:
-        def started(self, phase, parent, steps):
-            phases.append(["started", phase, parent, steps])
-
-        def completed(self, phase, step):
-            phases.append(["completed", phase, step])
-
-        def finished(self, phase):
-            phases.append(["finished", phase])
+    trt, progress = Trt(), Recorded()
 
     def during(trt: Trt) -> None:
         monitor = trt.config.progress_monitor
@@ -134,17 +167,17 @@ def plain_build(given: Flow) -> Any:
         monitor.phase_finish("Tactics")
         monitor.phase_finish("Building")
         trt.say("WARNING", "a warning")
-        trt.say("VERBOSE", "not for anybody")
+        trt.say("VERBOSE", "not a warning")
 
     trt.during = during
-    made = given.plan(trt, progress=Told(), timing_cache=given.folder / "timing.cache")
+    plan, warnings = given.plan(trt, progress=progress, timing_cache=given.folder / "timing.cache")
     return {
-        "plan": made.data.decode(),
-        "warnings": made.warnings,
+        "plan": plan.decode(),
+        "warnings": warnings,
         "typed": trt.network_flags == 1 << int(real.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
         "graph": trt.graph == given.graph.read_bytes(),
         "profiles": [[call.args for call in added.set_shape.call_args_list] for added in trt.added],
-        "phases": phases,
+        "phases": progress.steps,
         "timing": (given.folder / "timing.cache").read_text(),
         **_settings(trt),
     }
@@ -152,25 +185,26 @@ def plain_build(given: Flow) -> Any:
 
 @flow
 def every_option(given: Flow) -> Any:
-    trt, library = Trt(), given.folder / "libmaskrcnn_plugins.so"
-    options = BuildOptions(
-        plugins=PluginForm.LIBRARY,
-        tf32=True,
-        workspace_gb=1.5,
-        optimization_level=5,
-        aux_streams=0,
-        hardware=Hardware.SAME_COMPUTE_CAPABILITY,
-        version_compatible=True,
-        weights=Weights.REFITTABLE,
-    )
-    given.plan(trt, options, plugin_library=library)
-    return {"text": options.text(), "library": str(library), **_settings(trt)}
+    trt = Trt()
+    options = {
+        "plugins": PluginForm.LIBRARY,
+        "tf32": True,
+        "workspace_gb": 1.5,
+        "optimization_level": 5,
+        "aux_streams": 0,
+        "hardware": Hardware.SAME_COMPUTE_CAPABILITY,
+        "version_compatible": True,
+        "weights": Weights.REFITTABLE,
+    }
+    given.plan(trt, **options)
+    settings, library = given.request(**options).settings(), str(given.folder / "libmaskrcnn_plugins.so")
+    return {"text": settings, "library": library, **_settings(trt)}
 
 
 @flow
 def stripped_build(given: Flow) -> Any:
     trt = Trt()
-    given.plan(trt, BuildOptions(weights=Weights.STRIPPED, hardware=Hardware.AMPERE_PLUS))
+    given.plan(trt, weights=Weights.STRIPPED, hardware=Hardware.AMPERE_PLUS)
     return _settings(trt)
 
 
@@ -216,9 +250,7 @@ def parser_says_nothing(given: Flow) -> Any:
 def other_outputs(given: Flow) -> Any:
     model = onnx.load(given.graph)
     del model.graph.output[-1]
-    metadata = given.metadata
-    profiles = parsed_profiles("1", "coco", metadata.preprocessing)
-    return build_plan(Trt(), model.SerializeToString(), metadata, profiles, BuildOptions())
+    return build_plan(Trt(), model.SerializeToString(), given.metadata, given.request(), progress=Progress())
 
 
 def _fails_with(*texts: str) -> Callable[[Flow], Any]:
@@ -229,7 +261,7 @@ def _fails_with(*texts: str) -> Callable[[Flow], Any]:
     return failing
 
 
-# TensorRT's messages, as reports of users cite them.
+# Messages of TensorRT, as quoted in issues.
 FLOWS |= {
     "no_kernel_image": _fails_with(
         "1: [x.cpp::execute::1] Error Code 1: Cuda Runtime (no kernel image is available for execution on the device)"
@@ -270,11 +302,9 @@ def interrupted(given: Flow) -> Any:
 
 @flow
 def progress_breaks(given: Flow) -> Any:
-    class Broken:
-        def started(self, *_):
+    class Broken(Progress):
+        def task(self, title: str, total: int | None = None) -> Any:
             raise OSError("the terminal is gone")
-
-        completed = finished = started
 
     def during(trt: Trt) -> None:
         trt.config.progress_monitor.phase_start("Building", None, 2)
@@ -334,17 +364,17 @@ def shape_is_refused(given: Flow) -> Any:
 
 @flow
 def builds_and_loads_one_after_the_other(given: Flow) -> Any:
-    """TensorRT tells the logger of the first build what it says during the others."""
+    """TensorRT sends the messages of later builds to the logger of the first one."""
     texts = iter(("first", "second"))
     trt = Trt(during=lambda trt: trt.say("WARNING", next(texts)))
     warnings = []
     for _ in range(2):
-        warnings.append(given.plan(trt).warnings)
+        warnings.append(given.plan(trt)[1])
         gc.collect()
     try:
-        tensorrt_refit.refitted(trt, b"broken", b"")
+        tensorrt_refit.refit_plan(trt, b"broken", b"")
     except UserError as error:
-        return {"warnings": warnings, "came": error.found}
+        return {"warnings": warnings, "found": error.found}
 
 
 # Plugins, in the real registry
@@ -373,4 +403,4 @@ def plugins_in_the_registry(given: Flow) -> Any:
     try:
         tensorrt_library.load_plugins(real, PluginForm.LIBRARY, library=library)
     except UserError as error:
-        return {"before": before, "after": names(), "returned": [first, second], "came": error.found}
+        return {"before": before, "after": names(), "returned": [first, second], "found": error.found}

@@ -1,0 +1,158 @@
+"""`maskrcnn.triton(...)`: a model repository for NVIDIA's Triton Inference Server."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from maskrcnn.api.progress import Progress
+from maskrcnn.api.results import Result
+from maskrcnn.errors import UserError
+
+
+class MaskFormat(str, Enum):
+    """Format of the masks that clients receive."""
+
+    RLE = "rle"  # compressed run lengths of COCO
+    BITS = "bits"  # eight pixels a byte
+    NONE = "none"
+
+
+class InstanceKind(str, Enum):
+    """Where a server runs ONNX files."""
+
+    AUTO = "auto"  # on a GPU if there is one
+    GPU = "gpu"
+    CPU = "cpu"
+
+
+@dataclass(frozen=True, repr=False)
+class ServedModelResult(Result):
+    """A model file in a repository."""
+
+    name: str  # for clients
+    path: Path
+    precision: str
+    backend: str  # of Triton
+    version: int
+    is_new: bool  # False if the newest version was this file already
+    models: list[str]  # of the repository that it consists of
+    needs: list[str]  # requirements on the server
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        state = "written" if self.is_new else "exists already"
+        return [
+            f"{self.name}: {self.path} in {self.precision} on Triton's {self.backend} backend, "
+            f"version {self.version} {state}",
+            f"  models: {', '.join(self.models)}",
+            *(f"  needs: {need}" for need in self.needs),
+        ]
+
+
+@dataclass(frozen=True, repr=False)
+class TritonResult(Result):
+    """A model repository, and the command that serves it."""
+
+    out: Path
+    served: list[ServedModelResult]
+    command: str  # with the repository at /models
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        models = [line for model in self.served for line in model.lines()]
+        return [*models, f"start, with {self.out} at /models: {self.command}"]
+
+
+def triton(
+    models: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    name: str | None = None,
+    raw: bool = False,
+    masks: MaskFormat | str = MaskFormat.RLE,
+    min_score: float = 0.0,
+    max_batch: int | None = None,
+    queue_delay: int = 0,
+    pad_to: Sequence[tuple[int, int]] = (),
+    instances: int = 1,
+    step_instances: int = 2,
+    kind: InstanceKind | str = InstanceKind.AUTO,
+    threads: int = 0,
+    cuda_graphs: bool = True,
+    plugin_library: str | Path | None = None,
+    keep_config: bool = False,
+    progress: Progress | None = None,
+) -> TritonResult:
+    """Writes model files to a model repository: image files in, detections out.
+
+    Args:
+        models: ONNX files, TensorRT engines, OpenVINO engines (`.xml`).
+        out: folder of the repository; an existing one receives another version of each model.
+        name: for clients, with one model. Default: from the file name.
+        raw: write the network only: tensors in, tensors out.
+        masks: format of the masks: "rle", "bits" or "none".
+        min_score: detections below are not sent.
+        max_batch: maximum batch size. Default: 8, or what an engine allows.
+        queue_delay: microseconds that a request waits to be batched with others.
+        pad_to: (height, width) in pixels that images are padded to, as only images of equal size are batched.
+        instances: instances of the network on each GPU.
+        step_instances: processes of each step around the network.
+        kind: where ONNX files run: "auto", "gpu" or "cpu".
+        threads: threads of an instance on a CPU; 0: the default of the runtime.
+        cuda_graphs: run TensorRT engines as CUDA graphs.
+        plugin_library: libmaskrcnn_plugins.so, for engines that use it. Default: from the cache.
+        keep_config: add versions under existing configurations, even if these differ.
+        progress: receives the steps.
+
+    Raises:
+        UserError: for files that cannot be served, and existing configurations that differ.
+    """
+    from maskrcnn.runtime.serving.models import ServingOptions, served_model
+    from maskrcnn.runtime.serving.triton import default_name, write_repository
+
+    progress, out = progress or Progress(), Path(out)
+    paths = [Path(path) for path in ([models] if isinstance(models, (str, Path)) else models)]
+    options = ServingOptions(
+        max_batch=max_batch,
+        instances=instances,
+        step_instances=step_instances,
+        kind=_value(kind),
+        queue_delay_us=queue_delay,
+        pad_to=tuple(pad_to),
+        masks=_value(masks),
+        min_score=min_score,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+    )
+    if name is not None and len(paths) > 1:
+        raise UserError(f"--name {name} for {len(paths)} models", "one model", "drop it, or name one model")
+    library = None if plugin_library is None else Path(plugin_library)
+    served = [(name or default_name(path), served_model(path, plugin_library=library)) for path in paths]
+    with progress.task(f"writing {out}"):
+        written = write_repository(out, served, options, raw=raw, keep_config=keep_config)
+    results, flags = [], []
+    for each, (_, model) in zip(written, served, strict=True):
+        folder = f"/models/{each.models[0]}/{each.version}"
+        flags += [flag.format(folder=folder) for flag in model.flags]
+        results.append(
+            ServedModelResult(
+                name=each.name,
+                path=model.path,
+                precision=model.metadata.precision,
+                backend=model.backend,
+                version=each.version,
+                is_new=each.is_new,
+                models=list(each.models),
+                needs=list(model.needs),
+            )
+        )
+    command = shlex.join(["tritonserver", "--model-repository=/models", *dict.fromkeys(flags)])
+    return TritonResult(out, results, command)
+
+
+def _value(choice: Enum | str) -> str:
+    return str(choice.value) if isinstance(choice, Enum) else choice

@@ -1,0 +1,1 @@
+"""Building engines with OpenVINO and TensorRT."""
