@@ -1,1 +1,1 @@
-"""Images to tensors and tensors to masks, on NumPy alone."""
+"""Preprocessing, postprocessing, masks, drawing and export of detections, in NumPy."""

@@ -1,4 +1,4 @@
-"""Pictures of detections and annotations."""
+"""Drawing of detections and annotations on images."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ if TYPE_CHECKING:
     from maskrcnn.imaging.postprocess import Detections
 
 Colour = tuple[int, int, int]
-_Line = tuple[tuple[float, float, float, float], Colour]  # x0, y0, x1, y1
+_Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+_Line = tuple[_Box, Colour]
 
-# Keypoints below it are not drawn. It is a logit of the heat map, as in Detectron's pictures, and no probability: how
-# large it gets depends on the training, and one that is hidden may have a high one as well.
+# Lowest score of a keypoint that is drawn, as in Detectron. It is a logit of the heat map, not a probability: its range
+# depends on the training, and a hidden keypoint may have a high score as well.
 POINT_SCORE = 2.0
 _OPACITY = 0.45
-_MIN_SIDE_PX = 640  # smaller pictures are enlarged, so that the text does not hide them
+_MIN_SIDE_PX = 640  # smaller images are enlarged, so that the text does not hide them
 _POINT_PX = 3  # radius of a keypoint
-_LINE_PX = 3  # width of a line between two
+_LINE_PX = 3  # width of a skeleton line
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """One object on a picture, in its pixels."""
+    """An object to draw, in pixels of the image."""
 
-    box_xyxy_px: tuple[float, float, float, float]
-    text: str  # at the upper left corner
+    box_xyxy_px: _Box
+    text: str  # at the top left corner
     colour: Colour
     mask: np.ndarray | None = None  # [H, W] bool
     points_px: Sequence[tuple[float, float]] = ()  # x, y
@@ -38,8 +39,9 @@ class Mark:
 
 
 def colour_of(index: int) -> Colour:
-    """A bright colour, different for neighbouring indices (golden-ratio hues)."""
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(index * 0.61803398875 % 1.0, 0.75, 1.0))
+    """Returns a bright colour, different for neighbouring indices (golden-ratio hues)."""
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(index * 0.61803398875 % 1.0, 0.75, 1.0))
+    return red, green, blue
 
 
 def overlay(
@@ -50,44 +52,48 @@ def overlay(
     *,
     point_score: float = POINT_SCORE,
 ) -> Image.Image:
-    """The image with each detection's box, class and score and, where it has them, mask with outline and keypoints.
+    """Draws detections on an image: box, class and score, and mask with outline and keypoints if present.
 
-    The best is on top. Small images are enlarged by a whole factor to at least 640 px on their longer side.
+    The highest score is on top. Small images are enlarged by an integer factor to at least 640 px on the longer side.
 
     Args:
         image: uint8 `[H, W, 3]` RGB.
         detections: of this image, in its pixels.
         class_names: of labels 1, 2, ….
-        skeleton: pairs of keypoints, counted from 1, between which a line is drawn, each pair in a colour of its own.
-        point_score: keypoints of a lower score are left out, and the lines to them; see `POINT_SCORE`.
+        skeleton: pairs of keypoints, counted from 1, connected by a line; each pair has its own colour.
+        point_score: lowest score of a keypoint that is drawn, with the lines to it; see `POINT_SCORE`.
     """
     scale = _scale(image)
     detections = _enlarged(detections, scale)
-    masks = detections.full_masks() if detections.has_masks else [None] * len(detections)
-    marks = [
-        Mark(tuple(box.tolist()), f"{class_names[label - 1]} {score:.2f}", colour_of(k), mask)
-        for k, (box, label, score, mask) in enumerate(
-            zip(detections.boxes_xyxy_px, detections.labels, detections.scores, masks, strict=True)
-        )
-    ]
-    if detections.keypoints is not None:
-        marks = [
-            replace(mark, **figure_of(keypoints, keypoints[:, 2] >= point_score, skeleton))
-            for mark, keypoints in zip(marks, detections.keypoints, strict=True)
-        ]
-    return _drawn(_repeated(image, scale), marks)
+    masks = detections.full_masks() if detections.has_masks else None
+    marks = []
+    for k, (box, label, score) in enumerate(
+        zip(detections.boxes_xyxy_px.tolist(), detections.labels, detections.scores, strict=True)
+    ):
+        mask = None if masks is None else masks[k]
+        mark = Mark(tuple(box), f"{class_names[label - 1]} {score:.2f}", colour_of(k), mask)
+        if detections.keypoints is not None:
+            points = detections.keypoints[k]
+            mark = with_pose(mark, points, points[:, 2] >= point_score, skeleton)
+        marks.append(mark)
+    return _draw(_enlarge(image, scale), marks)
 
 
-def figure_of(
-    keypoints: np.ndarray, is_shown: np.ndarray, skeleton: Sequence[tuple[int, int]], colour: Colour | None = None
-) -> dict[str, Sequence]:
-    """The points and lines of a mark.
+def with_pose(
+    mark: Mark,
+    keypoints: np.ndarray,
+    is_shown: np.ndarray,
+    skeleton: Sequence[tuple[int, int]],
+    colour: Colour | None = None,
+) -> Mark:
+    """Returns a mark with keypoints and skeleton lines.
 
     Args:
-        keypoints: `[K, 3]` x, y in pixels of the picture, and a third number that is not read.
+        mark: of the object.
+        keypoints: `[K, 3]` x, y in pixels of the image; the third value is not used.
         is_shown: bool `[K]`.
-        skeleton: see `overlay`; a line is drawn where both its ends are shown.
-        colour: of all lines; by default each has its own.
+        skeleton: see `overlay`; a line is drawn if both its ends are shown.
+        colour: of all lines (default: a different one for each).
     """
     places = keypoints[:, :2].astype(float).tolist()
     lines = [
@@ -95,11 +101,11 @@ def figure_of(
         for number, (first, second) in enumerate(skeleton)
         if is_shown[first - 1] and is_shown[second - 1]
     ]
-    return {"points_px": [tuple(places[k]) for k in np.flatnonzero(is_shown)], "lines": lines}
+    return replace(mark, points_px=[(places[k][0], places[k][1]) for k in np.flatnonzero(is_shown)], lines=lines)
 
 
-def marked(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
-    """The image with marks, the first on top; enlarged as by `overlay`.
+def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
+    """Draws marks on an image, the first on top; enlarged as by `overlay`.
 
     Args:
         image: uint8 `[H, W, 3]` RGB.
@@ -109,25 +115,30 @@ def marked(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     enlarged = [
         replace(
             mark,
-            box_xyxy_px=tuple(scale * side for side in mark.box_xyxy_px),
-            mask=None if mark.mask is None else _repeated(mark.mask, scale),
+            box_xyxy_px=_scaled_box(mark.box_xyxy_px, scale),
+            mask=None if mark.mask is None else _enlarge(mark.mask, scale),
             points_px=[(scale * x, scale * y) for x, y in mark.points_px],
-            lines=[(tuple(scale * side for side in ends), colour) for ends, colour in mark.lines],
+            lines=[(_scaled_box(ends, scale), colour) for ends, colour in mark.lines],
         )
         for mark in marks
     ]
-    return _drawn(_repeated(image, scale), enlarged)
+    return _draw(_enlarge(image, scale), enlarged)
 
 
-def _drawn(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
+def _scaled_box(box: _Box, scale: int) -> _Box:
+    x0, y0, x1, y1 = box
+    return scale * x0, scale * y0, scale * x1, scale * y1
+
+
+def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     canvas = image.astype(np.float32)
     for mark in reversed(marks):
         if mark.mask is not None:
             colour = np.array(mark.colour, np.float32)
             canvas[mark.mask] = (1 - _OPACITY) * canvas[mark.mask] + _OPACITY * colour
             canvas[_outline(mark.mask)] = colour
-    picture = Image.fromarray(canvas.round().astype(np.uint8))
-    draw = ImageDraw.Draw(picture)
+    drawn = Image.fromarray(canvas.round().astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
     for mark in reversed(marks):
         x0, y0, x1, y1 = mark.box_xyxy_px
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=mark.colour)
@@ -138,19 +149,19 @@ def _drawn(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         left, top, right, bottom = draw.textbbox((x0 + 2, max(y0 - 12, 0)), mark.text)
         draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=mark.colour)
         draw.text((left, max(y0 - 12, 0)), mark.text, fill="black")
-    return picture
+    return drawn
 
 
 def _scale(image: np.ndarray) -> int:
     return max(1, -(-_MIN_SIDE_PX // max(image.shape[:2])))
 
 
-def _repeated(pixels: np.ndarray, scale: int) -> np.ndarray:
+def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
     return np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)
 
 
 def _enlarged(detections: Detections, scale: int) -> Detections:
-    """The detections in a picture of `scale` times the size."""
+    """The detections on an image of `scale` times the size."""
     height, width = detections.size_hw
     points = None if detections.keypoints is None else detections.keypoints * np.float32([scale, scale, 1])
     size_hw = height * scale, width * scale

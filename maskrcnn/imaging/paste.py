@@ -1,15 +1,14 @@
-"""Masks in the frame of their box as pixels of an image, or straight as run lengths. Needs NumPy only.
+"""Pasting of masks, given in the frame of their box, as pixels of an image or directly as run lengths. NumPy only.
 
-Masks are pasted as torchvision's `paste_masks_in_image` does: one pixel of zeros around the mask, the box grown in
-proportion and cut to whole pixels, then linear interpolation. Only the part of a box that lies inside the image is
-ever computed.
+Masks are pasted as by torchvision's `paste_masks_in_image`: one pixel of zero padding, the box enlarged in proportion
+and truncated to integers, then linear interpolation. Only the part of a box inside the image is computed.
 
-Run lengths need less than that. Down a column, pixels between the rows a and b of the mask go from one value towards
-the other without turning back and without passing it, in float32 as well: a + w · (b − a) is rounded three times, each
-time monotonously, and a weight is at most 1 − 2⁻²³, which makes up for the rounding of difference and product (w can be
-1 − 2⁻²⁴ in the first row, but there a is zero and the difference exact). So a run can begin or end only where two rows
-of the mask lie on either side of the threshold, and there its first pixel is found by bisection. The work grows with
-the width of a box, not with its area, and the pixels are the same.
+Run lengths are computed without pixels. Down a column, interpolation between rows a and b of the mask is monotonic and
+stays between them, in float32 too: a + w · (b − a) is rounded three times, each time monotonically, and a weight is at
+most 1 − 2⁻²³, which compensates the rounding of difference and product (w can be 1 − 2⁻²⁴ in the first row, but there a
+is zero and the difference exact). So a run starts or ends only between two rows of the mask on either side of the
+threshold, and its first pixel is found by bisection. The cost grows with the width of a box, not with its area, and the
+result equals that of the pixels.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ import numpy as np
 from maskrcnn.imaging.run_lengths import Runs
 
 _PADDING_PX = 1  # zeros around a mask before pasting, torchvision's default
-_MOST_COLUMNS = 1 << 15  # interpolated at a time, so that memory stays in the cache
+MAX_COLUMNS = 1 << 15  # interpolated at a time, to stay within the CPU's cache
 
 
 class _Axis(NamedTuple):
-    """Where linear interpolation reads for the pixels of all windows along one axis, window after window."""
+    """Taps of linear interpolation along one axis for the pixels of all windows, window after window."""
 
     first: np.ndarray  # [D] int64, first pixel in the image
-    count: np.ndarray  # [D] int64, pixels of the window; 0 where the box does not touch the image
+    counts: np.ndarray  # [D] int64, pixels of the window; 0 if the box does not touch the image
     low: np.ndarray  # [sum of counts] int64
     high: np.ndarray  # [sum of counts] int64, the same pixel at the border
     weight: np.ndarray  # [sum of counts] float32, of `high`; that of `low` is one minus it
@@ -38,16 +37,17 @@ class _Axis(NamedTuple):
     @property
     def owner(self) -> np.ndarray:
         """The window of each pixel."""
-        return np.repeat(np.arange(len(self.count)), self.count)
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each window's pixels begin."""
-        return np.cumsum(self.count) - self.count
+        """Index of each window's first pixel."""
+        starts: np.ndarray = np.cumsum(self.counts) - self.counts
+        return starts
 
 
 def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, int, int]:
-    """The part of a pasted mask that lies inside the image.
+    """Pastes a mask and returns the part inside the image.
 
     Args:
         mask: `[M, M]` float32 probabilities in the frame of the box.
@@ -60,7 +60,7 @@ def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, in
     """
     boxes = np.asarray(box_xyxy_px, np.float32).reshape(1, 4)
     columns, rows = _axes(boxes, size_hw, mask.shape[-1])
-    if not columns.count[0]:
+    if not columns.counts[0]:
         return np.zeros((0, 0), np.float32), 0, 0
     lines = _interpolated_columns(np.asarray(mask, np.float32)[None], columns)
     low, high = lines[:, rows.low], lines[:, rows.high]
@@ -68,7 +68,7 @@ def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, in
 
 
 def pasted_runs(masks: np.ndarray, boxes_xyxy_px: np.ndarray, size_hw: tuple[int, int], threshold: float) -> Runs:
-    """COCO's run lengths of pasted masks: of the pixels whose probability exceeds `threshold`.
+    """Pastes masks and returns COCO run lengths of the pixels whose probability exceeds `threshold`.
 
     Args:
         masks: `[D, M, M]` float32 probabilities in the frames of the boxes, not negative.
@@ -84,9 +84,9 @@ def pasted_runs(masks: np.ndarray, boxes_xyxy_px: np.ndarray, size_hw: tuple[int
 
 
 def _portions(boxes: np.ndarray, size_hw: tuple[int, int]) -> Iterator[slice]:
-    """Slices of boxes that are about so wide together as memory allows, at least one box each."""
+    """Slices of boxes of about `MAX_COLUMNS` in total, at least one box each."""
     width = np.nan_to_num(boxes[:, 2] - boxes[:, 0]).clip(1, size_hw[1]) + 4
-    portion = (np.cumsum(width) // _MOST_COLUMNS).astype(np.int64)
+    portion = (np.cumsum(width) // MAX_COLUMNS).astype(np.int64)
     edges = [0, *(np.flatnonzero(np.diff(portion)) + 1).tolist(), len(boxes)]
     return (slice(start, stop) for start, stop in pairwise(edges) if start < stop)
 
@@ -100,7 +100,8 @@ def _axes(boxes: np.ndarray, size_hw: tuple[int, int], mask_size: int) -> tuple[
     start, count = np.where(is_inside[:, None], start, 0), np.where(is_inside[:, None], stop - start, 0)
     offset, length = start - first, np.maximum(last - first + 1, 1)
     size_in = mask_size + 2 * _PADDING_PX
-    return tuple(_axis(start[:, k], count[:, k], offset[:, k], length[:, k], size_in) for k in (0, 1))
+    columns, rows = (_axis(start[:, k], count[:, k], offset[:, k], length[:, k], size_in) for k in (0, 1))
+    return columns, rows
 
 
 def _grown(boxes: np.ndarray, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,16 +109,16 @@ def _grown(boxes: np.ndarray, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
     low, high = boxes[:, :2], boxes[:, 2:]
     half = (high - low) * np.float32(0.5) * np.float32((mask_size + 2 * _PADDING_PX) / mask_size)
     centre = (high + low) * np.float32(0.5)
-    # Conversion to integers cuts towards zero, so boxes beyond the upper or left border move inwards by up to
-    # a pixel, in torchvision as here.
+    # Conversion to integers truncates towards zero, so boxes beyond the top or left border move inwards by up to one
+    # pixel, as in torchvision.
     return (centre - half).astype(np.int64), (centre + half).astype(np.int64)
 
 
 def _axis(start: np.ndarray, count: np.ndarray, offset: np.ndarray, length: np.ndarray, size_in: int) -> _Axis:
-    """The taps of pixels `offset` to `offset + count` of linear resizing to `length`; all arguments `[D]`."""
+    """Taps of pixels `offset` to `offset + count` of linear resizing to `length`; arguments are `[D]`."""
     place = np.arange(count.sum()) + np.repeat(offset - (np.cumsum(count) - count), count)
     scale = np.float32(size_in) / length.astype(np.float32)
-    # Rounded once, as `preprocess.linear_taps` explains.
+    # Rounded once, see `preprocess.linear_taps`.
     centres = (place.astype(np.float32) + np.float32(0.5)).astype(np.float64)
     positions = (centres * np.repeat(scale.astype(np.float64), count) - 0.5).astype(np.float32)
     np.maximum(positions, np.float32(0), out=positions)
@@ -127,13 +128,14 @@ def _axis(start: np.ndarray, count: np.ndarray, offset: np.ndarray, length: np.n
 
 
 def _interpolated_columns(masks: np.ndarray, columns: _Axis) -> np.ndarray:
-    """For each column of each window the values `[columns, M + 2]` at the rows of its padded mask `[D, M, M]`."""
+    """Values `[columns, M + 2]` of each window's columns at the rows of its padded mask `[D, M, M]`."""
     size = masks.shape[-1] + 2 * _PADDING_PX
     padded = np.zeros((len(masks), size, size), np.float32)
     padded[:, _PADDING_PX:-_PADDING_PX, _PADDING_PX:-_PADDING_PX] = masks.transpose(0, 2, 1)
     lines = padded.reshape(-1, size)
     owner = columns.owner * size
-    low, high = lines[owner + columns.low], lines[owner + columns.high]
+    low: np.ndarray = lines[owner + columns.low]
+    high: np.ndarray = lines[owner + columns.high]
     high -= low
     high *= columns.weight[:, None]
     high += low
@@ -147,10 +149,10 @@ def _runs(masks: np.ndarray, boxes: np.ndarray, size_hw: tuple[int, int], thresh
     height, width = size_hw
     inside = columns.first[window] + column - columns.starts[window]
     places = window * (height * width + 1) + inside * height + rows.first[window] + row
-    # What begins where something ends is no boundary: at the top of a column, or at rows of the mask without pixels.
-    begins = np.flatnonzero(np.concatenate(([True], places[1:] != places[:-1]))[: len(places)])
-    repeats = np.diff(np.concatenate((begins, [len(places)])))
-    return _runs_from_turns(places[begins[repeats % 2 == 1]], len(masks), height * width)
+    # A start and an end at the same place cancel: at the top of a column, or at rows of the mask without pixels.
+    starts = np.flatnonzero(np.concatenate(([True], places[1:] != places[:-1]))[: len(places)])
+    repeats = np.diff(np.concatenate((starts, [len(places)])))
+    return _runs_from_turns(places[starts[repeats % 2 == 1]], len(masks), height * width)
 
 
 def _turns(
@@ -168,16 +170,16 @@ def _turns(
     found = np.flatnonzero(is_above[1:] != is_above[:-1])  # never between columns: both ends are padding
     column, tap = np.divmod(found, taps)
     window = columns.owner[column]
-    per_tap = np.bincount(rows.owner * taps + rows.low, minlength=len(rows.count) * taps).reshape(-1, taps)
+    per_tap = np.bincount(rows.owner * taps + rows.low, minlength=len(rows.counts) * taps).reshape(-1, taps)
     above_tap = np.cumsum(per_tap, axis=1) - per_tap  # rows of a window that read earlier taps
     start, stop = above_tap[window, tap], above_tap[window, tap + 1]
     values, before = lines.ravel()[found], is_above[found]
     steps = lines.ravel()[found + 1] - values
     base = rows.starts[window]
     row = start.copy()
-    for _ in range(int(per_tap.max(initial=0)).bit_length()):  # bisection for the first row that is not as `before`
+    for _ in range(int(per_tap.max(initial=0)).bit_length()):  # bisection for the first row that differs from `before`
         middle = (row + stop) // 2
-        weight = np.take(rows.weight, base + middle, mode="clip")  # beyond the window where nothing is left to search
+        weight = np.take(rows.weight, base + middle, mode="clip")  # beyond the window if the search has ended
         is_open = row < stop
         has_turned = (values + weight * steps > threshold) != before
         stop = np.where(is_open & has_turned, middle, stop)
@@ -186,9 +188,9 @@ def _turns(
 
 
 def _runs_from_turns(turns: np.ndarray, masks: int, pixels: int) -> Runs:
-    """The runs of masks of so many pixels, from the pixels at which a run begins, `[turns]` ascending.
+    """Runs of masks of `pixels` pixels each, from the pixels at which a run starts, `[turns]` ascending.
 
-    Mask k's pixels count from k · (pixels + 1); a run that begins after the last one has no pixels and is left out.
+    Pixels of mask k are numbered from k · (pixels + 1); a run that starts after the last pixel is empty and dropped.
     """
     owner = turns // (pixels + 1)
     lengths = np.bincount(owner, minlength=masks) + 1

@@ -1,6 +1,6 @@
-"""The detector's outputs as detections in the original images, and as COCO results. Needs NumPy only.
+"""Postprocessing: detections in the original images, and COCO results, in NumPy.
 
-Masks come as 28×28 probabilities in the frame of their box; `pasting` makes pixels or run lengths of them.
+Masks are 28×28 probabilities in the frame of their box; `paste` converts them to pixels or run lengths.
 """
 
 from __future__ import annotations
@@ -21,69 +21,118 @@ Paste = Callable[[np.ndarray, np.ndarray, tuple[int, int], float], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one image, in pixels of the original image, by descending score."""
+    """Detections of one image, in pixels of the original image, by descending score."""
 
     boxes_xyxy_px: np.ndarray  # [D, 4] float32
     scores: np.ndarray  # [D] float32, 0–1
     labels: np.ndarray  # [D] int64, 1 … number of classes
     masks: np.ndarray | None  # [D, 28, 28] float32 probabilities in the box frame; None: without a mask head
     size_hw: tuple[int, int]  # of the original image
-    paste: Paste | None = field(default=None, repr=False)  # instead of the CPU's, where a GPU is at hand
-    # [D, K, 3] float32: x, y in the frame of the boxes (pixel j covers [j, j + 1]), and a score, the heat map's logit;
-    # None: without a keypoint head.
+    paste: Paste | None = field(default=None, repr=False)  # pastes masks on a GPU; None: on the CPU
+    # [D, K, 3] float32: x, y in the frame of the boxes (pixel j covers [j, j + 1]), and the score, a logit of the heat
+    # map; None: without a keypoint head.
     keypoints: np.ndarray | None = None
+    class_names: tuple[str, ...] = field(default=(), repr=False)  # of labels 1, 2, …; () if unknown
+    category_ids: tuple[int, ...] = field(default=(), repr=False)  # dataset ids of labels 1, 2, …; () if unknown
+    keypoint_skeleton: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # pairs counted from 1
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
     def has_masks(self) -> bool:
-        """Whether the model that found them has a mask head."""
+        """Whether the model has a mask head."""
         return self.masks is not None
 
     @property
     def has_keypoints(self) -> bool:
-        """Whether the model that found them has a keypoint head."""
+        """Whether the model has a keypoint head."""
         return self.keypoints is not None
 
     def above(self, score: float) -> Detections:
-        """Only the detections of at least this score."""
+        """Returns the detections of at least this score."""
         keep = self.scores >= score
-        masks, keypoints = (None if rows is None else rows[keep] for rows in (self.masks, self.keypoints))
-        kept = {"boxes_xyxy_px": self.boxes_xyxy_px[keep], "scores": self.scores[keep], "labels": self.labels[keep]}
-        return replace(self, masks=masks, keypoints=keypoints, **kept)
+        return replace(
+            self,
+            boxes_xyxy_px=self.boxes_xyxy_px[keep],
+            scores=self.scores[keep],
+            labels=self.labels[keep],
+            masks=None if self.masks is None else self.masks[keep],
+            keypoints=None if self.keypoints is None else self.keypoints[keep],
+        )
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
-        """Masks in the whole image, `[D, H, W]` bool: where the probability exceeds `threshold`.
+        """Returns masks in the whole image, bool `[D, H, W]`: set where the probability exceeds `threshold`.
 
         Raises:
             UserError: for a model without masks.
         """
         if self.paste is not None:
-            return self.paste(self._own_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
+            return self.paste(self.require_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
         full = np.zeros((len(self), *self.size_hw), bool)
-        for slot, mask, box in zip(full, self._own_masks(), self.boxes_xyxy_px, strict=True):
+        for slot, mask, box in zip(full, self.require_masks(), self.boxes_xyxy_px, strict=True):
             window, y0, x0 = paste_mask(mask, box, self.size_hw)
             height, width = window.shape
             slot[y0 : y0 + height, x0 : x0 + width] = window > threshold
         return full
 
     def rles(self, threshold: float = 0.5) -> list[dict[str, Any]]:
-        """The same masks as COCO's compressed run lengths, without an image of any of them.
+        """Returns the same masks as COCO's compressed run lengths, without computing their pixels.
 
         Args:
             threshold: 0 or more.
 
         Returns:
-            `{"size": [H, W], "counts": str}` for each detection.
+            `{"size": [H, W], "counts": str}` per detection.
 
         Raises:
             UserError: for a model without masks.
         """
-        runs = pasted_runs(self._own_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
+        runs = pasted_runs(self.require_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
         return [{"size": list(self.size_hw), "counts": counts} for counts in strings_from_runs(runs)]
 
-    def _own_masks(self) -> np.ndarray:
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection; "" if the class names are unknown."""
+        return [self.class_names[label - 1] if self.class_names else "" for label in self.labels.tolist()]
+
+    def polygons(self, threshold: float = 0.5) -> list[list[np.ndarray]]:
+        """Outlines of the masks, see `maskrcnn.imaging.results.polygons`."""
+        from maskrcnn.imaging.results import polygons
+
+        return polygons(self, threshold)
+
+    def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
+        """COCO results, see `coco_results`; without known category ids, labels are the category ids."""
+        ids = self.category_ids or tuple(range(1, int(self.labels.max(initial=0)) + 1))
+        return coco_results(self, image_id, ids, with_masks=self.has_masks)
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame, see `maskrcnn.imaging.results.to_dataframe`."""
+        from maskrcnn.imaging.results import to_dataframe
+
+        return to_dataframe(self)
+
+    def to_supervision(self) -> Any:
+        """A `supervision.Detections`, see `maskrcnn.imaging.results.to_supervision`."""
+        from maskrcnn.imaging.results import to_supervision
+
+        return to_supervision(self)
+
+    def draw(self, image: np.ndarray, *, min_score: float = 0.5) -> Any:
+        """The image (uint8 `[H, W, 3]` RGB) with boxes, class names, masks and keypoints, as a `PIL.Image.Image`.
+
+        Args:
+            image: the image of these detections.
+            min_score: lowest score of a detection that is drawn.
+        """
+        from maskrcnn.imaging.draw import overlay
+
+        names = self.class_names or tuple(str(label) for label in range(1, int(self.labels.max(initial=0)) + 1))
+        return overlay(image, self.above(min_score), names, self.keypoint_skeleton)
+
+    def require_masks(self) -> np.ndarray:
+        """`masks`; raises `UserError` for a model without a mask head."""
         if self.masks is None:
             raise UserError(
                 "detections without masks",
@@ -100,26 +149,26 @@ def unpack(
     *,
     paste: Paste | None = None,
 ) -> list[Detections]:
-    """The detections of each image of a batch, without the padding rows and in pixels of the original images.
+    """Splits a batch's outputs into detections per image, without padding rows, in pixels of the original images.
 
     Args:
-        outputs: `num_detections` `[N]`, `boxes` `[N, D, 4]` xyxy in pixels of the resized images, `scores`
-            and `labels` `[N, D]`, and where the model has them `masks` `[N, D, 28, 28]` and `keypoints`
-            `[N, D, K, 3]`: x, y in pixels of the resized images, and a score.
+        outputs: `num_detections` `[N]`, `boxes` `[N, D, 4]` xyxy in pixels of the resized images, `scores` and
+            `labels` `[N, D]`, and optionally `masks` `[N, D, 28, 28]` and `keypoints` `[N, D, K, 3]`: x, y in pixels of
+            the resized images, and a score.
         image_sizes: `[N, 2]` (height, width) of the resized images before padding.
         original_sizes: (height, width) of each original image.
-        paste: what the detections paste their masks with; by default the CPU.
+        paste: pastes masks on a GPU (default: on the CPU).
 
     Raises:
-        UserError: when outputs and sizes are of different numbers of images.
+        UserError: if outputs and sizes differ in the number of images.
     """
     numbers = {name: len(value) for name, value in outputs.items()}
     numbers |= {"image_sizes": len(image_sizes), "original_sizes": len(original_sizes)}
     if len(set(numbers.values())) > 1:
         raise UserError(
             "a batch of " + ", ".join(f"{number} {name}" for name, number in numbers.items()),
-            "one entry for each image in every array",
-            "pass the sizes of the same images that the detector was given",
+            "one entry per image in every array",
+            "pass the sizes of the images that the detector ran on",
         )
     unpacked = []
     for index, (height, width) in enumerate(original_sizes):
@@ -146,21 +195,20 @@ def unpack(
 def coco_results(
     detections: Detections, image_id: int, category_ids: Sequence[int], *, with_masks: bool
 ) -> list[dict[str, Any]]:
-    """The detections of one image in COCO's results format, one dictionary each.
+    """Converts the detections of one image to COCO's results format, one dictionary each.
 
-    Where the model has a keypoint head, `keypoints` are x, y, 1 for each, as COCO's server takes them, and
-    `keypoint_scores` what tells good from bad ones. The numbers are those of `Detections.keypoints`: nothing is
-    shifted by half a pixel, as nothing is when annotations are read for training. What a model learnt is thus in
-    the annotations' own frame, torchvision's way; COCO's similarity compares the two sets of numbers.
+    If the model has a keypoint head, `keypoints` are x, y, 1 for each, as required by COCO's server, and
+    `keypoint_scores` their scores. The coordinates are those of `Detections.keypoints`: as in torchvision, they are not
+    shifted by half a pixel, neither here nor when annotations are read for training, so both are in the same frame.
 
     Args:
         detections: in pixels of the original image.
-        image_id: the dataset's id of the image.
-        category_ids: the dataset's ids of labels 1, 2, ….
+        image_id: dataset id of the image.
+        category_ids: dataset ids of labels 1, 2, ….
         with_masks: add `segmentation` to `bbox`.
 
     Raises:
-        UserError: for a label that has no category, and for masks wanted of a model without them.
+        UserError: for a label without category, and if masks are requested of a model without them.
     """
     unknown = sorted({int(label) for label in detections.labels} - set(range(1, len(category_ids) + 1)))
     if unknown:

@@ -1,12 +1,12 @@
-"""Images to the detector's input: resized, padded and batched as torchvision does it, with NumPy alone.
+"""Preprocessing: images resized, padded and batched as in torchvision, in NumPy.
 
-Pixel centres lie at half-integers: pixel i covers [i, i + 1) and its value is that of position i + 0.5.
-Resizing by linear interpolation reads output pixel j at input position (j + 0.5) · in / out, clamped to the
-first and last centre; nothing is smoothed beforehand when an image shrinks (torch's `align_corners=False`
-without `antialias`). Normalisation is in the graph, so pixels stay between 0 and 255 here.
+Pixel centres are at half-integers: pixel i covers [i, i + 1) and its value is that of position i + 0.5. Linear
+interpolation reads output pixel j at input position (j + 0.5) · in / out, clamped to the first and last centre, without
+antialiasing (torch's `align_corners=False` without `antialias`). Normalisation is in the graph, so pixels stay between
+0 and 255 here.
 
-Detectron2 resizes otherwise, and `Preprocessing.resize` says so for its weights: with Pillow, which smooths when an
-image shrinks and rounds to whole grey levels.
+Weights from Detectron2 need its way of resizing (`Preprocessing.resize`): Pillow, with antialiasing and rounding to
+integers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from maskrcnn.errors import UserError
 
 RESIZES = ("torchvision", "pillow")
-# Named sets of fields. "caffe": weights converted from Caffe see BGR from 0 to 255, less the mean of py-faster-rcnn.
+# Named sets of fields. "caffe": weights converted from Caffe take BGR from 0 to 255 minus the mean of py-faster-rcnn.
 PRESETS: dict[str, dict[str, Any]] = {
     "imagenet": {"channel_order": "RGB", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     "caffe": {
@@ -30,49 +30,49 @@ PRESETS: dict[str, dict[str, Any]] = {
         "std": (1 / 255, 1 / 255, 1 / 255),
     },
 }
-_BAND_ROWS = 32  # output rows resized at once; the band's buffers then stay in a core's cache
+_BAND_ROWS = 32  # output rows resized at once, to stay within a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes the detector's input; `mean` and `std` are applied inside the graph."""
+    """Preprocessing of a model; `mean` and `std` are applied inside the graph."""
 
-    min_size_px: int = 800  # wanted length of the shorter side
-    max_size_px: int = 1333  # the longer side may not exceed this
+    min_size_px: int = 800  # length of the shorter side
+    max_size_px: int = 1333  # maximum length of the longer side
     divisor: int = 32  # height and width of a batch are multiples of it
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    channel_order: str = "RGB"  # or "BGR"; images given are always RGB
-    resize: str = "torchvision"  # or "pillow", as Detectron2; files of before that choice do not say
+    channel_order: str = "RGB"  # or "BGR", of the model; input images are always RGB
+    resize: str = "torchvision"  # or "pillow", as Detectron2; absent in older files
 
     def __post_init__(self) -> None:
         sizes = (self.min_size_px, self.max_size_px, self.divisor)
         if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise _unusable(
+            raise _invalid(
                 f"min_size_px, max_size_px, divisor = {sizes}",
                 "whole numbers of at least 1",
             )
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
-            raise _unusable(
+            raise _invalid(
                 f"mean {self.mean}, std {self.std}",
                 "three numbers each, those of std above 0",
             )
         if self.channel_order not in ("RGB", "BGR"):
-            raise _unusable(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
+            raise _invalid(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
         if self.resize not in RESIZES:
-            raise _unusable(f"resize {self.resize!r}", f"one of {', '.join(RESIZES)}")
+            raise _invalid(f"resize {self.resize!r}", f"one of {', '.join(RESIZES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """Returns the fields as JSON types."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The preprocessing that `to_dict` wrote.
+        """Restores a preprocessing from `to_dict`.
 
         Raises:
-            UserError: naming the keys that are unknown or missing, or a value that cannot be used.
+            UserError: for unknown or missing keys, or an invalid value.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         wrong = [
@@ -81,19 +81,20 @@ class Preprocessing:
             if keys
         ]
         if wrong:
-            raise _unusable(" and ".join(wrong), f"the keys {', '.join(sorted(names))}")
+            raise _invalid(" and ".join(wrong), f"the keys {', '.join(sorted(names))}")
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
         except TypeError as error:
-            raise _unusable(f"values of wrong type ({error})", "what `to_dict` writes") from error
+            raise _invalid(f"values of wrong type ({error})", "what `to_dict` writes") from error
 
 
 def with_preset(changes: Any) -> Any:
-    """Changes of a `Preprocessing` in which the name of a preset has given way to its fields.
+    """Replaces the name of a preset by its fields.
 
     Args:
-        changes: fields with their values, among them perhaps `preset`, a name of `PRESETS`; or such a name alone.
-            What stands beside a preset counts more than the preset.
+        changes: fields of a `Preprocessing`, possibly with `preset`, a name of `PRESETS`, or such a name alone. Other
+            fields override those of the preset.
 
     Raises:
         UserError: for a name that is not in `PRESETS`.
@@ -108,11 +109,11 @@ def with_preset(changes: Any) -> Any:
 
 
 def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width of an image after resizing, in pixels.
+    """Returns height and width of an image after resizing, in pixels.
 
-    The shorter side becomes `min_size_px` unless the longer one would then exceed `max_size_px`; both are
-    rounded down, in the arithmetic of torchvision's `GeneralizedRCNNTransform`, or with "pillow" to the nearest, in
-    that of Detectron2's `ResizeShortestEdge`. Where that rounds a side to nothing (both then fail) it has 1 pixel.
+    The shorter side becomes `min_size_px` unless the longer one would then exceed `max_size_px`. Both are rounded down,
+    as in torchvision's `GeneralizedRCNNTransform`, or with "pillow" to the nearest, as in Detectron2's
+    `ResizeShortestEdge`. A side is at least 1 pixel, where both libraries fail.
     """
     if preprocessing.resize == "pillow":
         return _nearest_size(size_hw, preprocessing)
@@ -122,9 +123,9 @@ def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tupl
 
 
 def _nearest_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """As `resized_size`, in two steps and double precision: that decides sides that end near one half."""
-    shorter, wanted = min(size_hw), float(preprocessing.min_size_px)
-    sides = [wanted if side == shorter else wanted / shorter * side for side in size_hw]
+    """As `resized_size`, in two steps and float64, which decides sides near one half."""
+    shorter, target = min(size_hw), float(preprocessing.min_size_px)
+    sides = [target if side == shorter else target / shorter * side for side in size_hw]
     if max(sides) > preprocessing.max_size_px:
         scale = preprocessing.max_size_px / max(sides)
         sides = [side * scale for side in sides]
@@ -133,15 +134,15 @@ def _nearest_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tup
 
 
 def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """An image resized by linear interpolation, channels first and not rounded.
+    """Resizes an image by linear interpolation, without rounding.
 
     Args:
         image: `[H, W, C]` uint8 or float32, H and W at least 1.
-        size_hw: height and width wanted, at least 1.
+        size_hw: height and width after resizing, at least 1.
 
     Returns:
-        `[C, h, w]` float32, equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`
-        within 1e-3 of a grey level, apart from what torch's own result depends on its number of threads.
+        `[C, h, w]` float32, equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` within
+        1e-3 of a grey level, except for differences between torch's own results with one and several threads.
     """
     resized = np.empty((image.shape[2], *size_hw), np.float32)
     _resize_into(image, resized)
@@ -149,17 +150,10 @@ def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def _resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """An image resized by Pillow's bilinear filter, which smooths when it shrinks.
-
-    Args:
-        image: `[H, W, 3]` uint8, H and W at least 1.
-        size_hw: height and width wanted, at least 1.
-
-    Returns:
-        `[h, w, 3]` uint8.
+    """Resizes an image `[H, W, 3]` uint8 by Pillow's bilinear filter with antialiasing, to `[h, w, 3]` uint8.
 
     Raises:
-        UserError: where Pillow is not installed.
+        UserError: if Pillow is not installed.
     """
     try:
         from PIL import Image
@@ -174,18 +168,18 @@ def _resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """The detector's inputs `images` and `image_sizes` for a list of images of any sizes.
+    """Resizes and pads images of any sizes into the detector's inputs.
 
     Args:
         images: at least one `[H, W, 3]` uint8 RGB image.
         preprocessing: the model's, from its metadata.
 
     Returns:
-        `images` `[N, 3, H, W]` float32, values 0–255, padded with zeros at the right and at the bottom to one
-        size that is a multiple of the divisor; `image_sizes` `[N, 2]` int64, (height, width) before padding.
+        `images` `[N, 3, H, W]` float32, values 0–255, padded with zeros at the right and bottom to a multiple of the
+        divisor; `image_sizes` `[N, 2]` int64, (height, width) before padding.
 
     Raises:
-        UserError: for an empty list, and for an image of another type or shape or without pixels.
+        UserError: for an empty list, or an image of another type or shape or without pixels.
     """
     sizes, padded_hw = batch_sizes(images, preprocessing)
     batch = np.zeros((len(images), 3, *padded_hw), np.float32)
@@ -201,10 +195,10 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
 def batch_sizes(
     images: Sequence[np.ndarray], preprocessing: Preprocessing
 ) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Height and width of each image after resizing, and those of the padded batch; see `batch_images`.
+    """Returns height and width of each image after resizing, and of the padded batch; see `batch_images`.
 
     Raises:
-        UserError: for an empty list, and for an image of another type or shape or without pixels.
+        UserError: for an empty list, or an image of another type or shape or without pixels.
     """
     if len(images) == 0:
         raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
@@ -219,7 +213,7 @@ def batch_sizes(
 def linear_taps(
     size_in: int, size_out: int, start: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where linear interpolation along one axis reads for the output pixels `start` to `stop` (default: all).
+    """Returns the taps of linear interpolation along one axis for output pixels `start` to `stop` (default: all).
 
     Returns:
         `low`, `high` `[K]` int64, the two input pixels (equal at the border), and the weight `[K]` float32 of
@@ -227,8 +221,8 @@ def linear_taps(
     """
     scale = np.float32(size_in) / np.float32(size_out)
     centres = np.arange(start, size_out if stop is None else stop, dtype=np.float32) + np.float32(0.5)
-    # Rounded once, after the subtraction, as torch does with one thread. With several it rounds the product
-    # as well, which moves a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
+    # Rounded once, after the subtraction, as torch with one thread. With several threads it rounds the product as well,
+    # which changes a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
     positions = (centres.astype(np.float64) * np.float64(scale) - 0.5).astype(np.float32)
     positions = np.maximum(positions, np.float32(0))
     low = np.minimum(positions.astype(np.int64), size_in - 1)
@@ -237,7 +231,7 @@ def linear_taps(
 
 
 def _resize_into(image: np.ndarray, out: np.ndarray) -> None:
-    """Resizes `image` `[H, W, C]` into `out` `[C, h, w]` float32, which may be a part of a larger array."""
+    """Resizes `image` `[H, W, C]` into `out` `[C, h, w]` float32, which may be a view."""
     height, width = out.shape[1:]
     if image.shape[:2] == (height, width):
         out[:] = image.transpose(2, 0, 1)
@@ -251,14 +245,14 @@ def _resize_into(image: np.ndarray, out: np.ndarray) -> None:
             upper = plane[top[rows]].astype(np.float32)
             lower = plane[bottom[rows]].astype(np.float32)
             band = _lerp(upper, lower, weight_y[rows])
-            # mode="clip" spares NumPy a checking pass; no index is out of range.
+            # mode="clip" skips NumPy's bounds check; no index is out of range.
             first = np.take(band, left, axis=1, mode="clip")
             second = np.take(band, right, axis=1, mode="clip")
             out[channel, rows] = _lerp(first, second, weight_x)
 
 
 def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """`low + weight · (high − low)`, written over `high`."""
+    """`low + weight · (high − low)`, in place of `high`."""
     high -= low
     high *= weight
     high += low
@@ -267,9 +261,8 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def _check_image(image: Any, index: int) -> None:
     """Raises a UserError unless `image` is `[H, W, 3]` uint8 with pixels."""
-    shape = getattr(image, "shape", None)
-    dtype = getattr(image, "dtype", type(image).__name__)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or shape[2] != 3:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", None)
         described = f"{dtype}" if shape is None else f"{dtype} of shape {tuple(shape)}"
         raise UserError(
             f"image {index} is {described}",
@@ -277,12 +270,12 @@ def _check_image(image: Any, index: int) -> None:
             "read it with maskrcnn.data.images.read_image, or convert it",
         )
     if image.size == 0:
-        raise UserError(f"image {index} of shape {tuple(shape)}", "at least 1×1 pixel", "leave empty images out")
+        raise UserError(f"image {index} of shape {image.shape}", "at least 1×1 pixel", "leave empty images out")
 
 
-def _unusable(came: str, expected: str) -> UserError:
+def _invalid(found: str, expected: str) -> UserError:
     return UserError(
-        f"preprocessing with {came}",
+        f"preprocessing with {found}",
         expected,
         "correct the configuration, or use the version of maskrcnn that wrote the file",
     )

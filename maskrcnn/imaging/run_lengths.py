@@ -1,9 +1,11 @@
-"""COCO's run lengths of many masks at once, as numbers and as strings. Needs NumPy only.
+"""COCO run lengths of many masks at once, as numbers and as strings. NumPy only.
 
-A mask is its runs down the columns, from left to right, alternating from a (maybe empty) run of background. The
-string has six bits per character, its code less 48: five of the number, little end first, and one that says whether
-more follow; the top bit of a number's last five is its sign. From the fourth run on, the number is the difference to
-the run before the previous one (pycocotools, `rleToString`).
+A mask is encoded as runs down the columns, from left to right, alternating between background and object, starting with
+a (possibly empty) run of background. Each character of the string encodes six bits, as its code minus 48: five bits of
+the number, least significant first, and one that is set if more follow; the top bit of a number's last five is its
+sign. From the fourth run on, the number is the difference from the run before the previous one.
+
+Source: pycocotools, `rleToString`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 _BITS, _MORE, _SIGN, _ZERO = 5, 32, 16, 48
-_LONGEST = 6  # characters of a number that is less than 2³⁰ either way, as every run of an image is
+_MAX_CHARACTERS = 6  # of a number below 2³⁰ in magnitude, as every run of an image
 
 
 class Runs(NamedTuple):
@@ -25,29 +27,31 @@ class Runs(NamedTuple):
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each mask's runs begin."""
-        return np.cumsum(self.lengths) - self.lengths
+        """Index of each mask's first run."""
+        starts: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return starts
 
     def places(self) -> np.ndarray:
-        """Of each run its place in its mask, from 0."""
-        return np.arange(len(self.runs)) - np.repeat(self.starts, self.lengths)
+        """Index of each run within its mask, from 0."""
+        places: np.ndarray = np.arange(len(self.runs)) - np.repeat(self.starts, self.lengths)
+        return places
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels of each mask's object, and of all its runs, both `[masks]` int64."""
+        """Pixels of each mask's object, and of all its runs, `[masks]` int64 each."""
         objects = np.where(self.places() & 1, self.runs, 0)
         ends = self.starts + self.lengths
-        totals = (np.concatenate(([0], np.cumsum(values))) for values in (objects, self.runs))
-        return tuple(total[ends] - total[self.starts] for total in totals)
+        object_total, total = (np.concatenate(([0], np.cumsum(values))) for values in (objects, self.runs))
+        return object_total[ends] - object_total[self.starts], total[ends] - total[self.starts]
 
 
 def strings_from_runs(masks: Runs) -> list[str]:
-    """COCO's string of each mask; a mask without runs gives an empty one."""
-    rest = masks.runs.astype(np.int32)  # runs of an image and their differences fit; half the memory is half the time
+    """Returns the COCO string of each mask, empty for a mask without runs."""
+    rest = masks.runs.astype(np.int32)  # runs of an image fit; half the memory takes half the time
     later = np.flatnonzero(masks.places() > 2)
     rest[later] -= masks.runs[later - 2].astype(np.int32)
-    characters = np.zeros((len(rest), _LONGEST + 1), np.uint8)
+    characters = np.zeros((len(rest), _MAX_CHARACTERS + 1), np.uint8)
     rows, sizes = np.arange(len(rest)), np.zeros(len(rest), np.int64)
-    for digit in range(_LONGEST + 1):
+    for digit in range(_MAX_CHARACTERS + 1):
         low = rest & (_MORE - 1)
         rest >>= _BITS
         goes_on = rest != -(low >> (_BITS - 1))
@@ -64,22 +68,26 @@ def strings_from_runs(masks: Runs) -> list[str]:
 
 
 def runs_from_strings(strings: Sequence[str | bytes]) -> tuple[Runs, np.ndarray]:
-    """The runs of each string, and which strings are well-formed, `[masks]` bool.
+    """Parses COCO strings.
 
     Args:
-        strings: of any origin. One that is malformed gives no runs; negative runs are given as they are.
+        strings: possibly malformed.
+
+    Returns:
+        The runs of each string, and whether it is well-formed, bool `[masks]`. A malformed string has no runs; negative
+        runs are not checked.
     """
     coded = [value.encode(errors="surrogatepass") if isinstance(value, str) else value for value in strings]
     sizes = np.array([len(value) for value in coded], np.int64)
-    code = np.frombuffer(b"".join(coded), np.uint8) - np.uint8(_ZERO)  # wraps around below
+    code = np.frombuffer(b"".join(coded), np.uint8) - np.uint8(_ZERO)  # codes below 48 wrap around
     borders = np.cumsum(sizes)
     good = sizes > 0
-    good[good] = (code[borders[good] - 1] & _MORE) == 0  # otherwise a number goes on where the string ends
+    good[good] = (code[borders[good] - 1] & _MORE) == 0  # otherwise the string ends within a number
     good[np.searchsorted(borders, np.flatnonzero(code > 63), "right")] = False
     end = np.flatnonzero((code & _MORE) == 0)
     start = np.concatenate(([0], end[:-1] + 1)) if end.size else end
     if good[sizes > 0].all():
-        good[np.searchsorted(borders, end[end - start > _LONGEST], "right")] = False
+        good[np.searchsorted(borders, end[end - start > _MAX_CHARACTERS], "right")] = False
     if not good[sizes > 0].all():
         clean, is_clean = runs_from_strings([text if fine else b"" for text, fine in zip(coded, good, strict=True)])
         return clean, is_clean
@@ -94,7 +102,7 @@ def runs_from_strings(strings: Sequence[str | bytes]) -> tuple[Runs, np.ndarray]
 
 
 def _summed(masks: Runs) -> np.ndarray:
-    """Runs from the numbers that strings hold: from the fourth on, each adds to the one before the previous."""
+    """Runs from the numbers of strings: from the fourth on, each is added to the one before the previous."""
     places, starts = masks.places(), masks.starts
     is_odd = (places & 1).astype(bool)
     found = masks.runs

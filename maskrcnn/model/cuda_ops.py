@@ -1,7 +1,7 @@
-"""The custom ops on a GPU by the kernels that TensorRT's plugins use, where `maskrcnn build-plugins` has compiled them.
+"""The custom operators on a GPU, using the kernels of the TensorRT plugins (compiled by `maskrcnn build-plugins`).
 
-Nothing here waits for the GPU or allocates but through PyTorch's own allocator, so all of it can be captured in a CUDA
-graph. Shapes and meaning are those of `maskrcnn.model.ops`.
+Nothing here synchronises with the GPU or bypasses PyTorch's allocator, so all of it can be captured in a CUDA graph.
+Shapes and semantics as in `maskrcnn.model.ops`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
-    """The compiled kernels for a GPU, or None where there are none; see `plugins.native.kernels_for`."""
+    """Compiled kernels for a GPU, or None; see `plugins.native.kernels_for`."""
     major, minor = torch.cuda.get_device_capability(device)
     return native.kernels_for(major * 10 + minor)
 
 
 def _stream_of(device: torch.device) -> int:
-    """The address of the stream on which PyTorch runs, 0 on a CPU."""
+    """Address of PyTorch's current stream, 0 on a CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -41,7 +41,7 @@ def multilevel_roi_align(
 ) -> Tensor:
     """`maskrcnn.model.ops.multilevel_roi_align` by the kernels; `dtype` is float32 or the features' type.
 
-    Feature maps that all lie channels last in memory are read as they are, and this is the fast case.
+    Fastest if all feature maps are channels last, which are then read without a copy.
     """
     batch, channels = features[0].shape[:2]
     is_last = all(f.is_contiguous(memory_format=torch.channels_last) and f.stride(1) == 1 for f in features)
@@ -109,11 +109,11 @@ def paste_masks(
     threshold: float = 0.5,
     by_columns: bool = False,
 ) -> Tensor:
-    """Masks `[D, S, S]` pasted at boxes `[D, 4]` xyxy px of an image of `size_hw`, one bit a pixel.
+    """Paste masks `[D, S, S]` at boxes `[D, 4]` xyxy px of an image of `size_hw`, one bit per pixel.
 
     Returns:
-        int32 `[D, H, ceil(W / 32)]`, or, `by_columns`, `[D, W, ceil(H / 32)]`; bit b of a word is pixel 32 · word + b,
-        set where the probability exceeds `threshold`.
+        int32 `[D, H, ceil(W / 32)]`, or with `by_columns` `[D, W, ceil(H / 32)]`; bit b of a word is pixel
+        32 · word + b, set if the probability exceeds `threshold`.
     """
     masks, boxes = masks.contiguous(), boxes.to(torch.float32).contiguous()
     lines, length = size_hw[::-1] if by_columns else size_hw
@@ -132,31 +132,3 @@ def paste_masks(
             stream=_stream_of(masks.device),
         )
     return bits
-
-
-def resize_pad(
-    kernels: Kernels,
-    image: Tensor,
-    padded: Tensor,
-    size_hw: tuple[int, int],
-    *,
-    swap_channels: bool = False,
-) -> None:
-    """One image of the detector's input: `maskrcnn.imaging.preprocess.batch_images`, but for Pillow's way of resizing.
-
-    Args:
-        image: uint8 `[H, W, 3]`, contiguous.
-        padded: float32 `[3, h, w]`, contiguous, to be written; zeros where no image is.
-        size_hw: height and width of the image in it.
-        swap_channels: write BGR for RGB.
-    """
-    with torch.cuda.device_of(image):
-        kernels.resize_pad(
-            image.data_ptr(),
-            tuple(image.shape[:2]),
-            padded.data_ptr(),
-            resized_hw=size_hw,
-            padded_hw=tuple(padded.shape[1:]),
-            swap_channels=swap_channels,
-            stream=_stream_of(image.device),
-        )

@@ -105,7 +105,7 @@ def find_gpu(device: int = 0) -> Gpu:
     try:
         _value(driver.cuInit(0))
         handle = _value(driver.cuDeviceGet(device))
-        name = _value(driver.cuDeviceGetName(256, handle)).split(b"\0")[0].decode(errors="replace")
+        name: bytes = _value(driver.cuDeviceGetName(256, handle))
         kinds = driver.CUdevice_attribute
         major = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
         minor = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
@@ -115,7 +115,7 @@ def find_gpu(device: int = 0) -> Gpu:
             "a GPU that the NVIDIA driver shows",
             "see `maskrcnn doctor`; without a GPU use --target openvino, or run the ONNX file",
         ) from error
-    return Gpu(name, (major, minor))
+    return Gpu(name.split(b"\0")[0].decode(errors="replace"), (major, minor))
 
 
 def find_gpus() -> tuple[Gpu, ...]:

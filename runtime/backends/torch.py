@@ -102,7 +102,7 @@ class TorchBackend(Backend):
         if self.device.type != "cuda":
             return self.infer(feeds), {}
         with self._lock, torch.inference_mode(), self._on_device():
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]  # type: ignore[no-untyped-call]
             marks[0].record()
             inputs = self._inputs(feeds)
             marks[1].record()
@@ -206,8 +206,9 @@ def _to_device(value: Any, device: torch.device) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if is_on_device(value):
-        shared = torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.as_tensor(value, device=device)
-        return shared.to(device)
+        if hasattr(value, "__dlpack__"):
+            return torch.from_dlpack(value).to(device)  # type: ignore[attr-defined]
+        return torch.as_tensor(value, device=device)
     tensor = torch.from_numpy(np.ascontiguousarray(value))
     if device.type != "cuda":
         return tensor

@@ -124,12 +124,12 @@ class ImportedTensor:
 _exported: dict[int, tuple[Any, ...]] = {}  # what consumers hold, by the address of its structure
 
 
-@_DELETER
+@_DELETER  # type: ignore[untyped-decorator]
 def _delete(pointer: int) -> None:
     _exported.pop(pointer, None)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # type: ignore[untyped-decorator]
 def _delete_capsule(capsule: int) -> None:
     """Destructor of a capsule: releases contents that were not consumed."""
     if _is_dying_valid(capsule, _NAME):
@@ -188,7 +188,7 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return int(np.prod(self.shape, dtype=np.int64) * self.dtype.itemsize)
 
     @property
     def ndim(self) -> int:

@@ -245,7 +245,7 @@ class _PinnedMemory(_Resource):
                 f"found: bytes {offset} to {offset + nbytes}; expected: at most {self.nbytes}; fix: reserve more"
             )
         memory = (ctypes.c_byte * nbytes).from_address(self.address + offset)
-        memory.owner = self  # type: ignore[attr-defined]
+        memory.owner = self
         return np.ndarray(shape, dtype, memory)
 
 

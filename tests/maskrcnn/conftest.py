@@ -15,7 +15,7 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["maskrcnn", *map(str, arguments)])
-        monkeypatch.setattr(cli.console.console, "_file", None)
+        monkeypatch.setattr(cli.console, "_file", None)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()

@@ -8,7 +8,6 @@ from pycocotools import mask as mask_api
 
 from maskrcnn.imaging import paste
 from maskrcnn.imaging.paste import paste_mask, pasted_runs
-from maskrcnn.imaging.preprocess import linear_taps
 from maskrcnn.imaging.run_lengths import Runs, runs_from_strings, strings_from_runs
 
 
@@ -67,7 +66,7 @@ def test_portions_change_nothing(monkeypatch):
     boxes = np.sort(rng.random((9, 2, 2)) * 100, axis=1).reshape(9, 4).astype(np.float32)
     masks = rng.random((9, 28, 28), np.float32)
     whole = pasted_runs(masks, boxes, (100, 100), 0.5)
-    monkeypatch.setattr(paste, "_MOST_COLUMNS", 60)
+    monkeypatch.setattr(paste, "MAX_COLUMNS", 60)
     parts = pasted_runs(masks, boxes, (100, 100), 0.5)
     np.testing.assert_array_equal(parts.runs, whole.runs)
     np.testing.assert_array_equal(parts.lengths, whole.lengths)
@@ -83,21 +82,6 @@ def test_a_box_that_does_not_touch_the_image_has_no_pixels(box):
 def test_no_masks_give_no_runs():
     found = pasted_runs(np.zeros((0, 28, 28), np.float32), np.zeros((0, 4), np.float32), (48, 64), 0.5)
     assert found.lengths.shape == (0,) and strings_from_runs(found) == []
-
-
-def test_the_taps_are_those_of_resizing_images():
-    box = np.array([[-3.0, 4.0, 61.0, 50.0]], np.float32)
-    columns, rows = paste._axes(box, (40, 50), 28)
-    first, last = paste._grown(box, 28)
-    for axis, length, start in ((columns, *_extent(first, last, 0)), (rows, *_extent(first, last, 1))):
-        low, high, weight = linear_taps(30, length, axis.first[0] - start, axis.first[0] - start + axis.count[0])
-        np.testing.assert_array_equal(axis.low, low)
-        np.testing.assert_array_equal(axis.high, high)
-        np.testing.assert_array_equal(axis.weight, weight)
-
-
-def _extent(first, last, axis):
-    return int(last[0, axis] - first[0, axis] + 1), int(first[0, axis])
 
 
 # Strings

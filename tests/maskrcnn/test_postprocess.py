@@ -262,5 +262,5 @@ def test_coco_results_without_masks_need_none():
 @pytest.mark.parametrize("label", [0, 4])
 def test_coco_results_refuse_labels_without_a_category(label):
     made = Detections(np.zeros((1, 4), np.float32), np.ones(1), np.array([label]), None, (5, 5))
-    with pytest.raises(UserError, match=rf"label\(s\) {label}\nexpected: labels from 1 to 3"):
+    with pytest.raises(UserError, match=rf"label\(s\) {label}\n  expected: labels from 1 to 3"):
         coco_results(made, 1, [1, 2, 3], with_masks=False)

@@ -235,7 +235,7 @@ def test_without_pillow_the_error_says_what_to_install(monkeypatch):
         ([np.zeros((4, 4, 3), np.float32)], r"image 0 is float32 of shape \(4, 4, 3\)"),
         ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)], r"image 1 is uint8 of shape \(4, 4\)"),
         ([np.zeros((4, 4, 4), np.uint8)], r"image 0 is uint8 of shape \(4, 4, 4\)"),
-        ([np.zeros((0, 4, 3), np.uint8)], r"image 0 of shape \(0, 4, 3\)\nexpected: at least 1×1 pixel"),
+        ([np.zeros((0, 4, 3), np.uint8)], r"image 0 of shape \(0, 4, 3\)\n  expected: at least 1×1 pixel"),
         (["cat.jpg"], "image 0 is str"),
     ],
 )
@@ -265,8 +265,8 @@ def test_a_file_that_does_not_say_how_to_resize_means_as_torchvision():
         ({"max_size_px": "1333"}, "whole numbers of at least 1"),
         ({"std": [1.0, 1.0]}, "three numbers each"),
         ({"std": [1.0, 0.0, 1.0]}, "those of std above 0"),
-        ({"channel_order": "rgb"}, "channel_order 'rgb'\nexpected: 'RGB' or 'BGR'"),
-        ({"resize": "opencv"}, "resize 'opencv'\nexpected: one of torchvision, pillow"),
+        ({"channel_order": "rgb"}, "channel_order 'rgb'\n  expected: 'RGB' or 'BGR'"),
+        ({"resize": "opencv"}, "resize 'opencv'\n  expected: one of torchvision, pillow"),
     ],
 )
 def test_preprocessing_refuses_other_values(changes, text):

@@ -1,4 +1,4 @@
-"""Every backend: the same detections, the same checks, and files that are not ours."""
+"""Every backend: the same detections, the same checks, and foreign files."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.base import detector_specs
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.evaluation.evaluate import detect_records, evaluate, score_results
+from maskrcnn.runtime.evaluation.evaluate import detect_records, evaluate, score_kinds
 from maskrcnn.runtime.evaluation.protocol import METRICS
 from maskrcnn.runtime.verification.compare import EXACT, HALF
 from maskrcnn.runtime.verification.inputs import compare_backends
@@ -90,7 +90,7 @@ def test_an_image_that_overflows_has_no_detections_and_leaves_the_other_alone(ba
     [
         ({"images": np.zeros((2, 3, 64, 96), np.uint8)}, r"images uint8"),
         ({"images": np.zeros((2, 1, 64, 96), np.float32)}, r"expected: images float32 \[None, 3"),
-        ({"images": np.zeros((2, 3, 60, 96), np.float32)}, "images of 60×96\nexpected: multiples of 32"),
+        ({"images": np.zeros((2, 3, 60, 96), np.float32)}, "images of 60×96\n  expected: multiples of 32"),
         ({"images": np.zeros((1, 3, 64, 96), np.float32)}, "1 images with 2 sizes"),
         ({"images": np.zeros((0, 3, 64, 96), np.float32)}, "0 images with 2 sizes"),
         ({"extra": np.zeros(1)}, "inputs .*extra"),
@@ -102,7 +102,7 @@ def test_wrong_feeds_are_refused_before_inference(backend, change, message):
 
 
 class OnGpu:
-    """What any library's array on a GPU shows of itself."""
+    """Attributes of a GPU array of any library."""
 
     shape, dtype = (2, 3, 64, 96), np.dtype("float32")
 
@@ -161,10 +161,10 @@ def test_results_of_parts_of_a_dataset_score_like_the_whole(onnx_file, shapes):
     whole = evaluate(detector, dataset)
     parts = [detect_records(detector, dataset.images[start::2], batch_size=1)[0] for start in (1, 0)]
     assert all(parts) and detect_records(detector, ())[0] == []
-    scored = score_results(dataset, parts[0] + parts[1], with_masks=True)
+    scored = score_kinds(dataset, parts[0] + parts[1], ("bbox", "segm"))
     assert scored.box == whole.box and scored.mask == whole.mask
     assert scored.summary() == whole.summary() and scored.table() == whole.table()
-    assert score_results(dataset, parts[0], with_masks=False).mask is None
+    assert score_kinds(dataset, parts[0], ("bbox",)).mask is None
 
 
 def mask_in_box(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -175,8 +175,8 @@ def mask_in_box(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
     return mask[rows][:, columns].astype(np.float32)
 
 
-class TruthTeller(Detector):
-    """A detector that says what the annotations say."""
+class AnnotationDetector(Detector):
+    """A detector that returns the annotations."""
 
     def __init__(self, dataset):
         from tiny import tiny_config
@@ -194,14 +194,14 @@ class TruthTeller(Detector):
         from maskrcnn.data.coco import instance_mask
         from maskrcnn.imaging.postprocess import Detections
 
-        answers = []
+        results = []
         for image in images:
             record = self.dataset.images[self.next]
             self.next += 1
             np.testing.assert_array_equal(image, read_image(record.path))
             boxes = np.array([i.box_xyxy_px for i in record.instances], np.float32).reshape(-1, 4)
             masks = [mask_in_box(instance_mask(record, i), b) for i, b in zip(record.instances, boxes, strict=True)]
-            answers.append(
+            results.append(
                 Detections(
                     boxes,
                     np.ones(len(boxes), np.float32),
@@ -210,12 +210,12 @@ class TruthTeller(Detector):
                     image.shape[:2],
                 )
             )
-        return answers
+        return results
 
 
 def test_a_perfect_detector_gets_a_perfect_score(shapes):
     dataset = CocoDataset.load(shapes, "val")
-    found = evaluate(TruthTeller(dataset), dataset, batch_size=2)
+    found = evaluate(AnnotationDetector(dataset), dataset, batch_size=2)
     assert found.box["AP"] == pytest.approx(1.0)
     assert found.mask["AP50"] == pytest.approx(1.0)
     assert found.mask["AP"] > 0.85  # 28 × 28 pixels draw an outline only so well
@@ -235,29 +235,29 @@ def test_a_model_of_other_classes_is_refused(onnx_file, shapes, tmp_path):
 
 def test_a_half_precision_engine_is_kept_when_it_agrees(tmp_path, onnx_file):
     path = tmp_path / "model.fp16.xml"
-    metadata, difference = build_openvino_engine(onnx_file, path, half=True)
-    assert difference.within(HALF)
-    assert metadata.precision == "fp16"
+    built = build_openvino_engine(onnx_file, path, half=True)
+    assert built.comparison.difference.within(HALF)
+    assert built.metadata.precision == "fp16"
     full = onnx_file.stat().st_size
     assert path.with_suffix(".bin").stat().st_size < 0.6 * full
     loaded = load_backend(path)
-    assert loaded.metadata.stamp["compared"] == str(difference)
+    assert loaded.metadata.stamp["compared"] == str(built.comparison.difference)
     assert loaded.metadata.class_names == ("circle", "rectangle", "triangle")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.fp16.bin", "model.fp16.xml"]
 
 
-def test_an_engine_that_departs_is_set_aside(tmp_path, onnx_file, monkeypatch):
+def test_an_engine_that_differs_is_set_aside(tmp_path, onnx_file, monkeypatch):
     from maskrcnn.runtime.build import openvino as engine
 
     monkeypatch.setattr(engine, "HALF", engine.dataclasses.replace(HALF, mask_mean=0.0, box_px=0.0))
     path = tmp_path / "model.fp16.xml"
-    with pytest.raises(UserError, match=r"engine that departs from .*tolerance needed"):
+    with pytest.raises(UserError, match=r"engine that differs from .*tolerance needed"):
         build_openvino_engine(onnx_file, path, half=True)
     assert not path.exists()
     assert (tmp_path / "model.fp16.rejected.xml").exists()
 
 
-def test_an_engine_for_bfloat16_names_what_this_cpu_lacks(tmp_path, onnx_file, monkeypatch):
+def test_an_engine_for_bfloat16_needs_a_cpu_with_it(tmp_path, onnx_file, monkeypatch):
     import openvino
 
     path = tmp_path / "model.fp16.xml"
@@ -288,7 +288,7 @@ def foreign_onnx(path, metadata=None):
 
 
 def test_signals_are_handled_after_openvino_models_are_gone(onnx_file):
-    """A core of its own for each would leave the thread with the signal stack of the first, which is freed."""
+    """With two cores the thread would keep the freed signal stack of the first."""
     code = """
 import os, pathlib, signal, sys
 from maskrcnn.runtime.backends.openvino import OpenVinoBackend
@@ -325,21 +325,21 @@ def test_a_foreign_engine_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no engine .* with its m\.bin"):
         load_backend(tmp_path / "m.xml")
     (tmp_path / "m.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="not an engine of ours"):
+    with pytest.raises(UserError, match="without maskrcnn's metadata"):
         load_backend(tmp_path / "m.xml")
 
 
 def test_files_and_backends_that_do_not_go_together(tmp_path, onnx_file):
     with pytest.raises(UserError, match=r"a file of kind '\.pth'"):
         load_backend(tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"backend 'torch' for .*\nexpected: onnxruntime or openvino"):
+    with pytest.raises(UserError, match=r"backend 'torch' for .*\n  expected: onnxruntime or openvino"):
         load_backend(onnx_file, "torch")
-    with pytest.raises(UserError, match=r"backend 'onnxruntime' for .*model\.engine\nexpected: tensorrt"):
+    with pytest.raises(UserError, match=r"backend 'onnxruntime' for .*model\.engine\n  expected: tensorrt"):
         load_backend(tmp_path / "model.engine", "onnxruntime")
 
 
-def test_a_precision_that_openvino_lacks_is_named(onnx_file):
-    with pytest.raises(UserError, match="precision 'fp8'\nexpected: fp32 or bf16"):
+def test_a_precision_that_openvino_does_not_have(onnx_file):
+    with pytest.raises(UserError, match="precision 'fp8'\n  expected: fp32 or bf16"):
         load_backend(onnx_file, "openvino", precision="fp8")
 
 

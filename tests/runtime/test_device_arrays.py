@@ -1,4 +1,4 @@
-"""Arrays on a GPU that go to other libraries and come from them, by DLPack and `__cuda_array_interface__`."""
+"""Exchange of GPU arrays with other libraries by DLPack and `__cuda_array_interface__`."""
 
 import gc
 import weakref
@@ -39,7 +39,7 @@ def cuda(runtime) -> Cuda:
 
 
 def array_of(cuda: Cuda, values: np.ndarray, kind: type = DeviceArray):
-    """The values on the GPU; the copy waits in the array's stream."""
+    """An array on the GPU; the copy of its values is pending on its stream."""
     memory, staged, stream = cuda.memory(values.nbytes), cuda.pinned(values.nbytes), cuda.stream()
     staged.array(values.shape, values.dtype)[...] = values
     stream.copy(memory.address, staged.address, values.nbytes, "HostToDevice")
@@ -47,7 +47,7 @@ def array_of(cuda: Cuda, values: np.ndarray, kind: type = DeviceArray):
 
 
 class OnCpu(DeviceArray):
-    """One that says it lies on the host, where in truth it does, so that torch and NumPy take it."""
+    """An array that reports the host as its device, where the simulated GPU's memory is, for torch and NumPy."""
 
     device_type = CPU
 
@@ -55,7 +55,7 @@ class OnCpu(DeviceArray):
 VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
-def test_an_array_says_what_it_is(cuda):
+def test_attributes_of_an_array(cuda):
     array = array_of(cuda, VALUES)
     assert (array.shape, array.dtype, array.nbytes, array.ndim, len(array)) == ((3, 4), np.float32, 48, 2, 3)
     assert repr(array) == "DeviceArray(float32 [3, 4] on GPU 0)"
@@ -70,7 +70,7 @@ def test_an_array_is_copied_to_the_host(cuda):
         np.array(array, copy=False)
 
 
-def test_the_interface_is_read_when_the_array_is_ready(cuda, runtime):
+def test_the_interface_waits_for_the_array(cuda, runtime):
     array = array_of(cuda, VALUES)
     interface = array.__cuda_array_interface__
     assert interface == {
@@ -86,7 +86,7 @@ def test_the_interface_is_read_when_the_array_is_ready(cuda, runtime):
 
 @pytest.mark.parametrize("library", [torch, np])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.int32, np.uint8])
-def test_a_consumer_of_dlpack_gets_the_memory_itself(cuda, runtime, library, dtype):
+def test_dlpack_shares_the_memory(cuda, runtime, library, dtype):
     array = array_of(cuda, VALUES.astype(dtype), OnCpu)
     array.stream.synchronize()
     taken = library.from_dlpack(array)
@@ -102,7 +102,7 @@ def test_a_consumer_of_dlpack_gets_the_memory_itself(cuda, runtime, library, dty
 
 
 @pytest.mark.parametrize(("stream", "held_up"), [(None, LEGACY_STREAM), (1, 1), (2, 2), (77, 77), (-1, None)])
-def test_a_consumers_stream_waits_for_what_writes_the_array(cuda, runtime, stream, held_up):
+def test_a_consumers_stream_waits_for_writes(cuda, runtime, stream, held_up):
     array = array_of(cuda, VALUES)
     capsule = array.__dlpack__(stream=stream, max_version=(1, 0))
     found = runtime.array(array.address, (3, 4), np.float32)
@@ -121,7 +121,7 @@ def test_a_consumers_stream_waits_for_what_writes_the_array(cuda, runtime, strea
     assert "device" not in runtime.open
 
 
-def test_dlpack_refuses_what_it_cannot_give(cuda):
+def test_dlpack_refuses_copies_and_other_devices(cuda):
     array = array_of(cuda, VALUES)
     with pytest.raises(BufferError, match="expected: this memory"):
         array.__dlpack__(copy=True)
@@ -129,7 +129,7 @@ def test_dlpack_refuses_what_it_cannot_give(cuda):
         array.__dlpack__(dl_device=(1, 0))
 
 
-def test_a_capsule_is_taken_once():
+def test_a_capsule_is_imported_once():
     tensor = torch.arange(6).reshape(2, 3)
     for version in (None, (1, 0)):
         capsule = tensor.__dlpack__(max_version=version)
@@ -167,8 +167,8 @@ def test_the_owner_of_a_capsule_is_released_with_it(is_imported):
 
 
 @dataclass
-class Speaker:
-    """What a library with DLPack gives: torch and CuPy."""
+class DlpackArray:
+    """An array of a library with DLPack, such as torch and CuPy."""
 
     array: DeviceArray
     device: tuple[int, int] = (CUDA, 0)
@@ -188,8 +188,8 @@ class Speaker:
 
 
 @dataclass
-class Plain:
-    """What a library without DLPack gives: PyCUDA."""
+class InterfaceArray:
+    """An array of a library without DLPack, such as PyCUDA."""
 
     interface: dict[str, Any]
 
@@ -208,8 +208,8 @@ def read(array: DeviceArray) -> list:
 
 
 @pytest.mark.parametrize("knows_versions", [True, False])
-def test_an_array_that_speaks_dlpack_is_read_where_it_lies(cuda, runtime, knows_versions):
-    theirs, stream = Speaker(array_of(cuda, VALUES), knows_versions=knows_versions), cuda.stream()
+def test_dlpack_arrays_are_read_in_place(cuda, runtime, knows_versions):
+    theirs, stream = DlpackArray(array_of(cuda, VALUES), knows_versions=knows_versions), cuda.stream()
     ours = as_device_array(theirs, cuda, stream)
     assert ours.address == theirs.array.address and ours.stream is stream
     assert [named["stream"] for named in theirs.asked] == [stream.address]
@@ -222,23 +222,22 @@ def test_an_array_that_speaks_dlpack_is_read_where_it_lies(cuda, runtime, knows_
     assert "device" not in runtime.open
 
 
-def test_an_array_that_names_its_stream_is_waited_for(cuda):
+@pytest.mark.parametrize("names_its_stream", [True, False])
+def test_the_stream_of_an_interface_is_waited_for(cuda, names_its_stream):
     theirs, stream = array_of(cuda, VALUES), cuda.stream()
-    ours = as_device_array(Plain(interface_of(theirs, version=3, stream=theirs.stream.address)), cuda, stream)
-    assert ours.address == theirs.address
-    assert read(ours) == VALUES.tolist()
+    if names_its_stream:
+        interface = interface_of(theirs, version=3, stream=theirs.stream.address)
+    else:
+        interface = interface_of(theirs)
+        theirs.stream.hold_up_stream(LEGACY_STREAM)  # as if the default stream had written it
+    ours = as_device_array(InterfaceArray(interface), cuda, stream)
+    assert ours.address == theirs.address and read(ours) == VALUES.tolist()
 
 
-def test_an_array_that_names_no_stream_is_taken_to_be_written_on_the_default_one(cuda, runtime):
-    theirs = array_of(cuda, VALUES)
-    theirs.stream.hold_up_stream(LEGACY_STREAM)  # as if the default stream had written it
-    assert read(as_device_array(Plain(interface_of(theirs)), cuda, cuda.stream())) == VALUES.tolist()
-
-
-def test_an_array_that_is_ready_is_not_waited_for(cuda, runtime):
+def test_an_interface_that_is_ready_is_not_waited_for(cuda, runtime):
     theirs = array_of(cuda, VALUES)
     runtime.calls.clear()
-    as_device_array(Plain(interface_of(theirs, version=3, stream=None)), cuda, cuda.stream())
+    as_device_array(InterfaceArray(interface_of(theirs, version=3, stream=None)), cuda, cuda.stream())
     assert "cudaStreamWaitEvent" not in runtime.calls
 
 
@@ -254,13 +253,13 @@ def test_arrays_of_ours_pass_between_streams(cuda):
         ((4, 12), (3, 4), "with gaps or another order of axes"),
         ((32, 4), (3, 4), "with gaps"),
         ((16, 4), (3, 4), None),
-        ((99, 4), (1, 4), None),  # an axis of length 1 has no step
-        ((99, 99), (0, 4), None),  # nor has an empty array
+        ((99, 4), (1, 4), None),  # the stride of an axis of length 1 does not matter
+        ((99, 99), (0, 4), None),  # nor that of an empty array
     ],
 )
-def test_gaps_are_refused(cuda, strides, shape, message):
+def test_arrays_must_be_contiguous(cuda, strides, shape, message):
     theirs = array_of(cuda, VALUES)
-    plain = Plain(interface_of(theirs, shape=shape, strides=strides))
+    plain = InterfaceArray(interface_of(theirs, shape=shape, strides=strides))
     if message is None:
         assert as_device_array(plain, cuda, cuda.stream()).shape == shape
         return
@@ -270,17 +269,17 @@ def test_gaps_are_refused(cuda, strides, shape, message):
 
 def test_arrays_elsewhere_are_refused(cuda, runtime):
     stream, other = cuda.stream(), Cuda(1, runtime, runtime.driver)
-    with pytest.raises(UserError, match=r"torch\.Tensor .* not on a GPU\nexpected: one on GPU 0"):
+    with pytest.raises(UserError, match=r"torch\.Tensor .* not on a GPU\n  expected: one on GPU 0"):
         as_device_array(torch.zeros(2), cuda, stream)
     with pytest.raises(UserError, match="on GPU 1"):
         as_device_array(array_of(other, VALUES), cuda, stream)
     with pytest.raises(UserError, match="on GPU 1"):
-        as_device_array(Speaker(array_of(cuda, VALUES), device=(CUDA, 1)), cuda, stream)
-    with pytest.raises(UserError, match="on GPU 0\nexpected: one on GPU 1"):  # where the pretended driver sees it
-        as_device_array(Plain(interface_of(array_of(cuda, VALUES))), other, other.stream())
+        as_device_array(DlpackArray(array_of(cuda, VALUES), device=(CUDA, 1)), cuda, stream)
+    with pytest.raises(UserError, match="on GPU 0\n  expected: one on GPU 1"):  # as reported by the simulated driver
+        as_device_array(InterfaceArray(interface_of(array_of(cuda, VALUES))), other, other.stream())
 
 
-class Brain:
+class BfloatArray:
     """A torch tensor of bfloat16 that says it lies on a GPU."""
 
     def __dlpack_device__(self):
@@ -291,15 +290,15 @@ class Brain:
 
 
 def test_a_type_that_numpy_lacks_is_refused(cuda):
-    with pytest.raises(UserError, match=r"Brain[\s\S]*a type that NumPy has"):
-        as_device_array(Brain(), cuda, cuda.stream())
+    with pytest.raises(UserError, match=r"BfloatArray[\s\S]*a type that NumPy has"):
+        as_device_array(BfloatArray(), cuda, cuda.stream())
 
 
-# On a true GPU
+# On a real GPU
 
 
 @NEEDS_GPU
-def test_gpu_arrays_of_torch_and_ours_are_the_same_memory():
+def test_arrays_share_memory_with_torch():
     cuda = Cuda()
     stream, tensor = cuda.stream(), torch.arange(12.0, device="cuda").reshape(3, 4)
     ours = as_device_array(tensor, cuda, stream)
@@ -314,7 +313,7 @@ def test_gpu_arrays_of_torch_and_ours_are_the_same_memory():
 
 
 @NEEDS_GPU
-def test_gpu_arrays_of_cupy_and_ours_are_the_same_memory():
+def test_arrays_share_memory_with_cupy():
     cupy = pytest.importorskip("cupy")
     cuda = Cuda()
     theirs = cupy.arange(12, dtype=cupy.float32).reshape(3, 4)
@@ -324,7 +323,7 @@ def test_gpu_arrays_of_cupy_and_ours_are_the_same_memory():
 
 
 @NEEDS_GPU
-def test_gpu_arrays_of_pycuda_and_ours_are_the_same_memory():
+def test_arrays_share_memory_with_pycuda():
     gpuarray = pytest.importorskip("pycuda.gpuarray")
     driver = pytest.importorskip("pycuda.driver")
     driver.init()

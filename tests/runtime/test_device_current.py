@@ -1,4 +1,4 @@
-"""The thread's GPU stays what it was, on pretended GPUs that refuse kernels of another one than the thread's."""
+"""The calling thread's current GPU is preserved, on simulated GPUs that refuse kernels of another than the current."""
 
 import gc
 
@@ -25,7 +25,7 @@ from maskrcnn.runtime.gpu.memory import (  # noqa: E402
 )
 
 ANY = Profile(Span(1, 1, 8), Span(32, 96, 384), Span(32, 96, 384))
-NONE, OF_GPU_0, OWN = 0, 0xC000, 0xABC000  # contexts: of a thread that did nothing yet, of torch's, of PyCUDA's
+NONE, OF_GPU_0, OWN = 0, 0xC000, 0xABC000  # contexts: none yet, torch's, PyCUDA's own
 BEFORE = pytest.mark.parametrize("before", [NONE, OF_GPU_0, OWN])
 
 
@@ -43,7 +43,7 @@ def array_on(cuda: Cuda, values: np.ndarray) -> DeviceArray:
 
 
 @BEFORE
-def test_what_is_made_and_freed_is_on_its_gpu_and_the_thread_on_its_own(runtime, before):
+def test_resources_are_created_and_freed_on_their_gpu(runtime, before):
     runtime.context = before
     cuda = Cuda(1, runtime, runtime.driver)
     made = [cuda.memory(8), cuda.pinned(8), cuda.event(), cuda.stream()]
@@ -56,7 +56,7 @@ def test_what_is_made_and_freed_is_on_its_gpu_and_the_thread_on_its_own(runtime,
 
 
 @BEFORE
-def test_arrays_are_read_and_handed_on_from_any_thread(runtime, before):
+def test_arrays_are_exported_from_any_thread(runtime, before):
     runtime.context = before
     cuda, values = Cuda(1, runtime, runtime.driver), np.arange(6, dtype=np.float32)
     array = array_on(cuda, values)
@@ -73,7 +73,7 @@ def test_the_default_stream_is_that_of_the_arrays_gpu(runtime):
     array = array_on(cuda, np.ones(4, np.float32))
     found = runtime.array(array.address, (4,), np.float32)
     capsule = array.__dlpack__(stream=None, max_version=(1, 0))
-    runtime.cudaStreamSynchronize(LEGACY_STREAM)  # the one of GPU 0, which waits for nothing
+    runtime.cudaStreamSynchronize(LEGACY_STREAM)  # that of GPU 0, which waits for nothing
     assert found.tolist() != [1] * 4
     with cuda.active():
         runtime.cudaStreamSynchronize(LEGACY_STREAM)
@@ -88,11 +88,11 @@ def test_the_default_stream_is_that_of_the_arrays_gpu(runtime):
     del capsule
 
 
-def test_errors_leave_the_thread_where_it_was(runtime):
+def test_errors_preserve_the_context(runtime):
     cuda, runtime.context = Cuda(1, runtime, runtime.driver), OWN
     with pytest.raises(ZeroDivisionError), cuda.active():
         assert runtime.device() == 1
-        runtime.cudaSetDevice(0)  # as somebody else might inside
+        runtime.cudaSetDevice(0)  # as another library might
         raise ZeroDivisionError
     assert runtime.context == OWN
     memory = cuda.memory(8)
@@ -102,7 +102,7 @@ def test_errors_leave_the_thread_where_it_was(runtime):
     memory.close()  # as at the end of a program
 
 
-def test_a_context_that_cannot_be_made_is_something_to_mend(runtime):
+def test_a_context_that_cannot_be_created(runtime):
     runtime.driver.failing["cuDevicePrimaryCtxRetain"] = real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     with pytest.raises(UserError, match="no more memory on GPU 1 left"):
         Cuda(1, runtime, runtime.driver)
@@ -112,7 +112,7 @@ def test_a_context_that_cannot_be_made_is_something_to_mend(runtime):
 
 
 @BEFORE
-def test_what_other_libraries_choose_is_undone(runtime, monkeypatch, before):
+def test_changes_by_other_libraries_are_undone(runtime, monkeypatch, before):
     fake_cuda.install(monkeypatch, runtime)
     runtime.context = before
     with preserve_context():
@@ -120,7 +120,7 @@ def test_what_other_libraries_choose_is_undone(runtime, monkeypatch, before):
     assert runtime.context == before
 
 
-def test_without_a_driver_nothing_has_to_be_undone(monkeypatch):
+def test_without_a_driver_nothing_is_undone(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.driver", None)
     with pytest.raises(UserError, match="no Python package cuda-bindings"):
         import_driver()
@@ -130,9 +130,7 @@ def test_without_a_driver_nothing_has_to_be_undone(monkeypatch):
 
 @BEFORE
 @pytest.mark.parametrize("graphs", [True, False])
-def test_an_engine_runs_on_its_gpu_and_the_thread_stays_on_its_own(
-    tmp_path, onnx_file, kernels_for_cpu, monkeypatch, before, graphs
-):
+def test_an_engine_preserves_the_context(tmp_path, onnx_file, kernels_for_cpu, monkeypatch, before, graphs):
     runtime, _ = fake_tensorrt.install(monkeypatch, devices=2)
     made = fake_cuda.DeferredKernels(kernels_for_cpu)
     made.runtime = runtime

@@ -253,4 +253,4 @@ def test_keypoints_are_compared_pair_by_pair_whatever_the_order():
     side, other = (Side({}, each, dict(each)) for each in (first, wrong))
     error = image_errors(side, other, 0, EXACT_STAGES)["keypoints"]
     assert error.compared == 4 and error.largest == 74
-    np.testing.assert_allclose(error.figures.max(), 74 / math.sqrt(20 * 40))
+    np.testing.assert_allclose(error.values.max(), 74 / math.sqrt(20 * 40))

@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's providers is taken where nobody names one, and what is said where it does not work."""
+"""ONNX Runtime's default provider, and the fallback to the CPU if CUDA does not work."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def test_the_best_provider_is_cuda_where_there_is_a_gpu(monkeypatch, listed, com
 
 @pytest.fixture
 def broken_cuda(monkeypatch):
-    """An ONNX Runtime on a machine with a GPU and without CUDA's libraries; what it was asked for, call by call."""
+    """An ONNX Runtime with a GPU but without CUDA's libraries, which records the providers of each call."""
     real, asked = onnxruntime.InferenceSession, []
     available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -78,7 +78,7 @@ def test_a_gpu_that_stays_unused_is_reported(onnx_file, broken_cuda, raises, why
     assert load_backend(onnx_file, provider="cpu").remarks() == []
 
 
-def test_a_file_that_no_provider_loads_is_the_files_fault(tmp_path, broken_cuda, capsys):
+def test_a_file_that_no_provider_loads(tmp_path, broken_cuda, capsys):
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     for provider in (None, "cpu"):
         with pytest.raises(UserError, match="not a model that ONNX Runtime loads"):
@@ -86,7 +86,7 @@ def test_a_file_that_no_provider_loads_is_the_files_fault(tmp_path, broken_cuda,
     assert capsys.readouterr().out == ""
 
 
-def test_a_session_on_a_gpu_leaves_the_thread_where_it_was(onnx_file, monkeypatch):
+def test_a_session_on_a_gpu_preserves_the_context(onnx_file, monkeypatch):
     pytest.importorskip("cuda.bindings.runtime")
     import fake_cuda
 

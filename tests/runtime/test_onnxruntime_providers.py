@@ -1,4 +1,4 @@
-"""ONNX Runtime's providers: their options, the binding of inputs and outputs, and what a GPU leaves to the CPU."""
+"""ONNX Runtime's providers: options, selection, binding of inputs and outputs, and node placement."""
 
 import importlib.util
 import mmap
@@ -15,13 +15,11 @@ from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends import onnxruntime as onnxruntime_binding
 from maskrcnn.runtime.backends.onnxruntime_providers import (
-    RECORD,
     GpuOptions,
-    Placement,
     Provider,
-    placement_in,
     provider_chain,
 )
+from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.detector import backend_spec, load_backend
 
@@ -40,7 +38,7 @@ def test_the_cpu_has_no_options():
     assert provider_chain(Provider.CPU, GpuOptions()) == [("CPUExecutionProvider", {})]
 
 
-def test_cuda_and_what_it_leaves_to_the_cpu():
+def test_options_of_cuda():
     (name, options), rest = provider_chain(Provider.CUDA, GpuOptions(device=1, memory_limit_gb=1.5, tf32=True))
     assert (name, rest) == ("CUDAExecutionProvider", ("CPUExecutionProvider", {}))
     assert options == {
@@ -57,7 +55,7 @@ def test_cuda_and_what_it_leaves_to_the_cpu():
     assert "gpu_mem_limit" not in usual
 
 
-def test_tensorrt_takes_the_graphs_precision_and_keeps_its_engines(tmp_path, monkeypatch):
+def test_options_of_tensorrt(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
     profile = Profile(Span(1, 2, 4), Span(224, 800, 1344), Span(256, 1088, 1376))
     chain = provider_chain(Provider.TENSORRT, GpuOptions(profile=profile, memory_limit_gb=2))
@@ -98,7 +96,7 @@ def test_the_installed_provider_knows_every_option(tmp_path, provider, library):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"search": "best"}, "search 'best'\nexpected: one of heuristic"), ({"memory_limit_gb": 0}, "more than 0")],
+    [({"search": "best"}, "search 'best'\n  expected: one of heuristic"), ({"memory_limit_gb": 0}, "more than 0")],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
@@ -110,7 +108,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_a_provider_is_chosen_by_name(onnx_file):
     assert load_backend(onnx_file, provider="cpu").name == "ONNX Runtime"
-    with pytest.raises(UserError, match="provider 'gpu'\nexpected: one of cpu, cuda, tensorrt"):
+    with pytest.raises(UserError, match="provider 'gpu'\n  expected: one of cpu, cuda, tensorrt"):
         load_backend(onnx_file, provider="gpu")
 
 
@@ -144,13 +142,13 @@ def test_a_provider_may_be_named_with_the_backend(onnx_file):
         load_backend(onnx_file, "openvino:cpu")
 
 
-def test_a_provider_is_onnxruntimes_alone(onnx_file, checkpoint):
+def test_only_onnxruntime_has_providers(onnx_file, checkpoint):
     for path, backend in ((onnx_file, "openvino"), (checkpoint, None)):
         with pytest.raises(UserError, match="a provider for"):
             load_backend(path, backend, provider="cuda")
 
 
-# What the GPU leaves to the CPU
+# Placement
 
 
 def test_a_session_tells_what_its_provider_took(onnx_file):
@@ -178,7 +176,7 @@ def test_nodes_left_to_the_cpu_are_named():
         "Tensorrt: 2 of 4 nodes; CUDA: 1; left to the CPU: NonMaxSuppression 1 (NonMaxSuppression_0)"
     )
     assert Placement("CUDAExecutionProvider", {"Conv": 2}).text() == "CUDA: all 2 nodes"
-    assert "does not tell" in placement_in(SimpleNamespace(), "CUDAExecutionProvider").text()
+    assert "ONNX Runtime 1.31 or newer" in placement_in(SimpleNamespace(), "CUDAExecutionProvider").text()
 
 
 # Binding
@@ -203,8 +201,8 @@ def test_inputs_need_not_be_contiguous(onnx_file):
         np.testing.assert_array_equal(backend({**given, "images": wide})[name], value)
 
 
-class OnPretendedGpu:
-    """A session of the CPU provider whose bindings take the pretended GPU's memory, which is the host's, for CUDA's."""
+class SimulatedGpuSession:
+    """A session on the CPU whose bindings accept the simulated GPU's memory, which is the host's, as CUDA's."""
 
     def __init__(self, session: Any, runtime: Any, index: int) -> None:
         self.session, self.runtime, self.index, self.devices = session, runtime, index, []
@@ -239,7 +237,7 @@ class OnPretendedGpu:
 
 @pytest.fixture
 def load_on_gpu(kernels_for_cpu, monkeypatch):
-    """Makes of a file a backend as if its provider were CUDA, on the pretended GPU."""
+    """Loads a file as if its provider were CUDA, on the simulated GPU."""
     pytest.importorskip("cuda.bindings.runtime")
     import fake_cuda
 
@@ -251,23 +249,24 @@ def load_on_gpu(kernels_for_cpu, monkeypatch):
 
     def load(path: Path, index: int = 0) -> Any:
         backend = load_backend(path, provider="cpu", threads=1)
-        backend.session = OnPretendedGpu(backend.session, runtime, index)
-        backend._use(onnxruntime_binding.gpu_binding(index, backend.metadata))
+        backend.session = SimulatedGpuSession(backend.session, runtime, index)
+        backend.bind_to(onnxruntime_binding.gpu_binding(index, backend.metadata))
         return backend
 
     return load
 
 
 @pytest.mark.parametrize(("file", "last"), [("onnx_file", "masks"), ("joint_onnx_file", "keypoints")])
-def test_a_gpus_arrays_are_bound_where_they_lie(load_on_gpu, request, file, last):
+def test_gpu_arrays_are_bound_in_place(load_on_gpu, request, file, last):
     from maskrcnn.runtime.gpu.arrays import DeviceArray
+    from maskrcnn.runtime.gpu.memory import Cuda
 
     path = request.getfixturevalue(file)
     backend, reference = load_on_gpu(path), load_backend(path, provider="cpu", threads=1)
     kept = []
     for seed in range(3):
         given = feeds(seed=seed)
-        cuda = backend._on_gpu.cuda
+        cuda = Cuda(0)
         memory, staged = cuda.memory(given["images"].nbytes), cuda.pinned(given["images"].nbytes)
         staged.array(given["images"].shape, np.float32)[...] = given["images"]
         stream = cuda.stream()
@@ -284,10 +283,10 @@ def test_a_gpus_arrays_are_bound_where_they_lie(load_on_gpu, request, file, last
         np.testing.assert_array_equal(value, reference(feeds())[name])
 
 
-def test_the_thread_stays_on_its_gpu(load_on_gpu, onnx_file):
+def test_the_threads_context_is_preserved(load_on_gpu, onnx_file):
     backend = load_on_gpu(onnx_file, 1)
     runtime = backend.session.runtime
-    for before in (0, 0xC000):  # a thread that did nothing on a GPU yet, and one on GPU 0
+    for before in (0, 0xC000):  # no context yet, and one on GPU 0
         runtime.context = before
         image = shapes_image(np.random.default_rng(1), (150, 200))[0]
         Detector(backend).detect([image])[0].full_masks()
@@ -296,7 +295,7 @@ def test_the_thread_stays_on_its_gpu(load_on_gpu, onnx_file):
     assert set(runtime.device_of.values()) == runtime.contexts == {1}
 
 
-def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
+def test_without_cuda_bindings_only_host_arrays_are_bound(monkeypatch):
     from maskrcnn.runtime.gpu import memory as device_memory
 
     def missing() -> None:
@@ -306,7 +305,7 @@ def test_without_cuda_bindings_arrays_of_the_host_alone_are_bound(monkeypatch):
     assert onnxruntime_binding.gpu_binding(0, None) is None
 
 
-def test_photos_are_resized_and_masks_pasted_on_the_gpu(load_on_gpu, onnx_file):
+def test_images_are_resized_and_masks_pasted_on_the_gpu(load_on_gpu, onnx_file):
     backend = load_on_gpu(onnx_file)
     images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(3)]
     found = Detector(backend).detect(images)

@@ -1,4 +1,4 @@
-"""The TensorRT backend on a pretended GPU, with ONNX Runtime behind TensorRT's names (tests/support)."""
+"""TensorRT backend on a simulated GPU, with ONNX Runtime behind TensorRT's interface (tests/support)."""
 
 import gc
 import hashlib
@@ -29,7 +29,7 @@ ANY = Profile(Span(1, 1, 8), Span(32, 96, 384), Span(32, 96, 384))
 
 @pytest.fixture
 def machine(monkeypatch):
-    """The pretended GPU and TensorRT."""
+    """The simulated GPU and TensorRT."""
     monkeypatch.setenv("MASKRCNN_KERNELS", "off")
     return fake_tensorrt.install(monkeypatch)
 
@@ -66,7 +66,7 @@ def assert_equal(found, wanted):
 
 
 def on_gpu(backend, given: dict[str, np.ndarray]) -> dict[str, DeviceArray]:
-    """The arrays in the pretended GPU's memory, all ready."""
+    """Arrays in the simulated GPU's memory."""
     found, stream = {}, backend.cuda.stream()
     for name, values in given.items():
         memory, staged = backend.cuda.memory(values.nbytes), backend.cuda.pinned(values.nbytes)
@@ -111,7 +111,7 @@ def test_arrays_on_the_gpu_give_arrays_on_the_gpu(engine, machine, reference, gr
     addresses = {found["boxes"].address for found in kept}
     assert len(addresses) == 4
     del kept, found
-    assert backend(on_gpu(backend, feeds()))["boxes"].address in addresses  # memory is lent again
+    assert backend(on_gpu(backend, feeds()))["boxes"].address in addresses  # memory is reused
 
 
 def test_a_timed_run_gives_the_same_and_its_parts(engine, machine, reference):
@@ -119,7 +119,7 @@ def test_a_timed_run_gives_the_same_and_its_parts(engine, machine, reference):
     for seed in range(3):
         found, parts = backend.infer_timed(feeds(seed=seed))
         assert_equal(found, reference(feeds(seed=seed)))
-        assert parts == {"copy in": 1.5, "engine": 1.5, "copy out": 1.5}  # what the pretended GPU says of any two
+        assert parts == {"copy in": 1.5, "engine": 1.5, "copy out": 1.5}  # the simulated GPU's constant
 
 
 def test_without_graphs_inputs_are_read_in_place(engine, runtime, trt):
@@ -163,7 +163,7 @@ def test_a_batch_is_padded_to_what_a_profile_takes(tmp_path, onnx_file, machine,
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "fixed.engine", [fixed])
     images = [shapes_image(np.random.default_rng(seed), (300, 200 + 50 * seed))[0] for seed in range(3)]
     backend = load_backend(path)
-    nothing = np.full((4, 3, 160, 160), np.nan, np.float32)  # which must not stay where no image is next
+    nothing = np.full((4, 3, 160, 160), np.nan, np.float32)  # must not remain where the next batch has no image
     with backend.acquire() as contexts:
         contexts.bind((4, 160, 160)).put("images", nothing)
     found, sizes = backend.run_images(images)
@@ -194,7 +194,7 @@ def test_each_shape_runs_in_the_profile_that_fits_best(tmp_path, onnx_file, mach
     assert len(trt.engines[0].contexts) == 2
 
 
-def test_the_shapes_not_used_for_longest_make_room(engine, machine, runtime, trt, reference):
+def test_the_least_recently_used_shapes_are_dropped(engine, machine, runtime, trt, reference):
     backend = load_backend(engine, shapes=2)
     open_with_two = None
     for number, width in enumerate((64, 96, 64, 64, 128, 64, 160, 96)):
@@ -202,7 +202,7 @@ def test_the_shapes_not_used_for_longest_make_room(engine, machine, runtime, trt
         if number == 1:
             open_with_two = runtime.open["device"]
     assert runtime.open["device"] == open_with_two
-    assert runtime.open.get("executable graph", 0) == 0  # that of 64 went with it, though it was kept for long
+    assert runtime.open.get("executable graph", 0) == 0  # that of 64 was dropped with it
     assert len(trt.engines[0].contexts) == 5
 
 
@@ -223,7 +223,7 @@ def test_threads_share_an_engine(engine, runtime, trt, reference):
 
     def work(number: int) -> None:
         with backend.acquire() as contexts:
-            inside.wait()  # so two of them are in use at once
+            inside.wait()  # so that both are in use at once
             both.append(contexts)
         for seed in range(number, 12, 4):
             found[seed] = backend(feeds(seed=seed))
@@ -241,7 +241,7 @@ def test_threads_share_an_engine(engine, runtime, trt, reference):
         assert {first, second} == set(both)
 
 
-# Photos and masks on the GPU
+# Images and masks on the GPU
 
 
 @pytest.fixture
@@ -252,9 +252,9 @@ def detector_with_kernels(engine, machine, runtime, kernels_for_cpu, monkeypatch
     return Detector.load(engine)
 
 
-def test_photos_are_resized_on_the_gpu(detector_with_kernels, runtime, reference):
+def test_images_are_resized_on_the_gpu(detector_with_kernels, runtime, reference):
     images = [shapes_image(np.random.default_rng(seed), (150 + 70 * seed, 200))[0] for seed in range(3)]
-    images[1] = images[1][::-1, ::-1]  # no photo need be contiguous
+    images[1] = images[1][::-1, ::-1]  # images need not be contiguous
     for _ in range(2):
         found, wanted = detector_with_kernels.detect(images), Detector(reference).detect(images)
         assert sum(len(each) for each in wanted) > 3
@@ -305,7 +305,7 @@ def test_pillows_resizing_stays_on_the_cpu(tmp_path, onnx_file, machine, runtime
 # Memory
 
 
-def test_everything_is_given_back(detector_with_kernels, runtime, trt):
+def test_close_frees_everything(detector_with_kernels, runtime, trt):
     backend = detector_with_kernels.backend
     image = shapes_image(np.random.default_rng(1), (120, 171))[0]
     detector_with_kernels.detect([image])[0].full_masks()
@@ -318,7 +318,7 @@ def test_everything_is_given_back(detector_with_kernels, runtime, trt):
     assert runtime.open == {}
 
 
-def test_a_backend_that_nobody_holds_gives_everything_back(engine, runtime):
+def test_a_garbage_collected_backend_frees_everything(engine, runtime):
     backend = load_backend(engine)
     backend(feeds())
     backend(feeds())
@@ -363,7 +363,7 @@ def test_too_little_memory_says_what_to_do(engine, runtime, trt):
 @pytest.mark.parametrize(
     ("stamp", "message"),
     [
-        ({"gpu": "NVIDIA Other"}, "gpu NVIDIA Other; here is NVIDIA Pretend 1"),
+        ({"gpu": "NVIDIA Other"}, "gpu NVIDIA Other; here is NVIDIA Simulated"),
         ({"compute_capability": "8.6"}, "compute_capability 8.6; here is 9.0"),
         ({"tensorrt": "10.9.0.34"}, "tensorrt 10.9.0.34; here is 11.4.0.106"),
         ({"target": "openvino"}, "an engine for openvino"),
@@ -393,7 +393,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, engine, boxes_o
         load_backend(engine)
 
 
-def test_a_plan_that_the_json_was_not_written_for_is_refused(tmp_path, onnx_file, machine):
+def test_a_plan_of_another_json_is_refused(tmp_path, onnx_file, machine):
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [ANY], plan_sha256="0" * 64)
     with pytest.raises(UserError, match=r"not the plan that a\.engine\.json was written for"):
         load_backend(path)
@@ -401,13 +401,13 @@ def test_a_plan_that_the_json_was_not_written_for_is_refused(tmp_path, onnx_file
     load_backend(fake_tensorrt.write_engine(onnx_file, path, [ANY], plan_sha256=found))
 
 
-def test_an_engine_without_its_weights_says_how_to_get_them(tmp_path, onnx_file, machine):
+def test_an_engine_without_weights_is_refused(tmp_path, onnx_file, machine):
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [ANY], refit="stripped")
     with pytest.raises(UserError, match=r"without its weights[\s\S]*maskrcnn refit-engine a\.engine MODEL\.onnx"):
         load_backend(path)
 
 
-def test_an_engine_may_show_more_than_detections(tmp_path, onnx_file, machine, reference):
+def test_an_engine_may_have_stages_as_outputs(tmp_path, onnx_file, machine, reference):
     model = onnx.load(onnx_file)
     (masks,) = [value for value in model.graph.output if value.name == "masks"]
     model.graph.node.append(onnx.helper.make_node("Neg", ["masks"], ["stage.masks"]))
@@ -422,7 +422,7 @@ def test_an_engine_may_show_more_than_detections(tmp_path, onnx_file, machine, r
     assert_equal(found, wanted)
 
 
-def test_profiles_that_the_plan_does_not_have_are_refused(tmp_path, onnx_file, machine):
+def test_profiles_must_match_the_plan(tmp_path, onnx_file, machine):
     path = fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [ANY])
     path.write_bytes(fake_tensorrt.write_engine(onnx_file, tmp_path / "b.engine", [ANY, ANY]).read_bytes())
     with pytest.raises(UserError, match=r"2 profiles, and 1 in its a\.engine\.json"):
@@ -444,7 +444,7 @@ def test_a_model_with_keypoints_runs(tmp_path, joint_onnx_file, machine, graphs)
     assert backend.describe()[1]["keypoints"].shape[1:] == (12, 5, 3)
 
 
-def test_a_version_compatible_plan_may_bring_its_own_runtime(tmp_path, onnx_file, trt):
+def test_a_version_compatible_plan_may_use_its_own_runtime(tmp_path, onnx_file, trt):
     path = fake_tensorrt.write_engine(
         onnx_file, tmp_path / "a.engine", [ANY], tensorrt="10.9.0.34", version_compatible="yes"
     )
@@ -453,14 +453,14 @@ def test_a_version_compatible_plan_may_bring_its_own_runtime(tmp_path, onnx_file
 
 
 def test_a_plugin_library_is_loaded_first(tmp_path, onnx_file, machine, monkeypatch):
-    from maskrcnn.runtime.backends import tensorrt_engine as tensorrt_plan
+    from maskrcnn.runtime.backends import tensorrt_engine
     from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
 
-    asked = []
-    monkeypatch.setattr(tensorrt_plan, "load_plugins", lambda trt, form, *, arch: asked.append((form, arch)))
+    loaded = []
+    monkeypatch.setattr(tensorrt_engine, "load_plugins", lambda trt, form, *, arch: loaded.append((form, arch)))
     stamp = {"plugins": "library", "plugin_hash": plugin_hash(PluginForm.LIBRARY)}
     load_backend(fake_tensorrt.write_engine(onnx_file, tmp_path / "a.engine", [ANY], **stamp))
-    assert asked == [(PluginForm.LIBRARY, 90)]
+    assert loaded == [(PluginForm.LIBRARY, 90)]
 
 
 @pytest.mark.parametrize("options", [{"contexts": 0}, {"shapes": 0}])
@@ -469,7 +469,7 @@ def test_options_out_of_range_are_refused(engine, machine, options):
         load_backend(engine, **options)
 
 
-def test_without_tensorrt_or_a_gpu_an_engine_says_what_is_missing(engine, monkeypatch):
+def test_without_tensorrt_or_a_gpu_the_error_says_so(engine, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"no Python package tensorrt|NVIDIA|GPU"):
         load_backend(engine)

@@ -1,4 +1,4 @@
-"""Whether TensorRT, a GPU and an engine fit together, and what is said where they do not."""
+"""Compatibility of TensorRT, GPU, plugins and engines, and the errors if they do not fit."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ STAMP = {
 
 
 def refusal(**changes) -> UserError | None:
-    """What is said of an engine with this stamp; None where it fits."""
+    """The error for an engine with this stamp; None if it fits."""
     metadata = ModelMetadata(
         model="m",
         class_names=("a",),
@@ -45,7 +45,7 @@ def refusal(**changes) -> UserError | None:
 
 def test_an_engine_for_this_machine_fits():
     assert refusal() is None
-    # The kernels are in the engine: newer sources of them do not matter to it.
+    # The kernels are in the engine, so changes of their sources do not matter.
     assert refusal(plugin_hash=None) is None
 
 
@@ -71,14 +71,13 @@ def test_a_library_of_other_sources_does_not_fit():
     assert refusal(plugins="library", plugin_hash=plugin_hash(PluginForm.LIBRARY)) is None
 
 
-@pytest.mark.parametrize("built", ["11.4.0.106", "11.0.0.1", "10.9.0.34"])
-def test_a_version_compatible_engine_runs_in_later_versions(built):
-    assert refusal(version_compatible="yes", tensorrt=built) is None
-
-
-@pytest.mark.parametrize("built", ["11.4.1.0", "12.0.0.1"])
-def test_and_not_in_earlier_ones(built):
-    assert f"built for tensorrt {built}" in refusal(version_compatible="yes", tensorrt=built).found
+@pytest.mark.parametrize("built", ["11.4.0.106", "11.0.0.1", "10.9.0.34", "11.4.1.0", "12.0.0.1"])
+def test_a_version_compatible_engine_runs_in_the_same_and_later_versions(built):
+    error = refusal(version_compatible="yes", tensorrt=built)
+    if built in ("11.4.1.0", "12.0.0.1"):
+        assert f"built for tensorrt {built}" in error.found
+    else:
+        assert error is None
 
 
 def test_hardware_compatible_engines():
@@ -114,7 +113,7 @@ def test_versions_are_compared_as_numbers():
     assert tensorrt_library.version_of(TRT) == (11, 4, 0, 106)
 
 
-def test_of_two_libraries_in_the_cache_the_one_for_this_tensorrt_is_loaded(monkeypatch, tmp_path):
+def test_the_cached_library_for_this_tensorrt_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
     record = {"library": "plugins", "architectures": [90], "sources": plugin_hash(PluginForm.LIBRARY)}
     made = {
@@ -131,7 +130,7 @@ def test_of_two_libraries_in_the_cache_the_one_for_this_tensorrt_is_loaded(monke
 
 
 def import_with(tmp_path: Path, source: str | None) -> str:
-    """What `import_tensorrt` says in a Python whose module `tensorrt` has this source."""
+    """Output of `import_tensorrt` in a Python whose module `tensorrt` has this source."""
     if source is not None:
         (tmp_path / "tensorrt.py").write_text(source)
     code = f"""
@@ -158,12 +157,12 @@ def test_a_tensorrt_that_cannot_be_used_is_described(tmp_path, source, said):
     assert said in import_with(tmp_path, source)
 
 
-def test_the_real_bindings_are_taken(each_tensorrt):
+def test_the_real_bindings_are_accepted(each_tensorrt):
     code = "from maskrcnn.runtime.backends.tensorrt_library import import_tensorrt\ntell(import_tensorrt().__version__)"
     assert each_tensorrt.ask(code).split(".")[0] in ("10", "11")
 
 
-def test_everything_that_is_missing_is_told_at_once(monkeypatch):
+def test_everything_missing_is_reported_at_once(monkeypatch):
     def missing(what):
         def fail(*_):
             raise UserError(f"no {what}", f"a {what}", f"get a {what}")
@@ -180,7 +179,7 @@ def test_everything_that_is_missing_is_told_at_once(monkeypatch):
     assert tensorrt_library.tensorrt_obstacle() is None
 
 
-def test_a_machine_without_a_gpu_is_told_so(monkeypatch):
+def test_a_machine_without_a_gpu(monkeypatch):
     driver = pytest.importorskip("cuda.bindings.driver")
     monkeypatch.setattr(driver, "cuInit", lambda flags: (driver.CUresult.CUDA_ERROR_NO_DEVICE,))
     with pytest.raises(UserError, match="no NVIDIA GPU 0 on this machine"):
@@ -199,3 +198,15 @@ def test_a_gpu_is_described_by_the_driver(monkeypatch):
     monkeypatch.setattr(driver, "cuDeviceGetName", lambda length, device: (fine, b"NVIDIA RTX\0\0"))
     monkeypatch.setattr(driver, "cuDeviceGetAttribute", lambda kind, device: (fine, numbers[kind]))
     assert tensorrt_library.find_gpu(1) == Gpu("NVIDIA RTX", (12, 0))
+
+
+def test_gpus_are_counted_until_there_is_none(monkeypatch):
+    gpus = (Gpu("H100", (9, 0)), Gpu("T4", (7, 5)))
+
+    def find_gpu(device):
+        if device < len(gpus):
+            return gpus[device]
+        raise UserError("no GPU 2", "a GPU", "see doctor")
+
+    monkeypatch.setattr(tensorrt_library, "find_gpu", find_gpu)
+    assert tensorrt_library.find_gpus() == gpus

@@ -1,9 +1,8 @@
-"""A GPU that is the host's memory: the functions of `cuda.bindings.runtime` and `.driver` that the package calls.
+"""A simulated GPU in host memory: the functions of `cuda.bindings.runtime` and `.driver` that the package calls.
 
-It does nothing before it has to, as a GPU may: copies and kernels wait in their stream until somebody synchronises, so
-memory that is written or freed too early gives wrong results or an error here. Everything that is allocated is counted,
-addresses are checked, and any function can be made to fail. What is made belongs to the GPU that is the thread's, and
-kernels are refused on a stream of another one.
+All work is deferred: copies and kernels wait in their stream until it is synchronised, so memory that is written or
+freed too early gives wrong results or an error. Allocations are counted, addresses are checked, and any function can be
+made to fail. Resources belong to the thread's current GPU, and kernels are refused on a stream of another one.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from maskrcnn.runtime.gpu import memory
 OK = real.cudaError_t.cudaSuccess
 INVALID = real.cudaError_t.cudaErrorInvalidValue
 NOT_WHILE_CAPTURING = real.cudaError_t.cudaErrorStreamCaptureUnsupported
-NAME = b"NVIDIA Pretend 1"
+NAME = b"NVIDIA Simulated"
 CAPABILITY = (9, 0)
 _ALIGNMENT = 256
 _CONTEXTS = 0xC000  # the handles of the GPUs' primary contexts, one after the other
@@ -34,21 +33,21 @@ _DEFAULT_STREAMS = (1, 2)  # cudaStreamLegacy, cudaStreamPerThread: those of the
 
 
 class Properties:
-    """cudaDeviceProp, as far as it is read."""
+    """The fields of cudaDeviceProp that are read."""
 
     name = NAME
     major, minor = CAPABILITY
 
 
 class PointerAttributes:
-    """cudaPointerAttributes, likewise."""
+    """The fields of cudaPointerAttributes that are read."""
 
     def __init__(self, device: int) -> None:
         self.device = device
 
 
 class FakeRuntime:
-    """Stands for the module; enumerations and flags are the real ones.
+    """Replaces the module; enumerations and flags are the real ones.
 
     Args:
         devices: how many GPUs there are.
@@ -97,11 +96,11 @@ class FakeRuntime:
 
         return call
 
-    # What tests ask
+    # For tests
 
     @property
     def open(self) -> dict[str, int]:
-        """What has not been given back, by kind."""
+        """Numbers of resources that have not been freed, by kind."""
         kinds = [kind for _, _, kind in self.memory.values()] + list(self.handles.values())
         return dict(Counter(kinds))
 
@@ -115,28 +114,28 @@ class FakeRuntime:
         self.threads.context = context
 
     def device(self) -> int:
-        """The calling thread's GPU; where it has none it gets the first one, as the runtime does it."""
+        """The calling thread's GPU; if it has none it gets the first one, as in the runtime."""
         if self.context == 0:
             self.contexts.add(0)
             self.context = _CONTEXTS
         return self.context - _CONTEXTS
 
     def launch(self, stream: int, work: Callable[[], None]) -> None:
-        """A kernel, which must be started on its stream's GPU."""
+        """Launches a kernel, which must be on its stream's GPU."""
         assert self.device() == self.device_of[stream], "cudaErrorInvalidResourceHandle"
         self.enqueue(stream, work)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
-        """Gives a stream something to do, or a capture something to hold."""
+        """Adds work to a stream or its capture."""
         with self._lock:
             (self.captures[stream] if stream in self.captures else self.queues[stream]).append(work)
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether what is given to a stream becomes a graph."""
+        """Whether work on a stream is captured."""
         return stream in self.captures
 
     def check(self, address: int, nbytes: int, kind: str = "device") -> None:
-        """The bytes must be inside one block that is still there."""
+        """Asserts that the bytes are inside one allocated block."""
         for start, (_, size, held) in self.memory.items():
             if start <= address and address + nbytes <= start + size:
                 assert held == kind, f"{nbytes} bytes of {held} memory where {kind} memory was expected"
@@ -188,7 +187,7 @@ class FakeRuntime:
         return self._forget(devPtr, "device")
 
     def cudaFreeHost(self, ptr):
-        return self._forget(ptr, "host")  # who frees too early is found by what still reads it
+        return self._forget(ptr, "host")  # freed too early: found by the work that still reads it
 
     def cudaPointerGetAttributes(self, ptr):
         return OK, PointerAttributes(self.device_of[ptr])
@@ -295,7 +294,7 @@ class FakeRuntime:
             self.enqueue(int(stream), work)
         return (OK,)
 
-    # Underneath
+    # Internals
 
     def _allocate(self, size: int, kind: str) -> int:
         held = ctypes.create_string_buffer(b"\xa5" * (size + _ALIGNMENT), size + _ALIGNMENT)
@@ -369,13 +368,13 @@ class FakeDriver:
 
 
 def install(monkeypatch: Any, runtime: FakeRuntime) -> None:
-    """Puts a pretended GPU in the place of the real ones, for one test."""
+    """Replaces the real GPUs for one test."""
     monkeypatch.setattr(memory, "import_runtime", lambda: runtime)
     monkeypatch.setattr(memory, "import_driver", lambda: runtime.driver)
 
 
 class DeferredKernels(Kernels):
-    """The kernels compiled for the CPU, which wait in the pretended GPU's streams like any other work."""
+    """The kernels compiled for the CPU, deferred in the simulated GPU's streams."""
 
     runtime: FakeRuntime
 

@@ -1,4 +1,4 @@
-"""TensorRT's runtime half, behind which ONNX Runtime computes: what a plan's tensors, profiles and contexts must do.
+"""TensorRT's runtime classes, implemented by ONNX Runtime.
 
 A plan is a JSON text that names an ONNX file. Contexts are as strict as TensorRT allows itself to be: nothing of a
 context may change once a graph holds it, its first run cannot be captured, addresses must be aligned and in memory.
@@ -48,7 +48,7 @@ class Severity(Enum):
 
 
 class ILogger:
-    """What loggers are made of."""
+    """Base class of loggers."""
 
     Severity = Severity
 
@@ -203,15 +203,15 @@ class Module:
         return made
 
     def say(self, text: str) -> None:
-        """Tells the newest logger of an error."""
+        """Logs an error with the newest logger."""
         self.loggers[-1].log(self.ILogger.Severity.ERROR, text)
 
     def as_context(self, context: Context) -> Any:
-        """What users of the engine get."""
+        """The context that `create_execution_context` returns; replaced by doubles of the real class."""
         return context
 
     def as_engine(self, engine: Engine) -> Any:
-        """Likewise."""
+        """The engine that `deserialize_cuda_engine` returns; likewise."""
         return engine
 
     def _deserialize(self, data: bytes) -> Any:
@@ -225,7 +225,7 @@ class Module:
 
 
 def install(monkeypatch: Any, devices: int = 1) -> tuple[fake_cuda.FakeRuntime, Module]:
-    """Puts both in the place of the real ones, for one test."""
+    """Replaces the real GPU and TensorRT for one test."""
     runtime = fake_cuda.FakeRuntime(devices)
     module = Module(runtime)
     fake_cuda.install(monkeypatch, runtime)
@@ -234,7 +234,7 @@ def install(monkeypatch: Any, devices: int = 1) -> tuple[fake_cuda.FakeRuntime, 
 
 
 def write_engine(onnx_path: Path, path: Path, profiles: list[Profile], **stamp: str) -> Path:
-    """An engine's two files for the pretended GPU and this TensorRT; `stamp` changes what its stamp says."""
+    """Writes both files of an engine for the simulated GPU and this TensorRT; `stamp` replaces fields of its stamp."""
     session = onnxruntime.InferenceSession(str(onnx_path), session_options(1), providers=["CPUExecutionProvider"])
     metadata = ModelMetadata.from_json(session.get_modelmeta().custom_metadata_map[KEY], onnx_path)
     text = tensorrt_profiles.to_json(profiles)

@@ -45,12 +45,12 @@ OBJECTS = {
     },
 }
 RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
-BY_TEXT = {"_call_context": "IExecutionContext"}  # functions of ours that take a method's name
-OURS = {"tensorrt.found"}  # of a variable in doctor.py
+BY_TEXT = {"_call_context": "IExecutionContext"}  # our functions with the name of a method as first argument
+OURS = {"tensorrt.found"}  # an attribute of a variable in doctor.py
 
 
 def names_used(root: Path = ROOT) -> dict[str, set[str]]:
-    """By dotted name, as `tensorrt.BuilderFlag.TF32` or `tensorrt.IBuilderConfig.set_flag`: the files that use it."""
+    """Files by the dotted name they use, such as `tensorrt.BuilderFlag.TF32` or `tensorrt.IBuilderConfig.set_flag`."""
     found: dict[str, set[str]] = {}
     for folder in ("maskrcnn", "plugins", "export", "runtime", "benchmarks"):
         for path in sorted((root / folder).rglob("*.py")):
@@ -61,7 +61,7 @@ def names_used(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def names_in(source: str, file: str) -> set[str]:
-    """Those of one file."""
+    """Names used in one file."""
     found, inner = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and id(node) not in inner:
@@ -77,7 +77,7 @@ def names_in(source: str, file: str) -> set[str]:
 
 
 def _name(node: ast.Attribute, file: str) -> str | None:
-    """The dotted name of an attribute, where it belongs to TensorRT."""
+    """The dotted name of an attribute of TensorRT, or None."""
     base = _object(node.value, file)
     if base is None and isinstance(node.value, ast.Attribute):
         base = _name(node.value, file)
@@ -85,7 +85,7 @@ def _name(node: ast.Attribute, file: str) -> str | None:
 
 
 def _object(node: ast.expr, file: str) -> str | None:
-    """What a variable or an attribute is, where it is a module or an object of TensorRT's."""
+    """The TensorRT module or class of a variable or an attribute, or None."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in RETURNED:
         return f"tensorrt.{RETURNED[node.func.attr]}"
     called = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
@@ -119,7 +119,7 @@ tell({"version": tensorrt.__version__, "missing": [name for name in json.loads(N
 
 
 def lookup(names: list[str]) -> str:
-    """Code for the rig: it tells the version, and which of the names TensorRT does not have."""
+    """Code for the rig, which reports the version and the names that TensorRT does not have."""
     return f"NAMES = {json.dumps(json.dumps(names))}\n{LOOKUP}"
 
 
