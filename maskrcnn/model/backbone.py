@@ -1,7 +1,8 @@
-"""Torchvision's classifiers as backbones: their maps C2 … C5, and a neck that makes P2 … P6 of them.
+"""Backbones (torchvision's classifiers, maps C2 … C5) and necks (maps P2 … P6 of equal width).
 
-Tensors are named as in torchvision's detectors, `backbone.body.…` and `backbone.fpn.…`, whatever backbone and neck:
-a classifier's layers keep the names that they have in it, less the `features.` of those that are not ResNets.
+Tensors are named as in torchvision's detectors, `backbone.body.…` and `backbone.fpn.…`, for every backbone and neck:
+the layers of a classifier keep their names there, without the `features.` prefix of those that are not ResNets. Maps
+are passed by torchvision's names: "0" … "3" are C2 … C5 and P2 … P5, "pool" is P6.
 """
 
 from __future__ import annotations
@@ -24,24 +25,19 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from maskrcnn.config import ModelConfig
 
-# What makes the maps P2 … P6, all of one width, of a backbone's C2 … C5.
-#
-# Each neck takes and gives maps by name, as torchvision's detectors have them: "0" … "3" are C2 … C5 and become P2 …
-# P5, "pool" is P6.
-
 _Norm = Callable[[int], nn.Module] | None
 _FUSION_EPSILON = 1e-4  # Tan et al. 2020, section 3.3
 
 
 def make_neck(kind: str, in_channels: Sequence[int], channels: int, *, norm: _Norm, repeats: int) -> nn.Module:
-    """A neck with random weights.
+    """Create a neck with random weights.
 
     Args:
         kind: one of `maskrcnn.config.NECKS`.
-        in_channels: of C2 … C5.
-        channels: of P2 … P6.
-        norm: after the convolutions of "fpn" and "panet", with a number of channels; None for none.
-        repeats: of "bifpn", whose convolutions always have batch norm.
+        in_channels: channels of C2 … C5.
+        channels: channels of P2 … P6.
+        norm: constructor of the norm after the convolutions of "fpn" and "panet", given the channels (None: no norm).
+        repeats: passes of "bifpn", whose convolutions always have batch norm.
     """
     if kind == "bifpn":
         return BiFpn(in_channels, channels, repeats)
@@ -51,10 +47,10 @@ def make_neck(kind: str, in_channels: Sequence[int], channels: int, *, norm: _No
 
 
 class PathAggregation(FeaturePyramidNetwork):
-    """FPN with a second path from the finest map to the coarsest.
+    """FPN with a second, bottom-up path.
 
-    N2 is P2. Then N(i+1) is a convolution of P(i+1) plus a convolution of Ni with stride 2, each 3 × 3 and followed by
-    ReLU. P6 is every other pixel of N5, as in FPN.
+    N2 is P2. N(i+1) is a convolution of P(i+1) plus a stride-2 convolution of Ni, both 3 × 3 and followed by ReLU. P6
+    is N5 subsampled by 2, as in FPN.
 
     Source: Liu et al. 2018, "Path Aggregation Network for Instance Segmentation", section 3.1.
     """
@@ -65,11 +61,15 @@ class PathAggregation(FeaturePyramidNetwork):
         steps = range(len(in_channels) - 1)
         self.down_blocks = nn.ModuleList(Conv2dNormActivation(**blocks, stride=2) for _ in steps)
         self.fuse_blocks = nn.ModuleList(Conv2dNormActivation(**blocks) for _ in steps)
-        for block in (*self.down_blocks, *self.fuse_blocks):
-            _initialise(block)
+        for block in (*self.down_blocks, *self.fuse_blocks):  # as torchvision initialises FPN
+            for module in block.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_uniform_(module.weight, a=1)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """P2 … P6 of C2 … C5."""
+        """P2 … P6 from C2 … C5."""
         pyramid = super().forward(x)
         path = list(pyramid.values())[:1]
         for feature, down, fuse in zip(list(pyramid.values())[1:], self.down_blocks, self.fuse_blocks, strict=True):
@@ -78,12 +78,12 @@ class PathAggregation(FeaturePyramidNetwork):
 
 
 class BiFpn(nn.Module):
-    """Passes down and up over P2 … P6, which merge maps with learnt weights.
+    """Bidirectional passes over P2 … P6 that fuse maps with learnt weights.
 
-    C2 … C5 get one width by a 1 × 1 convolution, and so does C5 for P6, which is pooled 3 × 3 with stride 2.
+    1 × 1 convolutions give C2 … C5 equal width; P6 is another one of C5, max-pooled 3 × 3 with stride 2.
 
-    Source: Tan et al. 2020, "EfficientDet: Scalable and Efficient Object Detection", section 3, where the levels are
-    P3 … P7; its published code adds the convolution before P6.
+    Source: Tan et al. 2020, "EfficientDet: Scalable and Efficient Object Detection", section 3 (there P3 … P7); the
+    convolution before P6 follows its published code.
     """
 
     def __init__(self, in_channels: Sequence[int], channels: int, repeats: int) -> None:
@@ -95,7 +95,7 @@ class BiFpn(nn.Module):
         self.passes = nn.ModuleList(BiFpnPass(channels, len(widths)) for _ in range(repeats))
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """P2 … P6 of C2 … C5."""
+        """P2 … P6 from C2 … C5."""
         *finer, last = self.lateral_blocks
         maps = [block(feature) for block, feature in zip(finer, x.values(), strict=True)]
         maps.append(_halved(last(list(x.values())[-1])))
@@ -105,16 +105,16 @@ class BiFpn(nn.Module):
 
 
 class BiFpnPass(nn.Module):
-    """One pass from the coarsest map to the finest, and one back (figure 2 d of the paper)."""
+    """One top-down and one bottom-up pass (figure 2 d of the paper)."""
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
         self.down_blocks = nn.ModuleList(Fusion(channels, 2) for _ in range(levels - 1))
-        # On the way back every level but the last, which was not on the way down, has three inputs.
+        # Bottom-up, every level but the coarsest has three inputs.
         self.up_blocks = nn.ModuleList(Fusion(channels, 3 if k < levels - 1 else 2) for k in range(1, levels))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Maps of the same shapes, the finest first."""
+        """Maps of the same shapes, finest first."""
         down = [maps[-1]]
         for block, feature in zip(self.down_blocks, reversed(maps[:-1]), strict=True):
             down.insert(0, block([feature, F.interpolate(down[0], size=feature.shape[-2:], mode="nearest")]))
@@ -126,9 +126,9 @@ class BiFpnPass(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Fast normalised fusion: a sum with weights that are not negative and add up to nearly 1, then a convolution.
+    """Fast normalised fusion: weighted sum with non-negative weights that sum to about 1, then a convolution.
 
-    The convolution is separable, 3 × 3 and then 1 × 1, with batch norm after it and swish before it.
+    Swish, a separable convolution (3 × 3, then 1 × 1) and batch norm.
 
     Source: Tan et al. 2020, section 3.3.
     """
@@ -143,7 +143,7 @@ class Fusion(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """One map of the shape that all have."""
+        """Fuse maps of one shape into one."""
         weights = F.relu(self.weights)
         shares = (weights / (weights.sum() + _FUSION_EPSILON)).to(maps[0].dtype).unbind()
         merged = maps[0] * shares[0]
@@ -153,7 +153,7 @@ class Fusion(nn.Module):
 
 
 def _halved(feature: Tensor) -> Tensor:
-    """A map of half the height and width, rounded up: of an odd one P6 too has one row more than half."""
+    """Max pool to half the height and width, rounded up, so that P6 of an odd map has the extra row too."""
     return F.max_pool2d(feature, kernel_size=3, stride=2, padding=1)
 
 
@@ -161,23 +161,12 @@ def _named(like: dict[str, Tensor], maps: list[Tensor], last: Tensor) -> dict[st
     return OrderedDict([*zip(like, maps, strict=True), ("pool", last)])
 
 
-def _initialise(block: nn.Module) -> None:
-    """As torchvision initialises FPN's convolutions."""
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_uniform_(module.weight, a=1)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-# Frozen batch norm that costs nothing: it is computed in the convolution before it.
-#
-# A frozen norm multiplies each channel by a constant and adds one. Done on its own that reads and writes every feature
-# map twice more, and under autocast turns it to float32. Here the constants go into the convolution's weights.
-
-
 class FoldedBatchNorm2d(FrozenBatchNorm2d):
-    """A frozen norm whose arithmetic a `FoldedConv2d` has done; names and values are torchvision's."""
+    """Frozen batch norm computed by the preceding `FoldedConv2d`; names and values are torchvision's.
+
+    A frozen norm is a constant scale and shift per channel. As a separate operation it reads and writes every feature
+    map once more, and under autocast converts it to float32; folded into the convolution's weights it costs nothing.
+    """
 
     def constants(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of each channel, `[C]`."""
@@ -185,17 +174,17 @@ class FoldedBatchNorm2d(FrozenBatchNorm2d):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input; in an exported graph the norm itself, which runtimes fold without loss of readability."""
+        """Identity; during export the norm itself, which keeps the graph readable and which runtimes fold."""
         return super().forward(x) if torch.compiler.is_exporting() else x
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution that applies the norm after it."""
+    """Convolution that also applies the norm after it."""
 
     norm: FoldedBatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """What convolution and norm give together."""
+        """Convolution followed by the norm."""
         if torch.compiler.is_exporting():
             return super().forward(x)
         scale, shift = self.norm.constants()
@@ -206,43 +195,47 @@ class FoldedConv2d(nn.Conv2d):
 
 
 def fold_norms(body: nn.Module) -> nn.Module:
-    """Makes every convolution that a `FoldedBatchNorm2d` follows a `FoldedConv2d`; returns the body."""
+    """Turn every convolution before a `FoldedBatchNorm2d` into a `FoldedConv2d`, in place; returns the body."""
     for module in list(body.modules()):
-        for convolution, norm in _pairs(module):
-            if isinstance(norm, FoldedBatchNorm2d):
-                convolution.__class__ = FoldedConv2d
-                # Not as a submodule: the norm has its place, and its name, in the body.
-                object.__setattr__(convolution, "norm", norm)
+        for convolution, norm in conv_norm_pairs(module):
+            if isinstance(getattr(module, norm), FoldedBatchNorm2d):
+                folded = getattr(module, convolution)
+                folded.__class__ = FoldedConv2d
+                # Bypasses registration as a submodule: the norm is one of the body already.
+                object.__setattr__(folded, "norm", getattr(module, norm))
     return body
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """A ResNet names conv1 and bn1 alike; elsewhere, as in its shortcuts, the two follow each other in a sequence."""
+def conv_norm_pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of a module's convolutions and of the batch norms after them.
+
+    ResNet blocks name them conv1 and bn1; in a sequence of layers they are adjacent.
+    """
     children = dict(module.named_children())
-    for name, child in children.items():
-        if name.startswith("conv") and f"bn{name[4:]}" in children:
-            yield child, children[f"bn{name[4:]}"]
-    if isinstance(module, nn.Sequential):
-        yield from ((one, other) for one, other in itertools.pairwise(module) if isinstance(one, nn.Conv2d))
+    named = [(name, f"bn{name[4:]}") for name in children if name.startswith("conv")]
+    adjacent = itertools.pairwise(children) if isinstance(module, (nn.Sequential, Body)) else ()
+    for convolution, norm in dict.fromkeys((*named, *adjacent)):
+        if isinstance(children[convolution], nn.Conv2d) and norm in children:
+            yield convolution, norm
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in a classifier the maps are made."""
+    """Layers of a classifier that produce the maps."""
 
-    stages: tuple[tuple[str, ...], ...]  # five, each the names of its layers; the last layers of four make C2 … C5
+    stages: tuple[tuple[str, ...], ...]  # layers of the five stages; the last layers of stages 2 to 5 give C2 … C5
     channels: tuple[int, ...]  # of C2 … C5
 
 
 def _numbered(ends: Sequence[int]) -> tuple[tuple[str, ...], ...]:
-    """Stages of layers that are numbered, from the last layer of each."""
+    """Stages of numbered layers, given the last layer of each."""
     starts = [0, *(end + 1 for end in ends[:-1])]
     return tuple(tuple(map(str, range(start, end + 1))) for start, end in zip(starts, ends, strict=True))
 
 
 RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-# VGG's maps are those after pooling, as torchvision has no detector that says otherwise; MobileNet's the last of each
-# stride; ConvNeXt's stages begin with the convolution that halves the map.
+# Maps: VGG after pooling (torchvision has no such detector to follow); MobileNet the last of each stride; ConvNeXt
+# stages begin with the downsampling convolution.
 _LAYOUTS = {
     "vgg16": Layout(_numbered((4, 9, 16, 23, 30)), (128, 256, 512, 512)),
     "vgg16_bn": Layout(_numbered((6, 13, 23, 33, 43)), (128, 256, 512, 512)),
@@ -252,11 +245,7 @@ _LAYOUTS = {
 
 
 class Backbone(nn.Module):
-    """A classifier without its head, and a neck.
-
-    Args:
-        config: of the model.
-    """
+    """Classifier without its head, followed by a neck."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -264,7 +253,7 @@ class Backbone(nn.Module):
         self.stages = layout.stages
         self.body = Body(body, layout)
         if config.backbone.startswith("convnext"):
-            # Its blocks add to what they get without a norm; detectors have one after each map (Liu et al. 2022).
+            # Its residual stream is not normalised; detectors add a norm after each map (Liu et al. 2022).
             self.norms = nn.ModuleList(LayerNorm2d(width, eps=1e-6) for width in layout.channels)
         self.fpn = make_neck(
             config.neck,
@@ -273,10 +262,10 @@ class Backbone(nn.Module):
             norm=nn.BatchNorm2d if config.head_batch_norm else None,
             repeats=config.bifpn_repeats,
         )
-        self.out_channels = config.fpn_channels  # torchvision's detectors ask for it
+        self.out_channels = config.fpn_channels  # read by torchvision's detectors
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """P2 … P6 by torchvision's names of them, for normalised images `[N, 3, H, W]`."""
+        """P2 … P6 under torchvision's names, from normalised images `[N, 3, H, W]`."""
         maps = self.body(images)
         if hasattr(self, "norms"):
             maps = OrderedDict((k, norm(x)) for (k, x), norm in zip(maps.items(), self.norms, strict=True))
@@ -284,11 +273,11 @@ class Backbone(nn.Module):
 
 
 class Body(nn.ModuleDict):
-    """A classifier's layers up to the one that makes C5.
+    """Layers of a classifier up to C5.
 
     Args:
-        classifier: whose layers run one after another.
-        layout: of its layers.
+        classifier: runs its layers in sequence.
+        layout: its stages.
     """
 
     def __init__(self, classifier: nn.Module, layout: Layout) -> None:
@@ -296,10 +285,10 @@ class Body(nn.ModuleDict):
         names = [name for name, _ in classifier.named_children()]
         kept = names[: names.index(ends[-1]) + 1]
         super().__init__({name: layer for name, layer in classifier.named_children() if name in kept})
-        self.names = {end: str(k) for k, end in enumerate(ends)}  # torchvision's, of the maps
+        self.names = {end: str(k) for k, end in enumerate(ends)}  # torchvision's names of the maps
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """C2 … C5, under the names "0" … "3"."""
+        """C2 … C5 under the names "0" … "3"."""
         maps = OrderedDict()
         for name, layer in self.items():
             x = layer(x)
@@ -309,14 +298,14 @@ class Body(nn.ModuleDict):
 
 
 def _body(config: ModelConfig) -> tuple[nn.Module, Layout]:
-    """The layers of a backbone with random weights, norms frozen where the configuration wants that."""
+    """Layers of a backbone with random weights, with frozen norms if configured."""
     name = config.backbone
     kind = FoldedBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d
     norm = partial(kind, eps=config.batch_norm_epsilon)
     if name.startswith("vgg"):
         body = _vgg(norm if name.endswith("_bn") else None)
     elif name.startswith("convnext"):
-        # Layers that are left out at random would make a run depend on more than its seed, epoch and image.
+        # Stochastic depth would make a sample depend on more than seed, epoch and image.
         body = torchvision.models.get_model(name, weights=None, stochastic_depth_prob=0.0).features
     elif name.startswith("mobilenet"):
         body = torchvision.models.get_model(name, weights=None, norm_layer=norm).features
@@ -329,8 +318,8 @@ def _body(config: ModelConfig) -> tuple[nn.Module, Layout]:
     return fold_norms(body), _LAYOUTS[name]
 
 
-def _vgg(norm) -> nn.Sequential:
-    """VGG-16's convolutions, initialised as torchvision's; its classifier, nine times as large, is not made."""
+def _vgg(norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
+    """Convolutions of VGG-16, initialised as in torchvision, without building the classifier (nine times as large)."""
     layers = make_layers(cfgs["D"], batch_norm=norm is not None)
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Conv2d):
@@ -342,7 +331,7 @@ def _vgg(norm) -> nn.Sequential:
 
 
 def _stride_first(body: ResNet) -> None:
-    """Lets the first convolution of a bottleneck halve the map, as in He et al. 2015, instead of its second."""
+    """Move the stride of bottlenecks from the second to the first convolution, as in He et al. 2015."""
     for block in body.modules():
-        if isinstance(block, Bottleneck):  # a block of two 3 × 3 convolutions strides in its first anyway
+        if isinstance(block, Bottleneck):  # basic blocks stride in their first convolution anyway
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

@@ -1,4 +1,4 @@
-"""Arithmetic on boxes. All boxes are float32 xyxy in pixels unless a name says otherwise."""
+"""Box arithmetic. Boxes are float32 xyxy in pixels unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _MAX_LOG_SCALE = math.log(1000.0 / 16)  # a decoded side is at most 62.5 times t
 
 
 def decode_boxes(deltas: Tensor, references: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """Boxes that regression deltas describe, relative to reference boxes (Girshick 2014, appendix C).
+    """Apply regression deltas to reference boxes (Girshick et al. 2014, appendix C).
 
     Args:
-        deltas: `[…, 4]` (dx, dy, dw, dh), multiplied by `weights`.
+        deltas: `[…, 4]` (dx, dy, dw, dh), scaled by `weights`.
         references: `[…, 4]` anchors or proposals.
-        weights: the factors that `encode_boxes` applied.
+        weights: factors that `encode_boxes` applied.
     """
     width, height = references[..., 2] - references[..., 0], references[..., 3] - references[..., 1]
     centre_x, centre_y = references[..., 0] + 0.5 * width, references[..., 1] + 0.5 * height
@@ -31,7 +31,7 @@ def decode_boxes(deltas: Tensor, references: Tensor, weights: tuple[float, float
 
 
 def encode_boxes(boxes: Tensor, references: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
-    """The deltas `[…, 4]` from which `decode_boxes` recovers `boxes`. Sides must be positive."""
+    """Deltas `[…, 4]` from `references` to `boxes`, the inverse of `decode_boxes`. Sides must be positive."""
     reference_size = references[..., 2:] - references[..., :2]
     size = boxes[..., 2:] - boxes[..., :2]
     shift = (boxes[..., :2] + boxes[..., 2:] - references[..., :2] - references[..., 2:]) * 0.5 / reference_size
@@ -41,18 +41,18 @@ def encode_boxes(boxes: Tensor, references: Tensor, weights: tuple[float, float,
 
 
 def clip_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
-    """Boxes `[N, K, 4]` cut to their images; `image_sizes` is `[N, 2]` (height, width)."""
+    """Clip boxes `[N, K, 4]` to their images; `image_sizes` is `[N, 2]` (height, width)."""
     height, width = image_sizes[:, 0, None].to(boxes.dtype), image_sizes[:, 1, None].to(boxes.dtype)
     limit = torch.stack([width, height, width, height], dim=-1)
     return torch.minimum(boxes.clamp(min=0.0), limit)
 
 
-def is_at_least(boxes: Tensor, side_px: float) -> Tensor:
-    """Whether both sides of each box `[…, 4]` measure at least `side_px`; with 0, more than nothing."""
+def has_min_side(boxes: Tensor, min_side_px: float) -> Tensor:
+    """Whether both sides of each box `[…, 4]` are at least `min_side_px` long; 0 requires a positive area."""
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
-    if side_px == 0:
+    if min_side_px == 0:
         return (width > 0) & (height > 0)
-    return (width >= side_px) & (height >= side_px)
+    return (width >= min_side_px) & (height >= min_side_px)
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:

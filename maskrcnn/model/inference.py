@@ -1,92 +1,78 @@
-"""A model as it is run, not trained: norms inside their convolutions, and weights in half precision by a rule.
+"""Model for inference: folded batch norm, half precision by a fixed rule, CUDA graphs.
 
-The rule is that of exported graphs (`maskrcnn.export.passes.precision`): convolutions and matrix products are in half
-precision, with what only passes their results on; pixels, anchors, box coordinates, scores and NMS stay in single
-precision. Here that is a matter of which modules have half-precision weights, and of a cast where features enter them.
+The rule is that of exported graphs (`maskrcnn.export.passes.precision`): convolutions and matrix products, and whatever
+only passes on their results, run in half precision; pixels, anchors, box coordinates, scores and NMS in single
+precision. Here that is determined by which modules have half-precision weights, and a cast of the features they
+receive.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from maskrcnn.model.backbone import Body, FoldedBatchNorm2d, FoldedConv2d
+from maskrcnn.model.backbone import FoldedBatchNorm2d, FoldedConv2d, conv_norm_pairs
 from maskrcnn.model.detector import MaskRCNN
 
 
 def inference_copy(model: MaskRCNN, dtype: torch.dtype = torch.float32) -> MaskRCNN:
-    """A copy in evaluation mode that computes the same faster; it cannot be trained or saved.
+    """Copy of a model in evaluation mode with the same results but faster; it cannot be trained or saved.
 
     Args:
-        model: stays as it is.
-        dtype: of convolutions and matrix products; inputs and outputs are in the types that they always have.
+        model: left unchanged.
+        dtype: type of convolutions and matrix products; the types of inputs and outputs do not change.
     """
-    made = copy.deepcopy(model).eval().requires_grad_(False)
-    _fold_all_norms(made)
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    _fold_all_norms(copied)
     if dtype != torch.float32:
-        for module in _computing(made):
+        # The modules with convolutions and matrix products; they map features to features or logits.
+        for module in (copied.backbone, copied.rpn.head, *copied.roi_heads.children()):
             _lower(module, dtype)
-    return made
+    return copied
 
 
 def _fold_all_norms(model: nn.Module) -> None:
-    """Puts every batch norm that follows a convolution into it, in single precision, in evaluation mode."""
+    """Fold every batch norm into the convolution before it, in single precision, in evaluation mode."""
     with torch.no_grad():
         for module in list(model.modules()):
             if isinstance(module, FoldedConv2d):
                 _unfreeze(module)
-            for convolution, norm in _pairs(module):
-                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
-                setattr(module, convolution, fused)
-                setattr(module, norm, nn.Identity())
+            for convolution, norm in conv_norm_pairs(module):
+                if type(getattr(module, norm)) is nn.BatchNorm2d:
+                    fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                    setattr(module, convolution, fused)
+                    setattr(module, norm, nn.Identity())
 
 
 def _unfreeze(module: FoldedConv2d) -> None:
-    """Makes a convolution that multiplies the constants of its norm into its weights each time an ordinary one."""
+    """Turn a `FoldedConv2d`, which multiplies its norm into the weights at each call, into an ordinary convolution."""
     scale, shift = module.norm.constants()
     if module.bias is not None:
         shift = shift + module.bias * scale
     module.weight = nn.Parameter(module.weight * scale[:, None, None, None], requires_grad=False)
     module.bias = nn.Parameter(shift, requires_grad=False)
     del module.__dict__["norm"]
-    module.__class__ = nn.Conv2d  # the norm itself, FoldedBatchNorm2d, passes on what it gets
-
-
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of a module's convolutions with those of the batch norms after them.
-
-    A ResNet names conv1 and bn1 alike; where layers run one after another, the two follow each other.
-    """
-    children = dict(module.named_children())
-    named = [(name, f"bn{name[4:]}") for name in children if name.startswith("conv")]
-    following = list(itertools.pairwise(children)) if isinstance(module, (nn.Sequential, Body)) else []
-    for convolution, norm in dict.fromkeys((*named, *following)):
-        if type(children[convolution]) is nn.Conv2d and type(children.get(norm)) is nn.BatchNorm2d:
-            yield convolution, norm
-
-
-def _computing(model: MaskRCNN) -> list[nn.Module]:
-    """The modules with convolutions and matrix products, each of which gets features and gives features or logits."""
-    return [model.backbone, model.rpn.head, *model.roi_heads.children()]
+    module.__class__ = nn.Conv2d  # the norm after it, FoldedBatchNorm2d, is an identity
 
 
 def _lower(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of a module to half precision and cast its inputs."""
     module.to(dtype)
     for norm in module.modules():
         if isinstance(norm, (nn.BatchNorm2d, FoldedBatchNorm2d)):
-            norm.float()  # statistics may lie beyond half precision's range, and it takes features of any type
+            norm.float()  # statistics may exceed the range of half precision; inputs may have any type
     module.register_forward_pre_hook(lambda module, arguments: _cast(arguments, dtype))
 
 
-def _cast(value, dtype: torch.dtype):
-    """Floating-point tensors of a nested value in another type."""
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Convert the floating-point tensors of a nested value."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (list, tuple)):
@@ -94,35 +80,33 @@ def _cast(value, dtype: torch.dtype):
     return value
 
 
-# A model on a GPU as CUDA graphs, one for each input shape: the whole model is started at once.
-#
-# That is possible because nothing in the model waits for the GPU and no shape depends on a value. It pays where
-# starting some thousand kernels takes the host longer than running them takes the GPU: small batches, half precision.
-
 _Outputs = dict[str, Tensor]
 _Run = Callable[[Tensor, Tensor], _Outputs]
-_WARM_UPS = 2  # runs on a side stream before the capture, in which libraries choose their kernels
+_WARM_UPS = 2  # runs before the capture, in which libraries select their kernels
 
 
 class GraphedModel:
-    """A function of images and their sizes, captured at the second call with a shape.
+    """Runs a model as CUDA graphs, one per input shape, captured at the second call with that shape.
 
-    It may be called on any stream, also on several, as long as one call follows the other.
+    Possible because the model never synchronises and no shape depends on a value. It is faster where launching some
+    thousand kernels takes longer than running them: small batches, half precision. May be called on any stream, and on
+    different ones, as long as calls do not overlap.
 
     Args:
-        run: the model, or what `torch.compile` made of it; its tensors are on one GPU.
-        shapes: how many graphs to keep; the one not used for longest goes.
+        run: the model, possibly compiled by `torch.compile`; its tensors are on one GPU.
+        shapes: maximum number of graphs; the least recently used one is discarded.
     """
 
     def __init__(self, run: _Run, *, shapes: int = 8) -> None:
         self.run, self.shapes = run, shapes
-        self._calls: OrderedDict[tuple, _Run | None] = OrderedDict()  # by shape, the newest last; None: seen once
-        self._pool: tuple | None = None  # memory that the graphs share, as only one runs and its results are copied
-        self._side: torch.cuda.Stream | None = None  # where all are captured; on others they would not share memory
-        self._done: torch.cuda.Event | None = None  # behind the newest use of the graphs' memory, on whatever stream
+        self._calls: OrderedDict[tuple, _Run | None] = OrderedDict()  # by shape, most recent last; None: called once
+        self._pool: tuple | None = None  # shared memory pool: one graph runs at a time and its results are copied
+        # The stream of all captures: graphs captured on different streams do not share memory.
+        self._side: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None  # last use of the graphs' memory on any stream
 
     def __call__(self, images: Tensor, image_sizes: Tensor) -> _Outputs:
-        """The outputs, in memory of their own.
+        """Outputs in newly allocated memory.
 
         Args:
             images: `[N, 3, H, W]` on the GPU.
@@ -130,7 +114,7 @@ class GraphedModel:
         """
         key = tuple(images.shape), images.dtype
         if key not in self._calls:
-            self._make_room()
+            self._evict()
             self._calls[key] = None
             return self.run(images, image_sizes)
         self._calls.move_to_end(key)
@@ -142,18 +126,18 @@ class GraphedModel:
 
     @property
     def captured(self) -> int:
-        """How many shapes have a graph."""
+        """Number of shapes that have a graph."""
         return sum(replay is not None for replay in self._calls.values())
 
-    def _make_room(self) -> None:
+    def _evict(self) -> None:
         while len(self._calls) >= self.shapes:
             if self._done is not None:
-                self._done.synchronize()  # it may be running, and its inputs are freed with it
+                self._done.synchronize()  # the graph may be running; discarding it frees its inputs
             self._calls.popitem(last=False)
 
     @contextmanager
     def _in_turn(self, device: torch.device) -> Iterator[None]:
-        """What is started within begins after what was started in here before, though it be on another stream."""
+        """Order work launched inside after work launched in an earlier such context, on whichever stream."""
         stream = torch.cuda.current_stream(device)
         if self._done is None:
             self._done = torch.cuda.Event()
@@ -165,7 +149,7 @@ class GraphedModel:
             self._done.record(stream)
 
     def _capture(self, images: Tensor, image_sizes: Tensor) -> _Run:
-        """What copies its arguments to where the graph reads them, and starts it."""
+        """Capture a graph; returns a function that copies its arguments to the graph's inputs and replays it."""
         given = images.clone(memory_format=torch.preserve_format), image_sizes.clone()
         self._side = self._side or torch.cuda.Stream(images.device)
         self._side.wait_stream(torch.cuda.current_stream(images.device))
@@ -175,14 +159,14 @@ class GraphedModel:
         torch.cuda.current_stream(images.device).wait_stream(self._side)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # PyTorch's own stream for it is on whatever GPU was the first to capture. Other threads may allocate meanwhile.
+        # The default capture stream is on the GPU of the process's first capture. Other threads may allocate meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
-            found = self.run(*given)
+            outputs = self.run(*given)
 
         def replay(images: Tensor, image_sizes: Tensor) -> _Outputs:
             given[0].copy_(images)
             given[1].copy_(image_sizes)
             graph.replay()
-            return found
+            return outputs
 
         return replay

@@ -1,10 +1,10 @@
-"""Batched NMS on a GPU without the host ever waiting for a count, as two Triton kernels.
+"""Batched NMS on a GPU without synchronisation, as two Triton kernels.
 
-The first writes, for each box, a bit for every later box that it would suppress. The second goes through the boxes
-of one problem in order and keeps those that no kept box suppresses. Both have fixed shapes; torchvision's kernel
-returns a tensor as long as the result, for which the host has to wait.
+The first kernel writes one bit per box and later box: whether the first would suppress the second. The second kernel
+traverses the boxes of a problem in order and keeps those not suppressed by a kept one. Both have fixed shapes, whereas
+torchvision's kernel returns a tensor as long as the result, for which the host must wait.
 
-Boxes, groups and results are as `maskrcnn.model.ops.batched_nms` describes them.
+Arguments and results as in `maskrcnn.model.ops.batched_nms`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_WORD = 32  # bits of a word of the suppression matrix
-_ROWS = 64  # boxes whose words one program of the first kernel computes
+_WORD = 32  # bits per word of the suppression matrix
+_ROWS = 64  # boxes per program of the first kernel
 
 
 @triton.jit
 def _iou_is_above(x1, y1, x2, y2, u1, v1, u2, v2, threshold):
-    """Whether boxes overlap by more than the threshold; in torchvision's order of operations."""
+    """Whether the IoU exceeds the threshold, in torchvision's order of operations."""
     width = tl.maximum(tl.minimum(x2, u2) - tl.maximum(x1, u1), 0.0)
     height = tl.maximum(tl.minimum(y2, v2) - tl.maximum(y1, v1), 0.0)
     overlap = width * height
     union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap
-    return tl.div_rn(overlap, tl.where(union > 0.0, union, 1.0)) > threshold  # boxes without area suppress nothing
+    return tl.div_rn(overlap, tl.where(union > 0.0, union, 1.0)) > threshold  # empty boxes suppress nothing
 
 
 @triton.jit
 def _suppression_kernel(boxes, groups, counts, words, threshold, length, width, ROWS: tl.constexpr, WORD: tl.constexpr):
-    """words[p, i, w], bit b: box i of problem p suppresses box w · 32 + b, should i be kept."""
+    """words[p, i, w], bit b: box i of problem p, if kept, suppresses box w · 32 + b."""
     problem, word = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     bit = tl.arange(0, WORD)
@@ -58,7 +58,7 @@ def _suppression_kernel(boxes, groups, counts, words, threshold, length, width, 
 
 @triton.jit
 def _sweep_kernel(words, counts, indices, kept_counts, length, width, limit, WIDTH: tl.constexpr, WORD: tl.constexpr):
-    """One program for each problem: the greedy pass, from the best box to the worst."""
+    """Greedy selection in order of score; one program per problem."""
     problem = tl.program_id(0)
     count = tl.load(counts + problem)
     place = tl.arange(0, WIDTH)
@@ -79,7 +79,7 @@ def _sweep_kernel(words, counts, indices, kept_counts, length, width, limit, WID
 def batched_nms_triton(
     boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """`batched_nms` for tensors on a GPU; indices and their number, both int32."""
+    """`batched_nms` for tensors on a GPU: indices and their count, both int32."""
     problems, length = boxes.shape[:2]
     indices = torch.zeros(problems, max_output, dtype=torch.int32, device=boxes.device)
     kept_counts = torch.zeros(problems, dtype=torch.int32, device=boxes.device)
@@ -88,7 +88,7 @@ def batched_nms_triton(
     width = triton.cdiv(length, _WORD)
     words = torch.empty(problems, length, width, dtype=torch.int32, device=boxes.device)
     boxes, groups, counts = boxes.float().contiguous(), groups.contiguous(), counts.contiguous()
-    with torch.cuda.device_of(boxes):  # Triton starts kernels on the thread's GPU, wherever their tensors are
+    with torch.cuda.device_of(boxes):  # Triton launches on the current device, not on that of the tensors
         _suppression_kernel[(problems, triton.cdiv(length, _ROWS), width)](
             boxes,
             groups,
@@ -99,9 +99,9 @@ def batched_nms_triton(
             width,
             ROWS=_ROWS,
             WORD=_WORD,
-            enable_fp_fusion=False,  # rounded as on a CPU
+            enable_fp_fusion=False,  # same rounding as on a CPU
         )
-        # One warp: the pass is a chain, and a reduction over one warp needs no barrier.
+        # One warp: the traversal is sequential, and a reduction within a warp needs no barrier.
         _sweep_kernel[(problems,)](
             words,
             counts,

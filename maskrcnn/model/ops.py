@@ -1,11 +1,11 @@
-"""The two custom operations of the detector, in PyTorch.
+"""The custom operators of the detector, in PyTorch.
 
-`multilevel_roi_align` and `batched_nms` are what `export/` turns into the ONNX nodes
-`maskrcnn::MultilevelRoiAlign` and `maskrcnn::BatchedNms`. While a model is being exported both appear as one
-opaque operator each; otherwise they are ordinary PyTorch code, or, on a GPU, compiled kernels (`cuda_ops.py`).
+`export/` turns `multilevel_roi_align` and `batched_nms` into the ONNX nodes `maskrcnn::MultilevelRoiAlign` and
+`maskrcnn::BatchedNms`. During export each is one opaque operator; otherwise they run as ordinary PyTorch code or, on a
+GPU, as compiled kernels (`cuda_ops.py`).
 
-Pixel model: a box (x1, y1, x2, y2) covers the continuous region [x1, x2] × [y1, y2]; pixel (i, j) of a feature
-map has its centre at (j + 0.5, i + 0.5) with `aligned`, and at (j, i) without.
+Pixel model: a box (x1, y1, x2, y2) covers the continuous region [x1, x2] × [y1, y2]; the centre of pixel (i, j) of a
+feature map is at (j + 0.5, i + 0.5) if `aligned`, else at (j, i).
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ def assign_levels(rois: Tensor, *, min_level: int, num_levels: int) -> Tensor:
     """Index of the pyramid level that pools each RoI (Lin et al. 2017, equation 1).
 
     Args:
-        rois: `[…, 4]` xyxy in pixels of the network's input; the first level has those without an area, and those
-            that are no numbers.
-        min_level: the exponent of the first level's stride (2 for P2).
-        num_levels: how many levels there are.
+        rois: `[…, 4]` xyxy in pixels of the network's input; RoIs that are empty or NaN get the first level.
+        min_level: exponent of the first level's stride (2 for P2).
+        num_levels: number of levels.
 
     Returns:
-        int64 `[…]` in `[0, num_levels)`; level index 0 is `min_level`.
+        int64 `[…]` in `[0, num_levels)`; index 0 is `min_level`.
     """
     width, height = rois[..., 2] - rois[..., 0], rois[..., 3] - rois[..., 1]
     area = width * height
@@ -47,26 +46,32 @@ def _axis_taps(
 ) -> tuple[Tensor, Tensor]:
     """Grid indices and weights `[P, bins, 2 · ratio]` of bilinear sampling along one axis.
 
-    `start`, `length` `[P]` are in grid units, `size` `[P]` is the grid's length.
+    Args:
+        start: `[P]` in grid units.
+        length: `[P]` in grid units.
+        size: `[P]`, length of the grid.
+        bins: bins of the axis.
+        ratio: samples per bin.
+        aligned: without it, lengths are at least 1.
     """
     if not aligned:
         length = length.clamp(min=1.0)
     positions = torch.arange(bins * ratio, device=start.device, dtype=start.dtype)
-    where = start[:, None] + (positions + 0.5) * (length / (bins * ratio))[:, None]
-    limit = size[:, None].to(where.dtype)
-    inside = (where >= -1.0) & (where <= limit)
-    where = where.masked_fill(~inside, 0.0)  # what is no number would be no index either
-    where = torch.minimum(where.clamp(min=0.0), limit - 1)
-    low = where.floor()
+    position = start[:, None] + (positions + 0.5) * (length / (bins * ratio))[:, None]
+    limit = size[:, None].to(position.dtype)
+    inside = (position >= -1.0) & (position <= limit)
+    position = position.masked_fill(~inside, 0.0)  # NaN would not be a valid index
+    position = torch.minimum(position.clamp(min=0.0), limit - 1)
+    low = position.floor()
     high = torch.minimum(low + 1, limit - 1)
-    fraction = where - low
+    fraction = position - low
     index = torch.stack([low, high], dim=-1).to(torch.int64)
     weight = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None]
     return index.unflatten(1, (bins, ratio)).flatten(2), weight.unflatten(1, (bins, ratio)).flatten(2)
 
 
 def _numbers(values: list[int], device: torch.device) -> Tensor:
-    """Whole numbers on a device, int64; `torch.tensor` would make the host wait for a GPU."""
+    """int64 tensor on a device; `torch.tensor` would synchronise with a GPU."""
     return torch.cat([torch.full((1,), value, dtype=torch.int64, device=device) for value in values])
 
 
@@ -80,9 +85,9 @@ def _pool_by_table(
 ) -> Tensor:
     """RoIAlign as one weighted table look-up over all levels and images.
 
-    Every pixel of every level is a row of one table, and an output bin is a weighted sum of
-    (2 · sampling_ratio)² rows. Shapes depend on shapes only, each RoI reads its own level alone, and the sum
-    runs over contiguous channels, so this is fast on a CPU and free of synchronisation on a GPU.
+    Each pixel of each level is a row of the table; an output bin is a weighted sum of (2 · sampling_ratio)² rows.
+    Shapes depend on shapes only, every RoI reads only its own level, and sums run over contiguous channels: fast on a
+    CPU, free of synchronisation on a GPU.
     """
     batch, count = rois.shape[:2]
     channels = features[0].shape[1]
@@ -113,29 +118,29 @@ def _pool_by_table(
 
 
 def _pool_adaptively(features: list[Tensor], rois: Tensor, output_size: int, aligned: bool, min_level: int) -> Tensor:
-    """RoIAlign whose number of sampling points follows from each RoI's size: torchvision's kernel, level by level.
+    """RoIAlign with a sampling ratio that depends on the RoI's size: torchvision's kernel, level by level.
 
-    At the levels that are not its own a RoI is empty, and the kernel has next to nothing to do.
+    RoIs of other levels are made empty, which costs the kernel almost nothing.
     """
     batch, count = rois.shape[:2]
     rois = rois.to(torch.float32).flatten(0, 1)
     level = assign_levels(rois, min_level=min_level, num_levels=len(features))
     image = torch.arange(batch * count, device=rois.device) // count if count else level
-    is_number = rois.isfinite().all(dim=1)
-    rois = rois.masked_fill(~is_number[:, None], 0.0)
+    is_finite = rois.isfinite().all(dim=1)
+    rois = rois.masked_fill(~is_finite[:, None], 0.0)
     boxes = torch.cat([image[:, None].to(torch.float32), rois], dim=1)
     pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
     for index, feature in enumerate(features):
-        here = (level == index) & is_number
-        found = torchvision.ops.roi_align(
+        in_level = (level == index) & is_finite
+        level_pooled = torchvision.ops.roi_align(
             feature.to(torch.float32),
-            boxes * here[:, None],
+            boxes * in_level[:, None],
             output_size,
             spatial_scale=0.5 ** (min_level + index),
             sampling_ratio=0,
             aligned=aligned,
         )
-        pooled = torch.where(here[:, None, None, None], found, pooled)
+        pooled = torch.where(in_level[:, None, None, None], level_pooled, pooled)
     return pooled.unflatten(0, (batch, count))
 
 
@@ -147,7 +152,7 @@ def _pool(
     aligned: bool,
     min_level: int,
 ) -> Tensor:
-    """The table look-up; but torchvision's kernel where the number of samples depends on the RoI and has no shape."""
+    """Table look-up, or torchvision's kernel for `sampling_ratio=0`, where the number of samples has no fixed shape."""
     if sampling_ratio == 0:
         return _pool_adaptively(features, rois, output_size, aligned, min_level)
     return _pool_by_table(features, rois, output_size, sampling_ratio, aligned, min_level)
@@ -180,7 +185,7 @@ def _(features, rois, output_size, sampling_ratio, aligned, min_level):
         sampling_ratio=sampling_ratio,
         aligned=aligned,
         min_level=min_level,
-        dtype=features[0].dtype,  # a head of that type rounds to it anyway, and it is half the memory
+        dtype=features[0].dtype,  # the head converts to it anyway; half the memory
     )
 
 
@@ -199,31 +204,31 @@ def multilevel_roi_align(
     aligned: bool,
     min_level: int = 2,
 ) -> Tensor:
-    """Average of bilinear samples in each of S × S bins of each RoI, at the RoI's own pyramid level.
+    """RoIAlign: mean of bilinear samples in each of S × S bins of each RoI, at the RoI's own pyramid level.
 
     Args:
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
-        rois: `[N, R, 4]` xyxy in pixels of the network's input; what is no number is pooled to zeros. R may be zero.
+        rois: `[N, R, 4]` xyxy in pixels of the network's input; NaN and infinite RoIs give zeros. R may be zero.
         output_size: S, bins per axis.
-        sampling_ratio: sampling points per bin and axis; 0: ceil(RoI's side / S) of them along each axis, the side
-            in pixels of its level, and an empty RoI gives zeros (torchvision's -1, ONNX's and Detectron2's 0).
-        aligned: whether pixel centres lie at half-integers (see the module's pixel model).
+        sampling_ratio: samples per bin and axis; 0: ceil(side / S) with the side in pixels of the level, and zeros for
+            an empty RoI (torchvision's -1, ONNX's and Detectron2's 0).
+        aligned: pixel centres at half-integers (see the module).
         min_level: exponent of the first level's stride.
 
     Returns:
-        `[N, R, C, S, S]`, accumulated in float32 whatever the features' type; in their type where it is one operator,
-        on a GPU without gradients, and float32 otherwise.
+        `[N, R, C, S, S]`, accumulated in float32; of the features' type during export and on a GPU without gradients,
+        float32 otherwise.
 
     Raises:
-        ValueError: for a sampling ratio below 0.
+        ValueError: if `sampling_ratio` is negative.
 
     Source: He et al. 2017, section 3; torchvision's `MultiScaleRoIAlign`.
     """
     if sampling_ratio < 0:
         raise ValueError(
-            f"found: sampling_ratio {sampling_ratio}; expected: 0 or more; fix: pass 0 for an adaptive one"
+            f"found: sampling_ratio {sampling_ratio}; expected: 0 or more; fix: pass 0 for an adaptive ratio"
         )
-    # The op has no gradient; the PyTorch code has.
+    # The operator has no gradient, unlike the PyTorch code.
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*features, rois))
     is_op = torch.compiler.is_exporting() or (rois.is_cuda and not needs_gradient)
     pool = _multilevel_roi_align if is_op else _pool
@@ -242,7 +247,7 @@ def _(boxes, groups, counts, iou_threshold, max_output):
     kernels = cuda_ops.kernels_for(boxes.device)
     if kernels is not None:
         return cuda_ops.batched_nms(kernels, boxes, groups, counts, iou_threshold, max_output)
-    if importlib.util.find_spec("triton"):  # comes with torch's CUDA builds for Linux
+    if importlib.util.find_spec("triton"):  # part of PyTorch's CUDA builds for Linux
         from maskrcnn.model.nms_triton import batched_nms_triton
 
         return batched_nms_triton(boxes, groups, counts, iou_threshold, max_output)
@@ -252,12 +257,12 @@ def _(boxes, groups, counts, iou_threshold, max_output):
 def _nms_by_torchvision(
     boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Group after group; the host waits for every one of them."""
+    """One group at a time; synchronises with the device for each."""
     indices = torch.zeros(boxes.shape[0], max_output, dtype=torch.int32, device=boxes.device)
     kept_counts = torch.zeros(boxes.shape[0], dtype=torch.int32, device=boxes.device)
-    # Earlier rows win: descending keys keep the given order.
+    # Descending scores that keep the given order.
     order_keys = torch.arange(boxes.shape[1], 0, -1, dtype=torch.float32, device=boxes.device)
-    # In float32, as the exported graph and the kernels have it: torchvision's CPU kernel compares with a double.
+    # Rounded to float32 as in the exported graph and the kernels: torchvision's CPU kernel compares with a double.
     threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
     for image, count in enumerate(counts.tolist()):
         by_group, members = groups[image, :count].sort(stable=True)
@@ -282,28 +287,28 @@ def _(boxes, groups, counts, iou_threshold, max_output):
 def batched_nms(
     boxes: Tensor, groups: Tensor, counts: Tensor, *, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """Greedy non-maximum suppression inside each group of each image.
+    """Greedy non-maximum suppression within each group of each image.
 
     Args:
         boxes: float32 `[N, K, 4]` xyxy, sorted by descending score.
-        groups: int32 `[N, K]`, values ≥ 0; only boxes of the same group suppress each other.
+        groups: int32 `[N, K]`, ≥ 0; only boxes of the same group suppress each other.
         counts: int32 `[N]`; rows from `counts[n]` on are padding.
-        iou_threshold: a box goes when its IoU with a kept one is greater than this.
+        iou_threshold: a box is suppressed if its IoU with a kept one is greater.
         max_output: M, rows of the result.
 
     Returns:
-        indices int32 `[N, M]` of kept rows in ascending order (that is, by descending score), zero past the
-        end, and their number int32 `[N]`.
+        indices int32 `[N, M]` of the kept rows, ascending (by descending score) and zero past the end, and their count
+        int32 `[N]`.
 
-    Source: `torchvision.ops.batched_nms`, computed per group instead of by shifted coordinates.
+    Source: `torchvision.ops.batched_nms`, computed per group rather than with shifted coordinates.
     """
     return _batched_nms(boxes, groups, counts, iou_threshold, max_output)
 
 
 @torch.library.custom_op("maskrcnn::live_rows", mutates_args=())
 def _live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    most = max(int(counts.max()), 1) if len(counts) else 1
-    return boxes[:, :most].clone(), labels[:, :most].clone()
+    rows = max(int(counts.max()), 1) if len(counts) else 1
+    return boxes[:, :rows].clone(), labels[:, :rows].clone()
 
 
 @_live_rows.register_fake
@@ -313,14 +318,14 @@ def _(boxes, labels, counts):
 
 
 def live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The first L rows, which hold all detections of the batch: L is the largest count, at least 1.
+    """Truncate to the first L rows, L being the largest count of the batch (at least 1).
 
-    Only on a CPU. Elsewhere all D rows come back: reading the counts would make a GPU wait.
+    On a CPU only; on other devices all D rows are returned, since reading the counts would synchronise.
 
     Args:
         boxes: `[N, D, 4]`.
         labels: `[N, D]`.
-        counts: int32 `[N]`, of used rows.
+        counts: int32 `[N]`, number of detections.
 
     Returns:
         boxes `[N, L, 4]` and labels `[N, L]`.
@@ -329,5 +334,5 @@ def live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Te
         return _live_rows(boxes, labels, counts)
     if boxes.device.type != "cpu" or torch.compiler.is_compiling():
         return boxes, labels
-    most = max(int(counts.max()), 1)
-    return boxes[:, :most], labels[:, :most]
+    rows = max(int(counts.max()), 1)
+    return boxes[:, :rows], labels[:, :rows]

@@ -1,7 +1,7 @@
-"""Three ways to pool the features of a RoI, each at the RoI's own pyramid level, for all images and RoIs at once.
+"""RoI pooling methods, each at the RoI's own pyramid level, for all images and RoIs at once.
 
-`align` is RoIAlign (`ops.multilevel_roi_align`), `pool` is RoIPool, whose bins are whole pixels, and `crop` is RoICrop,
-which samples a grid of points and keeps the largest of each four. RoIs are xyxy in pixels of the network's input.
+`align` is RoIAlign (`ops.multilevel_roi_align`); `pool` is RoIPool, whose bins are whole pixels; `crop` is RoICrop,
+which samples a grid of points and max-pools 2 × 2 of them. RoIs are xyxy in pixels of the network's input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from maskrcnn.model.ops import assign_levels, multilevel_roi_align
 
-_CROP_SAMPLES = 2  # of a bin of RoICrop along an axis
+_CROP_SAMPLES = 2  # per bin and axis of RoICrop
 
 
 def multilevel_pool(
@@ -26,15 +26,15 @@ def multilevel_pool(
     aligned: bool,
     min_level: int = 2,
 ) -> Tensor:
-    """The features of RoIs by one of the methods.
+    """Pool RoI features with the given method.
 
     Args:
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`; level l has stride 2^l pixels.
         rois: `[N, R, 4]` xyxy in pixels of the network's input. R may be zero.
         method: one of `maskrcnn.config.POOL_METHODS`.
         output_size: S, bins per axis.
-        sampling_ratio: of "align", which alone has one.
-        aligned: of "align" and "crop"; the bins of "pool" are whole pixels.
+        sampling_ratio: points per bin and axis; "align" only.
+        aligned: pixel centres at half-integers; not for "pool".
         min_level: exponent of the first level's stride.
 
     Returns:
@@ -50,11 +50,11 @@ def multilevel_pool(
 
 
 def multilevel_roi_pool(features: list[Tensor], rois: Tensor, *, output_size: int, min_level: int = 2) -> Tensor:
-    """RoIPool: the largest value in each of S × S bins of each RoI, at the RoI's own pyramid level.
+    """RoIPool: the maximum in each of S × S bins of each RoI, at the RoI's own pyramid level.
 
-    A RoI is rounded to whole pixels of its level, halves away from zero, both ends included, at least one pixel long.
-    Bin k covers the pixels from floor(k · side / S) to ceil((k + 1) · side / S), so neighbours may share one; what
-    lies outside the map is left out, and a bin without a pixel is zero. Gradients go to each bin's first largest pixel.
+    A RoI is rounded to whole pixels of its level (halves away from zero, both ends inclusive, at least one pixel).
+    Bin k covers pixels floor(k · side / S) to ceil((k + 1) · side / S), so adjacent bins may overlap; pixels outside
+    the map are ignored and empty bins are zero. The gradient goes to the first maximum of each bin.
 
     Args:
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`.
@@ -65,16 +65,16 @@ def multilevel_roi_pool(features: list[Tensor], rois: Tensor, *, output_size: in
     Returns:
         float32 `[N, R, C, S, S]`.
 
-    Source: Girshick 2015, section 2.1; torchvision's `roi_pool`, whose rounding this is.
+    Source: Girshick 2015, section 2.1; rounding as in torchvision's `roi_pool`.
     """
     pool = _multilevel_roi_pool if torch.compiler.is_exporting() else _pool_by_levels
     return pool(features, rois, output_size, min_level)
 
 
 def _pool_by_levels(features: list[Tensor], rois: Tensor, output_size: int, min_level: int) -> Tensor:
-    """Torchvision's kernel, level by level, for all RoIs: shapes stay fixed and no host waits.
+    """Torchvision's kernel on every level for all RoIs: fixed shapes, no synchronisation.
 
-    At the levels that are not its own a RoI is one pixel, and the kernel has next to nothing to do.
+    RoIs of other levels are reduced to one pixel, which costs the kernel almost nothing.
     """
     batch, count = rois.shape[:2]
     rois = rois.to(torch.float32).flatten(0, 1)
@@ -83,12 +83,12 @@ def _pool_by_levels(features: list[Tensor], rois: Tensor, output_size: int, min_
     boxes = torch.cat([image[:, None].to(torch.float32), rois], dim=1)
     pooled = rois.new_zeros(batch * count, features[0].shape[1], output_size, output_size)
     for index, feature in enumerate(features):
-        here = level == index
-        one_pixel = torch.cat([boxes[:, :1], boxes[:, 1:].masked_fill(~here[:, None], 0.0)], dim=1)
-        found = torchvision.ops.roi_pool(
+        in_level = level == index
+        one_pixel = torch.cat([boxes[:, :1], boxes[:, 1:].masked_fill(~in_level[:, None], 0.0)], dim=1)
+        level_pooled = torchvision.ops.roi_pool(
             feature.to(torch.float32), one_pixel, output_size, spatial_scale=0.5 ** (min_level + index)
         )
-        pooled = torch.where(here[:, None, None, None], found, pooled)
+        pooled = torch.where(in_level[:, None, None, None], level_pooled, pooled)
     return pooled.unflatten(0, (batch, count))
 
 
@@ -106,33 +106,34 @@ def _(features, rois, output_size, min_level):
 def multilevel_roi_crop(
     features: list[Tensor], rois: Tensor, *, output_size: int, aligned: bool, min_level: int = 2
 ) -> Tensor:
-    """RoICrop: bilinear samples on a grid of 2S × 2S points over each RoI, then the largest of each 2 × 2.
+    """RoICrop: bilinear samples at 2S × 2S grid points of each RoI, then 2 × 2 max pooling.
 
-    The grid is that of an affine transform of the unit square onto the RoI, its outermost points on the RoI's edges:
-    point k of an axis lies at start + k · (end - start) / (2S - 1), in pixels of the level. Outside the map features
-    are zero, and fade to it within the last pixel. RoIs get no gradient.
+    The grid maps the unit square affinely onto the RoI with its outermost points on the edges: point k of an axis lies
+    at start + k · (end - start) / (2S - 1), in pixels of the level. Features outside the map are zero, with a linear
+    transition over one pixel. RoIs get no gradient.
 
     Args:
         features: levels P_min_level, P_min_level+1, …, each `[N, C, H_l, W_l]`.
         rois: `[N, R, 4]`. R may be zero.
         output_size: S, bins per axis.
-        aligned: whether pixel centres lie at half-integers; where the method comes from they lie at integers.
+        aligned: pixel centres at half-integers (the original implementations have them at integers).
         min_level: exponent of the first level's stride.
 
     Returns:
         float32 `[N, R, C, S, S]`.
 
-    Source: the crop pooling of Chen and Gupta 2017, "An Implementation of Faster RCNN with Study for Region Sampling",
-    which PyTorch's implementations of Faster R-CNN write as `affine_grid` and `grid_sample` with aligned corners.
+    Source: crop pooling of Chen and Gupta 2017, "An Implementation of Faster RCNN with Study for Region Sampling",
+        which
+    PyTorch implementations of Faster R-CNN write as `affine_grid` and `grid_sample` with `align_corners=True`.
     """
     batch, count = rois.shape[:2]
     rois, points = rois.detach().to(torch.float32), _CROP_SAMPLES * output_size
     level = assign_levels(rois, min_level=min_level, num_levels=len(features))
     atlas, tops = _atlas(features)
-    here = [(level == k).to(torch.int64) for k in range(len(features))]
-    # Of each RoI's own level. Sums of products instead of look-ups: they need no table on the device.
+    in_level = [(level == k).to(torch.int64) for k in range(len(features))]
+    # Properties of each RoI's level, as sums of products: an indexed table would have to be copied to the device.
     scale, top, height, width = (
-        sum(is_own * value for is_own, value in zip(here, values, strict=True))[..., None]
+        sum(is_level * value for is_level, value in zip(in_level, values, strict=True))[..., None]
         for values in (
             [0.5 ** (min_level + k) for k in range(len(features))],
             tops,
@@ -141,26 +142,25 @@ def multilevel_roi_crop(
         )
     )
     x1, y1, x2, y2 = (rois * scale - (0.5 if aligned else 0.0)).unbind(-1)
-    share = torch.arange(points, device=rois.device, dtype=torch.float32) / (points - 1)
-    columns, rows = (start[..., None] + (end - start)[..., None] * share for start, end in ((x1, x2), (y1, y2)))
-    # From one pixel before the map to one after it, where the atlas is zero; both are [N, R, 2S].
+    fraction = torch.arange(points, device=rois.device, dtype=torch.float32) / (points - 1)
+    columns, rows = (start[..., None] + (end - start)[..., None] * fraction for start, end in ((x1, x2), (y1, y2)))
+    # Clamped to one pixel around the map, where the atlas is zero; both are [N, R, 2S].
     columns = torch.minimum(columns.clamp(min=-1.0), width) + 1
     rows = torch.minimum(rows.clamp(min=-1.0), height) + top
     x, y = (2 * at / (side - 1) - 1 for at, side in ((columns, atlas.shape[3]), (rows, atlas.shape[2])))
     shape = (batch, count, points, points)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
     samples = F.grid_sample(atlas, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=True)
-    if count == 0:  # which pooling refuses
+    if count == 0:  # max_pool2d rejects empty inputs
         return samples.view(batch, 0, atlas.shape[1], output_size, output_size)
-    pooled = F.max_pool2d(samples, _CROP_SAMPLES)  # [N, C, R · S, S]: a window has points of one RoI only
+    pooled = F.max_pool2d(samples, _CROP_SAMPLES)  # [N, C, R · S, S]: no window spans two RoIs
     return pooled.unflatten(2, (count, output_size)).transpose(1, 2)
 
 
 def _atlas(features: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """All levels one below the other in one map, with zeros around each, and the row at which each begins.
+    """All levels stacked vertically in one map with zeros around each, and the first row of each level.
 
-    So one sampling reads every RoI at its own level, and none is sampled at all of them. With channels last, in which
-    a CPU samples three times as fast.
+    A single `grid_sample` then reads every RoI at its own level. Channels last, which is three times as fast on a CPU.
     """
     width, parts, tops, row = features[0].shape[3], [], [], 1
     for feature in features:

@@ -1,4 +1,8 @@
-"""Box, mask and keypoint heads over a fixed number of RoIs per image."""
+"""Box, mask and keypoint heads over a fixed number of RoIs per image.
+
+Keypoint heat maps divide a RoI into S × S cells (S = 56). A keypoint at (x, y) lies in column floor((x - x1) · S / w);
+column i is decoded to its centre x1 + (i + 0.5) · w / S (Heckbert 1990; He et al. 2017, section 5).
+"""
 
 from __future__ import annotations
 
@@ -11,38 +15,34 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from maskrcnn.config import ModelConfig
 from maskrcnn.errors import UserError
-from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, has_min_side, take_rows
 from maskrcnn.model.ops import batched_nms, live_rows
 from maskrcnn.model.pooling import multilevel_pool
 from maskrcnn.stages import record
 
-# Keypoints and heat maps: where a map says that a keypoint is, and which cell a keypoint is in.
-#
-# A RoI is divided into S × S cells (S = 56). A keypoint at (x, y) lies in column floor((x - x1) · S / w), and what is
-# found in column i lies at x1 + (i + 0.5) · w / S, its middle (Heckbert 1990; He et al. 2017, section 5).
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
-# Pixels along an axis, around its best cell, at which a map is evaluated: all of a RoI of up to 64 px, so every one
-# that has fewer pixels than the map has cells, and in larger ones at least one cell to either side.
+# Pixels per axis around the best cell at which a heat map is evaluated: the whole RoI up to 64 px, and at least one
+# cell on either side in larger ones.
 WINDOW = 64
-_CUBIC = -0.75  # of the kernel of cubic convolution (Keys 1981), as PyTorch's bicubic interpolation has it
+_CUBIC = -0.75  # coefficient of cubic convolution (Keys 1981) in PyTorch's bicubic interpolation
 _MARGIN = 2  # cells on each side of a map that repeat its border
 
 
 def keypoints_from_heatmaps(logits: Tensor, rois: Tensor) -> Tensor:
-    """The most likely pixel of each keypoint, and its score.
+    """Most likely pixel of each keypoint, and its score.
 
-    Torchvision stretches each map bicubically over the whole pixels of its RoI and takes the best of them. Here the
-    best cell is found first, and the same surface is then evaluated at the same pixels in a window around that cell:
-    no shape depends on a value. Another pixel comes out where the pixel that beats all others is farther from the
-    best cell than the window reaches, thus only where a map has two peaks of about the same height; and in RoIs of
-    more than 1764 px, where not every pixel is looked at.
+    Torchvision upsamples each heat map bicubically to the whole pixels of its RoI and takes the maximum. This function
+    finds the best cell first and evaluates the same surface at the same pixels in a fixed window around it, so no shape
+    depends on a value. The result differs only where the maximum lies outside the window, that is in maps with two
+    peaks of nearly equal height, and in RoIs longer than 1764 px, where the window skips pixels.
 
     Args:
         logits: float32 `[N, D, K, S, S]`.
-        rois: `[N, D, 4]` xyxy in pixels; a side of less than a pixel counts as one.
+        rois: `[N, D, 4]` xyxy in pixels; sides shorter than a pixel count as one.
 
     Returns:
-        float32 `[N, D, K, 3]`: x and y of the pixel's middle, and the surface's value there.
+        float32 `[N, D, K, 3]`: x and y of the pixel's centre, and the value of the surface there.
 
     Source: `torchvision.models.detection.roi_heads.heatmaps_to_keypoints`.
     """
@@ -54,10 +54,10 @@ def keypoints_from_heatmaps(logits: Tensor, rois: Tensor) -> Tensor:
     cell = torch.stack([best - row * side, row], dim=-1).to(rois.dtype)  # [N, D, K, 2]
     window = _window(cell, pixels, side)  # [N, D, K, 2, WINDOW]
     weights = _weights(window, pixels, side).flatten(0, 2)
-    # Relative to the best cell, so that a device that rounds products errs by a share of small differences.
+    # Relative to the best cell, so that reduced-precision products round small differences only.
     below = (logits - highest[..., None, None]).flatten(0, 1)
     padded = F.pad(below, (_MARGIN,) * 4, mode="replicate").flatten(0, 1)
-    # Autocast would do these in half precision, in which neighbouring pixels tie.
+    # In float32: neighbouring pixels would tie in autocast's half precision.
     with torch.autocast(logits.device.type, enabled=False):
         surface = weights[:, 1] @ padded @ weights[:, 0].transpose(-1, -2)  # [N · D · K, WINDOW, WINDOW]
     score, at = surface.flatten(1).max(dim=1)
@@ -69,11 +69,11 @@ def keypoints_from_heatmaps(logits: Tensor, rois: Tensor) -> Tensor:
 
 
 def _window(cell: Tensor, pixels: Tensor, side: int) -> Tensor:
-    """Pixels `[…, WINDOW]` of a RoI around a cell, in ascending order, and the last one again where it has fewer.
+    """Ascending pixels `[…, WINDOW]` of a RoI around a cell; the last one is repeated where the RoI has fewer.
 
     Args:
-        cell: `[…]` along an axis, from 0.
-        pixels: `[…]` of the RoI along that axis.
+        cell: `[…]` index along an axis.
+        pixels: `[…]` length of the RoI along that axis.
         side: cells of the map.
     """
     step = (pixels * (2 / side) / (WINDOW - 1)).ceil()  # 1, unless two cells are longer than the window
@@ -85,32 +85,32 @@ def _window(cell: Tensor, pixels: Tensor, side: int) -> Tensor:
 
 
 def _weights(at: Tensor, pixels: Tensor, side: int) -> Tensor:
-    """The weight of each cell of a map with margins in the value at a pixel, `[…, WINDOW, side + 2 margins]`.
+    """Bicubic weight of each cell, margins included, at each pixel: `[…, WINDOW, side + 2 · _MARGIN]`.
 
     Args:
         at: `[…, WINDOW]` pixels of a RoI along an axis.
-        pixels: `[…]` of the RoI.
-        side: cells of the map, which the pixels cover as well.
+        pixels: `[…]` length of the RoI.
+        side: cells of the map, which spans the RoI.
     """
     position = (at + 0.5) * (side / pixels[..., None]) - 0.5  # cell i lies at i
     cells = torch.arange(-_MARGIN, side + _MARGIN, device=at.device, dtype=at.dtype)
     distance = (position[..., None] - cells).abs()
-    # Each of the kernel's two pieces is zero where the other one begins or ends.
+    # Each of the two pieces of the kernel vanishes on the other one's interval.
     near, far = distance.clamp(max=1.0), distance.clamp(min=1.0, max=2.0)
     inner = (1 - near) * (1 + near - (_CUBIC + 2) * near * near)
     return inner + _CUBIC * (far - 1) * (far - 2) * (far - 2)
 
 
 def cells_from_keypoints(keypoints: Tensor, rois: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The cell of each keypoint in the heat map of its RoI.
+    """Heat map cell of each keypoint.
 
     Args:
         keypoints: `[…, K, 3]`: x, y in pixels, and visibility; 0 is unlabelled.
-        rois: `[…, 4]` xyxy in pixels. Right and bottom edge are part of it.
+        rois: `[…, 4]` xyxy in pixels, right and bottom edge inclusive.
         side: S, cells of the map along an axis.
 
     Returns:
-        int64 `[…, K]` row · S + column, 0 for what has none; bool `[…, K]`, whether it is labelled and in the RoI.
+        int64 `[…, K]` row · S + column, 0 without a cell; and bool `[…, K]`, labelled and inside the RoI.
 
     Source: `torchvision.models.detection.roi_heads.keypoints_to_heatmap`.
     """
@@ -123,16 +123,13 @@ def cells_from_keypoints(keypoints: Tensor, rois: Tensor, side: int) -> tuple[Te
     return index.to(torch.int64), found
 
 
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-
-
 class RoiHeads(nn.Module):
-    """Classifies and refines proposals, then segments the detections and finds keypoints (He et al. 2017).
+    """Classifies and refines proposals, then predicts masks and keypoints of the detections (He et al. 2017).
 
-    Without masks and keypoints it is the second half of a Faster R-CNN (Ren et al. 2015).
+    Without masks and keypoints, the second stage of Faster R-CNN (Ren et al. 2015).
 
     Raises:
-        UserError: for a keypoint head without names of keypoints.
+        UserError: for a keypoint head without keypoint names.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -148,12 +145,19 @@ class RoiHeads(nn.Module):
             last = config.mask_head_channels[-1]
             self.mask_predictor = MaskRCNNPredictor(last, last, classes)
         if config.has_keypoints:
-            count = _keypoint_count(config)
+            if not config.keypoint_names:
+                raise UserError(
+                    "model.has_keypoints=true without keypoint names",
+                    "one entry of model.keypoint_names per keypoint (training takes them from the dataset)",
+                    "set model.keypoint_names, or model.has_keypoints=false",
+                )
             self.keypoint_head = KeypointRCNNHeads(channels, config.keypoint_head_channels)
-            self.keypoint_predictor = KeypointRCNNPredictor(config.keypoint_head_channels[-1], count)
+            self.keypoint_predictor = KeypointRCNNPredictor(
+                config.keypoint_head_channels[-1], len(config.keypoint_names)
+            )
 
     def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
-        """`[N, R, C, size, size]` from the levels P2 … P5 and RoIs `[N, R, 4]`."""
+        """Pool RoIs `[N, R, 4]` from the levels P2 … P5: `[N, R, C, size, size]`."""
         config = self.config
         return multilevel_pool(
             features[: len(config.strides_px)],
@@ -179,7 +183,7 @@ class RoiHeads(nn.Module):
     def mask_logits(
         self, features: list[Tensor], boxes: Tensor, labels: Tensor, stages: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Mask logits `[N, D, 28, 28]` of each box's own class, for boxes `[N, D, 4]`, labels `[N, D]`."""
+        """Mask logits `[N, D, 28, 28]` of the class `labels` `[N, D]` of each box `[N, D, 4]`."""
         pooled = self._pool(features, boxes, self.config.mask_pool_size)
         logits = self.mask_predictor(self.mask_head(pooled.flatten(0, 1))).float()  # [N·D, 1 + C, 28, 28]
         index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, logits.shape[2], logits.shape[3])
@@ -188,7 +192,7 @@ class RoiHeads(nn.Module):
         return logits
 
     def keypoint_logits(self, features: list[Tensor], boxes: Tensor, stages: dict[str, Tensor] | None = None) -> Tensor:
-        """Heat maps `[N, D, K, 56, 56]`, logits of each keypoint's cell, for boxes `[N, D, 4]` of any class."""
+        """Heat map logits `[N, D, K, 56, 56]` of boxes `[N, D, 4]`, shared by all classes."""
         pooled = self._pool(features, boxes, self.config.keypoint_pool_size)
         logits = self.keypoint_predictor(self.keypoint_head(pooled.flatten(0, 1))).float()
         logits = logits.unflatten(0, (boxes.shape[0], boxes.shape[1]))
@@ -203,12 +207,12 @@ class RoiHeads(nn.Module):
         image_sizes: Tensor,
         stages: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Detections as the contract in docs/architecture.md names them.
+        """Detect objects among proposals; returns the tensors that `MaskRCNN.forward` describes.
 
         Args:
             features: P2 … P6.
             proposals: `[N, R, 4]`.
-            used: bool `[N, R]`, whether a proposal is one.
+            used: bool `[N, R]` mask of used rows.
             image_sizes: int64 `[N, 2]`.
             stages: see `MaskRCNN.forward`.
         """
@@ -228,12 +232,15 @@ class RoiHeads(nn.Module):
             record(stages, keypoints=found["keypoints"])
         return found
 
-    def _detect(self, logits: Tensor, deltas: Tensor, proposals: Tensor, used: Tensor, image_sizes: Tensor):
+    def _detect(
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, used: Tensor, image_sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes `[N, D, 4]`, scores and labels `[N, D]`, and their count `[N]`, after per-class NMS."""
         config = self.config
         classes, rois = config.num_classes, proposals.shape[1]
         scores = F.softmax(logits, dim=-1)[..., 1:]
         scores = scores.masked_fill(~(used[..., None] & (scores > config.score_threshold)), -1.0)
-        # The best (proposal, class) pairs, decoded, without the degenerate, in order of score.
+        # Select the best (proposal, class) pairs, decode them, drop degenerate boxes and sort by score.
         candidates = min(config.candidates, rois * classes)
         scores, pair = scores.flatten(1).topk(candidates)
         roi = torch.div(pair, classes, rounding_mode="floor")
@@ -244,7 +251,7 @@ class RoiHeads(nn.Module):
             BOX_WEIGHTS,
         )
         boxes = clip_boxes(boxes, image_sizes)
-        scores, order = scores.masked_fill(~is_at_least(boxes, config.detection_min_side_px), -1.0).topk(candidates)
+        scores, order = scores.masked_fill(~has_min_side(boxes, config.detection_min_side_px), -1.0).topk(candidates)
         boxes, label = take_rows(boxes, order), take_rows(label, order)
         kept, count = batched_nms(
             boxes,
@@ -264,25 +271,15 @@ class RoiHeads(nn.Module):
 
 
 def _all_rows(values: Tensor, found: dict[str, Tensor]) -> Tensor:
-    """Values `[N, L, a, b]` of live rows as `[N, D, a, b]`, zero in the rows of an image that are no detections."""
+    """Pad values `[N, L, a, b]` of the first L rows to `[N, D, a, b]`; rows past the detections are zero."""
     rows = found["boxes"].shape[1]
     live = torch.arange(rows, device=values.device)[None, :] < found["num_detections"][:, None]
     values = F.pad(values, (0, 0, 0, 0, 0, rows - values.shape[1]))
     return values.masked_fill(~live[..., None, None], 0.0)
 
 
-def _keypoint_count(config: ModelConfig) -> int:
-    if not config.keypoint_names:
-        raise UserError(
-            "model.has_keypoints=true without names of keypoints",
-            "as many model.keypoint_names as there are keypoints; training takes them from the data",
-            "set model.keypoint_names, or model.has_keypoints=false",
-        )
-    return len(config.keypoint_names)
-
-
 def _box_head(config: ModelConfig) -> nn.Module:
-    """What turns pooled features `[R, C, S, S]` into one vector `[R, box_head_channels]` each."""
+    """Layers from pooled features `[R, C, S, S]` to vectors `[R, box_head_channels]`."""
     channels, side = config.fpn_channels, config.box_pool_size
     if not config.box_head_convolutions:
         return TwoMLPHead(channels * side**2, config.box_head_channels)

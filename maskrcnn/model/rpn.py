@@ -1,4 +1,4 @@
-"""Region proposal network: from feature maps to a fixed number of proposals per image."""
+"""Region proposal network: a fixed number of proposals per image from feature maps."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.nn import functional as F
 from torchvision.models.detection.rpn import RPNHead
 
 from maskrcnn.config import ModelConfig
-from maskrcnn.model.boxes import clip_boxes, decode_boxes, is_at_least, take_rows
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, has_min_side, take_rows
 from maskrcnn.model.ops import batched_nms
 from maskrcnn.stages import LEVELS
 
-# Anchor boxes, computed from the shapes of the feature maps.
+BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 def cell_anchors(size_px: float, aspect_ratios: tuple[float, ...], *, rounded: bool = True) -> Tensor:
-    """Anchors `[A, 4]` around the origin, one per aspect ratio (height / width), all of area size_px².
+    """Anchors `[A, 4]` centred at the origin with area size_px², one per aspect ratio (height / width).
 
-    Corners are rounded to whole pixels as torchvision's `AnchorGenerator` does; without `rounded` they stay where
-    they are, as Detectron2's do.
+    Corners are rounded to whole pixels as in torchvision's `AnchorGenerator`, or not (`rounded=False`) as in
+    Detectron2.
     """
     root = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
     width, height = size_px / root, size_px * root
@@ -30,14 +30,14 @@ def cell_anchors(size_px: float, aspect_ratios: tuple[float, ...], *, rounded: b
 
 
 def grid_anchors(cells: Tensor, feature: Tensor, images: Tensor, stride_px: int | None = None) -> Tensor:
-    """Anchors `[H_l · W_l · A, 4]` of one level in row-major order, the cell's A anchors innermost.
+    """Anchors `[H_l · W_l · A, 4]` of one level in row-major order, the A anchors of a cell innermost.
 
     Args:
         cells: `[A, 4]` from `cell_anchors`.
         feature: `[N, C, H_l, W_l]`, read for its shape.
         images: `[N, 3, H, W]`, read for its shape.
-        stride_px: distance between cells; by default H // H_l and W // W_l as in torchvision, which differs from a
-            power of two at P6 when the padded image is not a multiple of 64.
+        stride_px: distance between cells (default: H // H_l and W // W_l as in torchvision, which is not a power of
+            two at P6 if the padded image is not a multiple of 64).
     """
     rows, columns = feature.shape[-2], feature.shape[-1]
     y = torch.arange(rows, device=feature.device) * (stride_px or images.shape[-2] // rows)
@@ -47,18 +47,15 @@ def grid_anchors(cells: Tensor, feature: Tensor, images: Tensor, stride_px: int 
     return (shifts[:, :, None, :] + cells.to(feature.device)).reshape(-1, 4)
 
 
-BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-
-
 class _RpnOutput(NamedTuple):
-    """Anchors of all levels in order, with what the head says of each."""
+    """Anchors of all levels and the outputs of the head for them."""
 
     anchors: list[Tensor]  # per level [A_l, 4]
     logits: list[Tensor]  # per level [N, A_l]
     deltas: list[Tensor]  # per level [N, A_l, 4]
 
     def stages(self) -> dict[str, Tensor]:
-        """What the head says, under the names of `maskrcnn.stages`."""
+        """The outputs of the head under the names of `maskrcnn.stages`."""
         named = {"objectness": self.logits, "anchor_deltas": self.deltas}
         return {
             f"{name}_{level}": value
@@ -68,7 +65,7 @@ class _RpnOutput(NamedTuple):
 
 
 class RegionProposalNetwork(nn.Module):
-    """Scores anchors and keeps the best, non-overlapping ones (Ren et al. 2015)."""
+    """Scores anchors and selects the best ones by NMS (Ren et al. 2015)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +77,7 @@ class RegionProposalNetwork(nn.Module):
             self.register_buffer(f"cells_{level}", cells, persistent=False)
 
     def forward(self, features: list[Tensor], images: Tensor) -> _RpnOutput:
-        """Head outputs for `features`, per level `[N, C, H_l, W_l]`, in the anchors' order."""
+        """Anchors and head outputs for `features`, per level `[N, C, H_l, W_l]`."""
         logits, deltas = self.head(features)
         return _RpnOutput(
             self.anchors(features, images),
@@ -90,7 +87,7 @@ class RegionProposalNetwork(nn.Module):
         )
 
     def anchors(self, features: list[Tensor], images: Tensor) -> list[Tensor]:
-        """Anchors `[A_l, 4]` of each level; of the features and images only the shapes are read."""
+        """Anchors `[A_l, 4]` of each level; only the shapes of features and images are read."""
         strides = self.config.anchor_strides_px or (None,) * len(features)
         return [
             grid_anchors(getattr(self, f"cells_{level}"), feature, images, stride_px)
@@ -98,49 +95,49 @@ class RegionProposalNetwork(nn.Module):
         ]
 
     def at_anchors(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the head says of a few anchors: logits `[N, S]` and deltas `[N, S, 4]`.
+        """Head outputs at selected anchors: logits `[N, S]` and deltas `[N, S, 4]`.
 
-        The head looks at the surroundings of these anchors alone, as far as its convolutions see. It says the same
-        as `forward`, but where only some hundred anchors have a loss, its gradients cost hardly anything.
+        Equal to `forward`, but the head runs only on the receptive fields of these anchors. A loss on a few hundred
+        anchors then has cheap gradients.
 
         Args:
             features: P2 … P6.
-            index: int64 `[N, S]`, into the anchors of all levels in order.
+            index: int64 `[N, S]` into the concatenated anchors of all levels.
         """
         convolutions = [block[0] for block in self.head.conv]
         per_cell = len(self.config.anchor_aspect_ratios)
-        values, inside = _surroundings(features, torch.div(index, per_cell, rounding_mode="floor"), len(convolutions))
+        values, inside = _neighbourhoods(features, torch.div(index, per_cell, rounding_mode="floor"), len(convolutions))
         for convolution in convolutions:
-            # Outside the map there is padding, before the second convolution as before the first.
+            # Zero everything outside the map before every convolution, as its padding does.
             values = F.relu(F.conv2d(values * inside, convolution.weight, convolution.bias))
             inside = inside[:, :, 1:-1, 1:-1]
-        own = (index % per_cell).flatten()[:, None]
-        logits = self.head.cls_logits(values).flatten(1).float().gather(1, own)
+        anchor = (index % per_cell).flatten()[:, None]
+        logits = self.head.cls_logits(values).flatten(1).float().gather(1, anchor)
         deltas = self.head.bbox_pred(values).flatten(1).float().unflatten(1, (per_cell, 4))
-        deltas = deltas.gather(1, own[..., None].expand(-1, 1, 4))
+        deltas = deltas.gather(1, anchor[..., None].expand(-1, 1, 4))
         return logits.view(index.shape), deltas.view(*index.shape, 4)
 
     def proposals(self, output: _RpnOutput, image_sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """The best proposals of each image.
+        """Select the proposals of each image.
 
         Returns:
-            boxes `[N, R, 4]` by descending objectness, clipped to the image, zero where unused, and whether
-            each row is used, bool `[N, R]`.
+            boxes `[N, R, 4]` by descending objectness, clipped to the image, zero in unused rows; and a bool mask
+            `[N, R]` of used rows.
         """
         config = self.config
         candidates = config.rpn_candidates_per_level
-        wanted = config.proposals
+        num_proposals = config.proposals
         if self.training:
-            candidates, wanted = config.rpn_candidates_per_level_training, config.proposals_training
+            candidates, num_proposals = config.rpn_candidates_per_level_training, config.proposals_training
         levels = [
-            self._best_of_level(anchors, logits, deltas, candidates)
+            self._top_candidates(anchors, logits, deltas, candidates)
             for anchors, logits, deltas in zip(*output, strict=True)
         ]
         boxes, logits = torch.stack([b for b, _ in levels], dim=1), torch.stack([s for _, s in levels], dim=1)
         batch, depth = boxes.shape[:2]  # [N, L, K, 4]
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (depth, candidates))
-        # Padding and degenerate boxes form a group of their own: they suppress nothing and are dropped after.
-        usable = is_at_least(boxes, config.proposal_min_side_px) & (logits > -torch.inf)
+        # Padding and degenerate boxes form a separate group, so they suppress nothing; they are dropped afterwards.
+        usable = has_min_side(boxes, config.proposal_min_side_px) & (logits > -torch.inf)
         scores = torch.sigmoid(logits).masked_fill(~usable, -1.0)
         boxes, usable = boxes.flatten(0, 1), usable.flatten(0, 1)
         kept, kept_counts = batched_nms(
@@ -154,29 +151,31 @@ class RegionProposalNetwork(nn.Module):
         past_end = torch.arange(candidates, device=kept.device)[None, :] >= kept_counts[:, None]
         scores = take_rows(scores.flatten(0, 1), kept).masked_fill(past_end, -1.0)
         boxes = take_rows(boxes, kept).unflatten(0, (batch, depth)).flatten(1, 2)
-        scores, order = scores.unflatten(0, (batch, depth)).flatten(1).topk(min(wanted, depth * candidates))
+        scores, order = scores.unflatten(0, (batch, depth)).flatten(1).topk(min(num_proposals, depth * candidates))
         used = scores >= 0
         return take_rows(boxes, order).masked_fill(~used[..., None], 0.0), used
 
-    def _best_of_level(self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-        """Boxes `[N, K, 4]` and logits `[N, K]` of a level's best anchors; logits are -inf past the last."""
-        # A level may hold fewer than K anchors. Padding keeps K a constant for every image size.
+    def _top_candidates(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes `[N, K, 4]` and logits `[N, K]` of the best anchors of a level; padding has logit -inf."""
+        # A level may have fewer than K anchors: padding keeps K constant for every image size.
         logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
         index = index.clamp(max=anchors.shape[0] - 1)
         return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
 
 
-def _surroundings(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
-    """Squares of feature maps around cells, as a convolution with padding sees them.
+def _neighbourhoods(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """Square neighbourhoods of feature map cells, as seen by a padded convolution.
 
     Args:
         features: levels `[N, C, H_l, W_l]`.
-        cells: int64 `[N, S]`, into the cells of all levels, row by row.
+        cells: int64 `[N, S]` into the concatenated cells of all levels, in row-major order.
         radius: r, cells on each side.
 
     Returns:
-        values `[N · S, C, 2r + 1, 2r + 1]`, and whether each cell lies inside its map, bool
-        `[N · S, 1, 2r + 1, 2r + 1]`; what lies outside has some finite value.
+        values `[N · S, C, 2r + 1, 2r + 1]`, arbitrary but finite outside the map; and a bool mask of the cells inside
+        the map, `[N · S, 1, 2r + 1, 2r + 1]`.
     """
     offsets = torch.arange(-radius, radius + 1, device=cells.device)
     image = torch.arange(cells.shape[0], device=cells.device)[:, None, None, None]
@@ -184,14 +183,14 @@ def _surroundings(features: list[Tensor], cells: Tensor, radius: int) -> tuple[T
     for feature in features:
         height, width = feature.shape[2:]
         cell = cells - first
-        here = ((cell >= 0) & (cell < height * width))[..., None, None]
+        in_level = ((cell >= 0) & (cell < height * width))[..., None, None]
         cell = cell.clamp(0, height * width - 1)
         row = (torch.div(cell, width, rounding_mode="floor")[..., None] + offsets)[..., None]
         column = (cell % width)[..., None, None] + offsets
-        within = (row >= 0) & (row < height) & (column >= 0) & (column < width) & here
+        within = (row >= 0) & (row < height) & (column >= 0) & (column < width) & in_level
         index = (image * height + row.clamp(0, height - 1)) * width + column.clamp(0, width - 1)
         table = feature.permute(0, 2, 3, 1).reshape(-1, feature.shape[1])
-        values = values + F.embedding(index, table) * within[..., None]  # one level's is not zero
+        values = values + F.embedding(index, table) * within[..., None]  # non-zero for one level only
         inside = inside | within
         first += height * width
     return values.flatten(0, 1).permute(0, 3, 1, 2), inside.flatten(0, 1)[:, None]

@@ -1,6 +1,11 @@
-"""Matching of anchors and proposals to objects, and their sampling, on fixed shapes.
+"""Training targets on fixed shapes: matching, sampling and mask targets.
 
-Nothing here depends on a value for its shape, so a training step never waits for the device.
+No shape depends on a value, so a training step never synchronises with the device.
+
+Mask targets equal torchvision's, which pool each RoI from the full-size mask by RoIAlign (`aligned=False`, one sample
+per pixel). Bilinear sampling and averaging over a bin both separate into rows and columns: target = A_y · mask · A_xᵀ,
+where row b of A_y holds the weight of each pixel row in bin row b. The mask may then be a crop that contains every
+pixel of the object.
 """
 
 from __future__ import annotations
@@ -14,18 +19,18 @@ from maskrcnn.model.boxes import take_rows
 def match_anchors(
     iou: Tensor, valid: Tensor, *, foreground: float, background: float, keep_best: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which object each box belongs to (Ren et al. 2015, section 3.1.2).
+    """Match boxes to objects (Ren et al. 2015, section 3.1.2).
 
     Args:
-        iou: `[A, G]`, -1 in columns of padding.
-        valid: bool `[G]`, whether a column is an object.
-        foreground: a box is positive from this IoU on.
-        background: a box is negative below this IoU.
-        keep_best: also make positive every box that is the best for some object, ties included.
+        iou: `[A, G]`, -1 in padded columns.
+        valid: bool `[G]`, false in padded columns.
+        foreground: minimum IoU of a positive box.
+        background: IoU below which a box is negative.
+        keep_best: also make every box positive that is the best one of some object, ties included.
 
     Returns:
-        index of the best object int64 `[A]`, positive bool `[A]`, negative bool `[A]`. Without objects every
-        box is negative.
+        index of the best object int64 `[A]`, positive bool `[A]`, negative bool `[A]`. Without objects every box is
+        negative.
     """
     best, matched = iou.max(dim=1)
     positive, negative = best >= foreground, best < background
@@ -35,18 +40,18 @@ def match_anchors(
     return matched, positive, negative & ~positive
 
 
-_BITS = 29  # of a random key; positives get the next bit, so that all keys of a sample fit an int32
+_BITS = 29  # of a random key; positives also set the next bit, so that all keys fit an int32
 
 
 def random_keys(seed: Tensor, count: int) -> Tensor:
-    """Random whole numbers that depend on the seed alone: int32 `[count]` in [0, 2^29).
+    """Random integers that depend on the seed alone: int32 `[count]` in [0, 2^29).
 
-    A hash of (seed, position) instead of a generator's stream: the same image gets the same sample on every
-    device, in every process and after every resumption, and no generator's state has to be kept.
+    A hash of (seed, position) rather than a random generator: an image gets the same sample on every device, in every
+    process and after resuming, without storing a generator's state.
 
     Args:
         seed: int64 scalar.
-        count: how many.
+        count: number of integers.
 
     Source: the finaliser of splitmix64 (Steele et al. 2014).
     """
@@ -59,36 +64,31 @@ def random_keys(seed: Tensor, count: int) -> Tensor:
 def sample_balanced(
     positive: Tensor, negative: Tensor, seed: Tensor, *, count: int, positive_fraction: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A random sample of `count` boxes with at most `positive_fraction` positives, filled up with negatives.
+    """Sample `count` random boxes, at most `positive_fraction` of them positive, the rest negative.
 
     Args:
         positive: bool `[A]`.
-        negative: bool `[A]`, disjoint from `positive`; boxes that are neither are never taken.
-        seed: int64 scalar that decides the sample.
+        negative: bool `[A]`, disjoint from `positive`; boxes that are neither are never sampled.
+        seed: int64 scalar that determines the sample.
+        count: number of boxes.
+        positive_fraction: maximum fraction of positives.
 
     Returns:
-        index int64 `[S]` with S = min(count, A), positives in the first slots; is_positive bool `[S]`;
-        is_sampled bool `[S]`, false where there were too few boxes.
+        index int64 `[S]` with S = min(count, A), positives first; is_positive bool `[S]`; is_sampled bool `[S]`, false
+        in slots left over for lack of boxes.
     """
     size = min(count, positive.shape[0])
-    wanted = min(int(count * positive_fraction), size)
+    max_positives = min(int(count * positive_fraction), size)
     random = random_keys(seed, positive.shape[0])
     never = torch.full_like(random, -1)
     key = torch.where(negative, random, never)
-    chosen_key, chosen = torch.where(positive, random + (1 << _BITS), never).topk(wanted)
+    chosen_key, chosen = torch.where(positive, random + (1 << _BITS), never).topk(max_positives)
     key = key.scatter(0, chosen, torch.where(chosen_key >= 1 << _BITS, chosen_key, key[chosen]))
     key, index = key.topk(size)
     return index, key >= 1 << _BITS, key >= 0
 
 
-# What the mask head is to predict: torchvision's targets from small crops instead of full-size masks.
-#
-# Torchvision pools each RoI from the object's mask at the size of the resized image: RoIAlign with `aligned=False`,
-# one sample per pixel. A bin's value is there a mean over a grid of samples, each bilinear, so both steps separate into
-# rows and columns: target = A_y · mask · A_xᵀ, where row b of A_y holds the weight of each pixel row in bin row b. The
-# mask may then be a crop, as long as it holds every pixel of the object.
-
-_MAX_SAMPLES = 8  # per bin and axis. A RoI of IoU ≥ 0.5 is at most twice its object's side: 2 · 112 / 28 crop pixels
+_MAX_SAMPLES = 8  # per bin and axis: a RoI with IoU ≥ 0.5 is at most twice as long as its object, 2 · 112 / 28 pixels
 
 
 def mask_targets(
@@ -101,20 +101,20 @@ def mask_targets(
     *,
     aligned: bool = False,
 ) -> Tensor:
-    """Each RoI's view of its object's mask, float32 `[N, P, size, size]` in [0, 1].
+    """Crop and resize each RoI's object mask: float32 `[N, P, size, size]` in [0, 1].
 
-    Without `aligned` equal to `torchvision.models.detection.roi_heads.project_masks_on_boxes`, up to rounding for
-    objects whose crop is at full resolution, and close to it for the larger ones.
+    With `aligned=False` equal to `torchvision.models.detection.roi_heads.project_masks_on_boxes`: up to rounding for
+    objects whose crop is at full resolution, approximately for larger ones.
 
     Args:
-        masks: uint8 `[N, G, M, M]`, 0 or 255, a crop of each object's mask.
-        frames: float32 `[N, G, 4]` xyxy, the region each crop covers, in pixels of the resized image.
-        rois: float32 `[N, P, 4]` xyxy, likewise.
-        owner: int64 `[N, P]`, each RoI's object.
+        masks: uint8 `[N, G, M, M]`, 0 or 255, crop of each object's mask.
+        frames: float32 `[N, G, 4]` xyxy, region of each crop in pixels of the resized image.
+        rois: float32 `[N, P, 4]` xyxy in pixels of the resized image.
+        owner: int64 `[N, P]`, index of each RoI's object.
         image_sizes: int64 `[N, 2]`, (height, width) of the resized images.
         size: bins per side.
-        aligned: whether pixel centres lie at half-integers, where they are; torchvision's targets have them at
-            integers, which moves masks by half a pixel to the right and down.
+        aligned: place pixel centres at half-integers; torchvision's targets have them at integers, which shifts masks
+            by half a pixel to the right and down.
     """
     side = masks.shape[-1]
     own = take_rows(frames, owner)
@@ -134,7 +134,7 @@ def mask_targets(
         )
         for axis in (1, 0)
     )
-    # Autocast would do these in half precision, and a target is no place to save time.
+    # Targets in float32 under autocast too.
     with torch.autocast(masks.device.type, enabled=False):
         return rows @ crops @ columns.transpose(-1, -2) / 255
 
@@ -142,12 +142,14 @@ def mask_targets(
 def _axis_weights(
     start: Tensor, end: Tensor, frame_start: Tensor, frame_end: Tensor, limit: Tensor, size: int, side: int
 ) -> Tensor:
-    """The weight of each crop pixel in each bin along one axis, `[N, P, size, side]`.
+    """Weight of each crop pixel in each bin along one axis, `[N, P, size, side]`.
 
     Args:
-        start: `[N, P]`, and `end`, of the RoIs, in pixels of the image.
-        frame_start: `[N, P]`, and `frame_end`, of the crop.
-        limit: int64 `[N]`, pixels of the image along this axis.
+        start: `[N, P]` start of the RoIs in pixels of the image.
+        end: `[N, P]` end of the RoIs.
+        frame_start: `[N, P]` start of the crops.
+        frame_end: `[N, P]` end of the crops.
+        limit: int64 `[N]`, length of the image along this axis.
         size: bins.
         side: pixels of the crop.
     """
@@ -158,8 +160,8 @@ def _axis_weights(
     limit = limit[:, None, None].to(start.dtype)
     weights = start.new_zeros(*start.shape, size, side)
     bin_length = (length / size)[..., None]
-    # One sample of every bin after the other, not all at once: within one, no pixel is written to twice except with
-    # a zero, so the order in which a GPU adds does not show in the result.
+    # One sample of every bin at a time: within it no pixel is written twice except with a zero, so that the result does
+    # not depend on the order of a GPU's atomic additions.
     for sample in range(_MAX_SAMPLES):
         position = start[..., None] + bins * bin_length + (sample + 0.5) * bin_length / count  # pixel i lies at i
         counts = (sample < count) & (position >= -1) & (position <= limit)

@@ -1,7 +1,7 @@
-"""Random views, colours and tilts of training pictures.
+"""Random views, colours and compositions of training images.
 
-All draws come from one NumPy generator per sample. Torchvision's transforms take theirs from torch's global
-generator, which is therefore seeded from the sample's for as long as they run.
+All randomness of a sample comes from one NumPy generator. Torchvision's transforms use torch's global generator, which
+is seeded from the sample's while they run.
 """
 
 from __future__ import annotations
@@ -22,37 +22,38 @@ from maskrcnn.data.coco import ImageRecord, instance_mask
 from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear, resized_size
 from maskrcnn.training.view import Objects, View, instances_of, keypoints_in_view, mask_crop, mask_extent, only_inside
 
-# Samples made of several images. A `Scene` carries full-size masks, so that objects can be covered, moved and bent.
-
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A canvas and what is on it, at the size that the detector sees."""
+    """A canvas and its objects, at the size that the detector receives.
+
+    Masks are full-size, so that objects can be covered, moved and warped.
+    """
 
     image: np.ndarray  # float32 [3, h, w], 0–255
-    masks: np.ndarray  # bool [G, h, w], what can be seen of each object
+    masks: np.ndarray  # bool [G, h, w], visible pixels of each object
     labels: np.ndarray  # int64 [G]
-    visible: np.ndarray  # float [G], the share of each object's area that can be seen
-    keypoints: np.ndarray  # float32 [G, K, 3]: x, y and visibility, all 0 for what is not labelled or not on the canvas
+    visible: np.ndarray  # float [G], visible fraction of each object's area
+    keypoints: np.ndarray  # float32 [G, K, 3]: x, y, visibility; zeros if unlabelled or outside the canvas
 
     @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width of the canvas."""
         return self.image.shape[1:]
 
-    def seen(self, masks: np.ndarray) -> Scene:
-        """The scene after something covered or moved objects, of which `masks` `[G, h, w]` are left where they were."""
+    def covered(self, masks: np.ndarray) -> Scene:
+        """The scene with masks `[G, h, w]` of which a part has been covered or moved away."""
         before, after = (np.count_nonzero(stack, axis=(1, 2)) for stack in (self.masks, masks))
         return replace(self, masks=masks, visible=self.visible * after / np.maximum(before, 1))
 
 
 def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: tuple[int, ...] = ()) -> Scene:
-    """The scene of one image.
+    """Scene of one image.
 
     Args:
-        record: what is on it.
-        image: float32 `[3, h, w]`, its canvas.
-        view: how it was laid there.
+        record: annotations.
+        image: float32 `[3, h, w]`, the canvas.
+        view: placement of the image on it.
         partners: see `keypoints_in_view`.
     """
     objects = instances_of(record)
@@ -66,24 +67,24 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
     return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners))
 
 
-def objects_of_scene(scene: Scene, least_visible: float) -> Objects:
-    """The objects that can be seen, with the extents of their masks as boxes.
+def objects_of_scene(scene: Scene, min_visible: float) -> Objects:
+    """Visible objects, with the extents of their masks as boxes.
 
-    Left out are those without a pixel, and those of which less than `least_visible` of the area is left.
+    Objects without a pixel, or with less than `min_visible` of their area, are dropped.
     """
     rows = []
     each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, strict=True)
     for mask, label, visible, keypoints in each:
-        made = mask_crop(mask, scene.size_hw)
-        if made is not None and visible >= least_visible:
-            rows.append((np.array(mask_extent(mask), np.float32), label, *made, keypoints))
+        crop = mask_crop(mask, scene.size_hw)
+        if crop is not None and visible >= min_visible:
+            rows.append((np.array(mask_extent(mask), np.float32), label, *crop, keypoints))
     return Objects.stacked(rows, scene.keypoints.shape[1])
 
 
 def mosaic(tiles: Sequence[Scene]) -> Scene:
-    """Four scenes as one: top left, top right, bottom left, bottom right (Bochkovskiy et al. 2020).
+    """Combine four scenes: top left, top right, bottom left, bottom right (Bochkovskiy et al. 2020).
 
-    The tiles of a row have the same height, those of a column the same width.
+    Tiles of a row have equal height, tiles of a column equal width.
     """
     (centre_y, centre_x), (height, width) = tiles[0].size_hw, tiles[3].size_hw
     size_hw = (centre_y + height, centre_x + width)
@@ -102,39 +103,41 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
     return Scene(image, masks, labels, visible, keypoints)
 
 
-def mixup(first: Scene, second: Scene, share: float) -> Scene:
-    """Two scenes of one size blended, `share` of the first, with the objects of both (Zhang et al. 2019)."""
-    image = np.float32(share) * first.image + np.float32(1 - share) * second.image
-    return _together(image, first, second)
+def mixup(first: Scene, second: Scene, weight: float) -> Scene:
+    """Blend two scenes of equal size with the objects of both; `weight` is that of the first (Zhang et al. 2019)."""
+    image = np.float32(weight) * first.image + np.float32(1 - weight) * second.image
+    return _concatenated(image, first, second)
 
 
 def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
-    """Objects of another scene of the same size on top of this one (Ghiasi et al. 2021).
+    """Paste objects of another scene of equal size (Ghiasi et al. 2021).
 
-    What they cover is taken out of the masks below, and keypoints below them become hidden ones (visibility 1), as
-    people label what they can infer. Edges are not blurred: the paper found no difference.
+    Covered pixels are removed from the masks below, and keypoints below become hidden ones (visibility 1), as
+    annotators label keypoints that can be inferred. Edges are not blurred: the paper found no difference.
 
     Args:
-        chosen: int64, the objects of `other` that are pasted.
+        scene: background.
+        other: scene of the pasted objects.
+        chosen: int64, indices of the objects of `other` to paste.
     """
     cover = other.masks[chosen].any(axis=0)
     image = np.where(cover, other.image, scene.image)
     names = ("masks", "labels", "visible", "keypoints")
     pasted = replace(other, **{name: getattr(other, name)[chosen] for name in names})
-    below = replace(scene.seen(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
-    return _together(image, below, pasted)
+    below = replace(scene.covered(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
+    return _concatenated(image, below, pasted)
 
 
 def _hidden(keypoints: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """Keypoints `[G, K, 3]` of which those in a mask bool `[h, w]` are hidden, not visible."""
+    """Keypoints `[G, K, 3]` with the visible ones inside a mask bool `[h, w]` marked as hidden."""
     column, row = (
         np.minimum(keypoints[..., axis].astype(np.int64), side - 1) for axis, side in enumerate(cover.shape[::-1])
     )
-    most = np.where(cover[row, column], np.float32(1), np.float32(2))
-    return np.concatenate([keypoints[..., :2], np.minimum(keypoints[..., 2], most)[..., None]], axis=-1)
+    max_visibility = np.where(cover[row, column], np.float32(1), np.float32(2))
+    return np.concatenate([keypoints[..., :2], np.minimum(keypoints[..., 2], max_visibility)[..., None]], axis=-1)
 
 
-def _together(image: np.ndarray, first: Scene, second: Scene) -> Scene:
+def _concatenated(image: np.ndarray, first: Scene, second: Scene) -> Scene:
     return Scene(
         image,
         np.concatenate([first.masks, second.masks]),
@@ -145,14 +148,14 @@ def _together(image: np.ndarray, first: Scene, second: Scene) -> Scene:
 
 
 @contextmanager
-def torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
-    """Torch's generator for the CPU continues from `rng` inside, and from where it was afterwards.
+def _torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
+    """Seed torch's CPU generator from `rng` inside the context and restore it afterwards.
 
-    Inside, torch has one thread, as in a loading process: sums, and with them colours, depend on the number.
+    Limits torch to one thread, as in a loading process: sums, and with them colours, depend on the number of threads.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would seed the generators of GPUs as well, which are not restored.
+        # torch.manual_seed would also seed the generators of GPUs, which are not restored.
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         torch.set_num_threads(1)
         try:
@@ -162,16 +165,16 @@ def torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
 
 
 class Augmentation:
-    """What a configuration does to single pictures.
+    """Random changes of single images.
 
     Args:
-        config: what changes, how much, how often.
-        preprocessing: the model's, for sizes and for the colour of empty canvas.
+        config: kinds, strengths and probabilities.
+        preprocessing: the model's, for sizes and the colour of empty canvas.
     """
 
     def __init__(self, config: AugmentConfig, preprocessing: Preprocessing) -> None:
         self.config, self.preprocessing = config, preprocessing
-        # The mean colour, which normalisation turns to zero, as padding is.
+        # The mean colour, zero after normalisation like padding.
         mean_rgb = preprocessing.mean if preprocessing.channel_order == "RGB" else preprocessing.mean[::-1]
         self.fill = 255 * np.array(mean_rgb, np.float32)
         self._colours = v2.ColorJitter(
@@ -179,28 +182,29 @@ class Augmentation:
         )
         self._tilt = v2.RandomPerspective(config.perspective_distortion, p=1.0)
 
-    def image(self, picture: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        """The canvas of a picture, float32 `[3, h, w]` from uint8 `[H, W, 3]`, perhaps with other colours.
+    def image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
+        """Canvas of an image, float32 `[3, h, w]` from uint8 `[H, W, 3]`, with random colours.
 
-        Colours cost most of the time, so they are changed where there are fewer pixels: before or after resizing.
+        Colour changes take most of the time, so they are applied before or after resizing, wherever there are fewer
+        pixels.
         """
-        part = np.ascontiguousarray(view.cut(picture))
+        part = np.ascontiguousarray(view.cut(image))
         is_coloured = rng.random() < self.config.colour_probability
         is_enlarged = math.prod(view.size_hw) > math.prod(part.shape[:2])
         if is_coloured and is_enlarged:
-            part = self._coloured(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
+            part = self._jitter_colours(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
         pixels = resize_bilinear(part, view.size_hw)
         if is_coloured and not is_enlarged:
-            pixels = 255 * self._coloured(torch.from_numpy(pixels) / 255, rng).numpy()
+            pixels = 255 * self._jitter_colours(torch.from_numpy(pixels) / 255, rng).numpy()
         return view.on_canvas(pixels, self.fill)
 
-    def _coloured(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """An image `[3, h, w]`, uint8 or float32 from 0 to 1, with other colours."""
-        with torch_seeded_from(rng):
+    def _jitter_colours(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """Change the colours of an image `[3, h, w]`, uint8 or float32 from 0 to 1."""
+        with _torch_seeded_from(rng):
             return self._colours(image)
 
     def view(self, size_hw: tuple[int, int], rng: np.random.Generator) -> View:
-        """How a picture of this size becomes a sample of its own."""
+        """Random view of an image that becomes a sample by itself."""
         config = self.config
         if rng.random() < config.jitter_probability:
             side = config.jitter_canvas_px or self.preprocessing.min_size_px
@@ -212,20 +216,20 @@ class Augmentation:
         return self._flipped(View((0, 0, *size_hw), canvas_hw, canvas_hw), rng)
 
     def partner_view(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
-        """How a picture of this size is laid on a given canvas: as large-scale jitter does it, or covering it."""
+        """Random view of an image on a given canvas: large-scale jitter, or covering it."""
         if rng.random() < self.config.jitter_probability:
             return self._jittered(size_hw, canvas_hw, rng)
         return self.covering_view(size_hw, canvas_hw, rng)
 
     def covering_view(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
-        """The largest part of a picture that has the canvas's proportions, at a random place."""
+        """Largest crop of an image with the aspect ratio of the canvas, at a random place."""
         ratio = max(canvas / size for canvas, size in zip(canvas_hw, size_hw, strict=True))
         return self._flipped(_scaled_view(size_hw, canvas_hw, ratio, rng), rng)
 
     def _jittered(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
-        """Large-scale jitter. Equal to v2's ScaleJitter, RandomCrop and Pad in a row but for a pixel of rounding.
+        """Large-scale jitter, equal to v2's ScaleJitter, RandomCrop and Pad up to a pixel of rounding.
 
-        Those would resize whole pictures and masks, of which the crop then leaves a part.
+        Those would resize whole images and masks before cropping them.
         """
         scale = rng.uniform(self.config.jitter_least_scale, self.config.jitter_largest_scale)
         fitting = min(canvas / size for canvas, size in zip(canvas_hw, size_hw, strict=True))
@@ -237,18 +241,18 @@ class Augmentation:
         return replace(view, is_mirrored=is_mirrored, is_upside_down=is_upside_down)
 
     def tilted(self, scene: Scene, rng: np.random.Generator) -> Scene:
-        """The scene from another angle. Its corners move inwards, so nothing of it is lost to the canvas's edges."""
+        """Random perspective of a scene. Its corners move inwards, so nothing leaves the canvas."""
         height, width = scene.size_hw
-        # Relative to the fill, empty canvas is zero. A fill other than zero would get a dark seam from torchvision.
+        # Relative to the fill, because torchvision blends the border with zeros.
         image = tv_tensors.Image(torch.from_numpy(scene.image - self.fill[:, None, None]))
-        # Each pixel's number, from 1, tilted like a mask: where each pixel comes from. Float32 holds it exactly
-        # up to 2^24, and only one mask is tilted, whatever the number of objects.
+        # The index of each pixel, from 1, warped like a mask gives the source of each pixel, so that one mask is warped
+        # whatever the number of objects. Float32 represents it exactly up to 2^24.
         numbers = tv_tensors.Mask(torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width))
         places = tv_tensors.KeyPoints(torch.from_numpy(scene.keypoints[..., :2]), canvas_size=scene.size_hw)
-        with torch_seeded_from(rng):
+        with _torch_seeded_from(rng):
             image, numbers, places = self._tilt(image, numbers, places)
         source = numbers.to(torch.int64).numpy().ravel()
-        flat = np.pad(scene.masks.reshape(-1, height * width), ((0, 0), (1, 0)))  # number 0: empty canvas
+        flat = np.pad(scene.masks.reshape(-1, height * width), ((0, 0), (1, 0)))  # index 0: empty canvas
         masks = np.take(flat, source, axis=1).reshape(-1, height, width)
         keypoints = np.concatenate([places.numpy(), scene.keypoints[..., 2:]], axis=-1)
         keypoints = only_inside(keypoints, scene.size_hw)
@@ -256,7 +260,7 @@ class Augmentation:
 
 
 def _scaled_view(size_hw: tuple[int, int], canvas_hw: tuple[int, int], ratio: float, rng: np.random.Generator) -> View:
-    """A picture scaled by `ratio` and, along each axis on which it is then longer than the canvas, cut at random."""
+    """Scale an image by `ratio` and crop it at random along each axis that exceeds the canvas."""
     (top, bottom, height), (left, right, width) = (
         _scaled_axis(size, canvas, ratio, rng) for size, canvas in zip(size_hw, canvas_hw, strict=True)
     )

@@ -1,9 +1,10 @@
-"""Training batches: samples as tensors on fixed shapes, loaded by other processes."""
+"""Training batches: samples as tensors of fixed shapes, loaded by worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,36 +15,33 @@ from maskrcnn.errors import UserError
 from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE
 
-# Which images make which optimizer step, on which process.
-
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index) for one process.
 
-    The images of an optimizer step are decided by the seed, the epoch and the batch size alone: a global batch. Each
-    of `world_size` processes takes an equal slice of it, in `accumulate` equal parts, one after another. So a run may
-    continue with another number of processes or parts, and every gradient is a mean over equally many images.
+    The images of an optimizer step, the global batch, depend on the seed, the epoch and the batch size alone. Each of
+    `world_size` processes takes an equal slice, in `accumulate` equal parts. A run may therefore continue with other
+    numbers of processes or parts, and every gradient is a mean over equally many images.
 
-    Each image occurs once in an epoch. What the last global batch lacks is filled from the beginning of the epoch's
-    order, so that every batch has the same number of images; fewer than `batch_size` images then occur again (all of
-    them, and repeatedly, where the dataset is smaller than a batch).
+    Each image occurs once per epoch. The last global batch is filled up from the start of the epoch's order, so fewer
+    than `batch_size` images occur twice (all of them, repeatedly, if the dataset is smaller than a batch).
 
     Args:
         length: number of images.
         batch_size: images per optimizer step, over all processes and parts.
         seed: non-negative.
-        groups: the group of each image, `length` of them; a batch holds images of one group, except the last ones,
-            which take what is left of each. None: one group.
-        rank: of this process.
-        world_size: processes that share a batch.
+        groups: group of each image, `length` of them; a batch holds images of one group, except the last ones, which
+            combine the remainders. None: one group.
+        rank: rank of this process.
+        world_size: number of processes.
         accumulate: parts of each process's slice.
 
     Attributes:
-        epoch: of the next iteration.
-        start: batches of this process that the next iterations leave out, for a run that continues amid an epoch.
+        epoch: epoch of the next iteration.
+        start: batches of this process to skip, for a run that continues within an epoch.
 
     Raises:
-        UserError: where a batch cannot be divided evenly.
+        UserError: if a batch cannot be divided evenly.
     """
 
     def __init__(
@@ -70,11 +68,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return -(-self.length // self.batch_size)
 
     def __len__(self) -> int:
-        """Batches of this process in a whole epoch, whatever `start` is."""
+        """Batches of this process in a whole epoch, regardless of `start`."""
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -83,7 +81,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in part]
 
     def global_batches(self) -> np.ndarray:
-        """The images of each optimizer step of the epoch, int64 `[steps, batch_size]`."""
+        """Images of each optimizer step of the epoch, int64 `[steps, batch_size]`."""
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.length)
         members = [order[self.groups[order] == group] for group in np.unique(self.groups)]
@@ -93,12 +91,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             left = np.concatenate([images[cut:] for images, cut in zip(members, cuts, strict=True)])
             batches = rng.permutation(whole.reshape(-1, self.batch_size))
             order = np.concatenate([batches.ravel(), left])
-        return np.resize(order, (self.steps, self.batch_size))  # repeats from the beginning
+        return np.resize(order, (self.steps, self.batch_size))  # repeats from the start
 
 
 @dataclass
 class Batch:
-    """A batch on fixed shapes. G is the largest number of objects of an image, at least 1."""
+    """A batch on fixed shapes; G is the largest number of objects of an image, at least 1."""
 
     images: Tensor  # float32 [N, 3, H, W], 0–255, padded right and bottom; channels in the model's order
     image_sizes: Tensor  # int64 [N, 2], (height, width) before padding
@@ -106,39 +104,36 @@ class Batch:
     labels: Tensor  # int64 [N, G]
     valid: Tensor  # bool [N, G]
     masks: Tensor  # uint8 [N, G, MASK_SIDE, MASK_SIDE], 0 or 255, crops of the objects' masks
-    mask_frames: Tensor  # float32 [N, G, 4] xyxy, what each crop covers, in pixels of the resized image
-    keypoints: Tensor  # float32 [N, G, K, 3]: x, y in pixels of the resized image, and visibility, 0 where unlabelled
-    seeds: Tensor  # int64 [N], random and non-negative; the same for the same image in the same epoch
+    mask_frames: Tensor  # float32 [N, G, 4] xyxy, region of each crop in pixels of the resized image
+    keypoints: Tensor  # float32 [N, G, K, 3]: x, y in pixels of the resized image, visibility (0: unlabelled)
+    seeds: Tensor  # int64 [N], non-negative, random by seed, epoch and image
     image_ids: list[int]
 
     def truth(self) -> dict[str, Tensor]:
-        """The ground truth as `MaskRCNN.losses` takes it."""
+        """Ground truth as expected by `MaskRCNN.losses`."""
         names = ("boxes", "labels", "valid", "masks", "mask_frames", "keypoints", "seeds")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        """Copy to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return Batch(
-            **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()},
-        )
+        """Copy to page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 def collate(samples: list[Sample], divisor: int) -> Batch:
-    """Samples padded to common sizes; H and W become multiples of `divisor`."""
+    """Pad samples to common sizes; H and W become multiples of `divisor`."""
     objects = max(1, *(len(sample.objects) for sample in samples))
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])
     height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
     count = len(samples)
     batch = Batch(
-        images=torch.empty(count, 3, height, width),  # large: only padding is zeroed, below
+        images=torch.empty(count, 3, height, width),  # only padding is zeroed, below
         image_sizes=sizes,
         boxes=torch.zeros(count, objects, 4),
         labels=torch.zeros(count, objects, dtype=torch.int64),
@@ -164,13 +159,9 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
     return batch
 
 
-class _Collate:
-    def __init__(self, divisor: int) -> None:
-        self.divisor = divisor
-
-    def __call__(self, samples: list[Sample | UserError]) -> Batch | UserError:
-        errors = [sample for sample in samples if isinstance(sample, UserError)]
-        return errors[0] if errors else collate(samples, self.divisor)
+def _collate_or_error(samples: list[Sample | UserError], divisor: int) -> Batch | UserError:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    return errors[0] if errors else collate([s for s in samples if isinstance(s, Sample)], divisor)
 
 
 def training_loader(
@@ -184,24 +175,23 @@ def training_loader(
     accumulate: int = 1,
     group_by_aspect_ratio: bool = False,
 ) -> tuple[DataLoader, StepSampler]:
-    """Batches of one process in one epoch; set `sampler.epoch` before iterating.
+    """Loader of the batches of one process; set `sampler.epoch` before iterating.
 
-    Where a file cannot be used, the loader yields the `UserError` in place of the batch.
+    If a file cannot be used, the loader yields the `UserError` in place of the batch.
 
     Args:
-        samples: what to load.
-        batch_size: images per optimizer step, over all processes; a batch of the loader holds
+        samples: samples to load.
+        batch_size: images per optimizer step, over all processes; a batch of the loader has
             `batch_size / (world_size · accumulate)`.
-        workers: loading processes, of one thread each (PyTorch sees to that); 0 loads in the calling process.
-        pin_memory: whether batches are put in page-locked memory, for a GPU.
-        rank: of this process among `world_size`.
-        world_size: processes that train together.
-        accumulate: batches of the loader for one optimizer step.
-        group_by_aspect_ratio: whether landscape and portrait images go into batches of their own, which need less
-            padding.
+        workers: single-threaded loading processes; 0 loads in the calling process.
+        pin_memory: put batches in page-locked memory, for a GPU.
+        rank: rank of this process.
+        world_size: number of processes.
+        accumulate: batches of the loader per optimizer step.
+        group_by_aspect_ratio: separate batches for landscape and portrait images, which need less padding.
 
     Raises:
-        UserError: where a batch cannot be divided evenly.
+        UserError: if a batch cannot be divided evenly.
     """
     portrait = [record.height > record.width for record in samples.dataset.images]
     sampler = StepSampler(
@@ -217,9 +207,9 @@ def training_loader(
         samples,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_Collate(samples.preprocessing.divisor),
+        collate_fn=partial(_collate_or_error, divisor=samples.preprocessing.divisor),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # else each epoch would take a number from the global one
+        generator=torch.Generator(),  # the default draws from the global generator in each epoch
     )
     return loader, sampler

@@ -1,4 +1,4 @@
-"""What of the model trains, the optimizer that trains it, and averaged weights."""
+"""Trainable parameters, optimizer, averaged weights and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from maskrcnn.model.detector import MaskRCNN
 
 
 def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
-    """Stops the gradients of all but the last `trainable` stages of the backbone; returns the frozen modules.
+    """Freeze all but the last `trainable` of the five backbone stages; returns the frozen modules.
 
-    There are five, as torchvision's `trainable_backbone_layers` counts them in a ResNet; neck and heads always train.
-    The caller keeps those in evaluation mode, so that their batch-norm statistics stay as well.
+    Stages are counted as in torchvision's `trainable_backbone_layers`; neck and heads always train. The caller keeps
+    the frozen modules in evaluation mode, which freezes their batch norm statistics too.
     """
-    stages = model.backbone.stages[::-1]  # from the last
+    stages = model.backbone.stages[::-1]
     frozen = [model.backbone.body[name] for stage in stages[trainable:] for name in stage]
     for module in frozen:
         module.requires_grad_(False)
@@ -30,7 +30,7 @@ def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Convolution and linear weights decay; biases, normalisation and ConvNeXt's scales of layers do not."""
+    """Parameter groups with weight decay (convolution and linear weights) and without (all others)."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -41,29 +41,29 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run, in its fused form: one that can skip a step without the host knowing."""
+    """Create the optimizer of a run in its fused form, which can skip a step without synchronisation."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer in ("adam", "adamw"):
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         return kind(groups, lr=config.learning_rate, fused=True)
     optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
     if config.momentum:
-        # The fused kernel leaves new momentum uninitialised when it skips the first step; zeros are the same start.
+        # The fused kernel leaves new momentum uninitialised if it skips the first step; zeros are equivalent.
         for parameter in (p for group in groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 class AveragedWeights:
-    """An exponential moving average of a model's weights and batch-norm statistics.
+    """Exponential moving average of a model's weights and batch norm statistics.
 
-    The decay rises to its value as (1 + n) / (10 + n) over the first n steps, so that random initial weights are
-    forgotten quickly (as TensorFlow's `ExponentialMovingAverage` does with `num_updates`). PyTorch's own
-    `AveragedModel` copies its counter to the device at every step, which makes the host wait.
+    The decay rises as (1 + n) / (10 + n) with the step n up to its final value, so that random initial weights are
+    forgotten quickly (as in TensorFlow's `ExponentialMovingAverage` with `num_updates`). PyTorch's `AveragedModel`
+    copies its counter to the device at every step, which synchronises.
 
     Args:
-        model: followed by `update`.
-        decay: in [0, 1); 0.999 remembers about a thousand steps.
+        model: source of the weights.
+        decay: in [0, 1); 0.999 averages over about a thousand steps.
     """
 
     def __init__(self, model: MaskRCNN, decay: float) -> None:
@@ -71,7 +71,7 @@ class AveragedWeights:
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     def update(self) -> None:
-        """Takes the source's weights into the average."""
+        """Update the average with the current weights of the source."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         pairs = list(zip(_values(self.model), _values(self.source), strict=True))
         floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
@@ -86,15 +86,12 @@ def _values(model: nn.Module) -> list[Tensor]:
     return [value.detach() for value in itertools.chain(model.parameters(), model.buffers())]
 
 
-# Learning-rate schedules as functions of the optimizer step.
-
-
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of an optimizer step.
+    """Learning rate of an optimizer step.
 
     Args:
-        config: gives the peak, the warm-up and the schedule.
-        step: steps done before this one, over all epochs.
+        config: peak, warm-up and schedule.
+        step: finished steps, over all epochs.
         steps_per_epoch: optimizer steps of one epoch.
     """
     total = config.epochs * steps_per_epoch
@@ -111,9 +108,9 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def without_effect(config: TrainConfig) -> list[str]:
-    """What the run will not do of the schedule that its settings name, a line for each.
+    """Schedule settings that have no effect in this run, one line each.
 
-    No errors: a recipe is run with another schedule, or for fewer epochs, to try something out.
+    Not an error: a recipe may be tried with another schedule or fewer epochs.
     """
     if config.step_epochs and config.schedule != "step":
         return [f"schedule {config.schedule}: step_epochs {_listed(config.step_epochs)} change nothing"]

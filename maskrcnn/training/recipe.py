@@ -1,4 +1,4 @@
-"""From a dataset and a few wishes to a whole training configuration."""
+"""Training configuration from a dataset and settings."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from maskrcnn.keypoints import sigmas_of
 from maskrcnn.settings import typed, with_sections
 
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
-SHAPES_SIZE_PX = 128  # side of a generated picture, and what a small model on shapes sees
-_SMALL_SIZE_PX = 256  # shorter side for a small model on other data
+SHAPES_SIZE_PX = 128  # side of a generated image, and input size of the small model for them
+_SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 
-# A small model learns from fewer samples per image; a CPU's time goes where the samples go.
+# On a CPU the cost of a step grows with the samples per image; the small model needs fewer.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
 
 
 def training_config(
     dataset: CocoDataset, validation: CocoDataset, settings: dict[str, Any] | None = None
 ) -> TrainConfig:
-    """The configuration for training on a dataset.
+    """Configuration for training on a dataset.
 
     Args:
-        dataset: what to train on; its classes become the model's.
-        validation: what to evaluate on.
-        settings: fields of `TrainConfig`, sections as nested dictionaries. `model` may be a name alone, one of
-            `maskrcnn.config.MODELS`; by default it is the small one, with keypoints where the dataset has them.
+        dataset: training split; its classes become the model's.
+        validation: validation split.
+        settings: fields of `TrainConfig`, sections as nested dictionaries. `model` may be a name, one of
+            `maskrcnn.config.MODELS` (default: the small model, with keypoints if the dataset has them).
 
     Raises:
-        UserError: for an unknown model or field, a value that cannot be, classes or keypoints other than the
-            dataset's, and a model with masks or keypoints where there are none.
+        UserError: for an unknown model or field, an invalid value, classes or keypoints that differ from the dataset's,
+            or a model with masks or keypoints that the dataset does not have.
     """
     settings = typed(TrainConfig, with_sections(settings or {}))
     model = settings.pop("model", {})
@@ -61,27 +61,28 @@ def training_config(
         config,
         batch_norm="frozen" if frozen else config.batch_norm,
         model=replace(config.model, frozen_batch_norm=frozen),
-        data=str(dataset.root.resolve()),  # a run is continued from other folders too
+        data=str(dataset.root.resolve()),  # absolute, since a run may be resumed from another folder
         train_split=dataset.split,
         val_split=validation.split,
     )
 
 
 def require_fitting(model: ModelConfig, dataset: CocoDataset, validation: CocoDataset) -> None:
-    """Raises a UserError unless a dataset has what the model learns: its classes, and objects in both splits.
+    """Check that the datasets provide what the model learns: classes, and masks and keypoints if it has such heads.
 
-    Objects have masks for a model with masks, and keypoints for one with keypoints.
+    Raises:
+        UserError: if they do not.
     """
     if (model.class_names, model.category_ids) != (dataset.class_names, dataset.category_ids):
         raise UserError(
-            f"a model of the classes {_classes(model.class_names, model.category_ids)}",
+            f"a model with the classes {_classes(model.class_names, model.category_ids)}",
             f"those of {dataset.annotation_path}: {_classes(dataset.class_names, dataset.category_ids)}",
-            "leave class_names and category_ids out of the settings, or train on a dataset of the model's classes",
+            "remove class_names and category_ids from the settings, or train on a dataset with the model's classes",
         )
     for each in (dataset, validation):
         if model.has_masks and not each.has_masks:
             raise UserError(
-                f"{model.name}, which learns masks, and {each.annotation_path}, which has boxes only",
+                f"{model.name} learns masks, but {each.annotation_path} has boxes only",
                 "annotations with segmentation, or a model without masks",
                 "train --model fasterrcnn_resnet50_fpn, or annotate outlines",
             )
@@ -90,18 +91,13 @@ def require_fitting(model: ModelConfig, dataset: CocoDataset, validation: CocoDa
 
 
 def _classes(names: tuple[str, ...], ids: tuple[int, ...]) -> str:
-    """The first classes with their ids, and how many more there are."""
+    """First classes with their ids, and the number of further ones."""
     shown = ", ".join(f"{name} ({number})" for name, number in zip(names[:5], ids, strict=False))
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _keypoints_for(dataset: CocoDataset, model: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a model that say which keypoints it finds: the dataset's, if it is to find any.
-
-    Args:
-        dataset: what to train on.
-        model: settings, with a name.
-    """
+    """Keypoint fields of a model configuration: the dataset's if the model has keypoints, otherwise empty."""
     named = MODELS.get(model["name"], {}).get("has_keypoints", False)
     names = dataset.keypoint_names if model.get("has_keypoints", named) else ()
     return {
@@ -112,20 +108,20 @@ def _keypoints_for(dataset: CocoDataset, model: dict[str, Any]) -> dict[str, Any
 
 
 def _check_keypoints(model: ModelConfig, dataset: CocoDataset, validation: CocoDataset) -> None:
-    """Raises a UserError unless both splits have the model's keypoints."""
+    """Check that both splits have the model's keypoints."""
     for each in (dataset, validation):
         if each.keypoint_fault is not None:
             raise each.keypoint_fault
         if not each.has_keypoints:
             raise UserError(
-                f"{model.name}, which learns keypoints, and {each.annotation_path}, which has none",
-                "a category that names keypoints, and objects that have them",
+                f"{model.name} learns keypoints, but {each.annotation_path} has none",
+                "a category with keypoint names, and objects with keypoints",
                 "name such a split (COCO's are person_keypoints_train2017 and person_keypoints_val2017), or add "
                 "--set model.has_keypoints=false",
             )
         if each.keypoint_names != model.keypoint_names:
             raise UserError(
-                f"a model of the keypoints {', '.join(model.keypoint_names)}",
+                f"a model with the keypoints {', '.join(model.keypoint_names)}",
                 f"those of {each.annotation_path}: {', '.join(each.keypoint_names)}",
-                "leave keypoint_names out of the settings, and name the same keypoints in both splits",
+                "remove keypoint_names from the settings, and use the same keypoints in both splits",
             )

@@ -1,6 +1,6 @@
 """Training samples, each random by (seed, epoch, index) alone.
 
-So augmentation depends neither on the number of workers or processes nor on where a run was interrupted.
+Augmentation is thus independent of the number of workers and processes, and of interruptions of the run.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from maskrcnn.training.augmentation import (
 )
 from maskrcnn.training.view import Objects, View, objects_in_view
 
-_SMALLEST_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
+_MIN_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as the detector is trained on it."""
+    """One training image as the detector receives it."""
 
     image_id: int
     image: np.ndarray  # float32 [3, h, w], 0–255, channels in the model's order
     objects: Objects
-    seed: int  # non-negative, for whatever the losses draw
+    seed: int  # non-negative, for the sampling of the losses
 
 
 class TrainingSamples(Dataset):
@@ -46,7 +46,7 @@ class TrainingSamples(Dataset):
     Args:
         dataset: images and annotations.
         preprocessing: the model's.
-        augment: random changes; by default half of the images are mirrored.
+        augment: random changes (default: half of the images are mirrored).
         seed: non-negative.
     """
 
@@ -67,7 +67,7 @@ class TrainingSamples(Dataset):
         return len(self.dataset.images)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
-        """One sample, or the error that its file deserves: PyTorch would lose an error raised in a worker."""
+        """A sample, or the error about its file: PyTorch would not preserve an error raised in a worker."""
         try:
             return self._sample(*key)
         except UserError as error:
@@ -82,8 +82,8 @@ class TrainingSamples(Dataset):
         if steps:
             scene = self._composed(record, view, steps, rng)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
-        else:  # nothing needs masks of full size, which would cost most of the time and memory
-            image = self._augmentation.image(_picture(record), view, rng)
+        else:  # no full-size masks, which would take most of the time and memory
+            image = self._augmentation.image(_read(record), view, rng)
             objects = objects_in_view(record, view, config.least_visible, self._partners)
         if self.preprocessing.channel_order == "BGR":
             image = np.ascontiguousarray(image[::-1])
@@ -99,7 +99,7 @@ class TrainingSamples(Dataset):
         )
 
     def _composed(self, record: ImageRecord, view: View, steps: list[str], rng: np.random.Generator) -> Scene:
-        if "mosaic" in steps and min(view.canvas_hw) >= _SMALLEST_MOSAIC_PX:
+        if "mosaic" in steps and min(view.canvas_hw) >= _MIN_MOSAIC_PX:
             scene = self._mosaic(record, view.canvas_hw, rng)
         else:
             scene = self._scene(record, view, rng)
@@ -122,7 +122,7 @@ class TrainingSamples(Dataset):
         heights, widths = (centre_y, canvas_hw[0] - centre_y), (centre_x, canvas_hw[1] - centre_x)
         tiles_hw = [(height, width) for height in heights for width in widths]
         records = [record, *(self._other(rng) for _ in range(3))]
-        order = rng.permutation(4)  # the image itself may be any of the four
+        order = rng.permutation(4)  # the image itself may be any of the four tiles
         tiles = []
         for tile_hw, chosen in zip(tiles_hw, (records[k] for k in order), strict=True):
             view = self._augmentation.covering_view((chosen.height, chosen.width), tile_hw, rng)
@@ -138,16 +138,16 @@ class TrainingSamples(Dataset):
         return self.dataset.images[int(rng.integers(len(self.dataset.images)))]
 
     def _scene(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Scene:
-        return scene_in_view(record, self._augmentation.image(_picture(record), view, rng), view, self._partners)
+        return scene_in_view(record, self._augmentation.image(_read(record), view, rng), view, self._partners)
 
 
-def _picture(record: ImageRecord) -> np.ndarray:
-    """The pixels of an image, uint8 `[H, W, 3]`."""
-    picture = read_image(record.path)
-    if picture.shape[:2] != (record.height, record.width):
+def _read(record: ImageRecord) -> np.ndarray:
+    """Pixels of an image, uint8 `[H, W, 3]`."""
+    image = read_image(record.path)
+    if image.shape[:2] != (record.height, record.width):
         raise UserError(
-            f"{record.path}: {picture.shape[1]}×{picture.shape[0]} pixels",
-            f"{record.width}×{record.height}, as its annotations say",
-            "restore the image that was annotated, or correct the JSON",
+            f"{record.path}: {image.shape[1]}×{image.shape[0]} pixels",
+            f"{record.width}×{record.height} as in its annotations",
+            "restore the annotated image, or correct the JSON file",
         )
-    return picture
+    return image

@@ -1,4 +1,4 @@
-"""The resumable state of a run: everything that a kill must not lose, in one file that is replaced whole."""
+"""Resumable state of a run in one file that is replaced atomically."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from maskrcnn.weights.checkpoint import load_weights, read_tensors, write_tensor
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Position of a run."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # optimizer steps done of the epoch after them
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished optimizer steps of the current epoch
     best_ap: float = -1.0
-    skipped: int = 0  # steps in a row that were skipped because they were not finite
-    totals: dict[str, float] = field(default_factory=dict)  # sums of the losses over the steps of this epoch
+    skipped: int = 0  # consecutive non-finite steps
+    totals: dict[str, float] = field(default_factory=dict)  # sums of the metrics over the steps of the current epoch
 
 
 def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) -> None:
-    """Writes weights, averaged weights, the optimizer's and the scaler's state, and the progress."""
+    """Write weights, averaged weights, the state of optimizer and gradient scaler, and the progress."""
     tensors = {f"model.{name}": value for name, value in step.model.state_dict().items()}
     for number, parameter in enumerate(step.parameters):
         for name, value in step.optimizer.state[parameter].items():
@@ -46,12 +46,12 @@ def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) 
 
 
 def load_state(path: Path, step: Step) -> Progress:
-    """Puts the state that `save_state` wrote into a step whose optimizer has done nothing yet.
+    """Load the state written by `save_state` into a step whose optimizer is new.
 
-    Where the batch size has changed amid an epoch, the progress counts as many images in steps of the new size.
+    If the batch size has changed within an epoch, the progress is converted to steps of the new size.
 
     Raises:
-        UserError: when the file is not such a state, or of another model.
+        UserError: if the file is not a state, or is of another model.
     """
     tensors, header = read_tensors(path)
     load_weights(step.model, _part(tensors, "model."), path)
@@ -71,7 +71,7 @@ def load_state(path: Path, step: Step) -> Progress:
         raise UserError(
             f"{path} without a run's progress ({error})",
             f"the {runs.STATE} of a run of this version",
-            "start anew: `maskrcnn train`, with --weights to begin with this run's weights",
+            "start a new run: `maskrcnn train`, with --weights to initialise it from this one",
         ) from error
 
 
@@ -80,7 +80,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor of the optimizer on the parameter's device, in its memory layout."""
+    """Move an optimizer tensor to the device and memory layout of its parameter."""
     value = value.to(parameter.device)
     if value.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return value.contiguous(memory_format=torch.channels_last)
@@ -88,21 +88,21 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def read_run(run: Path) -> TrainConfig:
-    """The configuration of an interrupted run.
+    """Configuration of an interrupted run.
 
     Raises:
-        UserError: as `settings_of_run`, and where this version refuses them.
+        UserError: as `settings_of_run`, and if this version rejects the settings.
     """
     return from_dict(TrainConfig, settings_of_run(run))
 
 
 def settings_of_run(run: Path) -> dict[str, Any]:
-    """The settings of an interrupted run, typed; a version without a setting has not written it.
+    """Settings of an interrupted run; those that its version did not have are absent.
 
     Raises:
-        UserError: when the folder is no run or has no state to continue from.
+        UserError: if the folder is not a run or has no state.
     """
     for name in (runs.CONFIG, runs.STATE):
         if not (run / name).is_file():
-            raise UserError(f"{run} without {name}", "the folder of a run", "start anew: `maskrcnn train`")
+            raise UserError(f"{run} without {name}", "the folder of a run", "start a new run: `maskrcnn train`")
     return typed(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))

@@ -21,19 +21,17 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
 from maskrcnn.training.loader import Batch, TrainingSamples, training_loader
-from maskrcnn.training.logbook import Logbook, Picture, Readout, pictures_of_samples
+from maskrcnn.training.logbook import Logbook, NamedImage, sample_images
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
-from maskrcnn.training.step import Step
+from maskrcnn.training.step import PendingMetrics, Step
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
-# Evaluates a model and returns at least "box_ap", for one with masks "mask_ap", and for one with keypoints
-# "keypoint_ap", in [0, 1]; the same in every process.
-_Evaluate = Callable[[MaskRCNN], dict[str, float]]
-# Draws a model's predictions.
-Draw = Callable[[MaskRCNN], list[Picture]]
+# Returns at least "box_ap", with masks "mask_ap" and with keypoints "keypoint_ap", in [0, 1], equal in every process.
+Evaluate = Callable[[MaskRCNN], dict[str, float]]
+Draw = Callable[[MaskRCNN], list[NamedImage]]
 
-SECONDS_BETWEEN_STATES = 600.0  # of an epoch that takes longer than that; the end of an epoch is always saved
-_MOST_SKIPPED = 100  # steps in a row without a finite gradient: nothing is being learnt
+SECONDS_BETWEEN_STATES = 600.0  # within an epoch; the state is always saved at its end
+_MAX_SKIPPED = 100  # consecutive steps without a finite gradient: the model is not learning
 
 
 class TrainingProgress(Protocol):
@@ -57,13 +55,13 @@ class _Silent(TrainingProgress):
 
 
 class Trainer:
-    """One run: a configuration, a folder, and the state that a kill must not lose.
+    """One training run: a configuration, a folder and the resumable state.
 
     Args:
-        config: what to train and how.
-        run: the folder.
-        dataset: what to train on.
-        processes: those that train together; by default this one alone.
+        config: model, data and hyperparameters.
+        run: folder of the run.
+        dataset: training split.
+        processes: processes that train together (default: this one alone).
     """
 
     def __init__(
@@ -74,51 +72,7 @@ class Trainer:
         self.device = choose_device(config.device, self.processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
         self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
-        torch.manual_seed(config.seed)
-        self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
-        if config.batch_norm == "sync":
-            self.model = _synchronised(self.model, self.device)
-        self.frozen = freeze_stages(self.model, config.trainable_stages)
-        self.averaged = AveragedWeights(self.model, config.ema_decay) if config.ema_decay else None
-        self.optimizer = make_optimizer(self.model, config)
-        self._to_training()
-        self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
-        self.progress = state.Progress()
-        self.readout = Readout()
-
-    def begin(self) -> None:
-        """Makes the folder of a new run and writes its configuration and first state there."""
-        if self.processes.is_first:
-            make_folder(self.run)
-            write_json(self.run / runs.CONFIG, to_dict(self.config))
-            self._save_state()
-        self.processes.wait()
-
-    def load_weights(self, tensors: dict[str, Tensor], source: Path | str) -> None:
-        """Starts from given weights instead of random ones."""
-        load_weights(self.model, tensors, source)
-        if self.averaged is not None:
-            self.averaged.model.load_state_dict(self.model.state_dict())
-
-    def load_state(self) -> None:
-        """Continues from the last state that was saved, with any number of processes."""
-        self.progress = state.load_state(self.run / runs.STATE, self.step)
-
-    def fit(
-        self, evaluate: _Evaluate, draw: Draw | None = None, display: TrainingProgress | None = None
-    ) -> dict[str, Any]:
-        """Trains to the last epoch and returns the metrics of the last one.
-
-        Args:
-            evaluate: scores the model after an epoch.
-            draw: draws the model's predictions after an evaluation (default: no images).
-            display: receives the progress (default: silent).
-
-        Raises:
-            UserError: when a file cannot be used, when memory runs out, or when the loss is not finite.
-        """
-        config, progress = self.config, self.progress
-        self.loader, sampler = training_loader(
+        self.loader, self.sampler = training_loader(
             self.samples,
             batch_size=config.batch_size,
             workers=choose_workers(config.workers, self.processes.local_size),
@@ -128,162 +82,201 @@ class Trainer:
             accumulate=config.accumulate,
             group_by_aspect_ratio=config.group_by_aspect_ratio,
         )
-        self.steps_per_epoch = len(self.loader) // config.accumulate
-        images = len(self.samples)
-        done = progress.epoch * images + progress.step * config.batch_size
-        figures: dict[str, Any] = {}
-        self.logbook = self._open_logbook()
-        self.display = display or _Silent()
-        self.display.start(config.epochs * images, done)
-        while progress.epoch < config.epochs:
-            # The epoch and the index decide all randomness, so a resumed run repeats what an unbroken one does.
-            sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
-            began, before = time.perf_counter(), progress.step
-            self._train_epoch()
-            rate = (self.steps_per_epoch - before) * config.batch_size / (time.perf_counter() - began)
-            figures = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
-            if self.logbook is not None:
-                self.logbook.epoch(progress.epoch * self.steps_per_epoch, figures)
-            self.display.epoch(figures)
-        if self.logbook is not None:
-            self.logbook.close()
-        return figures
+        torch.manual_seed(config.seed)
+        self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
+        if config.batch_norm == "sync":
+            self.model = _synchronised(self.model, self.device)
+        self.frozen = freeze_stages(self.model, config.trainable_stages)
+        self.averaged = AveragedWeights(self.model, config.ema_decay) if config.ema_decay else None
+        self.optimizer = make_optimizer(self.model, config)
+        self._set_training_mode()
+        self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
+        self.progress = state.Progress()
+        self._pending = PendingMetrics()
+        self._logbook: Logbook | None = None  # of the first process, during `fit`
+        self._display: TrainingProgress = _Silent()
 
-    def _open_logbook(self) -> Logbook | None:
-        """The first process keeps the log."""
-        if not self.processes.is_first:
-            return None
-        first = self.progress.epoch * self.steps_per_epoch + self.progress.step
-        return Logbook(self.run, tensorboard=self.config.tensorboard, first_step=first)
-
-    def _train_epoch(self) -> None:
-        """Takes the steps of an epoch that are left, saving the state now and then."""
-        config, progress = self.config, self.progress
-        saved = time.monotonic()
-        for parts in _grouped(self.loader, config.accumulate):
-            number = progress.epoch * self.steps_per_epoch + progress.step
-            if number == 0 and self.logbook is not None:
-                self.logbook.pictures(0, pictures_of_samples(parts[0], config.model, config.pictures))
-            rate = learning_rate(config, number, self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            images = [image for part in parts for image in part.image_ids]
-            with _memory_explained(parts):
-                self.readout.push((number, rate, images), self.step.run(parts))
-            progress.step += 1
-            self._read(wait=False)
-            if self.processes.is_first and time.monotonic() - saved > SECONDS_BETWEEN_STATES:
-                self._read(wait=True)
-                self._save_state()
-                saved = time.monotonic()
-        self._read(wait=True)
-
-    def _read(self, *, wait: bool) -> None:
-        """Takes in the figures of the steps that the device has finished."""
-        progress = self.progress
-        for (number, rate, images), figures in self.readout.pop(wait=wait):
-            finite = self._check(number, images, figures)
-            for name, value in figures.items() if finite else ():
-                progress.totals[name] = progress.totals.get(name, 0.0) + value
-            if self.logbook is not None:
-                self.logbook.step(number, {**figures, "learning_rate": rate})
-            epoch = number // self.steps_per_epoch + 1
-            self.display.step(self.config.batch_size, epoch=epoch, loss=figures["loss"])
-
-    def _check(self, number: int, images: list[int], figures: dict[str, float]) -> bool:
-        """Whether a step was taken; stops, or says that it was skipped.
-
-        Raises:
-            UserError: where the run is to stop at a step that is not finite, or nearly all steps are such.
-        """
-        if figures["finite"]:
-            self.progress.skipped = 0
-            return True
-        if self.precision == "fp16" and math.isfinite(figures["loss"]):
-            return False  # the scaler tries how far it can go; this is no fault
-        self.progress.skipped += 1
-        self.progress.totals["nonfinite_steps"] = self.progress.totals.get("nonfinite_steps", 0.0) + 1
-        came = f"loss {figures['loss']}, gradient norm {figures['gradient_norm']} at step {number}, images {images}"
-        if self.config.on_nonfinite == "stop" or self.progress.skipped > _MOST_SKIPPED:
-            raise UserError(
-                came,
-                "a finite loss and gradient",
-                f"look at these images, lower --learning-rate, or skip such steps with --on-nonfinite skip; "
-                f"continue the last good state with --resume {self.run}",
-            )
-        self.display.message(f"skipped: {came}")
-        return False
-
-    def _end_epoch(self, evaluate: _Evaluate, draw: Draw | None) -> dict[str, Any]:
-        """Evaluates, saves checkpoints and state, and returns the figures of the epoch."""
-        config, progress = self.config, self.progress
-        taken = max(progress.totals.pop("finite", 0.0), 1.0)
-        figures: dict[str, Any] = {"epoch": progress.epoch + 1}
-        figures |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
-        progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
-        model = self.evaluated_model()
-        if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
-            figures |= evaluate(model.eval())
-            better = score_of(figures) > progress.best_ap
-            progress.best_ap = max(score_of(figures), progress.best_ap)
-            if self.processes.is_first and better:
-                save_checkpoint(self.run / runs.BEST, model, figures=figures)
-            if self.logbook is not None and draw is not None and config.pictures:
-                self.logbook.pictures(progress.epoch * self.steps_per_epoch, draw(model))
+    def begin(self) -> None:
+        """Create the folder of a new run with its configuration and initial state."""
         if self.processes.is_first:
-            save_checkpoint(self.run / runs.LAST, model, figures=figures)
+            make_folder(self.run)
+            write_json(self.run / runs.CONFIG, to_dict(self.config))
             self._save_state()
         self.processes.wait()
-        self._to_training()
-        return figures
 
-    def evaluated_model(self) -> MaskRCNN:
-        """The model that is evaluated and saved: the averaged weights where there are such."""
-        return self.model if self.averaged is None else self.averaged.model
+    def load_weights(self, tensors: dict[str, Tensor], source: Path | str) -> None:
+        """Replace the random initial weights."""
+        load_weights(self.model, tensors, source)
+        if self.averaged is not None:
+            self.averaged.model.load_state_dict(self.model.state_dict())
 
-    def _to_training(self) -> None:
+    def load_state(self) -> None:
+        """Continue from the last saved state, with any number of processes."""
+        self.progress = state.load_state(self.run / runs.STATE, self.step)
+
+    def fit(
+        self, evaluate: Evaluate, draw: Draw | None = None, display: TrainingProgress | None = None
+    ) -> dict[str, Any]:
+        """Train to the last epoch and return its metrics.
+
+        Args:
+            evaluate: scores the model after an epoch.
+            draw: draws the model's predictions after an evaluation (default: no images).
+            display: receives the progress (default: silent).
+
+        Raises:
+            UserError: if a file cannot be used, memory runs out, or the loss is not finite.
+        """
+        config, progress = self.config, self.progress
+        if self.processes.is_first:
+            self._logbook = Logbook(self.run, tensorboard=config.tensorboard, first_step=self._step_number())
+        done_images = progress.epoch * len(self.samples) + progress.step * config.batch_size
+        self._display = display or _Silent()
+        self._display.start(config.epochs * len(self.samples), done_images)
+        metrics: dict[str, Any] = {}
+        while progress.epoch < config.epochs:
+            began, before = time.perf_counter(), progress.step
+            self._train_epoch()
+            rate = (self.sampler.steps - before) * config.batch_size / (time.perf_counter() - began)
+            metrics = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
+            if self._logbook is not None:
+                self._logbook.epoch(self._step_number(), metrics)
+            self._display.epoch(metrics)
+        if self._logbook is not None:
+            self._logbook.close()
+        return metrics
+
+    def _step_number(self) -> int:
+        """Optimizer steps of the whole run so far."""
+        return self.progress.epoch * self.sampler.steps + self.progress.step
+
+    def _train_epoch(self) -> None:
+        """Take the remaining steps of an epoch, saving the state periodically."""
+        config, progress, sampler = self.config, self.progress, self.sampler
+        # Epoch and index determine all randomness, so a resumed run repeats what an uninterrupted one does.
+        sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
+        saved = time.monotonic()
+        for parts in self._step_batches():
+            number = self._step_number()
+            if number == 0 and self._logbook is not None:
+                self._logbook.images(0, sample_images(parts[0], config.model, config.pictures))
+            rate = learning_rate(config, number, sampler.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            image_ids = [image for part in parts for image in part.image_ids]
+            with _explain_out_of_memory(parts):
+                self._pending.push((number, rate, image_ids), self.step.run(parts))
+            progress.step += 1
+            self._record_steps(wait=False)
+            if self.processes.is_first and time.monotonic() - saved > SECONDS_BETWEEN_STATES:
+                self._record_steps(wait=True)
+                self._save_state()
+                saved = time.monotonic()
+        self._record_steps(wait=True)
+
+    def _step_batches(self) -> Iterator[list[Batch]]:
+        """The loader's batches, `accumulate` at a time; raises errors of its workers."""
+        parts: list[Batch] = []
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            parts.append(batch)
+            if len(parts) == self.config.accumulate:
+                yield parts
+                parts = []
+
+    def _record_steps(self, *, wait: bool) -> None:
+        """Record the metrics of the steps that the device has finished."""
+        totals = self.progress.totals
+        for (number, rate, image_ids), metrics in self._pending.pop(wait=wait):
+            finite = self._check_finite(number, image_ids, metrics)
+            for name, value in metrics.items() if finite else ():
+                totals[name] = totals.get(name, 0.0) + value
+            if self._logbook is not None:
+                self._logbook.step(number, {**metrics, "learning_rate": rate})
+            epoch = number // self.sampler.steps + 1
+            self._display.step(self.config.batch_size, epoch=epoch, loss=metrics["loss"])
+
+    def _check_finite(self, number: int, image_ids: list[int], metrics: dict[str, float]) -> bool:
+        """Whether a step was finite and therefore taken.
+
+        Raises:
+            UserError: for a non-finite step if the run stops at such, or after too many of them.
+        """
+        progress = self.progress
+        if metrics["finite"]:
+            progress.skipped = 0
+            return True
+        if self.precision == "fp16" and math.isfinite(metrics["loss"]):
+            return False  # the gradient scaler probes for the largest scale; not an error
+        progress.skipped += 1
+        progress.totals["nonfinite_steps"] = progress.totals.get("nonfinite_steps", 0.0) + 1
+        found = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {number}, images {image_ids}"
+        if self.config.on_nonfinite == "stop" or progress.skipped > _MAX_SKIPPED:
+            raise UserError(
+                found,
+                "a finite loss and gradient",
+                f"inspect these images, lower --learning-rate, or skip such steps with --on-nonfinite skip; "
+                f"continue from the last good state with --resume {self.run}",
+            )
+        self._display.message(f"skipped: {found}")
+        return False
+
+    def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
+        """Evaluate, save checkpoints and state, and return the metrics of the epoch."""
+        config, progress = self.config, self.progress
+        taken = max(progress.totals.pop("finite", 0.0), 1.0)
+        metrics: dict[str, Any] = {"epoch": progress.epoch + 1}
+        metrics |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
+        progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
+        model = self.model if self.averaged is None else self.averaged.model
+        if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
+            metrics |= evaluate(model.eval())
+            is_best = score_of(metrics) > progress.best_ap
+            progress.best_ap = max(score_of(metrics), progress.best_ap)
+            if self.processes.is_first and is_best:
+                save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
+            if self._logbook is not None and draw is not None and config.pictures:
+                self._logbook.images(self._step_number(), draw(model))
+        if self.processes.is_first:
+            save_checkpoint(self.run / runs.LAST, model, metrics=metrics)
+            self._save_state()
+        self.processes.wait()
+        self._set_training_mode()
+        return metrics
+
+    def _set_training_mode(self) -> None:
         self.model.train()
         for module in self.frozen:
-            module.eval()  # their batch-norm statistics stay as they are
+            module.eval()  # keeps their batch norm statistics
 
     def _save_state(self) -> None:
         state.save_state(self.run / runs.STATE, self.step, self.config, self.progress)
 
 
-def score_of(figures: dict[str, float]) -> float:
-    """What the best checkpoint is the best by: mask and keypoint AP, as a mean; box AP for a model of boxes alone."""
-    found = [figures[name] for name in ("mask_ap", "keypoint_ap") if name in figures] or [figures["box_ap"]]
-    return sum(found) / len(found)
+def score_of(metrics: dict[str, float]) -> float:
+    """Score that selects the best checkpoint: mean of mask and keypoint AP, or box AP of a model without either."""
+    scores = [metrics[name] for name in ("mask_ap", "keypoint_ap") if name in metrics] or [metrics["box_ap"]]
+    return sum(scores) / len(scores)
 
 
 def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:
+    """The model with batch norm statistics over all processes."""
     if device.type != "cuda":
         raise UserError(
             f"--batch-norm sync on {device.type}",
-            "GPUs, the only device on which PyTorch synchronises batch norm",
+            "GPUs, the only devices on which PyTorch synchronises batch norm",
             "use --batch-norm frozen, or train",
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def _grouped(loader, count: int) -> Iterator[list[Batch]]:
-    """The loader's batches, `count` at a time; an error that a worker met is raised here."""
-    parts: list[Batch] = []
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        parts.append(batch)
-        if len(parts) == count:
-            yield parts
-            parts = []
-
-
 @contextmanager
-def _memory_explained(parts: list[Batch]) -> Iterator[None]:
-    """Turns running out of memory into an error that says what to lower."""
+def _explain_out_of_memory(parts: list[Batch]) -> Iterator[None]:
+    """Turns an out-of-memory error into a `UserError` that names the settings to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # the CPU's allocator raises a plain RuntimeError
+    except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
         text = str(error)
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
             raise

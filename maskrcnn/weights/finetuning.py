@@ -1,4 +1,4 @@
-"""What a model of other classes, keypoints or parts takes of weights to start from, and what starts anew."""
+"""Fitting pretrained weights to a model with other classes, keypoints or parts."""
 
 from __future__ import annotations
 
@@ -15,60 +15,59 @@ from maskrcnn.weights.torchvision import BODY, HEAT_MAPS, StartingWeights
 _MASK_HEAD = "roi_heads.mask_"
 _KEYPOINT_HEAD = "roi_heads.keypoint_"
 _NECK = "backbone.fpn."
-# Parts that a neck has as a whole or not at all: FPN, PANet's second path beside it, BiFPN.
-_OF_NECKS = (
+# Parts of necks, each present as a whole or absent: FPN, PANet's second path, BiFPN.
+_NECK_PARTS = (
     ("backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."),
     ("backbone.fpn.down_blocks.", "backbone.fpn.fuse_blocks."),
     ("backbone.fpn.lateral_blocks.", "backbone.fpn.passes."),
 )
-# The tensors whose shape depends on the number of classes, and on that of keypoints.
-_OF_CLASSES = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-OF_KEYPOINTS = HEAT_MAPS
+# Tensors whose shape depends on the number of classes.
+_CLASS_TENSORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FineTuning:
-    """What `finetuning_tensors` did not take from the weights."""
+class FineTuning:
+    """Tensors that `finetuning_tensors` did not take from the weights."""
 
     source: str
-    classes: str  # what became of what was learnt about classes, and why; empty for a backbone alone
-    keypoints: str = ""  # likewise of keypoints; empty unless both have them
-    reset: tuple[str, ...] = ()  # tensors that depend on classes or keypoints, and start anew because those are others
-    added: tuple[str, ...] = ()  # tensors that the weights do not have, and that start anew
+    classes: str  # comparison of the classes; empty for a backbone
+    keypoints: str = ""  # comparison of the keypoints; empty unless both have some
+    reset: tuple[str, ...] = ()  # tensors initialised randomly because classes or keypoints differ
+    added: tuple[str, ...] = ()  # tensors initialised randomly because the weights do not have them
     dropped: tuple[str, ...] = ()  # tensors that the model does not have
 
     def lines(self) -> list[str]:
-        """The same as lines for a user."""
-        told = ["; ".join(part for part in (f"starting from {self.source}", self.classes, self.keypoints) if part)]
+        """Summary for the user, one line per kind."""
+        lines = ["; ".join(part for part in (f"starting from {self.source}", self.classes, self.keypoints) if part)]
         if self.reset:
-            told.append(f"starting anew: {', '.join(self.reset)}")
+            lines.append(f"starting anew: {', '.join(self.reset)}")
         if self.added:
-            told.append(f"not in these weights, starting anew: {_parts(self.added)}")
+            lines.append(f"not in these weights, starting anew: {_parts(self.added)}")
         if self.dropped:
-            told.append(f"not in this model, left out: {_parts(self.dropped)}")
-        return told
+            lines.append(f"not in this model, left out: {_parts(self.dropped)}")
+        return lines
 
 
-def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], _FineTuning]:
-    """Weights made to fit a model of other classes, or of other parts.
+def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
+    """Adapt pretrained weights to a model with other classes or parts.
 
-    What keeps the model's present values: the tensors whose shape depends on the number of classes, unless the
-    classes are the same, and on the number of keypoints, unless those are; a mask or keypoint head or a neck's part
-    that the weights do not have; with a classifier's weights all but the backbone. Left out are such parts that the
-    model does not have. The rest goes as it is to `load_weights`, which refuses what does not fit.
+    Tensors that keep the model's initial values: those whose shape depends on the number of classes or keypoints,
+    unless these are the same; a mask head, keypoint head or neck part missing from the weights; with a classifier's
+    weights, everything but the backbone. Parts missing from the model are dropped. Everything else is passed on to
+    `load_weights`, which rejects what does not fit.
 
     Returns:
-        the tensors for `load_weights`, and what was done to them.
+        the tensors for `load_weights`, and a summary.
     """
     own, tensors = model.state_dict(), dict(weights.tensors)
     same, classes = _compare_classes(weights, model.config)
     same_keypoints, keypoints = _compare_keypoints(weights, model.config)
-    others = (*(() if same else _OF_CLASSES), *(() if same_keypoints else (OF_KEYPOINTS,)))
+    others = (*(() if same else _CLASS_TENSORS), *(() if same_keypoints else (HEAT_MAPS,)))
     reset = [name for name in own if name.startswith(others) and name in tensors]
     added, dropped = _other_parts(own, tensors)
     for name in dropped:
         del tensors[name]
-    return tensors | {name: own[name] for name in (*reset, *added)}, _FineTuning(
+    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
         source=weights.source,
         classes=classes,
         keypoints=keypoints,
@@ -79,7 +78,7 @@ def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[
 
 
 def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:
-    """Whether label k means the same to both, and the reason in words."""
+    """Whether label k means the same in both, and why."""
     count, names = weights.class_count, weights.class_names
     if weights.is_backbone:
         return True, ""
@@ -94,7 +93,7 @@ def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[boo
 
 
 def _compare_keypoints(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:
-    """Whether keypoint k means the same to both, where both have any, and the reason in words."""
+    """Whether keypoint k means the same in both (if both have keypoints), and why."""
     count, names, ours = weights.keypoint_count, weights.keypoint_names, config.keypoint_names
     if not count or not config.has_keypoints:
         return True, ""
@@ -109,13 +108,13 @@ def _compare_keypoints(weights: StartingWeights, config: ModelConfig) -> tuple[b
 
 
 def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The model's tensors of parts that the weights lack altogether, and the other way round."""
+    """Tensors of parts that only the model has, and of parts that only the weights have."""
     own, given = list(own), list(given)
     if all(name.startswith(BODY) for name in given):
         return [name for name in own if not name.startswith(BODY)], []
     added, dropped = [], []
-    # Weights without any neck are a file with something missing.
-    for part in (_MASK_HEAD, _KEYPOINT_HEAD, *(_OF_NECKS if any(name.startswith(_NECK) for name in given) else ())):
+    # Weights without any neck are incomplete; `load_weights` reports them.
+    for part in (_MASK_HEAD, _KEYPOINT_HEAD, *(_NECK_PARTS if any(name.startswith(_NECK) for name in given) else ())):
         ours, theirs = ([name for name in names if name.startswith(part)] for names in (own, given))
         added += [] if theirs else ours
         dropped += [] if ours else theirs
@@ -123,6 +122,6 @@ def _other_parts(own: Iterable[str], given: Iterable[str]) -> tuple[list[str], l
 
 
 def _parts(names: Iterable[str]) -> str:
-    """Tensors by module: "rpn.head (6 tensors), …"."""
+    """Tensors counted by module: "rpn.head (6 tensors), …"."""
     counts = Counter(".".join(name.split(".")[:2]) for name in names)
     return ", ".join(f"{part} ({count} tensors)" for part, count in counts.items())

@@ -1,7 +1,7 @@
-"""Weights to start from: a checkpoint of ours, a file of torchvision's or Detectron2's, or a name of torchvision's.
+"""Pretrained weights: our checkpoints, torchvision's or Detectron2's files, or torchvision's weights by name.
 
-A name is that of a member of torchvision's enumerations: `COCO_V1` or `DEFAULT` for the whole detector,
-`IMAGENET1K_V1` or `IMAGENET1K_V2` for the backbone alone. Its file is downloaded once by torch.hub, which keeps it.
+A name is a member of torchvision's enumerations: `COCO_V1` or `DEFAULT` for a detector, `IMAGENET1K_V1` or
+`IMAGENET1K_V2` for a backbone. torch.hub downloads its file once.
 """
 
 from __future__ import annotations
@@ -24,25 +24,30 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.keypoints import COCO_NAMES
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.checkpoint import PICKLE_SUFFIX, SUFFIX, config_of, load_weights, read_state_dict
-from maskrcnn.weights.detectron2 import CONVENTIONS, from_detectron2, is_detectron2
+from maskrcnn.weights.checkpoint import SUFFIX, config_of, load_weights, read_state_dict
+from maskrcnn.weights.detectron2 import CONVENTIONS, PICKLE_SUFFIX, from_detectron2, is_detectron2
 
-# Torchvision's weights by name: members of its enumerations, whose files torch.hub downloads once and keeps.
+BODY = "backbone.body."
+# Weight [channels, keypoints, 4, 4] and bias of the heat maps.
+HEAT_MAPS = "roi_heads.keypoint_predictor.kps_score_lowres."
+_CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
+_FILE_SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
+_COCO_LABELS = 90  # labels of torchvision's COCO weights: COCO's category ids, ten of them unused
 
 
 def _named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
-    """The member of torchvision's enumerations that a name stands for.
+    """Torchvision's enumeration member of a name.
 
     Args:
-        name: of a member for the detector or the backbone (`COCO_V1`), or one in full.
-        config: of the model that the weights are for.
+        name: member of the detector's or the backbone's enumeration (`COCO_V1`), or a full name.
+        config: model that the weights are for.
 
     Raises:
         UserError: for an unknown name.
     """
     members: dict[str, WeightsEnum] = {}
     for architecture in (config.backbone, config.name) if config else ():
-        if architecture in torchvision.models.list_models():  # of ours, some have no counterpart there
+        if architecture in torchvision.models.list_models():  # some of our models are not in torchvision
             members |= torchvision.models.get_model_weights(architecture).__members__
     if name in members:
         return members[name]
@@ -50,72 +55,61 @@ def _named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
         return torchvision.models.get_weight(name)
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"weights {name!r}: no file, and no weights of torchvision's" + (f" for {config.name}" if config else ""),
+            f"weights {name!r}: neither a file nor torchvision weights" + (f" for {config.name}" if config else ""),
             f"a file, or one of {', '.join(members)}" if members else "a file",
             "check the path or the name given with --weights",
         ) from error
 
 
 def _pixels_of(weights: WeightsEnum) -> dict[str, Any]:
-    """Mean and deviation of the pixels that weights were trained on, where they are not the usual.
-
-    `VGG16_Weights.IMAGENET1K_FEATURES`, which come from Caffe, are such.
-    """
+    """Pixel mean and std that weights were trained with, if not the usual (`VGG16_Weights.IMAGENET1K_FEATURES`)."""
     given = getattr(weights.transforms, "keywords", {})
     return {name: tuple(given[name]) for name in ("mean", "std") if name in given}
 
 
 def downloaded(weights: WeightsEnum) -> Path:
-    """The file of torchvision's weights in torch.hub's folder, where it is downloaded to if need be.
+    """File of torchvision's weights in torch.hub's folder, downloaded if missing.
 
     Raises:
-        UserError: where it is not there and cannot be downloaded.
+        UserError: if it cannot be downloaded.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
     if not path.is_file():
         try:
             weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: hash mismatch
             raise UserError(
                 f"{weights!r}: {weights.url} cannot be downloaded ({error})",
-                f"the network, or that file as {path}",
-                "download it elsewhere, and put it there or name it with --weights FILE",
+                f"a network connection, or the file at {path}",
+                "download it elsewhere, and place it there or pass it with --weights FILE",
             ) from error
     return path
 
 
-BODY = "backbone.body."
-# Of all heat maps: [channels, keypoints, 4, 4] and a bias.
-HEAT_MAPS = "roi_heads.keypoint_predictor.kps_score_lowres."
-_CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
-_FILE_SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
-_COCO_LABELS = 90  # of torchvision's COCO weights: COCO's ids, of which ten are unused
-
-
 @dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """Tensors to start from, and what is known of them."""
+    """Pretrained tensors and what is known about them."""
 
     tensors: dict[str, Tensor]  # named as in our model
-    source: str  # as messages call it
-    path: Path  # the file
-    config: ModelConfig | None = None  # of the model that saved them, where that is known
-    pixels: dict[str, Any] = field(default_factory=dict)  # a classifier's mean and std, where they are not the usual
-    is_legacy: bool = False  # torchvision's COCO_LEGACY of keypoints, which no tensor tells from COCO_V1
+    source: str  # name in messages
+    path: Path
+    config: ModelConfig | None = None  # configuration of the saved model, if known
+    pixels: dict[str, Any] = field(default_factory=dict)  # mean and std of a classifier, if not the usual
+    is_legacy: bool = False  # torchvision's COCO_LEGACY keypoint weights, whose tensors look like COCO_V1
 
     @property
     def is_backbone(self) -> bool:
-        """Whether they are a classifier's, which has nothing but the backbone in common with a detector."""
+        """Whether they are of a classifier, which shares only the backbone with a detector."""
         return all(name.startswith(BODY) for name in self.tensors)
 
     @property
     def class_count(self) -> int:
-        """Classes without background; 0 for a backbone alone."""
+        """Number of classes without background; 0 for a backbone."""
         return self.tensors[_CLASSIFIER].shape[0] - 1 if _CLASSIFIER in self.tensors else 0
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of labels 1, 2, …, or None where nobody knows them."""
+        """Names of labels 1, 2, …, or None if unknown."""
         if self.config is not None:
             return self.config.class_names
         if self.class_count == _COCO_LABELS:
@@ -124,38 +118,38 @@ class StartingWeights:
 
     @property
     def keypoint_count(self) -> int:
-        """Keypoints that they find; 0 without a keypoint head."""
+        """Number of keypoints; 0 without a keypoint head."""
         weight = self.tensors.get(HEAT_MAPS + "weight")
         return 0 if weight is None else weight.shape[1]
 
     @property
     def keypoint_names(self) -> tuple[str, ...] | None:
-        """Their names, or None where nobody knows them."""
+        """Names of the keypoints, or None if unknown."""
         if self.config is not None:
             return self.config.keypoint_names
         return COCO_NAMES if self.keypoint_count == len(COCO_NAMES) else None
 
     @property
     def is_coco_pose(self) -> bool:
-        """Whether they are like torchvision's COCO weights of keypoints: one class, 17 keypoints."""
+        """Whether they match torchvision's COCO keypoint weights: one class, 17 keypoints."""
         return self.class_count == 1 and self.keypoint_count == len(COCO_NAMES)
 
 
 def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> StartingWeights:
-    """Reads weights.
+    """Read pretrained weights.
 
     Args:
-        spec: a checkpoint of ours, a state dict in `.pth` or `.safetensors` as torchvision and its reference
-            scripts save them, of a detector or a classifier, a detector of Detectron2's in `.pkl` or `.pth`, or the
-            name of torchvision's weights: a member of the enumeration for the detector or the backbone (`COCO_V1`),
-            or one in full (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
-        config: of the model that they are for; it says what a name stands for.
+        spec: a checkpoint; a state dict in `.pth` or `.safetensors` of a torchvision detector or classifier; a
+            Detectron2 detector in `.pkl` or `.pth`; or the name of torchvision's weights, either a member of the
+            enumeration for the detector or the backbone (`COCO_V1`) or a full name
+            (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
+        config: model that they are for; it resolves names.
 
     Raises:
-        UserError: when the file cannot be read, the name is unknown, or its file is neither in torch.hub's folder
-            nor can be downloaded.
+        UserError: if the file cannot be read, or the name is unknown or its file cannot be downloaded.
     """
-    path, source, known = Path(spec), str(spec), {}
+    path, source = Path(spec), str(spec)
+    known: dict[str, Any] = {}
     if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
         weights = _named_weights(source, config)
         path, source = downloaded(weights), repr(weights)
@@ -168,11 +162,11 @@ def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> Sta
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
-    """The fields of `config` that must change for these weights to mean what they meant.
+    """Fields of `config` that these weights require in order to compute what they were trained to.
 
-    Those are batch norm's, and where the model that saved them has other conventions than `config`'s defaults, these.
-    A backbone that was trained on ImageNet keeps its statistics, as in torchvision's detectors: all but those of
-    version 2, which have batch norm in their heads and train them all. One without batch norm has nothing to keep.
+    These are the batch norm settings and, if the saved model has other conventions than the defaults of `config`, those
+    conventions. An ImageNet backbone keeps its batch norm statistics as in torchvision's detectors, except with heads
+    of version 2, which train all batch norms. A backbone without batch norm has none to keep.
     """
     if weights.config is not None:
         norm = {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
@@ -190,7 +184,7 @@ def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, An
 
 
 def _pixel_changes(pixels: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The preprocessing that a classifier was trained with, where `config` has the usual one."""
+    """Preprocessing that a classifier was trained with, if `config` has the default one."""
     usual = Preprocessing()
     if not pixels or (config.preprocessing.mean, config.preprocessing.std) != (usual.mean, usual.std):
         return {}
@@ -198,7 +192,7 @@ def _pixel_changes(pixels: dict[str, Any], config: ModelConfig) -> dict[str, Any
 
 
 def _other_conventions(saved: ModelConfig, config: ModelConfig) -> dict[str, Any]:
-    """The conventions of the saved model, as far as `config` leaves them at the default and so takes no side."""
+    """Conventions of the saved model for the fields that `config` leaves at their defaults."""
     changes = _where_default(config, saved, [name for name in CONVENTIONS if name != "preprocessing"])
     of_pixels = _where_default(config.preprocessing, saved.preprocessing, ["mean", "std", "resize"])
     if of_pixels:
@@ -207,25 +201,24 @@ def _other_conventions(saved: ModelConfig, config: ModelConfig) -> dict[str, Any
 
 
 def _where_default(config: Any, saved: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Values of `saved` that differ from the default where those of `config` do not."""
-    plain = type(config)()
-    unset = [name for name in names if getattr(config, name) == getattr(plain, name)]
-    return {name: getattr(saved, name) for name in unset if getattr(saved, name) != getattr(plain, name)}
+    """Non-default values of `saved` for fields in which `config` has the default."""
+    default = type(config)()
+    unset = [name for name in names if getattr(config, name) == getattr(default, name)]
+    return {name: getattr(saved, name) for name in unset if getattr(saved, name) != getattr(default, name)}
 
 
 def load_detector(
     spec: str | Path, name: str | None = None, *, batch_norm_epsilon: float | None = None
 ) -> tuple[MaskRCNN, Path]:
-    """A whole model from weights, in evaluation mode on the CPU, and the file that they came from.
+    """Load a detector from weights, in evaluation mode on the CPU; returns it and the file.
 
     Args:
         spec: as for `starting_weights`.
-        name: the architecture, one of `maskrcnn.config.MODELS`; a checkpoint of ours knows its own, and Detectron2's
-            tensors tell theirs.
+        name: architecture, one of `maskrcnn.config.MODELS`; not needed for checkpoints and Detectron2 weights.
         batch_norm_epsilon: as for `load_torchvision`.
 
     Raises:
-        UserError: when weights and architecture do not fit, or the architecture is not known.
+        UserError: if weights and architecture do not fit, or the architecture is unknown.
     """
     config = model_config(name) if name else None
     knows_itself = Path(spec).is_file() or Path(spec).suffix in (SUFFIX, PICKLE_SUFFIX)
@@ -240,13 +233,14 @@ def load_detector(
 
 
 def _of_checkpoint(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> MaskRCNN:
-    """The model of a checkpoint, which no option may contradict."""
+    """Model of a checkpoint; options must not contradict it."""
     config = weights.config
+    assert config is not None
     if name not in (None, config.name) or batch_norm_epsilon not in (None, config.batch_norm_epsilon):
         raise UserError(
             f"{weights.source}: a checkpoint of {config.name} with batch norm epsilon {config.batch_norm_epsilon:g}, "
-            "and options that say otherwise",
-            "the file alone, which tells its architecture",
+            "and options that contradict it",
+            "no such options: the file contains them",
             "leave out --model and --batch-norm-epsilon",
         )
     model = MaskRCNN(config)
@@ -261,18 +255,18 @@ def load_torchvision(
     category_ids: tuple[int, ...] = (),
     batch_norm_epsilon: float | None = None,
 ) -> MaskRCNN:
-    """A model from torchvision's weights, in evaluation mode; the class count is read from them.
+    """Load a detector from torchvision's weights, in evaluation mode; the class count follows from them.
 
     Args:
-        weights: read already, or what `starting_weights` reads.
-        name: the architecture, one of `maskrcnn.config.MODELS`.
-        class_names: of labels 1, 2, …; by default COCO's for 90 labels, else `class_1`, `class_2`, ….
-        category_ids: likewise; by default 1, 2, ….
-        batch_norm_epsilon: of the model that was saved, which its file does not tell; by default what
-            `_default_batch_norm_epsilon` reads off the tensors.
+        weights: as read by `starting_weights`, or its argument.
+        name: architecture, one of `maskrcnn.config.MODELS`.
+        class_names: names of labels 1, 2, … (default: COCO's for 90 labels, otherwise `class_1`, `class_2`, …).
+        category_ids: dataset ids of labels 1, 2, … (default: 1, 2, …).
+        batch_norm_epsilon: epsilon of the saved model, which the file does not contain (default: inferred by
+            `_default_batch_norm_epsilon`).
 
     Raises:
-        UserError: when weights and architecture do not fit.
+        UserError: if weights and architecture do not fit.
     """
     if not isinstance(weights, StartingWeights):
         weights = starting_weights(weights, model_config(name))
@@ -281,7 +275,7 @@ def load_torchvision(
         raise UserError(
             f"{weights.source}: no tensor {_CLASSIFIER}",
             "the weights of a whole detector",
-            "name a detector, not a classifier; to train a detector from a backbone: `maskrcnn train --weights`",
+            "pass a detector, not a classifier; to train a detector from a backbone: `maskrcnn train --weights`",
         )
     class_names = class_names or weights.class_names or tuple(f"class_{label}" for label in range(1, count + 1))
     if len(class_names) != count:
@@ -314,18 +308,18 @@ def _keypoint_fields(weights: StartingWeights) -> dict[str, Any]:
 
 
 def _default_batch_norm_epsilon(weights: StartingWeights, usual: float = 1e-5) -> float:
-    """The epsilon with which torchvision would run these weights.
+    """Epsilon with which torchvision runs these weights.
 
-    Its first COCO_V1 weights were trained with 0 and are loaded so (`overwrite_eps`). They are known by their 90
-    classes, or one class and 17 keypoints, and by batch norm that is frozen, which saves no `num_batches_tracked`.
-    Everything else has the usual one, COCO_LEGACY of keypoints too.
+    Its COCO_V1 weights of version 1 were trained with 0 (`overwrite_eps`). They are recognised by 90 classes, or one
+    class and 17 keypoints, and by frozen batch norm, which saves no `num_batches_tracked`. All others, COCO_LEGACY of
+    keypoints included, have the usual one.
     """
     is_coco = weights.class_count == _COCO_LABELS or (weights.is_coco_pose and not weights.is_legacy)
     return 0.0 if is_coco and _is_frozen(weights.tensors) else usual
 
 
 def coco_labels() -> tuple[str, ...]:
-    """The names of labels 1 to 90 of torchvision's COCO weights; unused ones are "N/A"."""
+    """Names of labels 1 to 90 of torchvision's COCO weights; unused ones are "N/A"."""
     return tuple(torchvision.models.detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
 
 
@@ -335,7 +329,7 @@ def _is_frozen(tensors: dict[str, Tensor]) -> bool:
 
 
 def _for_detector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A detector's tensors as they are; a classifier's, of a ResNet or with `features`, as a detector's backbone."""
+    """Tensors of a classifier renamed to a detector's backbone; those of a detector unchanged."""
     if {"conv1.weight", "fc.weight"} <= set(tensors):
         return {BODY + name: value for name, value in tensors.items() if not name.startswith("fc.")}
     if tensors and all(name.startswith(("features.", "classifier.")) for name in tensors):

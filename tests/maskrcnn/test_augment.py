@@ -201,11 +201,11 @@ def test_a_damaged_partner_is_named(tmp_path, change):
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"flip_probability": 1.5}, "augment.flip_probability 1.5\nexpected: 0 to 1"),
+        ({"flip_probability": 1.5}, "augment.flip_probability 1.5\n  expected: 0 to 1"),
         ({"mosaic_probability": -0.1}, "augment.mosaic_probability -0.1"),
         ({"colour_hue": 0.6}, "augment.colour_hue 0.6"),
         ({"shorter_sides_px": (640, 0)}, "augment.shorter_sides_px 0"),
-        ({"jitter_least_scale": 3.0}, "augment.jitter_largest_scale 2.0\nexpected: at least 3.0"),
+        ({"jitter_least_scale": 3.0}, "augment.jitter_largest_scale 2.0\n  expected: at least 3.0"),
     ],
 )
 def test_values_out_of_range_are_refused(values, text):

@@ -7,7 +7,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, is_at_least, pairwise_iou, take_rows
+from maskrcnn.model.boxes import clip_boxes, decode_boxes, encode_boxes, has_min_side, pairwise_iou, take_rows
 from maskrcnn.model.rpn import cell_anchors, grid_anchors
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -50,9 +50,9 @@ def test_iou_equals_torchvision_and_is_zero_for_points():
 
 def test_smallest_side_decides():
     boxes = torch.tensor([[0, 0, 1, 9.0], [0, 0, 2, 2.0], [3, 3, 3, 3.0]])
-    assert is_at_least(boxes, 2.0).tolist() == [False, True, False]
+    assert has_min_side(boxes, 2.0).tolist() == [False, True, False]
     sides = torch.tensor([[3.0, 3, 3, 9], [3, 3, 9, 3], [9, 3, 3, 9], [3, 3, 3.0001, 3.0001]])
-    assert is_at_least(sides, 0).tolist() == [False, False, False, True]
+    assert has_min_side(sides, 0).tolist() == [False, False, False, True]
 
 
 def test_rows_are_taken_per_image():

@@ -17,7 +17,7 @@ from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of, read_state
 
 def test_a_checkpoint_comes_back_equal(tmp_path, model):
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, model, figures={"mask_ap": 0.5})
+    save_checkpoint(path, model, metrics={"mask_ap": 0.5})
     loaded = load_checkpoint(path)
     assert loaded.config == model.config
     for name, value in model.state_dict().items():
@@ -95,7 +95,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 def test_an_object_that_is_no_state_dict_is_refused(tmp_path):
     torch.save([1, 2, 3], tmp_path / "w.pth")
-    with pytest.raises(UserError, match="a list that is not names"):
+    with pytest.raises(UserError, match="a list that does not map names"):
         read_state_dict(tmp_path / "w.pth")
 
 

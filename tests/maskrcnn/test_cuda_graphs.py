@@ -1,10 +1,8 @@
-"""CUDA graphs on several streams and on another GPU than the thread's, on a pretended torch.cuda."""
-
-from contextlib import nullcontext
+"""CUDA graphs on several streams and on a GPU that is not the current one, on a simulated torch.cuda."""
 
 import pytest
 import torch
-from fake_torch_cuda import Gpu
+from fake_torch_cuda import Gpu, Stream
 
 from maskrcnn.model.inference import GraphedModel
 
@@ -17,14 +15,14 @@ def double(images: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, torch.T
 
 @pytest.fixture
 def gpu(monkeypatch) -> Gpu:
-    """GPU 1, whereas the thread is on GPU 0."""
+    """GPU 1; the current device of the thread is GPU 0."""
     found = Gpu(1)
     found.install(monkeypatch)
     return found
 
 
 def calls(gpu: Gpu, graphed: GraphedModel, lengths: tuple[int, ...], start: int = 0) -> None:
-    """Calls with images of these heights on the current stream; every result is what the model computes."""
+    """Call with images of these heights on the current stream, and check every result."""
     for number, length in enumerate(lengths, start):
         images = torch.full((1, 3, length, 4), float(number))
         found = graphed(images, torch.full((1, 2), number))
@@ -34,7 +32,7 @@ def calls(gpu: Gpu, graphed: GraphedModel, lengths: tuple[int, ...], start: int 
 
 def test_a_graph_is_captured_on_the_models_gpu(gpu):
     with gpu:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # somebody's, on GPU 0, whose stream PyTorch keeps
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # unrelated, on GPU 0: PyTorch keeps its stream
             pass
         graphed = GraphedModel(double)
         calls(gpu, graphed, (4, 4, 4, 6, 6, 4))
@@ -49,22 +47,22 @@ def work_on_two_streams(gpu: Gpu, graphed: GraphedModel) -> None:
             calls(gpu, graphed, lengths, 10 * start)
 
 
-def test_graphs_wait_for_each_other_whatever_stream_they_are_on(gpu):
+def test_graphs_on_different_streams_wait_for_each_other(gpu):
     graphed = GraphedModel(double)
     with gpu:
         work_on_two_streams(gpu, graphed)
     assert not gpu.races and graphed.captured == 2
 
 
-def test_the_pretended_gpu_sees_graphs_that_do_not_wait(gpu, monkeypatch):
-    monkeypatch.setattr(GraphedModel, "_in_turn", lambda self, device: nullcontext())
+def test_the_simulated_gpu_detects_graphs_that_do_not_wait(gpu, monkeypatch):
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
     with gpu:
         work_on_two_streams(gpu, GraphedModel(double))
     assert any("pool" in race and "written" in race for race in gpu.races)
     assert any("pool" not in race for race in gpu.races)
 
 
-def test_a_call_that_fails_is_waited_for_too(gpu, monkeypatch):
+def test_later_calls_wait_for_a_failed_one(gpu, monkeypatch):
     graphed = GraphedModel(double)
     streams = [torch.cuda.Stream(torch.device("cpu")) for _ in range(2)]
     with gpu:
@@ -78,12 +76,29 @@ def test_a_call_that_fails_is_waited_for_too(gpu, monkeypatch):
     assert not gpu.races
 
 
-def test_a_graph_that_goes_has_run(gpu):
+def test_a_discarded_graph_has_finished(gpu):
     with gpu:
         graphed = GraphedModel(double, shapes=2)
         calls(gpu, graphed, (4, 4, 6, 6, 8, 8, 4, 4))
         assert graphed.captured == 2
     assert not gpu.races
+
+
+def test_a_shape_is_captured_at_its_second_call_and_discarded_when_least_recently_used(gpu):
+    with gpu:
+        graphed, captured = GraphedModel(double, shapes=2), []
+        for number, length in enumerate((4, 4, 4, 6, 4, 6, 8, 4)):
+            calls(gpu, graphed, (length,), number)
+            captured.append(graphed.captured)
+    assert captured == [0, 1, 1, 1, 1, 2, 1, 0]  # 8 replaced 4, so that the last 4 is new and replaces 6
+
+
+def test_shapes_of_other_types_have_their_own_graphs(gpu):
+    with gpu:
+        graphed = GraphedModel(double, shapes=4)
+        for dtype in (torch.float32, torch.uint8, torch.float32, torch.uint8):
+            graphed(torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(1, 2))
+        assert graphed.captured == 2
 
 
 @TWO_GPUS

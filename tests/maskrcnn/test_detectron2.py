@@ -133,10 +133,10 @@ def test_a_faster_rcnn_and_trained_batch_norm_are_recognised():
         ({"roi_heads.box_predictor.bbox_pred.weight": (4, 32)}, r"4 rows of .*shared by all classes \(CLS_AGNOSTIC"),
         ({"roi_heads.mask_head.predictor.weight": (1, 16, 1, 1)}, "1 rows of .*shared by all classes"),
         ({"roi_heads.box_predictor.bbox_pred.weight": (16, 32)}, r"16 rows of \S+, for 3 classes"),
-        ({"backbone.fpn_lateral2.norm.weight": (16,)}, "a tensor backbone.fpn_lateral2.norm.weight"),
-        ({"roi_heads.box_head.conv1.weight": (16, 16, 3, 3)}, "a tensor roi_heads.box_head.conv1.weight"),
-        ({"roi_heads.keypoint_head.score_lowres.weight": (16, 17, 4, 4)}, "a tensor roi_heads.keypoint_head"),
-        ({"roi_heads.box_head.0.fc1.weight": (32, 784)}, "a tensor roi_heads.box_head.0.fc1.weight"),
+        ({"backbone.fpn_lateral2.norm.weight": (16,)}, "tensor backbone.fpn_lateral2.norm.weight"),
+        ({"roi_heads.box_head.conv1.weight": (16, 16, 3, 3)}, "tensor roi_heads.box_head.conv1.weight"),
+        ({"roi_heads.keypoint_head.score_lowres.weight": (16, 17, 4, 4)}, "tensor roi_heads.keypoint_head"),
+        ({"roi_heads.box_head.0.fc1.weight": (32, 784)}, "tensor roi_heads.box_head.0.fc1.weight"),
         ({"roi_heads.box_predictor.cls_score.weight": None}, "without roi_heads.box_predictor.cls_score.weight"),
         ({"backbone.bottom_up.res4.6.conv1.weight": (1,)}, r"a ResNet with \(3, 4, 7, 3\) blocks of 3 convolutions"),
     ],
@@ -275,7 +275,7 @@ def test_a_file_of_the_model_zoo_tells_its_architecture(zoo_file):
     assert loaded.config.preprocessing.resize == "pillow"
     same, _ = load_detector(zoo_file, "maskrcnn_resnet18_fpn")
     assert same.config == loaded.config
-    with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn .* options that say otherwise"):
+    with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn .* options that contradict it"):
         load_detector(zoo_file, "maskrcnn_resnet50_fpn")
 
 
@@ -295,7 +295,7 @@ def test_a_file_of_torch_save_is_the_same(zoo_file, tmp_path):
         ([1, 2], "a pickled list\n"),
         ({"model": {"a": "text"}}, "a pickled dict with model"),
         ({"model": {"a": np.array([None])}}, "a pickled dict with model"),
-        ({"model": {"stem.conv1.weight": np.zeros(3)}}, "a tensor stem.conv1.weight, which"),
+        ({"model": {"stem.conv1.weight": np.zeros(3)}}, "tensor stem.conv1.weight, unknown"),
         ({"model": {}}, "without backbone.body.conv1.weight"),
     ],
 )
@@ -326,9 +326,9 @@ def test_training_starts_with_the_conventions_of_the_weights(zoo_file):
     pixels = changed.preprocessing
     assert (pixels.min_size_px, pixels.resize, pixels.std) == (64, "pillow", CONVENTIONS["preprocessing"].std)
     model = MaskRCNN(changed)
-    values, told = finetuning_tensors(model, weights)
+    values, summary = finetuning_tensors(model, weights)
     load_weights(model, values, weights.source)
-    assert len(told.reset) == 6 and not told.added and not told.dropped
+    assert len(summary.reset) == 6 and not summary.added and not summary.dropped
     assert torch.equal(model.roi_heads.box_head.fc7.bias, lively_tensors(18)["roi_heads.box_head.fc2.bias"])
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fake_torch_cuda import Gpu
 from tiny import TINY_V2, lively_model, tiny_config
 
 from maskrcnn.model.detector import MaskRCNN
@@ -105,51 +104,6 @@ def test_the_whole_model_compiles_without_a_break(model):
 
 
 # Graphs
-
-
-class Recorded(GraphedModel):
-    """Captures by remembering; what a replay gives lies in one place, as a graph's results do."""
-
-    def __init__(self, run, *, shapes: int) -> None:
-        super().__init__(run, shapes=shapes)
-        self.captures: list[tuple] = []
-
-    def _capture(self, images, image_sizes):
-        self.captures.append(tuple(images.shape))
-        place = {name: torch.empty_like(value) for name, value in self.run(images, image_sizes).items()}
-
-        def replay(images, image_sizes):
-            for name, value in self.run(images, image_sizes).items():
-                place[name].copy_(value)
-            return place
-
-        return replay
-
-
-def double(images: torch.Tensor, image_sizes: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"doubled": images * 2, "sizes": image_sizes + 1}
-
-
-def test_a_shape_is_captured_when_it_comes_again(monkeypatch):
-    Gpu(0).install(monkeypatch)
-    graphed = Recorded(double, shapes=2)
-    kept = []
-    for number, length in enumerate((4, 4, 4, 6, 4, 6, 8, 4)):
-        images = torch.full((1, 3, length, 4), float(number))
-        kept.append(graphed(images, torch.tensor([[length, number]])))
-    for number, found in enumerate(kept):  # no replay writes over earlier results
-        assert (found["doubled"] == 2 * number).all() and found["sizes"][0, 1] == number + 1
-    # 8 took the place of 4, so that 4 was new again.
-    assert [shape[2] for shape in graphed.captures] == [4, 6]
-    assert graphed.captured == 0 and len(graphed._calls) == 2
-
-
-def test_types_are_shapes_of_their_own(monkeypatch):
-    Gpu(0).install(monkeypatch)
-    graphed = Recorded(double, shapes=4)
-    for dtype in (torch.float32, torch.uint8, torch.float32, torch.uint8):
-        graphed(torch.zeros(1, 3, 4, 4, dtype=dtype), torch.zeros(1, 2))
-    assert graphed.captured == 2
 
 
 @NEEDS_GPU

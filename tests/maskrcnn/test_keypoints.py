@@ -52,7 +52,10 @@ def test_metadata_tell_of_keypoints_where_there_is_a_head():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"keypoint_names": ("a", "b"), "keypoint_skeleton": ((1, 3),)}, r"a line \[1, 3\]\nexpected: .* from 1 to 2"),
+        (
+            {"keypoint_names": ("a", "b"), "keypoint_skeleton": ((1, 3),)},
+            r"a line \[1, 3\]\n  expected: .* from 1 to 2",
+        ),
         ({"keypoint_names": ("a", "b"), "keypoint_skeleton": ((0, 1),)}, r"a line \[0, 1\]"),
         ({"keypoint_names": ("a", "b"), "keypoint_sigmas": (0.1,)}, "1 model.keypoint_sigmas for 2 keypoint names"),
     ],
@@ -63,5 +66,5 @@ def test_what_does_not_fit_the_names_is_refused(changes, text):
 
 
 def test_a_head_for_no_keypoints_is_refused():
-    with pytest.raises(UserError, match="without names of keypoints"):
+    with pytest.raises(UserError, match="without keypoint names"):
         MaskRCNN(tiny_config(has_keypoints=True))

@@ -145,7 +145,7 @@ def test_an_image_of_another_size_than_annotated_is_named(shapes, tmp_path):
     path.write_text(json.dumps(content))
     found = samples(root)[0, 0]
     assert isinstance(found, UserError)
-    assert "96×96 pixels\nexpected: 96×97" in str(found)
+    assert "96×96 pixels\n  expected: 96×97" in str(found)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

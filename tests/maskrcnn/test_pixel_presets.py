@@ -81,5 +81,5 @@ def test_what_stands_beside_a_preset_counts_more():
 
 
 def test_another_preset_is_refused():
-    with pytest.raises(UserError, match=r"preprocessing 'tensorflow'\nexpected: one of imagenet, caffe"):
+    with pytest.raises(UserError, match=r"preprocessing 'tensorflow'\n  expected: one of imagenet, caffe"):
         with_preset("tensorflow")

@@ -210,5 +210,5 @@ def test_the_heads_pool_by_the_configured_method(method):
 
 
 def test_another_method_is_refused():
-    with pytest.raises(UserError, match=r"model\.pool_method 'warp'\nexpected: one of align, pool, crop"):
+    with pytest.raises(UserError, match=r"model\.pool_method 'warp'\n  expected: one of align, pool, crop"):
         tiny_config(pool_method="warp")

@@ -299,7 +299,9 @@ def test_a_name_means_the_weights_of_the_architecture_or_of_its_backbone(hub, na
 
 @pytest.mark.parametrize("name", ["COCO_V9", "ResNet50_Weights.COCO_V9", "NoSuch_Weights.COCO_V1", "IMAGENET1K_V2"])
 def test_an_unknown_name_lists_the_known(hub, name):
-    with pytest.raises(UserError, match=r"no weights of torchvision's for maskrcnn_resnet18_fpn\n.*IMAGENET1K_V1"):
+    with pytest.raises(
+        UserError, match=r"neither a file nor torchvision weights for maskrcnn_resnet18_fpn\n.*IMAGENET1K_V1"
+    ):
         starting_weights(name, model_config("maskrcnn_resnet18_fpn"))
 
 
@@ -328,7 +330,7 @@ def test_a_backbone_by_name_is_read_from_the_cache_and_fills_the_body_alone(hub)
 
 def test_a_backbone_of_another_depth_is_an_error(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
-    with pytest.raises(UserError, match=r"left over \(first: backbone\.body\.layer"):
+    with pytest.raises(UserError, match=r"unexpected \(first: backbone\.body\.layer"):
         start(other_model(), starting_weights(tmp_path / "r34.pth"))
 
 
@@ -387,7 +389,7 @@ def test_every_model_that_torchvision_has_too_has_names_for_its_weights():
 def test_a_checkpoint_knows_its_architecture(checkpoint, model):
     loaded, path = load_detector(checkpoint)
     assert path == checkpoint and loaded.config == model.config and not loaded.training
-    with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn_small .* options that say otherwise"):
+    with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn_small .* options that contradict it"):
         load_detector(checkpoint, "maskrcnn_resnet50_fpn")
 
 

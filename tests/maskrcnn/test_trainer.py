@@ -83,7 +83,7 @@ def test_the_best_checkpoint_is_the_one_of_highest_mask_ap(shapes, tmp_path):
     trainer.fit(fixed_ap(0.1, 0.4, 0.2))
     _, best = read_tensors(tmp_path / runs.BEST)
     _, last = read_tensors(tmp_path / runs.LAST)
-    assert (best["figures"]["epoch"], last["figures"]["epoch"]) == (2, 3)
+    assert (best["metrics"]["epoch"], last["metrics"]["epoch"]) == (2, 3)
     assert trainer.progress.best_ap == 0.4
     assert load_checkpoint(tmp_path / runs.BEST).config == tiny_config()
 
