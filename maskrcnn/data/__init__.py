@@ -1,1 +1,1 @@
-"""Images, COCO-format annotations and the generated shapes dataset, without torch."""
+"""Images, datasets in COCO format, converters, checks and drawn datasets, without torch."""

@@ -27,8 +27,7 @@ from maskrcnn.data.coco import (
     Instance,
     SkippedAnnotation,
     annotation_file,
-    find_split,
-    list_splits,
+    find_splits,
 )
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
@@ -80,9 +79,8 @@ def check_dataset(
         UserError: where there is no such folder or split; faults of the dataset are in the report.
     """
     root = Path(root)
-    names = [find_split(root, name) for name in splits] or list_splits(root) or [find_split(root, "train")]
     datasets, findings = [], []
-    for name in dict.fromkeys(names):
+    for name in find_splits(root, splits):
         try:
             datasets.append(CocoDataset.load(root, name, require_images=False))
         except UserError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,12 @@ def find_split(root: str | Path, kind: str) -> str:
         f"one of: {', '.join(splits)}" if splits else f"files {_PREFIX}<split>.json",
         "name a split that exists, or add its annotation file",
     )
+
+
+def find_splits(root: str | Path, names: Sequence[str]) -> list[str]:
+    """The splits of these names or prefixes without duplicates, see `find_split`; all splits for no names."""
+    found = [find_split(root, name) for name in names] or list_splits(root) or [find_split(root, "train")]
+    return list(dict.fromkeys(found))
 
 
 def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Converters from other datasets' formats to COCO layout, a module for each format and one writer for all."""
+"""Converters from other dataset formats to COCO layout."""

@@ -17,7 +17,7 @@ from maskrcnn.data.annotations import (
     read_images,
     usable_id,
 )
-from maskrcnn.data.coco import find_split, list_splits
+from maskrcnn.data.coco import find_splits
 from maskrcnn.data.convert.files import image_size, require_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
@@ -44,12 +44,11 @@ def open_coco(root: Path, options: Options, faults: Faults) -> Source:
     Raises:
         UserError: for a file in another format, and for splits whose categories or image ids clash.
     """
-    names = [find_split(root, name) for name in options.sets] or list_splits(root) or [find_split(root, "train")]
     entries: list[Entry] = []
     categories: dict[int, Category] = {}
     owners: dict[int, str] = {}  # image id -> split
     annotation_ids: set[int] = set()
-    for name in dict.fromkeys(names):
+    for name in find_splits(root, options.sets):
         split = _Split(root, name)
         for category in split.categories:
             first = categories.setdefault(category.id, category)
