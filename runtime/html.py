@@ -1,4 +1,4 @@
-"""Pieces of the HTML pages that need nothing beside them: pictures and style are inside."""
+"""Building blocks of self-contained HTML pages: images and style are embedded."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
 table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child, td.text { text-align: left } th { font-weight: 600 }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } .wide { overflow-x: auto }
-.pictures.large img { max-width: min(46vw, 900px); width: 100% } pre { white-space: pre-wrap }
+.images { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } .wide { overflow-x: auto }
+.images.large img { max-width: min(46vw, 900px); width: 100% } pre { white-space: pre-wrap }
 """
 _JPEG_QUALITY = 88
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page from the pieces of its body."""
+    """A page from the parts of its body."""
     head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
 def text(value: str) -> str:
-    """Text that is shown as it is."""
+    """Escaped text."""
     return html.escape(value)
 
 
 def table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """A table from the names of its columns and its finished rows, scrolled where it is too wide."""
+    """A table from column names and rows of HTML; a wide one scrolls."""
     head = "".join(f"<th>{text(name)}</th>" for name in heads)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def row(cells: Iterable[str]) -> str:
-    """A row of plain cells."""
+    """A row of text cells."""
     return f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
 
 
-def picture(image: Image.Image, caption: str, *, is_photo: bool = False) -> str:
-    """A picture with its caption; a photo is compressed with loss."""
+def image_tag(image: Image.Image, caption: str, *, is_photo: bool = False) -> str:
+    """An embedded image with its caption: PNG, or JPEG for photos."""
     buffer = io.BytesIO()
     if is_photo:
         image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)

@@ -103,7 +103,8 @@ def line_chart(
                 axis.set_view_interval(*limits, ignore=True)
         axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=no_metadata)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration, which may not stand inside HTML
     for number, (name, points) in enumerate(drawn.items()):
@@ -119,7 +120,7 @@ def _drawable(points: Sequence[tuple[float, float]] | np.ndarray, log_x: bool, l
 
 
 def _make_logarithmic(axis: Axis, ratio: float) -> None:
-    """Logarithmic scale with plain numbers at 1, 2, 5, 10, …, or at powers of ten if the values span a `ratio` > 300."""
+    """Logarithmic scale with plain numbers at 1, 2, 5, …, or at powers of ten if the values span a `ratio` > 300."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})

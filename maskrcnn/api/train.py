@@ -24,7 +24,7 @@ from maskrcnn.imaging.draw import overlay
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
-from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, score_results
+from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, kinds_found, score_kinds
 from maskrcnn.settings import (
     assignments,
     merged,
@@ -34,7 +34,7 @@ from maskrcnn.settings import (
     with_sections,
 )
 from maskrcnn.training.distributed import Processes, joined
-from maskrcnn.training.logbook import Picture
+from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import without_effect
 from maskrcnn.training.recipe import require_fitting, training_config
 from maskrcnn.training.state import settings_of_run
@@ -302,14 +302,8 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
         metrics = None
         if processes.is_first:
             results = [result for part in gathered for result in part]
-            scores = score_results(
-                valset,
-                results,
-                with_masks=config.model.has_masks,
-                with_keypoints=config.model.has_keypoints,
-                sigmas=detector.metadata.keypoint_sigmas,
-                seconds=seconds,
-            )
+            kinds = kinds_found(with_masks=config.model.has_masks, with_keypoints=config.model.has_keypoints)
+            scores = score_kinds(valset, results, kinds, sigmas=detector.metadata.keypoint_sigmas, seconds=seconds)
             metrics = scores.summary()
         return processes.from_first(metrics)
 
@@ -319,7 +313,7 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
 def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
     """Predictions on the first images of the validation split."""
 
-    def draw(model: MaskRCNN) -> list[Picture]:
+    def draw(model: MaskRCNN) -> list[NamedImage]:
         detector = _detector(model)
         images = []
         for number, record in enumerate(valset.images[: config.pictures]):

@@ -127,7 +127,7 @@ def evaluate(
             show(_class_table(kind, scored.by_class()))
     show(result.evaluation.seconds.line())
     if model is not None:
-        rate = result.images / max(result.seconds["detect"], 1e-9)
+        rate = result.images / max(result.evaluation.seconds.detect, 1e-9)
         show(f"{rate:.2f} images/s per process, from file to pasted masks")
     for path in result.files:
         show(f"→ {path}")

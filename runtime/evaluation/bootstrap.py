@@ -1,12 +1,11 @@
-"""How sure an AP, or the difference of two, is: AP of data sets drawn from the images with replacement.
+"""Bootstrap intervals of an AP, or of the difference of two, over images drawn with replacement.
 
-Detections are matched once. A drawn data set gives each image a weight, the times that it was drawn, and AP follows
-from weighted sums over the match records. Both results of a difference are scored on the same draws, so that what
-makes an image hard for both does not count.
+Detections are matched once. A resample gives each image a weight, the number of times that it was drawn, and AP follows
+from weighted sums over the match records. Both results of a difference are scored on the same resamples, so that the
+difficulty of an image, which they share, does not widen the interval.
 
-Drawn data sets score a little higher than the one they are drawn from: images that are there twice make precision
-rougher over recall, and AP takes its peaks. An interval is therefore that of the drawn figures moved so that their mean
-is the measured one: it says what data sets of this size would score.
+Resamples score slightly higher than the dataset: repeated images make precision rougher over recall, and AP takes its
+peaks. The interval is therefore shifted so that the resamples' mean is the measured value.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.evaluation.matching import IGNORED, TRUE, MatchRecords
+from maskrcnn.runtime.evaluation.matching import IGNORED, TRUE_POSITIVE, MatchRecords
 from maskrcnn.runtime.evaluation.scoring import average_precision
 
 RESAMPLES = 1000
 _LEVEL = 0.95
-_ELEMENTS_AT_ONCE = 1 << 20
+_MAX_ELEMENTS = 1 << 20  # of an intermediate array
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with the interval that holds the given share of the resampled ones."""
+    """A value with the interval that holds the given share of the resampled values."""
 
     value: float
     low: float
     high: float
-    level: float  # 0.95: from the 2.5th to the 97.5th percentile of what was drawn, around `value`
+    level: float  # 0.95: from the 2.5th to the 97.5th percentile
     resamples: int
     seed: int
 
@@ -47,16 +46,16 @@ class Interval:
 class _ClassRecords(NamedTuple):
     """One class: its detections by descending score, and the images of its objects."""
 
-    image: np.ndarray  # [n] of each detection
-    true: list[np.ndarray]  # for each threshold: places of the true positives
-    ignored: list[np.ndarray]  # for each threshold: places of what does not count
+    image: np.ndarray  # [n] image of each detection
+    true: list[np.ndarray]  # by threshold: indices of the true positives
+    ignored: list[np.ndarray]  # by threshold: indices of ignored detections
     objects: np.ndarray  # [G] image of each object
 
 
 def interval_of_ap(
     records: MatchRecords, *, resamples: int = RESAMPLES, seed: int = 0, level: float = _LEVEL
 ) -> Interval:
-    """AP over all areas with its interval; see `interval_of_difference`."""
+    """AP over all areas with its bootstrap interval; see `interval_of_difference`."""
     return _interval([records], lambda values: values[0], resamples, seed, level)
 
 
@@ -69,26 +68,23 @@ def interval_of_difference(
     level: float = _LEVEL,
     progress: Callable[[int], None] = lambda resamples: None,
 ) -> Interval:
-    """AP of `other` minus AP of `records`, with the interval that the choice of images leaves it.
+    """AP of `other` minus AP of `records`, with its bootstrap interval over the images.
 
     Args:
-        records, other: of two results on the same images, of one kind.
-        resamples: data sets that are drawn.
-        seed: of the draws.
-        level: the share of the drawn differences inside the interval.
+        records, other: two results on the same images, of one kind.
+        resamples: number of resamples.
+        seed: random seed of the resamples.
+        level: share of the resampled differences inside the interval.
         progress: called with the number of resamples done since the last call.
 
     Raises:
-        UserError: without images, or with nothing to be found in them, and for less than one resample.
+        UserError: for annotations without objects, and for less than one resample.
     """
     return _interval([records, other], lambda values: values[1] - values[0], resamples, seed, level, progress)
 
 
 def resampled_ap(records: MatchRecords, weights: np.ndarray) -> np.ndarray:
-    """AP `[B]` over all areas, of data sets that hold each image so often: `weights` `[B, images]`, whole numbers.
-
-    NaN where a data set has nothing to be found.
-    """
+    """AP `[B]` over all areas of datasets that hold each image `weights` `[B, images]` times; NaN without objects."""
     return _resampled_ap(_by_class(records), weights, records.protocol.recall_thresholds)
 
 
@@ -105,7 +101,7 @@ def _resampled_ap(classes: list[_ClassRecords], weights: np.ndarray, recalls: np
 
 def _interval(
     results: list[MatchRecords],
-    figure: Callable[[list[np.ndarray]], np.ndarray],
+    value_of: Callable[[list[np.ndarray]], np.ndarray],
     resamples: int,
     seed: int,
     level: float,
@@ -115,21 +111,21 @@ def _interval(
     if resamples < 1:
         raise UserError(f"{resamples} resamples", "1 or more, 1000 for a stable interval", "raise --resamples")
     classes, recalls = [_by_class(records) for records in results], results[0].protocol.recall_thresholds
-    value = figure([_resampled_ap(own, np.ones((1, images), np.int32), recalls) for own in classes])[0]
+    value = value_of([_resampled_ap(own, np.ones((1, images), np.int32), recalls) for own in classes])[0]
     if not np.isfinite(value):
-        raise UserError("annotations with nothing to be found", "at least one object", "name other annotations")
+        raise UserError("annotations without objects", "at least one object", "name other annotations")
     drawn = []
     for weights in _draws(images, resamples, seed):
-        drawn.append(figure([_resampled_ap(own, weights, recalls) for own in classes]))
+        drawn.append(value_of([_resampled_ap(own, weights, recalls) for own in classes]))
         progress(len(weights))
-    edge, figures = (1 - level) / 2, np.concatenate(drawn)
-    low, high = np.nanquantile(figures, [edge, 1 - edge]) - np.nanmean(figures) + value
+    edge, values = (1 - level) / 2, np.concatenate(drawn)
+    low, high = np.nanquantile(values, [edge, 1 - edge]) - np.nanmean(values) + value
     return Interval(float(value), float(low), float(high), level, resamples, seed)
 
 
 def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is in each data set `[B, images]`, in portions."""
-    rng, at_once = np.random.default_rng(seed), max(1, _ELEMENTS_AT_ONCE // images)
+    """The weight of each image in each resample `[B, images]` int32, in portions."""
+    rng, at_once = np.random.default_rng(seed), max(1, _MAX_ELEMENTS // images)
     for start in range(0, resamples, at_once):
         count = min(at_once, resamples - start)
         drawn = rng.integers(0, images, (count, images)) + images * np.arange(count)[:, None]
@@ -137,7 +133,7 @@ def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _by_class(records: MatchRecords) -> list[_ClassRecords]:
-    """The classes that have objects, of all areas."""
+    """The classes with objects, of all areas."""
     order = records.by_score
     edges = np.searchsorted(records.category[order], np.arange(records.categories + 1))
     counted = np.flatnonzero(records.is_counted[:, 0])
@@ -148,8 +144,8 @@ def _by_class(records: MatchRecords) -> list[_ClassRecords]:
         found.append(
             _ClassRecords(
                 records.image[rows],
-                [np.flatnonzero(lane == TRUE) for lane in outcome],
-                [np.flatnonzero(lane == IGNORED) for lane in outcome],
+                [np.flatnonzero(own == TRUE_POSITIVE) for own in outcome],
+                [np.flatnonzero(own == IGNORED) for own in outcome],
                 records.object_image[counted[records.object_category[counted] == category]],
             )
         )
@@ -157,12 +153,12 @@ def _by_class(records: MatchRecords) -> list[_ClassRecords]:
 
 
 def _class_ap(own: _ClassRecords, weights: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """AP `[B]` of one class, the mean over the thresholds."""
+    """AP `[B]` of one class, averaged over the thresholds."""
     parts = []
-    at_once = max(1, _ELEMENTS_AT_ONCE // max(1, len(own.image)))
+    at_once = max(1, _MAX_ELEMENTS // max(1, len(own.image)))
     for start in range(0, len(weights), at_once):
         some = weights[start : start + at_once]
-        to_find = np.take(some, own.objects, axis=1).sum(axis=1)
+        objects = np.take(some, own.objects, axis=1).sum(axis=1)
         each = np.take(some, own.image, axis=1)
         so_far = np.cumsum(each, axis=1, dtype=np.int32)
         found = np.zeros(len(some))
@@ -173,7 +169,7 @@ def _class_ap(own: _ClassRecords, weights: np.ndarray, recalls: np.ndarray) -> n
                 before = np.searchsorted(ignored, true)
                 counted[:, before > 0] -= left_out[:, before[before > 0] - 1]
             found += average_precision(
-                np.cumsum(np.take(each, true, axis=1), axis=1, dtype=np.int32), counted, to_find, recalls
+                np.cumsum(np.take(each, true, axis=1), axis=1, dtype=np.int32), counted, objects, recalls
             )
         parts.append(found / len(own.true))
     return np.concatenate(parts)

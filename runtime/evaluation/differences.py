@@ -1,4 +1,4 @@
-"""Where two results on the same images differ: the AP, and what becomes of each image."""
+"""Comparison of two results on the same images: the difference of the AP, and metrics of each image."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from dataclasses import dataclass
 import numpy as np
 
 from maskrcnn.runtime.evaluation.bootstrap import RESAMPLES, Interval, interval_of_difference
-from maskrcnn.runtime.evaluation.matching import FALSE, IGNORED, TRUE, MatchRecords, rank_in_run
+from maskrcnn.runtime.evaluation.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE, MatchRecords, rank_in_run
 from maskrcnn.runtime.evaluation.results_file import Results
 from maskrcnn.runtime.evaluation.scoring import Scored, average_precision
-from maskrcnn.runtime.verification.compare import of_equal_label, pair_in_order, pairwise_iou
+from maskrcnn.runtime.verification.compare import pair_detections
 
-# What single images contribute: their own AP, and what was found, missed and made up.
+_MIN_IOU = 0.5  # of the boxes of paired detections
 
 
 @dataclass(frozen=True, eq=False)
 class ImageScores:
-    """Figures of each image, in the order of the ground truth's `image_ids`; counts at the lowest IoU threshold."""
+    """Metrics of each image, in the order of the ground truth's `image_ids`; counts at the lowest IoU threshold."""
 
-    ap: np.ndarray  # [I] COCO's AP of the image by itself; -1 where nothing is to be found
-    objects: np.ndarray  # [I] int64, to be found
-    found: np.ndarray  # [I] int64, of these
-    false: np.ndarray  # [I] int64, detections that are none of these
+    ap: np.ndarray  # [I] COCO's AP of the image alone; -1 without objects
+    objects: np.ndarray  # [I] int64
+    found: np.ndarray  # [I] int64, true positives
+    false: np.ndarray  # [I] int64, false positives
 
     @property
     def missed(self) -> np.ndarray:
-        """`[I]` int64."""
-        return self.objects - self.found
+        """Objects `[I]` int64 that are not found."""
+        return np.subtract(self.objects, self.found)
 
     def worst(self, count: int) -> list[int]:
-        """Up to so many images with something missed or made up, the lowest AP first, then the most faults."""
-        faults = self.missed + self.false
-        order = np.lexsort((-faults, np.where(self.ap < 0, 0.0, self.ap)))
-        return [image for image in order.tolist() if faults[image] or self.ap[image] >= 0][:count]
+        """Up to `count` images with objects, or with false positives, by ascending AP, then by descending errors."""
+        errors = self.missed + self.false
+        order = np.lexsort((-errors, np.where(self.ap < 0, 0.0, self.ap)))
+        return [image for image in order.tolist() if errors[image] or self.ap[image] >= 0][:count]
 
 
 def image_scores(records: MatchRecords, min_score: float) -> ImageScores:
-    """Figures of each image; only detections of at least `min_score` are counted, AP is of all of them."""
+    """Metrics of each image; counts are of detections of at least `min_score`, AP is of all."""
     confident = records.score >= min_score
     outcome = records.outcome[:, 0, 0]
     objects, found, false = (
         np.bincount(images, minlength=records.images)
         for images in (
             records.object_image[records.is_counted[:, 0]],
-            records.image[confident & (outcome == TRUE)],
-            records.image[confident & (outcome == FALSE)],
+            records.image[confident & (outcome == TRUE_POSITIVE)],
+            records.image[confident & (outcome == FALSE_POSITIVE)],
         )
     )
     return ImageScores(image_ap(records), objects, found, false)
 
 
 def image_ap(records: MatchRecords) -> np.ndarray:
-    """COCO's AP `[I]` of each image by itself: the mean over its classes and the thresholds; -1 without objects."""
+    """COCO's AP `[I]` of each image alone, averaged over its classes and the thresholds; -1 without objects."""
     counted = records.is_counted[:, 0]
-    groups, to_find = np.unique(
+    groups, objects = np.unique(
         records.object_category[counted] * records.images + records.object_image[counted], return_counts=True
     )
     sums = np.zeros(len(groups))
     own_group = records.category * records.images + records.image
     row = np.searchsorted(groups, own_group)
     has_objects = np.append(groups, -1)[row] == own_group
-    for lane in records.outcome[has_objects, 0].T:
-        sums += _group_ap(row[has_objects], lane, to_find, records.protocol.recall_thresholds)
+    for outcome in records.outcome[has_objects, 0].T:
+        sums += _group_ap(row[has_objects], outcome, objects, records.protocol.recall_thresholds)
     image = groups % records.images if len(groups) else groups
     classes = np.bincount(image, minlength=records.images)
     totals = np.bincount(image, sums, minlength=records.images)
@@ -71,56 +71,53 @@ def image_ap(records: MatchRecords) -> np.ndarray:
     return np.where(classes > 0, totals / np.maximum(classes * thresholds, 1), -1.0)
 
 
-def _group_ap(group: np.ndarray, outcome: np.ndarray, to_find: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """AP of each group from its detections' `outcome` `[n]`, `group` `[n]` ascending and scores descending in each."""
+def _group_ap(group: np.ndarray, outcome: np.ndarray, objects: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """AP of each group from the `outcome` `[n]` of its detections, sorted by `group` `[n]` and descending score."""
     counts = outcome != IGNORED
     so_far = np.cumsum(counts)
-    begins = np.searchsorted(group, np.arange(len(to_find)))
+    begins = np.searchsorted(group, np.arange(len(objects)))
     before = np.append(0, so_far)[begins]
-    places = np.flatnonzero(outcome == TRUE)
-    owner = group[places]
+    indices = np.flatnonzero(outcome == TRUE_POSITIVE)
+    owner = group[indices]
     rank = rank_in_run(owner)
-    true = np.repeat(np.bincount(owner, minlength=len(to_find))[:, None], rank.max(initial=-1) + 1, axis=1)
+    true = np.repeat(np.bincount(owner, minlength=len(objects))[:, None], rank.max(initial=-1) + 1, axis=1)
     counted = np.full(true.shape, np.inf)
-    true[owner, rank], counted[owner, rank] = rank + 1, so_far[places] - before[owner]
-    return average_precision(true, counted, to_find, recalls)
-
-
-_MIN_IOU = 0.5  # with which boxes of one class are taken for the same detection
+    true[owner, rank], counted[owner, rank] = rank + 1, so_far[indices] - before[owner]
+    return average_precision(true, counted, objects, recalls)
 
 
 @dataclass(frozen=True)
 class _ImageDifference:
-    """One image; counts and shifts are of detections with at least the given score."""
+    """Differences on one image; counts and shifts are of detections of at least the given score."""
 
     image_id: int
     file_name: str
-    ap: float  # of the image by itself; -1 where nothing is to be found
+    ap: float  # of the image alone; -1 without objects
     other_ap: float
-    lost: int  # objects that only the first result finds, at the lowest threshold of overlap
+    lost: int  # objects that only the first result finds, at the lowest IoU threshold
     gained: int  # objects that only the other result finds
-    unpaired: int  # detections of either result without partner of the same class in the other
-    score_shift: float  # the largest of a pair
-    box_shift_px: float  # the largest of a pair's sides
+    unpaired: int  # detections of either result without a partner of the same class in the other
+    score_shift: float  # maximum over the pairs
+    box_shift_px: float  # maximum over the sides of the pairs
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing at all differs."""
+        """Whether nothing differs."""
         return not (self.lost or self.gained or self.unpaired or self.score_shift or self.box_shift_px)
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Another result compared with a first one."""
+    """Comparison of another result with a first one."""
 
     kind: str
-    interval: Interval  # of the AP's difference, other minus first
-    metrics: dict[str, float]  # other minus first, by name; those that both can measure
-    images: list[_ImageDifference]  # all, those that differ most first
+    interval: Interval  # of the AP difference, other minus first
+    metrics: dict[str, float]  # other minus first, by name, where both have a value
+    images: list[_ImageDifference]  # all, by descending difference
     min_score: float
 
-    def lines(self, most: int = 10) -> list[str]:
-        """The difference as text, with the images that differ most."""
+    def lines(self, max_images: int = 10) -> list[str]:
+        """The difference as text, with a table of the images that differ most."""
         differing = [image for image in self.images if not image.is_equal]
         lines = [
             f"AP difference {self.interval}",
@@ -140,7 +137,7 @@ class Difference:
                     f"{image.score_shift:.2g}",
                     f"{image.box_shift_px:.2g}",
                 )
-                for image in differing[:most]
+                for image in differing[:max_images]
             ]
             widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
             lines += ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (heads, *rows)]
@@ -159,30 +156,30 @@ def difference(
     """Compares two results of one kind on one ground truth.
 
     Args:
-        first: what `other` is measured by.
+        first: the reference.
         other: the second result.
-        min_score: the lowest score of detections that are compared image by image; AP is of all.
+        min_score: minimum score of detections that are compared image by image; AP is of all.
         resamples, seed, progress: see `interval_of_difference`.
 
     Raises:
-        UserError: where nothing is to be found in the images.
+        UserError: for annotations without objects.
     """
     interval = interval_of_difference(first.records, other.records, resamples=resamples, seed=seed, progress=progress)
     aps = image_ap(first.records), image_ap(other.records)
-    only_first, only_other = _found_by_one(first.records, other.records, min_score)
+    lost, gained = _found_by_one(first.records, other.records, min_score)
     shifts = _shifts(first, other, min_score)
     truth = first.truth
     images = [
         _ImageDifference(
             image_id,
             str(truth.images[image_id].get("file_name", "")),
-            float(aps[0][place]),
-            float(aps[1][place]),
-            int(only_first[place]),
-            int(only_other[place]),
-            *shifts[place],
+            float(aps[0][index]),
+            float(aps[1][index]),
+            int(lost[index]),
+            int(gained[index]),
+            *shifts[index],
         )
-        for place, image_id in enumerate(truth.image_ids.tolist())
+        for index, image_id in enumerate(truth.image_ids.tolist())
     ]
     images.sort(key=lambda image: (-abs(image.other_ap - image.ap), -image.lost - image.gained - image.unpaired))
     pairs = ((name, value, other.metrics[name]) for name, value in first.metrics.items())
@@ -191,42 +188,42 @@ def difference(
 
 
 def _found_by_one(first: MatchRecords, other: MatchRecords, min_score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Objects of each image `[I]` that only the first, and only the other result finds."""
-    is_found = []
-    for records in (first, other):
-        true = (records.score >= min_score) & (records.outcome[:, 0, 0] == TRUE)
-        flags = np.zeros(len(records.object_image), bool)
-        flags[records.found[true, 0]] = True
-        is_found.append(flags)
-    alone = is_found[0] & ~is_found[1], is_found[1] & ~is_found[0]
-    return tuple(np.bincount(first.object_image[flags], minlength=first.images) for flags in alone)
+    """Number of objects of each image `[I]` that only the first result finds, and that only the other finds."""
+    by_first, by_other = first.found_objects(min_score), other.found_objects(min_score)
+    lost, gained = (
+        np.bincount(first.object_image[flags], minlength=first.images)
+        for flags in (by_first & ~by_other, by_other & ~by_first)
+    )
+    return lost, gained
 
 
 def _shifts(first: Scored, other: Scored, min_score: float) -> list[tuple[int, float, float]]:
-    """Of each image: detections without partner, and the largest shift of a score and of a box's side."""
+    """For each image: detections without a partner, and the maximum shift of a score and of a box side."""
     sides = [_by_image(scored.results, scored.records.images, min_score) for scored in (first, other)]
-    found = []
+    shifts = []
     for rows, other_rows in zip(*sides, strict=True):
         boxes, other_boxes = _corners(first.results, rows), _corners(other.results, other_rows)
-        overlaps = of_equal_label(
-            pairwise_iou(boxes, other_boxes), first.results.category[rows], other.results.category[other_rows]
-        )
-        pairs = pair_in_order(overlaps, _MIN_IOU)
+        labels, other_labels = first.results.category[rows], other.results.category[other_rows]
+        pairs = pair_detections(boxes, labels, other_boxes, other_labels, _MIN_IOU)
         scores = first.results.score[rows][pairs.first] - other.results.score[other_rows][pairs.second]
         sides_px = boxes[pairs.first] - other_boxes[pairs.second]
-        unpaired = len(pairs.alone_first) + len(pairs.alone_second)
-        found.append((unpaired, *(float(np.abs(values).max(initial=0)) for values in (scores, sides_px))))
-    return found
+        unpaired = len(pairs.unpaired_first) + len(pairs.unpaired_second)
+        shifts.append((unpaired, _max_abs(scores), _max_abs(sides_px)))
+    return shifts
+
+
+def _max_abs(values: np.ndarray) -> float:
+    return float(np.abs(values).max(initial=0))
 
 
 def _by_image(results: Results, images: int, min_score: float) -> list[np.ndarray]:
-    """Of each image the rows of its results, by descending score."""
+    """The rows of the results of each image, by descending score."""
     rows = np.flatnonzero(results.score >= min_score)
     rows = rows[np.lexsort((-results.score[rows], results.image[rows]))]
     return np.split(rows, np.searchsorted(results.image[rows], np.arange(1, images)))
 
 
 def _corners(results: Results, rows: np.ndarray) -> np.ndarray:
-    """Boxes xyxy `[n, 4]` of some results."""
+    """Boxes xyxy `[n, 4]` of these rows."""
     boxes = results.boxes[rows]
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)

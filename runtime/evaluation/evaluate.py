@@ -1,4 +1,4 @@
-"""COCO evaluation of any detector: one preprocessing and one scoring, whatever runs the model."""
+"""COCO evaluation of any detector on a dataset, or of a results file."""
 
 from __future__ import annotations
 
@@ -16,35 +16,29 @@ from maskrcnn.imaging.postprocess import coco_results
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, table
-from maskrcnn.runtime.evaluation.results_file import FIELDS, checked_results, kinds_of, of_kind, read_results
-from maskrcnn.runtime.evaluation.scoring import Scored, Scorer, score
-
-# Detections of any detector on the images of a dataset, with the time that each part takes.
+from maskrcnn.runtime.evaluation.results_file import FIELDS, kinds_of, read_results
+from maskrcnn.runtime.evaluation.scoring import Scored, score_entries
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time of an evaluation went; of several processes, their sum."""
+    """Time of each part of an evaluation, summed over the processes."""
 
-    data: float = 0.0  # reading and decoding files
-    compute: float = 0.0  # resizing, inference, boxes in the original image
-    encode: float = 0.0  # pasting masks as run lengths, COCO's results format
+    data: float = 0.0  # reading and decoding image files
+    compute: float = 0.0  # preprocessing, inference, boxes in pixels of the original image
+    encode: float = 0.0  # masks as run-length encodings, COCO's results format
     score: float = 0.0  # matching, precision and recall
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def shared(self, images: int) -> Seconds:
-        """The share of one of so many images."""
-        return Seconds(*(value / images for value in astuple(self)))
-
     @property
     def detect(self) -> float:
-        """All but the scoring."""
+        """All parts but the scoring."""
         return self.data + self.compute + self.encode
 
     def line(self) -> str:
-        """As text."""
+        """The parts as text."""
         return (
             f"data {self.data:.1f} s, compute {self.compute:.1f} s, results {self.encode:.1f} s, "
             f"scoring {self.score:.1f} s"
@@ -52,13 +46,13 @@ class Seconds:
 
 
 def check_classes(detector: Detector, dataset: CocoDataset) -> None:
-    """Refuses a model whose classes are not the dataset's, or whose keypoints are others.
+    """Checks that a model has the classes and keypoints of a dataset.
 
     Raises:
-        UserError: naming the categories that the model does not know, or both lists of keypoints.
+        UserError: if it has not; names the missing categories, or both lists of keypoints.
     """
     known = set(detector.metadata.category_ids)
-    unknown = [i for i in dataset.category_ids if i not in known]
+    unknown = [category_id for category_id in dataset.category_ids if category_id not in known]
     if unknown:
         raise UserError(
             f"a model of {len(known)} classes without category id(s) {unknown[:5]}",
@@ -75,7 +69,7 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
 
 
 def facts_of(detector: Detector) -> dict[str, Any]:
-    """What a model's detections are scored with: `runs_in`, `has_masks`, `has_keypoints` and their `sigmas`."""
+    """Facts about a model that its detections are scored with: `runs_in`, `has_masks`, `has_keypoints`, `sigmas`."""
     backend, metadata = detector.backend, detector.metadata
     return {
         "runs_in": f"{backend.name} {backend.precision}",
@@ -92,31 +86,32 @@ def detect_records(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda images: None,
 ) -> tuple[list[dict[str, Any]], Seconds]:
-    """Runs a detector on images; several processes can each take a part of a dataset.
+    """Runs a detector on images of a dataset.
 
     Args:
-        detector: any backend.
-        records: the images, in any order; none give no results.
+        detector: detector of any backend.
+        records: the images, in any order; may be empty.
         batch_size: images per inference.
         progress: called with the number of images done in each batch.
 
     Returns:
-        the detections in COCO's results format, with all that the model finds, and the time they took.
+        Boxes and, if the model has them, masks and keypoints in COCO's results format, and the time they took.
 
     Raises:
-        UserError: when an image cannot be read.
+        UserError: if an image cannot be read.
     """
-    results, seconds = [], Seconds()
+    results: list[dict[str, Any]] = []
+    seconds = Seconds()
     for batch in batches_of(records, batch_size):
-        found, taken = detect_batch(detector, batch)
-        results += [result for own in found for result in own]
-        seconds += taken
+        by_image, batch_seconds = detect_batch(detector, batch)
+        results += [result for own in by_image for result in own]
+        seconds += batch_seconds
         progress(len(batch))
     return results, seconds
 
 
 def batches_of(records: Sequence[ImageRecord], batch_size: int) -> list[Sequence[ImageRecord]]:
-    """The images in batches; the last may be smaller."""
+    """Splits images into batches; the last may be smaller."""
     return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
 
 
@@ -124,7 +119,7 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     """The results of each image of one batch, and the time they took.
 
     Raises:
-        UserError: when an image cannot be read.
+        UserError: if an image cannot be read.
     """
     metadata = detector.metadata
     times = [time.perf_counter()]
@@ -133,8 +128,8 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     detections = detector.detect(images)
     times.append(time.perf_counter())
     results = [
-        coco_results(found, record.id, metadata.category_ids, with_masks=metadata.has_masks)
-        for record, found in zip(batch, detections, strict=True)
+        coco_results(own, record.id, metadata.category_ids, with_masks=metadata.has_masks)
+        for record, own in zip(batch, detections, strict=True)
     ]
     times.append(time.perf_counter())
     return results, Seconds(*(after - before for before, after in pairwise(times)))
@@ -142,34 +137,37 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Scores of boxes and, where there are, of masks and keypoints, what was detected, and the time it took."""
+    """Scores of boxes, masks and keypoints, the scored results, and the time of each part."""
 
-    scored: dict[str, Scored]  # by kind: "bbox", "segm" or "keypoints"
-    results: list[dict[str, Any]]  # COCO results format
+    scored: dict[str, Scored]  # by kind: "bbox", "segm", "keypoints"
+    results: list[dict[str, Any]]  # COCO's results format
     images: int
     seconds: Seconds
 
     @property
     def box(self) -> dict[str, float] | None:
-        """COCO's metrics of boxes, where they were scored."""
-        return self.scored["bbox"].metrics if "bbox" in self.scored else None
+        """COCO's metrics of boxes; None if they were not scored."""
+        return self._metrics("bbox")
 
     @property
     def mask(self) -> dict[str, float] | None:
-        """COCO's metrics of masks; None of a model without masks."""
-        return self.scored["segm"].metrics if "segm" in self.scored else None
+        """COCO's metrics of masks; None if they were not scored."""
+        return self._metrics("segm")
 
     @property
     def keypoint(self) -> dict[str, float] | None:
-        """COCO's metrics of keypoints; None of a model without keypoints."""
-        return self.scored["keypoints"].metrics if "keypoints" in self.scored else None
+        """COCO's metrics of keypoints; None if they were not scored."""
+        return self._metrics("keypoints")
+
+    def _metrics(self, kind: str) -> dict[str, float] | None:
+        return self.scored[kind].metrics if kind in self.scored else None
 
     def summary(self) -> dict[str, float]:
-        """`box_ap` and, where there are masks and keypoints, `mask_ap` and `keypoint_ap`."""
+        """The AP of each scored kind: `box_ap`, `mask_ap`, `keypoint_ap`."""
         return {f"{KIND_NAMES[kind]}_ap": scored.metrics["AP"] for kind, scored in self.scored.items()}
 
     def table(self) -> str:
-        """All metrics as text."""
+        """All metrics as text, one column per kind."""
         return table({KIND_NAMES[kind]: scored.metrics for kind, scored in self.scored.items()})
 
 
@@ -178,62 +176,31 @@ def evaluate(
     dataset: CocoDataset,
     *,
     batch_size: int = 1,
-    scorer: Scorer = Scorer.PYCOCOTOOLS,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Runs a detector on a dataset and scores it: boxes, and masks and keypoints where both have them.
+    """Runs a detector on a dataset and scores boxes and, where both have them, masks and keypoints.
 
     Args:
-        detector: any backend.
-        dataset: images and ground truth; its category ids must be the model's.
+        detector: detector of any backend.
+        dataset: images and annotations of the model's categories.
         batch_size: images per inference.
-        scorer: pycocotools, or our own, which gives the same figures sooner.
         progress: called with the number of images done in each batch.
 
     Raises:
-        UserError: when the model was trained on other classes or keypoints, or an image cannot be read.
+        UserError: if the model has other classes or keypoints, or an image cannot be read.
     """
     check_classes(detector, dataset)
     results, seconds = detect_records(detector, dataset.images, batch_size=batch_size, progress=progress)
     metadata = detector.metadata
-    return score_results(
-        dataset,
-        results,
+    kinds = kinds_found(
         with_masks=metadata.has_masks and dataset.has_masks,
         with_keypoints=metadata.has_keypoints and dataset.has_keypoints,
-        sigmas=metadata.keypoint_sigmas,
-        seconds=seconds,
-        scorer=scorer,
     )
-
-
-def score_results(
-    dataset: CocoDataset,
-    results: list[dict[str, Any]],
-    *,
-    with_masks: bool,
-    with_keypoints: bool = False,
-    sigmas: Sequence[float] = (),
-    seconds: Seconds | None = None,
-    scorer: Scorer = Scorer.PYCOCOTOOLS,
-) -> Evaluation:
-    """The metrics of a detector's results on the whole of a dataset.
-
-    Args:
-        dataset: the ground truth; an image without results counts as one in which nothing was found.
-        results: in COCO's results format, in any order.
-        with_masks: score `segmentation` too.
-        with_keypoints: score `keypoints` too.
-        sigmas: of the keypoints, as the model's configuration has them; see `GroundTruth.sigmas`.
-        seconds: what finding them took.
-        scorer: see `evaluate`.
-    """
-    kinds = kinds_found(with_masks=with_masks, with_keypoints=with_keypoints)
-    return score_kinds(dataset, results, kinds, sigmas=sigmas, seconds=seconds, scorer=scorer)
+    return score_kinds(dataset, results, kinds, sigmas=metadata.keypoint_sigmas, seconds=seconds)
 
 
 def kinds_found(*, with_masks: bool, with_keypoints: bool) -> tuple[str, ...]:
-    """What is scored of a model that finds these: boxes always."""
+    """The kinds to score for a model: boxes always."""
     return ("bbox", *(("segm",) if with_masks else ()), *(("keypoints",) if with_keypoints else ()))
 
 
@@ -244,50 +211,51 @@ def score_kinds(
     *,
     sigmas: Sequence[float] = (),
     seconds: Seconds | None = None,
-    scorer: Scorer = Scorer.PYCOCOTOOLS,
 ) -> Evaluation:
-    """The same for chosen kinds: each is scored as the file that COCO's server would get.
+    """Scores a detector's results on a whole dataset; each kind like a file of that kind for COCO's server.
+
+    Args:
+        dataset: the annotations; an image without results counts as one without detections.
+        results: results in COCO's format, in any order.
+        kinds: "bbox", "segm", "keypoints".
+        sigmas: the model's OKS sigmas (default: see `GroundTruth.sigmas`).
+        seconds: time of the detection.
 
     Raises:
-        UserError: for results without what a kind needs, and for masks or keypoints where the dataset has none.
+        UserError: for results that lack what a kind needs, and for masks or keypoints that the dataset lacks.
     """
     if "segm" in kinds and not dataset.has_masks:
-        came = f"masks to be scored on {dataset.annotation_path}, which has boxes only"
-        raise UserError(came, "annotations with segmentation", "score --iou-type bbox")
+        found = f"masks to be scored on {dataset.annotation_path}, which has boxes only"
+        raise UserError(found, "annotations with segmentation", "score --iou-type bbox")
     if "keypoints" in kinds and not dataset.has_keypoints:
-        came = f"keypoints to be scored on {dataset.annotation_path}, whose categories name none"
-        raise UserError(came, "a category with keypoints, and objects that have them", "score --iou-type bbox")
+        found = f"keypoints to be scored on {dataset.annotation_path}, whose categories name none"
+        raise UserError(found, "a category with keypoints, and objects that have them", "score --iou-type bbox")
     for kind in kinds:
         if results and FIELDS[kind] not in results[0]:
-            came = f"--iou-type {kind} and detections without {FIELDS[kind]}"
-            raise UserError(came, f"a model that finds {FIELDS[kind]}", "score what the model finds")
+            found = f"--iou-type {kind} and detections without {FIELDS[kind]}"
+            raise UserError(found, f"a model that finds {FIELDS[kind]}", "score what the model finds")
     began = time.perf_counter()
     truth = GroundTruth.of_dataset(dataset, sigmas)
     scored = {
-        kind: score(truth, checked_results(truth, of_kind(results, kind), kind, "the detections"), scorer)
-        for kind in kinds
+        kind: score_entries(truth, results, kind, source="the detections", measured_by=FIELDS[kind]) for kind in kinds
     }
-    taken = replace(seconds or Seconds(), score=time.perf_counter() - began)
-    return Evaluation(scored=scored, results=results, images=len(dataset.images), seconds=taken)
+    seconds = replace(seconds or Seconds(), score=time.perf_counter() - began)
+    return Evaluation(scored=scored, results=results, images=len(dataset.images), seconds=seconds)
 
 
-def score_file(
-    truth: GroundTruth, path: Path, kinds: Sequence[str] = (), *, scorer: Scorer = Scorer.PYCOCOTOOLS
-) -> Evaluation:
-    """The metrics of a results file, whoever wrote it: those of pycocotools for this file as it is.
+def score_file(truth: GroundTruth, path: Path, kinds: Sequence[str] = ()) -> Evaluation:
+    """Scores a results file of any origin; metrics equal pycocotools' for the same file.
 
     Args:
-        truth: what there is to be found.
-        path: a JSON list in COCO's results format; an empty one is fine.
-        kinds: what is scored; by default what the first result has.
-        scorer: see `evaluate`.
+        truth: the annotations.
+        path: a JSON list in COCO's results format; may be empty.
+        kinds: kinds to score (default: those of the first result).
 
     Raises:
-        UserError: for a file that cannot be read, is malformed, or has results of unknown images.
+        UserError: for a file that cannot be read or is malformed, and for results of unknown images.
     """
     entries = read_results(path)
     began = time.perf_counter()
-    kinds = kinds or kinds_of(entries)
-    scored = {kind: score(truth, checked_results(truth, entries, kind, str(path)), scorer) for kind in kinds}
-    taken = Seconds(score=time.perf_counter() - began)
-    return Evaluation(scored=scored, results=entries, images=len(truth.image_ids), seconds=taken)
+    scored = {kind: score_entries(truth, entries, kind, source=str(path)) for kind in kinds or kinds_of(entries)}
+    seconds = Seconds(score=time.perf_counter() - began)
+    return Evaluation(scored=scored, results=entries, images=len(truth.image_ids), seconds=seconds)

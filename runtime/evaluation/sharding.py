@@ -1,13 +1,20 @@
-"""An evaluation shared by several processes, of one command or of `torchrun`; they meet in files alone."""
+"""An evaluation shared by several processes, started here or by `torchrun`, that meet in a log of detections.
+
+The log makes an evaluation resumable as well: it is a JSON Lines file that grows image by image. Its first line holds
+what was detected with and on; each further line holds one image. A line counts once it is complete, so an interruption
+loses at most the last one. Every process writes its own part beside the file, `name.1.jsonl`, `name.2.jsonl`, …; the
+log is the union of all parts.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,72 +26,60 @@ from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import Seconds, batches_of, check_classes, detect_batch, facts_of
 
-# A file of detections that grows image by image, so that an evaluation can be interrupted and shared.
-#
-# The first line says what was detected with and on; each further line holds one image. A line counts once it is whole,
-# so whatever an interruption leaves of the last one is dropped. Several processes each write a part of their own beside
-# the file, `name.1.jsonl`, `name.2.jsonl` …; what counts is what all parts hold together.
-
 _KEY, _VERSION = "maskrcnn_detections", 1
+_POLL_S = 0.2
+_PATIENCE_S = 1800.0  # without a new image from any process
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+Progress = Callable[[int], None]
+ImageResults = tuple[list[dict[str, Any]], Seconds]  # results in COCO's format and the time of one image
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What detections were made with and on: two that differ in any field are not mixed."""
+    """What detections were made with and on; detections that differ in any field are not mixed."""
 
     model: str  # SHA-256 of the file
     backend: str
     annotations: str  # SHA-256 of the file
-    batch_size: int  # images of mixed sizes are padded to the largest of a batch, which changes them a little
-
-
-@dataclass(frozen=True)
-class _ImageDetections:
-    """What a log holds of one image."""
-
-    results: list[dict[str, Any]]  # COCO's format
-    seconds: Seconds
+    batch_size: int  # images of mixed sizes are padded to the largest of a batch, which changes them slightly
 
 
 class DetectionsLog:
-    """A log with all its parts.
+    """A log of detections with all its parts.
 
     Args:
-        path: of the first process's part; the others lie beside it.
-        origin: of the detections.
-        names: of the origin's files, for messages.
+        path: part of the first process; the others lie beside it.
+        origin: origin of the detections.
+        names: file names by field of the origin, for error texts.
     """
 
     def __init__(self, path: Path, origin: Origin, names: Mapping[str, str] | None = None) -> None:
-        self.path, self.origin, self.names = path, origin, dict(names or {})
+        self.path, self.origin, self._names = path, origin, dict(names or {})
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
-    def read(self) -> dict[int, _ImageDetections]:
-        """What all parts hold, by image id.
+    def read(self) -> dict[int, ImageResults]:
+        """Reads all parts: results by image id.
 
         Raises:
-            UserError: for detections of another origin, and for a file that is something else.
+            UserError: for detections of another origin, and for a file that is not a log.
         """
-        found: dict[int, _ImageDetections] = {}
+        results: dict[int, ImageResults] = {}
         for part in self.parts():
-            found |= self._read_part(part)[0]
-        return found
+            results |= self._read_part(part)[0]
+        return results
 
     def parts(self) -> list[Path]:
-        """The files there are: of the first process and of the others."""
-        others = self.path.parent.glob(f"{_escaped(self.path.stem)}.*{_escaped(self.path.suffix)}")
+        """The existing parts: of the first process and of the others."""
+        others = self.path.parent.glob(f"{glob.escape(self.path.stem)}.*{glob.escape(self.path.suffix)}")
         numbered = [path for path in others if path.name[len(self.path.stem) + 1 :].partition(".")[0].isdigit()]
         return [*([self.path] if self.path.exists() else []), *sorted(numbered)]
 
-    def part(self, rank: int) -> Path:
-        """The file of a process."""
-        return self.path.with_name(f"{self.path.stem}.{rank}{self.path.suffix}") if rank else self.path
-
     def images(self) -> int:
-        """About how many images there are: lines, counted from where the last count ended."""
+        """The number of complete and incomplete images: lines, counted from the end of the last count."""
         parts = self.parts()
         for part in parts:
-            size, lines = self._counted.get(part, (0, -1))  # the first line is no image
+            size, lines = self._counted.get(part, (0, -1))  # without the first line
             if part.stat().st_size < size:
                 size, lines = 0, -1
             with open(part, "rb") as file:
@@ -94,33 +89,50 @@ class DetectionsLog:
         return sum(max(0, self._counted[part][1]) for part in parts)
 
     def facts(self) -> dict[str, Any]:
-        """What the writers said of the model; nothing before any has begun."""
+        """The facts about the model in the first part; empty before any process has begun."""
         for part in self.parts():
             with open(part, "rb") as file:
                 header = _entry(file.readline())
             if header is not None:
-                return header["facts"]
+                return dict(header["facts"])
         return {}
 
-    def writer(self, rank: int = 0, facts: Mapping[str, Any] | None = None) -> _LogWriter:
-        """Goes on with the part of a process, behind its last whole line.
+    def open_part(self, rank: int = 0, facts: Mapping[str, Any] | None = None) -> Path:
+        """Opens or creates the part of a process for `append`: an incomplete last line is cut off.
 
         Args:
-            rank: of the process.
-            facts: about the model, for `facts`; they may differ.
+            rank: rank of the process.
+            facts: facts about the model, for a new part.
 
         Raises:
             UserError: see `read`.
         """
-        part = self.part(rank)
+        part = self.path.with_name(f"{self.path.stem}.{rank}{self.path.suffix}") if rank else self.path
         make_folder(part.parent)
         end = self._read_part(part)[1] if part.exists() else 0
-        header = {_KEY: _VERSION, "origin": asdict(self.origin), "names": self.names, "facts": dict(facts or {})}
-        return _LogWriter(part, end, header)
+        with open(part, "ab") as file:
+            file.truncate(end)
+            if end == 0:
+                origin = {"origin": asdict(self.origin), "names": self._names, "facts": dict(facts or {})}
+                file.write(_line({_KEY: _VERSION} | origin))
+        return part
 
-    def _read_part(self, part: Path) -> tuple[dict[int, _ImageDetections], int]:
-        """The images of a part, and where its last whole line ends."""
-        found: dict[int, _ImageDetections] = {}
+    @staticmethod
+    def append(part: Path, image_ids: Sequence[int], results: Sequence[list[dict[str, Any]]], seconds: Seconds) -> None:
+        """Appends the results of the images of one batch, and the time of the batch, to an opened part."""
+        share = [value / len(image_ids) for value in astuple(seconds)]
+        lines = [
+            _line({"image_id": image_id, "results": own, "seconds": share})
+            for image_id, own in zip(image_ids, results, strict=True)
+        ]
+        with open(part, "ab") as file:
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read_part(self, part: Path) -> tuple[dict[int, ImageResults], int]:
+        """The images of a part, and the end of its last complete line."""
+        results: dict[int, ImageResults] = {}
         end = 0
         for number, line in enumerate(part.read_bytes().splitlines(keepends=True)):
             entry = _entry(line)
@@ -130,47 +142,24 @@ class DetectionsLog:
                 break
             if number:
                 try:
-                    found[entry["image_id"]] = _ImageDetections(entry["results"], Seconds(*entry["seconds"]))
+                    results[entry["image_id"]] = entry["results"], Seconds(*entry["seconds"])
                 except (KeyError, TypeError) as error:
-                    raise _no_log(part, f"line {number + 1} is no image with its results") from error
+                    raise _no_log(part, f"line {number + 1} is not an image with its results") from error
             end += len(line)
-        return found, end
+        return results, end
 
     def _check_header(self, part: Path, header: Any) -> None:
         if not isinstance(header, dict) or header.get(_KEY) != _VERSION:
             raise _no_log(part, "not a log of detections")
-        for field, mine in asdict(self.origin).items():
-            theirs = header["origin"].get(field)
-            if theirs != mine:
+        for field, own in asdict(self.origin).items():
+            other = header["origin"].get(field)
+            if other != own:
                 word = field.replace("_", " ")
                 raise UserError(
-                    f"{part}: detections of another {word}: {_named(header['names'].get(field), theirs)}",
-                    f"{word} {_named(self.names.get(field), mine)}",
-                    "name another file for --resume, or delete this one to begin anew",
+                    f"{part}: detections of another {word}: {_described(header['names'].get(field), other)}",
+                    f"{word} {_described(self._names.get(field), own)}",
+                    "name another file for --resume, or delete this one to start over",
                 )
-
-
-class _LogWriter:
-    """Adds images to one part of a log; see `DetectionsLog.writer`."""
-
-    def __init__(self, path: Path, end: int, header: dict[str, Any]) -> None:
-        self.path = path
-        with open(path, "ab") as file:
-            file.truncate(end)
-            if end == 0:
-                file.write(_line(header))
-
-    def add(self, image_ids: Sequence[int], results: Sequence[list[dict[str, Any]]], seconds: Seconds) -> None:
-        """The results of the images of one batch, and the time that the batch took."""
-        share = astuple(seconds.shared(len(image_ids)))
-        lines = [
-            _line({"image_id": image_id, "results": own, "seconds": share})
-            for image_id, own in zip(image_ids, results, strict=True)
-        ]
-        with open(self.path, "ab") as file:
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _no_log(part: Path, what: str) -> UserError:
@@ -178,9 +167,9 @@ def _no_log(part: Path, what: str) -> UserError:
 
 
 def _is_torn_header(line: bytes) -> bool:
-    """Whether this first line is ours, interrupted while it was written."""
-    begin = _line({_KEY: _VERSION})[:-2]  # without the closing brace and the line's end
-    return not line.endswith(b"\n") and (line.startswith(begin) or begin.startswith(line))
+    """Whether this first line is an interrupted header of a log."""
+    start = _line({_KEY: _VERSION})[:-2]  # without the closing brace and the line end
+    return not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line))
 
 
 def _line(value: Any) -> bytes:
@@ -188,7 +177,7 @@ def _line(value: Any) -> bytes:
 
 
 def _entry(line: bytes) -> Any:
-    """The content of a line, None where it is not whole."""
+    """The content of a line; None for an incomplete one."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -197,26 +186,14 @@ def _entry(line: bytes) -> Any:
         return None
 
 
-def _named(name: str | None, value: Any) -> str:
-    """A file by its name and the beginning of its hash, anything else as it is."""
+def _described(name: str | None, value: Any) -> str:
+    """A file by its name and the start of its hash, any other value unchanged."""
     return f"{name} (sha256 {str(value)[:12]}…)" if name else str(value)
-
-
-def _escaped(text: str) -> str:
-    """Text that a glob pattern takes literally."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
-_POLL_S = 0.2
-_PATIENCE_S = 1800.0  # without a new image from any process
-_GPUS = Path("/proc/driver/nvidia/gpus")
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work is this process's."""
+    """This process among those that share the images."""
 
     rank: int = 0
     count: int = 1
@@ -224,26 +201,26 @@ class Share:
 
     @classmethod
     def of_environment(cls, variables: Mapping[str, str] = os.environ) -> Share:
-        """As `torchrun` tells it; without its variables, everything.
+        """Reads `torchrun`'s variables; without them, a single process.
 
         Raises:
-            UserError: for variables that make no sense.
+            UserError: for invalid values.
         """
-        texts = {name: variables.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-        texts["LOCAL_RANK"] = variables.get("LOCAL_RANK", texts["RANK"])
-        named = ", ".join(f"{name}={text}" for name, text in texts.items())
+        values = {name: variables.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+        values["LOCAL_RANK"] = variables.get("LOCAL_RANK", values["RANK"])
         try:
-            share = cls(*(int(text) for text in texts.values()))
+            share = cls(*(int(value) for value in values.values()))
         except ValueError:
             share = cls(-1)
         if not 0 <= share.rank < share.count or share.local_rank < 0:
-            raise UserError(f"environment {named}", "0 ≤ RANK < WORLD_SIZE", "start with torchrun, or unset them")
+            found = f"environment {', '.join(f'{name}={value}' for name, value in values.items())}"
+            raise UserError(found, "0 ≤ RANK < WORLD_SIZE", "start with torchrun, or unset them")
         return share
 
 
 @dataclass(frozen=True)
 class DetectionTask:
-    """What is detected with what: everything that another process needs to know."""
+    """The arguments of an evaluation that other processes need."""
 
     model: Path
     data: Path
@@ -255,7 +232,7 @@ class DetectionTask:
         """The log of this task, new or to be continued.
 
         Raises:
-            UserError: where there is no such model.
+            UserError: if the model does not exist.
         """
         files = [self.model, *([self.model.with_suffix(".bin")] if self.model.suffix == ".xml" else [])]
         missing = [file for file in files if not file.is_file()]
@@ -278,28 +255,27 @@ def detect_share(
     *,
     progress: Progress = lambda images: None,
 ) -> None:
-    """Adds to the log what is missing of a process's share of the images.
+    """Detects on a process's share of the images, and appends to the log those that it lacks.
 
-    A batch is always the same images, however many processes there are and whatever is done already.
+    A batch always holds the same images, whatever the number of processes and the state of the log.
 
     Args:
-        detector: any backend.
-        dataset: all of it.
-        log: for the detections; its origin has the batch size.
-        share: the part to do.
-        progress: called with the number of images done, at once with those that the log has.
+        detector: detector of any backend.
+        dataset: the whole dataset.
+        log: log of the detections; its origin has the batch size.
+        share: share of this process.
+        progress: called with the number of images done, those that the log already has included.
 
     Raises:
-        UserError: when the model was trained on other classes, an image cannot be read, or the log is of something
-            else.
+        UserError: if the model has other classes, an image cannot be read, or the log is of another origin.
     """
     check_classes(detector, dataset)
     done = log.read()
-    writer = log.writer(share.rank, facts_of(detector))
+    part = log.open_part(share.rank, facts_of(detector))
     for batch in batches_of(dataset.images, log.origin.batch_size)[share.rank :: share.count]:
         if not all(record.id in done for record in batch):
             results, seconds = detect_batch(detector, batch)
-            writer.add([record.id for record in batch], results, seconds)
+            log.append(part, [record.id for record in batch], results, seconds)
         progress(len(batch))
 
 
@@ -311,17 +287,17 @@ def gathered(
     patience_s: float = _PATIENCE_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[list[dict[str, Any]], Seconds]:
-    """All results in the order of the images, once every process has written its share.
+    """Waits until every process has written its share; returns all results in the order of the images, and the time.
 
     Args:
-        dataset: all of it.
-        log: that all processes write to.
-        progress: called with the number of images that have come.
-        patience_s: how long nothing new may come.
+        dataset: the whole dataset.
+        log: log of all processes.
+        progress: called with the number of new images.
+        patience_s: maximum time without a new image.
         sleep: pauses.
 
     Raises:
-        UserError: when that takes too long.
+        UserError: after that time.
     """
     seen, waited = 0, 0.0
     while True:
@@ -330,8 +306,8 @@ def gathered(
             progress(now - seen)
             seen, waited = now, 0.0
         if now >= len(dataset.images):
-            found = log.read()
-            if all(record.id in found for record in dataset.images):
+            by_image = log.read()
+            if all(record.id in by_image for record in dataset.images):
                 break
         if waited > patience_s:
             raise UserError(
@@ -341,22 +317,25 @@ def gathered(
             )
         sleep(_POLL_S)
         waited += _POLL_S
-    results = [result for record in dataset.images for result in found[record.id].results]
-    return results, sum((found[record.id].seconds for record in dataset.images), Seconds())
+    images = [by_image[record.id] for record in dataset.images]
+    return [result for results, _ in images for result in results], sum((own for _, own in images), Seconds())
 
 
 def detect_in_processes(
     task: DetectionTask, dataset: CocoDataset, log: DetectionsLog, processes: int, *, progress: Progress
 ) -> tuple[list[dict[str, Any]], Seconds]:
-    """All results, found by so many processes; each loads the model and takes its part of the cores.
+    """Starts worker processes that share the images; each loads the model and uses an equal part of the cores.
+
+    Returns:
+        All results in the order of the images, and the time.
 
     Raises:
-        UserError: what a process raises, and when one ends without a word.
+        UserError: of a worker, and if a worker ends without one.
     """
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     shares = [Share(rank, processes, rank) for rank in range(processes)]
-    workers = [context.Process(target=_told, args=(errors, task, log, share), daemon=True) for share in shares]
+    workers = [context.Process(target=_worker, args=(errors, task, log, share), daemon=True) for share in shares]
     for worker in workers:
         worker.start()
     seen = 0
@@ -370,39 +349,35 @@ def detect_in_processes(
                 break
     finally:
         for worker in workers:
-            worker.terminate()  # nothing to a process that has ended
+            worker.terminate()  # no effect on a process that has ended
             worker.join()
     if not errors.empty():
         raise errors.get()
     if any(worker.exitcode for worker in workers):
         raise UserError(
-            f"a process that ended with code {next(w.exitcode for w in workers if w.exitcode)}",
-            "processes that live to the end",
-            "see above for its last words; for want of memory take fewer --processes; --resume keeps what is done",
+            f"a worker process that ended with code {next(w.exitcode for w in workers if w.exitcode)}",
+            "worker processes that end normally",
+            "see its messages above; if memory ran out, use fewer --processes; --resume keeps what is done",
         )
     return gathered(dataset, log, patience_s=0.0)
 
 
-def _told(errors: Any, *work: Any) -> None:
-    """One process's part, in that process; what a user can mend goes to the first process."""
+def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) -> None:
+    """Detects one share in a worker process; a `UserError` goes to the parent process."""
     try:
-        _work(*work)
+        use_own_gpu(share)
+        dataset = CocoDataset.load(task.data, task.split)
+        threads = max(1, (os.cpu_count() or 1) // share.count)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
+        options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
+        detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)
     except UserError as error:
         errors.put(error)
         sys.exit(1)
 
 
-def _work(task: DetectionTask, log: DetectionsLog, share: Share) -> None:
-    use_own_gpu(share)
-    dataset = CocoDataset.load(task.data, task.split)
-    threads = max(1, (os.cpu_count() or 1) // share.count)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # PyTorch reads it as it is loaded
-    options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
-    detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)
-
-
-def use_own_gpu(share: Share, variables: Any = os.environ, gpus: Path = _GPUS) -> None:
-    """Shows this process one of the machine's GPUs, if it shares the machine; before any library looks for them."""
+def use_own_gpu(share: Share, variables: MutableMapping[str, str] = os.environ, gpus: Path = _GPUS) -> None:
+    """Restricts this process to one of the machine's GPUs if it is one of several; before a library looks for GPUs."""
     visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if "CUDA_VISIBLE_DEVICES" not in variables and gpus.is_dir():
         visible = [str(index) for index in range(len(list(gpus.iterdir())))]

@@ -1,4 +1,4 @@
-"""Comparing a model with another on inputs that neither was made with."""
+"""Inputs on which two models are compared: batches of tensors, and images with each model's preprocessing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from maskrcnn.runtime.verification.compare import Difference, Tolerance, compare
 
 
 def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Feeds of several batch sizes and shapes: drawn shapes, a grey image, and an empty slot.
+    """Generates inputs of several batch sizes and shapes: drawn shapes, a grey image, and an empty slot.
 
     An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights. The grey image has
-    nothing in it but gets lighter by some levels: to an even one a model that has learnt little may give the same
-    scores everywhere, and which are the best of equals is a matter of rounding.
+    a slight gradient: on a uniform one, a barely trained model may give equal scores everywhere, and rounding would
+    decide which are best.
+
+    Args:
+        divisor: number that height and width are multiples of.
+        seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
     for batch, blocks in ((1, (5, 7)), (3, (8, 6)), (2, (12, 10))):
@@ -32,12 +36,12 @@ def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.nda
 
 
 def batches_of_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Feeds of drawn shapes for an engine that takes certain shapes alone.
+    """Generates inputs of drawn shapes for an engine of fixed shapes.
 
     Args:
-        shapes: images, height and width in pixels of each batch. The second image of a batch is smaller than it; the
-            last of three or more is an empty slot.
-        seed: of the drawings.
+        shapes: (images, height, width) of each batch. The second image of a batch is smaller than the batch; the last
+            of three or more is an empty slot.
+        seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
     for batch, height, width in shapes:
@@ -48,7 +52,7 @@ def batches_of_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> 
 
 
 def _drawn(rng: np.random.Generator, sizes: list[tuple[int, int]], size_hw: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A batch of drawn shapes, each image of its own size in the common one."""
+    """A batch of drawn shapes, each image of its own size padded to `size_hw`."""
     images = np.zeros((len(sizes), 3, *size_hw), np.float32)
     for image, (h, w) in zip(images, sizes, strict=True):
         if h:
@@ -59,25 +63,22 @@ def _drawn(rng: np.random.Generator, sizes: list[tuple[int, int]], size_hw: tupl
 def compare_backends(
     reference: Backend, other: Backend, tolerance: Tolerance, batches: Iterable[dict[str, np.ndarray]] | None = None
 ) -> Difference:
-    """The difference of two backends on `batches`, by default `validation_batches`."""
+    """Compares two backends on `batches` (default: `validation_batches`)."""
     if batches is None:
         batches = validation_batches(reference.metadata.preprocessing.divisor)
     return merge([compare_outputs(reference(feeds), other(feeds), tolerance) for feeds in batches])
 
 
-# The images on which two models are compared, and how each model is fed with them.
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Images that are run together."""
+    """Images of one inference."""
 
     names: tuple[str, ...]
-    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] RGB; those without pixels are empty slots, and come last
+    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] RGB; empty slots, without pixels, come last
 
 
 def drawn_batches(seed: int = 0) -> list[Batch]:
-    """Drawn shapes alone and in a batch with an empty slot, and an even grey image; of several sizes."""
+    """Drawn shapes, single and in a batch with an empty slot, and a uniform grey image; of several sizes."""
     rng = np.random.default_rng(seed)
     alone, wide, tall = (shapes_image(rng, size_hw)[0] for size_hw in ((150, 210), (144, 256), (200, 150)))
     empty, grey = np.zeros((0, 0, 3), np.uint8), np.full((128, 128, 3), 128, np.uint8)
@@ -90,17 +91,17 @@ def drawn_batches(seed: int = 0) -> list[Batch]:
 
 @dataclass(frozen=True)
 class _Feeding:
-    """How one of two models gets its images."""
+    """Preprocessing of one of two compared models."""
 
     own: Preprocessing  # by its metadata
-    shared: Preprocessing  # in the sizes of the reference, so that tensors can be compared
+    shared: Preprocessing  # with the reference's sizes, so that tensors can be compared
 
     def own_feeds(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """What this model would be fed with anywhere."""
+        """The model's usual inputs."""
         return _feeds_of(images, self.own)
 
     def shared_feeds(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The same images in the reference's sizes."""
+        """The inputs in the reference's sizes."""
         return _feeds_of(images, self.shared)
 
     @property
@@ -110,12 +111,12 @@ class _Feeding:
 
 
 def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None = None) -> tuple[_Feeding, _Feeding]:
-    """How two models are fed: the shared sizes are the reference's, padded to what both can take.
+    """The preprocessing of two models: shared sizes are the reference's, padded to a divisor of both.
 
     Args:
-        reference: of the model that the other is measured by.
-        other: of the other; its channel order stays.
-        size_px: shorter side of the resized images for both, instead of each one's own.
+        reference: preprocessing of the reference.
+        other: preprocessing of the other model; its channel order stays.
+        size_px: shorter side of the resized images of both (default: each one's own).
     """
     if size_px is not None:
         reference, other = (
@@ -126,19 +127,14 @@ def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None
         "min_size_px": reference.min_size_px,
         "max_size_px": reference.max_size_px,
         "divisor": math.lcm(reference.divisor, other.divisor),
-        "resize": reference.resize,  # it decides how sides are rounded, too
+        "resize": reference.resize,  # also decides how sides are rounded
     }
     first, second = (_Feeding(rule, dataclasses.replace(rule, **sizes)) for rule in (reference, other))
     return first, second
 
 
 def _feeds_of(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> dict[str, np.ndarray]:
-    """Inputs of a detector; images without pixels become slots of size 0 × 0, all padding.
-
-    Args:
-        images: uint8 `[H, W, 3]` RGB, the first with pixels, those without any last.
-        preprocessing: the model's.
-    """
+    """Preprocesses images (uint8 `[H, W, 3]` RGB); those without pixels, which come last, become empty slots."""
     present = [image for image in images if image.size]
     pixels, sizes = batch_images(present, preprocessing)
     empty = len(images) - len(present)

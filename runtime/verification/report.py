@@ -1,4 +1,4 @@
-"""What a comparison by stages found, as text and as JSON can hold it."""
+"""The report of a comparison by stages: text, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from PIL import Image
 from maskrcnn.imaging.draw import overlay
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.runtime.html import page, picture, table, text
+from maskrcnn.runtime.html import image_tag, page, table, text
 from maskrcnn.runtime.verification.stage_errors import StageError
-from maskrcnn.runtime.verification.tolerances import Limit
-from maskrcnn.stages import LEVELS
+from maskrcnn.runtime.verification.tolerances import Limit, stage_kind
 
-# What makes a stage the first to depart, as a rule.
+# Usual causes of a stage that is the first to differ.
 _CAUSES = {
     "images": "the resize rule, the divisor or the channel order in the metadata",
-    "normalised": "mean and standard deviation, or what becomes of the padding",
+    "normalised": "mean and standard deviation, or the padding",
     "levels": "weights or batch norm of backbone and FPN, or the channel order that the first convolution expects",
     "objectness": "the RPN head, or another order of anchors",
     "anchor_deltas": "the RPN head, or another order of anchors",
@@ -43,7 +42,7 @@ _CAUSES = {
 
 
 class Verdict(str, Enum):
-    """What is said of a stage."""
+    """Result of comparing a stage."""
 
     AGREES = "agrees"
     DEPARTS = "departs"
@@ -56,37 +55,37 @@ class _StageResult:
 
     stage: str
     verdict: Verdict
-    needed: float | None  # the smallest tolerance at which the stage would agree; None where nothing was compared
+    needed: float | None  # minimum tolerance at which the stage agrees; None: nothing was compared
     limit: Limit
-    beyond: float  # share of the figures that are beyond the tolerance
-    largest: float  # absolute difference, in the stage's own unit
+    beyond: float  # share of the errors beyond the tolerance
+    largest: float  # absolute difference, in the stage's unit
     compared: int  # elements of a dense stage, rows of the others
-    per_image: tuple[float | None, ...]  # the tolerance that each image would need
+    per_image: tuple[float | None, ...]  # minimum tolerance of each image
     note: str = ""
 
     @property
     def worst_image(self) -> int | None:
-        """Index of the image that needs the largest tolerance."""
+        """Index of the image with the largest error."""
         needs = [(math.inf if math.isnan(n) else n, -k) for k, n in enumerate(self.per_image) if n is not None]
         return -max(needs)[1] if needs else None
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The image on which the models depart earliest or most."""
+    """The image on which the models differ earliest or most."""
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3] RGB
     detections: tuple[Detections, Detections]  # of the reference and the other, in pixels of the image
-    maps: dict[str, np.ndarray]  # by level: [H_l, W_l] mean difference over the channels, relative to the RMS
+    maps: dict[str, np.ndarray]  # by level: [H_l, W_l] mean difference over the channels relative to the RMS
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """All stages of two models in their order."""
+    """Comparison of two models, stage by stage in order."""
 
-    models: tuple[str, str]  # what ran the reference, and the other
-    tolerances: str  # name of the class
+    models: tuple[str, str]  # backend and precision of the reference and of the other
+    tolerances: str  # name, see `tolerances_named`
     images: tuple[str, ...]
     stages: tuple[_StageResult, ...]
     notes: tuple[str, ...] = ()
@@ -94,20 +93,20 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no stage departs."""
+        """Whether every compared stage agrees."""
         return self.first_departure is None
 
     @property
     def first_departure(self) -> str | None:
-        """The first stage in order that departs; what comes after it inherits its difference."""
+        """The first stage that differs; later stages inherit its difference."""
         return next((result.stage for result in self.stages if result.verdict is Verdict.DEPARTS), None)
 
     def result(self, stage: str) -> _StageResult:
-        """What was found of one stage."""
+        """The result of one stage."""
         return next(result for result in self.stages if result.stage == stage)
 
     def conclusion(self) -> str:
-        """One or two lines: whether the models agree, or where they depart first and what to look at."""
+        """One or two lines: whether the models agree, or where they differ first and the usual cause."""
         if self.ok:
             skipped = sum(result.verdict is Verdict.NOT_COMPARED for result in self.stages)
             return f"no stage departs, by the tolerances of {self.tolerances!r}" + (
@@ -117,22 +116,23 @@ class VerifyReport:
         kept = f" of all but {first.limit.share:.1%} of the rows" if first.limit.share else ""
         return (
             f"first departure: {first.stage}, most on {self.images[first.worst_image]}: "
-            f"needs a tolerance of {figure(first.needed)}{kept}, {self.tolerances!r} allows {first.limit.tolerance:g}\n"
-            f"look at: {_CAUSES[_cause_of(first.stage)]}"
+            f"needs a tolerance of {_digits(first.needed)}{kept}, "
+            f"{self.tolerances!r} allows {first.limit.tolerance:g}\n"
+            f"look at: {_CAUSES[stage_kind(first.stage)]}"
         )
 
     def table(self) -> str:
-        """One line for each stage: what it needs and may need, the worst image and the verdict."""
+        """One line per stage: minimum and allowed tolerance, verdict and worst image."""
         rows = [("stage", "needs", "may", "beyond", "largest", "compared", "verdict", "worst image, remarks")]
         for result in self.stages:
             worst = "" if result.worst_image is None or not result.needed else self.images[result.worst_image]
             rows.append(
                 (
                     result.stage,
-                    figure(result.needed),
+                    _digits(result.needed),
                     f"{result.limit.tolerance:g}",
                     f"{result.beyond:.1%}" if result.compared else "",
-                    figure(result.largest) if result.compared else "",
+                    _digits(result.largest) if result.compared else "",
                     str(result.compared),
                     result.verdict.value,
                     "; ".join(part for part in (worst, result.note) if part),
@@ -143,7 +143,7 @@ class VerifyReport:
         return "\n".join([*lines, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
-        """The report without its evidence; what is no finite number becomes a string."""
+        """The report as JSON values, without the evidence; NaN and infinity become strings."""
         return {
             "ok": self.ok,
             "first_departure": self.first_departure,
@@ -156,62 +156,56 @@ class VerifyReport:
 
 
 def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent: Sequence[bool]) -> _StageResult:
-    """The verdict on one stage.
+    """Judges one stage.
 
     Args:
-        stage: its name.
-        errors: of each image; None where it could not be computed.
-        limit: of its figures.
-        absent: whether the reference, and the other, lack the stage.
+        stage: stage name.
+        errors: error of each image; None if it could not be computed.
+        limit: limit of the errors.
+        absent: whether the reference and the other model lack the stage.
     """
     present = [error for error in errors if error is not None]
-    figures = np.concatenate([np.zeros(0), *(error.figures for error in present)])
-    need = needed(figures, limit.share)
+    values = np.concatenate([np.zeros(0), *(error.values for error in present)])
+    need = needed(values, limit.share)
     agrees = need is not None and need <= limit.tolerance  # NaN is not
     return _StageResult(
         stage=stage,
         verdict=Verdict.NOT_COMPARED if need is None else Verdict.AGREES if agrees else Verdict.DEPARTS,
         needed=need,
         limit=limit,
-        beyond=float((~(figures <= limit.tolerance)).mean()) if len(figures) else 0.0,
-        largest=float(np.max([error.largest for error in present], initial=0.0)),  # NaN where there is one
+        beyond=float((~(values <= limit.tolerance)).mean()) if len(values) else 0.0,
+        largest=float(np.max([error.largest for error in present], initial=0.0)),  # NaN if any is NaN
         compared=sum(error.compared for error in present),
-        per_image=tuple(None if error is None else needed(error.figures, limit.share) for error in errors),
+        per_image=tuple(None if error is None else needed(error.values, limit.share) for error in errors),
         note=_remark(present, absent) if not agrees else "",
     )
 
 
 def _remark(errors: Sequence[StageError], absent: Sequence[bool]) -> str:
-    """What a table says beside a stage that does not agree."""
+    """The note beside a stage that does not agree."""
     where = [name for name, lacks in zip(("the reference", "the other"), absent, strict=True) if lacks]
     if where:
         return f"no such name in {' and '.join(where)}"
     if not errors:
-        return "what its rows belong to is missing"
-    compared = [error for error in errors if len(error.figures)]
+        return "the boxes of its rows are missing"
+    compared = [error for error in errors if len(error.values)]
     alone = sum(error.alone for error in compared)
     notes = dict.fromkeys(error.note for error in compared or errors if error.note)
-    return "; ".join([*([f"{alone} without partner"] if alone else []), *notes])
+    return "; ".join([*([f"{alone} without a partner"] if alone else []), *notes])
 
 
-def needed(figures: np.ndarray, share: float) -> float | None:
-    """The smallest tolerance that all but a share of figures `[K]` keep; NaN where one is, None of nothing."""
-    if not len(figures):
+def needed(errors: np.ndarray, share: float) -> float | None:
+    """The minimum tolerance of all but a share of the errors `[K]`; NaN if any is NaN, None if there are none."""
+    if not len(errors):
         return None
-    if np.isnan(figures).any():
+    if np.isnan(errors).any():
         return math.nan
-    return float(np.sort(figures)[len(figures) - 1 - int(share * len(figures))])
+    return float(np.sort(errors)[len(errors) - 1 - int(share * len(errors))])
 
 
-def figure(value: float | None) -> str:
-    """A figure in two digits; nothing for None."""
+def _digits(value: float | None) -> str:
+    """A number in two digits; empty for None."""
     return "" if value is None else "0" if value == 0 else f"{value:.1e}" if value < 0.01 else f"{value:.2g}"
-
-
-def _cause_of(stage: str) -> str:
-    """The name under which the causes of a stage's departure are listed."""
-    name, _, level = stage.rpartition("_")
-    return "levels" if stage in LEVELS else name if level in LEVELS else stage
 
 
 def _stage_dict(result: _StageResult) -> dict[str, Any]:
@@ -233,20 +227,18 @@ def _finite(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-# A comparison by stages as one HTML file that needs nothing beside it.
-
-_MOST_DRAWN = 20  # detections on a picture
+_MAX_DRAWN = 20  # detections in an image
 _MAP_WIDTH_PX = 240
 _COLOURS = {Verdict.AGREES: "#2e7d32", Verdict.DEPARTS: "#c62828", Verdict.NOT_COMPARED: "#757575"}
 
 
 def html_page(report: VerifyReport, names: tuple[str, str], metadata: ModelMetadata) -> str:
-    """The page: conclusion, table of stages and images, and the worst image as both models see it.
+    """A self-contained HTML page: conclusion, table of stages, and the worst image with both models' detections.
 
     Args:
-        report: of `verify`.
-        names: of the two models' files.
-        metadata: of the reference, for the names of classes and the lines between keypoints.
+        report: report of `verify`.
+        names: file names of the two models.
+        metadata: metadata of the reference, for class names and the keypoint skeleton.
     """
     models = "".join(
         f"<li>{role}: <b>{text(name)}</b>, {text(model)}</li>"
@@ -271,10 +263,10 @@ def _table(report: VerifyReport) -> str:
 
 def _row(result: _StageResult) -> str:
     cells = [
-        figure(result.needed),
+        _digits(result.needed),
         f"{result.limit.tolerance:g}",
         f"{result.beyond:.1%}" if result.compared else "",
-        figure(result.largest) if result.compared else "",
+        _digits(result.largest) if result.compared else "",
         f"{result.compared}",
     ]
     verdict = f'<td style="color:{_COLOURS[result.verdict]}">{result.verdict.value}</td>'
@@ -285,41 +277,41 @@ def _row(result: _StageResult) -> str:
 
 def _image_cell(need: float | None, tolerance: float) -> str:
     is_beyond = need is not None and not need <= tolerance
-    return f"<td{' style=background:#ffcdd2' if is_beyond else ''}>{figure(need)}</td>"
+    return f"<td{' style=background:#ffcdd2' if is_beyond else ''}>{_digits(need)}</td>"
 
 
 def _evidence(worst: Evidence, names: tuple[str, str], metadata: ModelMetadata) -> str:
-    pictures = "".join(
-        picture(
+    images = "".join(
+        image_tag(
             overlay(worst.image, _best(found), metadata.class_names, metadata.keypoint_skeleton, point_score=-np.inf),
             f"{name}: {len(found)} detections",
         )
         for name, found in zip(names, worst.detections, strict=True)
     )
-    told = f"The image that departs first, or most; at most {_MOST_DRAWN} detections are drawn."
-    section = f'<h2>{text(worst.name)}</h2><p>{told}</p><div class="pictures large">{pictures}</div>'
+    caption = f"The image that differs first, or most; at most {_MAX_DRAWN} detections are drawn."
+    section = f'<h2>{text(worst.name)}</h2><p>{caption}</p><div class="images large">{images}</div>'
     if worst.maps:
         brightest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())
         maps = "".join(
-            picture(_map_picture(values, brightest), f"{level}: {figure(float(values.mean()))} on average")
+            image_tag(_map_image(values, brightest), f"{level}: {_digits(float(values.mean()))} on average")
             for level, values in worst.maps.items()
             if values.size
         )
         section += (
             "<h2>Where the feature maps differ</h2><p>Mean difference over the channels, relative to the reference's "
-            f'RMS; white is {figure(brightest)}.</p><div class="pictures">{maps}</div>'
+            f'RMS; white is {_digits(brightest)}.</p><div class="images">{maps}</div>'
         )
     return section
 
 
 def _best(detections: Detections) -> Detections:
-    if len(detections) <= _MOST_DRAWN:
+    if len(detections) <= _MAX_DRAWN:
         return detections
-    return detections.above(float(np.sort(detections.scores)[-_MOST_DRAWN]))
+    return detections.above(float(np.sort(detections.scores)[-_MAX_DRAWN]))
 
 
-def _map_picture(values: np.ndarray, brightest: float) -> Image.Image:
-    """A map `[H, W]` from black over red and yellow to white; what is not finite is white."""
+def _map_image(values: np.ndarray, brightest: float) -> Image.Image:
+    """A map `[H, W]` in colours from black over red and yellow to white; NaN and infinity are white."""
     share = np.nan_to_num(values / max(brightest, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)
     channels = [(3 * share - k).clip(0, 1) for k in range(3)]
     image = Image.fromarray((255 * np.stack(channels, axis=-1)).round().astype(np.uint8))

@@ -1,9 +1,9 @@
-"""The figures by which the stages of one image differ between two models. Needs NumPy only.
+"""Error metrics of each stage of one image between two models.
 
-A dense stage (pixels, feature maps, what the RPN says of each anchor) has one figure: the RMS of the difference
-relative to the RMS of the reference. A row stage has one for each row: rows of the two models are paired by their
-boxes first, and what hangs on a row is compared only where the two boxes agree, so that a stage is blamed for its own
-fault and not for another order of rows.
+A dense stage (pixels, feature maps, RPN outputs per anchor) has one error: the RMS of the difference relative to the
+RMS of the reference. A row stage has one error per row. Rows of the two models are paired by their boxes, and the
+stages of a row are compared only where the two boxes agree, so that a stage is blamed for its own fault and not for
+another order of rows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from maskrcnn.runtime.verification.compare import (
+    Pairs,
     at_edge,
     keypoint_distances,
-    pair_best_first,
+    pair_boxes,
     pair_detections,
-    pairwise_iou,
     score_differences,
 )
 from maskrcnn.runtime.verification.tolerances import PEAK, StageTolerances
@@ -28,40 +28,40 @@ _OF_ANCHORS = tuple(f"{kind}_{level}" for kind in ("objectness", "anchor_deltas"
 _DENSE = ("normalised", *LEVELS, *_OF_ANCHORS)
 _OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
 _OF_DETECTIONS = ("mask_features", "mask_logits", "keypoint_features", "keypoint_logits")
-_SMALLEST_PX = 16.0  # differences of smaller boxes count as those of boxes of this size
-_TINY = 1e-12  # instead of a spread of zero: any difference from zeros is beyond every tolerance
+_SMALLEST_PX = 16.0  # shifts of smaller boxes are measured relative to this size
+_TINY = 1e-12  # in place of an RMS of 0: any difference from zeros is beyond every tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageError:
-    """How one stage of one image differs."""
+    """The difference of one stage of one image between two models."""
 
-    figures: np.ndarray  # [K] one of the image, of each row or of each keypoint; infinite for rows without partner
-    largest: float = 0.0  # absolute difference, in the stage's own unit
+    values: np.ndarray  # [K] error of the image, or of each row or keypoint; infinite for rows without a partner
+    largest: float = 0.0  # absolute difference, in the stage's unit
     compared: int = 0  # elements of a dense stage, rows of the others
-    alone: int = 0  # rows of either side without partner, those at the edge of being reported left out
-    note: str = ""  # why there is nothing to compare, or nothing that could be
+    alone: int = 0  # rows of either side without a partner, without excused ones (see `compare.at_edge`)
+    note: str = ""  # why nothing was compared
 
 
 class Side(NamedTuple):
-    """What one model made of a batch."""
+    """Inputs, outputs and stages of one model for a batch."""
 
     feeds: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]  # of the model as it is
-    stages: dict[str, np.ndarray]  # of its instrumented copy, outputs among them
+    outputs: dict[str, np.ndarray]  # of the unmodified model
+    stages: dict[str, np.ndarray]  # of its instrumented copy, outputs included
 
 
 def image_errors(
     reference: Side, other: Side, index: int, tolerances: StageTolerances, threshold: float = 0.05
 ) -> dict[str, StageError]:
-    """The errors of the stages of one image that both sides have.
+    """Errors by stage of one image, for the stages that both sides have.
 
     Args:
-        reference: what the other is measured by.
-        other: of the same images in the same sizes.
-        index: of the image in the batch.
-        tolerances: decide which rows belong together and which detections are excused.
-        threshold: the score below which nothing is reported.
+        reference: the reference model.
+        other: the other model, on the same images in the same sizes.
+        index: image index in the batch.
+        tolerances: decide which rows are paired and which detections are excused.
+        threshold: minimum score of a reported detection.
     """
     errors = {}
     for stage in _DENSE:
@@ -75,23 +75,23 @@ def image_errors(
 
 
 def dense_error(reference: np.ndarray, other: np.ndarray) -> StageError:
-    """The error of arrays of any one shape.
+    """The error of two arrays.
 
-    The figure is the RMS of the difference, or a twentieth of the largest difference where that is more, relative
-    to the RMS of the reference; NaN where there is one; infinite where the shapes differ.
+    It is the RMS of the difference or, if larger, a twentieth of the largest difference, relative to the RMS of the
+    reference; NaN if any value is, infinite if the shapes differ.
     """
     if reference.shape != other.shape:
         return StageError(
-            figures=np.array([np.inf]), largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}"
+            values=np.array([np.inf]), largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}"
         )
     if reference.size == 0:
-        return StageError(figures=np.zeros(0), note="an empty image")
-    figures, largest = _row_figures(reference[None], other[None])
-    return StageError(figures=figures, largest=largest, compared=reference.size)
+        return StageError(values=np.zeros(0), note="an empty image")
+    values, largest = _relative_rms(reference[None], other[None])
+    return StageError(values=values, largest=largest, compared=reference.size)
 
 
 def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
-    """A dense stage of one image without what only the padding says; `normalised` with it, as it must be zero there."""
+    """A dense stage of one image without its padding; `normalised` with it, as it must be zero there."""
     value = _float(side.stages[stage][index])
     if stage == "normalised":
         return value
@@ -111,25 +111,27 @@ def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
     return value[..., :rows, :columns]
 
 
-def _box_figures(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The largest shift of a side, relative to the box's size, `[K]`, of pairs of boxes `[K, 4]`."""
-    return np.abs(reference - other).max(axis=1, initial=0.0) / _sizes_px(reference)
+def _relative_shifts(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Maximum shift of a side relative to the box size, `[K]`, of pairs of boxes `[K, 4]`."""
+    shifts: np.ndarray = np.abs(reference - other).max(axis=1, initial=0.0)
+    return shifts / _sizes_px(reference)
 
 
 def _sizes_px(boxes: np.ndarray) -> np.ndarray:
-    """The side of a square of a box's area, `[K]`, of boxes `[K, 4]`; at least `_SMALLEST_PX`."""
+    """Square root of the area `[K]` of boxes `[K, 4]`; at least `_SMALLEST_PX`."""
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return np.maximum(np.sqrt(areas.clip(min=0)), _SMALLEST_PX)
+    sides: np.ndarray = np.sqrt(areas.clip(min=0))
+    return np.maximum(sides, _SMALLEST_PX)
 
 
 def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
     boxes = [_float(side.stages["proposals"][index]) for side in (first, second)]
     rows = [np.flatnonzero(~(box == 0).all(axis=1)) for box in boxes]  # unused ones are zero
     boxes = [box[used] for box, used in zip(boxes, rows, strict=True)]
-    pairs = pair_best_first(pairwise_iou(*boxes), tolerances.min_iou)
-    alone = len(pairs.alone_first) + len(pairs.alone_second)
+    pairs = pair_boxes(*boxes, tolerances.min_iou)
+    alone = len(pairs.unpaired_first) + len(pairs.unpaired_second)
     errors = {"proposals": _box_error(boxes[0][pairs.first], boxes[1][pairs.second], alone)}
-    agree = _box_figures(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement
+    agree = _relative_shifts(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement
     chosen = rows[0][pairs.first[agree]], rows[1][pairs.second[agree]]
     return errors | _rows_on_boxes(_OF_PROPOSALS, first, second, index, chosen)
 
@@ -137,49 +139,52 @@ def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTol
 def _detection_errors(
     first: Side, second: Side, index: int, tolerances: StageTolerances, threshold: float
 ) -> dict[str, StageError]:
-    """Of `boxes`, `scores`, `labels`, `masks` and `keypoints`, from the models as they are."""
-    sides = [_live_detections(side.outputs, index) for side in (first, second)]
-    a, b, *alone = pair_detections(*sides, tolerances.min_iou)
+    """Errors of `boxes`, `scores`, `labels`, `masks` and `keypoints` of the unmodified models."""
+    sides = [_used_rows(side.outputs, index) for side in (first, second)]
+    a, b, *alone = _pairs(sides, tolerances.min_iou)
     limits = [(tolerances.score, threshold, side.outputs["scores"].shape[1]) for side in (first, second)]
     alone = [
         left[~at_edge(side["scores"], left, *limit)] for side, left, limit in zip(sides, alone, limits, strict=True)
     ]
-    # What found no partner of its label may have one of another: then the label is wrong, not the box.
-    mislabelled = pair_best_first(
-        pairwise_iou(*(side["boxes"][left] for side, left in zip(sides, alone, strict=True))), tolerances.min_iou
-    )
+    # A detection without a partner of its label may have one of another: then the label is wrong, not the box.
+    mislabelled = pair_boxes(sides[0]["boxes"][alone[0]], sides[1]["boxes"][alone[1]], tolerances.min_iou)
     labels = np.concatenate([np.zeros(len(a)), np.full(len(mislabelled.first), np.inf)])
     a = np.concatenate([a, alone[0][mislabelled.first]])
     b = np.concatenate([b, alone[1][mislabelled.second]])
-    unpaired = len(mislabelled.alone_first) + len(mislabelled.alone_second)
+    unpaired = len(mislabelled.unpaired_first) + len(mislabelled.unpaired_second)
     scores = np.abs(sides[0]["scores"][a] - sides[1]["scores"][b])
     errors = {
         "boxes": _box_error(sides[0]["boxes"][a], sides[1]["boxes"][b], unpaired),
-        "scores": StageError(figures=scores, largest=_largest(scores), compared=len(a)),
-        "labels": StageError(figures=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
+        "scores": StageError(values=scores, largest=_largest(scores), compared=len(a)),
+        "labels": StageError(values=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
     }
-    agree = (_box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
+    agree = (_relative_shifts(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
     a, b = a[agree], b[agree]
     if "masks" in sides[0]:
         errors["masks"] = _row_error(sides[0]["masks"][a], sides[1]["masks"][b], is_relative=False)
     if "keypoints" in sides[0]:
-        found = [side["keypoints"][rows] for side, rows in zip(sides, (a, b), strict=True)]
-        errors["keypoints"] = _keypoint_error(*found, sides[0]["boxes"][a])
+        points, other_points = sides[0]["keypoints"][a], sides[1]["keypoints"][b]
+        errors["keypoints"] = _keypoint_error(points, other_points, sides[0]["boxes"][a])
     return errors
 
 
 def _head_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
-    """Of what hangs on the detections of the instrumented copies."""
+    """Errors of the stages that belong to the detections of the instrumented copies."""
     if any(not {"boxes", "labels", "num_detections"} <= side.stages.keys() for side in (first, second)):
         return {}
-    sides = [_live_detections(side.stages, index) for side in (first, second)]
-    a, b, *_ = pair_detections(*sides, tolerances.min_iou)
-    agree = _box_figures(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement
+    sides = [_used_rows(side.stages, index) for side in (first, second)]
+    a, b, *_ = _pairs(sides, tolerances.min_iou)
+    agree = _relative_shifts(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement
     return _rows_on_boxes(_OF_DETECTIONS, first, second, index, (a[agree], b[agree]))
 
 
-def _live_detections(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
-    """The used rows of one image of the detector's outputs."""
+def _pairs(sides: list[dict[str, np.ndarray]], min_iou: float) -> Pairs:
+    first, second = sides
+    return pair_detections(first["boxes"], first["labels"], second["boxes"], second["labels"], min_iou)
+
+
+def _used_rows(outputs: dict[str, np.ndarray], index: int) -> dict[str, np.ndarray]:
+    """The detections of one image in the detector's outputs."""
     count = int(outputs["num_detections"][index])
     names = ("boxes", "scores", "labels", "masks", "keypoints")
     return {name: outputs[name][index, :count] for name in names if name in outputs}
@@ -197,28 +202,25 @@ def _rows_on_boxes(
 
 def _row_error(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> StageError:
     if reference.shape != other.shape:
-        figures = np.full(max(len(reference), 1), np.inf)
-        return StageError(figures=figures, largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}")
+        values = np.full(max(len(reference), 1), np.inf)
+        return StageError(values=values, largest=np.inf, note=f"{_shape(other)} instead of {_shape(reference)}")
     if len(reference) == 0:
-        return StageError(figures=np.zeros(0), note="no rows whose boxes agree")
-    figures, largest = _row_figures(_float(reference), _float(other), is_relative=is_relative)
-    return StageError(figures=figures, largest=largest, compared=len(reference))
+        return StageError(values=np.zeros(0), note="no rows whose boxes agree")
+    values, largest = _relative_rms(_float(reference), _float(other), is_relative=is_relative)
+    return StageError(values=values, largest=largest, compared=len(reference))
 
 
 def _keypoint_error(reference: np.ndarray, other: np.ndarray, boxes: np.ndarray) -> StageError:
-    """Of keypoints `[P, K, 3]` in boxes `[P, 4]` that agree: a figure of each, its shift relative to the box's size.
-
-    Where the score differs by a larger share, that is the figure.
-    """
+    """Errors of keypoints `[P, K, 3]` in boxes `[P, 4]`: the larger of relative shift and score difference."""
     if len(reference) == 0:
-        return StageError(figures=np.zeros(0), note="no rows whose boxes agree")
+        return StageError(values=np.zeros(0), note="no rows whose boxes agree")
     distances = keypoint_distances(reference, other)
-    figures = np.maximum(distances / _sizes_px(boxes)[:, None], score_differences(reference, other))
-    return StageError(figures=figures.ravel(), largest=_largest(distances), compared=distances.size)
+    values = np.maximum(distances / _sizes_px(boxes)[:, None], score_differences(reference, other))
+    return StageError(values=values.ravel(), largest=_largest(distances), compared=distances.size)
 
 
-def _row_figures(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> tuple[np.ndarray, float]:
-    """Figures `[K]` of arrays `[K, …]`, relative to the RMS of the whole reference, and the largest difference."""
+def _relative_rms(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> tuple[np.ndarray, float]:
+    """Errors `[K]` of arrays `[K, …]` relative to the RMS of the whole reference, and the largest difference."""
     difference = np.abs(reference - other).reshape(len(reference), -1)
     rms = np.sqrt(np.square(difference, dtype=np.float64).mean(axis=1))
     spread = np.sqrt(np.square(reference, dtype=np.float64).mean()) if is_relative else 1.0
@@ -227,9 +229,9 @@ def _row_figures(reference: np.ndarray, other: np.ndarray, *, is_relative: bool 
 
 
 def _box_error(reference: np.ndarray, other: np.ndarray, alone: int) -> StageError:
-    figures = _box_figures(reference, other)
+    values = _relative_shifts(reference, other)
     return StageError(
-        figures=np.concatenate([figures, np.full(alone, np.inf)]),
+        values=np.concatenate([values, np.full(alone, np.inf)]),
         largest=_largest(np.abs(reference - other)),
         compared=len(reference),
         alone=alone,

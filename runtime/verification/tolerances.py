@@ -1,4 +1,4 @@
-"""How far each stage of two sound models may lie apart, by the coarsest arithmetic of the two."""
+"""Tolerances of each stage between two correct models, by the lower precision of the two."""
 
 from __future__ import annotations
 
@@ -10,40 +10,45 @@ from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.verification.compare import EXACT, HALF
 from maskrcnn.stages import LEVELS
 
-PEAK = 20.0  # largest errors of sound stages were some 7 times their RMS; one wrong pixel is hundreds of times
+PEAK = 20.0  # measured: the largest error of a correct stage is some 7 times its RMS, one wrong pixel hundreds of times
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a stage's figures may be: dense stages have one for each image, row stages one for each row."""
+    """Limit of a stage's errors: dense stages have one per image, row stages one per row."""
 
     tolerance: float
-    share: float = 0.0  # of a row stage's figures, which may be larger
+    share: float = 0.0  # of a row stage's errors that may be larger
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTolerances:
-    """Limits of all stages, and what counts as the same row."""
+    """Limits of all stages, and of the pairing of rows."""
 
     name: str
-    limits: dict[str, Limit]  # by stage; what exists for each level has one entry
-    agreement: float  # what hangs on boxes is compared where they differ by at most this, relative to their size
-    min_iou: float  # of proposals and detections that belong together
-    score: float  # a detection this near to the edge of being reported may lack a partner
+    limits: dict[str, Limit]  # by stage, see `stage_kind`
+    agreement: float  # maximum shift of two boxes whose rows are compared, relative to their size
+    min_iou: float  # of paired proposals and detections
+    score: float  # margin of scores that may lack a partner, see `compare.at_edge`
 
     def limit(self, stage: str) -> Limit:
         """The limit of a stage of `maskrcnn.stages`, or of `images`."""
-        name, _, level = stage.rpartition("_")
-        return self.limits["levels" if stage in LEVELS else name if level in LEVELS else stage]
+        return self.limits[stage_kind(stage)]
+
+
+def stage_kind(stage: str) -> str:
+    """The name of a stage without its level: `levels` for P2 … P6, `objectness` for `objectness_P2`."""
+    name, _, level = stage.rpartition("_")
+    return "levels" if stage in LEVELS else name if level in LEVELS else stage
 
 
 def _limits(**values: float | tuple[float, float]) -> dict[str, Limit]:
     return {name: Limit(*value) if isinstance(value, tuple) else Limit(value) for name, value in values.items()}
 
 
-# Measured on a detector trained on drawn shapes and on random ones of both versions, with ONNX Runtime and OpenVINO
-# against PyTorch. Single precision needed 1.3e-5 at most, in every stage. Deeper models amplify rounding; and a
-# proposal or detection may change where two scores tie.
+# Measured with ONNX Runtime and OpenVINO against PyTorch, on a detector trained on drawn shapes and on random weights
+# of both versions: 1.3e-5 at most in every stage. Deeper models amplify rounding, and a proposal or detection may
+# change where two scores tie.
 EXACT_STAGES = StageTolerances(
     name="exact",
     limits=_limits(
@@ -70,9 +75,9 @@ EXACT_STAGES = StageTolerances(
     min_iou=EXACT.min_iou,
     score=EXACT.score,
 )
-# bfloat16 needed: 0.0016 normalised, 0.036 levels, 0.062 of the RPN, 0.034 box features, 0.065 the box head's results,
-# 0.037 the masks' stages; 2 % of the trained detector's proposals had no partner, 13 % of a random one's. FP16 graphs
-# needed a tenth of it.
+# Measured in bfloat16: 0.0016 normalised, 0.036 levels, 0.062 of the RPN, 0.034 box features, 0.065 box head outputs,
+# 0.037 mask stages; 2 % of the trained detector's proposals had no partner, 13 % of a random one's. FP16 graphs: a
+# tenth.
 HALF_STAGES = StageTolerances(
     name="half",
     limits=_limits(
@@ -99,8 +104,8 @@ HALF_STAGES = StageTolerances(
     min_iou=HALF.min_iou,
     score=HALF.score,
 )
-# 8-bit integers needed: 0.2 levels, 0.25 of the RPN, 0.12 box features, 0.2 the box head's results, 0.13 the masks'
-# stages; 9 % of the trained detector's proposals had no partner, 29 % of a random one's.
+# Measured with 8-bit integers: 0.2 levels, 0.25 of the RPN, 0.12 box features, 0.2 box head outputs, 0.13 mask stages;
+# 9 % of the trained detector's proposals had no partner, 29 % of a random one's.
 INT8_STAGES = StageTolerances(
     name="int8",
     limits=_limits(
@@ -127,7 +132,7 @@ INT8_STAGES = StageTolerances(
     min_iou=0.5,
     score=0.2,
 )
-CLASSES = {tolerances.name: tolerances for tolerances in (EXACT_STAGES, HALF_STAGES, INT8_STAGES)}
+_BY_NAME = {tolerances.name: tolerances for tolerances in (EXACT_STAGES, HALF_STAGES, INT8_STAGES)}
 
 
 def tolerances_named(name: str) -> StageTolerances:
@@ -136,16 +141,16 @@ def tolerances_named(name: str) -> StageTolerances:
     Raises:
         UserError: for another name.
     """
-    if name not in CLASSES:
-        raise UserError(f"tolerance {name!r}", " or ".join(CLASSES), "choose one of these")
-    return CLASSES[name]
+    if name not in _BY_NAME:
+        raise UserError(f"tolerance {name!r}", " or ".join(_BY_NAME), "choose one of these")
+    return _BY_NAME[name]
 
 
 def tolerances_for(models: Iterable[tuple[ModelMetadata, str]]) -> StageTolerances:
-    """The tolerances that the coarsest of the models needs.
+    """The tolerances for the lowest precision of the models.
 
     Args:
-        models: metadata of each, and the precision of its arithmetic as its backend says it.
+        models: metadata of each, and the precision that its backend reports.
     """
     kinds = set()
     for metadata, precision in models:

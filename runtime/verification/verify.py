@@ -99,14 +99,14 @@ class _Comparison:
 
     def add(self, batch: Batch) -> None:
         """Runs and compares the images of one batch."""
-        prepared = [feeding.own_feeds(batch.images) for feeding in self.feedings]
+        prepared, other_prepared = (feeding.own_feeds(batch.images) for feeding in self.feedings)
         first, second = (
             _run(model, feeding.shared_feeds(batch.images))
             for model, feeding in zip(self.models, self.feedings, strict=True)
         )
         self._note_disturbance(first, second)
         for index, (name, image) in enumerate(zip(batch.names, batch.images, strict=True)):
-            found = {"images": _pixel_error(*prepared, index)}
+            found = {"images": _pixel_error(prepared, other_prepared, index)}
             found |= image_errors(first, second, index, self.tolerances)
             self.names.append(name)
             self.errors.append(found)

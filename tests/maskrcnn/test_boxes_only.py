@@ -9,7 +9,7 @@ import pytest
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.evaluation.evaluate import score_results
+from maskrcnn.runtime.evaluation.evaluate import score_kinds
 from maskrcnn.training.recipe import training_config
 
 
@@ -99,6 +99,6 @@ def test_masks_are_not_scored_on_boxes(root):
         "bbox": [x1, y1, x2 - x1, y2 - y1],
         "score": 1.0,
     }
-    assert score_results(dataset, [result], with_masks=False).box["AR_1"] > 0
+    assert score_kinds(dataset, [result], ("bbox",)).box["AR_1"] > 0
     with pytest.raises(UserError, match="boxes only"):
-        score_results(dataset, [result], with_masks=True)
+        score_kinds(dataset, [result], ("bbox", "segm"))

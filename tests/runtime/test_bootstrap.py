@@ -1,4 +1,4 @@
-"""Resampled AP against the official one of data sets that were really put together, and what intervals say."""
+"""Resampled AP against the AP of datasets with copied images, and bootstrap intervals."""
 
 import copy
 
@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.evaluation import bootstrap
 from maskrcnn.runtime.evaluation.bootstrap import interval_of_ap, interval_of_difference, resampled_ap
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.matching import match_records
@@ -23,7 +22,7 @@ def records_of(content, results, kind="bbox"):
 
 
 def copied(content, results, weights):
-    """The data set in which each image, in ascending order of the ids, is there so many times."""
+    """The dataset that has each image, in ascending order of the ids, `weight` times."""
     images, annotations, made = [], [], []
     for weight, image in zip(weights, sorted(content["images"], key=lambda entry: entry["id"]), strict=True):
         for _ in range(weight):
@@ -53,14 +52,28 @@ def test_weights_are_copies_of_images(seed, kind, weights):
         assert found == pytest.approx(expected.metrics["AP"], abs=1e-12)
 
 
-def test_portions_change_nothing(monkeypatch):
-    records = records_of(*make_case(5, images=6, kind="bbox"))
-    whole = interval_of_ap(records, resamples=40, seed=1)
-    monkeypatch.setattr(bootstrap, "_ELEMENTS_AT_ONCE", 60)
-    assert interval_of_ap(records, resamples=40, seed=1) == whole
+def drawn_weights(images, resamples, seed):
+    """The number of times that each image is drawn in each resample."""
+    drawn = np.random.default_rng(seed).integers(0, images, (resamples, images))
+    return np.stack([np.bincount(row, minlength=images) for row in drawn])
 
 
-def test_the_interval_is_that_of_the_draws():
+def expected_interval(records, weights, value):
+    """The percentiles of the resamples, shifted so that their mean is the measured value."""
+    drawn = resampled_ap(records, weights)
+    return tuple(np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() - value))
+
+
+def test_many_resamples_are_computed_in_portions():
+    records = records_of(*make_case(5, images=1000, categories=1, objects=1, detections=1, kind="bbox"))
+    weights = drawn_weights(1000, 1100, seed=1)  # more than fit in one portion, of draws and of detections
+    halves = np.concatenate([resampled_ap(records, half) for half in (weights[:500], weights[500:])])
+    np.testing.assert_array_equal(resampled_ap(records, weights), halves)
+    found = interval_of_ap(records, resamples=1100, seed=1)
+    assert (found.low, found.high) == pytest.approx(expected_interval(records, weights, found.value))
+
+
+def test_intervals_depend_on_seed_and_level():
     content, results = make_case(8, images=12, kind="bbox")
     records = records_of(content, results)
     done = []
@@ -74,7 +87,7 @@ def test_the_interval_is_that_of_the_draws():
     assert own.value == pytest.approx(score_entries(GroundTruth(content, "gt"), results, "bbox").metrics["AP"])
 
 
-def test_what_both_results_share_does_not_widen_the_difference():
+def test_shared_variation_does_not_widen_the_difference():
     content, results = make_case(21, images=30, objects=6, kind="bbox")
     worse = copy.deepcopy(results)
     for entry in worse[::2]:
@@ -105,23 +118,20 @@ def test_the_width_is_that_of_the_binomial():
     assert found.high - found.low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
 
 
-def test_the_interval_lies_around_the_measured_figure():
-    """Drawn data sets score higher on average; see the module."""
+def test_the_interval_lies_around_the_measured_value():
+    """Resamples score higher on average; see the module."""
     records = records_of(*make_case(2, images=40, objects=6, detections=12, kind="bbox"))
-    weights = np.concatenate(list(bootstrap._draws(40, 400, 0)))
-    drawn = resampled_ap(records, weights)
+    weights = drawn_weights(40, 400, seed=0)
     found = interval_of_ap(records, resamples=400)
-    assert drawn.mean() > found.value
-    shifted = np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() - found.value)
-    assert (found.low, found.high) == pytest.approx(tuple(shifted))
-    assert weights.sum(axis=1).tolist() == [40] * 400
+    assert resampled_ap(records, weights).mean() > found.value
+    assert (found.low, found.high) == pytest.approx(expected_interval(records, weights, found.value))
 
 
-def test_what_cannot_be_resampled_is_refused():
+def test_resampling_needs_resamples_and_objects():
     content, results = make_case(3, kind="bbox")
     records = records_of(content, results)
     with pytest.raises(UserError, match="0 resamples"):
         interval_of_ap(records, resamples=0)
     for empty in ({**content, "annotations": []}, {"images": [], "annotations": [], "categories": []}):
-        with pytest.raises(UserError, match="nothing to be found"):
+        with pytest.raises(UserError, match="annotations without objects"):
             interval_of_ap(records_of(empty, []))

@@ -1,4 +1,4 @@
-"""Comparing detections: what is a difference, and what is excused."""
+"""Comparing detections: differences, and excused detections."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_order_does_not_matter_and_the_largest_difference_is_reported():
         [A, B, ((80, 80, 90, 90), 0.5, 1)],  # one too many
     ],
 )
-def test_a_detection_without_partner_is_a_disagreement(other):
+def test_an_unpaired_detection_is_a_difference(other):
     difference = compare_outputs(outputs([A, B]), outputs(other), EXACT)
     assert difference.unpaired > 0
     assert not difference.within(EXACT)
@@ -115,7 +115,7 @@ def test_the_text_names_the_tolerance_that_was_needed():
     assert "1 detections on 1 images" in text
 
 
-def test_a_share_of_detections_may_depart_but_never_be_nan():
+def test_a_share_of_detections_may_depart_but_not_be_nan():
     boxes = [((40 * k, 0, 40 * k + 30, 30), 0.9 - 0.1 * k, 1) for k in range(5)]
     moved = [((10, 0, 40, 30), 0.9, 1), *boxes[1:]]
     fifth = Tolerance(box_px=5, score=0.1, mask=1, mask_mean=1, min_iou=0.3, departing_share=0.2)

@@ -1,4 +1,4 @@
-"""Figures of single images, confusions and differences, against a scoring of each image and counts by hand."""
+"""Metrics of single images, confusions and differences, against a scoring of each image and counts by hand."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from maskrcnn.runtime.evaluation.differences import difference, image_ap, image_scores
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
+from maskrcnn.runtime.evaluation.matching import confusion_matrix
 from maskrcnn.runtime.evaluation.protocol import KINDS
-from maskrcnn.runtime.evaluation.report import confusion
 from maskrcnn.runtime.evaluation.scoring import score_entries
 
 SQUARES = {name: [x, y, 30, 30] for name, x, y in (("a", 0, 0), ("b", 40, 0), ("c", 80, 0), ("d", 0, 60))}
@@ -73,7 +73,7 @@ FOUND = [
 ]
 
 
-def test_found_missed_and_made_up_are_counted():
+def test_true_and_false_positives_and_missed_objects_are_counted():
     scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
     scores = image_scores(scored.records, 0.5)
     assert scores.objects.tolist() == [3, 1, 0, 0]
@@ -84,22 +84,23 @@ def test_found_missed_and_made_up_are_counted():
     assert scores.worst(9) == [2, 0, 1] and scores.worst(1) == [2]  # the fourth has nothing to show
 
 
-def test_confusions_are_what_is_left():
+def confusions(scored, min_score):
+    return confusion_matrix(scored.truth, scored.results, scored.records, min_score)
+
+
+def test_confusions_are_of_the_remaining_detections_and_objects():
     scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
-    found = confusion(scored.truth, scored.results, scored.records, 0.5)
-    # Columns: cat, dog, missed. The last row are detections of nothing.
-    assert found.matrix.tolist() == [[1, 1, 0], [0, 0, 2], [3, 0, 0]]
-    assert found.mistakes() == [(0, 1, 1)]
-    everything = confusion(scored.truth, scored.results, scored.records, 0.0)
-    assert everything.matrix.tolist() == [[1, 1, 0], [0, 1, 1], [3, 0, 0]]
+    # Columns: cat, dog, missed. The last row counts detections without an object.
+    assert confusions(scored, 0.5).tolist() == [[1, 1, 0], [0, 0, 2], [3, 0, 0]]
+    assert confusions(scored, 0.0).tolist() == [[1, 1, 0], [0, 1, 1], [3, 0, 0]]
 
 
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), min_score=st.sampled_from([0.0, 0.4]))
-def test_confusions_lose_nothing(seed, kind, min_score):
+def test_every_object_and_detection_is_in_the_confusions(seed, kind, min_score):
     content, results = make_case(seed, kind=kind)
     scored = score_entries(GroundTruth(content, "gt"), results, kind)
-    matrix = confusion(scored.truth, scored.results, scored.records, min_score).matrix
+    matrix = confusions(scored, min_score)
     objects = np.bincount(scored.truth.category[scored.records.is_counted[:, 0]], minlength=len(matrix))
     assert matrix.sum(axis=1)[:-1].tolist() == objects[:-1].tolist()
     scores = image_scores(scored.records, min_score)
@@ -126,7 +127,7 @@ def test_equal_results_do_not_differ():
     ]
 
 
-def test_images_that_differ_come_first_and_say_how():
+def test_images_that_differ_come_first():
     other = [
         (1, 1, [1, 0, 30, 30], 0.88),  # moved by one pixel
         *FOUND[2:4],

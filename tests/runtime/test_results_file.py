@@ -1,4 +1,4 @@
-"""Results and annotation files of any origin: what is wrong with one is said, with its place."""
+"""Results and annotation files of any origin: errors name the entry."""
 
 import copy
 import json
@@ -12,7 +12,6 @@ from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.results_file import (
     checked_results,
     kinds_of,
-    of_kind,
     read_results,
     write_server_results,
 )
@@ -81,7 +80,7 @@ def test_results_of_unknown_images_are_counted_and_named():
         checked_results(GroundTruth(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
 
 
-def test_every_way_to_write_a_mask_is_the_same_mask():
+def test_all_encodings_of_a_mask_are_equal():
     x, y, width, height = (1, 2, 30, 40)
     polygon = [[x, y, x + width, y, x + width, y + height, x, y + height]]
     runs = [x * SIZE_HW[0] + y]
@@ -102,14 +101,21 @@ def test_an_empty_mask_is_a_result():
     assert checked_results(GroundTruth(CONTENT, "gt"), [entry], "segm", "f").pixels.tolist() == [0]
 
 
-def test_what_is_written_has_the_fields_of_the_server_and_is_read_back(tmp_path):
+def test_written_results_have_the_fields_of_the_server_and_score_alike(tmp_path):
+    truth = GroundTruth(CONTENT, "gt")
     for kind, field in (("bbox", "bbox"), ("segm", "segmentation"), ("keypoints", "keypoints")):
         write_server_results(tmp_path / "r.json", [FINE], kind)
-        assert read_results(tmp_path / "r.json") == of_kind([FINE], kind)
-        assert set(read_results(tmp_path / "r.json")[0]) == {"image_id", "category_id", "score", field}
+        written = read_results(tmp_path / "r.json")
+        assert written == [{name: FINE[name] for name in ("image_id", "category_id", "score", field)}]
+        read, whole = (
+            checked_results(truth, entries, kind, "r.json", measured_by=measured_by)
+            for entries, measured_by in ((written, None), ([FINE], field))
+        )
+        np.testing.assert_array_equal(read.boxes, whole.boxes)
+        np.testing.assert_array_equal(read.area_px, whole.area_px)
 
 
-def test_the_first_result_says_what_can_be_scored():
+def test_the_kinds_are_those_of_the_first_result():
     assert kinds_of([FINE]) == ("bbox", "segm", "keypoints")
     assert kinds_of([without("bbox", "keypoints")]) == ("segm",)
     assert kinds_of([without("segmentation", bbox=[])]) == ("keypoints",)
@@ -118,9 +124,9 @@ def test_the_first_result_says_what_can_be_scored():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), ("{", "not JSON"), ('{"annotations": []}', "dict .*\nexpected: a list of results")],
+    [(None, "cannot be read"), ("{", "not JSON"), ('{"annotations": []}', "dict .*\n  expected: a list of results")],
 )
-def test_a_file_that_is_no_list_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_list_is_refused(tmp_path, text, message):
     path = tmp_path / "r.json"
     if text is not None:
         path.write_text(text)
@@ -145,15 +151,15 @@ def changed(change):
         (lambda c: c["annotations"].append(3), "an entry of 'annotations' is not an object"),
         (lambda c: c["images"][0].update(id="one"), "'id' is 'one'"),
         (lambda c: c["images"].append(c["images"][0]), "an id occurs twice in 'images'"),
-        (lambda c: c["annotations"][0].pop("area"), "annotation 1: area is None\nexpected: a number"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 1: bbox is \[1, 2\]\nexpected: 4 numbers"),
+        (lambda c: c["annotations"][0].pop("area"), "annotation 1: area is None\n  expected: a number"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 1: bbox is \[1, 2\]\n  expected: 4 numbers"),
         (lambda c: c["annotations"][0].update(iscrowd=7), "annotation 1: iscrowd is 7"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 1: malformed segmentation"),
-        (lambda c: c["annotations"][0].update(keypoints=[1, 2]), "annotation 1: keypoints is .*\nexpected: 51 numbers"),
+        (lambda c: c["annotations"][0].update(keypoints=[1, 2]), "1: keypoints is .*\n  expected: 51 numbers"),
         (lambda c: c["images"][0].pop("height"), "'height' is None"),
     ],
 )
-def test_what_is_wrong_with_annotations_is_named(change, message):
+def test_a_malformed_annotation_is_named(change, message):
     with pytest.raises(UserError, match=f"gt.json: .*{message}"):
         truth = GroundTruth(changed(change), "gt.json")
         for kind in ("bbox", "segm", "keypoints"):
@@ -161,7 +167,7 @@ def test_what_is_wrong_with_annotations_is_named(change, message):
         _ = truth.areas_px, truth.boxes, truth.masks
 
 
-def test_annotations_need_not_say_that_they_are_no_crowd_nor_count_keypoints():
+def test_crowd_flags_and_keypoint_counts_are_optional():
     content = changed(lambda c: [(a.pop("iscrowd"), a.pop("num_keypoints")) for a in c["annotations"]])
     truth = GroundTruth(content, "gt")
     assert not truth.is_crowd.any()

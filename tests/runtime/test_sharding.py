@@ -1,4 +1,4 @@
-"""Detections that are kept as they come, shared by processes, and gathered again."""
+"""The log of detections, and evaluations shared by processes."""
 
 import json
 from dataclasses import replace
@@ -32,23 +32,25 @@ def new_log(tmp_path, **changes) -> DetectionsLog:
 
 
 def write(log, *image_ids, rank=0):
-    log.writer(rank, {"runs_in": "NumPy"}).add(image_ids, [[RESULT | {"image_id": i}] for i in image_ids], Seconds(2.0))
+    part = log.open_part(rank, {"runs_in": "NumPy"})
+    log.append(part, image_ids, [[RESULT | {"image_id": i}] for i in image_ids], Seconds(2.0))
 
 
-def test_what_is_added_is_read(tmp_path):
+def test_appended_images_are_read(tmp_path):
     log = new_log(tmp_path)
     assert log.read() == {} and log.images() == 0 and log.facts() == {}
     write(log, 7, 8)
     write(log, 9)
     found = log.read()
     assert list(found) == [7, 8, 9]
-    assert found[8].results == [RESULT | {"image_id": 8}]
-    assert found[8].seconds.data == 1.0  # half of its batch's
+    results, seconds = found[8]
+    assert results == [RESULT | {"image_id": 8}]
+    assert seconds.data == 1.0  # half of its batch's
     assert log.images() == 3 and log.images() == 3 and log.facts() == {"runs_in": "NumPy"}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-def test_a_torn_line_costs_its_image_alone(tmp_path, cut):
+def test_an_incomplete_line_loses_only_its_image(tmp_path, cut):
     log = new_log(tmp_path)
     write(log, 7, 8)
     whole = log.path.read_bytes()
@@ -68,7 +70,7 @@ def test_garbage_after_an_interruption_is_cut_off(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 60])
-def test_a_torn_first_line_begins_anew(tmp_path, length):
+def test_an_incomplete_first_line_starts_over(tmp_path, length):
     log = new_log(tmp_path)
     write(log, 7)
     log.path.write_bytes(log.path.read_bytes()[:length])
@@ -79,40 +81,40 @@ def test_a_torn_first_line_begins_anew(tmp_path, length):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "xyz"}, r"detections of another model: m\.onnx \(sha256 abc…\)\nexpected: model m\.onnx"),
+        ({"model": "xyz"}, r"detections of another model: m\.onnx \(sha256 abc…\)\n  expected: model m\.onnx"),
         ({"annotations": "xyz"}, r"another annotations: gt\.json \(sha256 def…\)"),
-        ({"backend": "openvino"}, "another backend: the default\nexpected: backend openvino"),
-        ({"batch_size": 3}, "another batch size: 2\nexpected: batch size 3"),
+        ({"backend": "openvino"}, "another backend: the default\n  expected: backend openvino"),
+        ({"batch_size": 3}, "another batch size: 2\n  expected: batch size 3"),
     ],
 )
-def test_detections_of_something_else_are_refused_and_kept(tmp_path, changes, message):
+def test_detections_of_another_origin_are_refused_and_kept(tmp_path, changes, message):
     write(new_log(tmp_path), 7)
     before = (tmp_path / "log.jsonl").read_bytes()
-    for call in (DetectionsLog.read, DetectionsLog.writer):
+    for call in (DetectionsLog.read, DetectionsLog.open_part):
         with pytest.raises(UserError, match=message):
             call(new_log(tmp_path, **changes))
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["hello", "hello\n", "[1]\n", '{"a": 1}\n', '{"maskrcnn_detections": 2}\n'])
-def test_another_file_is_refused_and_kept(tmp_path, content):
+def test_a_file_that_is_not_a_log_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "log.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=r"log\.jsonl: not a log of detections"):
-        new_log(tmp_path).writer()
+        new_log(tmp_path).open_part()
     assert path.read_text() == content
 
 
-def test_a_line_of_something_else_is_named(tmp_path):
+def test_an_error_names_the_malformed_line(tmp_path):
     log = new_log(tmp_path)
     write(log, 7)
     with open(log.path, "ab") as file:
         file.write(b'{"image": 3}\n')
-    with pytest.raises(UserError, match="line 3 is no image"):
+    with pytest.raises(UserError, match="line 3 is not an image"):
         log.read()
 
 
-def test_parts_of_several_processes_are_one_log(tmp_path):
+def test_the_parts_of_several_processes_are_one_log(tmp_path):
     log = new_log(tmp_path)
     for rank in (2, 0, 1):
         write(log, 10 + rank, rank=rank)
@@ -125,7 +127,7 @@ def test_parts_of_several_processes_are_one_log(tmp_path):
 
 
 class Counting(Detector):
-    """Counts the images that it is asked for."""
+    """Counts the images of its calls."""
 
     def __init__(self, backend):
         super().__init__(backend)
@@ -151,7 +153,7 @@ def dataset(shapes) -> CocoDataset:
     return CocoDataset.load(shapes, "val")
 
 
-def test_shares_make_up_the_whole_in_its_order(detector, dataset, task, tmp_path):
+def test_the_shares_together_are_the_whole_in_order(detector, dataset, task, tmp_path):
     expected, _ = detect_records(detector, dataset.images, batch_size=2)
     detector.images = 0
     log = task.log(tmp_path / "log.jsonl", dataset)
@@ -164,11 +166,11 @@ def test_shares_make_up_the_whole_in_its_order(detector, dataset, task, tmp_path
     assert min(seconds.data, seconds.compute, seconds.encode) > 0 and seconds.score == 0
 
 
-def test_another_number_of_processes_goes_on_where_it_was_left(detector, dataset, task, tmp_path):
+def test_another_number_of_processes_continues(detector, dataset, task, tmp_path):
     log = task.log(tmp_path / "log.jsonl", dataset)
     detect_share(detector, dataset, log, Share(0, 3, 0))
     assert detector.images == 2
-    log.path.write_bytes(b"".join(log.path.read_bytes().splitlines(keepends=True)[:-1]))  # half a batch is done anew
+    log.path.write_bytes(b"".join(log.path.read_bytes().splitlines(keepends=True)[:-1]))  # half a batch
     detect_share(detector, dataset, log, Share())
     assert detector.images == 8
     detect_share(detector, dataset, log, Share())
@@ -178,7 +180,7 @@ def test_another_number_of_processes_goes_on_where_it_was_left(detector, dataset
     )
 
 
-def test_gathering_waits_for_the_others_and_not_for_ever(detector, dataset, task, tmp_path):
+def test_gathering_waits_for_the_others_up_to_a_limit(detector, dataset, task, tmp_path):
     log = task.log(tmp_path / "log.jsonl", dataset)
     detect_share(detector, dataset, log, Share(0, 2, 0))
     pauses = []
@@ -190,12 +192,12 @@ def test_gathering_waits_for_the_others_and_not_for_ever(detector, dataset, task
 
     results, _ = gathered(dataset, log, sleep=sleep)
     assert len(pauses) == 3 and {r["image_id"] for r in results} <= {r.id for r in dataset.images}
-    log.part(1).unlink()
+    (tmp_path / "log.1.jsonl").unlink()
     with pytest.raises(UserError, match="4 of 6 images, and none for 1 s"):
         gathered(dataset, log, patience_s=1.0, sleep=lambda seconds: None)
 
 
-def test_processes_find_what_one_finds(dataset, task, detector, tmp_path):
+def test_processes_give_the_results_of_one(dataset, task, detector, tmp_path):
     log = task.log(tmp_path / "log.jsonl", dataset)
     done = []
     results, _ = detect_in_processes(task, dataset, log, 2, progress=done.append)
@@ -206,14 +208,14 @@ def test_processes_find_what_one_finds(dataset, task, detector, tmp_path):
     assert sum(done) == 6 and log.facts()["has_masks"] is True
 
 
-def test_what_stops_a_process_stops_all_and_is_told(task, dataset, tmp_path):
+def test_an_error_in_a_worker_is_raised(task, dataset, tmp_path):
     broken = replace(task, model=tmp_path / "broken.onnx")
     broken.model.write_text("no model")
     with pytest.raises(UserError, match=r"broken\.onnx"):
         detect_in_processes(broken, dataset, broken.log(tmp_path / "l.jsonl", dataset), 2, progress=lambda n: None)
 
 
-def test_a_task_names_the_model_that_is_missing(task, dataset, tmp_path):
+def test_a_missing_model_is_named(task, dataset, tmp_path):
     for name in ("gone.onnx", "gone.xml"):
         with pytest.raises(UserError, match=rf"no file .*{name}"):
             replace(task, model=tmp_path / name).log(tmp_path / "l.jsonl", dataset)
@@ -222,7 +224,7 @@ def test_a_task_names_the_model_that_is_missing(task, dataset, tmp_path):
         replace(task, model=tmp_path / "half.xml").log(tmp_path / "l.jsonl", dataset)
 
 
-def test_the_share_is_what_torchrun_says():
+def test_the_share_is_read_from_torchruns_variables():
     assert Share.of_environment({}) == Share(0, 1, 0)
     assert Share.of_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Share(5, 8, 1)
     assert Share.of_environment({"RANK": "1", "WORLD_SIZE": "2"}) == Share(1, 2, 1)
@@ -241,7 +243,7 @@ def test_the_share_is_what_torchrun_says():
         ({"CUDA_VISIBLE_DEVICES": ""}, 8, 1, ""),
     ],
 )
-def test_each_process_sees_a_gpu_of_its_own(tmp_path, variables, gpus, rank, expected):
+def test_each_process_sees_one_gpu(tmp_path, variables, gpus, rank, expected):
     folder = tmp_path / "gpus"
     for index in range(gpus):
         (folder / f"0000:{index}").mkdir(parents=True)
@@ -252,7 +254,7 @@ def test_each_process_sees_a_gpu_of_its_own(tmp_path, variables, gpus, rank, exp
     assert alone == {}
 
 
-def test_a_glob_pattern_in_a_name_is_a_name(tmp_path):
+def test_a_glob_pattern_in_a_file_name_is_literal(tmp_path):
     log = DetectionsLog(tmp_path / "a[1]*.jsonl", ORIGIN)
     write(log, 1, rank=1)
     assert [Path(part).name for part in log.parts()] == ["a[1]*.1.jsonl"]

@@ -1,4 +1,4 @@
-"""Pairs, figures and verdicts by themselves."""
+"""Pairs of boxes, errors of stages, and verdicts."""
 
 import itertools
 import math
@@ -8,12 +8,21 @@ import pytest
 import torch
 import torchvision
 
+from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.runtime.verification.compare import of_equal_label, pair_best_first, pair_in_order, pairwise_iou
-from maskrcnn.runtime.verification.report import Verdict, figure, judged, needed
+from maskrcnn.runtime.verification.compare import pair_boxes, pair_detections, pairwise_iou
+from maskrcnn.runtime.verification.report import Verdict, judged, needed
 from maskrcnn.runtime.verification.stage_errors import Side, dense_error, image_errors, valid_part
-from maskrcnn.runtime.verification.tolerances import EXACT_STAGES, HALF_STAGES, INT8_STAGES, PEAK, Limit, tolerances_for
+from maskrcnn.runtime.verification.tolerances import (
+    EXACT_STAGES,
+    HALF_STAGES,
+    INT8_STAGES,
+    PEAK,
+    Limit,
+    tolerances_for,
+    tolerances_named,
+)
 from maskrcnn.stages import STAGES
 
 INF, NAN = math.inf, math.nan
@@ -33,39 +42,52 @@ def test_iou_equals_torchvision():
     assert pairwise_iou(np.zeros((1, 4)), np.zeros((1, 4))) == 0
 
 
-def test_in_order_takes_what_best_first_leaves():
-    overlaps = np.array([[0.8, 0.6], [0.9, 0.1], [0.0, 0.0]])
-    ordered, best = pair_in_order(overlaps, 0.5), pair_best_first(overlaps, 0.5)
+def pair_one_label(boxes, other_boxes, min_iou):
+    return pair_detections(boxes, np.ones(len(boxes)), other_boxes, np.ones(len(other_boxes)), min_iou)
+
+
+def strips(*sides):
+    """Boxes of height 1 from one x to another."""
+    return np.array([(low, 0, high, 1) for low, high in sides], np.float32).reshape(-1, 4)
+
+
+def test_detections_are_paired_in_order_and_boxes_by_overlap():
+    first, second = strips((0, 10), (0, 7.2), (50, 60)), strips((0, 8), (4, 10))
+    np.testing.assert_allclose(pairwise_iou(first, second)[:2], [[0.8, 0.6], [0.9, 0.32]], atol=1e-6)
+    ordered, best = pair_one_label(first, second, 0.5), pair_boxes(first, second, 0.5)
     assert (ordered.first.tolist(), ordered.second.tolist()) == ([0], [0])
-    assert (ordered.alone_first.tolist(), ordered.alone_second.tolist()) == ([1, 2], [1])
+    assert (ordered.unpaired_first.tolist(), ordered.unpaired_second.tolist()) == ([1, 2], [1])
     assert (best.first.tolist(), best.second.tolist()) == ([0, 1], [1, 0])
-    assert (best.alone_first.tolist(), best.alone_second.tolist()) == ([2], [])
+    assert (best.unpaired_first.tolist(), best.unpaired_second.tolist()) == ([2], [])
 
 
-@pytest.mark.parametrize("pair", [pair_in_order, pair_best_first])
-def test_pairs_of_nothing_of_nan_and_of_other_labels(pair):
-    assert [len(part) for part in pair(np.zeros((0, 3)), 0.5)] == [0, 0, 0, 3]
-    assert [len(part) for part in pair(np.zeros((2, 0)), 0.5)] == [0, 0, 2, 0]
-    assert len(pair(np.array([[NAN]]), 0.5).first) == 0
-    labels = np.array([1, 2]), np.array([2, 1])
-    found = pair(of_equal_label(np.ones((2, 2)), *labels), 0.5)
+@pytest.mark.parametrize("pair", [pair_one_label, pair_boxes])
+def test_empty_sides_and_nan_make_no_pairs(pair):
+    assert [len(part) for part in pair(strips(), strips((0, 1), (2, 3), (4, 5)), 0.5)] == [0, 0, 0, 3]
+    assert [len(part) for part in pair(strips((0, 1), (2, 3)), strips(), 0.5)] == [0, 0, 2, 0]
+    assert len(pair(strips((0, NAN)), strips((0, 1)), 0.5).first) == 0
+
+
+def test_only_detections_of_the_same_label_are_paired():
+    boxes = strips((0, 1), (0, 1))
+    found = pair_detections(boxes, np.array([1, 2]), boxes, np.array([2, 1]), 0.5)
     assert list(zip(found.first, found.second, strict=True)) == [(0, 1), (1, 0)]
 
 
-def test_a_dense_figure_is_relative_and_one_wrong_element_is_not_lost():
+def test_a_dense_error_is_relative_and_shows_one_wrong_element():
     reference = np.full((4, 500, 500), 3.0, np.float32)
-    assert dense_error(reference, reference * 1.01).figures == pytest.approx([0.01], rel=1e-3)
+    assert dense_error(reference, reference * 1.01).values == pytest.approx([0.01], rel=1e-3)
     other = reference.copy()
     other[2, 7, 9] += 30
     found = dense_error(reference, other)
-    assert found.figures == pytest.approx([10 / PEAK]) and found.largest == 30
-    assert dense_error(reference, other[:, 1:]).figures == [INF]
-    assert dense_error(np.zeros((2, 2)), np.ones((2, 2))).figures[0] > 1e9
-    assert np.isnan(dense_error(reference, other * np.float32(NAN)).figures).all()
-    assert len(dense_error(reference[:0], reference[:0]).figures) == 0
+    assert found.values == pytest.approx([10 / PEAK]) and found.largest == 30
+    assert dense_error(reference, other[:, 1:]).values == [INF]
+    assert dense_error(np.zeros((2, 2)), np.ones((2, 2))).values[0] > 1e9
+    assert np.isnan(dense_error(reference, other * np.float32(NAN)).values).all()
+    assert len(dense_error(reference[:0], reference[:0]).values) == 0
 
 
-def test_padding_is_left_out_of_all_but_the_normalised_images():
+def test_padding_is_left_out_except_in_normalised_images():
     feeds = {"images": np.zeros((1, 3, 64, 96)), "image_sizes": np.array([[40, 50]])}
     anchors = np.arange(16 * 24 * 3, dtype=np.float32)[None]
     stages = {
@@ -87,7 +109,7 @@ def test_padding_is_left_out_of_all_but_the_normalised_images():
 
 
 def side_of(rows: int, seed: int = 0) -> Side:
-    """What a model with proposals and detections in random places might have made of one image."""
+    """Random proposals and detections of one image."""
     rng = np.random.default_rng(seed)
     boxes = 200 * np.arange(rows)[:, None] + random_boxes(rows)  # far from one another
     outputs = {
@@ -111,15 +133,15 @@ def changed(side: Side, change) -> Side:
     return Side({}, *({k: change(k, v.copy()) for k, v in values.items()} for values in side[1:]))
 
 
-def test_the_order_of_rows_is_no_difference():
+def test_the_order_of_rows_does_not_matter():
     side = side_of(12)
     order = np.random.default_rng(1).permutation(12)
     mixed = changed(side, lambda name, value: value if name == "num_detections" else value[:, order])
     for stage, error in image_errors(side, mixed, 0, EXACT_STAGES).items():
-        assert len(error.figures) == 12 and (error.figures == 0).all(), stage
+        assert len(error.values) == 12 and (error.values == 0).all(), stage
 
 
-def test_rows_hang_on_boxes_that_agree():
+def test_rows_are_compared_where_boxes_agree():
     side = side_of(10)
 
     def change(name, value):
@@ -130,12 +152,12 @@ def test_rows_hang_on_boxes_that_agree():
         return value
 
     errors = image_errors(side, changed(side, change), 0, EXACT_STAGES)
-    assert (errors["proposals"].figures > 1e-3).tolist() == [True] + [False] * 9
+    assert (errors["proposals"].values > 1e-3).tolist() == [True] + [False] * 9
     for stage in ("class_logits", "mask_logits", "masks"):
         assert errors[stage].compared == 9 and errors[stage].largest == 0, stage
 
 
-def test_a_wrong_label_is_a_matter_of_labels_and_a_missing_box_of_boxes():
+def test_a_wrong_label_is_an_error_of_labels_and_a_missing_box_of_boxes():
     side = side_of(5)
 
     def change(name, value):
@@ -146,13 +168,13 @@ def test_a_wrong_label_is_a_matter_of_labels_and_a_missing_box_of_boxes():
         return value
 
     errors = image_errors(side, changed(side, change), 0, EXACT_STAGES)
-    assert np.isinf(errors["labels"].figures).sum() == 1
+    assert np.isinf(errors["labels"].values).sum() == 1
     assert errors["boxes"].alone == 2  # one of either side
-    assert np.isinf(errors["boxes"].figures).sum() == 2
+    assert np.isinf(errors["boxes"].values).sum() == 2
 
 
 @pytest.mark.parametrize(
-    ("figures", "share", "need"),
+    ("errors", "share", "need"),
     [
         ([], 0.5, None),
         ([1, 5, 3], 0, 5),
@@ -161,11 +183,11 @@ def test_a_wrong_label_is_a_matter_of_labels_and_a_missing_box_of_boxes():
         ([1, NAN, 3], 0.9, NAN),
     ],
 )
-def test_the_tolerance_that_all_but_a_share_need(figures, share, need):
-    assert needed(np.array(figures, float), share) == pytest.approx(need, nan_ok=True)
+def test_the_tolerance_that_all_but_a_share_need(errors, share, need):
+    assert needed(np.array(errors, float), share) == pytest.approx(need, nan_ok=True)
 
 
-def test_every_stage_has_a_limit_in_every_class_and_coarser_ones_allow_more():
+def test_every_stage_has_a_limit_and_lower_precisions_allow_more():
     for stage in ("images", *(stage for stage in STAGES if stage != "num_detections")):
         limits = [tolerances.limit(stage) for tolerances in (EXACT_STAGES, HALF_STAGES, INT8_STAGES)]
         for finer, coarser in itertools.pairwise(limits):
@@ -193,13 +215,12 @@ def test_a_verdict_at_and_beyond_the_limit():
         ("int8, bf16", {}, "int8"),
     ],
 )
-def test_the_coarsest_precision_decides(precision, stamp, wanted):
+def test_the_lowest_precision_decides(precision, stamp, wanted):
     plain = ModelMetadata(model="m", class_names=("a",), category_ids=(1,), preprocessing=Preprocessing(), detections=5)
     other = ModelMetadata(**{**vars(plain), "stamp": stamp})
-    assert tolerances_for([(plain, "fp32"), (other, precision)]).name == wanted
+    assert tolerances_for([(plain, "fp32"), (other, precision)]) is tolerances_named(wanted)
 
 
-def test_figures_are_short():
-    assert [figure(value) for value in (None, 0.0, 1.234e-5, 0.1234, 12.3, INF)] == [
-        "", "0", "1.2e-05", "0.12", "12", "inf",
-    ]  # fmt: skip
+def test_unknown_tolerances_are_refused():
+    with pytest.raises(UserError, match="tolerance 'loose'\n  expected: exact or half or int8"):
+        tolerances_named("loose")
