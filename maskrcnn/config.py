@@ -1,4 +1,4 @@
-"""Every number that decides what a detector or a training run is, as frozen dataclasses.
+"""Frozen dataclasses that define a detector and a training run.
 
 The same objects are built from the command line, stored in a checkpoint as JSON, and read back.
 """
@@ -27,54 +27,56 @@ POOL_METHODS = ("align", "pool", "crop")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Mask R-CNN with a feature pyramid (He et al. 2017; Lin et al. 2017), or a Faster R-CNN: without masks.
+    """Mask R-CNN with a feature pyramid (He et al. 2017; Lin et al. 2017), or Faster R-CNN if it has no masks.
 
-    Either may have keypoints besides (He et al. 2017, section 5): the same for every class, as many as have names.
-    Defaults are those of torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image.
-    Labels run from 1 to `len(class_names)`; label 0 is background and padding.
+    Either may also predict keypoints (He et al. 2017, section 5), the same ones for every class. Defaults are those of
+    torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image. Labels run from 1 to
+    `len(class_names)`; label 0 is background and padding.
     """
 
     name: str = "maskrcnn_resnet50_fpn"
     class_names: tuple[str, ...] = ()
-    category_ids: tuple[int, ...] = ()  # the dataset's own id of label k is category_ids[k - 1]
+    category_ids: tuple[int, ...] = ()  # category_ids[k - 1] is the dataset's id of label k
     backbone: str = "resnet50"  # one of BACKBONES
-    frozen_batch_norm: bool = False  # the backbone's statistics and affine fixed, for fine-tuning in small batches
-    batch_norm_epsilon: float = 1e-5  # the backbone's; 0 for torchvision's v1 COCO_V1 weights, which do not say so
-    stride_in_1x1: bool = False  # which convolution of a bottleneck halves a map: True: its first, as in Detectron2
-    neck: str = "fpn"  # one of NECKS: what makes P2 … P6 of the backbone's maps
-    bifpn_repeats: int = 3  # passes down and up of the neck "bifpn"
-    fpn_channels: int = 256  # of P2 … P6, whatever the neck
-    head_batch_norm: bool = False  # after the convolutions of neck and mask head too; never frozen
+    frozen_batch_norm: bool = False  # freeze batch norm of the backbone, for fine-tuning in small batches
+    batch_norm_epsilon: float = 1e-5  # of the backbone; 0 for torchvision's COCO_V1 weights of version 1
+    stride_in_1x1: bool = False  # stride in the first convolution of a bottleneck, as in Detectron2
+    neck: str = "fpn"  # one of NECKS
+    bifpn_repeats: int = 3  # bidirectional passes of the neck "bifpn"
+    fpn_channels: int = 256  # channels of P2 … P6 of any neck
+    head_batch_norm: bool = False  # batch norm in neck and mask head, never frozen
     anchor_sizes_px: tuple[float, ...] = (32, 64, 128, 256, 512)  # one per level P2 … P6
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
-    anchors_rounded: bool = True  # whether their corners are whole pixels from their centre, as torchvision's
-    anchor_strides_px: tuple[int, ...] = ()  # one per level; (): image side // map side, as torchvision has it
+    anchors_rounded: bool = True  # round anchor corners to whole pixels, as torchvision does
+    anchor_strides_px: tuple[int, ...] = ()  # one per level; (): image side // map side, as in torchvision
     rpn_convolutions: int = 1  # before the RPN's two predictors
-    rpn_candidates_per_level: int = 1000  # best anchors of a level that go into NMS
+    rpn_candidates_per_level: int = 1000  # anchors per level that enter NMS
     rpn_candidates_per_level_training: int = 2000
     proposals: int = 1000  # proposals per image that reach the box head
     proposals_training: int = 2000
     rpn_nms_iou: float = 0.7
     proposal_min_side_px: float = 1e-3  # proposals with a shorter side are dropped; 0: only empty ones
     box_head_channels: int = 1024
-    box_head_convolutions: tuple[int, ...] = ()  # channels; with batch norm, before one linear layer. Without: two
+    box_head_convolutions: tuple[
+        int, ...
+    ] = ()  # channels, with batch norm, before one linear layer; (): two linear layers
     box_pool_size: int = 7
     has_masks: bool = True  # whether there is a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
     has_keypoints: bool = False  # whether there is a keypoint head
-    keypoint_names: tuple[str, ...] = ()  # of the K keypoints; training takes the dataset's
-    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, which count from 1; for pictures
-    keypoint_sigmas: tuple[float, ...] = ()  # deviation of each relative to the object's size, for COCO's similarity
+    keypoint_names: tuple[str, ...] = ()  # of the K keypoints; training uses the dataset's
+    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints (numbered from 1), for drawing
+    keypoint_sigmas: tuple[float, ...] = ()  # OKS sigmas
     keypoint_pool_size: int = 14  # heat maps have four times as many cells per side
     keypoint_head_channels: tuple[int, ...] = (512,) * 8
     pool_method: str = "align"  # one of POOL_METHODS, see `maskrcnn.model.pooling`
-    pool_sampling_ratio: int = 2  # "align": points per bin and axis; 0: as many as a bin is pixels long, rounded up
-    pool_aligned: bool = False  # not for "pool". True: pixel centres at half-integers (ONNX's half_pixel)
+    pool_sampling_ratio: int = 2  # "align": samples per bin and axis; 0: ceil(bin length in pixels)
+    pool_aligned: bool = False  # pixel centres at half-integers (ONNX's half_pixel); not for "pool"
     score_threshold: float = 0.05
     nms_iou: float = 0.5
     detection_min_side_px: float = 1e-2  # detections with a shorter side are dropped; 0: only empty ones
-    candidates: int = 1000  # best (proposal, class) pairs per image that go into NMS
+    candidates: int = 1000  # (proposal, class) pairs per image that enter NMS
     detections: int = 100  # rows of the output; unused rows are zero
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
 
@@ -87,7 +89,7 @@ class ModelConfig:
             _check_levels("model.anchor_strides_px", self.anchor_strides_px)
         for name in ("anchor_aspect_ratios", "mask_head_channels", "keypoint_head_channels"):
             if not getattr(self, name):
-                raise UserError(f"model.{name} []", "at least one", "name some, or leave it out for the default")
+                raise UserError(f"model.{name} []", "at least one", "set some, or omit it for the default")
         check_skeleton("model.keypoint_skeleton", self.keypoint_skeleton, len(self.keypoint_names))
         if self.keypoint_sigmas and len(self.keypoint_sigmas) != len(self.keypoint_names):
             raise UserError(
@@ -98,7 +100,7 @@ class ModelConfig:
 
     @property
     def num_classes(self) -> int:
-        """Classes without background."""
+        """Number of classes without background."""
         return len(self.class_names)
 
     @property
@@ -109,38 +111,38 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of training samples, in the order in which they are made.
+    """Random changes of training samples, in the order in which they are applied.
 
-    Probabilities are per sample, from 0 (never) to 1 (always). Lengths are pixels of the resized image.
+    Probabilities are per sample. Lengths are pixels of the resized image.
     """
 
-    # Colours (torchvision's ColorJitter). Factors are drawn from 1 - x to 1 + x, the shift of hue from -x to x.
+    # Colours (torchvision's ColorJitter): factors from 1 - x to 1 + x, hue shift from -x to x.
     colour_probability: float = 0.0
     colour_brightness: float = 0.125
     colour_contrast: float = 0.5
     colour_saturation: float = 0.5
-    colour_hue: float = 0.05  # of the whole circle of hues; at most 0.5
+    colour_hue: float = 0.05  # fraction of the hue circle; at most 0.5
 
     flip_probability: float = 0.5  # left to right
     vertical_flip_probability: float = 0.0  # upside down
 
-    # Size. One of the sides is drawn for each sample; without any it is the model's min_size_px.
+    # Size: one of the sides is chosen per sample; (): the model's min_size_px.
     shorter_sides_px: tuple[int, ...] = ()
-    # Large-scale jitter (Ghiasi et al. 2021) instead: the image is scaled and cut or padded to a square canvas.
+    # Large-scale jitter (Ghiasi et al. 2021): the image is scaled, then cropped or padded to a square canvas.
     jitter_probability: float = 0.0
-    jitter_least_scale: float = 0.1  # 1 just fits the canvas
+    jitter_least_scale: float = 0.1  # 1 fits the canvas
     jitter_largest_scale: float = 2.0
-    jitter_canvas_px: int = 0  # side of the canvas; 0 is the model's min_size_px
+    jitter_canvas_px: int = 0  # side of the canvas; 0: the model's min_size_px
 
-    # Composition. Partners are other images of the dataset, with colours, flips and sizes of their own.
+    # Composition with other images of the dataset, which get independent colours, flips and sizes.
     mosaic_probability: float = 0.0  # four images around a random point (Bochkovskiy et al. 2020)
-    perspective_probability: float = 0.0  # a tilted view; the corners move inwards
-    perspective_distortion: float = 0.2  # by at most this share of half a side, 0 to 1
+    perspective_probability: float = 0.0  # random perspective; the corners move inwards
+    perspective_distortion: float = 0.2  # maximum shift of a corner as a fraction of half a side, 0 to 1
     mixup_probability: float = 0.0  # two images blended, with the objects of both (Zhang et al. 2019)
-    mixup_alpha: float = 8.0  # the first image's share is drawn from Beta(alpha, alpha); large: near one half
-    copy_paste_probability: float = 0.0  # some objects of another image on top (Ghiasi et al. 2021)
+    mixup_alpha: float = 8.0  # weight of the first image ~ Beta(alpha, alpha); large: near 0.5
+    copy_paste_probability: float = 0.0  # objects of another image pasted on top (Ghiasi et al. 2021)
 
-    least_visible: float = 0.1  # objects of which less is left, as a share of their area, are dropped
+    least_visible: float = 0.1  # minimum visible fraction of an object's area; others are dropped
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -173,9 +175,9 @@ class LossConfig:
     box_samples: int = 512
     box_positive_fraction: float = 0.25
     smooth_l1_beta: float = 1 / 9
-    mask_target_aligned: bool = True  # False: half a pixel to the right and down, as torchvision's targets are
-    rpn_box_loss: str = "smooth_l1"  # one of BOX_LOSSES, on the RPN's boxes
-    box_loss: str = "smooth_l1"  # likewise, on the detections' boxes
+    mask_target_aligned: bool = True  # False: shifted half a pixel right and down, as in torchvision
+    rpn_box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the RPN
+    box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the box head
     rpn_box_loss_weight: float = 1.0
     box_loss_weight: float = 1.0
 
@@ -185,16 +187,15 @@ class LossConfig:
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
-    """A field that is an option of `maskrcnn train` too, with its help text and its possible values."""
+    """A field that is an option of `maskrcnn train`, with its help text and allowed values."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Every field with a help text is an option of `maskrcnn train`, and a key of its YAML file.
+    """One training run. Every field with a help text is an option of `maskrcnn train` and a key of its YAML file.
 
-    One optimizer step takes `batch_size` images, whatever the number of processes and of accumulated batches:
-    those change where the step is computed and not what it is.
+    One optimizer step takes `batch_size` images, regardless of the number of processes and accumulation steps.
     """
 
     model: ModelConfig
@@ -204,37 +205,41 @@ class TrainConfig:
     train_split: str = "train"
     val_split: str = "val"
     weights: str = _setting(
-        "", "Weights to start from: a checkpoint, a file of torchvision's or Detectron2's, or a name such as COCO_V1."
+        "", "Pretrained weights: a checkpoint, a torchvision or Detectron2 file, or a name such as COCO_V1."
     )
-    epochs: int = _setting(12, "Passes over the data.")
+    epochs: int = _setting(12, "Number of epochs.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
-    accumulate: int = _setting(1, "Parts that a batch is computed in, one after another; saves memory.")
-    group_by_aspect_ratio: bool = _setting(True, "Landscape and portrait images in batches of their own.")
+    accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
+    group_by_aspect_ratio: bool = _setting(True, "Separate batches for landscape and portrait images.")
     optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
     momentum: float = _setting(0.9, "Momentum of SGD.")
     weight_decay: float = _setting(
-        1e-4, "Decay of convolution and linear weights; 0.05 is usual for AdamW; Adam adds it to the gradient."
+        1e-4, "Weight decay of convolution and linear weights; 0.05 is usual for AdamW; L2 penalty for Adam."
     )
-    warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000; at most half the run.")
-    schedule: str = _setting("cosine", "Decay of the learning rate.", "cosine", "step", "constant")
-    cosine_end: float = _setting(0.0, "With cosine: the last learning rate, as a share of the peak.")
-    step_epochs: tuple[int, ...] = _setting((), "With step: epochs after which the rate decays, as 8,11.")
-    step_factor: float = _setting(0.1, "With step: factor of each decay.")
-    clip_gradient_norm: float = _setting(10.0, "Largest gradient norm; 0 switches clipping off.")
-    precision: str = _setting("auto", "Arithmetic.", "auto", "fp32", "bf16", "fp16")
-    ema_decay: float = _setting(0.0, "Decay of averaged weights, which are evaluated and saved; 0 is off.")
+    warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000, at most half the run.")
+    schedule: str = _setting("cosine", "Learning rate schedule.", "cosine", "step", "constant")
+    cosine_end: float = _setting(0.0, "Final learning rate of the cosine schedule, as a fraction of the peak.")
+    step_epochs: tuple[int, ...] = _setting(
+        (), "Epochs after which the step schedule decays the learning rate, such as 8,11."
+    )
+    step_factor: float = _setting(0.1, "Factor of each decay of the step schedule.")
+    clip_gradient_norm: float = _setting(10.0, "Maximum gradient norm; 0 disables clipping.")
+    precision: str = _setting("auto", "Training precision.", "auto", "fp32", "bf16", "fp16")
+    ema_decay: float = _setting(0.0, "Decay of the weight average that is evaluated and saved; 0 disables it.")
     batch_norm: str = _setting(
-        "train", "Statistics: own of each process, fixed, or over all processes.", "train", "frozen", "sync"
+        "train", "Batch norm statistics: per process, frozen, or over all processes.", "train", "frozen", "sync"
     )
-    trainable_stages: int = _setting(5, "Backbone stages that train, from the last; 5 is all, 3 is usual for COCO.")
-    on_nonfinite: str = _setting("stop", "At a loss or gradient that is not finite.", "stop", "skip")
-    workers: int = _setting(-1, "Data loading processes; 0 loads in the training process, -1 uses the other cores.")
-    seed: int = _setting(0, "Decides weights, order, augmentation and sampling.")
-    evaluate_every: int = _setting(1, "Epochs between evaluations; the last one is always evaluated.")
-    tensorboard: bool = _setting(True, "TensorBoard scalars and pictures in the run's folder.")
-    pictures: int = _setting(4, "Pictures of augmented samples, and of predictions at each evaluation.")
-    device: str = _setting("auto", "Where to train.", "auto", "cpu", "cuda")
+    trainable_stages: int = _setting(
+        5, "Trainable backbone stages, counted from the last; 5 is all, 3 is usual for COCO."
+    )
+    on_nonfinite: str = _setting("stop", "Action at a non-finite loss or gradient.", "stop", "skip")
+    workers: int = _setting(-1, "Data loading processes; 0 loads in the training process, -1 uses the remaining cores.")
+    seed: int = _setting(0, "Random seed of weights, order, augmentation and sampling.")
+    evaluate_every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.")
+    tensorboard: bool = _setting(True, "Write TensorBoard scalars and images to the run's folder.")
+    pictures: int = _setting(4, "Images of augmented samples, and of predictions at each evaluation, to save.")
+    device: str = _setting("auto", "Training device.", "auto", "cpu", "cuda")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -252,46 +257,46 @@ class TrainConfig:
 
 
 def _check_levels(name: str, values: tuple[float, ...]) -> None:
-    """Raises a UserError unless there is a positive value for each level of the pyramid."""
+    """Raise a UserError unless there is a positive value for each pyramid level."""
     if len(values) != len(LEVELS) or not min(values) > 0:
         raise UserError(
             f"{name} {list(values)}",
             f"{len(LEVELS)} values above 0, one for each of the levels {', '.join(LEVELS)}",
-            "name as many, or leave it out for the default",
+            "give one value per level, or omit it for the default",
         )
 
 
 def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
-    """Raises a UserError unless these can be the epochs after which a step schedule lowers the rate."""
+    """Raise a UserError unless these are valid epochs of a step schedule."""
     if any(late <= early for early, late in zip((0, *epochs), epochs, strict=False)):
         raise UserError(
             f"step_epochs {list(epochs)}",
-            "epochs from 1 on, each after the one before it",
-            "put them in order, as --step-epochs 8,11",
+            "epochs from 1 on, in ascending order",
+            "sort them, as in --step-epochs 8,11",
         )
     if schedule == "step" and not epochs:
         raise UserError(
             "schedule step without step_epochs",
             "the epochs after which the learning rate decays",
-            "name them, as --step-epochs 8,11, or take --schedule constant for a rate that stays",
+            "set them, as in --step-epochs 8,11, or use --schedule constant",
         )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises a UserError unless the value is one of the choices."""
+    """Raise a UserError unless the value is one of the choices."""
     if value not in choices:
-        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"choose {name} among them")
+        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"set {name} to one of these")
 
 
 def _check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
-    """Raises a UserError unless low ≤ value ≤ high."""
+    """Raise a UserError unless low ≤ value ≤ high."""
     if not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-        raise UserError(f"{name} {value}", bounds, f"set {name} to such a number")
+        raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")
 
 
 def usual_epsilon(backbone: str) -> float:
-    """The epsilon of batch norm with which torchvision trains a backbone's ImageNet weights."""
+    """Batch norm epsilon with which torchvision trains a backbone's ImageNet weights."""
     return 1e-3 if backbone == "mobilenet_v3_large" else 1e-5
 
 
@@ -311,9 +316,9 @@ _SMALL = {
 }
 
 # Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers", as torchvision builds it.
-_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
+_V2: dict[str, Any] = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
 
-# Keypoints of a person unless training says otherwise, and no masks, as torchvision's model of the name.
+# No masks, and COCO's person keypoints by default, as in torchvision.
 _POSE = {
     "has_masks": False,
     "has_keypoints": True,
@@ -321,18 +326,16 @@ _POSE = {
     "keypoint_skeleton": COCO_SKELETON,
     "keypoint_sigmas": COCO_SIGMAS,
 }
-_FAMILIES = {"maskrcnn": {}, "fasterrcnn": {"has_masks": False}, "keypointrcnn": _POSE}
-# torchvision's `fasterrcnn_mobilenet_v3_large_fpn` is another model: its finest map has stride 32.
-_TORCHVISIONS_OWN = "fasterrcnn_mobilenet_v3_large_fpn"
+_FAMILIES: dict[str, dict[str, Any]] = {"maskrcnn": {}, "fasterrcnn": {"has_masks": False}, "keypointrcnn": _POSE}
+_VERSIONS: dict[str, dict[str, Any]] = {"": {}, "_v2": _V2}
 
-# The models that can be named on the command line: only what differs from ModelConfig's defaults. Where torchvision
-# has a model of the same name, it is the same model.
+# Named models, as differences from ModelConfig's defaults. A model with the name of one in torchvision is the same.
 MODELS: dict[str, dict[str, Any]] = {
     "maskrcnn_resnet18_fpn_small": _SMALL,
     **{
         f"{family}_{backbone}_fpn{version}": {"backbone": backbone, **heads, **changes}
         for family, heads in _FAMILIES.items()
-        for version, changes in (("", {}), ("_v2", _V2))
+        for version, changes in _VERSIONS.items()
         for backbone in RESNETS
         if (family, version) != ("keypointrcnn", "_v2")
     },
@@ -340,21 +343,21 @@ MODELS: dict[str, dict[str, Any]] = {
         f"{family}_{backbone}_fpn": {"backbone": backbone, **heads, "batch_norm_epsilon": usual_epsilon(backbone)}
         for family, heads in _FAMILIES.items()
         for backbone in OTHER_BACKBONES
-        if f"{family}_{backbone}_fpn" != _TORCHVISIONS_OWN
+        if (family, backbone) != ("fasterrcnn", "mobilenet_v3_large")  # another model in torchvision, finest stride 32
     },
 }
 
 
 def model_config(name: str, **changes: Any) -> ModelConfig:
-    """The configuration of a named model, with fields changed as given.
+    """Configuration of a named model with some fields changed.
 
-    Lines between keypoints and deviations belong to the keypoints' names, and go where other names are given.
+    With other keypoint names, the named model's skeleton and sigmas are dropped.
 
     Raises:
         UserError: for a name that is not in `MODELS`.
     """
     if name not in MODELS:
-        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "name one of these models with --model")
+        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "set --model to one of these")
     given = MODELS[name]
     if changes.get("keypoint_names", COCO_NAMES) != COCO_NAMES:
         given = {key: value for key, value in given.items() if key not in ("keypoint_skeleton", "keypoint_sigmas")}
@@ -362,31 +365,31 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as a dictionary that JSON can hold."""
+    """Configuration as a JSON-serialisable dictionary."""
     return dataclasses.asdict(config)
 
 
 def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """The configuration that `to_dict` wrote; lists become tuples, and fields left out have their default.
+    """Configuration written by `to_dict`; lists become tuples, missing fields have their default.
 
     Raises:
-        UserError: for fields that this version does not know, and values of the wrong type.
+        UserError: for unknown fields and values of the wrong type.
     """
-    return _made(kind, typed(kind, values, where=f"{kind.__name__}."))
+    return _build(kind, typed(kind, values, where=f"{kind.__name__}."))
 
 
-def _made(kind: type, values: dict[str, Any]) -> Any:
+def _build(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    return kind(**{key: _made(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
+    return kind(**{key: _build(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
-    """A configuration with some fields changed; sections are nested dictionaries of changes themselves.
+    """Copy of a configuration with some fields changed; sections are nested dictionaries of changes.
 
     Raises:
-        UserError: for fields that the configuration does not have, and values of the wrong type.
+        UserError: for unknown fields and values of the wrong type.
     """
-    made = {}
+    values = {}
     for key, value in typed(type(config), changes, where=f"{type(config).__name__}.").items():
-        made[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
-    return dataclasses.replace(config, **made)
+        values[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
+    return dataclasses.replace(config, **values)

@@ -1,4 +1,4 @@
-"""JSON files, and files that are written whole or not at all."""
+"""JSON files, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 from maskrcnn.errors import UserError
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # whichever file was written
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of any file
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place when the block ends without an exception.
+    """Temporary path beside `path` that replaces it if the block ends without an exception.
 
-    The temporary name is hidden and keeps the suffix, because some writers choose the format by it. Missing
-    parent folders are made. On any exception the temporary file is removed and `path` stays as it was.
+    The temporary name is hidden and keeps the suffix, by which some writers choose the format. Missing parent folders
+    are created. On an exception the temporary file is removed and `path` is unchanged.
 
     Raises:
-        UserError: where no file of that name can be written: a folder has it, the disk is full or not ours.
-        RuntimeError: where the block ended without writing the temporary file.
+        UserError: if the file cannot be written: it is a folder, the disk is full or read-only.
+        RuntimeError: if the block did not write the temporary file.
     """
     path = Path(path)
     check_target(path)
@@ -40,16 +40,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # the new name is durable only once its folder is; Windows cannot open folders
+        if os.name == "posix":  # makes the rename durable; Windows cannot open folders
             _flush(path.parent)
 
 
 @contextmanager
 def folder_beside(path: str | Path, *, prefix: str) -> Iterator[Path]:
-    """An empty folder next to `path`, on the same disk, which is gone when the block ends.
+    """Empty temporary folder beside `path`, on the same disk.
 
     Raises:
-        UserError: where no file named `path` could be written, see `check_target`, and when the disk is full.
+        UserError: if no file `path` could be written (see `check_target`), or the disk is full.
     """
     path = Path(path)
     check_target(path)
@@ -58,10 +58,10 @@ def folder_beside(path: str | Path, *, prefix: str) -> Iterator[Path]:
 
 
 def check_target(path: str | Path) -> None:
-    """That a file of this name can be written, before the work that makes it. Missing parent folders are made.
+    """Check that a file can be written before the work that produces it; creates missing parent folders.
 
     Raises:
-        UserError: where it is a folder, or its folder cannot be made or written.
+        UserError: if it is a folder, or its folder cannot be created or written.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,17 +70,17 @@ def check_target(path: str | Path) -> None:
     if not os.access(path.parent, os.W_OK):
         raise UserError(
             f"folder {path.parent} cannot be written",
-            "a folder that can be written",
+            "a writable folder",
             "name another output, or change the permissions of this one",
         )
 
 
 def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
-    """Writes `obj` to `path` as JSON in UTF-8, whole or not at all; the same object gives the same bytes.
+    """Write `obj` to `path` as JSON in UTF-8, atomically; the same object gives the same bytes.
 
     Raises:
-        ValueError: for NaN and infinity, which JSON does not have.
-        TypeError: for objects that JSON cannot hold.
+        ValueError: for NaN and infinity.
+        TypeError: for objects that are not JSON-serialisable.
     """
     text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
@@ -117,34 +117,34 @@ def parse_json(data: bytes, name: str, what: str) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its parents where they do not exist.
+    """Create a folder and its parents if missing.
 
     Raises:
-        UserError: where that is not possible.
+        UserError: if that fails.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"folder {path} cannot be made ({error.strerror or error})",
-            "a folder that can be written",
+            f"folder {path} cannot be created ({error.strerror or error})",
+            "a writable folder",
             "name another output folder, or change the permissions of this one",
         ) from error
 
 
 def report_path(path: Path) -> Path:
-    """Where an HTML page goes: a file, or `report.html` in what does not end like one."""
+    """Path of an HTML report: the file itself, or `report.html` in a folder."""
     return path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
 
 
 @contextmanager
 def _disk_errors(*paths: Path) -> Iterator[None]:
-    """What the system says of writing to `paths`, of which the first is named, in words."""
+    """Turns operating system errors about `paths` into a UserError that names the first."""
     try:
         yield
     except OSError as error:
         if error.errno not in _OF_THE_DISK and error.filename not in map(str, paths):
-            raise  # of another file
+            raise  # about another file
         raise UserError(
             f"{paths[0]} cannot be written ({error.strerror or error})",
             "room and permission to write there",
@@ -153,8 +153,8 @@ def _disk_errors(*paths: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
-    # Windows flushes only descriptors that may write.
+    """Flush a file or folder to the disk."""
+    # Windows flushes writable descriptors only.
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)

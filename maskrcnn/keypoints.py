@@ -1,11 +1,10 @@
-"""Names of keypoints and what follows from them: COCO's person, mirrored partners, lines, how far off is a miss."""
+"""Keypoint names, skeletons, mirrored counterparts and OKS sigmas."""
 
 from __future__ import annotations
 
 from maskrcnn.errors import UserError
 
-# The keypoints of COCO's category `person`, its lines between them (numbers from 1), and the standard deviation of
-# each keypoint in people's annotations, relative to the person's size (cocodataset.org/#keypoints-eval).
+# Keypoints, skeleton (numbered from 1) and OKS sigmas of COCO's category `person` (cocodataset.org/#keypoints-eval).
 COCO_NAMES = (
     "nose",
     "left_eye",
@@ -50,21 +49,21 @@ COCO_SIGMAS = tuple(
     tenths / 10
     for tenths in (0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89)
 )
-USUAL_SIGMA = 0.05  # of keypoints that nobody has measured; COCO's run from 0.025 (eyes) to 0.107 (hips)
+USUAL_SIGMA = 0.05  # for other keypoints; COCO's range from 0.025 (eyes) to 0.107 (hips)
 
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 def sigmas_of(names: tuple[str, ...]) -> tuple[float, ...]:
-    """The deviation of each keypoint for COCO's similarity: COCO's for COCO's names, else `USUAL_SIGMA`."""
+    """OKS sigma of each keypoint: COCO's for COCO's names, otherwise `USUAL_SIGMA`."""
     return COCO_SIGMAS if tuple(names) == COCO_NAMES else (USUAL_SIGMA,) * len(names)
 
 
 def mirrored(names: tuple[str, ...]) -> tuple[int, ...]:
-    """Which keypoint each one is in a mirror: index k's partner, k itself where it has none.
+    """Index of each keypoint's mirrored counterpart, its own index if it has none.
 
-    Partners are names of which one part, between `_`, `-`, `.` or spaces, is left in the one and right in the other
-    (or l and r), whatever the case: left_eye and right_eye, Paw-L and Paw-R.
+    Counterparts are names that differ in one part, separated by `_`, `-`, `.` or spaces: left and right, or l and r, in
+    any case. Examples: left_eye and right_eye, Paw-L and Paw-R.
     """
     keys = {_parts(name): index for index, name in enumerate(names)}
     swapped = (tuple(_SIDES.get(part, part) for part in _parts(name)) for name in names)
@@ -78,7 +77,11 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def check_skeleton(where: str, skeleton: tuple[tuple[int, ...], ...], count: int) -> None:
-    """Raises a UserError unless the lines join two of the `count` keypoints each, counted from 1."""
+    """Check that each line joins two of the `count` keypoints, numbered from 1.
+
+    Raises:
+        UserError: if one does not.
+    """
     for line in skeleton:
         if len(line) != 2 or not all(1 <= number <= count for number in line):
             raise UserError(

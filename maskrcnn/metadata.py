@@ -1,4 +1,4 @@
-"""What a model file says of itself, the same in a checkpoint, an ONNX file and an engine. Needs NumPy only."""
+"""Metadata of model files, the same in a checkpoint, an ONNX file and an engine. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 
-KEY = "maskrcnn"  # under which the JSON is stored in safetensors, ONNX and OpenVINO files
-CONTRACT = 1  # version of the tensors' names and meanings, see docs/architecture.md
+KEY = "maskrcnn"  # key of the JSON in safetensors, ONNX and OpenVINO files
+CONTRACT = 1  # version of tensor names and semantics, see docs/architecture.md
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """Everything that preprocessing, postprocessing and provenance need."""
+    """Preprocessing, postprocessing and provenance of a model file."""
 
     model: str  # name of the architecture
     class_names: tuple[str, ...]  # of labels 1, 2, …
     category_ids: tuple[int, ...]  # the dataset's ids of labels 1, 2, …
     preprocessing: Preprocessing
     detections: int  # rows of the outputs
-    has_masks: bool = True  # whether `masks` is among the outputs; files of before Faster R-CNN do not say
-    keypoint_names: tuple[str, ...] = ()  # of the rows of `keypoints`; (): no such output, as in older files
-    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, counted from 1 as COCO does
-    keypoint_sigmas: tuple[float, ...] = ()  # of each, relative to the object's size, for COCO's similarity (OKS)
-    precision: str = "fp32"  # of weights and arithmetic in this file
-    source_sha256: str = ""  # of the file this one was made from
-    versions: dict[str, str] = field(default_factory=dict)  # of the software that wrote it
+    has_masks: bool = True  # whether `masks` is an output; absent in older files
+    keypoint_names: tuple[str, ...] = ()  # (): no output `keypoints`, as in older files
+    keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, numbered from 1 as in COCO
+    keypoint_sigmas: tuple[float, ...] = ()  # OKS sigmas
+    precision: str = "fp32"  # precision of weights and computation
+    source_sha256: str = ""  # file that this one was made from
+    versions: dict[str, str] = field(default_factory=dict)  # software that wrote the file
     stamp: dict[str, Any] = field(default_factory=dict)  # engines: hardware, runtime, how it was verified
     contract: int = CONTRACT
 
@@ -41,17 +41,17 @@ class ModelMetadata:
         return bool(self.keypoint_names)
 
     def to_json(self) -> str:
-        """The JSON that `from_json` reads."""
+        """JSON for `from_json`."""
         values = dataclasses.asdict(self)
         values["preprocessing"] = self.preprocessing.to_dict()
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> ModelMetadata:
-        """The metadata of a file.
+        """Parse the metadata of a file.
 
         Raises:
-            UserError: when the text is not ours or was written for another contract.
+            UserError: if the text is not metadata of maskrcnn, or has another contract version.
         """
         try:
             values = json.loads(text)
@@ -74,7 +74,7 @@ class ModelMetadata:
 
 
 def not_ours(path: Path, what: str) -> UserError:
-    """The error for a file that maskrcnn did not write."""
+    """Error for a file that maskrcnn did not write."""
     return UserError(
         f"{path}: {what}",
         "a file written by maskrcnn train, export or build-engine",
@@ -83,7 +83,7 @@ def not_ours(path: Path, what: str) -> UserError:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

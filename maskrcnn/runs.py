@@ -1,8 +1,7 @@
-"""Where runs and their artefacts lie, and which one is the newest. Needs no library.
+"""Paths of runs and their artefacts. Standard library only.
 
-A run is a folder below `runs/`: `config.json`, `log.jsonl`, `best.safetensors`, `last.safetensors`,
-`state.safetensors` (to resume from), `pictures/`, `tensorboard/`, and what was made of it: `model.onnx`,
-`model.fp16.xml` ….
+A run is a folder in `runs/`: `config.json`, `log.jsonl`, `best.safetensors`, `last.safetensors`, `state.safetensors`
+(to resume from), `pictures/`, `tensorboard/`, and files made from it: `model.onnx`, `model.fp16.xml` ….
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
 
 
 def claim_next(parent: Path = FOLDER, prefix: str = "train") -> Path:
-    """Makes the folder of `next_run`; each of several processes that ask at once gets one of its own.
+    """Create the folder of the next run; concurrent processes get different ones.
 
     Raises:
-        UserError: where it cannot be made.
+        UserError: if it cannot be created.
     """
     make_folder(parent)
     while True:
@@ -43,18 +42,22 @@ def claim_next(parent: Path = FOLDER, prefix: str = "train") -> Path:
         except FileExistsError:  # another process was faster
             continue
         except OSError as error:
-            came = f"folder {path} cannot be made ({error.strerror or error})"
-            raise UserError(came, "a folder that can be written", "name one with --output") from error
+            found = f"folder {path} cannot be created ({error.strerror or error})"
+            raise UserError(found, "a writable folder", "name one with --output") from error
 
 
 def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER, variants: bool = True) -> Path:
-    """The file matching `pattern` in any run that was written last.
+    """The most recently written file matching `pattern` in any run.
 
     Args:
-        variants: whether a name with several suffixes counts.
+        pattern: glob pattern of the file name.
+        what: kind of file, for the error.
+        make_with: command that creates it, for the error.
+        parent: folder of the runs.
+        variants: include names with several suffixes.
 
     Raises:
-        UserError: when there is none; `what` and `make_with` (a command) word it.
+        UserError: if there is none.
     """
     found = sorted(parent.glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
     if not variants:
@@ -70,5 +73,5 @@ def newest_checkpoint() -> Path:
 
 
 def newest_onnx() -> Path:
-    """The ONNX file exported last, in single precision; variants of it have a second suffix, as model.fp16.onnx."""
+    """The ONNX file exported last, in single precision; variants have a second suffix (model.fp16.onnx)."""
     return newest("*.onnx", what="ONNX file", make_with="maskrcnn export --onnx", variants=False)

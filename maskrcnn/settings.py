@@ -1,4 +1,4 @@
-"""Values of dataclass fields: as YAML, JSON and the command line give them, and as the fields hold them."""
+"""Settings from YAML, JSON and the command line, converted to the types of dataclass fields."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import yaml
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, with_preset
 
-_LISTS = {int: "whole numbers", float: "numbers", str: "words"}  # what a list holds, in an error
-_FORMS = {int: "[8, 11]", float: "[0.5, 2.0]", str: "[cat, dog]"}  # of a list, where the default is an empty one
+_LISTS = {int: "integers", float: "numbers", str: "strings"}  # element types in errors
+_FORMS = {int: "[8, 11]", float: "[0.5, 2.0]", str: "[cat, dog]"}  # examples for fields with an empty default
 
 
 def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, Any]:
-    """Values of some fields of a dataclass, each of its field's type; sections stay dictionaries.
+    """Convert values to the types of a dataclass's fields; sections stay dictionaries.
 
-    Lists become tuples, and whole numbers floats where asked for. Where a list of numbers is wanted, `8,11` is the
-    list that it means, and a number alone is a list of one, unless the default has several: it might mean each of
-    them. A section of which nothing is said is empty, and the name of a preset gives way to its fields.
+    Lists become tuples and integers become floats where required. For a list of numbers, `8,11` is accepted, and a
+    single number is a list of one unless the default has several values. An empty section (None) becomes {}, and the
+    name of a preset its fields.
 
     Args:
         kind: the dataclass.
-        values: by the fields' names, any of them.
-        where: what an error puts before a field's name.
+        values: values of any of its fields, by name.
+        where: prefix of field names in errors.
 
     Raises:
-        UserError: for fields that the dataclass does not have, and values of the wrong type.
+        UserError: for unknown fields and values of the wrong type.
     """
     types = typing.get_type_hints(kind)
     fields = {each.name: each for each in dataclasses.fields(kind)}
@@ -44,15 +44,15 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
 
 
 def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _section(name, kind, value)
     if typing.get_origin(kind) is tuple:
         return _several(name, typing.get_args(kind)[0], value, default)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        came = f"{name} {value!r} of type {type(value).__name__}"
-        raise UserError(came, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
+        found = f"{name} {value!r} of type {type(value).__name__}"
+        raise UserError(found, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
     return value
 
 
@@ -60,7 +60,7 @@ def _section(name: str, kind: type, value: Any) -> Any:
     if isinstance(value, kind):
         return value
     value = with_preset(value) if kind is Preprocessing else value
-    if value is None:  # all its lines are comments
+    if value is None:  # in YAML, a section with only comments
         return {}
     if not isinstance(value, dict):
         raise UserError(
@@ -72,13 +72,13 @@ def _section(name: str, kind: type, value: Any) -> Any:
 
 
 def _several(name: str, inner: Any, value: Any, default: Any) -> tuple:
-    """A list's values.
+    """Convert the values of a list.
 
     Args:
         name: for errors.
         inner: type of each value.
-        value: a list, `8,11`, or a number alone.
-        default: of the field.
+        value: a list, `8,11`, or a single number.
+        default: default of the field.
     """
     several = isinstance(default, tuple) and len(default) > 1
     if isinstance(value, str) and inner in (int, float):
@@ -98,15 +98,15 @@ def _no_list(name: str, inner: Any, value: Any, default: Any) -> UserError:
     return UserError(
         f"{name} {value!r}",
         f"a list of {_LISTS.get(inner, 'lists')}, as {form}",
-        f"write it in such brackets, also where there is one value only; --set '{name}={form}'",
+        f"write it in brackets, even for a single value: --set '{name}={form}'",
     )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, or of the JSON that a run keeps (which is YAML too).
+    """Read settings from a YAML file, or from the `config.json` of a run.
 
     Raises:
-        UserError: when the file is missing, is not YAML or holds no mapping.
+        UserError: if the file is missing, is not YAML or contains no mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -120,12 +120,12 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def assignments(texts: list[str]) -> dict[str, Any]:
-    """Nested settings from `section.field=value` texts; values are read as YAML.
+    """Nested settings from `section.field=value` strings; values are parsed as YAML.
 
     Raises:
-        UserError: for a text without `=` or a value that is not YAML.
+        UserError: for a string without `=` or a value that is not YAML.
     """
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
@@ -136,25 +136,24 @@ def assignments(texts: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {text}", "a value that is YAML", "quote it or correct it") from error
         for part in reversed(name.split(".")):
             given = {part: given}
-        made = merged(made, with_sections(given))
-    return made
+        result = merged(result, with_sections(given))
+    return result
 
 
 def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings in which a name that stands for a section has become one: `model: NAME`, `preprocessing: caffe`.
+    """Expand names that stand for a section: `model: NAME`, `preprocessing: caffe`.
 
-    Only sections can be merged with what other files and options say of the same section, and only the fields of a
-    preset count more than what was said before it.
+    Only sections can be merged with other settings of the same section.
 
     Raises:
-        UserError: for a preset that there is not.
+        UserError: for an unknown preset.
     """
-    made, model = dict(settings), settings.get("model")
+    result, model = dict(settings), settings.get("model")
     if isinstance(model, str):
-        made["model"] = {"name": model}
+        result["model"] = {"name": model}
     elif isinstance(model, dict) and "preprocessing" in model:
-        made["model"] = {**model, "preprocessing": with_preset(model["preprocessing"])}
-    return made
+        result["model"] = {**model, "preprocessing": with_preset(model["preprocessing"])}
+    return result
 
 
 def require_changes_of_a_run(settings: dict[str, Any]) -> None:
@@ -165,21 +164,21 @@ def require_changes_of_a_run(settings: dict[str, Any]) -> None:
     if "weights" in settings:
         raise UserError(
             f"--resume with the weights {settings['weights']!r}",
-            "the weights that the run has already",
-            "leave --weights out, or start a new run from those weights: --weights without --resume",
+            "no --weights: a run continues from its own",
+            "omit --weights, or start a new run from those weights without --resume",
         )
     if "name" in settings.get("model", {}):
         raise UserError(
             f"--resume with the model {settings['model']['name']!r}",
-            "the model that the run has already",
-            "leave it out, or start a new run of that model without --resume",
+            "no model: a run keeps its own",
+            "omit it, or start a new run of that model without --resume",
         )
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Both settings; where both have one the second's counts, section by section."""
-    made = dict(first)
+    """Merge two settings recursively; the second takes precedence."""
+    result = dict(first)
     for name, value in second.items():
-        both = isinstance(value, dict) and isinstance(made.get(name), dict)
-        made[name] = merged(made[name], value) if both else value
-    return made
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = merged(result[name], value) if both else value
+    return result

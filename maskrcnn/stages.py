@@ -1,8 +1,12 @@
-"""Names of the tensors on the way from images to detections, in their order.
+"""Names of the intermediate tensors of the detector, in order.
 
-PyTorch's model records them under these names, and an exported graph's values carry them, so two models can be
-compared stage by stage. Shapes as in docs/architecture.md; R proposals, L rows that have a mask or keypoints computed.
+PyTorch's model records them under these names and exported graphs name their values so; two models can thus be compared
+stage by stage. Shapes as in docs/architecture.md: R proposals, L rows with masks or keypoints.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 LEVELS = ("P2", "P3", "P4", "P5", "P6")
 
@@ -27,11 +31,11 @@ STAGES = (
     "keypoints",
 )
 
-OF_MASKS = ("mask_features", "mask_logits", "masks")  # models without masks lack these
-OF_KEYPOINTS = ("keypoint_features", "keypoint_logits", "keypoints")  # models without keypoints lack these
+OF_MASKS = ("mask_features", "mask_logits", "masks")  # absent without a mask head
+OF_KEYPOINTS = ("keypoint_features", "keypoint_logits", "keypoints")  # absent without a keypoint head
 
 
-def record(stages: dict | None, **tensors) -> None:
-    """Puts tensors into `stages`; without a dict they are not kept alive."""
+def record(stages: dict[str, Any] | None, **tensors: Any) -> None:
+    """Add tensors to `stages`, if it is a dict."""
     if stages is not None:
         stages.update(tensors)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from maskrcnn.data.coco import ImageRecord, Instance, instance_mask
 
@@ -148,7 +149,7 @@ class View:
         canvas[: self.size_hw[0], : self.size_hw[1]] = resized_mask(self.cut(mask), self.size_hw)
         return canvas
 
-    def box(self, box_xyxy_px: np.ndarray) -> np.ndarray:
+    def box(self, box_xyxy_px: npt.ArrayLike) -> np.ndarray:
         """Transform a box to the canvas, clipped to the window: float32 `[4]`."""
         top, left, bottom, right = self.window
         x1, y1, x2, y2 = np.asarray(box_xyxy_px, np.float32) - np.array([left, top, left, top], np.float32)

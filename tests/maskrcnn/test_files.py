@@ -95,9 +95,9 @@ def test_errors_of_other_files_stay_what_they_are(tmp_path):
 
 def test_parent_that_is_a_file_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"folder .*inner cannot be made"):
+    with pytest.raises(UserError, match=r"folder .*inner cannot be created"):
         make_folder(tmp_path / "file" / "inner")
-    with pytest.raises(UserError, match="cannot be made"), atomic_path(tmp_path / "file" / "x.json"):
+    with pytest.raises(UserError, match="cannot be created"), atomic_path(tmp_path / "file" / "x.json"):
         pass
 
 

@@ -24,5 +24,5 @@ def test_trainings_that_begin_together_get_a_folder_each(tmp_path):
 
 def test_a_place_that_cannot_have_runs_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
-    with pytest.raises(UserError, match="runs cannot be made"):
+    with pytest.raises(UserError, match="runs cannot be created"):
         runs.claim_next(tmp_path / "runs")

@@ -217,7 +217,7 @@ def test_concurrent_builds(toolchain, cache_folder, tmp_path):
 def test_a_cache_that_cannot_be_written(toolchain, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         build_library("kernels", arch=(90,), toolchain=toolchain)
     assert find_library("kernels", 90) is None
 
