@@ -1,4 +1,4 @@
-# Everything from a fresh clone, with Python and a package registry: `make test`, `make demo`.
+# From a fresh clone, with Python and a package registry: `make test`, `make demo`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Train, export, build an engine, compare them all, and look at one picture; all of it lands in demo/.
+# Train, export, build an engine, benchmark all of them, draw one prediction; everything is written to demo/.
 demo: .venv
 	mkdir -p demo
 	cd demo && ../$(BIN)/maskrcnn train
@@ -24,7 +24,7 @@ demo: .venv
 	cd demo && ../$(BIN)/python ../benchmarks/run.py
 	cd demo && ../$(BIN)/maskrcnn predict runs/shapes/val/000000.png
 
-# The folder's own date says nothing, so a stamp in it is what gets older than pyproject.toml.
+# A stamp file is compared with pyproject.toml: the folder's own date is not that of the installation.
 .venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install -e '.[test]'
 	touch $@
 
-# Back to a fresh clone, but for what was trained outside demo/.
+# Restores a fresh clone, except for runs outside demo/.
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

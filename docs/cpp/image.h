@@ -1,4 +1,4 @@
-// Images for the detector: read from PPM files, resized and padded as maskrcnn/imaging/preprocess.py does it.
+// Reads PPM images, and resizes and pads them as maskrcnn/imaging/preprocess.py does.
 
 #pragma once
 
@@ -17,7 +17,7 @@ struct Size {
     int height, width;
 };
 
-// Pixels by rows, RGB, 8 bits.
+// Row-major RGB pixels, 8 bits.
 struct Image {
     Size size;
     std::vector<uint8_t> pixels;
@@ -26,7 +26,7 @@ struct Image {
 // Reads a binary PPM file (`P6`, 8 bits). Comments are skipped.
 inline Image read_ppm(const std::string &path) {
     std::ifstream file(path, std::ios::binary);
-    if (!file) throw std::runtime_error(path + " can not be opened");
+    if (!file) throw std::runtime_error(path + " cannot be opened");
     auto word = [&] {
         std::string text;
         while (file >> text && text[0] == '#') file.ignore(1 << 16, '\n');
@@ -36,7 +36,7 @@ inline Image read_ppm(const std::string &path) {
     bool is_ppm = word() == "P6";
     int width = number(), height = number(), largest = number();
     if (!is_ppm || width < 1 || height < 1 || width > 65535 || height > 65535 || largest != 255) {
-        throw std::runtime_error(path + " is no binary PPM file of 8 bits (convert it: magick photo.jpg photo.ppm)");
+        throw std::runtime_error(path + " is not a binary PPM file of 8 bits (convert it: magick photo.jpg photo.ppm)");
     }
     file.ignore(1);  // the white space that ends the header
     Image image{{height, width}, std::vector<uint8_t>(size_t(height) * width * 3)};
@@ -45,7 +45,7 @@ inline Image read_ppm(const std::string &path) {
     return image;
 }
 
-// The size of an image whose shorter side becomes `shorter`, unless the longer one would then exceed `longest`.
+// Image size after resizing: shorter side `shorter`, longer side at most `longest`, px.
 inline Size resized_size(Size image, int shorter, int longest) {
     double scale = std::min(double(shorter) / std::min(image.height, image.width),
                             double(longest) / std::max(image.height, image.width));
@@ -58,18 +58,18 @@ inline Size padded_size(Size size, int divisor) {
     return {up(size.height), up(size.width)};
 }
 
-// Where linear interpolation along one axis reads for an output pixel: pixel centres lie at half-integers.
+// Source pixels and weight of linear interpolation along one axis; pixel centres are at half-integers.
 struct Taps {
     int low, high;
     float weight;  // of `high`
 };
 
-// The taps of the pixels `start` to `stop` of `out`.
+// The taps of output pixels `start` to `stop`, when `in` pixels are resized to `out`.
 inline std::vector<Taps> linear_taps(int in, int out, int start, int stop) {
     std::vector<Taps> taps;
     float scale = float(in) / float(out);
     for (int j = start; j < stop; ++j) {
-        // Rounded once, after the subtraction.
+        // In double, so that rounding happens once, after the subtraction.
         float position = std::max(float(double(float(j) + 0.5f) * double(scale) - 0.5), 0.0f);
         int low = std::min(int(position), in - 1);
         taps.push_back({low, std::min(low + 1, in - 1), std::clamp(position - float(low), 0.0f, 1.0f)});
@@ -79,7 +79,7 @@ inline std::vector<Taps> linear_taps(int in, int out, int start, int stop) {
 
 inline float mix(float low, float high, float weight) { return low + weight * (high - low); }
 
-// The detector's input [3, H, W]: float32, 0 to 255, resized without smoothing, zeros at the right and at the bottom.
+// The detector's input [3, H, W]: float32, 0 to 255, resized without antialiasing, zero-padded right and bottom.
 inline std::vector<float> network_input(const Image &image, Size resized, Size padded) {
     std::vector<float> input(size_t(3) * padded.height * padded.width);
     auto rows = linear_taps(image.size.height, resized.height, 0, resized.height);
@@ -93,7 +93,7 @@ inline std::vector<float> network_input(const Image &image, Size resized, Size p
             float *out = &input[(size_t(channel) * padded.height + y) * padded.width];
             for (int x = 0; x < resized.width; ++x) {
                 const Taps &column = columns[size_t(x)];
-                auto across = [&](int source) {  // down first, then across, as NumPy's version does
+                auto across = [&](int source) {  // vertically first, as in the NumPy version
                     return mix(at(row.low, source, channel), at(row.high, source, channel), row.weight);
                 };
                 out[x] = mix(across(column.low), across(column.high), column.weight);

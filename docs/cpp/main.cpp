@@ -1,13 +1,13 @@
-// Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints what it finds, by descending score:
+// Runs a TensorRT engine of `maskrcnn build-engine` on one image and prints the detections by descending score:
 //
 //   detect model.fp16.engine photo.ppm [--plugins libmaskrcnn_plugins.so] [--min-size PX] [--max-size PX]
 //          [--score 0.5] [--masks masks.pgm] [--version-compatible]
 //
 //   label 3 score 0.9000 box 12.50 8.00 150.00 120.00 [keypoints 20.00 31.25 7.1000 ...]
 //
-// A keypoint is x, y and its score; models without a keypoint head print none. `--masks` writes an image of the same
-// size, whose pixels are numbers of lines, 0 for background; where masks overlap the first has the pixel.
-// What images are resized to is in model.fp16.engine.json, and else given by --min-size and --max-size.
+// A keypoint is x, y and score; models without a keypoint head print none. `--masks` writes an image of the same size
+// whose pixels are line numbers from 1, 0 for background; where masks overlap, the first line keeps the pixel.
+// The resize parameters come from model.fp16.engine.json, or from --min-size and --max-size.
 // The engine's tensors are those of docs/architecture.md. An engine with ahead-of-time plugins needs no library.
 
 #include <NvInferRuntime.h>
@@ -26,7 +26,7 @@ namespace {
 
 using nvinfer1::OptProfileSelector;
 
-constexpr int kDivisor = 32;  // of heights and widths, as the model's metadata has it
+constexpr int kDivisor = 32;  // heights and widths are padded to a multiple of it
 
 class Logger : public nvinfer1::ILogger {
     void log(Severity severity, const char *message) noexcept override {
@@ -46,13 +46,13 @@ T *wanted(T *object, const std::string &what) {
 
 std::vector<char> bytes_of(const std::string &path) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
-    if (!file) throw std::runtime_error(path + " can not be opened");
+    if (!file) throw std::runtime_error(path + " cannot be opened");
     std::vector<char> bytes(static_cast<size_t>(file.tellg()));
     file.seekg(0).read(bytes.data(), std::streamsize(bytes.size()));
     return bytes;
 }
 
-// A buffer on the GPU and its copy on the host.
+// A buffer on the GPU and its host copy.
 class Tensor {
 public:
     Tensor(size_t bytes, const nvinfer1::Dims &dims) : host(bytes), shape(dims) {
@@ -84,7 +84,7 @@ private:
 
 using Tensors = std::map<std::string, std::unique_ptr<Tensor>>;
 
-// The profile that takes a single image of this size, and the size it is to be padded to.
+// Returns the profile that accepts one image of this size, and enlarges `padded` to its minimum.
 int choose_profile(const nvinfer1::ICudaEngine &engine, maskrcnn::Size &padded) {
     for (int profile = 0; profile < engine.getNbOptimizationProfiles(); ++profile) {
         auto least = engine.getProfileShape("images", profile, OptProfileSelector::kMIN);
@@ -110,7 +110,7 @@ size_t bytes_of(nvinfer1::DataType type, const nvinfer1::Dims &shape) {
     return bytes;
 }
 
-// From pixels of the network's input to pixels of the image.
+// Factors from pixels of the network's input to pixels of the image.
 struct Scale {
     float across, down;
 };
@@ -164,18 +164,18 @@ void detect(const maskrcnn::Options &options) {
     auto padded = maskrcnn::padded_size(resized, kDivisor);
     auto plan = bytes_of(options.engine);
 
-    check(cudaFree(nullptr), "no GPU");  // starts CUDA; TensorRT itself may crash where there is no driver
+    check(cudaFree(nullptr), "no GPU");  // initialises CUDA: TensorRT may crash without a driver
     Logger logger;
     std::unique_ptr<nvinfer1::IRuntime> runtime(
-        wanted(nvinfer1::createInferRuntime(logger), "TensorRT can not be started"));
+        wanted(nvinfer1::createInferRuntime(logger), "TensorRT cannot be started"));
     runtime->setEngineHostCodeAllowed(options.is_version_compatible);
     if (!options.plugins.empty()) {
         wanted(getPluginRegistry()->loadLibrary(options.plugins.c_str()),
-               options.plugins + " is no plugin library for this TensorRT");
+               options.plugins + " is not a plugin library for this TensorRT");
     }
     std::unique_ptr<nvinfer1::ICudaEngine> engine(
         wanted(runtime->deserializeCudaEngine(plan.data(), plan.size()),
-               options.engine + " is no engine that runs here: see TensorRT's messages, and rebuild it here"));
+               options.engine + " is not an engine for this machine: see TensorRT's messages, and rebuild it here"));
     std::unique_ptr<nvinfer1::IExecutionContext> context(
         wanted(engine->createExecutionContext(), "no memory for an execution context"));
 

@@ -1,4 +1,4 @@
-// Masks of detections as pixels of the image, pasted as maskrcnn/imaging/paste.py does it, and PGM files of them.
+// Pastes masks into the image as maskrcnn/imaging/paste.py does, and writes them as PGM files.
 
 #pragma once
 
@@ -8,44 +8,44 @@
 
 namespace maskrcnn {
 
-constexpr float kMaskThreshold = 0.5f;  // of `Detections.full_masks`: more than this is part of the object
+constexpr float kMaskThreshold = 0.5f;  // of `Detections.full_masks`; pixels above it belong to the object
 constexpr int kBorder = 1;              // pixels of zeros around a mask before it is pasted
 
-// In pixels of the image: pixel j covers [j, j + 1].
+// Pixels of the image; pixel j covers [j, j + 1].
 struct Box {
     float left, top, right, bottom;
 };
 
-// The pixels that a mask meets along one axis of the image, and what each reads of the mask with its border.
+// The image pixels that a mask covers along one axis, and the taps of each in the mask with its border.
 struct Extent {
     int first;
     std::vector<Taps> taps;
 };
 
-// The box grows as the mask does by its border, and is cut to whole pixels towards zero. Only what lies inside the
-// image is kept, which is nothing for a box outside it or one that is no box.
+// The box is enlarged like the mask by its border and truncated to whole pixels. Only the part inside the image is
+// kept: nothing for a box outside the image or an invalid box.
 inline Extent extent_of(float low, float high, int side, int limit) {
     float half = (high - low) * 0.5f * float(double(side + 2 * kBorder) / side), centre = (high + low) * 0.5f;
     float from = centre - half, to = centre + half;
-    if (!(std::abs(from) < 1e9f && std::abs(to) < 1e9f)) return {0, {}};  // beyond int, or not a number
+    if (!(std::abs(from) < 1e9f && std::abs(to) < 1e9f)) return {0, {}};  // exceeds int, or NaN
     int first = int(from), last = int(to);
     int start = std::max(first, 0), stop = std::min(last + 1, limit);
     if (start >= stop) return {0, {}};
     return {start, linear_taps(side + 2 * kBorder, last - first + 1, start - first, stop - first)};
 }
 
-// Numbers of detections by rows; 0 is background.
+// Detection number of each pixel, row-major; 0 is background.
 struct NumberedPixels {
     Size size;
     std::vector<uint16_t> pixels;
 };
 
-// Gives the pixels that a mask of side x side probabilities covers its number, where no mask before has them.
+// Sets `number` at the pixels of a mask of side x side probabilities that no earlier mask covers.
 inline void paste_mask(const float *mask, int side, const Box &box, uint16_t number, NumberedPixels &image) {
     Extent columns = extent_of(box.left, box.right, side, image.size.width);
     Extent rows = extent_of(box.top, box.bottom, side, image.size.height);
     size_t width = columns.taps.size();
-    // Across first, as NumPy's version does: each row of the mask becomes as wide as the box. The border is zeros.
+    // Horizontally first, as in the NumPy version: each mask row is resized to the box's width. The border is zero.
     std::vector<float> lines(size_t(side + 2 * kBorder) * width);
     for (int row = 0; row < side; ++row) {
         auto at = [&](int place) {
@@ -66,8 +66,8 @@ inline void paste_mask(const float *mask, int side, const Box &box, uint16_t num
     }
 }
 
-// Writes a binary PGM file: a byte for each pixel, or two, the high one first, where `largest` needs them. The file has
-// its name only once it is complete.
+// Writes a binary PGM file: one byte per pixel, or two (big-endian) if `largest` exceeds 255. The file gets its name
+// when it is complete.
 inline void write_pgm(const std::string &path, const NumberedPixels &image, int largest) {
     bool is_wide = largest > 255;
     std::string bytes = "P5\n" + std::to_string(image.size.width) + " " + std::to_string(image.size.height) + "\n" +
@@ -78,12 +78,12 @@ inline void write_pgm(const std::string &path, const NumberedPixels &image, int 
     }
     std::string part = path + ".part";
     std::ofstream file(part, std::ios::binary);
-    if (!file) throw std::runtime_error(path + " can not be written");
+    if (!file) throw std::runtime_error(path + " cannot be written");
     file << bytes;
     file.close();
     if (!file || std::rename(part.c_str(), path.c_str()) != 0) {
         std::remove(part.c_str());
-        throw std::runtime_error(path + " can not be written");
+        throw std::runtime_error(path + " cannot be written");
     }
 }
 

@@ -1,4 +1,4 @@
-// The words of the command line.
+// Command line options.
 
 #pragma once
 
@@ -13,12 +13,12 @@ namespace maskrcnn {
 
 struct Options {
     std::string engine, image, plugins, masks;
-    int min_size = 0, max_size = 0;  // of the model's preprocessing, px
+    int min_size = 0, max_size = 0;  // model preprocessing, px
     float score = 0.5f;
     bool is_version_compatible = false;
 };
 
-// A whole number of the metadata beside an engine, by its name; 0 where there is none.
+// An integer of the metadata beside an engine, by its name; 0 if absent.
 inline int metadata_number(const std::string &engine, const std::string &name) {
     std::ifstream file(engine + ".json");
     std::string text{std::istreambuf_iterator<char>(file), {}}, key = '"' + name + "\":";

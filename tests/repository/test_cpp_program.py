@@ -22,7 +22,7 @@ from maskrcnn.imaging.paste import paste_mask
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.imaging.preprocess import Preprocessing, batch_images, resized_size
 from maskrcnn.plugins.toolchain import find_cuda_headers
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.engine_files import read_model
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "docs" / "cpp"
@@ -242,7 +242,7 @@ def test_masks_that_can_not_be_written_leave_nothing(detect, tmp_path):
     for name, how in (("taken.pgm", {}), ("none/masks.pgm", {}), ("old.pgm", full), ("new.pgm", full)):
         done, _ = detect(image, "--masks", str(folder / name), outputs=outputs, **how)
         assert done.returncode == 1
-        assert done.stderr == f"error: {folder / name} can not be written\n"
+        assert done.stderr == f"error: {folder / name} cannot be written\n"
     assert sorted(path.name for path in folder.iterdir()) == ["old.pgm", "taken.pgm"]
     assert (folder / "old.pgm").read_bytes() == b"what was there"
     done, _ = detect(image, "--masks", str(folder / "old.pgm"), outputs=outputs)
@@ -293,16 +293,16 @@ def test_plugins_are_loaded_first(detect, tmp_path):
     done, _ = detect(image, "--plugins", str(tmp_path / "libmaskrcnn_plugins.so"))
     assert done.returncode == 0 and "loaded" in done.stderr
     done, _ = detect(image, "--plugins", "none.so")
-    assert done.returncode == 1 and "error: none.so is no plugin library" in done.stderr
+    assert done.returncode == 1 and "error: none.so is not a plugin library" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("image", "options", "text"),
     [
-        (b"P5 2 2 255\n1234", (), "is no binary PPM file"),
+        (b"P5 2 2 255\n1234", (), "is not a binary PPM file"),
         (b"P6 2 2 255\n1234", (), "ends before its last pixel"),
-        (b"P6 0 2 255\n", (), "is no binary PPM file"),
-        (b"", (), "is no binary PPM file"),
+        (b"P6 0 2 255\n", (), "is not a binary PPM file"),
+        (b"", (), "is not a binary PPM file"),
         (np.zeros((96, 96, 3), np.uint8), ("--colour",), "unknown option --colour"),
         (np.zeros((96, 96, 3), np.uint8), ("--score",), "--score without a value"),
         (np.zeros((96, 96, 3), np.uint8), ("--masks",), "--masks without a value"),
@@ -320,10 +320,10 @@ def test_errors_are_one_line(detect, image, options, text):
 
 def test_files_that_are_no_engines(detect, program, tmp_path):
     done, _ = detect(np.zeros((96, 96, 3), np.uint8), plan="something else")
-    assert done.returncode == 1 and "is no engine that runs here" in done.stderr
+    assert done.returncode == 1 and "is not an engine for this machine" in done.stderr
     command = [str(program), str(tmp_path / "none.engine"), str(tmp_path / "image.ppm"), *SIZES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "none.engine can not be opened" in done.stderr
+    assert done.returncode == 1 and "none.engine cannot be opened" in done.stderr
 
 
 def test_a_ppm_file_with_a_comment(detect):

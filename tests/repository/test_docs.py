@@ -20,7 +20,7 @@ def command_lines(text: str) -> list[str]:
 
 
 def unknown_words(line: str) -> list[str]:
-    """Words of a command line that are neither a command nor an option of it."""
+    """Words of a command line that are neither commands nor options."""
     command = typer.main.get_command(app)
     words = shlex.split(line.replace("…", ""))[1:]
     while words and hasattr(command, "commands"):
@@ -39,13 +39,13 @@ def test_every_command_in_the_documents_exists():
     assert [(name, line) for name, line in lines if unknown_words(line)] == []
 
 
-def test_the_check_finds_what_is_wrong():
+def test_the_check_finds_unknown_words():
     assert unknown_words("maskrcnn fly") == ["fly"]
     assert unknown_words("maskrcnn train --wings 2 --epochs 3") == ["--wings"]
     assert unknown_words("maskrcnn data shapes out --size 64") == []
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if "://" not in target:

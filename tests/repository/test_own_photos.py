@@ -1,4 +1,4 @@
-"""docs/from-photos-to-engine.md: its commands, run one after another on a few drawn photos that LabelMe outlined."""
+"""docs/from-photos-to-engine.md: its commands, run in order on a few drawn images with LabelMe annotations."""
 
 import re
 import shlex
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "from-photos-to-engine.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-# What is added to a command so that it takes seconds and does the same on every machine.
+# Options added to a command so that it takes seconds and does the same on every machine.
 ADDED = {
     "maskrcnn train": SMALL,
     "maskrcnn build-engine": ["--target", "openvino"],
     "python benchmarks/run.py": ["--repeat", "1", "--batch", "1", "--images", "1", "--no-peers"],
 }
-LEAVES = {
+WRITTEN = {
     "mine": "annotations/instances_val.json",
     "look": "",
     "runs/train-1": "best.safetensors",
@@ -38,7 +38,7 @@ LEAVES = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Five photos with LabelMe's files, one of them without objects, a new one, and the recipes."""
+    """Five images with LabelMe files, one of them without objects, a new image, and the recipes."""
     (tmp_path / "new").mkdir()
     (tmp_path / "photos").mkdir()
     for seed in range(6):
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def corners_of(mask):
-    """The upper left and the lower right corner of a mask's box."""
+    """The upper left and lower right corners of a mask's box."""
     y, x = mask.nonzero()
     return [[int(x.min()), int(y.min())], [int(x.max()), int(y.max())]]
 
@@ -75,22 +75,22 @@ def execute(line):
 
 def test_from_photos_to_an_engine(folder, checkpoint):
     assert len(COMMANDS) == 10
-    said = {}
+    printed = {}
     for line in COMMANDS:
-        said[line] = execute(line)
+        printed[line] = execute(line)
         if line.startswith("maskrcnn train"):
-            # Two steps leave nothing but noise, for which no engine in half precision is kept.
+            # Two steps give an untrained model, whose half-precision engine would be rejected.
             shutil.copy(checkpoint, folder / "runs" / "train-1" / "best.safetensors")
-    for name, inside in LEAVES.items():
+    for name, inside in WRITTEN.items():
         assert (folder / name / inside).exists(), name
-    (train,) = [text for line, text in said.items() if line.startswith("maskrcnn train")]
+    (train,) = [text for line, text in printed.items() if line.startswith("maskrcnn train")]
     assert "MaskRCNN_ResNet50_FPN_Weights.COCO_V1" in train and "roi_heads.box_predictor" in train
-    (rows,) = [result for line, result in said.items() if line.startswith("python")]
+    (rows,) = [result for line, result in printed.items() if line.startswith("python")]
     measured = {row.model for row in rows if row.status == "ok"}
     assert measured >= {"best.safetensors", "model.onnx", "model.fp16.xml"}
 
 
-def test_the_program_in_python_is_whole(folder, onnx_file, capsys):
+def test_the_python_example_runs(folder, onnx_file, capsys):
     (program,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert "runs/train-1/model.fp16.xml" in program
     exec(compile(program.replace("runs/train-1/model.fp16.xml", str(onnx_file)), "program", "exec"), {})
@@ -98,7 +98,7 @@ def test_the_program_in_python_is_whole(folder, onnx_file, capsys):
 
 
 @pytest.mark.parametrize("kind", ["via", "coco"])
-def test_other_outlines_are_converted_as_the_table_says(kind, tmp_path, monkeypatch):
+def test_other_annotations_are_converted_as_documented(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (line,) = re.findall(rf"`(maskrcnn data convert {kind} [^`]*)`", TEXT)
     if kind == "via":
@@ -112,7 +112,7 @@ def test_other_outlines_are_converted_as_the_table_says(kind, tmp_path, monkeypa
 
 
 def exported(root):
-    """COCO's format as CVAT exports it: one split, called default."""
+    """COCO format as CVAT exports it: one split named default."""
     coco(root)
     (*others, first) = sorted((root / "annotations").iterdir())
     for other in others:
