@@ -134,9 +134,9 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     canvas = image.astype(np.float32)
     for mark in reversed(marks):
         if mark.mask is not None:
-            colour = np.array(mark.colour, np.float32)
-            canvas[mark.mask] = (1 - _OPACITY) * canvas[mark.mask] + _OPACITY * colour
-            canvas[_outline(mark.mask)] = colour
+            tint = np.array(mark.colour, np.float32)
+            canvas[mark.mask] = (1 - _OPACITY) * canvas[mark.mask] + _OPACITY * tint
+            canvas[_outline(mark.mask)] = tint
     drawn = Image.fromarray(canvas.round().astype(np.uint8))
     draw = ImageDraw.Draw(drawn)
     for mark in reversed(marks):
@@ -153,7 +153,7 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
 
 
 def _scale(image: np.ndarray) -> int:
-    return max(1, -(-_MIN_SIDE_PX // max(image.shape[:2])))
+    return max(1, -(-_MIN_SIDE_PX // int(max(image.shape[:2]))))
 
 
 def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
@@ -163,7 +163,7 @@ def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
 def _enlarged(detections: Detections, scale: int) -> Detections:
     """The detections on an image of `scale` times the size."""
     height, width = detections.size_hw
-    points = None if detections.keypoints is None else detections.keypoints * np.float32([scale, scale, 1])
+    points = None if detections.keypoints is None else detections.keypoints * np.array([scale, scale, 1], np.float32)
     size_hw = height * scale, width * scale
     return replace(detections, boxes_xyxy_px=detections.boxes_xyxy_px * scale, size_hw=size_hw, keypoints=points)
 
@@ -172,4 +172,5 @@ def _outline(mask: np.ndarray) -> np.ndarray:
     """Pixels of a mask bool `[H, W]` with a neighbour outside it."""
     padded = np.pad(mask, 1)
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inner
+    outline: np.ndarray = mask & ~inner
+    return outline

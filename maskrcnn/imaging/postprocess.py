@@ -173,12 +173,12 @@ def unpack(
     unpacked = []
     for index, (height, width) in enumerate(original_sizes):
         kept = slice(int(outputs["num_detections"][index]))
-        ratio_y, ratio_x = np.float32([height, width]) / np.asarray(image_sizes[index], np.float32)
+        ratio_y, ratio_x = np.array([height, width], np.float32) / np.asarray(image_sizes[index], np.float32)
         masks, keypoints = outputs.get("masks"), outputs.get("keypoints")
         unpacked.append(
             Detections(
                 boxes_xyxy_px=np.asarray(outputs["boxes"][index][kept], np.float32)
-                * np.float32([ratio_x, ratio_y, ratio_x, ratio_y]),
+                * np.array([ratio_x, ratio_y, ratio_x, ratio_y], np.float32),
                 scores=np.asarray(outputs["scores"][index][kept], np.float32),
                 labels=np.asarray(outputs["labels"][index][kept], np.int64),
                 masks=None if masks is None else np.asarray(masks[index][kept], np.float32),
@@ -186,7 +186,7 @@ def unpack(
                 paste=paste,
                 keypoints=None
                 if keypoints is None
-                else np.asarray(keypoints[index][kept], np.float32) * np.float32([ratio_x, ratio_y, 1]),
+                else np.asarray(keypoints[index][kept], np.float32) * np.array([ratio_x, ratio_y, 1], np.float32),
             )
         )
     return unpacked

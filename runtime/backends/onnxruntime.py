@@ -41,7 +41,7 @@ _DTYPES = {
 _ON_GPU = (Provider.CUDA.full_name, Provider.TENSORRT.full_name)
 
 
-class GpuBinding:
+class _GpuBinding:
     """Inputs and outputs of a session in GPU memory; any number of threads may use it.
 
     Args:
@@ -112,13 +112,13 @@ class GpuBinding:
         return found
 
 
-def gpu_binding(device: int, metadata: ModelMetadata) -> GpuBinding | None:
+def gpu_binding(device: int, metadata: ModelMetadata) -> _GpuBinding | None:
     """Creates the binding for a GPU, or None if cuda-bindings is missing or newer than the driver."""
     try:
         cuda = Cuda(device)
     except UserError:
         return None
-    return GpuBinding(cuda, metadata)
+    return _GpuBinding(cuda, metadata)
 
 
 def _bind_host_input(binding: Any, name: str, value: Any) -> None:
@@ -236,7 +236,7 @@ class OnnxRuntimeBackend(Backend):
                 "export it again; a bfloat16 file runs with --backend openvino",
             ) from error
 
-    def bind_to(self, gpu: GpuBinding | None) -> None:
+    def bind_to(self, gpu: _GpuBinding | None) -> None:
         """Binds inputs and outputs to GPU memory, or to the host's."""
         self._gpu_binding, self.takes_gpu_arrays = gpu, gpu is not None
         self.paste: Paste | None = None if gpu is None else gpu.paste

@@ -367,8 +367,10 @@ class ExecutionContexts:
                 self.bindings.popitem()[1].close()
             if self.loader is not None:
                 self.loader.close()
-            for each in (*self.staging.values(), self.scratch, self.stream):
-                each.close()
+            for staging in self.staging.values():
+                staging.close()
+            self.scratch.close()
+            self.stream.close()
 
 
 def _input_shape(spec: TensorSpec, shape: Shape) -> tuple[int, ...]:

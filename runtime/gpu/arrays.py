@@ -15,8 +15,8 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.gpu.memory import LEGACY_STREAM, Cuda, Stream
 
-CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
-_ON_GPU = (CUDA, CUDA_MANAGED)
+CPU, CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
+_ON_GPU = (CUDA, _CUDA_MANAGED)
 _NAME, _VERSIONED_NAME = b"dltensor", b"dltensor_versioned"
 _USED = {_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
 _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode, by NumPy's kind

@@ -1,4 +1,4 @@
-"""Keypoints in every backend: the same as PyTorch's, stage by stage, and what half precision makes of them."""
+"""Keypoints in every backend against PyTorch, stage by stage, and in half precision."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import torch
 from maskrcnn.errors import UserError
 from maskrcnn.model.roi_heads import keypoints_from_heatmaps
 from maskrcnn.runtime.backends.openvino import OpenVinoBackend
+from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import Detector, load_backend
 from maskrcnn.runtime.verification.compare import (
@@ -48,7 +49,7 @@ def half_engine(tmp_path_factory, joint_onnx_file):
 # Every backend
 
 
-def test_onnx_runtime_and_openvino_find_what_pytorch_finds(reference, joint_onnx_file):
+def test_onnx_runtime_and_openvino_agree_with_pytorch(reference, joint_onnx_file):
     for backend in (load_backend(joint_onnx_file, **CPU), OpenVinoBackend(joint_onnx_file)):
         assert list(backend.describe()[1])[-2:] == ["masks", "keypoints"]
         difference = compare_backends(reference, backend, EXACT)
@@ -70,7 +71,7 @@ def test_a_detector_gives_keypoints_in_pixels_of_the_image(joint_onnx_file, refe
         assert len(found) == len(wanted)
 
 
-def test_half_precision_on_the_cpu_searches_heat_maps_in_single_precision(half_engine):
+def test_an_engine_in_half_precision_searches_heat_maps_in_float32(half_engine):
     """Both sides search the engine's own maps, so that only the search can differ."""
     engine = load_backend(half_engine)
     distances = []
@@ -89,7 +90,7 @@ def test_half_precision_on_the_cpu_searches_heat_maps_in_single_precision(half_e
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_pytorch_in_half_precision_searches_in_single_precision(reference, joint_onnx_file, precision):
+def test_pytorch_in_half_precision_searches_heat_maps_in_float32(reference, joint_onnx_file, precision):
     half = load_backend(joint_onnx_file.with_name("best.safetensors"), device="cpu", precision=precision)
     difference = compare_backends(reference, half, HALF)
     assert difference.within(HALF) and difference.keypoints.compared > 50, str(difference)
@@ -104,10 +105,10 @@ def test_pytorch_in_half_precision_searches_in_single_precision(reference, joint
 def test_half_precision_finds_nearly_the_same(reference, half_engine):
     difference = compare_backends(reference, load_backend(half_engine), HALF)
     assert difference.within(HALF) and difference.keypoints.compared > 50, str(difference)
-    assert difference.keypoints.largest_px > 0  # it is another arithmetic
+    assert difference.keypoints.largest_px > 0  # the arithmetic differs
 
 
-# Stage by stage
+# Verification
 
 
 def test_an_exported_file_agrees_in_every_stage(reference, joint_onnx_file):
@@ -122,7 +123,7 @@ def test_an_exported_file_agrees_in_every_stage(reference, joint_onnx_file):
 def test_an_engine_agrees_by_the_tolerances_of_its_precision(reference, half_engine):
     report = verify(reference, load_backend(half_engine), drawn_batches())
     assert report.ok and report.tolerances == "half", report.table()
-    # What both heads pool alike is one tensor, which an engine shows under the first of its names.
+    # Features pooled by both heads are one tensor, which an engine returns under the first of its names.
     assert [report.result(stage).compared > 0 for stage in OF_KEYPOINTS] == [False, True, True], report.table()
     assert report.result("mask_features").compared
 
@@ -164,7 +165,7 @@ def test_a_planted_fault_is_found_where_it_is(tmp_path, reference, joint_onnx_fi
     report = verify(reference, planted, drawn_batches())
     assert [r.stage for r in report.stages if r.verdict is Verdict.DEPARTS] == departing, report.table()
     assert report.conclusion().startswith(f"first departure: {departing[0]}")
-    if change is not half_a_pixel_off:  # which is within the tolerance of a comparison of files
+    if change is not half_a_pixel_off:  # within the tolerance of a comparison of files
         assert not compare_backends(reference, planted, EXACT).within(EXACT)
 
 
@@ -177,18 +178,12 @@ def test_models_of_other_keypoints_are_not_compared(joint_model, reference):
 
 
 def test_a_model_of_keypoints_alone_has_no_stages_of_masks(pose_model):
-    backend = load_backend_of(pose_model)
+    backend = TorchBackend(pose_model, device="cpu")
     stages = {result.stage for result in verify(backend, backend, drawn_batches()).stages}
     assert stages >= set(OF_KEYPOINTS) and not stages & set(OF_MASKS)
 
 
-def load_backend_of(model):
-    from maskrcnn.runtime.backends.torch import TorchBackend
-
-    return TorchBackend(model, device="cpu")
-
-
-# The comparison by itself
+# Comparison
 
 
 def points(*rows) -> np.ndarray:
