@@ -93,5 +93,5 @@ def test_missing_and_unknown_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError):
         tables.rewritten(text, tmp_path)
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="no known kind"):
+    with pytest.raises(ValueError, match="unknown kind"):
         tables.rewritten(text, tmp_path)
