@@ -324,8 +324,9 @@ def _vgg(norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
     for index, layer in enumerate(layers):
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, nn.BatchNorm2d) and norm is not None:
             layers[index] = norm(layer.num_features)
     return layers
 

@@ -20,6 +20,9 @@ class MaskRCNN(nn.Module):
     the same code trains, runs, exports and compiles. Loads torchvision state dicts of the same architecture unchanged.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

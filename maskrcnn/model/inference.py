@@ -59,7 +59,8 @@ def _unfreeze(module: FoldedConv2d) -> None:
     module.weight = nn.Parameter(module.weight * scale[:, None, None, None], requires_grad=False)
     module.bias = nn.Parameter(shift, requires_grad=False)
     del module.__dict__["norm"]
-    module.__class__ = nn.Conv2d  # the norm after it, FoldedBatchNorm2d, is an identity
+    # The norm after it, FoldedBatchNorm2d, is an identity.
+    module.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def _lower(module: nn.Module, dtype: torch.dtype) -> None:
@@ -100,7 +101,7 @@ class GraphedModel:
     def __init__(self, run: _Run, *, shapes: int = 8) -> None:
         self.run, self.shapes = run, shapes
         self._calls: OrderedDict[tuple, _Run | None] = OrderedDict()  # by shape, most recent last; None: called once
-        self._pool: tuple | None = None  # shared memory pool: one graph runs at a time and its results are copied
+        self._pool: Any = None  # shared memory pool: one graph runs at a time and its results are copied
         # The stream of all captures: graphs captured on different streams do not share memory.
         self._side: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None  # last use of the graphs' memory on any stream

@@ -6,6 +6,8 @@ which samples a grid of points and max-pools 2 × 2 of them. RoIs are xyxy in pi
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torchvision
 from torch import Tensor
@@ -133,7 +135,7 @@ def multilevel_roi_crop(
     in_level = [(level == k).to(torch.int64) for k in range(len(features))]
     # Properties of each RoI's level, as sums of products: an indexed table would have to be copied to the device.
     scale, top, height, width = (
-        sum(is_level * value for is_level, value in zip(in_level, values, strict=True))[..., None]
+        cast(Tensor, sum(is_level * value for is_level, value in zip(in_level, values, strict=True)))[..., None]
         for values in (
             [0.5 ** (min_level + k) for k in range(len(features))],
             tops,
@@ -162,7 +164,9 @@ def _atlas(features: list[Tensor]) -> tuple[Tensor, list[int]]:
 
     A single `grid_sample` then reads every RoI at its own level. Channels last, which is three times as fast on a CPU.
     """
-    width, parts, tops, row = features[0].shape[3], [], [], 1
+    parts: list[Tensor] = []
+    tops: list[int] = []
+    width, row = features[0].shape[3], 1
     for feature in features:
         first = not parts
         parts.append(F.pad(feature.to(torch.float32), (1, 1 + width - feature.shape[3], int(first), 1)))

@@ -179,7 +179,9 @@ def _neighbourhoods(features: list[Tensor], cells: Tensor, radius: int) -> tuple
     """
     offsets = torch.arange(-radius, radius + 1, device=cells.device)
     image = torch.arange(cells.shape[0], device=cells.device)[:, None, None, None]
-    values, inside, first = 0, False, 0
+    values = features[0].new_zeros(())
+    inside = torch.zeros((), dtype=torch.bool, device=cells.device)
+    first = 0
     for feature in features:
         height, width = feature.shape[2:]
         cell = cells - first

@@ -61,7 +61,7 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
     visible = np.zeros(len(objects))
     for k, instance in enumerate(objects):
         mask = instance_mask(record, instance)
-        visible[k] = np.count_nonzero(view.cut(mask)) / max(np.count_nonzero(mask), 1)
+        visible[k] = int(np.count_nonzero(view.cut(mask))) / max(int(np.count_nonzero(mask)), 1)
         masks[k] = view.mask(mask)
     labels = np.array([instance.label for instance in objects], np.int64)
     return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners))

@@ -31,7 +31,8 @@ def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups with weight decay (convolution and linear weights) and without (all others)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.dim() > 1 and not name.endswith("layer_scale")

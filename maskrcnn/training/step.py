@@ -123,7 +123,7 @@ class Step:
             self.scaler.update()
             return
         # The fused optimizers read these attributes, which GradScaler sets too, and skip the step on the device.
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (~finite).float()
+        vars(self.optimizer).update(grad_scale=None, found_inf=(~finite).float())
         self.optimizer.step()
 
 

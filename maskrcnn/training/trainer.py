@@ -50,8 +50,13 @@ class TrainingProgress(Protocol):
         """Receives a line for the user, such as a skipped step."""
 
 
-class _Silent(TrainingProgress):
+class _Silent:
     """Ignores the progress."""
+
+    def start(self, total_images: int, done_images: int) -> None: ...
+    def step(self, images: int, *, epoch: int, loss: float) -> None: ...
+    def epoch(self, metrics: dict[str, Any]) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 class Trainer:
@@ -83,7 +88,7 @@ class Trainer:
             group_by_aspect_ratio=config.group_by_aspect_ratio,
         )
         torch.manual_seed(config.seed)
-        self.model = MaskRCNN(config.model).to(self.device, memory_format=torch.channels_last)
+        self.model = MaskRCNN(config.model).to(self.device).to(memory_format=torch.channels_last)
         if config.batch_norm == "sync":
             self.model = _synchronised(self.model, self.device)
         self.frozen = freeze_stages(self.model, config.trainable_stages)

@@ -50,7 +50,12 @@ CONVENTIONS: dict[str, Any] = {
 }
 
 # Depth by (blocks of the stages res2 to res5, bottleneck blocks).
-_DEPTHS = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34, ((3, 4, 6, 3), True): 50, ((3, 4, 23, 3), True): 101}
+_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+}
 
 # Patterns of tensor names with their replacements.
 _RENAMED: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
@@ -186,15 +191,15 @@ def _mask_channels(renamed: dict[str, Tensor]) -> tuple[int, ...]:
 
 def _background_first(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
     """Move the background class from last to 0, and add its boxes and masks, which Detectron2 does not have."""
-    made = dict(renamed)
+    converted = dict(renamed)
     for name, value in renamed.items():
         if name.startswith(_PREDICTOR + "cls_score."):
-            made[name] = torch.cat([value[-1:], value[:-1]])
+            converted[name] = torch.cat([value[-1:], value[:-1]])
         elif name.startswith(_PREDICTOR + "bbox_pred."):
-            made[name] = torch.cat([torch.zeros_like(value[:4]), value])
+            converted[name] = torch.cat([torch.zeros_like(value[:4]), value])
         elif name.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
-            made[name] = torch.cat([torch.zeros_like(value[:1]), value])
-    return made
+            converted[name] = torch.cat([torch.zeros_like(value[:1]), value])
+    return converted
 
 
 def _check_buffers(tensors: dict[str, Tensor], source: str | Path) -> None:
@@ -203,17 +208,18 @@ def _check_buffers(tensors: dict[str, Tensor], source: str | Path) -> None:
         found = tensors.get(name, torch.tensor(expected)).flatten().tolist()
         if len(found) != 3 or any(abs(a - b) > 0.01 for a, b in zip(found, expected, strict=True)):
             raise _unsupported(source, f"{name} {found} instead of {list(expected)}")
-    plain = ModelConfig()
+    default = ModelConfig()
     for name, cells in tensors.items():
-        level = found[1] if (found := _BUFFERS.fullmatch(name)) else None
-        if level is None:
+        match = _BUFFERS.fullmatch(name)
+        if match is None or match[1] is None:
             continue
-        size = plain.anchor_sizes_px[int(level)] if int(level) < len(plain.anchor_sizes_px) else 0.0
-        expected = cell_anchors(size, plain.anchor_aspect_ratios, rounded=False)
-        sides = [corners[:, 2:] - corners[:, :2] for corners in (cells.float(), expected)]
+        level = int(match[1])
+        size = default.anchor_sizes_px[level] if level < len(default.anchor_sizes_px) else 0.0
+        anchors = cell_anchors(size, default.anchor_aspect_ratios, rounded=False)
+        sides, expected_sides = (corners[:, 2:] - corners[:, :2] for corners in (cells.float(), anchors))
         # Loose tolerance: Detectron's first version rounded its anchors, which Detectron2 ignores too.
-        if sides[0].shape != sides[1].shape or not torch.allclose(*sides, rtol=0.05, atol=2):
-            raise _unsupported(source, f"anchors {name} with sides {sides[0].tolist()}")
+        if sides.shape != expected_sides.shape or not torch.allclose(sides, expected_sides, rtol=0.05, atol=2):
+            raise _unsupported(source, f"anchors {name} with sides {sides.tolist()}")
 
 
 def _unsupported(source: str | Path, found: str) -> UserError:

@@ -143,21 +143,20 @@ def test_a_killed_process_continues_to_the_same_weights(shapes, tmp_path):
 
 
 DIES_WHILE_WRITING = """
-import os, signal, sys
-from maskrcnn import files
+import os, pathlib, signal, sys
 from maskrcnn.cli import main
 
-flush, written = files._flush, []
+replace, written = os.replace, []
 
-def dies(path):
-    if path.name.startswith(".state"):
-        written.append(path)
-        if len(written) == 3:  # the first state is that of the beginning
-            os.truncate(path, path.stat().st_size // 2)
+def dies(source, target):
+    if pathlib.Path(source).name.startswith(".state"):
+        written.append(source)
+        if len(written) == 3:  # the first is the initial state
+            os.truncate(source, os.path.getsize(source) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
+    replace(source, target)
 
-files._flush = dies
+os.replace = dies
 sys.argv[0] = "maskrcnn"
 main()
 """
