@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _COLOURS = (
     "#827717",
     "#37474f",
 )
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "maskrcnn",  # the same chart gives the same bytes
     "text.parse_math": False,  # names may contain $
@@ -94,13 +94,16 @@ def line_chart(
             line.set_gid(f"series-{number}")
             lines.append(line)
         points = np.concatenate(list(drawn.values()))
-        for axis, is_log, limits, values in zip(
-            (axes.xaxis, axes.yaxis), (log_x, log_y), (x_range, y_range), points.T, strict=True
-        ):
-            if is_log:
-                _make_logarithmic(axis, float(values.max() / values.min()))
-            if limits is not None:
-                axis.set_view_interval(*limits, ignore=True)
+        if log_x:
+            axes.set_xscale("log")
+            _set_log_ticks(axes.xaxis, points[:, 0])
+        if log_y:
+            axes.set_yscale("log")
+            _set_log_ticks(axes.yaxis, points[:, 1])
+        if x_range is not None:
+            axes.set_xlim(x_range)
+        if y_range is not None:
+            axes.set_ylim(y_range)
         axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -116,15 +119,15 @@ def line_chart(
 
 def _drawable(points: Sequence[tuple[float, float]] | np.ndarray, log_x: bool, log_y: bool) -> np.ndarray:
     values = np.asarray(points, np.float64).reshape(-1, 2)
-    return values[(np.isfinite(values) & ((values > 0) | ~np.array([log_x, log_y]))).all(axis=1)]
+    is_drawable = np.isfinite(values) & ((values > 0) | ~np.array([log_x, log_y]))
+    return np.compress(is_drawable.all(axis=1), values, axis=0)
 
 
-def _make_logarithmic(axis: Axis, ratio: float) -> None:
-    """Logarithmic scale with plain numbers at 1, 2, 5, …, or at powers of ten if the values span a `ratio` > 300."""
+def _set_log_ticks(axis: Axis, values: np.ndarray) -> None:
+    """Ticks at 1, 2, 5, 10, … in plain numbers, or at powers of ten if the values span a factor of more than 300."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 300 else (1,)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 300 * values.min() else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -28,7 +28,8 @@ class ImageScores:
     @property
     def missed(self) -> np.ndarray:
         """Objects `[I]` int64 that are not found."""
-        return np.subtract(self.objects, self.found)
+        missed: np.ndarray = self.objects - self.found
+        return missed
 
     def worst(self, count: int) -> list[int]:
         """Up to `count` images with objects, or with false positives, by ascending AP, then by descending errors."""

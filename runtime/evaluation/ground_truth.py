@@ -257,7 +257,7 @@ class _DatasetTruth(GroundTruth):
 
     @cached_property
     def _is_unlabelled(self) -> np.ndarray:
-        return ~(self.keypoints[:, :, 2] > 0).any(axis=1)
+        return np.logical_not((self.keypoints[:, :, 2] > 0).any(axis=1))
 
 
 def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: _Fault) -> Masks:

@@ -35,9 +35,9 @@ class Results:
     category: np.ndarray  # [D] int64, index in the ground truth's `category_ids`
     score: np.ndarray  # [D] float64
     given_boxes: np.ndarray | None  # [D, 4] float64 (x, y, width, height); None: the masks' boxes
-    masks: list[dict[str, Any]] | None  # compressed run-length encodings of kind "segm"
-    pixels: np.ndarray | None  # [D] int64 of the masks
-    keypoints: np.ndarray | None  # [D, K, 3] float64 of kind "keypoints", K as in the ground truth
+    masks: list[dict[str, Any]]  # compressed run-length encodings of kind "segm"; empty if not needed
+    pixels: np.ndarray  # [D] int64 of the masks; empty if not needed
+    keypoints: np.ndarray  # [D, K, 3] float64 of kind "keypoints", K as in the ground truth; empty if not needed
     unknown_categories: dict[str, int]  # category id -> results that are not scored
 
     def __len__(self) -> int:
@@ -53,9 +53,10 @@ class Results:
     @property
     def area_px(self) -> np.ndarray:
         """Areas `[D]` float64, which decide on small, medium and large."""
-        if self.given_boxes is not None:
-            return np.prod(self.given_boxes[:, 2:], axis=1)
-        return np.asarray(self.pixels, np.float64)
+        if self.given_boxes is None:
+            return self.pixels.astype(np.float64)
+        areas: np.ndarray = self.given_boxes[:, 2] * self.given_boxes[:, 3]
+        return areas
 
     def remark(self) -> str:
         """Warnings about the scores, or an empty text."""
@@ -118,7 +119,8 @@ def checked_results(
     def kept_fault(row: int, what: str) -> UserError:
         return fault(known[row], what)
 
-    points = masks = pixels = boxes = None
+    masks: list[dict[str, Any]] = []
+    pixels, points, boxes = np.zeros(0, np.int64), np.zeros((0, 0, 3)), None
     score = _numbers(([entry["score"]] for entry in kept), 1, "score", kept_fault).reshape(-1)
     if "keypoints" in (kind, measured_by):
         count = len(truth.sigmas)
@@ -129,7 +131,7 @@ def checked_results(
         masks, pixels = checked_masks([entry.get("segmentation") for entry in kept], sizes_hw, kept_fault)
     if measured_by == "bbox":
         boxes = _numbers((entry.get("bbox") for entry in kept), 4, "bbox", kept_fault)
-    elif points is not None and measured_by == "keypoints":  # around all, visible or not
+    elif measured_by == "keypoints":  # around all, visible or not
         low, high = points[:, :, :2].min(axis=1), points[:, :, :2].max(axis=1)
         boxes = np.concatenate([low, high - low], axis=1)
     return Results(

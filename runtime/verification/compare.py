@@ -97,7 +97,8 @@ def at_edge(scores: np.ndarray, rows: np.ndarray, margin: float, score_threshold
         max_rows: maximum number of detections that are reported.
     """
     edge = scores.min() if len(scores) >= max_rows else score_threshold
-    return scores[rows] <= edge + margin
+    is_excused: np.ndarray = scores[rows] <= edge + margin
+    return is_excused
 
 
 # A keypoint is the best pixel of a heat map. Where two pixels score nearly alike, rounding decides, and the two may be
@@ -163,13 +164,15 @@ def compare_keypoints(reference: np.ndarray, other: np.ndarray, tolerance: Keypo
 
 def keypoint_distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Distances `[P, K]` px of keypoints `[P, K, 3]` along the axis on which they are farther apart."""
-    return np.abs(reference[..., :2] - other[..., :2]).max(axis=-1, initial=0.0)
+    distances: np.ndarray = np.abs(reference[..., :2] - other[..., :2]).max(axis=-1, initial=0.0)
+    return distances
 
 
 def score_differences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Differences `[P, K]` of the scores of keypoints `[P, K, 3]`, relative to the reference's or to 1, if larger."""
     size = np.maximum(np.abs(reference[..., 2]), 1.0)
-    return np.abs(reference[..., 2] - other[..., 2]) / size
+    differences: np.ndarray = np.abs(reference[..., 2] - other[..., 2]) / size
+    return differences
 
 
 def merge_keypoints(parts: Sequence[KeypointDifference | None]) -> KeypointDifference | None:
@@ -177,10 +180,13 @@ def merge_keypoints(parts: Sequence[KeypointDifference | None]) -> KeypointDiffe
     present = [part for part in parts if part is not None]
     if not present:
         return None
-    counts = {name: sum(getattr(part, name) for part in present) for name in ("compared", "beyond")}
-    names = ("px", "score", "largest_px", "largest_score")
     return KeypointDifference(
-        **counts, **{name: float(np.max([getattr(part, name) for part in present])) for name in names}
+        compared=sum(part.compared for part in present),
+        beyond=sum(part.beyond for part in present),
+        px=_largest(np.array([part.px for part in present])),
+        score=_largest(np.array([part.score for part in present])),
+        largest_px=_largest(np.array([part.largest_px for part in present])),
+        largest_score=_largest(np.array([part.largest_score for part in present])),
     )
 
 
@@ -420,8 +426,8 @@ class Mismatch:
 
 def merge_mismatches(parts: Sequence[Mismatch]) -> Mismatch:
     """Merges the mismatches of several images."""
-    sums = ("images", "detections", "other_detections", "unpaired", "excused", "reordered")
-    sums += ("masks", "jumped", "mask_px_sum")
+    counts = ("images", "detections", "other_detections", "unpaired", "excused", "reordered")
+    sums = (*counts, "masks", "jumped", "mask_px_sum")
     values: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in sums}
     for name in ("labels", "box_px", "score", "mask_px"):
         values[name] = max((getattr(part, name) for part in parts), default=0)

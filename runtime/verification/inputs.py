@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None
             dataclasses.replace(rule, min_size_px=size_px, max_size_px=max(size_px, rule.max_size_px))
             for rule in (reference, other)
         )
-    sizes = {
+    sizes: dict[str, Any] = {
         "min_size_px": reference.min_size_px,
         "max_size_px": reference.max_size_px,
         "divisor": math.lcm(reference.divisor, other.divisor),

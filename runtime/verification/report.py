@@ -107,15 +107,17 @@ class VerifyReport:
 
     def conclusion(self) -> str:
         """One or two lines: whether the models agree, or where they differ first and the usual cause."""
-        if self.ok:
+        departure = self.first_departure
+        if departure is None:
             skipped = sum(result.verdict is Verdict.NOT_COMPARED for result in self.stages)
             return f"no stage departs, by the tolerances of {self.tolerances!r}" + (
                 f"; {skipped} of {len(self.stages)} were not compared" if skipped else ""
             )
-        first = self.result(self.first_departure)
+        first = self.result(departure)
+        image = "" if first.worst_image is None else self.images[first.worst_image]
         kept = f" of all but {first.limit.share:.1%} of the rows" if first.limit.share else ""
         return (
-            f"first departure: {first.stage}, most on {self.images[first.worst_image]}: "
+            f"first departure: {first.stage}, most on {image}: "
             f"needs a tolerance of {_digits(first.needed)}{kept}, "
             f"{self.tolerances!r} allows {first.limit.tolerance:g}\n"
             f"look at: {_CAUSES[stage_kind(first.stage)]}"

@@ -113,22 +113,22 @@ def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
 
 def _relative_shifts(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Maximum shift of a side relative to the box size, `[K]`, of pairs of boxes `[K, 4]`."""
-    shifts: np.ndarray = np.abs(reference - other).max(axis=1, initial=0.0)
-    return shifts / _sizes_px(reference)
+    shifts: np.ndarray = np.abs(reference - other).max(axis=1, initial=0.0) / _sizes_px(reference)
+    return shifts
 
 
 def _sizes_px(boxes: np.ndarray) -> np.ndarray:
     """Square root of the area `[K]` of boxes `[K, 4]`; at least `_SMALLEST_PX`."""
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    sides: np.ndarray = np.sqrt(areas.clip(min=0))
-    return np.maximum(sides, _SMALLEST_PX)
+    sides: np.ndarray = np.maximum(np.sqrt(areas.clip(min=0)), _SMALLEST_PX)
+    return sides
 
 
 def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
     boxes = [_float(side.stages["proposals"][index]) for side in (first, second)]
     rows = [np.flatnonzero(~(box == 0).all(axis=1)) for box in boxes]  # unused ones are zero
     boxes = [box[used] for box, used in zip(boxes, rows, strict=True)]
-    pairs = pair_boxes(*boxes, tolerances.min_iou)
+    pairs = pair_boxes(boxes[0], boxes[1], tolerances.min_iou)
     alone = len(pairs.unpaired_first) + len(pairs.unpaired_second)
     errors = {"proposals": _box_error(boxes[0][pairs.first], boxes[1][pairs.second], alone)}
     agree = _relative_shifts(boxes[0][pairs.first], boxes[1][pairs.second]) <= tolerances.agreement

@@ -87,7 +87,8 @@ class _Comparison:
     ) -> None:
         self.models = models
         self.tolerances = tolerances or tolerances_for((model.metadata, model.precision) for model in models)
-        self.feedings = feedings(*(model.metadata.preprocessing for model in models), size_px)
+        first, second = (model.metadata.preprocessing for model in models)
+        self.feedings = feedings(first, second, size_px)
         self.has_size = size_px is not None
         self.names: list[str] = []
         self.errors: list[dict[str, StageError]] = []
@@ -122,8 +123,9 @@ class _Comparison:
         """
         if not self.names:
             raise UserError("no images", "at least one", "name image files, or a folder that holds some")
+        first, second = (f"{model.name} {model.precision}" for model in self.models)
         return VerifyReport(
-            models=tuple(f"{model.name} {model.precision}" for model in self.models),
+            models=(first, second),
             tolerances=self.tolerances.name,
             images=tuple(self.names),
             stages=tuple(
@@ -217,4 +219,5 @@ def _evidence(name: str, image: np.ndarray, sides: tuple[Side, Side], index: int
             if first.shape == second.shape:
                 spread = np.sqrt(np.square(first, dtype=np.float64).mean())
                 maps[level] = (np.abs(first - second).mean(axis=0) / max(spread, 1e-12)).astype(np.float32)
-    return Evidence(name, image, tuple(detections), maps)
+    first_found, second_found = detections
+    return Evidence(name, image, (first_found, second_found), maps)
