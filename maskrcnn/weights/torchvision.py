@@ -300,7 +300,7 @@ def load_torchvision(
 
 
 def _keypoint_fields(weights: StartingWeights) -> dict[str, Any]:
-    """What weights with a keypoint head that is not COCO's say of the model."""
+    """Keypoint fields of the model for weights whose keypoints are not COCO's."""
     count = weights.keypoint_count
     if count in (0, len(COCO_NAMES)):
         return {}

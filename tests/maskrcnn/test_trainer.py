@@ -210,7 +210,7 @@ def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_
 
 
 def poisoned(trainer):
-    """The trainer, whose second step gets an image that is not a number."""
+    """The trainer with NaN images in its second step."""
     take, steps = trainer.step.run, []
 
     def run(parts):
@@ -249,7 +249,7 @@ def test_a_step_that_is_not_finite_changes_nothing(shapes, tmp_path):
         assert all(value.isfinite().all() for value in weights(tmp_path / optimizer).values())
 
 
-def test_averaged_weights_are_what_is_evaluated_and_saved(shapes, tmp_path):
+def test_averaged_weights_are_evaluated_and_saved(shapes, tmp_path):
     trainer = start_run(config(shapes, epochs=1, ema_decay=0.5), tmp_path, CocoDataset.load(shapes, "train"))
     name = "rpn.head.cls_logits.weight"
     take, seen = trainer.step.run, [trainer.model.state_dict()[name].clone()]
@@ -312,7 +312,7 @@ def test_half_precision_trains_with_finite_losses(shapes, tmp_path, precision):
     assert trainer.step.scaler.is_enabled() == (precision == "fp16")
 
 
-def test_running_out_of_memory_says_what_to_lower(shapes, tmp_path):
+def test_an_out_of_memory_error_names_the_settings_to_lower(shapes, tmp_path):
     trainer = start_run(config(shapes), tmp_path, CocoDataset.load(shapes, "train"))
 
     def run(parts):
@@ -344,20 +344,41 @@ def test_a_run_without_state_cannot_be_resumed(tmp_path):
         read_run(tmp_path)
 
 
-def test_cosine_schedule_by_hand(shapes):
-    plan = config(shapes, epochs=10, learning_rate=1.0, warmup_steps=10)
-    rates = [learning_rate(plan, step, 10) for step in (0, 4, 9, 10, 55, 99)]
-    expected = [0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))]
-    assert rates == pytest.approx(expected)
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        (
+            {"epochs": 10, "warmup_steps": 10},
+            (0, 4, 9, 10, 55, 99),
+            [0.1, 0.5, 1.0, 1.0, 0.5, 0.5 * (1 + math.cos(math.pi * 89 / 90))],
+        ),
+        ({"epochs": 10, "learning_rate": 2.0, "warmup_steps": 0, "cosine_end": 0.1}, (0, 50, 100), [2.0, 1.1, 0.2]),
+        (
+            {"epochs": 12, "warmup_steps": 0, "schedule": "step", "step_epochs": (8, 11)},
+            (0, 79, 80, 109, 110),
+            [1, 1, 0.1, 0.1, 0.01],
+        ),
+        (
+            {"epochs": 12, "warmup_steps": 2, "schedule": "constant", "step_epochs": (8,)},
+            (0, 2, 79, 80, 119),
+            [0.5, 1, 1, 1, 1],
+        ),
+    ],
+    ids=["cosine", "cosine_end", "step", "constant"],
+)
+def test_learning_rate_schedules_by_hand(shapes, changes, steps, expected):
+    plan = config(shapes, **{"learning_rate": 1.0, **changes})
+    assert [learning_rate(plan, step, 10) for step in steps] == pytest.approx(expected)
 
 
-def test_a_cosine_ends_where_it_is_told_to(shapes):
-    plan = config(shapes, epochs=10, learning_rate=2.0, warmup_steps=0, cosine_end=0.1)
-    rates = [learning_rate(plan, step, 10) for step in (0, 50, 100)]
-    assert rates == pytest.approx([2.0, 1.1, 0.2])
+def test_warmup_takes_at_most_half_the_run(shapes):
+    plan = config(shapes, epochs=2, learning_rate=1.0, warmup_steps=1000)
+    assert max(learning_rate(plan, step, 10) for step in range(20)) == 1.0
+    with pytest.raises(UserError, match="schedule 'zigzag'"):
+        replace(plan, schedule="zigzag")
 
 
-def test_decay_is_in_adams_gradient_and_beside_adamws(shapes):
+def test_weight_decay_of_adam_and_adamw(shapes):
     steps = {}
     for optimizer in ("adam", "adamw"):
         layer = torch.nn.Linear(2, 1, bias=False)
@@ -371,20 +392,7 @@ def test_decay_is_in_adams_gradient_and_beside_adamws(shapes):
     assert steps["adamw"] == pytest.approx([0.15, 0.05], abs=1e-6)
 
 
-def test_step_schedule_by_hand(shapes):
-    plan = config(shapes, epochs=12, learning_rate=1.0, warmup_steps=0, schedule="step", step_epochs=(8, 11))
-    rates = [learning_rate(plan, step, 10) for step in (0, 79, 80, 109, 110)]
-    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    with pytest.raises(UserError, match="schedule 'zigzag'"):
-        replace(plan, schedule="zigzag")
-
-
-def test_a_constant_schedule_stays_after_the_warm_up(shapes):
-    plan = config(shapes, epochs=12, learning_rate=1.0, warmup_steps=2, schedule="constant", step_epochs=(8,))
-    assert [learning_rate(plan, step, 10) for step in (0, 2, 79, 80, 119)] == pytest.approx([0.5, 1, 1, 1, 1])
-
-
-def test_what_a_schedule_will_not_do_is_said(shapes):
+def test_schedule_settings_without_effect_are_reported(shapes):
     plan = config(shapes, epochs=12, schedule="step", step_epochs=(8, 11))
     assert without_effect(plan) == []
     (line,) = without_effect(replace(plan, epochs=11))
@@ -396,11 +404,6 @@ def test_what_a_schedule_will_not_do_is_said(shapes):
             f"schedule {schedule}: step_epochs 8, 11 change nothing"
         ]
         assert without_effect(replace(plan, schedule=schedule, step_epochs=())) == []
-
-
-def test_a_long_warmup_never_takes_more_than_half_the_run(shapes):
-    plan = config(shapes, epochs=2, learning_rate=1.0, warmup_steps=1000)
-    assert max(learning_rate(plan, step, 10) for step in range(20)) == 1.0
 
 
 def test_precision_is_chosen_by_the_processor(monkeypatch):
