@@ -27,6 +27,7 @@ OBJECTS = {
         "tensor": "ITensor",
         "timing": "ITimingCache",
         "others": "ITimingCache",
+        "added": "IOptimizationProfile",
     },
     "runtime/backends/tensorrt_library.py": {"registry": "IPluginRegistry"},
     "runtime/build/messages.py": {"parser": "OnnxParser", "error": "ParserError"},
@@ -35,7 +36,6 @@ OBJECTS = {
         "engine": "ICudaEngine",
         "context": "IExecutionContext",
     },
-    "runtime/build/profiles.py": {"trt_profile": "IOptimizationProfile"},
     "runtime/build/refit.py": {
         "runtime": "Runtime",
         "engine": "ICudaEngine",
@@ -46,7 +46,10 @@ OBJECTS = {
 }
 RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
 BY_TEXT = {"_call_context": "IExecutionContext"}  # our functions with the name of a method as first argument
-OURS = {"tensorrt.found"}  # an attribute of a variable in doctor.py
+OURS = {
+    "tensorrt.found",  # an attribute of a variable in doctor.py
+    *(f"tensorrt.ICudaEngine.{name}" for name in ("is_file", "read_bytes", "suffix")),  # of a path in refit.py
+}
 
 
 def names_used(root: Path = ROOT) -> dict[str, set[str]]:
