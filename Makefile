@@ -14,6 +14,9 @@ test: lint
 lint: .venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/maskrcnn
+	ln -s $(CURDIR)/maskrcnn/* $(CURDIR)/export $(CURDIR)/plugins $(CURDIR)/runtime build/types/maskrcnn/
+	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p maskrcnn
 
 # Train, export, build an engine, benchmark all of them, draw one prediction; everything is written to demo/.
 demo: .venv

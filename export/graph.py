@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import numpy_helper, shape_inference
 
@@ -33,7 +34,11 @@ class Graph:
 
     def constant(self, name: str) -> np.ndarray | None:
         """Returns the value of an initializer, or None for any other tensor."""
-        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+        return self.value(name) if name in self.constants else None
+
+    def value(self, name: str) -> np.ndarray:
+        """Returns the value of an initializer."""
+        return numpy_helper.to_array(self.constants[name])
 
     def makes_floats(self, node: onnx.NodeProto) -> bool:
         """Returns whether the graph records FLOAT as the type of a node's first output."""
@@ -44,14 +49,14 @@ class Graph:
         readers = self.consumers.get(name, [])
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
-    def add_constant(self, name: str, value: np.ndarray) -> str:
+    def add_constant(self, name: str, value: npt.ArrayLike) -> str:
         """Adds an initializer under an unused name, and returns the name."""
         tensor = numpy_helper.from_array(np.asarray(value), name)
         self.graph.initializer.append(tensor)
         self.constants[name] = self.graph.initializer[-1]
         return name
 
-    def replace_constant(self, name: str, value: np.ndarray) -> None:
+    def replace_constant(self, name: str, value: npt.ArrayLike) -> None:
         """Replaces the value and type of an initializer."""
         self.constants[name].CopyFrom(numpy_helper.from_array(np.asarray(value), name))
 

@@ -67,7 +67,7 @@ class _Costs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Inspection:
+class Inspection:
     """Contents of a model file; a field is None or empty if this kind of file does not record it."""
 
     path: Path
@@ -128,7 +128,7 @@ class _Inspection:
         return "\n".join(lines)
 
 
-def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placement: bool = True) -> _Inspection:
+def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placement: bool = True) -> Inspection:
     """Reads a model file without running it and without torch.
 
     Args:
@@ -155,7 +155,7 @@ def inspect(path: Path, *, size_hw: tuple[int, int] | None = None, with_placemen
 # ONNX files
 
 
-def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> _Inspection:
+def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement: bool) -> Inspection:
     try:
         proto = onnx.load(path)
     except Exception as error:  # protobuf's decode error has no stable base class
@@ -174,7 +174,7 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
     functions = ", ".join(function.name for function in proto.functions)
     computing, results = _node_precisions(proto)
-    return _Inspection(
+    return Inspection(
         path=path,
         kind=f"ONNX, opset {opset}{f', functions {functions}' if functions else ''}",
         bytes=path.stat().st_size,
@@ -371,7 +371,7 @@ _MACS: dict[str, Callable[[onnx.NodeProto, _Types], int]] = {
 # Engines and checkpoints
 
 
-def _inspect_openvino(path: Path) -> _Inspection:
+def _inspect_openvino(path: Path) -> Inspection:
     """An OpenVINO engine, from its XML file; the cost is not computed."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
@@ -386,7 +386,7 @@ def _inspect_openvino(path: Path) -> _Inspection:
     layers = list(root.iter("layer"))
     constants = [data.attrib for layer in layers if layer.get("type") == "Const" for data in layer.findall("data")]
     metadata = ModelMetadata.from_json(entry.attrib["value"], path)
-    return _Inspection(
+    return Inspection(
         path=path,
         kind="OpenVINO engine",
         bytes=path.stat().st_size + weights.stat().st_size,
@@ -412,11 +412,11 @@ def _port_text(layer: ElementTree.Element) -> str:
     return f"{(_PRECISIONS | _INTEGERS).get(kind, kind)} [{', '.join(map(str, lengths))}]"
 
 
-def _inspect_tensorrt(path: Path) -> _Inspection:
+def _inspect_tensorrt(path: Path) -> Inspection:
     """A TensorRT engine, from the metadata file beside it; only TensorRT can read the engine itself."""
     metadata = read_metadata(path)
     inputs, outputs = detector_specs(metadata)
-    return _Inspection(
+    return Inspection(
         path=path,
         kind="TensorRT engine",
         bytes=path.stat().st_size,
@@ -431,7 +431,7 @@ def _spec_text(spec: TensorSpec) -> str:
     return f"{_PRECISIONS.get(spec.dtype, spec.dtype)} [{', '.join(lengths)}]"
 
 
-def _inspect_checkpoint(path: Path) -> _Inspection:
+def _inspect_checkpoint(path: Path) -> Inspection:
     """A checkpoint, from the JSON header of the safetensors file, which follows its length in 8 bytes."""
     try:
         with open(path, "rb") as file:
@@ -441,7 +441,7 @@ def _inspect_checkpoint(path: Path) -> _Inspection:
         tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise not_ours(path, f"not a checkpoint ({type(error).__name__})") from error
-    return _Inspection(
+    return Inspection(
         path=path,
         kind="checkpoint",
         bytes=path.stat().st_size,

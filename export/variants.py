@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def _compare(
     model: onnx.ModelProto,
     output: Path,
     source: Path,
-    backend: type[Backend],
+    backend: Callable[[Path], Backend],
     tolerance: Tolerance,
     reference: Sequence[tuple[_Tensors, _Tensors]],
 ) -> Difference:

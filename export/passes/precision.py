@@ -116,7 +116,7 @@ def simulate_half(
         if name not in rounded:
             rounded[name] = f"{name}_rounded"
             if name in graph.constants:
-                value = graph.constant(name)
+                value = graph.value(name)
                 graph.add_constant(rounded[name], value.astype(_NUMPY[precision]).astype(value.dtype))
             else:
                 _add_rounding(model, name, rounded[name], HALF_TYPES[precision])
@@ -219,7 +219,7 @@ def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report
             suffix = precision if to == kind else "fp32"
             converted[name, to] = f"{name}_{suffix}"
             if name in graph.constants:
-                graph.add_constant(converted[name, to], graph.constant(name).astype(_NUMPY[precision]))
+                graph.add_constant(converted[name, to], graph.value(name).astype(_NUMPY[precision]))
             else:
                 node = onnx.helper.make_node("Cast", [name], [converted[name, to]], f"{name}/to_{suffix}", to=to)
                 model.graph.node.append(node)

@@ -111,7 +111,7 @@ def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
     graph = Graph(model)
     parameters = {tuple(node.input[1:3]) for node in model.graph.node if node.op_type == "QuantizeLinear"}
     for scale_name, zero_point_name in parameters:
-        scale, zero_point = graph.constant(scale_name), graph.constant(zero_point_name)
+        scale, zero_point = graph.value(scale_name), graph.value(zero_point_name)
         if zero_point.dtype == np.uint8:
             side = max(int(zero_point), 255 - int(zero_point))
             graph.replace_constant(scale_name, np.float32(scale * side / 127))
@@ -119,7 +119,7 @@ def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
     for node in list(model.graph.node):
         integers = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if integers is not None and integers.dtype == np.int32:
-            graph.add_constant(node.output[0], integers.astype(np.float32) * graph.constant(node.input[1]))
+            graph.add_constant(node.output[0], integers.astype(np.float32) * graph.value(node.input[1]))
             model.graph.node.remove(node)
     remove_unused_constants(model.graph)
     return model
@@ -225,7 +225,7 @@ class _Quantizer:
 
     def _weight(self, name: str, axis: int) -> tuple[str, np.ndarray]:
         """The dequantised tensor of a weight, and its scale per channel `[C]`."""
-        weight = self.graph.constant(name)
+        weight = self.graph.value(name)
         others = tuple(k for k in range(weight.ndim) if k != axis)
         scale = np.maximum(np.abs(weight).max(axis=others) / 127, _MIN_SCALE).astype(np.float32)
         if name not in self.dequantized:
@@ -241,7 +241,7 @@ class _Quantizer:
 
     def _bias(self, name: str, scale: np.ndarray) -> str:
         """The dequantised tensor of a bias; one per layer and activation, whose scale it depends on."""
-        bias = self.graph.constant(name)
+        bias = self.graph.value(name)
         steps = np.rint(bias.astype(np.float64) / scale)
         if np.abs(steps).max(initial=0) >= 2**31:
             return name  # overflow, in a channel whose weights are almost zero: keep the bias in single precision

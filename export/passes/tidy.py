@@ -76,7 +76,7 @@ def _fold_norms(proto: onnx.ModelProto) -> None:
         shifted = _reader(graph, scaled[0].output[0], "Add") if scaled else None
         if not scaled or not shifted or len(graph.consumers[node.input[1]]) > 1:
             continue
-        weight = graph.constant(node.input[1])
+        weight = graph.value(node.input[1])
         scale, shift = (value.reshape(-1) for value in (scaled[1], shifted[1]))
         bias = graph.constant(node.input[2]) if len(node.input) > 2 else np.zeros(len(weight), weight.dtype)
         name = node.input[1].removesuffix(".weight")

@@ -282,7 +282,7 @@ def _detect(
             return results, seconds, log.facts()
         use_own_gpu(share)
         detector = Detector.load(model, options.backend)
-        for line in detector.backend.remarks():
+        for line in detector.remarks():
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)

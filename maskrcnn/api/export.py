@@ -145,6 +145,7 @@ def write_variant(
         one line per comparison, and with `tensorrt` the lint report.
     """
     from maskrcnn.export import variants
+    from maskrcnn.export.passes.quantize import DEFAULT_KEEP
 
     differences: list[str] = []
     lint = None
@@ -155,18 +156,20 @@ def write_variant(
             report, difference = variants.write_half(
                 source, draft, precision, images=calibration, limit=calibration_images, simulate=simulate
             )
+            text = report.text()
         elif precision == "int8":
             assert calibration is not None, "checked by the callers"
-            report, difference = variants.write_int8(
+            quantized, difference = variants.write_int8(
                 source,
                 draft,
                 calibration,
-                keep=tuple(keep) or variants.DEFAULT_KEEP,
+                keep=tuple(keep) or DEFAULT_KEEP,
                 limit=calibration_images,
                 for_tensorrt=tensorrt,
             )
+            text = quantized.text()
         if precision != "fp32":
-            progress.message(report.text())
+            progress.message(text)
             progress.message(f"compared with single precision: {difference}")
             differences.append(f"single precision: {difference}")
             made = draft

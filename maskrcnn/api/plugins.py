@@ -87,7 +87,7 @@ def build_plugins(
             leave_out(kind.file_name, missing)
             continue
         with progress.task(f"compiling {kind.file_name}"):
-            outcome, detail = _build_library(kind, wanted, toolchain, output and Path(output), force)
+            outcome, detail = _build_library(kind, wanted, toolchain, None if output is None else Path(output), force)
         built[kind.file_name] = f"{outcome}, {detail}"
         report(kind.file_name, outcome, detail)
     if form in (Form.AOT, Form.ALL):

@@ -101,7 +101,7 @@ def predict(
         entries = [entry for number, each in enumerate(found, start=1) for entry in each.to_coco(number)]
         write_json(results, entries)
         write_json(folder / IMAGES, {str(number): name for number, name in enumerate(names, start=1)})
-    for line in detector.backend.remarks():
+    for line in detector.remarks():
         progress.message(line)
     counts = [len(each) for each in found]
     runs_in = f"{detector.backend.name} {detector.backend.precision}"

@@ -288,7 +288,9 @@ def _detector(model: MaskRCNN) -> Detector:
     return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
 
 
-def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) -> Callable:
+def _evaluation(
+    valset: CocoDataset, config: TrainConfig, processes: Processes
+) -> Callable[[MaskRCNN], dict[str, float]]:
     """COCO evaluation over all processes: each detects on its images, the first scores, all return the metrics."""
 
     def run(model: MaskRCNN) -> dict[str, float]:
@@ -305,12 +307,13 @@ def _evaluation(valset: CocoDataset, config: TrainConfig, processes: Processes) 
             kinds = kinds_found(with_masks=config.model.has_masks, with_keypoints=config.model.has_keypoints)
             scores = score_kinds(valset, results, kinds, sigmas=detector.metadata.keypoint_sigmas, seconds=seconds)
             metrics = scores.summary()
-        return processes.from_first(metrics)
+        shared: dict[str, float] = processes.from_first(metrics)
+        return shared
 
     return run
 
 
-def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable:
+def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], list[NamedImage]]:
     """Predictions on the first images of the validation split."""
 
     def draw(model: MaskRCNN) -> list[NamedImage]:

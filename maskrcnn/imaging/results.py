@@ -39,7 +39,7 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
         if window.size and window.max() > threshold:
             # A border of zeros closes outlines at the edge of the window. The value of pixel j is at x = j + 0.5.
             generator = contour_generator(z=np.pad(window, 1), fill_type=FillType.OuterOffset)
-            points, offsets = generator.filled(threshold, np.inf)
+            points, offsets = generator.filled(threshold, np.inf)  # type: ignore[misc]
             for ring, starts in zip(points, offsets, strict=True):
                 outer = ring[starts[0] : starts[1]] + np.array((left - 0.5, top - 0.5))
                 height, width = detections.size_hw

@@ -207,7 +207,7 @@ def _to_device(value: Any, device: torch.device) -> torch.Tensor:
         return value.to(device)
     if is_on_device(value):
         if hasattr(value, "__dlpack__"):
-            return torch.from_dlpack(value).to(device)  # type: ignore[attr-defined]
+            return torch.from_dlpack(value).to(device)
         return torch.as_tensor(value, device=device)
     tensor = torch.from_numpy(np.ascontiguousarray(value))
     if device.type != "cuda":
