@@ -29,7 +29,7 @@ _FORMAT = "COCO's annotation format (cocodataset.org/#format-data)"
 _STRINGS_AT_ONCE = 256  # strings of some hundred characters, so that their numbers stay in the processor's cache
 
 _Fault = Callable[[int, str], UserError]
-Masks = tuple[list[dict[str, Any]], np.ndarray]  # compressed run-length encodings, and pixels `[N]` int64 of each
+_Masks = tuple[list[dict[str, Any]], np.ndarray]  # compressed run-length encodings, and pixels `[N]` int64 of each
 
 
 class GroundTruth:
@@ -151,7 +151,7 @@ class GroundTruth:
         return self._numbers("keypoints", 3 * count, default).reshape(-1, count, 3)
 
     @cached_property
-    def masks(self) -> Masks:
+    def masks(self) -> _Masks:
         """Compressed run-length encodings, and pixels `[G]` int64 of each."""
         segmentations = [entry.get("segmentation") for entry in self._entries]
         sizes = [self.sizes_hw[image] for image in self.image.tolist()]
@@ -244,7 +244,7 @@ class _DatasetTruth(GroundTruth):
         return np.array(points, np.float64).reshape(-1, len(self.sigmas), 3)
 
     @cached_property
-    def masks(self) -> Masks:
+    def masks(self) -> _Masks:
         masks = [
             compressed_rle(instance.segmentation, *self.sizes_hw[image])
             for instance, image in zip(self._objects, self.image.tolist(), strict=True)
@@ -260,7 +260,7 @@ class _DatasetTruth(GroundTruth):
         return np.logical_not((self.keypoints[:, :, 2] > 0).any(axis=1))
 
 
-def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: _Fault) -> Masks:
+def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: _Fault) -> _Masks:
     """Converts COCO's segmentations to compressed run-length encodings.
 
     `pycocotools.mask` trusts its input and reads beyond a mask whose runs exceed the image, so run lengths are checked

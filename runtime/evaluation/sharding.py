@@ -31,8 +31,8 @@ _POLL_S = 0.2
 _PATIENCE_S = 1800.0  # without a new image from any process
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
-Progress = Callable[[int], None]
-ImageResults = tuple[list[dict[str, Any]], Seconds]  # results in COCO's format and the time of one image
+_Progress = Callable[[int], None]
+_ImageResults = tuple[list[dict[str, Any]], Seconds]  # results in COCO's format and the time of one image
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class DetectionsLog:
         self.path, self.origin, self._names = path, origin, dict(names or {})
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
-    def read(self) -> dict[int, ImageResults]:
+    def read(self) -> dict[int, _ImageResults]:
         """Reads all parts: results by image id.
 
         Raises:
             UserError: for detections of another origin, and for a file that is not a log.
         """
-        results: dict[int, ImageResults] = {}
+        results: dict[int, _ImageResults] = {}
         for part in self.parts():
             results |= self._read_part(part)[0]
         return results
@@ -130,9 +130,9 @@ class DetectionsLog:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read_part(self, part: Path) -> tuple[dict[int, ImageResults], int]:
+    def _read_part(self, part: Path) -> tuple[dict[int, _ImageResults], int]:
         """The images of a part, and the end of its last complete line."""
-        results: dict[int, ImageResults] = {}
+        results: dict[int, _ImageResults] = {}
         end = 0
         for number, line in enumerate(part.read_bytes().splitlines(keepends=True)):
             entry = _entry(line)
@@ -253,7 +253,7 @@ def detect_share(
     log: DetectionsLog,
     share: Share,
     *,
-    progress: Progress = lambda images: None,
+    progress: _Progress = lambda images: None,
 ) -> None:
     """Detects on a process's share of the images, and appends to the log those that it lacks.
 
@@ -283,7 +283,7 @@ def gathered(
     dataset: CocoDataset,
     log: DetectionsLog,
     *,
-    progress: Progress = lambda images: None,
+    progress: _Progress = lambda images: None,
     patience_s: float = _PATIENCE_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[list[dict[str, Any]], Seconds]:
@@ -322,7 +322,7 @@ def gathered(
 
 
 def detect_in_processes(
-    task: DetectionTask, dataset: CocoDataset, log: DetectionsLog, processes: int, *, progress: Progress
+    task: DetectionTask, dataset: CocoDataset, log: DetectionsLog, processes: int, *, progress: _Progress
 ) -> tuple[list[dict[str, Any]], Seconds]:
     """Starts worker processes that share the images; each loads the model and uses an equal part of the cores.
 

@@ -1,1 +1,1 @@
-"""How far two models are apart, detection by detection and stage by stage."""
+"""Comparison of two models, detection by detection and stage by stage."""
