@@ -67,11 +67,12 @@ class TritonPythonModel:
         elif self.masks is not None:
             outputs["masks"] = bits([each.full_masks() for each in found])
         if self.keypoints:
-            outputs["keypoints"] = self._rows([each.keypoints for each in found], (self.keypoints, 3), np.float32)
+            keypoints = [each.keypoints for each in found if each.keypoints is not None]
+            outputs["keypoints"] = self._rows(keypoints, (self.keypoints, 3), np.float32)
         return outputs
 
     def _rows(self, values: list[np.ndarray], shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        array = np.zeros((len(values), self.rows, *shape), dtype)
+        array: np.ndarray = np.zeros((len(values), self.rows, *shape), dtype)
         for row, value in zip(array, values, strict=True):
             row[: len(value)] = value
         return array

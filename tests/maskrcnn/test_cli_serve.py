@@ -5,6 +5,8 @@ from command_line import expect_error
 from engine_files import write_engine
 from triton_rules import read_repository
 
+import maskrcnn.api.serving
+
 
 def test_a_repository_from_the_command_line(run, road, tmp_path):
     code, out, err = run("triton", road / "model.onnx", "repository", "--pad-to", "96x128", "--pad-to", "128x96")
@@ -14,7 +16,7 @@ def test_a_repository_from_the_command_line(run, road, tmp_path):
     assert configs["model_onnx_pre"]["parameters"]["sizes"]["string_value"] == "96:96x128:128,128:128x96:96"
     assert "model_onnx: " in out and "in fp32 on Triton's onnxruntime backend, version 1 written" in out
     assert "start, with repository at /models: tritonserver --model-repository=/models" in out
-    assert "version 1 there already" in run("triton", road / "model.onnx", "repository", "--keep-config")[1]
+    assert "version 1 exists already" in run("triton", road / "model.onnx", "repository", "--keep-config")[1]
 
 
 def test_options_reach_the_configuration(run, road, tmp_path):
@@ -54,13 +56,24 @@ def test_several_models_and_an_engine_with_flags(run, road, tmp_path, onnx_file)
     ("arguments", "parts"),
     [
         (("model.onnx", "model.onnx", "out", "--name", "x"), ("--name x for 2 models",)),
-        (("model.onnx", "model.onnx", "out"), ("two models of the name model_onnx",)),
+        (("model.onnx", "model.onnx", "out"), ("two models named model_onnx",)),
         (("best.safetensors", "out"), ("'.safetensors'", "maskrcnn export CHECKPOINT --onnx")),
         (("model.onnx", "out", "--pad-to", "big"), ("--pad-to big", "for example --pad-to 800x1344")),
-        (("model.onnx", "out", "--masks", "png"), ("--masks png", "rle, bits, none")),
     ],
 )
-def test_what_cannot_be_served(run, road, arguments, parts):
+def test_models_that_cannot_be_served(run, road, arguments, parts):
     paths = [road / word if (road / word).is_file() else word for word in arguments]
     expect_error(run("triton", *paths), *parts)
     assert not (road.parents[1] / "out").exists()
+
+
+def test_an_unknown_format_of_masks_is_a_usage_error(run, road):
+    code, _, err = run("triton", road / "model.onnx", "out", "--masks", "png")
+    assert code == 2 and "--masks" in err and "'png'" in err
+
+
+def test_the_python_function(road, tmp_path):
+    result = maskrcnn.api.serving.triton(road / "model.onnx", tmp_path / "repository", raw=True)
+    (model,) = result.served
+    assert (model.name, model.version, model.models) == ("model_onnx", 1, ["model_onnx_network"])
+    assert result.command == "tritonserver --model-repository=/models" and result.to_dict()["served"][0]["is_new"]

@@ -1,4 +1,4 @@
-"""docs/serving.md: its YAML is whole, its clients work, its options are what they are said to be."""
+"""docs/serving.md: its YAML is consistent, and its clients work."""
 
 import base64
 import io
@@ -19,8 +19,8 @@ from triton_server import Server
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.serving.models import Serving, read_served
-from maskrcnn.runtime.serving.triton import default_name, write_models
+from maskrcnn.runtime.serving.models import ServingOptions, served_model
+from maskrcnn.runtime.serving.triton import default_name, write_repository
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -36,7 +36,7 @@ def block(language: str, containing: str) -> str:
 
 @pytest.fixture(scope="module")
 def objects():
-    """Every YAML document, by kind; what has none are values of a chart."""
+    """YAML documents by kind; those without a kind are values of a chart."""
     documents = [document for text in blocks("yaml") for document in yaml.safe_load_all(text)]
     assert len(documents) == 6
     return {document.get("kind", "values"): document for document in documents}
@@ -104,12 +104,12 @@ def server(tmp_path_factory, onnx_file):
     root = tmp_path_factory.mktemp("repository")
     name = default_name(Path("model.onnx"))
     assert name in block("python", "tritonclient") and f"/{name}/" in block("bash", "curl")
-    write_models(root, [(name, read_served(onnx_file))], Serving())
+    write_repository(root, [(name, served_model(onnx_file))], ServingOptions())
     return Server(root)
 
 
 class Client:
-    """tritonclient.http as far as the page uses it, with our server behind it."""
+    """The part of tritonclient.http that the page uses, with the simulated server."""
 
     server: Server
 
@@ -151,7 +151,7 @@ def test_the_client_in_python(server, photo, onnx_file, monkeypatch, capsys):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_request_of_curl(photo, tmp_path):
-    """What curl would send is what Triton's protocol says (extension_binary_data.md)."""
+    """The request of curl follows Triton's protocol (extension_binary_data.md)."""
     curl = tmp_path / "curl"
     save_words = f'for word in "$@"; do echo "$word"; done > "{tmp_path}/words"'
     curl.write_text(f'#!/bin/sh\ncat > "{tmp_path}/body"\n{save_words}\n')

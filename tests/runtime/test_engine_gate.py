@@ -1,18 +1,19 @@
-"""What an engine is compared on, and when it may be kept."""
+"""The comparison of an engine with its ONNX file, and the differences that are accepted."""
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
+from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from maskrcnn.runtime.build.gate import AP_LOSS, TOLERANCES, Fitted, GateImages, GateResult, gate, padded_feeds
+from maskrcnn.runtime.build.gate import MAX_AP_LOSS, TOLERANCES, PaddedBackend, check_gate_images, gate, padded_feeds
 from maskrcnn.runtime.build.profiles import parse_profiles
 from maskrcnn.runtime.build.refit import refit_tensorrt_engine
+from maskrcnn.runtime.build.request import BuildRequest, Comparison
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
 from maskrcnn.runtime.engine_files import STAGE_PREFIX, staged_graph
 from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
@@ -37,12 +38,17 @@ def backend(onnx_file):
     return OnnxRuntimeBackend(onnx_file, providers=["CPUExecutionProvider"], threads=1)
 
 
+def request_of(model, **options):
+    values = {"graph": model, "output": model.with_suffix(".engine"), "precision": "fp16", **options}
+    return BuildRequest(model=model, **values)
+
+
 @pytest.fixture
 def profiles(backend):
     return parse_profiles("3", "128x160", backend.metadata.preprocessing)
 
 
-def test_drawn_batches_have_the_shapes_asked_for_small_images_and_an_empty_slot():
+def test_drawn_batches_have_the_requested_shapes_small_images_and_an_empty_slot():
     one, two, three = batches_of_shapes([(1, 64, 96), (2, 32, 32), (3, 96, 64)])
     assert one["images"].shape == (1, 3, 64, 96) and one["image_sizes"].tolist() == [[64, 96]]
     assert two["image_sizes"].tolist() == [[32, 32], [24, 22]]
@@ -53,7 +59,7 @@ def test_drawn_batches_have_the_shapes_asked_for_small_images_and_an_empty_slot(
 
 def test_padding_does_not_change_what_is_detected(backend, profiles):
     (feeds,) = batches_of_shapes([(2, 96, 128)])
-    fitted = Fitted(backend, profiles)(feeds)
+    fitted = PaddedBackend(backend, profiles)(feeds)
     padded = np.pad(feeds["images"], [(0, 0), (0, 0), (0, 32), (0, 32)])
     plain = backend({"images": padded, "image_sizes": feeds["image_sizes"]})
     assert plain["num_detections"].sum() > 0
@@ -63,12 +69,12 @@ def test_padding_does_not_change_what_is_detected(backend, profiles):
 
 def test_one_by_one_gives_the_same(backend, profiles):
     (feeds,) = batches_of_shapes([(3, 128, 160)])
-    together, single = (Fitted(backend, profiles, one_by_one=alone)(feeds) for alone in (False, True))
+    together, single = (PaddedBackend(backend, profiles, one_by_one=alone)(feeds) for alone in (False, True))
     for name, value in together.items():
         np.testing.assert_allclose(single[name], value, atol=1e-3, err_msg=name)
 
 
-def test_what_fits_is_not_copied_and_what_is_too_large_is_refused(profiles):
+def test_a_batch_that_fits_is_not_copied_and_a_larger_one_is_rejected(profiles):
     (feeds,) = batches_of_shapes([(3, 128, 160)])
     assert padded_feeds(feeds, profiles) is feeds
     (large,) = batches_of_shapes([(1, 160, 160)])
@@ -78,52 +84,52 @@ def test_what_fits_is_not_copied_and_what_is_too_large_is_refused(profiles):
 
 def test_stages_are_padded_like_the_outputs(backend, profiles):
     (feeds,) = batches_of_shapes([(1, 96, 128)])
-    stages = Fitted(backend, profiles).stages(feeds, ("normalised", "P2", "proposals"))
+    stages = PaddedBackend(backend, profiles).stages(feeds, ("normalised", "P2", "proposals"))
     assert stages["normalised"].shape == (1, 3, 128, 160) and stages["P2"].shape[:1] == (1,)
 
 
-def test_an_engine_that_is_the_file_itself_passes_in_every_precision(backend, onnx_file, profiles):
+def test_the_onnx_file_itself_is_accepted_in_every_precision(backend, onnx_file, profiles):
     for precision in TOLERANCES:
-        result = gate(backend, onnx_file, profiles, precision, GateImages())
+        result = gate(backend, request_of(onnx_file, precision=precision), profiles, Progress())
         assert result.accepted and result.difference.images == 3 and result.difference.box_px < 1e-2
         assert result.expected() == str(TOLERANCES[precision])
 
 
-def test_ap_may_fall_by_little_and_rise_by_any(backend):
+def test_ap_may_fall_a_little_and_rise_by_any_amount():
     def result(reference, engine):
         ap = {"box_ap": (0.5, 0.5), "mask_ap": (reference, engine)}
-        return GateResult(difference=FINE, tolerance=HALF, ap=ap, ap_loss=AP_LOSS["fp16"])
+        return Comparison(difference=FINE, tolerance=HALF, ap=ap, max_ap_loss=MAX_AP_LOSS["fp16"])
 
     assert result(0.4, 0.396).accepted and result(0.4, 0.9).accepted
     refused = result(0.4, 0.394)
     assert not refused.accepted
-    assert (
-        "mask_ap 0.3940, of the ONNX file 0.4000" in refused.text() and "AP at most 0.005 lower" in refused.expected()
-    )
+    assert "mask_ap 0.3940, of the ONNX file 0.4000" in str(refused) and "AP at most 0.005 lower" in refused.expected()
 
 
-def test_a_difference_beyond_the_tolerance_is_refused_whatever_the_ap():
+def test_a_difference_beyond_the_tolerance_is_rejected_regardless_of_the_ap():
     far = dataclasses.replace(FINE, box_px=1.0, departing=1)
-    assert not GateResult(difference=far, tolerance=EXACT, ap={}, ap_loss=1.0).accepted
+    assert not Comparison(difference=far, tolerance=EXACT, max_ap_loss=1.0).accepted
 
 
 def test_annotations_need_their_images():
     with pytest.raises(UserError, match=r"--gate-annotations gt\.json without --gate-images"):
-        GateImages(annotations=Path("gt.json"))
+        request_of(Path("model.onnx"), gate_annotations=Path("gt.json"))
 
 
-def test_what_cannot_be_read_is_found_before_a_build(tmp_path, shapes):
-    GateImages(folder=shapes / "val", annotations=shapes / "annotations" / "instances_val.json").check()
-    for images, text in (
-        (GateImages(folder=tmp_path), "no image in it"),
-        (GateImages(folder=shapes / "val", annotations=tmp_path / "gt.json"), "gt.json"),
+def test_unreadable_images_and_annotations_are_found_before_a_build(tmp_path, shapes):
+    model, val = tmp_path / "model.onnx", shapes / "val"
+    check_gate_images(
+        request_of(model, gate_images=val, gate_annotations=shapes / "annotations" / "instances_val.json")
+    )
+    for options, text in (
+        ({"gate_images": tmp_path}, "no image in it"),
+        ({"gate_images": val, "gate_annotations": tmp_path / "gt.json"}, "gt.json"),
     ):
+        request = request_of(model, **options)
+        with pytest.raises(UserError, match=text):  # before the model is read
+            build_tensorrt_engine(request, Progress())
         with pytest.raises(UserError, match=text):
-            images.check()
-        order = SimpleNamespace(output=tmp_path / "model.engine", images=images)
-        for build in (build_tensorrt_engine, refit_tensorrt_engine):
-            with pytest.raises(UserError, match=text):
-                build(order, None)  # without surroundings nothing could be built
+            refit_tensorrt_engine(tmp_path / "m.engine", request, Progress())
 
 
 def test_stages_become_outputs_in_float32(graphs):

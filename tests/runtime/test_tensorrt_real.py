@@ -1,4 +1,4 @@
-"""Engines on a real TensorRT and a GPU: built, run, compared, replayed. `pytest -m tensorrt` where there are both."""
+"""Engines on a real TensorRT and GPU: built, compared, run, replayed. Run with `pytest -m tensorrt`."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import onnx
 import pytest
 from faults import initializer
 
+from maskrcnn.api.progress import Progress
 from maskrcnn.data.images import images_in, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
@@ -19,28 +20,26 @@ from maskrcnn.plugins import build
 from maskrcnn.plugins.toolchain import find_toolchain
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
-from maskrcnn.runtime.backends.tensorrt_library import Weights, find_gpu, import_tensorrt, tensorrt_obstacle
-from maskrcnn.runtime.build.gate import GateImages, gate
-from maskrcnn.runtime.build.network import BuildOptions
-from maskrcnn.runtime.build.profiles import parse_profiles
+from maskrcnn.runtime.backends.tensorrt_library import Weights, find_gpu, tensorrt_obstacle
+from maskrcnn.runtime.build.gate import gate
 from maskrcnn.runtime.build.refit import refit_tensorrt_engine
-from maskrcnn.runtime.build.request import Order, Refit, Surroundings
+from maskrcnn.runtime.build.request import BuildRequest
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
 from maskrcnn.runtime.verification.inputs import batches_of_shapes
 
 pytestmark = pytest.mark.tensorrt
 
 
-@pytest.fixture(scope="module")
-def around() -> Surroundings:
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
     if obstacle := tensorrt_obstacle():
         pytest.skip(obstacle.found)
-    return Surroundings(trt=import_tensorrt(), gpu=find_gpu(), open_engine=TensorRtBackend)
+    return find_gpu()
 
 
 @pytest.fixture(scope="module")
-def graph_of(around, onnx_file, tmp_path_factory):
-    """Makes the graph of a precision, once."""
+def graph_of(gpu, onnx_file, tmp_path_factory):
+    """Writes the graph of a precision, once."""
     folder, made = tmp_path_factory.mktemp("graphs"), {}
 
     def graph(precision):
@@ -57,23 +56,23 @@ def graph_of(around, onnx_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def build_engine(around, graph_of, onnx_file, tmp_path_factory):
+def build_engine(graph_of, onnx_file, tmp_path_factory):
     """Builds an engine of one profile from 64×96 to 128×160, batch 1 to 4."""
     timing = tmp_path_factory.mktemp("timing") / "timing.cache"
-    preprocessing = Detector.load(onnx_file).metadata.preprocessing
 
     def build(folder, precision="fp16", **changes):
         values = {
             "graph": graph_of(precision),
-            "reference": onnx_file,
+            "model": onnx_file,
             "output": folder / f"model.{precision}.engine",
             "precision": precision,
-            "profiles": parse_profiles("1:2:4", "64x96:96x128:160x160", preprocessing),
+            "batch": "1:2:4",
+            "size": "64x96:96x128:160x160",
             "timing_cache": timing,
             **changes,
         }
-        order = Order(**values)
-        return build_tensorrt_engine(order, around), order.output
+        built = build_tensorrt_engine(BuildRequest(**values), Progress())
+        return built, built.path
 
     return build
 
@@ -85,8 +84,8 @@ def engine(build_engine, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def detections_as_truth(around, onnx_file, shapes, tmp_path_factory):
-    """Annotations that say what the ONNX file finds: its AP is near 1, an engine's tells how much it finds again."""
+def detections_as_truth(onnx_file, shapes, tmp_path_factory):
+    """Detections of the ONNX file as annotations: its AP is near 1, and the AP of an engine measures the agreement."""
     detector, folder = Detector.load(onnx_file, providers=["CPUExecutionProvider"]), shapes / "val"
     metadata, images, annotations = detector.metadata, [], []
     for number, path in enumerate(images_in(folder, 100), start=1):
@@ -102,7 +101,7 @@ def detections_as_truth(around, onnx_file, shapes, tmp_path_factory):
     ]
     path = tmp_path_factory.mktemp("truth") / "detections.json"
     write_json(path, {"images": images, "annotations": annotations, "categories": categories})
-    return GateImages(folder=folder, annotations=path)
+    return {"gate_images": folder, "gate_annotations": path}
 
 
 def feeds_of(*shapes):
@@ -117,20 +116,20 @@ def assert_same(first, second):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_an_engine_of_each_precision_passes_the_gate(build_engine, tmp_path, precision):
     built, path = build_engine(tmp_path, precision)
-    assert built.result.accepted and built.result.difference.detections > 0
+    assert built.comparison.accepted and built.comparison.difference.detections > 0
     detector = Detector.load(path)
     assert detector.metadata.precision == precision and detector.backend.name == "TensorRT"
 
 
 def test_tf32_passes_by_the_tolerance_of_half_precision(build_engine, graph_of, tmp_path):
-    options = BuildOptions(tf32=True)
-    built, _ = build_engine(tmp_path, "tf32", graph=graph_of("fp32"), options=options)
-    assert built.result.accepted
+    built, _ = build_engine(tmp_path, "tf32", graph=graph_of("fp32"), tf32=True)
+    assert built.comparison.accepted
 
 
-def test_ap_stays(engine, onnx_file, detections_as_truth):
+def test_the_ap_of_an_engine_is_that_of_the_onnx_file(engine, onnx_file, detections_as_truth):
     backend = TensorRtBackend(engine)
-    result = gate(backend, onnx_file, backend.plan.profiles, "fp16", detections_as_truth)
+    values = {"graph": onnx_file, "output": engine, "precision": "fp16", **detections_as_truth}
+    result = gate(backend, BuildRequest(model=onnx_file, **values), backend.plan.profiles, Progress())
     reference, found = result.ap["box_ap"]
     assert reference > 0.8 and found > reference - 0.05
 
@@ -171,9 +170,9 @@ def test_threads_get_their_own_results(engine):
         assert_same(first, second)
 
 
-def test_photos_of_any_size_are_padded_to_a_profile(engine, onnx_file):
-    photos = [np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8) for size in ((50, 70), (200, 90))]
-    for image in photos:
+def test_images_of_any_size_are_padded_to_a_profile(engine, onnx_file):
+    images = [np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8) for size in ((50, 70), (200, 90))]
+    for image in images:
         detections = [Detector.load(path).detect([image])[0] for path in (onnx_file, engine)]
         assert abs(len(detections[0]) - len(detections[1])) <= 3
 
@@ -194,7 +193,7 @@ def test_an_engine_for_another_gpu_is_refused(engine, tmp_path):
         TensorRtBackend(copy)
 
 
-def test_a_wrong_engine_is_kept_aside_and_its_stage_is_named(build_engine, graph_of, tmp_path):
+def test_a_wrong_engine_is_set_aside_and_its_stage_is_named(build_engine, graph_of, tmp_path):
     model = onnx.load(graph_of("fp16"))
     initializer(model, lambda name, _: name.endswith("box_predictor.bbox_pred.bias_fp16"), lambda bias: bias + 8)
     onnx.save(model, tmp_path / "wrong.onnx")
@@ -204,51 +203,49 @@ def test_a_wrong_engine_is_kept_aside_and_its_stage_is_named(build_engine, graph
 
 
 @pytest.mark.parametrize("weights", [Weights.REFITTABLE, Weights.STRIPPED])
-def test_weights_are_put_into_an_engine(build_engine, around, graph_of, onnx_file, tmp_path, weights):
-    built, path = build_engine(tmp_path, options=BuildOptions(weights=weights))
-    assert built.result.accepted
+def test_weights_are_put_into_an_engine(build_engine, graph_of, onnx_file, tmp_path, weights):
+    built, path = build_engine(tmp_path, weights=weights)
+    assert built.comparison.accepted
     if weights is Weights.STRIPPED:
         with pytest.raises(UserError, match="without its weights"):
             TensorRtBackend(path)
-    order = Refit(target=path, graph=graph_of("fp16"), reference=onnx_file, output=tmp_path / "new.engine")
-    assert refit_tensorrt_engine(order, around).result.accepted
+    values = {"graph": graph_of("fp16"), "output": tmp_path / "new.engine", "precision": "fp16"}
+    assert refit_tensorrt_engine(path, BuildRequest(model=onnx_file, **values), Progress()).comparison.accepted
     assert TensorRtBackend(tmp_path / "new.engine").metadata.stamp["refit"] != "stripped"
 
 
 def test_a_version_compatible_engine(build_engine, tmp_path):
-    built, path = build_engine(tmp_path, options=BuildOptions(version_compatible=True))
-    assert built.result.accepted
+    built, path = build_engine(tmp_path, version_compatible=True)
+    assert built.comparison.accepted
     assert TensorRtBackend(path).metadata.stamp["version_compatible"] == "yes"
 
 
-def test_several_profiles_run_each_shape_in_its_own(build_engine, tmp_path, onnx_file):
-    preprocessing = Detector.load(onnx_file).metadata.preprocessing
-    profiles = parse_profiles("1,2", "64x96,128x160", preprocessing)
-    _, path = build_engine(tmp_path, profiles=profiles)
+def test_each_shape_runs_in_its_own_profile(build_engine, tmp_path):
+    _, path = build_engine(tmp_path, batch="1,2", size="64x96,128x160")
     backend = TensorRtBackend(path)
     for feeds in feeds_of((1, 64, 96), (2, 128, 160), (1, 128, 160), (2, 64, 96)):
         assert len(backend(feeds)["scores"]) == len(feeds["images"])
 
 
 def command_line(*arguments):
-    """Runs `maskrcnn build-engine` in a process of its own, as the two forms of plugins share a name."""
+    """Runs `maskrcnn build-engine` in another process, as the two forms of plugins share a name."""
     words = ("build-engine", *map(str, arguments), "--fp16", "--target", "tensorrt")
     done = subprocess.run([sys.executable, "-m", "maskrcnn", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_an_engine_with_the_plugin_library(around, onnx_file, tmp_path):
+def test_an_engine_with_the_plugin_library(onnx_file, tmp_path):
     if missing := build.obstacle(build.Library.PLUGINS, find_toolchain()):
         pytest.skip(str(missing))
-    said = command_line(onnx_file, "--plugin-library", "--size", "96x128", "--output", tmp_path / "library.engine")
-    assert "plugins: library" in said and "compared with ONNX Runtime: " in said
+    printed = command_line(onnx_file, "--plugin-library", "--size", "96x128", "--output", tmp_path / "library.engine")
+    assert "plugins: library" in printed and "compared with ONNX Runtime: " in printed
 
 
-def test_the_command_line(around, onnx_file, tmp_path):
+def test_the_command_line(gpu, onnx_file, tmp_path):
     command_line(onnx_file, "--batch", "1,2", "--size", "96x128", "--output", tmp_path / "model.engine")
     stamp = json.loads((tmp_path / "model.engine.json").read_text())["stamp"]
-    assert stamp["gpu"] == around.gpu.name and stamp["plugins"] == "aot"
+    assert stamp["gpu"] == gpu.name and stamp["plugins"] == "aot"
     assert TensorRtBackend(tmp_path / "model.engine").metadata.stamp == stamp
 
 

@@ -1,11 +1,11 @@
-"""Model repositories for Triton: what is written, what Triton would say to it, and what is never overwritten."""
+"""Model repositories for Triton: their content, Triton's rules, and that existing files stay."""
 
 import dataclasses
 import shutil
 
 import onnx
 import pytest
-from engine_files import PROFILE, STAMP, write_engine
+from engine_files import PROFILE, write_engine
 from triton_rules import read_repository
 
 from maskrcnn.errors import UserError
@@ -14,9 +14,9 @@ from maskrcnn.plugins import build
 from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.build.profiles import Profile, Span
-from maskrcnn.runtime.onnx_file import read_model
-from maskrcnn.runtime.serving.models import Serving, batch_limit, largest_batch, read_served, sizes
-from maskrcnn.runtime.serving.triton import default_name, write_models
+from maskrcnn.runtime.engine_files import read_model
+from maskrcnn.runtime.serving.models import ServingOptions, batch_limit, largest_batch, served_model, size_ranges
+from maskrcnn.runtime.serving.triton import default_name, write_repository
 
 PARTS = ("det", "det_network", "det_post", "det_pre")
 
@@ -28,7 +28,7 @@ def engine(tmp_path, onnx_file):
 
 @pytest.fixture(scope="module")
 def other_file(tmp_path_factory, onnx_file):
-    """The same model from another checkpoint, as far as its bytes tell."""
+    """A file of the same model with other bytes, as from another checkpoint."""
     model, _ = read_model(onnx_file)
     model.doc_string = "another"
     path = tmp_path_factory.mktemp("other") / "model.onnx"
@@ -37,8 +37,8 @@ def other_file(tmp_path_factory, onnx_file):
 
 
 def write(out, path, name="det", **options):
-    settings = {key: options.pop(key) for key in ("is_bare", "keeps_config") if key in options}
-    return write_models(out, [(name, read_served(path))], Serving(**options), **settings)
+    settings = {key: options.pop(key) for key in ("raw", "keep_config") if key in options}
+    return write_repository(out, [(name, served_model(path))], ServingOptions(**options), **settings)
 
 
 def contents(folder):
@@ -52,7 +52,7 @@ def contents(folder):
     ("kind", "file"), [("masks", "onnx_file"), ("boxes", "boxes_onnx_file"), ("masks, keypoints", "joint_onnx_file")]
 )
 @pytest.mark.parametrize("masks", ["rle", "bits", "none"])
-def test_an_onnx_file_becomes_four_models_that_triton_takes(tmp_path, request, kind, file, masks):
+def test_an_onnx_file_becomes_four_models_that_triton_loads(tmp_path, request, kind, file, masks):
     path = request.getfixturevalue(file)
     (written,) = write(tmp_path / "repo", path, masks=masks)
     assert (written.version, written.is_new, sorted(written.models)) == (1, True, list(PARTS))
@@ -66,7 +66,7 @@ def test_an_onnx_file_becomes_four_models_that_triton_takes(tmp_path, request, k
         assert outputs["keypoints"]["dims"] == [12, 5, 3]
         assert names.read_text() == "head\nleft_hand\nright_hand\nleft_foot\nright_foot\n"
     assert configs["det_network"]["backend"] == "onnxruntime"
-    assert configs["det_network"]["instance_group"] == [{"count": 1, "kind": "KIND_AUTO"}]
+    assert configs["det_network"]["instance_group"] == [{"count": 1}]  # KIND_AUTO is the default
     assert (tmp_path / "repo/det_network/1/model.onnx").read_bytes() == path.read_bytes()
     assert (tmp_path / "repo/det/1/labels.txt").read_text() == "circle\nrectangle\ntriangle\n"
     metadata = tmp_path / "repo/det_pre/1/metadata.json"
@@ -74,7 +74,7 @@ def test_an_onnx_file_becomes_four_models_that_triton_takes(tmp_path, request, k
 
 
 def test_a_bare_network(tmp_path, onnx_file):
-    write(tmp_path, onnx_file, is_bare=True)
+    write(tmp_path, onnx_file, raw=True)
     (config,) = read_repository(tmp_path).values()
     assert [tensor["name"] for tensor in config["input"]] == ["images", "image_sizes"]
     assert (tmp_path / "det_network/1/metadata.json").is_file()
@@ -98,7 +98,7 @@ def test_options_of_a_server(tmp_path, onnx_file):
     assert configs["det_post"]["parameters"]["min_score"]["string_value"] == "0.25"
 
 
-def test_nothing_of_this_machine_is_written(tmp_path, onnx_file):
+def test_no_path_of_this_machine_is_written(tmp_path, onnx_file):
     write(tmp_path / "repo", onnx_file)
     texts = [path for path in (tmp_path / "repo").rglob("*") if path.suffix in (".pbtxt", ".json", ".txt")]
     assert len(texts) > 6
@@ -111,7 +111,7 @@ def test_nothing_of_this_machine_is_written(tmp_path, onnx_file):
 
 
 def test_an_engine_with_its_profiles(tmp_path, engine):
-    served = read_served(engine)
+    served = served_model(engine)
     assert served.flags == ()
     assert served.needs[0] == "the GPU NVIDIA H100 80GB HBM3 (compute capability 9.0)"
     assert "TensorRT 11.4.0.106, exactly" in served.needs[1] and len(served.needs) == 2
@@ -133,21 +133,21 @@ def test_an_engine_with_its_profiles(tmp_path, engine):
 def test_several_profiles_and_no_graphs(tmp_path, onnx_file):
     profiles = [PROFILE | {"batch": batch} for batch in ([1, 1, 1], [2, 4, 4])]
     engine = write_engine(tmp_path / "m.engine", onnx_file, profiles)
-    write(tmp_path / "repo", engine, has_cuda_graphs=False)
+    write(tmp_path / "repo", engine, cuda_graphs=False)
     network = read_repository(tmp_path / "repo")["det_network"]
     assert network["instance_group"][0]["profile"] == ["0", "1"]
     assert network["max_batch_size"] == 4 and "optimization" not in network
 
 
 def test_a_version_compatible_engine(tmp_path, onnx_file):
-    served = read_served(write_engine(tmp_path / "m.engine", onnx_file, version_compatible="yes"))
+    served = served_model(write_engine(tmp_path / "m.engine", onnx_file, version_compatible="yes"))
     assert served.flags == ("--backend-config=tensorrt,version-compatible=true",)
     assert "TensorRT 11.4.0.106 or newer" in served.needs
 
 
-def test_what_an_engine_needs(tmp_path, onnx_file):
+def test_the_requirements_of_an_engine(tmp_path, onnx_file):
     def needs(profiles=(PROFILE,), **stamp):
-        return " ".join(read_served(write_engine(tmp_path / "m.engine", onnx_file, profiles, **stamp)).needs)
+        return " ".join(served_model(write_engine(tmp_path / "m.engine", onnx_file, profiles, **stamp)).needs)
 
     assert "compute capability 8.0 or newer" in needs(hardware_compatibility="ampere_plus")
     assert needs(hardware_compatibility="same_compute_capability").startswith("a GPU of compute capability 9.0 ")
@@ -156,15 +156,15 @@ def test_what_an_engine_needs(tmp_path, onnx_file):
         needs(refit="stripped")
 
 
-def test_an_engine_that_calls_the_plugin_library_brings_it(tmp_path, onnx_file):
+def test_the_plugin_library_of_an_engine_is_copied(tmp_path, onnx_file):
     engine = write_engine(tmp_path / "m.engine", onnx_file, plugins="library")
     names = ("libmaskrcnn_plugins.so", "libmaskrcnn_plugins_register.so")
     (tmp_path / names[0]).write_text("plugins")
     with pytest.raises(UserError, match=r"no libmaskrcnn_plugins_register\.so beside"):
-        read_served(engine, plugin_library=tmp_path / names[0])
+        served_model(engine, plugin_library=tmp_path / names[0])
     (tmp_path / names[1]).write_text("register")
-    served = read_served(engine, plugin_library=tmp_path / names[0])
-    write_models(tmp_path / "repo", [("det", served)], Serving())
+    served = served_model(engine, plugin_library=tmp_path / names[0])
+    write_repository(tmp_path / "repo", [("det", served)], ServingOptions())
     assert [(tmp_path / "repo/det_network/1" / name).read_text() for name in names] == ["plugins", "register"]
     assert served.flags == ("--backend-config=tensorrt,plugins={folder}/libmaskrcnn_plugins_register.so",)
 
@@ -172,12 +172,12 @@ def test_an_engine_that_calls_the_plugin_library_brings_it(tmp_path, onnx_file):
 def test_the_plugin_library_of_the_cache_must_be_of_the_engines_sources(tmp_path, onnx_file, monkeypatch):
     engine = write_engine(tmp_path / "m.engine", onnx_file, plugins="library")
     with pytest.raises(UserError, match="plugins of other sources"):
-        read_served(engine)
+        served_model(engine)
     engine = write_engine(engine, onnx_file, plugins="library", plugin_hash=plugin_hash(PluginForm.LIBRARY))
     asked = []
     monkeypatch.setattr(build, "find_library", lambda kind, arch, tensorrt: asked.append((kind.value, arch, tensorrt)))
     with pytest.raises(UserError, match=r"no plugin library in the cache for compute capability 9\.0"):
-        read_served(engine)
+        served_model(engine)
     assert asked == [("plugins", 90, "11.4.0.106")]
 
 
@@ -205,18 +205,18 @@ def test_the_largest_batch_holds_at_every_size():
 
 
 def test_batches_and_sizes_outside_the_profiles(tmp_path, onnx_file, engine):
-    served = read_served(engine)
-    assert batch_limit(served, Serving(max_batch=3)) == 3
+    served = served_model(engine)
+    assert batch_limit(served, ServingOptions(max_batch=3)) == 3
     with pytest.raises(UserError, match=r"--batch 1:9:9, or use --max-batch 8"):
-        batch_limit(served, Serving(max_batch=9))
-    fixed = read_served(write_engine(tmp_path / "m.engine", onnx_file, [PROFILE | {"batch": [4, 4, 4]}]))
+        batch_limit(served, ServingOptions(max_batch=9))
+    fixed = served_model(write_engine(tmp_path / "m.engine", onnx_file, [PROFILE | {"batch": [4, 4, 4]}]))
     with pytest.raises(UserError, match=r"batches of 4, and(.|\n)*--batch 1:1:1$"):
-        batch_limit(fixed, Serving())
-    assert sizes(served, Serving(pad_to=((128, 160),))) == [(128, 128, 160, 160)]
+        batch_limit(fixed, ServingOptions())
+    assert size_ranges(served, ServingOptions(pad_to=((128, 160),))) == [(128, 128, 160, 160)]
     with pytest.raises(UserError, match=r"--pad-to 192x160\n.*a size within 96–160×96–160"):
-        sizes(served, Serving(pad_to=((192, 160),)))
+        size_ranges(served, ServingOptions(pad_to=((192, 160),)))
     with pytest.raises(UserError, match=r"--pad-to 100x160\n.*multiples of 32"):
-        sizes(served, Serving(pad_to=((100, 160),)))
+        size_ranges(served, ServingOptions(pad_to=((100, 160),)))
 
 
 # OpenVINO
@@ -236,7 +236,7 @@ def test_an_openvino_engine(tmp_path, openvino_engine):
     assert (network["backend"], network["max_batch_size"], configs["det"]["max_batch_size"]) == ("openvino", 0, 8)
     assert network["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}] and "dynamic_batching" not in network
     parameters = {key: value["string_value"] for key, value in network["parameters"].items()}
-    execution = read_served(openvino_engine).metadata.stamp["execution"]
+    execution = served_model(openvino_engine).metadata.stamp["execution"]
     assert parameters == {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": "2",
@@ -246,10 +246,10 @@ def test_an_openvino_engine(tmp_path, openvino_engine):
     assert {path.name for path in (tmp_path / "det_network/1").iterdir()} == {"model.xml", "model.bin", "metadata.json"}
 
 
-def test_an_openvino_engine_in_single_precision_would_be_run_in_another(tmp_path, onnx_file):
+def test_an_openvino_engine_in_single_precision_is_rejected(tmp_path, onnx_file):
     build_openvino_engine(onnx_file, tmp_path / "m.xml", half=False)
     with pytest.raises(UserError, match=r"would run in bfloat16(.|\n)*serve the ONNX file"):
-        read_served(tmp_path / "m.xml")
+        served_model(tmp_path / "m.xml")
 
 
 # Files that cannot be served
@@ -258,7 +258,7 @@ def test_an_openvino_engine_in_single_precision_would_be_run_in_another(tmp_path
 def test_files_that_are_refused(tmp_path, onnx_file, checkpoint, engine, openvino_engine):
     def refused(path, text):
         with pytest.raises(UserError, match=text):
-            read_served(path)
+            served_model(path)
 
     refused(checkpoint, r"maskrcnn export CHECKPOINT --onnx")
     refused(tmp_path / "none.onnx", "no file")
@@ -282,10 +282,10 @@ def test_bfloat16_is_refused(tmp_path, onnx_file):
         entry.value = dataclasses.replace(metadata, precision="bf16").to_json()
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(UserError, match="ONNX Runtime has no kernels"):
-        read_served(tmp_path / "m.onnx")
+        served_model(tmp_path / "m.onnx")
 
 
-# What is there stays
+# Existing repositories
 
 
 def test_versions_are_added(tmp_path, onnx_file, other_file):
@@ -304,30 +304,30 @@ def test_versions_are_added(tmp_path, onnx_file, other_file):
     assert third.version == 3
 
 
-def test_another_configuration_is_not_lost(tmp_path, onnx_file, other_file):
+def test_another_configuration_is_not_overwritten(tmp_path, onnx_file, other_file):
     write(tmp_path, onnx_file)
     config = tmp_path / "det_network/config.pbtxt"
     config.write_text(config.read_text().replace("max_queue_delay_microseconds: 0", "max_queue_delay_microseconds: 9"))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"says `max_queue_delay_microseconds: 9`.* `max_queue_delay_microseconds: 0`"):
+    with pytest.raises(UserError, match=r"has `max_queue_delay_microseconds: 9`.* `max_queue_delay_microseconds: 0`"):
         write(tmp_path, other_file)
     with pytest.raises(UserError, match="--keep-config"):
         write(tmp_path, onnx_file, masks="bits")
     assert contents(tmp_path) == before
-    (written,) = write(tmp_path, other_file, keeps_config=True)
+    (written,) = write(tmp_path, other_file, keep_config=True)
     assert written.version == 2 and before.items() <= contents(tmp_path).items()
 
 
 def test_other_models_stay(tmp_path, onnx_file, boxes_onnx_file):
     write(tmp_path, onnx_file)
     before = contents(tmp_path)
-    served = [(name, read_served(boxes_onnx_file)) for name in ("one", "two")]
-    write_models(tmp_path, served, Serving())
+    served = [(name, served_model(boxes_onnx_file)) for name in ("one", "two")]
+    write_repository(tmp_path, served, ServingOptions())
     assert before.items() <= contents(tmp_path).items()
     assert len(read_repository(tmp_path)) == 12
 
 
-def test_folders_that_are_no_repository(tmp_path, onnx_file):
+def test_invalid_folders_and_names(tmp_path, onnx_file):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: a file"):
         write(tmp_path / "file", onnx_file)
@@ -337,11 +337,11 @@ def test_folders_that_are_no_repository(tmp_path, onnx_file):
     (tmp_path / "repo/new_network").touch()
     with pytest.raises(UserError, match="new_network: a file"):
         write(tmp_path / "repo", onnx_file, name="new")
-    served = read_served(onnx_file)
-    with pytest.raises(UserError, match="two models of the name det"):
-        write_models(tmp_path / "repo", [("det", served), ("det", served)], Serving())
+    served = served_model(onnx_file)
+    with pytest.raises(UserError, match="two models named det"):
+        write_repository(tmp_path / "repo", [("det", served), ("det", served)], ServingOptions())
     for name in ("../up", ".hidden", "two words"):
-        with pytest.raises(UserError, match="a name of its own"):
+        with pytest.raises(UserError, match="a unique name"):
             write(tmp_path / "repo", onnx_file, name=name)
 
 
@@ -351,10 +351,10 @@ def test_a_failure_leaves_no_half_version(tmp_path, onnx_file, monkeypatch):
 
     write(tmp_path, onnx_file)
     before = contents(tmp_path)
-    served = dataclasses.replace(read_served(onnx_file), files={"model.onnx": tmp_path / "det/config.pbtxt"})
+    served = dataclasses.replace(served_model(onnx_file), files={"model.onnx": tmp_path / "det/config.pbtxt"})
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="no space left"):
-        write_models(tmp_path, [("det", served)], Serving())
+        write_repository(tmp_path, [("det", served)], ServingOptions())
     assert contents(tmp_path) == before
     assert not list(tmp_path.rglob(".version-*"))
 
@@ -366,10 +366,6 @@ def test_names_after_files(tmp_path):
 
 def test_choices_are_checked():
     with pytest.raises(UserError, match="--masks polygons"):
-        Serving(masks="polygons")
+        ServingOptions(masks="polygons")
     with pytest.raises(UserError, match="--kind tpu"):
-        Serving(kind="tpu")
-
-
-def test_the_stamp_of_these_tests_is_complete(engine):
-    assert set(STAMP) | {"profiles"} == set(read_served(engine).metadata.stamp)
+        ServingOptions(kind="tpu")

@@ -1,4 +1,4 @@
-"""The steps around a network on a Triton server: they give what `Detector.detect` gives, and refuse what they must."""
+"""The steps around a network on a Triton server: detections equal to `Detector.detect`, and invalid requests."""
 
 import io
 import json
@@ -16,8 +16,8 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.build.openvino import build_openvino_engine
-from maskrcnn.runtime.serving.models import Serving, read_served
-from maskrcnn.runtime.serving.triton import STEP_MODULES, write_models
+from maskrcnn.runtime.serving.models import ServingOptions, served_model
+from maskrcnn.runtime.serving.triton import STEP_MODULES, write_repository
 
 SIZES_HW = ((120, 150), (90, 61), (200, 130))
 
@@ -30,7 +30,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def steps():
-    """The modules of the two steps, as they lie in the package."""
+    """The modules of the two steps in the package."""
     sys.modules["triton_python_backend_utils"] = triton_stub
     try:
         from maskrcnn.runtime.serving import post as triton_post
@@ -41,7 +41,7 @@ def steps():
 
 
 def serve(root, path, **options) -> Server:
-    write_models(root, [("det", read_served(path))], Serving(**options))
+    write_repository(root, [("det", served_model(path))], ServingOptions(**options))
     return Server(root)
 
 
@@ -74,7 +74,7 @@ def assert_as_detected(answer, detected, class_names):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_ensemble_gives_what_the_detector_gives(tmp_path, onnx_file, images, backend):
+def test_an_ensemble_detects_as_the_detector(tmp_path, onnx_file, images, backend):
     path = onnx_file
     if backend == "openvino":
         path = tmp_path / "model.fp16.xml"
@@ -120,7 +120,7 @@ def test_keypoints_are_in_pixels_of_the_original_image(tmp_path, joint_onnx_file
         assert len(found) and not answer["keypoints"][n, len(found) :].any()
 
 
-def test_low_scores_are_left_out(tmp_path, onnx_file, images):
+def test_low_scores_are_not_sent(tmp_path, onnx_file, images):
     (found,) = Detector.load(onnx_file).detect(images[:1])
     middle = float(np.median(found.scores))
     server = serve(tmp_path, onnx_file, min_score=middle, masks="none")
@@ -182,12 +182,12 @@ def test_a_ppm_file_with_comments(steps):
         (encoded(np.zeros((2, 4, 3), np.uint8), "NPY")[:-1], r"no \.npy file"),
     ],
 )
-def test_what_is_no_image(steps, data, text):
+def test_invalid_images(steps, data, text):
     with pytest.raises(UserError, match=text):
         steps[0].image_from_bytes(data, "0 of the request")
 
 
-def test_the_header_of_an_array_allocates_nothing(steps):
+def test_the_header_of_an_array_does_not_allocate(steps):
     file = io.BytesIO()
     header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)}
     np.lib.format.write_array_header_1_0(file, header)
@@ -195,10 +195,10 @@ def test_the_header_of_an_array_allocates_nothing(steps):
         steps[0].image_from_bytes(file.getvalue(), "0")
 
 
-def test_one_bad_image_costs_its_own_request(steps, onnx_file, images, monkeypatch, tmp_path):
+def test_an_invalid_image_fails_its_own_request_only(steps, onnx_file, images, monkeypatch, tmp_path):
     module = steps[0]
     path = tmp_path / "model.py"
-    (tmp_path / "metadata.json").write_text(read_served(onnx_file).metadata.to_json())
+    (tmp_path / "metadata.json").write_text(served_model(onnx_file).metadata.to_json())
     monkeypatch.setattr(module, "__file__", str(path))
     model = module.TritonPythonModel()
     model.initialize({"model_config": json.dumps({"parameters": {}})})
@@ -206,7 +206,7 @@ def test_one_bad_image_costs_its_own_request(steps, onnx_file, images, monkeypat
     requests = [triton_stub.InferenceRequest([triton_stub.Tensor("image", request(file)["image"])]) for file in files]
     good, bad = model.execute(requests)
     assert good.error is None and len(good.outputs) == 3
-    assert "image 0 of the request is not an image" in bad.error.message() and "do:" in bad.error.message()
+    assert "image 0 of the request is not an image" in bad.error.message() and "fix:" in bad.error.message()
 
 
 def test_without_pillow_arrays_and_ppm_still_work(steps, images, monkeypatch):
@@ -238,8 +238,8 @@ def test_bits_of_images_of_different_sizes(steps):
 
 
 def test_the_steps_need_no_more_than_their_modules_and_numpy(tmp_path, onnx_file):
-    """Every module that is copied imports with NumPy alone, but for the one that needs Pillow."""
-    write_models(tmp_path, [("det", read_served(onnx_file))], Serving())
+    """Every copied module imports with NumPy only, except the one that needs Pillow."""
+    write_repository(tmp_path, [("det", served_model(onnx_file))], ServingOptions())
     folder = tmp_path / "det_pre" / "1"
     names = [f"maskrcnn.{module.replace('/', '.')}".removesuffix(".__init__") for module in STEP_MODULES]
     program = (

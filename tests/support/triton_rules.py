@@ -1,23 +1,54 @@
-"""What Triton's core and its backends demand of a configuration beyond its format.
+"""Configurations of a Triton repository, parsed by Triton's protobuf classes and checked by the rules of its core.
 
-Sources: model_config_utils.cc and ensemble_utils.cc of triton-inference-server/core, and the backends' own checks.
+Sources of the rules: model_config_utils.cc and ensemble_utils.cc of triton-inference-server/core, and the checks of the
+backends.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from triton_schema import Message, parse
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+Message = dict[str, Any]
 PLATFORMS = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "openvino": "model.xml", "python": "model.py"}
 _SIZES = {"TYPE_FP32": 4, "TYPE_INT32": 4, "TYPE_INT64": 8, "TYPE_UINT8": 1}
 
 
-def read_repository(root: Path) -> dict[str, Message]:
-    """The configuration of each model of a repository; every one must be loadable.
+def parse(text: str) -> Message:
+    """A `config.pbtxt` as a dictionary of the fields that are set, and `max_batch_size`.
 
     Raises:
-        AssertionError: for whatever Triton refuses.
+        google.protobuf.text_format.ParseError: if Triton could not parse it.
+    """
+    return {"max_batch_size": 0, **_fields(text_format.Parse(text, ModelConfig()))}
+
+
+def _fields(message: Any) -> Message:
+    found: Message = {}
+    for field, value in message.ListFields():
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            found[field.name] = {key: _value(field.message_type.fields_by_name["value"], value[key]) for key in value}
+        elif field.is_repeated:
+            found[field.name] = [_value(field, each) for each in value]
+        else:
+            found[field.name] = _value(field, value)
+    return found
+
+
+def _value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return _fields(value)
+    return field.enum_type.values_by_number[value].name if field.enum_type is not None else value
+
+
+def read_repository(root: Path) -> dict[str, Message]:
+    """The configurations of a repository by model.
+
+    Raises:
+        AssertionError: for a model that Triton would not load.
     """
     configs = {}
     for folder in sorted(root.iterdir()):
@@ -33,7 +64,7 @@ def read_repository(root: Path) -> dict[str, Message]:
 
 
 def check_model(config: Message, folder: Path) -> None:
-    """What holds for each model by itself."""
+    """Checks one model."""
     is_ensemble = "ensemble_scheduling" in config
     versions = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()]
     assert versions, f"{folder} has no version"
@@ -64,7 +95,7 @@ def _check_tensor(tensor: Message, limit: int) -> None:
     dims = tensor["dims"]
     assert dims and all(length == -1 or length >= 1 for length in dims), tensor
     if "reshape" in tensor:
-        shape = tensor["reshape"]["shape"]
+        shape = tensor["reshape"].get("shape", [])
         assert shape or limit > 0, "an empty shape needs batching"
         assert dims.count(-1) == shape.count(-1) and _product(dims) == _product(shape), tensor
 
@@ -88,17 +119,17 @@ def _check_warmup(sample: Message, config: Message, folder: Path) -> None:
 
 
 def compatible(dims: list[int], others: list[int]) -> bool:
-    """Whether two shapes may be the same tensor's: -1 is any length."""
+    """Whether two shapes can be of one tensor; -1 is any length."""
     return len(dims) == len(others) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, others, strict=True))
 
 
 def full_dims(tensor: Message, limit: int) -> list[int]:
-    """A tensor's shape with the dimension that Triton adds."""
+    """The shape of a tensor with the dimension that Triton adds."""
     return ([-1] if limit > 0 else []) + tensor["dims"]
 
 
 def check_ensemble(config: Message, configs: dict[str, Message]) -> None:
-    """What holds between an ensemble and its steps: tensors of one name have one type and shape."""
+    """Checks an ensemble against its steps: tensors of one name have one type and shape."""
     seen: dict[str, tuple[str, list[int], list[int]]] = {}
 
     def meet(name: str, tensor: Message, limit: int) -> None:

@@ -1,6 +1,6 @@
-"""What a Triton server does with our repositories, as far as tests need it: ensembles of Python steps and a network.
+"""A simulation of a Triton server for the repositories of the tests: ensembles of Python steps and a network.
 
-Between steps every tensor is held against both configurations, with Triton's rules for batches and reshapes.
+Tensors between steps are checked against both configurations, with Triton's rules for batches and reshapes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
-from triton_rules import compatible, full_dims, read_repository
-from triton_schema import Message
+from triton_rules import Message, compatible, full_dims, read_repository
 
 _STUB = Path(__file__).with_name("triton_stub.py")
 _DTYPES = {"TYPE_UINT8": "uint8", "TYPE_INT32": "int32", "TYPE_INT64": "int64", "TYPE_FP32": "float32"}
@@ -23,7 +22,7 @@ Tensors = dict[str, np.ndarray]
 
 
 class Refused(Exception):
-    """An error that a client would get."""
+    """An error response."""
 
 
 class Server:
@@ -31,13 +30,13 @@ class Server:
 
     def __init__(self, root: Path) -> None:
         self.root, self.configs = root, read_repository(root)
-        self.imported_from: set[Path] = set()  # files that `import maskrcnn` found in Python models
+        self.imported_from: set[Path] = set()  # files of `import maskrcnn` in Python models
 
     def infer(self, name: str, inputs: Tensors) -> Tensors:
-        """The answer to a client's request.
+        """Returns the response to a request.
 
         Raises:
-            Refused: with the error's text.
+            Refused: with the text of the error.
         """
         config = self.configs[name]
         self._check(inputs, config["input"], config)
@@ -46,7 +45,7 @@ class Server:
         return outputs
 
     def warm_up(self, name: str) -> int:
-        """Runs a model's warm-up requests; how many there were."""
+        """Runs the warm-up requests of a model; returns their number."""
         config = self.configs[name]
         samples = config.get("model_warmup", [])
         for sample in samples:
@@ -87,11 +86,13 @@ class Server:
 
     @staticmethod
     def _reshaped(value: np.ndarray, tensor: Message, config: Message) -> np.ndarray:
-        """What a client sees of a backend's output (InferenceResponse::Output::Reshape)."""
+        """An output in the shape that clients receive (InferenceResponse::Output::Reshape)."""
         if "reshape" not in tensor:
             return value
         leading = list(value.shape[:1]) if config["max_batch_size"] > 0 else []
-        variable = [n for n, d in zip(value.shape[len(leading) :], tensor["reshape"]["shape"], strict=True) if d == -1]
+        variable = [
+            n for n, d in zip(value.shape[len(leading) :], tensor["reshape"].get("shape", []), strict=True) if d == -1
+        ]
         return value.reshape([*leading, *(variable.pop(0) if d == -1 else d for d in tensor["dims"])])
 
     @staticmethod
@@ -141,7 +142,7 @@ def _length(dimension) -> int | None:
 def _check_exact(config: Message, shapes: dict[str, list]) -> None:
     """Output shapes of model and configuration must be equal, variable lengths included (CompareDimsSupported)."""
     for tensor in config["output"]:
-        dims = tensor["reshape"]["shape"] if "reshape" in tensor else tensor["dims"]
+        dims = tensor["reshape"].get("shape", []) if "reshape" in tensor else tensor["dims"]
         wanted = ([-1] if config["max_batch_size"] > 0 else []) + dims
         found = [length if isinstance(length, int) else -1 for length in shapes[tensor["name"]]]
         assert found == wanted, f"{tensor['name']}: {found} in the model, {wanted} in the configuration"
