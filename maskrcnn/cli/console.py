@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from rich.console import Console
 from maskrcnn.api.progress import Progress
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
     from maskrcnn.training.trainer import TrainingProgress
 
 # Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`.
@@ -23,7 +26,12 @@ def show(text: object) -> None:
 
 
 class ConsoleProgress(Progress):
-    """Prints messages; shows a bar, or a spinner if the number of steps is unknown, on a terminal."""
+    """Prints messages; shows bars of the open tasks on a terminal, one below the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # TensorRT's builder reports from its own threads
+        self._bars: Bars | None = None
+        self._open = 0
 
     def message(self, text: str) -> None:
         show(text)
@@ -31,15 +39,35 @@ class ConsoleProgress(Progress):
     @contextmanager
     def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         from rich.markup import escape
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+        bars = self._acquire()
+        task = bars.add_task(escape(title), total=total)
+        try:
+            yield lambda steps: bars.advance(task, steps)
+        finally:
+            bars.remove_task(task)
+            self._release()
+
+    def _acquire(self) -> Bars:
+        """Returns the bars that all open tasks share, as a terminal has one live display."""
+        from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
-        if total is not None:
-            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-            task = bars.add_task(escape(title), total=total)
-            yield lambda steps: bars.advance(task, steps)
+        with self._lock:
+            if self._bars is None:
+                columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+                is_hidden = not console.is_terminal
+                self._bars = Bars(*columns, TimeRemainingColumn(), console=console, transient=True, disable=is_hidden)
+                self._bars.start()
+            self._open += 1
+            return self._bars
+
+    def _release(self) -> None:
+        with self._lock:
+            self._open -= 1
+            if self._open == 0 and self._bars is not None:
+                self._bars.stop()
+                self._bars = None
 
     @contextmanager
     def training(self) -> Iterator[TrainingProgress | None]:
