@@ -58,7 +58,7 @@ class PasteCase:
 
 
 def check(case: PasteCase, pixels: np.ndarray, probabilities: np.ndarray | None = None) -> None:
-    """Asserts that every pixel is right whose probability is not the threshold itself, as nearly as can be told."""
+    """Asserts that all pixels are correct, except where the probability equals the threshold within the tolerance."""
     probabilities = case.probabilities() if probabilities is None else probabilities
     is_near = np.abs(probabilities - np.float32(case.threshold)) < PROBABILITY
     np.testing.assert_array_equal(pixels & ~is_near, (probabilities > np.float32(case.threshold)) & ~is_near)

@@ -1,4 +1,4 @@
-"""The smallest detectors that still have every part."""
+"""Small detectors with every part, for tests."""
 
 import torch
 
@@ -6,9 +6,9 @@ from maskrcnn.config import ModelConfig, model_config
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.detector import MaskRCNN
 
-# What makes a model one of version 2, as small as the rest.
+# Settings of a small version 2 model.
 TINY_V2 = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (16, 16)}
-# A keypoint head beside whatever else there is.
+# Settings of a keypoint head.
 TINY_POSE = {
     "has_keypoints": True,
     "keypoint_names": ("head", "left_hand", "right_hand", "left_foot", "right_foot"),
@@ -19,7 +19,7 @@ TINY_POSE = {
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """The smallest detector with every part: some 11 million parameters, most of them ResNet-18's."""
+    """Configuration of a small detector with every part: 11 million parameters, mostly of ResNet-18."""
     values = {
         "fpn_channels": 16,
         "box_head_channels": 32,
@@ -38,7 +38,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def keypoints_in(box_xywh_px: list[float], count: int = 5) -> dict[str, list | int]:
-    """What an annotation says of the five keypoints of `TINY_POSE`, of which `count` are labelled."""
+    """Annotation fields of the five keypoints of `TINY_POSE`, the first `count` of them labelled."""
     x, y, width, height = box_xywh_px
     places = ((0.5, 0.1), (0.1, 0.4), (0.9, 0.45), (0.2, 0.9), (0.8, 0.85))
     labelled = [(x + a * width, y + b * height, 2) for a, b in places[:count]] + [(0, 0, 0)] * (5 - count)
@@ -46,18 +46,18 @@ def keypoints_in(box_xywh_px: list[float], count: int = 5) -> dict[str, list | i
 
 
 def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
-    """A random model that detects: batch-norm statistics from noise, last layers with a spread of scores."""
+    """A random model with detections: batch-norm statistics from noise, and last layers with a spread of scores."""
     torch.manual_seed(seed)
     model = MaskRCNN(config)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     with torch.no_grad():
         for norm in norms:
-            norm.momentum = None  # a plain average
+            norm.momentum = None  # cumulative average
         model.train()
         for _ in range(3):
             model.features(torch.rand(4, 3, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
         model.eval()
-        for convolution in model.rpn.head.conv[1:]:  # they start so small that scores would tie
+        for convolution in model.rpn.head.conv[1:]:  # their initial weights are so small that scores would tie
             convolution[0].weight *= 10
         model.rpn.head.cls_logits.weight *= 30
         model.rpn.head.bbox_pred.weight *= 10
