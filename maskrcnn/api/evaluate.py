@@ -28,7 +28,7 @@ class EvaluateResult(Result):
     source: str  # the model or the results file
     annotations: str  # the file of the ground truth
     images: int
-    metrics: dict[str, dict[str, float]]  # "box", "mask", "keypoints" → metric → value
+    metrics: dict[str, dict[str, float]]  # "box", "mask", "keypoint" → metric → value
     seconds: dict[str, float]  # time of each part
     files: list[Path] = field(default_factory=list)  # results, JSON and report that were written
     remarks: list[str] = field(default_factory=list)
