@@ -87,5 +87,5 @@ def test_a_small_dataset_still_fills_a_batch():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    with pytest.raises(UserError, match=r"batch_size 8 for 3 process\(es\), accumulate 2\nexpected: a multiple of 6"):
+    with pytest.raises(UserError, match=r"batch_size 8 for 3 process\(es\), accumulate 2\n  expected: a multiple of 6"):
         StepSampler(20, batch_size=8, seed=0, world_size=3, accumulate=2)
