@@ -1,44 +1,51 @@
-"""`maskrcnn build-engine --target tensorrt` where there is no TensorRT, and what it refuses anywhere."""
+"""`maskrcnn build-engine` and `maskrcnn refit-engine` on a machine without TensorRT, and invalid options."""
 
-import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
 from command_line import expect_error
-from rich.console import Console
 
 from maskrcnn.api import build_engine
-from maskrcnn.api.export import Int8Options
+from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
 from maskrcnn.export import variants
 from maskrcnn.export.tensorrt.lint import Finding, LintReport, Severity, lint
 from maskrcnn.plugins import build, contract, toolchain
 from maskrcnn.plugins import build as cache
 from maskrcnn.plugins.toolchain import Nvcc, TensorRtHeaders, Toolchain, find_nvcc, find_nvrtc
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.backends import tensorrt_library
+from maskrcnn.runtime.backends.tensorrt_library import Weights
+from maskrcnn.runtime.build.request import BuildRequest
+from maskrcnn.runtime.engine_files import read_model
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Where compiled kernels are kept."""
+    """The cache folder of compiled kernels."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def no_tensorrt(monkeypatch, kernels):
-    """A machine without, whatever this one has."""
+    """A machine without TensorRT."""
     missing = UserError("no Python package tensorrt", "TensorRT 10.9 or newer", "`pip install '.[tensorrt]'`")
-    monkeypatch.setattr(build_engine, "tensorrt_obstacle", lambda: missing)
+    monkeypatch.setattr(tensorrt_library, "tensorrt_obstacle", lambda: missing)
     monkeypatch.setenv("MASKRCNN_CACHE", str(kernels))
 
 
-def test_everything_before_tensorrts_own_part_is_done(run, road, tmp_path, kernels):
+def test_the_graph_for_tensorrt_is_written_without_tensorrt(run, road, tmp_path, kernels):
     result = run("build-engine", "--fp16", "--target", "tensorrt", "--batch", "1,4")
     graph = road / "model.fp16.tensorrt.onnx"
-    expect_error(result, f"{graph.relative_to(tmp_path)} is what its parser gets", "no Python package", "pip install")
+    expect_error(
+        result,
+        f"the graph for TensorRT's parser is written: {graph.relative_to(tmp_path)}",
+        "no Python package",
+        "pip install",
+    )
     out = result[1]
     assert "profiles: batch 1 of 32–160×32–160, tuned for 1 of 96×128; batch 4" in out
     assert "compared with single precision: " in out and ": 0 errors, 0 warnings" in out
@@ -47,39 +54,42 @@ def test_everything_before_tensorrts_own_part_is_done(run, road, tmp_path, kerne
     nodes = [node for node in proto.graph.node if node.domain == contract.DOMAIN]
     assert {node.op_type for node in nodes} == set(contract.AOT_OPS)
     assert any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in proto.graph.initializer)
-    left = {path.name for path in road.iterdir()}
-    assert left == {"best.safetensors", "model.onnx", "model.fp16.tensorrt.onnx"}
+    files = {path.name for path in road.iterdir()}
+    assert files == {"best.safetensors", "model.onnx", "model.fp16.tensorrt.onnx"}
     if find_nvrtc() or find_nvcc():
         assert "8 kernels of the plugins compiled by " in out
         assert len(list((kernels / "plugins").glob("*/*.ptx"))) == 8
 
 
-def test_the_other_precisions_and_the_library(run, road, shapes):
+def test_other_precisions_and_the_plugin_library(run, road, shapes, tmp_path):
     for words, name, has_aot in (
         (("--tf32", "--plugin-library"), "model.tf32.tensorrt.onnx", False),
         (("--fp32",), "model.fp32.tensorrt.onnx", True),
         (("--bf16",), "model.bf16.tensorrt.onnx", True),
         (("--int8", shapes / "train", "--calibration-images", 4), "model.int8.tensorrt.onnx", True),
     ):
-        expect_error(run("build-engine", *words, "--target", "tensorrt"), f"{name} is what its parser gets")
+        expect_error(
+            run("build-engine", *words, "--target", "tensorrt"),
+            f"parser is written: {(road / name).relative_to(tmp_path)}",
+        )
         operators = {node.op_type for node in onnx.load(road / name).graph.node}
         assert ("BatchedNmsKeep" in operators) == has_aot and ("BatchedNms" in operators) != has_aot
 
 
-def test_ap_of_the_rounded_graph_is_told(run, road, shapes):
+def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
     code, out, _ = run("build-engine", "--fp16", "--target", "tensorrt", *gate)
     assert code == 1
     for kind in ("box_ap", "mask_ap"):
         assert f"{kind} 0." in out
-    assert "with fp16's rounding" in out and "in single precision (ONNX Runtime)" in out
+    assert "with fp16 rounding" in out and "in single precision (ONNX Runtime)" in out
 
 
-def test_auto_builds_for_the_cpu_and_says_what_that_leaves_out(run, road):
+def test_auto_builds_for_the_cpu_and_lists_the_options_without_effect(run, road):
     code, out, err = run("build-engine", "--fp16", "--batch", "1,4", "--refit")
     assert code == 0, err
     assert "no Python package tensorrt; building the CPU engine with OpenVINO" in out
-    assert "for TensorRT alone, so without effect: --batch 1,4 --refit" in out
+    assert "options of TensorRT only, without effect: --batch 1,4 --refit" in out
     assert (road / "model.fp16.xml").is_file()
 
 
@@ -100,15 +110,17 @@ def test_auto_builds_for_the_cpu_and_says_what_that_leaves_out(run, road):
         (("--tf32",), ("--tf32 for OpenVINO",)),
         (("--fp16", "--gate-annotations", "gt.json"), ("--gate-annotations gt.json without --gate-images",)),
         (("--fp16", "--gate-images", "none", "--target", "tensorrt"), ("no folder none",)),
+        (("--fp16", "--hardware-compatible", "all"), ("--hardware-compatible all", "ampere_plus")),
+        (("--fp16", "--keep", "fpn"), ("--keep without --int8",)),
     ],
 )
-def test_options_that_cannot_be_leave_nothing_behind(run, road, arguments, parts):
+def test_invalid_options_leave_no_files(run, road, arguments, parts):
     before = sorted(road.iterdir())
     expect_error(run("build-engine", *arguments), *parts)
     assert sorted(road.iterdir()) == before
 
 
-def test_a_graph_with_lint_errors_is_not_given_to_tensorrt(run, road, monkeypatch):
+def test_a_graph_with_lint_errors_is_an_error(run, road, monkeypatch):
     words = {"node": "a", "op": "Swirl", "output": "c", "graph": "", "why": "no importer", "remedy": "e", "source": "f"}
     found = LintReport(findings=(Finding(severity=Severity.ERROR, **words),), nodes=1)
     monkeypatch.setattr(variants, "lint", lambda proto: found)
@@ -122,10 +134,19 @@ def test_a_graph_with_lint_errors_is_not_given_to_tensorrt(run, road, monkeypatc
 
 
 @pytest.fixture
-def library_said(monkeypatch, tmp_path):
-    """What is printed of the plugin library, by the installed TensorRT and the headers; both may be missing."""
+def library_message(monkeypatch, road, tmp_path):
+    """Returns a function from the versions of TensorRT and its headers (or None) to the message about the library."""
 
-    def said(installed, headers):
+    class Messages(Progress):
+        def message(self, text):
+            if text.startswith("plugin library: "):
+                self.text = text
+
+    def write_variant(source, target, **_):
+        shutil.copy(source, target)
+        return [], LintReport(findings=(), nodes=1)
+
+    def message(installed, headers):
         def import_tensorrt():
             if installed is None:
                 raise UserError("no Python package tensorrt", "TensorRT", "install it")
@@ -136,13 +157,16 @@ def library_said(monkeypatch, tmp_path):
         here = Toolchain(**compilers, tensorrt=found, gpus=(90,))
         monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(toolchain, "find_toolchain", lambda: here)
-        monkeypatch.setattr(build_engine, "import_tensorrt", import_tensorrt)
+        monkeypatch.setattr(tensorrt_library, "import_tensorrt", import_tensorrt)
         monkeypatch.setattr(build, "build_library", lambda kind, **_: f"compiled for {headers}")
-        console = Console(file=io.StringIO(), width=1000)
-        build_engine._find_library(console)
-        return console.file.getvalue()
+        monkeypatch.setattr(build_engine, "write_variant", write_variant)
+        progress = Messages()
+        options = {"precision": "fp32", "target": "tensorrt", "plugin_library": True, "progress": progress}
+        with pytest.raises(UserError, match="no Python package tensorrt"):
+            build_engine.build_engine(road / "model.onnx", **options)
+        return progress.text
 
-    return said
+    return message
 
 
 def put_library(version):
@@ -151,12 +175,15 @@ def put_library(version):
     return cache.store(record, build.Library.PLUGINS.file_name, lambda path: path.touch())
 
 
-def test_a_library_is_for_the_tensorrt_that_is_to_load_it(library_said):
-    assert "compiled for 11.0.0" in library_said("11.4.0.106", "11.0.0")
-    assert "compiled for 10.9.0" in library_said(None, "10.9.0")
-    assert "no TensorRT" in library_said(None, None)
-    said = library_said("10.9.0.34", "11.0.0")
-    assert "headers in include are of TensorRT 11.0.0, and 10.9.0.34 is installed" in said and "build-plugins" in said
+def test_the_plugin_library_is_for_the_installed_tensorrt(library_message):
+    assert "compiled for 11.0.0" in library_message("11.4.0.106", "11.0.0")
+    assert "compiled for 10.9.0" in library_message(None, "10.9.0")
+    assert "no TensorRT" in library_message(None, None)
+    message = library_message("10.9.0.34", "11.0.0")
+    assert (
+        "headers in include are of TensorRT 11.0.0, and 10.9.0.34 is installed" in message
+        and "build-plugins" in message
+    )
     for_10, for_11 = put_library("10.16.1"), put_library("11.0.0")
     for installed, headers, path in (
         ("10.9.0.34", "11.0.0", for_10),
@@ -165,31 +192,73 @@ def test_a_library_is_for_the_tensorrt_that_is_to_load_it(library_said):
         (None, "11.0.0", for_11),
         ("11.4.0.106", None, for_11),
     ):
-        assert library_said(installed, headers) == f"plugin library: {path}\n"
+        assert library_message(installed, headers) == f"plugin library: {path}"
 
 
-# The stamp's command
+# The command in the stamp
 
 
 @pytest.mark.parametrize(
-    ("precision", "int8", "output", "words"),
+    ("changes", "output", "words"),
     [
-        ("fp16", Int8Options(), "m.fp16.engine", "--fp16 --target tensorrt --refit"),
-        ("fp16", Int8Options(images=8), "m.fp16.engine", "--fp16 --target tensorrt --refit"),
-        ("fp16", Int8Options(), "other.engine", "--fp16 --target tensorrt --output other.engine --refit"),
-        ("int8", Int8Options(calibration=Path("photos")), "m.int8.engine", "--int8 photos --target tensorrt --refit"),
+        ({}, "m.fp16.engine", "--fp16 --target tensorrt --refit"),
+        ({"calibration_images": 8}, "m.fp16.engine", "--fp16 --target tensorrt --refit"),
+        ({}, "other.engine", "--fp16 --target tensorrt --output other.engine --refit"),
         (
-            "int8",
-            Int8Options(calibration=Path("data/photos"), images=8, keep=("box_head",)),
+            {"precision": "int8", "calibration": Path("photos"), "gate_images": Path("photos")},
+            "m.int8.engine",
+            "--int8 photos --target tensorrt --refit",
+        ),
+        (
+            {
+                "precision": "int8",
+                "calibration": Path("data/photos"),
+                "calibration_images": 8,
+                "keep": ("box_head",),
+                "batch": "1,4",
+                "workspace_gb": 2.0,
+            },
             "engines/small.engine",
-            "--int8 photos --keep box_head --calibration-images 8 --target tensorrt --output small.engine --refit",
+            "--int8 photos --keep box_head --calibration-images 8 --target tensorrt --output small.engine --batch 1,4 "
+            "--workspace 2.0 --refit",
         ),
     ],
 )
-def test_the_command_that_builds_an_engine_again_names_what_is_not_the_default(precision, int8, output, words):
-    choice = build_engine.TensorRtChoice(given=("--refit",))
-    found = build_engine._command(Path("runs/m.onnx"), Path("runs") / output, precision, int8, choice)
-    assert found == f"maskrcnn build-engine m.onnx {words}"
+def test_the_command_of_an_engine_names_the_options_that_are_not_the_default(changes, output, words):
+    request = BuildRequest(
+        model=Path("runs/m.onnx"),
+        graph=Path("m.tensorrt.onnx"),
+        output=Path("runs") / output,
+        weights=Weights.REFITTABLE,
+        **{"precision": "fp16", **changes},
+    )
+    assert request.command() == f"maskrcnn build-engine m.onnx {words}"
+
+
+# The Python API
+
+
+def test_the_python_function_returns_what_the_command_prints(road, capsys):
+    result = build_engine.build_engine(road / "model.onnx", target="openvino")
+    assert result.path == road / "model.fp16.xml" and result.backend == "openvino" and result.precision == "fp16"
+    assert result.comparison.accepted and str(result.comparison.difference) == result.difference
+    assert json.loads(json.dumps(result.to_dict()))["path"] == str(result.path)
+    assert result.lines()[1] == f"compared with ONNX Runtime: {result.difference}"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"precision": "fp8"}, "precision fp8"),
+        ({"target": "cpu"}, "--target cpu"),
+        ({"precision": "int8"}, "int8 without calibration images"),
+        ({"calibration": "photos"}, "calibration images with fp16"),
+    ],
+)
+def test_invalid_arguments_of_the_python_function(road, options, found):
+    with pytest.raises(UserError, match=found):
+        build_engine.build_engine(road / "model.onnx", **options)
 
 
 # refit-engine
@@ -197,7 +266,7 @@ def test_the_command_that_builds_an_engine_again_names_what_is_not_the_default(p
 
 @pytest.fixture
 def engine(road, tmp_path):
-    """A refittable engine's two files; the plan is none."""
+    """Both files of a refittable engine, without a real plan."""
     _, metadata = read_model(road / "model.onnx")
     metadata.stamp.update(target="tensorrt", precision="fp32", refit="refittable", plugins="aot", profiles="[]")
     path = road / "model.fp32.engine"
@@ -213,30 +282,32 @@ def change_stamp(engine, **changes):
     described.write_text(json.dumps(values))
 
 
-def test_a_refit_without_tensorrt_says_what_is_missing(run, road, engine):
+def test_a_refit_without_tensorrt_is_an_error(run, road, engine):
     result = run("refit-engine", engine, road / "model.onnx", "--output", road / "new.engine")
     expect_error(result, "no Python package tensorrt", "pip install")
     assert not (road / "new.engine").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "came"),
+    ("changes", "found"),
     [
-        ({"refit": "fixed"}, "an engine with weights that are fixed"),
+        ({"refit": "fixed"}, "an engine with fixed weights"),
         ({"precision": "int8"}, "an engine with 8-bit scales"),
         ({"refit": "stripped", "onnx_sha256": "another"}, "with other weights than"),
     ],
 )
-def test_engines_that_take_no_weights(run, road, engine, changes, came):
+def test_engines_without_refittable_weights(run, road, engine, changes, found):
     change_stamp(engine, **changes)
-    expect_error(run("refit-engine", engine, road / "model.onnx", "--output", "new.engine"), came)
+    expect_error(run("refit-engine", engine, road / "model.onnx", "--output", "new.engine"), found)
 
 
-def test_refits_that_cannot_be(run, road, engine, boxes_onnx_file, tmp_path):
+def test_invalid_refits(run, road, engine, boxes_onnx_file, tmp_path):
     onnx_file = road / "model.onnx"
     expect_error(run("refit-engine", engine, onnx_file, "--output", engine), "another file that ends in .engine")
     expect_error(run("refit-engine", engine, onnx_file, "--output", "new.onnx"), "another file that ends in .engine")
-    expect_error(run("refit-engine", "none.engine", onnx_file, "--output", "new.engine"), "both files of an engine")
+    expect_error(
+        run("refit-engine", "none.engine", onnx_file, "--output", "new.engine"), "both files of a TensorRT engine"
+    )
     other = onnx.load(boxes_onnx_file)
     (entry,) = [entry for entry in other.metadata_props if entry.key == "maskrcnn"]
     entry.value = json.dumps({**json.loads(entry.value), "class_names": ["one"], "category_ids": [1]})

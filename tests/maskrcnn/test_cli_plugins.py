@@ -1,4 +1,4 @@
-"""`maskrcnn build-plugins`: what is built, what is left out and for want of what; and the doctor's lines about it."""
+"""`maskrcnn build-plugins`: what is compiled, what is left out and why; and the plugins in `maskrcnn doctor`."""
 
 import sys
 from types import SimpleNamespace
@@ -7,6 +7,8 @@ import pytest
 from bare_machine import WRITE_ARGUMENTS, add_nvcc, add_program, strip
 from command_line import expect_error
 
+from maskrcnn.api.plugins import build_plugins
+from maskrcnn.errors import UserError
 from maskrcnn.plugins.aot_kernels import usual_kernels
 from maskrcnn.runtime import doctor
 
@@ -49,7 +51,7 @@ def rows(out: str) -> dict[str, str]:
 
 def test_a_machine_with_nothing(run, programs):
     result = run("build-plugins")
-    expect_error(result, "found: no nvcc; no NVRTC\n", "pip install nvidia-cuda-nvcc", "nvidia-cuda-nvrtc")
+    expect_error(result, "Error: no nvcc; no NVRTC\n", "pip install nvidia-cuda-nvcc", "nvidia-cuda-nvrtc")
     table = rows(result[1])
     assert set(table) == {KERNELS, PLUGINS, AOT}
     assert all(text.startswith("left out") and "to get it: " in text for text in table.values())
@@ -73,7 +75,7 @@ def test_everything(run, toolkit, headers, tmp_path):
     assert all(text.startswith("from the cache") for text in rows(out).values())
 
 
-def test_what_can_be_built_is(run, toolkit):
+def test_everything_that_can_be_compiled_is(run, toolkit):
     code, out, err = run("build-plugins", "--arch", "80, 90")
     assert code == 0, err
     table = rows(out)
@@ -85,7 +87,7 @@ def test_what_can_be_built_is(run, toolkit):
     ("form", "names", "missing"),
     [("kernels", {KERNELS}, None), ("library", {KERNELS, PLUGINS}, "TensorRT headers"), ("aot", {AOT}, None)],
 )
-def test_what_is_asked_for_must_be_built(run, toolkit, form, names, missing):
+def test_a_named_form_must_compile(run, toolkit, form, names, missing):
     result = run("build-plugins", "--form", form, "--arch", "90")
     assert set(rows(result[1])) == names
     if missing:
@@ -126,11 +128,10 @@ def test_the_gpu_of_this_machine(run, toolkit):
         (("--arch", "native"), ("--arch native without a GPU", "--arch 80,90")),
         (("--arch", "ninety"), ("--arch ninety", "for example --arch 80,90")),
         (("--arch", "50"), ("architecture 50", "75, 80, 90, 120")),
-        (("--form", "wheel"), ("--form wheel", "kernels, library, aot, all")),
         (("--tensorrt-include", "nowhere"), ("no NvInfer.h in nowhere", "libnvinfer-headers-dev")),
     ],
 )
-def test_options_that_cannot_be(run, toolkit, options, parts):
+def test_invalid_options(run, toolkit, options, parts):
     expect_error(run("build-plugins", *options), *parts)
 
 
@@ -152,3 +153,16 @@ def test_the_doctor_lists_compilers_and_compiled_plugins(run, toolkit, monkeypat
 def test_each_kernel_that_is_compiled_is_of_another_kind():
     kinds = {(kernel.name, *sorted(kernel.defines.items())) for kernel in usual_kernels()}
     assert len(kinds) == len(usual_kernels()) == 8
+
+
+def test_an_unknown_form_is_an_error(run, toolkit):
+    code, _, err = run("build-plugins", "--form", "wheel")
+    assert code == 2 and "--form" in err and "'wheel'" in err
+    with pytest.raises(UserError, match="--form wheel"):
+        build_plugins("wheel")
+
+
+def test_the_python_function(toolkit):
+    result = build_plugins("kernels", arch="90")
+    assert list(result.built) == [KERNELS] and result.built[KERNELS].startswith("built in") and not result.left_out
+    assert "nvcc 13.0.88" in result.compilers
