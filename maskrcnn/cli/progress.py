@@ -74,4 +74,4 @@ class EpochProgress:
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
