@@ -235,7 +235,7 @@ class _StageOfNode:
         if self._stages is None:
             import onnx
 
-            from maskrcnn.export.costs import stages_by_node
+            from maskrcnn.export.inspection import stages_by_node
 
             proto = onnx.load(self._graph)
             names = (each.name for each in proto.graph.node)
