@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from maskrcnn.api.data import check_data, convert
     from maskrcnn.api.evaluate import evaluate
     from maskrcnn.api.inspect import inspect, lint
+    from maskrcnn.api.plugins import build_plugins
     from maskrcnn.api.predict import predict
+    from maskrcnn.api.serving import triton
     from maskrcnn.api.train import train
     from maskrcnn.api.verify import verify
     from maskrcnn.errors import UserError
@@ -36,6 +38,8 @@ _LAZY = {
     "export": "maskrcnn.export",
     "build_engine": "maskrcnn.api.build_engine",
     "refit_engine": "maskrcnn.api.build_engine",
+    "build_plugins": "maskrcnn.api.plugins",
+    "triton": "maskrcnn.api.serving",
     "predict": "maskrcnn.api.predict",
     "evaluate": "maskrcnn.api.evaluate",
     "verify": "maskrcnn.api.verify",
@@ -51,6 +55,7 @@ __all__ = [
     "Detector",
     "UserError",
     "build_engine",
+    "build_plugins",
     "check_data",
     "convert",
     "evaluate",
@@ -59,6 +64,7 @@ __all__ = [
     "predict",
     "refit_engine",
     "train",
+    "triton",
     "verify",
 ]
 
