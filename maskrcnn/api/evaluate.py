@@ -91,7 +91,7 @@ def evaluate(
     worst: int = 12,
     progress: Progress | None = None,
 ) -> EvaluateResult | None:
-    """Computes COCO metrics; every figure equals pycocotools' to the last digit.
+    """Computes COCO metrics; every value equals pycocotools' to the last digit.
 
     Args:
         model: checkpoint, ONNX file or engine; or None, with `results`.

@@ -39,8 +39,7 @@ def lint(file: str | Path) -> LintReport:
         file: any ONNX file.
 
     Returns:
-        an object with `errors`, `warnings`, `text()` and `to_dict()`; its `flavour` tells whether the file was one of
-        ours.
+        an object with `errors`, `warnings`, `text()` and `to_dict()`.
 
     Raises:
         UserError: if the file is not a valid ONNX file.
