@@ -15,7 +15,7 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.passes.precision import to_half
 from maskrcnn.imaging.preprocess import RESIZES, Preprocessing
-from maskrcnn.runtime.backends.base import Backend
+from maskrcnn.runtime.backends.base import Backend, stages_of
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.verification.inputs import Batch, drawn_batches, feedings
@@ -224,7 +224,7 @@ def test_a_backend_without_stages_is_an_error(reference):
             return reference.infer(feeds)
 
     with pytest.raises(UserError, match="a model in Opaque"):
-        Opaque().stages({}, ["P2"])
+        stages_of(Opaque(), {}, ["P2"])
 
 
 # The command
