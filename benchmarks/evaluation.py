@@ -6,7 +6,7 @@
   interleaved image by image. The masks and their metrics are compared first. Peak memory is measured in separate
   processes.
 - Scoring: simulated results, from a list of dictionaries to COCO's metrics, with pycocotools as in its own demo and
-  with `--scorer fast`. All arrays of both are compared first. A chart shows the growth with the dataset.
+  with our scorer. All arrays of both are compared first. A chart shows the growth with the dataset.
 - Resampling: the confidence interval of the difference of two results.
 
 On a machine with other load, run it with OMP_NUM_THREADS=1: torchvision's pasting uses all cores, ours one.

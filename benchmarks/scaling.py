@@ -137,7 +137,7 @@ def _random_detections(count: int) -> Detections:
 
 
 def dataset_curve(images: Sequence[int]) -> _Curve:
-    """Seconds of scoring boxes against the number of images, by pycocotools and by `--scorer fast`."""
+    """Seconds of scoring boxes against the number of images, by pycocotools and by our scorer."""
     datasets = {float(count): simulated(count, _RESULTS, "bbox", SIZE_HW) for count in images}
 
     def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
@@ -153,7 +153,7 @@ def dataset_curve(images: Sequence[int]) -> _Curve:
         along="s",
         calls={
             "pycocotools": {count: theirs(*dataset) for count, dataset in datasets.items()},
-            "--scorer fast": {count: fast(*dataset) for count, dataset in datasets.items()},
+            "maskrcnn": {count: fast(*dataset) for count, dataset in datasets.items()},
         },
         units=dict.fromkeys(map(float, images), 1000.0),
         warmup=0,

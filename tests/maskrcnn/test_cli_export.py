@@ -128,6 +128,6 @@ def test_what_is_refused_in_between_is_kept_and_named(run, road, monkeypatch):
 def test_variants_are_no_source_for_variants(run, road):
     assert run("export", road / "model.onnx", "--onnx", "--precision", "fp16")[0] == 0
     half = road / "model.fp16.onnx"
-    expect_error(run("export", half, "--onnx", "--precision", "bf16"), "a file in fp16", "one in single precision")
+    expect_error(run("export", half, "--onnx", "--precision", "bf16"), "a file in fp16", "a single-precision file")
     expect_error(run("build-engine", half, "--fp16"), "a file in fp16")
     assert runs.newest_onnx().name == "model.onnx"  # though it is older

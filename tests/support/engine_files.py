@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from maskrcnn.runtime.onnx_file import read_model
+from maskrcnn.runtime.engine_files import read_model
 
 STAMP = {
     "target": "tensorrt",
