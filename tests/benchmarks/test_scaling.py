@@ -30,7 +30,7 @@ def test_growth_is_the_exponent(power):
 
 def test_both_scorers_score_the_same_results_silently(capsys):
     curve = scaling.dataset_curve([20])
-    theirs, fast = (curve.calls[name][20.0](0) for name in ("pycocotools", "--scorer fast"))
+    theirs, fast = (curve.calls[name][20.0](0) for name in ("pycocotools", "maskrcnn"))
     assert fast.metrics["AP"] == pytest.approx(theirs.stats[0], abs=1e-12) and 0.05 < theirs.stats[0] < 0.95
     assert len(theirs.params.imgIds) == 20
     assert capsys.readouterr().out == ""
