@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,17 @@ class Detector:
         """
         outputs, sizes = self.backend.run_images(images)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
-        return unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)
+        found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)
+        metadata = self.metadata
+        return [
+            replace(
+                detections,
+                class_names=metadata.class_names,
+                category_ids=metadata.category_ids,
+                keypoint_skeleton=metadata.keypoint_skeleton,
+            )
+            for detections in found
+        ]
 
 
 def load_backend(path: Path, backend: str | None = None, **options: Any) -> Backend:

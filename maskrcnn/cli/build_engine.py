@@ -37,11 +37,16 @@ def build_engine(
     model: Annotated[Path | None, typer.Argument(help="ONNX file in fp32 (default: newest export).")] = None,
     fp16: Annotated[bool, _option(_PRECISION, "--fp16", help="Half precision (16 bits).")] = False,
     fp32: Annotated[bool, _option(_PRECISION, "--fp32", help="Single precision.")] = False,
-    bf16: Annotated[bool, _option(_PRECISION, "--bf16", help="16 bits with the range of fp32; TensorRT only.")] = False,
+    bf16: Annotated[
+        bool, _option(_PRECISION, "--bf16", help="Use bfloat16, 16 bits with the range of fp32; TensorRT only.")
+    ] = False,
     int8: Annotated[
         Path | None,
         _option(
-            _PRECISION, "--int8", metavar="CALIBRATION_DIR", help="8-bit integers, with scales from a folder of images."
+            _PRECISION,
+            "--int8",
+            metavar="CALIBRATION_DIR",
+            help="Use 8-bit integers, with scales from a folder of images.",
         ),
     ] = None,
     tf32: Annotated[
@@ -49,7 +54,7 @@ def build_engine(
         _option(
             _PRECISION,
             "--tf32",
-            help="fp32 with factors rounded to 10 bits; beside another precision, for its fp32 layers; TensorRT only.",
+            help="Use TF32, fp32 with factors of 10 bits; also for the fp32 layers of other precisions. TensorRT only.",
         ),
     ] = False,
     target: Annotated[

@@ -34,7 +34,10 @@ def triton(
     ] = False,
     plugin_library: Annotated[
         Path | None,
-        _option(_REPOSITORY, help="libmaskrcnn_plugins.so, for engines that use it (default: from the cache)."),
+        _option(
+            _REPOSITORY,
+            help="Plugin library libmaskrcnn_plugins.so, for engines that use it (default: from the cache).",
+        ),
     ] = None,
     masks: Annotated[
         MaskFormat,

@@ -66,7 +66,7 @@ def test_predict_takes_folders_and_never_the_place_of_an_image(run, road, tmp_pa
     (photos / "b").mkdir(parents=True)
     pictures = [picture(photos / "a.png"), picture(photos / "b" / "a.png"), picture(tmp_path / "a-2.png")]
     before = [path.read_bytes() for path in pictures]
-    expect_error(run("predict", photos / "a.png", "--output", photos), "the picture a.png would replace the image")
+    expect_error(run("predict", photos / "a.png", "--output", photos), "the overlay a.png would replace the image")
     code, _, err = run("predict", "photos", "a-2.png", "--model", road / runs.ONNX)
     assert code == 0, err
     written = {path.name for path in (tmp_path / "predictions").glob("*.png")}
@@ -159,7 +159,7 @@ def test_a_tensorrt_engine_says_what_is_missing(run, road):
 
 
 def test_flags_that_contradict(run, road):
-    expect_error(run("export"), "no format", "--onnx")
+    expect_error(run("export"), "no output format", "--onnx")
     expect_error(run("export", "--onnx", "--weights", "w.pth"), "--weights without --model")
     expect_error(run("build-engine"), "no precision")
     expect_error(run("build-engine", "--fp16", "--fp32"), "--fp16 and --fp32")
