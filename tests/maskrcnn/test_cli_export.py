@@ -7,6 +7,8 @@ import torch
 from command_line import expect_error
 
 from maskrcnn import runs
+from maskrcnn.api.export import export
+from maskrcnn.errors import UserError
 from maskrcnn.export import variants
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime import Detector
@@ -60,7 +62,6 @@ def test_an_8_bit_engine_runs(run, road, shapes):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("--precision", "fp8"), ("--precision fp8", "fp32, fp16, bf16, int8")),
         (("--precision", "int8"), ("--precision int8 without --calibration", "add --calibration FOLDER")),
         (("--precision", "int8", "--calibration", "empty"), ("empty: no image in it",)),
         (("--precision", "int8", "--calibration", "missing"), ("no folder missing",)),
@@ -70,9 +71,9 @@ def test_an_8_bit_engine_runs(run, road, shapes):
         (("--precision", "fp16", "--keep", "last"), ("--keep with --precision fp16", "drop --keep")),
         (("--tensorrt", "--calibration", "shapes"), ("--calibration with --precision fp32",)),
         (("--opset", "20"), ("--opset with",)),
-        ((), ("an ONNX file already",)),
-        (("--output", "other.onnx"), ("an ONNX file already",)),
-        (("--precision", "fp16", "--output", "runs/train-1/model.onnx"), ("the file to make it from", "another file")),
+        ((), ("an ONNX file in single precision already",)),
+        (("--output", "other.onnx"), ("an ONNX file in single precision already",)),
+        (("--precision", "fp16", "--output", "runs/train-1/model.onnx"), ("the source of the export", "another file")),
     ],
 )
 def test_exports_that_cannot_be_leave_nothing_behind(run, road, shapes, tmp_path, arguments, parts):
@@ -81,6 +82,13 @@ def test_exports_that_cannot_be_leave_nothing_behind(run, road, shapes, tmp_path
     before = {path: path.stat().st_mtime_ns for path in road.iterdir()}
     expect_error(run("export", road / "model.onnx", "--onnx", *arguments), *parts)
     assert {path: path.stat().st_mtime_ns for path in road.iterdir()} == before
+
+
+def test_an_unknown_precision(run, road):
+    code, _, err = run("export", "--onnx", "--precision", "fp8")
+    assert code == 2 and "'fp8' is not one of 'fp32', 'fp16', 'bf16', 'int8'" in " ".join(err.replace("│", " ").split())
+    with pytest.raises(UserError, match="--precision fp8\n  expected: fp32, fp16, bf16, int8"):
+        export(road / "model.onnx", precision="fp8")
 
 
 def test_an_opset_that_is_too_old_or_too_new(run, road):
