@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_api
 
 from maskrcnn.data.annotations import AnnotationError, checked_segmentation, compressed_rle, finite_numbers
 from maskrcnn.data.coco import CocoDataset, image_folder
@@ -249,7 +248,7 @@ class _DatasetTruth(GroundTruth):
             compressed_rle(instance.segmentation, *self.sizes_hw[image])
             for instance, image in zip(self._objects, self.image.tolist(), strict=True)
         ]
-        return masks, np.asarray(mask_api.area(masks), np.int64) if masks else np.zeros(0, np.int64)
+        return masks, _pixel_counts(masks)
 
     @cached_property
     def is_crowd(self) -> np.ndarray:
@@ -293,6 +292,15 @@ def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, in
         masks += some
         areas.append(pixels)
     return masks, np.concatenate(areas)
+
+
+def _pixel_counts(masks: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Pixels `[N]` int64 of compressed masks; `pycocotools.mask.area` fails for more than 255 with NumPy 2."""
+    counts = [np.zeros(0, np.int64)]
+    for start in range(0, len(masks), _STRINGS_AT_ONCE):
+        runs, _ = runs_from_strings([mask["counts"] for mask in masks[start : start + _STRINGS_AT_ONCE]])
+        counts.append(runs.sums()[0])
+    return np.concatenate(counts)
 
 
 def _is_compressed(segmentation: Any, size_hw: tuple[int, int]) -> bool:

@@ -12,10 +12,12 @@ import pytest
 from coco_cases import make_case, rle_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KINDS, PROTOCOLS, SIGMAS, protocol_of
@@ -219,3 +221,10 @@ def test_a_dataset_scores_as_its_file(shapes, poses):
         if "keypoints" in kinds:
             np.testing.assert_array_equal(direct.keypoints, file.keypoints)
             assert direct.skeleton == file.skeleton
+
+
+def test_more_objects_than_fit_into_a_byte(tmp_path):
+    """`pycocotools.mask.area` of more than 255 masks raises OverflowError with NumPy 2."""
+    root = generate_shapes(tmp_path / "shapes", train_images=150, val_images=1, size_px=64)
+    masks, pixels = GroundTruth.of_dataset(CocoDataset.load(root, "train")).masks
+    assert len(masks) > 255 and pixels.tolist() == [int(mask_api.area(mask)) for mask in masks]
