@@ -141,7 +141,7 @@ def dataset_curve(images: Sequence[int]) -> _Curve:
     datasets = {float(count): simulated(count, _RESULTS, "bbox", SIZE_HW) for count in images}
 
     def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox")
+        return lambda turn: score_entries(GroundTruth.of_content(content, "simulated"), results, "bbox")
 
     def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         return lambda turn: scored_by_pycocotools(content, list(results), "bbox")

@@ -201,9 +201,12 @@ class TrainConfig:
     model: ModelConfig
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    data: str = ""  # folder in COCO layout
+    data: str = ""  # folder of the dataset, or its annotation file
+    images: str = ""  # folder of the images; "": searched for near the annotation file
     train_split: str = "train"
     val_split: str = "val"
+    val_data: str = ""  # of the split to validate on; "": `data`
+    val_images: str = ""
     weights: str = _setting(
         "", "Pretrained weights: a checkpoint, a torchvision or Detectron2 file, or a name such as COCO_V1."
     )

@@ -56,14 +56,15 @@ def convert(
     mask_suffix: str | None = None,
     divisor: int | None = None,
     void: int | None = None,
+    crowd: bool = True,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a dataset to COCO format.
 
     Args:
-        kind: format of the source: "coco", "voc", "visual-genome", "penn-fudan", "synthia", "cityscapes", "id-masks",
-            "mask-files", "labelme" or "via".
-        source: folder of the dataset; for "via" also its JSON file.
+        kind: format of the source: "coco" (any layout that training reads), "yolo", "voc", "visual-genome",
+            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme" or "via".
+        source: folder of the dataset; for "coco", "yolo" and "via" also its annotation file.
         out: folder to write; it must not exist or be empty.
         keep_going: skip and count what cannot be converted instead of stopping.
         copy: copy the images. Default: hard links.
@@ -79,11 +80,12 @@ def convert(
         with_masks: "voc": take the masks of its segmentation lists instead of the boxes.
         difficult: "voc": "crowd", "keep" or "drop" its difficult objects.
         zero_based: "voc": box coordinates count from 0.
-        image_folder: "id-masks", "via": folder of the images below `source`.
+        image_folder: "id-masks", "via": folder of the images below `source`; "coco": of the images of its file.
         mask_folder: "id-masks": folder of the masks below `source`.
         mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
         divisor: "id-masks": pixel values are class · divisor + instance.
         void: "id-masks": pixel value of no object, besides 0.
+        crowd: "coco": keep crowd regions. False: convert them to objects.
         progress: receives progress.
 
     Raises:
@@ -107,6 +109,7 @@ def convert(
         mask_suffix=mask_suffix,
         divisor=divisor,
         void=void,
+        crowd=crowd,
     )
     plan = split_plan(split, rest=rest, val_fraction=val_fraction, seed=seed)
     with _counted(progress, "converting") as advance:
@@ -131,11 +134,18 @@ def convert(
     )
 
 
-def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progress | None = None) -> DatasetReport:
-    """Checks a COCO-format dataset for what training would refuse, skip, or learn wrongly.
+def check_data(
+    data: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    split: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> DatasetReport:
+    """Checks a dataset for what training would refuse, skip, or learn wrongly.
 
     Args:
-        data: folder of the dataset.
+        data: folder of the dataset (see docs/data.md for the layouts), or its annotation file.
+        image_folder: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
         progress: receives progress.
 
@@ -143,12 +153,12 @@ def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progres
         a report with `findings`, `text()` and `to_dict()`.
 
     Raises:
-        UserError: if the folder is not a dataset in COCO format.
+        UserError: if there is no dataset.
     """
     from maskrcnn.data.check import check_dataset
 
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, progress=advance)
+        return check_dataset(Path(data), split, images=image_folder, progress=advance)
 
 
 class _counted:

@@ -64,6 +64,7 @@ class _Options:
     json: Path | None
     report: Path | None
     worst: int
+    strict: bool
 
 
 def evaluate(
@@ -89,21 +90,22 @@ def evaluate(
     json: str | Path | None = None,
     report: str | Path | None = None,
     worst: int = 12,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> EvaluateResult | None:
     """Computes COCO metrics; every value equals pycocotools' to the last digit.
 
     Args:
         model: checkpoint, ONNX file or engine; or None, with `results`.
-        data: folder of a dataset in COCO format.
+        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. Padding of a batch changes metrics in the third decimal.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
-        annotations: annotation file in COCO format, with `results` instead of `data`.
-        images: folder of the images of `annotations`, for the report.
+        annotations: annotation file in COCO format, instead of `data`.
+        images: folder of its images. Default: searched for near it.
         iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
         compare: results file or model to compare with: difference in AP with its interval.
         resamples: bootstrap resamples of the images for intervals of AP.
@@ -113,6 +115,7 @@ def evaluate(
         json: file to write metrics and results to.
         report: HTML file to write, or a folder for `report.html`.
         worst: maximum number of images in the report.
+        strict: refuse annotation files with entries that are skipped or repaired.
         progress: receives messages.
 
     Returns:
@@ -145,6 +148,7 @@ def evaluate(
         json=_path(json),
         report=_path(report),
         worst=worst,
+        strict=strict,
     )
     _check(options)
     if options.model is not None:
@@ -194,17 +198,12 @@ def _check(options: _Options) -> None:
         raise UserError(
             found, "one of them", "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
         )
-    if options.model is not None and options.data is None:
-        raise UserError("a model without --data", "the folder of a dataset", "add --data DIR")
-    if options.model is not None and options.annotations is not None:
-        raise UserError("a model with --annotations", "--data DIR", "name the folder that holds annotations/")
-    if options.results is not None and (options.annotations is None) == (options.data is None):
-        found = "--results with --annotations and --data" if options.data else "--results without --annotations"
-        raise UserError(found, "the ground truth of the results", "add --annotations FILE, or --data DIR")
+    if (options.annotations is None) == (options.data is None):
+        given = "a model" if options.model is not None else "--results"
+        found = f"{given} with --annotations and --data" if options.data else f"{given} without --data or --annotations"
+        raise UserError(found, "the ground truth", "add --data DIR, or --annotations FILE")
     if options.results is not None and (options.resume is not None or options.processes > 1):
         raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
-    if options.images is not None and options.annotations is None:
-        raise UserError("--images without --annotations", "--annotations", "drop it: --data has the images")
     if options.compare is not None and not options.compare.is_file():
         raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
     outputs = {"--save-results": options.save_results, "--json": options.json, "--resume": options.resume}
@@ -220,12 +219,22 @@ def _check(options: _Options) -> None:
 
 
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
-    from maskrcnn.data.coco import CocoDataset, find_split
+    from maskrcnn.data.coco import CocoDataset
+    from maskrcnn.data.layouts import find_split, list_splits
 
-    assert options.data is not None
-    dataset = CocoDataset.load(options.data, find_split(options.data, options.split), require_images=require_images)
-    for line in dataset.skipped_lines():
+    place = options.data or options.annotations
+    assert place is not None
+    if options.annotations is not None:
+        (split,) = list_splits(place, options.images)
+    else:
+        split = find_split(place, options.split, options.images)
+    dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
+    for line in dataset.note_lines():
         progress.message(line)
+    if options.strict:
+        dataset.require_unchanged()
+    if not any(record.instances for record in dataset.images):
+        dataset.require_objects("be found")
     return dataset
 
 
@@ -272,8 +281,7 @@ def _detect(
         use_own_gpu,
     )
 
-    assert options.data is not None
-    task = DetectionTask(model, options.data, dataset.split, options.backend, options.batch_size)
+    task = DetectionTask(model, dataset.root, dataset.split, options.backend, options.batch_size, options.images)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"
         if options.processes > 1:
@@ -302,10 +310,7 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
     from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 
     assert options.results is not None
-    if options.annotations is not None:
-        truth = GroundTruth.read(options.annotations)
-    else:
-        truth = GroundTruth.of_dataset(_dataset(options, progress, require_images=False))
+    truth = GroundTruth(_dataset(options, progress, require_images=False))
     evaluation = score_file(truth, options.results, options.kinds)
     count = len(evaluation.results)
     progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
@@ -327,9 +332,9 @@ def _differences(
     kinds = tuple(evaluation.scored)
     if options.compare.suffix not in BACKENDS:
         other: Evaluation | None = score_file(truth, options.compare, kinds)
-    elif options.data is None or Share.of_environment().count > 1:
-        found = f"--compare {options.compare}, a model, " + ("under torchrun" if options.data else "with --annotations")
-        fix = "add --data DIR, without torchrun; or --save-results of that model, and compare with the file"
+    elif Share.of_environment().count > 1:
+        found = f"--compare {options.compare}, a model, under torchrun"
+        fix = "run it without torchrun; or --save-results of that model, and compare with the file"
         raise UserError(found, "a results file, or a dataset to run the model on", fix)
     else:
         other = _evaluate_model(options, options.compare, kinds, None, progress)
@@ -410,13 +415,7 @@ def _write_report(
 
 
 def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
-    """The file of an image id; None if the folder of the images is unknown."""
-    from maskrcnn.data.coco import find_split, image_folder
-
-    if options.data is not None:
-        folder: Path | None = image_folder(options.data, find_split(options.data, options.split))
-    else:
-        folder = options.images
-    if folder is None or options.worst == 0:
+    """The file of an image id; None if no images are wanted, or some are missing."""
+    if options.worst == 0 or not all(record.path.is_file() for record in truth.images.values()):
         return None
-    return lambda image_id: folder / str(truth.images[image_id].get("file_name", image_id))
+    return lambda image_id: truth.images[image_id].path

@@ -26,7 +26,7 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Argument(help="Checkpoint, ONNX file or engine (or none, with --results).")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of a dataset in COCO format.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a dataset, or its annotation file.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     processes: Annotated[
@@ -43,14 +43,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Results file in COCO format to score instead of a model.", rich_help_panel=_RESULTS),
     ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Annotation file in COCO format for --results.", rich_help_panel=_RESULTS)
-    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file in COCO format, instead of --data.")] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the images of --annotations, for --report.", rich_help_panel=_RESULTS
-        ),
+        typer.Option(metavar="DIR", help="Folder of the images (default: searched for near the annotations)."),
     ] = None,
     iou_type: Annotated[
         list[Kind] | None,
@@ -88,6 +84,9 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="Maximum number of images in the report.", rich_help_panel=_OUTPUT)
     ] = 12,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse annotation files with skipped or repaired entries.")
+    ] = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
     """Compute COCO metrics of boxes, masks and keypoints: of a model on a dataset, or of a results file."""
@@ -117,6 +116,7 @@ def evaluate(
         json=json,
         report=report,
         worst=worst,
+        strict=strict,
         progress=ConsoleProgress(),
     )
     if result is None or result.evaluation is None:

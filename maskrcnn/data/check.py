@@ -19,17 +19,16 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_api
 
-from maskrcnn.data.annotations import Segmentation, compressed_rle, finite_numbers
+from maskrcnn.data.annotations import BOX_ONLY, REPAIRED, Note
 from maskrcnn.data.check_report import DatasetReport, Finding, Problem, SplitStatistics
 from maskrcnn.data.coco import (
     CocoDataset,
     ImageRecord,
     Instance,
-    SkippedAnnotation,
-    annotation_file,
-    find_splits,
 )
 from maskrcnn.data.images import read_image
+from maskrcnn.data.layouts import find_splits, get_split
+from maskrcnn.data.segmentation import Segmentation, compressed_rle, finite_numbers
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 
@@ -57,21 +56,27 @@ _OUTSIDE = Problem("visible keypoint outside the image")
 _MISCOUNTED = Problem("number of keypoints that is not what num_keypoints says")
 _REPEATED = Problem("the same image twice in a split")
 _LEAKED = Problem("the same image in several splits")
-_SKIPPED = "annotation left out of training"  # followed by the reason
+_NO_OBJECTS = Problem("split without an object to learn", is_error=True)
+_NO_OBJECTS_TO_FIND = Problem("split without an object: AP cannot be measured")
+_SKIPPED = "annotation left out of training"  # these three are followed by the reason
+_BOX_ONLY = "objects with a box but without a mask"
+_REPAIRED = "repaired when read"
 
 
 def check_dataset(
     root: str | Path,
     splits: Sequence[str] = (),
     *,
+    images: str | Path | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DatasetReport:
-    """Reads every annotation and decodes every image of a dataset in COCO layout.
+    """Reads every annotation and decodes every image of a dataset.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, or its annotation file.
         splits: names or prefixes of splits (default: all).
+        images: folder of the images (default: searched for near the annotations).
         workers: number of decoding threads (default: one per core).
         progress: called with the numbers of checked images and of all images.
 
@@ -80,19 +85,20 @@ def check_dataset(
     """
     root = Path(root)
     datasets, findings = [], []
-    for name in find_splits(root, splits):
+    for name in find_splits(root, splits, images):
         try:
-            datasets.append(CocoDataset.load(root, name, require_images=False))
+            datasets.append(CocoDataset.load(root, name, images=images, require_images=False, drop_roots=False))
         except UserError as error:
             detail = f"{error.found}; expected: {error.expected}"
-            findings.append(
-                Finding(problem=_STRUCTURE, split=name, where=annotation_file(root, name).name, detail=detail)
-            )
+            where = get_split(root, name, images).annotations.name
+            findings.append(Finding(problem=_STRUCTURE, split=name, where=where, detail=detail))
     findings += _category_findings(datasets)
     findings += _keypoint_findings(datasets)
     for dataset in datasets:
+        findings += _object_count_findings(dataset)
         findings += _class_findings(dataset)
         findings += _skipped_findings(dataset)
+        findings += _repair_findings(dataset)
     findings += _image_findings(datasets, workers or os.cpu_count() or 1, progress)
     return DatasetReport(
         root=root,
@@ -191,7 +197,26 @@ def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
         )
 
 
-def _drawable_box(skipped: SkippedAnnotation) -> tuple[tuple[float, float, float, float], ...]:
+def _object_count_findings(dataset: CocoDataset) -> Iterator[Finding]:
+    """A split without objects: nothing to learn, or nothing to measure."""
+    try:
+        dataset.require_objects("learn" if dataset.split.lower().startswith("train") else "find")
+    except UserError as fault:
+        is_validation = dataset.split.lower().startswith(("val", "test"))
+        yield _of_file(_NO_OBJECTS_TO_FIND if is_validation else _NO_OBJECTS, dataset, f"{fault.found}; {fault.fix}")
+
+
+def _repair_findings(dataset: CocoDataset) -> Iterator[Finding]:
+    """One finding for each reason for which entries were repaired, or objects lost their masks."""
+    for outcome, name in ((BOX_ONLY, _BOX_ONLY), (REPAIRED, _REPAIRED)):
+        notes = dataset.notes.of(outcome)
+        for reason, count in dataset.notes.counts(outcome).items():
+            first = next(note for note in notes if note.reason == reason)
+            detail = f"{count}, first: {first.name}: {first.detail}"
+            yield _of_file(Problem(f"{name}: {reason}"), dataset, detail)
+
+
+def _drawable_box(skipped: Note) -> tuple[tuple[float, float, float, float], ...]:
     values = finite_numbers(skipped.bbox)
     if values is None or values.size != 4:
         return ()

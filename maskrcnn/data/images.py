@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from maskrcnn.errors import UserError
 
@@ -70,6 +70,17 @@ def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
             "restore the file from its source",
         )
     return pixels
+
+
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of an image after its EXIF orientation is applied, from its header; None if it has none."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # Pillow's decoders raise any exception on damaged bytes
+        return None
+    return (width, height) if is_turned else (height, width)
 
 
 def images_in(folder: Path, limit: int) -> list[Path]:

@@ -83,8 +83,8 @@ class MaskRCNN(nn.Module):
             images: as for `forward`.
             image_sizes: as for `forward`.
             truth: padded ground truth: `boxes` float32 `[N, G, 4]` xyxy in pixels of the resized image; `labels` int64
-                `[N, G]`; `valid` bool `[N, G]`; `masks` uint8 `[N, G, M, M]` of 0 or 255, crops of the region
-                `mask_frames` float32 `[N, G, 4]`; `keypoints` float32 `[N, G, K, 3]` (x, y in pixels of the resized
+                `[N, G]`; `valid` bool `[N, G]`; `masks` uint8 `[N, G, M, M]` of 0 or 255 (all 0: no mask), crops of the
+                region `mask_frames` float32 `[N, G, 4]`; `keypoints` float32 `[N, G, K, 3]` (x, y in pixels of the resized
                 image, visibility, 0 if unlabelled); `seeds` int64 `[N]`, which determine the sampled anchors and
                 proposals. Masks and keypoints are needed only by models that have such heads.
             loss: matching and sampling constants.

@@ -35,6 +35,7 @@ class Scene:
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], visible fraction of each object's area
     keypoints: np.ndarray  # float32 [G, K, 3]: x, y, visibility; zeros if unlabelled or outside the canvas
+    has_mask: np.ndarray  # bool [G]; False: the mask is the box of an object without one
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -64,7 +65,8 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
         visible[k] = int(np.count_nonzero(view.cut(mask))) / max(int(np.count_nonzero(mask)), 1)
         masks[k] = view.mask(mask)
     labels = np.array([instance.label for instance in objects], np.int64)
-    return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners))
+    has_mask = np.array([instance.has_mask for instance in objects], bool)
+    return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners), has_mask)
 
 
 def objects_of_scene(scene: Scene, min_visible: float) -> Objects:
@@ -73,11 +75,12 @@ def objects_of_scene(scene: Scene, min_visible: float) -> Objects:
     Objects without a pixel, or with less than `min_visible` of their area, are dropped.
     """
     rows = []
-    each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, strict=True)
-    for mask, label, visible, keypoints in each:
+    each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, scene.has_mask, strict=True)
+    for mask, label, visible, keypoints, has_mask in each:
         crop = mask_crop(mask, scene.size_hw)
         if crop is not None and visible >= min_visible:
-            rows.append((np.array(mask_extent(mask), np.float32), label, *crop, keypoints))
+            pixels, frame = crop
+            rows.append((np.array(mask_extent(mask), np.float32), label, pixels * np.uint8(has_mask), frame, keypoints))
     return Objects.stacked(rows, scene.keypoints.shape[1])
 
 
@@ -99,8 +102,10 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
         masks[own, rows, columns] = tile.masks
         keypoints[own, :, :2] += np.array([left, top], np.float32) * (keypoints[own, :, 2:] > 0)
         first = own.stop
-    labels, visible = (np.concatenate([getattr(tile, name) for tile in tiles]) for name in ("labels", "visible"))
-    return Scene(image, masks, labels, visible, keypoints)
+    labels, visible, has_mask = (
+        np.concatenate([getattr(tile, name) for tile in tiles]) for name in ("labels", "visible", "has_mask")
+    )
+    return Scene(image, masks, labels, visible, keypoints, has_mask)
 
 
 def mixup(first: Scene, second: Scene, weight: float) -> Scene:
@@ -122,7 +127,7 @@ def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
     """
     cover = other.masks[chosen].any(axis=0)
     image = np.where(cover, other.image, scene.image)
-    names = ("masks", "labels", "visible", "keypoints")
+    names = ("masks", "labels", "visible", "keypoints", "has_mask")
     pasted = replace(other, **{name: getattr(other, name)[chosen] for name in names})
     below = replace(scene.covered(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
     return _concatenated(image, below, pasted)
@@ -144,6 +149,7 @@ def _concatenated(image: np.ndarray, first: Scene, second: Scene) -> Scene:
         np.concatenate([first.labels, second.labels]),
         np.concatenate([first.visible, second.visible]),
         np.concatenate([first.keypoints, second.keypoints]),
+        np.concatenate([first.has_mask, second.has_mask]),
     )
 
 

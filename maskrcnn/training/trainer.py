@@ -237,8 +237,9 @@ class Trainer:
         model = self.model if self.averaged is None else self.averaged.model
         if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
             metrics |= evaluate(model.eval())
-            is_best = score_of(metrics) > progress.best_ap
-            progress.best_ap = max(score_of(metrics), progress.best_ap)
+            score = score_of(metrics)
+            is_best = score > progress.best_ap or score < 0  # -1: nothing could be measured, the last is the best
+            progress.best_ap = max(score, progress.best_ap)
             if self.processes.is_first and is_best:
                 save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
             if self._logbook is not None and draw is not None and config.pictures:

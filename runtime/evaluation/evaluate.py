@@ -235,7 +235,7 @@ def score_kinds(
             found = f"--iou-type {kind} and detections without {FIELDS[kind]}"
             raise UserError(found, f"a model that finds {FIELDS[kind]}", "score what the model finds")
     began = time.perf_counter()
-    truth = GroundTruth.of_dataset(dataset, sigmas)
+    truth = GroundTruth(dataset, sigmas)
     scored = {
         kind: score_entries(truth, results, kind, source="the detections", measured_by=FIELDS[kind]) for kind in kinds
     }

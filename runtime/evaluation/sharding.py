@@ -227,6 +227,7 @@ class DetectionTask:
     split: str
     backend: str | None = None
     batch_size: int = 1
+    images: Path | None = None  # folder of the images, if it is not searched for
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
         """The log of this task, new or to be continued.
@@ -241,7 +242,7 @@ class DetectionTask:
         origin = Origin(
             model="".join(sha256_of(file) for file in files),
             backend=self.backend or "the default",
-            annotations=sha256_of(dataset.annotation_path),
+            annotations=dataset.fingerprint(),
             batch_size=self.batch_size,
         )
         return DetectionsLog(path, origin, {"model": str(self.model), "annotations": str(dataset.annotation_path)})
@@ -366,7 +367,7 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
     """Detects one share in a worker process; a `UserError` goes to the parent process."""
     try:
         use_own_gpu(share)
-        dataset = CocoDataset.load(task.data, task.split)
+        dataset = CocoDataset.load(task.data, task.split, images=task.images)
         threads = max(1, (os.cpu_count() or 1) // share.count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
