@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from command_line import MessageLog
-from detectron2_model import SMALL, ZOO, PlainDetectron2, Sizes, layout, lively_tensors
+from detectron2_model import SMALL, ZOO, PlainDetectron2, Settings, Sizes, layout, lively_tensors
 from tiny import tiny_config
 from torch import Tensor
 
@@ -246,17 +246,15 @@ def plain_outputs(tensors, pictures) -> list[dict[str, np.ndarray]]:
         with torch.no_grad():
             found = plain.detect(picture)
         assert found["pairs"] > 20 and len(found["scores"].unique()) > 20  # or the comparison would say little
-        count = len(found["scores"])
-        outputs.append(
-            {
-                "num_detections": np.array([count], np.int32),
-                "boxes": found["boxes"][None].numpy(),
-                "scores": found["scores"][None].numpy(),
-                "labels": found["classes"][None].numpy() + 1,
-                "masks": found["masks"][None].numpy(),
-            }
-        )
+        outputs.append(as_outputs(found))
     return outputs
+
+
+def as_outputs(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Detections of the plain model in the form of our outputs."""
+    outputs = {name: found[name][None].numpy() for name in ("boxes", "scores", "masks")}
+    count = np.array([len(found["scores"])], np.int32)
+    return outputs | {"num_detections": count, "labels": found["classes"][None].numpy() + 1}
 
 
 def differences(config: ModelConfig, values, pictures, plain_outputs) -> list[Difference]:
@@ -294,6 +292,112 @@ def test_without_any_one_convention_it_does_not(tensors, pictures, plain_outputs
         config = replace(config, preprocessing=replace(config.preprocessing, **{convention: value}))
     found = differences(config, values, pictures, plain_outputs)
     assert not all(difference.within(EXACT) for difference in found)
+
+
+# Configurations beside the weights
+
+OWN = Settings(
+    anchor_px=16.0,
+    ratios=(0.4, 1.0, 2.5),
+    is_bgr=False,
+    mean=(120.0, 110.0, 100.0),
+    std=(57.0, 58.0, 59.0),
+    stride_in_1x1=False,
+    score=0.2,
+    nms=0.3,
+    detections=40,
+    box_weights=(20.0, 20.0, 10.0, 10.0),
+)
+BASE_YAML = """
+MODEL:
+  ANCHOR_GENERATOR: {SIZES: [[16], [32], [64], [128], [256]], ASPECT_RATIOS: [[0.5, 1.0, 2.0]]}
+  PIXEL_MEAN: [120.0, 110.0, 100.0]
+  PIXEL_STD: !!python/tuple [57.0, 58.0, 59.0]
+  RESNETS: {STRIDE_IN_1X1: False}
+  ROI_HEADS: {SCORE_THRESH_TEST: 0.7, NMS_THRESH_TEST: 0.3, NUM_CLASSES: 3}
+  ROI_BOX_HEAD: {BBOX_REG_WEIGHTS: "(20.0, 20.0, 10.0, 10.0)", POOLER_TYPE: ROIAlignV2, POOLER_SAMPLING_RATIO: 0}
+INPUT: {FORMAT: RGB, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 150, MIN_SIZE_TRAIN: (640, 800)}
+"""
+OWN_YAML = """
+_BASE_: base/Base.yaml
+MODEL:
+  ANCHOR_GENERATOR: {ASPECT_RATIOS: [[0.4, 1.0, 2.5]]}
+  ROI_HEADS: {SCORE_THRESH_TEST: 0.2}
+TEST: {DETECTIONS_PER_IMAGE: 40}
+"""
+
+
+def test_a_configuration_states_what_the_weights_cannot(tensors, pictures, tmp_path):
+    given = dict(tensors)
+    given["backbone.bottom_up.stem.conv1.weight"] = 57 * tensors["backbone.bottom_up.stem.conv1.weight"]
+    torch.save({"model": given}, tmp_path / "model_final.pth")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "Base.yaml").write_text(BASE_YAML)
+    (tmp_path / "config.yaml").write_text(OWN_YAML)
+    loaded = load_detector(tmp_path / "model_final.pth", settings={"candidates": 3000})
+    assert loaded.assumed == ("class_names",)
+    plain = PlainDetectron2(given, 96, 150, OWN)
+    for picture in pictures:
+        images, sizes = batch_images([picture], loaded.model.config.preprocessing)
+        with torch.no_grad():
+            expected = plain.detect(picture)
+            ours = loaded.model(torch.from_numpy(images), torch.from_numpy(sizes))
+        found = compare_outputs(
+            as_outputs(expected),
+            {name: value.numpy() for name, value in ours.items()},
+            EXACT,
+            score_threshold=0.2,
+        )
+        assert found.within(EXACT) and 10 < found.detections <= 40, str(found)
+
+
+def test_a_resnext_computes_with_its_own_conventions(tmp_path):
+    sizes = replace(SMALL, groups=32, width=8)
+    given = lively_tensors(101, sizes)
+    plain = PlainDetectron2(given, 64, 100, Settings(stride_in_1x1=False, std=(57.375, 57.12, 58.395)))
+    found, config, unstated, _ = from_detectron2(given, "zoo")
+    assert (config.name, config.backbone) == ("maskrcnn_resnext101_32x8d_fpn", "resnext101_32x8d")
+    assert "anchor_sizes_px" in unstated
+    image = torch.rand(1, 3, 64, 96) * 255
+    model = model_of(config, found)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (plain.settings.mean, plain.settings.std))
+    with torch.no_grad():
+        expected = plain.features((image.flip(1) - mean) / std)
+        ours = model.features(image, torch.tensor([[64, 96]]))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MODEL: {ROI_HEADS: {NUM_CLASSES: 7}}", r"MODEL\.ROI_HEADS\.NUM_CLASSES 7, and zoo with 3"),
+        ("MODEL: {RESNETS: {NUM_GROUPS: 32}}", r"MODEL\.RESNETS\.NUM_GROUPS 32, and zoo with 1"),
+        (
+            "MODEL: {ANCHOR_GENERATOR: {SIZES: [[32, 64]]}}",
+            r"ANCHOR_GENERATOR\.SIZES .*\n.*one size on each of 5 levels",
+        ),
+        ("MODEL: {ROI_HEADS: {NAME: CascadeROIHeads}}", r"ROI_HEADS\.NAME 'CascadeROIHeads'\n.*StandardROIHeads"),
+        ("MODEL: {PIXEL_MEAN: [1, 2]}", r"MODEL\.PIXEL_MEAN 2 numbers\n  expected: 3"),
+        ("TEST: {DETECTIONS_PER_IMAGE: many}", r"TEST\.DETECTIONS_PER_IMAGE 'many'\n  expected: of type int"),
+        ("INPUT: {MIN_SIZE_TEST: 0}", r"INPUT\.MIN_SIZE_TEST 0"),
+        ("- a list", "list instead of settings"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.yaml: {words}"):
+        from_detectron2(empty(18, SMALL), "zoo", tmp_path / "config.yaml")
+
+
+def test_a_base_that_is_not_there_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("_BASE_: ../Base-RCNN-FPN.yaml\nINPUT: {MIN_SIZE_TEST: 640}")
+    found = from_detectron2(empty(18, SMALL), "zoo", tmp_path / "config.yaml")
+    assert "its _BASE_ ../Base-RCNN-FPN.yaml was not read" in found.notes[0]
+    assert found.config.preprocessing.min_size_px == 640
+    assert "preprocessing.max_size_px" in found.unstated and "preprocessing.min_size_px" not in found.unstated
 
 
 # Files
