@@ -38,6 +38,7 @@ from maskrcnn.weights.foreign import (
     class_count,
     fields_of,
 )
+from maskrcnn.weights.mmdetection import from_mmdetection, is_mmdetection
 
 _COCO_LABELS = 90  # labels of torchvision's COCO weights: COCO's category ids, ten of them unused
 
@@ -150,9 +151,10 @@ def starting_weights(
     """Read pretrained weights.
 
     Args:
-        spec: a checkpoint; a state dict of a torchvision detector or classifier, or a Detectron2 detector, in any file
-            that `read_weights` reads; or the name of torchvision's weights, either a member of the enumeration for the
-            detector or the backbone (`COCO_V1`) or a full name (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
+        spec: a checkpoint; a state dict of a torchvision detector or classifier, or a detector of Detectron2 or
+            mmdetection, in any file that `read_weights` reads; or the name of torchvision's weights, either a member of
+            the enumeration for the detector or the backbone (`COCO_V1`) or a full name
+            (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
         config: model that they are for; it resolves names.
         detectron2_config: YAML configuration of a Detectron2 detector (default: config.yaml in the file's folder).
 
@@ -174,7 +176,10 @@ def starting_weights(
         stated = Path(detectron2_config) if detectron2_config else beside if beside.is_file() else None
         tensors, saved, unstated, more = from_detectron2(tensors, path, stated)
         known, notes = {"unstated": unstated}, (*notes, *([f"settings of {stated}"] if stated else []), *more)
-    if detectron2_config and (saved is None or file.header is not None):
+    elif is_mmdetection(tensors):
+        tensors, saved, unstated, more = from_mmdetection(tensors, path, file.meta)
+        known, notes = {"unstated": unstated}, (*notes, *more)
+    if detectron2_config and not is_detectron2(file.tensors):
         raise UserError(
             f"--detectron2-config {detectron2_config} with {source}",
             "weights of Detectron2, whose names begin with backbone.bottom_up",
