@@ -339,7 +339,7 @@ MODELS: dict[str, dict[str, Any]] = {
         f"{family}_{backbone}_fpn{version}": {"backbone": backbone, **heads, **changes}
         for family, heads in _FAMILIES.items()
         for version, changes in _VERSIONS.items()
-        for backbone in RESNETS
+        for backbone in (*RESNETS, *_WIDER)
         if (family, version) != ("keypointrcnn", "_v2")
     },
     **{

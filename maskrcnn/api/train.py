@@ -200,7 +200,7 @@ def _begun(
     trainset, valset = _datasets(progress, root, **place, strict=strict)
     if place["val_data"]:
         settings["val_data"] = place["val_data"]
-    config, weights = _configured(trainset, valset, settings)
+    config, weights = _configured(progress, trainset, valset, settings)
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
@@ -220,24 +220,28 @@ def _begun(
 
 
 def _configured(
-    trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
+    progress: Progress, trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
 ) -> tuple[TrainConfig, torchvision.StartingWeights | None]:
     """The configuration, adapted to the weights to start from, and these weights."""
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
-    weights = torchvision.starting_weights(spec) if Path(spec).is_file() or Path(spec).suffix == SUFFIX else None
-    if weights is not None and weights.config is not None and "model" not in settings:
-        # Classes and keypoints are the dataset's.
-        kept = ("class_names", "category_ids", "keypoint_names", "keypoint_skeleton", "keypoint_sigmas")
-        settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}
+    weights = torchvision.starting_weights(spec) if Path(spec).exists() or Path(spec).suffix == SUFFIX else None
+    given = settings.get("model", {})
+    if weights is not None and weights.config is not None:
+        saved = weights.config
+        settings = settings | {"model": torchvision.continued_model(saved, given)}
+        if given.get("name", saved.name) != saved.name:
+            progress.message(f"{spec} is a {saved.name}; {given['name']} replaces the fields in which the two differ")
     config = training_config(trainset, valset, settings)
     weights = weights or torchvision.starting_weights(spec, config.model)
-    changes = torchvision.model_changes(weights, config.model)
+    for line in weights.notes:
+        progress.message(line)
+    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
     if "batch_norm" in settings:  # an explicit setting wins
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
-    batch_norm = "frozen" if changes["frozen_batch_norm"] else config.batch_norm
-    return replace(config, batch_norm=batch_norm, model=replace(config.model, **changes)), weights
+    model = replace(config.model, **changes)
+    return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
 
 
 def _continued(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from maskrcnn.config import ModelConfig
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.torchvision import BODY, HEAT_MAPS, StartingWeights
+from maskrcnn.weights.foreign import BODY, HEAT_MAPS, check_shapes
+from maskrcnn.weights.torchvision import StartingWeights
 
 _MASK_HEAD = "roi_heads.mask_"
 _KEYPOINT_HEAD = "roi_heads.keypoint_"
@@ -67,7 +68,9 @@ def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[
     added, dropped = _other_parts(own, tensors)
     for name in dropped:
         del tensors[name]
-    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
+    tensors |= {name: own[name] for name in (*reset, *added)}
+    check_shapes(model.config, tensors, weights.source)
+    return tensors, FineTuning(
         source=weights.source,
         classes=classes,
         keypoints=keypoints,
