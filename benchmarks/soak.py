@@ -30,8 +30,8 @@ _DIVISOR = 32  # of padded sides, px
 def shapes_hw(count: int, low_px: int, high_px: int, seed: int = 0) -> Iterator[tuple[int, int]]:
     """Random padded sizes: multiples of 32 px from `low_px` to `high_px`."""
     sides = np.arange(low_px, high_px + 1, _DIVISOR)
-    for height, width in np.random.default_rng(seed).choice(sides, (count, 2)).tolist():
-        yield height, width
+    for height, width in np.random.default_rng(seed).choice(sides, (count, 2)):
+        yield int(height), int(width)
 
 
 def soak(call: Callable[[tuple[int, int]], None], sizes: list[tuple[int, int]]) -> list[tuple[int, float, float]]:

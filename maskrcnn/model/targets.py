@@ -15,7 +15,6 @@ from torch import Tensor
 
 from maskrcnn.model.boxes import pairwise_iou, take_rows
 
-
 _MAX_PAIRS = 1 << 22  # boxes × objects whose IoU is held at once: 16 MB per array
 
 

@@ -65,6 +65,10 @@ class OpenVinoBackend(Backend):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[execution],
         }
+        import os
+
+        if os.environ.get("OV_CAP"):
+            self._options["CPU_RUNTIME_CACHE_CAPACITY"] = os.environ["OV_CAP"]
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
         self._lock = threading.Lock()  # a request's tensors hold its last inference
