@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +34,18 @@ def shapes_hw(count: int, low_px: int, high_px: int, seed: int = 0) -> Iterator[
         yield int(height), int(width)
 
 
-def soak(call: Callable[[tuple[int, int]], None], sizes: list[tuple[int, int]]) -> list[tuple[int, float, float]]:
-    """Calls with each size; returns rows of calls so far, resident MB and mean milliseconds since the last row."""
-    rows, began, done = [], time.perf_counter(), 0
+def soak(
+    call: Callable[[tuple[int, int]], None], sizes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, float, float]]:
+    """Calls with each size; yields rows of calls so far, resident MB and mean milliseconds since the last row."""
+    began, done = time.perf_counter(), 0
     marks = {1, 50, *np.linspace(0, len(sizes), _ROWS + 1).astype(int)[1:].tolist()}
     for number, size in enumerate(sizes, start=1):
         call(size)
         if number in marks:
             now = time.perf_counter()
-            rows.append((number, resident_mb("VmRSS") or 0.0, 1e3 * (now - began) / (number - done)))
+            yield number, resident_mb("VmRSS") or 0.0, 1e3 * (now - began) / (number - done)
             began, done = now, number
-    return rows
 
 
 def _inference(path: Path, backend: str | None, options: dict[str, object]) -> Callable[[tuple[int, int]], None]:
@@ -111,8 +112,9 @@ def main() -> None:
         call = _training() if given.train else _inference(given.model, given.backend, json.loads(given.options))
         sizes = list(shapes_hw(given.shapes, low, high))
         print(f"{len(set(sizes))} different sizes in {len(sizes)} calls")
-        rows = soak(call, sizes)
-    print(aligned(["calls", "MB", "ms/call"], [[f"{n}", f"{mb:.0f}", f"{ms:.1f}"] for n, mb, ms in rows]))
+        print(aligned(["calls", "MB   ", "ms/call"], []))
+        for number, mb, ms in soak(call, sizes):
+            print(f"| {number:<5} | {mb:<5.0f} | {ms:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ skipped, and annotations and images that are probably wrong.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from maskrcnn.data.coco import (
 )
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
+from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 
 _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
@@ -93,7 +93,7 @@ def check_dataset(
     for dataset in datasets:
         findings += _class_findings(dataset)
         findings += _skipped_findings(dataset)
-    findings += _image_findings(datasets, workers or os.cpu_count() or 1, progress)
+    findings += _image_findings(datasets, workers or available_cpus(), progress)
     return DatasetReport(
         root=root,
         datasets=tuple(datasets),

@@ -19,6 +19,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.machine import shared_memory_mb
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.model.inference import respect_cpu_quota
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
 from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, training_loader
@@ -77,6 +78,7 @@ class Trainer:
         self.processes = processes or Processes()
         self.device = choose_device(config.device, self.processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
+        respect_cpu_quota()
         self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
         self.loader, self.sampler = training_loader(
             self.samples,
