@@ -62,6 +62,7 @@ class Detector:
         Args:
             images: uint8 `[H, W, 3]` RGB, of any sizes; the batch is padded to the largest.
         """
+        self.backend.check_process()
         outputs, sizes = self.backend.run_images(images)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
         found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)

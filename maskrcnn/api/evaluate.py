@@ -57,6 +57,7 @@ class _Options:
     images: Path | None
     kinds: tuple[str, ...]
     compare: Path | None
+    max_detections: tuple[int, ...]
     resamples: int
     seed: int
     threshold: float
@@ -82,6 +83,7 @@ def evaluate(
     annotations: str | Path | None = None,
     images: str | Path | None = None,
     iou_type: Sequence[str] = (),
+    max_detections: Sequence[int] = (),
     compare: str | Path | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -107,6 +109,8 @@ def evaluate(
         annotations: annotation file in COCO format, instead of `data`.
         images: folder of its images. Default: searched for near it.
         iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
+        max_detections: limits of detections per image and class, ascending, such as (1, 10, 500): average recall is
+            measured at each, all other metrics at the last. Default: COCO's 1, 10 and 100 (20 for keypoints).
         compare: results file or model to compare with: difference in AP with its interval.
         resamples: bootstrap resamples of the images for intervals of AP.
         seed: random seed of the resamples.
@@ -125,7 +129,7 @@ def evaluate(
         UserError: for options that contradict each other and files that cannot be used.
     """
     from maskrcnn.runtime.detector import backend_spec
-    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
 
     progress = progress or Progress()
     options = _Options(
@@ -140,6 +144,7 @@ def evaluate(
         annotations=_path(annotations),
         images=_path(images),
         kinds=tuple(iou_type),
+        max_detections=tuple(max_detections),
         compare=_path(compare),
         resamples=resamples,
         seed=seed,
@@ -151,6 +156,7 @@ def evaluate(
         strict=strict,
     )
     _check(options)
+    protocol_of("bbox", options.max_detections)  # faults show before detecting
     if options.model is not None:
         evaluation = _evaluate_model(options, options.model, options.kinds, options.resume, progress)
     else:
@@ -188,7 +194,7 @@ def _path(value: str | Path | None) -> Path | None:
 
 
 def _remarks(evaluation: Evaluation) -> list[str]:
-    return [text for text in dict.fromkeys(scored.results.remark() for scored in evaluation.scored.values()) if text]
+    return list(dict.fromkeys(text for scored in evaluation.scored.values() for text in scored.remarks()))
 
 
 def _check(options: _Options) -> None:
@@ -262,7 +268,14 @@ def _evaluate_model(
         with_masks=facts["has_masks"] and dataset.has_masks,
         with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # absent from older logs
     )
-    evaluation = score_kinds(dataset, results, kinds, sigmas=facts.get("sigmas", ()), seconds=seconds)
+    evaluation = score_kinds(
+        dataset,
+        results,
+        kinds,
+        sigmas=facts.get("sigmas", ()),
+        max_detections=options.max_detections,
+        seconds=seconds,
+    )
     progress.message(f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}")
     return evaluation
 
@@ -311,7 +324,7 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
 
     assert options.results is not None
     truth = GroundTruth(_dataset(options, progress, require_images=False))
-    evaluation = score_file(truth, options.results, options.kinds)
+    evaluation = score_file(truth, options.results, options.kinds, options.max_detections)
     count = len(evaluation.results)
     progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
     return evaluation
@@ -331,7 +344,7 @@ def _differences(
 
     kinds = tuple(evaluation.scored)
     if options.compare.suffix not in BACKENDS:
-        other: Evaluation | None = score_file(truth, options.compare, kinds)
+        other: Evaluation | None = score_file(truth, options.compare, kinds, options.max_detections)
     elif Share.of_environment().count > 1:
         found = f"--compare {options.compare}, a model, under torchrun"
         fix = "run it without torchrun; or --save-results of that model, and compare with the file"
@@ -374,6 +387,9 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
     content: dict[str, Any] = {"model": str(options.model)} if options.model else {"file": str(options.results)}
     content |= {"box": evaluation.box, "mask": evaluation.mask, "keypoint": evaluation.keypoint}
     content |= {KIND_NAMES[kind]: scored.metrics for kind, scored in evaluation.scored.items()}
+    content["max_detections"] = {
+        KIND_NAMES[kind]: list(scored.records.protocol.max_detections) for kind, scored in evaluation.scored.items()
+    }
     content["per_class"] = {KIND_NAMES[kind]: scored.by_class() for kind, scored in evaluation.scored.items()}
     content["seconds"] = asdict(evaluation.seconds)
     if differences:

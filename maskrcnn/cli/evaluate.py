@@ -10,6 +10,7 @@ import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+from maskrcnn.errors import UserError
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
 
@@ -52,6 +53,14 @@ def evaluate(
         list[Kind] | None,
         typer.Option(
             help="Kind of overlap to score; repeatable (default: all that the results have).", rich_help_panel=_METRICS
+        ),
+    ] = None,
+    max_detections: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Limits of detections per image and class; other limits than COCO's are labelled (default: 1,10,100).",
+            rich_help_panel=_METRICS,
         ),
     ] = None,
     compare: Annotated[
@@ -108,6 +117,7 @@ def evaluate(
         annotations=annotations,
         images=images,
         iou_type=[kind.value for kind in iou_type or ()],
+        max_detections=_limits(max_detections),
         compare=compare,
         resamples=resamples,
         seed=seed,
@@ -131,6 +141,15 @@ def evaluate(
         show(f"{rate:.2f} images/s per process, from file to pasted masks")
     for path in result.files:
         show(f"→ {path}")
+
+
+def _limits(text: str | None) -> tuple[int, ...]:
+    """The numbers of `--max-detections`."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        found = f"--max-detections {text}"
+        raise UserError(found, "whole numbers, separated by commas", "write such as 1,10,500") from error
 
 
 def _class_table(kind: str, by_class: dict[str, dict[str, float]]) -> str:

@@ -7,7 +7,6 @@ skipped, and annotations and images that are probably wrong.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from maskrcnn.data.images import read_image
 from maskrcnn.data.layouts import find_splits, get_split
 from maskrcnn.data.segmentation import Segmentation, compressed_rle, finite_numbers
 from maskrcnn.errors import UserError
+from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 
 _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
@@ -99,7 +99,7 @@ def check_dataset(
         findings += _class_findings(dataset)
         findings += _skipped_findings(dataset)
         findings += _repair_findings(dataset)
-    findings += _image_findings(datasets, workers or os.cpu_count() or 1, progress)
+    findings += _image_findings(datasets, workers or available_cpus(), progress)
     return DatasetReport(
         root=root,
         datasets=tuple(datasets),

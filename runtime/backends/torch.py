@@ -18,7 +18,7 @@ from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import Preprocessing, batch_sizes
 from maskrcnn.model import cuda_ops
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.inference import GraphedModel, inference_copy
+from maskrcnn.model.inference import GraphedModel, inference_copy, respect_cpu_quota
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs
 from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
 from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
@@ -62,6 +62,7 @@ class TorchBackend(Backend):
         if precision not in _PRECISIONS:
             raise UserError(f"precision {precision!r}", " or ".join(_PRECISIONS), "choose one of these")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        respect_cpu_quota()
         on_gpu = self.takes_gpu_arrays = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise UserError(f"CUDA graphs on {self.device.type}", "a GPU", "leave graphs out, or use device cuda")

@@ -210,6 +210,7 @@ def score_kinds(
     kinds: Sequence[str],
     *,
     sigmas: Sequence[float] = (),
+    max_detections: Sequence[int] = (),
     seconds: Seconds | None = None,
 ) -> Evaluation:
     """Scores a detector's results on a whole dataset; each kind like a file of that kind for COCO's server.
@@ -219,6 +220,7 @@ def score_kinds(
         results: results in COCO's format, in any order.
         kinds: "bbox", "segm", "keypoints".
         sigmas: the model's OKS sigmas (default: see `GroundTruth.sigmas`).
+        max_detections: limits of detections per image and class, see `protocol_of`.
         seconds: time of the detection.
 
     Raises:
@@ -237,25 +239,39 @@ def score_kinds(
     began = time.perf_counter()
     truth = GroundTruth(dataset, sigmas)
     scored = {
-        kind: score_entries(truth, results, kind, source="the detections", measured_by=FIELDS[kind]) for kind in kinds
+        kind: score_entries(
+            truth,
+            results,
+            kind,
+            source="the detections",
+            measured_by=FIELDS[kind],
+            max_detections=max_detections,
+        )
+        for kind in kinds
     }
     seconds = replace(seconds or Seconds(), score=time.perf_counter() - began)
     return Evaluation(scored=scored, results=results, images=len(dataset.images), seconds=seconds)
 
 
-def score_file(truth: GroundTruth, path: Path, kinds: Sequence[str] = ()) -> Evaluation:
+def score_file(
+    truth: GroundTruth, path: Path, kinds: Sequence[str] = (), max_detections: Sequence[int] = ()
+) -> Evaluation:
     """Scores a results file of any origin; metrics equal pycocotools' for the same file.
 
     Args:
         truth: the annotations.
         path: a JSON list in COCO's results format; may be empty.
         kinds: kinds to score (default: those of the first result).
+        max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
         UserError: for a file that cannot be read or is malformed, and for results of unknown images.
     """
     entries = read_results(path)
     began = time.perf_counter()
-    scored = {kind: score_entries(truth, entries, kind, source=str(path)) for kind in kinds or kinds_of(entries)}
+    scored = {
+        kind: score_entries(truth, entries, kind, source=str(path), max_detections=max_detections)
+        for kind in kinds or kinds_of(entries)
+    }
     seconds = Seconds(score=time.perf_counter() - began)
     return Evaluation(scored=scored, results=entries, images=len(truth.image_ids), seconds=seconds)

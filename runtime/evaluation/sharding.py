@@ -22,6 +22,7 @@ from typing import Any
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
+from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import Seconds, batches_of, check_classes, detect_batch, facts_of
@@ -368,7 +369,7 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
     try:
         use_own_gpu(share)
         dataset = CocoDataset.load(task.data, task.split, images=task.images)
-        threads = max(1, (os.cpu_count() or 1) // share.count)
+        threads = max(1, available_cpus() // share.count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
         detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)

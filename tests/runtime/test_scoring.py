@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +27,33 @@ from maskrcnn.runtime.evaluation.scoring import score_entries
 REAL = Path(os.environ.get("MASKRCNN_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
-def pycocotools_scores(content, results, kind):
+def pycocotools_scores(content, results, kind, max_detections=()):
     """The evaluation object of pycocotools, after all its steps, on copies of the contents."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = copy.deepcopy(content)
         truth.createIndex()
         scorer = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), kind)
+        if max_detections:
+            scorer.params.maxDets = list(max_detections)
         scorer.evaluate()
         scorer.accumulate()
-        scorer.summarize()
+        if not max_detections:
+            scorer.summarize()
     return scorer
 
 
-def expect_equal(content, results, kind):
+def expect_equal(content, results, kind, max_detections=()):
     """Every array and every metric has pycocotools' digits, and the inputs stay as they are."""
     before = copy.deepcopy((content, results))
-    found = score_entries(GroundTruth.of_content(content, "gt"), results, kind)
+    found = score_entries(GroundTruth.of_content(content, "gt"), results, kind, max_detections=max_detections)
     assert (content, results) == before
     if results:  # pycocotools refuses an empty list
-        expected = pycocotools_scores(content, results, kind)
+        expected = pycocotools_scores(content, results, kind, max_detections)
         for name in ("precision", "recall", "scores"):
-            np.testing.assert_array_equal(getattr(found.scores, name), expected.eval[name])
-        assert list(found.metrics.values()) == list(expected.stats)
+            np.testing.assert_array_equal(found.scores.of_all_classes(name), expected.eval[name])
+        if not max_detections:  # its `summarize` knows no other limits
+            assert list(found.metrics.values()) == list(expected.stats)
     return found
 
 
@@ -72,6 +77,47 @@ def test_more_detections_than_the_limit(kind):
     content, results = make_case(3, images=2, categories=1, objects=20, detections=260, grid=True, kind=kind)
     assert len(results) > 200
     assert expect_equal(content, results, kind).metrics["AP"] > 0
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_other_limits_of_detections(kind):
+    content, results = make_case(3, images=2, categories=2, objects=20, detections=260, grid=True, kind=kind)
+    found = expect_equal(content, results, kind, (2, 150))
+    assert {"AR_2", "AR_150"} < set(found.metrics) and "AR_100" not in found.metrics
+    assert 0 < found.metrics["AR_2"] < found.metrics["AR_150"]
+    assert found.metrics["AR_150"] == found.scores.recall[:, :, 0, 1].mean()
+    assert "not COCO's: up to 150 detections" in " ".join(found.remarks())
+    assert not any("not COCO's" in line for line in expect_equal(content, results, kind, (1, 10, 100)).remarks())
+
+
+@pytest.mark.parametrize("limits", [(10, 1), (0, 5), (3, 3)])
+def test_limits_that_are_not_ascending(limits):
+    content, results = make_case(3, kind="bbox")
+    with pytest.raises(UserError, match="limits of detections"):
+        score_entries(GroundTruth(content, "gt"), results, "bbox", max_detections=limits).metrics  # noqa: B018
+
+
+def test_three_hundred_perfect_boxes_are_all_found_with_the_limit_for_them():
+    content, _ = make_case(1, images=1, categories=1)
+    boxes = [[12.0 * column, 12.0 * row, 10.0, 10.0] for row in range(15) for column in range(20)]
+    content["annotations"] = [annotation(content, number, box) for number, box in enumerate(boxes, start=1)]
+    results = [result(content, bbox=box) for box in boxes]
+    truth = GroundTruth(content, "gt")
+    assert score_entries(truth, results, "bbox").metrics["AP"] < 0.4
+    assert score_entries(truth, results, "bbox", max_detections=(1, 10, 300)).metrics["AP"] == 1
+
+
+def test_memory_grows_with_the_classes_that_occur_not_with_those_that_exist():
+    content, results = make_case(1, kind="bbox", categories=3)
+    few = score_entries(GroundTruth(content, "gt"), results, "bbox")
+    content["categories"] = content["categories"] + [{"id": 1000 + k, "name": f"c{k}"} for k in range(10_000)]
+    tracemalloc.start()
+    many = score_entries(GroundTruth(content, "gt"), results, "bbox")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert many.metrics == few.metrics
+    assert len(many.by_class()) == len(few.by_class()) + 10_000
+    assert peak < 50e6  # pycocotools' arrays of 10,003 classes are 2 GB
 
 
 @pytest.mark.parametrize("kind", KINDS)
