@@ -131,12 +131,15 @@ def convert(
     )
 
 
-def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progress | None = None) -> DatasetReport:
+def check_data(
+    data: str | Path, *, split: Sequence[str] = (), exif: str = "auto", progress: Progress | None = None
+) -> DatasetReport:
     """Checks a COCO-format dataset for what training would refuse, skip, or learn wrongly.
 
     Args:
         data: folder of the dataset.
         split: splits to check. Default: all.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
         progress: receives progress.
 
     Returns:
@@ -148,7 +151,7 @@ def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progres
     from maskrcnn.data.check import check_dataset
 
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, progress=advance)
+        return check_dataset(Path(data), split, exif=exif, progress=advance)
 
 
 class _counted:

@@ -15,9 +15,9 @@ from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, find_split
-from maskrcnn.data.images import read_image
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 from maskrcnn.imaging.draw import overlay
@@ -168,8 +168,9 @@ def _begun(
     settings = dict(settings)
     splits = settings.pop("train_split", "train"), settings.pop("val_split", "val")
     root = _root(settings.pop("data", ""), processes)
-    trainset, valset = _datasets(progress, root, *splits)
+    trainset, valset = _datasets(progress, root, *splits, exif=settings.get("exif", "auto"))
     config, weights = _configured(trainset, valset, settings)
+    config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
@@ -218,8 +219,9 @@ def _continued(
     config = from_dict(TrainConfig, merged(before, settings))
     for line in _changes(before, to_dict(config)):
         progress.message(line)
-    trainset, valset = _datasets(progress, Path(config.data), config.train_split, config.val_split)
+    trainset, valset = _datasets(progress, Path(config.data), config.train_split, config.val_split, exif=config.exif)
     require_fitting(config.model, trainset, valset)
+    _surveyed(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -267,9 +269,32 @@ def _best_by(config: TrainConfig) -> str:
     return " and ".join(kinds) or "box"
 
 
-def _datasets(progress: Progress, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
+def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset) -> ImageSurvey:
+    """Reads the headers of all images and reports how they will be read; the survey of the training images."""
+    surveys = [survey_images(dataset, config.model.preprocessing) for dataset in (trainset, valset)]
+    for survey in surveys:
+        for line in survey.lines():
+            progress.message(line)
+    return surveys[0]
+
+
+def _with_pixel_range(progress: Progress, config: TrainConfig, survey: ImageSurvey) -> TrainConfig:
+    """The configuration with the range of the training images' samples, if these have more than 8 bits."""
+    preprocessing = config.model.preprocessing
+    if preprocessing.pixel_range:
+        return config
+    value_range, line = measured_range(survey)
+    if value_range is None:
+        return config
+    progress.message(line)
+    return replace(config, model=replace(config.model, preprocessing=replace(preprocessing, pixel_range=value_range)))
+
+
+def _datasets(
+    progress: Progress, root: Path, split: str, val_split: str, *, exif: str
+) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have the same classes."""
-    trainset, valset = (CocoDataset.load(root, find_split(root, kind)) for kind in (split, val_split))
+    trainset, valset = (with_exif(CocoDataset.load(root, find_split(root, kind)), exif) for kind in (split, val_split))
     for line in (*trainset.skipped_lines(), *valset.skipped_lines()):
         progress.message(line)
     for dataset in (trainset, valset):
@@ -320,7 +345,7 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], l
         detector = _detector(model)
         images = []
         for number, record in enumerate(valset.images[: config.pictures]):
-            image = read_image(record.path)
+            image = read_record(record, config.model.preprocessing)
             found = detector.detect([image])[0].above(_DRAWN_SCORE)
             drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
             images.append((f"prediction-{number}", np.asarray(drawn)))

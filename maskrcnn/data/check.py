@@ -1,8 +1,8 @@
 """Checks a dataset for faults that stop training, skip annotations or mislead it.
 
 An error stops `maskrcnn train`: an annotation file that cannot be used, images that are missing, cannot be decoded or
-have another size than their entries, and splits with different category ids. A remark does not: annotations that are
-skipped, and annotations and images that are probably wrong.
+have another aspect ratio than their entries, and splits with different category ids. A remark does not: annotations
+that are skipped, annotations and images that are probably wrong, and images that are scaled or not read completely.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 from pycocotools import mask as mask_api
 
 from maskrcnn.data.annotations import Segmentation, compressed_rle, finite_numbers
@@ -29,14 +28,16 @@ from maskrcnn.data.coco import (
     annotation_file,
     find_splits,
 )
-from maskrcnn.data.images import read_image
+from maskrcnn.data.images import ImageNotes, fits_size, read_header, read_image
+from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import sha256_of
 
 _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
 _DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
 _MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
-_UPRIGHT = 1  # EXIF orientation: first row at the top, first column at the left
+_ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # of samples of more than 8 bits: training measures the range
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
 _STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
@@ -48,7 +49,8 @@ _CLASS_NAMES = Problem("class names that differ between splits")
 _KEYPOINTS = Problem("keypoints that cannot be learnt")
 _KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
 _UNUSED_CLASS = Problem("class without objects")
-_ROTATED = Problem("image with an EXIF orientation, which training does not apply")
+_SCALED = Problem("image of another size than its entry says, to which it is scaled")
+_LOSSY = Problem("image that is not read completely")
 _THIN = Problem("box with a side below one pixel")
 _TINY = Problem(f"mask of fewer than {_MIN_MASK_PX} pixels")
 _MISFIT = Problem("box that does not fit its mask")
@@ -64,6 +66,7 @@ def check_dataset(
     root: str | Path,
     splits: Sequence[str] = (),
     *,
+    exif: str = "auto",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DatasetReport:
@@ -72,6 +75,7 @@ def check_dataset(
     Args:
         root: the dataset's folder.
         splits: names or prefixes of splits (default: all).
+        exif: rule of EXIF orientations, one of `images.EXIF_RULES`.
         workers: number of decoding threads (default: one per core).
         progress: called with the numbers of checked images and of all images.
 
@@ -82,7 +86,7 @@ def check_dataset(
     datasets, findings = [], []
     for name in find_splits(root, splits):
         try:
-            datasets.append(CocoDataset.load(root, name, require_images=False))
+            datasets.append(with_exif(CocoDataset.load(root, name, require_images=False), exif))
         except UserError as error:
             detail = f"{error.found}; expected: {error.expected}"
             findings.append(
@@ -230,19 +234,22 @@ def _examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None
     findings = list(_object_findings(split, record))
     if not record.path.is_file():
         return [_finding(_MISSING, split, record, f"no file {record.path}"), *findings], None
+    notes = ImageNotes()
     try:
-        size_hw = read_image(record.path).shape[:2]
+        header = read_header(record.path)
+        read_image(record.path, _ANY_RANGE, notes=notes)
     except UserError as error:
         return [_finding(_UNREADABLE, split, record, error.found), *findings], None
-    orientation = _orientation(record.path)
-    if size_hw != (record.height, record.width):
-        detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
-        if orientation != _UPRIGHT:
-            detail += f"; annotated after EXIF orientation {orientation} was applied?"
+    size_hw = header.shown_hw((record.height, record.width), record.exif)
+    detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
+    if header.orientation != 1:
+        detail += f"; EXIF orientation {header.orientation}"
+    try:
+        if not fits_size(size_hw, (record.height, record.width), record.path.name):
+            findings.append(_finding(_SCALED, split, record, detail))
+    except UserError:
         findings.append(_finding(_OTHER_SIZE, split, record, detail))
-    elif orientation != _UPRIGHT:
-        detail = f"orientation {orientation}; annotations must fit the pixels as stored, as they are drawn here"
-        findings.append(_finding(_ROTATED, split, record, detail))
+    findings += [_finding(_LOSSY, split, record, text) for text in notes.texts()]
     return findings, sha256_of(record.path)
 
 
@@ -265,16 +272,6 @@ def _finding(problem: Problem, split: str, record: ImageRecord, detail: str, *in
         record=record,
         instances=instances or record.instances,
     )
-
-
-def _orientation(path: Path) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) without one."""
-    try:
-        with Image.open(path) as image:
-            orientation: int = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
-            return orientation
-    except Exception:  # metadata cannot be read: viewers would not rotate the image either
-        return _UPRIGHT
 
 
 def _object_findings(split: str, record: ImageRecord) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from maskrcnn.data.annotations import (
     usable_id,
 )
 from maskrcnn.data.coco import find_splits
-from maskrcnn.data.convert.files import image_size, require_size
+from maskrcnn.data.convert.files import annotated_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -124,7 +124,7 @@ class _Split:
 def _read(entry: Entry, *, faults: Faults, labels: dict[int, int]) -> AnnotatedImage:
     split, annotations = entry.data
     file, height, width = split.images[entry.image_id]
-    require_size((height, width), image_size(file), f"{split.path}, image {entry.image_id}")
+    annotated_size(file, (height, width), f"{split.path}, image {entry.image_id}")
 
     def convert(_: int, item: tuple[str, dict[str, Any]]) -> ObjectAnnotation:
         name, annotation = item
