@@ -239,8 +239,13 @@ def fits_size(size_hw: tuple[int, int], annotated_hw: tuple[int, int], name: str
 
 
 def same_ratio(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> bool:
-    """Whether two sizes are the same up to scale, with sides of the smaller one rounded to a pixel."""
+    """Whether two sizes are the same up to scale, with sides of the smaller one rounded to a pixel.
+
+    An image that differs in one side only has been cropped or padded, not scaled.
+    """
     (height, width), (other_height, other_width) = first_hw, second_hw
+    if (height == other_height) != (width == other_width):
+        return False
     return abs(width * other_height - other_width * height) <= max(*first_hw, *second_hw)
 
 

@@ -162,7 +162,7 @@ def test_a_truncated_jpeg_is_a_fault(tmp_path):
     with pytest.raises(BadEntry, match=r"x\.jpg cannot be decoded"):
         annotated_size(path)
     with pytest.raises(BadEntry, match="name cannot be decoded"):
-        annotated_size(path.read_bytes(), "name")
+        annotated_size(path.read_bytes(), name="name")
 
 
 @pytest.mark.parametrize(
