@@ -34,8 +34,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, resize_antialiased
 
-# Suffixes of image files in folders.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of image files in folders
 EXIF_RULES = ("auto", "upright", "stored")
 MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
 _MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
