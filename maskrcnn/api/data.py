@@ -139,6 +139,7 @@ def check_data(
     *,
     image_folder: str | Path | None = None,
     split: Sequence[str] = (),
+    exif: str = "auto",
     progress: Progress | None = None,
 ) -> DatasetReport:
     """Checks a dataset for what training would refuse, skip, or learn wrongly.
@@ -147,6 +148,7 @@ def check_data(
         data: folder of the dataset (see docs/data.md for the layouts), or its annotation file.
         image_folder: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
         progress: receives progress.
 
     Returns:
@@ -158,7 +160,7 @@ def check_data(
     from maskrcnn.data.check import check_dataset
 
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, images=image_folder, progress=advance)
+        return check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
 
 
 class _counted:

@@ -61,6 +61,8 @@ class _Options:
     resamples: int
     seed: int
     threshold: float
+    exif: str
+    pixel_range: tuple[float, ...] | None
     save_results: Path | None
     json: Path | None
     report: Path | None
@@ -88,6 +90,8 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     threshold: float = 0.5,
+    exif: str = "auto",
+    pixel_range: Sequence[float] | None = None,
     save_results: str | Path | None = None,
     json: str | Path | None = None,
     report: str | Path | None = None,
@@ -115,6 +119,8 @@ def evaluate(
         resamples: bootstrap resamples of the images for intervals of AP.
         seed: random seed of the resamples.
         threshold: lowest score in comparisons of images, in confusions and in the images of the report.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
+        pixel_range: as `maskrcnn.predict`.
         save_results: file to write the results to, as COCO's server takes them.
         json: file to write metrics and results to.
         report: HTML file to write, or a folder for `report.html`.
@@ -149,6 +155,8 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         threshold=threshold,
+        exif=exif,
+        pixel_range=None if pixel_range is None else tuple(pixel_range),
         save_results=_path(save_results),
         json=_path(json),
         report=_path(report),
@@ -227,6 +235,7 @@ def _check(options: _Options) -> None:
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
     from maskrcnn.data.coco import CocoDataset
     from maskrcnn.data.layouts import find_split, list_splits
+    from maskrcnn.data.survey import with_exif
 
     place = options.data or options.annotations
     assert place is not None
@@ -235,6 +244,7 @@ def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> 
     else:
         split = find_split(place, options.split, options.images)
     dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
+    dataset = with_exif(dataset, options.exif)
     for line in dataset.note_lines():
         progress.message(line)
     if options.strict:
@@ -284,6 +294,7 @@ def _detect(
     options: _Options, model: Path, resume: Path | None, dataset: CocoDataset, share: Share, progress: Progress
 ) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
     """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
+    from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
     from maskrcnn.runtime.evaluation.sharding import (
@@ -294,7 +305,18 @@ def _detect(
         use_own_gpu,
     )
 
-    task = DetectionTask(model, dataset.root, dataset.split, options.backend, options.batch_size, options.images)
+    task = DetectionTask(
+        model=model,
+        data=dataset.root,
+        split=dataset.split,
+        backend=options.backend,
+        batch_size=options.batch_size,
+        images=options.images,
+        exif=options.exif,
+        pixel_range=options.pixel_range,
+    )
+    for line in survey_images(dataset).lines() if not share.rank else ():
+        progress.message(line)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"
         if options.processes > 1:
@@ -302,12 +324,14 @@ def _detect(
             results, seconds = detect_in_processes(task, dataset, log, options.processes, progress=advance)
             return results, seconds, log.facts()
         use_own_gpu(share)
-        detector = Detector.load(model, options.backend)
+        detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
         for line in detector.remarks():
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)
             results, seconds = detect_records(detector, dataset.images, batch_size=options.batch_size, progress=advance)
+            for line in detector.notes.lines():
+                progress.message(line)
             return results, seconds, facts_of(detector)
         log = task.log(log_path, dataset)
         detect_share(detector, dataset, log, share, progress=advance)

@@ -37,6 +37,7 @@ def predict(
     backend: str | None = None,
     provider: str | None = None,
     precision: str | None = None,
+    pixel_range: Sequence[float] | None = None,
     output: str | Path | None = None,
     threshold: float = 0.5,
     keypoint_threshold: float = 2.0,
@@ -45,11 +46,14 @@ def predict(
     """Detects objects in images, one after the other.
 
     Args:
-        images: image files, folders of images, or arrays uint8 `[H, W, 3]` RGB.
+        images: image files, folders of images, or arrays uint8 `[H, W, 3]` RGB. Files are read upright, as viewers show
+            them.
         model: checkpoint, ONNX file or engine. Default: the best checkpoint of the newest run.
         backend: "torch", "onnxruntime", "openvino" or "tensorrt". Default: the first that runs this kind of file.
         provider: ONNX Runtime execution provider: "cpu", "cuda" or "tensorrt".
         precision: arithmetic of PyTorch: "fp32", "bf16" or "fp16".
+        pixel_range: (low, high) of samples of more than 8 bits, which become 0 and 255. Default: the model's, else what
+            a TIFF file states, else the high byte.
         output: folder for an overlay of each image, `results.json` (COCO results) and `images.json` (file of each image
             id). Default: nothing is written.
         threshold: lowest score of a detection in the overlays; the results have all detections.
@@ -59,7 +63,6 @@ def predict(
     Raises:
         UserError: before anything is written, for images that cannot be read and overlays that would replace an image.
     """
-    from maskrcnn.data.images import read_image
     from maskrcnn.files import atomic_path, make_folder, write_json
     from maskrcnn.imaging.draw import overlay
     from maskrcnn.runtime.detector import Detector, backend_spec
@@ -69,17 +72,19 @@ def predict(
     folder = None if output is None else Path(output)
     names = [str(source) if isinstance(source, Path) else str(n) for n, source in enumerate(sources)]
     targets = [] if folder is None else _targets([Path(name) for name in names], folder)
+    path = Path(model) if model is not None else runs.newest_checkpoint()
+    detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range)
     for source in sources:  # decoded once for the faults, and again in turn: together they may not fit into memory
         if isinstance(source, Path):
-            read_image(source)
-    path = Path(model) if model is not None else runs.newest_checkpoint()
-    detector = Detector.load(path, backend_spec(backend, provider, precision))
+            detector.read(source)
+    for line in detector.notes.lines():
+        progress.message(line)
     metadata = detector.metadata
     if folder is not None:
         make_folder(folder)
     found: list[Detections] = []
     for number, source in enumerate(sources):
-        image = read_image(source) if isinstance(source, Path) else source
+        image = detector.read(source) if isinstance(source, Path) else source
         found.append(detector.detect([image])[0])
         if folder is None:
             progress.message(f"{names[number]}: {len(found[-1])} detections")

@@ -16,10 +16,10 @@ from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.images import read_image
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json
 from maskrcnn.imaging.draw import overlay
@@ -197,10 +197,11 @@ def _begun(
     place = {name: settings.pop(name, default) for name, default in _PLACE.items() if name.endswith(("data", "split"))}
     place |= {name: settings.get(name, "") for name in ("images", "val_images")}
     root = _root(place.pop("data"), processes)
-    trainset, valset = _datasets(progress, root, **place, strict=strict)
+    trainset, valset = _datasets(progress, root, **place, exif=settings.get("exif", "auto"), strict=strict)
     if place["val_data"]:
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
+    config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
@@ -254,8 +255,9 @@ def _continued(
     for line in _changes(before, to_dict(config)):
         progress.message(line)
     place = {name: getattr(config, name) for name in _PLACE if name != "data"}
-    trainset, valset = _datasets(progress, Path(config.data), **place, strict=strict)
+    trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
     require_fitting(config.model, trainset, valset)
+    _surveyed(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -303,6 +305,27 @@ def _best_by(config: TrainConfig) -> str:
     return " and ".join(kinds) or "box"
 
 
+def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset) -> ImageSurvey:
+    """Reads the headers of all images and reports how they will be read; the survey of the training images."""
+    surveys = [survey_images(dataset, config.model.preprocessing) for dataset in (trainset, valset)]
+    for survey in surveys:
+        for line in survey.lines():
+            progress.message(line)
+    return surveys[0]
+
+
+def _with_pixel_range(progress: Progress, config: TrainConfig, survey: ImageSurvey) -> TrainConfig:
+    """The configuration with the range of the training images' samples, if these have more than 8 bits."""
+    preprocessing = config.model.preprocessing
+    if preprocessing.pixel_range:
+        return config
+    value_range, line = measured_range(survey)
+    if value_range is None:
+        return config
+    progress.message(line)
+    return replace(config, model=replace(config.model, preprocessing=replace(preprocessing, pixel_range=value_range)))
+
+
 def _datasets(
     progress: Progress,
     root: Path,
@@ -312,6 +335,7 @@ def _datasets(
     val_split: str,
     val_data: str,
     val_images: str,
+    exif: str,
     strict: bool,
 ) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have objects and the same classes."""
@@ -321,6 +345,7 @@ def _datasets(
     for drop_roots in (True, False):
         trainset = CocoDataset.load(root, names[0], images=images or None, drop_roots=drop_roots)
         valset = CocoDataset.load(val_root, names[1], images=val_folder or None, drop_roots=drop_roots)
+        trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
         if trainset.category_ids == valset.category_ids:
             break  # else a super-category has objects in one split alone
     for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):
@@ -382,7 +407,7 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], l
         detector = _detector(model)
         images = []
         for number, record in enumerate(valset.images[: config.pictures]):
-            image = read_image(record.path)
+            image = read_record(record, config.model.preprocessing)
             found = detector.detect([image])[0].above(_DRAWN_SCORE)
             drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
             images.append((f"prediction-{number}", np.asarray(drawn)))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import ExifRule
 from maskrcnn.files import write_json
 
 data_app = typer.Typer(no_args_is_help=True, help="Draw, convert and check datasets in COCO format.")
@@ -191,6 +192,7 @@ def data_check(
         Path | None, typer.Option(help="Folder of the images (default: searched for near the annotations).")
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to check; repeatable (default: all).")] = None,
+    exif: ExifRule = "auto",
     output: Annotated[
         Path | None, _option(_OUTPUT, help="Folder to write images of the findings and of samples to.")
     ] = None,
@@ -207,7 +209,7 @@ def data_check(
     from maskrcnn.api.data import check_data
     from maskrcnn.data.check_report import draw_findings
 
-    report = check_data(data, image_folder=image_folder, split=split or (), progress=ConsoleProgress())
+    report = check_data(data, image_folder=image_folder, split=split or (), exif=exif, progress=ConsoleProgress())
     show(report.text())
     if output is not None:
         show(f"{draw_findings(report, output, per_problem=pictures)} images → {output}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+from maskrcnn.cli.options import BackendName, ExifRule, PixelRange, PrecisionName, ProviderName, range_from_text
 from maskrcnn.errors import UserError
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
@@ -40,6 +40,8 @@ def evaluate(
     backend: BackendName = None,
     provider: ProviderName = None,
     precision: PrecisionName = None,
+    exif: ExifRule = "auto",
+    pixel_range: PixelRange = None,
     results: Annotated[
         Path | None,
         typer.Option(help="Results file in COCO format to score instead of a model.", rich_help_panel=_RESULTS),
@@ -110,6 +112,8 @@ def evaluate(
         backend=backend,
         provider=provider,
         precision=precision,
+        exif=exif,
+        pixel_range=range_from_text(pixel_range),
         batch_size=batch_size,
         processes=processes,
         resume=resume,

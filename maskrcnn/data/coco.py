@@ -60,6 +60,7 @@ class ImageRecord:
     height: int
     width: int
     instances: tuple[Instance, ...]
+    exif: str = "auto"  # one of `images.EXIF_RULES`, see `survey.with_exif`
 
 
 @dataclass(frozen=True, eq=False)

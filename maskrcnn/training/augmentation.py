@@ -30,7 +30,7 @@ class Scene:
     Masks are full-size, so that objects can be covered, moved and warped.
     """
 
-    image: np.ndarray  # float32 [3, h, w], 0–255
+    image: np.ndarray  # float32 [C, h, w], 0–255
     masks: np.ndarray  # bool [G, h, w], visible pixels of each object
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], visible fraction of each object's area
@@ -53,7 +53,7 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
 
     Args:
         record: annotations.
-        image: float32 `[3, h, w]`, the canvas.
+        image: float32 `[C, h, w]`, the canvas.
         view: placement of the image on it.
         partners: see `keypoints_in_view`.
     """
@@ -91,7 +91,7 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
     """
     (centre_y, centre_x), (height, width) = tiles[0].size_hw, tiles[3].size_hw
     size_hw = (centre_y + height, centre_x + width)
-    image = np.empty((3, *size_hw), np.float32)
+    image = np.empty((len(tiles[0].image), *size_hw), np.float32)
     masks = np.zeros((sum(len(tile.labels) for tile in tiles), *size_hw), bool)
     keypoints = np.concatenate([tile.keypoints for tile in tiles])
     first = 0
@@ -189,7 +189,7 @@ class Augmentation:
         self._tilt = v2.RandomPerspective(config.perspective_distortion, p=1.0)
 
     def image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        """Canvas of an image, float32 `[3, h, w]` from uint8 `[H, W, 3]`, with random colours.
+        """Canvas of an image, float32 `[C, h, w]` from `[H, W, C]`, uint8 or float32, with random colours.
 
         Colour changes take most of the time, so they are applied before or after resizing, wherever there are fewer
         pixels.
@@ -201,13 +201,21 @@ class Augmentation:
             part = self._jitter_colours(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
         pixels = resize_bilinear(part, view.size_hw)
         if is_coloured and not is_enlarged:
-            pixels = 255 * self._jitter_colours(torch.from_numpy(pixels) / 255, rng).numpy()
+            pixels = self._jitter_colours(torch.from_numpy(pixels), rng).numpy()
         return view.on_canvas(pixels, self.fill)
 
     def _jitter_colours(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """Change the colours of an image `[3, h, w]`, uint8 or float32 from 0 to 1."""
+        """Change the colours of an image `[C, h, w]`, uint8 or float32 from 0 to 255.
+
+        Of more than three channels, those of the first three, RGB; of two, none.
+        """
+        if len(image) == 2:
+            return image
+        if len(image) > 3:
+            return torch.cat([self._jitter_colours(image[:3], rng), image[3:]])
         with _torch_seeded_from(rng):
-            return self._colours(image)
+            changed: Tensor = self._colours(image) if image.dtype == torch.uint8 else 255 * self._colours(image / 255)
+            return changed
 
     def view(self, size_hw: tuple[int, int], rng: np.random.Generator) -> View:
         """Random view of an image that becomes a sample by itself."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import coco_results
 from maskrcnn.runtime.detector import Detector
@@ -123,7 +123,7 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     """
     metadata = detector.metadata
     times = [time.perf_counter()]
-    images = [read_image(record.path) for record in batch]
+    images = [read_record(record, detector.preprocessing, detector.notes) for record in batch]
     times.append(time.perf_counter())
     detections = detector.detect(images)
     times.append(time.perf_counter())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
 from maskrcnn.machine import available_cpus
@@ -44,6 +45,7 @@ class Origin:
     backend: str
     annotations: str  # SHA-256 of the file
     batch_size: int  # images of mixed sizes are padded to the largest of a batch, which changes them slightly
+    reading: str = "auto"  # rule of EXIF orientations and pixel range, if given; absent in older logs
 
 
 class DetectionsLog:
@@ -153,7 +155,7 @@ class DetectionsLog:
         if not isinstance(header, dict) or header.get(_KEY) != _VERSION:
             raise _no_log(part, "not a log of detections")
         for field, own in asdict(self.origin).items():
-            other = header["origin"].get(field)
+            other = header["origin"].get(field, getattr(Origin, field, None))
             if other != own:
                 word = field.replace("_", " ")
                 raise UserError(
@@ -229,6 +231,8 @@ class DetectionTask:
     backend: str | None = None
     batch_size: int = 1
     images: Path | None = None  # folder of the images, if it is not searched for
+    exif: str = "auto"  # one of `images.EXIF_RULES`
+    pixel_range: tuple[float, ...] | None = None  # instead of the model's
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
         """The log of this task, new or to be continued.
@@ -245,6 +249,7 @@ class DetectionTask:
             backend=self.backend or "the default",
             annotations=dataset.fingerprint(),
             batch_size=self.batch_size,
+            reading=" ".join(map(str, (self.exif, *(self.pixel_range or ())))),
         )
         return DetectionsLog(path, origin, {"model": str(self.model), "annotations": str(dataset.annotation_path)})
 
@@ -368,11 +373,12 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
     """Detects one share in a worker process; a `UserError` goes to the parent process."""
     try:
         use_own_gpu(share)
-        dataset = CocoDataset.load(task.data, task.split, images=task.images)
+        dataset = with_exif(CocoDataset.load(task.data, task.split, images=task.images), task.exif)
         threads = max(1, available_cpus() // share.count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
-        detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)
+        detector = Detector.load(task.model, task.backend, pixel_range=task.pixel_range, **options)
+        detect_share(detector, dataset, log, share)
     except UserError as error:
         errors.put(error)
         sys.exit(1)

@@ -84,7 +84,7 @@ def rotated_and_of_other_size(data):
     rotated(data)
     exif = Image.open(data.image(0)).getexif()
     Image.open(data.image(0)).resize((96, 80)).save(data.image(0), exif=exif)
-    data.train["images"][0] |= {"height": 80 + 16, "width": 80}
+    data.train["images"][0] |= {"height": 80 + 40, "width": 80}
 
 
 def tiny_mask(data):
@@ -162,7 +162,16 @@ ERRORS = {
 }
 LEFT_OUT = "annotation left out of training: "
 REMARKS = {
-    "rotated": (rotated, "image with an EXIF orientation, which training does not apply", "orientation 6"),
+    "scaled": (
+        lambda data: Image.open(data.image(0)).resize((48, 48)).save(data.image(0)),
+        "image of another size than its entry says, to which it is scaled",
+        "48×48 pixels in the file, 96×96 in the JSON",
+    ),
+    "transparent": (
+        lambda data: Image.fromarray(np.full((96, 96, 4), 99, np.uint8)).save(data.image(0)),
+        "image that is not read completely",
+        "transparency, which is dropped; train with --set model.channels=4",
+    ),
     "box_without_width": (added(5, 5, 0, 10, segmentation=[]), LEFT_OUT + "invalid box", "[5, 5, 0, 10]"),
     "unknown_image": (added(5, 5, 20, 10, image_id=98765), LEFT_OUT + "unknown image", "98765"),
     "outside": (added(500, 5, 20, 10), LEFT_OUT + "box outside the image", "[500, 5, 20, 10]"),

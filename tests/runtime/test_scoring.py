@@ -94,7 +94,7 @@ def test_other_limits_of_detections(kind):
 def test_limits_that_are_not_ascending(limits):
     content, results = make_case(3, kind="bbox")
     with pytest.raises(UserError, match="limits of detections"):
-        score_entries(GroundTruth(content, "gt"), results, "bbox", max_detections=limits).metrics  # noqa: B018
+        score_entries(GroundTruth.of_content(content, "gt"), results, "bbox", max_detections=limits).metrics  # noqa: B018
 
 
 def test_three_hundred_perfect_boxes_are_all_found_with_the_limit_for_them():
@@ -102,17 +102,17 @@ def test_three_hundred_perfect_boxes_are_all_found_with_the_limit_for_them():
     boxes = [[12.0 * column, 12.0 * row, 10.0, 10.0] for row in range(15) for column in range(20)]
     content["annotations"] = [annotation(content, number, box) for number, box in enumerate(boxes, start=1)]
     results = [result(content, bbox=box) for box in boxes]
-    truth = GroundTruth(content, "gt")
+    truth = GroundTruth.of_content(content, "gt")
     assert score_entries(truth, results, "bbox").metrics["AP"] < 0.4
     assert score_entries(truth, results, "bbox", max_detections=(1, 10, 300)).metrics["AP"] == 1
 
 
 def test_memory_grows_with_the_classes_that_occur_not_with_those_that_exist():
     content, results = make_case(1, kind="bbox", categories=3)
-    few = score_entries(GroundTruth(content, "gt"), results, "bbox")
+    few = score_entries(GroundTruth.of_content(content, "gt"), results, "bbox")
     content["categories"] = content["categories"] + [{"id": 1000 + k, "name": f"c{k}"} for k in range(10_000)]
     tracemalloc.start()
-    many = score_entries(GroundTruth(content, "gt"), results, "bbox")
+    many = score_entries(GroundTruth.of_content(content, "gt"), results, "bbox")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert many.metrics == few.metrics

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskrcnn.data.annotations import BOX_ONLY, DROPPED, REPAIRED, ObjectEntry, checked_keypoints
 from maskrcnn.data.coco import CocoDataset, SplitContent, divided, read_split
-from maskrcnn.data.convert.files import image_size, require_size
+from maskrcnn.data.convert.files import annotated_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -156,7 +156,7 @@ def _fields(entry: dict[str, Any], each: ObjectEntry, keypoints: int, *, with_cr
 
 def _read(entry: Entry) -> AnnotatedImage:
     file, size_hw, objects, fields = entry.data
-    require_size(size_hw, image_size(file), f"{entry.path}, image {entry.name}")
+    annotated_size(file, size_hw, f"{entry.path}, image {entry.name}")
     return AnnotatedImage(file, size_hw, objects, fields=fields)
 
 

@@ -297,7 +297,7 @@ class _DatasetWriter:
         if target.exists():
             found = f"two images for {split}/{name}"
             raise UserError(found, "unique image names in a split", "rename one, or put them into two splits")
-        write_image(image.content, target, is_upright=image.is_upright, copies=self._copies)
+        write_image(image.content, target, copies=self._copies)
         height, width = image.size_hw
         entry = {**image.fields, "id": image_id, "file_name": name, "height": height, "width": width}
         self._write(split, "images", entry)

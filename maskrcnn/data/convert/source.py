@@ -121,9 +121,8 @@ class AnnotatedImage:
     """One image and its objects."""
 
     content: Path | bytes  # image file, or the content of one
-    size_hw: tuple[int, int]  # of the pixels that the objects refer to
+    size_hw: tuple[int, int]  # of the image that the objects refer to, see `annotated_size`
     objects: Sequence[ObjectAnnotation] = ()
-    is_upright: bool = False  # whether the objects refer to the image after its EXIF orientation is applied
     fields: dict[str, Any] = field(default_factory=dict)  # further fields of COCO's image entry
 
 
