@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.files import DRAWING, Output, check_output_folder, check_outputs, report_kind, write_report
 
 if TYPE_CHECKING:
     from maskrcnn.data.check_report import DatasetReport
@@ -56,6 +57,8 @@ def convert(
     mask_suffix: str | None = None,
     divisor: int | None = None,
     void: int | None = None,
+    json: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a dataset to COCO format.
@@ -84,6 +87,8 @@ def convert(
         mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
         divisor: "id-masks": pixel values are class · divisor + instance.
         void: "id-masks": pixel value of no object, besides 0.
+        json: file to write the counts to.
+        overwrite: replace `json` even if `convert` did not write it; never a file that is read.
         progress: receives progress.
 
     Raises:
@@ -108,6 +113,11 @@ def convert(
         divisor=divisor,
         void=void,
     )
+    read = (source, classes if isinstance(classes, (str, Path)) else None, alias)
+    lists = [text.partition("=")[2] for text in split]
+    if json is not None:
+        output = Output("--json", Path(json), report_kind("data convert"))
+        check_outputs([output], (*read, *filter(None, lists)), overwrite=overwrite)
     plan = split_plan(split, rest=rest, val_fraction=val_fraction, seed=seed)
     with _counted(progress, "converting") as advance:
         report = run(
@@ -120,7 +130,7 @@ def convert(
             copies=copy,
             progress=advance,
         )
-    return ConvertResult(
+    result = ConvertResult(
         report.out,
         report.classes,
         report.images,
@@ -129,15 +139,31 @@ def convert(
         report.left_out,
         list(report.notes),
     )
+    if json is not None:
+        write_report(json, "data convert", result.to_dict())
+    return result
 
 
-def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progress | None = None) -> DatasetReport:
+def check_data(
+    data: str | Path,
+    *,
+    split: Sequence[str] = (),
+    output: str | Path | None = None,
+    images: int = 16,
+    json: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DatasetReport:
     """Checks a COCO-format dataset for what training would refuse, skip, or learn wrongly.
 
     Args:
         data: folder of the dataset.
         split: splits to check. Default: all.
-        progress: receives progress.
+        output: folder to write images of the findings and of samples to.
+        images: maximum number of images per finding.
+        json: file to write the report to.
+        overwrite: replace files that `check_data` did not write; never one of the dataset.
+        progress: receives messages and progress.
 
     Returns:
         a report with `findings`, `text()` and `to_dict()`.
@@ -146,9 +172,21 @@ def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progres
         UserError: if the folder is not a dataset in COCO format.
     """
     from maskrcnn.data.check import check_dataset
+    from maskrcnn.data.check_report import draw_findings
 
+    progress = progress or Progress()
+    if output is not None:
+        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+    if json is not None:
+        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, progress=advance)
+        report = check_dataset(Path(data), split, progress=advance)
+    if output is not None:
+        count = draw_findings(report, Path(output), per_problem=images)
+        progress.message(f"{count} images → {output}")
+    if json is not None:
+        write_report(json, "data check", report.to_dict())
+    return report
 
 
 class _counted:

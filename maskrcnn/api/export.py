@@ -12,7 +12,7 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_target, folder_beside
+from maskrcnn.files import ONNX, Output, check_outputs, folder_beside
 
 if TYPE_CHECKING:
     from maskrcnn.export.tensorrt.lint import LintReport
@@ -51,6 +51,7 @@ def export(
     weights: str | None = None,
     model: str | None = None,
     batch_norm_epsilon: float | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes one ONNX file, compared with its source before it is kept.
@@ -71,6 +72,7 @@ def export(
             "COCO_V1".
         model: architecture of torchvision `weights`.
         batch_norm_epsilon: of `weights`. Default: 0 for COCO_V1 weights, 1e-5 for others.
+        overwrite: replace `output` even if it is not an ONNX file; never a file that is read.
         progress: receives messages.
 
     Raises:
@@ -89,9 +91,11 @@ def export(
         "aot": aot,
     }
     _check_options(path, weights, model, batch_norm_epsilon, opset, **variant)
+    if output is not None:
+        _check_output(Path(output), (path, weights, calibration), overwrite=overwrite)
     if path is not None and path.suffix == ".onnx":
         target = Path(output) if output else _variant_name(path, precision, simulate=simulate, tensorrt=tensorrt)
-        _check_output(target, path)
+        _check_output(target, (path, calibration), overwrite=overwrite)
         differences, lint = write_variant(path, target, **variant, progress=progress)
         return _result(target, path, precision, differences, lint)
     loaded, origin, is_named = _load(path, weights, model, batch_norm_epsilon, progress)
@@ -100,7 +104,7 @@ def export(
     else:
         plain = Path(f"{loaded.config.name}.onnx") if is_named else origin.with_name(runs.ONNX)
         target = _variant_name(plain, precision, simulate=simulate, tensorrt=tensorrt)
-    _check_output(target, origin)
+    _check_output(target, (origin, calibration), overwrite=overwrite)
     if precision == "fp32" and not tensorrt:
         differences = [_write_onnx(loaded, target, origin, opset, progress)]
         return _result(target, origin, precision, differences, None)
@@ -254,12 +258,10 @@ def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool)
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 
-def _check_output(target: Path, source: Path) -> None:
+def _check_output(target: Path, inputs: Sequence[str | Path | None], *, overwrite: bool) -> None:
     if target.suffix != ".onnx":
         raise UserError(f"--output {target}", "a name that ends in .onnx", f"for example {target.with_suffix('.onnx')}")
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output {target}, the source of the export", "another file", "choose another name")
-    check_target(target)
+    check_outputs([Output("--output", target, ONNX)], inputs, overwrite=overwrite)
 
 
 @contextlib.contextmanager

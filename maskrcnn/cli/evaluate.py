@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+from maskrcnn.cli.options import BackendName, Overwrite, PrecisionName, ProviderName
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
 
@@ -88,6 +88,7 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="Maximum number of images in the report.", rich_help_panel=_OUTPUT)
     ] = 12,
+    overwrite: Overwrite = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
     """Compute COCO metrics of boxes, masks and keypoints: of a model on a dataset, or of a results file."""
@@ -117,6 +118,7 @@ def evaluate(
         json=json,
         report=report,
         worst=worst,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     if result is None or result.evaluation is None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
 
 _OUTPUT, _INT8, _TENSORRT, _WEIGHTS = "Output", "8-bit integers", "TensorRT", "Weights of other libraries"
@@ -36,6 +37,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Precision of the graph.", rich_help_panel=_OUTPUT)
     ] = Precision.FP32,
+    overwrite: Overwrite = False,
     simulate: Annotated[
         bool,
         typer.Option(
@@ -111,6 +113,7 @@ def export(
         weights=weights,
         model=model,
         batch_norm_epsilon=batch_norm_epsilon,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show(f"{result.path} ({result.size_mb} MB, from {result.source})")

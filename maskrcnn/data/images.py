@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,20 @@ def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
             "restore the file from its source",
         )
     return pixels
+
+
+def unreadable_images(paths: Sequence[Path], *, workers: int) -> list[UserError]:
+    """Decodes image files in threads; returns the errors of `read_image`, in the order of the files."""
+
+    def error_of(path: Path) -> UserError | None:
+        try:
+            read_image(path)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [error for error in pool.map(error_of, paths) if error is not None]
 
 
 def images_in(folder: Path, limit: int) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskrcnn import runs
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, is_out_of_memory, reason_of
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training import state
@@ -183,7 +183,10 @@ class Trainer:
         """The loader's batches, `accumulate` at a time; raises errors of its workers."""
         parts: list[Batch] = []
         for batch in self.loader:
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError):  # --resume continues from here once the file is right
+                self._record_steps(wait=True)
+                if self.processes.is_first:
+                    self._save_state()
                 raise batch
             parts.append(batch)
             if len(parts) == self.config.accumulate:
@@ -230,12 +233,15 @@ class Trainer:
     def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
         """Evaluate, save checkpoints and state, and return the metrics of the epoch."""
         config, progress = self.config, self.progress
+        is_evaluated = (progress.epoch + 1) % config.evaluate_every == 0 or progress.epoch + 1 == config.epochs
+        if is_evaluated and self.processes.is_first:
+            self._save_state()  # of all steps: if the evaluation fails, --resume repeats the evaluation only
         taken = max(progress.totals.pop("finite", 0.0), 1.0)
         metrics: dict[str, Any] = {"epoch": progress.epoch + 1}
         metrics |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
         progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
         model = self.model if self.averaged is None else self.averaged.model
-        if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
+        if is_evaluated:
             metrics |= evaluate(model.eval())
             is_best = score_of(metrics) > progress.best_ap
             progress.best_ap = max(score_of(metrics), progress.best_ap)
@@ -282,13 +288,12 @@ def _explain_out_of_memory(parts: list[Batch]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
         shapes = ", ".join("×".join(map(str, part.images.shape)) for part in parts)
         objects = max(part.boxes.shape[1] for part in parts)
         raise UserError(
-            f"out of memory with images of {shapes} and up to {objects} objects each ({text.splitlines()[:1]})",
+            f"out of memory with images of {shapes} and up to {objects} objects each ({reason_of(error)})",
             "a batch that fits",
             "raise --accumulate (nearly the same result, less memory), use --precision bf16, or lower --batch-size, "
             "--min-size and --max-size; --resume continues with the new values",
