@@ -25,7 +25,7 @@ from session import Progress, aligned, numbers, sizes_hw
 from timing import environment, machine, time_in_turns
 from workloads import generated_images, set_input_size, size_name
 
-from maskrcnn.errors import exit_on_user_error
+from maskrcnn.errors import report_errors
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.machine import available_cpus
@@ -252,5 +252,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.files import DRAWING, Output, check_output_folder, check_outputs, report_kind, write_report
 
 if TYPE_CHECKING:
     from maskrcnn.data.check_report import DatasetReport
@@ -57,6 +58,8 @@ def convert(
     divisor: int | None = None,
     void: int | None = None,
     crowd: bool = True,
+    json: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a dataset to COCO format.
@@ -86,6 +89,8 @@ def convert(
         divisor: "id-masks": pixel values are class · divisor + instance.
         void: "id-masks": pixel value of no object, besides 0.
         crowd: "coco": keep crowd regions. False: convert them to objects.
+        json: file to write the counts to.
+        overwrite: replace `json` even if `convert` did not write it; never a file that is read.
         progress: receives progress.
 
     Raises:
@@ -111,6 +116,11 @@ def convert(
         void=void,
         crowd=crowd,
     )
+    read = (source, classes if isinstance(classes, (str, Path)) else None, alias)
+    lists = [text.partition("=")[2] for text in split]
+    if json is not None:
+        output = Output("--json", Path(json), report_kind("data convert"))
+        check_outputs([output], (*read, *filter(None, lists)), overwrite=overwrite)
     plan = split_plan(split, rest=rest, val_fraction=val_fraction, seed=seed)
     with _counted(progress, "converting") as advance:
         report = run(
@@ -123,7 +133,7 @@ def convert(
             copies=copy,
             progress=advance,
         )
-    return ConvertResult(
+    result = ConvertResult(
         report.out,
         report.classes,
         report.images,
@@ -132,6 +142,9 @@ def convert(
         report.left_out,
         list(report.notes),
     )
+    if json is not None:
+        write_report(json, "data convert", result.to_dict())
+    return result
 
 
 def check_data(
@@ -140,6 +153,10 @@ def check_data(
     image_folder: str | Path | None = None,
     split: Sequence[str] = (),
     exif: str = "auto",
+    output: str | Path | None = None,
+    images: int = 16,
+    json: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DatasetReport:
     """Checks a dataset for what training would refuse, skip, or learn wrongly.
@@ -149,7 +166,11 @@ def check_data(
         image_folder: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
         exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
-        progress: receives progress.
+        output: folder to write images of the findings and of samples to.
+        images: maximum number of images per finding.
+        json: file to write the report to.
+        overwrite: replace files that `check_data` did not write; never one of the dataset.
+        progress: receives messages and progress.
 
     Returns:
         a report with `findings`, `text()` and `to_dict()`.
@@ -158,9 +179,21 @@ def check_data(
         UserError: if there is no dataset.
     """
     from maskrcnn.data.check import check_dataset
+    from maskrcnn.data.check_report import draw_findings
 
+    progress = progress or Progress()
+    if output is not None:
+        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+    if json is not None:
+        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
+        report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
+    if output is not None:
+        count = draw_findings(report, Path(output), per_problem=images)
+        progress.message(f"{count} images → {output}")
+    if json is not None:
+        write_report(json, "data check", report.to_dict())
+    return report
 
 
 class _counted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, check_target, report_path, write_json
+from maskrcnn.files import (
+    PAGE,
+    RESULTS_FILE,
+    Output,
+    atomic_path,
+    check_outputs,
+    report_kind,
+    report_path,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from maskrcnn.data.coco import CocoDataset
@@ -68,6 +77,7 @@ class _Options:
     report: Path | None
     worst: int
     strict: bool
+    overwrite: bool
 
 
 def evaluate(
@@ -97,6 +107,7 @@ def evaluate(
     report: str | Path | None = None,
     worst: int = 12,
     strict: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EvaluateResult | None:
     """Computes COCO metrics; every value equals pycocotools' to the last digit.
@@ -126,6 +137,7 @@ def evaluate(
         report: HTML file to write, or a folder for `report.html`.
         worst: maximum number of images in the report.
         strict: refuse annotation files with entries that are skipped or repaired.
+        overwrite: replace output files that `evaluate` did not write; never one that it reads.
         progress: receives messages.
 
     Returns:
@@ -162,6 +174,7 @@ def evaluate(
         report=_path(report),
         worst=worst,
         strict=strict,
+        overwrite=overwrite,
     )
     _check(options)
     protocol_of("bbox", options.max_detections)  # faults show before detecting
@@ -177,7 +190,7 @@ def evaluate(
         progress.message(remark)
     files: list[Path] = []
     if options.save_results is not None:  # before the comparison, which may fail
-        files += _save(options.save_results, evaluation)
+        files += _save(options.save_results, evaluation.results, tuple(evaluation.scored))
     differences = _differences(options, evaluation, truth, progress)
     if options.json is not None:
         _write_json(options, evaluation, differences)
@@ -220,16 +233,23 @@ def _check(options: _Options) -> None:
         raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
     if options.compare is not None and not options.compare.is_file():
         raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
-    outputs = {"--save-results": options.save_results, "--json": options.json, "--resume": options.resume}
-    if options.report is not None:
-        outputs["--report"] = report_path(options.report)
-    inputs = [path.resolve() for path in (options.model, options.results, options.annotations, options.compare) if path]
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        if path.resolve() in inputs:
-            raise UserError(f"{option} {path}, an input of the command", "another file", "choose another name")
-        check_target(path)
+    outputs = [
+        *(Output("--save-results", path, RESULTS_FILE) for path in _results_paths(options.save_results)),
+        *([Output("--json", options.json, report_kind("evaluate"))] if options.json else []),
+        *([Output("--report", report_path(options.report), PAGE)] if options.report else []),
+        *([Output("--resume", options.resume, None)] if options.resume else []),
+    ]
+    inputs = (options.model, options.data, options.results, options.annotations, options.images, options.compare)
+    check_outputs(outputs, inputs, overwrite=options.overwrite)
+
+
+def _results_paths(path: Path | None) -> list[Path]:
+    """The files that `save_results` may stand for: itself for one kind, and one for each of several."""
+    if path is None:
+        return []
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+
+    return [path, *(path.with_suffix(f".{kind}{path.suffix}") for kind in KIND_NAMES)]
 
 
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
@@ -278,6 +298,8 @@ def _evaluate_model(
         with_masks=facts["has_masks"] and dataset.has_masks,
         with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # absent from older logs
     )
+    if options.save_results is not None and resume == options.resume and model == options.model:
+        _save(options.save_results, results, kinds)  # before the scoring, which may fail
     evaluation = score_kinds(
         dataset,
         results,
@@ -329,7 +351,25 @@ def _detect(
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)
-            results, seconds = detect_records(detector, dataset.images, batch_size=options.batch_size, progress=advance)
+            done: list[tuple[list[int], list[list[dict[str, Any]]], Any]] = []
+            try:
+                results, seconds = detect_records(
+                    detector,
+                    dataset.images,
+                    batch_size=options.batch_size,
+                    progress=advance,
+                    keep=lambda *batch: done.append(batch),
+                )
+            except BaseException:  # an error or an interruption loses no image that is done
+                if done:
+                    kept = task.log(_free_name(Path("detections.jsonl")), dataset)
+                    kept.write(facts_of(detector), done)
+                    count = sum(len(ids) for ids, _, _ in done)
+                    progress.message(
+                        f"the detections of {count} of {len(dataset.images)} images are kept: the same command with "
+                        f"--resume {kept.path} continues"
+                    )
+                raise
             for line in detector.notes.lines():
                 progress.message(line)
             return results, seconds, facts_of(detector)
@@ -339,6 +379,15 @@ def _detect(
             return None
         results, seconds = gathered(dataset, log)
         return results, seconds, facts_of(detector)
+
+
+def _free_name(path: Path) -> Path:
+    """The path, with a number if a file has it already."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
 
 
 def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
@@ -394,14 +443,14 @@ def _differences(
     return differences
 
 
-def _save(path: Path, evaluation: Evaluation) -> Iterator[Path]:
+def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> list[Path]:
     """Writes one results file per kind."""
     from maskrcnn.runtime.evaluation.results_file import write_server_results
 
-    for kind in evaluation.scored:
-        own = path if len(evaluation.scored) == 1 else path.with_suffix(f".{kind}{path.suffix}")
-        write_server_results(own, evaluation.results, kind)
-        yield own
+    paths = [path if len(kinds) == 1 else path.with_suffix(f".{kind}{path.suffix}") for kind in kinds]
+    for own, kind in zip(paths, kinds, strict=True):
+        write_server_results(own, results, kind)
+    return paths
 
 
 def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
@@ -421,7 +470,7 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
     if options.model:
         content["results"] = evaluation.results
-    write_json(options.json, content)
+    write_report(options.json, "evaluate", content)
 
 
 def _write_report(

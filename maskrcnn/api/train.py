@@ -19,9 +19,9 @@ from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
-from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, with_exif
+from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
-from maskrcnn.files import write_json
+from maskrcnn.files import check_output_folder, write_json
 from maskrcnn.imaging.draw import overlay
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
@@ -35,7 +35,7 @@ from maskrcnn.settings import (
     typed,
     with_sections,
 )
-from maskrcnn.training.distributed import Processes, joined
+from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import without_effect
 from maskrcnn.training.recipe import require_fitting, training_config
@@ -202,7 +202,8 @@ def _begun(
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
     config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
-    run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
+    _check_readable(progress, valset, config, processes)
+    run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
         if weights is not None:
@@ -258,6 +259,7 @@ def _continued(
     trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
     require_fitting(config.model, trainset, valset)
     _surveyed(progress, config, trainset, valset)
+    _check_readable(progress, valset, processes)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -279,11 +281,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> 
     return lines
 
 
-def _new_folder(output: Path | None) -> Path:
+def _new_folder(output: Path | None, data: Path) -> Path:
     if output is None:
         return runs.claim_next()
-    if (output / runs.CONFIG).exists():
-        raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
+    names = (runs.CONFIG, runs.STATE, runs.BEST, runs.LAST, runs.LOG)
+    if present := [name for name in names if (output / name).exists()]:
+        expected = "a new folder, or one without the files of a run"
+        raise UserError(
+            f"{output}, which holds {present[0]}", expected, f"continue a run with --resume {output}, or name another"
+        )
+    check_output_folder("--output", output, [data], (), overwrite=True)
     return output
 
 
@@ -369,6 +376,21 @@ def _datasets(
             "write one category list into both JSON files",
         )
     return trainset, valset
+
+
+def _check_readable(progress: Progress, valset: CocoDataset, config: TrainConfig, processes: Processes) -> None:
+    """Decodes this process's validation images, so that a damaged one is named now and not after the first epoch."""
+    records = valset.images[processes.rank :: processes.world_size]
+    workers = choose_workers(-1, processes.local_size) + 1
+    with progress.task(f"reading {len(valset.images)} validation images"):
+        errors = unreadable_images(records, config.model.preprocessing, workers=workers)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        found = "".join(f"\n  {error.found}" for error in errors)
+        raise UserError(
+            f"{len(errors)} validation images that cannot be used:{found}", errors[0].expected, errors[0].fix
+        )
 
 
 def _detector(model: MaskRCNN) -> Detector:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import ExifRule
-from maskrcnn.files import write_json
+from maskrcnn.cli.options import ExifRule, Overwrite
 
 data_app = typer.Typer(no_args_is_help=True, help="Draw, convert and check datasets in COCO format.")
 
@@ -56,6 +55,7 @@ def data_convert(
     ] = False,
     copy: Annotated[bool, _option(_OUTPUT, "--copy", help="Copy images instead of hard-linking them.")] = False,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the counts to.")] = None,
+    overwrite: Overwrite = False,
     split: Annotated[
         list[str] | None,
         _option(
@@ -142,12 +142,12 @@ def data_convert(
         divisor=divisor,
         void=void,
         crowd=crowd,
+        json=json,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show("\n".join(result.lines()))
     show(f"to check it: maskrcnn data check {out}")
-    if json is not None:
-        write_json(json, result.to_dict())
 
 
 _Out = Annotated[Path, typer.Argument(help="Folder to write.")]
@@ -200,6 +200,7 @@ def data_check(
         int, _option(_OUTPUT, "--images", "--pictures", min=0, help="Maximum number of images per finding.")
     ] = 16,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the report to.")] = None,
+    overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 for remarks too.")] = False,
 ) -> None:
     """Check a dataset for what training would refuse, skip, or learn wrongly.
@@ -207,13 +208,18 @@ def data_check(
     Exit code 1 for errors, which stop training; 0 for remarks, unless --strict.
     """
     from maskrcnn.api.data import check_data
-    from maskrcnn.data.check_report import draw_findings
 
-    report = check_data(data, image_folder=image_folder, split=split or (), exif=exif, progress=ConsoleProgress())
+    report = check_data(
+        data,
+        image_folder=image_folder,
+        split=split or (),
+        exif=exif,
+        output=output,
+        images=pictures,
+        json=json,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
     show(report.text())
-    if output is not None:
-        show(f"{draw_findings(report, output, per_problem=pictures)} images → {output}")
-    if json is not None:
-        write_json(json, report.to_dict())
     if report.by_problem(is_error=True) or (strict and report.findings):
         raise typer.Exit(1)

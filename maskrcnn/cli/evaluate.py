@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, ExifRule, PixelRange, PrecisionName, ProviderName, range_from_text
+from maskrcnn.cli.options import (
+    BackendName,
+    ExifRule,
+    Overwrite,
+    PixelRange,
+    PrecisionName,
+    ProviderName,
+    range_from_text,
+)
 from maskrcnn.errors import UserError
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
@@ -98,6 +106,7 @@ def evaluate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse annotation files with skipped or repaired entries.")
     ] = False,
+    overwrite: Overwrite = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
     """Compute COCO metrics of boxes, masks and keypoints: of a model on a dataset, or of a results file."""
@@ -131,6 +140,7 @@ def evaluate(
         report=report,
         worst=worst,
         strict=strict,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     if result is None or result.evaluation is None:

@@ -56,3 +56,11 @@ PrecisionName = Annotated[
     str | None,
     typer.Option(help="Precision of PyTorch: fp32, bf16 or fp16 (default: fp32).", rich_help_panel=_BACKEND),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace output files that this command did not write; never a file that it reads.",
+        rich_help_panel="Output",
+    ),
+]

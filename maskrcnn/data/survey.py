@@ -36,6 +36,20 @@ def read_record(
     )
 
 
+def unreadable_images(records: Sequence[ImageRecord], preprocessing: Preprocessing, *, workers: int) -> list[UserError]:
+    """Decodes images in threads; returns the errors of `read_record`, in the order of the images."""
+
+    def error_of(record: ImageRecord) -> UserError | None:
+        try:
+            read_record(record, preprocessing)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [error for error in pool.map(error_of, records) if error is not None]
+
+
 def read_for_display(record: ImageRecord) -> np.ndarray:
     """Reads an annotated image for the eye, uint8 `[H, W, 3]`; samples of more than 8 bits by their own range.
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from maskrcnn.files import atomic_path
 
 if TYPE_CHECKING:
     from maskrcnn.imaging.postprocess import Detections
@@ -135,6 +139,14 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         for mark in marks
     ]
     return _draw(_enlarge(image, scale), enlarged)
+
+
+def save_drawing(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file that `maskrcnn.files.DRAWING` recognises: its entry `Software` says maskrcnn."""
+    entries = PngInfo()
+    entries.add_text("Software", "maskrcnn")
+    with atomic_path(path) as draft:
+        image.save(draft, format="PNG", pnginfo=entries)
 
 
 def _scaled_box(box: _Box, scale: int) -> _Box:

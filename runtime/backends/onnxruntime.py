@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError, missing_library
+from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import batch_sizes
 from maskrcnn.machine import available_cores
@@ -233,7 +233,7 @@ class OnnxRuntimeBackend(Backend):
                 )
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             raise UserError(
-                f"{self.path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
+                f"{self.path}: not a model that ONNX Runtime loads ({reason_of(error)})",
                 "a file of `maskrcnn export --onnx` without --tensorrt",
                 "export it again; a bfloat16 file runs with --backend openvino",
             ) from error

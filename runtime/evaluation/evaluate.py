@@ -85,6 +85,7 @@ def detect_records(
     *,
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda images: None,
+    keep: Callable[[list[int], list[list[dict[str, Any]]], Seconds], None] = lambda ids, results, seconds: None,
 ) -> tuple[list[dict[str, Any]], Seconds]:
     """Runs a detector on images of a dataset.
 
@@ -93,6 +94,7 @@ def detect_records(
         records: the images, in any order; may be empty.
         batch_size: images per inference.
         progress: called with the number of images done in each batch.
+        keep: called with the image ids, results and time of each batch, to keep them if a later one fails.
 
     Returns:
         Boxes and, if the model has them, masks and keypoints in COCO's results format, and the time they took.
@@ -106,6 +108,7 @@ def detect_records(
         by_image, batch_seconds = detect_batch(detector, batch)
         results += [result for own in by_image for result in own]
         seconds += batch_seconds
+        keep([record.id for record in batch], by_image, batch_seconds)
         progress(len(batch))
     return results, seconds
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,14 @@ class DetectionsLog:
         path: part of the first process; the others lie beside it.
         origin: origin of the detections.
         names: file names by field of the origin, for error texts.
+
+    Raises:
+        UserError: if the path is a folder or a device.
     """
 
     def __init__(self, path: Path, origin: Origin, names: Mapping[str, str] | None = None) -> None:
+        if path.exists() and not path.is_file():
+            raise _no_log(path, "a folder" if path.is_dir() else "a device")
         self.path, self.origin, self._names = path, origin, dict(names or {})
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
@@ -119,6 +124,14 @@ class DetectionsLog:
                 origin = {"origin": asdict(self.origin), "names": self._names, "facts": dict(facts or {})}
                 file.write(_line({_KEY: _VERSION} | origin))
         return part
+
+    def write(
+        self, facts: Mapping[str, Any], batches: Iterable[tuple[Sequence[int], Sequence[list[dict[str, Any]]], Seconds]]
+    ) -> None:
+        """Writes batches of an evaluation that did not end: image ids, results and time of each."""
+        part = self.open_part(facts=facts)
+        for image_ids, results, seconds in batches:
+            self.append(part, image_ids, results, seconds)
 
     @staticmethod
     def append(part: Path, image_ids: Sequence[int], results: Sequence[list[dict[str, Any]]], seconds: Seconds) -> None:
