@@ -66,7 +66,8 @@ def convert(
 
     Args:
         kind: format of the source: "coco" (any layout that training reads), "yolo", "voc", "visual-genome",
-            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme" or "via".
+            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme", "via", or "datumaro:FORMAT" for
+            any format that the library Datumaro reads.
         source: folder of the dataset; for "coco", "yolo" and "via" also its annotation file.
         out: folder to write; it must not exist or be empty.
         keep_going: skip and count what cannot be converted instead of stopping.

@@ -183,7 +183,6 @@ def read_annotations(
     *,
     size_of: SizeOf = lambda file_name: None,
     drop_roots: bool = True,
-    require_names: bool = True,
 ) -> AnnotationFile:
     """Reads the content of an annotation file.
 
@@ -197,12 +196,11 @@ def read_annotations(
         size_of: gives (height, width) for a `file_name`, where the entry of the image does not.
         drop_roots: leave out categories without annotations that others name as their `supercategory` (as exported by
             Roboflow).
-        require_names: leave out images without a file name.
 
     Raises:
         UserError: for content of another structure, and for two images or classes with one id.
     """
-    return _Reader(content, source, size_of, require_names=require_names).read(drop_roots=drop_roots)
+    return _Reader(content, source, size_of).read(drop_roots=drop_roots)
 
 
 def load_annotations(path: Path) -> Any:
@@ -262,8 +260,8 @@ def _looks_like(content: Any) -> str:
 class _Reader:
     """Reads one file; see `read_annotations`."""
 
-    def __init__(self, content: Any, source: str, size_of: SizeOf, *, require_names: bool) -> None:
-        self.source, self.size_of, self.require_names, self.notes = source, size_of, require_names, Notes()
+    def __init__(self, content: Any, source: str, size_of: SizeOf) -> None:
+        self.source, self.size_of, self.notes = source, size_of, Notes()
         self.image_entries, self.annotations, self.category_entries = entries_of(content, source)
         self.image_keys: dict[str, int] = {}
         self.category_keys: dict[str, int] = {}
@@ -363,10 +361,11 @@ class _Reader:
 
     def _images(self) -> dict[int, ImageEntry]:
         images: dict[int, ImageEntry] = {}
+        has_names = any(isinstance(entry, dict) and _file_name(entry) for entry in self.image_entries)
         for index, image_id, entry in self._ids(self.image_entries, "image", self.image_keys):
             name = _file_name(entry)
-            if name is None and not self.require_names:
-                name = ""
+            if name is None and not has_names:
+                name = ""  # a file for results alone
             if name is None:
                 detail = f"file_name {entry.get('file_name')!r}"
                 self._note(REPAIRED, "image without a file name left out", f"image number {index}", detail)
@@ -586,7 +585,7 @@ class _Reader:
         if convention == "xyxy" and numbers.size == 4:
             numbers[2:] -= numbers[:2]
         attributes = entry.get("attributes")
-        angle = attributes.get("rotation") if isinstance(attributes, dict) else None
+        angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
         if numbers.size == 5:  # Detectron2's rotated boxes: centre, size, and degrees against the clock
             centre, degrees = numbers[:2], -float(numbers[4])
         elif type(angle) in (int, float) and math.isfinite(angle) and angle % 360:  # CVAT: with the clock

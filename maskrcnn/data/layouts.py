@@ -66,8 +66,8 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
         UserError: where there is none; lists what was found.
     """
     root = Path(data)
-    folders = (Path(images),) if images else ()
-    if images and not folders[0].is_dir():
+    folders: tuple[Path, ...] = (Path(images),) if images else ()
+    if images and not Path(images).is_dir():
         raise UserError(f"no folder {images}", "the folder of the images", "correct --images")
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         found = _yolo_splits(root)
@@ -421,7 +421,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
     is_below = all(file.is_relative_to(base) for file in files)
     shape = options.get("kpt_shape")
     points = tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None
-    images, annotations, used = [], [], set()
+    images, annotations, used = [], list[dict[str, Any]](), set()
     for image_id, file in enumerate(files, start=1):
         size_hw = upright_size(file)
         name = file.relative_to(base).as_posix() if is_below else file.absolute().as_posix()
