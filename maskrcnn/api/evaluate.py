@@ -259,18 +259,16 @@ def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> 
 
     place = options.data or options.annotations
     assert place is not None
-    if options.annotations is not None:
-        (split,) = list_splits(place, options.images)
-    else:
-        split = find_split(place, options.split, options.images)
+    splits = list_splits(place, options.images)
+    is_only = options.annotations is not None and len(splits) == 1  # else the split of --split
+    split = splits[0] if is_only else find_split(place, options.split, options.images)
     dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
     dataset = with_exif(dataset, options.exif)
     for line in dataset.note_lines():
         progress.message(line)
     if options.strict:
         dataset.require_unchanged()
-    if not any(record.instances for record in dataset.images):
-        dataset.require_objects("be found")
+    dataset.require_objects("find")
     return dataset
 
 
