@@ -165,7 +165,7 @@ def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
     divisor = model.config.preprocessing.divisor
     # While tracing, no axis of any pyramid level may have length 1, which would be specialised to broadcasting.
     height, width = 6 * divisor, 10 * divisor
-    images = torch.zeros(2, 3, height, width)
+    images = torch.zeros(2, model.config.channels, height, width)
     sizes = torch.tensor([[height, width], [height - 5, width - 40]])
     dim = torch.export.Dim
     wrapped, batch = _WithStages(model), dim("N", min=1, max=4096)

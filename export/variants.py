@@ -82,7 +82,7 @@ def write_half(
     if precision not in HALF_TYPES:
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "pass one of these")
     proto, metadata = single_precision(source)
-    batches = list(validation_batches(metadata.preprocessing.divisor))
+    batches = list(validation_batches(metadata.preprocessing.divisor, metadata.preprocessing.channels))
     observed = [] if images is None else feeds_from_files(images_in(images, limit), metadata)
     largest = largest_magnitudes(proto, itertools.chain(batches, observed))
     if images is not None:

@@ -12,7 +12,7 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_target, folder_beside
+from maskrcnn.files import ONNX, Output, check_outputs, folder_beside
 
 if TYPE_CHECKING:
     from maskrcnn.export.tensorrt.lint import LintReport
@@ -59,6 +59,7 @@ def export(
     settings: Sequence[str] | dict[str, Any] = (),
     detectron2_config: str | Path | None = None,
     max_unmatched: float = 0.0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes one ONNX file, compared with its source before it is kept.
@@ -89,6 +90,7 @@ def export(
         detectron2_config: YAML configuration of Detectron2 `weights`. Default: config.yaml in their folder.
         max_unmatched: share of the compared detections that may lack a partner or differ by more than the tolerance, 0
             to 1, for models in which boxes tie.
+        overwrite: replace `output` even if it is not an ONNX file; never a file that is read.
         progress: receives messages.
 
     Raises:
@@ -114,9 +116,11 @@ def export(
     }
     _check_options(path, weights, of_weights, changes, opset, max_unmatched, **variant)
     variant["max_unmatched"] = max_unmatched
+    if output is not None:
+        _check_output(Path(output), (path, weights, calibration), overwrite=overwrite)
     if path is not None and path.suffix == ".onnx":
         target = Path(output) if output else _variant_name(path, precision, simulate=simulate, tensorrt=tensorrt)
-        _check_output(target, path)
+        _check_output(target, (path, calibration), overwrite=overwrite)
         differences, lint = write_variant(path, target, **variant, progress=progress)
         return _result(target, path, precision, differences, lint)
     spec = weights or path or runs.newest_checkpoint()
@@ -132,7 +136,7 @@ def export(
         is_named = weights is not None and origin != Path(weights)
         plain = Path(f"{loaded.model.config.name}.onnx") if is_named else origin.with_name(runs.ONNX)
         target = _variant_name(plain, precision, simulate=simulate, tensorrt=tensorrt)
-    _check_output(target, origin)
+    _check_output(target, (origin, calibration), overwrite=overwrite)
     if precision == "fp32" and not tensorrt:
         differences = [_write_onnx(loaded, target, opset, max_unmatched, progress)]
         return _result(target, origin, precision, differences, None)
@@ -364,12 +368,10 @@ def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool)
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 
-def _check_output(target: Path, source: Path) -> None:
+def _check_output(target: Path, inputs: Sequence[str | Path | None], *, overwrite: bool) -> None:
     if target.suffix != ".onnx":
         raise UserError(f"--output {target}", "a name that ends in .onnx", f"for example {target.with_suffix('.onnx')}")
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output {target}, the source of the export", "another file", "choose another name")
-    check_target(target)
+    check_outputs([Output("--output", target, ONNX)], inputs, overwrite=overwrite)
 
 
 @contextlib.contextmanager

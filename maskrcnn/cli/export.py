@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
 
 _OUTPUT, _INT8, _TENSORRT = "Output", "8-bit integers", "TensorRT"
@@ -37,6 +38,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Precision of the graph.", rich_help_panel=_OUTPUT)
     ] = Precision.FP32,
+    overwrite: Overwrite = False,
     simulate: Annotated[
         bool,
         typer.Option(
@@ -169,6 +171,7 @@ def export(
         class_names=class_names,
         settings=assign or (),
         max_unmatched=max_unmatched,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show(f"{result.path} ({result.size_mb} MB, from {result.source})")

@@ -5,13 +5,12 @@ Source: documentation of the CUDA and TensorRT execution providers, whose option
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from maskrcnn.errors import UserError
-from maskrcnn.files import make_folder
+from maskrcnn.errors import UserError, reason_of
+from maskrcnn.files import cache_folder, make_folder
 from maskrcnn.plugins.toolchain import find_gpus
 from maskrcnn.runtime.build.profiles import Profile
 
@@ -121,7 +120,7 @@ def unusable(provider: Provider, reason: str) -> UserError:
     if provider is Provider.TENSORRT:
         expected += ", and TensorRT of the major version that it was compiled for"
     return UserError(
-        f"ONNX Runtime without {provider.full_name}: {' '.join(reason.split())[:300]}",
+        f"ONNX Runtime without {provider.full_name}: {reason_of(reason)}",
         expected,
         "see `maskrcnn doctor`; `pip install 'onnxruntime-gpu[cuda,cudnn]'` installs CUDA's libraries",
     )
@@ -142,9 +141,7 @@ def _cuda_options(options: GpuOptions) -> dict[str, str]:
 
 
 def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
-    root = os.environ.get("MASKRCNN_CACHE")
-    cache = Path(root) if root else Path.home() / ".cache" / "maskrcnn"
-    folder = options.cache or cache / "onnxruntime-tensorrt"
+    folder = options.cache or cache_folder() / "onnxruntime-tensorrt"
     make_folder(folder)
     found = {
         "device_id": str(options.device),

@@ -78,6 +78,10 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
     if counts[0] != counts[1]:
         found = f"models of {counts[0]} and of {counts[1]} keypoints"
         raise UserError(found, "the same number of keypoints", "name two forms of one model")
+    reading = [(rule.channels, rule.bands, rule.pixel_range) for rule in (reference.preprocessing, other.preprocessing)]
+    if reading[0] != reading[1]:
+        found = "models of channels, bands and pixel range {} and {}".format(*reading)
+        raise UserError(found, "the same ones, so that both read the same images", "name two forms of one model")
 
 
 def with_stages(difference: Difference, reference: Backend, other: Backend) -> Difference:

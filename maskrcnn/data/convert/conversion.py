@@ -41,7 +41,8 @@ class _Kind(NamedTuple):
 
 _NAMES = ("classes", "alias")
 KINDS: dict[str, _Kind] = {
-    "coco": _Kind(open_coco, ("sets",)),
+    "coco": _Kind(open_coco, ("sets", "image_folder", "crowd")),
+    "yolo": _Kind(open_coco, ("sets", "image_folder")),
     "voc": _Kind(open_voc, (*_NAMES, "sets", "with_masks", "difficult", "zero_based")),
     "visual-genome": _Kind(open_visual_genome, _NAMES),
     "penn-fudan": _Kind(open_penn_fudan, ("class_name",)),
@@ -227,7 +228,7 @@ def convert(
     for field in dataclasses.fields(Options):
         if getattr(options, field.name) != field.default and field.name not in KINDS[kind].options:
             kinds = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
-            option = "class" if field.name == "class_name" else field.name.replace("_", "-")
+            option = {"class_name": "class", "crowd": "no-crowd"}.get(field.name, field.name.replace("_", "-"))
             raise UserError(f"--{option} with kind {kind}", f"the option with {kinds} only", "remove the option")
     source, out, faults = Path(source), Path(out).resolve(), Faults(keep_going=keep_going)
     if not source.exists():
@@ -296,7 +297,7 @@ class _DatasetWriter:
         if target.exists():
             found = f"two images for {split}/{name}"
             raise UserError(found, "unique image names in a split", "rename one, or put them into two splits")
-        write_image(image.content, target, is_upright=image.is_upright, copies=self._copies)
+        write_image(image.content, target, copies=self._copies)
         height, width = image.size_hw
         entry = {**image.fields, "id": image_id, "file_name": name, "height": height, "width": width}
         self._write(split, "images", entry)

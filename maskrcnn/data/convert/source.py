@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pycocotools import mask as mask_api
 
-from maskrcnn.data.annotations import AnnotationError, checked_segmentation, compressed_rle
+from maskrcnn.data.segmentation import AnnotationError, checked_segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
 _SPLIT_PREFIXES = ("train", "val", "test")  # of folder names that are splits
@@ -61,9 +61,9 @@ class Faults:
         self.skipped[fault.reason] += 1
         self._examples.setdefault(fault.reason, fault.found)
 
-    def leave_out(self, reason: str, example: str) -> None:
-        """Counts an entry that the format or an option excludes; this is never raised."""
-        self.left_out[reason] += 1
+    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts entries that the format or an option excludes or repairs; this is never raised."""
+        self.left_out[reason] += count
         self._examples.setdefault(reason, example)
 
     def convert_each(
@@ -121,9 +121,8 @@ class AnnotatedImage:
     """One image and its objects."""
 
     content: Path | bytes  # image file, or the content of one
-    size_hw: tuple[int, int]  # of the pixels that the objects refer to
+    size_hw: tuple[int, int]  # of the image that the objects refer to, see `annotated_size`
     objects: Sequence[ObjectAnnotation] = ()
-    is_upright: bool = False  # whether the objects refer to the image after its EXIF orientation is applied
     fields: dict[str, Any] = field(default_factory=dict)  # further fields of COCO's image entry
 
 
@@ -155,6 +154,7 @@ class Options:
     mask_suffix: str | None = None  # appended to the image's name in a mask's name
     divisor: int | None = None  # id masks: pixel value = class · divisor + instance
     void: int | None = None  # id masks: value of unlabelled pixels
+    crowd: bool = True  # COCO: keep crowd regions; False: convert them to objects
 
 
 def are_splits(paths: Iterable[Path]) -> bool:
