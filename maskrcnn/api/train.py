@@ -14,7 +14,7 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset, crowded_line, find_split
 from maskrcnn.data.images import read_image
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
@@ -170,6 +170,7 @@ def _begun(
     root = _root(settings.pop("data", ""), processes)
     trainset, valset = _datasets(progress, root, *splits)
     config, weights = _configured(trainset, valset, settings)
+    _say_crowded(progress, config, trainset, valset)
     run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
@@ -209,6 +210,12 @@ def _configured(
     return replace(config, batch_norm=batch_norm, model=replace(config.model, **changes)), weights
 
 
+def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
+    for dataset in datasets:
+        if line := crowded_line(dataset, config.model.detections):
+            progress.message(line)
+
+
 def _continued(
     progress: Progress, processes: Processes, run: Path, settings: dict[str, Any]
 ) -> tuple[Trainer, CocoDataset]:
@@ -220,6 +227,7 @@ def _continued(
         progress.message(line)
     trainset, valset = _datasets(progress, Path(config.data), config.train_split, config.val_split)
     require_fitting(config.model, trainset, valset)
+    _say_crowded(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()

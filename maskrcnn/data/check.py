@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_api
 
+from maskrcnn.config import SMALL_MODEL, model_config
 from maskrcnn.data.annotations import Segmentation, compressed_rle, finite_numbers
 from maskrcnn.data.check_report import DatasetReport, Finding, Problem, SplitStatistics
 from maskrcnn.data.coco import (
@@ -26,6 +27,7 @@ from maskrcnn.data.coco import (
     Instance,
     SkippedAnnotation,
     annotation_file,
+    crowded_line,
     find_splits,
 )
 from maskrcnn.data.images import read_image
@@ -36,6 +38,7 @@ from maskrcnn.metadata import sha256_of
 _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
 _DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
 _MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
+_DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
 _UPRIGHT = 1  # EXIF orientation: first row at the top, first column at the left
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
@@ -48,6 +51,7 @@ _CLASS_NAMES = Problem("class names that differ between splits")
 _KEYPOINTS = Problem("keypoints that cannot be learnt")
 _KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
 _UNUSED_CLASS = Problem("class without objects")
+_CROWDED = Problem("images with more objects than the default model returns")
 _ROTATED = Problem("image with an EXIF orientation, which training does not apply")
 _THIN = Problem("box with a side below one pixel")
 _TINY = Problem(f"mask of fewer than {_MIN_MASK_PX} pixels")
@@ -92,6 +96,8 @@ def check_dataset(
     findings += _keypoint_findings(datasets)
     for dataset in datasets:
         findings += _class_findings(dataset)
+        if crowded := crowded_line(dataset, _DEFAULT_DETECTIONS):
+            findings.append(_of_file(_CROWDED, dataset, crowded.partition(": ")[2]))
         findings += _skipped_findings(dataset)
     findings += _image_findings(datasets, workers or available_cpus(), progress)
     return DatasetReport(
