@@ -314,6 +314,7 @@ def _detect(
     options: _Options, model: Path, resume: Path | None, dataset: CocoDataset, share: Share, progress: Progress
 ) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
     """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
+    from maskrcnn.data.coco import crowded_line
     from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
@@ -345,7 +346,8 @@ def _detect(
             return results, seconds, log.facts()
         use_own_gpu(share)
         detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
-        for line in detector.remarks():
+        crowded = crowded_line(dataset, detector.metadata.detections)
+        for line in (*detector.remarks(), *([crowded] if crowded else [])):
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)

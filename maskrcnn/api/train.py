@@ -15,7 +15,7 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.coco import CocoDataset, crowded_line
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
@@ -202,6 +202,7 @@ def _begun(
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
     config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
+    _say_crowded(progress, config, trainset, valset)
     _check_readable(progress, valset, config, processes)
     run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
     try:
@@ -246,6 +247,12 @@ def _configured(
     return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
 
 
+def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
+    for dataset in datasets:
+        if line := crowded_line(dataset, config.model.detections):
+            progress.message(line)
+
+
 def _continued(
     progress: Progress, processes: Processes, run: Path, settings: dict[str, Any], *, strict: bool
 ) -> tuple[Trainer, CocoDataset]:
@@ -260,6 +267,7 @@ def _continued(
     require_fitting(config.model, trainset, valset)
     _surveyed(progress, config, trainset, valset)
     _check_readable(progress, valset, processes)
+    _say_crowded(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()

@@ -319,3 +319,25 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     """
     rle = compressed_rle(instance.segmentation, record.height, record.width)
     return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
+
+
+def crowded_line(dataset: CocoDataset, detections: int) -> str | None:
+    """A line about images with more objects than a model returns; None if there are none.
+
+    Args:
+        dataset: images and annotations.
+        detections: rows of the model's output, `model.detections`.
+    """
+    counts = [sum(not instance.is_crowd for instance in record.instances) for record in dataset.images]
+    crowded = [count for count in counts if count > detections]
+    if not crowded:
+        return None
+    most = max(crowded)
+    lost = sum(crowded) - detections * len(crowded)
+    return (
+        f"{dataset.annotation_path}: {len(crowded)} of {len(counts)} images have more objects than the {detections} "
+        f"detections of the model, up to {most} ({dataset.images[counts.index(most)].path.name}): at least {lost} of "
+        f"{sum(counts)} objects cannot be found; train with --set model.detections={most} "
+        "(and no fewer model.proposals and model.candidates)"
+        + (f", and evaluate with --max-detections 1,10,{most}" if most > 100 else "")
+    )

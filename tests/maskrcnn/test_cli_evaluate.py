@@ -50,6 +50,21 @@ def test_a_results_file_scores_as_in_pycocotools(run, files, kind):
     assert [float(line.split()[1]) for line in metrics_in(out)] == pytest.approx(scorer.stats, abs=5e-5)
 
 
+def test_other_limits_of_detections_are_labelled_and_written(run, files, tmp_path):
+    truth, results = files("bbox")
+    given = ("evaluate", "--results", results, "--annotations", truth)
+    code, out, err = run(*given, "--max-detections", "2,500", "--json", "m.json", "--report", "page.html")
+    assert code == 0, err
+    assert "box metrics are not COCO's: up to 500 detections" in " ".join(out.split())
+    assert [line.split()[0] for line in metrics_in(out)][6:8] == ["AR_2", "AR_500"]
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written["max_detections"] == {"box": [2, 500]} and "AR_500" in written["box"]
+    page = (tmp_path / "page.html").read_text()
+    assert "not COCO" in page and "AR_500" in page
+    for wrong in ("x", "10,1", "0"):
+        expect_error(run(*given, "--max-detections", wrong), "1,10,500")
+
+
 def test_two_results_files_are_compared(run, files, tmp_path):
     truth, results = files("segm")
     entries = json.loads(results.read_text())
