@@ -89,10 +89,10 @@ class Detector:
             images: files, or arrays uint8 `[H, W, 3]` RGB (or of the model's other channels; or float32 from 0 to 255),
                 of any sizes; the batch is padded to the largest.
         """
-        images = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
-        outputs, sizes = self.backend.run_images(images)
+        arrays = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
+        outputs, sizes = self.backend.run_images(arrays)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
-        found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)
+        found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in arrays], paste=paste)
         metadata = self.metadata
         return [
             replace(
