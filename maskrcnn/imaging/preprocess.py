@@ -214,8 +214,8 @@ def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
         ) from error
     if image.shape[2] != 3 or image.dtype != np.uint8:  # band by band
         planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
-        resized_planes = (plane.resize(size_hw[::-1], Image.Resampling.BILINEAR) for plane in planes)
-        return np.stack([np.asarray(plane) for plane in resized_planes], axis=-1)
+        resized_planes = [np.asarray(plane.resize(size_hw[::-1], Image.Resampling.BILINEAR)) for plane in planes]
+        return np.stack(resized_planes, axis=-1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
