@@ -109,7 +109,7 @@ def evaluate(
         data: folder of a dataset in COCO format.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
-        batch_size: images per batch. Padding of a batch changes metrics in the third decimal.
+        batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
@@ -276,7 +276,8 @@ def _evaluate_model(
     if options.save_results is not None and resume == options.resume and model == options.model:
         _save(options.save_results, results, kinds)  # before the scoring, which may fail
     evaluation = score_kinds(dataset, results, kinds, sigmas=facts.get("sigmas", ()), seconds=seconds)
-    progress.message(f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}")
+    on = f"{evaluation.images} images of {dataset.annotation_path}"
+    progress.message(f"{model} in {facts['runs_in']} on {on}, batch size {options.batch_size}")
     return evaluation
 
 
@@ -424,6 +425,7 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
         content["compared_with"] = str(options.compare)
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
     if options.model:
+        content["batch_size"] = options.batch_size
         content["results"] = evaluation.results
     write_report(options.json, "evaluate", content)
 
