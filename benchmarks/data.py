@@ -20,8 +20,9 @@ import torch
 from timing import environment
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
+from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError, report_errors
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training.augmentation import Augmentation

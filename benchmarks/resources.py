@@ -69,13 +69,13 @@ def memory_growth_mb(call: Callable[[], Any]) -> float | None:
     """
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text(_RESET_PEAK)
-    before = _resident_mb("VmRSS")
+    before = resident_mb("VmRSS")
     call()
-    after = _resident_mb("VmHWM")
+    after = resident_mb("VmHWM")
     return None if before is None or after is None else after - before
 
 
-def _resident_mb(field: str) -> float | None:
+def resident_mb(field: str) -> float | None:
     """Resident memory of this process, MB: `VmRSS` now, `VmHWM` at its peak; None on systems other than Linux."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
@@ -137,7 +137,7 @@ def detector_peak(
 
 def _peak_mb() -> float:
     """Peak resident memory of this process. On Linux, rusage would include the parent's memory at the fork."""
-    if (held := _resident_mb("VmHWM")) is not None:
+    if (held := resident_mb("VmHWM")) is not None:
         return held
     import resource  # not available on Windows
 

@@ -12,7 +12,6 @@ benchmarks/evaluation.py, 100 per image, are scored by pycocotools and by our ow
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from workloads import generated_images, set_input_size, size_name
 from maskrcnn.errors import report_errors
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.imaging.postprocess import Detections
+from maskrcnn.machine import available_cpus
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.scoring import score_entries
@@ -88,7 +88,8 @@ def _batch_curve(detectors: Mapping[str, Detector], batches: Sequence[int], size
 
 def _threads_curve(paths: Sequence[Path], size_hw: tuple[int, int]) -> _Curve:
     """Milliseconds per image against the number of threads, for runtimes where it can be set."""
-    counts = sorted({2**k for k in range(10) if 2**k <= (os.cpu_count() or 1)} | {os.cpu_count() or 1})
+    cpus = available_cpus()
+    counts = sorted({2**k for k in range(10) if 2**k <= cpus} | {cpus})
     return _Curve(
         name="threads",
         title=f"One image of {size_name(size_hw)}, by threads",
@@ -141,7 +142,7 @@ def dataset_curve(images: Sequence[int]) -> _Curve:
     datasets = {float(count): simulated(count, _RESULTS, "bbox", SIZE_HW) for count in images}
 
     def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox")
+        return lambda turn: score_entries(GroundTruth.of_content(content, "simulated"), results, "bbox")
 
     def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         return lambda turn: scored_by_pycocotools(content, list(results), "bbox")

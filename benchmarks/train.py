@@ -42,7 +42,8 @@ from trainers import (
 )
 
 from maskrcnn.config import TrainConfig, to_dict
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError, report_errors
 from maskrcnn.files import write_json
 from maskrcnn.model import detector

@@ -125,7 +125,7 @@ def _work(samples: TrainingSamples, indices: list[int], with_masks: bool) -> Wor
     for n, index in enumerate(indices):
         height, width = batch.image_sizes[n].tolist()
         valid = batch.valid[n]
-        masks = _full_masks(samples.dataset.images[index], (height, width))
+        masks = _full_masks(samples.records[index], (height, width))
         if len(masks) != int(valid.sum()):
             raise RuntimeError(f"{len(masks)} full-size masks for {int(valid.sum())} objects of a sample")
         images.append(batch.images[n, :, :height, :width] / 255)

@@ -15,6 +15,7 @@ them, so that a deployment machine needs only the one it runs.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from maskrcnn.runtime.detector import Detector
 
 __version__ = "0.1.0"
+
+# Read by ONNX Runtime when it is imported: no telemetry unless asked for. Its thread would also keep a forked process
+# from ending (observed in 1.31 on Linux).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Name → module. `maskrcnn.export` is a package that can be called, see export/__init__.py.
 _LAZY = {

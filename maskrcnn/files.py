@@ -1,4 +1,4 @@
-"""JSON files, atomic writing of files, and what a command may write over."""
+"""JSON files, atomic writing of files, what a command may write over, and the cache folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,40 @@ def make_folder(path: Path) -> None:
             "a writable folder",
             "name another output folder, or change the permissions of this one",
         ) from error
+
+
+def cache_folder() -> Path:
+    """Returns the folder of files that can be made again; it may not exist yet.
+
+    It is $MASKRCNN_CACHE, else ~/.cache/maskrcnn, else, for a user whose home folder is missing or cannot be written,
+    `maskrcnn-<user id>` in the temporary folder, which only this user may access.
+
+    Raises:
+        UserError: if that folder belongs to somebody else.
+    """
+    if root := os.environ.get("MASKRCNN_CACHE"):
+        return Path(root)
+    try:
+        folder = Path.home() / ".cache" / "maskrcnn"
+    except RuntimeError:  # neither HOME nor an entry in the user database
+        return _private_temporary_folder()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return folder if os.access(existing, os.W_OK) else _private_temporary_folder()
+
+
+def _private_temporary_folder() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"maskrcnn-{user}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != user or (os.name == "posix" and state.st_mode & 0o077):
+        raise UserError(
+            f"{folder}, which others may write, instead of a home folder",
+            "a writable home folder, or MASKRCNN_CACHE",
+            "set MASKRCNN_CACHE to a private folder of this user",
+        )
+    return folder
 
 
 def report_path(path: Path) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, make_folder, write_json
+from maskrcnn.files import atomic_path, cache_folder, make_folder, write_json
 from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Absence, Nvcc, Toolchain
 
 # The cache has a folder for each combination of sources, compiler, architectures and flags. A process compiles in a
@@ -33,20 +33,8 @@ RECORD = "build.json"  # in each folder: what its files depend on
 
 
 def folder() -> Path:
-    """Returns the cache folder: `plugins` in $MASKRCNN_CACHE (default: ~/.cache/maskrcnn).
-
-    Raises:
-        UserError: if the variable is not set and the user has no home folder.
-    """
-    root = os.environ.get("MASKRCNN_CACHE")
-    try:
-        return (Path(root) if root else Path.home() / ".cache" / "maskrcnn") / "plugins"
-    except RuntimeError as error:
-        raise UserError(
-            "no home folder for compiled plugins",
-            "a home folder, or MASKRCNN_CACHE",
-            "set MASKRCNN_CACHE to a private folder of this user",
-        ) from error
+    """Returns the folder of compiled plugins: `plugins` in the cache folder, see `maskrcnn.files.cache_folder`."""
+    return cache_folder() / "plugins"
 
 
 def sources_hash(paths: Iterable[Path]) -> str:

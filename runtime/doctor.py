@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from typing import Any
 
 from maskrcnn import errors
 from maskrcnn.errors import UserError, reason_of
+from maskrcnn.files import cache_folder
+from maskrcnn.machine import available_cpus, shared_memory_mb
 from maskrcnn.plugins import build
 from maskrcnn.plugins import toolchain as tools
 from maskrcnn.plugins.build import Library
@@ -46,6 +49,7 @@ _OLDEST_TENSORRT = ".".join(map(str, OLDEST))
 _CUDA_OF_TENSORRT = {10: 12, 11: 13}  # oldest CUDA major version by TensorRT major version
 _DRIVERS = "https://www.nvidia.com/drivers"
 _NO_GPU = f"an NVIDIA GPU and its driver: {_DRIVERS}"
+_SHARED_MEMORY_MB = 1000  # eight images of 800×1344 in a batch are 103 MB, and each process holds some batches ready
 _REJECTED = ".rejected"  # suffix of an engine whose comparison with its ONNX file failed
 
 
@@ -111,6 +115,8 @@ def _machine() -> list[Finding]:
         Finding("Python", python, "everything", "https://www.python.org/downloads"),
         Finding("platform", platform.platform(), "everything", "nothing to install"),
         Finding("CPU", cpu_description(), "inference on the CPU", "nothing to install"),
+        *([shared_memory_finding(shared_memory_mb())] if sys.platform == "linux" else []),
+        _cache(),
     ]
 
 
@@ -124,7 +130,32 @@ def cpu_description(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     name = fields.get("model name") or platform.processor() or platform.machine()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     features = [feature for feature in _CPU_FEATURES.split() if feature in flags]
-    return f"{name}, {os.cpu_count()} logical cores{': ' if features else ''}{' '.join(features)}"
+    cores = f"{os.cpu_count()} logical cores"
+    if available_cpus() != os.cpu_count():
+        cores += f", {available_cpus()} of them available to this process"
+    return f"{name}, {cores}{': ' if features else ''}{' '.join(features)}"
+
+
+def shared_memory_finding(sizes_mb: tuple[int, int] | None) -> Finding:
+    """Returns the finding for /dev/shm.
+
+    Args:
+        sizes_mb: its size and its free part; None: there is none.
+    """
+    found = sizes_mb and f"{sizes_mb[0]} MB, {sizes_mb[1]} MB free"
+    remedy = "Docker: `--shm-size=2g`; Kubernetes: an emptyDir of medium Memory mounted at /dev/shm"
+    is_enough = sizes_mb is not None and sizes_mb[1] >= _SHARED_MEMORY_MB
+    return Finding("shared memory", found or None, "fast data loading by several processes; Triton", remedy, is_enough)
+
+
+def _cache() -> Finding:
+    folder = cache_folder()
+    found = f"{folder}{' (temporary: the home folder cannot be written)' if _is_temporary(folder) else ''}"
+    return Finding("cache", found, "compiled plugins and kernels", "set MASKRCNN_CACHE to a writable folder")
+
+
+def _is_temporary(folder: Path) -> bool:
+    return folder.parent == Path(tempfile.gettempdir()) and "MASKRCNN_CACHE" not in os.environ
 
 
 # Libraries

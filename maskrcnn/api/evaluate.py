@@ -66,13 +66,17 @@ class _Options:
     images: Path | None
     kinds: tuple[str, ...]
     compare: Path | None
+    max_detections: tuple[int, ...]
     resamples: int
     seed: int
     threshold: float
+    exif: str
+    pixel_range: tuple[float, ...] | None
     save_results: Path | None
     json: Path | None
     report: Path | None
     worst: int
+    strict: bool
     overwrite: bool
 
 
@@ -91,14 +95,18 @@ def evaluate(
     annotations: str | Path | None = None,
     images: str | Path | None = None,
     iou_type: Sequence[str] = (),
+    max_detections: Sequence[int] = (),
     compare: str | Path | None = None,
     resamples: int = 1000,
     seed: int = 0,
     threshold: float = 0.5,
+    exif: str = "auto",
+    pixel_range: Sequence[float] | None = None,
     save_results: str | Path | None = None,
     json: str | Path | None = None,
     report: str | Path | None = None,
     worst: int = 12,
+    strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EvaluateResult | None:
@@ -106,24 +114,29 @@ def evaluate(
 
     Args:
         model: checkpoint, ONNX file or engine; or None, with `results`.
-        data: folder of a dataset in COCO format.
+        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
-        annotations: annotation file in COCO format, with `results` instead of `data`.
-        images: folder of the images of `annotations`, for the report.
+        annotations: annotation file in COCO format, instead of `data`.
+        images: folder of its images. Default: searched for near it.
         iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
+        max_detections: limits of detections per image and class, ascending, such as (1, 10, 500): average recall is
+            measured at each, all other metrics at the last. Default: COCO's 1, 10 and 100 (20 for keypoints).
         compare: results file or model to compare with: difference in AP with its interval.
         resamples: bootstrap resamples of the images for intervals of AP.
         seed: random seed of the resamples.
         threshold: lowest score in comparisons of images, in confusions and in the images of the report.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
+        pixel_range: as `maskrcnn.predict`.
         save_results: file to write the results to, as COCO's server takes them.
         json: file to write metrics and results to.
         report: HTML file to write, or a folder for `report.html`.
         worst: maximum number of images in the report.
+        strict: refuse annotation files with entries that are skipped or repaired.
         overwrite: replace output files that `evaluate` did not write; never one that it reads.
         progress: receives messages.
 
@@ -134,7 +147,7 @@ def evaluate(
         UserError: for options that contradict each other and files that cannot be used.
     """
     from maskrcnn.runtime.detector import backend_spec
-    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
 
     progress = progress or Progress()
     options = _Options(
@@ -149,17 +162,22 @@ def evaluate(
         annotations=_path(annotations),
         images=_path(images),
         kinds=tuple(iou_type),
+        max_detections=tuple(max_detections),
         compare=_path(compare),
         resamples=resamples,
         seed=seed,
         threshold=threshold,
+        exif=exif,
+        pixel_range=None if pixel_range is None else tuple(pixel_range),
         save_results=_path(save_results),
         json=_path(json),
         report=_path(report),
         worst=worst,
+        strict=strict,
         overwrite=overwrite,
     )
     _check(options)
+    protocol_of("bbox", options.max_detections)  # faults show before detecting
     if options.model is not None:
         evaluation = _evaluate_model(options, options.model, options.kinds, options.resume, progress)
     else:
@@ -199,7 +217,7 @@ def _path(value: str | Path | None) -> Path | None:
 
 
 def _remarks(evaluation: Evaluation) -> list[str]:
-    return [text for text in dict.fromkeys(scored.results.remark() for scored in evaluation.scored.values()) if text]
+    return list(dict.fromkeys(text for scored in evaluation.scored.values() for text in scored.remarks()))
 
 
 def _check(options: _Options) -> None:
@@ -209,17 +227,12 @@ def _check(options: _Options) -> None:
         raise UserError(
             found, "one of them", "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
         )
-    if options.model is not None and options.data is None:
-        raise UserError("a model without --data", "the folder of a dataset", "add --data DIR")
-    if options.model is not None and options.annotations is not None:
-        raise UserError("a model with --annotations", "--data DIR", "name the folder that holds annotations/")
-    if options.results is not None and (options.annotations is None) == (options.data is None):
-        found = "--results with --annotations and --data" if options.data else "--results without --annotations"
-        raise UserError(found, "the ground truth of the results", "add --annotations FILE, or --data DIR")
+    if (options.annotations is None) == (options.data is None):
+        given = "a model" if options.model is not None else "--results"
+        found = f"{given} with --annotations and --data" if options.data else f"{given} without --data or --annotations"
+        raise UserError(found, "the ground truth", "add --data DIR, or --annotations FILE")
     if options.results is not None and (options.resume is not None or options.processes > 1):
         raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
-    if options.images is not None and options.annotations is None:
-        raise UserError("--images without --annotations", "--annotations", "drop it: --data has the images")
     if options.compare is not None and not options.compare.is_file():
         raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
     outputs = [
@@ -242,12 +255,24 @@ def _results_paths(path: Path | None) -> list[Path]:
 
 
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
-    from maskrcnn.data.coco import CocoDataset, find_split
+    from maskrcnn.data.coco import CocoDataset
+    from maskrcnn.data.layouts import find_split, list_splits
+    from maskrcnn.data.survey import with_exif
 
-    assert options.data is not None
-    dataset = CocoDataset.load(options.data, find_split(options.data, options.split), require_images=require_images)
-    for line in dataset.skipped_lines():
+    place = options.data or options.annotations
+    assert place is not None
+    if options.annotations is not None:
+        (split,) = list_splits(place, options.images)
+    else:
+        split = find_split(place, options.split, options.images)
+    dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
+    dataset = with_exif(dataset, options.exif)
+    for line in dataset.note_lines():
         progress.message(line)
+    if options.strict:
+        dataset.require_unchanged()
+    if not any(record.instances for record in dataset.images):
+        dataset.require_objects("be found")
     return dataset
 
 
@@ -277,7 +302,14 @@ def _evaluate_model(
     )
     if options.save_results is not None and model == options.model:  # before the scoring, which may fail
         _save(options.save_results, results, kinds)
-    evaluation = score_kinds(dataset, results, kinds, sigmas=facts.get("sigmas", ()), seconds=seconds)
+    evaluation = score_kinds(
+        dataset,
+        results,
+        kinds,
+        sigmas=facts.get("sigmas", ()),
+        max_detections=options.max_detections,
+        seconds=seconds,
+    )
     on = f"{evaluation.images} images of {dataset.annotation_path}"
     progress.message(f"{model} in {facts['runs_in']} on {on}, batch size {options.batch_size}")
     return evaluation
@@ -287,6 +319,7 @@ def _detect(
     options: _Options, model: Path, resume: Path | None, dataset: CocoDataset, share: Share, progress: Progress
 ) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
     """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
+    from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
     from maskrcnn.runtime.evaluation.sharding import (
@@ -297,8 +330,18 @@ def _detect(
         use_own_gpu,
     )
 
-    assert options.data is not None
-    task = DetectionTask(model, options.data, dataset.split, options.backend, options.batch_size)
+    task = DetectionTask(
+        model=model,
+        data=dataset.root,
+        split=dataset.split,
+        backend=options.backend,
+        batch_size=options.batch_size,
+        images=options.images,
+        exif=options.exif,
+        pixel_range=options.pixel_range,
+    )
+    for line in survey_images(dataset).lines() if not share.rank else ():
+        progress.message(line)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"
         if options.processes > 1:
@@ -306,7 +349,7 @@ def _detect(
             results, seconds = detect_in_processes(task, dataset, log, options.processes, progress=advance)
             return results, seconds, log.facts()
         use_own_gpu(share)
-        detector = Detector.load(model, options.backend)
+        detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
         for line in detector.remarks():
             progress.message(line)
         if resume is None:
@@ -330,6 +373,8 @@ def _detect(
                         f"--resume {kept.path} continues"
                     )
                 raise
+            for line in detector.notes.lines():
+                progress.message(line)
             return results, seconds, facts_of(detector)
         log = task.log(log_path, dataset)
         detect_share(detector, dataset, log, share, progress=advance)
@@ -354,11 +399,8 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
     from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 
     assert options.results is not None
-    if options.annotations is not None:
-        truth = GroundTruth.read(options.annotations)
-    else:
-        truth = GroundTruth.of_dataset(_dataset(options, progress, require_images=False))
-    evaluation = score_file(truth, options.results, options.kinds)
+    truth = GroundTruth(_dataset(options, progress, require_images=False))
+    evaluation = score_file(truth, options.results, options.kinds, options.max_detections)
     count = len(evaluation.results)
     progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
     return evaluation
@@ -378,10 +420,10 @@ def _differences(
 
     kinds = tuple(evaluation.scored)
     if options.compare.suffix not in BACKENDS:
-        other: Evaluation | None = score_file(truth, options.compare, kinds)
-    elif options.data is None or Share.of_environment().count > 1:
-        found = f"--compare {options.compare}, a model, " + ("under torchrun" if options.data else "with --annotations")
-        fix = "add --data DIR, without torchrun; or --save-results of that model, and compare with the file"
+        other: Evaluation | None = score_file(truth, options.compare, kinds, options.max_detections)
+    elif Share.of_environment().count > 1:
+        found = f"--compare {options.compare}, a model, under torchrun"
+        fix = "run it without torchrun; or --save-results of that model, and compare with the file"
         raise UserError(found, "a results file, or a dataset to run the model on", fix)
     else:
         other = _evaluate_model(options, options.compare, kinds, None, progress)
@@ -425,6 +467,9 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
     content: dict[str, Any] = {"model": str(options.model)} if options.model else {"file": str(options.results)}
     content |= {"box": evaluation.box, "mask": evaluation.mask, "keypoint": evaluation.keypoint}
     content |= {KIND_NAMES[kind]: scored.metrics for kind, scored in evaluation.scored.items()}
+    content["max_detections"] = {
+        KIND_NAMES[kind]: list(scored.records.protocol.max_detections) for kind, scored in evaluation.scored.items()
+    }
     content["per_class"] = {KIND_NAMES[kind]: scored.by_class() for kind, scored in evaluation.scored.items()}
     content["seconds"] = asdict(evaluation.seconds)
     if differences:
@@ -467,13 +512,7 @@ def _write_report(
 
 
 def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
-    """The file of an image id; None if the folder of the images is unknown."""
-    from maskrcnn.data.coco import find_split, image_folder
-
-    if options.data is not None:
-        folder: Path | None = image_folder(options.data, find_split(options.data, options.split))
-    else:
-        folder = options.images
-    if folder is None or options.worst == 0:
+    """The file of an image id; None if no images are wanted, or some are missing."""
+    if options.worst == 0 or not all(record.path.is_file() for record in truth.images.values()):
         return None
-    return lambda image_id: folder / str(truth.images[image_id].get("file_name", image_id))
+    return lambda image_id: truth.images[image_id].path

@@ -39,6 +39,7 @@ def predict(
     backend: str | None = None,
     provider: str | None = None,
     precision: str | None = None,
+    pixel_range: Sequence[float] | None = None,
     output: str | Path | None = None,
     threshold: float = 0.5,
     keypoint_threshold: float = 2.0,
@@ -52,11 +53,14 @@ def predict(
     or an interruption is written.
 
     Args:
-        images: image files, folders of images, or arrays uint8 `[H, W, 3]` RGB.
+        images: image files, folders of images, or arrays uint8 `[H, W, 3]` RGB. Files are read upright, as viewers show
+            them.
         model: checkpoint, ONNX file or engine. Default: the best checkpoint of the newest run.
         backend: "torch", "onnxruntime", "openvino" or "tensorrt". Default: the first that runs this kind of file.
         provider: ONNX Runtime execution provider: "cpu", "cuda" or "tensorrt".
         precision: arithmetic of PyTorch: "fp32", "bf16" or "fp16".
+        pixel_range: (low, high) of samples of more than 8 bits, which become 0 and 255. Default: the model's, else what
+            a TIFF file states, else the high byte.
         output: folder for an overlay of each image, `results.json` (COCO results) and `images.json` (file of each image
             id). Default: nothing is written.
         threshold: lowest score of a detection in the overlays; the results have all detections.
@@ -69,7 +73,6 @@ def predict(
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
             `strict`, for the first image that cannot be used; if none can be.
     """
-    from maskrcnn.data.images import read_image
     from maskrcnn.files import write_json
     from maskrcnn.imaging.draw import overlay, save_drawing
     from maskrcnn.runtime.detector import Detector, backend_spec
@@ -82,14 +85,14 @@ def predict(
     targets = [] if folder is None else _targets([Path(name) for name in names], folder)
     if folder is not None:
         _check_output(folder, targets, images, [*names, path], overwrite=overwrite)
-    detector = Detector.load(path, backend_spec(backend, provider, precision))
+    detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range)
     metadata = detector.metadata
     found: dict[int, Detections] = {}
     failed: dict[str, str] = {}
     try:
         for number, source in enumerate(sources):
             try:
-                image = read_image(source) if isinstance(source, Path) else source
+                image = detector.read(source) if isinstance(source, Path) else source
                 detections = detector.detect([image])[0]
             except UserError as error:
                 if strict or len(sources) == 1:
@@ -120,6 +123,8 @@ def predict(
             write_json(folder / IMAGES, {str(number): name for number, name in enumerate(names, start=1)})
             if len(found) + len(failed) < len(sources):
                 progress.message(f"stopped after {len(found)} of {len(sources)} images; results → {folder / RESULTS}")
+    for line in detector.notes.lines():
+        progress.message(line)
     if not found:
         reasons = "\n".join(failed.values())
         raise UserError(f"none of {len(sources)} images can be used:\n{reasons}", "image files", "name other images")

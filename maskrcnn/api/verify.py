@@ -13,6 +13,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import PAGE, Output, atomic_path, check_outputs, report_kind, report_path, write_report
 
 if TYPE_CHECKING:
+    from maskrcnn.imaging.preprocess import Preprocessing
     from maskrcnn.runtime.backends.base import Backend
     from maskrcnn.runtime.verification.inputs import Batch
     from maskrcnn.runtime.verification.report import VerifyReport
@@ -80,13 +81,14 @@ def verify(
     paths = _image_files(given, max_images)
     models = [_on_cpu(path) for path in (first, second)]
     check_comparable(models[0].metadata, models[1].metadata)
+    preprocessing = models[0].metadata.preprocessing
     if len(paths) > max_images:
         progress.message(f"the first {max_images} images (--max-images)")
     with progress.task("comparing") as advance:
         details = compare(
             models[0],
             models[1],
-            _read(paths[:max_images]) if paths else drawn_batches(),
+            _read(paths[:max_images], preprocessing) if paths else drawn_batches(preprocessing.channels),
             limits,
             size_px=size,
             progress=lambda name: advance(1),
@@ -134,10 +136,10 @@ def _on_cpu(path: Path) -> Backend:
     return load_backend(path, providers=["CPUExecutionProvider"])
 
 
-def _read(paths: Sequence[Path]) -> Iterator[Batch]:
+def _read(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Batch]:
     """One image per batch: the padding of a batch changes its other images slightly."""
     from maskrcnn.data.images import read_image
     from maskrcnn.runtime.verification.inputs import Batch
 
     for path in paths:
-        yield Batch((path.name,), (read_image(path),))
+        yield Batch((path.name,), (read_image(path, preprocessing),))

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, Overwrite, PrecisionName, ProviderName
+from maskrcnn.cli.options import (
+    BackendName,
+    ExifRule,
+    Overwrite,
+    PixelRange,
+    PrecisionName,
+    ProviderName,
+    range_from_text,
+)
+from maskrcnn.errors import UserError
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
 
@@ -26,7 +35,7 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Argument(help="Checkpoint, ONNX file or engine (or none, with --results).")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of a dataset in COCO format.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a dataset, or its annotation file.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     processes: Annotated[
@@ -39,23 +48,29 @@ def evaluate(
     backend: BackendName = None,
     provider: ProviderName = None,
     precision: PrecisionName = None,
+    exif: ExifRule = "auto",
+    pixel_range: PixelRange = None,
     results: Annotated[
         Path | None,
         typer.Option(help="Results file in COCO format to score instead of a model.", rich_help_panel=_RESULTS),
     ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Annotation file in COCO format for --results.", rich_help_panel=_RESULTS)
-    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file in COCO format, instead of --data.")] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the images of --annotations, for --report.", rich_help_panel=_RESULTS
-        ),
+        typer.Option(metavar="DIR", help="Folder of the images (default: searched for near the annotations)."),
     ] = None,
     iou_type: Annotated[
         list[Kind] | None,
         typer.Option(
             help="Kind of overlap to score; repeatable (default: all that the results have).", rich_help_panel=_METRICS
+        ),
+    ] = None,
+    max_detections: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,…",
+            help="Limits of detections per image and class; other limits than COCO's are labelled (default: 1,10,100).",
+            rich_help_panel=_METRICS,
         ),
     ] = None,
     compare: Annotated[
@@ -88,6 +103,9 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="Maximum number of images in the report.", rich_help_panel=_OUTPUT)
     ] = 12,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse annotation files with skipped or repaired entries.")
+    ] = False,
     overwrite: Overwrite = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
@@ -103,6 +121,8 @@ def evaluate(
         backend=backend,
         provider=provider,
         precision=precision,
+        exif=exif,
+        pixel_range=range_from_text(pixel_range),
         batch_size=batch_size,
         processes=processes,
         resume=resume,
@@ -110,6 +130,7 @@ def evaluate(
         annotations=annotations,
         images=images,
         iou_type=[kind.value for kind in iou_type or ()],
+        max_detections=_limits(max_detections),
         compare=compare,
         resamples=resamples,
         seed=seed,
@@ -118,6 +139,7 @@ def evaluate(
         json=json,
         report=report,
         worst=worst,
+        strict=strict,
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
@@ -133,6 +155,15 @@ def evaluate(
         show(f"{rate:.2f} images/s per process, from file to pasted masks")
     for path in result.files:
         show(f"→ {path}")
+
+
+def _limits(text: str | None) -> tuple[int, ...]:
+    """The numbers of `--max-detections`."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        found = f"--max-detections {text}"
+        raise UserError(found, "whole numbers, separated by commas", "write such as 1,10,500") from error
 
 
 def _class_table(kind: str, by_class: dict[str, dict[str, float]]) -> str:

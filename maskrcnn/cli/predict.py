@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, Overwrite, PrecisionName, ProviderName
+from maskrcnn.cli.options import BackendName, Overwrite, PixelRange, PrecisionName, ProviderName, range_from_text
 from maskrcnn.errors import UserError
 
 
@@ -21,6 +21,7 @@ def predict(
     backend: BackendName = None,
     provider: ProviderName = None,
     precision: PrecisionName = None,
+    pixel_range: PixelRange = None,
     output: Annotated[
         Path, typer.Option(help="Folder to write overlays and results.json to.", rich_help_panel="Output")
     ] = Path("predictions"),
@@ -46,6 +47,7 @@ def predict(
         backend=backend,
         provider=provider,
         precision=precision,
+        pixel_range=range_from_text(pixel_range),
         output=output,
         threshold=threshold,
         keypoint_threshold=keypoint_threshold,

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maskrcnn.data.coco import CocoDataset, ImageRecord, Instance, instance_mask
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_for_display
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.draw import colour_of, save_drawing
 
@@ -228,7 +228,7 @@ def _draw_finding(finding: Finding, class_names: dict[str, tuple[str, ...]]) -> 
     if finding.record is None:
         return None
     try:
-        image = read_image(finding.record.path)
+        image = read_for_display(finding.record)
     except UserError:
         return None
     marks = [_mark(index, instance, class_names[finding.split]) for index, instance in enumerate(finding.instances)]
@@ -249,7 +249,7 @@ def _contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
     for index in np.random.default_rng(0).permutation(len(pool)):
         dataset, record = pool[index]
         try:
-            image = read_image(record.path)
+            image = read_for_display(record)
         except UserError:
             continue
         marks = [_mark(k, instance, dataset.class_names) for k, instance in enumerate(record.instances)]

@@ -56,14 +56,18 @@ def has_min_side(boxes: Tensor, min_side_px: float) -> Tensor:
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU `[…, A, B]` of boxes `[…, A, 4]` and `[…, B, 4]`; zero where both areas are zero."""
-    top_left = torch.maximum(first[..., :, None, :2], second[..., None, :, :2])
-    bottom_right = torch.minimum(first[..., :, None, 2:], second[..., None, :, 2:])
-    overlap = (bottom_right - top_left).clamp(min=0).prod(dim=-1)
+    """IoU `[…, A, B]` of boxes `[…, A, 4]` and `[…, B, 4]`; zero where both areas are zero. Not differentiable."""
+    overlap = _axis_overlap(first, second, 0).mul_(_axis_overlap(first, second, 1))  # no `[…, A, B, 2]` temporaries
     first_area = (first[..., 2:] - first[..., :2]).prod(dim=-1)
     second_area = (second[..., 2:] - second[..., :2]).prod(dim=-1)
-    union = first_area[..., :, None] + second_area[..., None, :] - overlap
-    return overlap / union.clamp(min=1e-9)
+    union = (first_area[..., :, None] + second_area[..., None, :]).sub_(overlap)
+    return overlap.div_(union.clamp_(min=1e-9))
+
+
+def _axis_overlap(first: Tensor, second: Tensor, axis: int) -> Tensor:
+    """Length `[…, A, B]` of the overlaps along an axis, 0 where there is none."""
+    start = torch.maximum(first[..., :, None, axis], second[..., None, :, axis])
+    return torch.minimum(first[..., :, None, axis + 2], second[..., None, :, axis + 2]).sub_(start).clamp_(min=0)
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ receive.
 from __future__ import annotations
 
 import copy
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from maskrcnn.machine import available_cpus, is_quota_bound
 from maskrcnn.model.backbone import FoldedBatchNorm2d, FoldedConv2d, conv_norm_pairs
 from maskrcnn.model.detector import MaskRCNN
+
+
+def respect_cpu_quota() -> None:
+    """Lowers PyTorch's number of threads to a CPU quota; without OMP_NUM_THREADS it respects the affinity alone."""
+    if is_quota_bound() and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cpus():
+        torch.set_num_threads(available_cpus())
 
 
 def inference_copy(model: MaskRCNN, dtype: torch.dtype = torch.float32) -> MaskRCNN:

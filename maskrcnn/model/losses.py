@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from maskrcnn.config import LossConfig
 from maskrcnn.model import roi_heads, rpn
-from maskrcnn.model.boxes import decode_boxes, encode_boxes, pairwise_iou, take_rows
+from maskrcnn.model.boxes import decode_boxes, encode_boxes, take_rows
 from maskrcnn.model.targets import mask_targets, match_anchors, sample_balanced
 
 Truth = dict[str, Tensor]
@@ -110,7 +110,6 @@ def rpn_losses(
     """
     with torch.no_grad():
         all_anchors = torch.cat(anchors)
-        # One image at a time: anchors × objects is the largest array of the step.
         picks = [
             _sample_anchors(all_anchors, boxes, valid, seed, loss)
             for boxes, valid, seed in zip(truth["boxes"], truth["valid"], truth["seeds"], strict=True)
@@ -130,9 +129,8 @@ def _sample_anchors(
     anchors: Tensor, boxes: Tensor, valid: Tensor, seed: Tensor, loss: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sampled anchors of an image: index `[S]`, is positive, is sampled, and target boxes `[S, 4]`."""
-    iou = pairwise_iou(anchors, boxes).masked_fill(~valid, -1.0)
     matched, positive, negative = match_anchors(
-        iou, valid, foreground=loss.rpn_foreground_iou, background=loss.rpn_background_iou
+        anchors, boxes, valid, foreground=loss.rpn_foreground_iou, background=loss.rpn_background_iou
     )
     index, is_positive, is_sampled = sample_balanced(
         positive, negative, seed, count=loss.rpn_samples, positive_fraction=loss.rpn_positive_fraction
@@ -223,6 +221,9 @@ def _mask_loss(
             logits.shape[-1],
             aligned=loss.mask_target_aligned,
         )
+        # An object without a pixel is one without a mask: its RoIs count in the other losses alone.
+        has_mask = (truth["masks"] != 0).flatten(2).any(dim=-1)
+        positive = positive & has_mask.gather(1, owner)
     mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
     return (mask * positive).sum() / mean_count(positive.sum().float()).clamp(min=_MIN_COUNT)
 
@@ -271,9 +272,9 @@ def _sample_rois(proposals: Tensor, used: Tensor, truth: Truth, loss: LossConfig
         truth["seeds"],
         strict=True,
     ):
-        iou = pairwise_iou(boxes, truth_boxes).masked_fill(~valid, -1.0)
         matched, positive, negative = match_anchors(
-            iou,
+            boxes,
+            truth_boxes,
             valid,
             foreground=loss.box_foreground_iou,
             background=loss.box_foreground_iou,

@@ -11,12 +11,14 @@ feature map is at (j + 0.5, i + 0.5) if `aligned`, else at (j, i).
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskrcnn.files import cache_folder
 from maskrcnn.model import cuda_ops
 
 CANONICAL_LEVEL, CANONICAL_SIZE_PX = 4, 224.0  # FPN equation 1: a 224 px box is pooled at P4
@@ -248,6 +250,7 @@ def _(boxes, groups, counts, iou_threshold, max_output):
     if kernels is not None:
         return cuda_ops.batched_nms(kernels, boxes, groups, counts, iou_threshold, max_output)
     if importlib.util.find_spec("triton"):  # part of PyTorch's CUDA builds for Linux
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))  # its default needs a home folder
         from maskrcnn.model.nms_triton import batched_nms_triton
 
         return batched_nms_triton(boxes, groups, counts, iou_threshold, max_output)

@@ -13,31 +13,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskrcnn.model.boxes import take_rows
+from maskrcnn.model.boxes import pairwise_iou, take_rows
+
+_MAX_PAIRS = 1 << 22  # boxes × objects whose IoU is held at once: 16 MB per array
 
 
 def match_anchors(
-    iou: Tensor, valid: Tensor, *, foreground: float, background: float, keep_best: bool = True
+    boxes: Tensor,
+    objects: Tensor,
+    valid: Tensor,
+    *,
+    foreground: float,
+    background: float,
+    keep_best: bool = True,
+    max_pairs: int = _MAX_PAIRS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match boxes to objects (Ren et al. 2015, section 3.1.2).
 
+    The memory does not depend on the product of A and G: overlaps are computed for portions of the boxes. With
+    `keep_best` and several portions they are computed twice.
+
     Args:
-        iou: `[A, G]`, -1 in padded columns.
-        valid: bool `[G]`, false in padded columns.
+        boxes: `[A, 4]` anchors or proposals.
+        objects: `[G, 4]`, of any value in padded rows.
+        valid: bool `[G]`, false in padded rows.
         foreground: minimum IoU of a positive box.
         background: IoU below which a box is negative.
         keep_best: also make every box positive that is the best one of some object, ties included.
+        max_pairs: boxes × objects of a portion.
 
     Returns:
         index of the best object int64 `[A]`, positive bool `[A]`, negative bool `[A]`. Without objects every box is
         negative.
     """
-    best, matched = iou.max(dim=1)
-    positive, negative = best >= foreground, best < background
-    if keep_best:
-        best_of_object = iou.max(dim=0).values
-        positive = positive | ((iou == best_of_object) & valid & (best_of_object > 0)).any(dim=1)
+    # Outputs are allocated before the temporaries: small tensors between them would fragment the heap.
+    best, matched = boxes.new_empty(len(boxes)), valid.new_empty(len(boxes), dtype=torch.int64)
+    is_best, best_of_object = valid.new_zeros(len(boxes)), torch.full_like(objects[:, 0], -1.0)
+    size = max(1, max_pairs // max(len(objects), 1))
+    parts = [slice(start, start + size) for start in range(0, len(boxes), size)]
+    for part in parts:
+        iou = _overlaps(boxes[part], objects, valid)
+        best[part], matched[part] = iou.max(dim=1)
+        if keep_best:
+            torch.maximum(best_of_object, iou.max(dim=0).values, out=best_of_object)
+    for part in parts if keep_best else ():
+        if len(parts) > 1:
+            iou = _overlaps(boxes[part], objects, valid)
+        is_best[part] = ((iou == best_of_object) & valid & (best_of_object > 0)).any(dim=1)
+    positive, negative = (best >= foreground) | is_best, best < background
     return matched, positive, negative & ~positive
+
+
+def _overlaps(boxes: Tensor, objects: Tensor, valid: Tensor) -> Tensor:
+    """IoU `[A, G]`, -1 in padded columns."""
+    return pairwise_iou(boxes, objects).masked_fill_(~valid, -1.0)
 
 
 _BITS = 29  # of a random key; positives also set the next bit, so that all keys fit an int32

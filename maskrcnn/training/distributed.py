@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskrcnn.errors import UserError
+from maskrcnn.machine import available_cpus
 
 _TIMEOUT = datetime.timedelta(hours=2)  # other processes wait while one scores an evaluation
 
@@ -134,7 +135,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_workers(workers: int, processes: int = 1) -> int:
-    """Number of data loading processes; -1 uses the remaining cores, 1 to 8.
+    """Number of data loading processes; -1 uses the remaining available CPUs, 1 to 8.
 
     Args:
         workers: -1, 0 or more.
@@ -142,8 +143,7 @@ def choose_workers(workers: int, processes: int = 1) -> int:
     """
     if workers >= 0:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // processes - 1))
+    return max(1, min(8, available_cpus() // processes - 1))
 
 
 def choose_precision(name: str, device: torch.device) -> str:

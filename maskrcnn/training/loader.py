@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from maskrcnn.errors import UserError
 from maskrcnn.training.samples import Sample, TrainingSamples
@@ -51,7 +52,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         *,
         batch_size: int,
         seed: int,
-        groups: Sequence[int] | None = None,
+        groups: Sequence[int] | np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
@@ -99,7 +100,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Batch:
     """A batch on fixed shapes; G is the largest number of objects of an image, at least 1."""
 
-    images: Tensor  # float32 [N, 3, H, W], 0–255, padded right and bottom; channels in the model's order
+    images: Tensor  # float32 [N, C, H, W], 0–255, padded right and bottom; channels in the model's order
     image_sizes: Tensor  # int64 [N, 2], (height, width) before padding
     boxes: Tensor  # float32 [N, G, 4] xyxy, pixels of the resized image; zero in padding
     labels: Tensor  # int64 [N, G]
@@ -128,6 +129,18 @@ class Batch:
         return replace(self, **tensors)
 
 
+class PipedBatch(Batch):
+    """A batch that is sent to the training process by value, because there was no room for it in shared memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return _piped_batch, (values,)
+
+
+def _piped_batch(values: dict[str, Any]) -> PipedBatch:
+    return PipedBatch(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+
+
 def collate(samples: list[Sample], divisor: int) -> Batch:
     """Pad samples to common sizes; H and W become multiples of `divisor`."""
     objects = max(1, *(len(sample.objects) for sample in samples))
@@ -135,7 +148,7 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
     height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
     count = len(samples)
     batch = Batch(
-        images=torch.empty(count, 3, height, width),  # only padding is zeroed, below
+        images=torch.empty(count, samples[0].image.shape[0], height, width),  # only padding is zeroed, below
         image_sizes=sizes,
         boxes=torch.zeros(count, objects, 4),
         labels=torch.zeros(count, objects, dtype=torch.int64),
@@ -163,7 +176,30 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
 
 def _collate_or_error(samples: list[Sample | UserError], divisor: int) -> Batch | UserError:
     errors = [sample for sample in samples if isinstance(sample, UserError)]
-    return errors[0] if errors else collate([s for s in samples if isinstance(s, Sample)], divisor)
+    if errors:
+        return errors[0]
+    batch = collate([s for s in samples if isinstance(s, Sample)], divisor)
+    return batch if get_worker_info() is None else _shared(batch)
+
+
+def _shared(batch: Batch) -> Batch:
+    """The batch in shared memory, or, where there is no room, one that is sent by value.
+
+    PyTorch would move it to shared memory in a thread of the worker, whose error reaches nobody: the training process
+    would wait for ever.
+    """
+    try:
+        for value in vars(batch).values():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError:  # /dev/shm is full, or there are too many open files
+        return PipedBatch(**vars(batch))
+    return batch
+
+
+def _start_worker(number: int) -> None:
+    """Keeps the garbage collector from writing to, and so copying, the memory shared with the training process."""
+    gc.freeze()
 
 
 def training_loader(
@@ -179,7 +215,8 @@ def training_loader(
 ) -> tuple[DataLoader, StepSampler]:
     """Loader of the batches of one process; set `sampler.epoch` before iterating.
 
-    If a file cannot be used, the loader yields the `UserError` in place of the batch.
+    If a file cannot be used, the loader yields the `UserError` in place of the batch. Batches that do not fit into
+    shared memory are `PipedBatch`es.
 
     Args:
         samples: samples to load.
@@ -195,12 +232,11 @@ def training_loader(
     Raises:
         UserError: if a batch cannot be divided evenly.
     """
-    portrait = [record.height > record.width for record in samples.dataset.images]
     sampler = StepSampler(
         len(samples),
         batch_size=batch_size,
         seed=samples.seed,
-        groups=portrait if group_by_aspect_ratio else None,
+        groups=samples.is_portrait if group_by_aspect_ratio else None,
         rank=rank,
         world_size=world_size,
         accumulate=accumulate,
@@ -212,6 +248,7 @@ def training_loader(
         collate_fn=partial(_collate_or_error, divisor=samples.preprocessing.divisor),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the default draws from the global generator in each epoch
     )
     return loader, sampler

@@ -89,7 +89,7 @@ def sample_images(batch: Batch, model: ModelConfig, count: int) -> list[NamedIma
             size_hw=(height, width),
             keypoints=batch.keypoints[n, valid].numpy() if model.has_keypoints else None,
         )
-        pixels = batch.images[n, :, :height, :width].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+        pixels = batch.images[n, :, :height, :width].permute(1, 2, 0).clamp(0, 255)
         image = overlay(
             np.ascontiguousarray(pixels.numpy()),
             objects,

@@ -5,14 +5,17 @@ Augmentation is thus independent of the number of workers and processes, and of 
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.keypoints import mirrored
@@ -35,13 +38,46 @@ class Sample:
     """One training image as the detector receives it."""
 
     image_id: int
-    image: np.ndarray  # float32 [3, h, w], 0–255, channels in the model's order
+    image: np.ndarray  # float32 [C, h, w], 0–255, channels in the model's order
     objects: Objects
     seed: int  # non-negative, for the sampling of the losses
 
 
+class PackedRecords(Sequence[ImageRecord]):
+    """Images and their objects in one array of bytes, read one at a time.
+
+    Loading processes share the pages of the array. Python objects would be copied into each of them: reading one writes
+    its reference count.
+
+    Args:
+        records: the images.
+    """
+
+    def __init__(self, records: Iterable[ImageRecord]) -> None:
+        packed = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = np.cumsum([len(each) for each in packed], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | Sequence[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        at = range(len(self))[index]  # raises for one beyond the end
+        start = int(self._ends[at - 1]) if at else 0
+        record: ImageRecord = pickle.loads(self._bytes[start : int(self._ends[at])].data)
+        return record
+
+
 class TrainingSamples(Dataset):
     """Samples of a dataset, indexed by (epoch, index).
+
+    The dataset itself is not kept, see `PackedRecords`.
 
     Args:
         dataset: images and annotations.
@@ -58,13 +94,14 @@ class TrainingSamples(Dataset):
         augment: AugmentConfig | None = None,
         seed: int,
     ) -> None:
-        self.dataset, self.preprocessing, self.seed = dataset, preprocessing, seed
+        self.records, self.preprocessing, self.seed = PackedRecords(dataset.images), preprocessing, seed
+        self.is_portrait = np.array([record.height > record.width for record in dataset.images], bool)
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
         self._partners = mirrored(dataset.keypoint_names)
 
     def __len__(self) -> int:
-        return len(self.dataset.images)
+        return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
         """A sample, or the error about its file: PyTorch would not preserve an error raised in a worker."""
@@ -72,18 +109,28 @@ class TrainingSamples(Dataset):
             return self._sample(*key)
         except UserError as error:
             return error
+        except MemoryError:
+            record = self.records[key[1]]
+            return UserError(
+                f"out of memory while {record.path} ({record.width}×{record.height} pixels, {len(record.instances)} "
+                "objects) was loaded",
+                "memory for one image per data loading process",
+                "use fewer --workers, or smaller images",
+            )
+        except Exception as error:
+            raise RuntimeError(f"{self.records[key[1]].path}: {type(error).__name__}: {error}") from error
 
     def _sample(self, epoch: int, index: int) -> Sample:
         rng = np.random.default_rng((self.seed, epoch, index))
         seed = int(rng.integers(2**63))
-        record, config = self.dataset.images[index], self.augment
+        record, config = self.records[index], self.augment
         view = self._augmentation.view((record.height, record.width), rng)
         steps = [step for step, probability in self._compositions() if rng.random() < probability]
         if steps:
             scene = self._composed(record, view, steps, rng)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
         else:  # no full-size masks, which would take most of the time and memory
-            image = self._augmentation.image(_read(record), view, rng)
+            image = self._augmentation.image(read_record(record, self.preprocessing), view, rng)
             objects = objects_in_view(record, view, config.least_visible, self._partners)
         if self.preprocessing.channel_order == "BGR":
             image = np.ascontiguousarray(image[::-1])
@@ -135,19 +182,9 @@ class TrainingSamples(Dataset):
         return self._scene(record, view, rng)
 
     def _other(self, rng: np.random.Generator) -> ImageRecord:
-        return self.dataset.images[int(rng.integers(len(self.dataset.images)))]
+        return self.records[int(rng.integers(len(self.records)))]
 
     def _scene(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Scene:
-        return scene_in_view(record, self._augmentation.image(_read(record), view, rng), view, self._partners)
-
-
-def _read(record: ImageRecord) -> np.ndarray:
-    """Pixels of an image, uint8 `[H, W, 3]`."""
-    image = read_image(record.path)
-    if image.shape[:2] != (record.height, record.width):
-        raise UserError(
-            f"{record.path}: {image.shape[1]}×{image.shape[0]} pixels",
-            f"{record.width}×{record.height} as in its annotations",
-            "restore the annotated image, or correct the JSON file",
+        return scene_in_view(
+            record, self._augmentation.image(read_record(record, self.preprocessing), view, rng), view, self._partners
         )
-    return image

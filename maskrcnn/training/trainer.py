@@ -17,10 +17,12 @@ from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError, is_out_of_memory, reason_of
 from maskrcnn.files import make_folder, write_json
+from maskrcnn.machine import shared_memory_mb
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.model.inference import respect_cpu_quota
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
-from maskrcnn.training.loader import Batch, TrainingSamples, training_loader
+from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, training_loader
 from maskrcnn.training.logbook import Logbook, NamedImage, sample_images
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
 from maskrcnn.training.step import PendingMetrics, Step
@@ -76,6 +78,7 @@ class Trainer:
         self.processes = processes or Processes()
         self.device = choose_device(config.device, self.processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
+        respect_cpu_quota()
         self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
         self.loader, self.sampler = training_loader(
             self.samples,
@@ -98,6 +101,7 @@ class Trainer:
         self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
         self.progress = state.Progress()
         self._pending = PendingMetrics()
+        self._piped = False  # whether batches did not fit into shared memory
         self._logbook: Logbook | None = None  # of the first process, during `fit`
         self._display: TrainingProgress = _Silent()
 
@@ -141,9 +145,10 @@ class Trainer:
         metrics: dict[str, Any] = {}
         while progress.epoch < config.epochs:
             began, before = time.perf_counter(), progress.step
-            self._train_epoch()
-            rate = (self.sampler.steps - before) * config.batch_size / (time.perf_counter() - began)
-            metrics = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
+            with self._explain_workers():
+                self._train_epoch()
+                rate = (self.sampler.steps - before) * config.batch_size / (time.perf_counter() - began)
+                metrics = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
             if self._logbook is not None:
                 self._logbook.epoch(self._step_number(), metrics)
             self._display.epoch(metrics)
@@ -169,7 +174,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             image_ids = [image for part in parts for image in part.image_ids]
-            with _explain_out_of_memory(parts):
+            with _explain_out_of_memory(self._shown(parts), self._memory_advice(parts)):
                 self._pending.push((number, rate, image_ids), self.step.run(parts))
             progress.step += 1
             self._record_steps(wait=False)
@@ -182,16 +187,63 @@ class Trainer:
     def _step_batches(self) -> Iterator[list[Batch]]:
         """The loader's batches, `accumulate` at a time; raises errors of its workers."""
         parts: list[Batch] = []
-        for batch in self.loader:
+        try:
+            batches = iter(self.loader)
+        except OSError as error:
+            found = f"data loading processes that cannot be started ({error.strerror})"
+            raise UserError(found, "memory, open files and processes for them", self._fewer_workers()) from error
+        for batch in batches:
             if isinstance(batch, UserError):  # --resume continues from here once the file is right
                 self._record_steps(wait=True)
                 if self.processes.is_first:
                     self._save_state()
                 raise batch
+            if isinstance(batch, PipedBatch) and not self._piped:
+                self._piped = True
+                self._display.message(_no_shared_memory(batch))
             parts.append(batch)
             if len(parts) == self.config.accumulate:
                 yield parts
                 parts = []
+
+    @contextmanager
+    def _explain_workers(self) -> Iterator[None]:
+        """Turns the end of a data loading process, which a signal reports at any time, into a `UserError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a data loading process that ended unexpectedly ({' '.join(str(error).split())})",
+                "processes that run to the end; the system kills them if memory runs out (see `dmesg`)",
+                self._fewer_workers(),
+            ) from error
+
+    def _fewer_workers(self) -> str:
+        workers = self.loader.num_workers
+        return f"use fewer than {workers} workers: continue with --resume {self.run} --workers {workers // 2}"
+
+    def _shown(self, parts: list[Batch]) -> str:
+        shapes = ", ".join("×".join(map(str, part.images.shape)) for part in parts)
+        objects = max(part.boxes.shape[1] for part in parts)
+        return f"images of {shapes} and up to {objects} objects each"
+
+    def _memory_advice(self, parts: list[Batch]) -> str:
+        """What would lower the memory of such a step, the change with least effect first."""
+        config, images = self.config, len(parts[0].images)
+        preprocessing = config.model.preprocessing
+        advice = []
+        if images > 1:
+            advice.append(f"--accumulate {config.accumulate * images} (nearly the same result, one image at a time)")
+        if self.precision == "fp32":
+            advice.append("--precision bf16")
+        advice.append(f"--max-size below {preprocessing.max_size_px} and --min-size below {preprocessing.min_size_px}")
+        if self.device.type == "cpu" and self.loader.num_workers:
+            advice.append(f"fewer --workers than {self.loader.num_workers}")
+        return (
+            f"continue with --resume {self.run} and {', '.join(advice[:-1])}{' or ' if advice[1:] else ''}{advice[-1]}"
+        )
 
     def _record_steps(self, *, wait: bool) -> None:
         """Record the metrics of the steps that the device has finished."""
@@ -242,9 +294,15 @@ class Trainer:
         progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
         model = self.model if self.averaged is None else self.averaged.model
         if is_evaluated:
-            metrics |= evaluate(model.eval())
-            is_best = score_of(metrics) > progress.best_ap
-            progress.best_ap = max(score_of(metrics), progress.best_ap)
+            size = max(1, config.batch_size // self.processes.world_size)
+            fix = f"continue with --resume {self.run} and " + (
+                "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
+            )
+            with _explain_out_of_memory(f"validation batches of {size} image(s)", fix):
+                metrics |= evaluate(model.eval())
+            score = score_of(metrics)
+            is_best = score > progress.best_ap or score < 0  # -1: nothing could be measured, the last is the best
+            progress.best_ap = max(score, progress.best_ap)
             if self.processes.is_first and is_best:
                 save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
             if self._logbook is not None and draw is not None and config.pictures:
@@ -282,19 +340,22 @@ def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def _no_shared_memory(batch: Batch) -> str:
+    sizes = shared_memory_mb()
+    bytes_each = sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+    room = f"/dev/shm ({sizes[1]} of {sizes[0]} MB free)" if sizes else "shared memory"
+    return (
+        f"a batch of {bytes_each / 1e6:.0f} MB does not fit into {room}: such batches are copied between processes, "
+        "which is slower; in Docker raise --shm-size, or use fewer --workers"
+    )
+
+
 @contextmanager
-def _explain_out_of_memory(parts: list[Batch]) -> Iterator[None]:
-    """Turns an out-of-memory error into a `UserError` that names the settings to lower."""
+def _explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
+    """Turns an out-of-memory error into a `UserError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
         if not is_out_of_memory(error):
             raise
-        shapes = ", ".join("×".join(map(str, part.images.shape)) for part in parts)
-        objects = max(part.boxes.shape[1] for part in parts)
-        raise UserError(
-            f"out of memory with images of {shapes} and up to {objects} objects each ({reason_of(error)})",
-            "a batch that fits",
-            "raise --accumulate (nearly the same result, less memory), use --precision bf16, or lower --batch-size, "
-            "--min-size and --max-size; --resume continues with the new values",
-        ) from error
+        raise UserError(f"out of memory with {what} ({reason_of(error)})", "memory for one step", fix) from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +28,29 @@ class TensorSpec:
 
 
 Specs = dict[str, TensorSpec]
+_loaded: weakref.WeakSet[Backend] = weakref.WeakSet()  # of this process and those it was forked from
+
+
+def keep_for_ever(thing: Any) -> None:
+    """Keeps an object from ever being freed, by a reference that nothing drops."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _keep_models_of_parent() -> None:
+    """In a forked process: freeing a runtime's model would wait for the threads that only its parent has."""
+    for backend in _loaded:
+        keep_for_ever(backend)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_models_of_parent)
 
 
 def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
     """Inputs and outputs of the detector contract (docs/architecture.md)."""
     rows = metadata.detections
     inputs = {
-        "images": TensorSpec("float32", (None, 3, None, None)),
+        "images": TensorSpec("float32", (None, metadata.preprocessing.channels, None, None)),
         "image_sizes": TensorSpec("int64", (None, 2)),
     }
     outputs = {
@@ -50,12 +69,33 @@ def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
 class Backend(ABC):
     """A loaded model. Subclasses implement `describe` and `infer`; callers call the object, which checks the inputs.
 
-    What only some backends support is declared by the protocols of this module.
+    What only some backends support is declared by the protocols of this module. A model belongs to the process that
+    loaded it: after a fork the runtimes' threads are missing, and inference would wait for them for ever.
     """
 
     name: str  # of the software, for tables
     precision: str  # of the arithmetic, for tables
     metadata: ModelMetadata
+    _process: int  # that loaded it
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Backend:
+        backend = super().__new__(cls)
+        backend._process = os.getpid()
+        _loaded.add(backend)
+        return backend
+
+    def check_process(self) -> None:
+        """Checks that this process loaded the model.
+
+        Raises:
+            UserError: if it was forked from the one that did.
+        """
+        if self._process != os.getpid():
+            raise UserError(
+                f"a model loaded in process {self._process} and used in process {os.getpid()}, forked from it",
+                "a model loaded by the process that uses it; the threads of runtimes do not survive a fork",
+                'load it after the fork (gunicorn: without --preload), or start processes by "spawn"',
+            )
 
     @abstractmethod
     def describe(self) -> tuple[Specs, Specs]:
@@ -69,7 +109,7 @@ class Backend(ABC):
         """Preprocesses and infers images of any sizes.
 
         Args:
-            images: uint8 `[H, W, 3]` RGB.
+            images: `[H, W, C]`, uint8 or float32, as `batch_images` takes them.
 
         Returns:
             Outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.
@@ -86,6 +126,7 @@ class Backend(ABC):
         Raises:
             UserError: if the feeds do not match `describe`.
         """
+        self.check_process()
         inputs, _ = self.describe()
         if set(feeds) != set(inputs):
             raise _bad_feed(f"inputs {sorted(feeds)}", f"{sorted(inputs)}")
@@ -169,6 +210,7 @@ def stages_of(backend: Backend, feeds: dict[str, Any], names: Sequence[str]) -> 
     Raises:
         UserError: if the backend cannot return them.
     """
+    backend.check_process()
     if not isinstance(backend, IntermediateStages):
         raise UserError(
             f"a model in {backend.name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ import numpy as np
 from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import batch_sizes
+from maskrcnn.machine import available_cores
 from maskrcnn.metadata import KEY, ModelMetadata
 from maskrcnn.plugins.native import kernels_for
 from maskrcnn.runtime.backends.base import Backend, Specs, TensorSpec
@@ -28,7 +30,7 @@ from maskrcnn.runtime.backends.onnxruntime_providers import (
 from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.engine_files import parse_metadata
 from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, GrowableBuffer, preserve_context
 
 _DTYPES = {
@@ -151,7 +153,7 @@ class OnnxRuntimeBackend(Backend):
             remark if there is a GPU).
         gpu: options of the GPU providers.
         providers: ONNX Runtime's own names in order of preference, instead of `provider`.
-        threads: number of threads of the CPU provider; 0 leaves the choice to ONNX Runtime.
+        threads: number of threads of the CPU provider; 0: one per available core.
 
     Raises:
         UserError: if the file cannot be used, or the provider does not work here.
@@ -258,7 +260,7 @@ class OnnxRuntimeBackend(Backend):
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As `Backend.run_images`; with a GPU and compiled kernels the images are resized and padded there."""
         gpu = self._gpu_binding
-        if gpu is None or gpu.loader is None:
+        if gpu is None or gpu.loader is None or not are_bytes(images):
             return super().run_images(images)
         return gpu.run_images(self.session, self._outputs, images, gpu.loader)
 
@@ -301,11 +303,17 @@ class OnnxRuntimeBackend(Backend):
 
 
 def session_options(threads: int = 0) -> Any:
-    """Creates session options; 0 threads leaves their number to ONNX Runtime."""
+    """Creates session options.
+
+    The number of threads is always given (default: one per available core): ONNX Runtime would otherwise count the
+    machine's cores and bind threads to them, which fails in a cpuset with an error per thread and ignores quotas.
+    """
     import onnxruntime
 
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1" and hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()  # where ONNX Runtime was imported before this package
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 3  # errors only; on a CPU machine warnings name missing CUDA libraries
     return options
 

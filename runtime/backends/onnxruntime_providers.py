@@ -5,13 +5,12 @@ Source: documentation of the CUDA and TensorRT execution providers, whose option
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from maskrcnn.errors import UserError, reason_of
-from maskrcnn.files import make_folder
+from maskrcnn.files import cache_folder, make_folder
 from maskrcnn.plugins.toolchain import find_gpus
 from maskrcnn.runtime.build.profiles import Profile
 
@@ -142,9 +141,7 @@ def _cuda_options(options: GpuOptions) -> dict[str, str]:
 
 
 def _tensorrt_options(options: GpuOptions) -> dict[str, str]:
-    root = os.environ.get("MASKRCNN_CACHE")
-    cache = Path(root) if root else Path.home() / ".cache" / "maskrcnn"
-    folder = options.cache or cache / "onnxruntime-tensorrt"
+    folder = options.cache or cache_folder() / "onnxruntime-tensorrt"
     make_folder(folder)
     found = {
         "device_id": str(options.device),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maskrcnn.errors import UserError, missing_library, reason_of
+from maskrcnn.machine import available_cpus, is_quota_bound
 from maskrcnn.metadata import ModelMetadata, not_ours
-from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs
+from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs, keep_for_ever
 from maskrcnn.runtime.engine_files import check_portable, read_metadata, read_model
 
 _cores: list[Any] = []  # of this process: none or one
@@ -29,14 +33,35 @@ def openvino_core() -> Any:
     Raises:
         UserError: if OpenVINO is not installed.
     """
-    try:
-        import openvino
-    except ImportError as error:
-        raise missing_library("openvino", "build and run CPU engines", "pip install openvino") from error
     with _core_lock:
         if not _cores:
+            try:
+                with _without_telemetry():
+                    import openvino
+            except ImportError as error:
+                raise missing_library("openvino", "build and run CPU engines", "pip install openvino") from error
             _cores.append(openvino.Core())
+            if hasattr(os, "register_at_fork"):  # see `backends.base`
+                os.register_at_fork(after_in_child=lambda: keep_for_ever(_cores[0]))
         return _cores[0]
+
+
+@contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """Makes OpenVINO's tools import their own stub in place of the package `openvino_telemetry`.
+
+    That package sends statistics unless a file in the home folder forbids it, and cannot be imported by a user without
+    a home folder. Whoever wants it imports it first.
+    """
+    name = "openvino_telemetry"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # its import fails
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 class OpenVinoBackend(Backend):
@@ -45,7 +70,7 @@ class OpenVinoBackend(Backend):
     Args:
         path: an engine's `.xml`, or an ONNX file.
         precision: of the arithmetic, "fp32" or "bf16" (default: that of the engine's metadata).
-        threads: number of threads; 0 leaves the choice to OpenVINO.
+        threads: number of threads; 0: OpenVINO's choice, at most the available CPUs.
 
     Raises:
         UserError: if OpenVINO is missing, or the file cannot be used.
@@ -65,8 +90,10 @@ class OpenVinoBackend(Backend):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[execution],
         }
-        if threads:
-            self._options["INFERENCE_NUM_THREADS"] = threads
+        if os.environ.get("OV_CAP"):
+            self._options["CPU_RUNTIME_CACHE_CAPACITY"] = os.environ["OV_CAP"]
+        if threads or is_quota_bound():  # OpenVINO respects the affinity, but not a quota
+            self._options["INFERENCE_NUM_THREADS"] = threads or available_cpus()
         self._lock = threading.Lock()  # a request's tensors hold its last inference
         self._instrumented: tuple[tuple[str, ...], Any] | None = None  # names, request
         self.compiled = core.compile_model(model, "CPU", self._options)

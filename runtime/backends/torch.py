@@ -18,10 +18,10 @@ from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import Preprocessing, batch_sizes
 from maskrcnn.model import cuda_ops
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.model.inference import GraphedModel, inference_copy
+from maskrcnn.model.inference import GraphedModel, inference_copy, respect_cpu_quota
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs
 from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 from maskrcnn.runtime.gpu.memory import Cuda
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
@@ -62,6 +62,7 @@ class TorchBackend(Backend):
         if precision not in _PRECISIONS:
             raise UserError(f"precision {precision!r}", " or ".join(_PRECISIONS), "choose one of these")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        respect_cpu_quota()
         on_gpu = self.takes_gpu_arrays = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise UserError(f"CUDA graphs on {self.device.type}", "a GPU", "leave graphs out, or use device cuda")
@@ -122,7 +123,7 @@ class TorchBackend(Backend):
         sizes, padded_hw = batch_sizes(images, preprocessing)
         image_sizes = np.array(sizes, np.int64)
         with self._lock, torch.inference_mode(), self._on_device():
-            if self._loader is not None:
+            if self._loader is not None and are_bytes(images):
                 batch = self._loader.load(images, sizes, padded_hw, self.device)
             else:
                 batch = resize_batch(images, sizes, padded_hw, preprocessing, self.device)
@@ -183,7 +184,7 @@ def resize_batch(
     """Resizes and pads images by PyTorch, as `preprocess.batch_images`.
 
     Args:
-        images: uint8 `[H, W, 3]` RGB.
+        images: `[H, W, 3]` RGB, uint8 or float32.
         sizes: height and width of each after resizing.
         padded_hw: height and width of the batch.
         preprocessing: of the model, for which `resizes_on_gpu` holds.

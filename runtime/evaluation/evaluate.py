@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import coco_results
 from maskrcnn.imaging.preprocess import Preprocessing, padded_size
@@ -136,7 +136,7 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     """
     metadata = detector.metadata
     times = [time.perf_counter()]
-    images = [read_image(record.path) for record in batch]
+    images = [read_record(record, detector.preprocessing, detector.notes) for record in batch]
     times.append(time.perf_counter())
     detections = detector.detect(images)
     times.append(time.perf_counter())
@@ -223,6 +223,7 @@ def score_kinds(
     kinds: Sequence[str],
     *,
     sigmas: Sequence[float] = (),
+    max_detections: Sequence[int] = (),
     seconds: Seconds | None = None,
 ) -> Evaluation:
     """Scores a detector's results on a whole dataset; each kind like a file of that kind for COCO's server.
@@ -232,6 +233,7 @@ def score_kinds(
         results: results in COCO's format, in any order.
         kinds: "bbox", "segm", "keypoints".
         sigmas: the model's OKS sigmas (default: see `GroundTruth.sigmas`).
+        max_detections: limits of detections per image and class, see `protocol_of`.
         seconds: time of the detection.
 
     Raises:
@@ -248,27 +250,41 @@ def score_kinds(
             found = f"--iou-type {kind} and detections without {FIELDS[kind]}"
             raise UserError(found, f"a model that finds {FIELDS[kind]}", "score what the model finds")
     began = time.perf_counter()
-    truth = GroundTruth.of_dataset(dataset, sigmas)
+    truth = GroundTruth(dataset, sigmas)
     scored = {
-        kind: score_entries(truth, results, kind, source="the detections", measured_by=FIELDS[kind]) for kind in kinds
+        kind: score_entries(
+            truth,
+            results,
+            kind,
+            source="the detections",
+            measured_by=FIELDS[kind],
+            max_detections=max_detections,
+        )
+        for kind in kinds
     }
     seconds = replace(seconds or Seconds(), score=time.perf_counter() - began)
     return Evaluation(scored=scored, results=results, images=len(dataset.images), seconds=seconds)
 
 
-def score_file(truth: GroundTruth, path: Path, kinds: Sequence[str] = ()) -> Evaluation:
+def score_file(
+    truth: GroundTruth, path: Path, kinds: Sequence[str] = (), max_detections: Sequence[int] = ()
+) -> Evaluation:
     """Scores a results file of any origin; metrics equal pycocotools' for the same file.
 
     Args:
         truth: the annotations.
         path: a JSON list in COCO's results format; may be empty.
         kinds: kinds to score (default: those of the first result).
+        max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
         UserError: for a file that cannot be read or is malformed, and for results of unknown images.
     """
     entries = read_results(path)
     began = time.perf_counter()
-    scored = {kind: score_entries(truth, entries, kind, source=str(path)) for kind in kinds or kinds_of(entries)}
+    scored = {
+        kind: score_entries(truth, entries, kind, source=str(path), max_detections=max_detections)
+        for kind in kinds or kinds_of(entries)
+    }
     seconds = Seconds(score=time.perf_counter() - began)
     return Evaluation(scored=scored, results=entries, images=len(truth.image_ids), seconds=seconds)

@@ -11,7 +11,7 @@ decoding them to pixels, which NumPy cannot do at that speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -83,13 +83,18 @@ class _Pairs(NamedTuple):
     overlap: np.ndarray  # [P] float64
 
 
-def match_records(truth: GroundTruth, results: Results) -> MatchRecords:
+def match_records(truth: GroundTruth, results: Results, max_detections: Sequence[int] = ()) -> MatchRecords:
     """Matches results to objects by the overlap of `results.kind`.
+
+    Args:
+        truth: annotated objects.
+        results: detections.
+        max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
         UserError: if the annotations lack what the kind needs.
     """
-    protocol, images = protocol_of(results.kind), len(truth.image_ids)
+    protocol, images = protocol_of(results.kind, max_detections), len(truth.image_ids)
     is_counted = ~(_is_outside(truth.areas_px, protocol) | truth.is_ignored(protocol.kind)[:, None])
     objects = _sorted_side(truth.category * images + truth.image, np.zeros(len(truth)))
     detections = _sorted_side(results.category * images + results.image, -results.score)
@@ -129,8 +134,10 @@ def match_records(truth: GroundTruth, results: Results) -> MatchRecords:
     )
 
 
-def confusion_matrix(truth: GroundTruth, results: Results, records: MatchRecords, min_score: float) -> np.ndarray:
-    """Confusion matrix `[K + 1, K + 1]` int64 at the lowest threshold: rows are true classes, columns detected ones.
+def confusion_matrix(
+    truth: GroundTruth, results: Results, records: MatchRecords, min_score: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Confusion matrix at the lowest threshold: rows are true classes, columns detected ones.
 
     The diagonal holds COCO's true positives. Each remaining detection is then matched to a remaining object of any
     class. The last row counts detections without an object, the last column missed objects. Crowds are left out.
@@ -138,12 +145,18 @@ def confusion_matrix(truth: GroundTruth, results: Results, records: MatchRecords
     Args:
         truth, results, records: of one scoring.
         min_score: minimum score of a detection.
+
+    Returns:
+        The indices `[C]` int64 of the classes that occur, ascending, and the matrix `[C + 1, C + 1]` int64 of these.
     """
+    classes = np.union1d(records.object_category, records.category)
+    index = np.zeros(records.categories + 1, np.int64)
+    index[classes], index[-1] = np.arange(len(classes)), len(classes)
     overlap = float(records.protocol.iou_thresholds[0])
-    matrix = np.zeros((records.categories + 1,) * 2, np.int64)
+    matrix = np.zeros((len(classes) + 1,) * 2, np.int64)
     confident = records.score >= min_score
     true = confident & (records.outcome[:, 0, 0] == TRUE_POSITIVE)
-    np.add.at(matrix, (records.category[true], records.category[true]), 1)
+    np.add.at(matrix, (index[records.category[true]], index[records.category[true]]), 1)
     false = np.flatnonzero(confident & (records.outcome[:, 0, 0] == FALSE_POSITIVE))
     left = np.flatnonzero(records.is_counted[:, 0] & ~records.found_objects(min_score))
     # Groups of all classes of an image, as any class may be confused with any other.
@@ -157,10 +170,10 @@ def confusion_matrix(truth: GroundTruth, results: Results, records: MatchRecords
     object_of = np.full(len(false), len(left))
     object_of[rows] = chosen[:, 0, 0]
     object_class = np.append(records.object_category[objects.order], records.categories)
-    np.add.at(matrix, (object_class[object_of], results.category[detections.order]), 1)
+    np.add.at(matrix, (index[object_class[object_of]], index[results.category[detections.order]]), 1)
     missed = np.setdiff1d(np.arange(len(left)), object_of)
-    np.add.at(matrix, (object_class[missed], records.categories), 1)
-    return matrix
+    np.add.at(matrix, (index[object_class[missed]], len(classes)), 1)
+    return classes, matrix
 
 
 def rank_in_run(values: np.ndarray) -> np.ndarray:

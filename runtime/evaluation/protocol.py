@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +31,16 @@ class Protocol:
     area_names: tuple[str, ...]
     max_detections: tuple[int, ...]  # per image and class, ascending
 
+    def remark(self) -> str:
+        """A line about limits that are not COCO's; empty with COCO's."""
+        usual = PROTOCOLS[self.kind].max_detections
+        if self.max_detections == usual:
+            return ""
+        return (
+            f"{KIND_NAMES[self.kind]} metrics are not COCO's: up to {self.max_detections[-1]} detections per image and "
+            f"class instead of {usual[-1]}"
+        )
+
     @cached_property
     def iou_thresholds(self) -> np.ndarray:
         """`[T]`: 0.5, 0.55, … 0.95; thresholds of object keypoint similarity (OKS) for keypoints."""
@@ -46,7 +57,8 @@ class Protocol:
         return np.array([_AREAS_PX[name] for name in self.area_names], np.float64)
 
 
-_OBJECTS = (METRICS, ("all", "small", "medium", "large"), (1, 10, 100))
+COCO_MAX_DETECTIONS = (1, 10, 100)
+_OBJECTS = (METRICS, ("all", "small", "medium", "large"), COCO_MAX_DETECTIONS)
 PROTOCOLS = {
     "bbox": Protocol("bbox", *_OBJECTS),
     "segm": Protocol("segm", *_OBJECTS),
@@ -54,38 +66,64 @@ PROTOCOLS = {
 }
 
 
-def protocol_of(kind: str) -> Protocol:
+def protocol_of(kind: str, max_detections: Sequence[int] = ()) -> Protocol:
     """The parameters of a kind: "bbox", "segm" or "keypoints".
 
+    Args:
+        kind: one of `KINDS`.
+        max_detections: limits of detections per image and class, ascending (default: COCO's). Recall (AR) is measured
+            at each, everything else at the last; keypoints have the last alone.
+
     Raises:
-        UserError: for any other kind.
+        UserError: for any other kind, and for limits that are not positive and ascending.
     """
     if kind not in PROTOCOLS:
         raise UserError(f"kind of evaluation {kind!r}", f"one of {', '.join(KINDS)}", "choose one of these")
-    return PROTOCOLS[kind]
+    protocol = PROTOCOLS[kind]
+    limits = tuple(max_detections)
+    if not limits or limits == COCO_MAX_DETECTIONS:
+        return protocol
+    if list(limits) != sorted(set(limits)) or limits[0] < 1:
+        found = f"limits of detections {', '.join(map(str, limits))}"
+        raise UserError(found, "positive numbers, each larger than the one before", "write such as 1,10,500")
+    if kind == "keypoints":
+        return replace(protocol, max_detections=limits[-1:])
+    recalls = tuple(f"AR_{limit}" for limit in limits)
+    return replace(protocol, metrics=(*_AP, *recalls, *METRICS[-3:]), max_detections=limits)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """COCO's precision and recall, -1 for classes without objects.
+    """COCO's precision and recall of the classes with objects; -1 for area ranges without objects.
 
-    Axes: T, R, A as in `Protocol`; K classes; M `max_detections`.
+    Axes: T, R, A as in `Protocol`; C classes with objects; M `max_detections`.
     """
 
     protocol: Protocol
-    precision: np.ndarray  # [T, R, K, A, M] float64
-    recall: np.ndarray  # [T, K, A, M] float64, maximum recall
-    scores: np.ndarray  # [T, R, K, A, M] float64, detection score at each recall
+    categories: int  # K, with and without objects
+    classes: np.ndarray  # [C] int64, ascending indices in the K categories
+    precision: np.ndarray  # [T, R, C, A, M] float64
+    recall: np.ndarray  # [T, C, A, M] float64, maximum recall
+    scores: np.ndarray  # [T, R, C, A, M] float64, detection score at each recall
+
+    def of_all_classes(self, name: str) -> np.ndarray:
+        """Returns `precision`, `recall` or `scores` of all K categories, -1 without objects, as pycocotools has it."""
+        values = getattr(self, name)
+        axis = values.ndim - 3
+        shape = (*values.shape[:axis], self.categories, *values.shape[axis + 1 :])
+        found = np.full(shape, -1.0)
+        np.moveaxis(found, axis, 0)[self.classes] = np.moveaxis(values, axis, 0)
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Metrics over all classes by name, as pycocotools' `summarize` computes them."""
         return {name: self._metric(name) for name in self.protocol.metrics}
 
     def of_class(self, index: int) -> dict[str, float]:
-        """Metrics of the class of this index."""
-        own = slice(index, index + 1)
-        part = Scores(self.protocol, self.precision[:, :, own], self.recall[:, own], self.scores[:, :, own])
-        return part.metrics()
+        """Metrics of the category of this index; -1 without objects."""
+        own = slice(*np.searchsorted(self.classes, (index, index + 1)))
+        parts = self.precision[:, :, own], self.recall[:, own], self.scores[:, :, own]
+        return Scores(self.protocol, self.categories, self.classes[own], *parts).metrics()
 
     def _metric(self, name: str) -> float:
         threshold, area, limit = _selection(name, self.protocol)

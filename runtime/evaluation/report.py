@@ -86,7 +86,7 @@ def _metrics(scored: Mapping[str, Scored], resamples: int, seed: int) -> str:
 
 def _classes(scored: Scored) -> str:
     metrics = [name for name in _CLASS_METRICS if name in scored.metrics]
-    recall = next(name for name in ("AR_100", "AR") if name in scored.metrics)
+    recall = next(name for name in (f"AR_{scored.records.protocol.max_detections[-1]}", "AR") if name in scored.metrics)
     rows = [
         row((name, f"{values['objects']}", *(_digits(values[key]) for key in (*metrics, recall))))
         for name, values in scored.by_class().items()
@@ -98,17 +98,16 @@ def _curves(scored: Scored) -> str:
     """Precision over recall: the mean of all classes, and single classes at the lowest threshold."""
     scores = scored.scores
     precision, recalls = scores.precision[:, :, :, 0, -1], scores.protocol.recall_thresholds
-    measured = np.flatnonzero(precision[0, 0] > -1)
-    if not measured.size:
+    if not scores.classes.size:
         return ""
-    mean = precision[:, :, measured].mean(axis=2)
+    mean = precision.mean(axis=2)
     low, high = scores.protocol.iou_thresholds[[0, -1]]
     lines = {f"IoU {low:g}": mean[0], "IoU 0.75": mean[5], f"IoU {low:g} to {high:g}": mean.mean(axis=0)}
-    objects = np.bincount(scored.truth.category, minlength=precision.shape[2])[measured]
-    largest = measured[np.argsort(-objects, kind="stable")[:_MAX_CURVES]]
+    objects = np.bincount(scored.truth.category, minlength=scores.categories)[scores.classes]
+    largest = np.argsort(-objects, kind="stable")[:_MAX_CURVES]
     names = scored.truth.category_names
-    classes = {f"{names[index]}": precision[0, :, index] for index in largest.tolist()}
-    few = "" if len(largest) == len(measured) else f", the {_MAX_CURVES} with most objects"
+    classes = {f"{names[scores.classes[index]]}": precision[0, :, index] for index in largest.tolist()}
+    few = "" if len(largest) == len(scores.classes) else f", the {_MAX_CURVES} with most objects"
     plots = (
         line_chart(
             title,
@@ -125,8 +124,8 @@ def _curves(scored: Scored) -> str:
 
 
 def _confusion(scored: Scored, min_score: float) -> str:
-    matrix = confusion_matrix(scored.truth, scored.results, scored.records, min_score)
-    names = scored.truth.category_names
+    occurring, matrix = confusion_matrix(scored.truth, scored.results, scored.records, min_score)
+    names = [scored.truth.category_names[index] for index in occurring.tolist()]
     classes = np.arange(len(names))
     caption = (
         f"IoU {scored.records.protocol.iou_thresholds[0]:g}, score {min_score:g} or more. Rows are annotated classes, "
@@ -223,12 +222,9 @@ def _image(scored: Scored, scores: ImageScores, index: int, image_file: _ImageFi
         f"{scores.false[index]} wrong</h3>"
     )
     try:
-        image = read_image(image_file(image_id))
+        image = read_image(image_file(image_id), annotated_hw=scored.truth.sizes_hw[index])
     except UserError as error:
         return f"{head}<p>{text(error.found)}</p>"
-    height, width = image.shape[:2]
-    if (height, width) != scored.truth.sizes_hw[index]:
-        return f"{head}<p>{text(f'the file measures {width}×{height}, another size than in the annotations')}</p>"
     images = (
         image_tag(draw_marks(image, marks[:_MAX_MARKS]), caption, is_photo=True)
         for marks, caption in (

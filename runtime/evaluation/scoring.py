@@ -6,6 +6,7 @@ true positives, so it is computed at these alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ class Scored:
 
     truth: GroundTruth
     results: Results
+    max_detections: tuple[int, ...] = ()  # as for `protocol_of`
 
     @property
     def kind(self) -> str:
@@ -36,7 +38,11 @@ class Scored:
     @cached_property
     def records(self) -> MatchRecords:
         """The outcome of each detection."""
-        return match_records(self.truth, self.results)
+        return match_records(self.truth, self.results, self.max_detections)
+
+    def remarks(self) -> list[str]:
+        """Lines about how these results are scored."""
+        return [text for text in (self.results.remark(), self.records.protocol.remark()) if text]
 
     @cached_property
     def scores(self) -> Scores:
@@ -51,8 +57,9 @@ class Scored:
     def by_class(self) -> dict[str, dict[str, float]]:
         """Metrics by class name, with the number of `objects`; a name that occurs twice is followed by the id."""
         names = self.truth.category_names
+        count = Counter(names)
         keys = [
-            name if names.count(name) == 1 else f"{name} ({category})"
+            name if count[name] == 1 else f"{name} ({category})"
             for name, category in zip(names, self.truth.category_ids.tolist(), strict=True)
         ]
         counted = self.truth.category[~self.truth.is_ignored(self.kind)]
@@ -67,6 +74,7 @@ def score_entries(
     *,
     source: str = "the results",
     measured_by: str | None = None,
+    max_detections: Sequence[int] = (),
 ) -> Scored:
     """Scores results in COCO's format.
 
@@ -76,11 +84,13 @@ def score_entries(
         kind: "bbox", "segm" or "keypoints".
         source: name of the results, for error texts.
         measured_by: field to take boxes and areas from, see `checked_results`.
+        max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
         UserError: for results that are malformed or of unknown images, and annotations that lack what the kind needs.
     """
-    scored = Scored(truth, checked_results(truth, entries, kind, source, measured_by=measured_by))
+    results = checked_results(truth, entries, kind, source, measured_by=measured_by)
+    scored = Scored(truth, results, tuple(max_detections))
     _ = scored.scores  # faults of the annotations show here
     return scored
 
@@ -90,14 +100,15 @@ def _accumulate(records: MatchRecords) -> Scores:
     protocol = records.protocol
     recalls = protocol.recall_thresholds
     columns = (len(protocol.area_names), len(protocol.iou_thresholds))  # A, T
-    shape = (*columns, records.categories, len(protocol.max_detections))
+    objects = np.zeros((records.categories, columns[0]), np.int64)  # to be found, of each class and area range
+    np.add.at(objects, records.object_category, records.is_counted)
+    classes = np.flatnonzero(objects[:, 0])  # arrays of these alone: there may be ten thousand others
+    shape = (*columns, len(classes), len(protocol.max_detections))
     precision, scores = (np.full((*shape, len(recalls)), -1.0) for _ in range(2))
     recall = np.full(shape, -1.0)
     order = records.by_score
     edges = np.searchsorted(records.category[order], np.arange(records.categories + 1))
-    objects = np.zeros((records.categories, columns[0]), np.int64)  # to be found, of each class and area range
-    np.add.at(objects, records.object_category, records.is_counted)
-    for category in np.flatnonzero(objects[:, 0]).tolist():
+    for at, category in enumerate(classes.tolist()):
         rows = order[edges[category] : edges[category + 1]]
         measured = objects[category] > 0
         each = np.repeat(objects[category], columns[1])
@@ -107,11 +118,13 @@ def _accumulate(records: MatchRecords) -> Scores:
             some = outcome if counts.all() else np.ascontiguousarray(outcome[:, counts])
             curves = _curves(some, records.score[rows][counts], each, recalls)
             own_precision, own_scores, own_recall = (values.reshape(*columns, -1)[measured] for values in curves)
-            precision[measured, :, category, k], scores[measured, :, category, k] = own_precision, own_scores
-            recall[measured, :, category, k] = own_recall[..., 0]
-    axes = (1, 4, 2, 0, 3)  # A, T, K, M, R → T, R, K, A, M
+            precision[measured, :, at, k], scores[measured, :, at, k] = own_precision, own_scores
+            recall[measured, :, at, k] = own_recall[..., 0]
+    axes = (1, 4, 2, 0, 3)  # A, T, C, M, R → T, R, C, A, M
     return Scores(
         protocol,
+        records.categories,
+        classes,
         np.ascontiguousarray(precision.transpose(axes)),
         np.ascontiguousarray(recall.transpose(1, 2, 0, 3)),
         np.ascontiguousarray(scores.transpose(axes)),

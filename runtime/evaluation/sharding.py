@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
+from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import Seconds, batches_of, check_classes, detect_batch, facts_of
@@ -43,6 +45,7 @@ class Origin:
     backend: str
     annotations: str  # SHA-256 of the file
     batch_size: int  # changes rounding
+    reading: str = "auto"  # rule of EXIF orientations and pixel range, if given; absent in older logs
 
 
 class DetectionsLog:
@@ -165,7 +168,7 @@ class DetectionsLog:
         if not isinstance(header, dict) or header.get(_KEY) != _VERSION:
             raise _no_log(part, "not a log of detections")
         for field, own in asdict(self.origin).items():
-            other = header["origin"].get(field)
+            other = header["origin"].get(field, getattr(Origin, field, None))
             if other != own:
                 word = field.replace("_", " ")
                 raise UserError(
@@ -240,6 +243,9 @@ class DetectionTask:
     split: str
     backend: str | None = None
     batch_size: int = 1
+    images: Path | None = None  # folder of the images, if it is not searched for
+    exif: str = "auto"  # one of `images.EXIF_RULES`
+    pixel_range: tuple[float, ...] | None = None  # instead of the model's
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
         """The log of this task, new or to be continued.
@@ -254,8 +260,9 @@ class DetectionTask:
         origin = Origin(
             model="".join(sha256_of(file) for file in files),
             backend=self.backend or "the default",
-            annotations=sha256_of(dataset.annotation_path),
+            annotations=dataset.fingerprint(),
             batch_size=self.batch_size,
+            reading=" ".join(map(str, (self.exif, *(self.pixel_range or ())))),
         )
         return DetectionsLog(path, origin, {"model": str(self.model), "annotations": str(dataset.annotation_path)})
 
@@ -380,11 +387,12 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
     """Detects one share in a worker process; a `UserError` goes to the parent process."""
     try:
         use_own_gpu(share)
-        dataset = CocoDataset.load(task.data, task.split)
-        threads = max(1, (os.cpu_count() or 1) // share.count)
+        dataset = with_exif(CocoDataset.load(task.data, task.split, images=task.images), task.exif)
+        threads = max(1, available_cpus() // share.count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
-        detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)
+        detector = Detector.load(task.model, task.backend, pixel_range=task.pixel_range, **options)
+        detect_share(detector, dataset, log, share)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

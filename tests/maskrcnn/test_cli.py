@@ -160,7 +160,7 @@ def test_a_tensorrt_engine_says_what_is_missing(run, road):
 
 def test_flags_that_contradict(run, road):
     expect_error(run("export"), "no output format", "--onnx")
-    expect_error(run("export", "--onnx", "--weights", "w.pth"), "--weights without --model")
+    expect_error(run("export", "--onnx", "--weights", "COCO_V1"), "--weights COCO_V1 without --model")
     expect_error(run("build-engine"), "no precision")
     expect_error(run("build-engine", "--fp16", "--fp32"), "--fp16 and --fp32")
 
@@ -285,8 +285,10 @@ def test_files_of_the_wrong_kind(run, shapes, tmp_path):
     ):
         (tmp_path / name).write_text("hello")
         expect_error(run("evaluate", name, "--data", shapes), words)
-    expect_error(run("export", "text.safetensors", "--onnx"), "not a checkpoint")
+    expect_error(run("export", "text.safetensors", "--onnx"), "text.safetensors: a text file (hello)")
     expect_error(run("build-engine", "text.onnx", "--fp16"), "text.onnx")
-    expect_error(run("export", "--onnx", "--weights", "text.pth", "--model", "maskrcnn_resnet50_fpn"), "state dict")
+    expect_error(
+        run("export", "--onnx", "--weights", "text.pth", "--model", "maskrcnn_resnet50_fpn"), "a text file (hello)"
+    )
     assert not list(tmp_path.glob("*.xml"))
     assert not (tmp_path / "model.onnx").exists()

@@ -22,7 +22,7 @@ LIBRARIES = {
     *("ONNX Runtime on CUDA", "ONNX Runtime on TensorRT", "OpenVINO", "TensorRT (Python)", "cuda-python", "PyCUDA"),
     "pycocotools",
 }
-MACHINE = {"Python", "platform", "CPU"}
+MACHINE = {"cache", "shared memory", "Python", "platform", "CPU"}
 TOOLS = {"c++", "cc", "cmake", "nvcc", "NVRTC", "TensorRT headers", "compiled plugins", "CUDA of the driver"}
 
 
@@ -185,10 +185,25 @@ def test_the_model_for_trying_providers():
 def test_cpu_of_x86_and_arm_and_unknown(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Xeon 8481C\nflags\t\t: fpu avx2 amx_bf16\npower management:\n")
-    assert doctor.cpu_description(cpuinfo) == f"Xeon 8481C, {os.cpu_count()} logical cores: avx2 amx_bf16"
+    assert doctor.cpu_description(cpuinfo).startswith(f"Xeon 8481C, {os.cpu_count()} logical cores")
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n")
     assert doctor.cpu_description(cpuinfo).endswith(": asimd bf16 i8mm")
     assert "logical cores" in doctor.cpu_description(tmp_path / "none")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity")
+def test_the_cpus_that_a_container_grants(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    assert "64 logical cores, 2 of them available" in doctor.cpu_description(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("sizes_mb", "is_enough"), [((64, 64), False), ((16_000, 15_000), True), (None, False)])
+def test_the_shared_memory_of_a_container(sizes_mb, is_enough):
+    finding = doctor.shared_memory_finding(sizes_mb)
+    assert finding.is_enough == is_enough
+    assert "--shm-size" in finding.remedy
+    assert finding.found == (sizes_mb and f"{sizes_mb[0]} MB, {sizes_mb[1]} MB free")
 
 
 def test_an_old_tensorrt_is_not_enough():

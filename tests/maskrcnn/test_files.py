@@ -3,11 +3,13 @@ import errno
 import json
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, check_target, folder_beside, make_folder, read_json, write_json
+from maskrcnn.files import atomic_path, cache_folder, check_target, folder_beside, make_folder, read_json, write_json
 
 
 def names(folder):
@@ -139,3 +141,27 @@ def test_json_that_cannot_be_read_names_file_and_line(tmp_path, content, found):
     with pytest.raises(UserError, match=found) as caught:
         read_json(tmp_path / "v.json", "a results file")
     assert caught.value.expected == "a results file"
+
+
+def test_the_cache_folder_of_a_user_with_and_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    monkeypatch.delenv("MASKRCNN_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "maskrcnn"
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    folder = cache_folder()
+    assert folder.parent == tmp_path / "temporary"
+    assert folder == cache_folder()
+    if os.name == "posix":
+        assert folder.stat().st_mode & 0o777 == 0o700
+        folder.chmod(0o777)
+        with pytest.raises(UserError, match=r"others may write(.|\n)*set MASKRCNN_CACHE"):
+            cache_folder()

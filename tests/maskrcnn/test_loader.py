@@ -13,8 +13,8 @@ from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
-from maskrcnn.training.loader import collate, training_loader
-from maskrcnn.training.samples import Sample, TrainingSamples
+from maskrcnn.training.loader import PipedBatch, collate, training_loader
+from maskrcnn.training.samples import PackedRecords, Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE, Objects
 
 TWICE = Preprocessing(min_size_px=192, max_size_px=400)
@@ -30,13 +30,13 @@ def samples(root, preprocessing=TWICE, **changes) -> TrainingSamples:
 
 
 def with_objects(data: TrainingSamples) -> int:
-    return next(i for i, record in enumerate(data.dataset.images) if len(record.instances) > 1)
+    return next(i for i, record in enumerate(data.records) if len(record.instances) > 1)
 
 
 def test_a_sample_is_the_image_and_its_boxes_at_the_new_size(shapes):
     data = samples(shapes)
     index = with_objects(data)
-    record = data.dataset.images[index]
+    record = data.records[index]
     sample = data[0, index]
     assert sample.image_id == record.id
     assert sample.image.shape == (3, 192, 192)  # 96 px doubled
@@ -48,7 +48,7 @@ def test_a_sample_is_the_image_and_its_boxes_at_the_new_size(shapes):
 
 def test_a_stored_mask_has_the_area_of_the_object(shapes):
     data = samples(shapes)
-    for index, record in enumerate(data.dataset.images):
+    for index, record in enumerate(data.records):
         found = data[0, index].objects
         for instance, mask, frame in zip(record.instances, found.masks, found.frames, strict=True):
             area = (mask == 255).mean() * (frame[2] - frame[0]) * (frame[3] - frame[1])
@@ -115,7 +115,13 @@ def test_batches_are_grouped_by_aspect_ratio(tmp_path):
     assert sorted(map(str, portrait)) == ["{False}", "{False}", "{True}"]
 
 
-def test_batches_do_not_depend_on_the_number_of_workers(shapes):
+@pytest.mark.parametrize("has_shared_memory", [True, False])
+def test_batches_do_not_depend_on_workers_or_shared_memory(shapes, monkeypatch, has_shared_memory):
+    def fail(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    if not has_shared_memory:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
     batches = []
     for workers in (0, 2):
         state = torch.get_rng_state()
@@ -126,10 +132,41 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes):
         batches.append(list(loader))
         assert torch.equal(torch.get_rng_state(), state)
     assert len(batches[0]) == 3
+    assert {isinstance(batch, PipedBatch) for batch in batches[1]} == {not has_shared_memory}
     for one, other in zip(*batches, strict=True):
         assert one.image_ids == other.image_ids
         for name, value in vars(one).items():
             assert name == "image_ids" or torch.equal(value, getattr(other, name)), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("error", "found"), [(ValueError("odd"), "ValueError: odd"), (MemoryError(), "out of memory")])
+def test_whatever_fails_on_an_image_names_it(shapes, monkeypatch, workers, error, found):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr("maskrcnn.training.samples.read_image", fail)
+    loader, _ = training_loader(samples(shapes), batch_size=4, workers=workers, pin_memory=False)
+    try:
+        text = str(next(iter(loader)))
+    except RuntimeError as raised:
+        text = str(raised)
+    assert found in text
+    assert "/train/0000" in text
+
+
+def test_packed_records_are_the_records(shapes):
+    records = CocoDataset.load(shapes, "train").images
+    packed = PackedRecords(records)
+    assert len(packed) == len(records)
+    for one, other in zip(packed, records, strict=True):
+        assert (one.id, one.path, one.height, one.width) == (other.id, other.path, other.height, other.width)
+        for mine, theirs in zip(one.instances, other.instances, strict=True):
+            assert repr(mine) == repr(theirs)
+    assert [record.id for record in packed[-2:]] == [record.id for record in records[-2:]]
+    assert packed[-1].id == records[-1].id
+    with pytest.raises(IndexError):
+        packed[len(records)]
 
 
 def test_an_image_of_another_size_than_annotated_is_named(shapes, tmp_path):

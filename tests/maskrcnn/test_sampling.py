@@ -1,7 +1,10 @@
 """Matching and sampling against torchvision's rules."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from resources import memory_growth_mb
 from torchvision.models.detection._utils import Matcher
 
 from maskrcnn.model.boxes import pairwise_iou
@@ -14,23 +17,36 @@ def boxes(count: int, seed: int) -> torch.Tensor:
     return torch.cat([corners, corners + 5 + torch.rand(count, 2, generator=rng) * 40], dim=1)
 
 
+@pytest.mark.parametrize("max_pairs", [1 << 22, 100])
 @pytest.mark.parametrize("keep_best", [True, False])
 @pytest.mark.parametrize("seed", range(5))
-def test_matching_equals_torchvision(seed, keep_best):
-    iou = pairwise_iou(boxes(300, seed), boxes(6, seed + 100))
-    theirs = Matcher(0.7, 0.3, allow_low_quality_matches=keep_best)(iou.T)
+def test_matching_in_one_and_in_many_portions_equals_torchvision(seed, keep_best, max_pairs):
+    anchors, objects = boxes(300, seed), boxes(6, seed + 100)
+    theirs = Matcher(0.7, 0.3, allow_low_quality_matches=keep_best)(pairwise_iou(anchors, objects).T)
     valid = torch.tensor([True] * 6 + [False] * 3)
-    padded = torch.cat([iou, torch.full((300, 3), -1.0)], dim=1)
-    matched, positive, negative = match_anchors(padded, valid, foreground=0.7, background=0.3, keep_best=keep_best)
+    padded = torch.cat([objects, anchors[:3]])  # would match if they were valid
+    matched, positive, negative = match_anchors(
+        anchors, padded, valid, foreground=0.7, background=0.3, keep_best=keep_best, max_pairs=max_pairs
+    )
     assert torch.equal(positive, theirs >= 0)
     assert torch.equal(negative, theirs == Matcher.BELOW_LOW_THRESHOLD)
     assert torch.equal(matched[positive], theirs[positive])
     assert positive.any() == (theirs >= 0).any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's process status")
+def test_memory_of_matching_does_not_grow_with_the_number_of_objects():
+    anchors, objects = boxes(50_000, 0), boxes(500, 1)
+    valid = torch.ones(len(objects), dtype=torch.bool)
+    grown = memory_growth_mb(
+        lambda: match_anchors(anchors, objects, valid, foreground=0.7, background=0.3, max_pairs=1 << 20)
+    )
+    assert grown < 4 * anchors.shape[0] * objects.shape[0] / 1e6  # one float per pair
+
+
 def test_without_objects_every_box_is_negative():
-    padded = torch.full((50, 2), -1.0)
-    _, positive, negative = match_anchors(padded, torch.zeros(2, dtype=torch.bool), foreground=0.7, background=0.3)
+    valid = torch.zeros(2, dtype=torch.bool)
+    _, positive, negative = match_anchors(boxes(50, 0), torch.zeros(2, 4), valid, foreground=0.7, background=0.3)
     assert not positive.any()
     assert negative.all()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.training import trainer as trainer_module
 from maskrcnn.training.distributed import choose_precision, choose_workers
 from maskrcnn.training.optimizer import learning_rate, make_optimizer, without_effect
+from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
 from maskrcnn.weights.checkpoint import load_checkpoint, read_tensors
@@ -312,16 +314,55 @@ def test_half_precision_trains_with_finite_losses(shapes, tmp_path, precision):
     assert trainer.step.scaler.is_enabled() == (precision == "fp16")
 
 
-def test_an_out_of_memory_error_names_the_settings_to_lower(shapes, tmp_path):
-    trainer = start_run(config(shapes), tmp_path, CocoDataset.load(shapes, "train"))
+@pytest.mark.parametrize(
+    ("changes", "advice", "not_advised"),
+    [
+        ({"batch_size": 4, "accumulate": 2}, ["--accumulate 4", "bf16", "--max-size below 160"], []),
+        ({"batch_size": 1, "precision": "bf16"}, ["--max-size below 160"], ["--accumulate", "bf16"]),
+    ],
+)
+def test_an_out_of_memory_error_names_what_would_help(shapes, tmp_path, changes, advice, not_advised):
+    trainer = start_run(config(shapes, **changes), tmp_path, CocoDataset.load(shapes, "train"))
 
     def run(parts):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     trainer.step.run = run
-    with pytest.raises(UserError, match=r"out of memory with images of 4×3×96×96") as caught:
+    with pytest.raises(UserError, match=r"out of memory with images of [12]×3×96×96") as caught:
         trainer.fit(fixed_ap(0.1))
-    assert "--accumulate" in caught.value.fix and "--batch-size" in caught.value.fix
+    assert f"--resume {tmp_path}" in caught.value.fix
+    assert [text for text in advice if text not in caught.value.fix] == []
+    assert [text for text in not_advised if text in caught.value.fix] == []
+
+
+def test_running_out_of_memory_in_the_validation_is_explained(shapes, tmp_path):
+    def evaluate(model):
+        raise MemoryError
+
+    trainer = start_run(config(shapes, epochs=1), tmp_path, CocoDataset.load(shapes, "train"))
+    with pytest.raises(UserError, match=r"out of memory with validation batches of 4 image\(s\)"):
+        trainer.fit(evaluate)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
+def test_a_killed_worker_ends_the_run_with_an_explanation(shapes, tmp_path, monkeypatch):
+    trainer = start_run(config(shapes, workers=2), tmp_path, CocoDataset.load(shapes, "train"))
+    monkeypatch.setattr(TrainingSamples, "__getitem__", lambda samples, key: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="a data loading process that ended unexpectedly") as caught:
+        trainer.fit(fixed_ap(0.1))
+    assert caught.value.fix.endswith(f"--resume {tmp_path} --workers 1")
+
+
+def test_a_small_shared_memory_is_said_once(shapes, tmp_path, monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    trainer = start_run(config(shapes, epochs=2, workers=1), tmp_path, CocoDataset.load(shapes, "train"))
+    display = Mock()
+    trainer.fit(fixed_ap(0.1, 0.2), display=display)
+    (message,) = (call.args[0] for call in display.message.call_args_list)
+    assert "does not fit into" in message and "--shm-size" in message
 
 
 def test_a_run_keeps_scalars_and_pictures(shapes, tmp_path):

@@ -230,17 +230,6 @@ def test_a_cache_that_cannot_be_written(toolchain, monkeypatch, tmp_path):
         build_library("kernels", arch=(90,), toolchain=toolchain)
 
 
-def test_a_user_without_a_home(toolchain, monkeypatch):
-    def nowhere():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("MASKRCNN_CACHE")
-    monkeypatch.setattr(Path, "home", nowhere)
-    assert find_library("kernels", 90) is None
-    with pytest.raises(UserError, match=r"no home folder(.|\n)*set MASKRCNN_CACHE"):
-        build_library("kernels", arch=(90,), toolchain=toolchain)
-
-
 def test_the_kernels_compiled_by_nvcc():
     toolchain = find_toolchain()
     if missing := build.obstacle("kernels", toolchain):

@@ -1,6 +1,7 @@
 """Every backend: the same detections, the same checks, and foreign files."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -348,3 +349,30 @@ def test_a_missing_library_says_how_to_install_it(onnx_file, monkeypatch, librar
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=f"no Python package {library}[\\s\\S]*pip install {library}"):
         load_backend(onnx_file, kind)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("kind", ["torch", "onnxruntime", "openvino"])
+def test_a_forked_process_gets_an_error_and_ends(kind, checkpoint, onnx_file):
+    """In a process of its own, as the tests' one has threads that must not be forked."""
+    program = f"""
+import os, signal, sys
+import numpy as np
+from maskrcnn import Detector, UserError
+detector = Detector.load({str(checkpoint if kind == "torch" else onnx_file)!r}, {kind!r})
+images = [np.zeros((64, 96, 3), np.uint8)]
+detector.detect(images)
+if os.fork():
+    _, status = os.wait()
+    detector.detect(images)  # the parent goes on
+    sys.exit(os.waitstatus_to_exitcode(status))
+signal.alarm(20)
+try:
+    detector.detect(images)
+except UserError as error:
+    assert "forked" in error.found and "spawn" in error.fix
+    del detector  # must not wait either
+    sys.exit(7)  # nor must the end of the process
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7, done.stderr
