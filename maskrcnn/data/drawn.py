@@ -66,7 +66,7 @@ def write_drawn_dataset(
     require_memory(
         _BYTES_PER_PIXEL * float(size_px) ** 2, f"an image of {size_px}×{size_px} px", "draw smaller images: --size"
     )
-    out = Path(out).resolve()
+    out = Path(os.path.realpath(out))
     counts = dict(zip(_SPLITS, (train_images, val_images), strict=True))
     arguments = {"train_images": train_images, "val_images": val_images, "size_px": size_px, "seed": seed}
     info = {**info, "arguments": arguments}

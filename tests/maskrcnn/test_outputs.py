@@ -54,15 +54,15 @@ INPUTS = {  # the other paths
     "verify": {"reference", "other", "images"},
     "inspect": {"file"},
     "lint": {"file"},
-    "export": {"checkpoint", "calibration"},
+    "export": {"checkpoint", "calibration", "detectron2_config"},
     "build-engine": {"model", "int8", "gate_images", "gate_annotations"},
     "refit-engine": {"engine", "model", "gate_images", "gate_annotations"},
     "predict": {"images", "model"},
-    "train": {"data", "config", "resume"},  # a run to continue
+    "train": {"data", "annotations", "images", "val_annotations", "val_images", "config"} | {"resume"},  # a run
     "triton": {"models", "plugin_library"},
     "doctor": {"places"},
     "data convert": {"source", "alias"},
-    "data check": {"data"},
+    "data check": {"data", "image_folder"},
     "build-plugins": {"tensorrt_include"},
 }
 
