@@ -184,9 +184,11 @@ def check_data(
 
     progress = progress or Progress()
     if output is not None:
-        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+        check_output_folder("--output", Path(output), [data, image_folder], [DRAWING], overwrite=overwrite)
     if json is not None:
-        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
+        check_outputs(
+            [Output("--json", Path(json), report_kind("data check"))], [data, image_folder], overwrite=overwrite
+        )
     with _counted(progress, "checking") as advance:
         report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
     if output is not None:

@@ -185,7 +185,12 @@ def _train(
         trainer.progress.epoch,
         metrics,
     )
-    best = f"best {result.best_by} AP {result.best_ap:.4f}" if result.best_ap >= 0 else "last epoch, AP not measured"
+    batch = _validation_batch(config, processes)
+    best = (
+        f"best {result.best_by} AP {result.best_ap:.4f} at batch size {batch}"
+        if result.best_ap >= 0
+        else "last epoch, AP not measured"
+    )
     progress.message(f"{best}: {result.checkpoint}")
     return result
 
@@ -405,6 +410,11 @@ def _detector(model: MaskRCNN) -> Detector:
     return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
 
 
+def _validation_batch(config: TrainConfig, processes: Processes) -> int:
+    """Images per batch of the validation in each process."""
+    return max(1, config.batch_size // processes.world_size)
+
+
 def _evaluation(
     valset: CocoDataset, config: TrainConfig, processes: Processes
 ) -> Callable[[MaskRCNN], dict[str, float]]:
@@ -414,9 +424,7 @@ def _evaluation(
         detector = _detector(model)
         check_classes(detector, valset)
         records = valset.images[processes.rank :: processes.world_size]
-        detected, seconds = detect_records(
-            detector, records, batch_size=max(1, config.batch_size // processes.world_size)
-        )
+        detected, seconds = detect_records(detector, records, batch_size=_validation_batch(config, processes))
         gathered = processes.gather(detected)
         metrics = None
         if processes.is_first:

@@ -230,7 +230,7 @@ def convert(
             kinds = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
             option = {"class_name": "class", "crowd": "no-crowd"}.get(field.name, field.name.replace("_", "-"))
             raise UserError(f"--{option} with kind {kind}", f"the option with {kinds} only", "remove the option")
-    source, out, faults = Path(source), Path(out).resolve(), Faults(keep_going=keep_going)
+    source, out, faults = Path(source), Path(os.path.realpath(out)), Faults(keep_going=keep_going)
     if not source.exists():
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
     opened = chosen.open(source, options, faults)
