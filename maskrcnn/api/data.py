@@ -30,7 +30,10 @@ class ConvertResult(Result):
     def lines(self) -> list[str]:
         """The result as lines of text."""
         splits = [f"{split}: {count} images, {self.objects[split]} objects" for split, count in self.images.items()]
-        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *self.notes))]
+        empty = [
+            f"{split} has no objects: choose another --seed or share" for split, n in self.objects.items() if not n
+        ]
+        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *empty, *self.notes))]
 
 
 def convert(
