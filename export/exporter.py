@@ -234,7 +234,7 @@ def _live_rows_node(boxes: Any, labels: Any, counts: Any) -> Any:
 
 
 def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
-    """Adds the functions of the custom ops that occur in the graph."""
+    """Adds the functions of the custom ops that occur in the graph, and sets the versions that it needs."""
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     used, levels = set(op_counts(proto)), len(config.strides_px)
     for function in (
@@ -247,6 +247,8 @@ def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
             proto.functions.append(function)
     if not any(entry.domain == contract.DOMAIN for entry in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid(contract.DOMAIN, contract.VERSION))
+    # The lowest that the opset needs, so that older runtimes read the file; PyTorch writes its own constant.
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
 
 
 @contextlib.contextmanager

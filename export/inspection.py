@@ -26,6 +26,7 @@ from maskrcnn.export.tensorrt.flavour import take_all_rows
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
+from maskrcnn.runtime.backends.onnxruntime_providers import oldest_onnxruntime
 from maskrcnn.runtime.backends.placement import Placement, placements
 from maskrcnn.runtime.engine_files import read_metadata
 from maskrcnn.stages import LEVELS
@@ -160,6 +161,8 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
         proto = onnx.load(path)
     except Exception as error:  # protobuf's decode error has no stable base class
         raise not_ours(path, f"not an ONNX file ({error})") from error
+    if not proto.ir_version:  # protobuf reads an empty file as a message without fields
+        raise not_ours(path, "not an ONNX file: it states no version")
     text = {entry.key: entry.value for entry in proto.metadata_props}.get(KEY)
     metadata = None if text is None else ModelMetadata.from_json(text, path)
     preprocessing = metadata.preprocessing if metadata else Preprocessing()
@@ -176,7 +179,8 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     computing, results = _node_precisions(proto)
     return Inspection(
         path=path,
-        kind=f"ONNX, opset {opset}{f', functions {functions}' if functions else ''}",
+        kind=f"ONNX IR {proto.ir_version}, opset {opset}{_oldest_runtime(proto, opset)}"
+        f"{f', functions {functions}' if functions else ''}",
         bytes=path.stat().st_size,
         metadata=metadata,
         inputs={value.name: _tensor_text(value.type.tensor_type) for value in proto.graph.input},
@@ -490,6 +494,11 @@ def _inside(metadata: ModelMetadata) -> list[str]:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def _oldest_runtime(proto: onnx.ModelProto, opset: int | str) -> str:
+    oldest = oldest_onnxruntime(proto.ir_version, opset) if isinstance(opset, int) else None
+    return f" (ONNX Runtime {oldest} or newer)" if oldest else ""
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -340,6 +340,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {"maskrcnn": {}, "fasterrcnn": {"has_mask
 _VERSIONS: dict[str, dict[str, Any]] = {"": {}, "_v2": _V2}
 
 # Named models, as differences from ModelConfig's defaults. A model with the name of one in torchvision is the same.
+SMALL_MODEL = "maskrcnn_resnet18_fpn_small"  # the default
 MODELS: dict[str, dict[str, Any]] = {
     "maskrcnn_resnet18_fpn_small": _SMALL,
     **{

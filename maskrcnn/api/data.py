@@ -30,7 +30,10 @@ class ConvertResult(Result):
     def lines(self) -> list[str]:
         """The result as lines of text."""
         splits = [f"{split}: {count} images, {self.objects[split]} objects" for split, count in self.images.items()]
-        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *self.notes))]
+        empty = [
+            f"{split} has no objects: choose another --seed or share" for split, n in self.objects.items() if not n
+        ]
+        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *empty, *self.notes))]
 
 
 def convert(
@@ -66,7 +69,8 @@ def convert(
 
     Args:
         kind: format of the source: "coco" (any layout that training reads), "yolo", "voc", "visual-genome",
-            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme" or "via".
+            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme", "via", or "datumaro:FORMAT" for
+            any format that the library Datumaro reads.
         source: folder of the dataset; for "coco", "yolo" and "via" also its annotation file.
         out: folder to write; it must not exist or be empty.
         keep_going: skip and count what cannot be converted instead of stopping.
@@ -183,9 +187,11 @@ def check_data(
 
     progress = progress or Progress()
     if output is not None:
-        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+        check_output_folder("--output", Path(output), [data, image_folder], [DRAWING], overwrite=overwrite)
     if json is not None:
-        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
+        check_outputs(
+            [Output("--json", Path(json), report_kind("data check"))], [data, image_folder], overwrite=overwrite
+        )
     with _counted(progress, "checking") as advance:
         report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
     if output is not None:

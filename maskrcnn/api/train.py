@@ -15,7 +15,7 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.coco import CocoDataset, crowded_line
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
@@ -185,7 +185,12 @@ def _train(
         trainer.progress.epoch,
         metrics,
     )
-    best = f"best {result.best_by} AP {result.best_ap:.4f}" if result.best_ap >= 0 else "last epoch, AP not measured"
+    batch = _validation_batch(config, processes)
+    best = (
+        f"best {result.best_by} AP {result.best_ap:.4f} at batch size {batch}"
+        if result.best_ap >= 0
+        else "last epoch, AP not measured"
+    )
     progress.message(f"{best}: {result.checkpoint}")
     return result
 
@@ -202,6 +207,7 @@ def _begun(
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
     config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
+    _say_crowded(progress, config, trainset, valset)
     _check_readable(progress, valset, config, processes)
     run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
     try:
@@ -249,6 +255,12 @@ def _configured(
     return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
 
 
+def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
+    for dataset in datasets:
+        if line := crowded_line(dataset, config.model.detections):
+            progress.message(line)
+
+
 def _continued(
     progress: Progress, processes: Processes, run: Path, settings: dict[str, Any], *, strict: bool
 ) -> tuple[Trainer, CocoDataset]:
@@ -263,6 +275,7 @@ def _continued(
     require_fitting(config.model, trainset, valset)
     _surveyed(progress, config, trainset, valset)
     _check_readable(progress, valset, processes)
+    _say_crowded(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -400,6 +413,11 @@ def _detector(model: MaskRCNN) -> Detector:
     return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
 
 
+def _validation_batch(config: TrainConfig, processes: Processes) -> int:
+    """Images per batch of the validation in each process."""
+    return max(1, config.batch_size // processes.world_size)
+
+
 def _evaluation(
     valset: CocoDataset, config: TrainConfig, processes: Processes
 ) -> Callable[[MaskRCNN], dict[str, float]]:
@@ -409,9 +427,7 @@ def _evaluation(
         detector = _detector(model)
         check_classes(detector, valset)
         records = valset.images[processes.rank :: processes.world_size]
-        detected, seconds = detect_records(
-            detector, records, batch_size=max(1, config.batch_size // processes.world_size)
-        )
+        detected, seconds = detect_records(detector, records, batch_size=_validation_batch(config, processes))
         gathered = processes.gather(detected)
         metrics = None
         if processes.is_first:

@@ -17,22 +17,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Draw, convert and check datas
 _OUTPUT, _SPLITS, _CLASSES, _FORMAT = "Output", "Splits", "Classes", "Options of single formats"
 
 
-class Kind(str, Enum):
-    """A format that can be converted."""
-
-    COCO = "coco"
-    YOLO = "yolo"
-    VOC = "voc"
-    VISUAL_GENOME = "visual-genome"
-    PENN_FUDAN = "penn-fudan"
-    SYNTHIA = "synthia"
-    CITYSCAPES = "cityscapes"
-    ID_MASKS = "id-masks"
-    MASK_FILES = "mask-files"
-    LABELME = "labelme"
-    VIA = "via"
-
-
 class Difficult(str, Enum):
     """How VOC's difficult objects are converted."""
 
@@ -47,7 +31,13 @@ def _option(panel: str, *names: str, **options: Any) -> Any:
 
 @data_app.command("convert")
 def data_convert(
-    kind: Annotated[Kind, typer.Argument(help="Format of the source.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Format of the source: coco (any layout that training reads), yolo, voc, visual-genome, penn-fudan, "
+            "synthia, cityscapes, id-masks, mask-files, labelme, via, or datumaro:FORMAT (needs the library Datumaro)."
+        ),
+    ],
     source: Annotated[Path, typer.Argument(help="Folder of the dataset, or its annotation file (coco, yolo, via).")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
     keep_going: Annotated[
@@ -119,7 +109,7 @@ def data_convert(
     from maskrcnn.api.data import convert
 
     result = convert(
-        kind.value,
+        kind,
         source,
         out,
         keep_going=keep_going,

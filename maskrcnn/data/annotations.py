@@ -39,6 +39,7 @@ _LISTS = ("images", "annotations", "categories")
 _VISIBILITIES = (0, 1, 2)  # of keypoints: not labelled; labelled and hidden; labelled and visible
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _MAX_ID = 2**63
+_MAX_SIDE_PX = 1_000_000  # of an image; larger statements are taken for errors
 _URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
 _SAMPLE = 2000  # annotations that the box convention is measured on
 _FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
@@ -183,7 +184,6 @@ def read_annotations(
     *,
     size_of: SizeOf = lambda file_name: None,
     drop_roots: bool = True,
-    require_names: bool = True,
 ) -> AnnotationFile:
     """Reads the content of an annotation file.
 
@@ -197,12 +197,11 @@ def read_annotations(
         size_of: gives (height, width) for a `file_name`, where the entry of the image does not.
         drop_roots: leave out categories without annotations that others name as their `supercategory` (as exported by
             Roboflow).
-        require_names: leave out images without a file name.
 
     Raises:
         UserError: for content of another structure, and for two images or classes with one id.
     """
-    return _Reader(content, source, size_of, require_names=require_names).read(drop_roots=drop_roots)
+    return _Reader(content, source, size_of).read(drop_roots=drop_roots)
 
 
 def load_annotations(path: Path) -> Any:
@@ -262,8 +261,8 @@ def _looks_like(content: Any) -> str:
 class _Reader:
     """Reads one file; see `read_annotations`."""
 
-    def __init__(self, content: Any, source: str, size_of: SizeOf, *, require_names: bool) -> None:
-        self.source, self.size_of, self.require_names, self.notes = source, size_of, require_names, Notes()
+    def __init__(self, content: Any, source: str, size_of: SizeOf) -> None:
+        self.source, self.size_of, self.notes = source, size_of, Notes()
         self.image_entries, self.annotations, self.category_entries = entries_of(content, source)
         self.image_keys: dict[str, int] = {}
         self.category_keys: dict[str, int] = {}
@@ -363,10 +362,11 @@ class _Reader:
 
     def _images(self) -> dict[int, ImageEntry]:
         images: dict[int, ImageEntry] = {}
+        has_names = any(isinstance(entry, dict) and _file_name(entry) for entry in self.image_entries)
         for index, image_id, entry in self._ids(self.image_entries, "image", self.image_keys):
             name = _file_name(entry)
-            if name is None and not self.require_names:
-                name = ""
+            if name is None and not has_names:
+                name = ""  # a file for results alone
             if name is None:
                 detail = f"file_name {entry.get('file_name')!r}"
                 self._note(REPAIRED, "image without a file name left out", f"image number {index}", detail)
@@ -416,10 +416,10 @@ class _Reader:
                 continue
             segmentation = entry.get("segmentation")
             size = finite_numbers(segmentation.get("size")) if isinstance(segmentation, dict) else None
-            if size is not None and size.size == 2 and size.min() >= 1:
+            if size is not None and size.size == 2 and 1 <= size.min() <= size.max() <= _MAX_SIDE_PX:
                 encoded[image_id] = (int(size[0]), int(size[1]))
             box = finite_numbers(entry.get("bbox"))
-            if box is not None and box.size == 4:
+            if box is not None and box.size == 4 and np.abs(box).max() < _MAX_SIDE_PX:
                 extents[image_id].append((math.ceil(box[1] + abs(box[3])), math.ceil(box[0] + abs(box[2]))))
         sized = dict(images)
         for image_id in unknown:
@@ -548,7 +548,7 @@ class _Reader:
             segmentation = [outline]  # a rotated box is an outline
         box = None if bbox is None else _clipped(bbox, height, width)
         if box is None and segmentation is not None:
-            extent = mask_api.toBbox(compressed_rle(segmentation, height, width)).tolist()
+            extent = _extent(segmentation)
             box = _clipped(extent, height, width) if min(extent[2:]) > 0 else None
             if box is not None:
                 reason = "box computed from the mask" if bbox is None else "box outside the image, taken from the mask"
@@ -586,7 +586,7 @@ class _Reader:
         if convention == "xyxy" and numbers.size == 4:
             numbers[2:] -= numbers[:2]
         attributes = entry.get("attributes")
-        angle = attributes.get("rotation") if isinstance(attributes, dict) else None
+        angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
         if numbers.size == 5:  # Detectron2's rotated boxes: centre, size, and degrees against the clock
             centre, degrees = numbers[:2], -float(numbers[4])
         elif type(angle) in (int, float) and math.isfinite(angle) and angle % 360:  # CVAT: with the clock
@@ -656,8 +656,17 @@ def _last_part(url: str) -> str:
 def _side(value: Any) -> int:
     """A side in pixels; 0 if it is missing or not a positive integer."""
     numbers = finite_numbers([value])
-    usable = numbers is not None and 1 <= numbers[0] < 2**31 and numbers[0] % 1 == 0
+    usable = numbers is not None and 1 <= numbers[0] <= _MAX_SIDE_PX and numbers[0] % 1 == 0
     return int(numbers[0]) if usable and numbers is not None else 0
+
+
+def _extent(segmentation: Segmentation) -> list[float]:
+    """The box (x, y, width, height) around a mask: around the corners of polygons, or the pixels of run lengths."""
+    if not isinstance(segmentation, list):
+        return [float(value) for value in mask_api.toBbox(compressed_rle(segmentation, *segmentation["size"]))]
+    points = np.concatenate(segmentation).reshape(-1, 2)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*low.tolist(), *(high - low).tolist()]
 
 
 def _clipped(bbox: Sequence[float], height: int, width: int) -> tuple[float, float, float, float] | None:

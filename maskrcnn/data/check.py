@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_api
 
+from maskrcnn.config import SMALL_MODEL, model_config
 from maskrcnn.data.annotations import BOX_ONLY, REPAIRED, Note
 from maskrcnn.data.check_report import DatasetReport, Finding, Problem, SplitStatistics
 from maskrcnn.data.coco import (
     CocoDataset,
     ImageRecord,
     Instance,
+    crowded_line,
 )
 from maskrcnn.data.images import ImageNotes, fits_size, read_header, read_image
 from maskrcnn.data.layouts import find_splits, get_split
@@ -37,6 +39,7 @@ _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an obj
 _DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
 _MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
 _ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # of samples of more than 8 bits: training measures the range
+_DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
 _STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
@@ -48,6 +51,7 @@ _CLASS_NAMES = Problem("class names that differ between splits")
 _KEYPOINTS = Problem("keypoints that cannot be learnt")
 _KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
 _UNUSED_CLASS = Problem("class without objects")
+_CROWDED = Problem("images with more objects than the default model returns")
 _SCALED = Problem("image of another size than its entry says, to which it is scaled")
 _LOSSY = Problem("image that is not read completely")
 _THIN = Problem("box with a side below one pixel")
@@ -102,6 +106,8 @@ def check_dataset(
     for dataset in datasets:
         findings += _object_count_findings(dataset)
         findings += _class_findings(dataset)
+        if crowded := crowded_line(dataset, _DEFAULT_DETECTIONS):
+            findings.append(_of_file(_CROWDED, dataset, crowded.partition(": ")[2]))
         findings += _skipped_findings(dataset)
         findings += _repair_findings(dataset)
     findings += _image_findings(datasets, workers or available_cpus(), progress)

@@ -207,8 +207,8 @@ class SplitContent:
     paths: dict[int, Path]  # by image id; an image that is missing has a path too
 
 
-def read_split(split: Split, *, drop_roots: bool = True, require_names: bool = True) -> SplitContent:
-    """Reads a split; the images are searched for in its folders. See `read_annotations` for the arguments."""
+def read_split(split: Split, *, drop_roots: bool = True) -> SplitContent:
+    """Reads a split; the images are searched for in its folders. See `read_annotations`."""
     finder = ImageFinder(split.image_folders)
     content = split.content()
     images, annotations, categories = entries_of(content, str(split.annotations))
@@ -219,14 +219,13 @@ def read_split(split: Split, *, drop_roots: bool = True, require_names: bool = T
         str(split.annotations),
         size_of=lambda name: upright_size(finder.find(name)),
         drop_roots=drop_roots,
-        require_names=require_names,
     )
     paths = {image_id: finder.find(entry.file_name) for image_id, entry in file.images.items()}
     return SplitContent(file, images, annotations, categories, folder, paths)
 
 
 def _dataset(split: Split, root: Path, *, require_images: bool, drop_roots: bool) -> CocoDataset:
-    read = read_split(split, drop_roots=drop_roots, require_names=require_images)
+    read = read_split(split, drop_roots=drop_roots)
     file, paths = read.file, read.paths
     if require_images:
         _require_files(split, read.folder, file, paths)
@@ -320,3 +319,25 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     """
     rle = compressed_rle(instance.segmentation, record.height, record.width)
     return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
+
+
+def crowded_line(dataset: CocoDataset, detections: int) -> str | None:
+    """A line about images with more objects than a model returns; None if there are none.
+
+    Args:
+        dataset: images and annotations.
+        detections: rows of the model's output, `model.detections`.
+    """
+    counts = [sum(not instance.is_crowd for instance in record.instances) for record in dataset.images]
+    crowded = [count for count in counts if count > detections]
+    if not crowded:
+        return None
+    most = max(crowded)
+    lost = sum(crowded) - detections * len(crowded)
+    return (
+        f"{dataset.annotation_path}: {len(crowded)} of {len(counts)} images have more objects than the {detections} "
+        f"detections of the model, up to {most} ({dataset.images[counts.index(most)].path.name}): at least {lost} of "
+        f"{sum(counts)} objects cannot be found; train with --set model.detections={most} "
+        "(and no fewer model.proposals and model.candidates)"
+        + (f", and evaluate with --max-detections 1,10,{most}" if most > 100 else "")
+    )

@@ -27,8 +27,9 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import read_json
 
 LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
-LAYOUTS = f"""{LAYOUT}; or one annotation file in COCO's format and a folder of images
-            (Roboflow, CVAT, Label Studio, FiftyOne); or YOLO's data.yaml with images/ and labels/"""
+LAYOUTS = f"""{LAYOUT}; or one annotation file in
+            COCO's format and a folder of images (Roboflow, CVAT, Label Studio, FiftyOne); or YOLO's data.yaml with
+            images/ and labels/"""
 
 _PREFIX = "instances_"  # of annotation files
 _KEYPOINTS_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
@@ -66,8 +67,8 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
         UserError: where there is none; lists what was found.
     """
     root = Path(data)
-    folders = (Path(images),) if images else ()
-    if images and not folders[0].is_dir():
+    folders: tuple[Path, ...] = (Path(images),) if images else ()
+    if images and not Path(images).is_dir():
         raise UserError(f"no folder {images}", "the folder of the images", "correct --images")
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         found = _yolo_splits(root)
@@ -421,7 +422,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
     is_below = all(file.is_relative_to(base) for file in files)
     shape = options.get("kpt_shape")
     points = tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None
-    images, annotations, used = [], [], set()
+    images, annotations, used = [], list[dict[str, Any]](), set()
     for image_id, file in enumerate(files, start=1):
         size_hw = upright_size(file)
         name = file.relative_to(base).as_posix() if is_below else file.absolute().as_posix()
@@ -481,7 +482,7 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
     if len(values) == 4 or (points is not None and len(values) == 4 + number * dims):
         x, y, w, h = scaled[:4]
         annotation: dict[str, Any] = {"category_id": category, "bbox": [x - w / 2, y - h / 2, w, h], "area": w * h}
-        if number:
+        if len(values) > 4:
             rows = [values[4 + k * dims : 4 + (k + 1) * dims] for k in range(number)]
             annotation["keypoints"] = [
                 each

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.config import MODELS, LossConfig, ModelConfig, TrainConfig, changed, model_config
+from maskrcnn.config import MODELS, SMALL_MODEL, LossConfig, ModelConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import sigmas_of
 from maskrcnn.settings import typed, with_sections
 
-SMALL_MODEL = "maskrcnn_resnet18_fpn_small"
 SHAPES_SIZE_PX = 128  # side of a generated image, and input size of the small model for them
 _SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 

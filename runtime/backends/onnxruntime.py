@@ -25,6 +25,7 @@ from maskrcnn.runtime.backends.onnxruntime_providers import (
     prepare,
     provider_chain,
     provider_named,
+    too_new,
     unusable,
 )
 from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
@@ -232,6 +233,8 @@ class OnnxRuntimeBackend(Backend):
                     str(self.path), self._options, providers=self._providers, **fallback
                 )
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
+            if newer := too_new(self.path, str(error)):
+                raise newer from error
             raise UserError(
                 f"{self.path}: not a model that ONNX Runtime loads ({reason_of(error)})",
                 "a file of `maskrcnn export --onnx` without --tensorrt",

@@ -5,6 +5,7 @@ Source: documentation of the CUDA and TensorRT execution providers, whose option
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -112,6 +113,38 @@ def prepare(provider: Provider) -> None:
         )
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
+
+
+# ONNX Runtime by the IR version and the opset that it was the first to read in full: the table of ONNX versions in its
+# documentation, for the versions that exports may have.
+_FIRST_TO_READ = {(9, 20): "1.17", (10, 21): "1.18", (10, 22): "1.21"}
+
+
+def oldest_onnxruntime(ir_version: int, opset: int) -> str | None:
+    """Returns the oldest ONNX Runtime that reads a file of these versions; None if it is not known."""
+    return next((name for (ir, op), name in _FIRST_TO_READ.items() if ir_version <= ir and opset <= op), None)
+
+
+def too_new(path: Path, reason: str) -> UserError | None:
+    """Returns the error for a file that is newer than ONNX Runtime; None if it failed for another reason.
+
+    Args:
+        path: the ONNX file.
+        reason: ONNX Runtime's message.
+    """
+    import onnxruntime
+
+    ir = re.search(r"IR version: (\d+), max supported IR version: (\d+)", reason)
+    opset = re.search(r"Opset (\d+) is under development.*till opset (\d+)", reason, re.DOTALL)
+    if found := ir or opset:
+        what = "IR version" if ir else "opset"
+        return UserError(
+            f"{path}: ONNX {what} {found[1]}; ONNX Runtime {onnxruntime.__version__} reads up to {found[2]}",
+            f"an ONNX Runtime that reads {what} {found[1]}; see `maskrcnn inspect {path}`",
+            "`pip install -U onnxruntime` (onnxruntime-gpu on a GPU), or make a file for older runtimes from the "
+            "checkpoint: `maskrcnn export --onnx` without --opset (IR version 9, opset 20: ONNX Runtime 1.17)",
+        )
+    return None
 
 
 def unusable(provider: Provider, reason: str) -> UserError:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from maskrcnn.runtime.engine_files import check_portable, read_metadata, read_mo
 
 _cores: list[Any] = []  # of this process: none or one
 _core_lock = threading.Lock()
+# Kernels that a compiled model keeps, some hundred for each image size and number of detections. By default OpenVINO
+# keeps 5000, and memory grows over hundreds of sizes (docs/results.md); without any, each call prepares them again.
+_CACHED_PRIMITIVES = 1000
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names of precisions
 
 
@@ -40,7 +43,10 @@ def openvino_core() -> Any:
                     import openvino
             except ImportError as error:
                 raise missing_library("openvino", "build and run CPU engines", "pip install openvino") from error
-            _cores.append(openvino.Core())
+            core = openvino.Core()
+            with suppress(RuntimeError):  # a version without the property
+                core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": _CACHED_PRIMITIVES})
+            _cores.append(core)
             if hasattr(os, "register_at_fork"):  # see `backends.base`
                 os.register_at_fork(after_in_child=lambda: keep_for_ever(_cores[0]))
         return _cores[0]
@@ -90,8 +96,6 @@ class OpenVinoBackend(Backend):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[execution],
         }
-        if os.environ.get("OV_CAP"):
-            self._options["CPU_RUNTIME_CACHE_CAPACITY"] = os.environ["OV_CAP"]
         if threads or is_quota_bound():  # OpenVINO respects the affinity, but not a quota
             self._options["INFERENCE_NUM_THREADS"] = threads or available_cpus()
         self._lock = threading.Lock()  # a request's tensors hold its last inference

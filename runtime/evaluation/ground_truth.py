@@ -154,11 +154,12 @@ class GroundTruth:
 
         These are crowd regions; for keypoints, objects without labelled keypoints; for masks, objects without a mask.
         """
+        ignored: np.ndarray = self.is_crowd
         if kind == "keypoints":
-            return self.is_crowd | self._is_unlabelled
+            ignored = ignored | self._is_unlabelled
         if kind == "segm":
-            return self.is_crowd | ~np.array([instance.has_mask for instance in self._objects], bool)
-        return self.is_crowd
+            ignored = ignored | ~np.array([instance.has_mask for instance in self._objects], bool)
+        return ignored
 
     @cached_property
     def _is_unlabelled(self) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from maskrcnn.data.annotations import BOX_ONLY
-from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.coco import CocoDataset, crowded_line, instance_mask
 from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError
 
@@ -538,3 +538,14 @@ def test_annotations_and_images_may_lie_anywhere(shapes, tmp_path):
     assert apart.annotation_path == annotations and len(apart.images) == 6
     assert [record.path for record in apart.images] == [record.path for record in usual.images]
     assert apart.file_boxes_xywh_px == usual.file_boxes_xywh_px != {}
+
+
+def test_images_with_more_objects_than_a_model_returns(shapes):
+    dataset = CocoDataset.load(shapes, "train")
+    counts = [len(record.instances) for record in dataset.images]
+    most = max(counts)
+    assert crowded_line(dataset, most) is None
+    line = crowded_line(dataset, most - 1)
+    assert f"{counts.count(most)} of 12 images have more objects than the {most - 1} detections" in line
+    assert f"at least {counts.count(most)} of {sum(counts)} objects cannot be found" in line
+    assert f"model.detections={most}" in line

@@ -376,3 +376,27 @@ except UserError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 7, done.stderr
+
+
+@pytest.mark.parametrize(("field", "version"), [("IR version", 99), ("opset", 60)])
+def test_a_file_newer_than_onnx_runtime_names_both_versions(onnx_file, tmp_path, field, version):
+    model = onnx.load(onnx_file)
+    if field == "opset":
+        model.opset_import[0].version = version
+    else:
+        model.ir_version = version
+    path = tmp_path / "newer.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(
+        UserError, match=rf"newer\.onnx: ONNX {field} {version}; ONNX Runtime \S+ reads up to \d+"
+    ) as found:
+        load_backend(path)
+    assert "pip install -U onnxruntime" in found.value.fix
+
+
+def test_an_export_has_the_lowest_ir_version_and_inspect_names_the_oldest_runtime(onnx_file):
+    from maskrcnn.export.inspection import inspect
+
+    model = onnx.load(onnx_file)
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
+    assert inspect(onnx_file).kind.startswith("ONNX IR 9, opset 20 (ONNX Runtime 1.17 or newer)")

@@ -29,6 +29,7 @@ from maskrcnn.data.convert.source import (
     Options,
     Source,
     are_splits,
+    checked_polygons,
     merged_rle,
     polygon_fields,
     require_entries,
@@ -138,7 +139,10 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
         category_id = vocabulary.id_of(label, where, faults)
         if category_id is None:
             return None
-        parts = [_labelme_outline(shape, size_hw, f"{place} ({label})") for place, shape in group]
+        # A part without an outline is left out of its object, not the object with it.
+        parts = list(faults.convert_each(group, partial(_labelme_part, label=label, size_hw=size_hw)))
+        if not parts:
+            return None
         if any(isinstance(part, np.ndarray) for part in parts):
             return ObjectAnnotation(category_id, rle_fields(merged_rle(parts, size_hw, where), where))
         return ObjectAnnotation(category_id, polygon_fields(parts, size_hw, where))
@@ -158,6 +162,13 @@ def _embedded_image(content: dict[str, Any], path: Path, file: Path) -> bytes:
     except (binascii.Error, ValueError) as error:
         found = f"{path}, imageData: not base64 ({error})"
         raise BadEntry("missing image", found, "an image in base64", "restore the image") from error
+
+
+def _labelme_part(_: int, item: tuple[str, Any], *, label: str, size_hw: tuple[int, int]) -> Any:
+    place, shape = item
+    where = f"{place} ({label})"
+    outline = _labelme_outline(object_at(shape, place), size_hw, where)
+    return outline if isinstance(outline, np.ndarray) else checked_polygons([outline], size_hw, where)[0].tolist()
 
 
 def _labelme_outline(shape: dict[str, Any], size_hw: tuple[int, int], where: str) -> Any:

@@ -221,7 +221,7 @@ def polygon_fields(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
     Raises:
         BadEntry: for a polygon that is malformed, far outside the image, or covers no pixel.
     """
-    points = _checked(polygons, size_hw, where)
+    points = checked_polygons(polygons, size_hw, where)
     area = _area(compressed_rle(points, *size_hw), where)
     corners = np.concatenate(points).reshape(-1, 2).clip(0, size_hw[::-1])
     (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
@@ -232,7 +232,9 @@ def polygon_fields(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
 def merged_rle(parts: Sequence[Any], size_hw: tuple[int, int], where: str) -> dict[str, Any]:
     """The union of polygons and masks (bool `[H, W]`) as compressed run lengths."""
     rles = [
-        _rle(part) if isinstance(part, np.ndarray) else compressed_rle(_checked([part], size_hw, where), *size_hw)
+        _rle(part)
+        if isinstance(part, np.ndarray)
+        else compressed_rle(checked_polygons([part], size_hw, where), *size_hw)
         for part in parts
     ]
     return {"size": list(size_hw), "counts": mask_api.merge(rles)["counts"].decode("ascii")}
@@ -270,7 +272,8 @@ def _area(rle: dict[str, Any], where: str) -> int:
     return area
 
 
-def _checked(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int], where: str) -> list[np.ndarray]:
+def checked_polygons(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int], where: str) -> list[np.ndarray]:
+    """Polygons (x, y, x, y, …) as arrays; raises a BadEntry, which `where` names, for a malformed one."""
     try:
         segmentation = checked_segmentation([list(polygon) for polygon in polygons], *size_hw)
     except AnnotationError as fault:
