@@ -20,9 +20,10 @@ import torch
 from timing import environment
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
-from maskrcnn.errors import UserError, exit_on_user_error
+from maskrcnn.data.layouts import find_split
+from maskrcnn.errors import UserError, report_errors
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training.augmentation import Augmentation
 from maskrcnn.training.loader import collate, training_loader
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of the loader; default: 2")
     given = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
-    with exit_on_user_error():
+    with report_errors():
         dataset = CocoDataset.load(given.dataset, find_split(given.dataset, given.split))
         preprocessing = Preprocessing(min_size_px=given.min_size, max_size_px=round(given.min_size * 1333 / 800))
         seconds = _stage_seconds(dataset, preprocessing, given.images)

@@ -258,7 +258,7 @@ def paste_check(found: list[Detections]) -> str:
             if ours["counts"] != theirs["counts"]:
                 differing += 1
                 pixels += int(np.count_nonzero(mask_api.decode(ours) != mask_api.decode(theirs)))
-    truth = GroundTruth(_truth_near(found), "simulated")
+    truth = GroundTruth.of_content(_truth_near(found), "simulated")
     scored = [score_entries(truth, entries, "segm", measured_by="segmentation") for entries in results.values()]
     metrics = [each.metrics for each in scored]
     largest = max(abs(metrics[0][name] - metrics[1][name]) for name in metrics[0])
@@ -308,7 +308,7 @@ def score_row(images: int, count: int, kind: str, repeat: int, progress: Progres
     content, results = simulated(images, count, kind, SIZE_HW)
 
     def ours(turn: int) -> Any:
-        scored = score_entries(GroundTruth(content, "simulated"), results, kind)
+        scored = score_entries(GroundTruth.of_content(content, "simulated"), results, kind)
         return scored, scored.metrics
 
     prepared: list[Any] = []
@@ -352,7 +352,7 @@ def _check_scores(ours: Any, theirs: Any) -> None:
 def _resample_row(images: int, count: int) -> Row:
     """Measure the confidence interval of an AP difference, matching included."""
     content, results = simulated(images, count, "bbox", SIZE_HW)
-    truth, rng = GroundTruth(content, "simulated"), np.random.default_rng(1)
+    truth, rng = GroundTruth.of_content(content, "simulated"), np.random.default_rng(1)
     other = [{**entry, "score": entry["score"] * float(rng.uniform(0.9, 1.1))} for entry in results]
     start = time.perf_counter()
     records = [match_records(truth, checked_results(truth, each, "bbox", "simulated")) for each in (results, other)]

@@ -45,7 +45,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from maskrcnn.config import LossConfig, ModelConfig, model_config
-from maskrcnn.errors import UserError, exit_on_user_error, missing_library
+from maskrcnn.errors import UserError, missing_library, report_errors
 from maskrcnn.files import atomic_path
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
@@ -500,5 +500,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

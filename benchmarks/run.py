@@ -38,7 +38,7 @@ from session import Progress, Unfinished, count, numbers, sizes_hw
 from timing import environment
 from workloads import Workload, dataset_workload, resnet50_workload
 
-from maskrcnn.errors import UserError, exit_on_user_error
+from maskrcnn.errors import UserError, report_errors
 from maskrcnn.weights.checkpoint import load_checkpoint
 
 _RESNET50 = "resnet50"
@@ -305,5 +305,5 @@ def _spread(latencies: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

@@ -25,7 +25,7 @@ from session import Progress, aligned, numbers, sizes_hw
 from timing import environment, machine, time_in_turns
 from workloads import generated_images, set_input_size, size_name
 
-from maskrcnn.errors import exit_on_user_error
+from maskrcnn.errors import report_errors
 from maskrcnn.files import atomic_path, write_json
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.machine import available_cpus
@@ -142,7 +142,7 @@ def dataset_curve(images: Sequence[int]) -> _Curve:
     datasets = {float(count): simulated(count, _RESULTS, "bbox", SIZE_HW) for count in images}
 
     def fast(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
-        return lambda turn: score_entries(GroundTruth(content, "simulated"), results, "bbox")
+        return lambda turn: score_entries(GroundTruth.of_content(content, "simulated"), results, "bbox")
 
     def theirs(content: dict[str, Any], results: list[dict[str, Any]]) -> Callable[[int], Any]:
         return lambda turn: scored_by_pycocotools(content, list(results), "bbox")
@@ -252,5 +252,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

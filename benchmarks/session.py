@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import write_json
 
 
@@ -50,9 +50,8 @@ def one_line(error: Exception | str) -> str:
     """Format an error in one line; of a `UserError` what was found and how to fix it."""
     if isinstance(error, UserError):
         return " ".join(f"{error.found}; {error.fix}".split())
-    text = " ".join(str(error).split())
     name = "" if isinstance(error, str) else f"{type(error).__name__}: "
-    return name + (text if len(text) <= 200 else text[:200] + " …")
+    return name + reason_of(error)
 
 
 def aligned(head: list[str], rows: Sequence[list[str]]) -> str:
@@ -79,11 +78,11 @@ class Progress:
     """Progress of a long command: a progress bar on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     @contextmanager
     def steps(self, title: str, total: int) -> Iterator[_Stepper]:
@@ -92,7 +91,12 @@ class Progress:
             self.say(title)
             yield _Stepper(None)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Bar(*columns, console=self.console, transient=True) as bar:
             bar.add_task(title, total=total)
             yield _Stepper(bar)

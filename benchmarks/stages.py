@@ -23,7 +23,7 @@ import numpy as np
 from session import size_hw
 from workloads import images_of_size
 
-from maskrcnn.errors import UserError, exit_on_user_error
+from maskrcnn.errors import UserError, report_errors
 from maskrcnn.files import write_json
 from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.imaging.preprocess import batch_images
@@ -219,5 +219,5 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

@@ -42,8 +42,9 @@ from trainers import (
 )
 
 from maskrcnn.config import TrainConfig, to_dict
-from maskrcnn.data.coco import CocoDataset, find_split
-from maskrcnn.errors import UserError, exit_on_user_error
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.layouts import find_split
+from maskrcnn.errors import UserError, report_errors
 from maskrcnn.files import write_json
 from maskrcnn.model import detector
 from maskrcnn.settings import assignments, merged
@@ -450,5 +451,5 @@ def _with_memory(row: _TrainingRow, config: TrainConfig, weights: Path, notes: l
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         main()

@@ -24,8 +24,9 @@ from maskrcnn import runs
 from maskrcnn.api.build_engine import build_engine
 from maskrcnn.api.export import export
 from maskrcnn.config import model_config
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
+from maskrcnn.data.layouts import find_split
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear, resized_size

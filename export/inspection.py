@@ -466,12 +466,28 @@ def _provenance(metadata: ModelMetadata) -> list[str]:
         f"classes: {len(classes)} ({names}), {'with' if metadata.has_masks else 'without'} masks, "
         f"at most {metadata.detections} detections",
         f"preprocessing: {size}, {pre.channel_order}, mean {list(pre.mean)}, std {list(pre.std)}",
+        *_inside(metadata),
         f"made from: SHA-256 {metadata.source_sha256 or 'not recorded'}",
         f"written by: {_pairs(metadata.versions) or 'not recorded'}",
     ]
     if metadata.has_keypoints:
         lines.insert(2, f"keypoints: {len(metadata.keypoint_names)} ({', '.join(metadata.keypoint_names)})")
     return lines + [f"stamp, {key}: {'; '.join(str(value).splitlines())}" for key, value in metadata.stamp.items()]
+
+
+def _inside(metadata: ModelMetadata) -> list[str]:
+    """Settings inside the graph, if recorded, and which of the model's were assumed."""
+    if not metadata.anchor_sizes_px:
+        return []
+    sizes, ratios = (
+        ", ".join(f"{value:g}" for value in values)
+        for values in (metadata.anchor_sizes_px, metadata.anchor_aspect_ratios)
+    )
+    lines = [
+        f"anchors: {sizes} px, ratios {ratios}; score threshold {metadata.score_threshold:g}, "
+        f"NMS IoU {metadata.nms_iou:g}"
+    ]
+    return lines + ([f"assumed, the weights did not state: {', '.join(metadata.assumed)}"] if metadata.assumed else [])
 
 
 def _megabytes(size: int) -> str:

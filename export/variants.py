@@ -38,6 +38,7 @@ from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 from maskrcnn.runtime.engine_files import check_portable, read_model
 from maskrcnn.runtime.verification.compare import HALF, INT8, Difference, Tolerance, compare_outputs, merge
 from maskrcnn.runtime.verification.inputs import validation_batches
+from maskrcnn.runtime.verification.verify import with_stages
 
 _Tensors = dict[str, np.ndarray]  # inputs or outputs by name
 _CALIBRATION_IMAGES = 64
@@ -52,6 +53,7 @@ def write_half(
     images: Path | None = None,
     limit: int = _CALIBRATION_IMAGES,
     simulate: bool = False,
+    max_unmatched: float = 0.0,
 ) -> tuple[CastReport, Difference]:
     """Writes a half-precision file and compares it with its source.
 
@@ -66,6 +68,8 @@ def write_half(
             precision.
         limit: maximum number of images from the folder.
         simulate: write the simulation instead, which any runtime runs.
+        max_unmatched: share of the detections that may lack a partner or differ by more than the tolerance, if larger
+            than the tolerance's own.
 
     Returns:
         The nodes in half precision, and the difference between the simulation and the source.
@@ -77,7 +81,7 @@ def write_half(
     if precision not in HALF_TYPES:
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "pass one of these")
     proto, metadata = single_precision(source)
-    batches = list(validation_batches(metadata.preprocessing.divisor))
+    batches = list(validation_batches(metadata.preprocessing.divisor, metadata.preprocessing.channels))
     observed = [] if images is None else feeds_from_files(images_in(images, limit), metadata)
     largest = largest_magnitudes(proto, itertools.chain(batches, observed))
     if images is not None:
@@ -86,13 +90,14 @@ def write_half(
     simulated = simulate_half(proto, precision, largest=largest)
     for each, name in ((model, precision), (simulated, f"{precision}, simulated")):
         _describe(each, metadata, source, name, {"casts": report.text()})
+    tolerance = with_share(HALF, max_unmatched)
     reference = _outputs_of(source, batches)
-    difference = _compare(simulated, output, source, OnnxRuntimeBackend, HALF, reference)
+    difference = _compare(simulated, output, source, OnnxRuntimeBackend, tolerance, reference)
     if simulate:
         _save(simulated, output)
     else:
         backend = OnnxRuntimeBackend if precision == "fp16" else OpenVinoBackend
-        _compare(model, output, source, backend, HALF, reference)
+        _compare(model, output, source, backend, tolerance, reference)
         _save(model, output)
     return report, difference
 
@@ -105,6 +110,7 @@ def write_int8(
     keep: Sequence[str] = DEFAULT_KEEP,
     limit: int = _CALIBRATION_IMAGES,
     for_tensorrt: bool = False,
+    max_unmatched: float = 0.0,
 ) -> tuple[QuantizationReport, Difference]:
     """Writes an 8-bit file and compares it with its source.
 
@@ -115,6 +121,7 @@ def write_int8(
         keep: layers to leave in single precision, see `to_int8`.
         limit: maximum number of images from the folder.
         for_tensorrt: write and compare the symmetric form that `write_tensorrt` needs.
+        max_unmatched: as for `write_half`.
 
     Returns:
         The quantised nodes, and the difference between the file and the source.
@@ -130,7 +137,8 @@ def write_int8(
     model = symmetric(model) if for_tensorrt else model
     _describe(model, metadata, source, "int8", {"quantization": report.text()})
     batches = feeds_from_files(images_in(calibration, COMPARED_IMAGES), metadata)
-    difference = _compare(model, output, source, OnnxRuntimeBackend, INT8, _outputs_of(source, batches))
+    tolerance = with_share(INT8, max_unmatched)
+    difference = _compare(model, output, source, OnnxRuntimeBackend, tolerance, _outputs_of(source, batches))
     _save(model, output)
     return report, difference
 
@@ -179,6 +187,11 @@ def _describe(
     set_metadata(model, dataclasses.replace(metadata, precision=precision, stamp=stamp))
 
 
+def with_share(tolerance: Tolerance, max_unmatched: float) -> Tolerance:
+    """A tolerance that accepts at least this share of unmatched detections."""
+    return dataclasses.replace(tolerance, departing_share=max(tolerance.departing_share, max_unmatched))
+
+
 def _outputs_of(source: Path, batches: Iterable[_Tensors]) -> list[tuple[_Tensors, _Tensors]]:
     """The inputs and outputs of the source for each batch."""
     backend = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
@@ -200,6 +213,9 @@ def _compare(
         onnx.checker.check_model(str(draft), full_check=True)
         candidate = backend(draft)
         difference = merge([compare_outputs(outputs, candidate(feeds), tolerance) for feeds, outputs in reference])
+        if not difference.detections:
+            whole = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
+            difference = with_stages(difference, whole, candidate)
     if not difference.within(tolerance):
         rejected = output.with_suffix(".rejected.onnx")
         _save(model, rejected)

@@ -11,8 +11,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskrcnn.data.images import EXIF_RULES
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing, with_channels
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
 from maskrcnn.settings import typed
 from maskrcnn.stages import LEVELS
@@ -23,6 +24,7 @@ OTHER_BACKBONES = ("vgg16", "vgg16_bn", "mobilenet_v3_large", "convnext_tiny")
 BACKBONES = (*RESNETS, *OTHER_BACKBONES, *_WIDER)  # torchvision's names
 NECKS = ("fpn", "panet", "bifpn")
 POOL_METHODS = ("align", "pool", "crop")
+_MAX_CHANNELS = 512  # of input images; hyperspectral cameras have some 300 bands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class ModelConfig:
     name: str = "maskrcnn_resnet50_fpn"
     class_names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()  # category_ids[k - 1] is the dataset's id of label k
+    channels: int = 3  # of the input images; 3: RGB
     backbone: str = "resnet50"  # one of BACKBONES
     frozen_batch_norm: bool = False  # freeze batch norm of the backbone, for fine-tuning in small batches
     batch_norm_epsilon: float = 1e-5  # of the backbone; 0 for torchvision's COCO_V1 weights of version 1
@@ -83,6 +86,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
             _check_choice(f"model.{name}", getattr(self, name), choices)
+        _check_range("model.channels", self.channels, low=1, high=_MAX_CHANNELS)
+        object.__setattr__(self, "preprocessing", with_channels(self.preprocessing, self.channels))
         _check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
         _check_levels("model.anchor_sizes_px", self.anchor_sizes_px)
         if self.anchor_strides_px:
@@ -201,9 +206,12 @@ class TrainConfig:
     model: ModelConfig
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    data: str = ""  # folder in COCO layout
+    data: str = ""  # folder of the dataset, or its annotation file
+    images: str = ""  # folder of the images; "": searched for near the annotation file
     train_split: str = "train"
     val_split: str = "val"
+    val_data: str = ""  # of the split to validate on; "": `data`
+    val_images: str = ""
     weights: str = _setting(
         "", "Pretrained weights: a checkpoint, a torchvision or Detectron2 file, or a name such as COCO_V1."
     )
@@ -235,6 +243,7 @@ class TrainConfig:
     )
     on_nonfinite: str = _setting("stop", "Action at a non-finite loss or gradient.", "stop", "skip")
     workers: int = _setting(-1, "Data loading processes; 0 loads in the training process, -1 uses the remaining cores.")
+    exif: str = _setting("auto", "EXIF orientations: by the annotated sizes, or for all images.", *EXIF_RULES)
     seed: int = _setting(0, "Random seed of weights, order, augmentation and sampling.")
     evaluate_every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.")
     tensorboard: bool = _setting(True, "Write TensorBoard scalars and images to the run's folder.")
@@ -337,7 +346,7 @@ MODELS: dict[str, dict[str, Any]] = {
         f"{family}_{backbone}_fpn{version}": {"backbone": backbone, **heads, **changes}
         for family, heads in _FAMILIES.items()
         for version, changes in _VERSIONS.items()
-        for backbone in RESNETS
+        for backbone in (*RESNETS, *_WIDER)
         if (family, version) != ("keypointrcnn", "_v2")
     },
     **{

@@ -1,10 +1,20 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read, and how a program prints them."""
 
 from __future__ import annotations
 
+import codecs
+import os
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+# What stands for the signs of our messages where an output encoding lacks them.
+_SIGNS = {"→": "->", "×": "x", "…": "...", "·": "*", "±": "+/-", "≤": "<=", "≥": ">=", "−": "-", "σ": "sigma", "–": "-"}
+_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
 class UserError(Exception):
@@ -30,16 +40,102 @@ def missing_library(name: str, enables: str, install: str) -> UserError:
     return UserError(f"no Python package {name}", f"{name}, to {enables}", f"`{install}`; see `maskrcnn doctor`")
 
 
+def reason_of(error: BaseException | str) -> str:
+    """The whole text of another library's error on one line; the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy, PyTorch or a runtime says that memory ran out."""
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _MEMORY_TEXTS)
+
+
 @contextmanager
-def exit_on_user_error(before_exit: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A `UserError` inside this context is printed to standard error, and ends the program with exit code 1.
+def report_errors(show_traceback: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Ends a program whatever happens inside this context with a message and an exit code, and without a traceback.
+
+    A `UserError` is printed to standard error, with exit code 1; so are errors of the system and of memory. Any other
+    exception is a fault of the program: the message says where its traceback was written. An interruption gives 130.
+    Standard output and error get replacements for characters that their encoding lacks.
 
     Args:
-        before_exit: called before the error is printed, while it is handled.
+        show_traceback: called with an error at hand: whether to print its traceback too.
     """
+    codecs.register_error("maskrcnn", _replacement)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="maskrcnn")
     try:
         yield
-    except UserError as error:
-        before_exit()
-        print(f"Error: {error}", file=sys.stderr)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here rather than at exit, where a full disk could not be reported
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except BrokenPipeError:  # the reader has seen enough
+        _silence_output()
         sys.exit(1)
+    except Exception as error:
+        if show_traceback():
+            traceback.print_exc()
+        _end(f"Error: {_explained(error)}", 1)
+
+
+def _explained(error: Exception) -> UserError:
+    """The error in the three parts of a `UserError`."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        return UserError(
+            f"out of memory ({reason_of(error)})",
+            "work that fits into memory",
+            "use smaller images (--size, --min-size, --max-size), a smaller batch, or fewer processes",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = " ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return UserError(
+            f"{where or 'a file'}: {error.strerror}",
+            "files, folders and disks that can be read and written",
+            "check the path, its permissions and the space on the disk; --verbose shows where it happened",
+        )
+    return UserError(
+        f"internal error, {type(error).__name__}: {error}",
+        "a result, or an error that explains itself",
+        f"report it with its traceback: {_saved_traceback()}",
+    )
+
+
+def _saved_traceback() -> str:
+    """Writes the traceback of the error at hand to a temporary file; returns its path, or the traceback itself."""
+    text = f"{shlex.join(sys.argv)}\nPython {sys.version}\n{traceback.format_exc()}"
+    try:
+        with tempfile.NamedTemporaryFile(prefix="maskrcnn-", suffix=".txt", delete=False) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+        return file.name
+    except OSError:
+        return text
+
+
+def _end(message: str, code: int) -> NoReturn:
+    with suppress(OSError, ValueError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _silence_output() -> None:
+    """Lets the interpreter's last flush of standard output succeed."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _replacement(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Our signs in ASCII; anything else, such as a file name that is not UTF-8, as escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        return codecs.backslashreplace_errors(error)
+    text = error.object[error.start : error.end]
+    replaced = "".join(_SIGNS.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in text)
+    return replaced, error.end

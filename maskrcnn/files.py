@@ -1,20 +1,24 @@
-"""JSON files, atomic writing of files, and the cache folder."""
+"""JSON files, atomic writing of files, what a command may write over, and the cache folder."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError
 
+_HEAD_BYTES = 1024  # of a file, in which its kind shows
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of any file
 
 
@@ -25,12 +29,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The temporary name is hidden and keeps the suffix, by which some writers choose the format. Missing parent folders
     are created. On an exception the temporary file is removed and `path` is unchanged.
 
+    A device or pipe, such as /dev/stdout, is written to and stays what it is.
+
     Raises:
         UserError: if the file cannot be written: it is a folder, the disk is full or read-only.
         RuntimeError: if the block did not write the temporary file.
     """
     path = Path(path)
     check_target(path)
+    if _is_device(path):
+        with tempfile.TemporaryDirectory() as folder, _disk_errors(path):
+            draft = Path(folder) / f"draft{path.suffix}"
+            yield draft
+            with open(draft, "rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+        return
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     with _disk_errors(path, temporary):
         try:
@@ -68,7 +81,7 @@ def check_target(path: str | Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: a folder", "the name of a file", f"name a file, such as {path / 'NAME'}")
     make_folder(path.parent)
-    if not os.access(path.parent, os.W_OK):
+    if not _is_device(path) and not os.access(path.parent, os.W_OK):
         raise UserError(
             f"folder {path.parent} cannot be written",
             "a writable folder",
@@ -79,13 +92,20 @@ def check_target(path: str | Path) -> None:
 def write_json(path: str | Path, obj: Any, *, indent: int | None = 2) -> None:
     """Write `obj` to `path` as JSON in UTF-8, atomically; the same object gives the same bytes.
 
+    Bytes of file names that are not UTF-8 (surrogates in Python) become JSON escapes, which `json.loads` reverts.
+
     Raises:
         ValueError: for NaN and infinity.
         TypeError: for objects that are not JSON-serialisable.
     """
     text = json.dumps(obj, indent=indent, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+        temporary.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
+
+
+def write_report(path: str | Path, command: str, content: dict[str, Any]) -> None:
+    """Write the JSON report of a command, which `report_kind` recognises; see `write_json`."""
+    write_json(path, {"written_by": f"maskrcnn {command}", **content})
 
 
 def read_json(path: str | Path, what: str) -> Any:
@@ -170,6 +190,153 @@ def _private_temporary_folder() -> Path:
 def report_path(path: Path) -> Path:
     """Path of an HTML report: the file itself, or `report.html` in a folder."""
     return path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
+
+
+# What a command may write over
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file that a command writes, and how one from an earlier run is recognised."""
+
+    name: str  # such as "an HTML page of maskrcnn"
+    recognises: Callable[[Path], bool]  # of an existing, non-empty file
+
+    @classmethod
+    def starting_with(cls, name: str, pattern: bytes) -> FileKind:
+        """A kind whose files begin with a regular expression."""
+        expression = re.compile(pattern, re.DOTALL)
+        return cls(name, lambda path: expression.match(_head(path)) is not None)
+
+
+def report_kind(command: str) -> FileKind:
+    """The kind of the JSON reports that a command writes with `write_report`."""
+    pattern = rb'\s*\{\s*"written_by": "maskrcnn %s"' % re.escape(command).encode()
+    return FileKind.starting_with(f"a JSON report of `maskrcnn {command}`", pattern)
+
+
+RESULTS_FILE = FileKind.starting_with(
+    "a results file in COCO's format", rb'\s*\[\s*(\]|\{\s*"(image_id|category_id|bbox)")'
+)
+PAGE = FileKind.starting_with(
+    "an HTML page of maskrcnn", rb'<!doctype html>.*<meta name="generator" content="maskrcnn"'
+)
+DRAWING = FileKind.starting_with("an image that maskrcnn drew", rb"\x89PNG\r\n\x1a\n.*tEXtSoftware\x00maskrcnn")
+ONNX = FileKind.starting_with("an ONNX file", rb"\x08[\x01-\x7f]")  # the field ir_version, which is written first
+OPENVINO = FileKind.starting_with("an OpenVINO model", rb"<\?xml[^>]*>\s*<net\b")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that a command is to write."""
+
+    option: str  # that names it, for errors: "--json"
+    path: Path
+    kind: FileKind | None  # None: the writer itself refuses files of other kinds
+
+
+def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path | None], *, overwrite: bool = False) -> None:
+    """Check, before any work, that a command's outputs replace nothing but its own earlier outputs.
+
+    A file that the command reads is never replaced, by whatever path, link or hard link it is named, nor is any other
+    file in a folder that the command reads. Elsewhere a file of another kind is replaced with `overwrite` only.
+
+    Args:
+        outputs: files to write; those of the same kind, from an earlier run, are replaced.
+        inputs: files and folders that the command reads; None is ignored.
+        overwrite: replace files of another kind too.
+
+    Raises:
+        UserError: for the first output that may not or cannot be written.
+    """
+    read = [Path(path) for path in inputs if path is not None]
+    folders = [path for path in read if path.is_dir()]
+    taken = {key: "a file that the command reads" for path in read for key in _identities(path)}
+    for output in outputs:
+        named = f"{output.option} {output.path}"
+        check_target(output.path)
+        if _is_device(output.path):
+            continue
+        keys = _identities(output.path)
+        if user := next((taken[key] for key in keys if key in taken), None):
+            raise UserError(f"{named}, {user}", "another file", f"choose another name for {output.option}")
+        taken |= dict.fromkeys(keys, f"which {output.option} names as well")
+        kind = output.kind
+        if kind is None or not output.path.exists() or not output.path.stat().st_size or kind.recognises(output.path):
+            continue
+        folder = next((path for path in folders if _is_inside(output.path, path)), None)
+        if folder is not None:
+            expected = f"a new file, or {kind.name}, in {folder}, which the command reads"
+            raise UserError(f"{named}, a file that maskrcnn did not write", expected, "choose another name")
+        if not overwrite:
+            raise UserError(
+                f"{named}, a file that exists and is not {kind.name}",
+                "a new file, or one that the same command wrote",
+                "choose another name, or replace the file with --overwrite",
+            )
+
+
+def check_output_folder(
+    option: str,
+    folder: Path,
+    inputs: Iterable[str | Path | None],
+    kinds: Iterable[FileKind],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Check, before any work, that a folder for outputs is not one that the command reads, and can be written.
+
+    Args:
+        option: that names the folder, for errors.
+        folder: folder to write to; created if missing.
+        inputs: files and folders that the command reads; None is ignored.
+        kinds: kinds of the files that are written; in a folder that the command reads, `folder` may hold no others.
+        overwrite: write beside other files elsewhere.
+
+    Raises:
+        UserError: otherwise.
+    """
+    make_folder(folder)
+    check_target(folder / "x")
+    named = f"{option} {folder}"
+    read = [Path(path) for path in inputs if path is not None and Path(path).is_dir()]
+    if any(set(_identities(folder)) & set(_identities(path)) for path in read):
+        found = f"{named}, a folder that the command reads"
+        raise UserError(found, "a folder of its own for what is written", f"choose another {option}")
+    is_read = any(_is_inside(folder, path) for path in read)
+    if overwrite and not is_read:
+        return
+    known = tuple(kinds)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not any(kind.recognises(path) for kind in known):
+            fix = f"choose another {option}" + ("" if is_read else ", or write beside these files with --overwrite")
+            raise UserError(f"{named}, which holds {path.name}", "a folder that is new or of the same command", fix)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError:  # a file that cannot be read was not written by us
+        return b""
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path exists and is neither a file nor a folder: a device, a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _identities(path: Path) -> list[str | tuple[int, int]]:
+    """What two names of one file or folder have in common: the path without links, or the inode of hard links."""
+    try:
+        state = path.stat()
+    except OSError:  # missing, or a loop of links
+        return [os.path.realpath(path)]
+    return [os.path.realpath(path), (state.st_dev, state.st_ino)]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 @contextmanager

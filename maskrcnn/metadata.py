@@ -29,6 +29,12 @@ class ModelMetadata:
     keypoint_names: tuple[str, ...] = ()  # (): no output `keypoints`, as in older files
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, numbered from 1 as in COCO
     keypoint_sigmas: tuple[float, ...] = ()  # OKS sigmas
+    # What decides detections inside the graph; empty or None in older files.
+    anchor_sizes_px: tuple[float, ...] = ()
+    anchor_aspect_ratios: tuple[float, ...] = ()
+    score_threshold: float | None = None
+    nms_iou: float | None = None
+    assumed: tuple[str, ...] = ()  # fields of the model that imported weights did not state
     precision: str = "fp32"  # precision of weights and computation
     source_sha256: str = ""  # file that this one was made from
     versions: dict[str, str] = field(default_factory=dict)  # software that wrote the file
@@ -65,7 +71,7 @@ class ModelMetadata:
             values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
             for key in ("class_names", "category_ids"):
                 values[key] = tuple(values[key])
-            for key in ("keypoint_names", "keypoint_sigmas"):
+            for key in ("keypoint_names", "keypoint_sigmas", "anchor_sizes_px", "anchor_aspect_ratios", "assumed"):
                 values[key] = tuple(values.get(key, ()))
             values["keypoint_skeleton"] = tuple(tuple(pair) for pair in values.get("keypoint_skeleton", ()))
             return cls(**values)

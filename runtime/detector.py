@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maskrcnn.data.images import ImageNotes, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
@@ -27,25 +29,39 @@ class Detector:
 
     Args:
         backend: the loaded model.
+        pixel_range: (low, high) of samples of more than 8 bits in image files, which become 0 and 255 (default: the
+            model's; see `data/images.py`).
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, pixel_range: Sequence[float] | None = None) -> None:
         self.backend = backend
+        self.preprocessing = backend.metadata.preprocessing
+        if pixel_range is not None:
+            self.preprocessing = replace(self.preprocessing, pixel_range=tuple(pixel_range))
+        self.notes = ImageNotes()  # what reading image files has lost
 
     @classmethod
-    def load(cls, path: str | Path, backend: str | None = None, **options: Any) -> Detector:
+    def load(
+        cls,
+        path: str | Path,
+        backend: str | None = None,
+        *,
+        pixel_range: Sequence[float] | None = None,
+        **options: Any,
+    ) -> Detector:
         """Loads a checkpoint, an ONNX file or an engine.
 
         Args:
             path: `.safetensors`, `.onnx`, `.xml` or `.engine`.
             backend: "torch", "onnxruntime", "openvino" or "tensorrt", if the kind of file has several. A suffix
                 selects a provider of ONNX Runtime ("onnxruntime:cuda") or a precision of PyTorch ("torch:fp16").
+            pixel_range: as the class takes it.
             options: of the backend, such as `threads`, `precision` or `graphs`.
 
         Raises:
             UserError: if the file cannot be used or the backend's library is missing.
         """
-        return cls(load_backend(Path(path), backend, **options))
+        return cls(load_backend(Path(path), backend, **options), pixel_range=pixel_range)
 
     @property
     def metadata(self) -> ModelMetadata:
@@ -56,13 +72,25 @@ class Detector:
         """Returns lines about how the model runs here; see `backends.base.Remarks`."""
         return self.backend.remarks() if isinstance(self.backend, Remarks) else []
 
-    def detect(self, images: list[np.ndarray]) -> list[Detections]:
+    def read(self, path: str | Path) -> np.ndarray:
+        """Reads an image file for `detect`: upright, in the model's bands and pixel range, `[H, W, C]`.
+
+        What is lost is counted in `notes`.
+
+        Raises:
+            UserError: as `maskrcnn.data.images.read_image`.
+        """
+        return read_image(path, self.preprocessing, notes=self.notes)
+
+    def detect(self, images: Sequence[np.ndarray | str | Path]) -> list[Detections]:
         """Returns the detections of a batch of images, in pixels of each original image.
 
         Args:
-            images: uint8 `[H, W, 3]` RGB, of any sizes; the batch is padded to the largest.
+            images: files, or arrays uint8 `[H, W, 3]` RGB (or of the model's other channels; or float32 from 0 to 255),
+                of any sizes; the batch is padded to the largest.
         """
         self.backend.check_process()
+        images = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
         outputs, sizes = self.backend.run_images(images)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
         found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from maskrcnn import errors
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import cache_folder
 from maskrcnn.machine import available_cpus, shared_memory_mb
 from maskrcnn.plugins import build
@@ -437,7 +437,7 @@ def _probe_onnxruntime() -> Iterator[Facts]:
             created = provider in session.get_providers()
             states[provider] = "" if created else "ONNX Runtime fell back to the CPU"
         except Exception as error:
-            states[provider] = str(error).splitlines()[0][:200]
+            states[provider] = reason_of(error)
         yield {"providers": dict(states)}
 
 
@@ -512,7 +512,7 @@ def print_facts(name: str) -> None:
         absent = (error.name or "").partition(".")[0]
         emit({"error": str(error), "missing": absent == ("cuda" if name == "cuda-python" else name)})
     except Exception as error:
-        emit({"error": f"{type(error).__name__}: {error}"[:300]})
+        emit({"error": f"{type(error).__name__}: {reason_of(error)}"})
 
 
 def probe(name: str) -> Facts:

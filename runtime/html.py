@@ -21,7 +21,8 @@ _JPEG_QUALITY = 88
 
 def page(title: str, parts: Iterable[str]) -> str:
     """A page from the parts of its body."""
-    head = f'<meta charset="utf-8"><title>{text(title)}</title><style>{_STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="generator" content="maskrcnn">'
+    head += f"<title>{text(title)}</title><style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 

@@ -266,7 +266,7 @@ _Feeds = dict[str, np.ndarray]
 def feeds_from_files(paths: Sequence[Path], metadata: ModelMetadata) -> Iterator[_Feeds]:
     """Yields a batch of one preprocessed image for each file."""
     for path in paths:
-        images, sizes = batch_images([read_image(path)], metadata.preprocessing)
+        images, sizes = batch_images([read_image(path, metadata.preprocessing)], metadata.preprocessing)
         yield {"images": images, "image_sizes": sizes}
 
 

@@ -14,6 +14,7 @@ from maskrcnn.api.export import CALIBRATION_IMAGES, temporary_folder, write_vari
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
+from maskrcnn.files import ONNX, OPENVINO, FileKind, Output, check_outputs
 
 if TYPE_CHECKING:
     from maskrcnn.plugins.toolchain import Toolchain
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 EnginePrecision = Literal["fp16", "fp32", "bf16", "int8", "tf32"]
 _HALF = ("fp16", "bf16")
-_MAX_WARNINGS, _MAX_CHARACTERS = 3, 300  # of TensorRT's warnings that are printed
+_MAX_WARNINGS = 3  # of TensorRT that are printed; the result has all
 BATCH, SIZE, GATE_IMAGES = "1", "coco", 16  # defaults
 
 
@@ -58,7 +59,7 @@ class BuildResult(Result):
                 f"{self.path} and {self.path.with_suffix('.bin').name}, from {self.source}",
             ]
         return [
-            *(f"TensorRT warns: {warning[:_MAX_CHARACTERS]}" for warning in self.warnings[:_MAX_WARNINGS]),
+            *(f"TensorRT warns: {warning}" for warning in self.warnings[:_MAX_WARNINGS]),
             f"{stamp['precision']} on {stamp['gpu']} with TensorRT {stamp['tensorrt']}, plugins: {stamp['plugins']}",
             compared,
             f"{self.path} ({self.size_mb} MB) and {self.path.name}.json, from {self.source}",
@@ -89,6 +90,7 @@ def build_engine(
     gate_images: str | Path | None = None,
     gate_annotations: str | Path | None = None,
     gate_max_images: int = GATE_IMAGES,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Builds the fastest engine for this machine, compared with the ONNX file before it is kept.
@@ -118,6 +120,7 @@ def build_engine(
         gate_images: folder of images to compare on, beside drawn shapes.
         gate_annotations: COCO annotations of these images; AP is compared, too.
         gate_max_images: maximum number of images to take from `gate_images`; AP uses all annotated ones.
+        overwrite: replace files of the engine's names that are no engines; never a file that is read.
         progress: receives messages and steps.
 
     Raises:
@@ -159,6 +162,7 @@ def build_engine(
         gate_max_images=gate_max_images,
         stage_of=_StageOfNode(onnx.with_suffix(f".{precision}.tensorrt.onnx")),
     )
+    _check_outputs(request, overwrite=overwrite)
     if not is_openvino:
         return _build_tensorrt(request, obstacle, progress)
     options = " ".join(request.tensorrt_options())
@@ -179,6 +183,7 @@ def refit_engine(
     gate_images: str | Path | None = None,
     gate_annotations: str | Path | None = None,
     gate_max_images: int = GATE_IMAGES,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Puts the weights of an ONNX file into a TensorRT engine, compared with the file before it is kept.
@@ -190,6 +195,7 @@ def refit_engine(
         gate_images: as `build_engine`, also the next two.
         gate_annotations: COCO annotations.
         gate_max_images: maximum number of images.
+        overwrite: as `build_engine`.
         progress: receives messages and steps.
 
     Raises:
@@ -202,7 +208,7 @@ def refit_engine(
 
     progress = progress or Progress()
     engine, onnx, output = Path(engine), Path(model), Path(output)
-    if output.suffix != ".engine" or output.resolve() == engine.resolve():
+    if output.suffix != ".engine":
         raise UserError(f"--output {output}", "another file that ends in .engine", "choose another name")
     metadata = check_refittable(engine, onnx)
     single_precision(onnx)
@@ -220,6 +226,7 @@ def refit_engine(
         gate_max_images=gate_max_images,
         stage_of=_StageOfNode(graph),
     )
+    _check_outputs(request, engine, overwrite=overwrite)
     _write_graph(request, progress)
     return _result(refit_tensorrt_engine(engine, request, progress), onnx, "tensorrt")
 
@@ -271,6 +278,28 @@ def _check_options(
         raise UserError("--keep without --int8", "--int8 CALIBRATION_DIR", "drop --keep")
     if refit and strip_weights:
         raise UserError("--refit and --strip-weights", "one of them", "use --refit to replace the weights later")
+
+
+def _check_outputs(request: BuildRequest, *inputs: Path, overwrite: bool) -> None:
+    """Refuses an engine whose files would replace files that are read, or no engines."""
+    from maskrcnn.runtime.engine_files import metadata_path
+
+    path = request.output
+    description = FileKind.starting_with("the metadata of an engine", rb'\{"model": ')
+    plan = FileKind("an engine of maskrcnn", lambda path: description.recognises(metadata_path(path)))
+    weights = FileKind("the weights of an OpenVINO model", lambda path: OPENVINO.recognises(path.with_suffix(".xml")))
+    cache = FileKind("a timing cache, .cache", lambda path: path.suffix == ".cache")  # its content is TensorRT's
+    if path.suffix == ".xml":
+        outputs = [Output("--output", path, OPENVINO), Output("--output", path.with_suffix(".bin"), weights)]
+    else:
+        outputs = [
+            Output("--output", path, plan),
+            Output("--output", metadata_path(path), description),
+            Output("MODEL", request.graph, ONNX),  # written beside the model
+            *([Output("--timing-cache", request.timing_cache, cache)] if request.timing_cache else []),
+        ]
+    read = (request.model, request.calibration, request.gate_images, request.gate_annotations, *inputs)
+    check_outputs(outputs, read, overwrite=overwrite)
 
 
 def _path(value: str | Path | None) -> Path | None:

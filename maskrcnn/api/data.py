@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.files import DRAWING, Output, check_output_folder, check_outputs, report_kind, write_report
 
 if TYPE_CHECKING:
     from maskrcnn.data.check_report import DatasetReport
@@ -56,14 +57,18 @@ def convert(
     mask_suffix: str | None = None,
     divisor: int | None = None,
     void: int | None = None,
+    crowd: bool = True,
+    json: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a dataset to COCO format.
 
     Args:
-        kind: format of the source: "coco", "voc", "visual-genome", "penn-fudan", "synthia", "cityscapes", "id-masks",
-            "mask-files", "labelme" or "via".
-        source: folder of the dataset; for "via" also its JSON file.
+        kind: format of the source: "coco" (any layout that training reads), "yolo", "voc", "visual-genome",
+            "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme", "via", or "datumaro:FORMAT" for
+            any format that the library Datumaro reads.
+        source: folder of the dataset; for "coco", "yolo" and "via" also its annotation file.
         out: folder to write; it must not exist or be empty.
         keep_going: skip and count what cannot be converted instead of stopping.
         copy: copy the images. Default: hard links.
@@ -79,11 +84,14 @@ def convert(
         with_masks: "voc": take the masks of its segmentation lists instead of the boxes.
         difficult: "voc": "crowd", "keep" or "drop" its difficult objects.
         zero_based: "voc": box coordinates count from 0.
-        image_folder: "id-masks", "via": folder of the images below `source`.
+        image_folder: "id-masks", "via": folder of the images below `source`; "coco": of the images of its file.
         mask_folder: "id-masks": folder of the masks below `source`.
         mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
         divisor: "id-masks": pixel values are class · divisor + instance.
         void: "id-masks": pixel value of no object, besides 0.
+        crowd: "coco": keep crowd regions. False: convert them to objects.
+        json: file to write the counts to.
+        overwrite: replace `json` even if `convert` did not write it; never a file that is read.
         progress: receives progress.
 
     Raises:
@@ -107,7 +115,13 @@ def convert(
         mask_suffix=mask_suffix,
         divisor=divisor,
         void=void,
+        crowd=crowd,
     )
+    read = (source, classes if isinstance(classes, (str, Path)) else None, alias)
+    lists = [text.partition("=")[2] for text in split]
+    if json is not None:
+        output = Output("--json", Path(json), report_kind("data convert"))
+        check_outputs([output], (*read, *filter(None, lists)), overwrite=overwrite)
     plan = split_plan(split, rest=rest, val_fraction=val_fraction, seed=seed)
     with _counted(progress, "converting") as advance:
         report = run(
@@ -120,7 +134,7 @@ def convert(
             copies=copy,
             progress=advance,
         )
-    return ConvertResult(
+    result = ConvertResult(
         report.out,
         report.classes,
         report.images,
@@ -129,26 +143,58 @@ def convert(
         report.left_out,
         list(report.notes),
     )
+    if json is not None:
+        write_report(json, "data convert", result.to_dict())
+    return result
 
 
-def check_data(data: str | Path, *, split: Sequence[str] = (), progress: Progress | None = None) -> DatasetReport:
-    """Checks a COCO-format dataset for what training would refuse, skip, or learn wrongly.
+def check_data(
+    data: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    split: Sequence[str] = (),
+    exif: str = "auto",
+    output: str | Path | None = None,
+    images: int = 16,
+    json: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DatasetReport:
+    """Checks a dataset for what training would refuse, skip, or learn wrongly.
 
     Args:
-        data: folder of the dataset.
+        data: folder of the dataset (see docs/data.md for the layouts), or its annotation file.
+        image_folder: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
-        progress: receives progress.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
+        output: folder to write images of the findings and of samples to.
+        images: maximum number of images per finding.
+        json: file to write the report to.
+        overwrite: replace files that `check_data` did not write; never one of the dataset.
+        progress: receives messages and progress.
 
     Returns:
         a report with `findings`, `text()` and `to_dict()`.
 
     Raises:
-        UserError: if the folder is not a dataset in COCO format.
+        UserError: if there is no dataset.
     """
     from maskrcnn.data.check import check_dataset
+    from maskrcnn.data.check_report import draw_findings
 
+    progress = progress or Progress()
+    if output is not None:
+        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+    if json is not None:
+        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
     with _counted(progress, "checking") as advance:
-        return check_dataset(Path(data), split, progress=advance)
+        report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
+    if output is not None:
+        count = draw_findings(report, Path(output), per_problem=images)
+        progress.message(f"{count} images → {output}")
+    if json is not None:
+        write_report(json, "data check", report.to_dict())
+    return report
 
 
 class _counted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, check_target, report_path, write_json
+from maskrcnn.files import (
+    PAGE,
+    RESULTS_FILE,
+    Output,
+    atomic_path,
+    check_outputs,
+    report_kind,
+    report_path,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from maskrcnn.data.coco import CocoDataset
@@ -61,10 +70,14 @@ class _Options:
     resamples: int
     seed: int
     threshold: float
+    exif: str
+    pixel_range: tuple[float, ...] | None
     save_results: Path | None
     json: Path | None
     report: Path | None
     worst: int
+    strict: bool
+    overwrite: bool
 
 
 def evaluate(
@@ -87,25 +100,29 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     threshold: float = 0.5,
+    exif: str = "auto",
+    pixel_range: Sequence[float] | None = None,
     save_results: str | Path | None = None,
     json: str | Path | None = None,
     report: str | Path | None = None,
     worst: int = 12,
+    strict: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> EvaluateResult | None:
     """Computes COCO metrics; every value equals pycocotools' to the last digit.
 
     Args:
         model: checkpoint, ONNX file or engine; or None, with `results`.
-        data: folder of a dataset in COCO format.
+        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. Padding of a batch changes metrics in the third decimal.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
-        annotations: annotation file in COCO format, with `results` instead of `data`.
-        images: folder of the images of `annotations`, for the report.
+        annotations: annotation file in COCO format, instead of `data`.
+        images: folder of its images. Default: searched for near it.
         iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
         max_detections: limits of detections per image and class, ascending, such as (1, 10, 500): average recall is
             measured at each, all other metrics at the last. Default: COCO's 1, 10 and 100 (20 for keypoints).
@@ -113,10 +130,14 @@ def evaluate(
         resamples: bootstrap resamples of the images for intervals of AP.
         seed: random seed of the resamples.
         threshold: lowest score in comparisons of images, in confusions and in the images of the report.
+        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
+        pixel_range: as `maskrcnn.predict`.
         save_results: file to write the results to, as COCO's server takes them.
         json: file to write metrics and results to.
         report: HTML file to write, or a folder for `report.html`.
         worst: maximum number of images in the report.
+        strict: refuse annotation files with entries that are skipped or repaired.
+        overwrite: replace output files that `evaluate` did not write; never one that it reads.
         progress: receives messages.
 
     Returns:
@@ -146,10 +167,14 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         threshold=threshold,
+        exif=exif,
+        pixel_range=None if pixel_range is None else tuple(pixel_range),
         save_results=_path(save_results),
         json=_path(json),
         report=_path(report),
         worst=worst,
+        strict=strict,
+        overwrite=overwrite,
     )
     _check(options)
     protocol_of("bbox", options.max_detections)  # faults show before detecting
@@ -165,7 +190,7 @@ def evaluate(
         progress.message(remark)
     files: list[Path] = []
     if options.save_results is not None:  # before the comparison, which may fail
-        files += _save(options.save_results, evaluation)
+        files += _save(options.save_results, evaluation.results, tuple(evaluation.scored))
     differences = _differences(options, evaluation, truth, progress)
     if options.json is not None:
         _write_json(options, evaluation, differences)
@@ -200,38 +225,52 @@ def _check(options: _Options) -> None:
         raise UserError(
             found, "one of them", "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
         )
-    if options.model is not None and options.data is None:
-        raise UserError("a model without --data", "the folder of a dataset", "add --data DIR")
-    if options.model is not None and options.annotations is not None:
-        raise UserError("a model with --annotations", "--data DIR", "name the folder that holds annotations/")
-    if options.results is not None and (options.annotations is None) == (options.data is None):
-        found = "--results with --annotations and --data" if options.data else "--results without --annotations"
-        raise UserError(found, "the ground truth of the results", "add --annotations FILE, or --data DIR")
+    if (options.annotations is None) == (options.data is None):
+        given = "a model" if options.model is not None else "--results"
+        found = f"{given} with --annotations and --data" if options.data else f"{given} without --data or --annotations"
+        raise UserError(found, "the ground truth", "add --data DIR, or --annotations FILE")
     if options.results is not None and (options.resume is not None or options.processes > 1):
         raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
-    if options.images is not None and options.annotations is None:
-        raise UserError("--images without --annotations", "--annotations", "drop it: --data has the images")
     if options.compare is not None and not options.compare.is_file():
         raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
-    outputs = {"--save-results": options.save_results, "--json": options.json, "--resume": options.resume}
-    if options.report is not None:
-        outputs["--report"] = report_path(options.report)
-    inputs = [path.resolve() for path in (options.model, options.results, options.annotations, options.compare) if path]
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        if path.resolve() in inputs:
-            raise UserError(f"{option} {path}, an input of the command", "another file", "choose another name")
-        check_target(path)
+    outputs = [
+        *(Output("--save-results", path, RESULTS_FILE) for path in _results_paths(options.save_results)),
+        *([Output("--json", options.json, report_kind("evaluate"))] if options.json else []),
+        *([Output("--report", report_path(options.report), PAGE)] if options.report else []),
+        *([Output("--resume", options.resume, None)] if options.resume else []),
+    ]
+    inputs = (options.model, options.data, options.results, options.annotations, options.images, options.compare)
+    check_outputs(outputs, inputs, overwrite=options.overwrite)
+
+
+def _results_paths(path: Path | None) -> list[Path]:
+    """The files that `save_results` may stand for: itself for one kind, and one for each of several."""
+    if path is None:
+        return []
+    from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+
+    return [path, *(path.with_suffix(f".{kind}{path.suffix}") for kind in KIND_NAMES)]
 
 
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
-    from maskrcnn.data.coco import CocoDataset, find_split
+    from maskrcnn.data.coco import CocoDataset
+    from maskrcnn.data.layouts import find_split, list_splits
+    from maskrcnn.data.survey import with_exif
 
-    assert options.data is not None
-    dataset = CocoDataset.load(options.data, find_split(options.data, options.split), require_images=require_images)
-    for line in dataset.skipped_lines():
+    place = options.data or options.annotations
+    assert place is not None
+    if options.annotations is not None:
+        (split,) = list_splits(place, options.images)
+    else:
+        split = find_split(place, options.split, options.images)
+    dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
+    dataset = with_exif(dataset, options.exif)
+    for line in dataset.note_lines():
         progress.message(line)
+    if options.strict:
+        dataset.require_unchanged()
+    if not any(record.instances for record in dataset.images):
+        dataset.require_objects("be found")
     return dataset
 
 
@@ -259,6 +298,8 @@ def _evaluate_model(
         with_masks=facts["has_masks"] and dataset.has_masks,
         with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # absent from older logs
     )
+    if options.save_results is not None and resume == options.resume and model == options.model:
+        _save(options.save_results, results, kinds)  # before the scoring, which may fail
     evaluation = score_kinds(
         dataset,
         results,
@@ -276,6 +317,7 @@ def _detect(
 ) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
     """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
     from maskrcnn.data.coco import crowded_line
+    from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
     from maskrcnn.runtime.evaluation.sharding import (
@@ -286,8 +328,18 @@ def _detect(
         use_own_gpu,
     )
 
-    assert options.data is not None
-    task = DetectionTask(model, options.data, dataset.split, options.backend, options.batch_size)
+    task = DetectionTask(
+        model=model,
+        data=dataset.root,
+        split=dataset.split,
+        backend=options.backend,
+        batch_size=options.batch_size,
+        images=options.images,
+        exif=options.exif,
+        pixel_range=options.pixel_range,
+    )
+    for line in survey_images(dataset).lines() if not share.rank else ():
+        progress.message(line)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"
         if options.processes > 1:
@@ -295,13 +347,33 @@ def _detect(
             results, seconds = detect_in_processes(task, dataset, log, options.processes, progress=advance)
             return results, seconds, log.facts()
         use_own_gpu(share)
-        detector = Detector.load(model, options.backend)
+        detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
         crowded = crowded_line(dataset, detector.metadata.detections)
         for line in (*detector.remarks(), *([crowded] if crowded else [])):
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)
-            results, seconds = detect_records(detector, dataset.images, batch_size=options.batch_size, progress=advance)
+            done: list[tuple[list[int], list[list[dict[str, Any]]], Any]] = []
+            try:
+                results, seconds = detect_records(
+                    detector,
+                    dataset.images,
+                    batch_size=options.batch_size,
+                    progress=advance,
+                    keep=lambda *batch: done.append(batch),
+                )
+            except BaseException:  # an error or an interruption loses no image that is done
+                if done:
+                    kept = task.log(_free_name(Path("detections.jsonl")), dataset)
+                    kept.write(facts_of(detector), done)
+                    count = sum(len(ids) for ids, _, _ in done)
+                    progress.message(
+                        f"the detections of {count} of {len(dataset.images)} images are kept: the same command with "
+                        f"--resume {kept.path} continues"
+                    )
+                raise
+            for line in detector.notes.lines():
+                progress.message(line)
             return results, seconds, facts_of(detector)
         log = task.log(log_path, dataset)
         detect_share(detector, dataset, log, share, progress=advance)
@@ -311,16 +383,22 @@ def _detect(
         return results, seconds, facts_of(detector)
 
 
+def _free_name(path: Path) -> Path:
+    """The path, with a number if a file has it already."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
 def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
     """The evaluation of `results`."""
     from maskrcnn.runtime.evaluation.evaluate import score_file
     from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 
     assert options.results is not None
-    if options.annotations is not None:
-        truth = GroundTruth.read(options.annotations)
-    else:
-        truth = GroundTruth.of_dataset(_dataset(options, progress, require_images=False))
+    truth = GroundTruth(_dataset(options, progress, require_images=False))
     evaluation = score_file(truth, options.results, options.kinds, options.max_detections)
     count = len(evaluation.results)
     progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
@@ -342,9 +420,9 @@ def _differences(
     kinds = tuple(evaluation.scored)
     if options.compare.suffix not in BACKENDS:
         other: Evaluation | None = score_file(truth, options.compare, kinds, options.max_detections)
-    elif options.data is None or Share.of_environment().count > 1:
-        found = f"--compare {options.compare}, a model, " + ("under torchrun" if options.data else "with --annotations")
-        fix = "add --data DIR, without torchrun; or --save-results of that model, and compare with the file"
+    elif Share.of_environment().count > 1:
+        found = f"--compare {options.compare}, a model, under torchrun"
+        fix = "run it without torchrun; or --save-results of that model, and compare with the file"
         raise UserError(found, "a results file, or a dataset to run the model on", fix)
     else:
         other = _evaluate_model(options, options.compare, kinds, None, progress)
@@ -367,14 +445,14 @@ def _differences(
     return differences
 
 
-def _save(path: Path, evaluation: Evaluation) -> Iterator[Path]:
+def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> list[Path]:
     """Writes one results file per kind."""
     from maskrcnn.runtime.evaluation.results_file import write_server_results
 
-    for kind in evaluation.scored:
-        own = path if len(evaluation.scored) == 1 else path.with_suffix(f".{kind}{path.suffix}")
-        write_server_results(own, evaluation.results, kind)
-        yield own
+    paths = [path if len(kinds) == 1 else path.with_suffix(f".{kind}{path.suffix}") for kind in kinds]
+    for own, kind in zip(paths, kinds, strict=True):
+        write_server_results(own, results, kind)
+    return paths
 
 
 def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
@@ -394,7 +472,7 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
     if options.model:
         content["results"] = evaluation.results
-    write_json(options.json, content)
+    write_report(options.json, "evaluate", content)
 
 
 def _write_report(
@@ -428,13 +506,7 @@ def _write_report(
 
 
 def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
-    """The file of an image id; None if the folder of the images is unknown."""
-    from maskrcnn.data.coco import find_split, image_folder
-
-    if options.data is not None:
-        folder: Path | None = image_folder(options.data, find_split(options.data, options.split))
-    else:
-        folder = options.images
-    if folder is None or options.worst == 0:
+    """The file of an image id; None if no images are wanted, or some are missing."""
+    if options.worst == 0 or not all(record.path.is_file() for record in truth.images.values()):
         return None
-    return lambda image_id: folder / str(truth.images[image_id].get("file_name", image_id))
+    return lambda image_id: truth.images[image_id].path

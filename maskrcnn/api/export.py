@@ -12,11 +12,12 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_target, folder_beside
+from maskrcnn.files import ONNX, Output, check_outputs, folder_beside
 
 if TYPE_CHECKING:
     from maskrcnn.export.tensorrt.lint import LintReport
-    from maskrcnn.model.detector import MaskRCNN
+    from maskrcnn.runtime.verification.compare import Difference
+    from maskrcnn.weights.torchvision import LoadedDetector
 
 _TEMPORARY = ".export-"  # prefix of folders that exist while a file is written
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -51,6 +52,14 @@ def export(
     weights: str | None = None,
     model: str | None = None,
     batch_norm_epsilon: float | None = None,
+    anchor_sizes: Sequence[float] | str | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
+    settings: Sequence[str] | dict[str, Any] = (),
+    detectron2_config: str | Path | None = None,
+    max_unmatched: float = 0.0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes one ONNX file, compared with its source before it is kept.
@@ -67,10 +76,21 @@ def export(
         tensorrt: write the graph for TensorRT's parser, with plugin nodes.
         aot: with `tensorrt`, plugins whose kernels are compiled into the engine.
         opset: ONNX opset version. Default: 20.
-        weights: weights instead of a checkpoint: a torchvision or Detectron2 file, a checkpoint, or a name such as
-            "COCO_V1".
-        model: architecture of torchvision `weights`.
+        weights: weights instead of a checkpoint: a torchvision, Detectron2 or mmdetection file, a checkpoint, or a name
+            such as "COCO_V1".
+        model: architecture of torchvision `weights`. Default: told by a file's tensors, if its backbone is a ResNet.
         batch_norm_epsilon: of `weights`. Default: 0 for COCO_V1 weights, 1e-5 for others.
+        anchor_sizes: anchor size of each level P2 … P6, px. Default: the model's; for weights that do not state it,
+            their library's.
+        min_size: shorter side of the resized images, px. Default: as `anchor_sizes`.
+        max_size: maximum longer side of the resized images, px. Default: as `anchor_sizes`.
+        class_names: names of labels 1, 2, …: a list, names separated by commas, or a text file with a name on each
+            line. Default: as `anchor_sizes`.
+        settings: further fields of the model, as `["model.nms_iou=0.6"]` or nested dictionaries.
+        detectron2_config: YAML configuration of Detectron2 `weights`. Default: config.yaml in their folder.
+        max_unmatched: share of the compared detections that may lack a partner or differ by more than the tolerance, 0
+            to 1, for models in which boxes tie.
+        overwrite: replace `output` even if it is not an ONNX file; never a file that is read.
         progress: receives messages.
 
     Raises:
@@ -88,25 +108,41 @@ def export(
         "tensorrt": tensorrt,
         "aot": aot,
     }
-    _check_options(path, weights, model, batch_norm_epsilon, opset, **variant)
+    changes = _model_settings(anchor_sizes, min_size, max_size, class_names, settings)
+    of_weights = {
+        "--model": model,
+        "--batch-norm-epsilon": batch_norm_epsilon,
+        "--detectron2-config": detectron2_config,
+    }
+    _check_options(path, weights, of_weights, changes, opset, max_unmatched, **variant)
+    variant["max_unmatched"] = max_unmatched
+    if output is not None:
+        _check_output(Path(output), (path, weights, calibration), overwrite=overwrite)
     if path is not None and path.suffix == ".onnx":
         target = Path(output) if output else _variant_name(path, precision, simulate=simulate, tensorrt=tensorrt)
-        _check_output(target, path)
+        _check_output(target, (path, calibration), overwrite=overwrite)
         differences, lint = write_variant(path, target, **variant, progress=progress)
         return _result(target, path, precision, differences, lint)
-    loaded, origin, is_named = _load(path, weights, model, batch_norm_epsilon, progress)
+    spec = weights or path or runs.newest_checkpoint()
+    if weights is None and not Path(spec).exists():
+        raise UserError(f"no file {spec}", "a checkpoint", "check the path, or train one: `maskrcnn train`")
+    loaded = _load(spec, model, batch_norm_epsilon, changes, detectron2_config)
+    origin = loaded.path
+    for line in loaded.messages():
+        progress.message(line)
     if output is not None:
         target = Path(output)
     else:
-        plain = Path(f"{loaded.config.name}.onnx") if is_named else origin.with_name(runs.ONNX)
+        is_named = weights is not None and origin != Path(weights)
+        plain = Path(f"{loaded.model.config.name}.onnx") if is_named else origin.with_name(runs.ONNX)
         target = _variant_name(plain, precision, simulate=simulate, tensorrt=tensorrt)
-    _check_output(target, origin)
+    _check_output(target, (origin, calibration), overwrite=overwrite)
     if precision == "fp32" and not tensorrt:
-        differences = [_write_onnx(loaded, target, origin, opset, progress)]
+        differences = [_write_onnx(loaded, target, opset, max_unmatched, progress)]
         return _result(target, origin, precision, differences, None)
     with temporary_folder(target, origin) as folder:
         single = folder / runs.ONNX
-        differences = [_write_onnx(loaded, single, origin, opset, progress)]
+        differences = [_write_onnx(loaded, single, opset, max_unmatched, progress)]
         more, lint = write_variant(single, target, **variant, progress=progress)
     return _result(target, origin, precision, differences + more, lint)
 
@@ -117,13 +153,31 @@ def _result(
     return ExportResult(target, source, precision, round(target.stat().st_size / 1e6, 1), differences, lint)
 
 
-def _write_onnx(model: MaskRCNN, target: Path, origin: Path, opset: int | None, progress: Progress) -> str:
+def _write_onnx(
+    loaded: LoadedDetector, target: Path, opset: int | None, max_unmatched: float, progress: Progress
+) -> str:
     from maskrcnn.export.exporter import OPSET, export_onnx
 
-    with progress.task(f"exporting {origin}"):
-        difference = export_onnx(model, target, source=origin, opset=opset or OPSET)
+    with progress.task(f"exporting {loaded.path}"):
+        difference = export_onnx(
+            loaded.model,
+            target,
+            source=loaded.path,
+            opset=opset or OPSET,
+            assumed=loaded.assumed,
+            max_unmatched=max_unmatched,
+        )
     progress.message(f"compared with PyTorch: {difference}")
+    _say_tolerated(difference, max_unmatched, progress)
     return f"PyTorch: {difference}"
+
+
+def _say_tolerated(difference: Difference, max_unmatched: float, progress: Progress) -> None:
+    if max_unmatched and difference.unmatched_share:
+        progress.message(
+            f"tolerated: {difference.unmatched_share:.2%} of the detections are unmatched or differ by more, "
+            f"--max-unmatched {max_unmatched:g} accepts {max_unmatched:.2%}"
+        )
 
 
 def write_variant(
@@ -137,6 +191,7 @@ def write_variant(
     simulate: bool = False,
     tensorrt: bool = False,
     aot: bool = False,
+    max_unmatched: float = 0.0,
     progress: Progress,
 ) -> tuple[list[str], LintReport | None]:
     """Writes an exported file in another precision, for TensorRT's parser, or both. Arguments as `export`.
@@ -154,7 +209,13 @@ def write_variant(
         draft = folder / target.name if tensorrt else target
         if precision in ("fp16", "bf16"):
             report, difference = variants.write_half(
-                source, draft, precision, images=calibration, limit=calibration_images, simulate=simulate
+                source,
+                draft,
+                precision,
+                images=calibration,
+                limit=calibration_images,
+                simulate=simulate,
+                max_unmatched=max_unmatched,
             )
             text = report.text()
         elif precision == "int8":
@@ -166,11 +227,13 @@ def write_variant(
                 keep=tuple(keep) or DEFAULT_KEEP,
                 limit=calibration_images,
                 for_tensorrt=tensorrt,
+                max_unmatched=max_unmatched,
             )
             text = quantized.text()
         if precision != "fp32":
             progress.message(text)
             progress.message(f"compared with single precision: {difference}")
+            _say_tolerated(difference, max_unmatched, progress)
             differences.append(f"single precision: {difference}")
             made = draft
         if tensorrt:
@@ -182,9 +245,10 @@ def write_variant(
 def _check_options(
     path: Path | None,
     weights: str | None,
-    model: str | None,
-    batch_norm_epsilon: float | None,
+    of_weights: dict[str, Any],
+    changes: dict[str, Any],
     opset: int | None,
+    max_unmatched: float,
     *,
     precision: str,
     calibration: Path | None,
@@ -198,12 +262,14 @@ def _check_options(
         raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
     if path is not None and weights is not None:
         raise UserError(f"{path} and --weights {weights}", "one of the two", "drop one of them")
-    if weights is None and (model is not None or batch_norm_epsilon is not None):
+    if weights is None and (given := [name for name, value in of_weights.items() if value is not None]):
         raise UserError(
-            "--model or --batch-norm-epsilon without --weights",
-            "a checkpoint or an ONNX file, whose metadata has both",
+            f"{' and '.join(given)} without --weights",
+            "a checkpoint or an ONNX file, whose metadata has all that",
             "add --weights, or drop these options",
         )
+    if not 0 <= max_unmatched <= 1:
+        raise UserError(f"--max-unmatched {max_unmatched:g}", "a share from 0 to 1", "write 0.01 for one percent")
     if precision == "int8" and calibration is None:
         raise UserError(
             "--precision int8 without --calibration",
@@ -221,6 +287,12 @@ def _check_options(
         raise UserError("--calibration with --precision fp32", "another --precision", "drop --calibration")
     if path is None or path.suffix != ".onnx":
         return
+    if changes:
+        raise UserError(
+            f"settings of the model ({', '.join(changes)}) with {path}, in which they are fixed",
+            "the checkpoint or the weights that it was made from",
+            "name these, or drop --anchor-sizes, --min-size, --max-size, --class-names and --set",
+        )
     if opset is not None:
         raise UserError(f"--opset with {path}", "a checkpoint", "export the checkpoint with --opset")
     if precision == "fp32" and not tensorrt:
@@ -231,21 +303,63 @@ def _check_options(
         )
 
 
+def _model_settings(
+    anchor_sizes: Sequence[float] | str | None,
+    min_size: int | None,
+    max_size: int | None,
+    class_names: Sequence[str] | str | Path | None,
+    settings: Sequence[str] | dict[str, Any],
+) -> dict[str, Any]:
+    """Fields of the model that options name, typed."""
+    from maskrcnn.config import ModelConfig
+    from maskrcnn.settings import assignments, merged, typed
+
+    given = settings if isinstance(settings, dict) else assignments(list(settings))
+    if others := sorted(set(given) - {"model"}):
+        raise UserError(f"--set {others[0]}", "settings of the model", "write --set model.FIELD=VALUE")
+    fields = given.get("model", {})
+    if isinstance(fields, str):
+        fields = {"name": fields}
+    named = {"min_size_px": min_size, "max_size_px": max_size}
+    if sizes := {name: size for name, size in named.items() if size is not None}:
+        fields = merged(fields, {"preprocessing": sizes})
+    if anchor_sizes is not None:
+        fields = fields | {"anchor_sizes_px": anchor_sizes}
+    if class_names is not None:
+        fields = fields | {"class_names": _names(class_names)}
+    changes: dict[str, Any] = typed(ModelConfig, fields, where="model.")
+    return changes
+
+
+def _names(given: Sequence[str] | str | Path) -> tuple[str, ...]:
+    """Class names from a list, a text file with a name on each line, or names separated by commas."""
+    if not isinstance(given, (str, Path)):
+        return tuple(given)
+    path, text = Path(given), str(given)
+    if path.is_file():
+        try:
+            return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--class-names {path}: {error}", "a text file in UTF-8 with a name on each line", "save it so"
+            ) from error
+    if path.suffix == ".txt" or isinstance(given, Path):
+        raise UserError(f"no file {path}", "a text file with a name on each line", "check --class-names")
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _load(
-    path: Path | None, weights: str | None, model: str | None, batch_norm_epsilon: float | None, progress: Progress
-) -> tuple[MaskRCNN, Path, bool]:
-    """(model, the file that it was read from, whether that file was named by a torchvision weights name)."""
-    from maskrcnn.weights.checkpoint import load_checkpoint
+    source: str | Path,
+    model: str | None,
+    batch_norm_epsilon: float | None,
+    changes: dict[str, Any],
+    detectron2_config: str | Path | None,
+) -> LoadedDetector:
     from maskrcnn.weights.torchvision import load_detector
 
-    if weights is None:
-        path = path or runs.newest_checkpoint()
-        return load_checkpoint(path), path, False
-    loaded, path = load_detector(weights, model, batch_norm_epsilon=batch_norm_epsilon)
-    config = loaded.config
-    epsilon = f"batch norm epsilon {config.batch_norm_epsilon:g}"
-    progress.message(f"{config.name}: {config.num_classes} classes, {epsilon}")
-    return loaded, path, path != Path(weights)
+    return load_detector(
+        source, model, batch_norm_epsilon=batch_norm_epsilon, settings=changes, detectron2_config=detectron2_config
+    )
 
 
 def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:
@@ -254,12 +368,10 @@ def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool)
     return path.with_suffix(f"{suffix}{'.tensorrt' if tensorrt else ''}.onnx")
 
 
-def _check_output(target: Path, source: Path) -> None:
+def _check_output(target: Path, inputs: Sequence[str | Path | None], *, overwrite: bool) -> None:
     if target.suffix != ".onnx":
         raise UserError(f"--output {target}", "a name that ends in .onnx", f"for example {target.with_suffix('.onnx')}")
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output {target}, the source of the export", "another file", "choose another name")
-    check_target(target)
+    check_outputs([Output("--output", target, ONNX)], inputs, overwrite=overwrite)
 
 
 @contextlib.contextmanager

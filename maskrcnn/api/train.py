@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset, crowded_line, find_split
-from maskrcnn.data.images import read_image
+from maskrcnn.data.coco import CocoDataset, crowded_line
+from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
+from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
-from maskrcnn.files import write_json
+from maskrcnn.files import check_output_folder, write_json
 from maskrcnn.imaging.draw import overlay
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
@@ -33,7 +35,7 @@ from maskrcnn.settings import (
     typed,
     with_sections,
 )
-from maskrcnn.training.distributed import Processes, joined
+from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import without_effect
 from maskrcnn.training.recipe import require_fitting, training_config
@@ -45,6 +47,7 @@ from maskrcnn.weights.finetuning import finetuning_tensors
 
 # Datasets that are drawn if `data` is their name and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
+_PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
 _DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
 
 
@@ -63,8 +66,13 @@ class TrainResult(Result):
 def train(
     data: str | Path | None = None,
     *,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
     split: str | None = None,
     val_split: str | None = None,
+    val_annotations: str | Path | None = None,
+    val_images: str | Path | None = None,
+    strict: bool = False,
     model: str | None = None,
     config: str | Path | None = None,
     settings: Sequence[str] | dict[str, Any] = (),
@@ -78,9 +86,16 @@ def train(
     """Trains a detector, or continues an interrupted run.
 
     Args:
-        data: folder of a dataset in COCO format; "shapes" or "poses" for a drawn one. Default: shapes.
+        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file; "shapes" or "poses" for a
+            drawn one. Default: shapes.
+        annotations: annotation file, instead of `data`.
+        images: folder of its images. Default: searched for near the annotations.
         split: split to train on. Default: the one whose name begins with "train".
-        val_split: split to evaluate on. Default: the one whose name begins with "val".
+        val_split: split to evaluate on. Default: the one whose name begins with "val"; without one, a tenth of the
+            training images, class by class.
+        val_annotations: annotation file to evaluate on, if it is not in `data`.
+        val_images: folder of its images. Default: searched for near it.
+        strict: refuse annotation files with entries that are skipped or repaired.
         model: architecture, such as "maskrcnn_resnet50_fpn". Default: a small one.
         config: YAML file of settings; arguments override it.
         settings: any settings, as `["model.detections=300"]` or nested dictionaries.
@@ -94,15 +109,24 @@ def train(
     Raises:
         UserError: for settings, data and weights that cannot be used, and if the loss is not finite.
     """
+    if annotations is not None and data is not None:
+        raise UserError("--data with --annotations", "one of them", "drop --data: the annotation file says the dataset")
     if resume is not None and (split or val_split or model or output or config):
         found = "--resume with --split, --val-split, --model, --config or --output"
         raise UserError(found, "the run as it began", "drop these; other options change the run from here on")
-    named = {"data": data and str(data), "train_split": split, "val_split": val_split}
+    named = {
+        "data": annotations or data,
+        "images": images,
+        "train_split": split,
+        "val_split": val_split,
+        "val_data": val_annotations,
+        "val_images": val_images,
+    }
     sizes = {name: size for name, size in (("min_size_px", min_size), ("max_size_px", max_size)) if size is not None}
     layers = [
         with_sections(read_settings(Path(config))) if config else {},
         settings if isinstance(settings, dict) else assignments(list(settings)),
-        {name: value for name, value in named.items() if value is not None},
+        {name: str(value) for name, value in named.items() if value is not None},
         {"model": {"name": model}} if model else {},
         {"model": {"preprocessing": sizes}} if sizes else {},
         {name: value for name, value in options.items() if value is not None},
@@ -113,7 +137,7 @@ def train(
     chosen = typed(TrainConfig, chosen)
     if resume is not None:
         require_changes_of_a_run(chosen)
-    return run_training(chosen, output=output, resume=resume, progress=progress)
+    return run_training(chosen, output=output, resume=resume, strict=strict, progress=progress)
 
 
 def run_training(
@@ -121,6 +145,7 @@ def run_training(
     *,
     output: str | Path | None = None,
     resume: str | Path | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Trains with settings that `maskrcnn.settings.typed` has checked; other arguments as `train`."""
@@ -128,7 +153,9 @@ def run_training(
     begin = _continued if resume is not None else _begun
     with joined(settings.get("device", "auto")) as processes:
         shown = progress if progress is not None and processes.is_first else Progress()
-        return _train(begin, processes, None if folder is None else Path(folder), settings, shown)
+        return _train(
+            partial(begin, strict=strict), processes, None if folder is None else Path(folder), settings, shown
+        )
 
 
 def _train(
@@ -158,20 +185,26 @@ def _train(
         trainer.progress.epoch,
         metrics,
     )
-    progress.message(f"best {result.best_by} AP {result.best_ap:.4f}: {result.checkpoint}")
+    best = f"best {result.best_by} AP {result.best_ap:.4f}" if result.best_ap >= 0 else "last epoch, AP not measured"
+    progress.message(f"{best}: {result.checkpoint}")
     return result
 
 
 def _begun(
-    progress: Progress, processes: Processes, output: Path | None, settings: dict[str, Any]
+    progress: Progress, processes: Processes, output: Path | None, settings: dict[str, Any], *, strict: bool
 ) -> tuple[Trainer, CocoDataset]:
     settings = dict(settings)
-    splits = settings.pop("train_split", "train"), settings.pop("val_split", "val")
-    root = _root(settings.pop("data", ""), processes)
-    trainset, valset = _datasets(progress, root, *splits)
-    config, weights = _configured(trainset, valset, settings)
+    place = {name: settings.pop(name, default) for name, default in _PLACE.items() if name.endswith(("data", "split"))}
+    place |= {name: settings.get(name, "") for name in ("images", "val_images")}
+    root = _root(place.pop("data"), processes)
+    trainset, valset = _datasets(progress, root, **place, exif=settings.get("exif", "auto"), strict=strict)
+    if place["val_data"]:
+        settings["val_data"] = place["val_data"]
+    config, weights = _configured(progress, trainset, valset, settings)
+    config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
+    _check_readable(progress, valset, config, processes)
     _say_crowded(progress, config, trainset, valset)
-    run = Path(processes.from_first(str(_new_folder(output)) if processes.is_first else None))
+    run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
         if weights is not None:
@@ -190,24 +223,28 @@ def _begun(
 
 
 def _configured(
-    trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
+    progress: Progress, trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
 ) -> tuple[TrainConfig, torchvision.StartingWeights | None]:
     """The configuration, adapted to the weights to start from, and these weights."""
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
-    weights = torchvision.starting_weights(spec) if Path(spec).is_file() or Path(spec).suffix == SUFFIX else None
-    if weights is not None and weights.config is not None and "model" not in settings:
-        # Classes and keypoints are the dataset's.
-        kept = ("class_names", "category_ids", "keypoint_names", "keypoint_skeleton", "keypoint_sigmas")
-        settings = settings | {"model": {k: v for k, v in to_dict(weights.config).items() if k not in kept}}
+    weights = torchvision.starting_weights(spec) if Path(spec).exists() or Path(spec).suffix == SUFFIX else None
+    given = settings.get("model", {})
+    if weights is not None and weights.config is not None:
+        saved = weights.config
+        settings = settings | {"model": torchvision.continued_model(saved, given)}
+        if given.get("name", saved.name) != saved.name:
+            progress.message(f"{spec} is a {saved.name}; {given['name']} replaces the fields in which the two differ")
     config = training_config(trainset, valset, settings)
     weights = weights or torchvision.starting_weights(spec, config.model)
-    changes = torchvision.model_changes(weights, config.model)
+    for line in weights.notes:
+        progress.message(line)
+    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
     if "batch_norm" in settings:  # an explicit setting wins
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
-    batch_norm = "frozen" if changes["frozen_batch_norm"] else config.batch_norm
-    return replace(config, batch_norm=batch_norm, model=replace(config.model, **changes)), weights
+    model = replace(config.model, **changes)
+    return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
 
 
 def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
@@ -217,7 +254,7 @@ def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset
 
 
 def _continued(
-    progress: Progress, processes: Processes, run: Path, settings: dict[str, Any]
+    progress: Progress, processes: Processes, run: Path, settings: dict[str, Any], *, strict: bool
 ) -> tuple[Trainer, CocoDataset]:
     before = settings_of_run(run)
     if "data" in settings:
@@ -225,9 +262,12 @@ def _continued(
     config = from_dict(TrainConfig, merged(before, settings))
     for line in _changes(before, to_dict(config)):
         progress.message(line)
-    trainset, valset = _datasets(progress, Path(config.data), config.train_split, config.val_split)
+    place = {name: getattr(config, name) for name in _PLACE if name != "data"}
+    trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
     require_fitting(config.model, trainset, valset)
     _say_crowded(progress, config, trainset, valset)
+    _surveyed(progress, config, trainset, valset)
+    _check_readable(progress, valset, config, processes)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -249,11 +289,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> 
     return lines
 
 
-def _new_folder(output: Path | None) -> Path:
+def _new_folder(output: Path | None, data: Path) -> Path:
     if output is None:
         return runs.claim_next()
-    if (output / runs.CONFIG).exists():
-        raise UserError(f"{output}, which holds a run", "a new folder", f"continue it with --resume {output}")
+    names = (runs.CONFIG, runs.STATE, runs.BEST, runs.LAST, runs.LOG)
+    if present := [name for name in names if (output / name).exists()]:
+        expected = "a new folder, or one without the files of a run"
+        raise UserError(
+            f"{output}, which holds {present[0]}", expected, f"continue a run with --resume {output}, or name another"
+        )
+    check_output_folder("--output", output, [data], (), overwrite=True)
     return output
 
 
@@ -275,11 +320,60 @@ def _best_by(config: TrainConfig) -> str:
     return " and ".join(kinds) or "box"
 
 
-def _datasets(progress: Progress, root: Path, split: str, val_split: str) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the validation split, checked to have the same classes."""
-    trainset, valset = (CocoDataset.load(root, find_split(root, kind)) for kind in (split, val_split))
-    for line in (*trainset.skipped_lines(), *valset.skipped_lines()):
+def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset) -> ImageSurvey:
+    """Reads the headers of all images and reports how they will be read; the survey of the training images."""
+    surveys = [survey_images(dataset, config.model.preprocessing) for dataset in (trainset, valset)]
+    for survey in surveys:
+        for line in survey.lines():
+            progress.message(line)
+    return surveys[0]
+
+
+def _with_pixel_range(progress: Progress, config: TrainConfig, survey: ImageSurvey) -> TrainConfig:
+    """The configuration with the range of the training images' samples, if these have more than 8 bits."""
+    preprocessing = config.model.preprocessing
+    if preprocessing.pixel_range:
+        return config
+    value_range, line = measured_range(survey)
+    if value_range is None:
+        return config
+    progress.message(line)
+    return replace(config, model=replace(config.model, preprocessing=replace(preprocessing, pixel_range=value_range)))
+
+
+def _datasets(
+    progress: Progress,
+    root: Path,
+    *,
+    images: str,
+    train_split: str,
+    val_split: str,
+    val_data: str,
+    val_images: str,
+    exif: str,
+    strict: bool,
+) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the validation split, checked to have objects and the same classes."""
+    places = {"images": images or None, "val_data": val_data or None, "val_images": val_images or None}
+    names = training_splits(root, train_split, val_split, **places)
+    val_root, val_folder = (Path(val_data), val_images) if val_data else (root, images)
+    for drop_roots in (True, False):
+        trainset = CocoDataset.load(root, names[0], images=images or None, drop_roots=drop_roots)
+        valset = CocoDataset.load(val_root, names[1], images=val_folder or None, drop_roots=drop_roots)
+        trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
+        if trainset.category_ids == valset.category_ids:
+            break  # else a super-category has objects in one split alone
+    for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):
         progress.message(line)
+    for dataset in (trainset, valset):
+        if strict:
+            dataset.require_unchanged()
+    trainset.require_objects("learn")
+    if not valset.objects:
+        progress.message(
+            f"{valset.annotation_path}: no object in {len(valset.images)} image(s): AP cannot be measured, "
+            "the last epoch is kept as the best"
+        )
     for dataset in (trainset, valset):
         if dataset.keypoint_fault is not None:
             progress.message(f"keypoints that cannot be trained on: {dataset.keypoint_fault.found}")
@@ -290,6 +384,21 @@ def _datasets(progress: Progress, root: Path, split: str, val_split: str) -> tup
             "write one category list into both JSON files",
         )
     return trainset, valset
+
+
+def _check_readable(progress: Progress, valset: CocoDataset, config: TrainConfig, processes: Processes) -> None:
+    """Decodes this process's validation images, so that a damaged one is named now and not after the first epoch."""
+    records = valset.images[processes.rank :: processes.world_size]
+    workers = choose_workers(-1, processes.local_size) + 1
+    with progress.task(f"reading {len(valset.images)} validation images"):
+        errors = unreadable_images(records, config.model.preprocessing, workers=workers)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        found = "".join(f"\n  {error.found}" for error in errors)
+        raise UserError(
+            f"{len(errors)} validation images that cannot be used:{found}", errors[0].expected, errors[0].fix
+        )
 
 
 def _detector(model: MaskRCNN) -> Detector:
@@ -328,7 +437,7 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], l
         detector = _detector(model)
         images = []
         for number, record in enumerate(valset.images[: config.pictures]):
-            image = read_image(record.path)
+            image = read_record(record, config.model.preprocessing)
             found = detector.detect([image])[0].above(_DRAWN_SCORE)
             drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
             images.append((f"prediction-{number}", np.asarray(drawn)))

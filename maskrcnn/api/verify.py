@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, check_target, report_path, write_json
+from maskrcnn.files import PAGE, Output, atomic_path, check_outputs, report_kind, report_path, write_report
 
 if TYPE_CHECKING:
+    from maskrcnn.imaging.preprocess import Preprocessing
     from maskrcnn.runtime.backends.base import Backend
     from maskrcnn.runtime.verification.inputs import Batch
     from maskrcnn.runtime.verification.report import VerifyReport
@@ -41,6 +42,7 @@ def verify(
     tolerance: Literal["exact", "half", "int8"] | None = None,
     json: str | Path | None = None,
     report: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Compares two model files on the CPU, from the normalised image to masks and keypoints.
@@ -54,6 +56,7 @@ def verify(
         tolerance: limits of every stage. Default: by the lower precision of the two files.
         json: file to write every stage's errors to.
         report: HTML file to write, or a folder for `report.html`.
+        overwrite: replace output files that `verify` did not write; never one that it reads.
         progress: receives messages.
 
     Raises:
@@ -69,19 +72,23 @@ def verify(
     first, second = Path(reference), Path(other)
     limits = tolerances_named(tolerance) if tolerance else None
     page = None if report is None else report_path(Path(report))
-    for target in (json, page):
-        if target is not None:
-            check_target(Path(target))
-    paths = _image_files([images] if isinstance(images, (str, Path)) else images, max_images)
+    given = [images] if isinstance(images, (str, Path)) else images
+    outputs = [
+        *([Output("--json", Path(json), report_kind("verify"))] if json is not None else []),
+        *([Output("--report", page, PAGE)] if page is not None else []),
+    ]
+    check_outputs(outputs, (first, second, *given), overwrite=overwrite)
+    paths = _image_files(given, max_images)
     models = [_on_cpu(path) for path in (first, second)]
     check_comparable(models[0].metadata, models[1].metadata)
+    preprocessing = models[0].metadata.preprocessing
     if len(paths) > max_images:
         progress.message(f"the first {max_images} images (--max-images)")
     with progress.task("comparing") as advance:
         details = compare(
             models[0],
             models[1],
-            _read(paths[:max_images]) if paths else drawn_batches(),
+            _read(paths[:max_images], preprocessing) if paths else drawn_batches(preprocessing.channels),
             limits,
             size_px=size,
             progress=lambda name: advance(1),
@@ -91,7 +98,7 @@ def verify(
     names = (str(first), str(second))
     if json is not None:
         content: dict[str, Any] = {"reference": names[0], "other": names[1], **details.to_dict()}
-        write_json(Path(json), content)
+        write_report(Path(json), "verify", content)
     if page is not None:
         with atomic_path(page) as draft:
             draft.write_text(html_page(details, names, models[0].metadata), encoding="utf-8")
@@ -129,10 +136,10 @@ def _on_cpu(path: Path) -> Backend:
     return load_backend(path, providers=["CPUExecutionProvider"])
 
 
-def _read(paths: Sequence[Path]) -> Iterator[Batch]:
+def _read(paths: Sequence[Path], preprocessing: Preprocessing) -> Iterator[Batch]:
     """One image per batch: the padding of a batch changes its other images slightly."""
     from maskrcnn.data.images import read_image
     from maskrcnn.runtime.verification.inputs import Batch
 
     for path in paths:
-        yield Batch((path.name,), (read_image(path),))
+        yield Batch((path.name,), (read_image(path, preprocessing),))

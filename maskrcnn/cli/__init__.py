@@ -5,7 +5,6 @@ Heavy libraries are imported inside the commands, so that `maskrcnn --help` answ
 
 from __future__ import annotations
 
-import traceback
 from typing import Annotated
 
 import typer
@@ -49,8 +48,8 @@ _verbose = False
 
 
 def main() -> None:
-    """Runs the command line. A `UserError` is printed as three lines, with exit code 1."""
-    with errors.exit_on_user_error(before_exit=lambda: traceback.print_exc() if _verbose else None):
+    """Runs the command line. Errors are printed as three lines, with exit code 1."""
+    with errors.report_errors(lambda: _verbose):
         app()
 
 

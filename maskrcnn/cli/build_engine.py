@@ -10,6 +10,7 @@ import typer
 from maskrcnn.api.build_engine import BATCH, GATE_IMAGES, SIZE, Target
 from maskrcnn.api.export import CALIBRATION_IMAGES
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
 
 _PRECISION, _ENGINE, _INT8 = "Precision (one is required)", "Engine", "8-bit integers"
@@ -126,6 +127,7 @@ def build_engine(
     gate_images: _GateImages = None,
     gate_annotations: _GateAnnotations = None,
     gate_max_images: _GateMaxImages = GATE_IMAGES,
+    overwrite: Overwrite = False,
 ) -> None:
     """Build the fastest engine for this machine, compared with the ONNX file before it is kept."""
     from maskrcnn.api.build_engine import build_engine as run
@@ -159,6 +161,7 @@ def build_engine(
         gate_images=gate_images,
         gate_annotations=gate_annotations,
         gate_max_images=gate_max_images,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show("\n".join(result.lines()))
@@ -171,6 +174,7 @@ def refit_engine(
     gate_images: _GateImages = None,
     gate_annotations: _GateAnnotations = None,
     gate_max_images: _GateMaxImages = GATE_IMAGES,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put weights into a TensorRT engine, compared with their ONNX file before it is kept."""
     from maskrcnn.api.build_engine import refit_engine as run
@@ -182,6 +186,7 @@ def refit_engine(
         gate_images=gate_images,
         gate_annotations=gate_annotations,
         gate_max_images=gate_max_images,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show("\n".join(result.lines()))

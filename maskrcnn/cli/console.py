@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from maskrcnn.training.trainer import TrainingProgress
 
-# Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`.
-console = Console(highlight=False, soft_wrap=True)
+# Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`. Brackets and colons of names are no markup.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def show(text: object) -> None:
-    """Prints plain text: brackets in file names are no markup."""
-    console.print(str(text), markup=False)
+    """Prints plain text."""
+    console.print(str(text))
 
 
 class ConsoleProgress(Progress):
@@ -38,10 +38,8 @@ class ConsoleProgress(Progress):
 
     @contextmanager
     def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        from rich.markup import escape
-
         bars = self._acquire()
-        task = bars.add_task(escape(title), total=total)
+        task = bars.add_task(title, total=total)
         try:
             yield lambda steps: bars.advance(task, steps)
         finally:
@@ -55,7 +53,8 @@ class ConsoleProgress(Progress):
 
         with self._lock:
             if self._bars is None:
-                columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+                title = TextColumn("{task.description}", markup=False)
+                columns = (SpinnerColumn(), title, BarColumn(), TaskProgressColumn())
                 is_hidden = not console.is_terminal
                 self._bars = Bars(*columns, TimeRemainingColumn(), console=console, transient=True, disable=is_hidden)
                 self._bars.start()

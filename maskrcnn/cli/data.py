@@ -10,26 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.files import write_json
+from maskrcnn.cli.options import ExifRule, Overwrite
 
 data_app = typer.Typer(no_args_is_help=True, help="Draw, convert and check datasets in COCO format.")
 
 _OUTPUT, _SPLITS, _CLASSES, _FORMAT = "Output", "Splits", "Classes", "Options of single formats"
-
-
-class Kind(str, Enum):
-    """A format that can be converted."""
-
-    COCO = "coco"
-    VOC = "voc"
-    VISUAL_GENOME = "visual-genome"
-    PENN_FUDAN = "penn-fudan"
-    SYNTHIA = "synthia"
-    CITYSCAPES = "cityscapes"
-    ID_MASKS = "id-masks"
-    MASK_FILES = "mask-files"
-    LABELME = "labelme"
-    VIA = "via"
 
 
 class Difficult(str, Enum):
@@ -46,14 +31,21 @@ def _option(panel: str, *names: str, **options: Any) -> Any:
 
 @data_app.command("convert")
 def data_convert(
-    kind: Annotated[Kind, typer.Argument(help="Format of the source.")],
-    source: Annotated[Path, typer.Argument(help="Folder of the dataset; for via also its JSON file.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Format of the source: coco (any layout that training reads), yolo, voc, visual-genome, penn-fudan, "
+            "synthia, cityscapes, id-masks, mask-files, labelme, via, or datumaro:FORMAT (needs the library Datumaro)."
+        ),
+    ],
+    source: Annotated[Path, typer.Argument(help="Folder of the dataset, or its annotation file (coco, yolo, via).")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Skip and count what cannot be converted instead of stopping.")
     ] = False,
     copy: Annotated[bool, _option(_OUTPUT, "--copy", help="Copy images instead of hard-linking them.")] = False,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the counts to.")] = None,
+    overwrite: Overwrite = False,
     split: Annotated[
         list[str] | None,
         _option(
@@ -95,7 +87,7 @@ def data_convert(
         bool, _option(_FORMAT, "--zero-based", help="Read box coordinates as counted from 0 (voc).")
     ] = False,
     image_folder: Annotated[
-        str | None, _option(_FORMAT, help="Folder of the images below SOURCE (id-masks: images; via: SOURCE itself).")
+        str | None, _option(_FORMAT, help="Folder of the images (coco); below SOURCE (id-masks: images; via: SOURCE).")
     ] = None,
     mask_folder: Annotated[
         str | None, _option(_FORMAT, help="Folder of the masks below SOURCE (id-masks; default: masks).")
@@ -109,12 +101,15 @@ def data_convert(
     void: Annotated[
         int | None, _option(_FORMAT, help="Pixel value that marks no object, besides 0 (id-masks).")
     ] = None,
+    crowd: Annotated[
+        bool, _option(_FORMAT, "--crowd/--no-crowd", help="Keep crowd regions, or convert them to objects (coco).")
+    ] = True,
 ) -> None:
     """Convert a dataset to COCO format, for `maskrcnn train --data OUT`."""
     from maskrcnn.api.data import convert
 
     result = convert(
-        kind.value,
+        kind,
         source,
         out,
         keep_going=keep_going,
@@ -136,12 +131,13 @@ def data_convert(
         mask_suffix=mask_suffix,
         divisor=divisor,
         void=void,
+        crowd=crowd,
+        json=json,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show("\n".join(result.lines()))
     show(f"to check it: maskrcnn data check {out}")
-    if json is not None:
-        write_json(json, result.to_dict())
 
 
 _Out = Annotated[Path, typer.Argument(help="Folder to write.")]
@@ -181,8 +177,12 @@ def _draw(generate: Callable[..., Path], out: Path, **options: int) -> None:
 
 @data_app.command("check")
 def data_check(
-    data: Annotated[Path, typer.Argument(help="Folder of a dataset in COCO format.")],
+    data: Annotated[Path, typer.Argument(help="Folder of a dataset, or its annotation file.")],
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the images (default: searched for near the annotations).")
+    ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to check; repeatable (default: all).")] = None,
+    exif: ExifRule = "auto",
     output: Annotated[
         Path | None, _option(_OUTPUT, help="Folder to write images of the findings and of samples to.")
     ] = None,
@@ -190,6 +190,7 @@ def data_check(
         int, _option(_OUTPUT, "--images", "--pictures", min=0, help="Maximum number of images per finding.")
     ] = 16,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the report to.")] = None,
+    overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 for remarks too.")] = False,
 ) -> None:
     """Check a dataset for what training would refuse, skip, or learn wrongly.
@@ -197,13 +198,18 @@ def data_check(
     Exit code 1 for errors, which stop training; 0 for remarks, unless --strict.
     """
     from maskrcnn.api.data import check_data
-    from maskrcnn.data.check_report import draw_findings
 
-    report = check_data(data, split=split or (), progress=ConsoleProgress())
+    report = check_data(
+        data,
+        image_folder=image_folder,
+        split=split or (),
+        exif=exif,
+        output=output,
+        images=pictures,
+        json=json,
+        overwrite=overwrite,
+        progress=ConsoleProgress(),
+    )
     show(report.text())
-    if output is not None:
-        show(f"{draw_findings(report, output, per_problem=pictures)} images → {output}")
-    if json is not None:
-        write_json(json, report.to_dict())
     if report.by_problem(is_error=True) or (strict and report.findings):
         raise typer.Exit(1)

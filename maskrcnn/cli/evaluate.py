@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+from maskrcnn.cli.options import (
+    BackendName,
+    ExifRule,
+    Overwrite,
+    PixelRange,
+    PrecisionName,
+    ProviderName,
+    range_from_text,
+)
 from maskrcnn.errors import UserError
 
 _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison", "Output"
@@ -27,7 +35,7 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Argument(help="Checkpoint, ONNX file or engine (or none, with --results).")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of a dataset in COCO format.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of a dataset, or its annotation file.")] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     processes: Annotated[
@@ -40,18 +48,16 @@ def evaluate(
     backend: BackendName = None,
     provider: ProviderName = None,
     precision: PrecisionName = None,
+    exif: ExifRule = "auto",
+    pixel_range: PixelRange = None,
     results: Annotated[
         Path | None,
         typer.Option(help="Results file in COCO format to score instead of a model.", rich_help_panel=_RESULTS),
     ] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Annotation file in COCO format for --results.", rich_help_panel=_RESULTS)
-    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="Annotation file in COCO format, instead of --data.")] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the images of --annotations, for --report.", rich_help_panel=_RESULTS
-        ),
+        typer.Option(metavar="DIR", help="Folder of the images (default: searched for near the annotations)."),
     ] = None,
     iou_type: Annotated[
         list[Kind] | None,
@@ -97,6 +103,10 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="Maximum number of images in the report.", rich_help_panel=_OUTPUT)
     ] = 12,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse annotation files with skipped or repaired entries.")
+    ] = False,
+    overwrite: Overwrite = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
     """Compute COCO metrics of boxes, masks and keypoints: of a model on a dataset, or of a results file."""
@@ -111,6 +121,8 @@ def evaluate(
         backend=backend,
         provider=provider,
         precision=precision,
+        exif=exif,
+        pixel_range=range_from_text(pixel_range),
         batch_size=batch_size,
         processes=processes,
         resume=resume,
@@ -127,6 +139,8 @@ def evaluate(
         json=json,
         report=report,
         worst=worst,
+        strict=strict,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     if result is None or result.evaluation is None:

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
 
-_OUTPUT, _INT8, _TENSORRT, _WEIGHTS = "Output", "8-bit integers", "TensorRT", "Weights of other libraries"
+_OUTPUT, _INT8, _TENSORRT = "Output", "8-bit integers", "TensorRT"
+_WEIGHTS, _MODEL = "Weights of other libraries", "Model"
 
 
 class Precision(str, Enum):
@@ -36,6 +38,7 @@ def export(
     precision: Annotated[
         Precision, typer.Option(help="Precision of the graph.", rich_help_panel=_OUTPUT)
     ] = Precision.FP32,
+    overwrite: Overwrite = False,
     simulate: Annotated[
         bool,
         typer.Option(
@@ -76,13 +79,16 @@ def export(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Export these weights instead of a checkpoint: a torchvision or Detectron2 file, or a torchvision "
-            "name (COCO_V1, DEFAULT).",
+            help="Export these weights instead of a checkpoint: a torchvision, Detectron2 or mmdetection file, or a "
+            "torchvision name (COCO_V1, DEFAULT).",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Architecture of torchvision weights.", rich_help_panel=_WEIGHTS)
+        str | None,
+        typer.Option(
+            help="Architecture of torchvision weights (default: told by their tensors).", rich_help_panel=_WEIGHTS
+        ),
     ] = None,
     batch_norm_epsilon: Annotated[
         float | None,
@@ -91,6 +97,53 @@ def export(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    detectron2_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML configuration of Detectron2 weights (default: config.yaml in their folder).",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    anchor_sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Anchor size of each level P2 to P6, px, as 8,16,32,64,128 (default: the model's).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(help="Shorter side of the resized images, px (default: the model's).", rich_help_panel=_MODEL),
+    ] = None,
+    max_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Maximum longer side of the resized images, px (default: the model's).", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            help="Class names separated by commas, or a text file with a name on each line (default: the model's).",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Setting of the model, such as model.nms_iou=0.6; repeatable.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    max_unmatched: Annotated[
+        float,
+        typer.Option(
+            help="Share of the compared detections that may be unmatched, 0 to 1, where boxes tie.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = 0.0,
 ) -> None:
     """Export a model to one ONNX file, compared with its source before it is kept."""
     from maskrcnn.api.export import export as run
@@ -111,6 +164,14 @@ def export(
         weights=weights,
         model=model,
         batch_norm_epsilon=batch_norm_epsilon,
+        detectron2_config=detectron2_config,
+        anchor_sizes=anchor_sizes,
+        min_size=min_size,
+        max_size=max_size,
+        class_names=class_names,
+        settings=assign or (),
+        max_unmatched=max_unmatched,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show(f"{result.path} ({result.size_mb} MB, from {result.source})")

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
-from maskrcnn.files import write_json
 
 
 def inspect(
@@ -19,20 +19,20 @@ def inspect(
         str | None, typer.Option(help="Input size to count operations at, HEIGHTxWIDTH in px (default: the model's).")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file to write the description to.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Describe a model file: tensors, precision, size, operations, provenance, and where its nodes would run."""
     from maskrcnn.api.inspect import inspect as run
 
     with ConsoleProgress().task(f"inspecting {file}"):
-        found = run(file, size_hw=None if size is None else _size_hw(size))
+        found = run(file, size_hw=None if size is None else _size_hw(size), json=json, overwrite=overwrite)
     show(found.text())
-    if json is not None:
-        write_json(json, found.to_dict())
 
 
 def lint(
     file: Annotated[Path, typer.Argument(help="ONNX file, exported by maskrcnn or by any other tool.")],
     json: Annotated[Path | None, typer.Option(help="JSON file to write the findings to.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List the nodes of an ONNX file that TensorRT's parser rejects or runs badly; needs no TensorRT.
 
@@ -40,11 +40,9 @@ def lint(
     """
     from maskrcnn.api.inspect import lint_file
 
-    report, is_ours = lint_file(file)
+    report, is_ours = lint_file(file, json=json, overwrite=overwrite)
     checked = "its TensorRT flavour, with plugins" if is_ours else "as it is"
     show(f"{file}, {checked}: {report.text()}")
-    if json is not None:
-        write_json(json, {"model": str(file), "flavour": is_ours, **report.to_dict()})
     if report.errors:
         raise typer.Exit(1)
 

@@ -6,7 +6,25 @@ from typing import Annotated
 
 import typer
 
+from maskrcnn.errors import UserError
+
 _BACKEND = "Backend"
+
+
+def range_from_text(text: str | None) -> tuple[float, ...] | None:
+    """Parses LOW,HIGH.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--pixel-range {text}", "two numbers", "write it as --pixel-range 0,4095") from error
+    return low, high
+
 
 BackendName = Annotated[
     str | None,
@@ -14,6 +32,18 @@ BackendName = Annotated[
         help="Backend: torch, onnxruntime, openvino or tensorrt (default: the first that runs this kind of file).",
         rich_help_panel=_BACKEND,
     ),
+]
+PixelRange = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH",
+        help="Samples of more than 8 bits that become black and white (default: the model's range).",
+        rich_help_panel="Images",
+    ),
+]
+ExifRule = Annotated[
+    str,
+    typer.Option(help="EXIF orientations: auto (by the annotated sizes), upright or stored.", rich_help_panel="Images"),
 ]
 ProviderName = Annotated[
     str | None,
@@ -25,4 +55,12 @@ ProviderName = Annotated[
 PrecisionName = Annotated[
     str | None,
     typer.Option(help="Precision of PyTorch: fp32, bf16 or fp16 (default: fp32).", rich_help_panel=_BACKEND),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace output files that this command did not write; never a file that it reads.",
+        rich_help_panel="Output",
+    ),
 ]

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, PrecisionName, ProviderName
+from maskrcnn.cli.options import BackendName, Overwrite, PixelRange, PrecisionName, ProviderName, range_from_text
+from maskrcnn.errors import UserError
 
 
 def predict(
@@ -20,6 +21,7 @@ def predict(
     backend: BackendName = None,
     provider: ProviderName = None,
     precision: PrecisionName = None,
+    pixel_range: PixelRange = None,
     output: Annotated[
         Path, typer.Option(help="Folder to write overlays and results.json to.", rich_help_panel="Output")
     ] = Path("predictions"),
@@ -29,8 +31,13 @@ def predict(
     keypoint_threshold: Annotated[
         float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
     ] = 2.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Detect objects in images: an overlay of each image, and all results in COCO format."""
+    """Detect objects in images: an overlay of each image, and all results in COCO format.
+
+    Images that cannot be used are named and left out, with exit code 1 at the end.
+    """
     from maskrcnn.api.predict import IMAGES
     from maskrcnn.api.predict import predict as run
 
@@ -40,9 +47,20 @@ def predict(
         backend=backend,
         provider=provider,
         precision=precision,
+        pixel_range=range_from_text(pixel_range),
         output=output,
         threshold=threshold,
         keypoint_threshold=keypoint_threshold,
+        strict=strict,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     show(f"{sum(result.counts)} results → {result.results} (image ids in {IMAGES})")
+    if result.failed:
+        total = len(result.failed) + len(result.images)
+        reasons = "".join(f"\n  {reason}" for reason in result.failed.values())
+        raise UserError(
+            f"{len(result.failed)} of {total} images cannot be used:{reasons}",
+            "image files; the results of the others are complete",
+            "restore these files, or leave them out",
+        )

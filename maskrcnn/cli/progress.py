@@ -29,7 +29,7 @@ class EpochProgress:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, quiet=quiet)
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False, quiet=quiet)
         self._bar: Progress | None = None
 
     def __enter__(self) -> EpochProgress:
@@ -46,10 +46,10 @@ class EpochProgress:
         self._last_line = self._started
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 TimeRemainingColumn(),
                 console=self._console,
             )
@@ -74,4 +74,4 @@ class EpochProgress:
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(text, soft_wrap=True)

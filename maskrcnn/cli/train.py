@@ -54,7 +54,19 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a dataset in COCO format, or a drawn one: shapes, poses (default: shapes).",
+            help="Folder of a dataset, its annotation file, or a drawn one: shapes, poses (default: shapes).",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Annotation file in COCO format, instead of --data.", rich_help_panel=_DATA),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the images (default: searched for near the annotations).",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -62,8 +74,26 @@ def train(
         str | None, typer.Option(help="Split to train on (default: train…).", rich_help_panel=_DATA)
     ] = None,
     val_split: Annotated[
-        str | None, typer.Option(help="Split to evaluate on (default: val…).", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(
+            help="Split to evaluate on (default: val…; without one, a tenth of the training images).",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
+    val_annotations: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Annotation file to evaluate on.", rich_help_panel=_DATA),
+    ] = None,
+    val_images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the images of --val-annotations.", rich_help_panel=_DATA),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse annotation files with skipped or repaired entries.", rich_help_panel=_DATA
+        ),
+    ] = False,
     min_size: Annotated[
         int | None, typer.Option(help="Shorter side of the resized images, px.", rich_help_panel=_DATA)
     ] = None,
@@ -101,8 +131,13 @@ def train(
 
     run(
         data,
+        annotations=annotations,
+        images=images,
         split=split,
         val_split=val_split,
+        val_annotations=val_annotations,
+        val_images=val_images,
+        strict=strict,
         model=model,
         config=config,
         settings=assign or (),

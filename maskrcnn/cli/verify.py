@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.options import Overwrite
 
 
 class Tolerance(str, Enum):
@@ -38,6 +39,7 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="HTML file to write, or a folder for report.html.", rich_help_panel="Output")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare two models stage by stage, and name the first stage that differs.
 
@@ -54,6 +56,7 @@ def verify(
         tolerance=None if tolerance is None else tolerance.value,
         json=json,
         report=report,
+        overwrite=overwrite,
         progress=ConsoleProgress(),
     )
     assert result.details is not None

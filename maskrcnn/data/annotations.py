@@ -1,264 +1,153 @@
-"""Annotation files in COCO's format: the file as a whole, and each annotation.
+"""Annotation files in COCO's format, as the tools of the world write them: one tolerant reader.
 
-A fault of the file is a UserError; a fault of one annotation is an AnnotationError. Segmentations are checked before
-pycocotools sees them.
+Training, evaluation, checks and conversions all read through `read_annotations`, so that a file counts the same
+everywhere. What cannot be used is left out, and what follows from other fields is computed; either is counted by its
+reason in `Notes`. Only faults that make the whole file unusable are errors.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from pycocotools import mask as mask_api
 
+from maskrcnn.data.segmentation import (
+    NOTHING,
+    AnnotationError,
+    ParsedSegmentation,
+    Segmentation,
+    box_polygon,
+    compressed_rle,
+    finite_numbers,
+    parse_segmentation,
+)
 from maskrcnn.errors import UserError
 from maskrcnn.files import read_json
-from maskrcnn.imaging.run_lengths import runs_from_strings
-from maskrcnn.keypoints import check_skeleton
+from maskrcnn.keypoints import COCO_NAMES
 
-# Polygons as arrays (x, y, x, y, …) in pixels, where pixel 0 spans 0 to 1; or RLE {"size", "counts"}.
-Segmentation: TypeAlias = list[np.ndarray] | dict[str, Any]
-
-LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
 _FIX = "correct the file (format: cocodataset.org/#format-data)"
-_TYPE_NAMES = {int: "an integer", str: "a string", list: "a list", dict: "an object"}
+_LISTS = ("images", "annotations", "categories")
 _VISIBILITIES = (0, 1, 2)  # of keypoints: not labelled; labelled and hidden; labelled and visible
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
+_MAX_ID = 2**63
+_URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
+_SAMPLE = 2000  # annotations that the box convention is measured on
+_FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
+_KEPT_NOTES = 200  # notes of each reason that are kept in full; all are counted
+
+DROPPED, BOX_ONLY, REPAIRED = "dropped", "box only", "repaired"
 
 
-class AnnotationError(Exception):
-    """An annotation that cannot be used.
+@dataclass(frozen=True)
+class Note:
+    """An entry of a file that was not used as it is."""
 
-    Args:
-        reason: the kind of fault; faults are counted by it.
-        detail: what was found.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}")
+    outcome: str  # DROPPED, BOX_ONLY (an object without its mask) or REPAIRED
+    reason: str  # kind of fault
+    name: str  # "annotation 7"
+    detail: str
+    image_id: int | None = None  # None: unknown image, or a fault of another entry
+    bbox: Any = None  # the file's
 
 
-def finite_numbers(values: Any) -> np.ndarray | None:
-    """A list of finite numbers as float64 `[N]`; None for anything else."""
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+class Notes:
+    """The notes of a file, counted by outcome and reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._kept: dict[tuple[str, str], list[Note]] = {}
+
+    def add(self, note: Note) -> None:
+        """Counts a note; of those that cost nothing only the first are kept."""
+        key = note.outcome, note.reason
+        self._counts[key] += 1
+        kept = self._kept.setdefault(key, [])
+        if note.outcome == DROPPED or len(kept) < _KEPT_NOTES:
+            kept.append(note)
+
+    def counts(self, *outcomes: str) -> dict[str, int]:
+        """Number of notes by reason (default: of all outcomes)."""
+        found: Counter[str] = Counter()
+        for (outcome, reason), count in self._counts.items():
+            if not outcomes or outcome in outcomes:
+                found[reason] += count
+        return dict(found)
+
+    def of(self, outcome: str) -> list[Note]:
+        """The notes that are kept."""
+        return [note for (kind, _), notes in self._kept.items() if kind == outcome for note in notes]
+
+    def lines(self, source: object) -> list[str]:
+        """One line of text for each outcome and reason, with the first example."""
+        texts = {
+            DROPPED: "skipped {} annotation(s)",
+            BOX_ONLY: "{} object(s) with a box but no usable mask",
+            REPAIRED: "repaired {} entries",
+        }
+        return [
+            f"{source}: {texts[outcome].format(count)}: {reason}, first: {first.name}: {first.detail}"
+            for outcome in texts
+            for (kind, reason), count in self._counts.items()
+            if kind == outcome
+            for first in self._kept[kind, reason][:1]
+        ]
+
+
+def usable_id(value: Any) -> int | str | None:
+    """An id in one form: integers, also written as text or as 1.0, as int; other texts as they are; else None."""
+    if isinstance(value, bool):
         return None
-    try:
-        array = np.array(values, dtype=np.float64)
-    except OverflowError:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        return value if abs(value) < _MAX_ID else str(value)
+    if not isinstance(value, str):
         return None
-    return array if np.isfinite(array).all() else None
-
-
-# --- segmentations -----------------------------------------------------------------------------------
-
-
-def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmentation:
-    """Checks COCO's segmentation in an image of this size, so that pycocotools can decode it safely.
-
-    pycocotools 2.0.11 leaves the rest of the mask uninitialised where run lengths end before the image, and rejects
-    longer ones only when the mask is decoded.
-
-    Raises:
-        AnnotationError: for a missing, empty or malformed segmentation.
-    """
-    if not segmentation:
-        raise AnnotationError("no segmentation", f"segmentation {segmentation!r}")
-    if isinstance(segmentation, list):
-        return [_checked_polygon(polygon, height, width) for polygon in segmentation]
-    malformed = "malformed segmentation"
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise AnnotationError(malformed, "neither a list of polygons nor an object with size and counts")
-    if segmentation["size"] != [height, width]:
-        found = f"RLE of size {segmentation['size']!r}, image [{height}, {width}]"
-        raise AnnotationError("mask of another size than the image", found)
-    runs = _runs_from_counts(segmentation["counts"])
-    if runs is None or runs.min(initial=0) < 0 or runs.sum() != height * width:
-        raise AnnotationError(malformed, f"RLE whose runs do not add up to {height}×{width} pixels")
-    if not runs[1::2].any():
-        raise AnnotationError("no segmentation", "RLE without object pixels")
-    return {"size": segmentation["size"], "counts": segmentation["counts"]}
-
-
-def compressed_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """A checked segmentation as pycocotools' compressed RLE; several polygons are merged."""
-    rle: dict[str, Any]
-    if isinstance(segmentation, list):
-        rle = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = mask_api.frPyObjects(segmentation, height, width)
-    else:
-        rle = segmentation
-    return rle
-
-
-def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray:
-    points = finite_numbers(polygon)
-    if points is None or points.size < 6 or points.size % 2:
-        raise AnnotationError("malformed segmentation", "polygon that is not three or more pairs of numbers")
-    # pycocotools samples the outline at a fifth of a pixel: a stray 1e9 would need gigabytes.
-    x, y = points[0::2], points[1::2]
-    if min(x.min() + width, y.min() + height) < 0 or x.max() > 2 * width or y.max() > 2 * height:
-        raise AnnotationError("malformed segmentation", "polygon more than one image size outside the image")
-    return points
-
-
-def _runs_from_counts(counts: Any) -> np.ndarray | None:
-    """The run lengths of an RLE, alternately background and object; None for malformed counts."""
-    if isinstance(counts, list):
-        valid = all(type(run) is int and 0 <= run < 2**32 for run in counts)
-        return np.array(counts, dtype=np.int64) if valid else None
-    if not isinstance(counts, str):
-        return None
-    decoded, is_good = runs_from_strings([counts])
-    return decoded.runs if is_good[0] else None
+    text = value.strip()
+    return int(text) if _INTEGER.fullmatch(text) else text or None
 
 
 # --- annotation files --------------------------------------------------------------------------------
 
 
-def read_annotation_lists(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
-    """Reads the lists `images`, `annotations` and `categories` of an annotation file.
-
-    Raises:
-        UserError: where the file cannot be read, is not JSON, or has no such lists.
-    """
-    if not path.exists():
-        fix = "point --data at such a folder and name one of its splits"
-        raise UserError(f"annotation file {path} does not exist", LAYOUT, fix)
-    content = read_json(path, "a complete JSON file in COCO's format")
-    images, annotations, categories = (
-        _required(path, content, "the file", key, list) for key in ("images", "annotations", "categories")
-    )
-    return images, annotations, categories
-
-
-def _required(path: Path, entry: Any, where: str, key: str, kind: type) -> Any:
-    """`entry[key]`, which must exist and be of this type."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: {where} is of type {type(entry).__name__}", _TYPE_NAMES[dict], _FIX)
-    if key not in entry:
-        raise UserError(f"{path}: {where} has no key {key!r}", f"{key!r}: {_TYPE_NAMES[kind]}", _FIX)
-    if type(entry[key]) is not kind:  # not isinstance: bool is a subclass of int
-        found = f"{path}: {key!r} of {where} is of type {type(entry[key]).__name__}"
-        raise UserError(found, f"{key!r}: {_TYPE_NAMES[kind]}", _FIX)
-    return entry[key]
-
-
-def read_categories(path: Path, entries: list[Any]) -> dict[int, str]:
-    """Category id -> name, in ascending order of the ids; `path` names the file in errors."""
-    if not entries:
-        raise UserError(f"{path}: no categories", "at least one entry in 'categories'", _FIX)
-    names: dict[int, str] = {}
-    for index, entry in enumerate(entries):
-        category_id = _required(path, entry, f"categories[{index}]", "id", int)
-        if category_id in names:
-            raise UserError(f"{path}: category id {category_id} occurs twice", "unique category ids", _FIX)
-        names[category_id] = _required(path, entry, f"categories[{index}]", "name", str)
-    return dict(sorted(names.items()))
-
-
-def read_images(path: Path, folder: Path, entries: list[Any]) -> dict[int, tuple[Path, int, int]]:
-    """Image id -> (file, height, width), in the order of the annotation file `path`; `folder` holds the images."""
-    if not entries:
-        raise UserError(f"{path}: no images", "at least one entry in 'images'", _FIX)
-    images: dict[int, tuple[Path, int, int]] = {}
-    for index, entry in enumerate(entries):
-        where = f"images[{index}]"
-        image_id = _required(path, entry, where, "id", int)
-        if image_id in images:
-            raise UserError(f"{path}: image id {image_id} occurs twice", "unique image ids", _FIX)
-        name = _required(path, entry, where, "file_name", str)
-        height, width = (_required(path, entry, where, key, int) for key in ("height", "width"))
-        if min(height, width) < 1:
-            raise UserError(f"{path}: {where} measures {width}×{height}", "positive width and height", _FIX)
-        inside = os.path.normpath(name)
-        if os.path.isabs(inside) or os.path.splitdrive(inside)[0] or inside.split(os.sep)[0] == os.pardir:
-            found = f"{path}: 'file_name' of {where} is {name!r}, outside the image folder"
-            raise UserError(found, f"a path relative to {folder} that stays in it", _FIX)
-        images[image_id] = (folder / inside, height, width)
-    return images
-
-
-# --- annotations -------------------------------------------------------------------------------------
-
-
-def usable_id(entry: Any) -> int | None:
-    """The id of an annotation; None for one that pycocotools misreads: in its matching, 0 means unmatched."""
-    value = entry.get("id") if isinstance(entry, dict) else None
-    return value if type(value) is int and value > 0 else None
-
-
-def are_boxes_only(annotations: list[Any]) -> bool:
-    """Whether there are annotations and none has a segmentation, as in Pascal VOC's or Visual Genome's boxes."""
-    entries = [entry for entry in annotations if isinstance(entry, dict)]
-    return bool(entries) and not any(entry.get("segmentation") for entry in entries)
-
-
-def checked_annotation(
-    entry: Any, images: dict[int, tuple[Path, int, int]], labels: dict[int, int], *, boxes_only: bool = False
-) -> tuple[int, dict[str, Any]]:
-    """The image id of an annotation, and the fields of an `Instance` without its id.
-
-    Args:
-        entry: annotation of the file.
-        images: see `read_images`.
-        labels: category id -> label.
-        boxes_only: use the pixels of the box as the mask instead of reading a segmentation.
-
-    Raises:
-        AnnotationError: for an annotation that cannot be used.
-    """
-    if not isinstance(entry, dict):
-        raise AnnotationError("not an object", f"of type {type(entry).__name__}")
-    image_id, category_id = entry.get("image_id"), entry.get("category_id")
-    if type(image_id) is not int or image_id not in images:
-        raise AnnotationError("unknown image", f"image_id {image_id!r}")
-    if type(category_id) is not int or category_id not in labels:
-        raise AnnotationError("unknown category", f"category_id {category_id!r}")
-    crowd = entry.get("iscrowd", 0)
-    if crowd not in (0, 1):
-        raise AnnotationError("unknown crowd flag", f"iscrowd {crowd!r}")
-    _, height, width = images[image_id]
-    box = _checked_box(entry.get("bbox"), height, width)
-    segmentation: Segmentation
-    if boxes_only:  # the whole pixels that the box touches, so that no box is without a pixel
-        (left, top), (right, bottom) = map(math.floor, box[:2]), map(math.ceil, box[2:])
-        segmentation = [np.array([left, top, right, top, right, bottom, left, bottom], np.float64)]
-    else:
-        segmentation = checked_segmentation(entry.get("segmentation"), height, width)
-    area = finite_numbers([entry.get("area")])
-    if area is None or area[0] <= 0:
-        area = mask_api.area([compressed_rle(segmentation, height, width)])
-    return image_id, {
-        "label": labels[category_id],
-        "box_xyxy_px": box,
-        "segmentation": segmentation,
-        "is_crowd": bool(crowd),
-        "area_px": float(area[0]),
-    }
-
-
-def _checked_box(bbox: Any, height: int, width: int) -> tuple[float, float, float, float]:
-    """COCO's (x, y, width, height) as xyxy, clipped to the image."""
-    values = finite_numbers(bbox)
-    if values is None or values.size != 4 or values[2] <= 0 or values[3] <= 0:
-        raise AnnotationError("invalid box", f"bbox {bbox!r}")
-    x, y, box_width, box_height = values.tolist()
-    left, top = max(x, 0.0), max(y, 0.0)
-    right, bottom = min(x + box_width, float(width)), min(y + box_height, float(height))
-    if right <= left or bottom <= top:
-        raise AnnotationError("box outside the image", f"bbox {bbox!r}, image {width}×{height}")
-    return left, top, right, bottom
-
-
-# --- keypoints ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
+class ImageEntry:
+    """An image of an annotation file."""
+
+    file_name: str  # as in the file, with slashes; the last part of a URL
+    height: int  # px
+    width: int
+    index: int  # in the file's list
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectEntry:
+    """An annotated object, or a crowd region."""
+
+    annotation_id: int  # unique and positive
+    image_id: int
+    category_id: int
+    bbox_xywh: tuple[float, float, float, float]  # px, not clipped to the image
+    box_xyxy: tuple[float, float, float, float]  # px, clipped to the image
+    segmentation: Segmentation  # of an object without a usable mask: the pixels of its box
+    has_mask: bool
+    is_crowd: bool
+    area: float  # px; the file's, else of the mask, else of the box
+    keypoints: np.ndarray | None  # see `checked_keypoints`
+    stated_keypoints: int | None  # the file's `num_keypoints`
+    index: int  # in the file's list
+
+
+@dataclass(frozen=True, eq=False)
 class CategoryKeypoints:
     """The keypoints of a file's categories."""
 
@@ -268,11 +157,539 @@ class CategoryKeypoints:
     fault: UserError | None = None  # why the keypoints of the file cannot be used
 
 
-def read_keypoints(path: Path, entries: list[dict[str, Any]]) -> CategoryKeypoints:
+@dataclass(frozen=True, eq=False)
+class AnnotationFile:
+    """The usable content of an annotation file."""
+
+    source: str  # file name
+    categories: dict[int, str]  # id -> name, in ascending order of the ids
+    images: dict[int, ImageEntry]  # by id, in the order of the file
+    objects: list[ObjectEntry]  # in the order of the file
+    keypoints: CategoryKeypoints
+    has_masks: bool  # False: no annotation has a segmentation
+    annotations: int  # of the file, usable or not
+    notes: Notes
+    image_keys: dict[str, int] = field(default_factory=dict)  # numbers of image ids that are texts
+    category_keys: dict[str, int] = field(default_factory=dict)
+
+
+# Size (height, width) of an image whose entry does not give it; None if it is not known.
+SizeOf = Callable[[str], "tuple[int, int] | None"]
+
+
+def read_annotations(
+    content: Any,
+    source: str,
+    *,
+    size_of: SizeOf = lambda file_name: None,
+    drop_roots: bool = True,
+) -> AnnotationFile:
+    """Reads the content of an annotation file.
+
+    Left out and counted are annotations of an unknown image or category, and those with neither a usable box nor a
+    usable mask. An object with a box but without a usable mask is kept as a box; in a file without any segmentation
+    all are. Computed and counted are boxes, areas, crowd flags, sizes and class names that are missing or malformed.
+
+    Args:
+        content: the parsed JSON.
+        source: file name, for errors and notes.
+        size_of: gives (height, width) for a `file_name`, where the entry of the image does not.
+        drop_roots: leave out categories without annotations that others name as their `supercategory` (as exported by
+            Roboflow).
+
+    Raises:
+        UserError: for content of another structure, and for two images or classes with one id.
+    """
+    return _Reader(content, source, size_of).read(drop_roots=drop_roots)
+
+
+def load_annotations(path: Path) -> Any:
+    """The JSON content of an annotation file.
+
+    Raises:
+        UserError: where there is no such file, or it is not JSON.
+    """
+    if not path.exists():
+        raise UserError(
+            f"annotation file {path} does not exist",
+            "a JSON file in COCO's format",
+            "correct the path, or name the dataset's folder with --data",
+        )
+    return read_json(path, "a complete JSON file in COCO's format")
+
+
+def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[Any]]:
+    """The lists `images`, `annotations` and `categories`; missing or null annotations and categories are empty.
+
+    Raises:
+        UserError: for content of another structure; names the format that it looks like.
+    """
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{source}: the file is of type {type(content).__name__}{_looks_like(content)}",
+            "an object with the lists images, annotations and categories",
+            _FIX,
+        )
+    lists = []
+    for name in _LISTS:
+        value = content.get(name)
+        if value is None and name != "images":
+            value = []
+        if not isinstance(value, list):
+            kind = "has no key" if name not in content else f"is of type {type(value).__name__} at"
+            raise UserError(f"{source}: the file {kind} {name!r}{_looks_like(content)}", f"{name!r}: a list", _FIX)
+        lists.append(value)
+    return lists[0], lists[1], lists[2]
+
+
+def _looks_like(content: Any) -> str:
+    """A hint at the format of content that is not COCO's."""
+    first = content[0] if isinstance(content, list) and content else content
+    if isinstance(content, list) and isinstance(first, dict) and {"image_id", "score"} <= first.keys():
+        return " (it looks like detections in COCO's results format: evaluate --results)"
+    if isinstance(content, dict) and "shapes" in content:
+        return " (it looks like a LabelMe file: maskrcnn data convert labelme FOLDER OUT)"
+    values = list(islice(content.values(), 1)) if isinstance(content, dict) else []
+    if "_via_img_metadata" in (content if isinstance(content, dict) else {}) or (
+        values and isinstance(values[0], dict) and "regions" in values[0]
+    ):
+        return " (it looks like a file of VGG Image Annotator: maskrcnn data convert via FILE OUT)"
+    return ""
+
+
+class _Reader:
+    """Reads one file; see `read_annotations`."""
+
+    def __init__(self, content: Any, source: str, size_of: SizeOf) -> None:
+        self.source, self.size_of, self.notes = source, size_of, Notes()
+        self.image_entries, self.annotations, self.category_entries = entries_of(content, source)
+        self.image_keys: dict[str, int] = {}
+        self.category_keys: dict[str, int] = {}
+
+    def read(self, *, drop_roots: bool) -> AnnotationFile:
+        keys = [usable_id(entry.get("category_id")) for entry in self.annotations if isinstance(entry, dict)]
+        used = {key for key in keys if key is not None}
+        categories, by_id = self._categories(used)
+        if drop_roots:
+            for category_id in _unused_roots(by_id, {self._known(key, self.category_keys, categories) for key in used}):
+                name = categories.pop(category_id)
+                self._note(REPAIRED, "super-category without objects left out of the classes", "category", repr(name))
+                del by_id[category_id]
+        keypoints = read_keypoints(self.source, self._with_keypoint_names(by_id))
+        images = self._images()
+        placed = list(self._placed(images, categories))
+        images = self._sized(images, placed)
+        objects, has_masks = self._objects(placed, images, keypoints)
+        return AnnotationFile(
+            source=self.source,
+            categories=dict(sorted(categories.items())),
+            images=images,
+            objects=objects,
+            keypoints=keypoints,
+            has_masks=has_masks,
+            annotations=len(self.annotations),
+            notes=self.notes,
+            image_keys=self.image_keys,
+            category_keys=self.category_keys,
+        )
+
+    def _note(self, outcome: str, reason: str, name: str, detail: str, **more: Any) -> None:
+        self.notes.add(Note(outcome, reason, name, detail, **more))
+
+    @staticmethod
+    def _known(key: int | str | None, keys: Mapping[str, int], known: Mapping[int, Any]) -> int | None:
+        """The id that a usable key stands for; None for an unknown one."""
+        number = keys.get(key) if isinstance(key, str) else key
+        return number if number in known else None
+
+    def _ids(self, entries: list[Any], what: str, keys: dict[str, int]) -> list[tuple[int, int, dict[str, Any]]]:
+        """The index, id and entry of all usable entries; texts are numbered after the integers, into `keys`."""
+        found = []
+        for index, entry in enumerate(entries):
+            name = f"{what} number {index}"
+            key = usable_id(entry.get("id")) if isinstance(entry, dict) else None
+            if key is None:
+                detail = f"id {entry.get('id')!r}" if isinstance(entry, dict) else f"of type {type(entry).__name__}"
+                self._note(REPAIRED, f"{what} without a usable id left out", name, detail)
+                continue
+            if type(entry["id"]) is not int:
+                self._note(REPAIRED, f"{what} id that is not an integer", name, f"id {entry['id']!r}")
+            found.append((index, key, entry))
+        following = 1 + max((key for _, key, _ in found if isinstance(key, int)), default=0)
+        numbered = []
+        for index, key, entry in found:
+            if isinstance(key, str) and key not in keys:
+                keys[key], following = following, following + 1
+            numbered.append((index, keys[key] if isinstance(key, str) else key, entry))
+        return numbered
+
+    def _categories(self, used: set[int | str]) -> tuple[dict[int, str], dict[int, dict[str, Any]]]:
+        """Names and entries by id. A file without categories gets those that its annotations name."""
+        if not self.category_entries and used:
+            self.category_entries = [{"id": key, "name": str(key)} for key in sorted(used, key=str)]
+            self._note(REPAIRED, "no categories: classes are named by the annotations' ids", "file", f"{len(used)} ids")
+        names: dict[int, str] = {}
+        by_id: dict[int, dict[str, Any]] = {}
+        for index, category_id, entry in self._ids(self.category_entries, "category", self.category_keys):
+            name = entry.get("name")
+            if not isinstance(name, str) or not name.strip():
+                found = f"id {category_id}, name {name!r}"
+                name = str(name) if type(name) in (int, float) else f"category {category_id}"
+                self._note(REPAIRED, "category without a name", f"category number {index}", found)
+            if category_id in names and names[category_id] != name:
+                found = f"category id {category_id} occurs twice, as {names[category_id]!r} and {name!r}"
+                raise UserError(f"{self.source}: {found}", "unique category ids", _FIX)
+            names[category_id], by_id[category_id] = name, {**entry, "id": category_id}
+        if not names:
+            raise UserError(f"{self.source}: no categories", "at least one entry in 'categories' with an id", _FIX)
+        return names, by_id
+
+    def _with_keypoint_names(self, by_id: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The categories; where none names its keypoints but objects have them, those of the objects are named."""
+        entries = list(by_id.values())
+        if any(entry.get("keypoints") for entry in entries):
+            return entries
+        values = (entry.get("keypoints") for entry in self.annotations if isinstance(entry, dict))
+        lengths = Counter(len(value) for value in values if isinstance(value, list) and value)
+        length = lengths.most_common(1)[0][0] if lengths else 0
+        if not length or length % 3:
+            return entries
+        names = list(COCO_NAMES) if length == 3 * len(COCO_NAMES) else [str(k + 1) for k in range(length // 3)]
+        found = f"{length // 3} keypoints, named {names[0]} … {names[-1]}"
+        self._note(REPAIRED, "keypoints that no category names", "categories", found)
+        return [{**entry, "keypoints": names} for entry in entries]
+
+    def _images(self) -> dict[int, ImageEntry]:
+        images: dict[int, ImageEntry] = {}
+        has_names = any(isinstance(entry, dict) and _file_name(entry) for entry in self.image_entries)
+        for index, image_id, entry in self._ids(self.image_entries, "image", self.image_keys):
+            name = _file_name(entry)
+            if name is None and not has_names:
+                name = ""  # a file for results alone
+            if name is None:
+                detail = f"file_name {entry.get('file_name')!r}"
+                self._note(REPAIRED, "image without a file name left out", f"image number {index}", detail)
+                continue
+            if image_id in images:
+                if images[image_id].file_name != name:
+                    found = f"image id {image_id} occurs twice, for {images[image_id].file_name!r} and {name!r}"
+                    raise UserError(f"{self.source}: {found}", "unique image ids", _FIX)
+                self._note(REPAIRED, "image that is listed twice", f"image {image_id}", name)
+                continue
+            images[image_id] = ImageEntry(name, _side(entry.get("height")), _side(entry.get("width")), index)
+        if not images:
+            raise UserError(
+                f"{self.source}: no images ({len(self.image_entries)} entries in 'images')",
+                "at least one entry in 'images' with an id and a file_name",
+                _FIX,
+            )
+        return images
+
+    def _placed(self, images: Mapping[int, ImageEntry], categories: Mapping[int, str]) -> Any:
+        """(index, image id, category id, entry) of the annotations of known images and categories."""
+        for index, entry in enumerate(self.annotations):
+            if not isinstance(entry, dict):
+                self._note(DROPPED, "not an object", f"annotation number {index}", f"of type {type(entry).__name__}")
+                continue
+            name, bbox = _name(entry, index), entry.get("bbox")
+            image_id = self._known(usable_id(entry.get("image_id")), self.image_keys, images)
+            if image_id is None:
+                self._note(DROPPED, "unknown image", name, f"image_id {entry.get('image_id')!r}", bbox=bbox)
+                continue
+            category_id = self._known(usable_id(entry.get("category_id")), self.category_keys, categories)
+            if category_id is None:
+                detail = f"category_id {entry.get('category_id')!r}"
+                self._note(DROPPED, "unknown category", name, detail, image_id=image_id, bbox=bbox)
+                continue
+            yield index, image_id, category_id, entry
+
+    def _sized(self, images: dict[int, ImageEntry], placed: Sequence[Any]) -> dict[int, ImageEntry]:
+        """The images with sizes: the file's, else of the image, of its run lengths, or what its objects extend to."""
+        unknown = {image_id for image_id, entry in images.items() if not (entry.height and entry.width)}
+        if not unknown:
+            return images
+        extents: dict[int, list[tuple[int, int]]] = {image_id: [(1, 1)] for image_id in unknown}
+        encoded: dict[int, tuple[int, int]] = {}
+        for _, image_id, _, entry in placed:
+            if image_id not in unknown:
+                continue
+            segmentation = entry.get("segmentation")
+            size = finite_numbers(segmentation.get("size")) if isinstance(segmentation, dict) else None
+            if size is not None and size.size == 2 and size.min() >= 1:
+                encoded[image_id] = (int(size[0]), int(size[1]))
+            box = finite_numbers(entry.get("bbox"))
+            if box is not None and box.size == 4:
+                extents[image_id].append((math.ceil(box[1] + abs(box[3])), math.ceil(box[0] + abs(box[2]))))
+        sized = dict(images)
+        for image_id in unknown:
+            name = images[image_id].file_name
+            size_hw = self.size_of(name)
+            origin = "the image file" if size_hw else "its run lengths" if image_id in encoded else "its boxes"
+            largest = (max(h for h, _ in extents[image_id]), max(w for _, w in extents[image_id]))
+            height, width = size_hw or encoded.get(image_id) or largest
+            self._note(
+                REPAIRED, f"image size missing, taken from {origin}", f"image {image_id}", f"{width}×{height} px"
+            )
+            sized[image_id] = replace(images[image_id], height=height, width=width)
+        return sized
+
+    def _objects(
+        self, placed: Sequence[Any], images: Mapping[int, ImageEntry], keypoints: CategoryKeypoints
+    ) -> tuple[list[ObjectEntry], bool]:
+        segmentations = [
+            parse_segmentation(entry.get("segmentation"), images[image_id].height, images[image_id].width)
+            for _, image_id, _, entry in placed
+        ]
+        has_masks = not placed or any(each.segmentation is not None for each in segmentations)
+        convention = self._convention(placed, images, segmentations)
+        usable = (usable_id(entry.get("id")) for *_, entry in placed)
+        following = 1 + max((key for key in usable if isinstance(key, int)), default=0)
+        following, seen, objects = max(following, 1), set(), []
+        for (index, image_id, category_id, entry), parsed in zip(placed, segmentations, strict=True):
+            name = _name(entry, index)
+            try:
+                fields = self._fields(entry, name, images[image_id], parsed, convention, has_masks=has_masks)
+            except AnnotationError as fault:
+                detail, bbox = fault.detail, entry.get("bbox")
+                self._note(DROPPED, fault.reason, name, detail, image_id=image_id, bbox=bbox)
+                continue
+            points, stated = None, None
+            if category_id in keypoints.category_ids:
+                try:
+                    points = checked_keypoints(entry.get("keypoints"), len(keypoints.names))
+                    stated = entry.get("num_keypoints")
+                except AnnotationError as fault:
+                    self._note(REPAIRED, f"{fault.reason}, left out of their object", name, fault.detail)
+            annotation_id = usable_id(entry.get("id"))
+            if not isinstance(annotation_id, int) or annotation_id <= 0 or annotation_id in seen:
+                # pycocotools misreads these: in its matching, 0 means unmatched.
+                annotation_id, following = following, following + 1
+            seen.add(annotation_id)
+            objects.append(
+                ObjectEntry(
+                    annotation_id=annotation_id,
+                    image_id=image_id,
+                    category_id=category_id,
+                    keypoints=points,
+                    stated_keypoints=stated if type(stated) is int else None,
+                    index=index,
+                    **fields,
+                )
+            )
+        return objects, has_masks
+
+    def _convention(
+        self,
+        placed: Sequence[Any],
+        images: Mapping[int, ImageEntry],
+        segmentations: Sequence[ParsedSegmentation],
+    ) -> str:
+        """How boxes are written: "xywh" as in COCO, "xyxy" (corners), or "fractions" of the image.
+
+        Corners are recognised by polygons that they fit, or else by boxes of which COCO's reading leaves the image.
+        """
+        boxes, sizes, extents = [], [], []
+        for (_, image_id, _, entry), parsed in islice(zip(placed, segmentations, strict=True), _SAMPLE):
+            box = finite_numbers(entry.get("bbox"))
+            if box is None or box.size != 4:
+                continue
+            image, outline = images[image_id], parsed.segmentation
+            points = np.concatenate(outline).reshape(-1, 2) if isinstance(outline, list) else np.full((1, 2), np.nan)
+            boxes.append(box)
+            sizes.append((image.width, image.height))
+            extents.append([*points.min(axis=0), *points.max(axis=0)])
+        if not boxes:
+            return "xywh"
+        box, size, extent = np.array(boxes), np.array(sizes, float), np.array(extents)
+        corners = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
+        if box.min() >= 0 and box.max() <= 1 and size.min() > 2 and not (extent > 1).any() and (box % 1).any():
+            self._note(
+                REPAIRED, "coordinates that are fractions of the image", "file", f"first box {boxes[0].tolist()}"
+            )
+            return "fractions"
+        outlined = ~np.isnan(extent[:, 0])
+        is_corner_like = (box[:, 2:] > box[:, :2]).all()
+        if outlined.any():
+            as_xyxy = (np.abs(box - extent)[outlined].max(axis=1) <= _FIT_PX).mean()
+            as_xywh = (np.abs(corners - extent)[outlined].max(axis=1) <= _FIT_PX).mean()
+            is_xyxy = as_xyxy > 0.9 and as_xywh < 0.1
+        else:
+            outside = (corners[:, 2:] > size + _FIT_PX).any(axis=1).mean()
+            is_xyxy = bool(outside > 0.5 and is_corner_like and (box[:, 2:] <= size + _FIT_PX).all())
+        if is_xyxy:
+            found = f"first bbox {boxes[0].tolist()}"
+            self._note(REPAIRED, "boxes written as corners (x1, y1, x2, y2), not (x, y, width, height)", "file", found)
+        return "xyxy" if is_xyxy else "xywh"
+
+    def _fields(
+        self,
+        entry: dict[str, Any],
+        name: str,
+        image: ImageEntry,
+        parsed: ParsedSegmentation,
+        convention: str,
+        *,
+        has_masks: bool,
+    ) -> dict[str, Any]:
+        """Box, mask, crowd flag and area of an annotation.
+
+        Raises:
+            AnnotationError: for an annotation that cannot be used.
+        """
+        height, width = image.height, image.width
+        segmentation = parsed.segmentation
+        if convention == "fractions" and isinstance(segmentation, list):
+            segmentation = [(part.reshape(-1, 2) * (width, height)).ravel() for part in segmentation]
+        if segmentation is not None and parsed.reason:
+            self._note(REPAIRED, parsed.reason, name, parsed.detail)
+        bbox, box_fault, outline = self._bbox(entry, name, convention, (height, width))
+        if segmentation is None and outline is not None and has_masks:
+            segmentation = [outline]  # a rotated box is an outline
+        box = None if bbox is None else _clipped(bbox, height, width)
+        if box is None and segmentation is not None:
+            extent = mask_api.toBbox(compressed_rle(segmentation, height, width)).tolist()
+            box = _clipped(extent, height, width) if min(extent[2:]) > 0 else None
+            if box is not None:
+                reason = "box computed from the mask" if bbox is None else "box outside the image, taken from the mask"
+                self._note(REPAIRED, reason, name, f"bbox {entry.get('bbox')!r}")
+                bbox = tuple(extent)
+        if bbox is None:
+            raise AnnotationError("invalid box", f"{box_fault}; {parsed.reason}" if has_masks else box_fault)
+        if box is None:
+            raise AnnotationError("box outside the image", f"bbox {entry.get('bbox')!r}, image {width}×{height}")
+        has_mask = segmentation is not None
+        if segmentation is None:
+            segmentation = box_polygon(box)
+            if has_masks or parsed.reason != NOTHING:
+                self._note(BOX_ONLY, parsed.reason, name, parsed.detail)
+        return {
+            "bbox_xywh": tuple(bbox),
+            "box_xyxy": box,
+            "segmentation": segmentation,
+            "has_mask": has_mask,
+            "is_crowd": self._crowd(entry, name),
+            "area": self._area(entry, name, segmentation, bbox, has_mask=has_mask, size_hw=(height, width)),
+        }
+
+    def _bbox(
+        self, entry: dict[str, Any], name: str, convention: str, size_hw: tuple[int, int]
+    ) -> tuple[Sequence[float] | None, str, np.ndarray | None]:
+        """COCO's box (x, y, width, height), or None with what was found; and the outline of a rotated box."""
+        value = entry.get("bbox")
+        numbers = finite_numbers(value)
+        found = f"bbox {str(value)[:200]}"
+        if numbers is None or numbers.size not in (4, 5):
+            return None, found, None
+        if convention == "fractions":
+            numbers = numbers * [size_hw[1], size_hw[0], size_hw[1], size_hw[0], 1][: numbers.size]
+        if convention == "xyxy" and numbers.size == 4:
+            numbers[2:] -= numbers[:2]
+        attributes = entry.get("attributes")
+        angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
+        if numbers.size == 5:  # Detectron2's rotated boxes: centre, size, and degrees against the clock
+            centre, degrees = numbers[:2], -float(numbers[4])
+        elif type(angle) in (int, float) and math.isfinite(angle) and angle % 360:  # CVAT: with the clock
+            centre, degrees = numbers[:2] + numbers[2:4] / 2, float(angle)
+        else:
+            x, y, width, height = numbers.tolist()
+            if width == 0 or height == 0:
+                return None, found, None
+            if width < 0 or height < 0:
+                self._note(REPAIRED, "box with a negative side: corners exchanged", name, found)
+            return (min(x, x + width), min(y, y + height), abs(width), abs(height)), found, None
+        half = np.abs(numbers[2:4]) / 2
+        if not half.all():
+            return None, found, None
+        turned = math.radians(degrees)
+        cos, sin = math.cos(turned), math.sin(turned)
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half @ np.array([[cos, sin], [-sin, cos]]) + centre
+        low, high = corners.min(axis=0), corners.max(axis=0)
+        self._note(REPAIRED, "rotated box: its outline and the upright box around it are used", name, found)
+        return (*low.tolist(), *(high - low).tolist()), found, corners.ravel()
+
+    def _crowd(self, entry: dict[str, Any], name: str) -> bool:
+        value = entry.get("iscrowd", 0)
+        if value in (0, 1):  # False, True and fractions too
+            return bool(value)
+        known = {"0": False, "1": True, "false": False, "true": True}
+        flag = known.get(value.strip().lower()) if isinstance(value, str) else None
+        self._note(REPAIRED, "crowd flag that is not 0 or 1", name, f"iscrowd {value!r}, read as {int(bool(flag))}")
+        return bool(flag)
+
+    def _area(
+        self,
+        entry: dict[str, Any],
+        name: str,
+        segmentation: Segmentation,
+        bbox: Sequence[float],
+        *,
+        has_mask: bool,
+        size_hw: tuple[int, int],
+    ) -> float:
+        numbers = finite_numbers([entry.get("area")])
+        if numbers is not None and numbers[0] > 0:
+            return float(numbers[0])
+        self._note(REPAIRED, "area missing or not positive, computed", name, f"area {entry.get('area')!r}")
+        mask = int(mask_api.area(compressed_rle(segmentation, *size_hw))) if has_mask else 0
+        return float(mask or bbox[2] * bbox[3])
+
+
+def _name(entry: Mapping[str, Any], index: int) -> str:
+    return f"annotation {entry.get('id', f'number {index}')}"
+
+
+def _file_name(entry: Mapping[str, Any]) -> str | None:
+    """The name of an image's file with slashes; of an entry without one the last part of its path or URL."""
+    value = entry.get("file_name")
+    if isinstance(value, str) and value.strip():
+        name = value.replace("\\", "/")
+        return _last_part(name) if "://" in name else name
+    values = (entry.get(key) for key in _URL_KEYS)
+    return next((_last_part(each.replace("\\", "/")) for each in values if isinstance(each, str) and each), None)
+
+
+def _last_part(url: str) -> str:
+    return unquote(PurePosixPath(url.partition("?")[0]).name)
+
+
+def _side(value: Any) -> int:
+    """A side in pixels; 0 if it is missing or not a positive integer."""
+    numbers = finite_numbers([value])
+    usable = numbers is not None and 1 <= numbers[0] < 2**31 and numbers[0] % 1 == 0
+    return int(numbers[0]) if usable and numbers is not None else 0
+
+
+def _clipped(bbox: Sequence[float], height: int, width: int) -> tuple[float, float, float, float] | None:
+    """COCO's (x, y, width, height) as xyxy, clipped to the image; None outside of it."""
+    x, y, box_width, box_height = bbox
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + box_width, float(width)), min(y + box_height, float(height))
+    return None if right <= left or bottom <= top else (left, top, right, bottom)
+
+
+def _unused_roots(categories: Mapping[int, Mapping[str, Any]], used: set[int | None]) -> list[int]:
+    """Categories without annotations that others name as their super-category, and that have none themselves."""
+    parents = {
+        entry.get("supercategory") for entry in categories.values() if isinstance(entry.get("supercategory"), str)
+    }
+    roots = [
+        category_id
+        for category_id, entry in categories.items()
+        if category_id not in used
+        and entry.get("name") in parents
+        and entry.get("supercategory") in (None, "", "none", "None")
+    ]
+    return roots if len(roots) < len(categories) else []
+
+
+# --- keypoints ---------------------------------------------------------------------------------------
+
+
+def read_keypoints(source: str, entries: list[dict[str, Any]]) -> CategoryKeypoints:
     """Reads the keypoints of a file's categories. A fault is returned, as boxes and masks of the file can be used.
 
     Args:
-        path: annotation file, for errors.
+        source: annotation file, for errors.
         entries: its categories, with valid ids.
     """
     with_keypoints = [entry for entry in entries if entry.get("keypoints")]
@@ -280,36 +697,37 @@ def read_keypoints(path: Path, entries: list[dict[str, Any]]) -> CategoryKeypoin
         return CategoryKeypoints()
     first = with_keypoints[0]
     try:
-        names = _keypoint_names(path, first)
+        names = _keypoint_names(source, first)
         for entry in with_keypoints[1:]:
-            if _keypoint_names(path, entry) != names:
+            if _keypoint_names(source, entry) != names:
                 raise UserError(
-                    f"{path}: categories {first['id']} and {entry['id']} with different keypoints",
+                    f"{source}: categories {first['id']} and {entry['id']} with different keypoints",
                     "the same keypoints in all categories that have any, as a model predicts one set of them",
                     "keep the keypoints of one category, or write a file for each",
                 )
-        skeleton = _skeleton(path, first, len(names))
+        skeleton = _skeleton(first, len(names))
     except UserError as fault:
         return CategoryKeypoints(fault=fault)
     return CategoryKeypoints(names, skeleton, frozenset(entry["id"] for entry in with_keypoints))
 
 
-def _keypoint_names(path: Path, entry: dict[str, Any]) -> tuple[str, ...]:
+def _keypoint_names(source: str, entry: dict[str, Any]) -> tuple[str, ...]:
     names = entry["keypoints"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
-        found = f"{path}: 'keypoints' of category {entry['id']} is {str(names)[:80]}"
+        found = f"{source}: 'keypoints' of category {entry['id']} is {str(names)[:80]}"
         raise UserError(found, "a list of unique names", _FIX)
     return tuple(names)
 
 
-def _skeleton(path: Path, entry: dict[str, Any], count: int) -> tuple[tuple[int, int], ...]:
-    where, lines = f"{path}: 'skeleton' of category {entry['id']}", entry.get("skeleton") or []
-    valid = isinstance(lines, list) and all(isinstance(line, list) for line in lines)
-    if not valid or not all(type(number) is int for line in lines for number in line):
-        raise UserError(f"{where} is {str(lines)[:80]}", "a list of pairs of numbers", "correct the file, or remove it")
-    skeleton = tuple(tuple(line) for line in lines)
-    check_skeleton(where, skeleton, count)
-    return skeleton
+def _skeleton(entry: dict[str, Any], count: int) -> tuple[tuple[int, int], ...]:
+    """The lines between keypoints, numbered from 1; those that join no two keypoints are left out."""
+    lines = entry.get("skeleton")
+    pairs = [tuple(line) for line in lines if isinstance(line, list)] if isinstance(lines, list) else []
+    pairs = [pair for pair in pairs if len(pair) == 2 and all(type(number) is int for number in pair)]
+    numbers = {number for pair in pairs for number in pair}
+    first = 0 if 0 in numbers and max(numbers) < count else 1  # some tools count from 0
+    known = range(first, count + first)
+    return tuple((a + 1 - first, b + 1 - first) for a, b in pairs if a in known and b in known and a != b)
 
 
 def checked_keypoints(value: Any, count: int) -> np.ndarray | None:

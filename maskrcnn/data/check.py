@@ -1,8 +1,8 @@
 """Checks a dataset for faults that stop training, skip annotations or mislead it.
 
 An error stops `maskrcnn train`: an annotation file that cannot be used, images that are missing, cannot be decoded or
-have another size than their entries, and splits with different category ids. A remark does not: annotations that are
-skipped, and annotations and images that are probably wrong.
+have another aspect ratio than their entries, and splits with different category ids. A remark does not: annotations
+that are skipped, annotations and images that are probably wrong, and images that are scaled or not read completely.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 from pycocotools import mask as mask_api
 
 from maskrcnn.config import SMALL_MODEL, model_config
-from maskrcnn.data.annotations import Segmentation, compressed_rle, finite_numbers
+from maskrcnn.data.annotations import BOX_ONLY, REPAIRED, Note
 from maskrcnn.data.check_report import DatasetReport, Finding, Problem, SplitStatistics
 from maskrcnn.data.coco import (
     CocoDataset,
     ImageRecord,
     Instance,
-    SkippedAnnotation,
-    annotation_file,
     crowded_line,
-    find_splits,
 )
-from maskrcnn.data.images import read_image
+from maskrcnn.data.images import ImageNotes, fits_size, read_header, read_image
+from maskrcnn.data.layouts import find_splits, get_split
+from maskrcnn.data.segmentation import Segmentation, compressed_rle, finite_numbers
+from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 
@@ -39,7 +39,7 @@ _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an obj
 _DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
 _MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
 _DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
-_UPRIGHT = 1  # EXIF orientation: first row at the top, first column at the left
+_ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # of samples of more than 8 bits: training measures the range
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
 _STRUCTURE = Problem("annotation file that cannot be used", is_error=True)
@@ -52,7 +52,8 @@ _KEYPOINTS = Problem("keypoints that cannot be learnt")
 _KEYPOINT_NAMES = Problem("keypoint names that differ between splits")
 _UNUSED_CLASS = Problem("class without objects")
 _CROWDED = Problem("images with more objects than the default model returns")
-_ROTATED = Problem("image with an EXIF orientation, which training does not apply")
+_SCALED = Problem("image of another size than its entry says, to which it is scaled")
+_LOSSY = Problem("image that is not read completely")
 _THIN = Problem("box with a side below one pixel")
 _TINY = Problem(f"mask of fewer than {_MIN_MASK_PX} pixels")
 _MISFIT = Problem("box that does not fit its mask")
@@ -61,21 +62,29 @@ _OUTSIDE = Problem("visible keypoint outside the image")
 _MISCOUNTED = Problem("number of keypoints that is not what num_keypoints says")
 _REPEATED = Problem("the same image twice in a split")
 _LEAKED = Problem("the same image in several splits")
-_SKIPPED = "annotation left out of training"  # followed by the reason
+_NO_OBJECTS = Problem("split without an object to learn", is_error=True)
+_NO_OBJECTS_TO_FIND = Problem("split without an object: AP cannot be measured")
+_SKIPPED = "annotation left out of training"  # these three are followed by the reason
+_BOX_ONLY = "objects with a box but without a mask"
+_REPAIRED = "repaired when read"
 
 
 def check_dataset(
     root: str | Path,
     splits: Sequence[str] = (),
     *,
+    images: str | Path | None = None,
+    exif: str = "auto",
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DatasetReport:
-    """Reads every annotation and decodes every image of a dataset in COCO layout.
+    """Reads every annotation and decodes every image of a dataset.
 
     Args:
-        root: the dataset's folder.
+        root: the dataset's folder, or its annotation file.
         splits: names or prefixes of splits (default: all).
+        images: folder of the images (default: searched for near the annotations).
+        exif: rule of EXIF orientations, one of `images.EXIF_RULES`.
         workers: number of decoding threads (default: one per core).
         progress: called with the numbers of checked images and of all images.
 
@@ -84,21 +93,23 @@ def check_dataset(
     """
     root = Path(root)
     datasets, findings = [], []
-    for name in find_splits(root, splits):
+    for name in find_splits(root, splits, images):
         try:
-            datasets.append(CocoDataset.load(root, name, require_images=False))
+            dataset = CocoDataset.load(root, name, images=images, require_images=False, drop_roots=False)
+            datasets.append(with_exif(dataset, exif))
         except UserError as error:
             detail = f"{error.found}; expected: {error.expected}"
-            findings.append(
-                Finding(problem=_STRUCTURE, split=name, where=annotation_file(root, name).name, detail=detail)
-            )
+            where = get_split(root, name, images).annotations.name
+            findings.append(Finding(problem=_STRUCTURE, split=name, where=where, detail=detail))
     findings += _category_findings(datasets)
     findings += _keypoint_findings(datasets)
     for dataset in datasets:
+        findings += _object_count_findings(dataset)
         findings += _class_findings(dataset)
         if crowded := crowded_line(dataset, _DEFAULT_DETECTIONS):
             findings.append(_of_file(_CROWDED, dataset, crowded.partition(": ")[2]))
         findings += _skipped_findings(dataset)
+        findings += _repair_findings(dataset)
     findings += _image_findings(datasets, workers or available_cpus(), progress)
     return DatasetReport(
         root=root,
@@ -197,7 +208,26 @@ def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
         )
 
 
-def _drawable_box(skipped: SkippedAnnotation) -> tuple[tuple[float, float, float, float], ...]:
+def _object_count_findings(dataset: CocoDataset) -> Iterator[Finding]:
+    """A split without objects: nothing to learn, or nothing to measure."""
+    try:
+        dataset.require_objects("learn" if dataset.split.lower().startswith("train") else "find")
+    except UserError as fault:
+        is_validation = dataset.split.lower().startswith(("val", "test"))
+        yield _of_file(_NO_OBJECTS_TO_FIND if is_validation else _NO_OBJECTS, dataset, f"{fault.found}; {fault.fix}")
+
+
+def _repair_findings(dataset: CocoDataset) -> Iterator[Finding]:
+    """One finding for each reason for which entries were repaired, or objects lost their masks."""
+    for outcome, name in ((BOX_ONLY, _BOX_ONLY), (REPAIRED, _REPAIRED)):
+        notes = dataset.notes.of(outcome)
+        for reason, count in dataset.notes.counts(outcome).items():
+            first = next(note for note in notes if note.reason == reason)
+            detail = f"{count}, first: {first.name}: {first.detail}"
+            yield _of_file(Problem(f"{name}: {reason}"), dataset, detail)
+
+
+def _drawable_box(skipped: Note) -> tuple[tuple[float, float, float, float], ...]:
     values = finite_numbers(skipped.bbox)
     if values is None or values.size != 4:
         return ()
@@ -236,19 +266,22 @@ def _examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None
     findings = list(_object_findings(split, record))
     if not record.path.is_file():
         return [_finding(_MISSING, split, record, f"no file {record.path}"), *findings], None
+    notes = ImageNotes()
     try:
-        size_hw = read_image(record.path).shape[:2]
+        header = read_header(record.path)
+        read_image(record.path, _ANY_RANGE, notes=notes)
     except UserError as error:
         return [_finding(_UNREADABLE, split, record, error.found), *findings], None
-    orientation = _orientation(record.path)
-    if size_hw != (record.height, record.width):
-        detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
-        if orientation != _UPRIGHT:
-            detail += f"; annotated after EXIF orientation {orientation} was applied?"
+    size_hw = header.shown_hw((record.height, record.width), record.exif)
+    detail = f"{size_hw[1]}×{size_hw[0]} pixels in the file, {record.width}×{record.height} in the JSON"
+    if header.orientation != 1:
+        detail += f"; EXIF orientation {header.orientation}"
+    try:
+        if not fits_size(size_hw, (record.height, record.width), record.path.name):
+            findings.append(_finding(_SCALED, split, record, detail))
+    except UserError:
         findings.append(_finding(_OTHER_SIZE, split, record, detail))
-    elif orientation != _UPRIGHT:
-        detail = f"orientation {orientation}; annotations must fit the pixels as stored, as they are drawn here"
-        findings.append(_finding(_ROTATED, split, record, detail))
+    findings += [_finding(_LOSSY, split, record, text) for text in notes.texts()]
     return findings, sha256_of(record.path)
 
 
@@ -271,16 +304,6 @@ def _finding(problem: Problem, split: str, record: ImageRecord, detail: str, *in
         record=record,
         instances=instances or record.instances,
     )
-
-
-def _orientation(path: Path) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) without one."""
-    try:
-        with Image.open(path) as image:
-            orientation: int = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
-            return orientation
-    except Exception:  # metadata cannot be read: viewers would not rotate the image either
-        return _UPRIGHT
 
 
 def _object_findings(split: str, record: ImageRecord) -> Iterator[Finding]:

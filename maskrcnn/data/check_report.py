@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from maskrcnn.data.coco import CocoDataset, ImageRecord, Instance, instance_mask
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_for_display
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path
-from maskrcnn.imaging.draw import colour_of
+from maskrcnn.imaging.draw import colour_of, save_drawing
 
 _EXAMPLES = 3  # of each problem
 _MAX_CLASSES = 100  # rows of the table; JSON has all classes
@@ -216,11 +215,11 @@ def draw_findings(report: DatasetReport, folder: Path, *, per_problem: int) -> i
             for number, finding in enumerate(findings[:per_problem], start=1):
                 image = _draw_finding(finding, names)
                 if image is not None and finding.record is not None:
-                    _save(image, folder / f"{_slug(problem)}-{number:02}-{finding.record.path.stem}.png")
+                    save_drawing(image, folder / f"{_slug(problem)}-{number:02}-{finding.record.path.stem}.png")
                     written += 1
     sheet = _contact_sheet(report.datasets)
     if sheet:
-        _save(sheet, folder / "samples.png")
+        save_drawing(sheet, folder / "samples.png")
     return written + bool(sheet)
 
 
@@ -229,7 +228,7 @@ def _draw_finding(finding: Finding, class_names: dict[str, tuple[str, ...]]) -> 
     if finding.record is None:
         return None
     try:
-        image = read_image(finding.record.path)
+        image = read_for_display(finding.record)
     except UserError:
         return None
     marks = [_mark(index, instance, class_names[finding.split]) for index, instance in enumerate(finding.instances)]
@@ -250,7 +249,7 @@ def _contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
     for index in np.random.default_rng(0).permutation(len(pool)):
         dataset, record = pool[index]
         try:
-            image = read_image(record.path)
+            image = read_for_display(record)
         except UserError:
             continue
         marks = [_mark(k, instance, dataset.class_names) for k, instance in enumerate(record.instances)]
@@ -348,8 +347,3 @@ def _join(images: Sequence[Image.Image], *, vertical: bool = False) -> Image.Ima
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with atomic_path(path) as draft:
-        image.save(draft, format="PNG")

@@ -1,18 +1,15 @@
-"""Datasets in COCO's format: `annotations/instances_<split>.json` beside the image folder `<split>/`.
+"""Datasets of annotated images: COCO's format, in any layout that `maskrcnn.data.layouts` recognises.
 
 COCO's own keypoints are in files of another name: the split `person_keypoints_train2017` is
 `annotations/person_keypoints_train2017.json`, with the images in `train2017/`.
-
-A fault of the file as a whole is an error. An annotation with a fault is skipped and counted: real annotation files
-have dozens of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +17,22 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from maskrcnn.data.annotations import (
-    LAYOUT,
-    AnnotationError,
-    CategoryKeypoints,
-    Segmentation,
-    are_boxes_only,
-    checked_annotation,
-    checked_keypoints,
-    compressed_rle,
-    read_annotation_lists,
-    read_categories,
-    read_images,
-    read_keypoints,
-    usable_id,
+    DROPPED,
+    AnnotationFile,
+    Note,
+    Notes,
+    ObjectEntry,
+    entries_of,
+    load_annotations,
+    read_annotations,
 )
+from maskrcnn.data.images import upright_size
+from maskrcnn.data.layouts import ImageFinder, Split, get_split
+from maskrcnn.data.segmentation import Segmentation, compressed_rle
 from maskrcnn.errors import UserError
+from maskrcnn.metadata import sha256_of
 
-_PREFIX = "instances_"  # of annotation files
-_KEYPOINTS_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
+VAL_SHARE = 0.1  # of a dataset without a split to validate on
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +42,13 @@ class Instance:
     annotation_id: int  # unique in the dataset and positive
     label: int  # 1 … number of classes
     box_xyxy_px: tuple[float, float, float, float]  # clipped to the image
-    segmentation: Segmentation
+    segmentation: Segmentation  # of an object without a mask: the pixels of its box
     is_crowd: bool
     area_px: float  # the file's, else the pixels of the mask
     # float64 [K, 3] x, y in pixels and visibility: 0 not labelled, 1 hidden, 2 visible. None: none is labelled.
     keypoints: np.ndarray | None = None
     stated_keypoints: int | None = None  # the file's `num_keypoints`
+    has_mask: bool = True  # False: the file has no usable mask; boxes are learnt and scored, masks are not
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +60,7 @@ class ImageRecord:
     height: int
     width: int
     instances: tuple[Instance, ...]
-
-
-@dataclass(frozen=True)
-class SkippedAnnotation:
-    """An annotation with a fault."""
-
-    reason: str  # kind of fault
-    name: str  # "annotation 7"
-    detail: str
-    image_id: int | None  # None: unknown image
-    bbox: Any  # the file's
+    exif: str = "auto"  # one of `images.EXIF_RULES`, see `survey.with_exif`
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,89 +70,61 @@ class CocoDataset:
     Label k is `class_names[k - 1]` and COCO's `category_ids[k - 1]`; label 0 is background.
     """
 
-    root: Path
+    root: Path  # folder of the dataset, or its annotation file
     split: str
     annotation_path: Path
+    image_folder: Path
     class_names: tuple[str, ...]  # in ascending order of the category id
     category_ids: tuple[int, ...]
     images: tuple[ImageRecord, ...]  # in the order of the file
-    skipped_annotations: tuple[SkippedAnnotation, ...]
+    notes: Notes  # what was not used as it is in the file
     file_boxes_xywh_px: dict[int, tuple[float, ...]]  # annotation id -> box of the file, for the evaluation
     has_masks: bool = True  # False: no annotation has a segmentation; each object's mask is its box
     keypoint_names: tuple[str, ...] = ()  # of the categories with keypoints, see `CategoryKeypoints`
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()
     keypoint_fault: UserError | None = None
+    image_keys: dict[str, int] = field(default_factory=dict)  # numbers of image ids that are texts in the file
+    category_keys: dict[str, int] = field(default_factory=dict)
+    division: str = ""  # how the split was made of a larger one
 
     @classmethod
-    def load(cls, root: str | Path, split: str, *, require_images: bool = True) -> CocoDataset:
+    def load(
+        cls,
+        root: str | Path,
+        split: str,
+        *,
+        images: str | Path | None = None,
+        require_images: bool = True,
+        drop_roots: bool = True,
+    ) -> CocoDataset:
         """Reads the annotations of `split`; image files must exist but are not opened.
 
-        Skipped and counted are annotations of an unknown image or category, with a box that is not four finite
-        numbers of positive size or lies outside the image, with a missing, empty or malformed segmentation, and with
-        malformed keypoints. A file without any segmentation is one of boxes.
-
         Args:
-            root: the dataset's folder.
-            split: its exact name.
+            root: the dataset's folder, or its annotation file.
+            split: its exact name, see `maskrcnn.data.layouts.find_split`.
+            images: folder of the images (default: searched for near the annotation file).
             require_images: whether missing image files are an error.
+            drop_roots: see `maskrcnn.data.annotations.read_annotations`.
 
         Raises:
-            UserError: where the annotation file is missing, not JSON or not in COCO's structure (the error names the
-                key), has no images or no categories, a duplicate id, or a file name outside the image folder, and
+            UserError: where the annotation file is missing or cannot be used as a whole, see `read_annotations`, and
                 where image files are missing.
         """
-        path, folder = annotation_file(root, split), image_folder(root, split)
-        return cls.read(path, folder, require_images=require_images, split=split)
+        found = get_split(root, split, images)
+        dataset = _dataset(found, Path(root), require_images=require_images, drop_roots=drop_roots)
+        return divided(dataset, found.part) if found.part else dataset
 
     @classmethod
-    def read(cls, path: Path, folder: Path, *, require_images: bool = True, split: str | None = None) -> CocoDataset:
-        """As `load`, for any annotation file and image folder; `split` is a name for them."""
-        image_entries, annotations, category_entries = read_annotation_lists(path)
-        categories = read_categories(path, category_entries)
-        keypoints = read_keypoints(path, category_entries)
-        images = read_images(path, folder, image_entries)
-        missing = [file for file, _, _ in images.values() if not os.path.isfile(file)] if require_images else []
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(images)} images of {path} are missing, the first is {missing[0]}",
-                f"every image of the file below {folder}",
-                "complete the image folder, or remove the entries from the annotation file",
-            )
-        labels = {category_id: label for label, category_id in enumerate(categories, start=1)}
-        instances: dict[int, list[Instance]] = defaultdict(list)  # by image id
-        skipped: list[SkippedAnnotation] = []
-        next_id = 1 + max((usable_id(entry) or 0 for entry in annotations), default=0)
-        file_boxes: dict[int, tuple[float, ...]] = {}
-        boxes_only = are_boxes_only(annotations)
-        for index, entry in enumerate(annotations):
-            try:
-                image_id, values = checked_annotation(entry, images, labels, boxes_only=boxes_only)
-                values |= _keypoint_values(entry, keypoints)
-            except AnnotationError as fault:
-                skipped.append(_skipped(entry, index, images, fault))
-                continue
-            annotation_id = usable_id(entry)
-            if annotation_id is None or annotation_id in file_boxes:
-                annotation_id, next_id = next_id, next_id + 1
-            file_boxes[annotation_id] = tuple(entry["bbox"])
-            instances[image_id].append(Instance(annotation_id=annotation_id, **values))
-        return cls(
-            root=folder.parent,
-            split=split or folder.name,
-            annotation_path=path,
-            class_names=tuple(categories.values()),
-            category_ids=tuple(categories),
-            images=tuple(
-                ImageRecord(image_id, file, height, width, tuple(instances[image_id]))
-                for image_id, (file, height, width) in images.items()
-            ),
-            skipped_annotations=tuple(skipped),
-            file_boxes_xywh_px=file_boxes,
-            has_masks=not boxes_only,
-            keypoint_names=keypoints.names,
-            keypoint_skeleton=keypoints.skeleton,
-            keypoint_fault=keypoints.fault,
-        )
+    def read(cls, path: Path, folder: Path, *, require_images: bool = True) -> CocoDataset:
+        """As `load`, for any annotation file and image folder."""
+        split = Split(folder.name, path, lambda: load_annotations(path), (folder,))
+        return _dataset(split, folder.parent, require_images=require_images, drop_roots=True)
+
+    @classmethod
+    def from_content(cls, content: Any, source: str) -> CocoDataset:
+        """As `load`, for the parsed content of an annotation file, without images."""
+        split = Split(Path(source).stem, Path(source), lambda: content, ())
+        return _dataset(split, Path(), require_images=False, drop_roots=False)
 
     @property
     def has_keypoints(self) -> bool:
@@ -175,84 +133,183 @@ class CocoDataset:
         return bool(self.keypoint_names) and any(instance.keypoints is not None for instance in instances)
 
     @property
+    def objects(self) -> int:
+        """Number of objects to learn: without crowd regions."""
+        return sum(not instance.is_crowd for record in self.images for instance in record.instances)
+
+    @property
+    def skipped_annotations(self) -> list[Note]:
+        """The annotations that are not used."""
+        return self.notes.of(DROPPED)
+
+    @property
     def skipped(self) -> dict[str, int]:
-        """Number of skipped annotations by reason."""
-        return dict(Counter(annotation.reason for annotation in self.skipped_annotations))
+        """Number of annotations that are not used, by reason."""
+        return self.notes.counts(DROPPED)
 
     @property
     def skipped_examples(self) -> dict[str, str]:
-        """The first skipped annotation by reason."""
-        backwards = reversed(self.skipped_annotations)
-        first = {annotation.reason: f"{annotation.name}: {annotation.detail}" for annotation in backwards}
-        return {reason: first[reason] for reason in self.skipped}
+        """The first annotation that is not used, by reason."""
+        first: dict[str, str] = {}
+        for note in self.skipped_annotations:
+            first.setdefault(note.reason, f"{note.name}: {note.detail}")
+        return first
 
-    def skipped_lines(self) -> list[str]:
-        """One line of text for each reason."""
-        examples = self.skipped_examples
-        return [
-            f"{self.annotation_path}: skipped {count} annotation(s): {reason}, first: {examples[reason]}"
-            for reason, count in self.skipped.items()
-        ]
+    def note_lines(self) -> list[str]:
+        """What was divided, left out or repaired: one line of text for each reason."""
+        return [*([self.division] if self.division else []), *self.notes.lines(self.annotation_path)]
+
+    def require_objects(self, purpose: str) -> None:
+        """Raises a UserError, with what was found instead, where the split has no object to `purpose`."""
+        if self.objects:
+            return
+        crowds = sum(len(record.instances) for record in self.images)
+        skipped = sum(self.skipped.values())
+        found = f"{self.annotation_path}: no object to {purpose} in {len(self.images)} image(s)"
+        parts = [f"{crowds} crowd region(s)"] * bool(crowds) + [f"{skipped} skipped annotation(s)"] * bool(skipped)
+        fix = "annotate objects, or name another file"
+        if crowds:
+            fix = (
+                "take crowd regions as objects (CVAT marks brush masks with iscrowd 1): "
+                f"maskrcnn data convert coco {self.root} OUT --no-crowd"
+            )
+        elif skipped:
+            reason, example = next(iter(self.skipped_examples.items()))
+            fix = f"correct the annotations ({reason}, first: {example})"
+        raise UserError(f"{found}{': ' if parts else ''}{', '.join(parts)}", "at least one annotated object", fix)
+
+    def require_unchanged(self) -> None:
+        """Raises a UserError where an entry of the annotation file was not used as it is."""
+        lines = self.notes.lines(self.annotation_path)
+        if lines:
+            raise UserError("\n  ".join(lines), "with --strict, entries that are used as they are", "correct the file")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotations: of the file as it is, else of their content."""
+        if self.annotation_path.suffix == ".json" and not self.division:
+            return sha256_of(self.annotation_path)
+        digest = hashlib.sha256(repr((self.split, self.class_names, self.category_ids)).encode())
+        for record in self.images:
+            boxes = [(instance.label, instance.box_xyxy_px) for instance in record.instances]
+            digest.update(repr((record.id, record.path.name, boxes)).encode())
+        return digest.hexdigest()
 
 
-def annotation_file(root: str | Path, split: str) -> Path:
-    """The annotation file of a split."""
-    name = split if split.startswith(_KEYPOINTS_PREFIX) else f"{_PREFIX}{split}"
-    return Path(root) / "annotations" / f"{name}.json"
+@dataclass(frozen=True, eq=False)
+class SplitContent:
+    """What the annotation file of a split holds, and where its images are."""
+
+    file: AnnotationFile
+    images: list[Any]  # the entries of the file; see `ImageEntry.index`
+    annotations: list[Any]  # see `ObjectEntry.index`
+    categories: list[Any]
+    folder: Path  # of the images
+    paths: dict[int, Path]  # by image id; an image that is missing has a path too
 
 
-def image_folder(root: str | Path, split: str) -> Path:
-    """The folder of a split's images."""
-    return Path(root) / split.removeprefix(_KEYPOINTS_PREFIX)
+def read_split(split: Split, *, drop_roots: bool = True) -> SplitContent:
+    """Reads a split; the images are searched for in its folders. See `read_annotations`."""
+    finder = ImageFinder(split.image_folders)
+    content = split.content()
+    images, annotations, categories = entries_of(content, str(split.annotations))
+    names = [entry.get("file_name") for entry in images if isinstance(entry, dict)]
+    folder = finder.choose([name.replace("\\", "/") for name in names if isinstance(name, str)])
+    file = read_annotations(
+        content,
+        str(split.annotations),
+        size_of=lambda name: upright_size(finder.find(name)),
+        drop_roots=drop_roots,
+    )
+    paths = {image_id: finder.find(entry.file_name) for image_id, entry in file.images.items()}
+    return SplitContent(file, images, annotations, categories, folder, paths)
 
 
-def list_splits(root: str | Path) -> list[str]:
-    """The names of all splits of a dataset, sorted; those of COCO's keypoint files where there are no others.
-
-    Raises:
-        UserError: where there is no folder `annotations`.
-    """
-    folder = Path(root) / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}", LAYOUT, "point --data at the folder that holds annotations/")
-    return sorted(path.stem[len(_PREFIX) :] for path in folder.glob(f"{_PREFIX}*.json")) or _keypoint_splits(folder)
-
-
-def _keypoint_splits(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob(f"{_KEYPOINTS_PREFIX}*.json"))
-
-
-def find_split(root: str | Path, kind: str) -> str:
-    """The split of this name, else the only split whose name begins with it.
-
-    Args:
-        root: the dataset's folder.
-        kind: "train", "val" or an exact name, such as "val2017" or "person_keypoints_val2017".
-
-    Raises:
-        UserError: where no split or several match; lists the dataset's splits.
-    """
-    folder = Path(root) / "annotations"
-    splits = list_splits(root)
-    if kind.startswith(_KEYPOINTS_PREFIX):
-        splits = _keypoint_splits(folder)
-    matching = [kind] if kind in splits else [name for name in splits if kind and name.startswith(kind)]
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
-        found = f"several splits for {kind!r} in {folder}: {', '.join(matching)}"
-        raise UserError(found, "one split", "name one of them exactly")
-    raise UserError(
-        f"no split {kind!r} in {folder}",
-        f"one of: {', '.join(splits)}" if splits else f"files {_PREFIX}<split>.json",
-        "name a split that exists, or add its annotation file",
+def _dataset(split: Split, root: Path, *, require_images: bool, drop_roots: bool) -> CocoDataset:
+    read = read_split(split, drop_roots=drop_roots)
+    file, paths = read.file, read.paths
+    if require_images:
+        _require_files(split, read.folder, file, paths)
+    by_image: dict[int, list[Instance]] = defaultdict(list)
+    labels = {category_id: label for label, category_id in enumerate(file.categories, start=1)}
+    for each in file.objects:
+        by_image[each.image_id].append(_instance(each, labels[each.category_id]))
+    return CocoDataset(
+        root=root,
+        split=split.name,
+        annotation_path=split.annotations,
+        image_folder=read.folder,
+        class_names=tuple(file.categories.values()),
+        category_ids=tuple(file.categories),
+        images=tuple(
+            ImageRecord(image_id, paths[image_id], entry.height, entry.width, tuple(by_image[image_id]))
+            for image_id, entry in file.images.items()
+        ),
+        notes=file.notes,
+        file_boxes_xywh_px={each.annotation_id: each.bbox_xywh for each in file.objects},
+        has_masks=file.has_masks,
+        keypoint_names=file.keypoints.names,
+        keypoint_skeleton=file.keypoints.skeleton,
+        keypoint_fault=file.keypoints.fault,
+        image_keys=file.image_keys,
+        category_keys=file.category_keys,
     )
 
 
-def find_splits(root: str | Path, names: Sequence[str]) -> list[str]:
-    """The splits of these names or prefixes without duplicates, see `find_split`; all splits for no names."""
-    found = [find_split(root, name) for name in names] or list_splits(root) or [find_split(root, "train")]
-    return list(dict.fromkeys(found))
+def _require_files(split: Split, folder: Path, file: AnnotationFile, paths: dict[int, Path]) -> None:
+    missing = [path for path in paths.values() if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} images of {split.annotations} are missing, the first is {missing[0]}",
+            f"every image of the file below {folder}",
+            "complete the image folder or name it with --images; or leave these images out: "
+            "maskrcnn data convert coco … --keep-going",
+        )
+
+
+def _instance(entry: ObjectEntry, label: int) -> Instance:
+    return Instance(
+        annotation_id=entry.annotation_id,
+        label=label,
+        box_xyxy_px=entry.box_xyxy,
+        segmentation=entry.segmentation,
+        is_crowd=entry.is_crowd,
+        area_px=entry.area,
+        keypoints=entry.keypoints,
+        stated_keypoints=entry.stated_keypoints,
+        has_mask=entry.has_mask,
+    )
+
+
+def divided(dataset: CocoDataset, part: str, share: float = VAL_SHARE) -> CocoDataset:
+    """The images of a split to train on or to validate on.
+
+    A class in several images is in both parts: the rarest class is divided first. The order within a class is that of a
+    hash of the file names, so that a part depends on the content alone.
+    """
+    records = sorted(dataset.images, key=lambda r: hashlib.sha256(r.path.name.encode()).digest())
+    if len(records) < 2:
+        found = f"{dataset.annotation_path}: 1 image, and no split to validate on"
+        raise UserError(found, "two images or more, to divide them", "add images, or a split: --val-split")
+    labels = {r.id: {i.label for i in r.instances if not i.is_crowd} for r in records}
+    images_of = Counter(label for own in labels.values() for label in own)
+    kept, chosen = images_of.copy(), set()  # images of each class that are left to train on; images to validate on
+    for label, count in sorted(images_of.items(), key=lambda item: (item[1], item[0])):
+        wanted = max(1, round(share * count))
+        for image_id in (r.id for r in records if label in labels[r.id] and r.id not in chosen):
+            if count - kept[label] < wanted and all(kept[each] > 1 for each in labels[image_id]):
+                chosen.add(image_id)
+                kept.subtract(labels[image_id])
+    empty = [r.id for r in records if not labels[r.id]]
+    chosen.update(empty[: round(share * len(empty))])
+    if not chosen:
+        chosen.add(records[0].id)
+    train, val = len(records) - len(chosen), len(chosen)
+    division = (
+        f"{dataset.annotation_path} has no split to validate on: {train} of its images are to train on, {val} to "
+        f"validate on, divided class by class (to choose: maskrcnn data convert coco {dataset.root} OUT --val-fraction)"
+    )
+    images = tuple(r for r in dataset.images if (r.id in chosen) == (part == "val"))
+    return replace(dataset, images=images, division=division)
 
 
 def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
@@ -262,29 +319,6 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     """
     rle = compressed_rle(instance.segmentation, record.height, record.width)
     return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
-
-
-def _keypoint_values(entry: dict[str, Any], keypoints: CategoryKeypoints) -> dict[str, Any]:
-    """The keypoint fields of an `Instance`; raises an AnnotationError for malformed keypoints."""
-    if entry["category_id"] not in keypoints.category_ids:
-        return {}
-    stated = entry.get("num_keypoints")
-    return {
-        "keypoints": checked_keypoints(entry.get("keypoints"), len(keypoints.names)),
-        "stated_keypoints": stated if type(stated) is int else None,
-    }
-
-
-def _skipped(entry: Any, index: int, images: dict[int, Any], fault: AnnotationError) -> SkippedAnnotation:
-    values = entry if isinstance(entry, dict) else {}
-    image_id = values.get("image_id")
-    return SkippedAnnotation(
-        reason=fault.reason,
-        name=f"annotation {values.get('id', f'number {index}')}",
-        detail=fault.detail,
-        image_id=image_id if type(image_id) is int and image_id in images else None,
-        bbox=values.get("bbox"),
-    )
 
 
 def crowded_line(dataset: CocoDataset, detections: int) -> str | None:

@@ -1,75 +1,212 @@
-"""Image files as arrays."""
+"""Image files as arrays: orientation, sample ranges and bands, for every command alike.
+
+**Orientation.** An image is returned upright, as viewers show it. Where an annotation gives a size, the size decides:
+if it is that of the pixels as stored and not that of the upright image, the annotation refers to the pixels as stored.
+Sizes cannot tell for orientations 2, 3 and 4 (mirrored or upside down) and square images; these are upright too, as
+labelling tools, OpenCV and Detectron2 show them. `exif` overrides the rule.
+
+**Range.** Samples of 8 bits are 0–255. Wider ones (integers of 16 or 32 bits, floats) become float32 by
+`Preprocessing.pixel_range`, whose ends are 0 and 255, or else by the range that a TIFF file states. Without either, of
+16 bits the high byte is kept, and other samples are an error.
+
+**Bands.** A model of three channels without `Preprocessing.bands` reads RGB: grey is repeated, palettes, CMYK, YCbCr
+and LAB are converted, an alpha channel and further bands are dropped. One of another number of channels reads the first
+bands of a file, or `bands`; one of a single channel reads grey, or the luminance of RGB.
+
+What is lost on the way is counted in `ImageNotes`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing, resize_antialiased
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of image files in folders
-_READABLE = "an image file that Pillow reads, such as JPEG or PNG"
+EXIF_RULES = ("auto", "upright", "stored")
+MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
+_MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
+_READABLE = "an image file that Pillow or tifffile reads, such as JPEG, PNG or TIFF, or an .npy file"
+_ORIENTATION_TAG = 274  # EXIF 2.3, and TIFF 6.0 like the next ones
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG = 256, 257, 258, 277, 281, 254
+_PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # Pillow's names of where PNG files keep it
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_NPY_START = b"\x93NUMPY"
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
+_FEW_LEVELS = 32  # of 256; an image of 12 bits in 16 has 16
+_BANDS_OF_MODE = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "La": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "P": 3}
+_SAMPLES_MODE = {  # modes whose samples are not bands, and the mode to convert them to
+    "1": "L",
+    "P": "RGB",
+    "PA": "RGBA",
+    "La": "LA",
+    "RGBa": "RGBA",
+    "YCbCr": "RGB",
+    "LAB": "RGB",
+    "HSV": "RGB",
+}
+# Pillow refuses PNG files with more than 1 MB in a text or profile; both are read and not used.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
+PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 256 << 20)
+
+RANGE_OPTION = "set --pixel-range LOW,HIGH (training: --set model.preprocessing.pixel_range=[LOW,HIGH])"
+_NOTES = {
+    "frames": "of several frames or pages, of which the first is read; split the file to use the others",
+    "alpha": "with transparency, which is dropped; train with --set model.channels=4 to read it as a band",
+    "bands": "of more bands than the model reads, which are dropped; train with --set model.channels=N, or choose some "
+    "with --set model.preprocessing.bands=[…]",
+    "cmyk": "in CMYK, converted without their colour profile; convert them to RGB for exact colours",
+    "high byte": f"of 16 bits read by a model without a pixel range, of which 8 bits are kept; {RANGE_OPTION} to keep "
+    "all",
+    "few levels": f"of 16 bits with values in less than an eighth of the range, almost black; {RANGE_OPTION}",
+    "unit range": f"of floats from 0 to 1 read by a model without a pixel range, taken as 0–255; else {RANGE_OPTION}",
+    "clipped": f"with values outside the pixel range, which are clipped; {RANGE_OPTION} to change it",
+    "nan": "with values that are not numbers, read as the low end of the pixel range",
+    "resized": "of another size than their annotations, resized to the annotated size",
+}
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Reads an image file as uint8 RGB `[H, W, 3]`.
+@dataclass
+class ImageNotes:
+    """What reading images has lost or changed, counted by kind."""
 
-    Grey, palette, CMYK and other 8-bit modes are converted, and an alpha channel is dropped. Of 16-bit samples the high
-    byte is kept, as Pillow does for 16-bit colour. Of several frames the first is read. An EXIF orientation is not
-    applied: COCO annotations refer to the pixels as stored.
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, name: str) -> None:
+        """Counts an image."""
+        self.counts[kind] += 1
+        self.examples.setdefault(kind, name)
+
+    def texts(self) -> list[str]:
+        """The kinds in words, without those that depend on the pixel range."""
+        return [f"an image {_NOTES[kind]}" for kind in self.counts if kind not in ("clipped", "nan")]
+
+    def lines(self) -> list[str]:
+        """One line per kind, with the first image."""
+        return [f"{count} image(s) {_NOTES[kind]}; first: {self.examples[kind]}" for kind, count in self.counts.items()]
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file tells without decoding it."""
+
+    size_hw: tuple[int, int]  # of the pixels as stored
+    orientation: int  # EXIF orientation, 1 (upright) to 8
+    bands: int
+    is_wide: bool  # whether samples have more than 8 bits
+    stated_range: tuple[float, float] | None = None  # of the samples, where the file tells
+    frames: int = 1  # 1 or 2 (more than one)
+
+    def orientation_for(self, annotated_hw: tuple[int, int] | None = None, exif: str = "auto") -> int:
+        """The orientation to apply, 1 for none, by the rule at the top of this module.
+
+        Args:
+            annotated_hw: size in the annotation.
+            exif: one of `EXIF_RULES`.
+        """
+        if exif == "stored":
+            return 1
+        if exif == "upright" or annotated_hw is None or self.orientation < 5:
+            return self.orientation
+        stored, upright = self.size_hw, self.size_hw[::-1]
+        if annotated_hw == upright:
+            return self.orientation
+        if annotated_hw == stored or (same_ratio(stored, annotated_hw) and not same_ratio(upright, annotated_hw)):
+            return 1
+        return self.orientation
+
+    def shown_hw(self, annotated_hw: tuple[int, int] | None = None, exif: str = "auto") -> tuple[int, int]:
+        """The size after `orientation_for` is applied."""
+        return self.size_hw[::-1] if self.orientation_for(annotated_hw, exif) > 4 else self.size_hw
+
+
+def read_image(
+    path: str | Path,
+    preprocessing: Preprocessing | None = None,
+    *,
+    annotated_hw: tuple[int, int] | None = None,
+    exif: str = "auto",
+    notes: ImageNotes | None = None,
+) -> np.ndarray:
+    """Reads an image file as `[H, W, C]`: uint8, or float32 from 0 to 255 for samples of more than 8 bits.
+
+    The rules of orientation, range and bands are at the top of this module. Of several frames the first is read.
+
+    Args:
+        path: the file.
+        preprocessing: the model's channels, bands and pixel range (default: RGB).
+        annotated_hw: size in the annotation of the image: it decides on the orientation, and an image of another size
+            but the same aspect ratio is resized to it.
+        exif: one of `EXIF_RULES`.
+        notes: counts what is lost.
 
     Raises:
-        UserError: where the file is missing, empty, damaged, not an image, has no pixels, or samples without a known
-            range (32-bit integers above 65535, floats).
+        UserError: where the file is missing, empty, damaged, not an image, has no pixels, more than
+            `MASKRCNN_MAX_IMAGE_PIXELS`, samples without a known range, too few bands, or another aspect ratio than
+            `annotated_hw`.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"image {path} {what}", _READABLE, "correct the path or restore the file")
-    if path.stat().st_size == 0:
-        raise UserError(f"image {path} is an empty file", _READABLE, "restore the file from its source")
-    return _pixels(path, f"image {path}")
+    with _source(path) as source:
+        return _read(source, f"image {path}", preprocessing or Preprocessing(), annotated_hw, exif, notes)
 
 
-def decode_image(data: bytes, name: str) -> np.ndarray:
+def decode_image(
+    data: bytes, name: str, preprocessing: Preprocessing | None = None, *, notes: ImageNotes | None = None
+) -> np.ndarray:
     """Decodes the content of an image file, as `read_image` does that of a file.
 
     Args:
         data: content of the file.
         name: name of the image in errors.
+        preprocessing: see `read_image`.
+        notes: counts what is lost.
 
     Raises:
         UserError: as `read_image`.
     """
     if not data:
         raise UserError(f"image {name} is empty", _READABLE, "send the content of an image file")
-    return _pixels(io.BytesIO(data), f"image {name}")
+    return _read(io.BytesIO(data), f"image {name}", preprocessing or Preprocessing(), None, "auto", notes)
 
 
-def _pixels(source: Path | io.BytesIO, name: str) -> np.ndarray:
+def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
+    """Reads the header of an image file, or of the content of one, which `name` names in errors.
+
+    Raises:
+        UserError: where the file is missing, empty or not an image.
+    """
+    if isinstance(content, bytes):
+        with _explained(f"image {name}"), _opened(io.BytesIO(content)) as opened:
+            return opened.header
+    with _source(Path(content)) as source, _explained(f"image {content}"), _opened(source) as opened:
+        return opened.header
+
+
+def read_samples(path: Path) -> np.ndarray:
+    """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor turned."""
+    with _source(path) as source, _explained(f"image {path}"), _opened(source) as opened:
+        return opened.samples()
+
+
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Height and width of an image after its EXIF orientation is applied, from its header; None if it has none."""
     try:
-        with Image.open(source) as image:
-            pixels = _rgb_from_image(image)
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"{name} is not an image", _READABLE, "convert the file to PNG, or remove it from the input"
-        ) from error
-    except Exception as error:  # Pillow's decoders raise any exception on damaged bytes
-        raise UserError(
-            f"{name} cannot be decoded ({type(error).__name__}: {error})",
-            "an undamaged image file of complete length",
-            "restore the file from its source, or convert it to 8-bit PNG",
-        ) from error
-    if pixels.size == 0:
-        raise UserError(
-            f"{name} measures {pixels.shape[1]}×{pixels.shape[0]} pixels",
-            "at least 1×1 pixel",
-            "restore the file from its source",
-        )
-    return pixels
+        return read_header(path).shown_hw()
+    except UserError:
+        return None
 
 
 def images_in(folder: Path, limit: int) -> list[Path]:
@@ -91,15 +228,442 @@ def images_in(folder: Path, limit: int) -> list[Path]:
     return [files[index] for index in indices]
 
 
-def _rgb_from_image(image: Image.Image) -> np.ndarray:
-    """The pixels of an open image of any mode, uint8 `[H, W, 3]`."""
-    if image.mode == "F":
-        raise ValueError("floating-point samples, whose range is not known")
-    if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is 32 bits, often holding 16
-        samples = np.array(image)
-        if samples.size and (samples.min() < 0 or samples.max() > 65535):
-            raise ValueError("32-bit samples outside 0 to 65535")
-        return np.repeat((samples >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "P":  # through RGBA, or Pillow warns about palettes with transparency
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+def fits_size(size_hw: tuple[int, int], annotated_hw: tuple[int, int], name: str) -> bool:
+    """Whether an image has the size of its annotation; False for another size of the same aspect ratio.
+
+    Raises:
+        UserError: for another aspect ratio; `name` names the image.
+    """
+    if size_hw == annotated_hw:
+        return True
+    if same_ratio(size_hw, annotated_hw):
+        return False
+    raise UserError(
+        f"{name}: {size_hw[1]}×{size_hw[0]} pixels",
+        f"{annotated_hw[1]}×{annotated_hw[0]} as in its annotations, or that size scaled",
+        "restore the annotated image, or correct width and height in the annotation file",
+    )
+
+
+def same_ratio(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> bool:
+    """Whether two sizes are the same up to scale, with sides of the smaller one rounded to a pixel.
+
+    An image that differs in one side only has been cropped or padded, not scaled.
+    """
+    (height, width), (other_height, other_width) = first_hw, second_hw
+    if (height == other_height) != (width == other_width):
+        return False
+    return abs(width * other_height - other_width * height) <= max(*first_hw, *second_hw)
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _source(path: Path) -> Iterator[Path]:
+    """Checks that there is a file with content."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"image {path} {what}", _READABLE, "correct the path or restore the file")
+    if path.stat().st_size == 0:
+        raise UserError(f"image {path} is an empty file", _READABLE, "restore the file from its source")
+    yield path
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"{name} is not an image", _READABLE, "convert the file to PNG, or remove it from the input"
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{name} does not fit into memory", "an image that can be decoded here", "scale it down, or cut it in tiles"
+        ) from error
+    except Exception as error:  # decoders raise any exception on damaged bytes
+        raise UserError(
+            f"{name} cannot be decoded ({type(error).__name__}: {error})",
+            "an undamaged image file of complete length",
+            "restore the file from its source, or convert it to 8-bit PNG",
+        ) from error
+
+
+def max_pixels() -> int:
+    """The largest number of pixels of an image that is read.
+
+    Raises:
+        UserError: where the environment variable is not a number.
+    """
+    text = os.environ.get(MAX_PIXELS_VARIABLE, "")
+    try:
+        limit = int(text) if text else _MAX_PIXELS
+    except ValueError as error:
+        raise UserError(
+            f"{MAX_PIXELS_VARIABLE}={text}", "a number of pixels", "correct or unset the variable"
+        ) from error
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own check has no message that leads on
+    return limit
+
+
+def _check_pixels(size_hw: tuple[int, int], name: str) -> None:
+    limit = max_pixels()
+    if size_hw[0] * size_hw[1] > limit:
+        raise UserError(
+            f"{name} of {size_hw[1]}×{size_hw[0]} pixels",
+            f"at most {limit} pixels, a limit against files that fill the memory",
+            f"cut it in tiles, or allow more with the environment variable {MAX_PIXELS_VARIABLE}",
+        )
+
+
+class _Opened:
+    """An open image file: its header, samples, and RGB of 8 bits."""
+
+    header: ImageHeader
+
+    def samples(self) -> np.ndarray:
+        """Samples in their own type, `[H, W, bands]`, as stored."""
+        raise NotImplementedError
+
+    def rgb(self, notes: ImageNotes, name: str) -> np.ndarray | None:
+        """uint8 `[H, W, 3]` as stored, as Pillow converts it; None if it cannot."""
+        return None
+
+    def has_alpha(self) -> bool:
+        """Whether the last band is transparency."""
+        return False
+
+
+@contextmanager
+def _opened(source: Path | io.BytesIO) -> Iterator[_Opened]:
+    max_pixels()  # raises Pillow's limit
+    start = _beginning(source)
+    if start == _NPY_START:
+        yield _Array(source)
+        return
+    try:
+        image = Image.open(source)
+    except UnidentifiedImageError:
+        if start[:4] not in _TIFF_STARTS:
+            raise
+        with _tiff_file(source) as tiff:
+            yield _Tiff(tiff)
+        return
+    with image:
+        pillow = _Pillow(image, source)
+        if image.format == "TIFF" and pillow.header.bands > 1 and (pillow.header.is_wide or pillow.header.bands > 4):
+            with _tiff_file(source) as tiff:
+                yield _Tiff(tiff, pillow)
+        else:
+            yield pillow
+
+
+def _beginning(source: Path | io.BytesIO) -> bytes:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[: len(_NPY_START)]
+    with open(source, "rb") as file:
+        return file.read(len(_NPY_START))
+
+
+def _tiff_file(source: Path | io.BytesIO) -> Any:
+    try:
+        tifffile = importlib.import_module("tifffile")
+    except ImportError as error:
+        raise UserError(
+            "a TIFF file of more bands or bits than Pillow reads, and no tifffile",
+            "the library tifffile",
+            "pip install tifffile imagecodecs (the latter for compressed files)",
+        ) from error
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    return tifffile.TiffFile(source)
+
+
+class _Array(_Opened):
+    """An .npy file, `[H, W]` or `[H, W, bands]`."""
+
+    def __init__(self, source: Path | io.BytesIO) -> None:
+        if isinstance(source, Path):
+            self._array = np.load(source, mmap_mode="r", allow_pickle=False)
+        else:
+            self._array = np.load(source, allow_pickle=False)
+        shape = self._array.shape
+        if self._array.ndim not in (2, 3) or self._array.dtype.kind not in "buif":
+            raise ValueError(f"{self._array.dtype} of shape {shape} instead of numbers of shape (H, W, bands)")
+        bands = shape[2] if self._array.ndim == 3 else 1
+        self.header = ImageHeader((shape[0], shape[1]), 1, bands, is_wide=self._array.dtype not in (np.uint8, bool))
+
+    def samples(self) -> np.ndarray:
+        return np.array(self._array).reshape(*self.header.size_hw, self.header.bands)
+
+
+class _Tiff(_Opened):
+    """The first page of a TIFF file, read by tifffile; its RGB of 8 bits by Pillow, if that reads the file."""
+
+    def __init__(self, tiff: Any, pillow: _Pillow | None = None) -> None:
+        self._page, self._pillow = tiff.pages[0], pillow
+        page = self._page
+        tag = page.tags.get(_ORIENTATION_TAG)
+        orientation = int(tag.value) if tag is not None and int(tag.value) in range(1, 9) else 1
+        further = [other for other in tiff.pages[1:2] if not int(getattr(other, "subfiletype", 0)) & 1]  # 1: overview
+        self.header = ImageHeader(
+            (int(page.imagelength), int(page.imagewidth)),
+            orientation,
+            int(page.samplesperpixel),
+            is_wide=max(_numbers(page.bitspersample)) > 8,
+            stated_range=pillow.header.stated_range if pillow is not None else None,
+            frames=1 + len(further),
+        )
+
+    def samples(self) -> np.ndarray:
+        array = np.asarray(self._page.asarray())
+        if self._page.axes.startswith("S"):  # bands one after the other
+            array = np.moveaxis(array, 0, -1)
+        return array.reshape(*self.header.size_hw, self.header.bands)
+
+    def rgb(self, notes: ImageNotes, name: str) -> np.ndarray | None:
+        return self._pillow.rgb(notes, name) if self._pillow is not None else None
+
+    def has_alpha(self) -> bool:
+        return any(int(kind) in (1, 2) for kind in self._page.extrasamples[-1:])  # associated or unassociated alpha
+
+
+class _Pillow(_Opened):
+    """An image that Pillow reads."""
+
+    def __init__(self, image: Image.Image, source: Path | io.BytesIO) -> None:
+        self._image, self._source = image, source
+        (width, height), bands = image.size, _BANDS_OF_MODE.get(image.mode, len(image.getbands()))
+        self._packing = _packing_of_16_bits(image)
+        bits = 16 if self._packing or image.mode.startswith("I") or image.mode == "F" else 8
+        stated = None
+        if image.format == "TIFF":
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            width, height = tags[_WIDTH_TAG], tags[_HEIGHT_TAG]  # `size` of newer versions is that of the upright image
+            bits = max(_numbers(tags.get(_BITS_TAG)), default=bits)
+            bands = tags.get(_SAMPLES_TAG, bands) if image.mode != "P" else bands
+            most = max(_numbers(tags.get(_MAX_SAMPLE_TAG)), default=0)
+            if 8 < bits < 16:
+                stated = (0.0, float((1 << bits) - 1))
+            elif bits == 16 and 0 < most < 65535:
+                stated = (0.0, float(most))
+        self.header = ImageHeader(
+            (height, width), _orientation(image, source), bands, bits > 8, stated, 1 + _has_more_frames(image)
+        )
+
+    def samples(self) -> np.ndarray:
+        image = self._image
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        elif image.mode in _SAMPLES_MODE:
+            image = image.convert(_SAMPLES_MODE[image.mode])
+        array = np.array(image)
+        if (
+            self._packing
+        ):  # Pillow keeps the high byte of such samples; read in the other byte order, it keeps the low one
+            with Image.open(self._source) as low:
+                low.tile = [tile._replace(args=self._packing[:-1] + "L") for tile in low.tile]  # type: ignore[attr-defined]
+                array = array.astype(np.uint16) << 8 | np.array(low)
+        array = self._as_stored(array)
+        return array.reshape(*array.shape[:2], -1)
+
+    def rgb(self, notes: ImageNotes, name: str) -> np.ndarray | None:
+        image = self._image
+        if image.mode == "F":
+            return None
+        if image.mode.startswith("I"):  # "I;16" and its byte orders; "I" is 32 bits, often holding 16
+            samples = np.array(image)
+            if samples.size and (samples.min() < 0 or samples.max() > 65535):
+                return None
+            return self._as_stored(np.repeat((samples >> 8).astype(np.uint8)[..., None], 3, axis=2))
+        if image.mode == "CMYK":
+            notes.add("cmyk", name)
+        elif self.header.bands > 3 and not self.has_alpha():
+            notes.add("bands", name)
+        if image.mode == "P" and "transparency" in image.info:  # or Pillow warns
+            image = image.convert("RGBA")
+        elif image.mode != "P" and image.mode in _SAMPLES_MODE:
+            image = image.convert(_SAMPLES_MODE[image.mode])
+        if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] != 255:
+            notes.add("alpha", name)
+        return self._as_stored(np.array(image.convert("RGB")))
+
+    def has_alpha(self) -> bool:
+        return self._image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in self._image.info
+
+    def _as_stored(self, array: np.ndarray) -> np.ndarray:
+        """Undoes the orientation that Pillow has applied to a TIFF file while decoding it."""
+        if self._image.format != "TIFF" or self._image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            return array
+        return oriented(array, {6: 8, 8: 6}.get(self.header.orientation, self.header.orientation))
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """A value of a TIFF tag as a tuple; () for none."""
+    return () if value is None else tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def _packing_of_16_bits(image: Image.Image) -> str:
+    """Pillow's packing of PNG colours of 16 bits, such as "RGB;16B", of which it decodes 8; "" for other images."""
+    arguments = image.tile[0].args if image.format == "PNG" and getattr(image, "tile", None) else None
+    return arguments if isinstance(arguments, str) and arguments in ("RGB;16B", "RGBA;16B") else ""
+
+
+def _has_more_frames(image: Image.Image) -> bool:
+    """Whether there are frames beside the first, not counting the overviews of a TIFF file."""
+    if image.format not in ("GIF", "PNG", "TIFF", "WEBP") or not getattr(image, "is_animated", False):
+        return False
+    if image.format != "TIFF":
+        return True
+    image.seek(1)
+    is_overview = image.tag_v2.get(_SUBFILE_TAG, 0) & 1  # type: ignore[attr-defined]
+    image.seek(0)
+    return not is_overview
+
+
+def _orientation(image: Image.Image, source: Path | io.BytesIO) -> int:
+    """The EXIF orientation, 1 without one or if the metadata cannot be read, as in viewers."""
+    try:
+        if image.format == "PNG" and not (_PNG_EXIF & image.info.keys() or _has_late_exif(source)):
+            return 1  # `getexif` would decode the whole image in search of one
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # Pillow raises any exception
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _has_late_exif(source: Path | io.BytesIO) -> bool:
+    """Whether a PNG file has EXIF data, perhaps after the pixels, where opening it does not find them."""
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
+        file.seek(8)
+        while len(start := file.read(8)) == 8 and start[4:] != b"eXIf":
+            file.seek(int.from_bytes(start[:4], "big") + 4, os.SEEK_CUR)
+    return start[4:] == b"eXIf"
+
+
+# --- pixels ------------------------------------------------------------------------------------------
+
+
+def _read(
+    source: Path | io.BytesIO,
+    name: str,
+    preprocessing: Preprocessing,
+    annotated_hw: tuple[int, int] | None,
+    exif: str,
+    notes: ImageNotes | None,
+) -> np.ndarray:
+    notes = notes if notes is not None else ImageNotes()
+    with _explained(name), _opened(source) as opened:
+        header = opened.header
+        shown_hw = header.shown_hw(annotated_hw, exif)
+        if 0 in shown_hw:
+            raise UserError(
+                f"{name} measures {shown_hw[1]}×{shown_hw[0]} pixels",
+                "at least 1×1 pixel",
+                "restore the file from its source",
+            )
+        for size_hw in (shown_hw, annotated_hw or shown_hw):
+            _check_pixels(size_hw, name)
+        fits = annotated_hw is None or fits_size(shown_hw, annotated_hw, name)
+        pixels = _pixels(opened, preprocessing, notes, name)
+    pixels = np.ascontiguousarray(oriented(pixels, header.orientation_for(annotated_hw, exif)))
+    if annotated_hw is not None and not fits:
+        notes.add("resized", name)
+        pixels = resize_antialiased(pixels, annotated_hw)
+    return pixels
+
+
+def _pixels(opened: _Opened, preprocessing: Preprocessing, notes: ImageNotes, name: str) -> np.ndarray:
+    """Pixels as stored, in the model's range and bands."""
+    header = opened.header
+    if header.frames > 1:
+        notes.add("frames", name)
+    value_range = preprocessing.pixel_range or header.stated_range
+    if preprocessing.channels in (1, 3) and not preprocessing.bands and not (header.is_wide and value_range):
+        rgb = opened.rgb(notes, name)
+        if rgb is not None:
+            if header.is_wide:
+                notes.add("few levels" if rgb.max() < _FEW_LEVELS else "high byte", name)
+            return rgb if preprocessing.channels == 3 else _luminance(rgb)
+    samples = _scaled(opened.samples(), value_range, notes, name)
+    return _chosen(samples, preprocessing, notes, name, has_alpha=opened.has_alpha())
+
+
+def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels `[H, W, …]` after an EXIF orientation, 1 to 8, is applied; a view."""
+    if orientation in (3, 4, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (5, 7):
+        pixels = pixels.swapaxes(0, 1)
+    return np.rot90(pixels, {6: 3, 8: 1}.get(orientation, 0))
+
+
+def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: ImageNotes, name: str) -> np.ndarray:
+    """Samples of any type as uint8, or as float32 from 0 to 255."""
+    if samples.dtype == np.uint8 or samples.size == 0:
+        return samples
+    if samples.dtype == bool:
+        return samples.astype(np.uint8) * np.uint8(255)
+    values = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
+    is_nan = np.isnan(values)
+    if is_nan.any():
+        notes.add("nan", name)
+    least, most = (
+        float(extreme(values, initial=start, where=~is_nan)) for extreme, start in ((np.min, np.inf), (np.max, -np.inf))
+    )
+    if not value_range:
+        if samples.dtype.kind == "f" and least >= 0 and most <= 1:
+            value_range = (0.0, 1.0)
+            notes.add("unit range", name)
+        elif samples.dtype.kind in "iu" and least >= 0 and most <= 65535:
+            notes.add("few levels" if most < _FEW_LEVELS << 8 else "high byte", name)
+            return (samples >> 8).astype(np.uint8)
+        else:
+            raise UserError(
+                f"{name} has samples from {least:g} to {most:g} ({samples.dtype}), whose range is not known",
+                "samples of 8 or 16 bits, or a model with a pixel range",
+                RANGE_OPTION,
+            )
+    low, high = value_range
+    if least < low or most > high:
+        notes.add("clipped", name)
+    values = np.where(is_nan, low, values) if is_nan.any() else values
+    return np.clip((values - low) * (255 / (high - low)), 0, 255).astype(np.float32)
+
+
+def _chosen(
+    samples: np.ndarray, preprocessing: Preprocessing, notes: ImageNotes, name: str, *, has_alpha: bool
+) -> np.ndarray:
+    """The bands of a model's channels from samples `[H, W, bands]`."""
+    count, channels, bands = samples.shape[2], preprocessing.channels, preprocessing.bands
+    if channels in (1, 3) and not bands:
+        if count > 3:
+            notes.add("alpha" if has_alpha and count == 4 else "bands", name)
+        if count < 3:
+            return np.repeat(samples[..., :1], channels, axis=2)
+        return samples[..., :3] if channels == 3 else _luminance(samples[..., :3])
+    needed = max(bands, default=channels)
+    if count < needed:
+        raise UserError(
+            f"{name} has {count} band(s)",
+            f"at least {needed}, as the model reads",
+            "use images with all bands (multi-band TIFF, .npy), or train a model of other "
+            "--set model.channels or model.preprocessing.bands",
+        )
+    if bands:
+        return samples[..., [band - 1 for band in bands]]
+    if count > channels:
+        notes.add("bands", name)
+    return samples[..., :channels]
+
+
+def _luminance(rgb: np.ndarray) -> np.ndarray:
+    grey = rgb @ np.array(_LUMINANCE, np.float32)
+    return (grey.round() if rgb.dtype == np.uint8 else grey).astype(rgb.dtype)[..., None]

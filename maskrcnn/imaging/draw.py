@@ -5,10 +5,14 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from maskrcnn.files import atomic_path
 
 if TYPE_CHECKING:
     from maskrcnn.imaging.postprocess import Detections
@@ -44,6 +48,16 @@ def colour_of(index: int) -> Colour:
     return red, green, blue
 
 
+def displayed(image: np.ndarray) -> np.ndarray:
+    """An image `[H, W, C]`, uint8 or float32 from 0 to 255, for the eye: uint8 `[H, W, 3]`.
+
+    The first three bands are taken as RGB, or the first of fewer as grey.
+    """
+    if image.dtype != np.uint8:
+        image = image.round().astype(np.uint8)
+    return image if image.shape[2] == 3 else image[..., [0, 1, 2] if image.shape[2] > 3 else [0, 0, 0]]
+
+
 def overlay(
     image: np.ndarray,
     detections: Detections,
@@ -57,12 +71,13 @@ def overlay(
     The highest score is on top. Small images are enlarged by an integer factor to at least 640 px on the longer side.
 
     Args:
-        image: uint8 `[H, W, 3]` RGB.
+        image: `[H, W, C]`, see `displayed`.
         detections: of this image, in its pixels.
         class_names: of labels 1, 2, ….
         skeleton: pairs of keypoints, counted from 1, connected by a line; each pair has its own colour.
         point_score: lowest score of a keypoint that is drawn, with the lines to it; see `POINT_SCORE`.
     """
+    image = displayed(image)
     scale = _scale(image)
     detections = _enlarged(detections, scale)
     masks = detections.full_masks() if detections.has_masks else None
@@ -108,9 +123,10 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     """Draws marks on an image, the first on top; enlarged as by `overlay`.
 
     Args:
-        image: uint8 `[H, W, 3]` RGB.
+        image: `[H, W, C]`, see `displayed`.
         marks: in its pixels.
     """
+    image = displayed(image)
     scale = _scale(image)
     enlarged = [
         replace(
@@ -123,6 +139,14 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         for mark in marks
     ]
     return _draw(_enlarge(image, scale), enlarged)
+
+
+def save_drawing(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file that `maskrcnn.files.DRAWING` recognises: its entry `Software` says maskrcnn."""
+    entries = PngInfo()
+    entries.add_text("Software", "maskrcnn")
+    with atomic_path(path) as draft:
+        image.save(draft, format="PNG", pnginfo=entries)
 
 
 def _scaled_box(box: _Box, scale: int) -> _Box:

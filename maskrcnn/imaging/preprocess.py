@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "std": (1 / 255, 1 / 255, 1 / 255),
     },
 }
+_OPTIONAL = ("resize", "pixel_range", "bands")  # fields that files may lack
 _BAND_ROWS = 32  # output rows resized at once, to stay within a core's cache
 
 
@@ -40,10 +41,13 @@ class Preprocessing:
     min_size_px: int = 800  # length of the shorter side
     max_size_px: int = 1333  # maximum length of the longer side
     divisor: int = 32  # height and width of a batch are multiples of it
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order; one per channel
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    channel_order: str = "RGB"  # or "BGR", of the model; input images are always RGB
+    channel_order: str = "RGB"  # or "BGR", of a model of three channels; input images are always RGB
     resize: str = "torchvision"  # or "pillow", as Detectron2; absent in older files
+    # How image files become 0–255; absent in files of models that read RGB of 8 bits (see `data/images.py`).
+    pixel_range: tuple[float, ...] = ()  # (low, high): samples of more than 8 bits that become 0 and 255; (): unknown
+    bands: tuple[int, ...] = ()  # of the file, numbered from 1, one per channel; (): RGB, or the first bands
 
     def __post_init__(self) -> None:
         sizes = (self.min_size_px, self.max_size_px, self.divisor)
@@ -52,19 +56,35 @@ class Preprocessing:
                 f"min_size_px, max_size_px, divisor = {sizes}",
                 "whole numbers of at least 1",
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+        if not len(self.mean) == len(self.std) > 0 or not all(value > 0 for value in self.std):
             raise _invalid(
                 f"mean {self.mean}, std {self.std}",
-                "three numbers each, those of std above 0",
+                "a number per channel each (three for RGB), those of std above 0",
             )
         if self.channel_order not in ("RGB", "BGR"):
             raise _invalid(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
+        if self.channel_order == "BGR" and self.channels != 3:
+            raise _invalid(f"channel_order 'BGR' of {self.channels} channels", "'RGB', which keeps the order of bands")
         if self.resize not in RESIZES:
             raise _invalid(f"resize {self.resize!r}", f"one of {', '.join(RESIZES)}")
+        if self.pixel_range and not (len(self.pixel_range) == 2 and self.pixel_range[0] < self.pixel_range[1]):
+            raise _invalid(f"pixel_range {list(self.pixel_range)}", "two numbers, the lower first, such as [0, 4095]")
+        if self.bands and not (len(self.bands) == self.channels and min(self.bands) >= 1):
+            raise _invalid(
+                f"bands {list(self.bands)} for {self.channels} channels", "one band per channel, numbered from 1"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels of the model."""
+        return len(self.mean)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON types."""
+        """Returns the fields as JSON types, without those that only some models have."""
         values = dataclasses.asdict(self)
+        for key in _OPTIONAL[1:]:
+            if not values[key]:
+                del values[key]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -77,7 +97,7 @@ class Preprocessing:
         names = {field.name for field in dataclasses.fields(cls)}
         wrong = [
             f"{kind} key(s) {', '.join(sorted(keys))}"
-            for kind, keys in (("unknown", values.keys() - names), ("missing", names - values.keys() - {"resize"}))
+            for kind, keys in (("unknown", values.keys() - names), ("missing", names - values.keys() - {*_OPTIONAL}))
             if keys
         ]
         if wrong:
@@ -106,6 +126,35 @@ def with_preset(changes: Any) -> Any:
     if name not in PRESETS:
         raise UserError(f"preprocessing {name!r}", f"one of {', '.join(PRESETS)}", "name one, or set mean and std")
     return {**PRESETS[name], **{key: value for key, value in changes.items() if key != "preset"}}
+
+
+def with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
+    """Extends the mean and standard deviation of RGB to a number of channels.
+
+    Further channels get the average of the three; a single channel gets it too.
+
+    Raises:
+        UserError: for a preprocessing of another number of channels than three and `channels`.
+    """
+    found = preprocessing.channels
+    if found == channels:
+        return preprocessing
+    if found != 3:
+        raise UserError(
+            f"model.channels {channels} with a mean and std of {found} values",
+            "one value per channel",
+            f"set model.channels={found}, or as many values of model.preprocessing.mean and std as channels",
+        )
+    kept = 3 if channels > 3 else 0
+    mean, std = (
+        (*values[:kept], *[sum(values) / 3] * (channels - kept)) for values in (preprocessing.mean, preprocessing.std)
+    )
+    return dataclasses.replace(preprocessing, mean=mean, std=std)
+
+
+def channels_from_rgb(image: np.ndarray, channels: int) -> np.ndarray:
+    """A drawn RGB image `[H, W, 3]` for a model of any number of channels: the three in turn, `[H, W, C]`."""
+    return image if channels == 3 else image[..., np.arange(channels) % 3]
 
 
 def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
@@ -149,8 +198,8 @@ def resize_bilinear(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return resized
 
 
-def _resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resizes an image `[H, W, 3]` uint8 by Pillow's bilinear filter with antialiasing, to `[h, w, 3]` uint8.
+def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resizes an image `[H, W, C]`, uint8 or float32, by Pillow's bilinear filter with antialiasing, in the same type.
 
     Raises:
         UserError: if Pillow is not installed.
@@ -163,6 +212,10 @@ def _resize_pillow(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
             "Pillow: this model's weights are Detectron2's",
             "pip install pillow",
         ) from error
+    if image.shape[2] != 3 or image.dtype != np.uint8:  # band by band
+        planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
+        resized_planes = (plane.resize(size_hw[::-1], Image.Resampling.BILINEAR) for plane in planes)
+        return np.stack([np.asarray(plane) for plane in resized_planes], axis=-1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
@@ -171,22 +224,23 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     """Resizes and pads images of any sizes into the detector's inputs.
 
     Args:
-        images: at least one `[H, W, 3]` uint8 RGB image.
+        images: at least one image `[H, W, C]`, RGB if the model has three channels: uint8, or float32 from 0 to 255,
+            as `data.images.read_image` returns it.
         preprocessing: the model's, from its metadata.
 
     Returns:
-        `images` `[N, 3, H, W]` float32, values 0–255, padded with zeros at the right and bottom to a multiple of the
+        `images` `[N, C, H, W]` float32, values 0–255, padded with zeros at the right and bottom to a multiple of the
         divisor; `image_sizes` `[N, 2]` int64, (height, width) before padding.
 
     Raises:
         UserError: for an empty list, or an image of another type or shape or without pixels.
     """
     sizes, padded_hw = batch_sizes(images, preprocessing)
-    batch = np.zeros((len(images), 3, *padded_hw), np.float32)
+    batch = np.zeros((len(images), preprocessing.channels, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
         if preprocessing.resize == "pillow":
-            slot[:, :height, :width] = _resize_pillow(channels, (height, width)).transpose(2, 0, 1)
+            slot[:, :height, :width] = resize_antialiased(channels, (height, width)).transpose(2, 0, 1)
         else:
             _resize_into(channels, slot[:, :height, :width])
     return batch, np.array(sizes, np.int64)
@@ -203,7 +257,7 @@ def batch_sizes(
     if len(images) == 0:
         raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
     for index, image in enumerate(images):
-        _check_image(image, index)
+        _check_image(image, index, preprocessing.channels)
     sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
     divisor = preprocessing.divisor
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
@@ -259,18 +313,32 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return high
 
 
-def _check_image(image: Any, index: int) -> None:
-    """Raises a UserError unless `image` is `[H, W, 3]` uint8 with pixels."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+def _check_image(image: Any, index: int, channels: int) -> None:
+    """Raises a UserError unless `image` is `[H, W, C]` uint8 or float32 with pixels."""
+    if not isinstance(image, np.ndarray) or image.dtype not in (np.uint8, np.float32) or image.ndim != 3:
         dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", None)
         described = f"{dtype}" if shape is None else f"{dtype} of shape {tuple(shape)}"
         raise UserError(
             f"image {index} is {described}",
-            "a NumPy array of uint8 and shape (H, W, 3), RGB",
+            f"a NumPy array of uint8 and shape (H, W, {channels})"
+            + (", RGB" if channels == 3 else "")
+            + ", or of float32 from 0 to 255",
             "read it with maskrcnn.data.images.read_image, or convert it",
+        )
+    if image.shape[2] != channels:
+        raise UserError(
+            f"image {index} of shape {image.shape}",
+            f"{channels} channel(s), those of the model",
+            "read it with maskrcnn.data.images.read_image(path, preprocessing of the model's metadata)",
         )
     if image.size == 0:
         raise UserError(f"image {index} of shape {image.shape}", "at least 1×1 pixel", "leave empty images out")
+    if image.dtype == np.float32 and not (image.min() >= 0 and image.max() <= 255):  # also false for NaN
+        raise UserError(
+            f"image {index} of float32 from {image.min():g} to {image.max():g}",
+            "values from 0 to 255, not normalised: normalisation is in the model",
+            "scale them, or let maskrcnn.data.images.read_image read the file",
+        )
 
 
 def _invalid(found: str, expected: str) -> UserError:

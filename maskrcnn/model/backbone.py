@@ -250,6 +250,8 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         body, layout = _body(config)
+        if config.channels != 3:
+            _take_channels(body, config.channels)
         self.stages = layout.stages
         self.body = Body(body, layout)
         if config.backbone.startswith("convnext"):
@@ -265,7 +267,7 @@ class Backbone(nn.Module):
         self.out_channels = config.fpn_channels  # read by torchvision's detectors
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """P2 … P6 under torchvision's names, from normalised images `[N, 3, H, W]`."""
+        """P2 … P6 under torchvision's names, from normalised images `[N, C, H, W]`."""
         maps = self.body(images)
         if hasattr(self, "norms"):
             maps = OrderedDict((k, norm(x)) for (k, x), norm in zip(maps.items(), self.norms, strict=True))
@@ -316,6 +318,25 @@ def _body(config: ModelConfig) -> tuple[nn.Module, Layout]:
         first = body.inplanes // 8  # channels of C2; they double at each stage
         return fold_norms(body), Layout(RESNET_STAGES, tuple(first * 2**stage for stage in range(4)))
     return fold_norms(body), _LAYOUTS[name]
+
+
+def _take_channels(body: nn.Module, channels: int) -> None:
+    """Give the first convolution another number of input channels, with random weights of the same variance."""
+    first = next(module for module in body.modules() if isinstance(module, nn.Conv2d))
+    shape = (first.out_channels, channels, *first.kernel_size)
+    weight = torch.empty(shape).normal_(0, float(first.weight.detach().std()))
+    first.in_channels, first.weight = channels, nn.Parameter(weight)
+
+
+def inflated(weight: Tensor, channels: int) -> Tensor:
+    """RGB weights of the first convolution `[O, 3, k, k]` for another number of input channels.
+
+    More channels: the weights of R, G and B and their mean for each further channel; fewer: their mean for each. All
+    are scaled by 3 / channels, so that an image of equal channels has the response of a grey RGB image.
+    """
+    mean = weight.mean(dim=1, keepdim=True)
+    kept = weight if channels > 3 else weight[:, :0]
+    return torch.cat([kept, mean.expand(-1, channels - kept.shape[1], -1, -1)], dim=1) * (3 / channels)
 
 
 def _vgg(norm: Callable[[int], nn.Module] | None) -> nn.Sequential:

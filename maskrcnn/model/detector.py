@@ -37,7 +37,7 @@ class MaskRCNN(nn.Module):
         """Normalise pixels to zero mean and unit variance; padding becomes zero.
 
         Args:
-            images: `[N, 3, H, W]` RGB, 0–255, padded right and bottom.
+            images: `[N, C, H, W]`, RGB unless the model has other channels, 0–255, padded right and bottom.
             image_sizes: int64 `[N, 2]`, (height, width) before padding.
         """
         rows = torch.arange(images.shape[2], device=images.device)[None, :] < image_sizes[:, :1]
@@ -55,7 +55,8 @@ class MaskRCNN(nn.Module):
         """Detect objects; coordinates are pixels of the resized images.
 
         Args:
-            images: float32 or uint8 `[N, 3, H, W]` RGB, 0–255, padded right and bottom; H and W multiples of 32.
+            images: float32 or uint8 `[N, C, H, W]`, C of `ModelConfig.channels` (3: RGB), 0–255, padded right and
+                bottom; H and W multiples of 32.
             image_sizes: int64 `[N, 2]`, (height, width) before padding.
             stages: dict that receives the intermediate tensors under the names of `maskrcnn.stages`.
 
@@ -83,10 +84,10 @@ class MaskRCNN(nn.Module):
             images: as for `forward`.
             image_sizes: as for `forward`.
             truth: padded ground truth: `boxes` float32 `[N, G, 4]` xyxy in pixels of the resized image; `labels` int64
-                `[N, G]`; `valid` bool `[N, G]`; `masks` uint8 `[N, G, M, M]` of 0 or 255, crops of the region
-                `mask_frames` float32 `[N, G, 4]`; `keypoints` float32 `[N, G, K, 3]` (x, y in pixels of the resized
-                image, visibility, 0 if unlabelled); `seeds` int64 `[N]`, which determine the sampled anchors and
-                proposals. Masks and keypoints are needed only by models that have such heads.
+                `[N, G]`; `valid` bool `[N, G]`; `masks` uint8 `[N, G, M, M]` of 0 or 255 (all 0: no mask), crops of the
+                region `mask_frames` float32 `[N, G, 4]`; `keypoints` float32 `[N, G, K, 3]` (x, y in pixels of the
+                resized image, visibility, 0 if unlabelled); `seeds` int64 `[N]`, which determine the sampled anchors
+                and proposals. Masks and keypoints are needed only by models that have such heads.
             loss: matching and sampling constants.
             mean_count: mean of a count over all processes, see `maskrcnn.model.losses`.
 

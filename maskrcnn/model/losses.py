@@ -221,6 +221,9 @@ def _mask_loss(
             logits.shape[-1],
             aligned=loss.mask_target_aligned,
         )
+        # An object without a pixel is one without a mask: its RoIs count in the other losses alone.
+        has_mask = (truth["masks"] != 0).flatten(2).any(dim=-1)
+        positive = positive & has_mask.gather(1, owner)
     mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
     return (mask * positive).sum() / mean_count(positive.sum().float()).clamp(min=_MIN_COUNT)
 

@@ -30,11 +30,12 @@ class Scene:
     Masks are full-size, so that objects can be covered, moved and warped.
     """
 
-    image: np.ndarray  # float32 [3, h, w], 0–255
+    image: np.ndarray  # float32 [C, h, w], 0–255
     masks: np.ndarray  # bool [G, h, w], visible pixels of each object
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], visible fraction of each object's area
     keypoints: np.ndarray  # float32 [G, K, 3]: x, y, visibility; zeros if unlabelled or outside the canvas
+    has_mask: np.ndarray  # bool [G]; False: the mask is the box of an object without one
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -52,7 +53,7 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
 
     Args:
         record: annotations.
-        image: float32 `[3, h, w]`, the canvas.
+        image: float32 `[C, h, w]`, the canvas.
         view: placement of the image on it.
         partners: see `keypoints_in_view`.
     """
@@ -64,7 +65,8 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
         visible[k] = int(np.count_nonzero(view.cut(mask))) / max(int(np.count_nonzero(mask)), 1)
         masks[k] = view.mask(mask)
     labels = np.array([instance.label for instance in objects], np.int64)
-    return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners))
+    has_mask = np.array([instance.has_mask for instance in objects], bool)
+    return Scene(image, masks, labels, visible, keypoints_in_view(objects, view, partners), has_mask)
 
 
 def objects_of_scene(scene: Scene, min_visible: float) -> Objects:
@@ -73,11 +75,12 @@ def objects_of_scene(scene: Scene, min_visible: float) -> Objects:
     Objects without a pixel, or with less than `min_visible` of their area, are dropped.
     """
     rows = []
-    each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, strict=True)
-    for mask, label, visible, keypoints in each:
+    each = zip(scene.masks, scene.labels, scene.visible, scene.keypoints, scene.has_mask, strict=True)
+    for mask, label, visible, keypoints, has_mask in each:
         crop = mask_crop(mask, scene.size_hw)
         if crop is not None and visible >= min_visible:
-            rows.append((np.array(mask_extent(mask), np.float32), label, *crop, keypoints))
+            pixels, frame = crop
+            rows.append((np.array(mask_extent(mask), np.float32), label, pixels * np.uint8(has_mask), frame, keypoints))
     return Objects.stacked(rows, scene.keypoints.shape[1])
 
 
@@ -88,7 +91,7 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
     """
     (centre_y, centre_x), (height, width) = tiles[0].size_hw, tiles[3].size_hw
     size_hw = (centre_y + height, centre_x + width)
-    image = np.empty((3, *size_hw), np.float32)
+    image = np.empty((len(tiles[0].image), *size_hw), np.float32)
     masks = np.zeros((sum(len(tile.labels) for tile in tiles), *size_hw), bool)
     keypoints = np.concatenate([tile.keypoints for tile in tiles])
     first = 0
@@ -99,8 +102,10 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
         masks[own, rows, columns] = tile.masks
         keypoints[own, :, :2] += np.array([left, top], np.float32) * (keypoints[own, :, 2:] > 0)
         first = own.stop
-    labels, visible = (np.concatenate([getattr(tile, name) for tile in tiles]) for name in ("labels", "visible"))
-    return Scene(image, masks, labels, visible, keypoints)
+    labels, visible, has_mask = (
+        np.concatenate([getattr(tile, name) for tile in tiles]) for name in ("labels", "visible", "has_mask")
+    )
+    return Scene(image, masks, labels, visible, keypoints, has_mask)
 
 
 def mixup(first: Scene, second: Scene, weight: float) -> Scene:
@@ -122,7 +127,7 @@ def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
     """
     cover = other.masks[chosen].any(axis=0)
     image = np.where(cover, other.image, scene.image)
-    names = ("masks", "labels", "visible", "keypoints")
+    names = ("masks", "labels", "visible", "keypoints", "has_mask")
     pasted = replace(other, **{name: getattr(other, name)[chosen] for name in names})
     below = replace(scene.covered(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
     return _concatenated(image, below, pasted)
@@ -144,6 +149,7 @@ def _concatenated(image: np.ndarray, first: Scene, second: Scene) -> Scene:
         np.concatenate([first.labels, second.labels]),
         np.concatenate([first.visible, second.visible]),
         np.concatenate([first.keypoints, second.keypoints]),
+        np.concatenate([first.has_mask, second.has_mask]),
     )
 
 
@@ -183,7 +189,7 @@ class Augmentation:
         self._tilt = v2.RandomPerspective(config.perspective_distortion, p=1.0)
 
     def image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        """Canvas of an image, float32 `[3, h, w]` from uint8 `[H, W, 3]`, with random colours.
+        """Canvas of an image, float32 `[C, h, w]` from `[H, W, C]`, uint8 or float32, with random colours.
 
         Colour changes take most of the time, so they are applied before or after resizing, wherever there are fewer
         pixels.
@@ -195,13 +201,21 @@ class Augmentation:
             part = self._jitter_colours(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
         pixels = resize_bilinear(part, view.size_hw)
         if is_coloured and not is_enlarged:
-            pixels = 255 * self._jitter_colours(torch.from_numpy(pixels) / 255, rng).numpy()
+            pixels = self._jitter_colours(torch.from_numpy(pixels), rng).numpy()
         return view.on_canvas(pixels, self.fill)
 
     def _jitter_colours(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """Change the colours of an image `[3, h, w]`, uint8 or float32 from 0 to 1."""
+        """Change the colours of an image `[C, h, w]`, uint8 or float32 from 0 to 255.
+
+        Of more than three channels, those of the first three, RGB; of two, none.
+        """
+        if len(image) == 2:
+            return image
+        if len(image) > 3:
+            return torch.cat([self._jitter_colours(image[:3], rng), image[3:]])
         with _torch_seeded_from(rng):
-            return self._colours(image)
+            changed: Tensor = self._colours(image) if image.dtype == torch.uint8 else 255 * self._colours(image / 255)
+            return changed
 
     def view(self, size_hw: tuple[int, int], rng: np.random.Generator) -> View:
         """Random view of an image that becomes a sample by itself."""

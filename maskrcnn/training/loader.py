@@ -100,7 +100,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 class Batch:
     """A batch on fixed shapes; G is the largest number of objects of an image, at least 1."""
 
-    images: Tensor  # float32 [N, 3, H, W], 0–255, padded right and bottom; channels in the model's order
+    images: Tensor  # float32 [N, C, H, W], 0–255, padded right and bottom; channels in the model's order
     image_sizes: Tensor  # int64 [N, 2], (height, width) before padding
     boxes: Tensor  # float32 [N, G, 4] xyxy, pixels of the resized image; zero in padding
     labels: Tensor  # int64 [N, G]
@@ -148,7 +148,7 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
     height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
     count = len(samples)
     batch = Batch(
-        images=torch.empty(count, 3, height, width),  # only padding is zeroed, below
+        images=torch.empty(count, samples[0].image.shape[0], height, width),  # only padding is zeroed, below
         image_sizes=sizes,
         boxes=torch.zeros(count, objects, 4),
         labels=torch.zeros(count, objects, dtype=torch.int64),

@@ -13,8 +13,8 @@ from PIL import Image
 
 from maskrcnn import runs
 from maskrcnn.config import ModelConfig
-from maskrcnn.files import atomic_path, make_folder
-from maskrcnn.imaging.draw import overlay
+from maskrcnn.files import make_folder
+from maskrcnn.imaging.draw import overlay, save_drawing
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.model.targets import mask_targets
 from maskrcnn.training.loader import Batch
@@ -61,8 +61,7 @@ class Logbook:
         folder = self.run / runs.PICTURES
         make_folder(folder)
         for name, pixels in images:
-            with atomic_path(folder / f"{name}.png") as draft:
-                Image.fromarray(pixels).save(draft, format="PNG")
+            save_drawing(Image.fromarray(pixels), folder / f"{name}.png")
             if self.events is not None:
                 self.events.add_image(name, pixels, step, dataformats="HWC")
 
@@ -90,7 +89,7 @@ def sample_images(batch: Batch, model: ModelConfig, count: int) -> list[NamedIma
             size_hw=(height, width),
             keypoints=batch.keypoints[n, valid].numpy() if model.has_keypoints else None,
         )
-        pixels = batch.images[n, :, :height, :width].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+        pixels = batch.images[n, :, :height, :width].permute(1, 2, 0).clamp(0, 255)
         image = overlay(
             np.ascontiguousarray(pixels.numpy()),
             objects,

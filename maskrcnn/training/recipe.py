@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from maskrcnn.config import MODELS, SMALL_MODEL, LossConfig, ModelConfig, TrainConfig, changed, model_config
@@ -60,7 +61,11 @@ def training_config(
         config,
         batch_norm="frozen" if frozen else config.batch_norm,
         model=replace(config.model, frozen_batch_norm=frozen),
-        data=str(dataset.root.resolve()),  # absolute, since a run may be resumed from another folder
+        # Absolute, since a run may be resumed from another folder.
+        data=str(dataset.root.resolve()),
+        images=str(Path(config.images).resolve()) if config.images else "",
+        val_data=str(validation.root.resolve()) if config.val_data else "",
+        val_images=str(Path(config.val_images).resolve()) if config.val_images else "",
         train_split=dataset.split,
         val_split=validation.split,
     )

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.keypoints import mirrored
@@ -38,7 +38,7 @@ class Sample:
     """One training image as the detector receives it."""
 
     image_id: int
-    image: np.ndarray  # float32 [3, h, w], 0–255, channels in the model's order
+    image: np.ndarray  # float32 [C, h, w], 0–255, channels in the model's order
     objects: Objects
     seed: int  # non-negative, for the sampling of the losses
 
@@ -130,7 +130,7 @@ class TrainingSamples(Dataset):
             scene = self._composed(record, view, steps, rng)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
         else:  # no full-size masks, which would take most of the time and memory
-            image = self._augmentation.image(_read(record), view, rng)
+            image = self._augmentation.image(read_record(record, self.preprocessing), view, rng)
             objects = objects_in_view(record, view, config.least_visible, self._partners)
         if self.preprocessing.channel_order == "BGR":
             image = np.ascontiguousarray(image[::-1])
@@ -185,16 +185,6 @@ class TrainingSamples(Dataset):
         return self.records[int(rng.integers(len(self.records)))]
 
     def _scene(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Scene:
-        return scene_in_view(record, self._augmentation.image(_read(record), view, rng), view, self._partners)
-
-
-def _read(record: ImageRecord) -> np.ndarray:
-    """Pixels of an image, uint8 `[H, W, 3]`."""
-    image = read_image(record.path)
-    if image.shape[:2] != (record.height, record.width):
-        raise UserError(
-            f"{record.path}: {image.shape[1]}×{image.shape[0]} pixels",
-            f"{record.width}×{record.height} as in its annotations",
-            "restore the annotated image, or correct the JSON file",
+        return scene_in_view(
+            record, self._augmentation.image(read_record(record, self.preprocessing), view, rng), view, self._partners
         )
-    return image

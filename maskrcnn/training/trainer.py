@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskrcnn import runs
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, is_out_of_memory, reason_of
 from maskrcnn.files import make_folder, write_json
 from maskrcnn.machine import shared_memory_mb
 from maskrcnn.model.detector import MaskRCNN
@@ -193,7 +193,10 @@ class Trainer:
             found = f"data loading processes that cannot be started ({error.strerror})"
             raise UserError(found, "memory, open files and processes for them", self._fewer_workers()) from error
         for batch in batches:
-            if isinstance(batch, UserError):
+            if isinstance(batch, UserError):  # --resume continues from here once the file is right
+                self._record_steps(wait=True)
+                if self.processes.is_first:
+                    self._save_state()
                 raise batch
             if isinstance(batch, PipedBatch) and not self._piped:
                 self._piped = True
@@ -282,20 +285,24 @@ class Trainer:
     def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
         """Evaluate, save checkpoints and state, and return the metrics of the epoch."""
         config, progress = self.config, self.progress
+        is_evaluated = (progress.epoch + 1) % config.evaluate_every == 0 or progress.epoch + 1 == config.epochs
+        if is_evaluated and self.processes.is_first:
+            self._save_state()  # of all steps: if the evaluation fails, --resume repeats the evaluation only
         taken = max(progress.totals.pop("finite", 0.0), 1.0)
         metrics: dict[str, Any] = {"epoch": progress.epoch + 1}
         metrics |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
         progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
         model = self.model if self.averaged is None else self.averaged.model
-        if progress.epoch % config.evaluate_every == 0 or progress.epoch == config.epochs:
+        if is_evaluated:
             size = max(1, config.batch_size // self.processes.world_size)
             fix = f"continue with --resume {self.run} and " + (
                 "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
             )
             with _explain_out_of_memory(f"validation batches of {size} image(s)", fix):
                 metrics |= evaluate(model.eval())
-            is_best = score_of(metrics) > progress.best_ap
-            progress.best_ap = max(score_of(metrics), progress.best_ap)
+            score = score_of(metrics)
+            is_best = score > progress.best_ap or score < 0  # -1: nothing could be measured, the last is the best
+            progress.best_ap = max(score, progress.best_ap)
             if self.processes.is_first and is_best:
                 save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
             if self._logbook is not None and draw is not None and config.pictures:
@@ -349,8 +356,6 @@ def _explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
-        text = str(error)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
-        reason = f" ({text.splitlines()[0]})" if text else ""
-        raise UserError(f"out of memory with {what}{reason}", "memory for one step", fix) from error
+        raise UserError(f"out of memory with {what} ({reason_of(error)})", "memory for one step", fix) from error

@@ -135,10 +135,10 @@ class View:
         return self.window != (0, 0, *size_hw)
 
     def on_canvas(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
-        """Place resized pixels float32 `[3, *size_hw]` on a canvas `[3, h, w]` filled with `fill` `[3]`."""
+        """Place resized pixels float32 `[C, *size_hw]` on a canvas `[C, h, w]` filled with `fill` `[C]`."""
         if self.size_hw == self.canvas_hw:
             return pixels
-        canvas = np.empty((3, *self.canvas_hw), np.float32)
+        canvas = np.empty((len(pixels), *self.canvas_hw), np.float32)
         canvas[:] = fill[:, None, None]
         canvas[:, : self.size_hw[0], : self.size_hw[1]] = pixels
         return canvas
@@ -173,7 +173,7 @@ class Objects:
 
     boxes: np.ndarray  # float32 [G, 4] xyxy
     labels: np.ndarray  # int64 [G]
-    masks: np.ndarray  # uint8 [G, MASK_SIDE, MASK_SIDE], see `mask_crop`
+    masks: np.ndarray  # uint8 [G, MASK_SIDE, MASK_SIDE], see `mask_crop`; all zero: an object without a mask
     frames: np.ndarray  # float32 [G, 4] xyxy, regions of the masks
     keypoints: np.ndarray  # float32 [G, K, 3]: x, y, visibility; zeros if unlabelled or outside the canvas
 
@@ -238,5 +238,6 @@ def objects_in_view(record: ImageRecord, view: View, min_visible: float, partner
                 box = view.scaled_box(np.array(mask_extent(part), np.float32))
         crop = mask_crop(part, view.size_hw)
         if crop is not None and min(box[2:] - box[:2]) >= MIN_SIDE_PX:
-            rows.append((box, instance.label, *crop, keypoints))
+            pixels, frame = crop
+            rows.append((box, instance.label, pixels * np.uint8(instance.has_mask), frame, keypoints))
     return Objects.stacked(rows, len(partners))

@@ -1,15 +1,12 @@
-"""Reading and writing weights.
+"""Reading and writing checkpoints.
 
-A checkpoint is one safetensors file: the weights, and the model configuration as JSON in its header. No reader
-unpickles arbitrary objects: `torch.load` is restricted to tensors, `read_model_zoo` to NumPy arrays.
+A checkpoint is one safetensors file: the weights, and the model configuration as JSON in its header. Files of other
+programs are read by `maskrcnn.weights.files`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ from maskrcnn.files import atomic_path
 from maskrcnn.keypoints import sigmas_of
 from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.detectron2 import PICKLE_SUFFIX, is_detectron2, read_model_zoo
 
 SUFFIX = ".safetensors"
 
@@ -49,13 +45,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: if the file is missing, is not safetensors, or has no header of maskrcnn.
     """
-    tensors, header = _read_safetensors(path)
+    tensors, header = read_safetensors(path)
     if header is None:
         raise not_ours(path, "safetensors without maskrcnn's header")
     return tensors, header
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Read the tensors of any safetensors file, and maskrcnn's header if it has one.
 
     Raises:
@@ -68,8 +64,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
             header = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, None if header is None else json.loads(header)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise not_ours(path, f"not a checkpoint ({error})") from error
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise not_ours(path, f"not a checkpoint, and no safetensors ({error})") from error
 
 
 def save_checkpoint(path: Path, model: MaskRCNN, **extra: Any) -> None:
@@ -136,71 +132,8 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
     model.load_state_dict(tensors, strict=False)
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Read a state dict; older torchvision names are updated, Detectron2's are left as they are.
-
-    Args:
-        path: a `.safetensors` file, a `.pkl` file of Detectron2's model zoo, or a file of torch.save.
-
-    Returns:
-        the tensors, and maskrcnn's header if the file is a checkpoint.
-
-    Raises:
-        UserError: if the file is missing or contains anything but tensors.
-    """
-    if path.suffix == SUFFIX:
-        tensors, header = _read_safetensors(path)
-    else:
-        tensors, header = read_model_zoo(path) if path.suffix == PICKLE_SUFFIX else _read_pickled(path), None
-    if not is_detectron2(tensors):
-        tensors = {_current_name(name): value for name, value in tensors.items()}
-    return tensors, header
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file of torch.save; nothing else is unpickled."""
-    if not path.is_file():
-        raise UserError(f"no file {path}", "a torchvision state dict", "check the path given with --weights")
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: not a state dict of plain tensors ({str(error).splitlines()[0][:120]})",
-            "a file written by torch.save(model.state_dict(), …)",
-            "save the state dict alone, without optimizer or model objects",
-        ) from error
-    if isinstance(values, dict) and isinstance(values.get("model"), dict):
-        values = values["model"]  # files of torchvision's reference scripts and of Detectron2
-    if not isinstance(values, dict) or not all(isinstance(v, Tensor) for v in values.values()):
-        raise UserError(
-            f"{path}: a {type(values).__name__} that does not map names to tensors",
-            "a state dict",
-            "save it with torch.save(model.state_dict(), FILE)",
-        )
-    return values
-
-
-# Former torchvision names and their replacements.
-_RENAMED: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r"(rpn\.head\.conv)\.(weight|bias)"), r"\1.0.0.\2"),
-    (re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)"), r"\1.0.\2"),
-    (
-        re.compile(r"roi_heads\.mask_head\.mask_fcn(\d+)\.(weight|bias)"),
-        lambda found: f"roi_heads.mask_head.{int(found[1]) - 1}.0.{found[2]}",
-    ),
-)
-
-
-def _current_name(name: str) -> str:
-    """Current name of a tensor that torchvision has renamed."""
-    for pattern, present in _RENAMED:
-        if found := pattern.fullmatch(name):
-            return present(found) if callable(present) else found.expand(present)
-    return name
-
-
-def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadata:
-    """Metadata of files exported from this model."""
+def metadata_of(config: ModelConfig, source: Path | None = None, assumed: tuple[str, ...] = ()) -> ModelMetadata:
+    """Metadata of files exported from this model; `assumed` are fields that imported weights did not state."""
     keypoints: dict[str, Any] = {}
     if config.has_keypoints:
         keypoints = {
@@ -216,6 +149,11 @@ def metadata_of(config: ModelConfig, source: Path | None = None) -> ModelMetadat
         detections=config.detections,
         has_masks=config.has_masks,
         **keypoints,
+        anchor_sizes_px=config.anchor_sizes_px,
+        anchor_aspect_ratios=config.anchor_aspect_ratios,
+        score_threshold=config.score_threshold,
+        nms_iou=config.nms_iou,
+        assumed=assumed,
         source_sha256=sha256_of(source) if source else "",
         versions=versions(),
     )

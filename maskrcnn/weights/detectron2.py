@@ -1,34 +1,48 @@
-"""Detectron2's Faster and Mask R-CNN with ResNet and FPN: reading, renaming and model conventions.
+"""Detectron2's Faster and Mask R-CNN with ResNet or ResNeXt and FPN: names, conventions, and its YAML configuration.
 
 Weights do not define how a model computes. The settings here are those of Detectron2's `Base-RCNN-FPN.yaml` and its
-model zoo; what a file states about them is checked.
-
-Files of the model zoo are pickles of NumPy arrays. A pickle is a program that names functions and calls them; the
-unpickler here knows the few that rebuild arrays and rejects every other name before looking it up.
+model zoo, unless the file's buffers or a configuration beside it state others.
 """
 
 from __future__ import annotations
 
-import pickle
+import ast
+import dataclasses
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torchvision
+import yaml
 from torch import Tensor
 
-from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.config import ModelConfig, changed
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.model.roi_heads import BOX_WEIGHTS
+from maskrcnn.model.rpn import BOX_WEIGHTS as ANCHOR_WEIGHTS
 from maskrcnn.model.rpn import cell_anchors
+from maskrcnn.settings import merged
+from maskrcnn.weights.foreign import (
+    ANCHOR_BOXES,
+    ANCHORS,
+    BODY,
+    CLASS_BOXES,
+    CLASSES,
+    PIXELS,
+    UNSTATED,
+    Imported,
+    class_count,
+    detector_of,
+    resnet_layout,
+    scaled_boxes,
+)
 
-PICKLE_SUFFIX = ".pkl"  # of the model zoo's files
-_BODY, _PREDICTOR = "backbone.bottom_up.", "roi_heads.box_predictor."
+CONFIG_NAME = "config.yaml"  # that Detectron2's trainer writes beside its checkpoints
+_BODY = "backbone.bottom_up."
 _PIXEL_MEAN_BGR, _PIXEL_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # MODEL.PIXEL_MEAN and PIXEL_STD
+_PIXEL_STD_RESNEXT = (57.375, 57.12, 58.395)  # of mask_rcnn_X_101_32x8d_FPN_3x.yaml
 
 # Fields of ModelConfig in which Detectron2's models differ from torchvision's.
 CONVENTIONS: dict[str, Any] = {
@@ -47,14 +61,6 @@ CONVENTIONS: dict[str, Any] = {
         std=tuple(value / 255 for value in _PIXEL_STD),
         resize="pillow",
     ),
-}
-
-# Depth by (blocks of the stages res2 to res5, bottleneck blocks).
-_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
-    ((2, 2, 2, 2), False): 18,
-    ((3, 4, 6, 3), False): 34,
-    ((3, 4, 6, 3), True): 50,
-    ((3, 4, 23, 3), True): 101,
 }
 
 # Patterns of tensor names with their replacements.
@@ -87,40 +93,60 @@ def is_detectron2(names: Iterable[str]) -> bool:
     return any(name.startswith((_BODY, "proposal_generator.")) for name in names)
 
 
-def from_detectron2(tensors: dict[str, Tensor], source: str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
+def from_detectron2(tensors: dict[str, Tensor], source: str | Path, config_file: Path | None = None) -> Imported:
     """Convert Detectron2 weights to our names and order of channels and classes.
 
     Args:
         tensors: a Faster or Mask R-CNN under Detectron2's names; 80 classes are COCO's.
         source: origin of the tensors, for error messages.
+        config_file: Detectron2's YAML configuration of the model.
 
     Returns:
-        the tensors and the configuration of the model: depth, widths, classes and masks follow from the tensors,
-        everything else from `CONVENTIONS`.
+        the tensors and the configuration of the model: architecture, widths and number of classes follow from the
+        tensors; the rest is stated by the configuration file, by buffers of older files, or by `CONVENTIONS`.
 
     Raises:
-        UserError: for tensors of another architecture, or pixel statistics or anchors that differ from the model zoo's.
+        UserError: for tensors or settings of another architecture, and a configuration file that contradicts the
+            tensors.
     """
-    _check_buffers(tensors, source)
     given = {name: value for name, value in tensors.items() if not _BUFFERS.fullmatch(name)}
     renamed = {_our_name(name, source): value for name, value in given.items()}
-    missing = sorted(_landmarks(renamed) - set(renamed))
-    if missing:
-        raise _unsupported(source, f"a Detectron2 model without {', '.join(missing)}")
-    classes = renamed[_PREDICTOR + "cls_score.weight"].shape[0] - 1
-    _check_class_specific(renamed, classes, source)
-    config = _config(renamed, classes, source)
-    renamed = _background_first(renamed)
-    renamed["backbone.body.conv1.weight"] = renamed["backbone.body.conv1.weight"].flip(1)  # for RGB instead of BGR
-    return renamed, config
-
-
-def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and category ids of the 80 COCO classes, ordered by id."""
-    categories = torchvision.models.detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    used = [(name, number) for number, name in enumerate(categories) if number > 0 and name != "N/A"]
-    names, ids = zip(*used, strict=True)
-    return names, ids
+    is_frozen = not any(name.endswith("num_batches_tracked") for name in renamed)
+    found, config = detector_of(
+        renamed, CONVENTIONS | {"frozen_batch_norm": is_frozen}, lambda what: _unsupported(source, what)
+    )
+    _, _, (width, group_width) = resnet_layout(renamed)
+    mean_bgr, std_bgr = _PIXEL_MEAN_BGR, _PIXEL_STD
+    if group_width != width:  # the model zoo's ResNeXt
+        config = dataclasses.replace(config, stride_in_1x1=False)
+        std_bgr = _PIXEL_STD_RESNEXT
+    stated = _of_buffers(tensors, source)
+    yaml_file = _DetectronConfig(config_file) if config_file is not None else None
+    if yaml_file is not None:
+        yaml_file.check(class_count(found), resnet_layout(renamed), source)
+        stated = merged(stated, yaml_file.fields())
+        for layer, key, ours in (
+            (CLASS_BOXES, "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", BOX_WEIGHTS),
+            (ANCHOR_BOXES, "MODEL.RPN.BBOX_REG_WEIGHTS", ANCHOR_WEIGHTS),
+        ):
+            if (own := yaml_file.numbers(key, length=4)) is not None and own != ours:
+                found = scaled_boxes(found, layer, own, ours)
+    pixels = stated.pop("preprocessing", {})
+    order = pixels.pop("channel_order", "BGR")
+    mean, std = pixels.pop("mean", mean_bgr), pixels.pop("std", std_bgr)
+    if order == "BGR":  # turned round, so that images stay RGB
+        mean, std = mean[::-1], std[::-1]
+        first = f"{BODY}conv1.weight"
+        found[first] = found[first].flip(1)
+    pixels |= {"mean": tuple(value / 255 for value in mean), "std": tuple(value / 255 for value in std)}
+    config = changed(config, {**stated, "preprocessing": pixels})
+    known = {*stated, *(f"preprocessing.{name}" for name in pixels if name not in ("mean", "std"))}
+    if yaml_file is not None and yaml_file.value("MODEL.PIXEL_MEAN") is not None:
+        known |= set(PIXELS)
+    if yaml_file is not None and yaml_file.is_coco and class_count(found) == 80:
+        known |= set(CLASSES)
+    unstated = tuple(name for name in UNSTATED if name not in known)
+    return Imported(found, config, unstated, yaml_file.notes if yaml_file is not None else ())
 
 
 def _block(found: re.Match) -> str:
@@ -135,187 +161,243 @@ def _our_name(name: str, source: str | Path) -> str:
     raise _unsupported(source, f"tensor {name}, unknown in a ResNet with FPN and Detectron2's standard heads")
 
 
-def _landmarks(renamed: Iterable[str]) -> set[str]:
-    """Tensors whose shapes define the architecture."""
-    of_masks = {"roi_heads.mask_predictor.mask_fcn_logits.weight", "roi_heads.mask_head.0.0.weight"}
-    return {
-        "backbone.body.conv1.weight",
-        "backbone.fpn.inner_blocks.0.0.weight",
-        "roi_heads.box_head.fc6.weight",
-        *(f"{_PREDICTOR}{layer}.{kind}" for layer in ("cls_score", "bbox_pred") for kind in ("weight", "bias")),
-        *(of_masks if any(name.startswith("roi_heads.mask_") for name in renamed) else ()),
-    }
-
-
-def _check_class_specific(renamed: dict[str, Tensor], classes: int, source: str | Path) -> None:
-    """Reject class-agnostic boxes or masks."""
-    for name, each in ((_PREDICTOR + "bbox_pred.weight", 4), ("roi_heads.mask_predictor.mask_fcn_logits.weight", 1)):
-        rows = renamed[name].shape[0] if name in renamed else each * classes
-        if rows != each * classes:
-            shared = " shared by all classes (CLS_AGNOSTIC_BBOX_REG or _MASK)" if rows == each else ""
-            raise _unsupported(source, f"{rows} rows of {name}{shared}, for {classes} classes")
-
-
-def _config(renamed: dict[str, Tensor], classes: int, source: str | Path) -> ModelConfig:
-    """Configuration of the model that has tensors of these shapes."""
-    has_masks = any(name.startswith("roi_heads.mask_") for name in renamed)
-    backbone, first = f"resnet{_depth(renamed, source)}", renamed["roi_heads.box_head.fc6.weight"]
-    channels = renamed["backbone.fpn.inner_blocks.0.0.weight"].shape[0]
-    names, ids = coco_classes() if classes == 80 else ((), ())
-    is_frozen = not any(name.endswith("num_batches_tracked") for name in renamed)
-    return model_config(
-        f"{'mask' if has_masks else 'faster'}rcnn_{backbone}_fpn",
-        class_names=names or tuple(f"class_{label}" for label in range(1, classes + 1)),
-        category_ids=ids or tuple(range(1, classes + 1)),
-        fpn_channels=channels,
-        box_head_channels=first.shape[0],
-        box_pool_size=round((first.shape[1] / channels) ** 0.5),
-        **({"mask_head_channels": _mask_channels(renamed)} if has_masks else {}),
-        **CONVENTIONS | {"frozen_batch_norm": is_frozen},
-    )
-
-
-def _depth(renamed: Iterable[str], source: str | Path) -> int:
-    blocks = {found[0] for name in renamed if (found := re.match(r"backbone\.body\.layer(\d)\.\d+", name))}
-    counts = tuple(sum(block.startswith(f"backbone.body.layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
-    has_bottlenecks = any(name.startswith("backbone.body.layer1.0.conv3.") for name in renamed)
-    if (counts, has_bottlenecks) not in _DEPTHS:
-        raise _unsupported(source, f"a ResNet with {counts} blocks of {3 if has_bottlenecks else 2} convolutions")
-    return _DEPTHS[counts, has_bottlenecks]
-
-
-def _mask_channels(renamed: dict[str, Tensor]) -> tuple[int, ...]:
-    weights = [name for name in renamed if re.fullmatch(r"roi_heads\.mask_head\.\d+\.0\.weight", name)]
-    return tuple(renamed[name].shape[0] for name in sorted(weights, key=lambda name: (len(name), name)))
-
-
-def _background_first(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move the background class from last to 0, and add its boxes and masks, which Detectron2 does not have."""
-    converted = dict(renamed)
-    for name, value in renamed.items():
-        if name.startswith(_PREDICTOR + "cls_score."):
-            converted[name] = torch.cat([value[-1:], value[:-1]])
-        elif name.startswith(_PREDICTOR + "bbox_pred."):
-            converted[name] = torch.cat([torch.zeros_like(value[:4]), value])
-        elif name.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
-            converted[name] = torch.cat([torch.zeros_like(value[:1]), value])
-    return converted
-
-
-def _check_buffers(tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Check pixel statistics and anchors, which older files contain, against the conventions."""
-    for name, expected in (("pixel_mean", _PIXEL_MEAN_BGR), ("pixel_std", _PIXEL_STD)):
-        found = tensors.get(name, torch.tensor(expected)).flatten().tolist()
-        if len(found) != 3 or any(abs(a - b) > 0.01 for a, b in zip(found, expected, strict=True)):
-            raise _unsupported(source, f"{name} {found} instead of {list(expected)}")
-    default = ModelConfig()
-    for name, cells in tensors.items():
-        match = _BUFFERS.fullmatch(name)
-        if match is None or match[1] is None:
+def _of_buffers(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
+    """Fields that follow from pixel statistics and anchors, which older files contain, if they are not the usual."""
+    fields: dict[str, Any] = {}
+    pixels: dict[str, Any] = {}
+    for name, field, usual in (("pixel_mean", "mean", _PIXEL_MEAN_BGR), ("pixel_std", "std", _PIXEL_STD)):
+        if name not in tensors:
             continue
-        level = int(match[1])
-        size = default.anchor_sizes_px[level] if level < len(default.anchor_sizes_px) else 0.0
-        anchors = cell_anchors(size, default.anchor_aspect_ratios, rounded=False)
-        sides, expected_sides = (corners[:, 2:] - corners[:, :2] for corners in (cells.float(), anchors))
+        found = tuple(round(value, 4) for value in tensors[name].flatten().tolist())
+        if len(found) != 3:
+            raise _unsupported(source, f"{name} of {len(found)} channels")
+        if field == "mean" and _near(found, usual[::-1]):
+            pixels["channel_order"] = "RGB"  # the usual colour in the other order
+        if not _near(found, usual):
+            pixels[field] = found
+    cells = {
+        int(match[1]): value for name, value in tensors.items() if (match := _BUFFERS.fullmatch(name)) and match[1]
+    }
+    default = ModelConfig()
+    sizes, ratios = list(default.anchor_sizes_px), set()
+    if cells and max(cells) >= len(sizes):
+        raise _unsupported(source, f"anchors on {max(cells) + 1} levels")
+    for level, corners in cells.items():
+        sides = corners.float()[:, 2:] - corners.float()[:, :2]
+        usual_cells = cell_anchors(sizes[level], default.anchor_aspect_ratios, rounded=False)
+        usual_sides = usual_cells[:, 2:] - usual_cells[:, :2]
         # Loose tolerance: Detectron's first version rounded its anchors, which Detectron2 ignores too.
-        if sides.shape != expected_sides.shape or not torch.allclose(sides, expected_sides, rtol=0.05, atol=2):
-            raise _unsupported(source, f"anchors {name} with sides {sides.tolist()}")
+        if sides.shape == usual_sides.shape and torch.allclose(sides, usual_sides, rtol=0.05, atol=2):
+            ratios.add(default.anchor_aspect_ratios)
+            continue
+        areas = sides.prod(dim=1).sqrt()
+        if not torch.allclose(areas, areas[:1], rtol=0.01):
+            raise _unsupported(source, f"anchors of several sizes on a level: sides {sides.tolist()}")
+        sizes[level] = round(float(areas.mean()), 3)
+        ratios.add(tuple(round(value, 3) for value in (sides[:, 1] / sides[:, 0]).tolist()))
+    if len(ratios) > 1:
+        raise _unsupported(source, f"anchors with other aspect ratios on each level: {sorted(ratios)}")
+    if ratios:
+        fields |= dict(zip(ANCHORS, (tuple(sizes), ratios.pop()), strict=True))
+    return fields | ({"preprocessing": pixels} if pixels else {})
+
+
+def _near(found: tuple[float, ...], usual: tuple[float, ...]) -> bool:
+    return all(abs(a - b) <= 0.01 for a, b in zip(found, usual, strict=True))
 
 
 def _unsupported(source: str | Path, found: str) -> UserError:
     return UserError(
         f"{source}: {found}",
-        "a Faster or Mask R-CNN of Detectron2's Base-RCNN-FPN.yaml with ResNet 18, 34, 50 or 101, such as "
-        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
+        "a Faster or Mask R-CNN of Detectron2's Base-RCNN-FPN.yaml with ResNet 18, 34, 50 or 101 or ResNeXt 101, such "
+        "as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
         "export a model of that configuration",
     )
 
 
-def read_model_zoo(path: Path) -> dict[str, Tensor]:
-    """Read the arrays of a Detectron2 model zoo file as tensors.
+# Detectron2's configuration
+
+# Fields of ModelConfig by Detectron2's keys whose values are taken as they are.
+_KEYS: dict[str, tuple[str, type]] = {
+    "MODEL.RESNETS.STRIDE_IN_1X1": ("stride_in_1x1", bool),
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": ("rpn_candidates_per_level", int),
+    "MODEL.RPN.POST_NMS_TOPK_TEST": ("proposals", int),
+    "MODEL.RPN.NMS_THRESH": ("rpn_nms_iou", float),
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": ("proposal_min_side_px", float),
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": ("score_threshold", float),
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": ("nms_iou", float),
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": ("pool_sampling_ratio", int),
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": ("mask_pool_size", int),
+    "TEST.DETECTIONS_PER_IMAGE": ("detections", int),
+    "INPUT.MIN_SIZE_TEST": ("preprocessing.min_size_px", int),
+    "INPUT.MAX_SIZE_TEST": ("preprocessing.max_size_px", int),
+    "INPUT.FORMAT": ("preprocessing.channel_order", str),
+}
+# Settings with the values that a model here can have.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 0.0),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads",),
+    "MODEL.FPN.FUSE_TYPE": ("sum",),
+    "MODEL.RESNETS.RES5_DILATION": (1,),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+}
+
+
+class _DetectronConfig:
+    """Detectron2's YAML file, with the files that it is based on.
 
     Raises:
-        UserError: if the file is missing, is not a complete pickle, refers to a class or function that arrays do not
-            need (nothing in it has been executed then), or contains no named arrays.
+        UserError: if it cannot be read, is not YAML, or has settings of another architecture.
     """
-    values = _read_pickle(path)
-    arrays = values.get("model") if isinstance(values, dict) else None
-    if not isinstance(arrays, dict) or not all(
-        isinstance(value, (np.ndarray, np.number)) and value.dtype.kind in "fiu" for value in arrays.values()
-    ):
-        keys = f" with {', '.join(map(str, list(values)[:3]))}" if isinstance(values, dict) else ""
-        raise UserError(
-            f"{path}: a pickled {type(values).__name__}{keys}",
-            "a dict whose entry 'model' maps names to arrays, as in Detectron2's model zoo",
-            "use a detector of Detectron2's model zoo; backbones and Detectron's first version are not supported",
-        )
-    return {name: torch.tensor(value) for name, value in arrays.items()}
 
-
-def _read_pickle(path: Path) -> Any:
-    """Content of a pickle of NumPy arrays in lists and dictionaries."""
-    if not path.is_file():
-        raise UserError(f"no file {path}", "a pickle of weights", "check the path given with --weights")
-    try:
-        with open(path, "rb") as file:
-            return _ArraysOnly(file, path).load()
-    except UserError:
-        raise
-    except Exception as error:  # a corrupt pickle can raise nearly any error
-        raise UserError(
-            f"{path}: not a complete pickle of NumPy arrays ({type(error).__name__}: {str(error)[:120]})",
-            "a file of Detectron2's model zoo",
-            "download it again and compare its size; name files of torch.save .pth",
-        ) from error
-
-
-def _encoded(text: str, encoding: str) -> bytes:
-    """Replaces `_codecs.encode`, with which Python 3 writes bytes that Python 2 can read."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _no_bytes() -> bytes:
-    """Replaces `bytes`, which Python 3 calls for empty ones; an argument could exhaust the memory."""
-    return b""
-
-
-# The first element of a reduced array or scalar is the function that rebuilds it.
-_REBUILDING = {
-    "multiarray._reconstruct": np.zeros(1).__reduce__()[0],
-    "numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-    "multiarray.scalar": np.float32(0).__reduce__()[0],
-}
-_ALLOWED = {
-    "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
-    **{f"numpy.core.{name}": function for name, function in _REBUILDING.items()},  # NumPy 1
-    **{f"numpy._core.{name}": function for name, function in _REBUILDING.items()},  # NumPy 2
-    "_codecs.encode": _encoded,
-    "__builtin__.bytes": _no_bytes,
-    "collections.OrderedDict": OrderedDict,
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickler that resolves only the names in `_ALLOWED`."""
-
-    def __init__(self, file: Any, path: Path) -> None:
-        super().__init__(file, encoding="latin1")  # required by NumPy for arrays pickled by Python 2
+    def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes: tuple[str, ...] = ()
+        self.values = self._read(path, ())
+        for key, allowed in _REQUIRED.items():
+            if (found := self.value(key)) is not None and found not in allowed:
+                raise self._wrong(key, f"{found!r}", " or ".join(map(str, allowed)))
+        box, mask = (
+            tuple(self.value(f"MODEL.ROI_{head}_HEAD.POOLER_{kind}") for kind in ("TYPE", "SAMPLING_RATIO"))
+            for head in ("BOX", "MASK")
+        )
+        if self.value("MODEL.MASK_ON") and None not in (*box, *mask) and box != mask:
+            raise self._wrong("MODEL.ROI_MASK_HEAD.POOLER_TYPE", f"{mask} beside {box} of the box head", "the same")
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Resolve a name of the pickle.
-
-        Raises:
-            UserError: for a name that arrays do not need.
-        """
-        found = _ALLOWED.get(f"{module}.{name}")
-        if found is None:
+    def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+        """Settings of a file over those of its base."""
+        try:
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
+        except OSError as error:
             raise UserError(
-                f"{self.path}: a pickle that calls {module}.{name}",
-                "NumPy arrays, numbers, strings and containers only",
-                "save plain arrays; a pickle can execute any program, so make sure of the origin of this file",
+                f"{path}: {error.strerror}", "Detectron2's configuration of the weights", "check --detectron2-config"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = str(error).replace("\n", " ")
+            raise UserError(
+                f"{path}: not YAML ({reason})",
+                "Detectron2's configuration of the weights",
+                "write it with open(FILE, 'w').write(cfg.dump())",
+            ) from error
+        if not isinstance(values, dict):
+            raise UserError(
+                f"{path}: {type(values).__name__} instead of settings",
+                "Detectron2's configuration of the weights",
+                "write it with open(FILE, 'w').write(cfg.dump())",
             )
+        base = values.pop("_BASE_", None)
+        if base is None:
+            return values
+        parent = path.parent / str(base)
+        if not parent.is_file() or parent.resolve() in (path.resolve(), *above):
+            self.notes += (f"{path}: its _BASE_ {base} was not read, so Base-RCNN-FPN.yaml's settings are assumed",)
+            return values
+        return merged(self._read(parent, (*above, path.resolve())), values)
+
+    def value(self, key: str) -> Any:
+        """Value of a dotted key, or None if the file does not state it."""
+        found: Any = self.values
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, str) and found[:1] in "([":  # tuples are strings in Detectron2's own files
+            try:
+                return ast.literal_eval(found)
+            except (ValueError, SyntaxError):
+                return found
         return found
+
+    def numbers(self, key: str, length: int | None = None) -> tuple[float, ...] | None:
+        """Value of a key as numbers."""
+        found = self.value(key)
+        if found is None:
+            return None
+        if not isinstance(found, (list, tuple)) or not all(type(each) in (int, float) for each in found):
+            raise self._wrong(key, f"{found!r}", "a list of numbers")
+        if length is not None and len(found) != length:
+            raise self._wrong(key, f"{len(found)} numbers", str(length))
+        return tuple(map(float, found))
+
+    @property
+    def is_coco(self) -> bool:
+        """Whether the model was trained on COCO's own categories."""
+        names = self.value("DATASETS.TRAIN")
+        return isinstance(names, (list, tuple)) and bool(names) and all(str(n).startswith("coco_") for n in names)
+
+    def check(self, classes: int, layout: tuple[tuple[int, ...], int, tuple[int, int]], source: str | Path) -> None:
+        """Raise a UserError if the settings contradict the tensors."""
+        _, _, (width, group_width) = layout
+        groups, group = (self.value(f"MODEL.RESNETS.{name}") for name in ("NUM_GROUPS", "WIDTH_PER_GROUP"))
+        for key, stated, found in (
+            ("MODEL.ROI_HEADS.NUM_CLASSES", self.value("MODEL.ROI_HEADS.NUM_CLASSES"), classes),
+            ("MODEL.RESNETS.NUM_GROUPS", groups, width // max(group_width, 1)),
+            ("MODEL.RESNETS.WIDTH_PER_GROUP", group, group_width),
+        ):
+            if stated is not None and stated != found:
+                raise UserError(
+                    f"{self.path}: {key} {stated}, and {source} with {found}",
+                    "the configuration of these weights",
+                    "name theirs with --detectron2-config FILE, or move this one away",
+                )
+
+    def fields(self) -> dict[str, Any]:
+        """The stated fields of `ModelConfig`; pixel statistics from 0 to 255 in the model's order of channels."""
+        fields: dict[str, Any] = {}
+        for key, (field, kind) in _KEYS.items():
+            value = self.value(key)
+            if value is None:
+                continue
+            value = float(value) if kind is float and type(value) is int else value
+            if type(value) is not kind:
+                raise self._wrong(key, f"{value!r}", f"of type {kind.__name__}")
+            section, _, name = field.rpartition(".")
+            fields = merged(fields, {section: {name: value}} if section else {name: value})
+        if fields.get("preprocessing", {}).get("min_size_px") == 0:
+            raise self._wrong("INPUT.MIN_SIZE_TEST", "0 (images are not resized)", "the shorter side in pixels")
+        for key, name in (("MODEL.PIXEL_MEAN", "mean"), ("MODEL.PIXEL_STD", "std")):
+            if (values := self.numbers(key, length=3)) is not None:
+                fields = merged(fields, {"preprocessing": {name: values}})
+        pooler = self.value("MODEL.ROI_BOX_HEAD.POOLER_TYPE")
+        if pooler is not None:
+            fields["pool_aligned"] = pooler == "ROIAlignV2"
+        for key, field in (("SIZES", "anchor_sizes_px"), ("ASPECT_RATIOS", "anchor_aspect_ratios")):
+            if (values := self._of_levels(f"MODEL.ANCHOR_GENERATOR.{key}")) is not None:
+                fields[field] = values
+        return fields
+
+    def _of_levels(self, key: str) -> tuple[float, ...] | None:
+        """Anchor sizes, one a level; or aspect ratios, the same on all levels."""
+        found = self.value(key)
+        if found is None:
+            return None
+        rows = found if isinstance(found, (list, tuple)) else [found]
+        rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+        if not all(type(each) in (int, float) for row in rows for each in row):
+            raise self._wrong(key, f"{found!r}", "a list of lists of numbers")
+        if key.endswith("ASPECT_RATIOS"):
+            if any(row != rows[0] for row in rows):
+                raise self._wrong(key, f"{found!r}", "the same aspect ratios on every level")
+            return tuple(map(float, rows[0]))
+        levels = len(ModelConfig().anchor_sizes_px)
+        rows = rows * levels if len(rows) == 1 else rows
+        if len(rows) != levels or any(len(row) != 1 for row in rows):
+            raise self._wrong(key, f"{found!r}", f"one size on each of {levels} levels")
+        return tuple(float(row[0]) for row in rows)
+
+    def _wrong(self, key: str, found: str, expected: str) -> UserError:
+        return UserError(
+            f"{self.path}: {key} {found}",
+            f"{expected}: a Faster or Mask R-CNN of Base-RCNN-FPN.yaml",
+            "export a model of that configuration, or correct the file",
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that also reads the tuples of older dumps."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node)))

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from maskrcnn.config import ModelConfig
+from maskrcnn.model.backbone import inflated
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.torchvision import BODY, HEAT_MAPS, StartingWeights
+from maskrcnn.weights.foreign import BODY, HEAT_MAPS, check_shapes
+from maskrcnn.weights.torchvision import StartingWeights
 
+# Of ResNets, VGG, and the other backbones.
+FIRST_CONVOLUTIONS = tuple(f"backbone.body.{layer}.weight" for layer in ("conv1", "0", "0.0"))
 _MASK_HEAD = "roi_heads.mask_"
 _KEYPOINT_HEAD = "roi_heads.keypoint_"
 _NECK = "backbone.fpn."
@@ -32,13 +36,18 @@ class FineTuning:
     source: str
     classes: str  # comparison of the classes; empty for a backbone
     keypoints: str = ""  # comparison of the keypoints; empty unless both have some
+    channels: str = ""  # how weights of RGB were taken for other channels; empty for equal ones
     reset: tuple[str, ...] = ()  # tensors initialised randomly because classes or keypoints differ
     added: tuple[str, ...] = ()  # tensors initialised randomly because the weights do not have them
     dropped: tuple[str, ...] = ()  # tensors that the model does not have
 
     def lines(self) -> list[str]:
         """Summary for the user, one line per kind."""
-        lines = ["; ".join(part for part in (f"starting from {self.source}", self.classes, self.keypoints) if part)]
+        lines = [
+            "; ".join(
+                part for part in (f"starting from {self.source}", self.classes, self.keypoints, self.channels) if part
+            )
+        ]
         if self.reset:
             lines.append(f"starting anew: {', '.join(self.reset)}")
         if self.added:
@@ -64,17 +73,33 @@ def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[
     same_keypoints, keypoints = _compare_keypoints(weights, model.config)
     others = (*(() if same else _CLASS_TENSORS), *(() if same_keypoints else (HEAT_MAPS,)))
     reset = [name for name in own if name.startswith(others) and name in tensors]
+    channels = _inflate(tensors, own)
     added, dropped = _other_parts(own, tensors)
     for name in dropped:
         del tensors[name]
-    return tensors | {name: own[name] for name in (*reset, *added)}, FineTuning(
+    tensors |= {name: own[name] for name in (*reset, *added)}
+    check_shapes(model.config, tensors, weights.source)
+    return tensors, FineTuning(
         source=weights.source,
         classes=classes,
+        channels=channels,
         keypoints=keypoints,
         reset=tuple(reset),
         added=tuple(added),
         dropped=tuple(dropped),
     )
+
+
+def _inflate(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Adapt the first convolution of RGB weights to the model's input channels, in place; see `inflated`."""
+    for name in FIRST_CONVOLUTIONS:
+        if name in tensors and name in own and tensors[name].shape[1] != own[name].shape[1] and own[name].dim() == 4:
+            given, channels = tensors[name].shape[1], own[name].shape[1]
+            if given != 3:
+                break  # which channel is which is unknown; `load_weights` reports the shapes
+            tensors[name] = inflated(tensors[name], channels)
+            return f"their first convolution reads RGB and is adapted to {channels} channels"
+    return ""
 
 
 def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[bool, str]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -19,19 +18,28 @@ import torchvision
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
-from maskrcnn.config import ModelConfig, model_config, usual_epsilon
+from maskrcnn.config import MODELS, ModelConfig, changed, model_config, to_dict, usual_epsilon
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.keypoints import COCO_NAMES
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.checkpoint import SUFFIX, config_of, load_weights, read_state_dict
-from maskrcnn.weights.detectron2 import CONVENTIONS, PICKLE_SUFFIX, from_detectron2, is_detectron2
+from maskrcnn.settings import merged, typed
+from maskrcnn.weights.checkpoint import config_of, load_weights
+from maskrcnn.weights.detectron2 import CONFIG_NAME, from_detectron2, is_detectron2
+from maskrcnn.weights.files import PICKLE_SUFFIX, SUFFIXES, read_weights
+from maskrcnn.weights.foreign import (
+    BODY,
+    CLASS_SCORES,
+    HEAT_MAPS,
+    UNSTATED,
+    architecture_of,
+    assumptions,
+    check_shapes,
+    class_count,
+    fields_of,
+)
+from maskrcnn.weights.mmdetection import from_mmdetection, is_mmdetection
 
-BODY = "backbone.body."
-# Weight [channels, keypoints, 4, 4] and bias of the heat maps.
-HEAT_MAPS = "roi_heads.keypoint_predictor.kps_score_lowres."
-_CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"  # [1 + classes, channels]
-_FILE_SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
 _COCO_LABELS = 90  # labels of torchvision's COCO weights: COCO's category ids, ten of them unused
 
 
@@ -96,6 +104,8 @@ class StartingWeights:
     config: ModelConfig | None = None  # configuration of the saved model, if known
     pixels: dict[str, Any] = field(default_factory=dict)  # mean and std of a classifier, if not the usual
     is_legacy: bool = False  # torchvision's COCO_LEGACY keypoint weights, whose tensors look like COCO_V1
+    unstated: tuple[str, ...] = ()  # fields of the model that neither the file nor its name states
+    notes: tuple[str, ...] = ()  # what was unwrapped, stripped or left out of the file
 
     @property
     def is_backbone(self) -> bool:
@@ -105,7 +115,7 @@ class StartingWeights:
     @property
     def class_count(self) -> int:
         """Number of classes without background; 0 for a backbone."""
-        return self.tensors[_CLASSIFIER].shape[0] - 1 if _CLASSIFIER in self.tensors else 0
+        return class_count(self.tensors)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -135,42 +145,80 @@ class StartingWeights:
         return self.class_count == 1 and self.keypoint_count == len(COCO_NAMES)
 
 
-def starting_weights(spec: str | Path, config: ModelConfig | None = None) -> StartingWeights:
+def starting_weights(
+    spec: str | Path, config: ModelConfig | None = None, *, detectron2_config: str | Path | None = None
+) -> StartingWeights:
     """Read pretrained weights.
 
     Args:
-        spec: a checkpoint; a state dict in `.pth` or `.safetensors` of a torchvision detector or classifier; a
-            Detectron2 detector in `.pkl` or `.pth`; or the name of torchvision's weights, either a member of the
-            enumeration for the detector or the backbone (`COCO_V1`) or a full name
+        spec: a checkpoint; a state dict of a torchvision detector or classifier, or a detector of Detectron2 or
+            mmdetection, in any file that `read_weights` reads; or the name of torchvision's weights, either a member of
+            the enumeration for the detector or the backbone (`COCO_V1`) or a full name
             (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
         config: model that they are for; it resolves names.
+        detectron2_config: YAML configuration of a Detectron2 detector (default: config.yaml in the file's folder).
 
     Raises:
         UserError: if the file cannot be read, or the name is unknown or its file cannot be downloaded.
     """
     path, source = Path(spec), str(spec)
-    known: dict[str, Any] = {}
-    if not path.is_file() and path.suffix not in _FILE_SUFFIXES and path.name == source:
+    known: dict[str, Any] = {"unstated": UNSTATED}
+    if not path.exists() and path.suffix not in SUFFIXES and path.name == source:
         weights = _named_weights(source, config)
         path, source = downloaded(weights), repr(weights)
         known = {"pixels": _pixels_of(weights), "is_legacy": weights.name == "COCO_LEGACY"}
-    tensors, header = read_state_dict(path)
-    saved = config_of(header, path) if header else None
-    if saved is None and (path.suffix == PICKLE_SUFFIX or is_detectron2(tensors)):
-        tensors, saved = from_detectron2(tensors, path)
-    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, **known)
+    file = read_weights(path)
+    tensors, notes, saved = file.tensors, file.notes, None
+    if file.header is not None:
+        saved, known = config_of(file.header, path), {}
+    elif path.suffix == PICKLE_SUFFIX or is_detectron2(tensors):
+        beside = path.with_name(CONFIG_NAME)
+        stated = Path(detectron2_config) if detectron2_config else beside if beside.is_file() else None
+        tensors, saved, unstated, more = from_detectron2(tensors, path, stated)
+        known, notes = {"unstated": unstated}, (*notes, *([f"settings of {stated}"] if stated else []), *more)
+    elif is_mmdetection(tensors):
+        tensors, saved, unstated, more = from_mmdetection(tensors, path, file.meta)
+        known, notes = {"unstated": unstated}, (*notes, *more)
+    if detectron2_config and not is_detectron2(file.tensors):
+        raise UserError(
+            f"--detectron2-config {detectron2_config} with {source}",
+            "weights of Detectron2, whose names begin with backbone.bottom_up",
+            "leave out --detectron2-config, or name weights of Detectron2",
+        )
+    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, notes=notes, **known)
+
+
+def continued_model(saved: ModelConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a model that starts from another one's weights: those of that model, but for what is given.
+
+    Another architecture (`name`) changes the fields in which the two named models differ. Classes and keypoints are
+    left out, since they are the dataset's; so is the maximum image size if only the minimum is given.
+
+    Args:
+        saved: the model of the weights.
+        given: fields of `ModelConfig`, `preprocessing` as a nested dictionary.
+    """
+    of_data = ("class_names", "category_ids", "keypoint_names", "keypoint_skeleton", "keypoint_sigmas")
+    values = {name: value for name, value in to_dict(saved).items() if name not in of_data}
+    name = given.get("name", saved.name)
+    if name != saved.name:
+        own = to_dict(model_config(saved.name) if saved.name in MODELS else ModelConfig())
+        values |= {k: v for k, v in to_dict(model_config(name)).items() if k in values and v != own[k]}
+    sizes = given.get("preprocessing", {})
+    if "min_size_px" in sizes and "max_size_px" not in sizes:
+        del values["preprocessing"]["max_size_px"]
+    return merged(values, given)
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
     """Fields of `config` that these weights require in order to compute what they were trained to.
 
-    These are the batch norm settings and, if the saved model has other conventions than the defaults of `config`, those
-    conventions. An ImageNet backbone keeps its batch norm statistics as in torchvision's detectors, except with heads
-    of version 2, which train all batch norms. A backbone without batch norm has none to keep.
+    These are the batch norm settings, and the pixels of a classifier. The rest of a saved model is in
+    `continued_model`. An ImageNet backbone keeps its batch norm statistics as in torchvision's detectors, except with
+    heads of version 2, which train all batch norms. A backbone without batch norm has none to keep.
     """
     if weights.config is not None:
-        norm = {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
-        return _other_conventions(weights.config, config) | norm
+        return {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
     if weights.is_backbone:
         is_normed = any(name.endswith("running_var") for name in weights.tensors)
         return _pixel_changes(weights.pixels, config) | {
@@ -191,51 +239,68 @@ def _pixel_changes(pixels: dict[str, Any], config: ModelConfig) -> dict[str, Any
     return {"preprocessing": dataclasses.replace(config.preprocessing, **pixels)}
 
 
-def _other_conventions(saved: ModelConfig, config: ModelConfig) -> dict[str, Any]:
-    """Conventions of the saved model for the fields that `config` leaves at their defaults."""
-    changes = _where_default(config, saved, [name for name in CONVENTIONS if name != "preprocessing"])
-    of_pixels = _where_default(config.preprocessing, saved.preprocessing, ["mean", "std", "resize"])
-    if of_pixels:
-        changes["preprocessing"] = dataclasses.replace(config.preprocessing, **of_pixels)
-    return changes
+class LoadedDetector(NamedTuple):
+    """A detector in evaluation mode on the CPU, and where it is from."""
 
+    model: MaskRCNN
+    path: Path  # of the file
+    assumed: tuple[str, ...]  # fields of the model that neither the file nor the caller stated
+    notes: tuple[str, ...]  # what was unwrapped, stripped or left out of the file
 
-def _where_default(config: Any, saved: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Non-default values of `saved` for fields in which `config` has the default."""
-    default = type(config)()
-    unset = [name for name in names if getattr(config, name) == getattr(default, name)]
-    return {name: getattr(saved, name) for name in unset if getattr(saved, name) != getattr(default, name)}
+    def messages(self) -> list[str]:
+        """What to tell the user: how the file was read, the model, and what was assumed."""
+        config = self.model.config
+        model = f"{config.name}: {config.num_classes} classes, batch norm epsilon {config.batch_norm_epsilon:g}"
+        return [*self.notes, model, *filter(None, [assumptions(config, self.assumed)])]
 
 
 def load_detector(
-    spec: str | Path, name: str | None = None, *, batch_norm_epsilon: float | None = None
-) -> tuple[MaskRCNN, Path]:
-    """Load a detector from weights, in evaluation mode on the CPU; returns it and the file.
+    spec: str | Path,
+    name: str | None = None,
+    *,
+    batch_norm_epsilon: float | None = None,
+    settings: dict[str, Any] | None = None,
+    detectron2_config: str | Path | None = None,
+) -> LoadedDetector:
+    """Load a detector from weights.
 
     Args:
         spec: as for `starting_weights`.
-        name: architecture, one of `maskrcnn.config.MODELS`; not needed for checkpoints and Detectron2 weights.
-        batch_norm_epsilon: as for `load_torchvision`.
+        name: architecture, one of `maskrcnn.config.MODELS`; not needed for checkpoints, Detectron2 weights and files of
+            torchvision detectors with a ResNet.
+        batch_norm_epsilon: epsilon of a saved torchvision model, which the file does not contain (default: 0 for
+            COCO_V1, 1e-5 for others).
+        settings: fields of `ModelConfig` that replace those of the weights, `preprocessing` as a nested dictionary.
+        detectron2_config: as for `starting_weights`.
 
     Raises:
-        UserError: if weights and architecture do not fit, or the architecture is unknown.
+        UserError: if weights, architecture and settings do not fit, or the architecture is unknown.
     """
+    given = typed(ModelConfig, settings or {}, where="model.")
+    name = given.pop("name", None) or name
     config = model_config(name) if name else None
-    knows_itself = Path(spec).is_file() or Path(spec).suffix in (SUFFIX, PICKLE_SUFFIX)
-    weights = starting_weights(spec, config) if config or knows_itself else None
-    if weights is not None and weights.config is not None:
-        model = _of_checkpoint(weights, name, batch_norm_epsilon)
-    elif weights is not None and name is not None:
-        model = load_torchvision(weights, name, batch_norm_epsilon=batch_norm_epsilon)
-    else:
-        raise UserError("--weights without --model", "the architecture of the weights", "add --model NAME")
-    return model, weights.path
+    path = Path(spec)
+    if config is None and not path.exists() and path.suffix not in SUFFIXES and path.name == str(spec):
+        raise UserError(f"--weights {spec} without --model", "the architecture of the weights", "add --model NAME")
+    weights = starting_weights(spec, config, detectron2_config=detectron2_config)
+    base = _saved_config(weights, name, batch_norm_epsilon) or _foreign_config(weights, name, batch_norm_epsilon)
+    names = given.get("class_names", ())
+    if len(names) == base.num_classes + 1 and names[0].strip("_").lower() == "background":
+        given["class_names"] = names[1:]
+    config = changed(base, given)
+    check_shapes(config, weights.tensors, weights.source)
+    model = MaskRCNN(config)
+    load_weights(model, weights.tensors, weights.source)
+    stated = {*given, *(f"preprocessing.{key}" for key in given.get("preprocessing", {}))}
+    assumed = tuple(field for field in weights.unstated if field not in stated)
+    return LoadedDetector(model.eval(), weights.path, assumed, weights.notes)
 
 
-def _of_checkpoint(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> MaskRCNN:
-    """Model of a checkpoint; options must not contradict it."""
+def _saved_config(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> ModelConfig | None:
+    """Configuration of weights that come with one; options must not contradict it."""
     config = weights.config
-    assert config is not None
+    if config is None:
+        return None
     if name not in (None, config.name) or batch_norm_epsilon not in (None, config.batch_norm_epsilon):
         raise UserError(
             f"{weights.source}: a checkpoint of {config.name} with batch norm epsilon {config.batch_norm_epsilon:g}, "
@@ -243,60 +308,36 @@ def _of_checkpoint(weights: StartingWeights, name: str | None, batch_norm_epsilo
             "no such options: the file contains them",
             "leave out --model and --batch-norm-epsilon",
         )
-    model = MaskRCNN(config)
-    load_weights(model, weights.tensors, weights.source)
-    return model.eval()
+    return config
 
 
-def load_torchvision(
-    weights: StartingWeights | str | Path,
-    name: str,
-    class_names: tuple[str, ...] = (),
-    category_ids: tuple[int, ...] = (),
-    batch_norm_epsilon: float | None = None,
-) -> MaskRCNN:
-    """Load a detector from torchvision's weights, in evaluation mode; the class count follows from them.
-
-    Args:
-        weights: as read by `starting_weights`, or its argument.
-        name: architecture, one of `maskrcnn.config.MODELS`.
-        class_names: names of labels 1, 2, … (default: COCO's for 90 labels, otherwise `class_1`, `class_2`, …).
-        category_ids: dataset ids of labels 1, 2, … (default: 1, 2, …).
-        batch_norm_epsilon: epsilon of the saved model, which the file does not contain (default: inferred by
-            `_default_batch_norm_epsilon`).
-
-    Raises:
-        UserError: if weights and architecture do not fit.
-    """
-    if not isinstance(weights, StartingWeights):
-        weights = starting_weights(weights, model_config(name))
+def _foreign_config(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> ModelConfig:
+    """Configuration of torchvision's weights: what follows from the tensors, and torchvision's defaults."""
     count = weights.class_count
     if not count:
         raise UserError(
-            f"{weights.source}: no tensor {_CLASSIFIER}",
-            "the weights of a whole detector",
+            f"{weights.source}: no tensor {CLASS_SCORES}weight; it has {', '.join(list(weights.tensors)[:3])}",
+            "the weights of a whole detector under the names of torchvision, Detectron2 or maskrcnn",
             "pass a detector, not a classifier; to train a detector from a backbone: `maskrcnn train --weights`",
         )
-    class_names = class_names or weights.class_names or tuple(f"class_{label}" for label in range(1, count + 1))
-    if len(class_names) != count:
+    name = name or architecture_of(weights.tensors)
+    if name is None:
         raise UserError(
-            f"{len(class_names)} class names for weights of {count} classes",
-            f"{count} names",
-            "name every class but background",
+            f"--weights {weights.source} without --model, and a backbone that is no known ResNet",
+            "the architecture of the weights",
+            f"add --model with one of {', '.join(MODELS)}",
         )
-    if batch_norm_epsilon is None:
-        usual = usual_epsilon(model_config(name).backbone)
-        batch_norm_epsilon = _default_batch_norm_epsilon(weights, usual)
-    config = model_config(
+    usual = usual_epsilon(model_config(name).backbone)
+    return model_config(
         name,
-        class_names=class_names,
-        category_ids=category_ids or tuple(range(1, count + 1)),
-        batch_norm_epsilon=batch_norm_epsilon,
+        **fields_of(weights.tensors),
+        class_names=weights.class_names or tuple(f"class_{label}" for label in range(1, count + 1)),
+        category_ids=tuple(range(1, count + 1)),
+        batch_norm_epsilon=_default_batch_norm_epsilon(weights, usual)
+        if batch_norm_epsilon is None
+        else batch_norm_epsilon,
         **_keypoint_fields(weights),
     )
-    model = MaskRCNN(config)
-    load_weights(model, weights.tensors, weights.source)
-    return model.eval()
 
 
 def _keypoint_fields(weights: StartingWeights) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
     """Inputs and outputs of the detector contract (docs/architecture.md)."""
     rows = metadata.detections
     inputs = {
-        "images": TensorSpec("float32", (None, 3, None, None)),
+        "images": TensorSpec("float32", (None, metadata.preprocessing.channels, None, None)),
         "image_sizes": TensorSpec("int64", (None, 2)),
     }
     outputs = {
@@ -109,7 +109,7 @@ class Backend(ABC):
         """Preprocesses and infers images of any sizes.
 
         Args:
-            images: uint8 `[H, W, 3]` RGB.
+            images: `[H, W, C]`, uint8 or float32, as `batch_images` takes them.
 
         Returns:
             Outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError, missing_library
+from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import batch_sizes
 from maskrcnn.machine import available_cores
@@ -31,7 +31,7 @@ from maskrcnn.runtime.backends.onnxruntime_providers import (
 from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.engine_files import parse_metadata
 from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, GrowableBuffer, preserve_context
 
 _DTYPES = {
@@ -236,7 +236,7 @@ class OnnxRuntimeBackend(Backend):
             if newer := too_new(self.path, str(error)):
                 raise newer from error
             raise UserError(
-                f"{self.path}: not a model that ONNX Runtime loads ({str(error)[:200]})",
+                f"{self.path}: not a model that ONNX Runtime loads ({reason_of(error)})",
                 "a file of `maskrcnn export --onnx` without --tensorrt",
                 "export it again; a bfloat16 file runs with --backend openvino",
             ) from error
@@ -263,7 +263,7 @@ class OnnxRuntimeBackend(Backend):
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """As `Backend.run_images`; with a GPU and compiled kernels the images are resized and padded there."""
         gpu = self._gpu_binding
-        if gpu is None or gpu.loader is None:
+        if gpu is None or gpu.loader is None or not are_bytes(images):
             return super().run_images(images)
         return gpu.run_images(self.session, self._outputs, images, gpu.loader)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import cache_folder, make_folder
 from maskrcnn.plugins.toolchain import find_gpus
 from maskrcnn.runtime.build.profiles import Profile
@@ -153,7 +153,7 @@ def unusable(provider: Provider, reason: str) -> UserError:
     if provider is Provider.TENSORRT:
         expected += ", and TensorRT of the major version that it was compiled for"
     return UserError(
-        f"ONNX Runtime without {provider.full_name}: {' '.join(reason.split())[:300]}",
+        f"ONNX Runtime without {provider.full_name}: {reason_of(reason)}",
         expected,
         "see `maskrcnn doctor`; `pip install 'onnxruntime-gpu[cuda,cudnn]'` installs CUDA's libraries",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError, missing_library
+from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.machine import available_cpus, is_quota_bound
 from maskrcnn.metadata import ModelMetadata, not_ours
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs, keep_for_ever
@@ -184,4 +184,4 @@ def read_openvino_model(core: Any, path: Path) -> tuple[Any, ModelMetadata]:
     try:
         return core.read_model(path), metadata
     except RuntimeError as error:
-        raise not_ours(path, f"not an OpenVINO engine ({str(error)[:200]})") from error
+        raise not_ours(path, f"not an OpenVINO engine ({reason_of(error)})") from error

@@ -119,7 +119,7 @@ def _placement_in_subprocess(path: Path, provider: str) -> Placement:
     results = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
     if not results:
         last = next((line for line in reversed(messages.splitlines()) if line.strip()), f"exit {done.returncode}")
-        return Placement(provider, why_not=f"its process ended without a result: {last[:200]}")
+        return Placement(provider, why_not=f"its process ended without a result: {last}")
     values = json.loads(results[-1])
     if values["why_not"]:
         library = re.search(r"lib\S+: cannot open shared object file", messages)
@@ -144,7 +144,7 @@ def _placement_of(path: str, provider: str) -> Placement:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=list(dict.fromkeys([provider, _CPU])))
     except Exception as error:  # ONNX Runtime's exceptions have no public base class
-        return Placement(provider, why_not=str(error).splitlines()[0][:200])
+        return Placement(provider, why_not=errors.reason_of(error))
     if provider not in session.get_providers():
         return Placement(provider, why_not="ONNX Runtime fell back to the CPU")
     return placement_in(session, provider)

@@ -19,7 +19,7 @@ from maskrcnn.plugins.native import kernels_for
 from maskrcnn.runtime.backends.base import Backend, Specs
 from maskrcnn.runtime.backends.tensorrt_engine import Binding, ExecutionContexts, Shape, load_plan
 from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 
 
 class TensorRtBackend(Backend):
@@ -102,13 +102,14 @@ class TensorRtBackend(Backend):
         image_sizes = np.array(sizes, np.int64)
         shape = self.plan.padded_shape((len(images), height, width))
         # The CPU's part is done before a context is acquired.
-        pixels = None if self._resizes_on_gpu else batch_images(images, self.metadata.preprocessing)[0]
+        on_gpu = self._resizes_on_gpu and are_bytes(images)
+        pixels = None if on_gpu else batch_images(images, self.metadata.preprocessing)[0]
         with self.acquire() as contexts:
             binding = contexts.bind(shape)
-            if contexts.loader is not None:
-                contexts.loader.fill(images, sizes, binding.input("images"))
-            elif pixels is not None:
+            if pixels is not None:
                 binding.put("images", pixels)
+            elif contexts.loader is not None:
+                contexts.loader.fill(images, sizes, binding.input("images"))
             binding.put("image_sizes", image_sizes)
             binding.run()
             return binding.fetch(len(images)), image_sizes

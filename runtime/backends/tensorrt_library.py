@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build, contract
 from maskrcnn.plugins.build import Library
@@ -75,7 +75,7 @@ def import_tensorrt() -> Any:
         import tensorrt
     except Exception as error:  # ImportError or OSError for missing libraries, others from a half-removed package
         raise UserError(
-            f"the Python package tensorrt, which cannot be loaded ({_first_line(error)})",
+            f"the Python package tensorrt, which cannot be loaded ({reason_of(error)})",
             f"TensorRT {oldest} or newer with its libraries",
             f"reinstall it: {_INSTALL}",
         ) from error
@@ -111,7 +111,7 @@ def find_gpu(device: int = 0) -> Gpu:
         minor = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
     except Exception as error:  # the bindings raise several types without a driver
         raise UserError(
-            f"no NVIDIA GPU {device} on this machine ({_first_line(error)})",
+            f"no NVIDIA GPU {device} on this machine ({reason_of(error)})",
             "a GPU that the NVIDIA driver shows",
             "see `maskrcnn doctor`; without a GPU use --target openvino, or run the ONNX file",
         ) from error
@@ -289,10 +289,6 @@ def _value(result: tuple[Any, ...]) -> Any:
     if int(result[0]) != 0:
         raise RuntimeError(str(result[0]))
     return result[1] if len(result) > 1 else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 # TensorRT's messages

@@ -21,7 +21,7 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import GraphedModel, inference_copy, respect_cpu_quota
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs
 from maskrcnn.runtime.gpu.arrays import as_device_array, is_on_device
-from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, resizes_on_gpu
+from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 from maskrcnn.runtime.gpu.memory import Cuda
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
@@ -123,7 +123,7 @@ class TorchBackend(Backend):
         sizes, padded_hw = batch_sizes(images, preprocessing)
         image_sizes = np.array(sizes, np.int64)
         with self._lock, torch.inference_mode(), self._on_device():
-            if self._loader is not None:
+            if self._loader is not None and are_bytes(images):
                 batch = self._loader.load(images, sizes, padded_hw, self.device)
             else:
                 batch = resize_batch(images, sizes, padded_hw, preprocessing, self.device)
@@ -184,7 +184,7 @@ def resize_batch(
     """Resizes and pads images by PyTorch, as `preprocess.batch_images`.
 
     Args:
-        images: uint8 `[H, W, 3]` RGB.
+        images: `[H, W, 3]` RGB, uint8 or float32.
         sizes: height and width of each after resizing.
         padded_hw: height and width of the batch.
         preprocessing: of the model, for which `resizes_on_gpu` holds.

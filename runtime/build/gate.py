@@ -166,7 +166,11 @@ def stage_report(
         UserError: if the profiles accept none of these images.
     """
     reference = OnnxRuntimeBackend(model, providers=["CPUExecutionProvider"])
-    singles = [pair for batch in drawn_batches() for pair in zip(batch.names, batch.images, strict=True)]
+    singles = [
+        pair
+        for batch in drawn_batches(engine.metadata.preprocessing.channels)
+        for pair in zip(batch.names, batch.images, strict=True)
+    ]
     fitting = []
     for name, image in singles:
         if image.size:
@@ -180,13 +184,14 @@ def stage_report(
 
 def _batches(engine: Backend, request: BuildRequest, profiles: Sequence[Profile]) -> Iterator[tuple[str, Feeds]]:
     """Batches and their descriptions."""
+    preprocessing = engine.metadata.preprocessing
     corners = [profile.corner(which) for profile in profiles for which in ("min", "opt", "max")]
     for batch, height, width in dict.fromkeys(corners):
-        for feeds in batches_of_shapes([(batch, height, width)]):
+        for feeds in batches_of_shapes([(batch, height, width)], preprocessing.channels):
             yield f"{batch} drawn image(s) of {height}×{width}", feeds
     if request.gate_images is not None:
         for path in images_in(request.gate_images, request.gate_max_images):
-            pixels, sizes = batch_images([read_image(path)], engine.metadata.preprocessing)
+            pixels, sizes = batch_images([read_image(path, preprocessing)], preprocessing)
             yield path.name, {"images": pixels, "image_sizes": sizes}
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.plugins import contract
 from maskrcnn.runtime.backends.tensorrt_library import Message
 
 _MAX_ERRORS = 3  # in one text
-_MAX_CHARACTERS = 400  # of one message
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def failure(messages: Iterable[Message], what: str, expected: str) -> UserError:
         expected: what the call should have returned.
     """
     texts = list(dict.fromkeys(message.text for message in messages if "ERROR" in message.severity))
-    log = "".join(f"\n  {_shortened(text)}" for text in texts[-_MAX_ERRORS:]) or " TensorRT logged no reason"
+    log = "".join(f"\n  {reason_of(text)}" for text in texts[-_MAX_ERRORS:]) or " TensorRT logged no reason"
     cause = _cause_of(texts)
     if cause is None:
         return UserError(f"{what}:{log}", expected, _REPORT)
@@ -134,7 +133,7 @@ def _described(error: Any, stage_of: Callable[[str], str]) -> str:
     stage = stage_of(name) if name else ""
     place = f" in the {stage}" if stage else ""
     node = f"node {error.node()}, {name or 'without name'} ({op}){place}: " if op or name else ""
-    return f"{node}{_code_of(error)}: {_shortened(error.desc())}"
+    return f"{node}{_code_of(error)}: {reason_of(error.desc())}"
 
 
 def _code_of(error: Any) -> str:
@@ -160,8 +159,3 @@ def _cause_of(texts: list[str]) -> _Cause | None:
         if any(re.search(cause.pattern, text, re.IGNORECASE) for text in texts):
             return cause
     return None
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} …"

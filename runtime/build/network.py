@@ -75,7 +75,7 @@ def build_plan(
     _check_contract(network, metadata)
     config = builder.create_builder_config()
     _configure(trt, config, request, plugin_library)
-    _add_profiles(builder, config, request.profiles(metadata.preprocessing), log)
+    _add_profiles(builder, config, request.profiles(metadata.preprocessing), metadata.preprocessing.channels, log)
     if timing_cache is not None:
         _load_timings(config, timing_cache)
         log.restart()  # TensorRT logs a cache that does not fit as an error
@@ -138,12 +138,12 @@ def _configure(trt: Any, config: Any, request: BuildRequest, plugin_library: Pat
         config.plugins_to_serialize = [str(plugin_library.resolve())]
 
 
-def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], log: Log) -> None:
+def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], channels: int, log: Log) -> None:
     for profile in profiles:
         corners = [profile.corner(which) for which in ("min", "opt", "max")]
         added = builder.create_optimization_profile()
         try:
-            added.set_shape("images", *((batch, 3, height, width) for batch, height, width in corners))
+            added.set_shape("images", *((batch, channels, height, width) for batch, height, width in corners))
             added.set_shape("image_sizes", *((batch, 2) for batch, _, _ in corners))
             is_added = config.add_optimization_profile(added) >= 0
         except ValueError as error:  # raised by the bindings for shapes that contradict each other

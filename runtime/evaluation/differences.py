@@ -173,7 +173,7 @@ def difference(
     images = [
         _ImageDifference(
             image_id,
-            str(truth.images[image_id].get("file_name", "")),
+            truth.file_name(image_id),
             float(aps[0][index]),
             float(aps[1][index]),
             int(lost[index]),

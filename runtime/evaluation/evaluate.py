@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset, ImageRecord
-from maskrcnn.data.images import read_image
+from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import coco_results
 from maskrcnn.runtime.detector import Detector
@@ -85,6 +85,7 @@ def detect_records(
     *,
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda images: None,
+    keep: Callable[[list[int], list[list[dict[str, Any]]], Seconds], None] = lambda ids, results, seconds: None,
 ) -> tuple[list[dict[str, Any]], Seconds]:
     """Runs a detector on images of a dataset.
 
@@ -93,6 +94,7 @@ def detect_records(
         records: the images, in any order; may be empty.
         batch_size: images per inference.
         progress: called with the number of images done in each batch.
+        keep: called with the image ids, results and time of each batch, to keep them if a later one fails.
 
     Returns:
         Boxes and, if the model has them, masks and keypoints in COCO's results format, and the time they took.
@@ -106,6 +108,7 @@ def detect_records(
         by_image, batch_seconds = detect_batch(detector, batch)
         results += [result for own in by_image for result in own]
         seconds += batch_seconds
+        keep([record.id for record in batch], by_image, batch_seconds)
         progress(len(batch))
     return results, seconds
 
@@ -123,7 +126,7 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     """
     metadata = detector.metadata
     times = [time.perf_counter()]
-    images = [read_image(record.path) for record in batch]
+    images = [read_record(record, detector.preprocessing, detector.notes) for record in batch]
     times.append(time.perf_counter())
     detections = detector.detect(images)
     times.append(time.perf_counter())
@@ -237,7 +240,7 @@ def score_kinds(
             found = f"--iou-type {kind} and detections without {FIELDS[kind]}"
             raise UserError(found, f"a model that finds {FIELDS[kind]}", "score what the model finds")
     began = time.perf_counter()
-    truth = GroundTruth.of_dataset(dataset, sigmas)
+    truth = GroundTruth(dataset, sigmas)
     scored = {
         kind: score_entries(
             truth,

@@ -222,12 +222,9 @@ def _image(scored: Scored, scores: ImageScores, index: int, image_file: _ImageFi
         f"{scores.false[index]} wrong</h3>"
     )
     try:
-        image = read_image(image_file(image_id))
+        image = read_image(image_file(image_id), annotated_hw=scored.truth.sizes_hw[index])
     except UserError as error:
         return f"{head}<p>{text(error.found)}</p>"
-    height, width = image.shape[:2]
-    if (height, width) != scored.truth.sizes_hw[index]:
-        return f"{head}<p>{text(f'the file measures {width}×{height}, another size than in the annotations')}</p>"
     images = (
         image_tag(draw_marks(image, marks[:_MAX_MARKS]), caption, is_photo=True)
         for marks, caption in (

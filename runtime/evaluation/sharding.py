@@ -14,12 +14,13 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
 from maskrcnn.machine import available_cpus
@@ -44,6 +45,7 @@ class Origin:
     backend: str
     annotations: str  # SHA-256 of the file
     batch_size: int  # images of mixed sizes are padded to the largest of a batch, which changes them slightly
+    reading: str = "auto"  # rule of EXIF orientations and pixel range, if given; absent in older logs
 
 
 class DetectionsLog:
@@ -53,9 +55,14 @@ class DetectionsLog:
         path: part of the first process; the others lie beside it.
         origin: origin of the detections.
         names: file names by field of the origin, for error texts.
+
+    Raises:
+        UserError: if the path is a folder or a device.
     """
 
     def __init__(self, path: Path, origin: Origin, names: Mapping[str, str] | None = None) -> None:
+        if path.exists() and not path.is_file():
+            raise _no_log(path, "a folder" if path.is_dir() else "a device")
         self.path, self.origin, self._names = path, origin, dict(names or {})
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
@@ -118,6 +125,14 @@ class DetectionsLog:
                 file.write(_line({_KEY: _VERSION} | origin))
         return part
 
+    def write(
+        self, facts: Mapping[str, Any], batches: Iterable[tuple[Sequence[int], Sequence[list[dict[str, Any]]], Seconds]]
+    ) -> None:
+        """Writes batches of an evaluation that did not end: image ids, results and time of each."""
+        part = self.open_part(facts=facts)
+        for image_ids, results, seconds in batches:
+            self.append(part, image_ids, results, seconds)
+
     @staticmethod
     def append(part: Path, image_ids: Sequence[int], results: Sequence[list[dict[str, Any]]], seconds: Seconds) -> None:
         """Appends the results of the images of one batch, and the time of the batch, to an opened part."""
@@ -153,7 +168,7 @@ class DetectionsLog:
         if not isinstance(header, dict) or header.get(_KEY) != _VERSION:
             raise _no_log(part, "not a log of detections")
         for field, own in asdict(self.origin).items():
-            other = header["origin"].get(field)
+            other = header["origin"].get(field, getattr(Origin, field, None))
             if other != own:
                 word = field.replace("_", " ")
                 raise UserError(
@@ -228,6 +243,9 @@ class DetectionTask:
     split: str
     backend: str | None = None
     batch_size: int = 1
+    images: Path | None = None  # folder of the images, if it is not searched for
+    exif: str = "auto"  # one of `images.EXIF_RULES`
+    pixel_range: tuple[float, ...] | None = None  # instead of the model's
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
         """The log of this task, new or to be continued.
@@ -242,8 +260,9 @@ class DetectionTask:
         origin = Origin(
             model="".join(sha256_of(file) for file in files),
             backend=self.backend or "the default",
-            annotations=sha256_of(dataset.annotation_path),
+            annotations=dataset.fingerprint(),
             batch_size=self.batch_size,
+            reading=" ".join(map(str, (self.exif, *(self.pixel_range or ())))),
         )
         return DetectionsLog(path, origin, {"model": str(self.model), "annotations": str(dataset.annotation_path)})
 
@@ -367,11 +386,12 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
     """Detects one share in a worker process; a `UserError` goes to the parent process."""
     try:
         use_own_gpu(share)
-        dataset = CocoDataset.load(task.data, task.split)
+        dataset = with_exif(CocoDataset.load(task.data, task.split, images=task.images), task.exif)
         threads = max(1, available_cpus() // share.count)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
-        detect_share(Detector.load(task.model, task.backend, **options), dataset, log, share)
+        detector = Detector.load(task.model, task.backend, pixel_range=task.pixel_range, **options)
+        detect_share(detector, dataset, log, share)
     except UserError as error:
         errors.put(error)
         sys.exit(1)

@@ -18,8 +18,13 @@ _WORD_BITS = 32  # pixels of a mask per word
 
 
 def resizes_on_gpu(preprocessing: Preprocessing) -> bool:
-    """Whether the GPU can resize for a model; Pillow's antialiased resizing runs on the CPU only."""
-    return preprocessing.resize == "torchvision"
+    """Whether the kernels can resize for a model: not as Pillow does, and only images of three channels."""
+    return preprocessing.resize == "torchvision" and preprocessing.channels == 3
+
+
+def are_bytes(images: Sequence[np.ndarray]) -> bool:
+    """Whether all images are uint8, as `ImageLoader` takes them; those of more bits are resized elsewhere."""
+    return all(image.dtype == np.uint8 for image in images)
 
 
 class ImageLoader:

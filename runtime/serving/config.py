@@ -31,7 +31,6 @@ _TYPES = {  # NumPy's and Triton's names
 }
 _USUAL_SIZES_HW = ((480, 640), (640, 480))  # of warm-up images: the most frequent sizes in COCO
 _IMAGE: _Tensors = {"image": ("str", [1])}
-_INPUTS: _Tensors = {"images": ("float32", [3, -1, -1]), "image_sizes": ("int64", [2])}
 _SIZES: _Tensors = {"image_sizes": ("int64", [2]), "original_sizes": ("int64", [2])}
 _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -110,7 +109,8 @@ def network_config(model: ServedModel, options: ServingOptions, name: str, warmu
         parameters = _openvino_parameters(model, options) if model.backend == "openvino" else _ort_parameters(options)
         config["parameters"] = _map_entries({key: {"string_value": value} for key, value in parameters.items()})
     if warmup:
-        config["model_warmup"] = [_warmup(batch, size, is_batched=is_batched) for batch, size in warmup]
+        channels = model.metadata.preprocessing.channels
+        config["model_warmup"] = [_warmup(batch, (channels, *size), is_batched=is_batched) for batch, size in warmup]
     return config
 
 
@@ -182,8 +182,12 @@ def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Mes
     """One graph for each size and batch that the engine is tuned for; other requests run without."""
     sizes = options.pad_to or sorted({(p.height.opt, p.width.opt) for p in model.profiles})
     batches = sorted({1, limit, *(p.batch.opt for p in model.profiles if p.batch.opt <= limit)})
+    channels = model.metadata.preprocessing.channels
     specs = [
-        {"batch_size": batch, "input": _map_entries({"images": {"dim": [3, *size]}, "image_sizes": {"dim": [2]}})}
+        {
+            "batch_size": batch,
+            "input": _map_entries({"images": {"dim": [channels, *size]}, "image_sizes": {"dim": [2]}}),
+        }
         for size in sizes
         for batch in batches
         if any(profile.takes((batch, *size)) for profile in model.profiles)
@@ -191,11 +195,11 @@ def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Mes
     return {"optimization": {"cuda": {"graphs": True, "graph_spec": specs}}}
 
 
-def _warmup(batch: int, size: Size, *, is_batched: bool) -> Message:
+def _warmup(batch: int, shape: tuple[int, int, int], *, is_batched: bool) -> Message:
     """Requests that an instance runs as one batch, or one request with the batch where Triton does not batch."""
-    leading = [] if is_batched else [batch]
+    leading, size = [] if is_batched else [batch], shape[1:]
     inputs = {
-        "images": {"data_type": _TYPES["float32"], "dims": [*leading, 3, *size], "input_data_file": image_file(size)},
+        "images": {"data_type": _TYPES["float32"], "dims": [*leading, *shape], "input_data_file": image_file(size)},
         "image_sizes": {"data_type": _TYPES["int64"], "dims": [*leading, 2], "input_data_file": size_file(size)},
     }
     name = "{} of {}x{}".format(batch, *size)
@@ -205,9 +209,13 @@ def _warmup(batch: int, size: Size, *, is_batched: bool) -> Message:
 # The steps around the network, and the ensemble
 
 
+def _network_inputs(model: ServedModel) -> _Tensors:
+    return {"images": ("float32", [model.metadata.preprocessing.channels, -1, -1]), "image_sizes": ("int64", [2])}
+
+
 def pre_config(model: ServedModel, options: ServingOptions, name: str) -> Message:
     """Returns the configuration of the step that decodes, resizes and pads (`pre.py`)."""
-    config = _step(name, batch_limit(model, options), options, _IMAGE, _INPUTS | _SIZES)
+    config = _step(name, batch_limit(model, options), options, _IMAGE, _network_inputs(model) | _SIZES)
     if ranges := size_ranges(model, options):
         text = ",".join("{}:{}x{}:{}".format(*each) for each in ranges)
         config["parameters"] = _map_entries({"sizes": {"string_value": text}})
@@ -227,8 +235,8 @@ def ensemble_config(model: ServedModel, options: ServingOptions, name: str) -> M
     # The network's outputs are renamed: its boxes are in the resized image, those of the ensemble in the original one.
     renamed = {tensor: f"network_{tensor}" for tensor in _network_outputs(model, options)}
     steps = [
-        (names["pre"], _same_names(_IMAGE), _same_names(_INPUTS | _SIZES)),
-        (names["network"], _same_names(_INPUTS), renamed),
+        (names["pre"], _same_names(_IMAGE), _same_names(_network_inputs(model) | _SIZES)),
+        (names["network"], _same_names(_network_inputs(model)), renamed),
         (names["post"], renamed | _same_names(_SIZES), _same_names(detections)),
     ]
     return {

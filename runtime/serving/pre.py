@@ -22,12 +22,12 @@ if not __name__.startswith("maskrcnn."):  # on a server, which appends this fold
 import triton_python_backend_utils as triton
 
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import batch_images
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images
 from maskrcnn.metadata import ModelMetadata
 
 _NPY, _PPM = b"\x93NUMPY", b"P6"  # first bytes of these formats
 _PPM_HEADER = re.compile(_PPM + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,7})" + rb"\s")  # width, height, maximum value
-_FORMATS = "an image file (JPEG, PNG …), a PPM file, or an .npy file of uint8 [H, W, 3]"
+_FORMATS = "an image file (JPEG, PNG …), a PPM file, or an .npy file of uint8 [H, W, C], or float32 from 0 to 255"
 
 
 class TritonPythonModel:
@@ -47,7 +47,9 @@ class TritonPythonModel:
     def _respond(self, request: Any) -> Any:
         data = triton.get_input_tensor_by_name(request, "image").as_numpy().ravel()
         try:
-            images = [image_from_bytes(bytes(part), f"{k} of the request") for k, part in enumerate(data)]
+            images = [
+                image_from_bytes(bytes(part), f"{k} of the request", self.preprocessing) for k, part in enumerate(data)
+            ]
             pixels, image_sizes = batch_images(images, self.preprocessing)
             pixels = padded(pixels, self.sizes)
         except UserError as error:
@@ -60,8 +62,10 @@ class TritonPythonModel:
         return triton.InferenceResponse([triton.Tensor(name, value) for name, value in outputs.items()])
 
 
-def image_from_bytes(data: bytes, name: str) -> np.ndarray:
-    """Decodes the content of an image file to `[H, W, 3]` uint8 RGB.
+def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> np.ndarray:
+    """Decodes the content of an image file to `[H, W, C]`, upright, in the model's bands and pixel range.
+
+    An .npy file is taken as `batch_images` takes an array.
 
     Raises:
         UserError: if it is not an image, and if Pillow is needed and missing.
@@ -78,7 +82,7 @@ def image_from_bytes(data: bytes, name: str) -> np.ndarray:
             "Pillow, or images as PPM or .npy files",
             "`pip install pillow` in the server's image (docs/serving.md), or send PPM or .npy",
         ) from error
-    return decode_image(data, name)
+    return decode_image(data, name, preprocessing)
 
 
 def _from_npy(data: bytes, name: str) -> np.ndarray:
@@ -88,9 +92,9 @@ def _from_npy(data: bytes, name: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, is_fortran, dtype = read_header[version](file)
-        if is_fortran or dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        if is_fortran or dtype not in (np.uint8, np.float32) or len(shape) != 3:
             raise ValueError(f"{dtype} {list(shape)}{' in Fortran order' if is_fortran else ''}")
-        return np.frombuffer(data, np.uint8, offset=file.tell()).reshape(shape)
+        return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
     except (ValueError, KeyError) as error:
         raise UserError(f"image {name} is no .npy file of an image ({error})", _FORMATS, "send one of these") from error
 

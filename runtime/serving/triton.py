@@ -20,6 +20,7 @@ import numpy as np
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, make_folder
+from maskrcnn.imaging.preprocess import channels_from_rgb
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.serving.config import (
     Message,
@@ -65,6 +66,7 @@ class _RepositoryModel:
     files: dict[str, Path]  # to copy, by name
     texts: dict[str, str]  # to write, by name
     warmup: tuple[Warmup, ...] = ()
+    channels: int = 3  # of the warm-up's images
 
 
 def write_repository(
@@ -107,9 +109,9 @@ def default_name(path: Path) -> str:
 def _models(name: str, served: ServedModel, options: ServingOptions, *, raw: bool) -> list[_RepositoryModel]:
     names = model_names(name)
     metadata = {_METADATA: served.metadata.to_json() + "\n"}
-    warmup = tuple(warmup_batches(served, options))
+    warmup, channels = tuple(warmup_batches(served, options)), served.metadata.preprocessing.channels
     network = network_config(served, options, names["network"], warmup)
-    models = [_RepositoryModel(names["network"], _text(network), served.files, metadata, warmup)]
+    models = [_RepositoryModel(names["network"], _text(network), served.files, metadata, warmup, channels)]
     if raw:
         return models
     copied = {f"maskrcnn/{module}.py": _PACKAGE / f"{module}.py" for module in STEP_MODULES}
@@ -199,7 +201,7 @@ def _write(out: Path, name: str, served: ServedModel, models: Sequence[_Reposito
         for draft, model in ready:
             folder = out / model.name
             if not (folder / _CONFIG).is_file():
-                _write_warmup(folder, model.warmup)
+                _write_warmup(folder, model.warmup, model.channels)
                 with atomic_path(folder / _CONFIG) as path:
                     path.write_text(model.config, encoding="utf-8", newline="\n")
             draft.rename(folder / str(version))
@@ -222,13 +224,13 @@ def _draft(folder: Path, model: _RepositoryModel) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_warmup(folder: Path, batches: Sequence[Warmup]) -> None:
+def _write_warmup(folder: Path, batches: Sequence[Warmup], channels: int) -> None:
     """Writes the warm-up images: drawn shapes, not noise, so that there are detections to process.
 
     A file holds one image. Triton repeats it where it batches; otherwise the warm-up is one image.
     """
     for size in {size for _, size in batches}:
-        image = shapes_image(np.random.default_rng(0), size)[0]
+        image = channels_from_rgb(shapes_image(np.random.default_rng(0), size)[0], channels)
         pixels = np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
         for name, value in ((image_file(size), pixels), (size_file(size), np.array(size, np.int64))):
             with atomic_path(folder / _WARMUP / name) as path:

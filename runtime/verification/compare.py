@@ -254,6 +254,13 @@ class Difference:
     departing: int  # pairs outside the tolerance that they were compared with
     images_without_detections: int
     keypoints: KeypointDifference | None = None  # of pairs whose boxes and scores agree; None: models without keypoints
+    stages: str = ""  # without any detection: which stages before them were compared
+    departure: str = ""  # the first of these stages that differs
+
+    @property
+    def unmatched_share(self) -> float:
+        """Share of the reference's detections that have no partner or are beyond the tolerance."""
+        return (self.unpaired + self.departing) / max(self.detections, 1)
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether all pairs but the allowed share are inside the tolerance; NaN never is.
@@ -261,6 +268,8 @@ class Difference:
         Args:
             tolerance: the one that the outputs were compared with; of any other, no pair may be outside.
         """
+        if self.departure:
+            return False
         if self.keypoints is not None and not self.keypoints.within(tolerance.keypoints):
             return False
         pairs = (
@@ -276,6 +285,9 @@ class Difference:
         return self.unpaired + departing <= tolerance.departing_share * self.detections
 
     def __str__(self) -> str:
+        if not self.detections and not self.unpaired:
+            instead = "; ".join(part for part in (self.stages, self.departure) if part) or "nothing was compared"
+            return f"no detections on {self.images} images, so boxes and masks were not compared; {instead}"
         masks = "" if self.mask is None else f"masks {self.mask:.2g} (mean {self.mask_mean:.2g}), "
         keypoints = "" if self.keypoints is None else f"{self.keypoints}, "
         rest = f"{self.unpaired} unpaired, {self.departing} beyond the tolerance"

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.imaging.preprocess import Preprocessing, batch_images
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images, channels_from_rgb
 from maskrcnn.runtime.backends.base import Backend
 from maskrcnn.runtime.verification.compare import Difference, Tolerance, compare_outputs, merge
 
 
-def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def validation_batches(divisor: int, channels: int = 3, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Generates inputs of several batch sizes and shapes: drawn shapes, a grey image, and an empty slot.
 
     An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights. The grey image has
@@ -25,23 +25,27 @@ def validation_batches(divisor: int, seed: int = 0) -> Iterator[dict[str, np.nda
 
     Args:
         divisor: number that height and width are multiples of.
+        channels: of the images, see `channels_from_rgb`.
         seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
     for batch, blocks in ((1, (5, 7)), (3, (8, 6)), (2, (12, 10))):
         height, width = (max(1, round(b * 32 / divisor)) * divisor for b in blocks)
-        yield _drawn(rng, [(height, width), (height - 17, width - 40), (0, 0)][:batch], (height, width))
+        yield _drawn(rng, [(height, width), (height - 17, width - 40), (0, 0)][:batch], (height, width), channels)
     ramp = np.linspace(-10, 10, 4 * divisor, dtype=np.float32)
-    grey = np.full((1, 3, 4 * divisor, 4 * divisor), 128, np.float32) + ramp[:, None] + 0.5 * ramp
+    grey = np.full((1, channels, 4 * divisor, 4 * divisor), 128, np.float32) + ramp[:, None] + 0.5 * ramp
     yield {"images": grey, "image_sizes": np.array([[4 * divisor, 4 * divisor]], np.int64)}
 
 
-def batches_of_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+def batches_of_shapes(
+    shapes: Iterable[tuple[int, int, int]], channels: int = 3, seed: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
     """Generates inputs of drawn shapes for an engine of fixed shapes.
 
     Args:
         shapes: (images, height, width) of each batch. The second image of a batch is smaller than the batch; the last
             of three or more is an empty slot.
+        channels: of the images, see `channels_from_rgb`.
         seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
@@ -49,15 +53,17 @@ def batches_of_shapes(shapes: Iterable[tuple[int, int, int]], seed: int = 0) -> 
         sizes = [(height, width)] * batch
         sizes[1:2] = [(-(-3 * height // 4), -(-2 * width // 3))] * (batch > 1)
         sizes[-1:] = [(0, 0)] if batch > 2 else sizes[-1:]
-        yield _drawn(rng, sizes, (height, width))
+        yield _drawn(rng, sizes, (height, width), channels)
 
 
-def _drawn(rng: np.random.Generator, sizes: list[tuple[int, int]], size_hw: tuple[int, int]) -> dict[str, np.ndarray]:
+def _drawn(
+    rng: np.random.Generator, sizes: list[tuple[int, int]], size_hw: tuple[int, int], channels: int
+) -> dict[str, np.ndarray]:
     """A batch of drawn shapes, each image of its own size padded to `size_hw`."""
-    images = np.zeros((len(sizes), 3, *size_hw), np.float32)
+    images = np.zeros((len(sizes), channels, *size_hw), np.float32)
     for image, (h, w) in zip(images, sizes, strict=True):
         if h:
-            image[:, :h, :w] = shapes_image(rng, (h, w))[0].transpose(2, 0, 1)
+            image[:, :h, :w] = channels_from_rgb(shapes_image(rng, (h, w))[0], channels).transpose(2, 0, 1)
     return {"images": images, "image_sizes": np.array(sizes, np.int64)}
 
 
@@ -66,7 +72,8 @@ def compare_backends(
 ) -> Difference:
     """Compares two backends on `batches` (default: `validation_batches`)."""
     if batches is None:
-        batches = validation_batches(reference.metadata.preprocessing.divisor)
+        rule = reference.metadata.preprocessing
+        batches = validation_batches(rule.divisor, rule.channels)
     return merge([compare_outputs(reference(feeds), other(feeds), tolerance) for feeds in batches])
 
 
@@ -75,14 +82,16 @@ class Batch:
     """Images of one inference."""
 
     names: tuple[str, ...]
-    images: tuple[np.ndarray, ...]  # uint8 [H, W, 3] RGB; empty slots, without pixels, come last
+    images: tuple[np.ndarray, ...]  # [H, W, C], see `batch_images`; empty slots, without pixels, come last
 
 
-def drawn_batches(seed: int = 0) -> list[Batch]:
+def drawn_batches(channels: int = 3, seed: int = 0) -> list[Batch]:
     """Drawn shapes, single and in a batch with an empty slot, and a uniform grey image; of several sizes."""
     rng = np.random.default_rng(seed)
-    alone, wide, tall = (shapes_image(rng, size_hw)[0] for size_hw in ((150, 210), (144, 256), (200, 150)))
-    empty, grey = np.zeros((0, 0, 3), np.uint8), np.full((128, 128, 3), 128, np.uint8)
+    alone, wide, tall = (
+        channels_from_rgb(shapes_image(rng, size_hw)[0], channels) for size_hw in ((150, 210), (144, 256), (200, 150))
+    )
+    empty, grey = np.zeros((0, 0, channels), np.uint8), np.full((128, 128, channels), 128, np.uint8)
     return [
         Batch(("shapes 1",), (alone,)),
         Batch(("shapes 2", "shapes 3", "empty slot"), (wide, tall, empty)),
@@ -135,7 +144,7 @@ def feedings(reference: Preprocessing, other: Preprocessing, size_px: int | None
 
 
 def _feeds_of(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> dict[str, np.ndarray]:
-    """Preprocesses images (uint8 `[H, W, 3]` RGB); those without pixels, which come last, become empty slots."""
+    """Preprocesses images (`[H, W, C]`); those without pixels, which come last, become empty slots."""
     present = [image for image in images if image.size]
     pixels, sizes = batch_images(present, preprocessing)
     empty = len(images) - len(present)

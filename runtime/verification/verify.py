@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -11,7 +12,7 @@ from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.base import Backend, stages_of
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs, merge
-from maskrcnn.runtime.verification.inputs import Batch, feedings
+from maskrcnn.runtime.verification.inputs import Batch, drawn_batches, feedings
 from maskrcnn.runtime.verification.report import Evidence, VerifyReport, judged, needed
 from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_error, image_errors, valid_part
 from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for
@@ -77,6 +78,24 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
     if counts[0] != counts[1]:
         found = f"models of {counts[0]} and of {counts[1]} keypoints"
         raise UserError(found, "the same number of keypoints", "name two forms of one model")
+    reading = [(rule.channels, rule.bands, rule.pixel_range) for rule in (reference.preprocessing, other.preprocessing)]
+    if reading[0] != reading[1]:
+        found = "models of channels, bands and pixel range {} and {}".format(*reading)
+        raise UserError(found, "the same ones, so that both read the same images", "name two forms of one model")
+
+
+def with_stages(difference: Difference, reference: Backend, other: Backend) -> Difference:
+    """The difference between two models' detections; if there were none, that of the stages before them as well.
+
+    Compared are drawn shapes of 160 px. What depends on detections (masks, keypoints) stays uncompared.
+    """
+    if difference.detections:
+        return difference
+    report = verify(reference, other, drawn_batches(), size_px=160)
+    compared = [stage.stage for stage in report.stages if stage.compared]
+    text = f"stages compared instead: {len(compared)}, from {compared[0]} to {compared[-1]}" if compared else ""
+    departure = report.conclusion().replace("\n", "; ") if not report.ok else ""
+    return dataclasses.replace(difference, stages=text, departure=departure)
 
 
 class _Comparison:
@@ -137,7 +156,12 @@ class _Comparison:
                 )
                 for stage in self._stages()
             ),
-            notes=(*self._notes_of_sizes(), *self._notes_of_absence(), *self._notes_of_disturbance()),
+            notes=(
+                *self._notes_of_weights(),
+                *self._notes_of_sizes(),
+                *self._notes_of_absence(),
+                *self._notes_of_disturbance(),
+            ),
             worst=self.worst,
         )
 
@@ -165,6 +189,13 @@ class _Comparison:
                 return float(-index), np.inf if np.isnan(need) else need
             ratio = max(ratio, need / max(limit.tolerance, 1e-12))
         return order, ratio
+
+    def _notes_of_weights(self) -> list[str]:
+        return [
+            f"the weights of {which} did not state {', '.join(model.metadata.assumed)}: its values are assumed"
+            for which, model in zip(("the reference", "the other"), self.models, strict=True)
+            if model.metadata.assumed
+        ]
 
     def _notes_of_sizes(self) -> list[str]:
         notes = []

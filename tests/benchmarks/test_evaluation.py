@@ -56,7 +56,7 @@ def test_simulated_results_have_a_moderate_ap(kind):
     content, results = simulated(12, 40, kind, (240, 320))
     assert len(results) == 12 * 40 and len(content["images"]) == 12
     assert len(content["categories"]) == (1 if kind == "keypoints" else CLASSES)
-    metrics = score_entries(GroundTruth(content, "gt"), results, kind).metrics
+    metrics = score_entries(GroundTruth.of_content(content, "gt"), results, kind).metrics
     assert 0.05 < metrics["AP"] < 0.9
     assert simulated(12, 40, kind, (240, 320)) == (content, results)
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.model.detector import MaskRCNN
-from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of, read_state_dict, save_checkpoint, write_tensors
+from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of, save_checkpoint, write_tensors
 
 
 def test_a_checkpoint_comes_back_equal(tmp_path, model):
@@ -45,14 +44,6 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "gone.safetensors")
 
 
-def test_safetensors_given_as_weights_are_checked_like_checkpoints(tmp_path):
-    with pytest.raises(UserError, match=r"no file .*gone\.safetensors"):
-        read_state_dict(tmp_path / "gone.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        read_state_dict(tmp_path / "bad.safetensors")
-
-
 def test_foreign_safetensors_are_refused(tmp_path):
     from safetensors.torch import save_file
 
@@ -70,33 +61,6 @@ def test_weights_of_another_class_count_name_the_tensors(tmp_path, model):
     with pytest.raises(UserError, match=r"of another shape \(first: roi_heads\.box_predictor") as caught:
         load_weights(other, read_tensors(path)[0], path)
     assert "[4, 32] instead of [2, 32]" in str(caught.value)
-
-
-class Trap:
-    """Unpickling this would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    trap = tmp_path / "sprung"
-    with open(tmp_path / "w.pth", "wb") as file:
-        pickle.dump({"model": Trap(trap)}, file)
-    torch.save({"model": Trap(trap)}, tmp_path / "zip.pth")
-    for name in ("w.pth", "zip.pth"):
-        with pytest.raises(UserError, match="not a state dict of plain tensors"):
-            read_state_dict(tmp_path / name)
-    assert not trap.exists()
-
-
-def test_an_object_that_is_no_state_dict_is_refused(tmp_path):
-    torch.save([1, 2, 3], tmp_path / "w.pth")
-    with pytest.raises(UserError, match="a list that does not map names"):
-        read_state_dict(tmp_path / "w.pth")
 
 
 def test_metadata_survives_json_and_guards_its_contract(tmp_path, model):

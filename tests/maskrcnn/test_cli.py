@@ -66,7 +66,7 @@ def test_predict_takes_folders_and_never_the_place_of_an_image(run, road, tmp_pa
     (photos / "b").mkdir(parents=True)
     pictures = [picture(photos / "a.png"), picture(photos / "b" / "a.png"), picture(tmp_path / "a-2.png")]
     before = [path.read_bytes() for path in pictures]
-    expect_error(run("predict", photos / "a.png", "--output", photos), "the overlay a.png would replace the image")
+    expect_error(run("predict", photos / "a.png", "--output", photos), "a.png, a file that the command reads")
     code, _, err = run("predict", "photos", "a-2.png", "--model", road / runs.ONNX)
     assert code == 0, err
     written = {path.name for path in (tmp_path / "predictions").glob("*.png")}
@@ -160,19 +160,25 @@ def test_a_tensorrt_engine_says_what_is_missing(run, road):
 
 def test_flags_that_contradict(run, road):
     expect_error(run("export"), "no output format", "--onnx")
-    expect_error(run("export", "--onnx", "--weights", "w.pth"), "--weights without --model")
+    expect_error(run("export", "--onnx", "--weights", "COCO_V1"), "--weights COCO_V1 without --model")
     expect_error(run("build-engine"), "no precision")
     expect_error(run("build-engine", "--fp16", "--fp32"), "--fp16 and --fp32")
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
-def test_predict_refuses_what_is_no_image_and_writes_nothing(run, road, tmp_path, content):
+def test_predict_leaves_out_what_is_no_image(run, road, tmp_path, content):
     good = picture(tmp_path / "good.png")
     bad = tmp_path / "bad.png"
     bad.write_bytes(good.read_bytes()[:200] if content is None else content)
-    expect_error(run("predict", good, bad), "bad.png")
     expect_error(run("predict", good, tmp_path / "gone.png"), "gone.png")
     assert not (tmp_path / "predictions").exists()
+    expect_error(run("predict", bad), "bad.png")
+    expect_error(run("predict", bad, good, "--strict"), "bad.png")
+    assert not list((tmp_path / "predictions").iterdir())
+    expect_error(run("predict", bad, good), "1 of 2 images cannot be used", "bad.png")
+    results = json.loads((tmp_path / "predictions" / "results.json").read_text())
+    assert {entry["image_id"] for entry in results} == {2}  # ids count all images
+    assert json.loads((tmp_path / "predictions" / "images.json").read_text())["2"] == str(good)
 
 
 def broken_dataset(shapes, tmp_path, change):
@@ -212,11 +218,19 @@ def test_bad_annotations_are_counted_and_skipped(run, shapes, tmp_path):
     assert "skipped 1 annotation(s): unknown image" in out
 
 
-def test_training_names_the_image_that_it_cannot_read(run, shapes, tmp_path):
+def test_training_names_the_images_that_it_cannot_read(run, shapes, tmp_path):
     root = shutil.copytree(shapes, tmp_path / "cut")
-    victim = root / "train" / "000003.png"
-    victim.write_bytes(victim.read_bytes()[:300])
-    expect_error(run("train", "--data", root, "--epochs", 1, "--min-size", 64, "--workers", 1), "000003.png")
+    options = ("--data", root, "--epochs", 1, "--min-size", 64, "--workers", 1)
+    for victim in (root / "val" / "000001.png", root / "val" / "000002.png", root / "train" / "000003.png"):
+        whole = victim.read_bytes()
+        victim.write_bytes(whole[:300])
+        if victim.name == "000002.png":  # validation images are read before the first step
+            expect_error(run("train", *options), "2 validation images", "000001.png", "000002.png")
+            assert not (tmp_path / "runs").exists()
+            shutil.copy(shapes / "val" / "000001.png", root / "val")
+            victim.write_bytes(whole)
+    expect_error(run("train", *options), "000003.png")
+    assert (tmp_path / "runs" / "train-1" / runs.STATE).exists()
 
 
 def test_a_missing_folder_or_split_is_named(run, shapes, tmp_path):
@@ -271,8 +285,10 @@ def test_files_of_the_wrong_kind(run, shapes, tmp_path):
     ):
         (tmp_path / name).write_text("hello")
         expect_error(run("evaluate", name, "--data", shapes), words)
-    expect_error(run("export", "text.safetensors", "--onnx"), "not a checkpoint")
+    expect_error(run("export", "text.safetensors", "--onnx"), "text.safetensors: a text file (hello)")
     expect_error(run("build-engine", "text.onnx", "--fp16"), "text.onnx")
-    expect_error(run("export", "--onnx", "--weights", "text.pth", "--model", "maskrcnn_resnet50_fpn"), "state dict")
+    expect_error(
+        run("export", "--onnx", "--weights", "text.pth", "--model", "maskrcnn_resnet50_fpn"), "a text file (hello)"
+    )
     assert not list(tmp_path.glob("*.xml"))
     assert not (tmp_path / "model.onnx").exists()

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from maskrcnn.data.coco import CocoDataset, find_split, list_splits
+from maskrcnn.data.annotations import REPAIRED
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.layouts import find_split, list_splits
 from maskrcnn.errors import UserError
 from maskrcnn.training.recipe import training_config
 
@@ -56,17 +58,17 @@ def test_an_object_may_have_none(tmp_path, nothing):
         ([1, 2, 2], "3 numbers instead of 3 for each of 3"),
         ([*GIVEN, 1, 1, 2], "12 numbers"),
         ([4, 3, 5, *GIVEN[3:]], "visibility 5 instead of 0, 1 or 2"),
-        ([4, "3", 2, *GIVEN[3:]], "not a list of finite numbers"),
+        ([4, "x", 2, *GIVEN[3:]], "not a list of finite numbers"),
         ([4, float("nan"), 2, *GIVEN[3:]], "not a list of finite numbers"),
         ("nose", "not a list of finite numbers"),
     ],
 )
-def test_malformed_keypoints_cost_their_annotation(tmp_path, keypoints, text):
+def test_malformed_keypoints_do_not_cost_their_object(tmp_path, keypoints, text):
     dataset = load(tmp_path, annotation(1, keypoints=GIVEN), annotation(7, keypoints=keypoints))
-    assert len(dataset.images[0].instances) == 1
-    (skipped,) = dataset.skipped_annotations
-    assert (skipped.name, skipped.reason) == ("annotation 7", "malformed keypoints") and text in skipped.detail
-    (line,) = dataset.skipped_lines()
+    assert [instance.keypoints is not None for instance in dataset.images[0].instances] == [True, False]
+    (note,) = dataset.notes.of(REPAIRED)
+    assert note.name == "annotation 7" and note.reason.startswith("malformed keypoints") and text in note.detail
+    (line,) = dataset.note_lines()
     assert str(dataset.annotation_path) in line and "7" in line and text in line
 
 
@@ -81,8 +83,6 @@ def test_keypoints_of_a_category_without_any_are_not_looked_at(tmp_path):
         ([PERSON, {"id": 2, "name": "dog", "keypoints": ["nose", "tail"]}], "categories 1 and 2 with different keypo"),
         ([{**PERSON, "keypoints": ["nose", "nose", "ear"]}], "'keypoints' of category 1 is"),
         ([{**PERSON, "keypoints": "nose"}], "a list of unique names"),
-        ([{**PERSON, "skeleton": [[1, 4]]}], "pairs of keypoint numbers from 1 to 3"),
-        ([{**PERSON, "skeleton": [1, 2]}], "'skeleton' of category 1 is"),
     ],
 )
 def test_categories_that_disagree_spoil_the_keypoints_alone(tmp_path, categories, text):

@@ -14,7 +14,8 @@ def scene(size_hw: tuple[int, int], level: float, objects: dict[int, tuple[int, 
         mask[y1:y2, x1:x2] = True
         image[:, mask] = level + 10 * label
     keypoints = np.array([[(x1, y1, 2)] for x1, y1, _, _ in objects.values()], np.float32).reshape(-1, 1, 3)
-    return Scene(image, masks, np.array(list(objects), np.int64), np.ones(len(objects)), keypoints)
+    everywhere = np.ones(len(objects))
+    return Scene(image, masks, np.array(list(objects), np.int64), everywhere, keypoints, everywhere.astype(bool))
 
 
 def test_a_mosaic_has_four_images_and_their_objects_in_place():

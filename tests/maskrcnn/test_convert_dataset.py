@@ -23,7 +23,7 @@ from source_datasets import (
 )
 
 from maskrcnn.data.convert.conversion import KINDS, SplitPlan, convert, split_plan
-from maskrcnn.data.convert.files import image_size
+from maskrcnn.data.convert.files import annotated_size
 from maskrcnn.data.convert.source import (
     BadEntry,
     Category,
@@ -157,12 +157,12 @@ def test_unknown_kind_missing_source_and_options_of_other_kinds(tmp_path):
 def test_a_truncated_jpeg_is_a_fault(tmp_path):
     path = noise_image(tmp_path / "x.jpg", (300, 200))
     data = path.read_bytes()
-    assert image_size(path) == image_size(data) == (300, 200)
+    assert annotated_size(path) == annotated_size(data) == (300, 200)
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(BadEntry, match=r"x\.jpg cannot be decoded"):
-        image_size(path)
+        annotated_size(path)
     with pytest.raises(BadEntry, match="name cannot be decoded"):
-        image_size(path.read_bytes(), "name")
+        annotated_size(path.read_bytes(), name="name")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_truncated_jpeg_is_a_fault(tmp_path):
 )
 def test_images_of_any_mode(tmp_path, mode, suffix):
     Image.new(mode, (7, 5)).save(tmp_path / f"x.{suffix}")
-    assert image_size(tmp_path / f"x.{suffix}") == (5, 7)
+    assert annotated_size(tmp_path / f"x.{suffix}") == (5, 7)
 
 
 # --- objects -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Faults planted in a clean dataset: each is found once, and nothing else."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -83,7 +84,7 @@ def rotated_and_of_other_size(data):
     rotated(data)
     exif = Image.open(data.image(0)).getexif()
     Image.open(data.image(0)).resize((96, 80)).save(data.image(0), exif=exif)
-    data.train["images"][0] |= {"height": 80 + 16, "width": 80}
+    data.train["images"][0] |= {"height": 80 + 40, "width": 80}
 
 
 def tiny_mask(data):
@@ -108,7 +109,7 @@ def without_a_class(data):
 
 
 def wrong_structure(data):
-    del data.train["images"][0]["height"]
+    data.train["images"] = {}
 
 
 POINTS = [10, 20, 2, 30, 40, 1]
@@ -157,18 +158,36 @@ ERRORS = {
         "EXIF orientation 6",
     ),
     "other_ids": (other_ids, "category ids that differ between splits", "only in val: 9"),
-    "wrong_structure": (wrong_structure, "annotation file that cannot be used", "no key 'height'"),
+    "wrong_structure": (wrong_structure, "annotation file that cannot be used", "of type dict at 'images'"),
 }
 LEFT_OUT = "annotation left out of training: "
 REMARKS = {
-    "rotated": (rotated, "image with an EXIF orientation, which training does not apply", "orientation 6"),
-    "box_without_width": (added(5, 5, 0, 10), LEFT_OUT + "invalid box", "[5, 5, 0, 10]"),
+    "scaled": (
+        lambda data: Image.open(data.image(0)).resize((48, 48)).save(data.image(0)),
+        "image of another size than its entry says, to which it is scaled",
+        "48×48 pixels in the file, 96×96 in the JSON",
+    ),
+    "transparent": (
+        lambda data: Image.fromarray(np.full((96, 96, 4), 99, np.uint8)).save(data.image(0)),
+        "image that is not read completely",
+        "transparency, which is dropped; train with --set model.channels=4",
+    ),
+    "box_without_width": (added(5, 5, 0, 10, segmentation=[]), LEFT_OUT + "invalid box", "[5, 5, 0, 10]"),
     "unknown_image": (added(5, 5, 20, 10, image_id=98765), LEFT_OUT + "unknown image", "98765"),
     "outside": (added(500, 5, 20, 10), LEFT_OUT + "box outside the image", "[500, 5, 20, 10]"),
-    "no_segmentation": (added(5, 5, 20, 10, segmentation=[]), LEFT_OUT + "no segmentation", "[]"),
+    "no_segmentation": (
+        added(5, 5, 20, 10, segmentation=[]),
+        "objects with a box but without a mask: no segmentation",
+        "1, first: annotation",
+    ),
+    "flat_segmentation": (
+        added(5, 5, 20, 10, segmentation=[5, 5, 25, 5, 25, 15, 5, 15]),
+        "repaired when read: segmentation that is one flat list",
+        "8 numbers",
+    ),
     "mask_of_another_size": (
         added(5, 5, 20, 10, segmentation={"size": [10, 10], "counts": [50, 50]}),
-        LEFT_OUT + "mask of another size than the image",
+        "objects with a box but without a mask: mask of another size than the image",
         "[10, 10]",
     ),
     "thin_box": (
@@ -206,7 +225,7 @@ REMARKS = {
     ),
     "keypoints_of_wrong_length": (
         keypoints(keypoints=POINTS[:4]),
-        LEFT_OUT + "malformed keypoints",
+        "repaired when read: malformed keypoints, left out of their object",
         "4 numbers instead of 3 for each of 2",
     ),
     "keypoint_outside": (
@@ -259,8 +278,8 @@ def test_several_faults_are_all_found(data):
     cut_file(data)  # image 0
     shutil.copy(data.image(1), data.image(2))
     shutil.copy(data.image(1), data.image(3))
-    data.add(4, (5, 5, 0, 10))
-    data.add(5, (5, 5, -3, 10))
+    data.add(4, (5, 5, 0, 10), segmentation=[])
+    data.add(5, (5, 5, math.nan, 10), segmentation=[])
     exact_copy(data)
     data.train["annotations"].append({**data.largest_of(0), "id": 7001})
     assert counts(data.check()) == {
@@ -319,11 +338,21 @@ def test_splits_are_chosen_by_prefix(data):
 
 
 def test_a_folder_without_annotations(tmp_path):
-    with pytest.raises(UserError, match="annotations"):
+    with pytest.raises(UserError, match="it is empty"):
         check_dataset(tmp_path)
     (tmp_path / "annotations").mkdir()
-    with pytest.raises(UserError, match="files instances_"):
+    with pytest.raises(UserError, match="it holds annotations/"):
         check_dataset(tmp_path)
+
+
+def test_a_split_of_crowd_regions_is_an_error_where_it_is_to_be_learnt(data):
+    for split in ("train", "val"):
+        data.content[split]["annotations"] = []
+    data.add(0, (5, 5, 20, 10), iscrowd=1)
+    report = data.check()
+    errors, remarks = (report.by_problem(is_error=is_error) for is_error in (True, False))
+    assert "1 crowd region(s)" in errors["split without an object to learn"][0].detail
+    assert [f.split for f in remarks["split without an object: AP cannot be measured"]] == ["val"]
 
 
 def test_the_number_of_images_is_limited(data, tmp_path):
@@ -356,8 +385,9 @@ def test_boxes_of_skipped_annotations_are_drawn_anywhere(data, tmp_path):
     data.add(0, (5, 5, -30, 10))
     data.add(1, (1e12, -1e12, 3, 3))
     data.add(2, (20, 20, 0, 0))
-    data.add(3, (1, 2, 3, 4), bbox=[1, 2, 3, "4"])
-    assert draw_findings(data.check(), tmp_path / "out", per_problem=9) == 5
+    for annotation in data.train["annotations"][-3:]:
+        annotation["segmentation"] = []
+    assert draw_findings(data.check(), tmp_path / "out", per_problem=9) == 3
 
 
 def test_the_contact_sheet_is_the_same_every_time(data, tmp_path):

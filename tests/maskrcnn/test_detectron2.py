@@ -10,11 +10,11 @@ import onnx
 import pytest
 import torch
 from command_line import MessageLog
-from detectron2_model import SMALL, ZOO, PlainDetectron2, Sizes, layout, lively_tensors
+from detectron2_model import SMALL, ZOO, PlainDetectron2, Settings, Sizes, layout, lively_tensors
 from tiny import tiny_config
 from torch import Tensor
 
-from maskrcnn.config import ModelConfig, model_config
+from maskrcnn.config import ModelConfig, from_dict, model_config
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, batch_images
@@ -22,9 +22,10 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.rpn import cell_anchors, grid_anchors
 from maskrcnn.runtime.verification.compare import EXACT, Difference, compare_outputs
 from maskrcnn.weights.checkpoint import load_weights
-from maskrcnn.weights.detectron2 import CONVENTIONS, coco_classes, from_detectron2, is_detectron2
+from maskrcnn.weights.detectron2 import CONVENTIONS, from_detectron2, is_detectron2
 from maskrcnn.weights.finetuning import finetuning_tensors
-from maskrcnn.weights.torchvision import load_detector, model_changes, starting_weights
+from maskrcnn.weights.foreign import coco_classes
+from maskrcnn.weights.torchvision import continued_model, load_detector, model_changes, starting_weights
 
 FASTER = Sizes(classes=3, fpn=16, box=32, mask=())
 PIXELS = {"min_size_px": 96, "max_size_px": 150}
@@ -60,7 +61,7 @@ def zoo_file(tmp_path_factory):
 
 @pytest.mark.parametrize(("depth", "count"), [(18, 142), (34, 222), (50, 307), (101, 562)])
 def test_the_published_layout_gives_our_tensors(depth, count):
-    found, config = from_detectron2(empty(depth), "zoo")
+    found, config, *_ = from_detectron2(empty(depth), "zoo")
     assert len(found) == count
     with torch.device("meta"):
         ours = MaskRCNN(config).state_dict()
@@ -77,12 +78,12 @@ def test_a_few_names_by_hand():
     given = {name: torch.zeros(1) for name in shapes}
     given["backbone.bottom_up.res4.5.conv3.norm.bias"] += 7
     given = {name: value.expand(shapes[name]) for name, value in given.items()}
-    found, _ = from_detectron2(given, "zoo")
+    found, *_ = from_detectron2(given, "zoo")
     assert [name for name, value in found.items() if (value == 7).all()] == ["backbone.body.layer3.5.bn3.bias"]
 
 
 def test_the_configuration_is_detectron2s():
-    _, config = from_detectron2(empty(50), "zoo")
+    _, config, *_ = from_detectron2(empty(50), "zoo")
     plain = model_config("maskrcnn_resnet50_fpn")
     differing = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(plain, f.name)}
     assert differing == {*CONVENTIONS, "class_names", "category_ids"} - {"batch_norm_epsilon"}
@@ -99,9 +100,9 @@ def test_coco_has_80_classes_whose_ids_have_gaps():
     assert (table[1], table[13], table[44], table[67], table[90]) == (
         *("person", "stop sign", "bottle", "dining table", "toothbrush"),
     )
-    _, config = from_detectron2(empty(50), "zoo")
+    _, config, *_ = from_detectron2(empty(50), "zoo")
     assert (config.class_names, config.category_ids) == (names, ids)
-    _, config = from_detectron2(empty(50, SMALL), "zoo")
+    _, config, *_ = from_detectron2(empty(50, SMALL), "zoo")
     assert (config.class_names, config.category_ids) == (("class_1", "class_2", "class_3"), (1, 2, 3))
 
 
@@ -110,7 +111,7 @@ def test_background_moves_to_the_front_and_channels_turn_round(tensors):
     given["roi_heads.box_predictor.cls_score.bias"] = torch.tensor([1.0, 2.0, 3.0, -9.0])  # background last
     given["roi_heads.box_predictor.bbox_pred.bias"] = torch.arange(12.0)
     given["roi_heads.mask_head.predictor.bias"] = torch.tensor([4.0, 5.0, 6.0])
-    found, _ = from_detectron2(given, "zoo")
+    found, *_ = from_detectron2(given, "zoo")
     assert found["roi_heads.box_predictor.cls_score.bias"].tolist() == [-9, 1, 2, 3]
     assert found["roi_heads.box_predictor.bbox_pred.bias"].tolist() == [0, 0, 0, 0, *range(12)]
     assert found["roi_heads.mask_predictor.mask_fcn_logits.bias"].tolist() == [0, 4, 5, 6]
@@ -122,7 +123,7 @@ def test_background_moves_to_the_front_and_channels_turn_round(tensors):
 def test_a_faster_rcnn_and_trained_batch_norm_are_recognised():
     given = empty(101, FASTER)
     given["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] = torch.tensor(3)
-    _, config = from_detectron2(given, "zoo")
+    _, config, *_ = from_detectron2(given, "zoo")
     assert config.name == "fasterrcnn_resnet101_fpn"
     assert not config.has_masks and not config.frozen_batch_norm
 
@@ -130,7 +131,7 @@ def test_a_faster_rcnn_and_trained_batch_norm_are_recognised():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"roi_heads.box_predictor.bbox_pred.weight": (4, 32)}, r"4 rows of .*shared by all classes \(CLS_AGNOSTIC"),
+        ({"roi_heads.box_predictor.bbox_pred.weight": (4, 32)}, r"4 rows of .*shared by all classes"),
         ({"roi_heads.mask_head.predictor.weight": (1, 16, 1, 1)}, "1 rows of .*shared by all classes"),
         ({"roi_heads.box_predictor.bbox_pred.weight": (16, 32)}, r"16 rows of \S+, for 3 classes"),
         ({"backbone.fpn_lateral2.norm.weight": (16,)}, "tensor backbone.fpn_lateral2.norm.weight"),
@@ -149,24 +150,53 @@ def test_other_architectures_are_refused(changes, text):
         from_detectron2(given, "zoo")
 
 
+def anchor_buffers(sizes: tuple[float, ...], ratios: tuple[float, ...], *, added: float = 0.0) -> dict[str, Tensor]:
+    """The buffers of older files."""
+    name = "proposal_generator.anchor_generator.cell_anchors"
+    grown = torch.tensor([0, 0, added, added])
+    return {
+        f"{name}.{level}": cell_anchors(size, ratios, rounded=bool(added)) + grown for level, size in enumerate(sizes)
+    }
+
+
+def test_buffers_of_older_files_state_anchors_and_pixels():
+    plain = from_detectron2(lively_tensors(18), "zoo")
+    assert "anchor_sizes_px" in plain.unstated and "preprocessing.mean" in plain.unstated
+    own = anchor_buffers((8, 16, 32, 64, 128), (0.4, 1.0, 2.5))
+    own |= {
+        "pixel_mean": torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1),
+        "pixel_std": torch.full((3, 1, 1), 58.0),
+    }
+    found = from_detectron2(lively_tensors(18) | own, "zoo")
+    assert found.config.anchor_sizes_px == (8, 16, 32, 64, 128) and found.config.anchor_aspect_ratios == (0.4, 1.0, 2.5)
+    assert "anchor_sizes_px" not in found.unstated
+    np.testing.assert_allclose(255 * np.array(found.config.preprocessing.mean), [123.675, 116.28, 103.53], rtol=1e-5)
+    np.testing.assert_allclose(255 * np.array(found.config.preprocessing.std), 58, rtol=1e-5)
+    first = "backbone.body.conv1.weight"  # the mean is RGB's, so the weights are already
+    assert torch.equal(found.tensors[first].flip(1), plain.tensors[first])
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "text"),
+    ("buffers", "text"),
     [
-        ("pixel_mean", torch.tensor([123.675, 116.28, 103.53]), r"pixel_mean \[123\.67"),
-        ("pixel_std", torch.tensor([57.375, 57.12, 58.395]).view(3, 1, 1), r"pixel_std \[57\.37.* instead of \[1\.0"),
-        ("proposal_generator.anchor_generator.cell_anchors.1", torch.tensor([[-8.0, -8, 8, 8]] * 3), "with sides"),
-        ("proposal_generator.anchor_generator.cell_anchors.0", torch.tensor([[-16.0, -16, 16, 16]]), "with sides"),
-        ("proposal_generator.anchor_generator.cell_anchors.5", torch.tensor([[-16.0, -16, 16, 16]]), "with sides"),
+        ({"pixel_mean": torch.zeros(4)}, "pixel_mean of 4 channels"),
+        (anchor_buffers((8,) * 6, (0.5, 1, 2)), "anchors on 6 levels"),
+        (anchor_buffers((8, 8), (0.5, 1)) | anchor_buffers((8,), (1, 2)), "other aspect ratios on each level"),
+        (
+            {"proposal_generator.anchor_generator.cell_anchors.0": torch.tensor([[-8.0, -8, 8, 8], [-4.0, -4, 4, 4]])},
+            "anchors of several sizes on a level",
+        ),
     ],
 )
-def test_buffers_that_contradict_the_conventions_are_refused(name, value, text):
+def test_anchors_that_no_model_here_has_are_refused(buffers, text):
     with pytest.raises(UserError, match=text):
-        from_detectron2(empty(50, SMALL) | {name: value}, "zoo")
+        from_detectron2(empty(50, SMALL) | buffers, "zoo")
 
 
 def test_anchors_that_were_rounded_once_do_no_harm():
-    old = cell_anchors(32, (0.5, 1, 2)) + torch.tensor([0.0, 0, 1, 1])
-    from_detectron2(empty(50, SMALL) | {"proposal_generator.anchor_generator.cell_anchors.0": old}, "zoo")
+    old = anchor_buffers(ModelConfig().anchor_sizes_px, (0.5, 1, 2), added=1)
+    config = from_detectron2(empty(50, SMALL) | old, "zoo").config
+    assert config.anchor_sizes_px == ModelConfig().anchor_sizes_px and not config.anchors_rounded
 
 
 # Conventions
@@ -216,17 +246,15 @@ def plain_outputs(tensors, pictures) -> list[dict[str, np.ndarray]]:
         with torch.no_grad():
             found = plain.detect(picture)
         assert found["pairs"] > 20 and len(found["scores"].unique()) > 20  # or the comparison would say little
-        count = len(found["scores"])
-        outputs.append(
-            {
-                "num_detections": np.array([count], np.int32),
-                "boxes": found["boxes"][None].numpy(),
-                "scores": found["scores"][None].numpy(),
-                "labels": found["classes"][None].numpy() + 1,
-                "masks": found["masks"][None].numpy(),
-            }
-        )
+        outputs.append(as_outputs(found))
     return outputs
+
+
+def as_outputs(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Detections of the plain model in the form of our outputs."""
+    outputs = {name: found[name][None].numpy() for name in ("boxes", "scores", "masks")}
+    count = np.array([len(found["scores"])], np.int32)
+    return outputs | {"num_detections": count, "labels": found["classes"][None].numpy() + 1}
 
 
 def differences(config: ModelConfig, values, pictures, plain_outputs) -> list[Difference]:
@@ -241,7 +269,7 @@ def differences(config: ModelConfig, values, pictures, plain_outputs) -> list[Di
 
 
 def test_the_model_detects_what_detectron2_would(tensors, pictures, plain_outputs):
-    values, config = from_detectron2(tensors, "zoo")
+    values, config, *_ = from_detectron2(tensors, "zoo")
     for difference in differences(config, values, pictures, plain_outputs):
         assert difference.within(EXACT), str(difference)
         assert difference.detections > 20
@@ -255,7 +283,7 @@ def test_the_model_detects_what_detectron2_would(tensors, pictures, plain_output
     ],
 )
 def test_without_any_one_convention_it_does_not(tensors, pictures, plain_outputs, convention):
-    values, config = from_detectron2(tensors, "zoo")
+    values, config, *_ = from_detectron2(tensors, "zoo")
     if hasattr(config, convention):
         config = replace(config, **{convention: getattr(ModelConfig(), convention)})
     else:
@@ -266,14 +294,120 @@ def test_without_any_one_convention_it_does_not(tensors, pictures, plain_outputs
     assert not all(difference.within(EXACT) for difference in found)
 
 
+# Configurations beside the weights
+
+OWN = Settings(
+    anchor_px=16.0,
+    ratios=(0.4, 1.0, 2.5),
+    is_bgr=False,
+    mean=(120.0, 110.0, 100.0),
+    std=(57.0, 58.0, 59.0),
+    stride_in_1x1=False,
+    score=0.2,
+    nms=0.3,
+    detections=40,
+    box_weights=(20.0, 20.0, 10.0, 10.0),
+)
+BASE_YAML = """
+MODEL:
+  ANCHOR_GENERATOR: {SIZES: [[16], [32], [64], [128], [256]], ASPECT_RATIOS: [[0.5, 1.0, 2.0]]}
+  PIXEL_MEAN: [120.0, 110.0, 100.0]
+  PIXEL_STD: !!python/tuple [57.0, 58.0, 59.0]
+  RESNETS: {STRIDE_IN_1X1: False}
+  ROI_HEADS: {SCORE_THRESH_TEST: 0.7, NMS_THRESH_TEST: 0.3, NUM_CLASSES: 3}
+  ROI_BOX_HEAD: {BBOX_REG_WEIGHTS: "(20.0, 20.0, 10.0, 10.0)", POOLER_TYPE: ROIAlignV2, POOLER_SAMPLING_RATIO: 0}
+INPUT: {FORMAT: RGB, MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 150, MIN_SIZE_TRAIN: (640, 800)}
+"""
+OWN_YAML = """
+_BASE_: base/Base.yaml
+MODEL:
+  ANCHOR_GENERATOR: {ASPECT_RATIOS: [[0.4, 1.0, 2.5]]}
+  ROI_HEADS: {SCORE_THRESH_TEST: 0.2}
+TEST: {DETECTIONS_PER_IMAGE: 40}
+"""
+
+
+def test_a_configuration_states_what_the_weights_cannot(tensors, pictures, tmp_path):
+    given = dict(tensors)
+    given["backbone.bottom_up.stem.conv1.weight"] = 57 * tensors["backbone.bottom_up.stem.conv1.weight"]
+    torch.save({"model": given}, tmp_path / "model_final.pth")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "Base.yaml").write_text(BASE_YAML)
+    (tmp_path / "config.yaml").write_text(OWN_YAML)
+    loaded = load_detector(tmp_path / "model_final.pth", settings={"candidates": 3000})
+    assert loaded.assumed == ("class_names",)
+    plain = PlainDetectron2(given, 96, 150, OWN)
+    for picture in pictures:
+        images, sizes = batch_images([picture], loaded.model.config.preprocessing)
+        with torch.no_grad():
+            expected = plain.detect(picture)
+            ours = loaded.model(torch.from_numpy(images), torch.from_numpy(sizes))
+        found = compare_outputs(
+            as_outputs(expected),
+            {name: value.numpy() for name, value in ours.items()},
+            EXACT,
+            score_threshold=0.2,
+        )
+        assert found.within(EXACT) and 10 < found.detections <= 40, str(found)
+
+
+def test_a_resnext_computes_with_its_own_conventions(tmp_path):
+    sizes = replace(SMALL, groups=32, width=8)
+    given = lively_tensors(101, sizes)
+    plain = PlainDetectron2(given, 64, 100, Settings(stride_in_1x1=False, std=(57.375, 57.12, 58.395)))
+    found, config, unstated, _ = from_detectron2(given, "zoo")
+    assert (config.name, config.backbone) == ("maskrcnn_resnext101_32x8d_fpn", "resnext101_32x8d")
+    assert "anchor_sizes_px" in unstated
+    image = torch.rand(1, 3, 64, 96) * 255
+    model = model_of(config, found)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (plain.settings.mean, plain.settings.std))
+    with torch.no_grad():
+        expected = plain.features((image.flip(1) - mean) / std)
+        ours = model.features(image, torch.tensor([[64, 96]]))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MODEL: {ROI_HEADS: {NUM_CLASSES: 7}}", r"MODEL\.ROI_HEADS\.NUM_CLASSES 7, and zoo with 3"),
+        ("MODEL: {RESNETS: {NUM_GROUPS: 32}}", r"MODEL\.RESNETS\.NUM_GROUPS 32, and zoo with 1"),
+        (
+            "MODEL: {ANCHOR_GENERATOR: {SIZES: [[32, 64]]}}",
+            r"ANCHOR_GENERATOR\.SIZES .*\n.*one size on each of 5 levels",
+        ),
+        ("MODEL: {ROI_HEADS: {NAME: CascadeROIHeads}}", r"ROI_HEADS\.NAME 'CascadeROIHeads'\n.*StandardROIHeads"),
+        ("MODEL: {PIXEL_MEAN: [1, 2]}", r"MODEL\.PIXEL_MEAN 2 numbers\n  expected: 3"),
+        ("TEST: {DETECTIONS_PER_IMAGE: many}", r"TEST\.DETECTIONS_PER_IMAGE 'many'\n  expected: of type int"),
+        ("INPUT: {MIN_SIZE_TEST: 0}", r"INPUT\.MIN_SIZE_TEST 0"),
+        ("- a list", "list instead of settings"),
+        ("a: [", "not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"config\.yaml: {words}"):
+        from_detectron2(empty(18, SMALL), "zoo", tmp_path / "config.yaml")
+
+
+def test_a_base_that_is_not_there_is_said(tmp_path):
+    (tmp_path / "config.yaml").write_text("_BASE_: ../Base-RCNN-FPN.yaml\nINPUT: {MIN_SIZE_TEST: 640}")
+    found = from_detectron2(empty(18, SMALL), "zoo", tmp_path / "config.yaml")
+    assert "its _BASE_ ../Base-RCNN-FPN.yaml was not read" in found.notes[0]
+    assert found.config.preprocessing.min_size_px == 640
+    assert "preprocessing.max_size_px" in found.unstated and "preprocessing.min_size_px" not in found.unstated
+
+
 # Files
 
 
 def test_a_file_of_the_model_zoo_tells_its_architecture(zoo_file):
-    loaded, path = load_detector(zoo_file)
+    loaded, path, *_ = load_detector(zoo_file)
     assert path == zoo_file and loaded.config.name == "maskrcnn_resnet18_fpn" and not loaded.training
     assert loaded.config.preprocessing.resize == "pillow"
-    same, _ = load_detector(zoo_file, "maskrcnn_resnet18_fpn")
+    same, *_ = load_detector(zoo_file, "maskrcnn_resnet18_fpn")
     assert same.config == loaded.config
     with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn .* options that contradict it"):
         load_detector(zoo_file, "maskrcnn_resnet50_fpn")
@@ -290,13 +424,13 @@ def test_a_file_of_torch_save_is_the_same(zoo_file, tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"conv1_w": np.zeros(3)}, "a pickled dict with conv1_w"),  # a backbone of Detectron's
-        ({"blobs": {"conv1_w": np.zeros(3)}}, "a pickled dict with blobs"),
-        ([1, 2], "a pickled list\n"),
-        ({"model": {"a": "text"}}, "a pickled dict with model"),
-        ({"model": {"a": np.array([None])}}, "a pickled dict with model"),
+        ({"conv1_w": np.zeros(3)}, "tensor conv1_w, unknown"),  # a backbone of Detectron's
+        ({"blobs": {"conv1_w": np.zeros(3)}}, "tensor conv1_w, unknown"),
+        ([1, 2], "a list that holds no weights"),
+        ({"model": {"a": "text"}}, "a dict with model that holds no weights"),
+        ({"model": {"a": np.array([None])}}, "a dict with model that holds no weights"),
         ({"model": {"stem.conv1.weight": np.zeros(3)}}, "tensor stem.conv1.weight, unknown"),
-        ({"model": {}}, "without backbone.body.conv1.weight"),
+        ({"model": {"roi_heads.box_head.fc1.weight": np.zeros(3)}}, "a model without backbone.body.conv1.weight"),
     ],
 )
 def test_other_pickles_are_refused(tmp_path, content, text):
@@ -315,11 +449,12 @@ def test_a_missing_file_is_said_so(tmp_path):
         load_detector(tmp_path / "w.pkl")
 
 
-def test_training_starts_with_the_conventions_of_the_weights(zoo_file):
+def test_training_starts_with_the_model_of_the_weights(zoo_file):
     weights = starting_weights(zoo_file)
-    config = model_config("maskrcnn_resnet18_fpn", class_names=("a", "b", "c"), category_ids=(1, 2, 3))
-    small = {"fpn_channels": 16, "box_head_channels": 32, "mask_head_channels": (16,), "pool_sampling_ratio": 1}
-    config = replace(config, **small, preprocessing=Preprocessing(min_size_px=64, max_size_px=99))
+    sizes = {"min_size_px": 64, "max_size_px": 99}
+    given = {"name": "maskrcnn_resnet18_fpn", "pool_sampling_ratio": 1, "preprocessing": sizes}
+    values = continued_model(weights.config, given)
+    config = from_dict(ModelConfig, values | {"class_names": ("a", "b", "c"), "category_ids": (1, 2, 3)})
     changed = replace(config, **model_changes(weights, config))
     assert changed.stride_in_1x1 and changed.pool_aligned and changed.anchor_strides_px == (4, 8, 16, 32, 64)
     assert changed.pool_sampling_ratio == 1  # asked for

@@ -165,7 +165,7 @@ def plate(x1: int, y1: int, x2: int, y2: int, *points: tuple[float, float, int])
     masks = np.zeros((1, 20, 20), bool)
     masks[0, y1:y2, x1:x2] = True
     image = np.zeros((3, 20, 20), np.float32)
-    return Scene(image, masks, np.array([1]), np.ones(1), np.array([points], np.float32))
+    return Scene(image, masks, np.array([1]), np.ones(1), np.array([points], np.float32), np.ones(1, bool))
 
 
 def test_keypoints_below_a_pasted_object_become_hidden():

@@ -58,6 +58,29 @@ def test_padding_of_the_ground_truth_changes_nothing():
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_an_object_without_a_mask_counts_in_all_other_losses():
+    """Its mask has no pixel; the mask loss is that of the other objects."""
+    model = lively_model(tiny_config()).eval()
+    whole, partial, turned = truth(), truth(), truth()
+    partial["masks"][:, 0] = 0
+    turned["masks"][:, 0] = 255 - whole["masks"][:, 0]
+    losses = [
+        {name: float(value.detach()) for name, value in model.losses(*batch(), each, TAKE_ALL).items()}
+        for each in (whole, partial, turned)
+    ]
+    others = [{name: value for name, value in each.items() if name != "mask"} for each in losses]
+    assert others[0] == pytest.approx(others[1], rel=1e-5)
+    # The mask losses of an object and of its negative differ; without a mask neither counts.
+    assert losses[0]["mask"] != pytest.approx(losses[2]["mask"], rel=1e-3)
+    without = {
+        name: torch.cat([value[:, 1:], value[:, :1]], 1) if value.dim() > 1 else value
+        for name, value in partial.items()
+    }
+    assert float(model.losses(*batch(), without, TAKE_ALL)["mask"]) == pytest.approx(losses[1]["mask"], rel=1e-4)
+    none = {**whole, "masks": torch.zeros_like(whole["masks"])}
+    assert float(model.losses(*batch(), none, TAKE_ALL)["mask"]) == 0
+
+
 def test_an_image_without_objects_trains_the_background_only():
     model = lively_model(tiny_config()).eval()
     empty = {name: torch.zeros_like(value) for name, value in truth().items()}

@@ -21,7 +21,7 @@ from maskrcnn.keypoints import COCO_NAMES, COCO_SKELETON
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 from maskrcnn.weights.finetuning import finetuning_tensors
-from maskrcnn.weights.torchvision import coco_labels, load_detector, load_torchvision, model_changes, starting_weights
+from maskrcnn.weights.torchvision import coco_labels, load_detector, model_changes, starting_weights
 
 BOX_PREDICTOR = tuple(f"roi_heads.box_predictor.{n}" for n in ("cls_score.weight", "cls_score.bias"))
 BOX_PREDICTOR += tuple(f"roi_heads.box_predictor.{n}" for n in ("bbox_pred.weight", "bbox_pred.bias"))
@@ -38,7 +38,7 @@ def torchvision_weights(classes: int = 4, backbone: str = "resnet18") -> dict[st
 def test_a_torchvision_state_dict_loads_and_tells_its_classes(tmp_path):
     weights = torchvision_weights()
     torch.save(weights, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
+    model = load_detector(tmp_path / "w.pth", "maskrcnn_resnet18_fpn").model
     assert model.config.class_names == ("class_1", "class_2", "class_3")
     assert model.config.category_ids == (1, 2, 3)
     for name, value in weights.items():
@@ -47,7 +47,7 @@ def test_a_torchvision_state_dict_loads_and_tells_its_classes(tmp_path):
 
 def test_coco_weights_get_cocos_names(tmp_path):
     torch.save({"model": torchvision_weights(91)}, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
+    model = load_detector(tmp_path / "w.pth", "maskrcnn_resnet18_fpn").model
     assert model.config.class_names[0] == "person"
     assert model.config.class_names[89] == "toothbrush"
     assert model.config.category_ids[89] == 90
@@ -62,9 +62,9 @@ def frozen(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_batch_norm_epsilon_is_the_one_that_torchvision_would_use(tmp_path, classes, is_frozen, epsilon):
     weights = torchvision_weights(classes)
     torch.save(frozen(weights) if is_frozen else weights, tmp_path / "w.pth")
-    model = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
+    model = load_detector(tmp_path / "w.pth", "maskrcnn_resnet18_fpn").model
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {epsilon}
-    chosen = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn", batch_norm_epsilon=1e-3)
+    chosen = load_detector(tmp_path / "w.pth", "maskrcnn_resnet18_fpn", batch_norm_epsilon=1e-3).model
     assert chosen.config.batch_norm_epsilon == 1e-3
 
 
@@ -84,7 +84,7 @@ def test_frozen_weights_of_coco_give_torchvisions_features(tmp_path):
             value *= 2e-3
     overwrite_eps(theirs, 0.0)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    ours = load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet18_fpn")
+    ours = load_detector(tmp_path / "w.pth", "maskrcnn_resnet18_fpn").model
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = theirs.backbone(image)
@@ -106,14 +106,14 @@ def test_older_torchvision_names_load(tmp_path):
         renamed[old] = value
     assert set(renamed) != set(weights)
     torch.save(renamed, tmp_path / "old.pth")
-    model = load_torchvision(tmp_path / "old.pth", "maskrcnn_resnet18_fpn")
+    model = load_detector(tmp_path / "old.pth", "maskrcnn_resnet18_fpn").model
     assert torch.equal(model.state_dict()["roi_heads.mask_head.3.0.weight"], weights["roi_heads.mask_head.3.0.weight"])
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(torchvision_weights(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="do not fit maskrcnn_resnet34_fpn"):
-        load_torchvision(tmp_path / "w.pth", "maskrcnn_resnet34_fpn")
+        load_detector(tmp_path / "w.pth", "maskrcnn_resnet34_fpn")
 
 
 # Fine-tuning
@@ -338,7 +338,7 @@ def test_coco_v1_by_name_is_read_from_the_cache(hub):
     file = hub / MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url.rpartition("/")[2]
     made = frozen(torchvision_weights(91, "resnet50"))
     torch.save(made, file)
-    loaded, path = load_detector("COCO_V1", "maskrcnn_resnet50_fpn")
+    loaded, path, *_ = load_detector("COCO_V1", "maskrcnn_resnet50_fpn")
     assert path == file
     assert loaded.config.class_names[:2] == ("person", "bicycle")
     assert loaded.config.batch_norm_epsilon == 0
@@ -359,7 +359,7 @@ def test_cocos_keypoints_by_name_are_read_from_the_cache(hub, name, epsilon):
     # The tensors of both are alike: the name alone tells which epsilon is theirs.
     theirs = builder(weights=None, weights_backbone=None, num_classes=2).state_dict()
     torch.save(frozen(theirs), hub / KeypointRCNN_ResNet50_FPN_Weights[name].url.rpartition("/")[2])
-    model, _ = load_detector(name, "keypointrcnn_resnet50_fpn")
+    model, *_ = load_detector(name, "keypointrcnn_resnet50_fpn")
     config = model.config
     assert (config.class_names, config.category_ids, config.batch_norm_epsilon) == (("person",), (1,), epsilon)
     assert (config.keypoint_names, config.keypoint_skeleton) == (COCO_NAMES, COCO_SKELETON)
@@ -372,7 +372,7 @@ def test_keypoints_that_are_not_cocos_have_numbers_for_names(tmp_path):
     body = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d)
     theirs = torchvision.models.detection.KeypointRCNN(body, num_classes=2, num_keypoints=3)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    config = load_torchvision(tmp_path / "w.pth", "keypointrcnn_resnet18_fpn").config
+    config = load_detector(tmp_path / "w.pth", "keypointrcnn_resnet18_fpn").model.config
     assert config.keypoint_names == ("keypoint_1", "keypoint_2", "keypoint_3") and config.keypoint_skeleton == ()
 
 
@@ -387,18 +387,19 @@ def test_every_model_that_torchvision_has_too_has_names_for_its_weights():
 
 
 def test_a_checkpoint_knows_its_architecture(checkpoint, model):
-    loaded, path = load_detector(checkpoint)
+    loaded, path, *_ = load_detector(checkpoint)
     assert path == checkpoint and loaded.config == model.config and not loaded.training
     with pytest.raises(UserError, match=r"a checkpoint of maskrcnn_resnet18_fpn_small .* options that contradict it"):
         load_detector(checkpoint, "maskrcnn_resnet50_fpn")
 
 
-@pytest.mark.parametrize("spec", ["w.pth", "COCO_V1", "w.safetensors"])
-def test_other_weights_need_an_architecture(tmp_path, monkeypatch, spec):
+def test_weights_that_do_not_tell_their_architecture_need_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_file({"a": torch.zeros(1)}, "w.safetensors")
-    with pytest.raises(UserError, match="--weights without --model"):
-        load_detector(spec)
+    strange = {name.replace("layer1", "stage1"): value for name, value in torchvision_weights().items()}
+    save_file(strange, "w.safetensors")
+    for spec in ("COCO_V1", "w.safetensors"):
+        with pytest.raises(UserError, match=rf"--weights {spec} without --model"):
+            load_detector(spec)
 
 
 def test_a_backbone_alone_is_no_detector(tmp_path):

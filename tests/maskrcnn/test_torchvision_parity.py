@@ -13,8 +13,9 @@ from peers import TorchvisionDetector, calibrate, calibrated_state_dict, torchvi
 from torchvision.models import get_model, list_models
 
 from maskrcnn.config import MODELS, model_config
-from maskrcnn.data.coco import CocoDataset, find_split
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
+from maskrcnn.data.layouts import find_split
 from maskrcnn.data.poses import poses_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError

@@ -56,7 +56,7 @@ def case(tmp_path):
     rng = np.random.default_rng(0)
     for image in content["images"]:
         Image.fromarray(rng.integers(0, 255, (*SIZE_HW, 3), dtype=np.uint8)).save(tmp_path / image["file_name"])
-    truth = GroundTruth(content, "gt")
+    truth = GroundTruth.of_content(content, "gt")
     return truth, results, lambda image_id: tmp_path / f"{image_id}.png"
 
 
@@ -97,7 +97,7 @@ def test_each_kind_has_its_page_with_images(kind, tmp_path):
     content, results = make_case(23, kind=kind)
     for image in content["images"]:
         Image.new("RGB", SIZE_HW[::-1]).save(tmp_path / image["file_name"])
-    scored = score_entries(GroundTruth(content, "gt"), results, kind)
+    scored = score_entries(GroundTruth.of_content(content, "gt"), results, kind)
     page = Page(
         report_page("m", [], {kind: scored}, image_file=lambda i: tmp_path / f"{i}.png", min_score=0.2, resamples=5)
     )
@@ -119,7 +119,7 @@ def test_an_image_that_cannot_be_shown_has_its_reason(case, tmp_path):
 def test_without_objects_or_detections():
     content, results = make_case(3, kind="bbox")
     for annotations, found in (([], results), ([], []), (content["annotations"], [])):
-        truth = GroundTruth({**content, "annotations": annotations}, "gt")
+        truth = GroundTruth.of_content({**content, "annotations": annotations}, "gt")
         page = Page(report_page("m", [], {"bbox": score_entries(truth, found, "bbox")}, resamples=5))
         assert page.images == 0 and "Metrics" in page.text
 
@@ -136,7 +136,11 @@ def test_of_many_classes_those_with_most_errors_are_shown():
     }
     # The first 30 are found, the others missed.
     results = [{"image_id": 1, "category_id": k, "bbox": [k, 0, 40, 40], "score": 0.9} for k in range(30)]
-    page = Page(report_page("m", [], {"bbox": score_entries(GroundTruth(content, "gt"), results, "bbox")}, resamples=5))
+    page = Page(
+        report_page(
+            "m", [], {"bbox": score_entries(GroundTruth.of_content(content, "gt"), results, "bbox")}, resamples=5
+        )
+    )
     head = page.cells.index("annotated \\ detected")
     assert page.cells[head + 1 : head + 42] == [*names[:10], *names[30:], "missed"]
     assert "Only the 40 classes with most errors" in page.text

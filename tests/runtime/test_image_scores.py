@@ -20,9 +20,9 @@ AWAY = [100, 80, 20, 20]
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), grid=st.booleans())
 def test_the_ap_of_an_image_is_that_of_a_data_set_of_one(seed, kind, grid):
     content, results = make_case(seed, kind=kind, grid=grid)
-    found = image_ap(score_entries(GroundTruth(content, "gt"), results, kind).records)
+    found = image_ap(score_entries(GroundTruth.of_content(content, "gt"), results, kind).records)
     for place, image in enumerate(sorted(content["images"], key=lambda entry: entry["id"])):
-        alone = GroundTruth({**content, "images": [image]}, "gt")
+        alone = GroundTruth.of_content({**content, "images": [image]}, "gt")
         own = [entry for entry in results if entry["image_id"] == image["id"]]
         assert found[place] == pytest.approx(score_entries(alone, own, kind).metrics["AP"], abs=1e-12)
 
@@ -74,7 +74,7 @@ FOUND = [
 
 
 def test_true_and_false_positives_and_missed_objects_are_counted():
-    scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
+    scored = score_entries(GroundTruth.of_content(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
     scores = image_scores(scored.records, 0.5)
     assert scores.objects.tolist() == [3, 1, 0, 0]
     assert scores.found.tolist() == [1, 0, 0, 0]
@@ -89,7 +89,7 @@ def confusions(scored, min_score):
 
 
 def test_confusions_are_of_the_remaining_detections_and_objects():
-    scored = score_entries(GroundTruth(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
+    scored = score_entries(GroundTruth.of_content(content_of(OBJECTS, images=4), "gt"), results_of(*FOUND), "segm")
     # Columns: cat, dog, missed. The last row counts detections without an object.
     assert confusions(scored, 0.5)[1].tolist() == [[1, 1, 0], [0, 0, 2], [3, 0, 0]]
     assert confusions(scored, 0.0)[1].tolist() == [[1, 1, 0], [0, 1, 1], [3, 0, 0]]
@@ -99,7 +99,7 @@ def test_confusions_are_of_the_remaining_detections_and_objects():
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), min_score=st.sampled_from([0.0, 0.4]))
 def test_every_object_and_detection_is_in_the_confusions(seed, kind, min_score):
     content, results = make_case(seed, kind=kind)
-    scored = score_entries(GroundTruth(content, "gt"), results, kind)
+    scored = score_entries(GroundTruth.of_content(content, "gt"), results, kind)
     classes, matrix = confusions(scored, min_score)
     counted = scored.truth.category[scored.records.is_counted[:, 0]]
     objects = np.bincount(counted, minlength=len(scored.truth.category_ids))
@@ -114,7 +114,7 @@ def test_every_object_and_detection_is_in_the_confusions(seed, kind, min_score):
 
 
 def compared(first, other, images=3, **options):
-    truth = GroundTruth(content_of(OBJECTS, images=images), "gt")
+    truth = GroundTruth.of_content(content_of(OBJECTS, images=images), "gt")
     scored = (score_entries(truth, results_of(*detections), "segm") for detections in (first, other))
     return difference(*scored, **{"min_score": 0.5, "resamples": 50, **options})
 

@@ -16,7 +16,7 @@ from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import check_classes, evaluate, score_kinds
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.matching import keypoint_overlaps
-from maskrcnn.runtime.evaluation.protocol import KINDS, SIGMAS
+from maskrcnn.runtime.evaluation.protocol import KINDS
 from maskrcnn.runtime.evaluation.scoring import score_entries
 
 NAMES, SKELETON, OWN_SIGMAS = (TINY_POSE[f"keypoint_{field}"] for field in ("names", "skeleton", "sigmas"))
@@ -53,7 +53,7 @@ def test_perfect_detections_have_an_ap_of_one(dataset):
     assert found.summary() == {"box_ap": 1.0, "mask_ap": 1.0, "keypoint_ap": 1.0}
     assert found.keypoint["AR"] == 1.0 and "keypoint" in found.table()
     # A third of the objects has no keypoints, and is ignored.
-    truth = GroundTruth.of_dataset(dataset)
+    truth = GroundTruth(dataset)
     assert 0 < truth.is_ignored("keypoints").sum() < len(truth)
     np.testing.assert_array_equal(truth.sigmas, [0.05] * 5)
     assert truth.skeleton == list(SKELETON)
@@ -112,20 +112,22 @@ def test_keypoints_must_be_there_and_be_those_of_the_dataset(detector, dataset):
 def test_annotations_of_other_keypoints_are_refused_or_told_apart(dataset):
     content = content_of(dataset)
     content["categories"][0]["keypoints"] = [*NAMES[:4], "tail"]
-    with pytest.raises(UserError, match="categories with different keypoints"):
-        score_entries(GroundTruth(content, "gt"), [], "keypoints")
+    with pytest.raises(UserError, match="categories 1 and 2 with different keypoints"):
+        score_entries(GroundTruth.of_content(content, "gt"), [], "keypoints")
     with pytest.raises(UserError, match="5 keypoints\n  expected: the model's 4"):
-        score_entries(GroundTruth(content_of(dataset), "gt", [0.1] * 4), [], "keypoints")
+        score_entries(GroundTruth.of_content(content_of(dataset), "gt", [0.1] * 4), [], "keypoints")
     unnamed = content_of(dataset)
     for category in unnamed["categories"]:
         del category["keypoints"], category["skeleton"]
-    np.testing.assert_array_equal(GroundTruth(unnamed, "gt").sigmas, SIGMAS)  # a person's
-    assert GroundTruth(unnamed, "gt").skeleton == []
+    found = GroundTruth.of_content(unnamed, "gt")
+    assert found.dataset.keypoint_names == ("1", "2", "3", "4", "5") and len(found.sigmas) == 5
+    np.testing.assert_array_equal(found.keypoints, GroundTruth(dataset).keypoints)
+    assert found.skeleton == []
 
 
 def test_lines_that_join_nothing_are_not_drawn(dataset):
     content = content_of(dataset)
-    content["categories"][0]["skeleton"] = [[1, 2], [0, 3], [2, 6], [1], "12", [1, 2]]
-    content["categories"][1]["skeleton"] = None
-    content["categories"][2]["skeleton"] = [[4, 5]]
-    assert GroundTruth(content, "gt").skeleton == [(1, 2), (4, 5)]
+    content["categories"][0]["skeleton"] = [[1, 2], [3, 3], [2, 6], [1], "12", [4, 5]]
+    assert GroundTruth.of_content(content, "gt").skeleton == [(1, 2), (4, 5)]
+    content["categories"][0]["skeleton"] = [[0, 1], [3, 4]]  # counted from 0
+    assert GroundTruth.of_content(content, "gt").skeleton == [(1, 2), (4, 5)]

@@ -66,18 +66,18 @@ def rle(counts, size=SIZE_HW):
 )
 def test_a_malformed_result_is_named(kind, wrong, message):
     with pytest.raises(UserError, match=f"file.json: {message}" if message.startswith("result") else message):
-        checked_results(GroundTruth(CONTENT, "gt"), [FINE, wrong], kind, "file.json")
+        checked_results(GroundTruth.of_content(CONTENT, "gt"), [FINE, wrong], kind, "file.json")
 
 
 def test_boxes_in_some_results_only_are_refused():
     with pytest.raises(UserError, match="result 1: has a bbox, which the first result has not"):
-        checked_results(GroundTruth(CONTENT, "gt"), [without("bbox"), FINE], "bbox", "file.json")
+        checked_results(GroundTruth.of_content(CONTENT, "gt"), [without("bbox"), FINE], "bbox", "file.json")
 
 
 def test_results_of_unknown_images_are_counted_and_named():
     strange = [without(image_id=value) for value in (777, 778, 777, "x", None, [1])]
     with pytest.raises(UserError, match=r"6 result.* of 5 image.* unknown: image_id 777, 778, 'x', None, \[1\]"):
-        checked_results(GroundTruth(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
+        checked_results(GroundTruth.of_content(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
 
 
 def test_all_encodings_of_a_mask_are_equal():
@@ -89,7 +89,7 @@ def test_all_encodings_of_a_mask_are_equal():
     runs[-1] = SIZE_HW[0] * SIZE_HW[1] - sum(runs[:-1])
     strings = rle_of((x, y, width, height)), rle_of((x, y, width, height), string=False)
     entries = [without("bbox", segmentation=value) for value in (*strings, rle(runs), polygon)]
-    found = checked_results(GroundTruth(CONTENT, "gt"), entries, "segm", "file.json")
+    found = checked_results(GroundTruth.of_content(CONTENT, "gt"), entries, "segm", "file.json")
     counts = {m["counts"] if isinstance(m["counts"], str) else m["counts"].decode() for m in found.masks}
     assert counts == {strings[0]["counts"]}
     assert found.pixels.tolist() == [1200] * 4 and found.area_px.tolist() == [1200.0] * 4
@@ -98,11 +98,11 @@ def test_all_encodings_of_a_mask_are_equal():
 
 def test_an_empty_mask_is_a_result():
     entry = without("bbox", segmentation=rle_of((0, 0, 0, 0)))
-    assert checked_results(GroundTruth(CONTENT, "gt"), [entry], "segm", "f").pixels.tolist() == [0]
+    assert checked_results(GroundTruth.of_content(CONTENT, "gt"), [entry], "segm", "f").pixels.tolist() == [0]
 
 
 def test_written_results_have_the_fields_of_the_server_and_score_alike(tmp_path):
-    truth = GroundTruth(CONTENT, "gt")
+    truth = GroundTruth.of_content(CONTENT, "gt")
     for kind, field in (("bbox", "bbox"), ("segm", "segmentation"), ("keypoints", "keypoints")):
         write_server_results(tmp_path / "r.json", [FINE], kind)
         written = read_results(tmp_path / "r.json")
@@ -143,33 +143,9 @@ def changed(change):
     return content
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.pop("images"), "no list 'images'"),
-        (lambda c: c.update(categories={}), "no list 'categories'"),
-        (lambda c: c["annotations"].append(3), "an entry of 'annotations' is not an object"),
-        (lambda c: c["images"][0].update(id="one"), "'id' is 'one'"),
-        (lambda c: c["images"].append(c["images"][0]), "an id occurs twice in 'images'"),
-        (lambda c: c["annotations"][0].pop("area"), "annotation 1: area is None\n  expected: a number"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 1: bbox is \[1, 2\]\n  expected: 4 numbers"),
-        (lambda c: c["annotations"][0].update(iscrowd=7), "annotation 1: iscrowd is 7"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "annotation 1: malformed segmentation"),
-        (lambda c: c["annotations"][0].update(keypoints=[1, 2]), "1: keypoints is .*\n  expected: 51 numbers"),
-        (lambda c: c["images"][0].pop("height"), "'height' is None"),
-    ],
-)
-def test_a_malformed_annotation_is_named(change, message):
-    with pytest.raises(UserError, match=f"gt.json: .*{message}"):
-        truth = GroundTruth(changed(change), "gt.json")
-        for kind in ("bbox", "segm", "keypoints"):
-            truth.is_ignored(kind)
-        _ = truth.areas_px, truth.boxes, truth.masks
-
-
 def test_crowd_flags_and_keypoint_counts_are_optional():
     content = changed(lambda c: [(a.pop("iscrowd"), a.pop("num_keypoints")) for a in c["annotations"]])
-    truth = GroundTruth(content, "gt")
+    truth = GroundTruth.of_content(content, "gt")
     assert not truth.is_crowd.any()
     visible = (truth.keypoints[:, :, 2] > 0).any(axis=1)
     np.testing.assert_array_equal(truth.is_ignored("keypoints"), ~visible)
@@ -181,7 +157,7 @@ def test_a_file_is_read_or_refused(tmp_path):
     path.write_text(json.dumps(CONTENT))
     assert len(GroundTruth.read(path)) == len(CONTENT["annotations"])
     path.write_text("[]")
-    with pytest.raises(UserError, match=r"gt.json: no list 'images'"):
+    with pytest.raises(UserError, match=r"gt.json: the file is of type list"):
         GroundTruth.read(path)
-    with pytest.raises(UserError, match=r"gone\.json cannot be read"):
+    with pytest.raises(UserError, match=r"gone\.json does not exist"):
         GroundTruth.read(tmp_path / "gone.json")

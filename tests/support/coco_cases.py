@@ -77,7 +77,7 @@ def _object(rng: np.random.Generator, grid: bool) -> dict[str, Any]:
     polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
     return {
         "bbox": list(box),
-        "area": float(rng.choice([width * height, width * height * 0.7, 0.0, 1e11], p=[0.8, 0.16, 0.02, 0.02])),
+        "area": float(rng.choice([width * height, width * height * 0.7, 1.0, 1e11], p=[0.8, 0.16, 0.02, 0.02])),
         "iscrowd": int(is_crowd),
         "segmentation": rle_of(box) if is_crowd or rng.random() < 0.3 else [polygon],
         **_person(rng, box),

@@ -25,6 +25,24 @@ class Sizes:
     fpn: int = 256
     box: int = 1024
     mask: tuple[int, ...] = (256, 256, 256, 256)  # of each convolution; () for a Faster R-CNN
+    groups: int = 1  # RESNETS.NUM_GROUPS
+    width: int = 64  # RESNETS.WIDTH_PER_GROUP
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tensors do not tell; the defaults are those of Base-RCNN-FPN.yaml."""
+
+    anchor_px: float = 32.0  # at P2; doubles at each level
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    is_bgr: bool = True  # INPUT.FORMAT
+    mean: tuple[float, ...] = (103.53, 116.28, 123.675)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    stride_in_1x1: bool = True
+    score: float = 0.05
+    nms: float = 0.5
+    detections: int = 100
+    box_weights: tuple[float, ...] = (10.0, 10.0, 5.0, 5.0)
 
 
 ZOO = Sizes()
@@ -37,11 +55,11 @@ def layout(depth: int, sizes: Sizes = ZOO) -> dict[str, tuple[int, ...]]:
     shapes |= {f"backbone.bottom_up.stem.conv1.norm.{kind}": (64,) for kind in NORM}
     entering = 64
     for stage, blocks in enumerate(BLOCKS[depth]):
-        inner = 64 * 2**stage
-        leaving = 4 * inner if depth >= 50 else inner
+        inner = sizes.groups * sizes.width * 2**stage
+        leaving = 256 * 2**stage if depth >= 50 else inner
         for block in range(blocks):
             name = f"backbone.bottom_up.res{stage + 2}.{block}"
-            convolutions = {"conv1": (inner, entering, 1, 1), "conv2": (inner, inner, 3, 3)}
+            convolutions = {"conv1": (inner, entering, 1, 1), "conv2": (inner, inner // sizes.groups, 3, 3)}
             convolutions["conv3"] = (leaving, inner, 1, 1)
             if depth < 50:
                 convolutions = {"conv1": (inner, entering, 3, 3), "conv2": (inner, inner, 3, 3)}
@@ -110,12 +128,18 @@ class PlainDetectron2:
     """Detectron2's inference on one image, step by step and without any padding of results.
 
     Args:
-        tensors: named as in `layout`, of a ResNet-50.
+        tensors: named as in `layout`, with bottleneck blocks.
         min_size_px, max_size_px: of `ResizeShortestEdge`.
+        settings: what the tensors do not tell.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], min_size_px: int, max_size_px: int) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], min_size_px: int, max_size_px: int, settings: Settings | None = None
+    ) -> None:
         self.tensors, self.min_size_px, self.max_size_px = tensors, min_size_px, max_size_px
+        self.settings = settings or Settings()
+        names = [name.split(".")[2:4] for name in tensors if name.startswith("backbone.bottom_up.res")]
+        self.blocks = [len({block for res, block in names if res == f"res{stage}"}) for stage in (2, 3, 4, 5)]
 
     def pixels(self, picture_rgb: np.ndarray) -> Tensor:
         """`[1, 3, h, w]` of a picture uint8 `[H, W, 3]`: BGR, without the mean."""
@@ -123,13 +147,15 @@ class PlainDetectron2:
         scale = self.min_size_px / min(height, width)
         scale = min(scale, self.max_size_px / max(height, width))
         size = (int(width * scale + 0.5), int(height * scale + 0.5))
-        resized = np.asarray(Image.fromarray(picture_rgb).resize(size, Image.BILINEAR))[:, :, ::-1]
-        mean = np.array([103.53, 116.28, 123.675], np.float32)
-        return torch.from_numpy((resized.astype(np.float32) - mean).transpose(2, 0, 1).copy())[None]
+        resized = np.asarray(Image.fromarray(picture_rgb).resize(size, Image.BILINEAR))
+        resized = resized[:, :, ::-1] if self.settings.is_bgr else resized
+        mean, std = (np.array(values, np.float32) for values in (self.settings.mean, self.settings.std))
+        return torch.from_numpy(((resized.astype(np.float32) - mean) / std).transpose(2, 0, 1).copy())[None]
 
     def convolution(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self.tensors[f"{name}.weight"]
-        x = F.conv2d(x, weight, self.tensors.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+        bias, groups = self.tensors.get(f"{name}.bias"), x.shape[1] // weight.shape[1]
+        x = F.conv2d(x, weight, bias, stride, padding=weight.shape[-1] // 2, groups=groups)
         if f"{name}.norm.weight" in self.tensors:
             gamma, beta, mean, variance = (self.tensors[f"{name}.norm.{kind}"][:, None, None] for kind in NORM)
             x = (x - mean) / torch.sqrt(variance + 1e-5) * gamma + beta
@@ -139,11 +165,12 @@ class PlainDetectron2:
         """P2 to P6."""
         x = F.max_pool2d(self.convolution("backbone.bottom_up.stem.conv1", x, 2).relu(), 3, 2, 1)
         maps = []
-        for stage, blocks in enumerate(BLOCKS[50]):
+        for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 name, stride = f"backbone.bottom_up.res{stage + 2}.{block}", 2 if stage and not block else 1
-                y = self.convolution(f"{name}.conv1", x, stride).relu()  # the stride is here
-                y = self.convolution(f"{name}.conv3", self.convolution(f"{name}.conv2", y).relu())
+                strides = (stride, 1) if self.settings.stride_in_1x1 else (1, stride)
+                y = self.convolution(f"{name}.conv1", x, strides[0]).relu()
+                y = self.convolution(f"{name}.conv3", self.convolution(f"{name}.conv2", y, strides[1]).relu())
                 x = (y + (x if block else self.convolution(f"{name}.shortcut", x, stride))).relu()
             maps.append(x)
         levels, top = [], 0
@@ -157,14 +184,14 @@ class PlainDetectron2:
         """Boxes `[R, 4]`."""
         boxes, scores, level_of = [], [], []
         for level, feature in enumerate(features):
-            stride, size = 4 * 2**level, 32 * 2**level
+            stride, size = 4 * 2**level, self.settings.anchor_px * 2**level
             hidden = self.convolution("proposal_generator.rpn_head.conv", feature).relu()
             logits = self.convolution("proposal_generator.rpn_head.objectness_logits", hidden)[0]
             deltas = self.convolution("proposal_generator.rpn_head.anchor_deltas", hidden)[0]
             anchors = []
             for row in range(feature.shape[2]):
                 for column in range(feature.shape[3]):
-                    for ratio in (0.5, 1.0, 2.0):
+                    for ratio in self.settings.ratios:
                         half_w = math.sqrt(size * size / ratio) / 2
                         half_h, x, y = half_w * ratio, column * stride, row * stride
                         anchors.append([x - half_w, y - half_h, x + half_w, y + half_h])
@@ -202,9 +229,10 @@ class PlainDetectron2:
         x = self.linear("box_head.fc2", self.linear("box_head.fc1", x).relu()).relu()
         scores = self.linear("box_predictor.cls_score", x).softmax(dim=1)[:, :-1]  # the last is background
         deltas = self.linear("box_predictor.bbox_pred", x).unflatten(1, (-1, 4))
-        row, label = torch.nonzero(scores > 0.05, as_tuple=True)
-        boxes = clipped(moved(proposals[row], deltas[row, label], (10, 10, 5, 5)), size_hw)
-        kept = torchvision.ops.batched_nms(boxes, scores[row, label], label, 0.5)[:100]
+        row, label = torch.nonzero(scores > self.settings.score, as_tuple=True)
+        boxes = clipped(moved(proposals[row], deltas[row, label], self.settings.box_weights), size_hw)
+        kept = torchvision.ops.batched_nms(boxes, scores[row, label], label, self.settings.nms)
+        kept = kept[: self.settings.detections]
         found = {"boxes": boxes[kept], "scores": scores[row, label][kept], "classes": label[kept], "pairs": len(row)}
         x = self.convolution("roi_heads.mask_head.mask_fcn1", self.pooled(features, found["boxes"], 14)).relu()
         deconvolution = (self.tensors[f"roi_heads.mask_head.deconv.{kind}"] for kind in ("weight", "bias"))

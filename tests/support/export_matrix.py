@@ -40,7 +40,7 @@ from torch import Tensor
 
 from maskrcnn.config import MODELS, NECKS, POOL_METHODS, ModelConfig, model_config
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.errors import UserError, exit_on_user_error
+from maskrcnn.errors import UserError, report_errors
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.files import write_json
 from maskrcnn.model.detector import MaskRCNN
@@ -557,5 +557,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with report_errors():
         sys.exit(main())

@@ -55,7 +55,7 @@ def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
             norm.momentum = None  # cumulative average
         model.train()
         for _ in range(3):
-            model.features(torch.rand(4, 3, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
+            model.features(torch.rand(4, config.channels, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
         model.eval()
         for convolution in model.rpn.head.conv[1:]:  # their initial weights are so small that scores would tie
             convolution[0].weight *= 10

@@ -1,7 +1,6 @@
 """LabelMe and VGG Image Annotator (VIA): outlines drawn by hand, in JSON files beside the images.
 
-Both tools show an image after its EXIF orientation is applied, and coordinates refer to the image on the screen. An
-image with an orientation is therefore written upright.
+Both tools show an image after its EXIF orientation is applied, and coordinates refer to the image on the screen.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maskrcnn.data.convert.files import image_size, list_at, number_at, object_at, read_json, require_size, text_at
+from maskrcnn.data.convert.files import annotated_size, list_at, number_at, object_at, read_json, text_at
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -30,6 +29,7 @@ from maskrcnn.data.convert.source import (
     Options,
     Source,
     are_splits,
+    checked_polygons,
     merged_rle,
     polygon_fields,
     require_entries,
@@ -120,10 +120,9 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
     path, (file, _) = entry.path, entry.data
     content = object_at(read_json(path), str(path))
     image = file if file.is_file() else _embedded_image(content, path, file)
-    size_hw = image_size(image, f"{path}, imageData", upright=True)
-    declared_hw: tuple[Any, Any] = (content.get("imageHeight"), content.get("imageWidth"))
-    if all(type(side) is int for side in declared_hw):
-        require_size(declared_hw, size_hw, str(path))
+    sides: tuple[Any, Any] = (content.get("imageHeight"), content.get("imageWidth"))
+    declared_hw = sides if all(type(side) is int and side > 0 for side in sides) else None
+    size_hw = annotated_size(image, declared_hw, str(path), f"{path}, imageData")
     groups: dict[Any, list[tuple[str, Any]]] = defaultdict(list)  # shapes of each object, with the place of each
     for index, shape in enumerate(_shapes(content, path)):
         group = shape.get("group_id") if isinstance(shape, dict) else None
@@ -140,13 +139,16 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
         category_id = vocabulary.id_of(label, where, faults)
         if category_id is None:
             return None
-        parts = [_labelme_outline(shape, size_hw, f"{place} ({label})") for place, shape in group]
+        # A part without an outline is left out of its object, not the object with it.
+        parts = list(faults.convert_each(group, partial(_labelme_part, label=label, size_hw=size_hw)))
+        if not parts:
+            return None
         if any(isinstance(part, np.ndarray) for part in parts):
             return ObjectAnnotation(category_id, rle_fields(merged_rle(parts, size_hw, where), where))
         return ObjectAnnotation(category_id, polygon_fields(parts, size_hw, where))
 
     objects = tuple(faults.convert_each(groups.values(), convert))
-    return AnnotatedImage(image, size_hw, objects, is_upright=True)
+    return AnnotatedImage(image, size_hw, objects)
 
 
 def _embedded_image(content: dict[str, Any], path: Path, file: Path) -> bytes:
@@ -160,6 +162,13 @@ def _embedded_image(content: dict[str, Any], path: Path, file: Path) -> bytes:
     except (binascii.Error, ValueError) as error:
         found = f"{path}, imageData: not base64 ({error})"
         raise BadEntry("missing image", found, "an image in base64", "restore the image") from error
+
+
+def _labelme_part(_: int, item: tuple[str, Any], *, label: str, size_hw: tuple[int, int]) -> Any:
+    place, shape = item
+    where = f"{place} ({label})"
+    outline = _labelme_outline(object_at(shape, place), size_hw, where)
+    return outline if isinstance(outline, np.ndarray) else checked_polygons([outline], size_hw, where)[0].tolist()
 
 
 def _labelme_outline(shape: dict[str, Any], size_hw: tuple[int, int], where: str) -> Any:
@@ -312,7 +321,7 @@ def _region_name(entry: Entry, index: int) -> str:
 
 def _read_via(entry: Entry, *, name_of: _NameOf, vocabulary: Vocabulary, faults: Faults) -> AnnotatedImage:
     file, regions = entry.data
-    size_hw = image_size(file, upright=True)
+    size_hw = annotated_size(file)
 
     def convert(index: int, region: Any) -> ObjectAnnotation | None:
         where = _region_name(entry, index)
@@ -324,7 +333,7 @@ def _read_via(entry: Entry, *, name_of: _NameOf, vocabulary: Vocabulary, faults:
         where = f"{where} ({name})"
         return ObjectAnnotation(category_id, polygon_fields([_via_outline(shape, where)], size_hw, where))
 
-    return AnnotatedImage(file, size_hw, tuple(faults.convert_each(regions, convert)), is_upright=True)
+    return AnnotatedImage(file, size_hw, tuple(faults.convert_each(regions, convert)))
 
 
 def _via_outline(shape: dict[str, Any], where: str) -> list[float]:

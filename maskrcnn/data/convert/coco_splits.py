@@ -1,24 +1,15 @@
-"""COCO-format datasets with new splits: 2014's minival and valminusminival, or any lists and shares of images."""
+"""COCO-format datasets, and all layouts that training reads: with new splits, copied, or cleaned of faults."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.annotations import (
-    LAYOUT,
-    AnnotationError,
-    are_boxes_only,
-    checked_annotation,
-    read_annotation_lists,
-    read_categories,
-    read_images,
-    usable_id,
-)
-from maskrcnn.data.coco import find_splits
-from maskrcnn.data.convert.files import image_size, require_size
+from maskrcnn.data.annotations import BOX_ONLY, DROPPED, REPAIRED, ObjectEntry, checked_keypoints
+from maskrcnn.data.coco import CocoDataset, SplitContent, divided, read_split
+from maskrcnn.data.convert.files import annotated_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -31,113 +22,142 @@ from maskrcnn.data.convert.source import (
     require_entries,
 )
 from maskrcnn.data.convert.vocabulary import check_categories
+from maskrcnn.data.layouts import LAYOUTS, find_splits, get_split
+from maskrcnn.data.segmentation import AnnotationError
 from maskrcnn.errors import UserError
 
-_CORRECT = "correct the file"
+_SPLIT_PREFIXES = ("train", "val", "test")
 
 
 def open_coco(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens the splits of `options.sets` (prefixes suffice), by default all.
+    """Opens the splits of `options.sets` (prefixes suffice), by default all, of any layout that training reads.
 
-    Ids, categories, segmentations and all further fields are kept.
+    Ids, categories and all further fields are kept, and what was repaired is written repaired. A dataset of one split
+    that is not named train…, val… or test… is divided as in training.
 
     Raises:
-        UserError: for a file in another format, and for splits whose categories or image ids clash.
+        UserError: for a file in another format, and for splits whose categories clash.
     """
+    names = find_splits(root, options.sets, options.image_folder)
     entries: list[Entry] = []
     categories: dict[int, Category] = {}
-    owners: dict[int, str] = {}  # image id -> split
     annotation_ids: set[int] = set()
-    for name in find_splits(root, options.sets):
-        split = _Split(root, name)
-        for category in split.categories:
+    for name in names:
+        split = get_split(root, name, options.image_folder)
+        read = read_split(split)
+        for category in _categories(read):
             first = categories.setdefault(category.id, category)
             if first.name != category.name:
-                found = f"{split.path}: category {category.id} is {category.name!r}, in another split {first.name!r}"
+                names_of = f"category {category.id} is {category.name!r}, in another split {first.name!r}"
+                found = f"{split.annotations}: {names_of}"
                 fix = "correct the files, or convert them one by one"
                 raise UserError(found, "the same categories in all splits", fix)
-        check_categories(categories.values(), f"{split.path} and the splits before it")
-        for image_id in split.images:
-            owner = owners.setdefault(image_id, name)
-            if owner != name:
-                found = f"{split.path}: image id {image_id}, also in {owner}"
-                fix = "convert the splits one by one with --sets"
-                raise UserError(found, "image ids that are unique in all splits", fix)
-        entries += split.entries(annotation_ids, faults)
-    require_entries(entries, root, LAYOUT)
+        check_categories(categories.values(), f"{split.annotations} and the splits before it")
+        _count(read, faults)
+        entries += _entries(read, split.annotations, name, annotation_ids, with_crowds=options.crowd)
+    require_entries(entries, root, LAYOUTS)
+    if len({entry.image_id for entry in entries}) < len(entries):  # as exported by Roboflow: each split counts from 0
+        faults.leave_out("image id that another split has too: images are numbered anew", str(root))
+        entries = [Entry(e.name, e.path, e.split, None, e.data) for e in entries]
+    has_splits = len(names) > 1 or names[0].lower().startswith(_SPLIT_PREFIXES)
+    if not has_splits and len(entries) > 1:
+        dataset = CocoDataset.load(root, names[0], images=options.image_folder, require_images=False)
+        validation = {record.id for record in divided(dataset, "val").images}
+        entries = [
+            Entry(e.name, e.path, "val" if e.image_id in validation else "train", e.image_id, e.data) for e in entries
+        ]
     return Source(
         categories=tuple(categories.values()),
         entries=entries,
-        read=partial(_read, faults=faults, labels={category_id: category_id for category_id in categories}),
-        has_splits=True,
+        read=_read,
+        has_splits=has_splits or len(entries) > 1,
         first_annotation_id=1 + max(annotation_ids, default=0),
     )
 
 
-class _Split:
-    """One annotation file."""
-
-    def __init__(self, root: Path, name: str) -> None:
-        self.name, self.path, self.folder = name, root / "annotations" / f"instances_{name}.json", root / name
-        images, self.annotations, categories = read_annotation_lists(self.path)
-        read_categories(self.path, categories)  # checks them
-        self.categories = [Category(entry["id"], entry["name"], _without(entry, "id", "name")) for entry in categories]
-        check_categories(self.categories, str(self.path))
-        self.images = read_images(self.path, self.folder, images)
-        self.image_fields = {entry["id"]: _without(entry, "id", "file_name", "height", "width") for entry in images}
-        self.boxes_only = are_boxes_only(self.annotations)
-
-    def entries(self, annotation_ids: set[int], faults: Faults) -> list[Entry]:
-        """The images in the order of the file.
-
-        Args:
-            annotation_ids: ids of earlier splits, extended by those of this split; a duplicate id is dropped.
-            faults: counts annotations of unknown images.
-        """
-        by_image: dict[int, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-
-        def assign(index: int, annotation: Any) -> None:
-            entry = annotation if isinstance(annotation, dict) else {}
-            image_id, name = entry.get("image_id"), f"{self.path}, annotation {entry.get('id', f'number {index}')}"
-            if type(image_id) is not int or image_id not in self.images:
-                raise BadEntry("unknown image", f"{name}: image_id {image_id!r}", "an image of the file", _CORRECT)
-            annotation_id = usable_id(annotation)
-            if annotation_id is None or annotation_id in annotation_ids:
-                entry = _without(entry, "id")
-            else:
-                annotation_ids.add(annotation_id)
-            by_image[image_id].append((name, entry))
-
-        list(faults.convert_each(self.annotations, assign))
-        return [
-            Entry(
-                name=file.relative_to(self.folder).as_posix(),
-                path=self.path,
-                split=self.name,
-                image_id=image_id,
-                data=(self, by_image[image_id]),
-            )
-            for image_id, (file, _, _) in self.images.items()
-        ]
+def _categories(read: SplitContent) -> list[Category]:
+    """The classes of a file with all fields of their entries."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for entry in read.categories:
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+            by_name.setdefault(entry["name"], entry)
+    return [
+        Category(category_id, name, _without(by_name.get(name, {}), "id", "name"))
+        for category_id, name in read.file.categories.items()
+    ]
 
 
-def _read(entry: Entry, *, faults: Faults, labels: dict[int, int]) -> AnnotatedImage:
-    split, annotations = entry.data
-    file, height, width = split.images[entry.image_id]
-    require_size((height, width), image_size(file), f"{split.path}, image {entry.image_id}")
+def _count(read: SplitContent, faults: Faults) -> None:
+    """Counts what the reader dropped, which is a fault, and what it repaired."""
+    for note in read.file.notes.of(DROPPED):
+        found = f"{read.file.source}, {note.name}: {note.detail}"
+        faults.handle(BadEntry(note.reason, found, "an annotation in COCO's format", "correct the file"))
+    for outcome in (BOX_ONLY, REPAIRED):
+        first = {note.reason: f"{note.name}: {note.detail}" for note in reversed(read.file.notes.of(outcome))}
+        for reason, count in read.file.notes.counts(outcome).items():
+            faults.leave_out(f"{reason} ({outcome})", f"{read.file.source}, {first[reason]}", count)
 
-    def convert(_: int, item: tuple[str, dict[str, Any]]) -> ObjectAnnotation:
-        name, annotation = item
-        try:
-            _, values = checked_annotation(annotation, split.images, labels, boxes_only=split.boxes_only)
-        except AnnotationError as fault:
-            found = f"{name}: {fault.detail}"
-            raise BadEntry(fault.reason, found, "an annotation in COCO's format", _CORRECT) from fault
-        defaults = {"area": values["area_px"], "iscrowd": int(values["is_crowd"])}  # files may lack them
-        return ObjectAnnotation(annotation["category_id"], defaults | _without(annotation, "image_id", "category_id"))
 
-    objects = tuple(faults.convert_each(annotations, convert))
-    return AnnotatedImage(file, (height, width), objects, fields=split.image_fields[entry.image_id])
+def _entries(
+    read: SplitContent, path: Path, split: str, annotation_ids: set[int], *, with_crowds: bool
+) -> Sequence[Entry]:
+    """The images in the order of the file.
+
+    Args:
+        read: the split.
+        path: its annotation file, for errors.
+        split: its name.
+        annotation_ids: ids of earlier splits, extended by those of this split; a duplicate id is dropped.
+        with_crowds: keep crowd regions; otherwise they become objects.
+    """
+    by_image: dict[int, list[ObjectAnnotation]] = defaultdict(list)
+    for each in read.file.objects:
+        names = read.file.keypoints.names
+        fields = _fields(read.annotations[each.index], each, len(names), with_crowds=with_crowds)
+        if each.annotation_id not in annotation_ids:
+            annotation_ids.add(each.annotation_id)
+            fields["id"] = each.annotation_id
+        by_image[each.image_id].append(ObjectAnnotation(each.category_id, fields))
+    entries = []
+    for image_id, image in read.file.images.items():
+        file = read.paths[image_id]
+        name = file.relative_to(read.folder) if file.is_relative_to(read.folder) else Path(file.name)
+        size_hw = (image.height, image.width)
+        fields = _without(read.images[image.index], "id", "file_name", "height", "width")
+        data = (file, size_hw, by_image[image_id], fields)
+        entries.append(Entry(name.as_posix(), path, split, image_id, data))
+    return entries
+
+
+def _fields(entry: dict[str, Any], each: ObjectEntry, keypoints: int, *, with_crowds: bool) -> dict[str, Any]:
+    """COCO's fields of an object as it was read, and all further fields of its entry.
+
+    Args:
+        entry: the annotation in the file.
+        each: the object that was read from it.
+        keypoints: number of keypoints of an object; malformed ones are left out.
+        with_crowds: keep the flag of a crowd region.
+    """
+    fields = {
+        **_without(entry, "id", "image_id", "category_id", "segmentation"),
+        "bbox": list(each.bbox_xywh),
+        "area": each.area,
+        "iscrowd": int(each.is_crowd and with_crowds),
+    }
+    if each.has_mask:
+        parts = each.segmentation
+        fields["segmentation"] = parts if isinstance(parts, dict) else [part.tolist() for part in parts]
+    try:
+        checked_keypoints(entry.get("keypoints"), keypoints)
+    except AnnotationError:
+        fields = _without(fields, "keypoints", "num_keypoints")
+    return fields
+
+
+def _read(entry: Entry) -> AnnotatedImage:
+    file, size_hw, objects, fields = entry.data
+    annotated_size(file, size_hw, f"{entry.path}, image {entry.name}")
+    return AnnotatedImage(file, size_hw, objects, fields=fields)
 
 
 def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TextIO
 
 from maskrcnn.data.convert.annotation_tools import open_labelme, open_via
 from maskrcnn.data.convert.coco_splits import open_coco
+from maskrcnn.data.convert.datumaro import PREFIX, open_datumaro
 from maskrcnn.data.convert.files import read_json, read_lines, write_image
 from maskrcnn.data.convert.masks import open_cityscapes, open_id_masks, open_mask_files, open_penn_fudan, open_synthia
 from maskrcnn.data.convert.source import AnnotatedImage, BadEntry, Category, Entry, Faults, Options, Source
@@ -41,7 +43,8 @@ class _Kind(NamedTuple):
 
 _NAMES = ("classes", "alias")
 KINDS: dict[str, _Kind] = {
-    "coco": _Kind(open_coco, ("sets",)),
+    "coco": _Kind(open_coco, ("sets", "image_folder", "crowd")),
+    "yolo": _Kind(open_coco, ("sets", "image_folder")),
     "voc": _Kind(open_voc, (*_NAMES, "sets", "with_masks", "difficult", "zero_based")),
     "visual-genome": _Kind(open_visual_genome, _NAMES),
     "penn-fudan": _Kind(open_penn_fudan, ("class_name",)),
@@ -208,7 +211,7 @@ def convert(
     image does not change the ids of others.
 
     Args:
-        kind: format, one of `KINDS`.
+        kind: format, one of `KINDS`, or "datumaro:FORMAT".
         source: the dataset's folder, or for some formats its annotation file.
         out: folder to write, missing or empty.
         options: options of the format.
@@ -221,18 +224,16 @@ def convert(
         UserError: for an unknown kind, an option that the kind does not accept, a dataset of another kind, an `out`
             that is not empty, and a fault (a BadEntry) unless `keep_going`.
     """
-    options, plan = options or Options(), plan or SplitPlan()
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r}", f"one of {', '.join(KINDS)}", "name the dataset's format")
+    options, plan, chosen = options or Options(), plan or SplitPlan(), _kind(kind)
     for field in dataclasses.fields(Options):
-        if getattr(options, field.name) != field.default and field.name not in KINDS[kind].options:
+        if getattr(options, field.name) != field.default and field.name not in chosen.options:
             kinds = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
-            option = "class" if field.name == "class_name" else field.name.replace("_", "-")
+            option = {"class_name": "class", "crowd": "no-crowd"}.get(field.name, field.name.replace("_", "-"))
             raise UserError(f"--{option} with kind {kind}", f"the option with {kinds} only", "remove the option")
     source, out, faults = Path(source), Path(out).resolve(), Faults(keep_going=keep_going)
     if not source.exists():
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
-    opened = KINDS[kind].open(source, options, faults)
+    opened = chosen.open(source, options, faults)
     splits = plan.assign(opened.entries, faults, has_splits=opened.has_splits)
     for split in sorted({split for split in splits if split}):
         if split == "annotations" or split.startswith("."):
@@ -259,6 +260,15 @@ def convert(
         left_out=dict(faults.left_out),
         notes=tuple(faults.lines()),
     )
+
+
+def _kind(name: str) -> _Kind:
+    if name.startswith(PREFIX) and name != PREFIX:
+        return _Kind(partial(open_datumaro, format_name=name.removeprefix(PREFIX)), ("sets",))
+    if name not in KINDS:
+        expected = f"one of {', '.join(KINDS)}, or {PREFIX}FORMAT for what the library Datumaro reads"
+        raise UserError(f"kind {name!r}", expected, "name the dataset's format")
+    return KINDS[name]
 
 
 class _DatasetWriter:
@@ -296,7 +306,7 @@ class _DatasetWriter:
         if target.exists():
             found = f"two images for {split}/{name}"
             raise UserError(found, "unique image names in a split", "rename one, or put them into two splits")
-        write_image(image.content, target, is_upright=image.is_upright, copies=self._copies)
+        write_image(image.content, target, copies=self._copies)
         height, width = image.size_hw
         entry = {**image.fields, "id": image_id, "file_name": name, "height": height, "width": width}
         self._write(split, "images", entry)

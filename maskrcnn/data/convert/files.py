@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from maskrcnn import files
 from maskrcnn.data.convert.source import BadEntry
-from maskrcnn.data.images import decode_image, read_image
+from maskrcnn.data.images import decode_image, read_header, read_image, same_ratio
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
 
 UNREADABLE = "annotation file that cannot be read"
 _UNREADABLE_MASK = "mask that cannot be read"
 _RESTORE = "restore the file from its source"
-_JPEG_QUALITY = 95  # of images saved upright; Pillow's documentation advises against more
 _ID_MODES = ("1", "L", "P", "I")  # Pillow's modes of one number per pixel, besides those that begin with I;16
 
 
@@ -128,34 +128,45 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.strip()
 
 
-def image_size(content: Path | bytes, name: str = "", *, upright: bool = False) -> tuple[int, int]:
-    """Decodes an image and returns its (height, width), so that every converted image can be read in training.
+def annotated_size(
+    content: Path | bytes, declared_hw: tuple[int, int] | None = None, where: str = "", name: str = ""
+) -> tuple[int, int]:
+    """Decodes an image, so that it can be read in training, and returns the size of the image that was annotated.
 
-    Of a JPEG only an eighth of the pixels is computed; the whole file is read for it.
+    That is the declared size; without one, the size of the upright image (see `data/images.py`). Of a JPEG only an
+    eighth of the pixels is computed; the whole file is read for it.
 
     Args:
         content: image file, or the content of one.
+        declared_hw: height and width that the annotation states.
+        where: name of the annotation in errors.
         name: name of the content in errors.
-        upright: whether to return the size after the EXIF orientation is applied.
 
     Raises:
-        BadEntry: where the file is missing, damaged or not an image.
+        BadEntry: where the file is missing, damaged or not an image, or of another aspect ratio than declared.
     """
-    orientation = 1
+    with as_fault("image that cannot be read"):
+        header = read_header(content, name)
+        if not _is_complete_jpeg(content):
+            any_range = Preprocessing(pixel_range=(0, 65535))
+            _ = decode_image(content, name, any_range) if isinstance(content, bytes) else read_image(content, any_range)
+    shown_hw = header.shown_hw(declared_hw)
+    if declared_hw is None:
+        return shown_hw
+    if not same_ratio(shown_hw, declared_hw):
+        require_size(declared_hw, shown_hw, where)
+    return declared_hw
+
+
+def _is_complete_jpeg(content: Path | bytes) -> bool:
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            size_hw, orientation = image.size[::-1], _orientation(image)
-            complete = image.format == "JPEG" and image.draft(None, (1, 1)) is not None
-            if complete:
-                image.load()
+            if image.format != "JPEG" or image.draft(None, (1, 1)) is None:
+                return False
+            image.load()
     except Exception:  # Pillow's decoders raise any exception; `read_image` names the cause
-        complete, orientation = False, 1
-    if not complete:
-        with as_fault("image that cannot be read"):
-            pixels = decode_image(content, name) if isinstance(content, bytes) else read_image(content)
-        size_hw = pixels.shape[:2]
-    # Orientations 5 to 8 swap rows and columns (EXIF 2.3, tag 274).
-    return size_hw[::-1] if upright and orientation > 4 else size_hw
+        return False
+    return True
 
 
 def require_size(size_hw: tuple[int, ...], image_hw: tuple[int, int], where: str) -> None:
@@ -167,22 +178,15 @@ def require_size(size_hw: tuple[int, ...], image_hw: tuple[int, int], where: str
         raise BadEntry("annotation of another size than its image", found, expected, fix)
 
 
-def write_image(content: Path | bytes, target: Path, *, is_upright: bool, copies: bool) -> None:
-    """Writes an image to `target`.
+def write_image(content: Path | bytes, target: Path, *, copies: bool) -> None:
+    """Writes an image to `target`, byte by byte: an EXIF orientation is applied by whoever reads it.
 
     Args:
         content: image file, or the content of one.
         target: file to write.
-        is_upright: apply the EXIF orientation, if there is one; otherwise the bytes stay the same.
         copies: copy a file instead of hard-linking it; where the file system has no links, it is copied anyway.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if is_upright:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            if _orientation(image) != 1:
-                options = {"quality": _JPEG_QUALITY, "subsampling": 0} if image.format == "JPEG" else {}
-                ImageOps.exif_transpose(image).save(target, format=image.format, **options)
-                return
     if isinstance(content, bytes):
         target.write_bytes(content)
         return
@@ -194,11 +198,6 @@ def write_image(content: Path | bytes, target: Path, *, is_upright: bool, copies
         except OSError:
             pass  # another disk, or a file system without links
     shutil.copyfile(source, target)
-
-
-def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in range(1, 9) else 1
 
 
 def read_ids(path: Path) -> np.ndarray:

@@ -5,14 +5,14 @@ An instance is the set of all pixels of its number, whether they are connected o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from maskrcnn.data.convert.files import image_size, read_ids, read_two_channels, require_size
+from maskrcnn.data.convert.files import annotated_size, read_ids, read_two_channels, require_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -29,7 +29,7 @@ from maskrcnn.data.convert.source import (
     split_off,
 )
 from maskrcnn.data.convert.vocabulary import Vocabulary, read_classes
-from maskrcnn.data.images import IMAGE_SUFFIXES
+from maskrcnn.data.images import IMAGE_SUFFIXES, read_header
 from maskrcnn.errors import UserError
 
 # Ids of the classes with instances in Cityscapes' benchmark (cityscapesScripts, labels.py).
@@ -162,9 +162,8 @@ def _read(entry: Entry, *, decode: _Decoder, faults: Faults) -> AnnotatedImage:
         raise BadEntry("mask without an image", str(mask), "an image of the same name", "complete the images")
     if mask is None:
         raise BadEntry("image without a mask", str(image), f"its mask, {entry.path}", "complete the masks")
-    size_hw = image_size(image)
-    mask_hw, instances = decode(mask)
-    require_size(mask_hw, size_hw, str(mask))
+    (height, width), instances = decode(mask)
+    size_hw = annotated_size(image, (height, width), str(mask))
 
     def convert(_: int, item: tuple[int, np.ndarray, bool, str]) -> ObjectAnnotation:
         category_id, pixels, is_crowd, name = item
@@ -248,6 +247,16 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
+def _size_of(masks: Sequence[Path]) -> tuple[int, int] | None:
+    """The size of the first mask that can be read."""
+    for path in masks:
+        try:
+            return read_header(path).size_hw
+        except UserError:
+            continue
+    return None
+
+
 def _read_mask_files(entry: Entry, *, faults: Faults) -> AnnotatedImage:
     if len(entry.data) != 1:
         found = f"{entry.path / 'images'}: {len(entry.data)} images"
@@ -255,11 +264,12 @@ def _read_mask_files(entry: Entry, *, faults: Faults) -> AnnotatedImage:
     masks = entry.path / "masks"
     if not masks.is_dir():
         raise BadEntry("image without masks", f"no folder {masks}", _MASK_FILES_LAYOUT, "complete the dataset")
-    size_hw = image_size(entry.data[0])
+    files = _image_files(masks)
+    size_hw = annotated_size(entry.data[0], _size_of(files), str(masks))
 
     def convert(_: int, path: Path) -> ObjectAnnotation:
         mask = read_ids(path) != 0
         require_size(mask.shape, size_hw, str(path))
         return ObjectAnnotation(1, mask_fields(mask, str(path)))
 
-    return AnnotatedImage(entry.data[0], size_hw, tuple(faults.convert_each(_image_files(masks), convert)))
+    return AnnotatedImage(entry.data[0], size_hw, tuple(faults.convert_each(files, convert)))

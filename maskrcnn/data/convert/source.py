@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pycocotools import mask as mask_api
 
-from maskrcnn.data.annotations import AnnotationError, checked_segmentation, compressed_rle
+from maskrcnn.data.segmentation import AnnotationError, checked_segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
 _SPLIT_PREFIXES = ("train", "val", "test")  # of folder names that are splits
@@ -61,9 +61,9 @@ class Faults:
         self.skipped[fault.reason] += 1
         self._examples.setdefault(fault.reason, fault.found)
 
-    def leave_out(self, reason: str, example: str) -> None:
-        """Counts an entry that the format or an option excludes; this is never raised."""
-        self.left_out[reason] += 1
+    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts entries that the format or an option excludes or repairs; this is never raised."""
+        self.left_out[reason] += count
         self._examples.setdefault(reason, example)
 
     def convert_each(
@@ -121,9 +121,8 @@ class AnnotatedImage:
     """One image and its objects."""
 
     content: Path | bytes  # image file, or the content of one
-    size_hw: tuple[int, int]  # of the pixels that the objects refer to
+    size_hw: tuple[int, int]  # of the image that the objects refer to, see `annotated_size`
     objects: Sequence[ObjectAnnotation] = ()
-    is_upright: bool = False  # whether the objects refer to the image after its EXIF orientation is applied
     fields: dict[str, Any] = field(default_factory=dict)  # further fields of COCO's image entry
 
 
@@ -155,6 +154,7 @@ class Options:
     mask_suffix: str | None = None  # appended to the image's name in a mask's name
     divisor: int | None = None  # id masks: pixel value = class · divisor + instance
     void: int | None = None  # id masks: value of unlabelled pixels
+    crowd: bool = True  # COCO: keep crowd regions; False: convert them to objects
 
 
 def are_splits(paths: Iterable[Path]) -> bool:
@@ -221,7 +221,7 @@ def polygon_fields(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
     Raises:
         BadEntry: for a polygon that is malformed, far outside the image, or covers no pixel.
     """
-    points = _checked(polygons, size_hw, where)
+    points = checked_polygons(polygons, size_hw, where)
     area = _area(compressed_rle(points, *size_hw), where)
     corners = np.concatenate(points).reshape(-1, 2).clip(0, size_hw[::-1])
     (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
@@ -232,7 +232,9 @@ def polygon_fields(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]
 def merged_rle(parts: Sequence[Any], size_hw: tuple[int, int], where: str) -> dict[str, Any]:
     """The union of polygons and masks (bool `[H, W]`) as compressed run lengths."""
     rles = [
-        _rle(part) if isinstance(part, np.ndarray) else compressed_rle(_checked([part], size_hw, where), *size_hw)
+        _rle(part)
+        if isinstance(part, np.ndarray)
+        else compressed_rle(checked_polygons([part], size_hw, where), *size_hw)
         for part in parts
     ]
     return {"size": list(size_hw), "counts": mask_api.merge(rles)["counts"].decode("ascii")}
@@ -270,7 +272,8 @@ def _area(rle: dict[str, Any], where: str) -> int:
     return area
 
 
-def _checked(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int], where: str) -> list[np.ndarray]:
+def checked_polygons(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int], where: str) -> list[np.ndarray]:
+    """Polygons (x, y, x, y, …) as arrays; raises a BadEntry, which `where` names, for a malformed one."""
     try:
         segmentation = checked_segmentation([list(polygon) for polygon in polygons], *size_hw)
     except AnnotationError as fault:

@@ -18,13 +18,12 @@ from typing import Any, BinaryIO
 
 from maskrcnn.data.convert.files import (
     UNREADABLE,
+    annotated_size,
     as_fault,
-    image_size,
     list_at,
     number_at,
     object_at,
     read_json,
-    require_size,
 )
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
@@ -150,9 +149,8 @@ def _name(value: Any) -> str:
 def _read(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> AnnotatedImage:
     file, span, declared_hw = entry.data
     _, objects = _read_entry(entry.path, span)
-    size_hw = image_size(file)
-    if declared_hw is not None:
-        require_size(declared_hw, size_hw, f"{entry.path.with_name('image_data.json')}, image {entry.image_id}")
+    where = f"{entry.path.with_name('image_data.json')}, image {entry.image_id}"
+    size_hw = annotated_size(file, declared_hw, where)
 
     def convert(index: int, value: Any) -> ObjectAnnotation | None:
         fields = value if isinstance(value, dict) else {}

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
-from maskrcnn.data.convert.files import image_size, read_ids, read_lines, read_xml, require_size
+from maskrcnn.data.convert.files import annotated_size, read_ids, read_lines, read_xml, require_size
 from maskrcnn.data.convert.source import (
     AnnotatedImage,
     BadEntry,
@@ -128,10 +128,11 @@ def _class_names(entries: list[Entry], faults: Faults) -> Iterator[tuple[str, st
 
 def _read_boxes(entry: Entry, *, vocabulary: Vocabulary, options: Options, faults: Faults) -> AnnotatedImage:
     xml = read_xml(entry.path)
-    size_hw = image_size(entry.data)
-    declared_hw = [xml.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
-    if all(text.isdecimal() and int(text) > 0 for text in declared_hw):  # some tools write 0 or nothing
-        require_size((int(declared_hw[0]), int(declared_hw[1])), size_hw, str(entry.path))
+    sides = [xml.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    declared_hw = None
+    if all(text.isdecimal() and int(text) > 0 for text in sides):  # some tools write 0 or nothing
+        declared_hw = (int(sides[0]), int(sides[1]))
+    size_hw = annotated_size(entry.data, declared_hw, str(entry.path))
 
     def convert(index: int, element: Element) -> ObjectAnnotation | None:
         where = f"{entry.path}, object {index + 1}"
@@ -197,11 +198,10 @@ def _box(element: Element, size_hw: tuple[int, int], where: str, *, zero_based: 
 
 def _read_masks(entry: Entry, *, vocabulary: Vocabulary, options: Options, faults: Faults) -> AnnotatedImage:
     root, stem = entry.data.parents[1], entry.data.stem
-    size_hw = image_size(entry.data)
     objects_path, classes_path = (root / f"Segmentation{kind}" / f"{stem}.png" for kind in ("Object", "Class"))
     objects, classes = read_ids(objects_path), read_ids(classes_path)
-    for path, ids in ((objects_path, objects), (classes_path, classes)):
-        require_size(ids.shape, size_hw, str(path))
+    size_hw = annotated_size(entry.data, (objects.shape[0], objects.shape[1]), str(objects_path))
+    require_size(classes.shape, size_hw, str(classes_path))
     elements = list(read_xml(entry.path).iterfind("object")) if entry.path.is_file() else []
 
     def convert(_: int, number: int) -> ObjectAnnotation | None:

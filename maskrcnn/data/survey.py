@@ -1,0 +1,217 @@
+"""The images of a dataset: how they are read by their annotations, and a survey of their headers before work starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from maskrcnn.data.coco import CocoDataset, ImageRecord
+from maskrcnn.data.images import (
+    EXIF_RULES,
+    ImageHeader,
+    ImageNotes,
+    fits_size,
+    read_header,
+    read_image,
+    read_samples,
+)
+from maskrcnn.errors import UserError
+from maskrcnn.imaging.draw import displayed
+from maskrcnn.imaging.preprocess import Preprocessing
+
+_THREADS = 8  # that read headers
+_MEASURED = 200  # images whose samples are read for the range
+
+
+def read_record(
+    record: ImageRecord, preprocessing: Preprocessing | None = None, notes: ImageNotes | None = None
+) -> np.ndarray:
+    """Reads an annotated image in the frame and size of its annotation, `[H, W, C]`; see `read_image`."""
+    return read_image(
+        record.path, preprocessing, annotated_hw=(record.height, record.width), exif=record.exif, notes=notes
+    )
+
+
+def unreadable_images(records: Sequence[ImageRecord], preprocessing: Preprocessing, *, workers: int) -> list[UserError]:
+    """Decodes images in threads; returns the errors of `read_record`, in the order of the images."""
+
+    def error_of(record: ImageRecord) -> UserError | None:
+        try:
+            read_record(record, preprocessing)
+        except UserError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [error for error in pool.map(error_of, records) if error is not None]
+
+
+def read_for_display(record: ImageRecord) -> np.ndarray:
+    """Reads an annotated image for the eye, uint8 `[H, W, 3]`; samples of more than 8 bits by their own range.
+
+    An image that does not fit its annotation is returned as it is.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    rule = Preprocessing()
+    if read_header(record.path).is_wide:
+        samples = read_samples(record.path)
+        finite = samples[np.isfinite(samples)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        rule = Preprocessing(pixel_range=(low, high if high > low else low + 1))
+    try:
+        return displayed(read_record(record, rule))
+    except UserError:
+        return displayed(read_image(record.path, rule))
+
+
+def with_exif(dataset: CocoDataset, exif: str) -> CocoDataset:
+    """A dataset whose images are read by a rule of EXIF orientations, one of `images.EXIF_RULES`.
+
+    Raises:
+        UserError: for another rule.
+    """
+    if exif not in EXIF_RULES:
+        raise UserError(f"exif {exif!r}", f"one of {', '.join(EXIF_RULES)}", "choose one of these")
+    return replace(dataset, images=tuple(replace(record, exif=exif) for record in dataset.images))
+
+
+@dataclass(frozen=True)
+class ImageSurvey:
+    """Headers of the images of one split, counted."""
+
+    split: str
+    images: int
+    wide: tuple[ImageRecord, ...]  # images whose samples have more than 8 bits
+    stated_range: tuple[float, float] | None  # the widest that a wide image states
+    counts: Counter[str] = field(default_factory=Counter)  # images by remark
+    examples: dict[str, str] = field(default_factory=dict)  # the first image by remark
+
+    def lines(self) -> list[str]:
+        """One line per remark."""
+        return [
+            f"{self.split}: {count} of {self.images} image(s) {remark}; first: {self.examples[remark]}"
+            for remark, count in self.counts.items()
+        ]
+
+
+def survey_images(dataset: CocoDataset, preprocessing: Preprocessing | None = None) -> ImageSurvey:
+    """Reads the headers of a dataset's images. Images that cannot be opened are left to the reader of their pixels.
+
+    Args:
+        dataset: images and annotations.
+        preprocessing: the model's (default: its channels and bands are not compared with the images).
+
+    Raises:
+        UserError: where images have another aspect ratio than their annotations, or fewer bands than the model reads.
+    """
+    faults: list[UserError] = []
+    wide: list[ImageRecord] = []
+    ranges: list[tuple[float, float]] = []
+    survey = ImageSurvey(dataset.split, len(dataset.images), (), None)
+    for record, header in _headers(dataset.images):
+        if header is None:
+            continue
+        try:
+            remarks = list(_remarks(record, header, preprocessing))
+        except UserError as fault:
+            faults.append(fault)
+            continue
+        for remark in remarks:
+            survey.counts[remark] += 1
+            survey.examples.setdefault(remark, str(record.path))
+        if header.is_wide:
+            wide.append(record)
+            ranges += [header.stated_range] if header.stated_range else []
+    if faults:
+        first = faults[0]
+        found = (
+            f"{dataset.annotation_path}: {len(faults)} of {len(dataset.images)} images do not fit, first: {first.found}"
+        )
+        raise UserError(found, first.expected, first.fix)
+    stated = (min(low for low, _ in ranges), max(high for _, high in ranges)) if len(ranges) == len(wide) > 0 else None
+    return replace(survey, wide=tuple(wide), stated_range=stated)
+
+
+def _headers(records: Sequence[ImageRecord]) -> Iterator[tuple[ImageRecord, ImageHeader | None]]:
+    def read(record: ImageRecord) -> ImageHeader | None:
+        try:
+            return read_header(record.path)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from zip(records, pool.map(read, records), strict=True)
+
+
+def _remarks(record: ImageRecord, header: ImageHeader, preprocessing: Preprocessing | None) -> Iterator[str]:
+    annotated_hw = (record.height, record.width)
+    if header.orientation != 1:
+        if header.orientation_for(annotated_hw, record.exif) == 1:
+            yield "are read as stored, not as their EXIF orientation says (--exif)"
+        else:
+            yield "are turned or mirrored by their EXIF orientation (--exif)"
+    if not fits_size(header.shown_hw(annotated_hw, record.exif), annotated_hw, str(record.path)):
+        yield "of another size than their annotations are scaled to the annotated size"
+    if preprocessing is None:
+        return
+    if header.frames > 1:
+        yield "have several frames or pages, of which the first is read"
+    channels = preprocessing.channels
+    needed = max(preprocessing.bands, default=channels if channels not in (1, 3) else 1)
+    if header.bands < needed:
+        raise UserError(
+            f"{record.path} has {header.bands} band(s)",
+            f"at least {needed}, as the model reads",
+            "use images with all bands, or train with other --set model.channels or model.preprocessing.bands",
+        )
+    if header.bands > 3 and header.bands > channels and not preprocessing.bands:
+        yield (
+            f"have {header.bands} bands, of which the model reads {channels}: "
+            f"train with --set model.channels={header.bands} for all, --set model.preprocessing.bands=[…] for some"
+        )
+
+
+def measured_range(survey: ImageSurvey) -> tuple[tuple[float, float] | None, str]:
+    """The pixel range of samples of more than 8 bits, and a line about it; None and "" for images of 8 bits.
+
+    The range is what the files state, else that of the samples of up to 200 images: for non-negative integers up to the
+    next power of two, for floats 0–1 or 0–255 if they are inside, else from the lowest to the highest.
+
+    Raises:
+        UserError: if an image cannot be read.
+    """
+    if not survey.wide:
+        return None, ""
+    value_range, how = survey.stated_range, "which the files state"
+    if value_range is None:
+        indices = np.linspace(0, len(survey.wide) - 1, min(len(survey.wide), _MEASURED)).round().astype(int)
+        low, high, is_integer = np.inf, -np.inf, True
+        for index in indices:
+            samples = read_samples(survey.wide[index].path)
+            if samples.dtype.kind == "f":
+                is_integer, samples = False, samples[np.isfinite(samples)]
+            if samples.size:
+                low, high = min(low, float(samples.min())), max(high, float(samples.max()))
+        value_range = _rounded(low, high, is_integer=is_integer)
+        how = f"from samples of {low:g} to {high:g} in {len(indices)} of them"
+    shown = f"{value_range[0]:g},{value_range[1]:g}"
+    return value_range, (
+        f"{survey.split}: {len(survey.wide)} of {survey.images} image(s) with more than 8 bits per sample: pixel range "
+        f"[{shown}], {how}; it is kept with the model (to change it: --set model.preprocessing.pixel_range=[LOW,HIGH])"
+    )
+
+
+def _rounded(low: float, high: float, *, is_integer: bool) -> tuple[float, float]:
+    if not low < high:  # constant, or without a number
+        return (min(low, 0.0), max(low, 0.0) + 1) if np.isfinite(low) else (0.0, 1.0)
+    if low >= 0 and is_integer:
+        return 0.0, float((1 << max(8, int(high).bit_length())) - 1)
+    if low >= 0 and high <= 255:
+        return 0.0, 1.0 if high <= 1 else 255.0
+    return low, high
