@@ -10,7 +10,7 @@ from typing import Any
 
 from maskrcnn.data.convert.coco_splits import open_coco
 from maskrcnn.data.convert.source import Faults, Options, Source
-from maskrcnn.errors import UserError, missing_library
+from maskrcnn.errors import UserError, missing_library, reason_of
 
 PREFIX = "datumaro:"  # of kinds, followed by Datumaro's name of the format, or "auto"
 
@@ -38,10 +38,13 @@ def open_datumaro(root: Path, options: Options, faults: Faults, *, format_name: 
         dataset = library.Dataset.import_from(str(root), None if format_name == "auto" else format_name)
         dataset.export(folder.name, "coco_instances", save_media=True)
     except Exception as error:  # its importers raise exceptions of many libraries
+        reasons: list[BaseException] = [error]
+        while reasons[-1].__cause__ is not None:
+            reasons.append(reasons[-1].__cause__)
         raise UserError(
-            f"{root}: Datumaro cannot read it as {format_name} ({type(error).__name__}: {error})",
-            "a dataset of that format (list: datum util detect-format, docs of Datumaro)",
-            "name another format, or datumaro:auto",
+            f"{root}: Datumaro cannot read it as {format_name}: {'; '.join(map(reason_of, reasons))}",
+            "a dataset of a format that Datumaro imports",
+            f"name its format: datum detect {root} lists those that fit",
         ) from error
     source = open_coco(Path(folder.name), options, faults)
     read = source.read
