@@ -20,6 +20,7 @@ from torch import Tensor
 from maskrcnn.errors import UserError
 from maskrcnn.machine import available_cpus
 
+_LAUNCH = "launch with `torchrun --nproc-per-node N -m maskrcnn train …`, or unset WORLD_SIZE"
 _TIMEOUT = datetime.timedelta(hours=2)  # other processes wait while one scores an evaluation
 
 
@@ -74,9 +75,9 @@ def joined(device: str) -> Iterator[Processes]:
         device: "auto", "cpu" or "cuda"; GPUs communicate by NCCL, CPUs by gloo.
 
     Raises:
-        UserError: if the environment of `torchrun` is incomplete.
+        UserError: if the environment of `torchrun` is incomplete or malformed.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = _number("WORLD_SIZE", at_least=1)
     if world_size == 1:
         yield Processes()
         return
@@ -85,9 +86,12 @@ def joined(device: str) -> Iterator[Processes]:
         raise UserError(
             f"WORLD_SIZE={world_size} in the environment, without {', '.join(missing)}",
             "all variables set by torchrun",
-            "launch with `torchrun --nproc-per-node N -m maskrcnn train …`, or unset WORLD_SIZE",
+            _LAUNCH,
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, rank, local_size = _number("LOCAL_RANK"), _number("RANK"), _number("LOCAL_WORLD_SIZE", at_least=1)
+    _number("MASTER_PORT")
+    if rank >= world_size:
+        raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}", "0 ≤ RANK < WORLD_SIZE", _LAUNCH)
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -97,7 +101,7 @@ def joined(device: str) -> Iterator[Processes]:
         rank=dist.get_rank(),
         world_size=world_size,
         local_rank=local_rank,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=local_size,
         objects=objects,
     )
     try:
@@ -108,6 +112,14 @@ def joined(device: str) -> Iterator[Processes]:
         # threads once nothing refers to it, and wrapped models do so in reference cycles.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _number(name: str, *, at_least: int = 0) -> int:
+    """A variable of torchrun; `at_least` where it is not set."""
+    text = os.environ.get(name, str(at_least))
+    if not text.isdecimal() or int(text) < at_least:
+        raise UserError(f"{name}={text} in the environment", f"a whole number, at least {at_least}", _LAUNCH)
+    return int(text)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

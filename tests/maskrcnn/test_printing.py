@@ -1,6 +1,7 @@
 """What a terminal, a pipe and a file get: names as they are, whatever the encoding; errors without a traceback."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -101,3 +102,71 @@ def test_more_memory_than_there_is_is_refused(run, tmp_path, checkpoint):
 def test_usage_errors_show_brackets(run):
     code, _, err = run("lint", "m.onnx", "--[/red]")
     assert code == 2 and "[/red]" in err
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "?", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK=?"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_set(run, shapes, monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    expect_error(run("train", "--data", shapes), words, "torchrun")
+    if "?" not in words:  # the evaluation reads RANK, WORLD_SIZE and LOCAL_RANK only
+        expect_error(run("evaluate", "m.onnx", "--data", shapes), words, "torchrun")
+
+
+# Files that are not what they are given as
+
+CONTENTS = {
+    "random": bytes(range(256)) * 8,
+    "empty": b"",
+    "metadata of another kind": b'{"contract": 1, "preprocessing": 5, "stamp": 3}',
+}
+COMMANDS = [
+    "predict image.png --model {}",
+    "evaluate {} --data data",
+    "verify {0} {0} --max-images 1",
+    "inspect {}",
+    "lint {}",
+    "triton {} repository",
+    "export {} --onnx --output out.onnx",
+    "export --onnx --weights {} --output out.onnx",
+    "build-engine {} --fp16 --target openvino",
+    "refit-engine {0} {0} --output out.engine",
+    "train --data data --weights {}",
+    "train --data data --config {}",
+    "evaluate --results {0} --annotations {0}",
+    "data check {}",
+    "data convert via {} out",
+    "data convert coco data out --sets val --alias {}",
+]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("suffix", ["onnx", "xml", "engine", "safetensors", "pth"])
+def test_a_file_of_any_content_is_an_error_without_a_traceback(run, tmp_path, shapes, content, suffix):
+    """Every command that reads a file, in this process; a folder, a loop of links and a missing file as well."""
+    shutil.copytree(shapes, tmp_path / "data")
+    shutil.copy(shapes / "val" / "000000.png", tmp_path / "image.png")
+    names = [f"file.{suffix}"]
+    (tmp_path / names[0]).write_bytes(CONTENTS[content])
+    (tmp_path / f"{names[0]}.json").write_bytes(CONTENTS[content])
+    (tmp_path / "file.bin").write_bytes(b"")
+    if content == "empty":  # once for each suffix
+        (tmp_path / f"folder.{suffix}").mkdir()
+        (tmp_path / f"loop.{suffix}").symlink_to(f"loop.{suffix}")
+        names += [f"folder.{suffix}", f"loop.{suffix}", f"missing.{suffix}"]
+    for name in names:
+        for command in COMMANDS:
+            if "--alias" in command and name == names[0]:
+                continue  # any text is a list of names
+            code, out, err = run(*command.format(name).split())
+            assert code == 1 and "internal error" not in err, (command, name, err)
+            if not (command.startswith("data check") and out):  # a report with an error
+                assert err.startswith("Error: ") and "\n  fix:      " in err, (command, name, err)
