@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.export import functions
 from maskrcnn.export.graph import op_counts, set_metadata
 from maskrcnn.export.passes.tidy import tidy
+from maskrcnn.export.variants import unmatched_hint, with_share
 from maskrcnn.files import atomic_path
 from maskrcnn.model import ops
 from maskrcnn.model.detector import MaskRCNN
@@ -108,15 +108,13 @@ def export_onnx(
             TorchBackend(model, device="cpu"),
             OnnxRuntimeBackend(Path(draft), providers=["CPUExecutionProvider"]),
         )
-        tolerance = dataclasses.replace(EXACT, departing_share=max_unmatched)
+        tolerance = with_share(EXACT, max_unmatched)
         difference = with_stages(compare_backends(reference, candidate, tolerance), reference, candidate)
         if not difference.within(tolerance):
-            share = math.ceil(difference.unmatched_share * 1e4) / 1e4
             raise UserError(
                 f"an ONNX file that disagrees with PyTorch; {difference}",
                 str(tolerance),
-                "check the weights for NaN and extreme values"
-                + (f"; accept boxes whose scores tie with --max-unmatched {share:g}" if 0 < share < 1 else ""),
+                f"check the weights for NaN and extreme values{unmatched_hint(difference)}",
             )
     return difference
 

@@ -161,6 +161,8 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
         proto = onnx.load(path)
     except Exception as error:  # protobuf's decode error has no stable base class
         raise not_ours(path, f"not an ONNX file ({error})") from error
+    if not proto.ir_version:  # protobuf reads an empty file as a message without fields
+        raise not_ours(path, "not an ONNX file: it states no version")
     text = {entry.key: entry.value for entry in proto.metadata_props}.get(KEY)
     metadata = None if text is None else ModelMetadata.from_json(text, path)
     preprocessing = metadata.preprocessing if metadata else Preprocessing()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -192,6 +193,12 @@ def with_share(tolerance: Tolerance, max_unmatched: float) -> Tolerance:
     return dataclasses.replace(tolerance, departing_share=max(tolerance.departing_share, max_unmatched))
 
 
+def unmatched_hint(difference: Difference) -> str:
+    """How to accept a difference that single tied boxes make up; empty if it is of another kind."""
+    share = math.ceil(difference.unmatched_share * 1e4) / 1e4
+    return f"; where single boxes tie, accept them with --max-unmatched {share:g}" if 0 < share < 0.5 else ""
+
+
 def _outputs_of(source: Path, batches: Iterable[_Tensors]) -> list[tuple[_Tensors, _Tensors]]:
     """The inputs and outputs of the source for each batch."""
     backend = OnnxRuntimeBackend(source, providers=["CPUExecutionProvider"])
@@ -223,7 +230,7 @@ def _compare(
             f"a graph that differs from {source}: {difference}",
             str(tolerance),
             f"locate the difference with `maskrcnn verify {source} {rejected}`, or leave more layers in single "
-            "precision",
+            f"precision{unmatched_hint(difference)}",
         )
     return difference
 

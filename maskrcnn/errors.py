@@ -52,6 +52,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _MEMORY_TEXTS)
 
 
+def require_memory(needed_bytes: float, what: str, fix: str) -> None:
+    """Refuse work that cannot fit into memory before it begins: Linux ends a process that fills it without a word.
+
+    Args:
+        needed_bytes: lower bound of what is needed.
+        what: what needs it, for the error.
+        fix: how to need less.
+
+    Raises:
+        UserError: if more is needed than this machine, or the container's limit, has left.
+    """
+    available = _available_bytes()
+    if available is not None and needed_bytes > available:
+        found = f"{what}, which takes at least {needed_bytes / 1e9:.1f} GB of memory"
+        raise UserError(found, f"at most the {available / 1e9:.1f} GB that are available", fix)
+
+
+def _available_bytes() -> float | None:
+    """Memory that can be taken without swapping; None where the system does not say (Windows, macOS)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    limits = [kilobytes * 1024.0]
+    with suppress(OSError, ValueError):  # a container's; "max" without one
+        limit, used = (float(_read(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
+        limits.append(limit - used)
+    return min(limits)
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
 @contextmanager
 def report_errors(show_traceback: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Ends a program whatever happens inside this context with a message and an exit code, and without a traceback.

@@ -53,7 +53,7 @@ class ModelMetadata:
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> ModelMetadata:
+    def from_json(cls, text: str | bytes, path: Path) -> ModelMetadata:
         """Parse the metadata of a file.
 
         Raises:
@@ -68,6 +68,8 @@ class ModelMetadata:
                     f"version {CONTRACT}",
                     "export the model again with this version of maskrcnn",
                 )
+            if not isinstance(values.get("stamp", {}), dict):
+                raise TypeError("its stamp is no mapping")
             values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
             for key in ("class_names", "category_ids"):
                 values[key] = tuple(values[key])
@@ -75,7 +77,7 @@ class ModelMetadata:
                 values[key] = tuple(values.get(key, ()))
             values["keypoint_skeleton"] = tuple(tuple(pair) for pair in values.get("keypoint_skeleton", ()))
             return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise not_ours(path, f"metadata that cannot be read ({error})") from error
 
 

@@ -90,10 +90,10 @@ class Detector:
                 of any sizes; the batch is padded to the largest.
         """
         self.backend.check_process()
-        images = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
-        outputs, sizes = self.backend.run_images(images)
+        arrays = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
+        outputs, sizes = self.backend.run_images(arrays)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None
-        found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in images], paste=paste)
+        found = unpack(outputs, sizes, [(image.shape[0], image.shape[1]) for image in arrays], paste=paste)
         metadata = self.metadata
         return [
             replace(

@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> ModelMetadata:
             "both files of a TensorRT engine",
             "copy both, or build it again: `maskrcnn build-engine --fp16`",
         )
-    return ModelMetadata.from_json(beside.read_text(encoding="utf-8"), beside)
+    return ModelMetadata.from_json(beside.read_bytes(), beside)
 
 
 def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:
@@ -86,7 +86,7 @@ def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
             f"both files of a TensorRT engine, {path.name} and {beside.name}",
             "check the path, or build it: `maskrcnn build-engine --fp16 --target tensorrt`",
         )
-    metadata, plan = ModelMetadata.from_json(beside.read_text(encoding="utf-8"), path), path.read_bytes()
+    metadata, plan = ModelMetadata.from_json(beside.read_bytes(), path), path.read_bytes()
     if metadata.stamp.get("refit") == "stripped":
         raise UserError(
             f"{path}: an engine without its weights",

@@ -25,12 +25,16 @@ class ConvertResult(Result):
     objects: dict[str, int]  # by split
     skipped: dict[str, int]  # what could not be converted: reason → count
     left_out: dict[str, int]  # what is not converted by design: reason → count
+    repaired: dict[str, int]  # what was not taken as it is: reason → count
     notes: list[str] = field(default_factory=list)  # one line per reason, with an example
 
     def lines(self) -> list[str]:
         """The result as lines of text."""
         splits = [f"{split}: {count} images, {self.objects[split]} objects" for split, count in self.images.items()]
-        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *self.notes))]
+        empty = [
+            f"{split} has no objects: choose another --seed or share" for split, n in self.objects.items() if not n
+        ]
+        return [f"{self.out}: {self.classes} classes", *(f"  {line}" for line in (*splits, *empty, *self.notes))]
 
 
 def convert(
@@ -141,6 +145,7 @@ def convert(
         report.objects,
         report.skipped,
         report.left_out,
+        report.repaired,
         list(report.notes),
     )
     if json is not None:
@@ -184,9 +189,11 @@ def check_data(
 
     progress = progress or Progress()
     if output is not None:
-        check_output_folder("--output", Path(output), [data], [DRAWING], overwrite=overwrite)
+        check_output_folder("--output", Path(output), [data, image_folder], [DRAWING], overwrite=overwrite)
     if json is not None:
-        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data], overwrite=overwrite)
+        check_outputs(
+            [Output("--json", Path(json), report_kind("data check"))], [data, image_folder], overwrite=overwrite
+        )
     with _counted(progress, "checking") as advance:
         report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
     if output is not None:

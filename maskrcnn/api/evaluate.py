@@ -117,7 +117,7 @@ def evaluate(
         data: folder of a dataset (see docs/data.md for the layouts), or its annotation file.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
-        batch_size: images per batch. Padding of a batch changes metrics in the third decimal.
+        batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
@@ -190,7 +190,9 @@ def evaluate(
         progress.message(remark)
     files: list[Path] = []
     if options.save_results is not None:  # before the comparison, which may fail
-        files += _save(options.save_results, evaluation.results, tuple(evaluation.scored))
+        if options.model is None:  # a model's were written before the scoring
+            _save(options.save_results, evaluation.results, tuple(evaluation.scored))
+        files += _kind_paths(options.save_results, tuple(evaluation.scored)).values()
     differences = _differences(options, evaluation, truth, progress)
     if options.json is not None:
         _write_json(options, evaluation, differences)
@@ -249,7 +251,7 @@ def _results_paths(path: Path | None) -> list[Path]:
         return []
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 
-    return [path, *(path.with_suffix(f".{kind}{path.suffix}") for kind in KIND_NAMES)]
+    return [path, *_kind_paths(path, tuple(KIND_NAMES)).values()]
 
 
 def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> CocoDataset:
@@ -259,18 +261,16 @@ def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> 
 
     place = options.data or options.annotations
     assert place is not None
-    if options.annotations is not None:
-        (split,) = list_splits(place, options.images)
-    else:
-        split = find_split(place, options.split, options.images)
+    splits = list_splits(place, options.images)
+    is_only = options.annotations is not None and len(splits) == 1  # else the split of --split
+    split = splits[0] if is_only else find_split(place, options.split, options.images)
     dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
     dataset = with_exif(dataset, options.exif)
     for line in dataset.note_lines():
         progress.message(line)
     if options.strict:
         dataset.require_unchanged()
-    if not any(record.instances for record in dataset.images):
-        dataset.require_objects("be found")
+    dataset.require_objects("find")
     return dataset
 
 
@@ -298,8 +298,8 @@ def _evaluate_model(
         with_masks=facts["has_masks"] and dataset.has_masks,
         with_keypoints=facts.get("has_keypoints", False) and dataset.has_keypoints,  # absent from older logs
     )
-    if options.save_results is not None and resume == options.resume and model == options.model:
-        _save(options.save_results, results, kinds)  # before the scoring, which may fail
+    if options.save_results is not None and model == options.model:  # before the scoring, which may fail
+        _save(options.save_results, results, kinds)
     evaluation = score_kinds(
         dataset,
         results,
@@ -308,7 +308,8 @@ def _evaluate_model(
         max_detections=options.max_detections,
         seconds=seconds,
     )
-    progress.message(f"{model} in {facts['runs_in']} on {evaluation.images} images of {dataset.annotation_path}")
+    on = f"{evaluation.images} images of {dataset.annotation_path}"
+    progress.message(f"{model} in {facts['runs_in']} on {on}, batch size {options.batch_size}")
     return evaluation
 
 
@@ -445,14 +446,18 @@ def _differences(
     return differences
 
 
-def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> list[Path]:
-    """Writes one results file per kind."""
-    from maskrcnn.runtime.evaluation.results_file import write_server_results
+def _kind_paths(path: Path, kinds: Sequence[str]) -> dict[str, Path]:
+    """The results file of each kind: `path` itself for a single one."""
+    return {kind: path if len(kinds) == 1 else path.with_suffix(f".{kind}{path.suffix}") for kind in kinds}
 
-    paths = [path if len(kinds) == 1 else path.with_suffix(f".{kind}{path.suffix}") for kind in kinds]
-    for own, kind in zip(paths, kinds, strict=True):
-        write_server_results(own, results, kind)
-    return paths
+
+def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> None:
+    """Writes one results file per kind that the results have."""
+    from maskrcnn.runtime.evaluation.results_file import FIELDS, write_server_results
+
+    for kind, own in _kind_paths(path, kinds).items():
+        if not results or FIELDS[kind] in results[0]:
+            write_server_results(own, results, kind)
 
 
 def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
@@ -471,6 +476,7 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
         content["compared_with"] = str(options.compare)
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
     if options.model:
+        content["batch_size"] = options.batch_size
         content["results"] = evaluation.results
     write_report(options.json, "evaluate", content)
 

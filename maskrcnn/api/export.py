@@ -117,7 +117,7 @@ def export(
     _check_options(path, weights, of_weights, changes, opset, max_unmatched, **variant)
     variant["max_unmatched"] = max_unmatched
     if output is not None:
-        _check_output(Path(output), (path, weights, calibration), overwrite=overwrite)
+        _check_output(Path(output), (path, weights, calibration, detectron2_config), overwrite=overwrite)
     if path is not None and path.suffix == ".onnx":
         target = Path(output) if output else _variant_name(path, precision, simulate=simulate, tensorrt=tensorrt)
         _check_output(target, (path, calibration), overwrite=overwrite)

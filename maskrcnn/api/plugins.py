@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
+from maskrcnn.files import check_output_folder
 
 if TYPE_CHECKING:
     from maskrcnn.plugins.build import Library
@@ -65,6 +66,8 @@ def build_plugins(
 
     progress = progress or Progress()
     form = _form(form)
+    if output is not None:
+        check_output_folder("--output", Path(output), [tensorrt_include], (), overwrite=True)
     toolchain = find_toolchain(tensorrt_include=None if tensorrt_include is None else Path(tensorrt_include))
     wanted = _architectures(arch, toolchain)
     compilers = _described(toolchain, wanted)

@@ -151,6 +151,8 @@ def _expanded(
         UserError: for a file that does not exist, and a folder without images.
     """
     import sys
+    from os import sep
+    from os.path import realpath
 
     from maskrcnn.data.images import images_in
 
@@ -161,8 +163,9 @@ def _expanded(
             found.append(each)
         elif Path(each).is_dir():
             inner = images_in(Path(each), sys.maxsize)
-            drawn = None if output is None or output.resolve() == Path(each).resolve() else output.resolve()
-            found += inner if drawn is None else [path for path in inner if drawn not in path.resolve().parents]
+            if output is not None and realpath(output) != realpath(each):
+                inner = [path for path in inner if not realpath(path).startswith(f"{realpath(output)}{sep}")]
+            found += inner
         elif not Path(each).exists():
             raise UserError(f"image {each} does not exist", "image files, or folders of images", "correct the path")
         else:

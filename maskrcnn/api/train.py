@@ -185,7 +185,12 @@ def _train(
         trainer.progress.epoch,
         metrics,
     )
-    best = f"best {result.best_by} AP {result.best_ap:.4f}" if result.best_ap >= 0 else "last epoch, AP not measured"
+    batch = _validation_batch(config, processes)
+    best = (
+        f"best {result.best_by} AP {result.best_ap:.4f} at batch size {batch}"
+        if result.best_ap >= 0
+        else "last epoch, AP not measured"
+    )
     progress.message(f"{best}: {result.checkpoint}")
     return result
 
@@ -202,8 +207,8 @@ def _begun(
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
     config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
-    _check_readable(progress, valset, config, processes)
     _say_crowded(progress, config, trainset, valset)
+    _check_readable(progress, valset, config, processes)
     run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
     try:
         trainer = Trainer(config, run, trainset, processes)
@@ -233,7 +238,10 @@ def _configured(
     given = settings.get("model", {})
     if weights is not None and weights.config is not None:
         saved = weights.config
-        settings = settings | {"model": torchvision.continued_model(saved, given)}
+        fields = torchvision.continued_model(saved, given)
+        if "batch_norm" in settings:  # an explicit setting wins
+            fields["frozen_batch_norm"] = settings["batch_norm"] == "frozen"
+        settings = settings | {"model": fields}
         if given.get("name", saved.name) != saved.name:
             progress.message(f"{spec} is a {saved.name}; {given['name']} replaces the fields in which the two differ")
     config = training_config(trainset, valset, settings)
@@ -241,7 +249,7 @@ def _configured(
     for line in weights.notes:
         progress.message(line)
     changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
-    if "batch_norm" in settings:  # an explicit setting wins
+    if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     model = replace(config.model, **changes)
     return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
@@ -265,9 +273,9 @@ def _continued(
     place = {name: getattr(config, name) for name in _PLACE if name != "data"}
     trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
     require_fitting(config.model, trainset, valset)
-    _say_crowded(progress, config, trainset, valset)
     _surveyed(progress, config, trainset, valset)
     _check_readable(progress, valset, config, processes)
+    _say_crowded(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
@@ -405,6 +413,11 @@ def _detector(model: MaskRCNN) -> Detector:
     return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
 
 
+def _validation_batch(config: TrainConfig, processes: Processes) -> int:
+    """Images per batch of the validation in each process."""
+    return max(1, config.batch_size // processes.world_size)
+
+
 def _evaluation(
     valset: CocoDataset, config: TrainConfig, processes: Processes
 ) -> Callable[[MaskRCNN], dict[str, float]]:
@@ -414,9 +427,7 @@ def _evaluation(
         detector = _detector(model)
         check_classes(detector, valset)
         records = valset.images[processes.rank :: processes.world_size]
-        detected, seconds = detect_records(
-            detector, records, batch_size=max(1, config.batch_size // processes.world_size)
-        )
+        detected, seconds = detect_records(detector, records, batch_size=_validation_batch(config, processes))
         gathered = processes.gather(detected)
         metrics = None
         if processes.is_first:

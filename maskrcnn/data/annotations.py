@@ -39,6 +39,7 @@ _LISTS = ("images", "annotations", "categories")
 _VISIBILITIES = (0, 1, 2)  # of keypoints: not labelled; labelled and hidden; labelled and visible
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _MAX_ID = 2**63
+_MAX_SIDE_PX = 1_000_000  # of an image; larger statements are taken for errors
 _URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
 _SAMPLE = 2000  # annotations that the box convention is measured on
 _FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
@@ -415,10 +416,10 @@ class _Reader:
                 continue
             segmentation = entry.get("segmentation")
             size = finite_numbers(segmentation.get("size")) if isinstance(segmentation, dict) else None
-            if size is not None and size.size == 2 and size.min() >= 1:
+            if size is not None and size.size == 2 and 1 <= size.min() <= size.max() <= _MAX_SIDE_PX:
                 encoded[image_id] = (int(size[0]), int(size[1]))
             box = finite_numbers(entry.get("bbox"))
-            if box is not None and box.size == 4:
+            if box is not None and box.size == 4 and np.abs(box).max() < _MAX_SIDE_PX:
                 extents[image_id].append((math.ceil(box[1] + abs(box[3])), math.ceil(box[0] + abs(box[2]))))
         sized = dict(images)
         for image_id in unknown:
@@ -547,7 +548,7 @@ class _Reader:
             segmentation = [outline]  # a rotated box is an outline
         box = None if bbox is None else _clipped(bbox, height, width)
         if box is None and segmentation is not None:
-            extent = mask_api.toBbox(compressed_rle(segmentation, height, width)).tolist()
+            extent = _extent(segmentation)
             box = _clipped(extent, height, width) if min(extent[2:]) > 0 else None
             if box is not None:
                 reason = "box computed from the mask" if bbox is None else "box outside the image, taken from the mask"
@@ -655,8 +656,17 @@ def _last_part(url: str) -> str:
 def _side(value: Any) -> int:
     """A side in pixels; 0 if it is missing or not a positive integer."""
     numbers = finite_numbers([value])
-    usable = numbers is not None and 1 <= numbers[0] < 2**31 and numbers[0] % 1 == 0
+    usable = numbers is not None and 1 <= numbers[0] <= _MAX_SIDE_PX and numbers[0] % 1 == 0
     return int(numbers[0]) if usable and numbers is not None else 0
+
+
+def _extent(segmentation: Segmentation) -> list[float]:
+    """The box (x, y, width, height) around a mask: around the corners of polygons, or the pixels of run lengths."""
+    if not isinstance(segmentation, list):
+        return [float(value) for value in mask_api.toBbox(compressed_rle(segmentation, *segmentation["size"]))]
+    points = np.concatenate(segmentation).reshape(-1, 2)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*low.tolist(), *(high - low).tolist()]
 
 
 def _clipped(bbox: Sequence[float], height: int, width: int) -> tuple[float, float, float, float] | None:

@@ -38,8 +38,8 @@ from maskrcnn.metadata import sha256_of
 _MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
 _DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
 _MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
-_DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
 _ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # of samples of more than 8 bits: training measures the range
+_DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
 _STRUCTURE = Problem("annotation file that cannot be used", is_error=True)

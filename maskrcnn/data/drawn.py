@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, require_memory
 from maskrcnn.files import make_folder, read_json, write_json
 
 # Draws an image from a random generator: uint8 [H, W, 3], and COCO's annotations without ids.
@@ -22,6 +22,7 @@ _Draw = Callable[[np.random.Generator], tuple[np.ndarray, list[dict[str, Any]]]]
 
 _SPLITS = ("train", "val")
 _MIN_SIZE_PX = 32
+_BYTES_PER_PIXEL = 3 + 8  # RGB, and distances in float64
 _MIN_CONTRAST = 70  # Euclidean distance in RGB between a fill and what it covers
 
 
@@ -62,7 +63,10 @@ def write_drawn_dataset(
             f"at least 1 image of each, at least {_MIN_SIZE_PX} px, a seed of 0 or more",
             "change the arguments",
         )
-    out = Path(out).resolve()
+    require_memory(
+        _BYTES_PER_PIXEL * float(size_px) ** 2, f"an image of {size_px}×{size_px} px", "draw smaller images: --size"
+    )
+    out = Path(os.path.realpath(out))
     counts = dict(zip(_SPLITS, (train_images, val_images), strict=True))
     arguments = {"train_images": train_images, "val_images": val_images, "size_px": size_px, "seed": seed}
     info = {**info, "arguments": arguments}

@@ -40,7 +40,15 @@ MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
 _MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
 _READABLE = "an image file that Pillow or tifffile reads, such as JPEG, PNG or TIFF, or an .npy file"
 _ORIENTATION_TAG = 274  # EXIF 2.3, and TIFF 6.0 like the next ones
-_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG = 256, 257, 258, 277, 281, 254
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG, _EXTRA_TAG = (
+    256,
+    257,
+    258,
+    277,
+    281,
+    254,
+    338,
+)
 _PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # Pillow's names of where PNG files keep it
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_START = b"\x93NUMPY"
@@ -355,12 +363,7 @@ def _opened(source: Path | io.BytesIO) -> Iterator[_Opened]:
             yield _Tiff(tiff)
         return
     with image:
-        pillow = _Pillow(image, source)
-        if image.format == "TIFF" and pillow.header.bands > 1 and (pillow.header.is_wide or pillow.header.bands > 4):
-            with _tiff_file(source) as tiff:
-                yield _Tiff(tiff, pillow)
-        else:
-            yield pillow
+        yield _Pillow(image, source)
 
 
 def _beginning(source: Path | io.BytesIO) -> bytes:
@@ -403,11 +406,10 @@ class _Array(_Opened):
 
 
 class _Tiff(_Opened):
-    """The first page of a TIFF file, read by tifffile; its RGB of 8 bits by Pillow, if that reads the file."""
+    """The first page of a TIFF file, read by tifffile."""
 
-    def __init__(self, tiff: Any, pillow: _Pillow | None = None) -> None:
-        self._page, self._pillow = tiff.pages[0], pillow
-        page = self._page
+    def __init__(self, tiff: Any) -> None:
+        self._page = page = tiff.pages[0]
         tag = page.tags.get(_ORIENTATION_TAG)
         orientation = int(tag.value) if tag is not None and int(tag.value) in range(1, 9) else 1
         further = [other for other in tiff.pages[1:2] if not int(getattr(other, "subfiletype", 0)) & 1]  # 1: overview
@@ -416,18 +418,21 @@ class _Tiff(_Opened):
             orientation,
             int(page.samplesperpixel),
             is_wide=max(_numbers(page.bitspersample)) > 8,
-            stated_range=pillow.header.stated_range if pillow is not None else None,
             frames=1 + len(further),
         )
 
     def samples(self) -> np.ndarray:
-        array = np.asarray(self._page.asarray())
+        try:
+            array = np.asarray(self._page.asarray())
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            raise UserError(
+                f"a compressed TIFF file ({error})", "the library imagecodecs", "pip install imagecodecs"
+            ) from error
         if self._page.axes.startswith("S"):  # bands one after the other
             array = np.moveaxis(array, 0, -1)
         return array.reshape(*self.header.size_hw, self.header.bands)
-
-    def rgb(self, notes: ImageNotes, name: str) -> np.ndarray | None:
-        return self._pillow.rgb(notes, name) if self._pillow is not None else None
 
     def has_alpha(self) -> bool:
         return any(int(kind) in (1, 2) for kind in self._page.extrasamples[-1:])  # associated or unassociated alpha
@@ -438,15 +443,21 @@ class _Pillow(_Opened):
 
     def __init__(self, image: Image.Image, source: Path | io.BytesIO) -> None:
         self._image, self._source = image, source
+        width: int
+        height: int
+        bands: int
         (width, height), bands = image.size, _BANDS_OF_MODE.get(image.mode, len(image.getbands()))
+        self._needs_tifffile = False
         self._packing = _packing_of_16_bits(image)
         bits = 16 if self._packing or image.mode.startswith("I") or image.mode == "F" else 8
         stated = None
         if image.format == "TIFF":
             tags = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[_WIDTH_TAG], tags[_HEIGHT_TAG]  # `size` of newer versions is that of the upright image
-            bits = max(_numbers(tags.get(_BITS_TAG)), default=bits)
+            bits = int(max(_numbers(tags.get(_BITS_TAG)), default=bits))
             bands = tags.get(_SAMPLES_TAG, bands) if image.mode != "P" else bands
+            is_premultiplied = 1 in _numbers(tags.get(_EXTRA_TAG))
+            self._needs_tifffile = bands > 1 and (bits > 8 or bands > 4 or is_premultiplied)
             most = max(_numbers(tags.get(_MAX_SAMPLE_TAG)), default=0)
             if 8 < bits < 16:
                 stated = (0.0, float((1 << bits) - 1))
@@ -457,17 +468,19 @@ class _Pillow(_Opened):
         )
 
     def samples(self) -> np.ndarray:
+        if self._needs_tifffile:
+            with _tiff_file(self._source) as tiff:
+                return _Tiff(tiff).samples()
         image = self._image
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         elif image.mode in _SAMPLES_MODE:
             image = image.convert(_SAMPLES_MODE[image.mode])
         array = np.array(image)
-        if (
-            self._packing
-        ):  # Pillow keeps the high byte of such samples; read in the other byte order, it keeps the low one
-            with Image.open(self._source) as low:
-                low.tile = [tile._replace(args=self._packing[:-1] + "L") for tile in low.tile]  # type: ignore[attr-defined]
+        if self._packing:  # Pillow keeps the high byte; read in the other byte order, it keeps the low one
+            with Image.open(self._source) as opened:
+                low: Any = opened
+                low.tile = [tile._replace(args=self._packing[:-1] + "L") for tile in low.tile]
                 array = array.astype(np.uint16) << 8 | np.array(low)
         array = self._as_stored(array)
         return array.reshape(*array.shape[:2], -1)
@@ -510,20 +523,24 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 def _packing_of_16_bits(image: Image.Image) -> str:
     """Pillow's packing of PNG colours of 16 bits, such as "RGB;16B", of which it decodes 8; "" for other images."""
-    arguments = image.tile[0].args if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles: Any = getattr(image, "tile", None) if image.format == "PNG" else None
+    arguments = tiles[0].args if tiles else None
     return arguments if isinstance(arguments, str) and arguments in ("RGB;16B", "RGBA;16B") else ""
 
 
 def _has_more_frames(image: Image.Image) -> bool:
     """Whether there are frames beside the first, not counting the overviews of a TIFF file."""
-    if image.format not in ("GIF", "PNG", "TIFF", "WEBP") or not getattr(image, "is_animated", False):
+    if image.format not in ("GIF", "PNG", "TIFF", "WEBP"):
         return False
-    if image.format != "TIFF":
-        return True
-    image.seek(1)
-    is_overview = image.tag_v2.get(_SUBFILE_TAG, 0) & 1  # type: ignore[attr-defined]
-    image.seek(0)
-    return not is_overview
+    try:
+        if image.format != "TIFF" or not getattr(image, "is_animated", False):
+            return bool(getattr(image, "is_animated", False))
+        image.seek(1)
+        return not image.tag_v2.get(_SUBFILE_TAG, 0) & 1  # type: ignore[attr-defined]
+    except Exception:  # a damaged second frame; the first may be whole
+        return False
+    finally:
+        image.seek(0)
 
 
 def _orientation(image: Image.Image, source: Path | io.BytesIO) -> int:
@@ -611,7 +628,7 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
         return samples
     if samples.dtype == bool:
         return samples.astype(np.uint8) * np.uint8(255)
-    values = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
+    values: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
     is_nan = np.isnan(values)
     if is_nan.any():
         notes.add("nan", name)
@@ -635,7 +652,8 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
     if least < low or most > high:
         notes.add("clipped", name)
     values = np.where(is_nan, low, values) if is_nan.any() else values
-    return np.clip((values - low) * (255 / (high - low)), 0, 255).astype(np.float32)
+    scaled: np.ndarray = np.clip((values - low) * (255 / (high - low)), 0, 255).astype(np.float32)
+    return scaled
 
 
 def _chosen(

@@ -27,8 +27,9 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import read_json
 
 LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
-LAYOUTS = f"""{LAYOUT}; or one annotation file in COCO's format and a folder of images
-            (Roboflow, CVAT, Label Studio, FiftyOne); or YOLO's data.yaml with images/ and labels/"""
+LAYOUTS = f"""{LAYOUT}; or one annotation file in
+            COCO's format and a folder of images (Roboflow, CVAT, Label Studio, FiftyOne); or YOLO's data.yaml with
+            images/ and labels/"""
 
 _PREFIX = "instances_"  # of annotation files
 _KEYPOINTS_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
@@ -481,7 +482,7 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
     if len(values) == 4 or (points is not None and len(values) == 4 + number * dims):
         x, y, w, h = scaled[:4]
         annotation: dict[str, Any] = {"category_id": category, "bbox": [x - w / 2, y - h / 2, w, h], "area": w * h}
-        if number:
+        if len(values) > 4:
             rows = [values[4 + k * dims : 4 + (k + 1) * dims] for k in range(number)]
             annotation["keypoints"] = [
                 each
@@ -490,7 +491,11 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
             ]
         return annotation
     if len(values) >= 6 and len(values) % 2 == 0:
-        return {"category_id": category, "segmentation": [scaled]}
+        x, y = scaled[0::2], scaled[1::2]
+        corners = zip(x, y, [*x[1:], x[0]], [*y[1:], y[0]], strict=True)
+        area = abs(sum(x0 * y1 - x1 * y0 for x0, y0, x1, y1 in corners)) / 2  # shoelace formula
+        box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        return {"category_id": category, "bbox": box, "area": area, "segmentation": [scaled]}
     return {"category_id": category, "bbox": values}
 
 

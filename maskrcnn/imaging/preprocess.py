@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, require_memory
 
 RESIZES = ("torchvision", "pillow")
 # Named sets of fields. "caffe": weights converted from Caffe take BGR from 0 to 255 minus the mean of py-faster-rcnn.
@@ -30,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "std": (1 / 255, 1 / 255, 1 / 255),
     },
 }
+# Of the first feature map: 64 channels at half the resolution.
+_FEATURE_BYTES_PER_PIXEL = 64 * 4 / 4
 _OPTIONAL = ("resize", "pixel_range", "bands")  # fields that files may lack
 _BAND_ROWS = 32  # output rows resized at once, to stay within a core's cache
 
@@ -214,8 +216,8 @@ def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
         ) from error
     if image.shape[2] != 3 or image.dtype != np.uint8:  # band by band
         planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in image.transpose(2, 0, 1)]
-        resized_planes = (plane.resize(size_hw[::-1], Image.Resampling.BILINEAR) for plane in planes)
-        return np.stack([np.asarray(plane) for plane in resized_planes], axis=-1)
+        resized_planes = [np.asarray(plane.resize(size_hw[::-1], Image.Resampling.BILINEAR)) for plane in planes]
+        return np.stack(resized_planes, axis=-1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
 
@@ -236,6 +238,11 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
         UserError: for an empty list, or an image of another type or shape or without pixels.
     """
     sizes, padded_hw = batch_sizes(images, preprocessing)
+    require_memory(
+        len(images) * float(padded_hw[0]) * padded_hw[1] * (4 * preprocessing.channels + _FEATURE_BYTES_PER_PIXEL),
+        f"{len(images)} image(s) of {padded_hw[0]}×{padded_hw[1]} px",
+        "resize images to a smaller size, or take fewer per batch",
+    )
     batch = np.zeros((len(images), preprocessing.channels, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
         channels = image if preprocessing.channel_order == "RGB" else image[..., ::-1]
@@ -262,6 +269,13 @@ def batch_sizes(
     divisor = preprocessing.divisor
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
     return sizes, (height, width)
+
+
+def padded_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Returns height and width that an image of `size_hw` has alone in a batch, after resizing and padding."""
+    height, width = resized_size(size_hw, preprocessing)
+    divisor = preprocessing.divisor
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
 def linear_taps(

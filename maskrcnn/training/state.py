@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from maskrcnn import runs
 from maskrcnn.config import TrainConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
+from maskrcnn.files import read_json
 from maskrcnn.settings import typed
 from maskrcnn.training.step import Step
 from maskrcnn.weights.checkpoint import load_weights, read_tensors, write_tensors
@@ -105,4 +105,4 @@ def settings_of_run(run: Path) -> dict[str, Any]:
     for name in (runs.CONFIG, runs.STATE):
         if not (run / name).is_file():
             raise UserError(f"{run} without {name}", "the folder of a run", "start a new run: `maskrcnn train`")
-    return typed(TrainConfig, json.loads((run / runs.CONFIG).read_text(encoding="utf-8")))
+    return typed(TrainConfig, read_json(run / runs.CONFIG, "the settings of a run"))

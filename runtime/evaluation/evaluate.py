@@ -13,6 +13,7 @@ from maskrcnn.data.coco import CocoDataset, ImageRecord
 from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import coco_results
+from maskrcnn.imaging.preprocess import Preprocessing, padded_size
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, table
@@ -102,20 +103,29 @@ def detect_records(
     Raises:
         UserError: if an image cannot be read.
     """
-    results: list[dict[str, Any]] = []
+    found: dict[int, list[dict[str, Any]]] = {}
     seconds = Seconds()
-    for batch in batches_of(records, batch_size):
+    for batch in batches_of(records, batch_size, detector.metadata.preprocessing):
         by_image, batch_seconds = detect_batch(detector, batch)
-        results += [result for own in by_image for result in own]
+        found |= {record.id: own for record, own in zip(batch, by_image, strict=True)}
         seconds += batch_seconds
         keep([record.id for record in batch], by_image, batch_seconds)
         progress(len(batch))
-    return results, seconds
+    return [result for record in records for result in found[record.id]], seconds
 
 
-def batches_of(records: Sequence[ImageRecord], batch_size: int) -> list[Sequence[ImageRecord]]:
-    """Splits images into batches; the last may be smaller."""
-    return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+def batches_of(
+    records: Sequence[ImageRecord], batch_size: int, preprocessing: Preprocessing
+) -> list[Sequence[ImageRecord]]:
+    """Splits images into batches of one padded size each; some are smaller than `batch_size`.
+
+    The padding of an image changes its features near the border slightly. In such batches every image is padded as it
+    is alone, so that metrics depend on the batch size by rounding only, and no pixel is computed for nothing.
+    """
+    groups: dict[tuple[int, int], list[ImageRecord]] = {}
+    for record in records:
+        groups.setdefault(padded_size((record.height, record.width), preprocessing), []).append(record)
+    return [own[start : start + batch_size] for own in groups.values() for start in range(0, len(own), batch_size)]
 
 
 def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list[list[dict[str, Any]]], Seconds]:

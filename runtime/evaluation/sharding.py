@@ -44,7 +44,7 @@ class Origin:
     model: str  # SHA-256 of the file
     backend: str
     annotations: str  # SHA-256 of the file
-    batch_size: int  # images of mixed sizes are padded to the largest of a batch, which changes them slightly
+    batch_size: int  # changes rounding
     reading: str = "auto"  # rule of EXIF orientations and pixel range, if given; absent in older logs
 
 
@@ -292,7 +292,8 @@ def detect_share(
     check_classes(detector, dataset)
     done = log.read()
     part = log.open_part(share.rank, facts_of(detector))
-    for batch in batches_of(dataset.images, log.origin.batch_size)[share.rank :: share.count]:
+    batches = batches_of(dataset.images, log.origin.batch_size, detector.metadata.preprocessing)
+    for batch in batches[share.rank :: share.count]:
         if not all(record.id in done for record in batch):
             results, seconds = detect_batch(detector, batch)
             log.append(part, [record.id for record in batch], results, seconds)
@@ -392,8 +393,15 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
         detector = Detector.load(task.model, task.backend, pixel_range=task.pixel_range, **options)
         detect_share(detector, dataset, log, share)
-    except UserError as error:
-        errors.put(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        own = UserError(
+            f"internal error in a worker process, {type(error).__name__}: {error}",
+            "a worker process that detects its share",
+            "run with --processes 1 to see where; --resume keeps what is done",
+        )
+        errors.put(error if isinstance(error, UserError) else own)
         sys.exit(1)
 
 

@@ -1,10 +1,12 @@
 """`maskrcnn evaluate`: models, results files, written files, and wrong options."""
 
 import json
+import shutil
 
 import pytest
 from coco_cases import make_case
 from command_line import expect_error
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -157,6 +159,46 @@ def test_an_interrupted_evaluation_continues(run, onnx_file, checkpoint, shapes,
     expect_error(run("evaluate", checkpoint, *command[2:]), "log.jsonl: detections of another model", onnx_file.name)
 
 
+def test_an_evaluation_that_fails_keeps_its_detections(run, checkpoint, shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "data")
+    victim = root / "val" / "000003.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:300])
+    command = ("evaluate", checkpoint, "--data", root)
+    result = run(*command)
+    expect_error(result, "000003.png")
+    assert "the detections of 3 of 6 images are kept: the same command with --resume detections.jsonl" in result[1]
+    victim.write_bytes(whole)
+    code, out, err = run(*command, "--resume", "detections.jsonl")
+    assert code == 0, err
+    assert metrics_in(out) == metrics_in(run(*command)[1])
+
+
+def test_the_batch_size_does_not_change_metrics(run, checkpoint, shapes, tmp_path):
+    """Images of two sizes: in one batch, one would be padded to the size of the other."""
+    root = shutil.copytree(shapes, tmp_path / "data")
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    for entry in content["images"][::2]:
+        file = root / "val" / entry["file_name"]
+        entry["width"] = entry["width"] * 2 // 3
+        Image.open(file).crop((0, 0, entry["width"], entry["height"])).save(file)
+    content["annotations"] = [
+        entry for entry in content["annotations"] if entry["image_id"] not in {e["id"] for e in content["images"][::2]}
+    ]
+    path.write_text(json.dumps(content))
+    found = {}
+    for batch in (1, 4):
+        code, out, err = run("evaluate", checkpoint, "--data", root, "--batch-size", batch, "--json", f"{batch}.json")
+        assert code == 0 and f"batch size {batch}" in out, err
+        found[batch] = json.loads((tmp_path / f"{batch}.json").read_text())
+        assert found[batch]["batch_size"] == batch
+    one, four = (found[batch]["results"] for batch in (1, 4))
+    assert [entry["image_id"] for entry in one] == [entry["image_id"] for entry in four]
+    assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in four], abs=1e-4)
+    assert found[1]["mask"] == pytest.approx(found[4]["mask"], abs=1e-4)
+
+
 def test_processes_share_an_evaluation(run, onnx_file, shapes):
     code, out, err = run("evaluate", onnx_file, "--data", shapes, "--processes", 2)
     assert code == 0, err
@@ -239,6 +281,6 @@ def test_no_input_is_written_over(run, files, tmp_path, option):
     before = results.read_bytes()
     (tmp_path / "folder.html").mkdir()
     given = ("evaluate", "--results", results, "--annotations", truth, option)
-    expect_error(run(*given, results), f"{option} {results}, an input of the command")
+    expect_error(run(*given, results), f"{option} {results}, a file that the command reads")
     expect_error(run(*given, "folder.html"), "folder.html: a folder")
     assert results.read_bytes() == before

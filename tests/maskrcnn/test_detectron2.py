@@ -375,9 +375,12 @@ def test_a_resnext_computes_with_its_own_conventions(tmp_path):
         ("MODEL: {RESNETS: {NUM_GROUPS: 32}}", r"MODEL\.RESNETS\.NUM_GROUPS 32, and zoo with 1"),
         (
             "MODEL: {ANCHOR_GENERATOR: {SIZES: [[32, 64]]}}",
-            r"ANCHOR_GENERATOR\.SIZES .*\n.*one size on each of 5 levels",
+            r"MODEL\.ANCHOR_GENERATOR\.SIZES .*\n.*one size on each of 5 levels",
         ),
-        ("MODEL: {ROI_HEADS: {NAME: CascadeROIHeads}}", r"ROI_HEADS\.NAME 'CascadeROIHeads'\n.*StandardROIHeads"),
+        (
+            "MODEL: {ROI_HEADS: {NAME: CascadeROIHeads}}",
+            r"MODEL\.ROI_HEADS\.NAME 'Cascade.*\n.*Standard",
+        ),
         ("MODEL: {PIXEL_MEAN: [1, 2]}", r"MODEL\.PIXEL_MEAN 2 numbers\n  expected: 3"),
         ("TEST: {DETECTIONS_PER_IMAGE: many}", r"TEST\.DETECTIONS_PER_IMAGE 'many'\n  expected: of type int"),
         ("INPUT: {MIN_SIZE_TEST: 0}", r"INPUT\.MIN_SIZE_TEST 0"),

@@ -41,8 +41,8 @@ OUTPUTS = {
     ("train", "output"): "train --data data --output {out}",
     ("triton", "out"): "triton m.onnx {out}",
     ("build-plugins", "output"): "build-plugins --output {out}",
-    ("data convert", "out"): "data convert coco data {out}",
-    ("data convert", "json"): "data convert coco data new --json {out}",
+    ("data convert", "out"): "data convert coco data {out} --sets val",
+    ("data convert", "json"): "data convert coco data new --sets val --json {out}",
     ("data shapes", "out"): "data shapes {out}",
     ("data poses", "out"): "data poses {out}",
     ("data figures", "out"): "data figures {out}",
@@ -54,15 +54,15 @@ INPUTS = {  # the other paths
     "verify": {"reference", "other", "images"},
     "inspect": {"file"},
     "lint": {"file"},
-    "export": {"checkpoint", "calibration"},
+    "export": {"checkpoint", "calibration", "detectron2_config"},
     "build-engine": {"model", "int8", "gate_images", "gate_annotations"},
     "refit-engine": {"engine", "model", "gate_images", "gate_annotations"},
     "predict": {"images", "model"},
-    "train": {"data", "config", "resume"},  # a run to continue
+    "train": {"data", "annotations", "images", "val_annotations", "val_images", "config"} | {"resume"},  # a run
     "triton": {"models", "plugin_library"},
     "doctor": {"places"},
     "data convert": {"source", "alias"},
-    "data check": {"data"},
+    "data check": {"data", "image_folder"},
     "build-plugins": {"tensorrt_include"},
 }
 
@@ -120,7 +120,7 @@ def test_no_output_replaces_an_input_or_a_file_of_another_kind(run, place):
             code, out, err = run(*line.format(out=target).split())
             assert code == 1, (command, option, target, out)
             assert err.startswith("Error: ") and "\n  fix:      " in err, (command, option, target, err)
-            if command != "refit-engine":  # looks at the engine first
+            if command not in ("refit-engine", "triton"):  # which look at their models first
                 assert target in err, (command, option, target, err)
     now = content(place)
     assert {name: now.get(name) for name in before} == before
@@ -132,7 +132,7 @@ def test_no_output_replaces_an_input_or_a_file_of_another_kind(run, place):
         "predict data/val --model best.safetensors --output data/val",
         "predict data --model best.safetensors --output data/val --overwrite",
         "train --data data --output data",
-        "data convert coco data data",
+        "data convert coco data data --sets val",
         "data check data --output data --overwrite",
         "data check data --output data/train",
         "data shapes data",

@@ -191,6 +191,7 @@ class ConversionReport:
     objects: dict[str, int]
     skipped: dict[str, int]  # reason of a fault -> count
     left_out: dict[str, int]  # reason to exclude an entry -> count
+    repaired: dict[str, int]  # what was not taken as it is -> count
     notes: tuple[str, ...]  # one line for each reason, with an example
 
 
@@ -230,7 +231,7 @@ def convert(
             kinds = ", ".join(name for name, each in KINDS.items() if field.name in each.options)
             option = {"class_name": "class", "crowd": "no-crowd"}.get(field.name, field.name.replace("_", "-"))
             raise UserError(f"--{option} with kind {kind}", f"the option with {kinds} only", "remove the option")
-    source, out, faults = Path(source), Path(out).resolve(), Faults(keep_going=keep_going)
+    source, out, faults = Path(source), Path(os.path.realpath(out)), Faults(keep_going=keep_going)
     if not source.exists():
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
     opened = chosen.open(source, options, faults)
@@ -258,6 +259,7 @@ def convert(
         objects={split: writer.objects[split] for split in sorted(writer.images)},
         skipped=dict(faults.skipped),
         left_out=dict(faults.left_out),
+        repaired=dict(faults.repaired),
         notes=tuple(faults.lines()),
     )
 

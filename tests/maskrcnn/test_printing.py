@@ -1,0 +1,103 @@
+"""What a terminal, a pipe and a file get: names as they are, whatever the encoding; errors without a traceback."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from command_line import expect_error
+
+from maskrcnn.cli.console import ConsoleProgress, console, show
+from maskrcnn.errors import UserError, report_errors, require_memory
+
+NAMES = ("x[/red]y.png", "a[bold]b.png", ":smile:.png", "[link=http://x]z", "back\\", "caf\udce9.png", "→×.png")
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """Standard output in an encoding; returns its bytes."""
+
+    def use(encoding):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(console, "_file", None)
+        return stream
+
+    return use
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_printed_as_they_are(stdout, encoding, name):
+    stream = stdout(encoding)
+    with report_errors():
+        show(f"{name} → done")
+        progress = ConsoleProgress()
+        with progress.task(name, 2) as advance:
+            advance(1)
+            progress.message(name)
+    printed = stream.buffer.getvalue().decode(encoding)
+    if encoding == "utf-8":
+        shown = name.replace("\udce9", "\\udce9")
+        assert printed == f"{shown} → done\n{shown}\n"
+    elif encoding == "ascii":
+        shown = name.replace("\udce9", "\\udce9").replace("→", "->").replace("×", "x")
+        assert printed == f"{shown} -> done\n{shown}\n"
+    else:
+        assert " -> done\n" in printed
+
+
+def fail_with(error):
+    def command(*arguments, **options):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("found [/b]", "this", "do that"), 1, "Error: found [/b]\n  expected: this\n  fix:      do that"),
+        (MemoryError("Unable to allocate 80.0 GiB"), 1, "Error: out of memory (Unable to allocate 80.0 GiB)"),
+        (RuntimeError("CUDA out of memory."), 1, "Error: out of memory (CUDA out of memory.)"),
+        (OSError(28, "No space left on device", "out.json"), 1, "Error: out.json: No space left on device"),
+        (ZeroDivisionError("division by zero"), 1, "Error: internal error, ZeroDivisionError: division by zero"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_every_error_ends_without_a_traceback(run, monkeypatch, tmp_path, error, code, words):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("maskrcnn.api.inspect.lint_file", fail_with(error))
+    found, _, err = run("lint", "m.onnx")
+    assert found == code and err.startswith(words) and "Traceback" not in err
+    if isinstance(error, ZeroDivisionError):
+        (saved,) = tmp_path.glob("maskrcnn-*.txt")
+        assert str(saved) in err and "ZeroDivisionError" in saved.read_text() and "lint m.onnx" in saved.read_text()
+    if code == 1 and not isinstance(error, BrokenPipeError):
+        assert "\n  expected: " in err and "\n  fix:      " in err
+        assert "Traceback" in run("--verbose", "lint", "m.onnx")[2]
+
+
+@pytest.mark.parametrize(("stream", "code"), [("stdout=/dev/full", 1), ("stdout=closed", 0), ("stdout=pipe", (0, 1))])
+def test_an_output_that_takes_nothing(stream, code):
+    target = {"stdout=/dev/full": ">/dev/full", "stdout=closed": ">&-", "stdout=pipe": "| true"}[stream]
+    command = f"{sys.executable} -m maskrcnn --version {target}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode in (code if isinstance(code, tuple) else (code,)), done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert ("No space left" in done.stderr) == (stream == "stdout=/dev/full")
+
+
+def test_more_memory_than_there_is_is_refused(run, tmp_path, checkpoint):
+    with pytest.raises(UserError, match=r"x, which takes at least 1000000000\.0 GB"):
+        require_memory(1e18, "x", "less")
+    require_memory(1e6, "x", "less")
+    expect_error(run("data", "shapes", "out", "--size", 1_000_000), "11000.0 GB of memory", "GB that are available")
+    assert list(tmp_path.iterdir()) == []
+    expect_error(run("verify", checkpoint, checkpoint, "--size", 1_000_000), "GB of memory", "GB that are available")
+
+
+def test_usage_errors_show_brackets(run):
+    code, _, err = run("lint", "m.onnx", "--[/red]")
+    assert code == 2 and "[/red]" in err
