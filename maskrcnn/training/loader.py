@@ -138,7 +138,8 @@ class PipedBatch(Batch):
 
 
 def _piped_batch(values: dict[str, Any]) -> PipedBatch:
-    return PipedBatch(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+    tensors: dict[str, Any] = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    return PipedBatch(**tensors)
 
 
 def collate(samples: list[Sample], divisor: int) -> Batch:
