@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskrcnn.data.images import ImageNotes, read_image
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.base import Backend, GpuPasting, Remarks
+
+if TYPE_CHECKING:
+    from maskrcnn.data.images import ImageNotes
 
 # Suffixes of model files and the backends that run them; the first is the default.
 BACKENDS = {
@@ -38,7 +41,6 @@ class Detector:
         self.preprocessing = backend.metadata.preprocessing
         if pixel_range is not None:
             self.preprocessing = replace(self.preprocessing, pixel_range=tuple(pixel_range))
-        self.notes = ImageNotes()  # what reading image files has lost
 
     @classmethod
     def load(
@@ -68,6 +70,13 @@ class Detector:
         """Class names, preprocessing and provenance of the model."""
         return self.backend.metadata
 
+    @cached_property
+    def notes(self) -> ImageNotes:
+        """What reading image files has lost."""
+        from maskrcnn.data.images import ImageNotes  # needs Pillow, which arrays do not
+
+        return ImageNotes()
+
     def remarks(self) -> list[str]:
         """Returns lines about how the model runs here; see `backends.base.Remarks`."""
         return self.backend.remarks() if isinstance(self.backend, Remarks) else []
@@ -80,6 +89,8 @@ class Detector:
         Raises:
             UserError: as `maskrcnn.data.images.read_image`.
         """
+        from maskrcnn.data.images import read_image
+
         return read_image(path, self.preprocessing, notes=self.notes)
 
     def detect(self, images: Sequence[np.ndarray | str | Path]) -> list[Detections]:

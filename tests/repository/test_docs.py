@@ -29,7 +29,7 @@ def unknown_words(line: str) -> list[str]:
         if words[0] not in command.commands:
             return [words[0]]
         command = command.commands[words.pop(0)]
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
     return [word for word in words if word.startswith("--") and word.split("=")[0] not in options | {"--help"}]
 
 
