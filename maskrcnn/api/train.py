@@ -271,7 +271,7 @@ def _continued(
     trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
     require_fitting(config.model, trainset, valset)
     _surveyed(progress, config, trainset, valset)
-    _check_readable(progress, valset, processes)
+    _check_readable(progress, valset, config, processes)
     _say_crowded(progress, config, trainset, valset)
     config = replace(config, data=str(trainset.root.resolve()))
     trainer = Trainer(config, run, trainset, processes)
