@@ -213,7 +213,8 @@ class TrainConfig:
     val_data: str = ""  # of the split to validate on; "": `data`
     val_images: str = ""
     weights: str = _setting(
-        "", "Pretrained weights: a checkpoint, a torchvision or Detectron2 file, or a name such as COCO_V1."
+        "",
+        "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
     epochs: int = _setting(12, "Number of epochs.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")

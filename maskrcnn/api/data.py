@@ -25,6 +25,7 @@ class ConvertResult(Result):
     objects: dict[str, int]  # by split
     skipped: dict[str, int]  # what could not be converted: reason → count
     left_out: dict[str, int]  # what is not converted by design: reason → count
+    repaired: dict[str, int]  # what was not taken as it is: reason → count
     notes: list[str] = field(default_factory=list)  # one line per reason, with an example
 
     def lines(self) -> list[str]:
@@ -144,6 +145,7 @@ def convert(
         report.objects,
         report.skipped,
         report.left_out,
+        report.repaired,
         list(report.notes),
     )
     if json is not None:

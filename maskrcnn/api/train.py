@@ -238,7 +238,10 @@ def _configured(
     given = settings.get("model", {})
     if weights is not None and weights.config is not None:
         saved = weights.config
-        settings = settings | {"model": torchvision.continued_model(saved, given)}
+        fields = torchvision.continued_model(saved, given)
+        if "batch_norm" in settings:  # an explicit setting wins
+            fields["frozen_batch_norm"] = settings["batch_norm"] == "frozen"
+        settings = settings | {"model": fields}
         if given.get("name", saved.name) != saved.name:
             progress.message(f"{spec} is a {saved.name}; {given['name']} replaces the fields in which the two differ")
     config = training_config(trainset, valset, settings)
@@ -246,7 +249,7 @@ def _configured(
     for line in weights.notes:
         progress.message(line)
     changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
-    if "batch_norm" in settings:  # an explicit setting wins
+    if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     model = replace(config.model, **changes)
     return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights

@@ -491,7 +491,11 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
             ]
         return annotation
     if len(values) >= 6 and len(values) % 2 == 0:
-        return {"category_id": category, "segmentation": [scaled]}
+        x, y = scaled[0::2], scaled[1::2]
+        corners = zip(x, y, [*x[1:], x[0]], [*y[1:], y[0]], strict=True)
+        area = abs(sum(x0 * y1 - x1 * y0 for x0, y0, x1, y1 in corners)) / 2  # shoelace formula
+        box = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+        return {"category_id": category, "bbox": box, "area": area, "segmentation": [scaled]}
     return {"category_id": category, "bbox": values}
 
 

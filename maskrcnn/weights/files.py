@@ -208,7 +208,7 @@ def _no_bytes() -> bytes:
 
 def _dense(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
     """A tensor without the gradient hooks and attributes that may follow."""
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)  # type: ignore[no-any-return]
+    return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
 
 def _of_type(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:

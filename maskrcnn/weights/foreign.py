@@ -69,6 +69,8 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
 def fields_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of `ModelConfig` that follow from shapes, where the tensors are there."""
     fields: dict[str, Any] = {}
+    if (stem := tensors.get(f"{BODY}conv1.weight")) is not None:
+        fields["channels"] = stem.shape[1]
     lateral, first = tensors.get("backbone.fpn.inner_blocks.0.0.weight"), tensors.get("roi_heads.box_head.fc6.weight")
     if lateral is not None:
         fields["fpn_channels"] = lateral.shape[0]

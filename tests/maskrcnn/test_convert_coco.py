@@ -87,7 +87,7 @@ def test_keep_going_counts_and_leaves_out(source, tmp_path):
     (source / "val2014" / "COCO_val2014_000000000073.jpg").write_bytes(b"\xff\xd8\xff broken")
     report = as_it_is("coco", source, tmp_path / "out", keep_going=True)
     assert report.skipped == {"unknown image": 1, "unknown category": 1, "image that cannot be read": 1}
-    assert report.left_out["malformed segmentation (box only)"] == 1
+    assert report.repaired["malformed segmentation, kept as a box"] == 1
     after = content(tmp_path / "out", "val2014")
     assert [image["id"] for image in after["images"]] == [42, 139, 285]
     assert [(a["id"], a["image_id"]) for a in after["annotations"]] == [(3, 42), (4, 285)]

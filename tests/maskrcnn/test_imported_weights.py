@@ -239,8 +239,8 @@ def test_without_detections_the_stages_before_them_are_compared(tmp_path):
     assert "no detections on 7 images, so boxes and masks were not compared" in said
     assert "stages compared instead: 21, from images to box_deltas" in said
     proto = onnx.load(tmp_path / "m.onnx")
-    bias = next(value for value in proto.graph.initializer if value.name.endswith("rpn.head.cls_logits.bias"))
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.5, bias.name))
+    weight = next(value for value in proto.graph.initializer if value.name == "rpn.head.cls_logits.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) + 0.5, weight.name))
     onnx.save(proto, tmp_path / "spoilt.onnx")
     backends = TorchBackend(model, device="cpu"), OnnxRuntimeBackend(tmp_path / "spoilt.onnx")
     found = with_stages(compare_backends(*backends, EXACT), *backends)

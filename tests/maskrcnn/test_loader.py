@@ -142,10 +142,10 @@ def test_batches_do_not_depend_on_workers_or_shared_memory(shapes, monkeypatch, 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("error", "found"), [(ValueError("odd"), "ValueError: odd"), (MemoryError(), "out of memory")])
 def test_whatever_fails_on_an_image_names_it(shapes, monkeypatch, workers, error, found):
-    def fail(path):
+    def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("maskrcnn.training.samples.read_image", fail)
+    monkeypatch.setattr("maskrcnn.training.samples.read_record", fail)
     loader, _ = training_loader(samples(shapes), batch_size=4, workers=workers, pin_memory=False)
     try:
         text = str(next(iter(loader)))

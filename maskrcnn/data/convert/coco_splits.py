@@ -57,7 +57,7 @@ def open_coco(root: Path, options: Options, faults: Faults) -> Source:
         entries += _entries(read, split.annotations, name, annotation_ids, with_crowds=options.crowd)
     require_entries(entries, root, LAYOUTS)
     if len({entry.image_id for entry in entries}) < len(entries):  # as exported by Roboflow: each split counts from 0
-        faults.leave_out("image id that another split has too: images are numbered anew", str(root))
+        faults.repair("image ids that another split has too: images are numbered anew", str(root))
         entries = [Entry(e.name, e.path, e.split, None, e.data) for e in entries]
     has_splits = len(names) > 1 or names[0].lower().startswith(_SPLIT_PREFIXES)
     if not has_splits and len(entries) > 1:
@@ -95,7 +95,7 @@ def _count(read: SplitContent, faults: Faults) -> None:
     for outcome in (BOX_ONLY, REPAIRED):
         first = {note.reason: f"{note.name}: {note.detail}" for note in reversed(read.file.notes.of(outcome))}
         for reason, count in read.file.notes.counts(outcome).items():
-            faults.leave_out(f"{reason} ({outcome})", f"{read.file.source}, {first[reason]}", count)
+            faults.repair(f"{reason}, kept as a box" if outcome == BOX_ONLY else reason, first[reason], count)
 
 
 def _entries(

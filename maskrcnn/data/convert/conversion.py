@@ -191,6 +191,7 @@ class ConversionReport:
     objects: dict[str, int]
     skipped: dict[str, int]  # reason of a fault -> count
     left_out: dict[str, int]  # reason to exclude an entry -> count
+    repaired: dict[str, int]  # what was not taken as it is -> count
     notes: tuple[str, ...]  # one line for each reason, with an example
 
 
@@ -258,6 +259,7 @@ def convert(
         objects={split: writer.objects[split] for split in sorted(writer.images)},
         skipped=dict(faults.skipped),
         left_out=dict(faults.left_out),
+        repaired=dict(faults.repaired),
         notes=tuple(faults.lines()),
     )
 

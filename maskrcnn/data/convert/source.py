@@ -52,6 +52,7 @@ class Faults:
         self.keep_going = keep_going
         self.skipped: Counter[str] = Counter()  # faults, by reason
         self.left_out: Counter[str] = Counter()  # entries excluded by the format or an option, by reason
+        self.repaired: Counter[str] = Counter()  # entries that were not taken as they are, by reason
         self._examples: dict[str, str] = {}
 
     def handle(self, fault: BadEntry) -> None:
@@ -61,9 +62,14 @@ class Faults:
         self.skipped[fault.reason] += 1
         self._examples.setdefault(fault.reason, fault.found)
 
-    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts entries that the format or an option excludes or repairs; this is never raised."""
-        self.left_out[reason] += count
+    def repair(self, reason: str, example: str, count: int = 1) -> None:
+        """Counts entries that were not taken as they are; this is never raised."""
+        self.repaired[reason] += count
+        self._examples.setdefault(reason, example)
+
+    def leave_out(self, reason: str, example: str) -> None:
+        """Counts an entry that the format or an option excludes; this is never raised."""
+        self.left_out[reason] += 1
         self._examples.setdefault(reason, example)
 
     def convert_each(
@@ -83,7 +89,7 @@ class Faults:
         """One line of text for each reason, with the first example."""
         return [
             f"{verb} {count}: {reason}, first: {self._examples[reason]}"
-            for verb, counts in (("skipped", self.skipped), ("left out", self.left_out))
+            for verb, counts in (("skipped", self.skipped), ("left out", self.left_out), ("repaired", self.repaired))
             for reason, count in sorted(counts.items())
         ]
 
