@@ -62,7 +62,7 @@ class TritonPythonModel:
         return triton.InferenceResponse([triton.Tensor(name, value) for name, value in outputs.items()])
 
 
-def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing) -> np.ndarray:
+def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing | None = None) -> np.ndarray:
     """Decodes the content of an image file to `[H, W, C]`, upright, in the model's bands and pixel range.
 
     An .npy file is taken as `batch_images` takes an array.

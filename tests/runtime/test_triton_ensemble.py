@@ -177,7 +177,7 @@ def test_a_ppm_file_with_comments(steps):
         (b"P6 999999999 1 255\n", "more than 8 bits or damaged"),
         (b"\x93NUMPY\x01\x00", r"no \.npy file"),
         (b"\x93NUMPY\x09\x00", r"no \.npy file"),
-        (encoded(np.zeros((2, 2, 3), np.float32), "NPY"), "float32"),
+        (encoded(np.zeros((2, 2, 3), np.float64), "NPY"), "float64"),
         (encoded(np.zeros((2, 2), np.uint8), "NPY"), r"uint8 \[2, 2\]"),
         (encoded(np.zeros((2, 4, 3), np.uint8), "NPY")[:-1], r"no \.npy file"),
     ],
