@@ -140,8 +140,14 @@ def gate(engine: Backend, request: BuildRequest, profiles: Sequence[Profile], pr
     for name, feeds in _batches(engine, request, profiles):
         with progress.task(f"comparing with {request.model.name} on {name}"):
             differences.append(compare_outputs(expected(feeds), found(feeds), tolerance))
+    difference = merge(differences)
+    if not difference.detections:
+        progress.message(
+            f"no detection in the {difference.images} images compared: boxes, scores and masks of the engine are not "
+            "proven; compare on images with objects: --gate-images DIR"
+        )
     return Comparison(
-        difference=merge(differences),
+        difference=difference,
         tolerance=tolerance,
         ap={} if request.gate_annotations is None else _average_precision(engine, request, profiles, progress),
         max_ap_loss=MAX_AP_LOSS[request.precision],

@@ -75,6 +75,20 @@ def test_missing_areas_and_crowd_flags_are_filled_in(source, tmp_path):
     assert (annotation["area"], annotation["iscrowd"]) == (20.0, 0)
 
 
+def test_crowd_regions_become_objects_on_request(source, tmp_path):
+    """CVAT marks the masks of its brush as crowd regions."""
+
+    def mark(data):
+        for annotation in data["annotations"]:
+            annotation["iscrowd"] = 1
+
+    changed(source, "val2014", mark)
+    for name, options, flag in (("kept", {}, 1), ("objects", {"crowd": False}, 0)):
+        as_it_is("coco", source, tmp_path / name, sets=("val2014",), **options)
+        found = content(tmp_path / name, "val2014")["annotations"]
+        assert found and all(annotation["iscrowd"] == flag for annotation in found)
+
+
 def break_things(data):
     data["annotations"][0]["segmentation"] = [[1, 2, 3]]
     data["annotations"][1]["category_id"] = 5

@@ -90,6 +90,14 @@ def test_the_best_checkpoint_is_the_one_of_highest_mask_ap(shapes, tmp_path):
     assert load_checkpoint(tmp_path / runs.BEST).config == tiny_config()
 
 
+def test_without_a_measured_ap_the_last_epoch_is_the_best(shapes, tmp_path):
+    """A validation split without objects has an AP of -1 after every epoch."""
+    trainer = start_run(config(shapes, epochs=2), tmp_path / "run", CocoDataset.load(shapes, "train"))
+    trainer.fit(fixed_ap(-1.0, -1.0))
+    best, last = (weights(tmp_path / "run", name) for name in (runs.BEST, runs.LAST))
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
 def test_a_resumed_run_ends_in_the_same_weights(shapes, tmp_path):
     dataset = CocoDataset.load(shapes, "train")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -186,6 +186,7 @@ class AnnotationDetector(Detector):
 
         self.dataset, self.next = dataset, 0
         self.truth_metadata = metadata_of(tiny_config())
+        self.preprocessing = self.truth_metadata.preprocessing
 
     @property
     def metadata(self):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from command_line import MessageLog
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
@@ -93,6 +94,18 @@ def test_the_onnx_file_itself_is_accepted_in_every_precision(backend, onnx_file,
         result = gate(backend, request_of(onnx_file, precision=precision), profiles, Progress())
         assert result.accepted and result.difference.images == 3 and result.difference.box_px < 1e-2
         assert result.expected() == str(TOLERANCES[precision])
+
+
+def test_a_comparison_without_detections_says_so(backend, onnx_file, profiles, monkeypatch):
+    def nothing(self, feeds):
+        return {name: np.zeros_like(value) for name, value in infer(self, feeds).items()}
+
+    infer, log = OnnxRuntimeBackend.infer, MessageLog()
+    gate(backend, request_of(onnx_file), profiles, log)
+    assert log.lines == []
+    monkeypatch.setattr(OnnxRuntimeBackend, "infer", nothing)
+    gate(backend, request_of(onnx_file), profiles, log)
+    assert len(log.lines) == 1 and "no detection in the 3 images compared" in log.lines[0]
 
 
 def test_ap_may_fall_a_little_and_rise_by_any_amount():
