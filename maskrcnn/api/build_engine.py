@@ -208,7 +208,7 @@ def refit_engine(
 
     progress = progress or Progress()
     engine, onnx, output = Path(engine), Path(model), Path(output)
-    if output.suffix != ".engine":
+    if output.suffix != ".engine" or output.resolve() == engine.resolve():
         raise UserError(f"--output {output}", "another file that ends in .engine", "choose another name")
     metadata = check_refittable(engine, onnx)
     single_precision(onnx)

@@ -112,11 +112,10 @@ def test_results_that_cannot_be_scored_are_named(run, files, tmp_path):
         (("m.onnx", "--results", "r.json"), "a model and --results"),
         (("m.onnx",), "a model without --data"),
         (("m.onnx", "--data", "d", "--annotations", "a.json"), "a model with --annotations"),
-        (("--results", "r.json"), "--results without --annotations"),
+        (("--results", "r.json"), "--results without --data or --annotations"),
         (("--results", "r.json", "--annotations", "a.json", "--data", "d"), "--results with --annotations and --data"),
         (("--results", "r.json", "--annotations", "a.json", "--resume", "l"), "--results with --resume"),
         (("--results", "r.json", "--annotations", "a.json", "--processes", "2"), "--results with --resume"),
-        (("--results", "r.json", "--data", "d", "--images", "i"), "--images without --annotations"),
     ],
 )
 def test_options_that_contradict_each_other(run, options, message):

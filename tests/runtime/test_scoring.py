@@ -99,7 +99,7 @@ def test_limits_that_are_not_ascending(limits):
 
 def test_three_hundred_perfect_boxes_are_all_found_with_the_limit_for_them():
     content, _ = make_case(1, images=1, categories=1)
-    boxes = [[12.0 * column, 12.0 * row, 10.0, 10.0] for row in range(15) for column in range(20)]
+    boxes = [[7.0 * column, 7.0 * row, 6.0, 6.0] for row in range(15) for column in range(20)]
     content["annotations"] = [annotation(content, number, box) for number, box in enumerate(boxes, start=1)]
     results = [result(content, bbox=box) for box in boxes]
     truth = GroundTruth.of_content(content, "gt")
