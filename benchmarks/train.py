@@ -239,7 +239,7 @@ def _marked(trainer: OurTrainer, mark: Callable[[str], None]) -> Iterator[None]:
 
 def pipeline_images_per_s(config: TrainConfig, seconds: float) -> float:
     """Measure images per second of our data loader with `config.workers`, for about `seconds` after the first batch."""
-    dataset = CocoDataset.load(config.data, config.train_split)
+    dataset = CocoDataset.load(config.data, config.train_split, images=config.images or None)
     samples = TrainingSamples(dataset, config.model.preprocessing, augment=NO_AUGMENTATION, seed=config.seed)
     loader, sampler = training_loader(samples, batch_size=config.batch_size, workers=config.workers, pin_memory=False)
     images, start = 0, None

@@ -106,7 +106,7 @@ def make_work(config: TrainConfig, max_batches: int, *, pinned: bool) -> list[Wo
         max_batches: maximum number of batches; at least one is returned.
         pinned: put our batches into page-locked memory, as our data loader does for a GPU.
     """
-    dataset = CocoDataset.load(config.data, config.train_split)
+    dataset = CocoDataset.load(config.data, config.train_split, images=config.images or None)
     samples = TrainingSamples(dataset, config.model.preprocessing, augment=NO_AUGMENTATION, seed=config.seed)
     size, total = config.batch_size, len(dataset.images)
     batches = max(1, min(max_batches, total // size))

@@ -116,7 +116,7 @@ def dataset_workload(
         pools = {size_name(size_hw): generated_images(_POOL, size_hw) for size_hw in sizes_hw}
         pools = pools or {"": generated_images(_POOL, _GENERATED_SIZE_HW)}
         return Workload(name="generated shapes", pools=pools, dataset=None, **timing)
-    dataset = CocoDataset.load(*found)
+    dataset = CocoDataset.load(*found[:2], images=found[2])
     if images is not None:
         dataset = replace(dataset, images=dataset.images[:images])
     files = tuple(record.path for record in dataset.images[:_POOL])
@@ -128,18 +128,21 @@ def dataset_workload(
     return Workload(name=name, pools={"": pool}, files=files, dataset=dataset, **timing)
 
 
-def _known_split(artefacts: Artefacts, data: Path | None, split: str | None) -> tuple[tuple[Path, str] | None, str]:
-    """The given dataset and split, or those of the run's validation; or None and the reason why there is no AP."""
+def _known_split(
+    artefacts: Artefacts, data: Path | None, split: str | None
+) -> tuple[tuple[Path, str, Path | None] | None, str]:
+    """The dataset, split and images that are given, or of the run's validation; or None and why there is no AP."""
     if data:
-        return (data, find_split(data, split or "val")), ""
+        return (data, find_split(data, split or "val"), None), ""
     path = artefacts.checkpoint.with_name(runs.CONFIG) if artefacts.checkpoint else None
     if path is None or not path.is_file():
         return None, "no AP: no dataset is known for these files; name one with --data"
     config = json.loads(path.read_text(encoding="utf-8"))
-    folder = Path(config["data"])
-    if not folder.is_dir():
-        return None, f"no AP: the run's dataset {folder} does not exist; name one with --data"
-    return (folder, config["val_split"]), ""
+    place = Path(config.get("val_data") or config["data"])  # older runs lack some of these
+    images = config.get("val_images" if config.get("val_data") else "images")
+    if not place.exists():
+        return None, f"no AP: the run's dataset {place} does not exist; name one with --data"
+    return (place, config["val_split"], Path(images) if images else None), ""
 
 
 def resnet50_workload(

@@ -142,7 +142,7 @@ def _read_boxes(entry: Entry, *, vocabulary: Vocabulary, options: Options, fault
         category_id = _category_of(name, flags, where, vocabulary, options, faults)
         if category_id is None:
             return None
-        box = _box(element, size_hw, where, zero_based=options.zero_based)
+        box = _box(element, size_hw, where, faults, zero_based=options.zero_based)
         is_crowd = bool(flags["difficult"]) and options.difficult == "crowd"
         return ObjectAnnotation(category_id, box_fields(box, size_hw, where, is_crowd=is_crowd) | flags)
 
@@ -176,8 +176,8 @@ def _flags(element: Element, where: str) -> dict[str, int]:
     return flags
 
 
-def _box(element: Element, size_hw: tuple[int, int], where: str, *, zero_based: bool) -> list[float]:
-    """The box as xyxy, px, from inclusive pixel numbers that start at 1 (or 0)."""
+def _box(element: Element, size_hw: tuple[int, int], where: str, faults: Faults, *, zero_based: bool) -> list[float]:
+    """The box as xyxy, px, from inclusive pixel numbers that start at 1 (or 0); corners may be in either order."""
     values = []
     for tag in ("xmin", "ymin", "xmax", "ymax"):
         text = _text(element, f"bndbox/{tag}", where)
@@ -187,7 +187,9 @@ def _box(element: Element, size_hw: tuple[int, int], where: str, *, zero_based: 
             raise BadEntry("malformed entry", f"{where}: <{tag}> {text!r}", "a number", _CORRECT) from error
     height, width = size_hw
     first, last = (0, 0) if zero_based else (1, 0)
-    x1, y1, x2, y2 = values
+    (x1, x2), (y1, y2) = sorted(values[0::2]), sorted(values[1::2])
+    if [x1, y1, x2, y2] != values:
+        faults.repair("box with its corners in another order", where)
     if not (first <= x1 and first <= y1 and x2 <= width + last and y2 <= height + last):
         found = f"{where}: box from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g})"
         expected = f"pixels from ({first}, {first}) to ({width}, {height})"
