@@ -45,6 +45,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from maskrcnn.config import LossConfig, ModelConfig, model_config
+from maskrcnn.data.images import ImageNotes
 from maskrcnn.errors import UserError, missing_library, report_errors
 from maskrcnn.files import atomic_path
 from maskrcnn.imaging.postprocess import Detections
@@ -241,6 +242,7 @@ class TorchvisionDetector:
     def __init__(self, model: FasterRCNN, metadata: ModelMetadata) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.metadata = model.eval().to(self.device), metadata
+        self.preprocessing, self.notes = metadata.preprocessing, ImageNotes()
 
     def set_input_size(self, size_hw: tuple[int, int]) -> None:
         """Disable the resizing of images of this size."""
@@ -273,6 +275,7 @@ class TorchvisionOnnxDetector:
 
         self.session = onnxruntime.InferenceSession(str(path), session_options(), providers=usable_providers())
         self.metadata = metadata
+        self.preprocessing, self.notes = metadata.preprocessing, ImageNotes()
         self._refused: str | None = None
 
     def set_input_size(self, size_hw: tuple[int, int]) -> None:

@@ -38,7 +38,7 @@ def test_tensors_operators_and_origin(report, onnx_file, checkpoint, model):
     assert report.metadata.source_sha256 == sha256_of(checkpoint)
     text = report.text()
     for part in (
-        "opset 20, functions MultilevelRoiAlign, BatchedNms, LiveRows",
+        "ONNX IR 9, opset 20 (ONNX Runtime 1.17 or newer), functions MultilevelRoiAlign, BatchedNms, LiveRows",
         "model: maskrcnn_resnet18_fpn_small, precision fp32, contract 1",
         "classes: 3 (circle, rectangle, triangle), with masks, at most 12 detections",
         "preprocessing: 96 to 160 px, multiples of 32, RGB",
