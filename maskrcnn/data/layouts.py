@@ -75,7 +75,7 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
     elif root.is_file():
         found = [_json_split(root, root.parent, folders, _split_name(root, root.parent))]
     elif not root.is_dir():
-        raise UserError(f"{root} does not exist", LAYOUTS, "correct the path of the dataset")
+        raise UserError(f"{root} does not exist", LAYOUTS, "name the dataset where it is: --data DIR")
     else:
         found = _coco_layout(root, folders) or _yolo_files(root) or _any_layout(root, folders)
     if not found:

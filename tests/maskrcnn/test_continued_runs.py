@@ -59,7 +59,7 @@ def test_a_new_run_keeps_the_full_path_of_its_data(run, shapes, tmp_path, fitted
 def test_a_run_whose_data_moved_goes_on_with_the_new_folder(run, began, tmp_path):
     folder, data = began(epochs=1)
     data.rename(tmp_path / "moved")
-    expect_error(run("train", "--resume", folder), f"no folder {data}", "point --data at the folder")
+    expect_error(run("train", "--resume", folder), f"{data} does not exist", "--data DIR")
     code, out, err = run("train", "--resume", folder, "--data", "moved")
     assert code == 0, err
     moved = str((tmp_path / "moved").resolve())

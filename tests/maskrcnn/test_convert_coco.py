@@ -105,7 +105,7 @@ def test_keep_going_counts_and_leaves_out(source, tmp_path):
     after = content(tmp_path / "out", "val2014")
     assert [image["id"] for image in after["images"]] == [42, 139, 285]
     assert [(a["id"], a["image_id"]) for a in after["annotations"]] == [(3, 42), (4, 285)]
-    assert any("instances_val2014.json, annotation 3" in note for note in report.notes)
+    assert any("instances_val2014.json, annotation 5" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
