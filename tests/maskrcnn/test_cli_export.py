@@ -73,7 +73,10 @@ def test_an_8_bit_engine_runs(run, road, shapes):
         (("--opset", "20"), ("--opset with",)),
         ((), ("an ONNX file in single precision already",)),
         (("--output", "other.onnx"), ("an ONNX file in single precision already",)),
-        (("--precision", "fp16", "--output", "runs/train-1/model.onnx"), ("a file that the command reads", "another file")),
+        (
+            ("--precision", "fp16", "--output", "runs/train-1/model.onnx"),
+            ("that the command reads",),
+        ),
     ],
 )
 def test_exports_that_cannot_be_leave_nothing_behind(run, road, shapes, tmp_path, arguments, parts):
