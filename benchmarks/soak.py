@@ -21,7 +21,7 @@ from resources import resident_mb
 from session import aligned
 
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.errors import exit_on_user_error
+from maskrcnn.errors import report_errors
 
 _ROWS = 8  # of the table
 _DIVISOR = 32  # of padded sides, px
@@ -108,7 +108,7 @@ def main() -> None:
     if given.train == (given.model is not None):
         parser.error("name a model, or give --train")
     low, high = (int(side) for side in given.sides.split(","))
-    with exit_on_user_error():
+    with report_errors():
         call = _training() if given.train else _inference(given.model, given.backend, json.loads(given.options))
         sizes = list(shapes_hw(given.shapes, low, high))
         print(f"{len(set(sizes))} different sizes in {len(sizes)} calls")
