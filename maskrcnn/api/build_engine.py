@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -208,7 +209,7 @@ def refit_engine(
 
     progress = progress or Progress()
     engine, onnx, output = Path(engine), Path(model), Path(output)
-    if output.suffix != ".engine" or output.resolve() == engine.resolve():
+    if output.suffix != ".engine" or os.path.realpath(output) == os.path.realpath(engine):
         raise UserError(f"--output {output}", "another file that ends in .engine", "choose another name")
     metadata = check_refittable(engine, onnx)
     single_precision(onnx)

@@ -126,7 +126,7 @@ def test_split_names_are_folder_names(tmp_path, name):
 
 
 def test_unknown_kind_missing_source_and_options_of_other_kinds(tmp_path):
-    with pytest.raises(UserError, match="kind 'darknet'\n  expected: one of coco, voc"):
+    with pytest.raises(UserError, match="kind 'darknet'\n  expected: one of coco, yolo, voc"):
         convert("darknet", tmp_path, tmp_path / "out")
     with pytest.raises(UserError, match="missing does not exist"):
         convert("coco", tmp_path / "missing", tmp_path / "out")
