@@ -144,6 +144,7 @@ def test_unknown_kind_missing_source_and_options_of_other_kinds(tmp_path):
         "mask_suffix": ("x", "via"),
         "divisor": (3, "cityscapes"),
         "void": (3, "cityscapes"),
+        "crowd": (False, "voc"),
     }
     assert set(options) == set(vars(Options())) >= {name for kind in KINDS.values() for name in kind.options}
     for name, (value, kind) in options.items():
