@@ -33,6 +33,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 
 VAL_SHARE = 0.1  # of a dataset without a split to validate on
+_MAX_SKIPPED = 9  # skipped annotations for each object, above which a file is not used: something is wrong with all
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +161,16 @@ class CocoDataset:
         return [*([self.division] if self.division else []), *self.notes.lines(self.annotation_path)]
 
     def require_objects(self, purpose: str) -> None:
-        """Raises a UserError, with what was found instead, where the split has no object to `purpose`."""
-        if self.objects:
+        """Raises a UserError, with what was found instead, where the split has (nearly) no object to `purpose`."""
+        objects, skipped = self.objects, sum(self.skipped.values())
+        if objects and skipped <= _MAX_SKIPPED * objects:
             return
-        crowds = sum(len(record.instances) for record in self.images)
-        skipped = sum(self.skipped.values())
-        found = f"{self.annotation_path}: no object to {purpose} in {len(self.images)} image(s)"
+        crowds = sum(len(record.instances) for record in self.images) - objects
+        number = f"only {objects} object(s)" if objects else "no object"
+        found = f"{self.annotation_path}: {number} to {purpose} in {len(self.images)} image(s)"
         parts = [f"{crowds} crowd region(s)"] * bool(crowds) + [f"{skipped} skipped annotation(s)"] * bool(skipped)
         fix = "annotate objects, or name another file"
-        if crowds:
+        if crowds and not objects:
             fix = (
                 "take crowd regions as objects (CVAT marks brush masks with iscrowd 1): "
                 f"maskrcnn data convert coco {self.root} OUT --no-crowd"

@@ -363,6 +363,10 @@ def test_a_split_without_objects_says_what_it_holds(tmp_path):
     with pytest.raises(UserError, match=r"no object to learn.*1 skipped annotation.*\n.*\n.*category_id 1"):
         load(tmp_path, {**SQUARE, "category_id": 1}).require_objects("learn")
     load(tmp_path, SQUARE).require_objects("learn")
+    strange = [{**SQUARE, "id": k, "category_id": 1} for k in range(10)]
+    with pytest.raises(UserError, match=r"only 1 object\(s\) to learn.*10 skipped annotation"):
+        load(tmp_path, SQUARE, *strange).require_objects("learn")
+    load(tmp_path, SQUARE, *strange[:9]).require_objects("learn")
 
 
 # --- faults of the file ------------------------------------------------------------------------------
