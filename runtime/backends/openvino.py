@@ -37,12 +37,12 @@ def openvino_core() -> Any:
         UserError: if OpenVINO is not installed.
     """
     with _core_lock:
+        try:
+            with _without_telemetry():
+                import openvino
+        except ImportError as error:
+            raise missing_library("openvino", "build and run CPU engines", "pip install openvino") from error
         if not _cores:
-            try:
-                with _without_telemetry():
-                    import openvino
-            except ImportError as error:
-                raise missing_library("openvino", "build and run CPU engines", "pip install openvino") from error
             core = openvino.Core()
             with suppress(RuntimeError):  # a version without the property
                 core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": _CACHED_PRIMITIVES})
