@@ -168,7 +168,6 @@ class AnnotationFile:
     objects: list[ObjectEntry]  # in the order of the file
     keypoints: CategoryKeypoints
     has_masks: bool  # False: no annotation has a segmentation
-    annotations: int  # of the file, usable or not
     notes: Notes
     image_keys: dict[str, int] = field(default_factory=dict)  # numbers of image ids that are texts
     category_keys: dict[str, int] = field(default_factory=dict)
@@ -288,7 +287,6 @@ class _Reader:
             objects=objects,
             keypoints=keypoints,
             has_masks=has_masks,
-            annotations=len(self.annotations),
             notes=self.notes,
             image_keys=self.image_keys,
             category_keys=self.category_keys,

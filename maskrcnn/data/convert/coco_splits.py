@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from maskrcnn.data.annotations import BOX_ONLY, DROPPED, REPAIRED, ObjectEntry, 
 from maskrcnn.data.coco import CocoDataset, SplitContent, divided, read_split
 from maskrcnn.data.convert.files import annotated_size
 from maskrcnn.data.convert.source import (
+    SPLIT_PREFIXES,
     AnnotatedImage,
     BadEntry,
     Category,
@@ -25,8 +27,6 @@ from maskrcnn.data.convert.vocabulary import check_categories
 from maskrcnn.data.layouts import LAYOUTS, find_splits, get_split
 from maskrcnn.data.segmentation import AnnotationError
 from maskrcnn.errors import UserError
-
-_SPLIT_PREFIXES = ("train", "val", "test")
 
 
 def open_coco(root: Path, options: Options, faults: Faults) -> Source:
@@ -58,14 +58,12 @@ def open_coco(root: Path, options: Options, faults: Faults) -> Source:
     require_entries(entries, root, LAYOUTS)
     if len({entry.image_id for entry in entries}) < len(entries):  # as exported by Roboflow: each split counts from 0
         faults.repair("image ids that another split has too: images are numbered anew", str(root))
-        entries = [Entry(e.name, e.path, e.split, None, e.data) for e in entries]
-    has_splits = len(names) > 1 or names[0].lower().startswith(_SPLIT_PREFIXES)
+        entries = [replace(entry, image_id=None) for entry in entries]
+    has_splits = len(names) > 1 or names[0].lower().startswith(SPLIT_PREFIXES)
     if not has_splits and len(entries) > 1:
         dataset = CocoDataset.load(root, names[0], images=options.image_folder, require_images=False)
         validation = {record.id for record in divided(dataset, "val").images}
-        entries = [
-            Entry(e.name, e.path, "val" if e.image_id in validation else "train", e.image_id, e.data) for e in entries
-        ]
+        entries = [replace(each, split="val" if each.image_id in validation else "train") for each in entries]
     return Source(
         categories=tuple(categories.values()),
         entries=entries,

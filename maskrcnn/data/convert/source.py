@@ -18,7 +18,7 @@ from pycocotools import mask as mask_api
 from maskrcnn.data.segmentation import AnnotationError, checked_segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
-_SPLIT_PREFIXES = ("train", "val", "test")  # of folder names that are splits
+SPLIT_PREFIXES = ("train", "val", "test")  # of folder names that are splits
 _CORRECT = "correct the annotation"
 
 _Item = TypeVar("_Item")
@@ -166,7 +166,7 @@ class Options:
 def are_splits(paths: Iterable[Path]) -> bool:
     """Whether the first folder of every path (relative to the dataset's) is named like a split."""
     first = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
-    return bool(first) and all(name.lower().startswith(_SPLIT_PREFIXES) for name in first)
+    return bool(first) and all(name.lower().startswith(SPLIT_PREFIXES) for name in first)
 
 
 def split_off(path: Path, *, has_splits: bool) -> tuple[str | None, Path]:
