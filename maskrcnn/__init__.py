@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from maskrcnn.errors import UserError
     from maskrcnn.runtime.detector import Detector
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Read by ONNX Runtime when it is imported: no telemetry unless asked for. Its thread would also keep a forked process
 # from ending (observed in 1.31 on Linux).

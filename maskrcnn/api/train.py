@@ -97,7 +97,7 @@ def train(
         val_images: folder of its images. Default: searched for near it.
         strict: refuse annotation files with entries that are skipped or repaired.
         model: architecture, such as "maskrcnn_resnet50_fpn". Default: a small one.
-        config: YAML file of settings; arguments override it.
+        config: YAML file of settings, or the name of a recipe; arguments override it.
         settings: any settings, as `["model.detections=300"]` or nested dictionaries.
         output: folder of the run. Default: runs/train-N.
         resume: folder of the run to continue; other arguments change it from here on.

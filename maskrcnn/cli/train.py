@@ -109,7 +109,12 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue.", rich_help_panel=_RUN)] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; options override it.", rich_help_panel=_RUN)
+        Path | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="YAML file of settings; options override it. Or a recipe's name, such as finetune.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     assign: Annotated[
         list[str] | None,

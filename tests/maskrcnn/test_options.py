@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +45,19 @@ def _command(name):
     import typer.main
 
     return typer.main.get_command(app).commands[name]
+
+
+def test_a_recipe_has_a_name(started, tmp_path, monkeypatch):
+    file = Path(__file__).parents[2] / "configs" / "finetune.yaml"
+    by_path = started("--config", file)["settings"]
+    monkeypatch.chdir(tmp_path)  # without the clone's configs/
+    assert by_path == started("--config", "finetune")["settings"]
+    assert by_path == started("--config", "configs/finetune.yaml")["settings"]
+    for unknown in ("finetun", "elsewhere/finetune.yaml"):
+        with pytest.raises(UserError, match=r"finetun.*: no such file\n.*finetune, nuclei, penn-fudan"):
+            started("--config", unknown)
+    (tmp_path / "finetune").write_text("epochs: 3\n")
+    assert started("--config", "finetune")["settings"] == {"epochs": 3}
 
 
 def test_options_override_assignments_and_those_the_file(started, tmp_path):
@@ -98,7 +112,7 @@ def test_a_resumed_run_has_its_weights(started, words):
 
 def test_the_help_says_which_of_file_and_options_counts():
     (option,) = [p for p in _command("train").params if "--config" in p.opts]
-    assert option.help == "YAML file of settings; options override it."
+    assert option.help.startswith("YAML file of settings; options override it.")
 
 
 @pytest.mark.parametrize(
