@@ -86,8 +86,8 @@ def train(
     """Trains a detector, or continues an interrupted run.
 
     Args:
-        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file; "shapes" or "poses" for a
-            drawn one. Default: shapes.
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file; "shapes" or "poses" for
+            a drawn one. Default: shapes.
         annotations: annotation file, instead of `data`.
         images: folder of its images. Default: searched for near the annotations.
         split: split to train on. Default: the one whose name begins with "train".

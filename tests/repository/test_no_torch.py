@@ -27,10 +27,12 @@ assert not loaded, loaded
 """
 
 
-def run_blocked(statement: str, blocked: tuple[str, ...] = BLOCKED) -> subprocess.CompletedProcess:
+def run_blocked(
+    statement: str, blocked: tuple[str, ...] = BLOCKED, *, limit_s: float = 120
+) -> subprocess.CompletedProcess:
     """Runs a statement in a Python where the blocked libraries cannot be imported."""
     program = PROGRAM.format(blocked=blocked, statement=statement)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=limit_s)
 
 
 def test_the_block_works():
@@ -154,9 +156,8 @@ def test_the_runtime_needs_only_its_requirements(onnx_file, shapes, tmp_path):
         ["evaluate", model, "--data", str(shapes)],
         ["verify", model, model],
         ["inspect", model],
-        ["doctor"],
     ]
-    done = run_blocked(_RUNTIME_COMMANDS.format(commands=commands, model=model, photo=photo), blocked)
+    done = run_blocked(_RUNTIME_COMMANDS.format(commands=commands, model=model, photo=photo), blocked, limit_s=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "cost of one image: not counted, which needs `pip install onnxscript`" in done.stdout
     assert "AP50" in done.stdout and done.stdout.rstrip().endswith("detections")
