@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -144,7 +144,7 @@ def _topk_in_groups(
         return
     prefix = node.output[0]
 
-    def step(op: str, inputs: Sequence[str], *outputs: str, **attributes: int) -> onnx.NodeProto:
+    def step(op: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> onnx.NodeProto:
         names = [f"{prefix}_{name}" for name in outputs]
         return onnx.helper.make_node(op, inputs, names, name=names[0], **attributes)
 
