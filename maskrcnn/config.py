@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,6 +132,9 @@ class AugmentConfig:
     flip_probability: float = 0.5  # left to right
     vertical_flip_probability: float = 0.0  # upside down
 
+    # Images whose sides differ by a larger factor are cropped at random along the longer side; 0: no limit.
+    largest_aspect_ratio: float = 0.0
+
     # Size: one of the sides is chosen per sample; (): the model's min_size_px.
     shorter_sides_px: tuple[int, ...] = ()
     # Large-scale jitter (Ghiasi et al. 2021): the image is scaled, then cropped or padded to a square canvas.
@@ -160,12 +164,16 @@ class AugmentConfig:
             _check_range("augment.shorter_sides_px", side, low=1)
         _check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
         _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
+        if self.largest_aspect_ratio:
+            _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1, high=sys.float_info.max)
         _check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)
         _check_range("augment.mixup_alpha", self.mixup_alpha, low=1e-3)
         _check_range("augment.least_visible", self.least_visible, low=0, high=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
+CLASS_LOSSES = ("cross_entropy", "focal")
+CLASS_WEIGHTS = ("none", "inverse", "effective")  # names that stand for weights, see `class_weights`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +193,33 @@ class LossConfig:
     box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the box head
     rpn_box_loss_weight: float = 1.0
     box_loss_weight: float = 1.0
+    # Weights of the box head's classification loss: of each class by its name, or one of CLASS_WEIGHTS, which the
+    # training split replaces by such (see `maskrcnn.training.recipe.class_weights`). Background has weight 1.
+    class_weights: str | dict[str, float] = "none"
+    class_weights_beta: float = 0.999  # of "effective" (Cui et al. 2019); 0: equal weights, near 1: inverse frequency
+    objectness_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the RPN
+    classification_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the box head
+    focal_gamma: float = 2.0  # of "focal" (Lin et al. 2017); 0: cross-entropy
+    focal_alpha: float = 0.25  # weight of objects in the RPN's focal loss; that of background is 1 - alpha
 
     def __post_init__(self) -> None:
         for name in ("rpn_box_loss", "box_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
+        for name in ("objectness_loss", "classification_loss"):
+            _check_choice(f"loss.{name}", getattr(self, name), CLASS_LOSSES)
+        if isinstance(self.class_weights, str):
+            if self.class_weights not in CLASS_WEIGHTS:
+                raise UserError(
+                    f"loss.class_weights {self.class_weights!r}",
+                    f"one of {', '.join(CLASS_WEIGHTS)}, or the weights of classes by name",
+                    "write --set loss.class_weights=inverse, or --set 'loss.class_weights={cat: 2, dog: 1}'",
+                )
+        else:
+            for name, weight in self.class_weights.items():
+                _check_range(f"loss.class_weights of {name!r}", weight, low=0, high=sys.float_info.max)
+        _check_range("loss.class_weights_beta", self.class_weights_beta, low=0, high=1 - 1e-9)
+        _check_range("loss.focal_gamma", self.focal_gamma, low=0, high=100)
+        _check_range("loss.focal_alpha", self.focal_alpha, low=0, high=1)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -219,7 +250,15 @@ class TrainConfig:
     epochs: int = _setting(12, "Number of epochs.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
-    group_by_aspect_ratio: bool = _setting(True, "Separate batches for landscape and portrait images.")
+    group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
+    aspect_ratio_groups: int = _setting(
+        2, "Groups of aspect ratios; 2: landscape and portrait, 4: also separates ratios beyond 2:1."
+    )
+    repeat_threshold: float = _setting(
+        0.0, "Repeat images of classes that are in less than this share of the images (repeat factors); 0 disables."
+    )
+    empty_images: bool = _setting(True, "Train on images without objects.")
+    crowd_objects: bool = _setting(False, "Train on crowd regions as objects.")
     optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
     momentum: float = _setting(0.9, "Momentum of SGD.")
@@ -258,6 +297,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
             _check_range(name, getattr(self, name), low=1)
         _check_range("workers", self.workers, low=-1)
+        _check_range("aspect_ratio_groups", self.aspect_ratio_groups, low=2, high=64)
+        _check_range("repeat_threshold", self.repeat_threshold, low=0, high=1)
         for name in ("warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
             _check_range(name, getattr(self, name), low=0)
         _check_range("trainable_stages", self.trainable_stages, low=0, high=5)
@@ -391,7 +432,11 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 def _build(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    return kind(**{key: _build(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
+    built = {}
+    for key, each in values.items():
+        is_section = isinstance(each, dict) and dataclasses.is_dataclass(types[key])
+        built[key] = _build(types[key], each) if is_section else each
+    return kind(**built)
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -402,5 +447,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     """
     values = {}
     for key, value in typed(type(config), changes, where=f"{type(config).__name__}.").items():
-        values[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
+        section = getattr(config, key)
+        is_section = isinstance(value, dict) and dataclasses.is_dataclass(section)
+        values[key] = changed(section, value) if is_section else value
     return dataclasses.replace(config, **values)

@@ -38,7 +38,7 @@ from maskrcnn.settings import (
 from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import without_effect
-from maskrcnn.training.recipe import require_fitting, training_config
+from maskrcnn.training.recipe import class_weights, require_fitting, training_config
 from maskrcnn.training.state import settings_of_run
 from maskrcnn.training.trainer import Trainer
 from maskrcnn.weights import torchvision
@@ -48,6 +48,7 @@ from maskrcnn.weights.finetuning import finetuning_tensors
 # Datasets that are drawn if `data` is their name and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
 _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
+_CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
 _DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
 
 
@@ -202,7 +203,8 @@ def _begun(
     place = {name: settings.pop(name, default) for name, default in _PLACE.items() if name.endswith(("data", "split"))}
     place |= {name: settings.get(name, "") for name in ("images", "val_images")}
     root = _root(place.pop("data"), processes)
-    trainset, valset = _datasets(progress, root, **place, exif=settings.get("exif", "auto"), strict=strict)
+    chosen = {name: settings.get(name, getattr(TrainConfig, name)) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, root, **place, **chosen, strict=strict)
     if place["val_data"]:
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
@@ -257,7 +259,7 @@ def _configured(
 
 def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
     for dataset in datasets:
-        if line := crowded_line(dataset, config.model.detections):
+        if line := crowded_line(dataset, config.model.detections, config.model.candidates, config.model.proposals):
             progress.message(line)
 
 
@@ -271,8 +273,10 @@ def _continued(
     for line in _changes(before, to_dict(config)):
         progress.message(line)
     place = {name: getattr(config, name) for name in _PLACE if name != "data"}
-    trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
+    chosen = {name: getattr(config, name) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, Path(config.data), **place, **chosen, strict=strict)
     require_fitting(config.model, trainset, valset)
+    config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, trainset)))
     _surveyed(progress, config, trainset, valset)
     _check_readable(progress, valset, config, processes)
     _say_crowded(progress, config, trainset, valset)
@@ -359,6 +363,8 @@ def _datasets(
     val_data: str,
     val_images: str,
     exif: str,
+    empty_images: bool,
+    crowd_objects: bool,
     strict: bool,
 ) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have objects and the same classes."""
@@ -369,6 +375,7 @@ def _datasets(
         trainset = CocoDataset.load(root, names[0], images=images or None, drop_roots=drop_roots)
         valset = CocoDataset.load(val_root, names[1], images=val_folder or None, drop_roots=drop_roots)
         trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
+        trainset = trainset.for_training(empty_images=empty_images, crowd_objects=crowd_objects)
         if trainset.category_ids == valset.category_ids:
             break  # else a super-category has objects in one split alone
     for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):

@@ -226,8 +226,18 @@ class Augmentation:
         rule = self.preprocessing
         if config.shorter_sides_px:
             rule = replace(rule, min_size_px=config.shorter_sides_px[rng.integers(len(config.shorter_sides_px))])
-        canvas_hw = resized_size(size_hw, rule)
-        return self._flipped(View((0, 0, *size_hw), canvas_hw, canvas_hw), rng)
+        window = self._limited(size_hw, rng)
+        canvas_hw = resized_size((window[2] - window[0], window[3] - window[1]), rule)
+        return self._flipped(View(window, canvas_hw, canvas_hw), rng)
+
+    def _limited(self, size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Random window (top, left, bottom, right) of an image with at most the largest aspect ratio."""
+        limit, short = self.config.largest_aspect_ratio, min(size_hw)
+        if not limit or max(size_hw) <= limit * short:
+            return (0, 0, *size_hw)
+        height, width = (min(side, int(limit * short)) for side in size_hw)
+        top, left = int(rng.integers(size_hw[0] - height + 1)), int(rng.integers(size_hw[1] - width + 1))
+        return top, left, top + height, left + width
 
     def partner_view(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
         """Random view of an image on a given canvas: large-scale jitter, or covering it."""

@@ -75,7 +75,7 @@ class PackedRecords(Sequence[ImageRecord]):
 
 
 class TrainingSamples(Dataset):
-    """Samples of a dataset, indexed by (epoch, index).
+    """Samples of a dataset, indexed by (epoch, index, copy); copies of an image in an epoch are changed independently.
 
     The dataset itself is not kept, see `PackedRecords`.
 
@@ -95,7 +95,7 @@ class TrainingSamples(Dataset):
         seed: int,
     ) -> None:
         self.records, self.preprocessing, self.seed = PackedRecords(dataset.images), preprocessing, seed
-        self.is_portrait = np.array([record.height > record.width for record in dataset.images], bool)
+        self.aspect_ratios = np.array([record.height / record.width for record in dataset.images])
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
         self._partners = mirrored(dataset.keypoint_names)
@@ -103,7 +103,7 @@ class TrainingSamples(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, int]) -> Sample | UserError:
         """A sample, or the error about its file: PyTorch would not preserve an error raised in a worker."""
         try:
             return self._sample(*key)
@@ -120,8 +120,8 @@ class TrainingSamples(Dataset):
         except Exception as error:
             raise RuntimeError(f"{self.records[key[1]].path}: {type(error).__name__}: {error}") from error
 
-    def _sample(self, epoch: int, index: int) -> Sample:
-        rng = np.random.default_rng((self.seed, epoch, index))
+    def _sample(self, epoch: int, index: int, copy: int = 0) -> Sample:
+        rng = np.random.default_rng((self.seed, epoch, index, copy) if copy else (self.seed, epoch, index))
         seed = int(rng.integers(2**63))
         record, config = self.records[index], self.augment
         view = self._augmentation.view((record.height, record.width), rng)

@@ -22,7 +22,7 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import respect_cpu_quota
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
-from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, training_loader
+from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, repeat_factors, training_loader
 from maskrcnn.training.logbook import Logbook, NamedImage, sample_images
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
 from maskrcnn.training.step import PendingMetrics, Step
@@ -88,7 +88,10 @@ class Trainer:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             accumulate=config.accumulate,
-            group_by_aspect_ratio=config.group_by_aspect_ratio,
+            aspect_ratio_groups=config.aspect_ratio_groups if config.group_by_aspect_ratio else 1,
+            repeats=repeat_factors(dataset.labels_of_images(), config.repeat_threshold)
+            if config.repeat_threshold
+            else None,
         )
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device).to(memory_format=torch.channels_last)
@@ -139,9 +142,9 @@ class Trainer:
         config, progress = self.config, self.progress
         if self.processes.is_first:
             self._logbook = Logbook(self.run, tensorboard=config.tensorboard, first_step=self._step_number())
-        done_images = progress.epoch * len(self.samples) + progress.step * config.batch_size
+        done_images = progress.epoch * self.sampler.length + progress.step * config.batch_size
         self._display = display or _Silent()
-        self._display.start(config.epochs * len(self.samples), done_images)
+        self._display.start(config.epochs * self.sampler.length, done_images)
         metrics: dict[str, Any] = {}
         while progress.epoch < config.epochs:
             began, before = time.perf_counter(), progress.step

@@ -22,6 +22,7 @@ CHANGES = {
     "nothing": {"flip_probability": 0.0},
     "flips": {"flip_probability": 0.5, "vertical_flip_probability": 0.5},
     "shorter sides": {"shorter_sides_px": (40, 64, 100)},
+    "aspect ratio": {"largest_aspect_ratio": 1.2},
     "jitter": {"jitter_probability": 1.0, "jitter_canvas_px": 104, "jitter_least_scale": 0.4},
     "perspective": {"perspective_probability": 1.0, "perspective_distortion": 0.5},
     "mosaic": {"mosaic_probability": 1.0},
@@ -212,3 +213,18 @@ def test_values_out_of_range_are_refused(values, text):
     with pytest.raises(UserError) as caught:
         AugmentConfig(**values)
     assert text in str(caught.value)
+
+
+def test_long_images_are_cropped_to_the_largest_aspect_ratio(dataset):
+    """The solid images are 60×90 to 44×110 and 100×48; those within 3:2 stay whole."""
+    found, whole = samples(dataset, largest_aspect_ratio=1.5), samples(dataset)
+    for index, record in enumerate(dataset.images):
+        height, width = found[0, index].image.shape[1:]
+        short, long = sorted((record.height, record.width))
+        if long <= 1.5 * short:
+            assert np.array_equal(found[0, index].image, whole[0, index].image)
+        else:
+            assert max(height, width) == pytest.approx(1.5 * min(height, width), abs=2)
+            assert (height > width) == (record.height > record.width)
+    index = next(k for k, record in enumerate(dataset.images) if record.width > 2 * record.height)
+    assert len({found[epoch, index].image.tobytes() for epoch in range(8)}) > 2
