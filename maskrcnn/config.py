@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -151,6 +152,9 @@ class AugmentConfig:
     mixup_alpha: float = 8.0  # weight of the first image ~ Beta(alpha, alpha); large: near 0.5
     copy_paste_probability: float = 0.0  # objects of another image pasted on top (Ghiasi et al. 2021)
 
+    # Own augmentation, called last: "package.module:function", see `maskrcnn.training.transform`.
+    transform: str = ""
+
     least_visible: float = 0.1  # minimum visible fraction of an object's area; others are dropped
 
     def __post_init__(self) -> None:
@@ -164,6 +168,12 @@ class AugmentConfig:
             _check_range("augment.shorter_sides_px", side, low=1)
         _check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
         _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
+        if self.transform and not re.fullmatch(r"[\w.]+:[\w.]+", self.transform):
+            raise UserError(
+                f"augment.transform {self.transform!r}",
+                "package.module:function",
+                "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
+            )
         if self.largest_aspect_ratio:
             _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1, high=sys.float_info.max)
         _check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)

@@ -85,7 +85,7 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
         """Batches of this process in a whole epoch, regardless of `start`."""
         return self.steps * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         parts = self.global_batches().reshape(self.steps, self.world_size, self.accumulate, -1)[:, self.rank]
         for part in parts.reshape(len(self), -1)[self.start :].tolist():
             yield [(self.epoch, key % self.images, key // self.images) for key in part]

@@ -28,6 +28,7 @@ from maskrcnn.training.augmentation import (
     objects_of_scene,
     scene_in_view,
 )
+from maskrcnn.training.transform import OwnTransform
 from maskrcnn.training.view import Objects, View, objects_in_view
 
 _MIN_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
@@ -99,6 +100,9 @@ class TrainingSamples(Dataset):
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
         self._partners = mirrored(dataset.keypoint_names)
+        self._transform = (
+            OwnTransform(self.augment.transform, len(dataset.class_names)) if self.augment.transform else None
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -126,8 +130,10 @@ class TrainingSamples(Dataset):
         record, config = self.records[index], self.augment
         view = self._augmentation.view((record.height, record.width), rng)
         steps = [step for step, probability in self._compositions() if rng.random() < probability]
-        if steps:
+        if steps or self._transform is not None:
             scene = self._composed(record, view, steps, rng)
+            if self._transform is not None:
+                scene = self._transform(scene.shown(config.least_visible), rng, record.path)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
         else:  # no full-size masks, which would take most of the time and memory
             image = self._augmentation.image(read_record(record, self.preprocessing), view, rng)
@@ -157,10 +163,10 @@ class TrainingSamples(Dataset):
             scene = mixup(scene, self._partner(scene.size_hw, rng), rng.beta(alpha, alpha))
         if "copy_paste" in steps:
             other = self._partner(scene.size_hw, rng)
-            shown = np.flatnonzero(other.masks.any(axis=(1, 2)) & (other.visible >= self.augment.least_visible))
-            if shown.size:
-                number = rng.integers(1, shown.size + 1)
-                scene = copy_paste(scene, other, np.sort(rng.choice(shown, number, replace=False)))
+            other = other.shown(self.augment.least_visible)
+            if len(other.labels):
+                number = rng.integers(1, len(other.labels) + 1)
+                scene = copy_paste(scene, other, np.sort(rng.choice(len(other.labels), number, replace=False)))
         return scene
 
     def _mosaic(self, record: ImageRecord, canvas_hw: tuple[int, int], rng: np.random.Generator) -> Scene:

@@ -307,11 +307,11 @@ class Trainer:
             is_best = score > progress.best_ap or score < 0  # -1: nothing could be measured, the last is the best
             progress.best_ap = max(score, progress.best_ap)
             if self.processes.is_first and is_best:
-                save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
+                save_checkpoint(self.run / runs.BEST, model, metrics=metrics, transform=config.augment.transform)
             if self._logbook is not None and draw is not None and config.pictures:
                 self._logbook.images(self._step_number(), draw(model))
         if self.processes.is_first:
-            save_checkpoint(self.run / runs.LAST, model, metrics=metrics)
+            save_checkpoint(self.run / runs.LAST, model, metrics=metrics, transform=config.augment.transform)
             self._save_state()
         self.processes.wait()
         self._set_training_mode()
