@@ -23,6 +23,7 @@ from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, surve
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_output_folder, write_json
 from maskrcnn.imaging.draw import overlay
+from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
@@ -250,7 +251,10 @@ def _configured(
     weights = weights or torchvision.starting_weights(spec, config.model)
     for line in weights.notes:
         progress.message(line)
-    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
+    fixed = set(given)
+    if not given.get("preprocessing", {}).keys() & PRESETS["imagenet"].keys():
+        fixed.discard("preprocessing")  # sizes alone, which the weights do not change
+    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in fixed}
     if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     model = replace(config.model, **changes)

@@ -41,9 +41,9 @@ def voc_metrics(truth: GroundTruth, results: list[dict[str, Any]]) -> dict[str, 
         own[image, category].append(index)
     found: dict[int, list[tuple[float, int, Any]]] = defaultdict(list)  # score, image, box by category
     for result in results:
-        image, category = truth.image_index(result["image_id"]), truth.category_index(result["category_id"])
-        if image is not None and category is not None:
-            found[category].append((result["score"], image, result["bbox"]))
+        where, what = truth.image_index(result["image_id"]), truth.category_index(result["category_id"])
+        if where is not None and what is not None:
+            found[what].append((result["score"], where, result["bbox"]))
     per_class: dict[str, dict[str, float]] = {}
     for category, name in enumerate(truth.category_names):
         objects = int(np.count_nonzero((truth.category == category) & ~truth.is_crowd))
@@ -85,7 +85,8 @@ def _overlaps(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     common = np.clip(sides, 0, None).prod(axis=1)
     union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(axis=1) - common
-    return common / np.maximum(union, 1e-12)
+    overlaps: np.ndarray = common / np.maximum(union, 1e-12)
+    return overlaps
 
 
 def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
