@@ -197,7 +197,7 @@ def starting_weights(
     )
     if weights.is_caffe:
         note = (
-            f"{path.name}: Caffe's, by its name: pixels BGR 0–255 minus Caffe's mean, and stride in the 1×1 convolutions "
+            f"{path.name}: Caffe's, by its name: pixels BGR 0–255 minus Caffe's mean, stride in 1×1 convolutions "
             "(other pixels: --set model.preprocessing=imagenet, or rename the file)"
         )
         weights = dataclasses.replace(weights, pixels=PRESETS["caffe"], notes=(*weights.notes, note))
