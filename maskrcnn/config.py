@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +131,9 @@ class AugmentConfig:
     flip_probability: float = 0.5  # left to right
     vertical_flip_probability: float = 0.0  # upside down
 
+    # Images whose sides differ by a larger factor are cropped at random along the longer side; 0: no limit.
+    largest_aspect_ratio: float = 0.0
+
     # Size: one of the sides is chosen per sample; (): the model's min_size_px.
     shorter_sides_px: tuple[int, ...] = ()
     # Large-scale jitter (Ghiasi et al. 2021): the image is scaled, then cropped or padded to a square canvas.
@@ -146,14 +150,27 @@ class AugmentConfig:
     mixup_alpha: float = 8.0  # weight of the first image ~ Beta(alpha, alpha); large: near 0.5
     copy_paste_probability: float = 0.0  # objects of another image pasted on top (Ghiasi et al. 2021)
 
+    # Own augmentation, called last: "package.module:function", see `maskrcnn.training.transform`.
+    transform: str = ""
+
     least_visible: float = 0.1  # minimum visible fraction of an object's area; others are dropped
 
     def __post_init__(self) -> None:
         _check_ranges("augment.", self)
         _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
+        if self.transform and not re.fullmatch(r"[\w.]+:[\w.]+", self.transform):
+            raise UserError(
+                f"augment.transform {self.transform!r}",
+                "package.module:function",
+                "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
+            )
+        if self.largest_aspect_ratio:
+            _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
+CLASS_LOSSES = ("cross_entropy", "focal")
+CLASS_WEIGHTS = ("none", "inverse", "effective")  # names that stand for weights, see `class_weights`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +190,32 @@ class LossConfig:
     box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the box head
     rpn_box_loss_weight: float = 1.0
     box_loss_weight: float = 1.0
+    # Weights of the box head's classification loss: of each class by its name, or one of CLASS_WEIGHTS, which the
+    # training split replaces by such (see `maskrcnn.training.recipe.class_weights`). Background has weight 1.
+    class_weights: str | dict[str, float] = "none"
+    class_weights_beta: float = 0.999  # of "effective" (Cui et al. 2019); 0: equal weights, near 1: inverse frequency
+    objectness_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the RPN
+    classification_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the box head
+    focal_gamma: float = 2.0  # of "focal" (Lin et al. 2017); 0: cross-entropy
+    focal_alpha: float = 0.25  # weight of objects in the RPN's focal loss; that of background is 1 - alpha
 
     def __post_init__(self) -> None:
         for name in ("rpn_box_loss", "box_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
         _check_ranges("loss.", self)
         _check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
+        for name in ("objectness_loss", "classification_loss"):
+            _check_choice(f"loss.{name}", getattr(self, name), CLASS_LOSSES)
+        if isinstance(self.class_weights, str):
+            if self.class_weights not in CLASS_WEIGHTS:
+                raise UserError(
+                    f"loss.class_weights {self.class_weights!r}",
+                    f"one of {', '.join(CLASS_WEIGHTS)}, or the weights of classes by name",
+                    "write --set loss.class_weights=inverse, or --set 'loss.class_weights={cat: 2, dog: 1}'",
+                )
+        else:
+            for name, weight in self.class_weights.items():
+                _check_range(f"loss.class_weights of {name!r}", weight, low=0)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -209,7 +246,15 @@ class TrainConfig:
     epochs: int = _setting(12, "Number of epochs.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
-    group_by_aspect_ratio: bool = _setting(True, "Separate batches for landscape and portrait images.")
+    group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
+    aspect_ratio_groups: int = _setting(
+        2, "Groups of aspect ratios; 2: landscape and portrait, 4: also separates ratios beyond 2:1."
+    )
+    repeat_threshold: float = _setting(
+        0.0, "Repeat images of classes that are in less than this share of the images (repeat factors); 0 disables."
+    )
+    empty_images: bool = _setting(True, "Train on images without objects.")
+    crowd_objects: bool = _setting(False, "Train on crowd regions as objects.")
     optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
     base_batch_size: int = _setting(
@@ -337,6 +382,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "augment.colour_saturation": _FROM_0,
     "augment.colour_hue": (0, 0.5),
     "augment.flip_probability": _SHARE,
+    "augment.largest_aspect_ratio": _FROM_0,
     "augment.vertical_flip_probability": _SHARE,
     "augment.shorter_sides_px": _COUNT,
     "augment.jitter_probability": _SHARE,
@@ -360,10 +406,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.smooth_l1_beta": _FROM_0,
     "loss.rpn_box_loss_weight": _FROM_0,
     "loss.box_loss_weight": _FROM_0,
+    "loss.class_weights_beta": (0, 1 - 1e-9),
+    "loss.focal_gamma": (0, 100),
+    "loss.focal_alpha": _SHARE,
     "epochs": _COUNT,
     "batch_size": _COUNT,
     "accumulate": _COUNT,
     "base_batch_size": _FROM_0,
+    "aspect_ratio_groups": (2, 64),
+    "repeat_threshold": _SHARE,
     "learning_rate": _FROM_0,
     "momentum": _SHARE,
     "weight_decay": _FROM_0,
@@ -486,7 +537,11 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 def _build(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    return kind(**{key: _build(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
+    built = {}
+    for key, each in values.items():
+        is_section = isinstance(each, dict) and dataclasses.is_dataclass(types[key])
+        built[key] = _build(types[key], each) if is_section else each
+    return kind(**built)
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -497,5 +552,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     """
     values = {}
     for key, value in typed(type(config), changes, where=f"{type(config).__name__}.").items():
-        values[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
+        section = getattr(config, key)
+        is_section = isinstance(value, dict) and dataclasses.is_dataclass(section)
+        values[key] = changed(section, value) if is_section else value
     return dataclasses.replace(config, **values)

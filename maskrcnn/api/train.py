@@ -23,6 +23,7 @@ from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, surve
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_output_folder, locked, write_json
 from maskrcnn.imaging.draw import overlay
+from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
@@ -39,7 +40,7 @@ from maskrcnn.settings import (
 from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import peak_learning_rate, without_effect
-from maskrcnn.training.recipe import require_fitting, training_config
+from maskrcnn.training.recipe import class_weights, require_fitting, training_config
 from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.state import read_progress, read_run, require_changeable, settings_of_run
 from maskrcnn.training.step import validation_losses
@@ -55,6 +56,7 @@ GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": gene
 _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
 AUTO = "auto"  # in place of the run to continue
 _RATES, _RATE_STEPS = (1e-6, 1.0), 100  # of a range test
+_CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
 _DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
 
 
@@ -324,7 +326,8 @@ def _prepared(
     place = {name: settings.pop(name, default) for name, default in _PLACE.items() if name.endswith(("data", "split"))}
     place |= {name: settings.get(name, "") for name in ("images", "val_images")}
     root = _root(place.pop("data"), processes)
-    trainset, valset = _datasets(progress, root, **place, exif=settings.get("exif", "auto"), strict=strict)
+    chosen = {name: settings.get(name, getattr(TrainConfig, name)) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, root, **place, **chosen, strict=strict)
     if place["val_data"]:
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
@@ -394,7 +397,10 @@ def _configured(
     weights = weights or torchvision.starting_weights(spec, config.model)
     for line in weights.notes:
         progress.message(line)
-    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
+    fixed = set(given)
+    if not given.get("preprocessing", {}).keys() & PRESETS["imagenet"].keys():
+        fixed.discard("preprocessing")  # sizes alone, which the weights do not change
+    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in fixed}
     if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     model = replace(config.model, **changes)
@@ -407,7 +413,7 @@ def _check(
     """Checks what can be known of the data before the first step, and reports what may surprise."""
     require_measurable(config, valset)
     for dataset in (trainset, valset):
-        if line := crowded_line(dataset, config.model.detections):
+        if line := crowded_line(dataset, config.model.detections, config.model.candidates, config.model.proposals):
             progress.message(line)
     if config.base_batch_size:
         progress.message(
@@ -439,8 +445,10 @@ def _continued(
     for line in _changes(before, to_dict(config)):
         progress.message(line)
     place = {name: getattr(config, name) for name in _PLACE if name != "data"}
-    trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
+    chosen = {name: getattr(config, name) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, Path(config.data), **place, **chosen, strict=strict)
     require_fitting(config.model, trainset, valset)
+    config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, trainset)))
     _surveyed(progress, config, trainset, valset)
     _check(progress, config, trainset, valset, processes)
     config = replace(config, data=str(trainset.root.resolve()))
@@ -541,6 +549,8 @@ def _datasets(
     val_data: str,
     val_images: str,
     exif: str,
+    empty_images: bool,
+    crowd_objects: bool,
     strict: bool,
 ) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have objects and the same classes."""
@@ -551,6 +561,7 @@ def _datasets(
         trainset = CocoDataset.load(root, names[0], images=images or None, drop_roots=drop_roots)
         valset = CocoDataset.load(val_root, names[1], images=val_folder or None, drop_roots=drop_roots)
         trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
+        trainset = trainset.for_training(empty_images=empty_images, crowd_objects=crowd_objects)
         if trainset.category_ids == valset.category_ids:
             break  # else a super-category has objects in one split alone
     for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):

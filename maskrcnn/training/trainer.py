@@ -22,7 +22,7 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import respect_cpu_quota
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
-from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, training_loader
+from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, repeat_factors, training_loader
 from maskrcnn.training.logbook import Logbook, NamedImage, sample_images
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
 from maskrcnn.training.step import PendingMetrics, Step
@@ -89,7 +89,10 @@ class Trainer:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             accumulate=config.accumulate,
-            group_by_aspect_ratio=config.group_by_aspect_ratio,
+            aspect_ratio_groups=config.aspect_ratio_groups if config.group_by_aspect_ratio else 1,
+            repeats=repeat_factors(dataset.labels_of_images(), config.repeat_threshold)
+            if config.repeat_threshold
+            else None,
         )
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device).to(memory_format=torch.channels_last)
@@ -155,9 +158,9 @@ class Trainer:
                 first_step=self._step_number(),
                 first_epoch=progress.epoch + 1,
             )
-        done_images = progress.epoch * len(self.samples) + progress.step * config.batch_size
+        done_images = progress.epoch * self.sampler.length + progress.step * config.batch_size
         self._display = display
-        self._display.start(config.epochs * len(self.samples), done_images)
+        self._display.start(config.epochs * self.sampler.length, done_images)
         metrics: dict[str, Any] = {}
         while not progress.is_finished(config):
             began, before = time.perf_counter(), progress.step
@@ -401,8 +404,8 @@ class Trainer:
             progress.best_score = score if is_best else progress.best_score
         if self.processes.is_first:
             if is_best:
-                save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
-            save_checkpoint(self.run / runs.LAST, model, metrics=metrics)
+                save_checkpoint(self.run / runs.BEST, model, metrics=metrics, transform=config.augment.transform)
+            save_checkpoint(self.run / runs.LAST, model, metrics=metrics, transform=config.augment.transform)
             if self._logbook is not None:
                 self._logbook.epoch(last, metrics)
             self._save_state()

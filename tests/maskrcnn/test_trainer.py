@@ -194,18 +194,33 @@ def test_a_process_killed_while_it_writes_its_state_continues_the_state_before(s
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_path, monkeypatch, optimizer):
+UNEQUAL = {
+    "repeat_threshold": 1.0,
+    "aspect_ratio_groups": 4,
+    "augment": AugmentConfig(transform="own_transforms:moved"),
+    "loss": replace(
+        SAMPLES,
+        class_weights={"circle": 0.5, "rectangle": 2.0, "triangle": 1.0},
+        classification_loss="focal",
+        objectness_loss="focal",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes"), [("sgd", {}), ("adam", {}), ("adamw", {}), ("sgd", UNEQUAL)], ids=str
+)
+def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_path, monkeypatch, optimizer, changes):
     monkeypatch.setattr(trainer_module, "SECONDS_BETWEEN_STATES", -1.0)  # after every step
     dataset = CocoDataset.load(shapes, "train")
-    plan = config(shapes, epochs=2, optimizer=optimizer, learning_rate=0.001, ema_decay=0.9, accumulate=2)
+    plan = config(shapes, epochs=2, optimizer=optimizer, learning_rate=0.001, ema_decay=0.9, accumulate=2, **changes)
     start_run(plan, tmp_path / "whole", dataset).fit(fixed_ap(0.1, 0.2))
     broken = start_run(plan, tmp_path / "broken", dataset)
     take, steps = broken.step.run, []
 
     def interrupted_step(parts):
         steps.append(1)
-        if len(steps) == 6:  # the third of the second epoch
+        if len(steps) == broken.sampler.steps + 3:  # the third of the second epoch
             raise Interruption
         return take(parts)
 
@@ -221,6 +236,8 @@ def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_
     logs = [(tmp_path / run / runs.LOG).read_text().splitlines()[-1] for run in ("whole", "broken")]
     losses = [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in logs]
     assert losses[0] == losses[1]
+    assert resumed.sampler.steps > 3 or not changes  # images are repeated
+    assert read_tensors(tmp_path / "broken" / runs.LAST)[1]["transform"] == plan.augment.transform
 
 
 def poisoned(trainer):
