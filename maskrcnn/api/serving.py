@@ -21,6 +21,13 @@ class MaskFormat(str, Enum):
     NONE = "none"
 
 
+class NetworkStep(str, Enum):
+    """What runs the network on the server."""
+
+    NATIVE = "native"  # Triton's backend for the file: ONNX Runtime, OpenVINO or TensorRT
+    PYTHON = "python"  # Triton's Python backend, with the backends of maskrcnn
+
+
 class InstanceKind(str, Enum):
     """Where a server runs ONNX files."""
 
@@ -73,6 +80,7 @@ def triton(
     *,
     name: str | None = None,
     raw: bool = False,
+    network: NetworkStep | str = NetworkStep.NATIVE,
     masks: MaskFormat | str = MaskFormat.RLE,
     min_score: float = 0.0,
     max_batch: int | None = None,
@@ -94,6 +102,8 @@ def triton(
         out: folder of the repository; an existing one receives another version of each model.
         name: for clients, with one model. Default: from the file name.
         raw: write the network only: tensors in, tensors out.
+        network: what runs the network: "native", Triton's backend for the file, or "python", Triton's Python backend
+            with the backends of maskrcnn.
         masks: format of the masks: "rle", "bits" or "none".
         min_score: detections below are not sent.
         max_batch: maximum batch size. Default: 8, or what an engine allows.
@@ -131,7 +141,10 @@ def triton(
     if name is not None and len(paths) > 1:
         raise UserError(f"--name {name} for {len(paths)} models", "one model", "drop it, or name one model")
     library = None if plugin_library is None else Path(plugin_library)
-    served = [(name or default_name(path), served_model(path, plugin_library=library)) for path in paths]
+    served = [
+        (name or default_name(path), served_model(path, plugin_library=library, network=_value(network)))
+        for path in paths
+    ]
     with progress.task(f"writing {out}"):
         written = write_repository(out, served, options, raw=raw, keep_config=keep_config)
     results, flags = [], []
