@@ -1,13 +1,14 @@
 """Requests per second and latency of a model in this process and through a Triton server.
 
     python benchmarks/serving.py MODEL --server localhost:8001 [--name NAME] [--images FOLDER] [--clients 1,2,4,8,16]
-                                       [--seconds 10] [--soak SECONDS --pid PID]
+                                       [--seconds 10] [--pid PID] [--soak SECONDS]
 
 A request is an image file in memory, from its bytes to boxes and run lengths of masks: `Detector.detect` in N threads
 of this process against N clients of the server (gRPC). Closed loop: every client sends its next request when it has the
 answer. Open loop: requests arrive at random at a fixed rate, here shares of the best closed loop, and their latency
-counts from the arrival. `--soak` keeps 4 clients busy and prints the memory of the server's processes (PID and its
-children) at even intervals.
+counts from the arrival. With `--pid` the processor time of the server (PID and its children) is counted too: on a
+machine that others use, requests per second depend on how the system shares it, and CPU time hardly does. `--soak`
+keeps 4 clients busy and prints the memory of the server's processes at even intervals.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from maskrcnn.errors import UserError, report_errors
 _SIZES_HW = ((480, 640), (640, 480))  # of drawn images: the most frequent sizes in COCO
 _SHARES = (0.5, 0.8, 0.95)  # of the best throughput, in the open loop
 _WORKERS = 64  # requests of the open loop under way at most
+_LOCAL, _REMOTE = "in process", "Triton"
 _TURNS = 4  # of each measurement
 _SOAK_CLIENTS, _SOAK_ROWS = 4, 6
 
@@ -47,6 +49,7 @@ class Load:
     latencies_ms: tuple[float, ...]
     seconds: float
     errors: int
+    cpu_seconds: float | None  # of this process and the server; None: unknown
 
     @property
     def per_second(self) -> float:
@@ -54,9 +57,10 @@ class Load:
         return len(self.latencies_ms) / self.seconds
 
     def cells(self) -> list[str]:
-        """Throughput, three percentiles in ms, and errors, for a table."""
+        """Throughput, three percentiles in ms, CPU time of a request in ms, and errors, for a table."""
         shown = [f"{percentile(self.latencies_ms, p):.0f}" if self.latencies_ms else "" for p in (50, 90, 99)]
-        return [f"{self.per_second:.1f}", *shown, str(self.errors)]
+        cpu = "" if self.cpu_seconds is None else f"{1e3 * self.cpu_seconds / max(len(self.latencies_ms), 1):.0f}"
+        return [f"{self.per_second:.1f}", *shown, cpu, str(self.errors)]
 
 
 class _Record:
@@ -79,7 +83,7 @@ class _Record:
             self.latencies_ms.append(latency)
 
     def load(self, seconds: float) -> Load:
-        return Load(tuple(self.latencies_ms), seconds, self.errors)
+        return Load(tuple(self.latencies_ms), seconds, self.errors, None)
 
 
 def closed_loop(call: Call, clients: int, seconds: float) -> Load:
@@ -120,6 +124,17 @@ def tree_mb(pid: int) -> float:
 
     root = psutil.Process(pid)
     return sum(each.memory_full_info().pss for each in [root, *root.children(recursive=True)]) / 1e6
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """Processor time so far of this process and, if given, of another one and its descendants."""
+    spent = time.process_time()
+    if pid is not None:
+        import psutil
+
+        root = psutil.Process(pid)
+        spent += sum(sum(each.cpu_times()[:2]) for each in [root, *root.children(recursive=True)])
+    return spent
 
 
 def in_process(path: Path, files: Sequence[bytes], threads: int) -> Call:
@@ -190,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=positive, default=10, help="of each measurement (default: 10)")
     parser.add_argument("--threads", type=int, default=0, help="of the model in this process (default: all cores)")
     parser.add_argument("--soak", type=positive, help="seconds of load with memory sampled, instead of the tables")
-    parser.add_argument("--pid", type=int, help="process of the server, for its memory")
+    parser.add_argument("--pid", type=int, help="process of the server, for its CPU time and memory")
     given = parser.parse_args(arguments)
     if given.soak and not given.pid:
         parser.error("--soak needs --pid")
@@ -205,40 +220,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for minutes, mb, load in soak(remote, given.soak, lambda: tree_mb(given.pid)):
                 print(f"| {minutes:<7.1f} | {mb:<4.0f} | {load.per_second:<10.1f} | {load.errors:<6} |", flush=True)
             return
-        _compare(in_process(given.model, files, given.threads), remote, given.clients, given.seconds)
+        _compare(in_process(given.model, files, given.threads), remote, given.clients, given.seconds, given.pid)
 
 
-def _in_turns(calls: dict[str, Call], measure: Callable[[str, Call], Load]) -> dict[str, Load]:
+def _in_turns(calls: dict[str, Call], pid: int | None, measure: Callable[[str, Call], Load]) -> dict[str, Load]:
     """Measures each call several times in turns, so that drift of the machine affects all, and joins its loads."""
     loads: dict[str, list[Load]] = {name: [] for name in calls}
     for _ in range(_TURNS):
         for name, call in calls.items():
             call(0)
-            loads[name].append(measure(name, call))
+            spent = cpu_seconds(pid)
+            load = measure(name, call)
+            is_known = pid is not None or name == _LOCAL
+            loads[name].append(replace(load, cpu_seconds=cpu_seconds(pid) - spent if is_known else None))
     return {
         name: Load(
             tuple(latency for load in parts for latency in load.latencies_ms),
             sum(load.seconds for load in parts),
             sum(load.errors for load in parts),
+            None if parts[0].cpu_seconds is None else sum(load.cpu_seconds or 0 for load in parts),
         )
         for name, parts in loads.items()
     }
 
 
-def _compare(local: Call, remote: Call, clients: Sequence[int], seconds: float) -> None:
-    calls = {"in process": local, "Triton": remote}
-    head = ["requests/s", "p50 ms", "p90 ms", "p99 ms", "errors"]
+def _compare(local: Call, remote: Call, clients: Sequence[int], seconds: float, pid: int | None) -> None:
+    calls = {_LOCAL: local, _REMOTE: remote}
+    head = ["requests/s", "p50 ms", "p90 ms", "p99 ms", "CPU ms", "errors"]
     rows, best = [], dict.fromkeys(calls, 0.0)
     for number in clients:
-        for name, load in _in_turns(calls, lambda _, call, n=number: closed_loop(call, n, seconds / _TURNS)).items():
+        loads = _in_turns(calls, pid, lambda _, call, n=number: closed_loop(call, n, seconds / _TURNS))
+        for name, load in loads.items():
             best[name] = max(best[name], load.per_second)
             rows.append([str(number), name, *load.cells()])
     print(aligned(["clients", "where", *head], rows))
-    print(f"\nbest throughput through Triton: {best['Triton'] / best['in process']:.2f} of that in process\n")
+    print(f"\nbest throughput through Triton: {best[_REMOTE] / best[_LOCAL]:.2f} of that in process\n")
     rows = []
     for share in _SHARES:
         rates = {name: share * rate for name, rate in best.items()}
-        loads = _in_turns(calls, lambda name, call, r=rates: open_loop(call, r[name], seconds / _TURNS))
+        loads = _in_turns(calls, pid, lambda name, call, r=rates: open_loop(call, r[name], seconds / _TURNS))
         rows += [[f"{rates[name]:.1f}/s ({share:.0%})", name, *load.cells()] for name, load in loads.items()]
     print(aligned(["arrivals", "where", *head], rows) + "\n")
     print("\n".join(machine(environment())))

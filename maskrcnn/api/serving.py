@@ -1,4 +1,4 @@
-"""`maskrcnn.triton(...)`: a model repository for NVIDIA's Triton Inference Server."""
+"""`maskrcnn.triton(...)` and `maskrcnn.web(...)`: a model repository for NVIDIA's Triton server, and a web page."""
 
 from __future__ import annotations
 
@@ -165,6 +165,49 @@ def triton(
         )
     command = shlex.join(["tritonserver", "--model-repository=/models", *dict.fromkeys(flags)])
     return TritonResult(out, results, command)
+
+
+@dataclass(frozen=True, repr=False)
+class WebResult(Result):
+    """The folder of a web page."""
+
+    out: Path
+    files: list[Path]
+    size_mb: float
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        return [
+            f"{self.out}: {len(self.files)} files, {self.size_mb:.1f} MB",
+            f"open: python -m http.server --directory {shlex.quote(str(self.out))} 8000, then http://localhost:8000",
+        ]
+
+
+def web(
+    model: str | Path,
+    out: str | Path,
+    *,
+    onnxruntime_web: str | Path | None = None,
+    progress: Progress | None = None,
+) -> WebResult:
+    """Writes a web page that runs an ONNX file in the browser, as static files.
+
+    Args:
+        model: file of `maskrcnn export --onnx`.
+        out: folder: new, empty, or that of an earlier page, which is replaced.
+        onnxruntime_web: the npm package onnxruntime-web, a folder or `.tgz`. Default: npm fetches it.
+        progress: receives the steps.
+
+    Raises:
+        UserError: for a model that the page cannot run, a folder of other files, and a runtime that is missing or of
+            another version.
+    """
+    from maskrcnn.runtime.serving.web import write_page
+
+    package = None if onnxruntime_web is None else Path(onnxruntime_web)
+    with (progress or Progress()).task(f"writing {out}"):
+        files = write_page(Path(model), Path(out), onnxruntime_web=package)
+    return WebResult(Path(out), files, sum(path.stat().st_size for path in files) / 1e6)
 
 
 def _value(choice: Enum | str) -> str:

@@ -22,6 +22,7 @@ from maskrcnn.cli import (
     train,
     triton,
     verify,
+    web,
 )
 from maskrcnn.cli.console import console
 
@@ -41,6 +42,7 @@ app.command()(inspect.inspect)
 app.command()(inspect.lint)
 app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
+app.command()(web.web)
 app.command()(doctor.doctor)
 app.add_typer(data.data_app, name="data")
 
