@@ -184,6 +184,7 @@ def _trace(model: MaskRCNN, opset: int) -> onnx.ModelProto:
                 torch.ops.maskrcnn.multilevel_roi_pool.default: _roi_pool_node,
                 torch.ops.maskrcnn.batched_nms.default: _nms_node,
                 torch.ops.maskrcnn.live_rows.default: _live_rows_node,
+                torch.ops.aten.div.Tensor_mode: _integer_division,
             },
             verbose=False,
         )
@@ -231,6 +232,16 @@ def _nms_node(boxes: Any, groups: Any, counts: Any, iou_threshold: Any, max_outp
 
 def _live_rows_node(boxes: Any, labels: Any, counts: Any) -> Any:
     return _CUSTOM.LiveRows(boxes, labels, counts)
+
+
+def _integer_division(dividend: Any, divisor: Any, rounding_mode: Any = None) -> Any:
+    """Division of indices, which are not negative, so that rounding down and ONNX's rounding towards zero agree.
+
+    PyTorch's own translation divides in single precision and rounds down: with a compiler that multiplies by a rounded
+    reciprocal instead, quotients of whole numbers come out one too small.
+    """
+    assert rounding_mode == "floor" and dividend.dtype.is_integer(), "the model divides integers only, rounding down"
+    return onnxscript.opset20.Div(dividend, divisor)
 
 
 def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:

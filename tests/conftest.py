@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported, which reads it then: processes that test side by side share the cores.
@@ -13,6 +14,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import kernels_on_cpu
 import pytest
 import torch
+from filelock import FileLock
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
 from maskrcnn.data.poses import generate_poses
@@ -21,12 +23,31 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import save_checkpoint
 
 
-def exported_beside_checkpoint(model: MaskRCNN, folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder of files that take long to make, once for all test processes; tests must not change them."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, draft = root / name, root / f"{name}.draft"
+        with FileLock(root / f"{name}.lock"):
+            if not path.exists():
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                make(draft)
+                draft.rename(path)
+        return path
+
+    return folder
+
+
+def export_beside_checkpoint(model: MaskRCNN, folder: Path) -> None:
     from maskrcnn.export.exporter import export_onnx
 
     save_checkpoint(folder / "best.safetensors", model)
     export_onnx(model, folder / "model.onnx", source=folder / "best.safetensors")
-    return folder / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +63,14 @@ def checkpoint(tmp_path_factory, model) -> Path:
 
 
 @pytest.fixture(scope="session")
-def onnx_file(tmp_path_factory, checkpoint) -> Path:
+def onnx_file(shared, checkpoint) -> Path:
     from maskrcnn.export.exporter import export_onnx
     from maskrcnn.weights.checkpoint import load_checkpoint
 
-    path = tmp_path_factory.mktemp("export") / "model.onnx"
-    export_onnx(load_checkpoint(checkpoint), path, source=checkpoint)
-    return path
+    def make(folder: Path) -> None:
+        export_onnx(load_checkpoint(checkpoint), folder / "model.onnx", source=checkpoint)
+
+    return shared("masks", make) / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +80,9 @@ def boxes_model() -> MaskRCNN:
 
 
 @pytest.fixture(scope="session")
-def boxes_onnx_file(tmp_path_factory, boxes_model) -> Path:
+def boxes_onnx_file(shared, boxes_model) -> Path:
     """Its export, beside its checkpoint `best.safetensors`."""
-    return exported_beside_checkpoint(boxes_model, tmp_path_factory.mktemp("boxes"))
+    return shared("boxes", lambda folder: export_beside_checkpoint(boxes_model, folder)) / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -75,12 +97,10 @@ def v2_model() -> MaskRCNN:
 
 
 @pytest.fixture(scope="session")
-def v2_onnx_file(tmp_path_factory, v2_model) -> Path:
+def v2_onnx_file(shared, v2_model) -> Path:
     from maskrcnn.export.exporter import export_onnx
 
-    path = tmp_path_factory.mktemp("v2") / "model.onnx"
-    export_onnx(v2_model, path)
-    return path
+    return shared("v2", lambda folder: export_onnx(v2_model, folder / "model.onnx")) / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +116,9 @@ def joint_model() -> MaskRCNN:
 
 
 @pytest.fixture(scope="session")
-def joint_onnx_file(tmp_path_factory, joint_model) -> Path:
+def joint_onnx_file(shared, joint_model) -> Path:
     """Its export, beside its checkpoint `best.safetensors`."""
-    return exported_beside_checkpoint(joint_model, tmp_path_factory.mktemp("joint"))
+    return shared("joint", lambda folder: export_beside_checkpoint(joint_model, folder)) / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +149,8 @@ def poses(tmp_path_factory, shapes) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernels_for_cpu(tmp_path_factory) -> Path:
+def kernels_for_cpu(shared) -> Path:
     """The library of the CUDA kernels, compiled for the CPU."""
     if kernels_on_cpu.compiler() is None:
         pytest.skip("no C++ compiler")
-    return kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"))
+    return shared("kernels", kernels_on_cpu.build) / "libmaskrcnn_kernels.so"

@@ -282,6 +282,24 @@ def _operator_rules(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
             yield Problem("no axes, and an input of dynamic shape", "set the axes", table.IMPORTERS)
     elif node.op_type == "EyeLike" and not is_static(scope.known.get(node.input[0])):
         yield Problem("an input of dynamic shape", "fix the shape, or use a constant matrix", table.MATRIX)
+    elif node.op_type == "Floor":
+        yield from _floor(node, scope)
+
+
+def _floor(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
+    """Whole numbers divided in floating point: a rounded reciprocal gives quotients that are one too small."""
+    producers = {name: other for other in scope.graph.node for name in other.output}
+    division = producers.get(node.input[0])
+    if division is None or division.op_type != "Div":
+        return
+    cast = producers.get(division.input[0])
+    if (
+        cast is not None
+        and cast.op_type == "Cast"
+        and (scope.type_name(cast.input[0]) or "").startswith(("INT", "UINT"))
+    ):
+        why = "the quotient of whole numbers, rounded down after a division in floating point"
+        yield Problem(why, "divide the integers", table.OPERATORS)
 
 
 def _topk(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:

@@ -15,6 +15,9 @@ from maskrcnn.model.ops import batched_nms
 from maskrcnn.stages import LEVELS
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+# Logit of padding: the lowest number of half precision. TopK of several GPU libraries returns wrong indices where the
+# K-th value is infinite (onnxruntime#9843).
+_PADDING = -65504.0
 
 
 def cell_anchors(size_px: float, aspect_ratios: tuple[float, ...], *, rounded: bool = True) -> Tensor:
@@ -129,15 +132,13 @@ class RegionProposalNetwork(nn.Module):
         num_proposals = config.proposals
         if self.training:
             candidates, num_proposals = config.rpn_candidates_per_level_training, config.proposals_training
-        levels = [
-            self._top_candidates(anchors, logits, deltas, candidates)
-            for anchors, logits, deltas in zip(*output, strict=True)
-        ]
-        boxes, logits = torch.stack([b for b, _ in levels], dim=1), torch.stack([s for _, s in levels], dim=1)
-        batch, depth = boxes.shape[:2]  # [N, L, K, 4]
-        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).unflatten(1, (depth, candidates))
+        levels = [_best(*level, candidates) for level in zip(*output, strict=True)]
+        anchors, logits, deltas = (torch.stack(values, dim=1) for values in zip(*levels, strict=True))
+        batch, depth = logits.shape[:2]  # [N, L, K]
+        boxes = clip_boxes(decode_boxes(deltas, anchors, BOX_WEIGHTS).flatten(1, 2), image_sizes)
+        boxes = boxes.unflatten(1, (depth, candidates))
         # Padding and degenerate boxes form a separate group, so they suppress nothing; they are dropped afterwards.
-        usable = has_min_side(boxes, config.proposal_min_side_px) & (logits > -torch.inf)
+        usable = has_min_side(boxes, config.proposal_min_side_px) & (logits > _PADDING)
         scores = torch.sigmoid(logits).masked_fill(~usable, -1.0)
         boxes, usable = boxes.flatten(0, 1), usable.flatten(0, 1)
         kept, kept_counts = batched_nms(
@@ -155,14 +156,15 @@ class RegionProposalNetwork(nn.Module):
         used = scores >= 0
         return take_rows(boxes, order).masked_fill(~used[..., None], 0.0), used
 
-    def _top_candidates(
-        self, anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int
-    ) -> tuple[Tensor, Tensor]:
-        """Boxes `[N, K, 4]` and logits `[N, K]` of the best anchors of a level; padding has logit -inf."""
-        # A level may have fewer than K anchors: padding keeps K constant for every image size.
-        logits, index = F.pad(logits, (0, candidates), value=-torch.inf).topk(candidates)
-        index = index.clamp(max=anchors.shape[0] - 1)
-        return decode_boxes(take_rows(deltas, index), anchors[index], BOX_WEIGHTS), logits
+
+def _best(anchors: Tensor, logits: Tensor, deltas: Tensor, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors `[N, K, 4]`, logits `[N, K]` and deltas `[N, K, 4]` of the best anchors of a level.
+
+    A level may have fewer than K anchors: padding keeps K constant for every image size.
+    """
+    logits, index = F.pad(logits, (0, candidates), value=_PADDING).topk(candidates)
+    index = index.clamp(0, anchors.shape[0] - 1)
+    return anchors[index], logits, take_rows(deltas, index)
 
 
 def _neighbourhoods(features: list[Tensor], cells: Tensor, radius: int) -> tuple[Tensor, Tensor]:

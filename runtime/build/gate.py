@@ -132,14 +132,16 @@ def gate(engine: Backend, request: BuildRequest, profiles: Sequence[Profile], pr
         progress: receives the steps.
 
     Raises:
-        UserError: for a folder without images, images that exceed every profile, and annotations of other classes.
+        UserError: for a folder without images, images that exceed every profile, annotations of other classes, and an
+            engine whose labels exceed the classes.
     """
     tolerance, differences = TOLERANCES[request.precision], []
     reference = OnnxRuntimeBackend(request.model, providers=["CPUExecutionProvider"])
     expected, found = PaddedBackend(reference, profiles, one_by_one=True), PaddedBackend(engine, profiles)
     for name, feeds in _batches(engine, request, profiles):
         with progress.task(f"comparing with {request.model.name} on {name}"):
-            differences.append(compare_outputs(expected(feeds), found(feeds), tolerance))
+            classes = len(reference.metadata.class_names)
+            differences.append(compare_outputs(expected(feeds), found(feeds), tolerance, num_classes=classes))
     difference = merge(differences)
     if not difference.detections:
         progress.message(

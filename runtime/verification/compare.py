@@ -320,6 +320,7 @@ def compare_outputs(
     tolerance: Tolerance,
     *,
     score_threshold: float = 0.05,
+    num_classes: int | None = None,
 ) -> Difference:
     """Compares two models' outputs for the same batch: detections are paired image by image, see `pair_detections`.
 
@@ -328,10 +329,20 @@ def compare_outputs(
         other: outputs of the other model.
         tolerance: decides which detections without a partner are excused, see `at_edge`.
         score_threshold: the models' score threshold.
+        num_classes: labels of `other` must be within 1 and this number (default: not checked).
 
     Raises:
-        UserError: if only one of the two has masks or keypoints.
+        UserError: if only one of the two has masks or keypoints, and for impossible labels.
     """
+    if num_classes is not None:
+        live = np.arange(other["labels"].shape[1]) < other["num_detections"].reshape(-1, 1)
+        labels = other["labels"][live]
+        if (wrong := labels[(labels < 1) | (labels > num_classes)]).size:
+            raise UserError(
+                f"{wrong.size} of {labels.size} detections with impossible labels, such as {wrong[0]}",
+                f"labels from 1 to {num_classes}",
+                "build again with another version of the runtime, or on a GPU; the file computes wrong indices there",
+            )
     if set(reference) != set(other):
         raise UserError(f"outputs {sorted(other)}", f"{sorted(reference)}", "compare models of one architecture")
     rows = reference["scores"].shape[1]

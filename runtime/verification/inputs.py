@@ -74,7 +74,8 @@ def compare_backends(
     if batches is None:
         rule = reference.metadata.preprocessing
         batches = validation_batches(rule.divisor, rule.channels)
-    return merge([compare_outputs(reference(feeds), other(feeds), tolerance) for feeds in batches])
+    classes = len(reference.metadata.class_names)
+    return merge([compare_outputs(reference(feeds), other(feeds), tolerance, num_classes=classes) for feeds in batches])
 
 
 @dataclass(frozen=True)

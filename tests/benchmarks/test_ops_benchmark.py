@@ -1,6 +1,5 @@
 """The benchmark of the ops compares values before timing."""
 
-import kernels_on_cpu
 import ops
 import pytest
 
@@ -9,10 +8,8 @@ from maskrcnn.plugins.native import Kernels
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    if kernels_on_cpu.compiler() is None:
-        pytest.skip("no C++ compiler")
-    return Kernels(kernels_on_cpu.build(tmp_path_factory.mktemp("kernels")))
+def kernels(kernels_for_cpu):
+    return Kernels(kernels_for_cpu)
 
 
 @pytest.fixture

@@ -258,6 +258,18 @@ def test_other_files_are_refused(tmp_path, name):
         inspect(path)
 
 
+def test_files_that_were_cut_short_are_refused(report, tmp_path, checkpoint):
+    whole = checkpoint.read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"(?s){len(whole) - 1} bytes\b.*\bat least {len(whole)} bytes"):
+        inspect(cut)
+    path = engine(tmp_path / "model.xml", report.metadata.to_json())
+    path.with_suffix(".bin").write_bytes(bytes(11))
+    with pytest.raises(UserError, match=r"(?s)model\.bin: 11 bytes\b.*\bat least 12 bytes"):
+        inspect(path)
+
+
 def test_unusable_arguments_are_errors(tmp_path, onnx_file, checkpoint):
     with pytest.raises(UserError, match="no file"):
         inspect(tmp_path / "none.onnx")

@@ -103,6 +103,12 @@ ERRORS = {
         "Identity",
         "an intermediate tensor of type UINT8",
     ),
+    "integers divided as floats": (
+        "(int64[4] x) => (int64[4] y) <float c = {80.0}> { a = Cast<to = 1>(x) b = Div(a, c) f = Floor(b) "
+        "y = Cast<to = 7>(f) }",
+        "Floor",
+        "the quotient of whole numbers, rounded down after a division in floating point",
+    ),
     "other domain": ("(float[4] x) => (float[4] y) { y = other.Swirl(x) }", "other::Swirl", "no importer: a plugin"),
     "name of an ONNX op": (
         "(float[4] x) => (float[4] y) { y = maskrcnn.RoiAlign(x) }",

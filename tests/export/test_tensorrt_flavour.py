@@ -178,3 +178,28 @@ def test_functions_without_a_plugin_are_refused(proto):
     other.functions[0].name = "Swirl"
     with pytest.raises(UserError, match=r"the function\(s\) Swirl"):
         tensorrt_flavour(other)
+
+
+@pytest.mark.parametrize("length", [45, 400, 403])
+def test_topk_over_a_long_axis_is_grouped_and_keeps_the_order_of_ties(length):
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 9, opset_import: ["" : 20]> g (float[N,{length}] x) => (float[N,5] values, int64[N,5] index) '
+        "<int64[1] k = {5}> { values, index = TopK(x, k) }"
+    )
+    grouped = tensorrt_flavour(proto)
+    assert op_counts(grouped)["TopK"] == 2
+    rows = np.random.default_rng(0).integers(0, 9, (200, length)).astype(np.float32)
+    rows[0] = 0.0
+    rows[1] = np.arange(length)
+    for found, wanted in zip(
+        session(grouped).run(None, {"x": rows}), session(proto).run(None, {"x": rows}), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_topk_over_a_short_axis_stays_one():
+    proto = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 20]> g (float[N,30] x) => (float[N,5] values, int64[N,5] index) '
+        "<int64[1] k = {5}> { values, index = TopK(x, k) }"
+    )
+    assert op_counts(tensorrt_flavour(proto))["TopK"] == 1

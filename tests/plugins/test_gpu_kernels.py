@@ -143,20 +143,20 @@ def test_gpu_work_waits_for_its_stream(gpu):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=roi_cases())
 def test_a_gpu_pools_as_the_cpu_does(gpu, cpu, case):
     # Both equal the reference up to rounding.
     assert check(case, case.pooled(gpu)) == check(case, case.pooled(cpu))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=nms_cases(max_boxes=1500))
 def test_a_gpu_keeps_what_torchvision_keeps(gpu, case):
     check_nms(case, case.kept(gpu))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=paste_cases())
 def test_a_gpu_pastes_the_same_pixels(gpu, case):
     check_paste(case, case.pixels(gpu))

@@ -137,7 +137,7 @@ def test_two_negative_sides_have_a_positive_area(maths):
     assert maths.levels(np.array([[-224.0, -224.0]]), **FPN).tolist() == [2]  # as in torchvision
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sides=st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=30),
     num_levels=st.integers(1, 8),
@@ -188,7 +188,7 @@ def test_taps_by_hand(maths, position, size, tap):
     assert maths.taps(np.array([position]), np.array([size])).tolist() == [tap]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(positions=st.lists(SINGLE | st.floats(-2, 12, width=32), min_size=1, max_size=50), size=st.integers(1, 10))
 def test_taps_are_inside_the_map_and_equal_the_reference(maths, positions, size):
     taps = maths.taps(np.float32(positions), np.full(len(positions), size))
@@ -237,7 +237,7 @@ NEAR_EDGE = st.sampled_from([-4.0, 0.0, 4.0, 80.0]).flatmap(  # positions close 
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     ends=st.tuples(COORDINATE | NEAR_EDGE, COORDINATE | NEAR_EDGE),
     stride=st.sampled_from([1, 4, 32, 64]),
@@ -305,7 +305,7 @@ def test_an_iou_equal_to_the_threshold_is_no_overlap(maths):
         np.testing.assert_array_equal(maths.overlap(a, b, level), iou > threshold)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     boxes=st.lists(SINGLE | st.floats(0, 8, width=32), min_size=8, max_size=8),
     threshold=st.floats(0, 1, width=32) | SINGLE,
@@ -337,7 +337,7 @@ def test_a_span_that_exceeds_integers_is_empty(maths, ends):
     assert found["last"] < found["first"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(size_in=st.integers(1, 64), size_out=st.integers(1, 3000), start=st.integers(0, 2999))
 def test_lerps_equal_the_preprocessing(maths, size_in, size_out, start):
     start = min(start, size_out - 1)

@@ -52,13 +52,13 @@ def test_by_hand(device, mask, threshold, rows, by, by_columns):
     np.testing.assert_array_equal(pixels, wanted)
 
 
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(case=paste_cases())
 def test_it_equals_numpy_pasting(device, case):
     check(case, case.pixels(device))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=paste_cases())
 def test_it_equals_full_masks(device, case):
     found = Detections(
@@ -72,7 +72,7 @@ def test_it_equals_full_masks(device, case):
     assert np.abs(case.probabilities()[differing] - case.threshold).max(initial=0) < 1e-5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=paste_cases())
 def test_it_equals_torchvision(device, case):
     height, width = case.size_hw
@@ -87,7 +87,7 @@ def test_it_equals_torchvision(device, case):
     check(case, case.pixels(device), probabilities)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=paste_cases())
 def test_run_lengths_of_columns_equal_pycocotools(device, case):
     mask_api = pytest.importorskip("pycocotools.mask")
@@ -103,7 +103,7 @@ def test_run_lengths_of_columns_equal_pycocotools(device, case):
         assert encoded == mask_api.encode(np.asfortranarray(image, np.uint8))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     box=st.tuples(*(4 * [st.floats(width=32) | st.floats(-50, 90, width=32)])),
     mask_size=st.sampled_from([1, 28, 31]),

@@ -93,13 +93,13 @@ def test_by_hand(device, small, boxes, options, kept):
     assert [kept_rows(kernels, boxes, **options) for kernels in (device, *small)] == 3 * [kept]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=nms_cases())
 def test_it_equals_torchvision(device, case):
     check(case, case.kept(device))
 
 
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(case=nms_cases())
 def test_small_blocks_equal_torchvision(small, case):
     for kernels in small:
@@ -119,7 +119,7 @@ def test_small_blocks_equal_the_reference(small, case):
         np.testing.assert_array_equal(found[0], indices)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=nms_cases(max_boxes=300))
 def test_small_blocks_equal_the_torch_op(small, case):
     assume((case.counts >= 0).all() and len(case.counts))
@@ -215,7 +215,7 @@ def test_the_order_of_threads_has_no_effect(small, case):
         assert len(found) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=nms_cases(max_boxes=200), seed=st.integers(0, 2**32 - 1))
 def test_images_are_independent(small, case, seed):
     order = np.random.default_rng(seed).permutation(len(case.counts))
@@ -224,7 +224,7 @@ def test_images_are_independent(small, case, seed):
         np.testing.assert_array_equal(mine, theirs[order])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=nms_cases(max_boxes=200), by=st.sampled_from(INTS))
 def test_the_numbers_of_groups_have_no_effect(small, case, by):
     names = {name: index * 37 - 1000 for index, name in enumerate(np.unique(case.groups).tolist())}
@@ -234,7 +234,7 @@ def test_the_numbers_of_groups_have_no_effect(small, case, by):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=nms_cases(max_boxes=200), most=st.integers(0, 50))
 def test_fewer_outputs_are_the_first_of_more(small, case, most):
     assume(most <= case.max_output)

@@ -79,14 +79,14 @@ def test_borders_by_hand(device, form, roi, aligned, of_one, of_two):
         assert roi_align(device, [feature], np.array([[roi]]), **given, **form).item() == wanted
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(case=roi_cases())
 def test_it_is_correct_up_to_rounding(device, case):
     compared = check(case, case.pooled(device))
     event("every RoI compared" if compared == case.rois[..., 0].size else "some RoIs depend on rounding")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.sampled_from([1, 2, 4]),
@@ -106,7 +106,7 @@ def test_borders_without_rounding(device, seed, size, ratio, aligned, form):
     np.testing.assert_allclose(roi_align(device, features, rois, **attributes, **form), wanted, atol=2e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=roi_cases())
 def test_it_equals_the_reference(device, case):
     features, rois = [single(f) for f in case.features], case.rois[:, :2]
@@ -124,7 +124,7 @@ ANY = st.floats(width=32)
 NEAR = st.floats(-50, 50, width=32)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     roi=st.tuples(*(4 * [ANY | NEAR | NEAR])),
     size=st.sampled_from([1, 2, 7]),

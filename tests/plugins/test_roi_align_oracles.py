@@ -38,7 +38,7 @@ def with_image_numbers(rois: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([images[:, None], rois.reshape(-1, 4)], axis=1).astype(np.float32))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=roi_cases(dtypes=("float32",)))
 def test_torchvision_at_one_level(device, case):
     case, scale = of_one_level(case)
@@ -96,7 +96,7 @@ def onnx_roi_align(size: int, ratio: int, scale: float, aligned: bool) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=roi_cases(dtypes=("float32",)))
 def test_onnx_runtime_at_one_level(device, case):
     case, scale = of_one_level(case)
@@ -107,7 +107,7 @@ def test_onnx_runtime_at_one_level(device, case):
     assert_agree(device, case, wanted.reshape(*case.rois.shape[:2], *wanted.shape[1:]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=roi_cases(dtypes=("float32",)), ratio=st.integers(1, 4))
 def test_grid_sample_and_a_mean(device, case, ratio):
     case, scale = of_one_level(case)

@@ -34,7 +34,7 @@ def inside_cases(draw: st.DrawFn, margin: int = 0) -> RoiCase:
     return RoiCase(features, rois.astype(np.float32), attributes, draw(forms(channels)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=roi_cases())
 def test_scaling_image_and_boxes_by_two_and_one_level_up(device, case):
     up = {**case.attributes, "min_level": case.attributes["min_level"] + 1}
@@ -42,7 +42,7 @@ def test_scaling_image_and_boxes_by_two_and_one_level_up(device, case):
     np.testing.assert_array_equal(twice.pooled(device), case.pooled(device))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=inside_cases())
 def test_a_box_twice_as_large_is_pooled_from_the_next_level(device, case):
     attributes = {**case.attributes, "canonical_size": 4.0, "canonical_level": 2}  # 8 to 160 px: P3 to P7
@@ -52,7 +52,7 @@ def test_a_box_twice_as_large_is_pooled_from_the_next_level(device, case):
     np.testing.assert_array_equal(scaled.pooled(device), once.pooled(device))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=inside_cases())
 def test_mirroring_the_image_mirrors_the_result(device, case):
     height, width = case.features[0].shape[2:]
@@ -62,14 +62,14 @@ def test_mirroring_the_image_mirrors_the_result(device, case):
     np.testing.assert_allclose(turned.pooled(device)[..., ::-1, ::-1], case.pooled(device), atol=2e-4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=inside_cases())
 def test_transposing_the_image_transposes_the_result(device, case):
     turned = replace(case, features=[case.features[0].swapaxes(2, 3)], rois=case.rois[..., [1, 0, 3, 2]])
     np.testing.assert_allclose(turned.pooled(device).swapaxes(3, 4), case.pooled(device), atol=5e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=inside_cases(margin=2), by=st.tuples(st.integers(0, 9), st.integers(0, 9)), seed=SEEDS)
 def test_shifting_the_image_by_map_pixels(device, case, by, seed):
     down, right = by
@@ -80,7 +80,7 @@ def test_shifting_the_image_by_map_pixels(device, case, by, seed):
     np.testing.assert_allclose(moved.pooled(device), case.pooled(device), atol=5e-5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=roi_cases(), seed=SEEDS)
 def test_permuting_images_rois_and_channels_permutes_the_result(device, case, seed):
     rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def test_permuting_images_rois_and_channels_permutes_the_result(device, case, se
     np.testing.assert_array_equal(shuffled.pooled(device), found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=roi_cases(dtypes=("float32",)), seed=SEEDS)
 def test_it_is_linear_in_the_features(device, case, seed):
     rng = np.random.default_rng(seed)
@@ -100,7 +100,7 @@ def test_it_is_linear_in_the_features(device, case, seed):
     np.testing.assert_allclose(replace(case, features=mixed).pooled(device), separate, atol=5e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=inside_cases(), dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_a_constant_map_pools_to_the_constant(device, case, dtype):
     features = [as_dtype(np.full_like(case.features[0], 1.625), dtype)]
@@ -108,7 +108,7 @@ def test_a_constant_map_pools_to_the_constant(device, case, dtype):
     np.testing.assert_allclose(pooled, 1.625, rtol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=roi_cases())
 def test_a_half_precision_result_is_the_rounded_float32_result(cpu, case):
     assume(case.output_dtype != "float32")
@@ -116,7 +116,7 @@ def test_a_half_precision_result_is_the_rounded_float32_result(cpu, case):
     np.testing.assert_array_equal(case.pooled(cpu), single(as_dtype(exact, case.output_dtype)).reshape(exact.shape))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(case=roi_cases(), other=forms(0))
 def test_layouts_give_the_same_result(cpu, case, other):
     other = {**other, "pitch": case.features[0].shape[1] + other.get("pitch", 0), "float32_output": True}
@@ -124,7 +124,7 @@ def test_layouts_give_the_same_result(cpu, case, other):
     np.testing.assert_allclose(*apart, atol=2e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seed=SEEDS, form=forms(3), ratio=st.sampled_from([0, 1, 2, 3]), aligned=st.booleans())
 def test_boxes_outside_the_map_pool_zeros(device, seed, form, ratio, aligned):
     rng = np.random.default_rng(seed)

@@ -77,6 +77,17 @@ def test_an_unpaired_detection_is_a_difference(other):
     assert not difference.within(EXACT)
 
 
+@pytest.mark.parametrize(("label", "is_possible"), [(0, False), (1, True), (2, True), (3, False)])
+def test_impossible_labels_are_an_error(label, is_possible):
+    other = outputs([A, (B[0], B[1], label)], [])
+    other["labels"][0, 2] = 9  # past the detections, where anything may stand
+    if is_possible:
+        compare_outputs(outputs([A, B], []), other, EXACT, num_classes=2)
+        return
+    with pytest.raises(UserError, match=rf"1 of 2 detections with impossible labels, such as {label}"):
+        compare_outputs(outputs([A, B], []), other, EXACT, num_classes=2)
+
+
 def test_a_detection_at_the_score_threshold_is_excused():
     faint = ((80, 80, 90, 90), 0.0505, 1)
     assert compare_outputs(outputs([A, faint]), outputs([A]), EXACT).within(EXACT)
