@@ -1,4 +1,4 @@
-"""`maskrcnn triton`."""
+"""`maskrcnn triton` and `maskrcnn web`."""
 
 import pytest
 from command_line import expect_error
@@ -77,3 +77,10 @@ def test_the_python_function(road, tmp_path):
     (model,) = result.served
     assert (model.name, model.version, model.models) == ("model_onnx", 1, ["model_onnx_network"])
     assert result.command == "tritonserver --model-repository=/models" and result.to_dict()["served"][0]["is_new"]
+
+
+def test_a_page_needs_the_runtime_of_its_version(run, road, tmp_path):
+    (tmp_path / "package").mkdir()
+    result = run("web", road / "model.onnx", "page", "--onnxruntime-web", "package")
+    expect_error(result, "no ort.wasm.min.mjs in package", "npm pack onnxruntime-web@", "--onnxruntime-web")
+    assert not (tmp_path / "page").exists()
