@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from maskrcnn.api.inspect import inspect, lint
     from maskrcnn.api.plugins import build_plugins
     from maskrcnn.api.predict import predict
-    from maskrcnn.api.serving import triton
+    from maskrcnn.api.serving import triton, web
     from maskrcnn.api.train import find_learning_rate, train
     from maskrcnn.api.verify import verify
     from maskrcnn.errors import UserError
@@ -46,6 +46,7 @@ _LAZY = {
     "refit_engine": "maskrcnn.api.build_engine",
     "build_plugins": "maskrcnn.api.plugins",
     "triton": "maskrcnn.api.serving",
+    "web": "maskrcnn.api.serving",
     "predict": "maskrcnn.api.predict",
     "evaluate": "maskrcnn.api.evaluate",
     "verify": "maskrcnn.api.verify",
@@ -73,6 +74,7 @@ __all__ = [
     "train",
     "triton",
     "verify",
+    "web",
 ]
 
 
