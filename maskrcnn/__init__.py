@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from maskrcnn.api.plugins import build_plugins
     from maskrcnn.api.predict import predict
     from maskrcnn.api.serving import triton, web
-    from maskrcnn.api.train import train
+    from maskrcnn.api.train import find_learning_rate, train
     from maskrcnn.api.verify import verify
     from maskrcnn.errors import UserError
     from maskrcnn.runtime.detector import Detector
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Read by ONNX Runtime when it is imported: no telemetry unless asked for. Its thread would also keep a forked process
 # from ending (observed in 1.31 on Linux).
@@ -40,6 +40,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Name → module. `maskrcnn.export` is a package that can be called, see export/__init__.py.
 _LAZY = {
     "train": "maskrcnn.api.train",
+    "find_learning_rate": "maskrcnn.api.train",
     "export": "maskrcnn.export",
     "build_engine": "maskrcnn.api.build_engine",
     "refit_engine": "maskrcnn.api.build_engine",
@@ -65,6 +66,7 @@ __all__ = [
     "check_data",
     "convert",
     "evaluate",
+    "find_learning_rate",
     "inspect",
     "lint",
     "predict",

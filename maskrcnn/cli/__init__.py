@@ -11,6 +11,7 @@ import typer
 
 from maskrcnn import __version__, errors
 from maskrcnn.cli import (
+    benchmark,
     build_engine,
     build_plugins,
     data,
@@ -40,6 +41,10 @@ app.command()(evaluate.evaluate)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(inspect.lint)
+# Its options are the program's own, --help included.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    benchmark.benchmark
+)
 app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
 app.command()(web.web)
