@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# NVIDIA's server for tests/runtime/test_triton_real.py, and the NumPy of its own Python; not beside ours, which is newer.
+TRITON := nvidia-pytriton==0.7.0 'numpy<2'
 
 .PHONY: test lint docs demo clean .venv
 .DELETE_ON_ERROR:
@@ -37,6 +39,8 @@ demo: .venv
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install --target $(VENV)/triton --upgrade --no-deps --only-binary :all: $(TRITON) || \
+	  echo "No Triton server for this platform: its tests are skipped."
 	touch $@
 
 # Restores a fresh clone, except for runs outside demo/.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
     Raises:
         UserError: for unknown fields and values of the wrong type.
     """
-    types = typing.get_type_hints(kind)
+    kinds = typing.get_type_hints(kind)
     fields = {each.name: each for each in dataclasses.fields(kind)}
     unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
@@ -41,7 +42,7 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
             f"fields among {', '.join(fields)}",
             "correct the name; a file of another version of maskrcnn is read by that version",
         )
-    return {name: _value(f"{where}{name}", types[name], value, fields[name].default) for name, value in values.items()}
+    return {name: _value(f"{where}{name}", kinds[name], value, fields[name].default) for name, value in values.items()}
 
 
 def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
@@ -49,6 +50,13 @@ def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
         return _section(name, kind, value)
     if typing.get_origin(kind) is tuple:
         return _several(name, typing.get_args(kind)[0], value, default)
+    if isinstance(kind, types.UnionType):  # a name that stands for values, or the values
+        kind = str if isinstance(value, str) else next(each for each in typing.get_args(kind) if each is not str)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            found = f"{name} {value!r} of type {type(value).__name__}"
+            raise UserError(found, "values by name", f"write for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
+        return {str(key): _value(f"{name}.{key}", typing.get_args(kind)[1], item) for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -23,6 +23,7 @@ from maskrcnn.cli import (
     train,
     triton,
     verify,
+    web,
 )
 from maskrcnn.cli.console import console
 
@@ -46,6 +47,7 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
 )
 app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
+app.command()(web.web)
 app.command()(doctor.doctor)
 app.add_typer(data.data_app, name="data")
 

@@ -44,7 +44,7 @@ def files_wanted(root: Path, package_dir: dict[str, str]) -> set[str]:
         (Path(package.replace(".", "/")) / path.relative_to(root / folder)).as_posix()
         for package, folder in package_dir.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", *COMPILED_LATER}
+        if path.suffix in {".py", ".js", ".html", *COMPILED_LATER}
         or path.name in ("CMakeLists.txt", "README.md")
         or (path.suffix == ".yaml" and package == "maskrcnn.configs")
     }
