@@ -55,7 +55,7 @@ def test_a_recipe_has_a_name(started, tmp_path, monkeypatch):
     assert by_path == started("--config", "finetune")["settings"]
     assert by_path == started("--config", "configs/finetune.yaml")["settings"]
     for unknown in ("finetun", "elsewhere/finetune.yaml"):
-        with pytest.raises(UserError, match=r"finetun.*: no such file\n.*finetune, nuclei, penn-fudan"):
+        with pytest.raises(UserError, match=r"finetun.*: No such file or directory\n.*finetune, nuclei, penn-fudan"):
             started("--config", unknown)
     (tmp_path / "finetune").write_text("epochs: 3\n")
     assert started("--config", "finetune")["settings"] == {"epochs": 3}
