@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,25 @@ def _no_list(name: str, inner: Any, value: Any, default: Any) -> UserError:
     )
 
 
+def recipes() -> dict[str, Path]:
+    """The installed recipes, by name."""
+    spec = find_spec("maskrcnn.configs")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file, or from the `config.json` of a run.
+    """Read settings from a YAML file, from the `config.json` of a run, or from a recipe, by its name.
 
     Raises:
         UserError: if the file is missing, is not YAML or contains no mapping.
     """
+    if not path.exists():  # configs/finetune.yaml of the clone is finetune elsewhere
+        known = recipes()
+        if path.stem not in known or path.parent.name not in ("", "configs"):
+            expected = f"a YAML file of settings, or a recipe: {', '.join(known)}"
+            raise UserError(f"--config {path}: no such file", expected, "check --config")
+        path = known[path.stem]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

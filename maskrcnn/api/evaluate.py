@@ -116,7 +116,7 @@ def evaluate(
 
     Args:
         model: checkpoint, ONNX file or engine; or None, with `results`.
-        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file.
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.

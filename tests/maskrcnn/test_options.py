@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +46,19 @@ def _command(name):
     import typer.main
 
     return typer.main.get_command(app).commands[name]
+
+
+def test_a_recipe_has_a_name(started, tmp_path, monkeypatch):
+    file = Path(__file__).parents[2] / "configs" / "finetune.yaml"
+    by_path = started("--config", file)["settings"]
+    monkeypatch.chdir(tmp_path)  # without the clone's configs/
+    assert by_path == started("--config", "finetune")["settings"]
+    assert by_path == started("--config", "configs/finetune.yaml")["settings"]
+    for unknown in ("finetun", "elsewhere/finetune.yaml"):
+        with pytest.raises(UserError, match=r"finetun.*: no such file\n.*finetune, nuclei, penn-fudan"):
+            started("--config", unknown)
+    (tmp_path / "finetune").write_text("epochs: 3\n")
+    assert started("--config", "finetune")["settings"] == {"epochs": 3}
 
 
 def test_options_override_assignments_and_those_the_file(started, tmp_path):
@@ -98,7 +113,7 @@ def test_a_resumed_run_has_its_weights(started, words):
 
 def test_the_help_says_which_of_file_and_options_counts():
     (option,) = [p for p in _command("train").params if "--config" in p.opts]
-    assert option.help == "YAML file of settings; options override it."
+    assert option.help.startswith("YAML file of settings; options override it.")
 
 
 @pytest.mark.parametrize(
@@ -269,6 +284,49 @@ def test_settings_that_cannot_be_are_refused(shapes, settings, words):
     dataset = CocoDataset.load(shapes, "train")
     with pytest.raises(UserError, match=words):
         training_config(dataset, dataset, settings)
+
+
+def test_every_number_has_a_range(shapes):
+    """-2 is in none of them, nor are NaN and infinity."""
+    dataset = CocoDataset.load(shapes, "train")
+    plain = to_dict(training_config(dataset, dataset))
+    checked = 0
+    for section, fields in (("", plain), *((f"{name}.", plain[name]) for name in ("model", "augment", "loss"))):
+        for name, default in fields.items():
+            several = isinstance(default, (tuple, list))
+            # Empty lists of numbers are anchor strides, keypoint sigmas and shorter sides; ids may be any number.
+            kind = type(default[0]) if several and default else type(default)
+            if kind not in (int, float) or name == "category_ids":
+                continue
+            for value in (-2, math.nan, math.inf) if kind is float else (-2,):
+                wrong = [kind(value)] * len(default) if several else kind(value)
+                settings = {section[:-1]: {name: wrong}} if section else {name: wrong}
+                with pytest.raises(UserError, match=rf"{section}{name} .*\n  expected: "):
+                    training_config(dataset, dataset, settings)
+            checked += 1
+    assert checked > 70
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model.proposals=0", "model.proposals 0\n  expected: at least 1"),
+        ("model.fpn_channels=0", "model.fpn_channels 0\n  expected: at least 1"),
+        ("model.mask_head_channels=[256,0]", "model.mask_head_channels 0\n  expected: at least 1"),
+        ("model.score_threshold=2", "model.score_threshold 2.0\n  expected: 0 to 1"),
+        ("model.anchor_aspect_ratios=[0,1]", "model.anchor_aspect_ratios 0.0\n  expected: above 0"),
+        ("loss.box_loss_weight=-1", "loss.box_loss_weight -1.0\n  expected: at least 0"),
+        ("loss.rpn_background_iou=0.8", "loss.rpn_background_iou 0.8\n  expected: 0 to 0.7"),
+        ("augment.shorter_sides_px=64,0", "augment.shorter_sides_px 0\n  expected: at least 1"),
+        ("learning_rate=.inf", "learning_rate inf\n  expected: at least 0 and finite"),
+        ("momentum=-0.5", "momentum -0.5\n  expected: 0 to 1"),
+    ],
+)
+def test_numbers_outside_their_range_are_named_by_their_key(shapes, text, words):
+    dataset = CocoDataset.load(shapes, "train")
+    with pytest.raises(UserError) as caught:
+        training_config(dataset, dataset, assignments([text]))
+    assert str(caught.value).startswith(words)
 
 
 def test_changes_keep_the_rest():
