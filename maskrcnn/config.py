@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.data.images import EXIF_RULES
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.preprocess import Preprocessing, with_channels
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
 from maskrcnn.settings import typed
@@ -295,7 +295,8 @@ def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a UserError unless the value is one of the choices."""
     if value not in choices:
-        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"set {name} to one of these")
+        fix = f"set {name} to one of these{did_you_mean(value, choices)}"
+        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", fix)
 
 
 def _check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
@@ -368,7 +369,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         UserError: for a name that is not in `MODELS`.
     """
     if name not in MODELS:
-        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "set --model to one of these")
+        fix = f"set --model to one of these{did_you_mean(name, MODELS)}"
+        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", fix)
     given = MODELS[name]
     if changes.get("keypoint_names", COCO_NAMES) != COCO_NAMES:
         given = {key: value for key, value in given.items() if key not in ("keypoint_skeleton", "keypoint_sigmas")}

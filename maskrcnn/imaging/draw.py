@@ -190,7 +190,9 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         for x, y in mark.points_px:
             draw.ellipse((x - point, y - point, x + point, y + point), fill=mark.colour)
     font = ImageFont.load_default(max(12, round(side * _FONT)))
-    for mark, (left, top, right, bottom) in reversed(list(zip(marks, _label_boxes(marks, font, drawn.size), strict=True))):
+    for mark, (left, top, right, bottom) in reversed(
+        list(zip(marks, _label_boxes(marks, font, drawn.size), strict=True))
+    ):
         red, green, blue = mark.colour
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < _DARK
         draw.rectangle((left, top, right - 1, bottom - 1), fill=mark.colour)
@@ -213,7 +215,7 @@ def _label_boxes(marks: Sequence[Mark], font: Any, size_wh: tuple[int, int]) -> 
         corners = [(x, y) for x in (x0, x1 - w) for y in (y0 - h, y0, y1, y1 - h)]
         corners += [(x1, y0), (x0 - w, y0)]
         low = np.array(corners).clip(0, [max(width - w, 0), max(height - h, 0)])
-        places = np.concatenate([low, low + [w, h]], axis=1)
+        places = np.concatenate([low, low + np.array([w, h])], axis=1)
         sides = np.minimum(places[:, None, 2:], placed[:, 2:]) - np.maximum(places[:, None, :2], placed[:, :2])
         covered = sides.clip(0).prod(axis=2).sum(axis=1)
         placed = np.concatenate([placed, places[[int(covered.argmin())]]])
