@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# NVIDIA's server for tests/runtime/test_triton_real.py, and the NumPy of its own Python; not beside ours, which is newer.
+TRITON := nvidia-pytriton==0.7.0 'numpy<2'
 
-.PHONY: test lint demo clean .venv
+.PHONY: test lint docs demo clean .venv
 .DELETE_ON_ERROR:
 
 test: lint
@@ -17,6 +19,10 @@ lint: .venv
 	rm -rf build/types && mkdir -p build/types/maskrcnn
 	ln -s $(CURDIR)/maskrcnn/* $(CURDIR)/export $(CURDIR)/plugins $(CURDIR)/runtime build/types/maskrcnn/
 	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p maskrcnn
+
+# The documentation site, in site/; a broken link or an unknown name in it is an error.
+docs: .venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Train, export, build an engine, benchmark all of them, draw one prediction; everything is written to demo/.
 demo: .venv
@@ -33,9 +39,11 @@ demo: .venv
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install --target $(VENV)/triton --upgrade --no-deps --only-binary :all: $(TRITON) || \
+	  echo "No Triton server for this platform: its tests are skipped."
 	touch $@
 
 # Restores a fresh clone, except for runs outside demo/.
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

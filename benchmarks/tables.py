@@ -1,4 +1,4 @@
-"""Update the tables of docs/results.md and README.md from the committed JSON in benchmarks/results/.
+"""Update the tables of docs/results.md from the committed JSON in benchmarks/results/.
 
     python benchmarks/tables.py [--check]
 
@@ -28,7 +28,6 @@ from timing import machine
 _ROOT = Path(__file__).resolve().parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 PAGE = _ROOT / "docs" / "results.md"
-PAGES = (PAGE, _ROOT / "README.md")
 _INEXACT = "detections that differ from FP32's beyond the tolerance"
 _INEXACT_RANDOM = f"\\* random weights: {_INEXACT}; the columns of the trained model show the cost in AP."
 _INEXACT_TRAINED = f"\\* trained weights: {_INEXACT}; the AP columns show the cost."
@@ -229,21 +228,18 @@ _KINDS: list[tuple[Callable[[Any], bool], Callable[[Any], str]]] = [
 
 
 def main() -> int:
-    """Update the pages, or report which are outdated."""
+    """Update the page, or report that it is outdated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="do not write; exit code 1 if a table is outdated")
     given = parser.parse_args()
-    is_outdated = False
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        new = rewritten(text)
-        if given.check:
-            print(f"{page.name}: {'up to date' if new == text else 'outdated; run python benchmarks/tables.py'}")
-            is_outdated |= new != text
-        else:
-            page.write_text(new, encoding="utf-8")
-            print(f"{page}: from {len(files_of(text))} files")
-    return int(is_outdated)
+    text = PAGE.read_text(encoding="utf-8")
+    new = rewritten(text)
+    if given.check:
+        print(f"{PAGE.name}: {'up to date' if new == text else 'outdated; run python benchmarks/tables.py'}")
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    print(f"{PAGE}: from {len(files_of(text))} files")
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import onnx
-import onnx_ir
-from onnxscript import optimizer
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph, copy_of, is_static, op_counts, tensor_types, with_shapes
@@ -84,6 +82,7 @@ class Inspection:
     computing: dict[str, dict[str, int]] = field(default_factory=dict)  # precision → convolutions, matrix products
     results: dict[str, int] = field(default_factory=dict)  # output type → nodes
     costs: _Costs | None = None
+    remarks: tuple[str, ...] = ()  # what could not be determined, and why
     placements: list[Placement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +124,7 @@ class Inspection:
             lines.append(f"computing in {precision}: {_pairs(operators)}")
         lines += [f"nodes by result: {_pairs(self.results)}"] if self.results else []
         lines += self.costs.lines() if self.costs else []
+        lines += self.remarks
         lines += [f"ONNX Runtime on {placement.text()}" for placement in self.placements or ()]
         return "\n".join(lines)
 
@@ -177,6 +177,12 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
     functions = ", ".join(function.name for function in proto.functions)
     computing, results = _node_precisions(proto)
+    costs: _Costs | None = None
+    remarks: tuple[str, ...] = ()
+    try:
+        costs = costs_of(proto, size_hw)
+    except ModuleNotFoundError:
+        remarks = ("cost of one image: not counted, which needs `pip install onnxscript`",)
     return Inspection(
         path=path,
         kind=f"ONNX IR {proto.ir_version}, opset {opset}{_oldest_runtime(proto, opset)}"
@@ -191,7 +197,8 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
         ),
         computing=computing,
         results=results,
-        costs=costs_of(proto, size_hw),
+        costs=costs,
+        remarks=remarks,
         placements=placements(path) if with_placement else None,
     )
 
@@ -262,6 +269,9 @@ def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> _Costs | None:
 
     Returns:
         The costs, or None if the model has no such input.
+
+    Raises:
+        ModuleNotFoundError: if onnxscript is not installed, as on a machine that only runs models.
     """
     if not any(value.name == "images" and len(value.type.tensor_type.shape.dim) == 4 for value in proto.graph.input):
         return None
@@ -297,6 +307,9 @@ def stages_by_node(proto: onnx.ModelProto) -> list[str]:
 
 def _at_size(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> onnx.ModelProto:
     """A copy without weights and functions whose shapes are those of one image of this size."""
+    import onnx_ir
+    from onnxscript import optimizer
+
     fixed: onnx.ModelProto = copy_of(proto)
     del fixed.functions[:]
     take_all_rows(fixed.graph)

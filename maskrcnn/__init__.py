@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from maskrcnn.api.inspect import inspect, lint
     from maskrcnn.api.plugins import build_plugins
     from maskrcnn.api.predict import predict
-    from maskrcnn.api.serving import triton
-    from maskrcnn.api.train import train
+    from maskrcnn.api.serving import triton, web
+    from maskrcnn.api.train import find_learning_rate, train
     from maskrcnn.api.verify import verify
     from maskrcnn.errors import UserError
     from maskrcnn.runtime.detector import Detector
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Read by ONNX Runtime when it is imported: no telemetry unless asked for. Its thread would also keep a forked process
 # from ending (observed in 1.31 on Linux).
@@ -40,11 +40,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Name → module. `maskrcnn.export` is a package that can be called, see export/__init__.py.
 _LAZY = {
     "train": "maskrcnn.api.train",
+    "find_learning_rate": "maskrcnn.api.train",
     "export": "maskrcnn.export",
     "build_engine": "maskrcnn.api.build_engine",
     "refit_engine": "maskrcnn.api.build_engine",
     "build_plugins": "maskrcnn.api.plugins",
     "triton": "maskrcnn.api.serving",
+    "web": "maskrcnn.api.serving",
     "predict": "maskrcnn.api.predict",
     "evaluate": "maskrcnn.api.evaluate",
     "verify": "maskrcnn.api.verify",
@@ -64,6 +66,7 @@ __all__ = [
     "check_data",
     "convert",
     "evaluate",
+    "find_learning_rate",
     "inspect",
     "lint",
     "predict",
@@ -71,6 +74,7 @@ __all__ = [
     "train",
     "triton",
     "verify",
+    "web",
 ]
 
 

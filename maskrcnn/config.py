@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,9 +87,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
             _check_choice(f"model.{name}", getattr(self, name), choices)
-        _check_range("model.channels", self.channels, low=1, high=_MAX_CHANNELS)
+        _check_ranges("model.", self)
         object.__setattr__(self, "preprocessing", with_channels(self.preprocessing, self.channels))
-        _check_range("model.bifpn_repeats", self.bifpn_repeats, low=1)
         _check_levels("model.anchor_sizes_px", self.anchor_sizes_px)
         if self.anchor_strides_px:
             _check_levels("model.anchor_strides_px", self.anchor_strides_px)
@@ -131,6 +131,9 @@ class AugmentConfig:
     flip_probability: float = 0.5  # left to right
     vertical_flip_probability: float = 0.0  # upside down
 
+    # Images whose sides differ by a larger factor are cropped at random along the longer side; 0: no limit.
+    largest_aspect_ratio: float = 0.0
+
     # Size: one of the sides is chosen per sample; (): the model's min_size_px.
     shorter_sides_px: tuple[int, ...] = ()
     # Large-scale jitter (Ghiasi et al. 2021): the image is scaled, then cropped or padded to a square canvas.
@@ -147,25 +150,27 @@ class AugmentConfig:
     mixup_alpha: float = 8.0  # weight of the first image ~ Beta(alpha, alpha); large: near 0.5
     copy_paste_probability: float = 0.0  # objects of another image pasted on top (Ghiasi et al. 2021)
 
+    # Own augmentation, called last: "package.module:function", see `maskrcnn.training.transform`.
+    transform: str = ""
+
     least_visible: float = 0.1  # minimum visible fraction of an object's area; others are dropped
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            if each.name.endswith("_probability"):
-                _check_range(f"augment.{each.name}", getattr(self, each.name), low=0, high=1)
-        for name in ("colour_brightness", "colour_contrast", "colour_saturation", "jitter_canvas_px"):
-            _check_range(f"augment.{name}", getattr(self, name), low=0)
-        _check_range("augment.colour_hue", self.colour_hue, low=0, high=0.5)
-        for side in self.shorter_sides_px:
-            _check_range("augment.shorter_sides_px", side, low=1)
-        _check_range("augment.jitter_least_scale", self.jitter_least_scale, low=1e-3)
-        _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, low=self.jitter_least_scale)
-        _check_range("augment.perspective_distortion", self.perspective_distortion, low=0, high=1)
-        _check_range("augment.mixup_alpha", self.mixup_alpha, low=1e-3)
-        _check_range("augment.least_visible", self.least_visible, low=0, high=1)
+        _check_ranges("augment.", self)
+        _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
+        if self.transform and not re.fullmatch(r"[\w.]+:[\w.]+", self.transform):
+            raise UserError(
+                f"augment.transform {self.transform!r}",
+                "package.module:function",
+                "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
+            )
+        if self.largest_aspect_ratio:
+            _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
+CLASS_LOSSES = ("cross_entropy", "focal")
+CLASS_WEIGHTS = ("none", "inverse", "effective")  # names that stand for weights, see `class_weights`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +190,32 @@ class LossConfig:
     box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the box head
     rpn_box_loss_weight: float = 1.0
     box_loss_weight: float = 1.0
+    # Weights of the box head's classification loss: of each class by its name, or one of CLASS_WEIGHTS, which the
+    # training split replaces by such (see `maskrcnn.training.recipe.class_weights`). Background has weight 1.
+    class_weights: str | dict[str, float] = "none"
+    class_weights_beta: float = 0.999  # of "effective" (Cui et al. 2019); 0: equal weights, near 1: inverse frequency
+    objectness_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the RPN
+    classification_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the box head
+    focal_gamma: float = 2.0  # of "focal" (Lin et al. 2017); 0: cross-entropy
+    focal_alpha: float = 0.25  # weight of objects in the RPN's focal loss; that of background is 1 - alpha
 
     def __post_init__(self) -> None:
         for name in ("rpn_box_loss", "box_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
+        _check_ranges("loss.", self)
+        _check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
+        for name in ("objectness_loss", "classification_loss"):
+            _check_choice(f"loss.{name}", getattr(self, name), CLASS_LOSSES)
+        if isinstance(self.class_weights, str):
+            if self.class_weights not in CLASS_WEIGHTS:
+                raise UserError(
+                    f"loss.class_weights {self.class_weights!r}",
+                    f"one of {', '.join(CLASS_WEIGHTS)}, or the weights of classes by name",
+                    "write --set loss.class_weights=inverse, or --set 'loss.class_weights={cat: 2, dog: 1}'",
+                )
+        else:
+            for name, weight in self.class_weights.items():
+                _check_range(f"loss.class_weights of {name!r}", weight, low=0)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -219,9 +246,20 @@ class TrainConfig:
     epochs: int = _setting(12, "Number of epochs.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
-    group_by_aspect_ratio: bool = _setting(True, "Separate batches for landscape and portrait images.")
+    group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
+    aspect_ratio_groups: int = _setting(
+        2, "Groups of aspect ratios; 2: landscape and portrait, 4: also separates ratios beyond 2:1."
+    )
+    repeat_threshold: float = _setting(
+        0.0, "Repeat images of classes that are in less than this share of the images (repeat factors); 0 disables."
+    )
+    empty_images: bool = _setting(True, "Train on images without objects.")
+    crowd_objects: bool = _setting(False, "Train on crowd regions as objects.")
     optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
+    base_batch_size: int = _setting(
+        0, "Batch size that the learning rate is given for; scales the rate linearly to the actual one; 0: unscaled."
+    )
     momentum: float = _setting(0.9, "Momentum of SGD.")
     weight_decay: float = _setting(
         1e-4, "Weight decay of convolution and linear weights; 0.05 is usual for AdamW; L2 penalty for Adam."
@@ -247,6 +285,12 @@ class TrainConfig:
     exif: str = _setting("auto", "EXIF orientations: by the annotated sizes, or for all images.", *EXIF_RULES)
     seed: int = _setting(0, "Random seed of weights, order, augmentation and sampling.")
     evaluate_every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.")
+    validation_loss: bool = _setting(False, "Compute the losses on the validation split too.")
+    best_metric: str = _setting(
+        "", "Metric of the best checkpoint, such as box_ap, mask_ap50, mask_ap/CLASS or validation_loss."
+    )
+    patience: int = _setting(0, "Evaluations without a better best metric after which training stops; 0: never.")
+    log_every: int = _setting(50, "Steps between lines of losses in log.jsonl; 0 writes those of epochs only.")
     tensorboard: bool = _setting(True, "Write TensorBoard scalars and images to the run's folder.")
     pictures: int = _setting(4, "Images of augmented samples, and of predictions at each evaluation, to save.")
     device: str = _setting("auto", "Training device.", "auto", "cpu", "cuda")
@@ -255,15 +299,14 @@ class TrainConfig:
         for each in dataclasses.fields(self):
             if choices := each.metadata.get("choices"):
                 _check_choice(each.name, getattr(self, each.name), choices)
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
-            _check_range(name, getattr(self, name), low=1)
-        _check_range("workers", self.workers, low=-1)
-        for name in ("warmup_steps", "pictures", "weight_decay", "clip_gradient_norm", "learning_rate"):
-            _check_range(name, getattr(self, name), low=0)
-        _check_range("trainable_stages", self.trainable_stages, low=0, high=5)
-        for name in ("ema_decay", "cosine_end"):
-            _check_range(name, getattr(self, name), low=0, high=1)
+        _check_ranges("", self)
         _check_steps(self.schedule, self.step_epochs)
+        if self.best_metric.startswith("validation_") and not self.validation_loss:
+            raise UserError(
+                f"best_metric {self.best_metric} without validation_loss",
+                "the losses of the validation split, which are computed on request",
+                "add --validation-loss",
+            )
 
 
 def _check_levels(name: str, values: tuple[float, ...]) -> None:
@@ -299,10 +342,113 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", fix)
 
 
-def _check_range(name: str, value: float, *, low: float, high: float = math.inf) -> None:
-    """Raise a UserError unless low ≤ value ≤ high."""
-    if not low <= value <= high:
-        bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+_LIMITLESS = math.inf
+_SHARE = (0, 1)  # a fraction, a probability, an IoU
+_POSITIVE = (1e-12, _LIMITLESS)
+_COUNT = (1, _LIMITLESS)
+_FROM_0 = (0, _LIMITLESS)
+
+# The least and the largest value of every number in a configuration, by its key in YAML; of each number of a list.
+# `_check_levels` and `Preprocessing` check those that depend on others.
+RANGES: dict[str, tuple[float, float]] = {
+    "model.channels": (1, _MAX_CHANNELS),
+    "model.batch_norm_epsilon": _FROM_0,
+    "model.bifpn_repeats": _COUNT,
+    "model.fpn_channels": _COUNT,
+    "model.anchor_aspect_ratios": _POSITIVE,
+    "model.rpn_convolutions": _COUNT,
+    "model.rpn_candidates_per_level": _COUNT,
+    "model.rpn_candidates_per_level_training": _COUNT,
+    "model.proposals": _COUNT,
+    "model.proposals_training": _COUNT,
+    "model.rpn_nms_iou": _SHARE,
+    "model.proposal_min_side_px": _FROM_0,
+    "model.box_head_channels": _COUNT,
+    "model.box_head_convolutions": _COUNT,
+    "model.box_pool_size": _COUNT,
+    "model.mask_pool_size": _COUNT,
+    "model.mask_head_channels": _COUNT,
+    "model.keypoint_pool_size": _COUNT,
+    "model.keypoint_head_channels": _COUNT,
+    "model.keypoint_sigmas": _POSITIVE,
+    "model.pool_sampling_ratio": _FROM_0,
+    "model.score_threshold": _SHARE,
+    "model.nms_iou": _SHARE,
+    "model.detection_min_side_px": _FROM_0,
+    "model.candidates": _COUNT,
+    "model.detections": _COUNT,
+    "augment.colour_probability": _SHARE,
+    "augment.colour_brightness": _FROM_0,
+    "augment.colour_contrast": _FROM_0,
+    "augment.colour_saturation": _FROM_0,
+    "augment.colour_hue": (0, 0.5),
+    "augment.flip_probability": _SHARE,
+    "augment.largest_aspect_ratio": _FROM_0,
+    "augment.vertical_flip_probability": _SHARE,
+    "augment.shorter_sides_px": _COUNT,
+    "augment.jitter_probability": _SHARE,
+    "augment.jitter_least_scale": (1e-3, _LIMITLESS),
+    "augment.jitter_largest_scale": (1e-3, _LIMITLESS),
+    "augment.jitter_canvas_px": _FROM_0,
+    "augment.mosaic_probability": _SHARE,
+    "augment.perspective_probability": _SHARE,
+    "augment.perspective_distortion": _SHARE,
+    "augment.mixup_probability": _SHARE,
+    "augment.mixup_alpha": (1e-3, _LIMITLESS),
+    "augment.copy_paste_probability": _SHARE,
+    "augment.least_visible": _SHARE,
+    "loss.rpn_foreground_iou": _SHARE,
+    "loss.rpn_background_iou": _SHARE,
+    "loss.rpn_samples": _COUNT,
+    "loss.rpn_positive_fraction": _SHARE,
+    "loss.box_foreground_iou": _SHARE,
+    "loss.box_samples": _COUNT,
+    "loss.box_positive_fraction": _SHARE,
+    "loss.smooth_l1_beta": _FROM_0,
+    "loss.rpn_box_loss_weight": _FROM_0,
+    "loss.box_loss_weight": _FROM_0,
+    "loss.class_weights_beta": (0, 1 - 1e-9),
+    "loss.focal_gamma": (0, 100),
+    "loss.focal_alpha": _SHARE,
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "accumulate": _COUNT,
+    "base_batch_size": _FROM_0,
+    "aspect_ratio_groups": (2, 64),
+    "repeat_threshold": _SHARE,
+    "learning_rate": _FROM_0,
+    "momentum": _SHARE,
+    "weight_decay": _FROM_0,
+    "warmup_steps": _FROM_0,
+    "cosine_end": _SHARE,
+    "step_epochs": _FROM_0,  # see `_check_steps`
+    "step_factor": (1e-12, 1),
+    "clip_gradient_norm": _FROM_0,
+    "ema_decay": _SHARE,
+    "trainable_stages": (0, 5),
+    "workers": (-1, _LIMITLESS),
+    "seed": _FROM_0,
+    "evaluate_every": _COUNT,
+    "patience": _FROM_0,
+    "log_every": _FROM_0,
+    "pictures": _FROM_0,
+}
+
+
+def _check_ranges(section: str, config: Any) -> None:
+    """Raise a UserError for a number outside its range in `RANGES`; `section` precedes the field's name there."""
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if f"{section}{each.name}" in RANGES:
+                _check_range(f"{section}{each.name}", number, *RANGES[f"{section}{each.name}"])
+
+
+def _check_range(name: str, value: float, low: float, high: float = _LIMITLESS) -> None:
+    """Raise a UserError unless low ≤ value ≤ high and the value is finite."""
+    if not (low <= value <= high and value < math.inf):
+        least = "above 0" if low == _POSITIVE[0] else f"at least {low}"
+        bounds = f"{least} and finite" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")
 
 
@@ -393,7 +539,11 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 
 def _build(kind: type, values: dict[str, Any]) -> Any:
     types = typing.get_type_hints(kind)
-    return kind(**{key: _build(types[key], each) if isinstance(each, dict) else each for key, each in values.items()})
+    built = {}
+    for key, each in values.items():
+        is_section = isinstance(each, dict) and dataclasses.is_dataclass(types[key])
+        built[key] = _build(types[key], each) if is_section else each
+    return kind(**built)
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -404,5 +554,7 @@ def changed(config: Any, changes: dict[str, Any]) -> Any:
     """
     values = {}
     for key, value in typed(type(config), changes, where=f"{type(config).__name__}.").items():
-        values[key] = changed(getattr(config, key), value) if isinstance(value, dict) else value
+        section = getattr(config, key)
+        is_section = isinstance(value, dict) and dataclasses.is_dataclass(section)
+        values[key] = changed(section, value) if is_section else value
     return dataclasses.replace(config, **values)

@@ -15,6 +15,15 @@ from typing import NoReturn
 
 # What stands for the signs of our messages where an output encoding lacks them.
 _SIGNS = {"→": "->", "×": "x", "…": "...", "·": "*", "±": "+/-", "≤": "<=", "≥": ">=", "−": "-", "σ": "sigma", "–": "-"}
+# What to install for a module of another name.
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "onnx_ir": "onnxscript",
+    "torch": "torch torchvision",
+    "torchvision": "torch torchvision",
+    "yaml": "pyyaml",
+}
+_OURS = ("", "maskrcnn")  # modules that no installation of another package provides
 _MEMORY_TEXTS = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
@@ -135,6 +144,8 @@ def _explained(error: Exception) -> UserError:
             "work that fits into memory",
             "use smaller images (--size, --min-size, --max-size), a smaller batch, or fewer processes",
         )
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) not in _OURS:
+        return missing_library(package, "run this command", f"pip install {_DISTRIBUTIONS.get(package, package)}")
     if isinstance(error, OSError) and error.strerror:
         where = " ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return UserError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +58,72 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         if os.name == "posix":  # makes the rename durable; Windows cannot open folders
             _flush(path.parent)
+
+
+@contextmanager
+def locked(path: Path, *, found: str, expected: str, fix: str) -> Iterator[bool]:
+    """Holds a lock on a file, which ends with this process; the file exists as long as the lock.
+
+    Args:
+        path: created if missing, in a folder that exists; holds the process id and the machine.
+        found: of the error, followed by these two.
+        expected: of the error.
+        fix: of the error.
+
+    Yields:
+        False if the file system has no locks, so that nothing is held.
+
+    Raises:
+        UserError: if another process holds the lock, or the file cannot be written.
+    """
+    while True:
+        with _disk_errors(path):
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed at the end, or here)
+        try:
+            is_held = _lock(file.fileno())
+            if not is_held or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except FileNotFoundError:  # the holder before has just removed it: lock a new one
+            pass
+        except OSError as error:
+            file.seek(0)
+            with suppress(OSError):
+                found += f" ({file.read().strip()})"
+            file.close()
+            raise UserError(found, expected, fix) from error
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield is_held
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file; False if its file system has no locks.
+
+    Raises:
+        OSError: if another process has locked it.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a locked byte cannot be read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, forked processes do not hold it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise
+        return False
+    return True
 
 
 @contextmanager

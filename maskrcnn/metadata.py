@@ -13,7 +13,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 
 KEY = "maskrcnn"  # key of the JSON in safetensors, ONNX and OpenVINO files
-CONTRACT = 1  # version of tensor names and semantics, see docs/architecture.md
+CONTRACT = 1  # version of tensor names and semantics, see docs/contracts.md
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Paths of runs and their artefacts. Standard library only.
 
 A run is a folder in `runs/`: `config.json`, `log.jsonl`, `best.safetensors`, `last.safetensors`, `state.safetensors`
-(to resume from), `pictures/`, `tensorboard/`, and files made from it: `model.onnx`, `model.fp16.xml` ….
+(to resume from), `lock` (while it is trained), `pictures/`, `tensorboard/`, and files made from it: `model.onnx`,
+`model.fp16.xml` ….
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from maskrcnn.files import make_folder
 
 FOLDER = Path("runs")
 BEST, LAST, STATE = "best.safetensors", "last.safetensors", "state.safetensors"
-CONFIG, LOG, ONNX = "config.json", "log.jsonl", "model.onnx"
+CONFIG, LOG, ONNX, LOCK = "config.json", "log.jsonl", "model.onnx", "lock"
 EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 

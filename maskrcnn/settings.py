@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
     Raises:
         UserError: for unknown fields and values of the wrong type.
     """
-    types = typing.get_type_hints(kind)
+    kinds = typing.get_type_hints(kind)
     fields = {each.name: each for each in dataclasses.fields(kind)}
     unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
@@ -40,7 +42,7 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
             f"fields among {', '.join(fields)}",
             "correct the name; a file of another version of maskrcnn is read by that version",
         )
-    return {name: _value(f"{where}{name}", types[name], value, fields[name].default) for name, value in values.items()}
+    return {name: _value(f"{where}{name}", kinds[name], value, fields[name].default) for name, value in values.items()}
 
 
 def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
@@ -48,6 +50,13 @@ def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
         return _section(name, kind, value)
     if typing.get_origin(kind) is tuple:
         return _several(name, typing.get_args(kind)[0], value, default)
+    if isinstance(kind, types.UnionType):  # a name that stands for values, or the values
+        kind = str if isinstance(value, str) else next(each for each in typing.get_args(kind) if each is not str)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            found = f"{name} {value!r} of type {type(value).__name__}"
+            raise UserError(found, "values by name", f"write for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
+        return {str(key): _value(f"{name}.{key}", typing.get_args(kind)[1], item) for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
@@ -102,12 +111,25 @@ def _no_list(name: str, inner: Any, value: Any, default: Any) -> UserError:
     )
 
 
+def recipes() -> dict[str, Path]:
+    """The installed recipes, by name."""
+    spec = find_spec("maskrcnn.configs")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path()
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file, or from the `config.json` of a run.
+    """Read settings from a YAML file, from the `config.json` of a run, or from a recipe, by its name.
 
     Raises:
         UserError: if the file is missing, is not YAML or contains no mapping.
     """
+    if not path.exists():  # configs/finetune.yaml of the clone is finetune elsewhere
+        known = recipes()
+        if path.stem not in known or path.parent.name not in ("", "configs"):
+            expected = f"a YAML file of settings, or a recipe: {', '.join(known)}"
+            raise UserError(f"--config {path}: no such file", expected, "check --config")
+        path = known[path.stem]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

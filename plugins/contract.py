@@ -18,7 +18,7 @@ class Tensor:
 
     name: str
     dtype: str  # NumPy name; "float" is the features' type
-    shape: tuple[str | int, ...]  # letters of docs/architecture.md, or numbers
+    shape: tuple[str | int, ...]  # letters of docs/contracts.md, or numbers
     variadic: bool = False  # one or more tensors, whose names start with `name`
 
 

@@ -8,7 +8,7 @@
 // A keypoint is x, y and score; models without a keypoint head print none. `--masks` writes an image of the same size
 // whose pixels are line numbers from 1, 0 for background; where masks overlap, the first line keeps the pixel.
 // The resize parameters come from model.fp16.engine.json, or from --min-size and --max-size.
-// The engine's tensors are those of docs/architecture.md. An engine with ahead-of-time plugins needs no library.
+// The engine's tensors are those of docs/contracts.md. An engine with ahead-of-time plugins needs no library.
 
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>

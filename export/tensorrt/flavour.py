@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import onnx_ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
-from onnxscript import optimizer
 
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import constant_value, constants_of, copy_of, tensor_types, with_shapes
 from maskrcnn.plugins import aot_kernels, contract
 from maskrcnn.plugins.aot_kernels import Kernel
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 # The namespace equals the nodes' domain, which parsers from 10.10 on use if the attribute is missing, and the prefix of
 # "maskrcnn::BatchedNms", which `tensorrt.plugin.register` uses for a Python plugin.
@@ -143,7 +144,7 @@ def _topk_in_groups(
         return
     prefix = node.output[0]
 
-    def step(op: str, inputs: Sequence[str], *outputs: str, **attributes: int) -> onnx.NodeProto:
+    def step(op: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> onnx.NodeProto:
         names = [f"{prefix}_{name}" for name in outputs]
         return onnx.helper.make_node(op, inputs, names, name=names[0], **attributes)
 
@@ -235,6 +236,10 @@ def _name_plugins(graph: onnx.GraphProto, *, aot: bool) -> None:
 
 def _folded(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model after constant folding, without unused nodes, and with all constants as initializers."""
+    import onnx_ir
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnxscript import optimizer
+
     model = onnx_ir.serde.deserialize_model(proto)
     optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_empty_pads(model.graph)
@@ -245,6 +250,8 @@ def _folded(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _drop_empty_pads(graph: onnx_ir.Graph) -> None:
     """Removes `Pad` nodes without padding, which restored the rows that `LiveRows` had removed."""
+    import onnx_ir
+
     for node in [n for n in graph if n.op_type == "Pad" and not n.domain and len(n.inputs) > 1]:
         data, pads, output = node.inputs[0], node.inputs[1], node.outputs[0]
         if data is None or pads is None or output.is_graph_output():

@@ -168,7 +168,7 @@ def check_data(
     """Checks a dataset for what training would refuse, skip, or learn wrongly.
 
     Args:
-        data: folder of the dataset (see docs/data.md for the layouts), or its annotation file.
+        data: folder of the dataset (see docs/formats.md for the layouts), or its annotation file.
         image_folder: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
         exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.

@@ -45,6 +45,7 @@ class EvaluateResult(Result):
     files: list[Path] = field(default_factory=list)  # results, JSON and report that were written
     remarks: list[str] = field(default_factory=list)
     differences: dict[str, Difference] = field(default_factory=dict, repr=False)  # by kind, with `compare`
+    voc: dict[str, Any] = field(default_factory=dict, repr=False)  # see `voc_metrics`, with `voc`
     evaluation: Evaluation | None = field(default=None, repr=False)  # match records, results, per-class metrics
 
     def table(self) -> str:
@@ -99,6 +100,7 @@ def evaluate(
     images: str | Path | None = None,
     iou_type: Sequence[str] = (),
     max_detections: Sequence[int] = (),
+    voc: bool = False,
     compare: str | Path | None = None,
     resamples: int = 1000,
     seed: int = 0,
@@ -117,7 +119,7 @@ def evaluate(
 
     Args:
         model: checkpoint, ONNX file or engine. Default, without `results`: the best checkpoint of the newest run.
-        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file. Default for a model in the
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file. Default for a model in the
             folder of a run: the data of the run's validation.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
@@ -130,6 +132,7 @@ def evaluate(
         iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
         max_detections: limits of detections per image and class, ascending, such as (1, 10, 500): average recall is
             measured at each, all other metrics at the last. Default: COCO's 1, 10 and 100 (20 for keypoints).
+        voc: also compute Pascal VOC's average precision of boxes, by its 11-point and its area rule.
         compare: results file or model to compare with: difference in AP with its interval.
         resamples: bootstrap resamples of the images for intervals of AP.
         seed: random seed of the resamples.
@@ -152,6 +155,7 @@ def evaluate(
     """
     from maskrcnn.runtime.detector import backend_spec
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
+    from maskrcnn.runtime.evaluation.voc import voc_metrics
 
     progress = progress or Progress()
     options = _Options(
@@ -198,9 +202,10 @@ def evaluate(
         if options.model is None:  # a model's were written before the scoring
             _save(options.save_results, evaluation.results, tuple(evaluation.scored))
         files += _kind_paths(options.save_results, tuple(evaluation.scored)).values()
+    by_voc = voc_metrics(truth, evaluation.results) if voc else {}
     differences = _differences(options, evaluation, truth, progress)
     if options.json is not None:
-        _write_json(options, evaluation, differences)
+        _write_json(options, evaluation, differences, by_voc)
         files.append(options.json)
     if options.report is not None:
         files.append(_write_report(options, evaluation, differences, truth))
@@ -213,6 +218,7 @@ def evaluate(
         files=files,
         remarks=remarks,
         differences=differences,
+        voc=by_voc,
         evaluation=evaluation,
     )
 
@@ -502,7 +508,9 @@ def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> No
             write_server_results(own, results, kind)
 
 
-def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str, Difference]) -> None:
+def _write_json(
+    options: _Options, evaluation: Evaluation, differences: dict[str, Difference], by_voc: dict[str, Any]
+) -> None:
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 
     assert options.json is not None
@@ -514,6 +522,8 @@ def _write_json(options: _Options, evaluation: Evaluation, differences: dict[str
     }
     content["per_class"] = {KIND_NAMES[kind]: scored.by_class() for kind, scored in evaluation.scored.items()}
     content["seconds"] = asdict(evaluation.seconds)
+    if by_voc:
+        content["voc"] = by_voc
     if differences:
         content["compared_with"] = str(options.compare)
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}

@@ -1,4 +1,4 @@
-"""`maskrcnn.triton(...)`: a model repository for NVIDIA's Triton Inference Server."""
+"""`maskrcnn.triton(...)` and `maskrcnn.web(...)`: a model repository for NVIDIA's Triton server, and a web page."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class MaskFormat(str, Enum):
     RLE = "rle"  # compressed run lengths of COCO
     BITS = "bits"  # eight pixels a byte
     NONE = "none"
+
+
+class NetworkStep(str, Enum):
+    """What runs the network on the server."""
+
+    NATIVE = "native"  # Triton's backend for the file: ONNX Runtime, OpenVINO or TensorRT
+    PYTHON = "python"  # Triton's Python backend, with the backends of maskrcnn
 
 
 class InstanceKind(str, Enum):
@@ -73,6 +80,7 @@ def triton(
     *,
     name: str | None = None,
     raw: bool = False,
+    network: NetworkStep | str = NetworkStep.NATIVE,
     masks: MaskFormat | str = MaskFormat.RLE,
     min_score: float = 0.0,
     max_batch: int | None = None,
@@ -94,6 +102,8 @@ def triton(
         out: folder of the repository; an existing one receives another version of each model.
         name: for clients, with one model. Default: from the file name.
         raw: write the network only: tensors in, tensors out.
+        network: what runs the network: "native", Triton's backend for the file, or "python", Triton's Python backend
+            with the backends of maskrcnn.
         masks: format of the masks: "rle", "bits" or "none".
         min_score: detections below are not sent.
         max_batch: maximum batch size. Default: 8, or what an engine allows.
@@ -131,7 +141,10 @@ def triton(
     if name is not None and len(paths) > 1:
         raise UserError(f"--name {name} for {len(paths)} models", "one model", "drop it, or name one model")
     library = None if plugin_library is None else Path(plugin_library)
-    served = [(name or default_name(path), served_model(path, plugin_library=library)) for path in paths]
+    served = [
+        (name or default_name(path), served_model(path, plugin_library=library, network=_value(network)))
+        for path in paths
+    ]
     with progress.task(f"writing {out}"):
         written = write_repository(out, served, options, raw=raw, keep_config=keep_config)
     results, flags = [], []
@@ -152,6 +165,49 @@ def triton(
         )
     command = shlex.join(["tritonserver", "--model-repository=/models", *dict.fromkeys(flags)])
     return TritonResult(out, results, command)
+
+
+@dataclass(frozen=True, repr=False)
+class WebResult(Result):
+    """The folder of a web page."""
+
+    out: Path
+    files: list[Path]
+    size_mb: float
+
+    def lines(self) -> list[str]:
+        """The result as lines of text."""
+        return [
+            f"{self.out}: {len(self.files)} files, {self.size_mb:.1f} MB",
+            f"open: python -m http.server --directory {shlex.quote(str(self.out))} 8000, then http://localhost:8000",
+        ]
+
+
+def web(
+    model: str | Path,
+    out: str | Path,
+    *,
+    onnxruntime_web: str | Path | None = None,
+    progress: Progress | None = None,
+) -> WebResult:
+    """Writes a web page that runs an ONNX file in the browser, as static files.
+
+    Args:
+        model: file of `maskrcnn export --onnx`.
+        out: folder: new, empty, or that of an earlier page, which is replaced.
+        onnxruntime_web: the npm package onnxruntime-web, a folder or `.tgz`. Default: npm fetches it.
+        progress: receives the steps.
+
+    Raises:
+        UserError: for a model that the page cannot run, a folder of other files, and a runtime that is missing or of
+            another version.
+    """
+    from maskrcnn.runtime.serving.web import write_page
+
+    package = None if onnxruntime_web is None else Path(onnxruntime_web)
+    with (progress or Progress()).task(f"writing {out}"):
+        files = write_page(Path(model), Path(out), onnxruntime_web=package)
+    return WebResult(Path(out), files, sum(path.stat().st_size for path in files) / 1e6)
 
 
 def _value(choice: Enum | str) -> str:

@@ -14,19 +14,21 @@ import numpy as np
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import TrainConfig, from_dict, to_dict
+from maskrcnn.config import AugmentConfig, TrainConfig, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, crowded_line
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_output_folder, write_json
+from maskrcnn.files import check_output_folder, locked, write_json
 from maskrcnn.imaging.draw import overlay
+from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
-from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, kinds_found, score_kinds
+from maskrcnn.runtime.evaluation.evaluate import Evaluation, check_classes, detect_records, kinds_found, score_kinds
+from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
 from maskrcnn.settings import (
     assignments,
     merged,
@@ -37,17 +39,24 @@ from maskrcnn.settings import (
 )
 from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
-from maskrcnn.training.optimizer import without_effect
-from maskrcnn.training.recipe import require_fitting, training_config
-from maskrcnn.training.state import settings_of_run
-from maskrcnn.training.trainer import Trainer
+from maskrcnn.training.optimizer import peak_learning_rate, without_effect
+from maskrcnn.training.recipe import class_weights, require_fitting, training_config
+from maskrcnn.training.samples import TrainingSamples
+from maskrcnn.training.state import read_progress, read_run, require_changeable, settings_of_run
+from maskrcnn.training.step import validation_losses
+from maskrcnn.training.trainer import Trainer, best_by, require_measurable
 from maskrcnn.weights import torchvision
 from maskrcnn.weights.checkpoint import SUFFIX
 from maskrcnn.weights.finetuning import finetuning_tensors
 
+_Begin = Callable[..., tuple[Trainer, CocoDataset]]
+
 # Datasets that are drawn if `data` is their name and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
 _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
+AUTO = "auto"  # in place of the run to continue
+_RATES, _RATE_STEPS = (1e-6, 1.0), 100  # of a range test
+_CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
 _DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
 
 
@@ -57,10 +66,29 @@ class TrainResult(Result):
 
     run: Path  # folder
     checkpoint: Path  # the best checkpoint
-    best_ap: float
-    best_by: str  # metric of the best checkpoint: "mask", "box", "keypoint", or "mask and keypoint" AP
+    best_by: str  # metric of the best checkpoint: "mask AP", "validation_loss" …
+    best_score: float | None  # its value; None if it could not be measured
     epochs: int
     metrics: dict[str, Any]  # of the last epoch
+
+
+@dataclass(frozen=True, repr=False)
+class LearningRates(Result):
+    """A learning rate range test."""
+
+    suggestion: float  # a tenth of the rate with the lowest loss
+    batch_size: int  # images per step
+    losses: list[tuple[float, float]]  # every fifth learning rate, with the smoothed training loss
+
+    def __str__(self) -> str:
+        rows = [f"{rate:13.2e}  {loss:9.4f}" for rate, loss in self.losses]
+        return "\n".join(
+            [
+                "learning rate       loss",
+                *rows,
+                f"suggestion: --learning-rate {self.suggestion:.1g} with --batch-size {self.batch_size}",
+            ]
+        )
 
 
 def train(
@@ -86,8 +114,8 @@ def train(
     """Trains a detector, or continues an interrupted run.
 
     Args:
-        data: folder of a dataset (see docs/data.md for the layouts), or its annotation file; "shapes" or "poses" for a
-            drawn one. Default: shapes.
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file; "shapes" or "poses" for
+            a drawn one. Default: shapes.
         annotations: annotation file, instead of `data`.
         images: folder of its images. Default: searched for near the annotations.
         split: split to train on. Default: the one whose name begins with "train".
@@ -97,10 +125,11 @@ def train(
         val_images: folder of its images. Default: searched for near it.
         strict: refuse annotation files with entries that are skipped or repaired.
         model: architecture, such as "maskrcnn_resnet50_fpn". Default: a small one.
-        config: YAML file of settings; arguments override it.
+        config: YAML file of settings, or the name of a recipe; arguments override it.
         settings: any settings, as `["model.detections=300"]` or nested dictionaries.
         output: folder of the run. Default: runs/train-N.
-        resume: folder of the run to continue; other arguments change it from here on.
+        resume: folder of the run to continue; other arguments change it from here on. "auto": the newest unfinished
+            run of the same settings beside `output` (default: in runs/); a new one if there is none.
         min_size: shorter side of the resized images, px.
         max_size: maximum longer side of the resized images, px.
         progress: receives messages and the progress of the training.
@@ -109,11 +138,85 @@ def train(
     Raises:
         UserError: for settings, data and weights that cannot be used, and if the loss is not finite.
     """
-    if annotations is not None and data is not None:
-        raise UserError("--data with --annotations", "one of them", "drop --data: the annotation file says the dataset")
-    if resume is not None and (split or val_split or model or output or config):
+    if _is_folder(resume) and (split or val_split or model or output or config):
         found = "--resume with --split, --val-split, --model, --config or --output"
         raise UserError(found, "the run as it began", "drop these; other options change the run from here on")
+    chosen = _chosen(
+        data,
+        annotations=annotations,
+        images=images,
+        split=split,
+        val_split=val_split,
+        val_annotations=val_annotations,
+        val_images=val_images,
+        model=model,
+        config=config,
+        settings=settings,
+        min_size=min_size,
+        max_size=max_size,
+        **options,
+    )
+    if _is_folder(resume):
+        require_changes_of_a_run(chosen)
+    return run_training(chosen, output=output, resume=resume, strict=strict, progress=progress)
+
+
+def find_learning_rate(
+    data: str | Path | None = None, *, strict: bool = False, progress: Progress | None = None, **arguments: Any
+) -> LearningRates:
+    """Suggests a learning rate for a training: a range test of a hundred steps (Smith 2017). Writes no run.
+
+    Args:
+        data: as for `train`.
+        strict: as for `train`.
+        progress: receives messages.
+        arguments: those of `train` but `output` and `resume`. `learning_rate`, schedule and epochs have no effect.
+
+    Raises:
+        UserError: as `train`, and if the loss is not finite at the lowest rate.
+    """
+    settings = _chosen(data, **arguments) | {"base_batch_size": 0}
+    with joined(settings.get("device", "auto")) as processes:
+        shown = progress if progress is not None and processes.is_first else Progress()
+        return _rates(shown, processes, settings, strict=strict)
+
+
+def _rates(progress: Progress, processes: Processes, settings: dict[str, Any], *, strict: bool) -> LearningRates:
+    """A function of its own, so that the trainer is freed before `joined` ends the process group."""
+    config, weights, trainset, _, _ = _prepared(progress, processes, settings, strict=strict)
+    trainer = Trainer(config, runs.FOLDER, trainset, processes)
+    _load(progress, trainer, weights)
+    with progress.task(f"{_RATE_STEPS} steps with rising learning rates"):
+        found = trainer.losses_by_rate(*_RATES, _RATE_STEPS)
+    if not found:
+        raise UserError(
+            f"a loss that is not finite at learning rate {_RATES[0]:g}",
+            "a loss that is finite at so low a rate",
+            "check the data with `maskrcnn data check`, or use --precision fp32",
+        )
+    suggestion = min(found, key=lambda pair: pair[1])[0] / 10
+    return LearningRates(suggestion, config.batch_size, found[:: _RATE_STEPS // 20])
+
+
+def _chosen(
+    data: str | Path | None,
+    *,
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    split: str | None = None,
+    val_split: str | None = None,
+    val_annotations: str | Path | None = None,
+    val_images: str | Path | None = None,
+    model: str | None = None,
+    config: str | Path | None = None,
+    settings: Sequence[str] | dict[str, Any] = (),
+    min_size: int | None = None,
+    max_size: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The settings that the arguments of `train` give, with the types of `TrainConfig`."""
+    if annotations is not None and data is not None:
+        raise UserError("--data with --annotations", "one of them", "drop --data: the annotation file says the dataset")
     named = {
         "data": annotations or data,
         "images": images,
@@ -134,10 +237,7 @@ def train(
     chosen: dict[str, Any] = {}
     for layer in layers:
         chosen = merged(chosen, layer)
-    chosen = typed(TrainConfig, chosen)
-    if resume is not None:
-        require_changes_of_a_run(chosen)
-    return run_training(chosen, output=output, resume=resume, strict=strict, progress=progress)
+    return typed(TrainConfig, chosen)
 
 
 def run_training(
@@ -149,24 +249,24 @@ def run_training(
     progress: Progress | None = None,
 ) -> TrainResult:
     """Trains with settings that `maskrcnn.settings.typed` has checked; other arguments as `train`."""
-    folder = resume if resume is not None else output
-    begin = _continued if resume is not None else _begun
-    with joined(settings.get("device", "auto")) as processes:
+    begin: _Begin
+    if _is_folder(resume):
+        begin = partial(_continued, run=Path(resume or ""))
+    else:
+        begin = partial(_begun, output=None if output is None else Path(output), continues=resume is not None)
+    with joined(settings.get("device", "auto")) as processes, contextlib.ExitStack() as held:
         shown = progress if progress is not None and processes.is_first else Progress()
-        return _train(
-            partial(begin, strict=strict), processes, None if folder is None else Path(folder), settings, shown
-        )
+        return _train(partial(begin, held=held, strict=strict), processes, settings, shown)
 
 
-def _train(
-    begin: Callable[..., tuple[Trainer, CocoDataset]],
-    processes: Processes,
-    folder: Path | None,
-    settings: dict[str, Any],
-    progress: Progress,
-) -> TrainResult:
+def _is_folder(resume: str | Path | None) -> bool:
+    """Whether `resume` names a run: it may also be absent, or "auto"."""
+    return resume is not None and str(resume) != AUTO
+
+
+def _train(begin: _Begin, processes: Processes, settings: dict[str, Any], progress: Progress) -> TrainResult:
     """A function of its own, so that the trainer is freed before `joined` ends the process group."""
-    trainer, valset = begin(progress, processes, folder, settings)
+    trainer, valset = begin(progress, processes, settings)
     config = trainer.config
     progress.message(
         f"{config.model.name} on {trainer.device} in {trainer.precision}"
@@ -177,54 +277,103 @@ def _train(
         progress.message(line)
     with progress.training() as display:
         metrics = trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config), display)
+    score = trainer.progress.best_score
     result = TrainResult(
-        trainer.run,
-        trainer.run / runs.BEST,
-        trainer.progress.best_ap,
-        _best_by(config),
-        trainer.progress.epoch,
-        metrics,
+        run=trainer.run,
+        checkpoint=trainer.run / runs.BEST,
+        best_by=best_by(config),
+        best_score=None if score is None else abs(score),
+        epochs=trainer.progress.epoch,
+        metrics=metrics,
     )
-    batch = _validation_batch(config, processes)
     best = (
-        f"best {result.best_by} AP {result.best_ap:.4f} at batch size {batch}"
-        if result.best_ap >= 0
-        else "last epoch, AP not measured"
+        f"last epoch, {result.best_by} not measured"
+        if result.best_score is None
+        else f"best {result.best_by} {result.best_score:.4f}"
     )
     progress.message(f"{best}: {result.checkpoint}")
     return result
 
 
 def _begun(
-    progress: Progress, processes: Processes, output: Path | None, settings: dict[str, Any], *, strict: bool
+    progress: Progress,
+    processes: Processes,
+    settings: dict[str, Any],
+    *,
+    output: Path | None,
+    continues: bool,
+    held: contextlib.ExitStack,
+    strict: bool,
 ) -> tuple[Trainer, CocoDataset]:
+    """A new run, or, if it `continues`, the newest unfinished one of the same configuration."""
+    config, weights, trainset, valset, root = _prepared(progress, processes, settings, strict=strict)
+    if continues:
+        found = processes.from_first(_unfinished(config, output, held, progress) if processes.is_first else None)
+        if found is not None:
+            return _restored(progress, processes, Path(found), config, trainset), valset
+    run = Path(processes.from_first(str(_new_folder(progress, output, root, held)) if processes.is_first else None))
+    trainer = Trainer(config, run, trainset, processes)
+    _load(progress, trainer, weights)
+    trainer.begin()
+    return trainer, valset
+
+
+def _prepared(
+    progress: Progress, processes: Processes, settings: dict[str, Any], *, strict: bool
+) -> tuple[TrainConfig, torchvision.StartingWeights | None, CocoDataset, CocoDataset, Path]:
+    """Configuration, weights, training and validation split, and folder of the data of a new run; all checked."""
     settings = dict(settings)
     place = {name: settings.pop(name, default) for name, default in _PLACE.items() if name.endswith(("data", "split"))}
     place |= {name: settings.get(name, "") for name in ("images", "val_images")}
     root = _root(place.pop("data"), processes)
-    trainset, valset = _datasets(progress, root, **place, exif=settings.get("exif", "auto"), strict=strict)
+    chosen = {name: settings.get(name, getattr(TrainConfig, name)) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, root, **place, **chosen, strict=strict)
     if place["val_data"]:
         settings["val_data"] = place["val_data"]
     config, weights = _configured(progress, trainset, valset, settings)
     config = _with_pixel_range(progress, config, _surveyed(progress, config, trainset, valset))
-    _say_crowded(progress, config, trainset, valset)
-    _check_readable(progress, valset, config, processes)
-    run = Path(processes.from_first(str(_new_folder(output, root)) if processes.is_first else None))
-    try:
-        trainer = Trainer(config, run, trainset, processes)
-        if weights is not None:
-            tensors, changes = finetuning_tensors(trainer.model, weights)
-            trainer.load_weights(tensors, weights.source)
-            for line in changes.lines():
-                progress.message(line)
-        trainer.begin()
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder does not exist, or is not empty
-            run.rmdir()
-            if output is None:
-                runs.FOLDER.rmdir()
-        raise
-    return trainer, valset
+    _check(progress, config, trainset, valset, processes)
+    return config, weights, trainset, valset, root
+
+
+def _load(progress: Progress, trainer: Trainer, weights: torchvision.StartingWeights | None) -> None:
+    if weights is not None:
+        tensors, changes = finetuning_tensors(trainer.model, weights)
+        trainer.load_weights(tensors, weights.source)
+        for line in changes.lines():
+            progress.message(line)
+
+
+def _unfinished(config: TrainConfig, output: Path | None, held: contextlib.ExitStack, progress: Progress) -> str | None:
+    """The newest run of this configuration that has epochs left and is not being trained, now locked."""
+    folders = sorted(runs.FOLDER.glob("train-*")) if output is None else [output]
+    found = [run for run in folders if (run / runs.CONFIG).is_file() and (run / runs.STATE).is_file()]
+    for run in sorted(found, key=lambda run: (run / runs.STATE).stat().st_mtime, reverse=True):
+        with contextlib.suppress(UserError):  # of another version, damaged, or locked
+            if read_run(run) == config and not read_progress(run).is_finished(config):
+                _lock(progress, run, held)
+                return str(run)
+    where = f"{runs.FOLDER}/" if output is None else output
+    progress.message(f"no unfinished run of these settings in {where}: beginning a new one")
+    return None
+
+
+def _lock(progress: Progress, run: Path, held: contextlib.ExitStack) -> None:
+    """Locks a run for as long as it is trained here.
+
+    Raises:
+        UserError: if another process trains it.
+    """
+    is_locked = held.enter_context(
+        locked(
+            run / runs.LOCK,
+            found=f"{run}, which another process is training",
+            expected="a run that is trained by one command at a time",
+            fix="wait until it ends, or end it; a new run needs another --output",
+        )
+    )
+    if not is_locked:
+        progress.message(f"the file system of {run} has no locks: do not train this run twice at the same time")
 
 
 def _configured(
@@ -248,42 +397,75 @@ def _configured(
     weights = weights or torchvision.starting_weights(spec, config.model)
     for line in weights.notes:
         progress.message(line)
-    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in given}
+    fixed = set(given)
+    if not given.get("preprocessing", {}).keys() & PRESETS["imagenet"].keys():
+        fixed.discard("preprocessing")  # sizes alone, which the weights do not change
+    changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in fixed}
     if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
     model = replace(config.model, **changes)
     return replace(config, batch_norm="frozen" if model.frozen_batch_norm else config.batch_norm, model=model), weights
 
 
-def _say_crowded(progress: Progress, config: TrainConfig, *datasets: CocoDataset) -> None:
-    for dataset in datasets:
-        if line := crowded_line(dataset, config.model.detections):
+def _check(
+    progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset, processes: Processes
+) -> None:
+    """Checks what can be known of the data before the first step, and reports what may surprise."""
+    require_measurable(config, valset)
+    for dataset in (trainset, valset):
+        if line := crowded_line(dataset, config.model.detections, config.model.candidates, config.model.proposals):
             progress.message(line)
+    if config.base_batch_size:
+        progress.message(
+            f"learning rate {peak_learning_rate(config):g}: {config.learning_rate:g} for batches of "
+            f"{config.base_batch_size}, scaled to {config.batch_size}"
+        )
+    _check_readable(progress, valset, config, processes)
 
 
 def _continued(
-    progress: Progress, processes: Processes, run: Path, settings: dict[str, Any], *, strict: bool
+    progress: Progress,
+    processes: Processes,
+    settings: dict[str, Any],
+    *,
+    run: Path,
+    held: contextlib.ExitStack,
+    strict: bool,
 ) -> tuple[Trainer, CocoDataset]:
+    settings_of_run(run)  # before the lock, which is a file: the folder may not be a run
+    if processes.is_first:
+        _lock(progress, run, held)
     before = settings_of_run(run)
     if "data" in settings:
         settings = settings | {"data": str(_root(settings["data"], processes).resolve())}
+    if "batch_norm" in settings and "frozen_batch_norm" not in settings.get("model", {}):
+        settings = merged(settings, {"model": {"frozen_batch_norm": settings["batch_norm"] == "frozen"}})
     config = from_dict(TrainConfig, merged(before, settings))
+    require_changeable(before, to_dict(config))
     for line in _changes(before, to_dict(config)):
         progress.message(line)
     place = {name: getattr(config, name) for name in _PLACE if name != "data"}
-    trainset, valset = _datasets(progress, Path(config.data), **place, exif=config.exif, strict=strict)
+    chosen = {name: getattr(config, name) for name in _CHOSEN}
+    trainset, valset = _datasets(progress, Path(config.data), **place, **chosen, strict=strict)
     require_fitting(config.model, trainset, valset)
+    config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, trainset)))
     _surveyed(progress, config, trainset, valset)
-    _check_readable(progress, valset, config, processes)
-    _say_crowded(progress, config, trainset, valset)
+    _check(progress, config, trainset, valset, processes)
     config = replace(config, data=str(trainset.root.resolve()))
+    return _restored(progress, processes, run, config, trainset), valset
+
+
+def _restored(
+    progress: Progress, processes: Processes, run: Path, config: TrainConfig, trainset: CocoDataset
+) -> Trainer:
+    """The trainer of a run in its last saved state."""
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
     if processes.is_first:  # the next --resume continues with the same settings
         write_json(run / runs.CONFIG, to_dict(config))
     done = trainer.progress
     progress.message(f"continuing {run} after epoch {done.epoch} of {config.epochs} and {done.step} more steps")
-    return trainer, valset
+    return trainer
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
@@ -297,17 +479,31 @@ def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> 
     return lines
 
 
-def _new_folder(output: Path | None, data: Path) -> Path:
-    if output is None:
-        return runs.claim_next()
+def _new_folder(progress: Progress, output: Path | None, data: Path, held: contextlib.ExitStack) -> Path:
+    """The folder of a new run, locked; at the end it is removed if nothing is in it."""
+    run = runs.claim_next() if output is None else output
+    for folder in (runs.FOLDER, run) if output is None else (run,):
+        held.callback(_remove_empty, folder)
+    if output is not None:
+        _check_new(output)
+        check_output_folder("--output", output, [data], (), overwrite=True)
+    _lock(progress, run, held)
+    _check_new(run)  # again: a run may have begun and ended since
+    return run
+
+
+def _check_new(run: Path) -> None:
     names = (runs.CONFIG, runs.STATE, runs.BEST, runs.LAST, runs.LOG)
-    if present := [name for name in names if (output / name).exists()]:
+    if present := [name for name in names if (run / name).exists()]:
         expected = "a new folder, or one without the files of a run"
         raise UserError(
-            f"{output}, which holds {present[0]}", expected, f"continue a run with --resume {output}, or name another"
+            f"{run}, which holds {present[0]}", expected, f"continue a run with --resume {run}, or name another"
         )
-    check_output_folder("--output", output, [data], (), overwrite=True)
-    return output
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # absent, or not empty
+        folder.rmdir()
 
 
 def _root(data: str, processes: Processes) -> Path:
@@ -320,12 +516,6 @@ def _root(data: str, processes: Processes) -> Path:
         GENERATED[name](root)
     processes.wait()
     return root
-
-
-def _best_by(config: TrainConfig) -> str:
-    """The metric that selects the best checkpoint, see `score_of`."""
-    kinds = [kind for kind, has in (("mask", config.model.has_masks), ("keypoint", config.model.has_keypoints)) if has]
-    return " and ".join(kinds) or "box"
 
 
 def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset) -> ImageSurvey:
@@ -359,6 +549,8 @@ def _datasets(
     val_data: str,
     val_images: str,
     exif: str,
+    empty_images: bool,
+    crowd_objects: bool,
     strict: bool,
 ) -> tuple[CocoDataset, CocoDataset]:
     """The training and the validation split, checked to have objects and the same classes."""
@@ -369,6 +561,7 @@ def _datasets(
         trainset = CocoDataset.load(root, names[0], images=images or None, drop_roots=drop_roots)
         valset = CocoDataset.load(val_root, names[1], images=val_folder or None, drop_roots=drop_roots)
         trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
+        trainset = trainset.for_training(empty_images=empty_images, crowd_objects=crowd_objects)
         if trainset.category_ids == valset.category_ids:
             break  # else a super-category has objects in one split alone
     for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):
@@ -413,32 +606,51 @@ def _detector(model: MaskRCNN) -> Detector:
     return Detector(TorchBackend(model, device=str(next(model.parameters()).device)))
 
 
-def _validation_batch(config: TrainConfig, processes: Processes) -> int:
-    """Images per batch of the validation in each process."""
-    return max(1, config.batch_size // processes.world_size)
-
-
 def _evaluation(
     valset: CocoDataset, config: TrainConfig, processes: Processes
 ) -> Callable[[MaskRCNN], dict[str, float]]:
     """COCO evaluation over all processes: each detects on its images, the first scores, all return the metrics."""
+    batch_size = max(1, config.batch_size // processes.world_size)
+    samples = None
+    if config.validation_loss:
+        none = AugmentConfig(flip_probability=0.0)
+        samples = TrainingSamples(valset, config.model.preprocessing, augment=none, seed=config.seed)
 
     def run(model: MaskRCNN) -> dict[str, float]:
         detector = _detector(model)
         check_classes(detector, valset)
-        records = valset.images[processes.rank :: processes.world_size]
-        detected, seconds = detect_records(detector, records, batch_size=_validation_batch(config, processes))
-        gathered = processes.gather(detected)
+        own = range(processes.rank, len(valset.images), processes.world_size)
+        detected, seconds = detect_records(detector, [valset.images[k] for k in own], batch_size=batch_size)
+        losses = (
+            {} if samples is None else validation_losses(model, samples, own, batch_size=batch_size, loss=config.loss)
+        )
+        gathered = processes.gather((detected, losses))
         metrics = None
         if processes.is_first:
-            results = [result for part in gathered for result in part]
+            results = [result for part, _ in gathered for result in part]
             kinds = kinds_found(with_masks=config.model.has_masks, with_keypoints=config.model.has_keypoints)
             scores = score_kinds(valset, results, kinds, sigmas=detector.metadata.keypoint_sigmas, seconds=seconds)
-            metrics = scores.summary()
+            metrics = _metrics_of(scores)
+            # A process without images has no losses.
+            means = {
+                name: sum(part.get(name, 0.0) for _, part in gathered) / len(valset.images) for name in gathered[0][1]
+            }
+            if means:
+                metrics["validation_loss"] = sum(means.values())
+            metrics |= {f"validation_loss/{name}": value for name, value in means.items()}
         shared: dict[str, float] = processes.from_first(metrics)
         return shared
 
     return run
+
+
+def _metrics_of(scores: Evaluation) -> dict[str, float]:
+    """AP and AP50 of each kind (`box_ap`, `mask_ap50` …) and the AP of each class (`mask_ap/CLASS`)."""
+    kinds = {KIND_NAMES[kind]: scored for kind, scored in scores.scored.items()}
+    found = {f"{kind}_{name.lower()}": kinds[kind].metrics[name] for name in ("AP", "AP50") for kind in kinds}
+    for kind, scored in kinds.items():
+        found |= {f"{kind}_ap/{name}": own["AP"] for name, own in scored.by_class().items()}
+    return found
 
 
 def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], list[NamedImage]]:

@@ -11,6 +11,7 @@ import typer
 
 from maskrcnn import __version__, errors
 from maskrcnn.cli import (
+    benchmark,
     build_engine,
     build_plugins,
     data,
@@ -22,6 +23,7 @@ from maskrcnn.cli import (
     train,
     triton,
     verify,
+    web,
 )
 from maskrcnn.cli.console import console, verbosity
 
@@ -39,8 +41,13 @@ app.command()(evaluate.evaluate)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(inspect.lint)
+# Its options are the program's own, --help included.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    benchmark.benchmark
+)
 app.command("build-plugins")(build_plugins.build_plugins)
 app.command()(triton.triton)
+app.command()(web.web)
 app.command()(doctor.doctor)
 app.add_typer(data.data_app, name="data")
 

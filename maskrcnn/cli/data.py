@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.cli.options import ExifRule, Overwrite
+from maskrcnn.errors import UserError
 
 data_app = typer.Typer(no_args_is_help=True, help="Draw, convert and check datasets in COCO format.")
 
@@ -149,12 +151,26 @@ _Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 
 @data_app.command("shapes")
 def data_shapes(
-    out: _Out, train_images: _TrainImages = 600, val_images: _ValImages = 100, size: _Side = 128, seed: _Seed = 0
+    out: _Out,
+    train_images: _TrainImages = 600,
+    val_images: _ValImages = 100,
+    size: _Side = 128,
+    seed: _Seed = 0,
+    class_shares: Annotated[
+        str | None,
+        typer.Option(metavar="C,R,T", help="Relative frequencies of the classes, such as 100,10,1 (default: equal)."),
+    ] = None,
 ) -> None:
     """Draw a dataset of circles, rectangles and triangles in COCO format."""
     from maskrcnn.data.shapes import generate_shapes
 
-    _draw(generate_shapes, out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
+    try:
+        shares = [float(part) for part in class_shares.split(",")] if class_shares else []
+    except ValueError as error:
+        found = f"--class-shares {class_shares}"
+        raise UserError(found, "numbers, separated by commas", "write for example --class-shares 100,10,1") from error
+    generate = functools.partial(generate_shapes, class_shares=shares)
+    _draw(generate, out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
 
 
 @data_app.command("poses")

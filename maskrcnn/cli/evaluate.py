@@ -77,6 +77,12 @@ def evaluate(
             rich_help_panel=_METRICS,
         ),
     ] = None,
+    voc: Annotated[
+        bool,
+        typer.Option(
+            "--voc", help="Also print Pascal VOC's AP of boxes: 11-point and area rule.", rich_help_panel=_METRICS
+        ),
+    ] = False,
     compare: Annotated[
         Path | None,
         typer.Option(help="Results file or model to compare with: difference in AP.", rich_help_panel=_METRICS),
@@ -135,6 +141,7 @@ def evaluate(
         images=images,
         iou_type=[kind.value for kind in iou_type or ()],
         max_detections=_limits(max_detections),
+        voc=voc,
         compare=compare,
         resamples=resamples,
         seed=seed,
@@ -153,6 +160,10 @@ def evaluate(
     if per_class:
         for kind, scored in result.evaluation.scored.items():
             show(_class_table(kind, scored.by_class()))
+    if result.voc:
+        from maskrcnn.runtime.evaluation.voc import voc_table
+
+        show(voc_table(result.voc))
     show(result.evaluation.seconds.line())
     if results is None:
         rate = result.images / max(result.evaluation.seconds.detect, 1e-9)

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from maskrcnn.cli.console import ConsoleProgress
+from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.config import TrainConfig
+from maskrcnn.errors import UserError
 
 _DATA, _MODEL, _RUN = "Data", "Model", "Run"
 
@@ -107,9 +108,29 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run (default: runs/train-N).", rich_help_panel=_RUN)
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue.", rich_help_panel=_RUN)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of a run to continue; auto: the newest unfinished run of the same settings, else a new one.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    find_learning_rate: Annotated[
+        bool,
+        typer.Option(
+            "--find-learning-rate",
+            help="Suggest a learning rate instead of training: a hundred steps, nothing is written.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; options override it.", rich_help_panel=_RUN)
+        Path | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="YAML file of settings; options override it. Or a recipe's name, such as finetune.",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     assign: Annotated[
         list[str] | None,
@@ -127,24 +148,29 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m maskrcnn train …
     """
-    from maskrcnn.api.train import train as run
+    from maskrcnn.api import train as api
 
-    run(
-        data,
-        annotations=annotations,
-        images=images,
-        split=split,
-        val_split=val_split,
-        val_annotations=val_annotations,
-        val_images=val_images,
-        strict=strict,
-        model=model,
-        config=config,
-        settings=assign or (),
-        output=output,
-        resume=resume,
-        min_size=min_size,
-        max_size=max_size,
-        progress=ConsoleProgress(),
+    arguments: dict[str, Any] = {
+        "annotations": annotations,
+        "images": images,
+        "split": split,
+        "val_split": val_split,
+        "val_annotations": val_annotations,
+        "val_images": val_images,
+        "strict": strict,
+        "model": model,
+        "config": config,
+        "settings": assign or (),
+        "min_size": min_size,
+        "max_size": max_size,
+        "progress": ConsoleProgress(),
         **options,
-    )
+    }
+    if not find_learning_rate:
+        api.train(data, output=output, resume=resume, **arguments)
+        return
+    if output is not None or resume is not None:
+        raise UserError(
+            "--find-learning-rate with --output or --resume", "a test that writes nothing", "omit these options"
+        )
+    show(api.find_learning_rate(data, **arguments))

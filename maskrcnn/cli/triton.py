@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskrcnn.api.serving import InstanceKind, MaskFormat
+from maskrcnn.api.serving import InstanceKind, MaskFormat, NetworkStep
 from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.errors import UserError
 
@@ -28,6 +28,14 @@ def triton(
     raw: Annotated[
         bool, _option(_REPOSITORY, "--raw", help="Write the network only: tensors in, tensors out.")
     ] = False,
+    network: Annotated[
+        NetworkStep,
+        _option(
+            _SERVER,
+            help="What runs the network; native: Triton's backend for the file, python: its Python backend with the "
+            "runtime installed in the server's Python (also for servers without the native backend).",
+        ),
+    ] = NetworkStep.NATIVE,
     keep_config: Annotated[
         bool,
         _option(_REPOSITORY, "--keep-config", help="Add versions under existing configurations, even if these differ."),
@@ -79,6 +87,7 @@ def triton(
         out,
         name=name,
         raw=raw,
+        network=network,
         masks=masks,
         min_score=min_score,
         max_batch=max_batch,

@@ -138,6 +138,22 @@ class CocoDataset:
         """Number of objects to learn: without crowd regions."""
         return sum(not instance.is_crowd for record in self.images for instance in record.instances)
 
+    def labels_of_images(self) -> list[list[int]]:
+        """Label of each object to learn, by image."""
+        return [[each.label for each in record.instances if not each.is_crowd] for record in self.images]
+
+    def for_training(self, *, empty_images: bool, crowd_objects: bool) -> CocoDataset:
+        """The split with crowd regions as objects (`crowd_objects`) or without images that have no object to learn."""
+        images = self.images
+        if crowd_objects:
+            images = tuple(
+                replace(record, instances=tuple(replace(each, is_crowd=False) for each in record.instances))
+                for record in images
+            )
+        if not empty_images:
+            images = tuple(r for r in images if any(not each.is_crowd for each in r.instances)) or images
+        return replace(self, images=images)
+
     @property
     def skipped_annotations(self) -> list[Note]:
         """The annotations that are not used."""
@@ -171,9 +187,10 @@ class CocoDataset:
         parts = [f"{crowds} crowd region(s)"] * bool(crowds) + [f"{skipped} skipped annotation(s)"] * bool(skipped)
         fix = "annotate objects, or name another file"
         if crowds and not objects:
+            here = "--crowd-objects, or " if purpose == "learn" else ""
             fix = (
                 "take crowd regions as objects (CVAT marks brush masks with iscrowd 1): "
-                f"maskrcnn data convert coco {self.root} OUT --no-crowd"
+                f"{here}maskrcnn data convert coco {self.root} OUT --no-crowd"
             )
         elif skipped:
             reason, example = next(iter(self.skipped_examples.items()))
@@ -323,23 +340,30 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
     return np.ascontiguousarray(mask_api.decode(rle)).view(bool)
 
 
-def crowded_line(dataset: CocoDataset, detections: int) -> str | None:
+def crowded_line(dataset: CocoDataset, detections: int, candidates: int = 0, proposals: int = 0) -> str | None:
     """A line about images with more objects than a model returns; None if there are none.
 
     Args:
         dataset: images and annotations.
         detections: rows of the model's output, `model.detections`.
+        candidates: `model.candidates`, which no more detections can come from; 0: not known.
+        proposals: `model.proposals`, likewise.
     """
+    limits = {"detections": detections, "candidates": candidates, "proposals": proposals}
+    limits = {name: limit for name, limit in limits.items() if limit or name == "detections"}
+    narrowest = min(limits, key=limits.__getitem__)
+    limit = limits[narrowest]
     counts = [sum(not instance.is_crowd for instance in record.instances) for record in dataset.images]
-    crowded = [count for count in counts if count > detections]
+    crowded = [count for count in counts if count > limit]
     if not crowded:
         return None
     most = max(crowded)
-    lost = sum(crowded) - detections * len(crowded)
+    lost = sum(crowded) - limit * len(crowded)
+    fix = " ".join(f"--set model.{name}={most}" for name, each in limits.items() if each < most)
     return (
-        f"{dataset.annotation_path}: {len(crowded)} of {len(counts)} images have more objects than the {detections} "
-        f"detections of the model, up to {most} ({dataset.images[counts.index(most)].path.name}): at least {lost} of "
-        f"{sum(counts)} objects cannot be found; train with --set model.detections={most} "
-        "(and no fewer model.proposals and model.candidates)"
+        f"{dataset.annotation_path}: {len(crowded)} of {len(counts)} images have more objects than the {limit} "
+        f"{narrowest} of the model, up to {most} ({dataset.images[counts.index(most)].path.name}): at least {lost} of "
+        f"{sum(counts)} objects cannot be found; train with {fix}"
+        + ("" if candidates and proposals else " (and no fewer model.proposals and model.candidates)")
         + (f", and evaluate with --max-detections 1,10,{most}" if most > 100 else "")
     )

@@ -8,6 +8,7 @@ empty.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from maskrcnn.data.drawn import background, mask_annotation, noisy, paint, pixel_centres, write_drawn_dataset
+from maskrcnn.errors import UserError
 
 CLASS_NAMES = ("circle", "rectangle", "triangle")  # label k is CLASS_NAMES[k - 1]
 _EMPTY_FRACTION = 0.05  # share of images without an object
@@ -27,18 +29,33 @@ _MIN_POLYGON_IOU = 0.92  # of a polygon drawn by pycocotools and the shape; else
 
 
 def generate_shapes(
-    out: str | Path, *, train_images: int = 600, val_images: int = 100, size_px: int = 128, seed: int = 0
+    out: str | Path,
+    *,
+    train_images: int = 600,
+    val_images: int = 100,
+    size_px: int = 128,
+    seed: int = 0,
+    class_shares: Sequence[float] = (),
 ) -> Path:
     """Writes the dataset to `out` and returns `out`, see `write_drawn_dataset`.
 
-    Image i of split s (train 0, val 1) is `shapes_image(np.random.default_rng([seed, s, i]), (size_px, size_px))`.
+    Image i of split s (train 0, val 1) is `shapes_image(np.random.default_rng([seed, s, i]), (size_px, size_px))`,
+    with `class_shares` (relative frequencies of the classes) one of other classes.
 
     Raises:
         UserError: for arguments out of range, and where `out` holds anything else.
     """
+    shares = np.array(class_shares, np.float64)
+    if shares.size and not (shares.shape == (len(CLASS_NAMES),) and (shares >= 0).all() and 0 < shares.sum() < np.inf):
+        raise UserError(
+            f"class shares {', '.join(map(str, class_shares))}",
+            f"{len(CLASS_NAMES)} numbers of at least 0, not all 0, for {', '.join(CLASS_NAMES)}",
+            "write for example --class-shares 100,10,1",
+        )
+    odds = shares / shares.sum() if shares.size else None
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        image, shapes = _scene(rng, (size_px, size_px))
+        image, shapes = _scene(rng, (size_px, size_px), odds)
         return image, [_annotation(shape) for shape in shapes]
 
     return write_drawn_dataset(
@@ -48,6 +65,7 @@ def generate_shapes(
         info={
             "description": "generated shapes: circles, rectangles and triangles",
             "generator": "maskrcnn.data.shapes, version 1",
+            **({"class_shares": shares.tolist()} if shares.size else {}),
         },
         categories=[{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES, start=1)],
         train_images=train_images,
@@ -77,17 +95,19 @@ class _Shape:
     is_whole: bool = True  # neither covered nor cut by the image
 
 
-def _scene(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np.ndarray, list[_Shape]]:
-    """The image and its shapes, back to front."""
+def _scene(
+    rng: np.random.Generator, size_hw: tuple[int, int], odds: np.ndarray | None = None
+) -> tuple[np.ndarray, list[_Shape]]:
+    """The image and its shapes, back to front; `odds` are the probabilities of the classes (default: equal)."""
     image = background(rng, size_hw)
     count = 0 if rng.random() < _EMPTY_FRACTION else int(rng.integers(1, _MAX_OBJECTS + 1))
-    shapes = _visible_shapes([_random_shape(rng, size_hw) for _ in range(count)], size_hw)
+    shapes = _visible_shapes([_random_shape(rng, size_hw, odds) for _ in range(count)], size_hw)
     for shape in shapes:
         paint(rng, image, shape.coverage)
     return noisy(rng, image), shapes
 
 
-def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Shape:
+def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int], odds: np.ndarray | None) -> _Shape:
     """A shape of random class, size, place and angle; up to a quarter of it may be outside the image."""
     height, width = size_hw
     scale = min(size_hw) / 128
@@ -97,7 +117,8 @@ def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int]) -> _Shape:
     margin_x, margin_y = min(radius / 2, width / 2), min(radius / 2, height / 2)
     centre = np.array([rng.uniform(margin_x, width - margin_x), rng.uniform(margin_y, height - margin_y)])
     turn = rng.uniform(0, 2 * math.pi)
-    name = CLASS_NAMES[rng.integers(len(CLASS_NAMES))]
+    classes = len(CLASS_NAMES)
+    name = CLASS_NAMES[rng.integers(classes) if odds is None else rng.choice(classes, p=odds)]
     if name == "circle":
         angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
     elif name == "rectangle":

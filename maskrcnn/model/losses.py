@@ -90,6 +90,23 @@ def box_loss(
     return iou_loss(decode_boxes(deltas, references, weights), target, kind)
 
 
+def focal(cross_entropy: Tensor, gamma: float) -> Tensor:
+    """Focal loss (1 - p)^gamma · cross-entropy `[…]`, where p = exp(-cross-entropy) (Lin et al. 2017, equation 4).
+
+    Of a sigmoid it is torchvision's `sigmoid_focal_loss` without alpha.
+    """
+    # Not below the resolution of p near 1: the gradient of x^gamma at 0 is infinite for gamma below 1.
+    miss = (-torch.expm1(-cross_entropy)).clamp(min=torch.finfo(cross_entropy.dtype).tiny)
+    return miss**gamma * cross_entropy
+
+
+def _label_weights(loss: LossConfig, like: Tensor) -> Tensor:
+    """Weight of each label, `[1 + classes]`; that of background is 1."""
+    if isinstance(loss.class_weights, str):
+        raise ValueError(f"class weights {loss.class_weights!r}, which training_config replaces by numbers")
+    return torch.tensor([1.0, *loss.class_weights.values()], device=like.device)
+
+
 def rpn_losses(
     network: rpn.RegionProposalNetwork,
     features: list[Tensor],
@@ -118,6 +135,9 @@ def rpn_losses(
     total = mean_count(sampled.sum().float()).clamp(min=_MIN_COUNT)
     logits, deltas = network.at_anchors(features, index)
     objectness = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
+    if loss.objectness_loss == "focal":
+        alpha = torch.where(positive, loss.focal_alpha, 1 - loss.focal_alpha)
+        objectness = alpha * focal(objectness, loss.focal_gamma)
     box = box_loss(loss.rpn_box_loss, deltas, target, all_anchors[index], rpn.BOX_WEIGHTS, loss.smooth_l1_beta)
     return {
         "objectness": (objectness * sampled).sum() / total,
@@ -170,6 +190,11 @@ def roi_losses(
     logits, deltas = heads.classify(features, rois)
     total = mean_count(sampled.sum().float()).clamp(min=_MIN_COUNT)
     classification = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    if loss.classification_loss == "focal":
+        classification = focal(classification, loss.focal_gamma)
+    if loss.class_weights != "none":
+        # Divided by the number of rows below, not by the sum of weights: a weight keeps its meaning in every batch.
+        classification = classification * _label_weights(loss, logits)[labels.flatten()]
     own = deltas.gather(2, labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
     box = box_loss(loss.box_loss, own, target, reference, roi_heads.BOX_WEIGHTS, loss.smooth_l1_beta)
     losses = {

@@ -42,6 +42,15 @@ class Scene:
         """Height and width of the canvas."""
         return self.image.shape[1:]
 
+    def only(self, chosen: np.ndarray) -> Scene:
+        """The scene with some of its objects: indices, or bool `[G]`."""
+        names = ("masks", "labels", "visible", "keypoints", "has_mask")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
+
+    def shown(self, min_visible: float) -> Scene:
+        """The scene with the objects that have a pixel and at least `min_visible` of their area."""
+        return self.only(self.masks.any(axis=(1, 2)) & (self.visible >= min_visible))
+
     def covered(self, masks: np.ndarray) -> Scene:
         """The scene with masks `[G, h, w]` of which a part has been covered or moved away."""
         before, after = (np.count_nonzero(stack, axis=(1, 2)) for stack in (self.masks, masks))
@@ -127,8 +136,7 @@ def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
     """
     cover = other.masks[chosen].any(axis=0)
     image = np.where(cover, other.image, scene.image)
-    names = ("masks", "labels", "visible", "keypoints", "has_mask")
-    pasted = replace(other, **{name: getattr(other, name)[chosen] for name in names})
+    pasted = other.only(chosen)
     below = replace(scene.covered(scene.masks & ~cover), keypoints=_hidden(scene.keypoints, cover))
     return _concatenated(image, below, pasted)
 
@@ -154,7 +162,7 @@ def _concatenated(image: np.ndarray, first: Scene, second: Scene) -> Scene:
 
 
 @contextmanager
-def _torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
+def torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
     """Seed torch's CPU generator from `rng` inside the context and restore it afterwards.
 
     Limits torch to one thread, as in a loading process: sums, and with them colours, depend on the number of threads.
@@ -213,7 +221,7 @@ class Augmentation:
             return image
         if len(image) > 3:
             return torch.cat([self._jitter_colours(image[:3], rng), image[3:]])
-        with _torch_seeded_from(rng):
+        with torch_seeded_from(rng):
             changed: Tensor = self._colours(image) if image.dtype == torch.uint8 else 255 * self._colours(image / 255)
             return changed
 
@@ -226,8 +234,18 @@ class Augmentation:
         rule = self.preprocessing
         if config.shorter_sides_px:
             rule = replace(rule, min_size_px=config.shorter_sides_px[rng.integers(len(config.shorter_sides_px))])
-        canvas_hw = resized_size(size_hw, rule)
-        return self._flipped(View((0, 0, *size_hw), canvas_hw, canvas_hw), rng)
+        window = self._limited(size_hw, rng)
+        canvas_hw = resized_size((window[2] - window[0], window[3] - window[1]), rule)
+        return self._flipped(View(window, canvas_hw, canvas_hw), rng)
+
+    def _limited(self, size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Random window (top, left, bottom, right) of an image with at most the largest aspect ratio."""
+        limit, short = self.config.largest_aspect_ratio, min(size_hw)
+        if not limit or max(size_hw) <= limit * short:
+            return (0, 0, *size_hw)
+        height, width = (min(side, int(limit * short)) for side in size_hw)
+        top, left = int(rng.integers(size_hw[0] - height + 1)), int(rng.integers(size_hw[1] - width + 1))
+        return top, left, top + height, left + width
 
     def partner_view(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
         """Random view of an image on a given canvas: large-scale jitter, or covering it."""
@@ -263,7 +281,7 @@ class Augmentation:
         # whatever the number of objects. Float32 represents it exactly up to 2^24.
         numbers = tv_tensors.Mask(torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width))
         places = tv_tensors.KeyPoints(torch.from_numpy(scene.keypoints[..., :2]), canvas_size=scene.size_hw)
-        with _torch_seeded_from(rng):
+        with torch_seeded_from(rng):
             image, numbers, places = self._tilt(image, numbers, places)
         source = numbers.to(torch.int64).numpy().ravel()
         flat = np.pad(scene.masks.reshape(-1, height * width), ((0, 0), (1, 0)))  # index 0: empty canvas

@@ -47,6 +47,14 @@ class Processes:
         dist.all_reduce(total)
         return total / self.world_size
 
+    def stacked(self, values: Tensor) -> Tensor:
+        """Rows `[N, …]` of all processes by rank, `[world_size · N, …]`, in every process."""
+        if self.world_size == 1:
+            return values
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values)
+        return torch.cat(rows)
+
     def gather(self, value: Any) -> list[Any]:
         """Values of all processes by rank, in every process."""
         if self.world_size == 1:

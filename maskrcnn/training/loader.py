@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,15 +20,16 @@ from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one process.
+class StepSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of (epoch, index, copy) for one process; `copy` numbers the occurrences of a repeated image from 0.
 
     The images of an optimizer step, the global batch, depend on the seed, the epoch and the batch size alone. Each of
     `world_size` processes takes an equal slice, in `accumulate` equal parts. A run may therefore continue with other
     numbers of processes or parts, and every gradient is a mean over equally many images.
 
-    Each image occurs once per epoch. The last global batch is filled up from the start of the epoch's order, so fewer
-    than `batch_size` images occur twice (all of them, repeatedly, if the dataset is smaller than a batch).
+    Each image occurs once per epoch, or with `repeats` as often as these say on average over the epochs. The last
+    global batch is filled up from the start of the epoch's order, so fewer than `batch_size` images occur once more
+    (all of them, repeatedly, if the dataset is smaller than a batch).
 
     Args:
         length: number of images.
@@ -34,11 +37,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         seed: non-negative.
         groups: group of each image, `length` of them; a batch holds images of one group, except the last ones, which
             combine the remainders. None: one group.
+        repeats: how often each image occurs in an epoch, `length` numbers of at least 1; fractions are probabilities.
+            Their sum is rounded, so that all epochs have equally many images. None: once.
         rank: rank of this process.
         world_size: number of processes.
         accumulate: parts of each process's slice.
 
     Attributes:
+        length: images of an epoch, occurrences of the same one included.
         epoch: epoch of the next iteration.
         start: batches of this process to skip, for a run that continues within an epoch.
 
@@ -53,6 +59,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         batch_size: int,
         seed: int,
         groups: Sequence[int] | np.ndarray | None = None,
+        repeats: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
@@ -63,7 +70,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 f"a multiple of {world_size * accumulate}",
                 "change --batch-size or --accumulate",
             )
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.images, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
+        self.length = length if repeats is None else int(np.floor(repeats).sum() + round((repeats % 1).sum()))
         self.groups = np.zeros(length, np.int64) if groups is None else np.asarray(groups)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.epoch, self.start = 0, 0
@@ -77,16 +85,19 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         """Batches of this process in a whole epoch, regardless of `start`."""
         return self.steps * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         parts = self.global_batches().reshape(self.steps, self.world_size, self.accumulate, -1)[:, self.rank]
         for part in parts.reshape(len(self), -1)[self.start :].tolist():
-            yield [(self.epoch, index) for index in part]
+            yield [(self.epoch, key % self.images, key // self.images) for key in part]
 
     def global_batches(self) -> np.ndarray:
-        """Images of each optimizer step of the epoch, int64 `[steps, batch_size]`."""
+        """Images of each optimizer step of the epoch, index + copy · images, int64 `[steps, batch_size]`."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.length)
-        members = [order[self.groups[order] == group] for group in np.unique(self.groups)]
+        order = rng.permutation(self.images)
+        if self.repeats is not None:
+            order = rng.permutation(self._repeated(order, rng))
+        groups = self.groups[order % self.images]
+        members = [order[groups == group] for group in np.unique(groups)]
         if len(members) > 1:
             cuts = [len(images) // self.batch_size * self.batch_size for images in members]
             whole = np.concatenate([images[:cut] for images, cut in zip(members, cuts, strict=True)])
@@ -94,6 +105,24 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             batches = rng.permutation(whole.reshape(-1, self.batch_size))
             order = np.concatenate([batches.ravel(), left])
         return np.resize(order, (self.steps, self.batch_size))  # repeats from the start
+
+    def _repeated(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Every image as often as its repeats say, fractions rounded at random: int64 `[length]`.
+
+        Systematic sampling over a random order: marks at distance 1 from a random start fall on images whose lengths
+        are their fractions. Rounding each image by itself, as the paper does, would give epochs of varying length, and
+        the learning rate and a resumed run count in steps.
+        """
+        assert self.repeats is not None
+        whole = np.floor(self.repeats[order]).astype(np.int64)
+        rest = self.repeats[order] - whole
+        marks = self.length - whole.sum()
+        ends = np.cumsum(rest) * (marks / max(rest.sum(), 1e-9))
+        ends[-1] = marks
+        counts = whole + np.diff(np.ceil(ends - rng.random()), prepend=0.0).astype(np.int64)
+        first = np.cumsum(counts) - counts
+        copies = np.arange(self.length) - np.repeat(first, counts)
+        return np.repeat(order, counts) + copies * self.images
 
 
 @dataclass
@@ -203,6 +232,33 @@ def _start_worker(number: int) -> None:
     gc.freeze()
 
 
+def aspect_ratio_group(ratios: np.ndarray, groups: int) -> np.ndarray:
+    """Group of each image, int64: 2 groups are landscape and portrait.
+
+    The bounds of more groups are spaced evenly in logarithm from 1:2 to 2:1, as in torchvision's reference training.
+
+    Args:
+        ratios: height / width of each image.
+        groups: number of groups.
+    """
+    bounds = 2.0 ** np.linspace(-1, 1, groups - 1) if groups > 2 else np.ones(groups - 1)
+    return np.searchsorted(bounds, ratios)
+
+
+def repeat_factors(labels: Sequence[Collection[int]], threshold: float) -> np.ndarray:
+    """How often each image occurs in an epoch, float64: repeat factor sampling (Gupta et al. 2019, appendix A).
+
+    A class in a fraction f of the images has the factor max(1, √(threshold / f)), an image that of its rarest class.
+
+    Args:
+        labels: classes of the objects of each image.
+        threshold: fraction of the images; images of classes in fewer are repeated.
+    """
+    counts = Counter(label for own in labels for label in set(own))
+    factors = {label: math.sqrt(threshold * len(labels) / count) for label, count in counts.items()}
+    return np.array([max(1.0, *(factors[label] for label in own)) if own else 1.0 for own in labels])
+
+
 def training_loader(
     samples: TrainingSamples,
     *,
@@ -212,7 +268,8 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     accumulate: int = 1,
-    group_by_aspect_ratio: bool = False,
+    aspect_ratio_groups: int = 1,
+    repeats: np.ndarray | None = None,
 ) -> tuple[DataLoader, StepSampler]:
     """Loader of the batches of one process; set `sampler.epoch` before iterating.
 
@@ -228,7 +285,9 @@ def training_loader(
         rank: rank of this process.
         world_size: number of processes.
         accumulate: batches of the loader per optimizer step.
-        group_by_aspect_ratio: separate batches for landscape and portrait images, which need less padding.
+        aspect_ratio_groups: groups of images whose batches are separate and so need less padding, see
+            `aspect_ratio_group`; 1: none.
+        repeats: see `StepSampler`.
 
     Raises:
         UserError: if a batch cannot be divided evenly.
@@ -237,7 +296,8 @@ def training_loader(
         len(samples),
         batch_size=batch_size,
         seed=samples.seed,
-        groups=samples.is_portrait if group_by_aspect_ratio else None,
+        groups=aspect_ratio_group(samples.aspect_ratios, aspect_ratio_groups),
+        repeats=repeats,
         rank=rank,
         world_size=world_size,
         accumulate=accumulate,

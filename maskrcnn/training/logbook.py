@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 
 from maskrcnn import runs
 from maskrcnn.config import ModelConfig
-from maskrcnn.files import make_folder
+from maskrcnn.files import atomic_path, check_target, make_folder
 from maskrcnn.imaging.draw import overlay, save_drawing
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.model.targets import mask_targets
@@ -25,15 +26,32 @@ NamedImage = tuple[str, np.ndarray]  # name and pixels, uint8 [H, W, 3] RGB
 class Logbook:
     """Writes `log.jsonl`, `pictures/*.png` and, if enabled and installed, TensorBoard events.
 
+    `log.jsonl` has a line for each epoch, and one with the key `step` for every `log_every`-th optimizer step; events
+    have every step. An epoch's records belong to its last step.
+
     Args:
         run: folder of the run.
         tensorboard: write events to `tensorboard/` in it.
-        first_step: step at which training continues; existing events from there on are discarded.
+        log_every: steps between the lines of steps; 0: none.
+        first_step: step at which training continues; lines and events of later ones, which will be repeated, are
+            discarded.
+        first_epoch: epoch, from 1, that ends next; likewise.
+
+    Raises:
+        UserError: if the log cannot be written.
     """
 
-    def __init__(self, run: Path, *, tensorboard: bool, first_step: int) -> None:
-        self.run = run
+    def __init__(self, run: Path, *, tensorboard: bool, log_every: int, first_step: int, first_epoch: int) -> None:
+        self.run, self.log_every = run, log_every
         self.events: Any = None
+        log = run / runs.LOG
+        check_target(log)
+        if log.exists():
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _is_before(line, first_step, first_epoch)]
+            if kept != lines:
+                with atomic_path(log) as temporary:
+                    temporary.write_text("".join(kept), encoding="utf-8")
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -41,20 +59,26 @@ class Logbook:
                 return  # log.jsonl has the same metrics
             self.events = SummaryWriter(str(run / runs.EVENTS), purge_step=first_step)
 
-    def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of an optimizer step."""
+    def step(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of an optimizer step; steps count from 0, epochs from 1."""
+        if self.log_every and (step + 1) % self.log_every == 0:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._write({"step": step, "epoch": epoch, **finite})
         if self.events is not None:
             for name, value in metrics.items():
                 self.events.add_scalar(f"train/{name}", value, step)
 
     def epoch(self, step: int, metrics: dict[str, Any]) -> None:
         """Record the metrics of an epoch that ended with this step."""
-        with open(self.run / runs.LOG, "a", encoding="utf-8") as log:
-            log.write(json.dumps(metrics) + "\n")
+        self._write(metrics)
         if self.events is not None:
             for name, value in metrics.items():
                 self.events.add_scalar(f"epoch/{name}", value, step)
             self.events.flush()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with open(self.run / runs.LOG, "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
 
     def images(self, step: int, images: Iterable[NamedImage]) -> None:
         """Write images under their names, replacing earlier ones."""
@@ -69,6 +93,15 @@ class Logbook:
         """Close the event file."""
         if self.events is not None:
             self.events.close()
+
+
+def _is_before(line: str, step: int, epoch: int) -> bool:
+    """Whether a line of the log is whole and of an earlier step or, if it is an epoch's, of an earlier epoch."""
+    try:
+        found = json.loads(line)
+        return bool(found["step"] < step if "step" in found else found["epoch"] < epoch)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def sample_images(batch: Batch, model: ModelConfig, count: int) -> list[NamedImage]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskrcnn.config import TrainConfig
 from maskrcnn.model.detector import MaskRCNN
@@ -59,8 +58,8 @@ class AveragedWeights:
     """Exponential moving average of a model's weights and batch norm statistics.
 
     The decay rises as (1 + n) / (10 + n) with the step n up to its final value, so that random initial weights are
-    forgotten quickly (as in TensorFlow's `ExponentialMovingAverage` with `num_updates`). PyTorch's `AveragedModel`
-    copies its counter to the device at every step, which synchronises.
+    forgotten quickly (as in TensorFlow's `ExponentialMovingAverage` with `num_updates`). Skipped steps do not count.
+    PyTorch's `AveragedModel` copies its counter to the device at every step, which synchronises.
 
     Args:
         model: source of the weights.
@@ -68,19 +67,22 @@ class AveragedWeights:
     """
 
     def __init__(self, model: MaskRCNN, decay: float) -> None:
-        self.source, self.decay, self.steps = model, decay, 0
+        self.source, self.decay = model, decay
+        self.steps = torch.zeros((), device=next(model.parameters()).device)  # updates so far
         self.model = copy.deepcopy(model).requires_grad_(False)
 
-    def update(self) -> None:
-        """Update the average with the current weights of the source."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+    @torch.no_grad()
+    def update(self, taken: Tensor) -> None:
+        """Update the average with the current weights of the source if `taken`, a bool on the device."""
+        decay = ((1 + self.steps) / (10 + self.steps)).clamp(max=self.decay)
+        weight = torch.where(taken, 1 - decay, 0.0)
         pairs = list(zip(_values(self.model), _values(self.source), strict=True))
-        floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
-        get_ema_multi_avg_fn(decay)(*(list(side) for side in zip(*floats, strict=True)), None)
+        means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(means, values, [weight] * len(means))
         for mean, value in pairs:
             if not mean.is_floating_point():
                 mean.copy_(value)
-        self.steps += 1
+        self.steps += taken
 
 
 def _values(model: nn.Module) -> list[Tensor]:
@@ -95,17 +97,23 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         step: finished steps, over all epochs.
         steps_per_epoch: optimizer steps of one epoch.
     """
+    peak = peak_learning_rate(config)
     total = config.epochs * steps_per_epoch
     warmup = min(config.warmup_steps, total // 2)
-    if step < warmup:
-        return config.learning_rate * max((step + 1) / warmup, 1e-3)
+    if step < warmup:  # as torch.optim.lr_scheduler.LinearLR(start_factor=1e-3)
+        return peak * (1e-3 + (1 - 1e-3) * step / warmup)
     if config.schedule == "cosine":
         done = (step - warmup) / max(total - warmup, 1)
         above_end = (1 - config.cosine_end) * 0.5 * (1 + math.cos(math.pi * done))
-        return config.learning_rate * (config.cosine_end + above_end)
+        return peak * (config.cosine_end + above_end)
     epochs = config.step_epochs if config.schedule == "step" else ()
     passed = sum(step >= epoch * steps_per_epoch for epoch in epochs)
-    return config.learning_rate * config.step_factor**passed
+    return peak * config.step_factor**passed
+
+
+def peak_learning_rate(config: TrainConfig) -> float:
+    """The learning rate, scaled linearly to the batch size if it is given for another (Goyal et al. 2017)."""
+    return config.learning_rate * (config.batch_size / config.base_batch_size if config.base_batch_size else 1)
 
 
 def without_effect(config: TrainConfig) -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maskrcnn.config import MODELS, SMALL_MODEL, LossConfig, ModelConfig, TrainConfig, changed, model_config
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
@@ -56,6 +58,7 @@ def training_config(
     )
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
     require_fitting(config.model, dataset, validation)
+    config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, dataset)))
     frozen = config.batch_norm == "frozen" or config.model.frozen_batch_norm
     return replace(
         config,
@@ -69,6 +72,38 @@ def training_config(
         train_split=dataset.split,
         val_split=validation.split,
     )
+
+
+def class_weights(loss: LossConfig, dataset: CocoDataset) -> str | dict[str, float]:
+    """`loss.class_weights` with names in place of `LossConfig.class_weights`'s rules: every class, in label order.
+
+    Weights by rule are scaled to a mean of 1 over the objects, so that objects and background keep their balance: those
+    of "inverse" are objects / (classes · objects of the class), as scikit-learn's `balanced`; those of "effective"
+    are proportional to (1 - beta) / (1 - beta^objects of the class) (Cui et al. 2019, equation 2). Classes without
+    objects, and given weights' other classes, have 1.
+
+    Raises:
+        UserError: for names that are not classes.
+    """
+    given = loss.class_weights
+    if given == "none":
+        return given
+    names = dataset.class_names
+    if not isinstance(given, str):
+        if unknown := [name for name in given if name not in names]:
+            raise UserError(
+                f"loss.class_weights of {', '.join(unknown)}",
+                f"classes of {dataset.annotation_path}: {', '.join(names[:20])}{' …' if len(names) > 20 else ''}",
+                "correct the names",
+            )
+        return {name: given.get(name, 1.0) for name in names}
+    labels = [label for own in dataset.labels_of_images() for label in own]
+    counts = np.bincount(np.array(labels, np.int64), minlength=len(names) + 1)[1:].astype(np.float64)
+    used, beta = counts > 0, loss.class_weights_beta
+    effective = counts[used] if given == "inverse" else (1 - beta ** counts[used]) / (1 - beta)
+    weights = np.ones(len(names))
+    weights[used] = counts.sum() / (effective * (counts[used] / effective).sum())
+    return dict(zip(names, weights.tolist(), strict=True))
 
 
 def require_fitting(model: ModelConfig, dataset: CocoDataset, validation: CocoDataset) -> None:

@@ -28,6 +28,7 @@ from maskrcnn.training.augmentation import (
     objects_of_scene,
     scene_in_view,
 )
+from maskrcnn.training.transform import OwnTransform
 from maskrcnn.training.view import Objects, View, objects_in_view
 
 _MIN_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
@@ -75,7 +76,7 @@ class PackedRecords(Sequence[ImageRecord]):
 
 
 class TrainingSamples(Dataset):
-    """Samples of a dataset, indexed by (epoch, index).
+    """Samples of a dataset, indexed by (epoch, index, copy); copies of an image in an epoch are changed independently.
 
     The dataset itself is not kept, see `PackedRecords`.
 
@@ -95,15 +96,18 @@ class TrainingSamples(Dataset):
         seed: int,
     ) -> None:
         self.records, self.preprocessing, self.seed = PackedRecords(dataset.images), preprocessing, seed
-        self.is_portrait = np.array([record.height > record.width for record in dataset.images], bool)
+        self.aspect_ratios = np.array([record.height / record.width for record in dataset.images])
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
         self._partners = mirrored(dataset.keypoint_names)
+        self._transform = (
+            OwnTransform(self.augment.transform, len(dataset.class_names)) if self.augment.transform else None
+        )
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+    def __getitem__(self, key: tuple[int, int] | tuple[int, int, int]) -> Sample | UserError:
         """A sample, or the error about its file: PyTorch would not preserve an error raised in a worker."""
         try:
             return self._sample(*key)
@@ -120,14 +124,16 @@ class TrainingSamples(Dataset):
         except Exception as error:
             raise RuntimeError(f"{self.records[key[1]].path}: {type(error).__name__}: {error}") from error
 
-    def _sample(self, epoch: int, index: int) -> Sample:
-        rng = np.random.default_rng((self.seed, epoch, index))
+    def _sample(self, epoch: int, index: int, copy: int = 0) -> Sample:
+        rng = np.random.default_rng((self.seed, epoch, index, copy) if copy else (self.seed, epoch, index))
         seed = int(rng.integers(2**63))
         record, config = self.records[index], self.augment
         view = self._augmentation.view((record.height, record.width), rng)
         steps = [step for step, probability in self._compositions() if rng.random() < probability]
-        if steps:
+        if steps or self._transform is not None:
             scene = self._composed(record, view, steps, rng)
+            if self._transform is not None:
+                scene = self._transform(scene.shown(config.least_visible), rng, record.path)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
         else:  # no full-size masks, which would take most of the time and memory
             image = self._augmentation.image(read_record(record, self.preprocessing), view, rng)
@@ -157,10 +163,10 @@ class TrainingSamples(Dataset):
             scene = mixup(scene, self._partner(scene.size_hw, rng), rng.beta(alpha, alpha))
         if "copy_paste" in steps:
             other = self._partner(scene.size_hw, rng)
-            shown = np.flatnonzero(other.masks.any(axis=(1, 2)) & (other.visible >= self.augment.least_visible))
-            if shown.size:
-                number = rng.integers(1, shown.size + 1)
-                scene = copy_paste(scene, other, np.sort(rng.choice(shown, number, replace=False)))
+            other = other.shown(self.augment.least_visible)
+            if len(other.labels):
+                number = rng.integers(1, len(other.labels) + 1)
+                scene = copy_paste(scene, other, np.sort(rng.choice(len(other.labels), number, replace=False)))
         return scene
 
     def _mosaic(self, record: ImageRecord, canvas_hw: tuple[int, int], rng: np.random.Generator) -> Scene:

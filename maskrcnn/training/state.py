@@ -25,21 +25,26 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished optimizer steps of the current epoch
-    best_ap: float = -1.0
+    best_score: float | None = None  # of the best checkpoint; larger is better; None: nothing measured so far
+    stale: int = 0  # evaluations since the best one
     skipped: int = 0  # consecutive non-finite steps
     totals: dict[str, float] = field(default_factory=dict)  # sums of the metrics over the steps of the current epoch
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether all epochs are done, or the best metric has not improved for too long."""
+        return self.epoch >= config.epochs or 0 < config.patience <= self.stale
 
 
 def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) -> None:
     """Write weights, averaged weights, the state of optimizer and gradient scaler, and the progress."""
     tensors = {f"model.{name}": value for name, value in step.model.state_dict().items()}
-    for number, parameter in enumerate(step.parameters):
-        for name, value in step.optimizer.state[parameter].items():
-            tensors[f"optimizer.{number}.{name}"] = value
+    for name, parameter in step.model.named_parameters():
+        for key, value in step.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
     header: dict[str, Any] = {"config": to_dict(config), "progress": dataclasses.asdict(progress)}
     if step.averaged is not None:
         tensors |= {f"averaged.{name}": value for name, value in step.averaged.model.state_dict().items()}
-        header["averaged_steps"] = step.averaged.steps
+        header["averaged_steps"] = float(step.averaged.steps)
     if step.scaler.is_enabled():
         header["scaler"] = step.scaler.state_dict()
     write_tensors(path, tensors, header)
@@ -48,6 +53,7 @@ def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) 
 def load_state(path: Path, step: Step) -> Progress:
     """Load the state written by `save_state` into a step whose optimizer is new.
 
+    The optimizer's state is matched by the name of the parameter; one that was frozen before starts without.
     If the batch size has changed within an epoch, the progress is converted to steps of the new size.
 
     Raises:
@@ -55,24 +61,79 @@ def load_state(path: Path, step: Step) -> Progress:
     """
     tensors, header = read_tensors(path)
     load_weights(step.model, _part(tensors, "model."), path)
-    for number, parameter in enumerate(step.parameters):
-        for name, value in _part(tensors, f"optimizer.{number}.").items():
-            step.optimizer.state[parameter][name] = _like(value, parameter)
+    parameters = {name: each for name, each in step.model.named_parameters() if each.requires_grad}
+    for place, value in _part(tensors, "optimizer.").items():
+        name, _, key = place.rpartition(".")
+        if name in parameters:  # others are frozen from here on
+            step.optimizer.state[parameters[name]][key] = _like(value, parameters[name])
     if step.averaged is not None:
         load_weights(step.averaged.model, _part(tensors, "averaged.") or _part(tensors, "model."), path)
-        step.averaged.steps = header.get("averaged_steps", 0)
+        step.averaged.steps.fill_(header.get("averaged_steps", 0))
     if step.scaler.is_enabled() and "scaler" in header:
         step.scaler.load_state_dict(header["scaler"])
+    progress = _progress_of(header, path)
+    progress.step = progress.step * header["config"]["batch_size"] // step.config.batch_size
+    return progress
+
+
+def read_progress(run: Path) -> Progress:
+    """Progress of a run when its state was last saved.
+
+    Raises:
+        UserError: if the file is not a state of this version.
+    """
+    path = run / runs.STATE
+    return _progress_of(read_tensors(path)[1], path)
+
+
+def _progress_of(header: dict[str, Any], path: Path) -> Progress:
     try:
-        progress = Progress(**header["progress"])
-        progress.step = progress.step * header["config"]["batch_size"] // step.config.batch_size
-        return progress
+        return Progress(**header["progress"])
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path} without a run's progress ({error})",
             f"the {runs.STATE} of a run of this version",
             "start a new run: `maskrcnn train`, with --weights to initialise it from this one",
         ) from error
+
+
+# Fields of a model that may change while it trains: they change neither its tensors nor what these mean.
+_CHANGEABLE = {
+    "rpn_candidates_per_level",
+    "rpn_candidates_per_level_training",
+    "proposals",
+    "proposals_training",
+    "rpn_nms_iou",
+    "proposal_min_side_px",
+    "frozen_batch_norm",
+    "keypoint_skeleton",
+    "keypoint_sigmas",
+    "score_threshold",
+    "nms_iou",
+    "detection_min_side_px",
+    "candidates",
+    "detections",
+    "preprocessing",
+}
+
+
+def require_changeable(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises a UserError that names the first setting that differs and that a run cannot change once it has begun.
+
+    Args:
+        before: settings of the run; those that its version did not have are absent.
+        now: all settings.
+    """
+    model = before.get("model", {})
+    pairs = [("optimizer", before.get("optimizer", now["optimizer"]), now["optimizer"])]
+    pairs += [(f"model.{k}", model[k], v) for k, v in now["model"].items() if k in model and k not in _CHANGEABLE]
+    for name, first, second in pairs:
+        if first != second:
+            raise UserError(
+                f"--resume with {name} {second} instead of {first}",
+                f"{name} as the run began",
+                "omit it, or start a new run with --weights and a checkpoint of this one",
+            )
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,10 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from maskrcnn.config import LossConfig, TrainConfig
+from maskrcnn.errors import UserError
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.model.losses import CountMean
 from maskrcnn.training.distributed import Processes
-from maskrcnn.training.loader import Batch
+from maskrcnn.training.loader import Batch, collate
 from maskrcnn.training.optimizer import AveragedWeights
+from maskrcnn.training.samples import Sample, TrainingSamples
+
+# oneDNN keeps 1024 compiled primitives unless told otherwise: those of some 25 image sizes, which multi-scale training
+# varies. A step takes about 100 of them, at most half of which depend on the size. Read when oneDNN is first used.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 _MAX_PENDING = 8  # steps queued on the device before the host waits for the oldest
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,8 +38,10 @@ class _Losses(nn.Module):
         super().__init__()
         self.model, self.loss, self.processes = model, loss, processes
 
-    def forward(self, images: Tensor, image_sizes: Tensor, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.model.losses(images, image_sizes, truth, self.loss, self.processes.mean)
+    def forward(
+        self, images: Tensor, image_sizes: Tensor, truth: dict[str, Tensor], mean_count: CountMean | None = None
+    ) -> dict[str, Tensor]:
+        return self.model.losses(images, image_sizes, truth, self.loss, mean_count or self.processes.mean)
 
 
 class Step:
@@ -62,8 +72,9 @@ class Step:
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.autocast_dtype, self.averaged = device, AUTOCAST[precision], averaged
-        self.losses: nn.Module = _Losses(model, config.loss, processes or Processes())
-        if processes is not None and processes.world_size > 1:
+        self.processes = processes or Processes()
+        self.losses: nn.Module = _Losses(model, config.loss, self.processes)
+        if self.processes.world_size > 1:
             self.losses = DistributedDataParallel(
                 self.losses, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
             )
@@ -75,41 +86,72 @@ class Step:
     def run(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
         """Take the step.
 
+        Several parts, of equally many images, give the step of one batch: each loss is divided by its count over all of
+        them, which a forward pass without gradients finds first. Batch norm statistics remain those of each part.
+
         Args:
             parts: gradient accumulation steps of the batch, on any device.
 
         Returns:
-            scalars on the device: each loss averaged over the parts, their sum `loss`, `gradient_norm` before clipping,
-            and `finite`, 1 if the step was taken and 0 if it was skipped.
+            scalars on the device, equal in every process: each loss over all parts and processes, their sum `loss`,
+            `gradient_norm` before clipping, `finite`, 1 if the step was taken and 0 if it was skipped, and
+            `nonfinite_part`, the first part whose loss is not finite (parts of the first process first), else -1.
         """
         before = [statistic.clone() for statistic in self.statistics]
+        counts = self._mean_counts(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
-        metrics: dict[str, Tensor] = {}
+        found: list[dict[str, Tensor]] = []
         for number, part in enumerate(parts, start=1):
             with self._without_exchange(number < len(parts)):
-                losses = self._losses_of(part)
-                total = torch.stack(list(losses.values())).sum() / len(parts)
-                self.scaler.scale(total).backward()
-            for name, value in {"loss": total * len(parts), **losses}.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / len(parts)
-        self.scaler.unscale_(self.optimizer)
+                losses = self._losses_of(self.losses, part, None if counts is None else _replay(counts))
+                total = torch.stack(list(losses.values())).sum()
+                self.scaler.scale(total / len(parts)).backward()
+            found.append({name: value.detach() for name, value in {"loss": total, **losses}.items()})
+        values = torch.stack([torch.stack(list(each.values())) for each in found]).float()  # [parts, losses]
+        values = self.processes.stacked(values)
+        metrics = dict(zip(found[0], values.mean(dim=0).unbind(), strict=True))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # An infinite loss may have a finite gradient; through the gradient, the scaler of fp16 skips the step too.
+        gradients[0].add_(torch.where(torch.isfinite(metrics["loss"]), 0.0, torch.nan))
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
         if self.config.clip_gradient_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_gradient_norm, norm)
-        finite = torch.isfinite(metrics["loss"]) & torch.isfinite(norm)
+        finite = torch.isfinite(norm)
         self._update(finite)
         for statistic, old in zip(self.statistics, before, strict=True):
             statistic.copy_(torch.where(finite, statistic, old))
         if self.averaged is not None:
-            self.averaged.update()
-        return {**metrics, "gradient_norm": norm, "finite": finite}
+            self.averaged.update(finite)
+        is_bad = ~torch.isfinite(values[:, 0])
+        first_bad = torch.where(is_bad.any(), is_bad.int().argmax(), -1)
+        return {**metrics, "gradient_norm": norm, "finite": finite, "nonfinite_part": first_bad}
 
-    def _losses_of(self, part: Batch) -> dict[str, Tensor]:
+    def _losses_of(self, losses: nn.Module, part: Batch, mean_count: CountMean | None = None) -> dict[str, Tensor]:
         part = part.to(self.device)
         images = part.images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.losses(images, part.image_sizes, part.truth())
+            found: dict[str, Tensor] = losses(images, part.image_sizes, part.truth(), mean_count)
+        return found
+
+    @torch.no_grad()
+    def _mean_counts(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """The counts that the losses are divided by, in the order in which they ask, averaged over all parts."""
+        statistics = [statistic.clone() for statistic in self.statistics]
+        whole = self.losses.module if isinstance(self.losses, DistributedDataParallel) else self.losses
+        counts: list[list[Tensor]] = []
+
+        def kept(count: Tensor) -> Tensor:
+            counts[-1].append(count)
+            return count
+
+        for part in parts:
+            counts.append([])
+            self._losses_of(whole, part, kept)
+            for statistic, old in zip(self.statistics, statistics, strict=True):
+                statistic.copy_(old)
+        mean = torch.stack([torch.stack(own) for own in counts]).mean(dim=0)
+        return list(self.processes.mean(mean).unbind())
 
     def _without_exchange(self, more_parts: bool) -> AbstractContextManager[None]:
         """Defers the exchange of gradients between processes until the last part."""
@@ -125,6 +167,41 @@ class Step:
         # The fused optimizers read these attributes, which GradScaler sets too, and skip the step on the device.
         vars(self.optimizer).update(grad_scale=None, found_inf=(~finite).float())
         self.optimizer.step()
+
+
+@torch.no_grad()
+def validation_losses(
+    model: MaskRCNN, samples: TrainingSamples, indices: Sequence[int], *, batch_size: int, loss: LossConfig
+) -> dict[str, float]:
+    """Sums of the losses over samples, each image with the mean of its batch, in single precision.
+
+    Args:
+        model: in evaluation mode.
+        samples: not augmented; the seed and epoch 0 determine the sampled anchors and RoIs.
+        indices: samples to use.
+        batch_size: images per batch.
+        loss: matching, sampling and loss constants.
+
+    Raises:
+        UserError: if an image cannot be read.
+    """
+    device = next(model.parameters()).device
+    sums: dict[str, float] = {}
+    for start in range(0, len(indices), batch_size):
+        chunk = [samples[0, index] for index in indices[start : start + batch_size]]
+        for error in chunk:
+            if isinstance(error, UserError):
+                raise error
+        batch = collate([each for each in chunk if isinstance(each, Sample)], samples.preprocessing.divisor).to(device)
+        for name, value in model.losses(batch.images, batch.image_sizes, batch.truth(), loss).items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(chunk)
+    return sums
+
+
+def _replay(counts: list[Tensor]) -> CountMean:
+    """A `mean_count` that gives these counts one after another."""
+    left = iter(counts)
+    return lambda count: next(left)
 
 
 class PendingMetrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +22,14 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.model.inference import respect_cpu_quota
 from maskrcnn.training import state
 from maskrcnn.training.distributed import Processes, choose_device, choose_precision, choose_workers
-from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, training_loader
+from maskrcnn.training.loader import Batch, PipedBatch, TrainingSamples, repeat_factors, training_loader
 from maskrcnn.training.logbook import Logbook, NamedImage, sample_images
 from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning_rate, make_optimizer
 from maskrcnn.training.step import PendingMetrics, Step
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
-# Returns at least "box_ap", with masks "mask_ap" and with keypoints "keypoint_ap", in [0, 1], equal in every process.
+# Returns at least "box_ap", with masks "mask_ap" and with keypoints "keypoint_ap", in [0, 1] or -1 without objects, and
+# the metric that selects the best checkpoint; equal in every process.
 Evaluate = Callable[[MaskRCNN], dict[str, float]]
 Draw = Callable[[MaskRCNN], list[NamedImage]]
 
@@ -88,7 +89,10 @@ class Trainer:
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             accumulate=config.accumulate,
-            group_by_aspect_ratio=config.group_by_aspect_ratio,
+            aspect_ratio_groups=config.aspect_ratio_groups if config.group_by_aspect_ratio else 1,
+            repeats=repeat_factors(dataset.labels_of_images(), config.repeat_threshold)
+            if config.repeat_threshold
+            else None,
         )
         torch.manual_seed(config.seed)
         self.model = MaskRCNN(config.model).to(self.device).to(memory_format=torch.channels_last)
@@ -101,16 +105,19 @@ class Trainer:
         self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
         self.progress = state.Progress()
         self._pending = PendingMetrics()
+        self._is_new = False  # whether the run begins with this object
         self._piped = False  # whether batches did not fit into shared memory
         self._logbook: Logbook | None = None  # of the first process, during `fit`
         self._display: TrainingProgress = _Silent()
 
     def begin(self) -> None:
         """Create the folder of a new run with its configuration and initial state."""
+        self._is_new = True
         if self.processes.is_first:
             make_folder(self.run)
-            write_json(self.run / runs.CONFIG, to_dict(self.config))
-            self._save_state()
+            with self._discarded_if_refused():
+                write_json(self.run / runs.CONFIG, to_dict(self.config))
+                self._save_state()
         self.processes.wait()
 
     def load_weights(self, tensors: dict[str, Tensor], source: Path | str) -> None:
@@ -126,7 +133,9 @@ class Trainer:
     def fit(
         self, evaluate: Evaluate, draw: Draw | None = None, display: TrainingProgress | None = None
     ) -> dict[str, Any]:
-        """Train to the last epoch and return its metrics.
+        """Train to the last epoch, or until patience ends, and return the metrics of the last one.
+
+        A new run that fails before its first step is removed.
 
         Args:
             evaluate: scores the model after an epoch.
@@ -136,25 +145,100 @@ class Trainer:
         Raises:
             UserError: if a file cannot be used, memory runs out, or the loss is not finite.
         """
+        with self._discarded_if_refused():
+            return self._fit(evaluate, draw, display or _Silent())
+
+    def _fit(self, evaluate: Evaluate, draw: Draw | None, display: TrainingProgress) -> dict[str, Any]:
         config, progress = self.config, self.progress
         if self.processes.is_first:
-            self._logbook = Logbook(self.run, tensorboard=config.tensorboard, first_step=self._step_number())
-        done_images = progress.epoch * len(self.samples) + progress.step * config.batch_size
-        self._display = display or _Silent()
-        self._display.start(config.epochs * len(self.samples), done_images)
+            self._logbook = Logbook(
+                self.run,
+                tensorboard=config.tensorboard,
+                log_every=config.log_every,
+                first_step=self._step_number(),
+                first_epoch=progress.epoch + 1,
+            )
+        done_images = progress.epoch * self.sampler.length + progress.step * config.batch_size
+        self._display = display
+        self._display.start(config.epochs * self.sampler.length, done_images)
         metrics: dict[str, Any] = {}
-        while progress.epoch < config.epochs:
+        while not progress.is_finished(config):
             began, before = time.perf_counter(), progress.step
             with self._explain_workers():
                 self._train_epoch()
                 rate = (self.sampler.steps - before) * config.batch_size / (time.perf_counter() - began)
-                metrics = self._end_epoch(evaluate, draw) | {"images_per_s": rate}
-            if self._logbook is not None:
-                self._logbook.epoch(self._step_number(), metrics)
-            self._display.epoch(metrics)
+                metrics = self._end_epoch(evaluate, draw, rate)
+            self._display.epoch({name: value for name, value in metrics.items() if "/" not in name})
+        if progress.epoch < config.epochs:
+            self._display.message(
+                f"stopped after epoch {progress.epoch} of {config.epochs}: no better {best_by(config)} in "
+                f"{progress.stale} evaluations"
+            )
         if self._logbook is not None:
             self._logbook.close()
         return metrics
+
+    @property
+    def _is_untouched(self) -> bool:
+        """Whether the run begins with this object and has not taken a step."""
+        return self._is_new and self.progress.epoch == self.progress.step == 0
+
+    @contextmanager
+    def _discarded_if_refused(self) -> Iterator[None]:
+        """Removes the files of a run, and no others, if it fails before its first step."""
+        try:
+            yield
+        except BaseException:
+            if self._is_untouched and self.processes.is_first:
+                if self._logbook is not None:
+                    self._logbook.close()
+                files = [self.run / name for name in (runs.CONFIG, runs.STATE, runs.LOG)]
+                folders = [self.run / runs.PICTURES, self.run / runs.EVENTS]
+                files += [*folders[0].glob("sample-*.png"), *folders[1].glob("events.out.tfevents.*")]
+                for path in files:
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
+                for folder in (*folders, self.run):
+                    with suppress(OSError):  # absent, or holds other files
+                        folder.rmdir()
+            raise
+
+    @property
+    def _again(self) -> str:
+        """How to go on after an error; options follow."""
+        return "start again with" if self._is_untouched else f"continue with --resume {self.run}"
+
+    def losses_by_rate(self, lowest: float, highest: float, steps: int) -> list[tuple[float, float]]:
+        """Train with learning rates that rise by a constant factor per step (Smith 2017, section 3.3).
+
+        Writes nothing; the weights change. Ends early once the loss is four times its minimum, or not finite.
+
+        Args:
+            lowest: first learning rate.
+            highest: learning rate of the last step.
+            steps: number of optimizer steps, at least 2.
+
+        Returns:
+            learning rate and loss of each step, the loss smoothed exponentially over about twenty steps.
+        """
+        self._is_new = True  # for errors: there is nothing to continue
+        found: list[tuple[float, float]] = []
+        mean = 0.0
+        for number in range(steps):
+            if number % self.sampler.steps == 0:
+                self.sampler.epoch = number // self.sampler.steps
+                batches = self._step_batches()
+            rate = lowest * (highest / lowest) ** (number / (steps - 1))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            parts = next(batches)
+            with _explain_out_of_memory(self._shown(parts), self._memory_advice(parts)):
+                mean = 0.95 * mean + 0.05 * float(self.step.run(parts)["loss"])
+            loss = mean / (1 - 0.95 ** (number + 1))
+            if not loss < 4 * min((each for _, each in found), default=math.inf):
+                break
+            found.append((rate, loss))
+        return found
 
     def _step_number(self) -> int:
         """Optimizer steps of the whole run so far."""
@@ -173,9 +257,8 @@ class Trainer:
             rate = learning_rate(config, number, sampler.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            image_ids = [image for part in parts for image in part.image_ids]
             with _explain_out_of_memory(self._shown(parts), self._memory_advice(parts)):
-                self._pending.push((number, rate, image_ids), self.step.run(parts))
+                self._pending.push((number, rate), self.step.run(parts))
             progress.step += 1
             self._record_steps(wait=False)
             if self.processes.is_first and time.monotonic() - saved > SECONDS_BETWEEN_STATES:
@@ -195,7 +278,7 @@ class Trainer:
         for batch in batches:
             if isinstance(batch, UserError):  # --resume continues from here once the file is right
                 self._record_steps(wait=True)
-                if self.processes.is_first:
+                if self.processes.is_first and not self._is_untouched:
                     self._save_state()
                 raise batch
             if isinstance(batch, PipedBatch) and not self._piped:
@@ -212,6 +295,9 @@ class Trainer:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                found = f"out of memory while batches were loaded ({reason_of(error)})"
+                raise UserError(found, "memory for a few batches", self._fewer_workers()) from error
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
@@ -222,7 +308,7 @@ class Trainer:
 
     def _fewer_workers(self) -> str:
         workers = self.loader.num_workers
-        return f"use fewer than {workers} workers: continue with --resume {self.run} --workers {workers // 2}"
+        return f"use fewer than {workers} workers: {self._again} --workers {workers // 2}"
 
     def _shown(self, parts: list[Batch]) -> str:
         shapes = ", ".join("×".join(map(str, part.images.shape)) for part in parts)
@@ -235,29 +321,34 @@ class Trainer:
         preprocessing = config.model.preprocessing
         advice = []
         if images > 1:
-            advice.append(f"--accumulate {config.accumulate * images} (nearly the same result, one image at a time)")
+            advice.append(f"--accumulate {config.accumulate * images} (the same step, one image at a time)")
         if self.precision == "fp32":
             advice.append("--precision bf16")
         advice.append(f"--max-size below {preprocessing.max_size_px} and --min-size below {preprocessing.min_size_px}")
         if self.device.type == "cpu" and self.loader.num_workers:
             advice.append(f"fewer --workers than {self.loader.num_workers}")
-        return (
-            f"continue with --resume {self.run} and {', '.join(advice[:-1])}{' or ' if advice[1:] else ''}{advice[-1]}"
-        )
+        return f"{self._again} {', '.join(advice[:-1])}{' or ' if advice[1:] else ''}{advice[-1]}"
 
     def _record_steps(self, *, wait: bool) -> None:
         """Record the metrics of the steps that the device has finished."""
         totals = self.progress.totals
-        for (number, rate, image_ids), metrics in self._pending.pop(wait=wait):
-            finite = self._check_finite(number, image_ids, metrics)
+        for (number, rate), metrics in self._pending.pop(wait=wait):
+            finite = self._check_finite(number, int(metrics.pop("nonfinite_part")), metrics)
             for name, value in metrics.items() if finite else ():
                 totals[name] = totals.get(name, 0.0) + value
-            if self._logbook is not None:
-                self._logbook.step(number, {**metrics, "learning_rate": rate})
             epoch = number // self.sampler.steps + 1
+            if self._logbook is not None:
+                self._logbook.step(number, epoch, {**metrics, "learning_rate": rate})
             self._display.step(self.config.batch_size, epoch=epoch, loss=metrics["loss"])
 
-    def _check_finite(self, number: int, image_ids: list[int], metrics: dict[str, float]) -> bool:
+    def _images_of(self, number: int, part: int) -> list[int]:
+        """Ids of the images of a part of a step, see `Step.run`; of the whole step if the part is -1."""
+        batch = self.sampler.global_batches()[number % self.sampler.steps]
+        if part >= 0:
+            batch = batch.reshape(self.processes.world_size * self.config.accumulate, -1)[part]
+        return [self.samples.records[index].id for index in batch.tolist()]
+
+    def _check_finite(self, number: int, part: int, metrics: dict[str, float]) -> bool:
         """Whether a step was finite and therefore taken.
 
         Raises:
@@ -271,44 +362,52 @@ class Trainer:
             return False  # the gradient scaler probes for the largest scale; not an error
         progress.skipped += 1
         progress.totals["nonfinite_steps"] = progress.totals.get("nonfinite_steps", 0.0) + 1
-        found = f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {number}, images {image_ids}"
+        found = (
+            f"loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at step {number}, "
+            f"images {self._images_of(number, part)}"
+        )
         if self.config.on_nonfinite == "stop" or progress.skipped > _MAX_SKIPPED:
             raise UserError(
                 found,
                 "a finite loss and gradient",
-                f"inspect these images, lower --learning-rate, or skip such steps with --on-nonfinite skip; "
-                f"continue from the last good state with --resume {self.run}",
+                f"inspect these images; continue from the last good state with --resume {self.run} and a lower "
+                "--learning-rate, or skip such steps with --on-nonfinite skip",
             )
         self._display.message(f"skipped: {found}")
         return False
 
-    def _end_epoch(self, evaluate: Evaluate, draw: Draw | None) -> dict[str, Any]:
-        """Evaluate, save checkpoints and state, and return the metrics of the epoch."""
+    def _end_epoch(self, evaluate: Evaluate, draw: Draw | None, images_per_s: float) -> dict[str, Any]:
+        """Evaluate, record, save checkpoints and state, and return the metrics of the epoch."""
         config, progress = self.config, self.progress
         is_evaluated = (progress.epoch + 1) % config.evaluate_every == 0 or progress.epoch + 1 == config.epochs
         if is_evaluated and self.processes.is_first:
             self._save_state()  # of all steps: if the evaluation fails, --resume repeats the evaluation only
+        last = self._step_number() - 1
         taken = max(progress.totals.pop("finite", 0.0), 1.0)
         metrics: dict[str, Any] = {"epoch": progress.epoch + 1}
         metrics |= {k: v if k == "nonfinite_steps" else v / taken for k, v in progress.totals.items()}
-        progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
+        metrics |= {"learning_rate": learning_rate(config, last, self.sampler.steps), "images_per_s": images_per_s}
         model = self.model if self.averaged is None else self.averaged.model
+        is_best = False
         if is_evaluated:
             size = max(1, config.batch_size // self.processes.world_size)
-            fix = f"continue with --resume {self.run} and " + (
-                "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
-            )
-            with _explain_out_of_memory(f"validation batches of {size} image(s)", fix):
+            smaller = "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
+            with _explain_out_of_memory(f"validation batches of {size} image(s)", f"{self._again} and {smaller}"):
                 metrics |= evaluate(model.eval())
-            score = score_of(metrics)
-            is_best = score > progress.best_ap or score < 0  # -1: nothing could be measured, the last is the best
-            progress.best_ap = max(score, progress.best_ap)
-            if self.processes.is_first and is_best:
-                save_checkpoint(self.run / runs.BEST, model, metrics=metrics)
-            if self._logbook is not None and draw is not None and config.pictures:
-                self._logbook.images(self._step_number(), draw(model))
+                if self._logbook is not None and draw is not None and config.pictures:
+                    self._logbook.images(last, draw(model))
+            score = score_of(metrics, config.best_metric)
+            is_best = progress.best_score is None or (score is not None and score > progress.best_score)
+        progress.epoch, progress.step, progress.totals = progress.epoch + 1, 0, {}
+        if is_evaluated:
+            progress.stale = 0 if is_best else progress.stale + 1
+            progress.best_score = score if is_best else progress.best_score
         if self.processes.is_first:
-            save_checkpoint(self.run / runs.LAST, model, metrics=metrics)
+            if is_best:
+                save_checkpoint(self.run / runs.BEST, model, metrics=metrics, transform=config.augment.transform)
+            save_checkpoint(self.run / runs.LAST, model, metrics=metrics, transform=config.augment.transform)
+            if self._logbook is not None:
+                self._logbook.epoch(last, metrics)
             self._save_state()
         self.processes.wait()
         self._set_training_mode()
@@ -323,10 +422,66 @@ class Trainer:
         state.save_state(self.run / runs.STATE, self.step, self.config, self.progress)
 
 
-def score_of(metrics: dict[str, float]) -> float:
-    """Score that selects the best checkpoint: mean of mask and keypoint AP, or box AP of a model without either."""
-    scores = [metrics[name] for name in ("mask_ap", "keypoint_ap") if name in metrics] or [metrics["box_ap"]]
-    return sum(scores) / len(scores)
+def _kinds(config: TrainConfig) -> list[str]:
+    """What the model finds, as in the names of metrics."""
+    model = config.model
+    return ["box", *(["mask"] if model.has_masks else []), *(["keypoint"] if model.has_keypoints else [])]
+
+
+def logged_metrics(config: TrainConfig) -> list[str]:
+    """Names of the metrics of an evaluated epoch that can select the best checkpoint."""
+    kinds = _kinds(config)
+    names = [f"{kind}_{metric}" for metric in ("ap", "ap50") for kind in kinds]
+    losses = ["objectness", "rpn_box", "classification", *kinds]
+    names += ["loss", *losses]
+    if config.validation_loss:
+        names += ["validation_loss", *(f"validation_loss/{name}" for name in losses)]
+    return names + [f"{kind}_ap/{name}" for kind in kinds for name in config.model.class_names]
+
+
+def require_measurable(config: TrainConfig, validation: CocoDataset) -> None:
+    """Check that the metric of the best checkpoint is logged and, if the run waits for its improvement, defined.
+
+    Raises:
+        UserError: otherwise.
+    """
+    name = config.best_metric
+    if name and name not in (names := logged_metrics(config)):
+        shown = ", ".join([each for each in names if "_ap/" not in each] + [f"{_kinds(config)[-1]}_ap/CLASS"])
+        raise UserError(f"best_metric {name!r}", f"one of {shown}", "set --best-metric to one of these")
+    if config.patience and (not name or "_ap" in name):
+        label = config.model.class_names.index(name.partition("/")[2]) + 1 if "/" in name else None
+        objects = (each for record in validation.images for each in record.instances if not each.is_crowd)
+        if all(label not in (None, each.label) for each in objects):
+            raise UserError(
+                f"patience {config.patience} with {best_by(config)}, for which {validation.annotation_path} has no "
+                "object",
+                "a metric that the validation split can measure",
+                "validate on a split with objects, add --validation-loss --best-metric validation_loss, or omit "
+                "--patience",
+            )
+
+
+def best_by(config: TrainConfig) -> str:
+    """The metric that selects the best checkpoint, for messages, see `score_of`."""
+    return config.best_metric or f"{' and '.join(_kinds(config)[1:]) or 'box'} AP"
+
+
+def score_of(metrics: dict[str, float], name: str = "") -> float | None:
+    """Score that selects the best checkpoint, the larger the better; None if it could not be measured.
+
+    Args:
+        metrics: of an evaluated epoch.
+        name: the metric; losses are negated. Default: the mean of mask and keypoint AP, or the box AP of a model
+            without either.
+    """
+    names: list[str] = (
+        [name] if name else [each for each in metrics if each in ("mask_ap", "keypoint_ap")] or ["box_ap"]
+    )
+    score = sum(metrics[each] for each in names) / len(names)
+    if "_ap" not in names[0]:
+        return -score
+    return score if score >= 0 else None  # COCO's -1: there are no objects
 
 
 def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:

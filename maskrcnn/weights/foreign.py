@@ -123,6 +123,30 @@ def check_shapes(config: ModelConfig, tensors: Mapping[str, Tensor], source: str
         )
 
 
+# Older repositories whose models are built otherwise: prefix of their names, what they are, what to use instead.
+_OLDER = (
+    (
+        "RCNN_",
+        "a Faster R-CNN of faster-rcnn.pytorch (RCNN_base, RCNN_rpn, RCNN_top), which has no feature pyramid",
+        "train from the backbone that such models start from (--weights resnet101_caffe.pth or vgg16_caffe.pth), or "
+        "from a detector: --model fasterrcnn_resnet50_fpn --weights COCO_V1",
+    ),
+    (
+        "fpn.C1.",
+        "Matterport's Mask R-CNN as pytorch-mask-rcnn converts it (fpn.C1, rpn.conv_shared, classifier, mask), whose "
+        "proposals have 512 channels and whose objects are pooled from other levels",
+        "use weights of the same 80 COCO classes: --model maskrcnn_resnet50_fpn --weights COCO_V1",
+    ),
+)
+
+
+def refuse_older(names: Iterable[str], source: str | Path) -> None:
+    """Raise a UserError for weights of older repositories whose models cannot be represented."""
+    for prefix, what, instead in _OLDER:
+        if any(name.startswith(prefix) for name in names):
+            raise UserError(f"{source}: {what}", "a Faster or Mask R-CNN with a feature pyramid (FPN)", instead)
+
+
 # What tensors cannot tell
 
 ANCHORS = ("anchor_sizes_px", "anchor_aspect_ratios")

@@ -20,7 +20,7 @@ from torchvision.models import WeightsEnum
 
 from maskrcnn.config import MODELS, ModelConfig, changed, model_config, to_dict, usual_epsilon
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import PRESETS, Preprocessing
 from maskrcnn.keypoints import COCO_NAMES
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.settings import merged, typed
@@ -37,6 +37,7 @@ from maskrcnn.weights.foreign import (
     check_shapes,
     class_count,
     fields_of,
+    refuse_older,
 )
 from maskrcnn.weights.mmdetection import from_mmdetection, is_mmdetection
 
@@ -113,6 +114,11 @@ class StartingWeights:
         return all(name.startswith(BODY) for name in self.tensors)
 
     @property
+    def is_caffe(self) -> bool:
+        """Whether they are of a backbone converted from Caffe, which only the usual names of such files tell."""
+        return self.is_backbone and "caffe" in self.path.name.lower()
+
+    @property
     def class_count(self) -> int:
         """Number of classes without background; 0 for a backbone."""
         return class_count(self.tensors)
@@ -169,6 +175,7 @@ def starting_weights(
         known = {"pixels": _pixels_of(weights), "is_legacy": weights.name == "COCO_LEGACY"}
     file = read_weights(path)
     tensors, notes, saved = file.tensors, file.notes, None
+    refuse_older(tensors, source)
     if file.header is not None:
         saved, known = config_of(file.header, path), {}
     elif path.suffix == PICKLE_SUFFIX or is_detectron2(tensors):
@@ -185,7 +192,16 @@ def starting_weights(
             "weights of Detectron2, whose names begin with backbone.bottom_up",
             "leave out --detectron2-config, or name weights of Detectron2",
         )
-    return StartingWeights(tensors=_for_detector(tensors), source=source, path=path, config=saved, notes=notes, **known)
+    weights = StartingWeights(
+        tensors=_for_detector(tensors), source=source, path=path, notes=notes, config=saved, **known
+    )
+    if weights.is_caffe:
+        note = (
+            f"{path.name}: Caffe's, by its name: pixels BGR 0–255 minus Caffe's mean, stride in 1×1 convolutions "
+            "(other pixels: --set model.preprocessing=imagenet, or rename the file)"
+        )
+        weights = dataclasses.replace(weights, pixels=PRESETS["caffe"], notes=(*weights.notes, note))
+    return weights
 
 
 def continued_model(saved: ModelConfig, given: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +237,11 @@ def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, An
         return {name: getattr(weights.config, name) for name in ("frozen_batch_norm", "batch_norm_epsilon")}
     if weights.is_backbone:
         is_normed = any(name.endswith("running_var") for name in weights.tensors)
+        strides = (
+            {"stride_in_1x1": True} if weights.is_caffe and f"{BODY}layer1.0.conv3.weight" in weights.tensors else {}
+        )
         return _pixel_changes(weights.pixels, config) | {
+            **strides,
             "frozen_batch_norm": is_normed and not config.head_batch_norm,
             "batch_norm_epsilon": usual_epsilon(config.backbone),
         }
@@ -371,7 +391,7 @@ def _is_frozen(tensors: dict[str, Tensor]) -> bool:
 
 def _for_detector(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a classifier renamed to a detector's backbone; those of a detector unchanged."""
-    if {"conv1.weight", "fc.weight"} <= set(tensors):
+    if {"conv1.weight", "layer1.0.conv1.weight"} <= set(tensors):  # with or without `fc`
         return {BODY + name: value for name, value in tensors.items() if not name.startswith("fc.")}
     if tensors and all(name.startswith(("features.", "classifier.")) for name in tensors):
         return {

@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
-    """Inputs and outputs of the detector contract (docs/architecture.md)."""
+    """Inputs and outputs of the detector contract (docs/contracts.md)."""
     rows = metadata.detections
     inputs = {
         "images": TensorSpec("float32", (None, metadata.preprocessing.channels, None, None)),

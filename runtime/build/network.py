@@ -95,7 +95,7 @@ def build_plan(
 
 
 def _check_contract(network: Any, metadata: ModelMetadata) -> None:
-    """Compares the inputs and outputs of a parsed network with the detector contract (docs/architecture.md)."""
+    """Compares the inputs and outputs of a parsed network with the detector contract (docs/contracts.md)."""
     inputs, outputs = detector_specs(metadata)
     parsed = (
         [network.get_input(index) for index in range(network.num_inputs)],

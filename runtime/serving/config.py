@@ -105,9 +105,12 @@ def network_config(model: ServedModel, options: ServingOptions, name: str, warmu
         config["dynamic_batching"] = {**preferred, "max_queue_delay_microseconds": options.queue_delay_us}
     if model.backend == "tensorrt":
         config |= _cuda_graphs(model, options, limit) if options.cuda_graphs else {}
+    elif model.backend == "openvino":
+        config["parameters"] = _parameters(_openvino_parameters(model, options))
+    elif model.backend == "python":
+        config["parameters"] = _parameters(_python_parameters(model, options))
     else:
-        parameters = _openvino_parameters(model, options) if model.backend == "openvino" else _ort_parameters(options)
-        config["parameters"] = _map_entries({key: {"string_value": value} for key, value in parameters.items()})
+        config["parameters"] = _parameters(_ort_parameters(options))
     if warmup:
         channels = model.metadata.preprocessing.channels
         config["model_warmup"] = [_warmup(batch, (channels, *size), is_batched=is_batched) for batch, size in warmup]
@@ -154,10 +157,9 @@ def _tensor(name: str, spec: TensorSpec, *, is_batched: bool) -> Message:
 
 
 def _instances(model: ServedModel, options: ServingOptions) -> Message:
-    # TensorRT runs on GPUs only, the OpenVINO backend on CPUs only.
-    kind = {"tensorrt": "gpu", "openvino": "cpu"}.get(model.backend, options.kind)
+    kind = model.kind or options.kind
     group: Message = {"count": options.instances, "kind": _EnumName(f"KIND_{kind.upper()}")}
-    if len(model.profiles) > 1:
+    if model.backend == "tensorrt" and len(model.profiles) > 1:
         group["profile"] = [str(number) for number in range(len(model.profiles))]
     return group
 
@@ -176,6 +178,18 @@ def _openvino_parameters(model: ServedModel, options: ServingOptions) -> dict[st
     if model.metadata.stamp.get("execution") == "bf16":
         parameters["HINT_BF16"] = "YES"
     return parameters | ({"INFERENCE_NUM_THREADS": str(options.threads)} if options.threads else {})
+
+
+def _python_parameters(model: ServedModel, options: ServingOptions) -> dict[str, str]:
+    """Of `network.py`: the model's file, and options of its backend."""
+    parameters = {"file": next(iter(model.files))}
+    if model.path.suffix == ".engine":
+        parameters["graphs"] = "yes" if options.cuda_graphs else "no"
+    return parameters | ({"threads": str(options.threads)} if options.threads else {})
+
+
+def _parameters(values: dict[str, str]) -> list[Message]:
+    return _map_entries({key: {"string_value": value} for key, value in values.items()})
 
 
 def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Message:
@@ -218,7 +232,7 @@ def pre_config(model: ServedModel, options: ServingOptions, name: str) -> Messag
     config = _step(name, batch_limit(model, options), options, _IMAGE, _network_inputs(model) | _SIZES)
     if ranges := size_ranges(model, options):
         text = ",".join("{}:{}x{}:{}".format(*each) for each in ranges)
-        config["parameters"] = _map_entries({"sizes": {"string_value": text}})
+        config["parameters"] = _parameters({"sizes": text})
     return config
 
 
@@ -226,7 +240,7 @@ def post_config(model: ServedModel, options: ServingOptions, name: str) -> Messa
     """Returns the configuration of the step that computes detections from the network's outputs (`post.py`)."""
     inputs, outputs = _network_outputs(model, options) | _SIZES, _detections(model, options)
     config = _step(name, batch_limit(model, options), options, inputs, outputs)
-    return {**config, "parameters": _map_entries({"min_score": {"string_value": f"{options.min_score:g}"}})}
+    return {**config, "parameters": _parameters({"min_score": str(options.min_score)})}
 
 
 def ensemble_config(model: ServedModel, options: ServingOptions, name: str) -> Message:

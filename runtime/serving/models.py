@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -13,11 +13,13 @@ from maskrcnn.plugins import build
 from maskrcnn.plugins.build import Library
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, plugin_hash
 from maskrcnn.runtime.build.profiles import Profile, from_json
-from maskrcnn.runtime.engine_files import check_portable, read_metadata, read_model
+from maskrcnn.runtime.engine_files import check_portable, metadata_path, read_metadata, read_model
 
 _REGISTERING_LIBRARY = "libmaskrcnn_plugins_register.so"  # loads the plugins beside it, see plugins/csrc
 _MASKS = ("rle", "bits", "none")
 _INSTANCE_KINDS = ("auto", "gpu", "cpu")
+_NETWORKS = ("native", "python")
+PYTHON_PACKAGES = {".onnx": "onnxruntime (or onnxruntime-gpu)", ".xml": "openvino", ".engine": "tensorrt, cuda-python"}
 _DEFAULT_MAX_BATCH = 8  # of files that accept any batch; 8 images of 800 × 1333 take some gigabytes
 
 Size = tuple[int, int]  # height, width in pixels
@@ -39,6 +41,11 @@ class ServedModel:
     def is_batched_by_triton(self) -> bool:
         """Whether Triton joins requests; its OpenVINO backend would fix the batch at the maximum."""
         return self.backend != "openvino"
+
+    @property
+    def kind(self) -> str | None:
+        """Where it runs, "gpu" or "cpu": TensorRT engines on GPUs, OpenVINO engines on CPUs; None: both work."""
+        return {".engine": "gpu", ".xml": "cpu"}.get(self.path.suffix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +69,20 @@ class ServingOptions:
                 raise UserError(f"{option} {value}", f"one of {', '.join(allowed)}", "choose one of these")
 
 
-def served_model(path: Path, *, plugin_library: Path | None = None) -> ServedModel:
+def served_model(path: Path, *, plugin_library: Path | None = None, network: str = "native") -> ServedModel:
     """Reads a model file's metadata.
 
     Args:
         path: ONNX file, TensorRT engine with its JSON, or OpenVINO engine with its weights.
         plugin_library: `libmaskrcnn_plugins.so`, for engines that use it, with the registering library beside it.
             Default: those of the cache.
+        network: "native": it runs in Triton's own backend for the file; "python": in ours, in the Python backend.
 
     Raises:
         UserError: for a file that is missing, not from maskrcnn, or that Triton cannot run correctly.
     """
+    if network not in _NETWORKS:
+        raise UserError(f"--network {network}", f"one of {', '.join(_NETWORKS)}", "choose one of these")
     suffixes = (".onnx", ".engine", ".xml")
     if path.suffix not in suffixes:
         raise UserError(
@@ -82,9 +92,26 @@ def served_model(path: Path, *, plugin_library: Path | None = None) -> ServedMod
         )
     if not path.is_file():
         raise UserError(f"no file {path}", "a model to serve", "correct the path, or run `maskrcnn export --onnx`")
+    is_native = network == "native"
     if path.suffix == ".onnx":
-        return _onnx(path)
-    return _tensorrt(path, plugin_library) if path.suffix == ".engine" else _openvino(path)
+        model = _onnx(path)
+    elif path.suffix == ".engine":
+        model = _tensorrt(path, plugin_library, is_native=is_native)
+    else:
+        model = _openvino(path, is_native=is_native)
+    return model if is_native else _in_python(model)
+
+
+def _in_python(model: ServedModel) -> ServedModel:
+    """The same model in the Python backend (`network.py`)."""
+    suffix = model.path.suffix
+    files = {f"model{suffix}": model.path}
+    if suffix == ".xml":
+        files["model.bin"] = model.path.with_suffix(".bin")
+    elif suffix == ".engine":
+        files["model.engine.json"] = metadata_path(model.path)
+    packages = f"in the server's Python: pip install {PYTHON_PACKAGES[suffix]}"
+    return replace(model, backend="python", files=files, needs=(*model.needs, packages), flags=())
 
 
 def _onnx(path: Path) -> ServedModel:
@@ -99,31 +126,31 @@ def _onnx(path: Path) -> ServedModel:
     return ServedModel(path=path, metadata=metadata, backend="onnxruntime", files={"model.onnx": path})
 
 
-def _openvino(path: Path) -> ServedModel:
+def _openvino(path: Path, *, is_native: bool) -> ServedModel:
     weights = path.with_suffix(".bin")
     if not weights.is_file():
         raise UserError(f"no {weights.name} beside {path}", "both files of an OpenVINO engine", "copy both")
     metadata = read_metadata(path)
     stamp = metadata.stamp
-    if stamp.get("weights") == "fp32":
+    if stamp.get("weights") == "fp32" and is_native:
         # OpenVINO's default is bfloat16 where the CPU supports it, and Triton's backend cannot request anything else;
         # coordinates of an engine in single precision are not protected from that.
         raise UserError(
             f"{path}: an engine in single precision, which Triton's OpenVINO backend would run in bfloat16",
             "an engine in half precision or 8-bit integers, or an ONNX file",
-            "serve the ONNX file that it was built from, or build with --fp16",
+            "run it in our backend with --network python, serve its ONNX file, or build with --fp16",
         )
     needs = [f"the CPU that the engine was built for ({stamp.get('cpu', 'unknown')}) or a similar one"]
     if stamp.get("execution") == "bf16":
         needs.append("bfloat16 in the CPU (AVX512-BF16 or AMX)")
-    else:
+    elif is_native:
         needs.append("a CPU without bfloat16, as the one it was built on; for a CPU with it, build the engine there")
     needs.append(f"an OpenVINO that reads files of {stamp.get('openvino', 'another version').partition('-')[0]}")
     files = {"model.xml": path, "model.bin": weights}
     return ServedModel(path=path, metadata=metadata, backend="openvino", files=files, needs=tuple(needs))
 
 
-def _tensorrt(path: Path, plugin_library: Path | None) -> ServedModel:
+def _tensorrt(path: Path, plugin_library: Path | None, *, is_native: bool) -> ServedModel:
     metadata = read_metadata(path)
     stamp = metadata.stamp
     if stamp.get("target") != "tensorrt":
@@ -140,6 +167,12 @@ def _tensorrt(path: Path, plugin_library: Path | None) -> ServedModel:
     if is_version_compatible:
         flags.append("--backend-config=tensorrt,version-compatible=true")
     if stamp.get("plugins") == PluginForm.LIBRARY.value:
+        if not is_native:
+            raise UserError(
+                f"{path}: an engine that calls the plugin library, with --network python",
+                "an engine with its kernels inside",
+                "build it without --plugin-library, or leave out --network python",
+            )
         files |= _libraries(stamp, plugin_library)
         flags.append(f"--backend-config=tensorrt,plugins={{folder}}/{_REGISTERING_LIBRARY}")
     capability, version = stamp.get("compute_capability", "unknown"), stamp.get("tensorrt", "unknown")

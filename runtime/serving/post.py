@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 if not __name__.startswith("maskrcnn."):  # on a server, see pre.py
+    sys.dont_write_bytecode = True  # see _NO_BYTECODE in triton.py
     sys.path.insert(0, str(Path(__file__).parent))
 
 import triton_python_backend_utils as triton

@@ -7,6 +7,7 @@ of the three for clients. An existing repository receives another version; nothi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import re
 import secrets
@@ -21,7 +22,7 @@ from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path, make_folder
 from maskrcnn.imaging.preprocess import channels_from_rgb
-from maskrcnn.metadata import sha256_of
+from maskrcnn.metadata import ModelMetadata, sha256_of
 from maskrcnn.runtime.serving.config import (
     Message,
     Warmup,
@@ -37,12 +38,22 @@ from maskrcnn.runtime.serving.config import (
 from maskrcnn.runtime.serving.models import ServedModel, ServingOptions, model_names
 
 _CONFIG, _METADATA, _LABELS, _KEYPOINTS = "config.pbtxt", "metadata.json", "labels.txt", "keypoints.txt"
+# A file where Python would make the folder for the bytecode of model.py: a server that polls would take that folder for
+# a change, and load the model again.
+_NO_BYTECODE = {"__pycache__": ""}
 _WARMUP = "warmup"  # folder that Triton resolves input_data_file in
 # Modules that the steps import, copied beside them; a test runs them with nothing else.
 STEP_MODULES = (
     *("__init__", "errors", "metadata", "data/__init__", "data/images"),
     *("imaging/__init__", "imaging/preprocess", "imaging/postprocess", "imaging/paste", "imaging/run_lengths"),
 )
+# What the network step imports (`--network python`): packages without PyTorch, and the sources of the kernels, by whose
+# hash a TensorRT engine is checked.
+_NETWORK_FILES = {
+    "maskrcnn": ("*.py", "data/__init__.py", "data/images.py", "imaging/*.py"),
+    "maskrcnn.plugins": ("*.py", "csrc/**/*"),
+    "maskrcnn.runtime": ("*.py", "backends/*.py", "build/*.py", "gpu/*.py"),
+}
 _PACKAGE = Path(inspect.getfile(UserError)).parent
 _HERE = Path(__file__).parent
 
@@ -111,7 +122,10 @@ def _models(name: str, served: ServedModel, options: ServingOptions, *, raw: boo
     metadata = {_METADATA: served.metadata.to_json() + "\n"}
     warmup, channels = tuple(warmup_batches(served, options)), served.metadata.preprocessing.channels
     network = network_config(served, options, names["network"], warmup)
-    models = [_RepositoryModel(names["network"], _text(network), served.files, metadata, warmup, channels)]
+    files, texts = dict(served.files), dict(metadata)
+    if served.backend == "python":
+        files, texts = files | _network_step(), texts | _NO_BYTECODE
+    models = [_RepositoryModel(names["network"], _text(network), files, texts, warmup, channels)]
     if raw:
         return models
     copied = {f"maskrcnn/{module}.py": _PACKAGE / f"{module}.py" for module in STEP_MODULES}
@@ -119,9 +133,20 @@ def _models(name: str, served: ServedModel, options: ServingOptions, *, raw: boo
     labels = {file: "".join(f"{entry}\n" for entry in entries) for file, entries in lists.items() if entries}
     for part, config in (("pre", pre_config), ("post", post_config)):
         text = _text(config(served, options, names[part]))
-        models.append(_RepositoryModel(names[part], text, {"model.py": _HERE / f"{part}.py", **copied}, metadata))
+        files = {"model.py": _HERE / f"{part}.py", **copied}
+        models.append(_RepositoryModel(names[part], text, files, metadata | _NO_BYTECODE))
     ensemble = ensemble_config(served, options, name)
     return [*models, _RepositoryModel(name, _text(ensemble), {}, labels)]
+
+
+def _network_step() -> dict[str, Path]:
+    """The files of the network in the Python backend, by name in the version's folder."""
+    files = {"model.py": _HERE / "network.py"}
+    for package, patterns in _NETWORK_FILES.items():
+        (root,) = importlib.import_module(package).__path__
+        found = [path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()]
+        files |= {f"{package.replace('.', '/')}/{path.relative_to(root).as_posix()}": path for path in sorted(found)}
+    return files
 
 
 def _text(config: Message) -> str:
@@ -151,9 +176,13 @@ def _check_folder(out: Path) -> None:
 
 
 def _check_config(folder: Path, model: _RepositoryModel, *, keep_config: bool) -> None:
-    """Raises if the model exists with another configuration."""
+    """Raises if the model exists with another configuration, or for another version of the contract."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file", "a model's folder, or nothing", "choose another --name")
+    for version in _versions(folder)[-1:]:
+        metadata = folder / str(version) / _METADATA
+        if metadata.is_file():
+            ModelMetadata.from_json(metadata.read_text(encoding="utf-8"), metadata)
     path = folder / _CONFIG
     if keep_config or not path.is_file() or path.read_text(encoding="utf-8") == model.config:
         return

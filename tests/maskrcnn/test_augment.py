@@ -1,5 +1,8 @@
 """Augmented samples: objects stay with their pixels, whatever happens to both."""
 
+import random
+import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.training.loader import training_loader
 from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE, mask_extent
 
@@ -22,10 +26,12 @@ CHANGES = {
     "nothing": {"flip_probability": 0.0},
     "flips": {"flip_probability": 0.5, "vertical_flip_probability": 0.5},
     "shorter sides": {"shorter_sides_px": (40, 64, 100)},
+    "aspect ratio": {"largest_aspect_ratio": 1.2},
     "jitter": {"jitter_probability": 1.0, "jitter_canvas_px": 104, "jitter_least_scale": 0.4},
     "perspective": {"perspective_probability": 1.0, "perspective_distortion": 0.5},
     "mosaic": {"mosaic_probability": 1.0},
     "copy-paste": {"copy_paste_probability": 1.0},
+    "own": {"transform": "own_transforms:moved"},
     "everything": {
         "vertical_flip_probability": 0.5,
         "jitter_probability": 0.5,
@@ -212,3 +218,109 @@ def test_values_out_of_range_are_refused(values, text):
     with pytest.raises(UserError) as caught:
         AugmentConfig(**values)
     assert text in str(caught.value)
+
+
+def test_long_images_are_cropped_to_the_largest_aspect_ratio(dataset):
+    """The solid images are 60×90 to 44×110 and 100×48; those within 3:2 stay whole."""
+    found, whole = samples(dataset, largest_aspect_ratio=1.5), samples(dataset)
+    for index, record in enumerate(dataset.images):
+        height, width = found[0, index].image.shape[1:]
+        short, long = sorted((record.height, record.width))
+        if long <= 1.5 * short:
+            assert np.array_equal(found[0, index].image, whole[0, index].image)
+        else:
+            assert max(height, width) == pytest.approx(1.5 * min(height, width), abs=2)
+            assert (height > width) == (record.height > record.width)
+    index = next(k for k, record in enumerate(dataset.images) if record.width > 2 * record.height)
+    assert len({found[epoch, index].image.tobytes() for epoch in range(8)}) > 2
+
+
+# --- the user's own augmentation ---------------------------------------------------------------------
+
+
+def test_an_own_transform_that_changes_nothing_gives_the_same_sample(dataset):
+    """But for the boxes, which are the extents of the masks; whatever the other augmentations do."""
+    for values in ({}, {"mosaic_probability": 1.0, "vertical_flip_probability": 0.5}):
+        plain, own = samples(dataset, **values), samples(dataset, transform="own_transforms:same", **values)
+        for index in range(12):
+            one, other = plain[2, index], own[2, index]
+            np.testing.assert_allclose(other.image, one.image, atol=1e-3)
+            assert (other.seed, other.objects.labels.tolist()) == (one.seed, one.objects.labels.tolist())
+            np.testing.assert_array_equal(other.objects.masks, one.objects.masks)
+            np.testing.assert_allclose(other.objects.boxes, one.objects.boxes, atol=1.01)
+
+
+def test_an_own_transform_may_use_any_generator_and_leaves_them_alone(dataset):
+    made = samples(dataset, transform="own_transforms:noisy")
+    states = []
+    first = made[0, 0]
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        assert_same(made[0, 0], first)
+        assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        states.append(before)
+    assert states[0] != states[1]
+    assert len({float(made[epoch, 0].image.mean()) for epoch in range(8)}) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_own_transform_runs_in_loading_processes(dataset, workers):
+    loader, _ = training_loader(
+        samples(dataset, transform="own_transforms:moved"), batch_size=4, workers=workers, pin_memory=False
+    )
+    other, _ = training_loader(
+        samples(dataset, transform="own_transforms:moved"), batch_size=4, workers=0, pin_memory=False
+    )
+    for one, same in zip(loader, other, strict=True):
+        assert torch.equal(one.images, same.images) and torch.equal(one.masks, same.masks)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("boxes_left", r"returned box \[.*\] of object 0, whose mask extends over .*\n  expected: boxes around"),
+        ("boxes_lost", r"boxes \[\d, 4\], labels \[(\d)\].*\n  expected: one row per object.*boxes \[\1, 4\]"),
+        ("masks_small", r"image of 74×112 with .*masks \[2, 37, 56\]\n.*masks \[2, 74, 112\]"),
+        ("array", r"returned a ndarray as image\n  expected: a tensor"),
+        ("bytes_", r"returned a tensor \[3, 74, 112\] of uint8 as image\n  expected: .* of floating point"),
+        ("normalised", r"values from -\d.* to \d.*\n  expected: 0 to 1, not normalised"),
+        ("infinite", r"returned boxes that are not finite"),
+        ("relabelled", r"returned labels \[.*\]\n  expected: integers from 1 to 3"),
+        ("nothing", r"returned nothing\n  expected: \(image, target\)"),
+        ("failing", r"0.png: KeyError: 'colour' \(.*own_transforms.py, line \d+\)"),
+    ],
+)
+def test_an_own_transform_that_contradicts_itself_is_refused(dataset, function, words):
+    error = samples(dataset, flip_probability=0.0, transform=f"own_transforms:{function}")[0, 0]
+    assert isinstance(error, UserError)
+    assert re.search(rf"augment.transform own_transforms:{function} on .*0.png: ", str(error))
+    assert re.search(words, str(error)), str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own_transforms", r"augment.transform 'own_transforms'\n  expected: package.module:function"),
+        ("absent_module:moved", r"module absent_module cannot be imported \(ModuleNotFoundError.*\n.*\n.*PYTHONPATH"),
+        ("broken:moved", r"module broken cannot be imported \(ZeroDivisionError: division by zero\)"),
+        ("own_transforms:move", r"no move in own_transforms\n  expected: .*own_transforms has .*moved, turned, same"),
+        ("own_transforms:number", r"augment.transform own_transforms:number: a int"),
+    ],
+)
+def test_an_own_transform_that_cannot_be_imported_is_named(dataset, tmp_path, monkeypatch, name, words):
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with pytest.raises(UserError, match=words):
+        samples(dataset, transform=name)
+
+
+def test_a_transform_in_the_working_directory_is_found(dataset, tmp_path, monkeypatch):
+    (tmp_path / "mine_here.py").write_text("def grey(image, target, generator):\n    return 0 * image + 0.5, target\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    sample = samples(dataset, transform="mine_here:grey")[0, 0]
+    assert (sample.image == 127.5).all() and len(sample.objects)

@@ -336,3 +336,15 @@ def test_files_of_the_wrong_kind(run, shapes, tmp_path):
     )
     assert not list(tmp_path.glob("*.xml"))
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_learning_rate_is_suggested_and_no_run_is_written(run, shapes, tmp_path, monkeypatch):
+    losses = [(10 ** (k / 10 - 6), 3 + abs(k - 40) / 10) for k in range(60)]  # the lowest at 1e-2
+    monkeypatch.setattr("maskrcnn.training.trainer.Trainer.losses_by_rate", lambda trainer, *arguments: losses)
+    command = ("train", "--data", shapes, "--find-learning-rate", "--batch-size", 4)
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert "suggestion: --learning-rate 0.001 with --batch-size 4" in out
+    assert f"{1e-6:13.2e}  {7.0:9.4f}" in out
+    assert not list(tmp_path.iterdir())
+    expect_error(run(*command, "--output", "x"), "--find-learning-rate with --output or --resume", "writes nothing")

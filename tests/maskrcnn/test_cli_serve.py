@@ -1,4 +1,4 @@
-"""`maskrcnn triton`."""
+"""`maskrcnn triton` and `maskrcnn web`."""
 
 import pytest
 from command_line import expect_error
@@ -21,14 +21,14 @@ def test_a_repository_from_the_command_line(run, road, tmp_path):
 
 def test_options_reach_the_configuration(run, road, tmp_path):
     options = ("--name", "shapes", "--masks", "bits", "--min-score", "0.5", "--max-batch", "2", "--instances", "3")
-    more = ("--queue-delay", "100", "--step-instances", "4", "--kind", "cpu", "--threads", "1")
+    more = ("--network", "python", "--queue-delay", "100", "--step-instances", "4", "--kind", "cpu", "--threads", "1")
     assert run("triton", road / "model.onnx", "out", *options, *more)[0] == 0
     configs = read_repository(tmp_path / "out")
     network = configs["shapes_network"]
     assert network["instance_group"] == [{"count": 3, "kind": "KIND_CPU"}]
     assert network["max_batch_size"] == 2
     assert network["dynamic_batching"]["max_queue_delay_microseconds"] == 100
-    assert network["parameters"]["intra_op_thread_count"] == {"string_value": "1"}
+    assert network["parameters"] == {"file": {"string_value": "model.onnx"}, "threads": {"string_value": "1"}}
     assert configs["shapes_post"]["parameters"]["min_score"]["string_value"] == "0.5"
     assert configs["shapes_post"]["instance_group"][0]["count"] == 4
     assert configs["shapes"]["output"][-1] == {"name": "masks", "data_type": "TYPE_UINT8", "dims": [-1, -1, -1]}
@@ -77,3 +77,10 @@ def test_the_python_function(road, tmp_path):
     (model,) = result.served
     assert (model.name, model.version, model.models) == ("model_onnx", 1, ["model_onnx_network"])
     assert result.command == "tritonserver --model-repository=/models" and result.to_dict()["served"][0]["is_new"]
+
+
+def test_a_page_needs_the_runtime_of_its_version(run, road, tmp_path):
+    (tmp_path / "package").mkdir()
+    result = run("web", road / "model.onnx", "page", "--onnxruntime-web", "package")
+    expect_error(result, "no ort.wasm.min.mjs in package", "npm pack onnxruntime-web@", "--onnxruntime-web")
+    assert not (tmp_path / "page").exists()

@@ -553,3 +553,26 @@ def test_images_with_more_objects_than_a_model_returns(shapes):
     assert f"{counts.count(most)} of 12 images have more objects than the {most - 1} detections" in line
     assert f"at least {counts.count(most)} of {sum(counts)} objects cannot be found" in line
     assert f"model.detections={most}" in line
+    assert "and no fewer model.proposals" in line
+    narrow = crowded_line(dataset, most, most - 2, most - 1)
+    assert f"more objects than the {most - 2} candidates of the model" in narrow
+    assert f"--set model.candidates={most} --set model.proposals={most}" in narrow
+    assert "detections=" not in narrow and "no fewer" not in narrow
+
+
+def test_what_is_trained_on_may_leave_out_images_and_take_in_crowd_regions(tmp_path):
+    """The first of the two images has an object and a crowd region, or the region alone."""
+    crowd = {**SQUARE, "id": 8, "iscrowd": 1}
+    both, alone = load(tmp_path, SQUARE, crowd), load(tmp_path, crowd)
+    assert [each.labels_of_images() for each in (both, alone)] == [[[2], []], [[], []]]
+
+    def found(dataset, **changes):
+        chosen = dataset.for_training(**{"empty_images": True, "crowd_objects": False, **changes})
+        return [(record.id, sum(not each.is_crowd for each in record.instances)) for record in chosen.images]
+
+    assert found(both) == [(5, 1), (2, 0)]
+    assert found(both, empty_images=False) == [(5, 1)]
+    assert found(both, crowd_objects=True) == [(5, 2), (2, 0)]
+    assert found(alone, crowd_objects=True, empty_images=False) == [(5, 1)]
+    with pytest.raises(UserError, match=r"no object to learn in 2 image.*1 crowd region.*\n.*\n.*--crowd-objects"):
+        alone.for_training(empty_images=False, crowd_objects=False).require_objects("learn")

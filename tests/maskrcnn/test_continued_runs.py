@@ -1,16 +1,23 @@
 """`maskrcnn train --resume`: where the data lies, which of it fits, and what is printed."""
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
+from unittest.mock import Mock
 
 import pytest
+import torch
 from command_line import expect_error
 from tiny import TINY_POSE, tiny_config
 
 from maskrcnn import runs
 from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
+from maskrcnn.weights.checkpoint import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -131,6 +138,112 @@ def test_weights_are_not_given_to_a_run_that_has_them(run, began, fitted, checkp
     folder, _ = began()
     expect_error(run("train", "--resume", folder, "--weights", checkpoint), "--resume with the weights", "a new run")
     assert not fitted
+
+
+def saved(run) -> dict:
+    return read_tensors(run / runs.STATE)[0]
+
+
+def test_settings_that_a_run_cannot_change_are_refused_and_nothing_is_written(run, began, fitted):
+    folder, _ = began()
+    before = kept(folder)
+    for words, found in (
+        (("--optimizer", "adam"), "optimizer adam instead of sgd"),
+        (("--set", "model.fpn_channels=32"), "model.fpn_channels 32 instead of 16"),
+        (("--set", "model.anchor_sizes_px=8,16,32,64,128"), "model.anchor_sizes_px"),
+    ):
+        expect_error(run("train", "--resume", folder, *words), found, "as the run began", "a new run with --weights")
+        assert not fitted and kept(folder) == before
+    expect_error(run("train", "--resume", folder, "--accumulate", 3), "batch_size 4")
+    assert not fitted and kept(folder) == before
+
+
+@pytest.mark.parametrize("words", [("--trainable-stages", 3), ("--trainable-stages", 5), ("--batch-norm", "frozen")])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimizer_goes_on_with_what_it_knew_of_each_parameter(run, began, fitted, words, optimizer):
+    """Though other parameters are trained than before: those that begin have no state, those that end lose it."""
+    folder, data = began(optimizer=optimizer, trainable_stages=4, learning_rate=1e-3)
+    trainer = Trainer(read_run(folder), folder, CocoDataset.load(data, "train"))
+    trainer.load_state()
+    trainer.step.run(next(trainer._step_batches()))
+    trainer._save_state()
+    before = saved(folder)
+    code, _, err = run("train", "--resume", folder, *words)
+    assert code == 0, err
+    (config,) = fitted
+    resumed = Trainer(config, folder, CocoDataset.load(data, "train"))
+    resumed.load_state()
+    assert config.model.frozen_batch_norm == (words[1] == "frozen")
+    trained = {name for name, parameter in resumed.model.named_parameters() if parameter.requires_grad}
+    known = {
+        f"optimizer.{name}.{key}": value
+        for name, parameter in resumed.model.named_parameters()
+        for key, value in resumed.optimizer.state.get(parameter, {}).items()
+    }
+    shared = {name for name in before if name.startswith("optimizer.") and name in known}
+    assert {name.removeprefix("optimizer.").rpartition(".")[0] for name in shared} == {
+        name for name in trained if any(key.startswith(f"optimizer.{name}.") for key in before)
+    }
+    assert len(shared) > 50 and all(torch.equal(known[name], before[name]) for name in shared)
+    resumed.step.run(next(resumed._step_batches()))
+    assert all(parameter.isfinite().all() for parameter in resumed.model.parameters())
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from maskrcnn.files import locked
+with locked(Path(sys.argv[1]), found="", expected="", fix=""):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(run, began, fitted, shapes, tmp_path):
+    folder, _ = began()
+    (tmp_path / "new").mkdir()
+    commands = {folder: ("--resume", folder), tmp_path / "new": ("--data", shapes, "--output", tmp_path / "new")}
+    for place, words in commands.items():
+        command = [sys.executable, "-c", HOLDS, str(place / runs.LOCK)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout.readline() == "locked\n"
+            before = kept(folder)
+            result = run("train", *words, "--epochs", 7)
+            expect_error(result, f"another process is training (process {holder.pid} on ", "one command at a time")
+            assert not fitted and kept(folder) == before and not (tmp_path / "new" / runs.CONFIG).exists()
+            holder.kill()
+        assert (place / runs.LOCK).exists(), "what a killed process leaves behind"
+        code, _, err = run("train", *words)
+        assert code == 0 and len(fitted) == 1, err
+        assert fitted.pop() and not (place / runs.LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_said(run, began, fitted, monkeypatch):
+    folder, _ = began()
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    code, out, err = run("train", "--resume", folder)
+    assert code == 0 and len(fitted) == 1, err
+    assert f"the file system of {folder} has no locks" in out
+
+
+def test_the_newest_unfinished_run_of_the_same_settings_is_continued(run, fitted, shapes, tmp_path):
+    command = ("train", "--data", shapes, "--workers", 0, "--resume", "auto")
+    for words, expected in (
+        ((), "no unfinished run of these settings in runs/: beginning a new one"),
+        ((), "continuing runs/train-1 after epoch 0 of 12"),
+        (("--epochs", 3), "beginning a new one"),
+        (("--epochs", 3), "continuing runs/train-2 after epoch 0 of 3"),
+        ((), "continuing runs/train-1"),
+        (("--output", "mine"), "no unfinished run of these settings in mine: beginning a new one"),
+        (("--output", "mine"), "continuing mine"),
+    ):
+        code, out, err = run(*command, *words)
+        assert code == 0 and expected in out, (out, err)
+    path = tmp_path / "mine" / runs.STATE
+    tensors, header = read_tensors(path)
+    header["progress"]["epoch"] = 12
+    write_tensors(path, tensors, header)
+    expect_error(run(*command, "--output", "mine"), "mine, which holds config.json", "--resume mine")
 
 
 def test_a_run_that_named_no_steps_can_be_mended(run, began, fitted):

@@ -231,9 +231,9 @@ def test_faults_of_masks(source, tmp_path, spoil, text):
 
 
 def test_invalid_folders_and_lists(source, tmp_path):
-    with pytest.raises(UserError, match="which holds VOC2012"):
-        as_it_is("voc", source.parent, tmp_path / "out")
-    with pytest.raises(UserError, match=r"trainval\.txt cannot be read"):
+    with pytest.raises(
+        UserError, match=r"no list trainval \(\.txt\) in .*Main\n  expected: lists such as .*train, val"
+    ):
         as_it_is("voc", source, tmp_path / "out", sets=("trainval",))
     (source / "ImageSets" / "Main" / "trainval.txt").write_text("000001\n000002\n")
     with pytest.raises(UserError, match=r"trainval\.txt, line 1: 000001, also in train\.txt"):
@@ -255,3 +255,28 @@ def test_unknown_class_and_two_spellings(source, tmp_path):
     (tmp_path / "alias.txt").write_text("bird, Bird\n")
     report = converted("voc", source, tmp_path / "out", alias=tmp_path / "alias.txt")
     assert report.objects == {"train": 2, "val": 2}
+
+
+def test_several_years_become_one_dataset(tmp_path):
+    """VOC2012 has no test list, and its images have other names."""
+    devkit = tmp_path / "VOCdevkit"
+    for year, renames in (("VOC2007", {}), ("VOC2012", {"000001": "2008_000001", "000002": "2008_000002"})):
+        root = voc(devkit / year)
+        for old, new in renames.items():
+            (root / "Annotations" / f"{old}.xml").rename(root / "Annotations" / f"{new}.xml")
+            (root / "JPEGImages" / f"{old}.jpg").rename(root / "JPEGImages" / f"{new}.jpg")
+        lists = root / "ImageSets" / "Main"
+        names = list(renames.values()) or ["000001", "000002"]
+        (lists / "trainval.txt").write_text(f"{names[0]}\n" if year == "VOC2007" else "\n".join(names))
+        if year == "VOC2007":
+            (lists / "test.txt").write_text(f"{names[1]}\n")
+    report = as_it_is("voc", devkit, tmp_path / "out", sets=("trainval", "test"))
+    assert report.images == {"trainval": 3, "test": 1}
+    train = content(tmp_path / "out", "trainval")
+    assert [image["file_name"] for image in train["images"]] == ["000001.jpg", "2008_000001.jpg", "2008_000002.jpg"]
+    own = [annotation for annotation in train["annotations"] if annotation["image_id"] == train["images"][1]["id"]]
+    assert [{**each, "id": 0, "image_id": 0} for each in own] == [
+        {**e, "id": 0, "image_id": 0} for e in (BIRD_1, CAT_1)
+    ]
+    with pytest.raises(UserError, match="no list train2"):
+        as_it_is("voc", devkit, tmp_path / "other", sets=("train2",))

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from tiny import lively_model, tiny_config
 from maskrcnn.weights.checkpoint import write_tensors
-from maskrcnn.config import AugmentConfig, LossConfig, TrainConfig
+from maskrcnn.config import LossConfig, TrainConfig
+from maskrcnn.errors import UserError
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.training.loader import training_loader
 from maskrcnn.training.distributed import joined
@@ -45,9 +46,21 @@ def one_step(processes):
     figures = trainer.step.run([batch])
     images = sorted(i for part in processes.gather(batch.image_ids) for i in part)
     losses = processes.gather({name: float(value) for name, value in figures.items()})
+    gradients = {str(n): p.grad.clone() for n, p in enumerate(trainer.step.parameters)}
+    # An infinite loss in the last process alone, whose gradient is finite.
+    trainer.begin()
+    plain, infinite = trainer.model.losses, processes.rank == processes.world_size - 1
+    trainer.model.losses = lambda *a: {k: v + (float("inf") if infinite else 0.0) for k, v in plain(*a).items()}
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    try:
+        trainer.fit(None)
+        message = "no error"
+    except UserError as error:
+        message = error.found
+    same = all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    told = processes.gather((message, same, sorted(batch.image_ids)))
     if processes.is_first:
-        gradients = {str(n): p.grad for n, p in enumerate(trainer.step.parameters)}
-        write_tensors(Path(output), gradients, {"images": images, "losses": losses})
+        write_tensors(Path(output), gradients, {"images": images, "losses": losses, "told": told})
 
 with joined("cpu") as processes:
     one_step(processes)
@@ -76,9 +89,13 @@ def test_gradients_of_two_processes_equal_those_of_one(shapes, tmp_path, support
         python(program, shapes, tmp_path / f"{processes}.safetensors", cwd=tmp_path, processes=processes)
     (alone, told), (both, told_both) = (read_tensors(tmp_path / f"{n}.safetensors") for n in (1, 2))
     assert told["images"] == told_both["images"]
-    for name in ("loss", "objectness", "classification", "mask"):
-        mean = sum(losses[name] for losses in told_both["losses"]) / 2
-        assert mean == pytest.approx(told["losses"][0][name], rel=1e-5)
+    for name in ("loss", "objectness", "classification", "mask", "gradient_norm"):
+        for losses in told_both["losses"]:
+            assert losses[name] == pytest.approx(told["losses"][0][name], rel=1e-4), "the mean, in every process"
+    images = told_both["told"][1][2]  # of the second process
+    for message, same, _ in told_both["told"]:
+        assert same and message.startswith("loss inf, gradient norm nan at step 0, images [")
+        assert sorted(json.loads(message.partition("images ")[2])) == images
     assert max(float(g.abs().max()) for g in alone.values()) > 1e-3
     for name, gradient in alone.items():
         scale = float(gradient.abs().max()) + 1e-6
@@ -88,10 +105,17 @@ def test_gradients_of_two_processes_equal_those_of_one(shapes, tmp_path, support
 def test_two_processes_train_evaluate_and_are_continued_by_one(shapes, tmp_path, support):
     options = ["-m", "maskrcnn", "train", "--data", shapes, "--epochs", 1, "--min-size", 64, "--precision", "fp32"]
     options += ["--workers", 0, "--pictures", 1, "--device", "cpu"]
+    options += ["--validation-loss", "--set", "log_every=1"]
     done = python(*options, "--output", "run", cwd=tmp_path, processes=2)
     assert done.stdout.count("2 processes") == 1, "only the first process speaks"
     figures = [json.loads(line) for line in (tmp_path / "run" / runs.LOG).read_text().splitlines()]
-    assert [each["epoch"] for each in figures] == [1]
+    assert [each.get("step", "epoch") for each in figures] == [0, 1, "epoch"]
+    # Of one batch of 8 and one of the 4 others and 4 again.
+    assert figures[2]["loss"] == pytest.approx((figures[0]["loss"] + figures[1]["loss"]) / 2)
+    figures = figures[2:]
+    assert figures[0]["validation_loss"] == pytest.approx(
+        sum(value for name, value in figures[0].items() if name.startswith("validation_loss/"))
+    )
     command = ["-m", "maskrcnn", "evaluate", f"run/{runs.LAST}", "--data", shapes, "--json", "alone.json"]
     python(*command, cwd=tmp_path)
     alone = json.loads((tmp_path / "alone.json").read_text())
@@ -109,6 +133,16 @@ def test_half_an_environment_is_named(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE=2 .* without RANK, LOCAL_RANK"), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", ""])
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with (
+        pytest.raises(UserError, match=f"WORLD_SIZE={value} in the environment\n  expected: a whole number"),
+        joined("cpu"),
+    ):
         pass
 
 

@@ -20,6 +20,7 @@ CHANGES = {
     "shorter sides": {"shorter_sides_px": (60, 100)},
     "jitter": {"jitter_probability": 1.0, "jitter_canvas_px": 104, "jitter_least_scale": 0.5},
     "perspective": {"perspective_probability": 1.0, "perspective_distortion": 0.4},
+    "own": {"transform": "own_transforms:turned"},
     "mosaic": {"mosaic_probability": 1.0},
     "copy-paste": {"copy_paste_probability": 1.0},
     "everything": {

@@ -110,7 +110,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(shapes):
 def test_batches_are_grouped_by_aspect_ratio(tmp_path):
     dataset = CocoDataset.load(write_solid_dataset(tmp_path / "solid"), "train")  # four of twelve are portrait
     data = TrainingSamples(dataset, Preprocessing(min_size_px=32, max_size_px=64), seed=0)
-    loader, _ = training_loader(data, batch_size=4, workers=0, pin_memory=False, group_by_aspect_ratio=True)
+    loader, _ = training_loader(data, batch_size=4, workers=0, pin_memory=False, aspect_ratio_groups=2)
     portrait = [{bool(height > width) for height, width in batch.image_sizes.tolist()} for batch in loader]
     assert sorted(map(str, portrait)) == ["{False}", "{False}", "{True}"]
 
@@ -194,3 +194,11 @@ def test_a_truncated_image_comes_out_of_the_loader_as_its_error(shapes, tmp_path
     errors = [batch for batch in loader if isinstance(batch, UserError)]
     assert len(errors) == 1
     assert "000003.png" in errors[0].found
+
+
+def test_copies_of_an_image_are_augmented_independently(shapes):
+    data = samples(shapes, flip_probability=0.5, colour_probability=1.0)
+    assert np.array_equal(data[1, 0, 0].image, data[1, 0].image)
+    assert not np.array_equal(data[1, 0, 1].image, data[1, 0].image)
+    assert np.array_equal(data[1, 0, 1].image, data[1, 0, 1].image)
+    assert len({data[1, 0, copy].seed for copy in range(5)}) == 5

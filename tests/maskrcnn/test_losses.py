@@ -1,5 +1,7 @@
 """Losses: against torchvision's on the same samples, and on what must not matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from maskrcnn.config import BOX_LOSSES, LossConfig
 from maskrcnn.model.boxes import encode_boxes
-from maskrcnn.model.losses import box_loss, identity, iou_loss, rpn_losses
+from maskrcnn.model.losses import box_loss, focal, identity, iou_loss, rpn_losses
 from maskrcnn.model.rpn import BOX_WEIGHTS
 
 TAKE_ALL = LossConfig(rpn_samples=100_000, box_samples=100_000, box_positive_fraction=1.0)
@@ -227,3 +229,71 @@ def test_the_head_says_the_same_of_single_anchors_as_of_the_whole_map(convolutio
         found += [logits.detach(), deltas.detach(), *gradients]
     for a, b in zip(whole, single, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_equals_torchvisions(gamma):
+    """Of two classes with logits 0 and x, the softmax is the sigmoid of x."""
+    values, gradients = [], []
+    target = torch.arange(40) % 2
+    for kind in ("torchvision", "sigmoid", "softmax"):
+        logits = torch.linspace(-12, 12, 40, requires_grad=True)
+        if kind == "torchvision":
+            loss = torchvision.ops.sigmoid_focal_loss(logits, target.float(), alpha=-1, gamma=gamma)
+        elif kind == "sigmoid":
+            loss = focal(F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none"), gamma)
+        else:
+            pair = torch.stack([torch.zeros(40), logits], dim=1)
+            loss = focal(F.cross_entropy(pair, target, reduction="none"), gamma)
+        loss.sum().backward()
+        values.append(loss.detach())
+        gradients.append(logits.grad)
+    for k in (1, 2):
+        torch.testing.assert_close(values[k], values[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[k], gradients[0], rtol=1e-3, atol=1e-5)
+    sure = torch.zeros(3, requires_grad=True)  # where torchvision's gradient is not a number for gamma below 1
+    focal(sure, gamma).sum().backward()
+    assert sure.grad.isfinite().all()
+
+
+def test_focal_losses_of_a_detector_equal_torchvisions_on_all_anchors():
+    model = lively_model(tiny_config()).eval()
+    images, sizes = batch()
+    target = truth()
+    features = model.features(images, sizes)
+    output = model.rpn(features, images)
+    loss = replace(TAKE_ALL, objectness_loss="focal", focal_gamma=1.5, focal_alpha=0.3)
+    ours = rpn_losses(model.rpn, features, output.anchors, target, loss, identity)["objectness"]
+    from torchvision.models.detection._utils import Matcher
+    from torchvision.ops import box_iou
+
+    anchors, logits = torch.cat(output.anchors), torch.cat(output.logits, 1)
+    total, count = 0.0, 0
+    for n in range(2):
+        found = Matcher(0.7, 0.3, allow_low_quality_matches=True)(box_iou(target["boxes"][n], anchors))
+        sampled = found != -2  # between the thresholds
+        goal = (found >= 0).float()[sampled]
+        total += float(torchvision.ops.sigmoid_focal_loss(logits[n][sampled], goal, 0.3, 1.5, "sum"))
+        count += int(sampled.sum())
+    assert float(ours) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_class_weights_multiply_the_loss_of_their_class():
+    """Weighted by w, the loss is the sum over the classes of w times what it is with all other weights 0."""
+    model = lively_model(tiny_config()).eval()
+
+    def classification(loss: LossConfig) -> float:
+        return float(model.losses(*batch(), truth(), loss)["classification"].detach())
+
+    names = ("circle", "rectangle", "triangle")
+    for base in (TAKE_ALL, replace(TAKE_ALL, classification_loss="focal")):
+        none = classification(replace(base, class_weights=dict.fromkeys(names, 0.0)))  # background alone
+        own = [
+            classification(replace(base, class_weights={name: float(name == each) for name in names})) - none
+            for each in names
+        ]
+        assert min(own) > 0
+        assert classification(base) == pytest.approx(none + sum(own), rel=1e-4)
+        weights = dict(zip(names, (0.5, 2.0, 7.0), strict=True))
+        expected = none + 0.5 * own[0] + 2 * own[1] + 7 * own[2]
+        assert classification(replace(base, class_weights=weights)) == pytest.approx(expected, rel=1e-4)

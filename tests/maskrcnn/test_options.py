@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -44,6 +46,19 @@ def _command(name):
     import typer.main
 
     return typer.main.get_command(app).commands[name]
+
+
+def test_a_recipe_has_a_name(started, tmp_path, monkeypatch):
+    file = Path(__file__).parents[2] / "configs" / "finetune.yaml"
+    by_path = started("--config", file)["settings"]
+    monkeypatch.chdir(tmp_path)  # without the clone's configs/
+    assert by_path == started("--config", "finetune")["settings"]
+    assert by_path == started("--config", "configs/finetune.yaml")["settings"]
+    for unknown in ("finetun", "elsewhere/finetune.yaml"):
+        with pytest.raises(UserError, match=r"finetun.*: no such file\n.*finetune, nuclei, penn-fudan"):
+            started("--config", unknown)
+    (tmp_path / "finetune").write_text("epochs: 3\n")
+    assert started("--config", "finetune")["settings"] == {"epochs": 3}
 
 
 def test_options_override_assignments_and_those_the_file(started, tmp_path):
@@ -98,7 +113,7 @@ def test_a_resumed_run_has_its_weights(started, words):
 
 def test_the_help_says_which_of_file_and_options_counts():
     (option,) = [p for p in _command("train").params if "--config" in p.opts]
-    assert option.help == "YAML file of settings; options override it."
+    assert option.help.startswith("YAML file of settings; options override it.")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +264,20 @@ def test_settings_make_a_configuration(shapes):
         ({"step_epochs": [11, 8]}, r"step_epochs \[11, 8\]\n  expected: epochs from 1 on, in ascending order"),
         ({"step_epochs": [8, 8]}, r"step_epochs \[8, 8\]"),
         ({"step_epochs": [0, 8]}, r"step_epochs \[0, 8\]"),
+        (
+            {"loss": {"class_weights": "equal"}},
+            r"loss.class_weights 'equal'\n  expected: one of none, inverse, effective",
+        ),
+        ({"loss": {"class_weights": {"circel": 2}}}, r"loss.class_weights of circel\n  expected: .*circle, rectangle"),
+        ({"loss": {"class_weights": {"circle": -1}}}, r"loss.class_weights of 'circle' -1.0\n  expected: 0.0 to|0 to"),
+        ({"loss": {"class_weights": [1, 2]}}, r"loss.class_weights \[1, 2\] of type list\n  expected: values by name"),
+        ({"loss": {"class_weights": {"circle": "x"}}}, r"loss.class_weights.circle 'x' of type str\n  expected: float"),
+        ({"loss": {"class_weights_beta": 1}}, r"loss.class_weights_beta 1.0"),
+        ({"loss": {"objectness_loss": "hinge"}}, r"loss.objectness_loss 'hinge'"),
+        ({"loss": {"focal_gamma": -1}}, r"loss.focal_gamma -1.0"),
+        ({"repeat_threshold": 2}, r"repeat_threshold 2.0\n  expected: 0 to 1"),
+        ({"aspect_ratio_groups": 1}, r"aspect_ratio_groups 1"),
+        ({"augment": {"largest_aspect_ratio": 0.5}}, r"augment.largest_aspect_ratio 0.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(shapes, settings, words):
@@ -257,6 +286,89 @@ def test_settings_that_cannot_be_are_refused(shapes, settings, words):
         training_config(dataset, dataset, settings)
 
 
+def test_every_number_has_a_range(shapes):
+    """-2 is in none of them, nor are NaN and infinity."""
+    dataset = CocoDataset.load(shapes, "train")
+    plain = to_dict(training_config(dataset, dataset))
+    checked = 0
+    for section, fields in (("", plain), *((f"{name}.", plain[name]) for name in ("model", "augment", "loss"))):
+        for name, default in fields.items():
+            several = isinstance(default, (tuple, list))
+            # Empty lists of numbers are anchor strides, keypoint sigmas and shorter sides; ids may be any number.
+            kind = type(default[0]) if several and default else type(default)
+            if kind not in (int, float) or name == "category_ids":
+                continue
+            for value in (-2, math.nan, math.inf) if kind is float else (-2,):
+                wrong = [kind(value)] * len(default) if several else kind(value)
+                settings = {section[:-1]: {name: wrong}} if section else {name: wrong}
+                with pytest.raises(UserError, match=rf"{section}{name} .*\n  expected: "):
+                    training_config(dataset, dataset, settings)
+            checked += 1
+    assert checked > 70
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model.proposals=0", "model.proposals 0\n  expected: at least 1"),
+        ("model.fpn_channels=0", "model.fpn_channels 0\n  expected: at least 1"),
+        ("model.mask_head_channels=[256,0]", "model.mask_head_channels 0\n  expected: at least 1"),
+        ("model.score_threshold=2", "model.score_threshold 2.0\n  expected: 0 to 1"),
+        ("model.anchor_aspect_ratios=[0,1]", "model.anchor_aspect_ratios 0.0\n  expected: above 0"),
+        ("loss.box_loss_weight=-1", "loss.box_loss_weight -1.0\n  expected: at least 0"),
+        ("loss.rpn_background_iou=0.8", "loss.rpn_background_iou 0.8\n  expected: 0 to 0.7"),
+        ("augment.shorter_sides_px=64,0", "augment.shorter_sides_px 0\n  expected: at least 1"),
+        ("learning_rate=.inf", "learning_rate inf\n  expected: at least 0 and finite"),
+        ("momentum=-0.5", "momentum -0.5\n  expected: 0 to 1"),
+    ],
+)
+def test_numbers_outside_their_range_are_named_by_their_key(shapes, text, words):
+    dataset = CocoDataset.load(shapes, "train")
+    with pytest.raises(UserError) as caught:
+        training_config(dataset, dataset, assignments([text]))
+    assert str(caught.value).startswith(words)
+
+
 def test_changes_keep_the_rest():
     loss = LossConfig(rpn_samples=10)
     assert changed(loss, {"box_samples": 5}) == LossConfig(rpn_samples=10, box_samples=5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({}, "none"),
+        ({"class_weights": "inverse"}, {"a": 10 / 18, "b": 10 / 9, "c": 10 / 3, "d": 1.0}),
+        # 1 / effective number: 0.5 / (1 - 0.5^6), 0.5 / (1 - 0.5^3), 1; scaled to a mean of 1 over ten objects.
+        (
+            {"class_weights": "effective", "class_weights_beta": 0.5},
+            {"a": 0.881543, "b": 0.991736, "c": 1.735537, "d": 1.0},
+        ),
+        ({"class_weights": "effective", "class_weights_beta": 0}, dict.fromkeys("abcd", 1.0)),
+        ({"class_weights": {"c": 5}}, {"a": 1.0, "b": 1.0, "c": 5.0, "d": 1.0}),
+    ],
+)
+def test_class_weights_by_hand(loss, expected):
+    """Six objects of class a, three of b, one of c, none of d; a crowd region of c does not count."""
+    numbers = [1] * 6 + [2] * 3 + [3, 3]
+    box = {"image_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "segmentation": [[1, 1, 10, 1, 10, 10, 1, 10]]}
+    objects = [{**box, "id": k, "category_id": each, "iscrowd": int(k == 11)} for k, each in enumerate(numbers, 1)]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 20, "width": 20}],
+        "annotations": objects,
+        "categories": [{"id": k, "name": name} for k, name in enumerate("abcd", 1)],
+    }
+    dataset = CocoDataset.from_content(content, "unequal.json")
+    config = training_config(dataset, dataset, {"loss": loss})
+    found = config.loss.class_weights
+    assert found == (expected if isinstance(expected, str) else pytest.approx(expected, rel=1e-5))
+    assert isinstance(found, str) or list(found) == list("abcd")
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert training_config(dataset, dataset, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_class_weights_are_set_one_by_one_or_together(started):
+    call = started("--set", "loss.class_weights={1: 2, dog: 3}", "--set", "loss.class_weights.cat=4", "--data", "x")
+    assert call["settings"]["loss"]["class_weights"] == {"1": 2.0, "dog": 3.0, "cat": 4.0}
+    call = started("--set", "loss.class_weights={dog: 3}", "--set", "loss.class_weights=inverse", "--data", "x")
+    assert call["settings"]["loss"]["class_weights"] == "inverse"

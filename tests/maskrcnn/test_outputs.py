@@ -40,6 +40,7 @@ OUTPUTS = {
     ("predict", "output"): "predict data/val/000000.png --model best.safetensors --output {out}",
     ("train", "output"): "train --data data --output {out}",
     ("triton", "out"): "triton m.onnx {out}",
+    ("web", "out"): "web m.onnx {out}",
     ("build-plugins", "output"): "build-plugins --output {out}",
     ("data convert", "out"): "data convert coco data {out} --sets val",
     ("data convert", "json"): "data convert coco data new --sets val --json {out}",
@@ -60,6 +61,7 @@ INPUTS = {  # the other paths
     "predict": {"images", "model"},
     "train": {"data", "annotations", "images", "val_annotations", "val_images", "config"} | {"resume"},  # a run
     "triton": {"models", "plugin_library"},
+    "web": {"model", "onnxruntime_web"},
     "doctor": {"places"},
     "data convert": {"source", "alias"},
     "data check": {"data", "image_folder"},
@@ -120,7 +122,7 @@ def test_no_output_replaces_an_input_or_a_file_of_another_kind(run, place):
             code, out, err = run(*line.format(out=target).split())
             assert code == 1, (command, option, target, out)
             assert err.startswith("Error: ") and "\n  fix:      " in err, (command, option, target, err)
-            if command not in ("refit-engine", "triton"):  # which look at their models first
+            if command not in ("refit-engine", "triton", "web"):  # which look at their models first
                 assert target in err or os.path.realpath(target) in err, (command, option, target, err)
     now = content(place)
     assert {name: now.get(name) for name in before} == before

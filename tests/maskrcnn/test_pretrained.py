@@ -17,8 +17,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from maskrcnn.config import MODELS, model_config
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.keypoints import COCO_NAMES, COCO_SKELETON
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.training.trainer import Trainer
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 from maskrcnn.weights.finetuning import finetuning_tensors
 from maskrcnn.weights.torchvision import coco_labels, load_detector, model_changes, starting_weights
@@ -400,6 +402,61 @@ def test_weights_that_do_not_tell_their_architecture_need_it(tmp_path, monkeypat
     for spec in ("COCO_V1", "w.safetensors"):
         with pytest.raises(UserError, match=rf"--weights {spec} without --model"):
             load_detector(spec)
+
+
+def caffe_backbone(name: str) -> dict[str, torch.Tensor]:
+    """A state dict as the converted files hold it: torchvision's names without a classifier and without counters."""
+    weights = torchvision.models.get_model(name).state_dict()
+    left_out = ("fc.", "classifier.")
+    return {k: v for k, v in weights.items() if not k.startswith(left_out) and not k.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "arguments", "strides"),
+    [("resnet50", [], True), ("vgg16", ["--min-size", 96], False)],  # a size leaves the pixels to the weights
+)
+def test_caffes_backbones_choose_caffes_pixels_by_their_name(
+    run, shapes, tmp_path, monkeypatch, backbone, arguments, strides
+):
+    configs = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, *functions: configs.append(self) or {})
+    weights = caffe_backbone(backbone)
+    torch.save(weights, tmp_path / f"{backbone}_caffe.pth")
+    command = ("train", "--data", shapes, "--model", f"fasterrcnn_{backbone}_fpn", "--device", "cpu", "--workers", 0)
+    code, out, err = run(*command, "--weights", f"{backbone}_caffe.pth", *arguments)
+    assert code == 0, err
+    model = configs[0].config.model
+    assert {name: getattr(model.preprocessing, name) for name in PRESETS["caffe"]} == PRESETS["caffe"]
+    assert model.stride_in_1x1 is strides
+    assert f"{backbone}_caffe.pth: Caffe's, by its name" in out
+    first = "conv1.weight" if strides else "0.weight"
+    given = weights[first if strides else f"features.{first}"]
+    assert torch.equal(configs[0].model.state_dict()[f"backbone.body.{first}"].cpu(), given)
+    code, _, err = run(*command, "--weights", f"{backbone}_caffe.pth", "--set", "model.preprocessing=imagenet")
+    assert code == 0, err
+    assert configs[1].config.model.preprocessing.channel_order == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {
+                "session": 1,
+                "model": {"RCNN_base.0.weight": torch.zeros(64, 3, 7, 7), "RCNN_cls_score.bias": torch.ones(21)},
+            },
+            r"a Faster R-CNN of faster-rcnn.pytorch .*no feature pyramid\n.*\n.*resnet101_caffe.pth",
+        ),
+        (
+            {"fpn.C1.0.weight": torch.zeros(64, 3, 7, 7), "rpn.conv_shared.weight": torch.zeros(512, 256, 3, 3)},
+            r"Matterport's Mask R-CNN .*\n.*\n.*--weights COCO_V1",
+        ),
+    ],
+)
+def test_models_of_older_repositories_are_refused_by_name(tmp_path, content, words):
+    torch.save(content, tmp_path / "old.pth")
+    with pytest.raises(UserError, match=words):
+        starting_weights(tmp_path / "old.pth")
 
 
 def test_a_backbone_alone_is_no_detector(tmp_path):

@@ -135,6 +135,7 @@ COMMANDS = [
     "inspect {}",
     "lint {}",
     "triton {} repository",
+    "web {} page",
     "export {} --onnx --output out.onnx",
     "export --onnx --weights {} --output out.onnx",
     "build-engine {} --fp16 --target openvino",

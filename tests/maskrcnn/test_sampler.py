@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskrcnn.errors import UserError
-from maskrcnn.training.loader import StepSampler
+from maskrcnn.training.loader import StepSampler, aspect_ratio_group, repeat_factors
 
 
 def images_of_steps(length: int, world_size: int, accumulate: int, epoch: int = 0, **options) -> np.ndarray:
@@ -17,8 +17,8 @@ def images_of_steps(length: int, world_size: int, accumulate: int, epoch: int = 
         sampler.epoch = epoch
         parts = list(sampler)
         assert len(parts) == len(sampler) == sampler.steps * accumulate
-        assert {found for part in parts for found, _ in part} == {epoch}
-        ranks.append([[index for _, index in part] for part in parts])
+        assert {found for part in parts for found, *_ in part} == {epoch}
+        ranks.append([[index for _, index, _ in part] for part in parts])
     found = np.array(ranks).reshape(world_size, sampler.steps, accumulate, -1).swapaxes(0, 1)
     assert found.shape[3] == options["batch_size"] // (world_size * accumulate)
     return found.reshape(sampler.steps, world_size * accumulate, -1)
@@ -89,3 +89,48 @@ def test_a_small_dataset_still_fills_a_batch():
 def test_a_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(UserError, match=r"batch_size 8 for 3 process\(es\), accumulate 2\n  expected: a multiple of 6"):
         StepSampler(20, batch_size=8, seed=0, world_size=3, accumulate=2)
+
+
+def test_repeat_factors_by_hand():
+    """Of 16 images all have class 1, four class 2, one class 3: fractions 1, 1/4, 1/16; the threshold is 1/4."""
+    labels = [[1], [1, 1, 2, 2], [1, 2], [1, 2, 3], [2, 1], *([[1]] * 11)]
+    assert repeat_factors(labels, 0.25).tolist() == [1, 1, 1, 2, 1, *([1] * 11)]
+    np.testing.assert_allclose(repeat_factors(labels, 1.0), [1, 2, 2, 4, 2, *([1] * 11)])
+    assert repeat_factors([[], [7]], 1.0).tolist() == [1, pytest.approx(2**0.5)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_images_occur_as_often_as_their_repeats_in_epochs_of_one_length(grouped):
+    repeats = np.array([1.0, 1.25, 1.5, 3.0, 1.75, 2.5] * 4)  # 44 in all
+    groups = np.arange(24) % 2 if grouped else None
+    counts = np.zeros(24)
+    for epoch in range(400):
+        sampler = StepSampler(24, batch_size=4, seed=3, repeats=repeats, groups=groups)
+        sampler.epoch = epoch
+        assert (sampler.length, sampler.steps) == (44, 11)
+        keys = [key for batch in sampler for key in batch]
+        assert len(set(keys)) == 44  # copies of an image are numbered
+        found = np.bincount([index for _, index, _ in keys], minlength=24)
+        assert (found >= np.floor(repeats)).all() and (found <= np.ceil(repeats)).all()
+        counts += found
+    np.testing.assert_allclose(counts / 400, repeats, atol=0.1)  # four standard deviations
+
+
+def test_repeated_images_are_shared_among_processes_and_continue_after_a_resume():
+    repeats = np.linspace(1, 3, 21)
+    one = images_of_steps(21, 1, 1, 5, batch_size=4, seed=1, repeats=repeats)
+    shared = images_of_steps(21, 2, 2, 5, batch_size=4, seed=1, repeats=repeats)
+    assert np.array_equal(one.reshape(len(one), -1), shared.reshape(len(one), -1))
+    sampler = StepSampler(21, batch_size=4, seed=1, repeats=repeats)
+    whole = list(sampler)
+    sampler.start = 4
+    assert list(sampler) == whole[4:]
+
+
+def test_groups_of_aspect_ratios():
+    """The bounds of torchvision's reference training (2^-1, 2^0 and 2^1 for four groups)."""
+    ratios = np.array([0.4, 0.5, 0.7, 1.0, 1.4, 2.0, 2.1])
+    assert aspect_ratio_group(ratios, 1).tolist() == [0] * 7
+    assert aspect_ratio_group(ratios, 2).tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert aspect_ratio_group(ratios, 3).tolist() == [0, 0, 1, 1, 1, 1, 2]
+    assert aspect_ratio_group(ratios, 4).tolist() == [0, 0, 1, 1, 2, 2, 3]

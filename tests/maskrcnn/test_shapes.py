@@ -211,3 +211,14 @@ def test_arguments_out_of_range(tmp_path, arguments):
 def test_json_holds_the_arguments(folder):
     info = json.loads((folder / "annotations" / "instances_val.json").read_text())["info"]
     assert info["arguments"] == SMALL
+
+
+def test_classes_may_be_unequal(tmp_path):
+    root = generate_shapes(tmp_path / "unequal", train_images=150, val_images=1, size_px=64, class_shares=(10, 3, 0))
+    dataset = CocoDataset.load(root, "train")
+    counts = np.bincount([label for own in dataset.labels_of_images() for label in own], minlength=4)
+    share = counts[1] / counts.sum()
+    assert counts[3] == 0 and abs(share - 10 / 13) < 4 * (10 / 13 * 3 / 13 / counts.sum()) ** 0.5
+    assert len(dataset.class_names) == 3
+    with pytest.raises(UserError, match=r"class shares 1, 2\n  expected: 3 numbers"):
+        generate_shapes(tmp_path / "other", class_shares=(1, 2))

@@ -1,10 +1,14 @@
 """A deployment machine needs no torch: the runtime imports without it and every other large library."""
 
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 BLOCKED = ("torch", "torchvision", "onnx", "onnxruntime", "openvino", "tensorrt", "PIL", "pycocotools")
 
@@ -23,10 +27,12 @@ assert not loaded, loaded
 """
 
 
-def run_blocked(statement: str, blocked: tuple[str, ...] = BLOCKED) -> subprocess.CompletedProcess:
+def run_blocked(
+    statement: str, blocked: tuple[str, ...] = BLOCKED, *, limit_s: float = 120
+) -> subprocess.CompletedProcess:
     """Runs a statement in a Python where the blocked libraries cannot be imported."""
     program = PROGRAM.format(blocked=blocked, statement=statement)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=limit_s)
 
 
 def test_the_block_works():
@@ -101,3 +107,65 @@ def test_an_exported_model_is_verified_without_torch(onnx_file):
     )
     assert done.returncode == 0, done.stderr
     assert "stages agree within 'exact'" in done.stdout
+
+
+def installed_by(requirements: Path) -> set[str]:
+    """The distributions that a requirements file installs, with those that these need, as far as they are installed."""
+    lines = [line.partition("#")[0] for line in requirements.read_text(encoding="utf-8").splitlines()]
+    found: set[str] = set()
+    wanted = [re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines if line.strip()]
+    while wanted:
+        name = wanted.pop()
+        try:
+            needs = distribution(name).requires or []
+        except PackageNotFoundError:  # another name of the same library, or of another platform
+            needs = []
+            wanted += [f"{name}-gpu"] if name == "onnxruntime" else []
+        needed = {re.match(r"[\w.-]+", need)[0].lower().replace("_", "-") for need in needs if "extra ==" not in need}
+        found.add(name)
+        wanted += sorted(needed - found)
+    return found
+
+
+_RUNTIME_COMMANDS = """
+from maskrcnn.cli import app
+for command in {commands!r}:
+    app(command, standalone_mode=False)
+from maskrcnn import Detector
+from maskrcnn.data.images import read_image
+(found,) = Detector.load({model!r}).detect([read_image({photo!r})])
+print(len(found), "detections")
+"""
+
+
+def test_the_runtime_needs_only_its_requirements(onnx_file, shapes, tmp_path):
+    """With every other installed library blocked."""
+    root = Path(__file__).resolve().parents[2]
+    allowed = {*installed_by(root / "requirements-runtime.txt"), "maskrcnn"}
+    assert not allowed & {"torch", "openvino", "matplotlib"}
+    blocked = tuple(
+        name
+        for name, owners in packages_distributions().items()
+        if not (name.startswith("_") or allowed & {owner.lower().replace("_", "-") for owner in owners})
+    )
+    assert {"torch", "matplotlib", "safetensors"} <= set(blocked)
+    Image.fromarray(np.full((70, 90, 3), 90, np.uint8)).save(tmp_path / "photo.png")
+    model, photo = str(onnx_file), str(tmp_path / "photo.png")
+    commands = [
+        ["predict", photo, "--model", model, "--output", str(tmp_path / "out")],
+        ["evaluate", model, "--data", str(shapes)],
+        ["verify", model, model],
+        ["inspect", model],
+    ]
+    done = run_blocked(_RUNTIME_COMMANDS.format(commands=commands, model=model, photo=photo), blocked, limit_s=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "cost of one image: not counted, which needs `pip install onnxscript`" in done.stdout
+    assert "AP50" in done.stdout and done.stdout.rstrip().endswith("detections")
+    assert (tmp_path / "out" / "photo.png").exists()
+
+
+def test_a_command_without_its_library_names_what_to_install():
+    program = "import sys; sys.argv = ['maskrcnn', 'train']; from maskrcnn.cli import main; main()"
+    done = run_blocked(program, ("torch", "torchvision"))
+    assert done.returncode == 1
+    assert "no Python package torch" in done.stderr and "`pip install torch torchvision`" in done.stderr

@@ -1,6 +1,7 @@
 """What is installed is what lies in the folders, under the package's own name and nowhere else."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+
+import maskrcnn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,7 +21,7 @@ else:
 
 # What a wheel must carry besides Python: the sources that are compiled where the package is used.
 COMPILED_LATER = {".cu", ".cuh", ".cpp", ".cc", ".c", ".h", ".hpp", ".inl", ".cmake"}
-NOT_AT_THE_TOP = ("export", "plugins", "runtime", "tests", "benchmarks", "docs")
+NOT_AT_THE_TOP = ("export", "plugins", "runtime", "tests", "benchmarks", "configs", "docs")
 
 
 def settings(root: Path) -> dict:
@@ -40,7 +44,9 @@ def files_wanted(root: Path, package_dir: dict[str, str]) -> set[str]:
         (Path(package.replace(".", "/")) / path.relative_to(root / folder)).as_posix()
         for package, folder in package_dir.items()
         for path in (root / folder).rglob("*")
-        if path.suffix in {".py", *COMPILED_LATER} or path.name in ("CMakeLists.txt", "README.md")
+        if path.suffix in {".py", ".js", ".html", *COMPILED_LATER}
+        or path.name in ("CMakeLists.txt", "README.md")
+        or (path.suffix == ".yaml" and package == "maskrcnn.configs")
     }
 
 
@@ -70,31 +76,45 @@ def has_setuptools() -> bool:
 
 
 @pytest.fixture(scope="module")
-def wheel(root, tmp_path_factory) -> list[str]:
-    """The names in a wheel built from a copy of the repository."""
+def distributions(root, tmp_path_factory) -> list[Path]:
+    """The source archive built from a copy of the repository, and the wheel built from that archive."""
     folders = list(settings(root)["package-dir"].values())
     source = copy_of_sources(root, tmp_path_factory.mktemp("source"), folders)
     (source / "tests").mkdir()  # bait: what setuptools would find by itself must not be installed
     (source / "tests" / "__init__.py").touch()
-    out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(out),
-        str(source),
-    ]
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(out), str(source)]
     if has_setuptools():
-        command.append("--no-build-isolation")
+        command.append("--no-isolation")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
+    return sorted(out.iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions) -> list[str]:
+    """The names in the wheel."""
+    (path,) = (each for each in distributions if each.suffix == ".whl")
     assert path.name.endswith("-py3-none-any.whl")
     return zipfile.ZipFile(path).namelist()
+
+
+def test_the_distributions_pass_the_check_of_the_package_index(distributions):
+    assert len(distributions) == 2
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, distributions)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_version_is_stated(root):
+    stated = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    newest = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert stated == maskrcnn.__version__ == newest[1]
+
+
+def test_the_wheel_holds_recipes_benchmarks_and_licence(wheel):
+    assert {"maskrcnn/configs/finetune.yaml", "maskrcnn/benchmarks/run.py"} <= set(wheel)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
 
 
 def test_the_packages_are_the_folders(root):

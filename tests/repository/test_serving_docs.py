@@ -1,26 +1,18 @@
-"""docs/serving.md: its YAML is consistent, and its clients work."""
+"""docs/serving.md: its YAML is consistent. Its clients run in tests/runtime/test_triton_real.py."""
 
 import base64
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from triton_server import Server
 
 from maskrcnn.data.shapes import shapes_image
-from maskrcnn.runtime import Detector
-from maskrcnn.runtime.serving.models import ServingOptions, served_model
-from maskrcnn.runtime.serving.triton import default_name, write_repository
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -72,9 +64,9 @@ def test_the_pod_is_whole(objects):
     (container,) = spec["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-    probes = [container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
-    assert all(probe["port"] in ports for probe in probes)
-    assert [probe["path"] for probe in probes] == ["/v2/health/ready", "/v2/health/ready", "/v2/health/live"]
+    probes = [container[name]["httpGet"] for name in ("startupProbe", "readinessProbe")]
+    assert all(probe == {"path": "/v2/health/ready", "port": "http"} for probe in probes)
+    assert "localhost:8000" in container["livenessProbe"]["exec"]["command"][-1]  # run in test_triton_real.py
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in spec["volumes"]}
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"/models", "/dev/shm"} and "--model-repository=/models" in container["args"]
@@ -96,78 +88,7 @@ def test_one_version_of_triton_is_named():
     assert len(set(re.findall(r"\b(?:tritonserver|triton):(\d\d\.\d\d)", TEXT))) == 1
 
 
-# Clients
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, onnx_file):
-    root = tmp_path_factory.mktemp("repository")
-    name = default_name(Path("model.onnx"))
-    assert name in block("python", "tritonclient") and f"/{name}/" in block("bash", "curl")
-    write_repository(root, [(name, served_model(onnx_file))], ServingOptions())
-    return Server(root)
-
-
-class Client:
-    """The part of tritonclient.http that the page uses, with the simulated server."""
-
-    server: Server
-
-    class InferInput:
-        def __init__(self, name, shape, datatype):
-            self.name, self.shape, self.datatype = name, tuple(shape), datatype
-
-        def set_data_from_numpy(self, data):
-            assert self.datatype == "BYTES" and data.dtype == object and data.shape == self.shape
-            self.data = data
-
-    class InferenceServerClient:
-        def __init__(self, url):
-            assert ":" in url
-
-        def infer(self, model, inputs):
-            answer = Client.server.infer(model, {tensor.name: tensor.data for tensor in inputs})
-            return types.SimpleNamespace(as_numpy=answer.__getitem__)
-
-
-def test_the_client_in_python(server, photo, onnx_file, monkeypatch, capsys):
-    module = types.ModuleType("tritonclient.http")
-    module.InferInput, module.InferenceServerClient = Client.InferInput, Client.InferenceServerClient
-    package = types.ModuleType("tritonclient")
-    package.http = module
-    Client.server = server
-    monkeypatch.setitem(sys.modules, "tritonclient", package)
-    monkeypatch.setitem(sys.modules, "tritonclient.http", module)
-    monkeypatch.setattr(sys, "argv", ["client", str(photo)])
-    exec(compile(block("python", "tritonclient"), "client", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    detector = Detector.load(onnx_file)
-    (found,) = detector.detect([np.array(Image.open(photo))])
-    names = [detector.metadata.class_names[label - 1] for label in found.labels]
-    assert [line.split()[0] for line in lines] == names and len(names) > 0
-    areas = [mask.sum() for mask in found.full_masks()]
-    assert [int(line.split()[-1]) for line in lines] == areas
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_request_of_curl(photo, tmp_path):
-    """The request of curl follows Triton's protocol (extension_binary_data.md)."""
-    curl = tmp_path / "curl"
-    save_words = f'for word in "$@"; do echo "$word"; done > "{tmp_path}/words"'
-    curl.write_text(f'#!/bin/sh\ncat > "{tmp_path}/body"\n{save_words}\n')
-    curl.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", block("bash", "curl"), "client", str(photo)], env=environment, capture_output=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    body, words = (tmp_path / "body").read_bytes(), (tmp_path / "words").read_text()
-    length = int(re.search(r"Inference-Header-Content-Length: (\d+)", words)[1])
-    (given,) = json.loads(body[:length])["inputs"]
-    data = photo.read_bytes()
-    assert body[length:] == len(data).to_bytes(4, "little") + data
-    assert given["parameters"]["binary_data_size"] == len(data) + 4
-    assert (given["name"], given["shape"], given["datatype"]) == ("image", [1, 1], "BYTES")
+# Measuring
 
 
 def test_the_inputs_for_perf_analyzer(photo, tmp_path, monkeypatch):

@@ -1,10 +1,8 @@
 """Configurations as text, and faults that the checks of tests/support/triton_rules.py find in configurations."""
 
-import copy
-
 import pytest
 from google.protobuf.text_format import ParseError
-from triton_rules import check_ensemble, check_model, parse
+from triton_rules import check_model, parse
 
 from maskrcnn.runtime.serving.config import to_pbtxt
 
@@ -88,31 +86,3 @@ def test_models_that_triton_does_not_load(model, wrong):
     config, folder = model
     with pytest.raises(AssertionError):
         check_model(config | wrong, folder)
-
-
-def test_ensembles_that_do_not_fit_their_steps(model):
-    config, _ = model
-    step = {"model_name": "m", "input_map": {"x": "a"}, "output_map": {"y": "b"}}
-    ensemble = {
-        "name": "e",
-        "platform": "ensemble",
-        "max_batch_size": 4,
-        "input": [{**config["input"][0], "name": "a"}],
-        "output": [{**config["output"][0], "name": "b"}],
-        "ensemble_scheduling": {"step": [step]},
-    }
-    check_ensemble(ensemble, {"m": config})
-
-    def refused(change):
-        wrong = copy.deepcopy(ensemble)
-        change(wrong)
-        with pytest.raises(AssertionError):
-            check_ensemble(wrong, {"m": config})
-
-    refused(lambda e: e.update(max_batch_size=8))
-    refused(lambda e: e["input"][0].update(data_type="TYPE_INT64"))
-    refused(lambda e: e["output"][0].update(dims=[2, 2]))
-    refused(lambda e: e["ensemble_scheduling"]["step"][0].update(input_map={"x": "nothing"}))
-    refused(lambda e: e["ensemble_scheduling"]["step"][0].update(input_map={}))
-    refused(lambda e: e["ensemble_scheduling"]["step"][0].update(output_map={"z": "b"}))
-    refused(lambda e: e["output"].append({**config["output"][0], "name": "c"}))

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import onnx
+import onnxruntime
 import pytest
 from engine_files import PROFILE, write_engine
 from triton_rules import read_repository
@@ -11,10 +12,11 @@ from triton_rules import read_repository
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build
+from maskrcnn.runtime.backends.openvino import openvino_core
 from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.build.profiles import Profile, Span
-from maskrcnn.runtime.engine_files import read_model
+from maskrcnn.runtime.engine_files import read_metadata, read_model
 from maskrcnn.runtime.serving.models import ServingOptions, batch_limit, largest_batch, served_model, size_ranges
 from maskrcnn.runtime.serving.triton import default_name, write_repository
 
@@ -36,9 +38,9 @@ def other_file(tmp_path_factory, onnx_file):
     return path
 
 
-def write(out, path, name="det", **options):
+def write(out, path, name="det", network="native", **options):
     settings = {key: options.pop(key) for key in ("raw", "keep_config") if key in options}
-    return write_repository(out, [(name, served_model(path))], ServingOptions(**options), **settings)
+    return write_repository(out, [(name, served_model(path, network=network))], ServingOptions(**options), **settings)
 
 
 def contents(folder):
@@ -105,6 +107,53 @@ def test_no_path_of_this_machine_is_written(tmp_path, onnx_file):
     assert not [
         path for path in texts if str(tmp_path) in path.read_text() or str(onnx_file.parent) in path.read_text()
     ]
+
+
+def test_the_outputs_of_a_model_file_are_those_of_its_configuration(tmp_path, onnx_file, openvino_engine):
+    """Triton's backends compare names and shapes, variable lengths included (CompareDimsSupported)."""
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    compiled = openvino_core().read_model(openvino_engine)
+    shapes = {
+        onnx_file: {node.name: node.shape for node in session.get_outputs()},
+        openvino_engine: {
+            output.get_any_name(): [None if d.is_dynamic else d.get_length() for d in output.get_partial_shape()]
+            for output in compiled.outputs
+        },
+    }
+    for path, found in shapes.items():
+        write(tmp_path, path, name=path.suffix[1:])
+        config = read_repository(tmp_path)[f"{path.suffix[1:]}_network"]
+        for tensor in config["output"]:
+            dims = tensor["reshape"].get("shape", []) if "reshape" in tensor else tensor["dims"]
+            wanted = ([-1] if config["max_batch_size"] > 0 else []) + dims
+            assert [n if isinstance(n, int) else -1 for n in found[tensor["name"]]] == wanted, tensor
+
+
+def test_the_network_in_the_python_backend(tmp_path, onnx_file, openvino_engine, engine):
+    packages = {onnx_file: "onnxruntime", openvino_engine: "openvino", engine: "tensorrt, cuda-python"}
+    for path in packages:
+        out = tmp_path / path.suffix[1:]
+        write(out, path, network="python", instances=2, threads=3, cuda_graphs=False)
+        configs = read_repository(out)
+        network, native = configs["det_network"], ServingOptions()
+        assert network["backend"] == "python" and network["max_batch_size"] == configs["det"]["max_batch_size"] == 8
+        assert "dynamic_batching" in network and "optimization" not in network
+        assert packages[path] in served_model(path, network="python").needs[-1]
+        assert batch_limit(served_model(path, network="python"), native) == batch_limit(served_model(path), native)
+        folder = out / "det_network/1"
+        name = network["parameters"]["file"]["string_value"]
+        assert (folder / name).read_bytes() == path.read_bytes()
+        assert read_metadata(folder / name) == read_metadata(path)
+    assert network["parameters"]["graphs"] == {"string_value": "no"} and "profile" not in network["instance_group"][0]
+    assert network["instance_group"][0]["kind"] == "KIND_GPU"
+    # The step finds the sources by whose hash an engine is checked, and none of the packages that need PyTorch.
+    sources = [path for path in (folder / "maskrcnn/plugins/csrc").rglob("*") if path.is_file()]
+    assert len(sources) > 10 and not (folder / "maskrcnn/model").exists()
+    library = write_engine(tmp_path / "l.engine", onnx_file, plugins="library")
+    with pytest.raises(UserError, match=r"calls the plugin library(.|\n)*without --plugin-library"):
+        served_model(library, network="python")
+    with pytest.raises(UserError, match="--network tpu"):
+        served_model(onnx_file, network="tpu")
 
 
 # Engines
@@ -248,8 +297,9 @@ def test_an_openvino_engine(tmp_path, openvino_engine):
 
 def test_an_openvino_engine_in_single_precision_is_rejected(tmp_path, onnx_file):
     build_openvino_engine(onnx_file, tmp_path / "m.xml", half=False)
-    with pytest.raises(UserError, match=r"would run in bfloat16(.|\n)*serve the ONNX file"):
+    with pytest.raises(UserError, match=r"would run in bfloat16(.|\n)*--network python"):
         served_model(tmp_path / "m.xml")
+    assert served_model(tmp_path / "m.xml", network="python").backend == "python"
 
 
 # Files that cannot be served
@@ -316,6 +366,17 @@ def test_another_configuration_is_not_overwritten(tmp_path, onnx_file, other_fil
     assert contents(tmp_path) == before
     (written,) = write(tmp_path, other_file, keep_config=True)
     assert written.version == 2 and before.items() <= contents(tmp_path).items()
+
+
+def test_a_repository_of_another_contract_is_not_continued(tmp_path, onnx_file, other_file):
+    write(tmp_path, onnx_file)
+    metadata = tmp_path / "det_network/1/metadata.json"
+    metadata.write_text(metadata.read_text().replace('"contract": 1', '"contract": 7'))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"det_network/1/metadata\.json: contract version 7"):
+        write(tmp_path, other_file, keep_config=True)
+    assert contents(tmp_path) == before
+    assert write(tmp_path, other_file, name="another")[0].is_new
 
 
 def test_other_models_stay(tmp_path, onnx_file, boxes_onnx_file):

@@ -1,7 +1,7 @@
 """Configurations of a Triton repository, parsed by Triton's protobuf classes and checked by the rules of its core.
 
-Sources of the rules: model_config_utils.cc and ensemble_utils.cc of triton-inference-server/core, and the checks of the
-backends.
+Sources of the rules: model_config_utils.cc of triton-inference-server/core, and the checks of the backends. The server
+itself checks ensembles, in test_triton_real.py.
 """
 
 from __future__ import annotations
@@ -57,9 +57,6 @@ def read_repository(root: Path) -> dict[str, Message]:
         assert config["name"] == folder.name
         check_model(config, folder)
         configs[folder.name] = config
-    for config in configs.values():
-        if "ensemble_scheduling" in config:
-            check_ensemble(config, configs)
     return configs
 
 
@@ -121,39 +118,3 @@ def _check_warmup(sample: Message, config: Message, folder: Path) -> None:
 def compatible(dims: list[int], others: list[int]) -> bool:
     """Whether two shapes can be of one tensor; -1 is any length."""
     return len(dims) == len(others) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, others, strict=True))
-
-
-def full_dims(tensor: Message, limit: int) -> list[int]:
-    """The shape of a tensor with the dimension that Triton adds."""
-    return ([-1] if limit > 0 else []) + tensor["dims"]
-
-
-def check_ensemble(config: Message, configs: dict[str, Message]) -> None:
-    """Checks an ensemble against its steps: tensors of one name have one type and shape."""
-    seen: dict[str, tuple[str, list[int], list[int]]] = {}
-
-    def meet(name: str, tensor: Message, limit: int) -> None:
-        own = tensor["data_type"], tensor["dims"], full_dims(tensor, limit)
-        there = seen.setdefault(name, own)
-        assert there[0] == own[0], f"{name} is {there[0]} and {own[0]}"
-        assert compatible(there[1], own[1]) or compatible(there[2], own[2]), f"{name} is {there} and {own}"
-
-    for tensor in [*config["input"], *config["output"]]:
-        meet(tensor["name"], tensor, config["max_batch_size"])
-    known = {tensor["name"] for tensor in config["input"]}
-    for step in config["ensemble_scheduling"]["step"]:
-        model = configs[step["model_name"]]
-        limit = model["max_batch_size"]
-        assert limit == 0 or limit >= config["max_batch_size"]
-        inputs = {tensor["name"]: tensor for tensor in model["input"]}
-        outputs = {tensor["name"]: tensor for tensor in model["output"]}
-        assert set(step["input_map"]) == set(inputs), f"inputs of {model['name']}"
-        assert set(step["output_map"]) <= set(outputs), f"outputs of {model['name']}"
-        for name, tensor in step["input_map"].items():
-            assert tensor in known, f"{tensor} comes from no step"
-            meet(tensor, inputs[name], limit)
-        for name, tensor in step["output_map"].items():
-            assert tensor not in known, f"{tensor} comes from two steps"
-            known.add(tensor)
-            meet(tensor, outputs[name], limit)
-    assert {tensor["name"] for tensor in config["output"]} <= known

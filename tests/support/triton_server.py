@@ -1,148 +1,162 @@
-"""A simulation of a Triton server for the repositories of the tests: ensembles of Python steps and a network.
-
-Tensors between steps are checked against both configurations, with Triton's rules for batches and reshapes.
+"""NVIDIA's Triton server with its Python backend, from the wheel of nvidia-pytriton that `make .venv` puts into the
+virtual environment's folder `triton`, with a NumPy that this server's Python accepts beside it.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import ctypes
+import io
+import os
+import signal
+import socket
 import subprocess
 import sys
-import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from triton_rules import Message, compatible, full_dims, read_repository
+import psutil
+from PIL import Image
 
-_STUB = Path(__file__).with_name("triton_stub.py")
-_DTYPES = {"TYPE_UINT8": "uint8", "TYPE_INT32": "int32", "TYPE_INT64": "int64", "TYPE_FP32": "float32"}
+_WHEEL = Path(sys.prefix) / "triton"
+_TRITON = _WHEEL / "pytriton" / "tritonserver"
+_VERSION = "{}.{}".format(*sys.version_info)
+_STUB = _TRITON / "python_backend_stubs" / _VERSION / "triton_python_backend_stub"
+# All that the steps find beside Python's standard library: the server isolates its Python from this environment.
+_STEP_PACKAGES = ("PIL", "pillow.libs", "onnxruntime", "openvino")
 
-Tensors = dict[str, np.ndarray]
 
-
-class Refused(Exception):
-    """An error response."""
+def obstacle() -> str | None:
+    """Why there is no server, or None."""
+    if not (_TRITON / "bin" / "tritonserver").is_file() or not _STUB.is_file():
+        return f"no Triton server for Python {_VERSION} in {_WHEEL}, see the Makefile"
+    try:
+        ctypes.CDLL(f"libpython{_VERSION}.so.1.0")
+        import tritonclient.http  # noqa: F401
+    except (OSError, RuntimeError, ImportError) as error:
+        return str(error)
+    return None
 
 
 class Server:
-    """The newest version of each model of a repository."""
+    """A running server on free ports of the loopback interface.
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.configs = root, read_repository(root)
-        self.imported_from: set[Path] = set()  # files of `import maskrcnn` in Python models
+    Args:
+        repository: the model repository.
+        folder: for its files.
+        flags: further arguments of tritonserver.
 
-    def infer(self, name: str, inputs: Tensors) -> Tensors:
-        """Returns the response to a request.
+    Raises:
+        RuntimeError: with the end of its log, if it is not ready within two minutes.
+    """
 
-        Raises:
-            Refused: with the text of the error.
-        """
-        config = self.configs[name]
-        self._check(inputs, config["input"], config)
-        outputs = self._ensemble(config, inputs) if "ensemble_scheduling" in config else self._run(config, inputs)
-        self._check(outputs, config["output"], config)
-        return outputs
-
-    def warm_up(self, name: str) -> int:
-        """Runs the warm-up requests of a model; returns their number."""
-        config = self.configs[name]
-        samples = config.get("model_warmup", [])
-        for sample in samples:
-            inputs = {}
-            for tensor, given in sample["inputs"].items():
-                dtype, dims = np.dtype(_DTYPES[given["data_type"]]), given["dims"]
-                path = self.root / name / "warmup" / given["input_data_file"]
-                value = np.fromfile(path, dtype, count=int(np.prod(dims))).reshape(dims)
-                is_batched = config["max_batch_size"] > 0
-                inputs[tensor] = np.stack([value] * sample["batch_size"]) if is_batched else value
-            self.infer(name, inputs)
-        return len(samples)
-
-    def _ensemble(self, config: Message, inputs: Tensors) -> Tensors:
-        known = dict(inputs)
-        for step in config["ensemble_scheduling"]["step"]:
-            given = {name: known[tensor] for name, tensor in step["input_map"].items()}
-            made = self.infer(step["model_name"], given)
-            known |= {tensor: made[name] for name, tensor in step["output_map"].items()}
-        return {tensor["name"]: known[tensor["name"]] for tensor in config["output"]}
-
-    def _run(self, config: Message, inputs: Tensors) -> Tensors:
-        version = max(int(path.name) for path in (self.root / config["name"]).iterdir() if path.name.isdigit())
-        folder = self.root / config["name"] / str(version)
-        run = {"python": self._python, "onnxruntime": _onnxruntime, "openvino": _openvino}[config["backend"]]
-        outputs = run(folder, config, inputs)
-        return {tensor["name"]: self._reshaped(outputs[tensor["name"]], tensor, config) for tensor in config["output"]}
-
-    def _python(self, folder: Path, config: Message, inputs: Tensors) -> Tensors:
-        packages = sysconfig.get_paths()["purelib"]
-        command = [sys.executable, "-S", "-I", str(_STUB), str(folder), json.dumps(config), packages]
-        done = subprocess.run(command, input=pickle.dumps([inputs]), stdout=subprocess.PIPE, timeout=120, check=True)
-        (answer,), origin = pickle.loads(done.stdout)
-        self.imported_from.add(Path(origin))
-        if isinstance(answer, str):
-            raise Refused(answer)
-        return answer
-
-    @staticmethod
-    def _reshaped(value: np.ndarray, tensor: Message, config: Message) -> np.ndarray:
-        """An output in the shape that clients receive (InferenceResponse::Output::Reshape)."""
-        if "reshape" not in tensor:
-            return value
-        leading = list(value.shape[:1]) if config["max_batch_size"] > 0 else []
-        variable = [
-            n for n, d in zip(value.shape[len(leading) :], tensor["reshape"].get("shape", []), strict=True) if d == -1
+    def __init__(self, repository: Path, folder: Path, *flags: str) -> None:
+        self.http, self.grpc, metrics = (f"127.0.0.1:{port}" for port in _free_ports(3))
+        self.log = folder / "server.log"
+        command = [
+            str(_TRITON / "bin" / "tritonserver"),
+            f"--model-repository={repository}",
+            f"--backend-directory={_backends(folder / 'backends')}",
+            *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={self.http.partition(':')[2]}",
+            f"--grpc-port={self.grpc.partition(':')[2]}",
+            f"--metrics-port={metrics.partition(':')[2]}",
+            *flags,
         ]
-        return value.reshape([*leading, *(variable.pop(0) if d == -1 else d for d in tensor["dims"])])
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(_WHEEL / "nvidia_pytriton.libs")}
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            self._wait()
+        except BaseException:
+            self.kill()
+            raise
 
-    @staticmethod
-    def _check(values: Tensors, tensors: list[Message], config: Message) -> None:
-        limit = config["max_batch_size"]
-        assert set(values) == {tensor["name"] for tensor in tensors}, config["name"]
-        assert len({len(value) for value in values.values()}) == 1 or limit == 0
-        for tensor in tensors:
-            value = values[tensor["name"]]
-            if limit and len(value) > limit:
-                raise Refused(f"inference request batch-size must be <= {limit} for '{config['name']}'")
-            wanted = "object" if tensor["data_type"] == "TYPE_STRING" else _DTYPES[tensor["data_type"]]
-            assert value.dtype == wanted, f"{config['name']} {tensor['name']} {value.dtype}"
-            assert compatible(list(value.shape), full_dims(tensor, limit)), f"{tensor} {value.shape}"
+    def _wait(self) -> None:
+        import tritonclient.grpc
+
+        client = tritonclient.grpc.InferenceServerClient(self.grpc)
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                break
+            try:
+                if client.is_server_ready():
+                    return
+            except tritonclient.grpc.InferenceServerException:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"tritonserver is not ready:\n{self.log.read_text()[-4000:]}")
+
+    def steps(self, model: str) -> list[psutil.Process]:
+        """The running processes of a Python model."""
+        children = psutil.Process(self.process.pid).children()
+        children = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if any(f"/{model}/" in word for word in child.cmdline())]
+
+    def stop(self) -> int:
+        """Asks it to stop, as `docker stop` does, and returns its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        """Ends it and its steps, if it still runs."""
+        if self.process.poll() is None:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            self.process.wait()
+            for child in children:
+                if child.is_running():
+                    child.kill()
 
 
-def _onnxruntime(folder: Path, config: Message, inputs: Tensors) -> Tensors:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    _check_exact(config, {node.name: node.shape for node in session.get_outputs()})
-    names = [node.name for node in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
-
-
-def _openvino(folder: Path, config: Message, inputs: Tensors) -> Tensors:
-    from maskrcnn.runtime.backends.openvino import openvino_core
-
-    core = openvino_core()
-    model = core.read_model(folder / "model.xml")
-    assert all(output.get_names() for output in model.outputs), "Triton wants names for all outputs"
-    parameters = {key: entry["string_value"] for key, entry in config["parameters"].items()}
-    options = {name: parameters[name] for name in ("PERFORMANCE_HINT", "NUM_STREAMS")}
-    if parameters.get("HINT_BF16") == "YES":
-        options["INFERENCE_PRECISION_HINT"] = "bf16"
-    shapes = {output.get_any_name(): [_length(d) for d in output.get_partial_shape()] for output in model.outputs}
-    _check_exact(config, shapes)
-    request = core.compile_model(model, "CPU", options).create_infer_request()
-    request.infer(inputs)
-    return {tensor["name"]: request.get_tensor(tensor["name"]).data.copy() for tensor in config["output"]}
+def infer(kind: ModuleType, client: Any, model: str, files: Sequence[bytes]) -> dict[str, np.ndarray]:
+    """Sends one request with image files, through `tritonclient.http` or `tritonclient.grpc`; returns the outputs."""
+    data = np.array([[file] for file in files], object)
+    image = kind.InferInput("image", data.shape, "BYTES")
+    image.set_data_from_numpy(data)
+    answer = client.infer(model, [image])
+    response = answer.get_response()
+    outputs = response["outputs"] if isinstance(response, dict) else response.outputs
+    names = [output["name"] if isinstance(output, dict) else output.name for output in outputs]
+    return {name: answer.as_numpy(name) for name in names}
 
 
-def _length(dimension) -> int | None:
-    return None if dimension.is_dynamic else dimension.get_length()
+def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
+    """The content of an image file, or of an .npy file."""
+    file = io.BytesIO()
+    np.save(file, image) if kind == "NPY" else Image.fromarray(image).save(file, kind)
+    return file.getvalue()
 
 
-def _check_exact(config: Message, shapes: dict[str, list]) -> None:
-    """Output shapes of model and configuration must be equal, variable lengths included (CompareDimsSupported)."""
-    for tensor in config["output"]:
-        dims = tensor["reshape"].get("shape", []) if "reshape" in tensor else tensor["dims"]
-        wanted = ([-1] if config["max_batch_size"] > 0 else []) + dims
-        found = [length if isinstance(length, int) else -1 for length in shapes[tensor["name"]]]
-        assert found == wanted, f"{tensor['name']}: {found} in the model, {wanted} in the configuration"
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _backends(folder: Path) -> Path:
+    """A folder with the Python backend, whose Python looks for packages there."""
+    python = folder / "python"
+    python.mkdir(parents=True)
+    installed = Path(np.__file__).parents[1]
+    files = [*(_TRITON / "backends" / "python").iterdir(), _STUB, _WHEEL / "numpy", _WHEEL / "numpy.libs"]
+    for file in [*files, *(installed / package for package in _STEP_PACKAGES)]:
+        if file.exists():  # some wheels have no folder of libraries
+            (python / file.name).symlink_to(file)
+    return folder
+
+
+if __name__ == "__main__":  # python tests/support/triton_server.py REPOSITORY [FLAGS]
+    with tempfile.TemporaryDirectory() as temporary:
+        server = Server(Path(sys.argv[1]), Path(temporary), *sys.argv[2:])
+        print(f"http {server.http}, grpc {server.grpc}, pid {server.process.pid}", flush=True)
+        try:
+            server.process.wait()
+        finally:
+            server.kill()

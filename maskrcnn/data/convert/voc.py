@@ -52,28 +52,18 @@ def open_voc(root: Path, options: Options, faults: Faults) -> Source:
     Difficult objects become crowd regions by default, which training leaves out and evaluation ignores, as VOC's own
     evaluation does. Truncated and occluded ones are ordinary objects. The flags are kept as fields.
 
+    A folder with several years (VOCdevkit with VOC2007 and VOC2012) becomes one dataset: lists of one name are joined,
+    and a list may be missing in some years, as VOC2012's test.
+
     Raises:
         UserError: for a folder in another layout, a missing list, or an image in two lists.
     """
     if options.difficult not in _DIFFICULT:
         raise UserError(f"--difficult {options.difficult}", f"one of {', '.join(_DIFFICULT)}", "correct the option")
-    if not (root / "Annotations").is_dir() and (years := sorted(path.name for path in root.glob("VOC2*"))):
-        raise UserError(f"{root}, which holds {', '.join(years)}", "one of them", f"convert {root / years[0]}")
-    xml_folder = require_folder(root / "Annotations", _LAYOUT)
-    files = sorted(require_folder(root / "JPEGImages", _LAYOUT).iterdir())
-    images = {path.stem: path.name for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-    splits: dict[str, str | None]
-    if (root / "ImageSets").is_dir():
-        splits = _read_splits(root, options)
-    elif options.with_masks:
-        raise UserError(f"no folder {root / 'ImageSets'}", "lists of the images with masks", "convert without masks")
-    else:
-        splits = dict.fromkeys(path.stem for path in xml_folder.glob("*.xml"))
-    entries = []
-    for stem, split in sorted(splits.items()):
-        name = images.get(stem, f"{stem}.jpg")
-        image = root / "JPEGImages" / name
-        entries.append(Entry(name=name, path=xml_folder / f"{stem}.xml", split=split, data=image))
+    years = sorted(path for path in root.glob("VOC2*") if path.is_dir())
+    folders = [root] if (root / "Annotations").is_dir() or not years else years
+    sets = _sets(folders, options)
+    entries = [entry for folder in folders for entry in _entries(folder, sets, options)]
     require_entries(entries, root, _LAYOUT)
     vocabulary = _vocabulary(entries, options, faults)
     read = _read_masks if options.with_masks else _read_boxes
@@ -85,12 +75,46 @@ def open_voc(root: Path, options: Options, faults: Faults) -> Source:
     )
 
 
-def _read_splits(root: Path, options: Options) -> dict[str, str | None]:
+def _lists(folder: Path, options: Options) -> Path:
+    """The folder of a year's lists."""
+    return folder / "ImageSets" / ("Segmentation" if options.with_masks else "Main")
+
+
+def _sets(folders: list[Path], options: Options) -> list[str]:
+    """The lists to read: those requested, else of `_SETS`; each is in some of the folders."""
+    present = {path.stem for folder in folders for path in _lists(folder, options).glob("*.txt")}
+    if missing := [name for name in options.sets if name not in present]:
+        places = ", ".join(str(_lists(folder, options)) for folder in folders)
+        raise UserError(
+            f"no list {', '.join(missing)} (.txt) in {places}",
+            f"lists such as {', '.join(sorted(present)[:9])}" if present else "lists of images",
+            "correct --sets",
+        )
+    return list(options.sets) or [name for name in _SETS if name in present]
+
+
+def _entries(folder: Path, sets: list[str], options: Options) -> Iterator[Entry]:
+    """The images of one year, by name."""
+    xml_folder = require_folder(folder / "Annotations", _LAYOUT)
+    files = sorted(require_folder(folder / "JPEGImages", _LAYOUT).iterdir())
+    images = {path.stem: path.name for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    splits: dict[str, str | None]
+    if (folder / "ImageSets").is_dir():
+        splits = _read_splits(require_folder(_lists(folder, options), _LAYOUT), sets)
+    elif options.with_masks:
+        raise UserError(f"no folder {folder / 'ImageSets'}", "lists of the images with masks", "convert without masks")
+    else:
+        splits = dict.fromkeys(path.stem for path in xml_folder.glob("*.xml"))
+    for stem, split in sorted(splits.items()):
+        name = images.get(stem, f"{stem}.jpg")
+        yield Entry(name=name, path=xml_folder / f"{stem}.xml", split=split, data=folder / "JPEGImages" / name)
+
+
+def _read_splits(lists: Path, sets: list[str]) -> dict[str, str | None]:
     """Image stem -> name of the list that has it."""
-    lists = require_folder(root / "ImageSets" / ("Segmentation" if options.with_masks else "Main"), _LAYOUT)
-    names = options.sets or [name for name in _SETS if (lists / f"{name}.txt").is_file()]
+    names = [name for name in sets if (lists / f"{name}.txt").is_file()]
     if not names:
-        raise UserError(f"no list in {lists}", f"{', '.join(_SETS)} (.txt)", "name lists with --sets")
+        raise UserError(f"no list in {lists}", f"{', '.join(sets or _SETS)} (.txt)", "name lists with --sets")
     splits: dict[str, str | None] = {}
     for name in names:
         for number, line in read_lines(lists / f"{name}.txt"):

@@ -1,0 +1,1 @@
+"""Recipes: YAML files of settings, which `maskrcnn train --config NAME` takes by name."""

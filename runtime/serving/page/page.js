@@ -1,0 +1,228 @@
+// The page of `maskrcnn web`: a photo or the camera in, detections drawn on it out. Nothing leaves the browser.
+
+import * as ort from "./ort.wasm.min.mjs";
+import { UserError, checkModel, checkSize, cocoResults, networkInputs, unpack } from "./detect.js";
+
+const POINT_SCORE = 2; // lowest score of a keypoint that is drawn, as imaging/draw.py
+const OPACITY = 0.45; // of masks
+const element = (id) => document.getElementById(id);
+const canvas = element("canvas");
+const context = canvas.getContext("2d", { willReadFrequently: true });
+
+let model, session, stream;
+let photo = null; // of the last detections: name, pixels, detections
+let busy = false;
+
+function show(state, text = "") {
+  document.body.dataset.state = state; // loading, ready, running, done or error
+  element("status").textContent = text;
+}
+
+function fail(error) {
+  const parts = error instanceof UserError ? error : new UserError(String(error), "", "reload the page");
+  show("error");
+  element("error").hidden = false;
+  element("error").textContent =
+    `Error: ${parts.found}` + (parts.expected && `\n  expected: ${parts.expected}`) + `\n  fix:      ${parts.fix}`;
+}
+
+async function load() {
+  show("loading", "loading the model …");
+  const answer = await fetch("model.json");
+  model = await answer.json();
+  checkModel(model);
+  document.title = element("title").textContent = model.model;
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
+  session = await ort.InferenceSession.create("model.onnx", { executionProviders: ["wasm"] });
+  model.class_names.forEach((name, k) => {
+    const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true, value: k + 1 });
+    box.addEventListener("change", draw);
+    const label = document.createElement("label");
+    label.append(box, ` ${name}`);
+    element("classes").append(label);
+  });
+  show("ready", `ready: ${ort.env.wasm.numThreads} thread(s)`);
+  for (const id of ["file", "camera"]) element(id).disabled = false;
+}
+
+/** Runs the model on the pixels of an image or a video frame. */
+async function detect(source, width, height, name) {
+  const times = [["decoded", performance.now()]];
+  const mark = (stage) => times.push([stage, performance.now()]);
+  [canvas.width, canvas.height] = [width, height];
+  context.drawImage(source, 0, 0);
+  const pixels = context.getImageData(0, 0, width, height);
+  const { images, shape, size } = networkInputs(pixels.data, height, width, model.preprocessing);
+  mark("resize");
+  const results = await session.run({
+    images: new ort.Tensor("float32", images, shape),
+    image_sizes: new ort.Tensor("int64", BigInt64Array.from(size, BigInt), [1, 2]),
+  });
+  mark("network");
+  const outputs = Object.fromEntries(Object.entries(results).map(([key, tensor]) => [key, tensor.data]));
+  photo = { name, pixels, detections: unpack(outputs, size, height, width, model) };
+  mark("masks");
+  draw();
+  mark("draw");
+  element("timing").textContent = times
+    .slice(1)
+    .map(([stage, time], k) => `${stage} ${(time - times[k][1]).toFixed(0)} ms`)
+    .join(", ");
+}
+
+async function detectFile(file) {
+  if (busy || !file) return;
+  busy = true;
+  stopCamera();
+  element("error").hidden = true;
+  show("running", `detecting on ${file.name} …`);
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
+      throw new UserError(`${file.name} is not an image that this browser reads`, "JPEG, PNG, WebP, BMP or GIF", "choose another file");
+    });
+    checkSize(file.name, bitmap.width, bitmap.height);
+    await detect(bitmap, bitmap.width, bitmap.height, file.name);
+    show("done", `${file.name}, ${bitmap.width} × ${bitmap.height} px`);
+  } catch (error) {
+    fail(error);
+  } finally {
+    bitmap?.close();
+    busy = false;
+  }
+}
+
+async function startCamera() {
+  if (stream) return stopCamera();
+  const video = element("video");
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  } catch (error) {
+    return fail(new UserError(`no camera (${error.message})`, "a camera, allowed for this page", "allow it, over https or localhost"));
+  }
+  element("error").hidden = true;
+  element("camera").textContent = "Stop the camera";
+  video.srcObject = stream;
+  await video.play();
+  try {
+    while (stream) {
+      show("running", "camera");
+      await detect(video, video.videoWidth, video.videoHeight, "camera.jpg");
+      await new Promise(requestAnimationFrame);
+    }
+    show("done", "camera");
+  } catch (error) {
+    stopCamera();
+    fail(error);
+  }
+}
+
+function stopCamera() {
+  stream?.getTracks().forEach((track) => track.stop());
+  stream = null;
+  element("camera").textContent = "Use the camera";
+}
+
+/** The detections that the filters leave. */
+function shown() {
+  const lowest = Number(element("threshold").value);
+  const labels = new Set([...element("classes").querySelectorAll(":checked")].map((box) => Number(box.value)));
+  return photo ? photo.detections.filter((found) => found.score >= lowest && labels.has(found.label)) : [];
+}
+
+function colour(label) {
+  const hue = ((label - 1) * 0.61803398875) % 1;
+  const channel = (n) => {
+    const k = (n + hue * 6) % 6;
+    return Math.round(255 * (1 - 0.75 * Math.max(0, Math.min(k, 4 - k, 1))));
+  };
+  return [channel(5), channel(3), channel(1)];
+}
+
+function draw() {
+  element("lowest").textContent = Number(element("threshold").value).toFixed(2);
+  if (!photo) return;
+  const { width, height } = photo.pixels;
+  const found = shown();
+  const image = new ImageData(new Uint8ClampedArray(photo.pixels.data), width, height);
+  for (const { mask, label } of found.toReversed()) {
+    const rgb = colour(label);
+    for (let k = 0; mask && k < mask.pixels.length; k++) {
+      if (!mask.pixels[k]) continue;
+      const at = 4 * ((mask.y + Math.trunc(k / mask.width)) * width + mask.x + (k % mask.width));
+      for (let c = 0; c < 3; c++) image.data[at + c] += OPACITY * (rgb[c] - image.data[at + c]);
+    }
+  }
+  context.putImageData(image, 0, 0);
+  const line = Math.max(1, Math.round(Math.max(width, height) / 400));
+  context.lineWidth = line;
+  context.font = `${6 * line + 6}px system-ui, sans-serif`;
+  for (const detection of found.toReversed()) drawDetection(detection, line);
+  element("rows").replaceChildren(
+    ...found.map(({ name, score, box }) => {
+      const row = document.createElement("tr");
+      row.append(...[name, score.toFixed(3), box.map((side) => side.toFixed(0)).join(", ")].map((text) => {
+        const cell = document.createElement("td");
+        cell.textContent = text;
+        return cell;
+      }));
+      return row;
+    }),
+  );
+  for (const id of ["png", "coco"]) element(id).disabled = false;
+}
+
+function drawDetection({ box: [x0, y0, x1, y1], label, name, score, keypoints }, line) {
+  context.strokeStyle = context.fillStyle = `rgb(${colour(label)})`;
+  context.strokeRect(x0, y0, x1 - x0, y1 - y0);
+  const text = `${name} ${score.toFixed(2)}`;
+  const size = 6 * line + 6;
+  const top = Math.max(y0 - size - 2, 0);
+  context.fillRect(x0, top, context.measureText(text).width + 4, size + 2);
+  context.fillStyle = "black";
+  context.fillText(text, x0 + 2, top + size - 2);
+  if (!keypoints) return;
+  for (const [a, b] of model.keypoint_skeleton) {
+    const [from, to] = [keypoints[a - 1], keypoints[b - 1]];
+    if (Math.min(from[2], to[2]) < POINT_SCORE) continue;
+    context.beginPath();
+    context.moveTo(from[0], from[1]);
+    context.lineTo(to[0], to[1]);
+    context.stroke();
+  }
+  context.fillStyle = "white";
+  for (const [x, y, strength] of keypoints) {
+    if (strength < POINT_SCORE) continue;
+    context.beginPath();
+    context.arc(x, y, 2 * line, 0, 7);
+    context.fill();
+  }
+}
+
+function save(blob, name) {
+  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+/** COCO results of the detections shown. */
+function results() {
+  return cocoResults(shown(), photo.pixels.height, photo.pixels.width, model);
+}
+globalThis.maskrcnn = { results };
+
+const stem = () => photo.name.replace(/\.[^.]*$/, "");
+element("file").addEventListener("change", ({ target }) => {
+  detectFile(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+});
+element("camera").addEventListener("click", startCamera);
+element("threshold").addEventListener("input", draw);
+element("png").addEventListener("click", () => canvas.toBlob((blob) => save(blob, `${stem()}.png`)));
+element("coco").addEventListener("click", () => save(new Blob([JSON.stringify(results())]), `${stem()}.json`));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (session) detectFile(event.dataTransfer.files[0]);
+});
+load().catch(fail);

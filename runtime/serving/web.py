@@ -1,0 +1,147 @@
+"""A static web page that runs an ONNX file in the browser: the page, the model, and ONNX Runtime compiled to
+WebAssembly (onnxruntime-web).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from maskrcnn.errors import UserError, reason_of
+from maskrcnn.files import atomic_path, make_folder
+from maskrcnn.metadata import ModelMetadata
+from maskrcnn.runtime.engine_files import check_portable, read_model
+
+RUNTIME_VERSION = "1.30.0"  # of onnxruntime-web
+# SHA-256 of the files of that version that the page loads, all in the package's folder dist.
+RUNTIME_FILES = {
+    "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
+    "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
+    "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+}
+_PAGE = Path(__file__).parent / "page"
+_MARK = "model.json"  # by which a page's folder is recognised
+_SOURCE = f"onnxruntime-web {RUNTIME_VERSION} (`npm pack onnxruntime-web@{RUNTIME_VERSION}`)"
+
+
+def write_page(model: Path, out: Path, *, onnxruntime_web: Path | None = None) -> list[Path]:
+    """Writes the page of an ONNX file into a folder; a page that is there is replaced.
+
+    Args:
+        model: file of `maskrcnn export --onnx`.
+        out: the folder: new, empty, or that of an earlier page.
+        onnxruntime_web: the unpacked package or its `.tgz` (default: npm fetches it).
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: before anything is written, for a model that the page cannot run, a folder of other files, and a
+            runtime that is missing or of another version.
+    """
+    metadata = _checked(model)
+    _check_folder(out, model)
+    with tempfile.TemporaryDirectory() as temporary:
+        runtime = _runtime(onnxruntime_web, Path(temporary))
+        files = {path.name: path for path in sorted(_PAGE.iterdir())} | runtime | {"model.onnx": model}
+        make_folder(out)
+        with atomic_path(out / _MARK) as path:
+            path.write_text(replace(metadata, stamp={}).to_json() + "\n", encoding="utf-8")
+        for name, source in files.items():
+            with atomic_path(out / name) as path:
+                shutil.copyfile(source, path)
+    return [out / name for name in (_MARK, *files)]
+
+
+def _checked(model: Path) -> ModelMetadata:
+    if model.suffix != ".onnx":
+        raise UserError(f"{model}: a file of kind {model.suffix!r}", "an ONNX file", "run `maskrcnn export --onnx`")
+    proto, metadata = read_model(model)
+    check_portable(proto, model)
+    preprocessing = metadata.preprocessing
+    if preprocessing.channels != 3 or preprocessing.bands:
+        raise UserError(
+            f"{model}: a model of {preprocessing.channels} channels or chosen bands",
+            "a model of RGB images, which browsers read",
+            "serve it with `maskrcnn triton`",
+        )
+    if preprocessing.resize != "torchvision":
+        raise UserError(
+            f"{model}: a model whose images Pillow resizes (weights of Detectron2 or MMDetection)",
+            "a model with torchvision's resizing, which the page implements",
+            "serve it with `maskrcnn triton`, or fine-tune with --set model.preprocessing.resize=torchvision",
+        )
+    if metadata.precision == "bf16":
+        raise UserError(f"{model}: a file in bfloat16", "fp32, fp16 or int8", "export it with another --precision")
+    return metadata
+
+
+def _check_folder(out: Path, model: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file", "a new folder, or that of an earlier page", "choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in (_MARK, "page.js")):
+        raise UserError(f"{out}: a folder with other files", "a new folder", "choose another folder")
+    if model.resolve().parent == out.resolve():
+        raise UserError(f"{out}: the folder of {model.name}", "another folder", "choose another folder")
+
+
+def _runtime(given: Path | None, temporary: Path) -> dict[str, Path]:
+    """The checked files of onnxruntime-web by name."""
+    package = given or _fetched(temporary)
+    if package.is_file():
+        package = _unpacked(package, temporary)
+    folder = package / "dist" if (package / "dist").is_dir() else package
+    for name, expected in RUNTIME_FILES.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"no {name} in {folder}", _SOURCE, "name its folder or .tgz with --onnxruntime-web")
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise UserError(
+                f"{path}: SHA-256 {found[:12]}…, another version or damaged",
+                f"{expected[:12]}… of {_SOURCE}",
+                "fetch that version, or leave out --onnxruntime-web",
+            )
+    return {name: folder / name for name in RUNTIME_FILES}
+
+
+def _fetched(temporary: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(
+            "no npm, which fetches onnxruntime-web",
+            f"npm, or {_SOURCE} from another machine",
+            "install Node.js, or name the package with --onnxruntime-web",
+        )
+    command = [npm, "pack", f"onnxruntime-web@{RUNTIME_VERSION}", "--silent", "--pack-destination", str(temporary)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
+    packed = list(temporary.glob("*.tgz"))
+    if done.returncode or not packed:
+        raise UserError(
+            f"npm cannot fetch onnxruntime-web: {(done.stderr.strip() or 'no file').splitlines()[-1]}",
+            "a package registry that npm reaches",
+            "check the network and `npm config get registry`, or name the package with --onnxruntime-web",
+        )
+    return packed[0]
+
+
+def _unpacked(package: Path, temporary: Path) -> Path:
+    """The files of a `.tgz` of npm that the page needs, in a folder."""
+    folder = temporary / "unpacked"
+    folder.mkdir()
+    try:
+        with tarfile.open(package) as archive:
+            for name in RUNTIME_FILES:
+                content = archive.extractfile(f"package/dist/{name}")
+                if content is not None:
+                    (folder / name).write_bytes(content.read())
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise UserError(
+            f"{package}: not a package of onnxruntime-web ({reason_of(error)})", _SOURCE, "fetch it again"
+        ) from error
+    return folder

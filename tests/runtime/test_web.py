@@ -1,0 +1,193 @@
+"""The page of `maskrcnn web`: what is written, and its detections in a real browser."""
+
+import json
+import shutil
+import tarfile
+
+import chromium
+import numpy as np
+import pytest
+from chromium import Browser, served
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from maskrcnn.data.shapes import shapes_image
+from maskrcnn.errors import UserError
+from maskrcnn.runtime import Detector
+from maskrcnn.runtime.serving import web
+from maskrcnn.runtime.serving.web import RUNTIME_FILES, RUNTIME_VERSION, write_page
+
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+needs_browser = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium")
+
+
+@pytest.fixture
+def fake_package(tmp_path, monkeypatch):
+    """A folder in place of the npm package, and its hashes."""
+    folder = tmp_path / "package"
+    (folder / "dist").mkdir(parents=True)
+    monkeypatch.setattr(web, "RUNTIME_FILES", {})
+    for name in RUNTIME_FILES:
+        (folder / "dist" / name).write_text(name)
+        web.RUNTIME_FILES[name] = web.hashlib.sha256(name.encode()).hexdigest()
+    return folder
+
+
+def test_the_folder_is_whole_and_written_again(tmp_path, onnx_file, fake_package):
+    files = write_page(onnx_file, tmp_path / "page", onnxruntime_web=fake_package)
+    assert {path.name for path in files} == {path.name for path in (tmp_path / "page").iterdir()}
+    assert {"index.html", "page.js", "detect.js", "model.json", "model.onnx", *RUNTIME_FILES} == {p.name for p in files}
+    model = json.loads((tmp_path / "page/model.json").read_text())
+    assert model["class_names"] == ["circle", "rectangle", "triangle"] and model["contract"] == 1
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as archive:
+        archive.add(fake_package, "package")
+    assert write_page(onnx_file, tmp_path / "page", onnxruntime_web=tmp_path / "package.tgz") == files
+
+
+def test_what_cannot_become_a_page(tmp_path, onnx_file, fake_package, monkeypatch):
+    def refused(text, model=onnx_file, out=tmp_path / "page", package=fake_package):
+        with pytest.raises(UserError, match=text):
+            write_page(model, out, onnxruntime_web=package)
+        assert not (tmp_path / "page").exists()
+
+    refused("'.xml'", model=tmp_path / "model.xml")
+    refused("a folder with other files", out=onnx_file.parent)
+    refused("a file\n", out=onnx_file)
+    (tmp_path / "package.tgz").write_bytes(b"no archive")
+    refused("not a package of onnxruntime-web", package=tmp_path / "package.tgz")
+    (fake_package / "dist" / "ort.wasm.min.mjs").write_text("changed")
+    refused(rf"SHA-256 (.|\n)*onnxruntime-web {RUNTIME_VERSION}")
+    (fake_package / "dist" / "ort.wasm.min.mjs").unlink()
+    refused(r"no ort\.wasm\.min\.mjs in")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    refused(r"no npm(.|\n)*--onnxruntime-web", package=None)
+
+
+# In the browser
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The npm package, fetched once."""
+    folder = tmp_path_factory.mktemp("npm")
+    try:
+        return web._fetched(folder)
+    except UserError as error:
+        pytest.skip(error.found)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, onnx_file, joint_onnx_file, package):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, model in (("masks", onnx_file), ("poses", joint_onnx_file)):
+        write_page(model, folder / name, onnxruntime_web=package)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    running = Browser(tmp_path_factory.mktemp("browser"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def image_file(request, tmp_path):
+    path = tmp_path / getattr(request, "param", "photo.png")
+    Image.fromarray(shapes_image(np.random.default_rng(5), (200, 150))[0]).save(path, quality=90)
+    return path
+
+
+def detect(browser, path, lowest=0.0):
+    """Detects on a file; returns the page's COCO results."""
+    browser.wait("document.body.dataset.state === 'ready' || document.body.dataset.state === 'done'")
+    browser.value(f"threshold.value = {lowest}; document.body.dataset.state = 'ready'")
+    browser.choose_file("#file", path)
+    browser.wait("['done', 'error'].includes(document.body.dataset.state)")
+    assert browser.value("document.body.dataset.state") == "done", browser.value("error.textContent")
+    return browser.value("maskrcnn.results()")
+
+
+def assert_as_detected(results, found):
+    """The tolerances are those of `verify` for another runtime."""
+    expected = found.to_coco()
+    assert len(results) == len(expected) > 5
+    for result, wanted in zip(results, expected, strict=True):
+        assert result["category_id"] == wanted["category_id"]
+        assert result["score"] == pytest.approx(wanted["score"], abs=1e-3)
+        np.testing.assert_allclose(result["bbox"], wanted["bbox"], rtol=0, atol=0.5)
+        mask, wanted_mask = result["segmentation"], wanted["segmentation"]
+        assert coco_mask.iou([mask], [wanted_mask], [False])[0, 0] >= 0.99 or coco_mask.area(wanted_mask) < 20
+        if "keypoints" in wanted:
+            np.testing.assert_allclose(result["keypoints"], wanted["keypoints"], rtol=0, atol=0.5)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("name", "headers", "image_file"),
+    [("masks", None, "photo.png"), ("masks", ISOLATED, "photo.jpg"), ("poses", None, "photo.jpg")],
+    indirect=["image_file"],
+)
+def test_the_page_detects_as_the_detector(browser, pages, onnx_file, joint_onnx_file, image_file, name, headers):
+    (found,) = Detector.load({"masks": onnx_file, "poses": joint_onnx_file}[name]).detect([image_file])
+    with served(pages / name, headers) as address:
+        browser.open(address)
+        results = detect(browser, image_file)
+        assert browser.value("crossOriginIsolated") == (headers is not None)
+        assert_as_detected(results, found)
+        assert not browser.errors
+        assert {result["segmentation"]["counts"] for result in results} & {rle["counts"] for rle in found.rles()}
+
+
+@needs_browser
+def test_filters_downloads_and_a_narrow_screen(browser, pages, image_file):
+    with served(pages / "masks") as address:
+        browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        browser.open(address)
+        every = detect(browser, image_file)
+        middle = sorted(result["score"] for result in every)[len(every) // 2]
+        browser.value(f"threshold.value = {middle}; threshold.dispatchEvent(new Event('input'))")
+        lowest = browser.value("Number(threshold.value)")
+        left = browser.value("maskrcnn.results()")
+        assert left == [result for result in every if result["score"] >= lowest] and 0 < len(left) < len(every)
+        browser.value("classes.querySelector('input').click()")
+        left = [result for result in left if result["category_id"] != 1]
+        assert browser.value("maskrcnn.results()") == left
+        assert browser.value("rows.children.length") == len(left)
+        assert browser.value("document.documentElement.scrollWidth") <= 390
+        browser.value("coco.click(); png.click()")
+        saved = [browser.downloads / "photo.json", browser.downloads / "photo.png"]
+        for _ in range(100):
+            if all(path.is_file() for path in saved):
+                break
+            browser.value("new Promise((resolve) => setTimeout(resolve, 100))")
+        assert json.loads(saved[0].read_text()) == left
+        assert Image.open(saved[1]).size == (150, 200)
+        assert not browser.errors
+        browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+@needs_browser
+def test_errors_are_shown(browser, pages, tmp_path, image_file):
+    def error_of(path):
+        browser.value("document.body.dataset.state = 'ready'")
+        browser.choose_file("#file", path)
+        browser.wait("['done', 'error'].includes(document.body.dataset.state)")
+        return browser.value("error.hidden ? '' : error.textContent")
+
+    (tmp_path / "notes.txt").write_text("no image")
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "large.png")
+    with served(pages / "masks") as address:
+        browser.open(address)
+        browser.wait("document.body.dataset.state === 'ready'")
+        text = error_of(tmp_path / "notes.txt")
+        assert "notes.txt is not an image" in text and "expected:" in text and "fix:" in text
+        assert "large.png: 100 megapixels" in error_of(tmp_path / "large.png")
+        assert error_of(image_file) == ""
+    shutil.copytree(pages / "masks", tmp_path / "other")
+    model = tmp_path / "other" / "model.json"
+    model.write_text(model.read_text().replace('"contract": 1', '"contract": 2'))
+    with served(tmp_path / "other") as address:
+        browser.open(address)
+        browser.wait("document.body.dataset.state === 'error'")
+        assert "contract version 2" in browser.value("error.textContent")
