@@ -79,6 +79,7 @@ class ModelConfig:
     pool_aligned: bool = False  # pixel centres at half-integers (ONNX's half_pixel); not for "pool"
     score_threshold: float = 0.05
     nms_iou: float = 0.5
+    recommended_threshold: float = 0.0  # score with the best F1 on the validation split, set by training; 0: unknown
     detection_min_side_px: float = 1e-2  # detections with a shorter side are dropped; 0: only empty ones
     candidates: int = 1000  # (proposal, class) pairs per image that enter NMS
     detections: int = 100  # rows of the output; unused rows are zero
@@ -243,7 +244,7 @@ class TrainConfig:
         "",
         "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
-    epochs: int = _setting(12, "Number of epochs.")
+    epochs: int = _setting(12, "Number of epochs; the default of small datasets is larger, for 300 steps.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
     group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
@@ -373,6 +374,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.keypoint_sigmas": _POSITIVE,
     "model.pool_sampling_ratio": _FROM_0,
     "model.score_threshold": _SHARE,
+    "model.recommended_threshold": _SHARE,
     "model.nms_iou": _SHARE,
     "model.detection_min_side_px": _FROM_0,
     "model.candidates": _COUNT,

@@ -119,8 +119,8 @@ def evaluate(
 
     Args:
         model: checkpoint, ONNX file or engine. Default, without `results`: the best checkpoint of the newest run.
-        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file. Default for a model in the
-            folder of a run: the data of the run's validation.
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file. Default for a model in
+            the folder of a run: the data of the run's validation.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.

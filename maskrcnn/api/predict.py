@@ -17,6 +17,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections
 
 RESULTS, IMAGES = "results.json", "images.json"
+_THRESHOLD = 0.5  # of models without a recommended one
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +45,7 @@ def predict(
     output: str | Path | None = None,
     format: Literal["png", "jpg"] = "png",
     annotations: str | Path | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     keypoint_threshold: float = 2.0,
     strict: bool = False,
     overwrite: bool = False,
@@ -70,7 +71,8 @@ def predict(
         annotations: COCO annotation file of these images, whose image ids the results get. Default: that of the dataset
             whose images they are (`annotations/instances_NAME.json` beside the folder NAME, or `_annotations.coco.json`
             in it); else images are counted from 1.
-        threshold: lowest score of a detection in the overlays; the results have all detections.
+        threshold: lowest score of a detection in the overlays; the results have all detections. Default: the one that
+            training recommended for the model, else 0.5.
         keypoint_threshold: lowest score (heat map logit) of a keypoint in the overlays.
         strict: stop at the first image that cannot be used.
         overwrite: replace files in `output` that maskrcnn did not write.
@@ -101,6 +103,11 @@ def predict(
         ids = _image_ids([Path(name) for name in names], annotations, progress)
     detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range)
     metadata = detector.metadata
+    if threshold is None:
+        threshold = metadata.recommended_threshold
+        if threshold is not None and folder is not None:
+            progress.message(f"drawn from score {threshold:g}, which training recommended (--threshold)")
+        threshold = _THRESHOLD if threshold is None else threshold
     found: dict[int, Detections] = {}
     failed: dict[str, str] = {}
     try:

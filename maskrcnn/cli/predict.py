@@ -45,8 +45,14 @@ def predict(
         ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Lowest score of a detection to draw.", rich_help_panel="Output")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Lowest score of a detection to draw (default: recommended by training, else 0.5).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     keypoint_threshold: Annotated[
         float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
     ] = 2.0,

@@ -79,7 +79,7 @@ def test_everything_is_on_the_page(case):
     assert "a <model>" in page.text and "a & b" in page.text
     assert page.images == 8
     assert "<script src" not in html and 'src="http' not in html and "@import" not in html
-    for link in re.findall(r'href="#([^"]+)"', html):
+    for link in re.findall(r'<a href="#([^"]+)"', html):
         assert html.count(f'id="{link}"') == 1
     assert f"{truth.file_name(int(truth.image_ids[0]))} (id {truth.image_ids[0]})" in page.text or page.images == 8
     metrics = scored["segm"].metrics

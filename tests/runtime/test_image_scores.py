@@ -144,7 +144,7 @@ def test_equal_results_do_not_differ():
 
 def test_rounding_is_no_difference():
     image, category, square, score = FOUND[0]
-    for by_score, by_px, is_equal in ((0.009, 0.9, True), (0.011, 0.0, False), (0.0, 1.1, False)):
+    for by_score, by_px, is_equal in ((0.009, 1, True), (0.011, 0, False), (0.0, 2, False)):
         moved = (image, category, [square[0] + by_px, *square[1:]], score - by_score)
         found = compared(FOUND, [moved, *FOUND[1:]])
         assert all(each.is_equal for each in found.images) == is_equal
