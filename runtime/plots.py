@@ -14,6 +14,7 @@ from maskrcnn.errors import missing_library
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 _COLOURS = (
     "#1565c0",
@@ -115,7 +116,7 @@ def line_chart(
             middle = (points[:, 1].min() + points[:, 1].max()) / 2
             axes.set_ylim(middle - 0.6 * y_span, middle + 0.6 * y_span)
         if labels_at_points:
-            _label_points(axes, drawn)
+            _label_points(figure, axes, drawn)
         else:
             axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
         buffer = io.StringIO()
@@ -130,12 +131,12 @@ def line_chart(
     return text
 
 
-def _label_points(axes: Axes, drawn: Mapping[str, np.ndarray]) -> None:
+def _label_points(figure: Figure, axes: Axes, drawn: Mapping[str, np.ndarray]) -> None:
     """Writes each name beside its last point, where it covers neither a point nor another name."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()  # so that the limits of the axes are known
+    figure.draw_without_rendering()  # so that the limits of the axes are known
     ends = {name: points[-1] for name, points in drawn.items()}
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(drawn)}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*ends.values()])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -218,20 +219,22 @@ def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: 
     """
     from maskrcnn.files import read_json
 
-    folders = {file.parent.resolve() for file in files}
-    near = []
-    for folder in folders if annotations is None else ():
-        name = f"instances_{folder.name}.json"
-        near += [folder.parent / "annotations" / name, folder / "_annotations.coco.json"]
-    for path in [Path(annotations)] if annotations is not None else [each for each in near if each.is_file()]:
-        content = read_json(path, "annotations in COCO's format")
-        records = content.get("images") if isinstance(content, dict) else None
+    places = [] if annotations is None else [Path(annotations)]
+    for folder in {file.parent.resolve() for file in files} if annotations is None else ():
+        near = (folder.parent / "annotations" / f"instances_{folder.name}.json", folder / "_annotations.coco.json")
+        places += [path for path in near if path.is_file()]
+    for path in places:
+        known: dict[str, list[tuple[str, int]]] = {}
         try:
-            known = {Path(str(record["file_name"])).name: [] for record in records or ()}
-            for record in records or ():
-                known[Path(str(record["file_name"])).name].append((record["file_name"], int(record["id"])))
-        except (TypeError, KeyError, ValueError):
-            known = {}
+            content = read_json(path, "annotations in COCO's format")
+        except UserError:
+            if annotations is not None:
+                raise
+            continue
+        with suppress(TypeError, KeyError, ValueError):
+            for record in content["images"]:
+                name = str(record["file_name"])
+                known.setdefault(Path(name).name, []).append((name, int(record["id"])))
         if not known:
             if annotations is None:
                 continue
