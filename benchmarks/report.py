@@ -12,7 +12,7 @@ from session import aligned, number
 from timing import machine
 from workloads import Workload
 
-from maskrcnn.files import atomic_path, write_json
+from maskrcnn.files import PAGE, FileKind, Output, atomic_path, write_json
 from maskrcnn.runtime.html import page, table, text
 from maskrcnn.runtime.html import row as cells_row
 from maskrcnn.runtime.plots import line_chart
@@ -26,6 +26,19 @@ _TIMED = (
 _NOISY = 0.2  # spread of a row's calls above which the report warns
 _MIN_AP_SPAN = 0.02  # of the chart's AP axis: smaller differences are noise of the validation set
 _STYLE = "<style>tr.peer td { color: #777 } tr.absent td { color: #aaa }</style>"
+
+
+_FILES = {  # by suffix; a chart is written beside its own results only
+    "json": FileKind.starting_with("results of this benchmark", rb'\{\s*"schema": \d+,\s*"timed":'),
+    "md": FileKind.starting_with("a page of this benchmark", b"# Benchmark: "),
+    "html": PAGE,
+    "svg": None,
+}
+
+
+def report_outputs(folder: Path) -> list[Output]:
+    """The files of `write_report`, for `check_outputs`."""
+    return [Output("--output", folder / f"results.{suffix}", kind) for suffix, kind in _FILES.items()]
 
 
 def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, environment: dict[str, Any]) -> str:

@@ -32,12 +32,13 @@ from contenders import (
     runs_on_gpu,
 )
 from measure import Measurement, measure, spread
-from report import write_report
+from report import report_outputs, write_report
 from session import Progress, Unfinished, count, numbers, sizes_hw
 from timing import environment
 from workloads import Workload, dataset_workload, resnet50_workload
 
 from maskrcnn.errors import UserError, report_errors
+from maskrcnn.files import check_outputs
 from maskrcnn.weights.checkpoint import load_checkpoint
 
 _RESNET50 = "resnet50"
@@ -65,6 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="also measure both models with torch.compile, which takes minutes")
     add("--memory", action="store_true", help="also measure peak memory, each row in its own process")
     add("--output", type=Path, help="folder for the results; default: benchmark/ beside the model")
+    add("--overwrite", action="store_true", help="replace files in --output that this benchmark did not write")
     add("--workload", choices=[_RESNET50], help="ResNet-50 with random weights instead of a trained model")
     add("--files", type=Path, help="folder to keep the workload's files in, for benchmarks/stages.py")
     add(
@@ -93,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
     with _folder(given.files) as folder:
         artefacts, workload = _prepare(given, Path(folder), progress)
         output = given.output or _default_output(given, artefacts)
+        files = (artefacts.checkpoint, *artefacts.onnx, *artefacts.engines)
+        check_outputs(report_outputs(output), [*given.model, *files, given.data], overwrite=given.overwrite)
         contenders = our_contenders(artefacts, compiled=given.compile)
         contenders = [each for each in contenders if not given.gpu_only or runs_on_gpu(each)]
         if not given.no_peers and artefacts.checkpoint:

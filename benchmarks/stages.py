@@ -24,7 +24,7 @@ from session import size_hw
 from workloads import images_of_size
 
 from maskrcnn.errors import UserError, report_errors
-from maskrcnn.files import write_json
+from maskrcnn.files import Output, check_outputs, write_json
 from maskrcnn.imaging.postprocess import unpack
 from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.runtime.backends.onnxruntime import session_options
@@ -210,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Split]:
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args(arguments)
     _check_provider(given.provider)
+    check_outputs([Output("--json", given.json, None)] if given.json else [], [*given.model, given.data])
     images, kind = images_of_size(given.size, given.data, given.split)
     splits = [split_of(path, images, given.repeat, given.provider) for path in given.model]
     print(f"{kind} of {given.size[0]}×{given.size[1]}, batch 1, median of {given.repeat}\n\n{table(splits)}")

@@ -45,7 +45,7 @@ from maskrcnn.config import TrainConfig, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError, report_errors
-from maskrcnn.files import write_json
+from maskrcnn.files import Output, check_outputs, write_json
 from maskrcnn.model import detector
 from maskrcnn.settings import assignments, merged
 from maskrcnn.training.distributed import choose_device
@@ -291,6 +291,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> list[_TrainingReport]:
     """Measure every model at every batch size and print the tables."""
     given = parse(arguments)
+    check_outputs([Output("--json", given.json, None)] if given.json else [], [given.data])
     progress = Progress()
     reports = []
     for model in given.model or [_RESNET50, SMALL_MODEL]:

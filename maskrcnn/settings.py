@@ -128,7 +128,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         known = recipes()
         if path.stem not in known or path.parent.name not in ("", "configs"):
             expected = f"a YAML file of settings, or a recipe: {', '.join(known)}"
-            raise UserError(f"--config {path}: no such file", expected, "check --config")
+            raise UserError(f"--config {path}: No such file or directory", expected, "check --config")
         path = known[path.stem]
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -344,7 +344,7 @@ class Trainer:
 
     def _images_of(self, number: int, part: int) -> list[int]:
         """Ids of the images of a part of a step, see `Step.run`; of the whole step if the part is -1."""
-        batch = self.sampler.global_batches()[number % self.sampler.steps]
+        batch = self.sampler.global_batches()[number % self.sampler.steps] % self.sampler.images
         if part >= 0:
             batch = batch.reshape(self.processes.world_size * self.config.accumulate, -1)[part]
         return [self.samples.records[index].id for index in batch.tolist()]

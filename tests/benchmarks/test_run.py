@@ -197,6 +197,13 @@ def test_a_wrong_earlier_run_is_refused_before_measuring(tmp_path, onnx_file, mo
         run.main(["--model", str(onnx_file), "--compare", str(tmp_path / "none.json"), "--output", str(tmp_path)])
 
 
+def test_a_page_of_somebody_else_is_not_replaced(tmp_path, onnx_file, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda *given, **options: pytest.fail("it was measured"))
+    (tmp_path / "results.md").write_text("# My results")
+    with pytest.raises(UserError, match=r"results\.md, a file that exists and is not a page of this benchmark"):
+        run.main(["--model", str(onnx_file), "--size", "64x64", "--no-peers", "--output", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "options",
     [

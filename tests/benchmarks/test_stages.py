@@ -77,3 +77,9 @@ def test_a_stage_missing_in_one_file_takes_no_time():
 def test_a_checkpoint_has_no_profile(checkpoint):
     with pytest.raises(UserError, match="PyTorch has no profile"):
         stages.split_of(checkpoint, [np.zeros((64, 64, 3), np.uint8)], repeat=1)
+
+
+def test_the_model_is_not_replaced_by_the_results(onnx_file, monkeypatch):
+    monkeypatch.setattr(stages.Detector, "load", lambda *given, **options: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match="a file that the command reads"):
+        stages.main([str(onnx_file), "--size", "64x64", "--json", str(onnx_file)])

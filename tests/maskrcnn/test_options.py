@@ -55,7 +55,7 @@ def test_a_recipe_has_a_name(started, tmp_path, monkeypatch):
     assert by_path == started("--config", "finetune")["settings"]
     assert by_path == started("--config", "configs/finetune.yaml")["settings"]
     for unknown in ("finetun", "elsewhere/finetune.yaml"):
-        with pytest.raises(UserError, match=r"finetun.*: no such file\n.*finetune, nuclei, penn-fudan"):
+        with pytest.raises(UserError, match=r"finetun.*: No such file or directory\n.*finetune, nuclei, penn-fudan"):
             started("--config", unknown)
     (tmp_path / "finetune").write_text("epochs: 3\n")
     assert started("--config", "finetune")["settings"] == {"epochs": 3}
@@ -279,7 +279,7 @@ def test_small_data_get_epochs_for_some_hundred_steps(shapes):
             r"loss.class_weights 'equal'\n  expected: one of none, inverse, effective",
         ),
         ({"loss": {"class_weights": {"circel": 2}}}, r"loss.class_weights of circel\n  expected: .*circle, rectangle"),
-        ({"loss": {"class_weights": {"circle": -1}}}, r"loss.class_weights of 'circle' -1.0\n  expected: 0.0 to|0 to"),
+        ({"loss": {"class_weights": {"circle": -1}}}, r"loss.class_weights of 'circle' -1.0\n  expected: at least 0"),
         ({"loss": {"class_weights": [1, 2]}}, r"loss.class_weights \[1, 2\] of type list\n  expected: values by name"),
         ({"loss": {"class_weights": {"circle": "x"}}}, r"loss.class_weights.circle 'x' of type str\n  expected: float"),
         ({"loss": {"class_weights_beta": 1}}, r"loss.class_weights_beta 1.0"),

@@ -51,7 +51,7 @@ class Server:
         flags: further arguments of tritonserver.
 
     Raises:
-        RuntimeError: with the end of its log, if it is not ready within two minutes.
+        RuntimeError: with the end of its log, if it is not ready within five minutes.
     """
 
     def __init__(self, repository: Path, folder: Path, *flags: str) -> None:
@@ -80,7 +80,7 @@ class Server:
         import tritonclient.grpc
 
         client = tritonclient.grpc.InferenceServerClient(self.grpc)
-        for _ in range(1200):
+        for _ in range(3000):
             if self.process.poll() is not None:
                 break
             try:
