@@ -68,8 +68,8 @@ class Measurement:
     peer: str = ""
     samples: int = 0
     p50_ms: float | None = None  # of a call with the whole batch
-    p90_ms: float | None = None
-    p99_ms: float | None = None
+    p90_ms: float | None = None  # of 10 calls or more
+    p99_ms: float | None = None  # of 100 calls or more
     images_per_s: float | None = None
     times_torchvision: float | None = None  # torchvision's p50 / this p50, at the same size and batch
     times_torchvision_onnx: float | None = None
@@ -375,10 +375,13 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
         return replace(row, status="not run", reason=reason, **dict.fromkeys(entry.summary))
     if samples.error is not None or not samples.latencies_ms:
         return replace(row, status="failed", reason=one_line(samples.error or "no samples"))
-    p50, p90, p99 = (samples.percentile_ms(percent) for percent in (50, 90, 99))
+    count = len(samples.latencies_ms)
+    p50, p90, p99 = (
+        samples.percentile_ms(percent) if count >= least else None for percent, least in ((50, 1), (90, 10), (99, 100))
+    )
     return replace(
         row,
-        samples=len(samples.latencies_ms),
+        samples=count,
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
@@ -386,6 +389,14 @@ def _row(entry: _Entry, size: str, batch: int, samples: Samples | None, split: d
         split_ms=split,
         latencies_ms=samples.latencies_ms,
     )
+
+
+def spread(latencies_ms: Sequence[float]) -> float:
+    """Interquartile range relative to the median; 0 for fewer than 4 samples."""
+    if len(latencies_ms) < 4:
+        return 0.0
+    low, middle, high = statistics.quantiles(latencies_ms, n=4)
+    return (high - low) / middle
 
 
 def _with_ratios(rows: list[Measurement], entries: list[_Entry]) -> list[Measurement]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import PARTS, Measurement
+from measure import PARTS, Measurement, spread
 from session import aligned, number
 from timing import machine
 from workloads import Workload
@@ -23,6 +23,8 @@ _TIMED = (
     "pasted into the original image and encoded as COCO run lengths: preprocessing, inference and postprocessing, of "
     "torchvision's model as of ours"
 )
+_NOISY = 0.2  # spread of a row's calls above which the report warns
+_MIN_AP_SPAN = 0.02  # of the chart's AP axis: smaller differences are noise of the validation set
 _STYLE = "<style>tr.peer td { color: #777 } tr.absent td { color: #aaa }</style>"
 
 
@@ -40,7 +42,7 @@ def report_outputs(folder: Path) -> list[Output]:
 
 
 def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, environment: dict[str, Any]) -> str:
-    """Write results.json, .md, .html and, if AP was measured, .svg; return the Markdown table."""
+    """Write results.json, .md, .html and, if AP was measured, .svg; return the Markdown table with its footnotes."""
     content = {
         "schema": _SCHEMA,
         "timed": _TIMED,
@@ -55,12 +57,16 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_json(folder / "results.json", content)
+    reasons = [*dict.fromkeys(row.reason for row in rows if row.reason)]
     columns = [(name, show) for name, show in _COLUMNS if any(show(row) for row in rows)]
-    heads, cells = [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows]
-    markdown, chart, notes = aligned(heads, cells), _ap_chart(rows), _notes(workload, environment)
+    heads = [*(name for name, _ in columns), "status"]
+    cells = [[*(show(row) for _, show in columns), _status(row, reasons)] for row in rows]
+    below = [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)] + _warnings(rows)
+    markdown = "\n".join([aligned(heads, cells), *(f"\n{line}" for line in below)])
+    chart, notes = _ap_chart(rows), _notes(workload, environment)
     files = {
         "md": _markdown_page(workload, markdown, _split_table(rows), notes, has_chart=chart is not None),
-        "html": _html_page(f"Benchmark: {workload.name}", heads, cells, rows, chart, notes),
+        "html": _html_page(f"Benchmark: {workload.name}", heads, cells, rows, chart, [*below, *notes]),
         "svg": chart,
     }
     for kind, content in files.items():
@@ -119,7 +125,16 @@ def _ap_chart(rows: Sequence[Measurement]) -> str | None:
         if row.batch == batch and row.size == size and getattr(row, f"{kind}_ap") is not None
     }
     title = f"AP against latency, batch {batch}"
-    return line_chart(title, "milliseconds per image, p50", f"{kind} AP", points, log_x=True)
+    return line_chart(
+        title,
+        "milliseconds per image, median (logarithmic)",
+        f"{kind} AP (COCO, IoU 0.50 to 0.95)",
+        points,
+        log_x=True,
+        y_span=_MIN_AP_SPAN,
+        labels_at_points=True,
+        size_in=(8.0, 4.8),
+    )
 
 
 def _split_section(rows: Sequence[Measurement]) -> str:
@@ -152,7 +167,7 @@ def _split_table(rows: Sequence[Measurement]) -> str:
 def _notes(workload: Workload, environment: dict[str, Any]) -> list[str]:
     return [
         f"- Timed: {_TIMED}. The calls of all rows of one size and batch size are interleaved. Percentiles are "
-        "nearest-rank samples.",
+        "nearest-rank samples, p90 of 10 calls or more, p99 of 100 or more; spread: interquartile range / median.",
         "- × torchvision: torchvision's p50 in eager PyTorch divided by the row's, at the same size and batch size; "
         "× tv ONNX: the same for its legacy export in ONNX Runtime. Above 1 the row is faster.",
         "- Δ: difference to the reference, PyTorch FP32. AP is measured image by image.",
@@ -164,9 +179,25 @@ def _notes(workload: Workload, environment: dict[str, Any]) -> list[str]:
     ]
 
 
-def _status(row: Measurement) -> str:
-    text = f"{row.status}: {row.reason}" if row.reason else row.status
-    return text.replace("|", "/")
+def _status(row: Measurement, reasons: Sequence[str]) -> str:
+    """The status with the number of the footnote that has its reason."""
+    return f"{row.status} [{reasons.index(row.reason) + 1}]" if row.reason else row.status
+
+
+def _warnings(rows: Sequence[Measurement]) -> list[str]:
+    """A line if the calls of a row differ so much in time that small ratios say nothing."""
+    noisiest = max(rows, key=lambda row: spread(row.latencies_ms), default=None)
+    if noisiest is None or spread(noisiest.latencies_ms) <= _NOISY:
+        return []
+    most = spread(noisiest.latencies_ms)
+    return [
+        f"Warning: a noisy machine. The calls of {_name(noisiest)} spread by {most:.0%} around their median; "
+        "smaller differences between rows mean nothing. End other programs, or raise --repeat."
+    ]
+
+
+def _spread_column(row: Measurement) -> str:
+    return f"{spread(row.latencies_ms):.0%}" if len(row.latencies_ms) >= 4 else ""
 
 
 _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
@@ -177,6 +208,7 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("batch", lambda row: str(row.batch)),
     ("calls", lambda row: str(row.samples or "")),
     ("p50 ms", number("p50_ms", ".1f")),
+    ("spread", _spread_column),
     ("p90 ms", number("p90_ms", ".1f")),
     ("p99 ms", number("p99_ms", ".1f")),
     ("images/s", number("images_per_s", ".2f")),
@@ -193,5 +225,4 @@ _COLUMNS: list[tuple[str, Callable[[Measurement], str]]] = [
     ("GPU MB", number("device_mb", ".0f")),
     ("file MB", number("file_mb", ".1f")),
     ("build s", number("build_s", ".1f")),
-    ("status", _status),
 ]

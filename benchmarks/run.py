@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from contenders import (
     peer_contenders,
     runs_on_gpu,
 )
-from measure import Measurement, measure
+from measure import Measurement, measure, spread
 from report import report_outputs, write_report
 from session import Progress, Unfinished, count, numbers, sizes_hw
 from timing import environment
@@ -290,7 +289,7 @@ def regressions(
             notes.append(f"{_title(row)}: another machine and no torchvision to divide by")
             factor = None
         if factor is not None:
-            noise = max(_spread(row.latencies_ms), _spread(then.get("latencies_ms") or ()))
+            noise = max(spread(row.latencies_ms), spread(then.get("latencies_ms") or ()))
             line = f"{_title(row)}: {factor:.2f} times the time ({unit}), noise {noise:.0%}"
             (worse if factor > max(_SLOWDOWN, 1 + noise) and not row.peer else notes).append(line)
         for name in ("box_ap", "mask_ap", "keypoint_ap"):
@@ -298,14 +297,6 @@ def regressions(
             if now is not None and was is not None and now < was - _AP_LOSS:
                 worse.append(f"{_title(row)}: {name.replace('_ap', ' AP')} {now:.4f}, was {was:.4f}")
     return worse, notes
-
-
-def _spread(latencies: Sequence[float]) -> float:
-    """Interquartile range relative to the median; 0 for fewer than 4 samples."""
-    if len(latencies) < 4:
-        return 0.0
-    low, middle, high = statistics.quantiles(latencies, n=4)
-    return (high - low) / middle
 
 
 if __name__ == "__main__":

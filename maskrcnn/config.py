@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.data.images import EXIF_RULES
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.preprocess import Preprocessing, with_channels
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
 from maskrcnn.settings import typed
@@ -79,6 +79,7 @@ class ModelConfig:
     pool_aligned: bool = False  # pixel centres at half-integers (ONNX's half_pixel); not for "pool"
     score_threshold: float = 0.05
     nms_iou: float = 0.5
+    recommended_threshold: float = 0.0  # score with the best F1 on the validation split, set by training; 0: unknown
     detection_min_side_px: float = 1e-2  # detections with a shorter side are dropped; 0: only empty ones
     candidates: int = 1000  # (proposal, class) pairs per image that enter NMS
     detections: int = 100  # rows of the output; unused rows are zero
@@ -243,7 +244,7 @@ class TrainConfig:
         "",
         "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
-    epochs: int = _setting(12, "Number of epochs.")
+    epochs: int = _setting(12, "Number of epochs; the default of small datasets is larger, for 300 steps.")
     batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
     group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
@@ -338,7 +339,8 @@ def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a UserError unless the value is one of the choices."""
     if value not in choices:
-        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", f"set {name} to one of these")
+        fix = f"set {name} to one of these{did_you_mean(value, choices)}"
+        raise UserError(f"{name} {value!r}", f"one of {', '.join(choices)}", fix)
 
 
 _LIMITLESS = math.inf
@@ -372,6 +374,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.keypoint_sigmas": _POSITIVE,
     "model.pool_sampling_ratio": _FROM_0,
     "model.score_threshold": _SHARE,
+    "model.recommended_threshold": _SHARE,
     "model.nms_iou": _SHARE,
     "model.detection_min_side_px": _FROM_0,
     "model.candidates": _COUNT,
@@ -514,7 +517,8 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         UserError: for a name that is not in `MODELS`.
     """
     if name not in MODELS:
-        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", "set --model to one of these")
+        fix = f"set --model to one of these{did_you_mean(name, MODELS)}"
+        raise UserError(f"model {name!r}", f"one of {', '.join(MODELS)}", fix)
     given = MODELS[name]
     if changes.get("keypoint_names", COCO_NAMES) != COCO_NAMES:
         given = {key: value for key, value in given.items() if key not in ("keypoint_skeleton", "keypoint_sigmas")}

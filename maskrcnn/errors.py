@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import os
 import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -47,6 +48,12 @@ class UserError(Exception):
 def missing_library(name: str, enables: str, install: str) -> UserError:
     """The error for a backend whose library is not installed."""
     return UserError(f"no Python package {name}", f"{name}, to {enables}", f"`{install}`; see `maskrcnn doctor`")
+
+
+def did_you_mean(given: object, choices: Iterable[str]) -> str:
+    """`; did you mean …?` if a choice resembles what was given, else an empty text; to be appended to a fix."""
+    near = difflib.get_close_matches(str(given), [*choices], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def reason_of(error: BaseException | str) -> str:

@@ -289,7 +289,10 @@ RESULTS_FILE = FileKind.starting_with(
 PAGE = FileKind.starting_with(
     "an HTML page of maskrcnn", rb'<!doctype html>.*<meta name="generator" content="maskrcnn"'
 )
-DRAWING = FileKind.starting_with("an image that maskrcnn drew", rb"\x89PNG\r\n\x1a\n.*tEXtSoftware\x00maskrcnn")
+DRAWING = FileKind.starting_with(
+    "an image that maskrcnn drew",
+    rb"\x89PNG\r\n\x1a\n.*tEXtSoftware\x00maskrcnn|\xff\xd8.*\xff\xfe\x00\x0amaskrcnn",  # PNG, JPEG
+)
 ONNX = FileKind.starting_with("an ONNX file", rb"\x08[\x01-\x7f]")  # the field ir_version, which is written first
 OPENVINO = FileKind.starting_with("an OpenVINO model", rb"<\?xml[^>]*>\s*<net\b")
 

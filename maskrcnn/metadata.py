@@ -34,6 +34,7 @@ class ModelMetadata:
     anchor_aspect_ratios: tuple[float, ...] = ()
     score_threshold: float | None = None
     nms_iou: float | None = None
+    recommended_threshold: float | None = None  # score from which detections are shown
     assumed: tuple[str, ...] = ()  # fields of the model that imported weights did not state
     precision: str = "fp32"  # precision of weights and computation
     source_sha256: str = ""  # file that this one was made from

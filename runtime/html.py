@@ -10,11 +10,28 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-td:first-child, th:first-child, td.text { text-align: left } th { font-weight: 600 }
+:root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #16181b; --line: #3a3d42 } a { color: #8ab4f8 } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: var(--text); background: var(--back) }
+table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right }
+td, th { border-bottom: 1px solid var(--line) } th { font-weight: 600; cursor: pointer }
+td:first-child, th:first-child, td.text { text-align: left } svg { background: #fff; border-radius: 6px }
 .images { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } .wide { overflow-x: auto }
 .images.large img { max-width: min(46vw, 900px); width: 100% } pre { white-space: pre-wrap }
+.key { color: #111; border-radius: 3px } .bar { display: inline-block; width: 12rem; height: .8rem }
+"""
+# A click on a column's name sorts its table: numbers by value, the largest first, and texts by name; again: reversed.
+_SORT = """
+document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
+  const rows = [...head.closest("table").rows].slice(1), column = head.cellIndex
+  const value = row => row.cells[column].textContent.trim(), number = row => parseFloat(value(row))
+  const numeric = rows.every(row => value(row) === "" || !isNaN(number(row)))
+  const falls = head.dataset.falls = head.dataset.falls === undefined ? numeric : head.dataset.falls !== "true"
+  const key = row => isNaN(number(row)) ? -Infinity : number(row)
+  rows.sort((a, b) => numeric ? key(a) - key(b) : value(a).localeCompare(value(b)))
+  if (falls) rows.reverse()
+  rows.forEach(row => row.parentNode.append(row))
+}))
 """
 _JPEG_QUALITY = 88
 
@@ -23,7 +40,8 @@ def page(title: str, parts: Iterable[str]) -> str:
     """A page from the parts of its body."""
     head = '<meta charset="utf-8"><meta name="generator" content="maskrcnn">'
     head += f"<title>{text(title)}</title><style>{_STYLE}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    body = f"{''.join(parts)}<script>{_SORT}</script>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
 def text(value: str) -> str:
@@ -32,7 +50,7 @@ def text(value: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """A table from column names and rows of HTML; a wide one scrolls."""
+    """A table from column names and rows of HTML; a click on a name sorts it, and a wide one scrolls."""
     head = "".join(f"<th>{text(name)}</th>" for name in heads)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
@@ -40,6 +58,11 @@ def table(heads: Sequence[str], rows: Iterable[str]) -> str:
 def row(cells: Iterable[str]) -> str:
     """A row of text cells."""
     return f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in cells)}</tr>"
+
+
+def key(word: str, colour: tuple[int, int, int]) -> str:
+    """A word of a legend on its colour."""
+    return f'<span class="key" style="background:rgb{colour}">&nbsp;{text(word)}&nbsp;</span>'
 
 
 def image_tag(image: Image.Image, caption: str, *, is_photo: bool = False) -> str:

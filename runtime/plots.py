@@ -12,7 +12,9 @@ import numpy as np
 from maskrcnn.errors import missing_library
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 _COLOURS = (
     "#1565c0",
@@ -26,6 +28,8 @@ _COLOURS = (
     "#827717",
     "#37474f",
 )
+_LABEL_STEP = 10  # points between the places of a label
+_LEADER = {"arrowstyle": "-", "color": "#9e9e9e", "linewidth": 0.5}  # from a point to its label
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "maskrcnn",  # the same chart gives the same bytes
@@ -47,10 +51,12 @@ def line_chart(
     log_y: bool = False,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    y_span: float = 0.0,
     markers: bool = True,
+    labels_at_points: bool = False,
     size_in: tuple[float, float] = (5.5, 4.2),
 ) -> str:
-    """Draws one line per series and a legend at the right.
+    """Draws one line per series, and a legend at the right or the names beside the points.
 
     Args:
         title: chart title.
@@ -62,7 +68,9 @@ def line_chart(
         log_y: logarithmic y axis.
         x_range: limits of the x axis (default: the data's).
         y_range: limits of the y axis (default: the data's).
+        y_span: smallest extent of a linear y axis without `y_range`, so that noise does not fill the chart.
         markers: mark each point and list the values in the series' tooltip.
+        labels_at_points: write each name beside the last point of its series instead of a legend.
         size_in: width and height of the plot in inches, without the legend.
 
     Returns:
@@ -84,7 +92,7 @@ def line_chart(
     if not drawn:
         raise ValueError("found: a chart without a point; expected: at least one; fix: leave the chart out")
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=size_in)
+        figure = Figure(figsize=size_in, dpi=72)  # SVG's, so that extents of texts are those of the file
         FigureCanvasSVG(figure)
         axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(color="#e0e0e0", linewidth=0.6)
@@ -104,7 +112,13 @@ def line_chart(
             axes.set_xlim(x_range)
         if y_range is not None:
             axes.set_ylim(y_range)
-        axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
+        elif not log_y and np.ptp(points[:, 1]) < y_span:
+            middle = (points[:, 1].min() + points[:, 1].max()) / 2
+            axes.set_ylim(middle - 0.6 * y_span, middle + 0.6 * y_span)
+        if labels_at_points:
+            _label_points(figure, axes, drawn)
+        else:
+            axes.legend(lines, list(drawn), loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, borderaxespad=0)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=no_metadata)
@@ -115,6 +129,39 @@ def line_chart(
         tooltip = html.escape("\n".join([name, *values]))
         text = text.replace(f'<g id="series-{number}">', f"<g><title>{tooltip}</title>")
     return text
+
+
+def _label_points(figure: Figure, axes: Axes, drawn: Mapping[str, np.ndarray]) -> None:
+    """Writes each name beside its last point, where it covers neither a point nor another name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # so that the limits of the axes are known
+    ends = {name: points[-1] for name, points in drawn.items()}
+    colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(drawn)}
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*ends.values()])]
+    taken.append(Bbox.from_extents(-1e6, -1e6, axes.bbox.x0, 1e6))  # the y axis and its numbers
+    rises = [0, *(sign * _LABEL_STEP * k for k in range(1, len(ends) + 1) for sign in (1, -1))]
+    for name, end in sorted(ends.items(), key=lambda item: -item[1][1]):
+        places = [(side, rise) for rise in rises for side in (1, -1)]
+        for side, rise in places:
+            label = axes.annotate(
+                name,
+                end,
+                (7 * side, rise),
+                color=colours[name],
+                textcoords="offset points",
+                horizontalalignment="left" if side > 0 else "right",
+                verticalalignment="center",
+                fontsize=8,
+                arrowprops={**_LEADER, "relpos": (0 if side > 0 else 1, 0.5)} if rise else None,
+            )
+            label.get_window_extent()  # moves the text to its place
+            extent = Text.get_window_extent(label).padded(1)  # without the line to the point
+            if (side, rise) == places[-1] or not any(extent.overlaps(each) for each in taken):
+                taken.append(extent)
+                break
+            label.remove()
 
 
 def _drawable(points: Sequence[tuple[float, float]] | np.ndarray, log_x: bool, log_y: bool) -> np.ndarray:

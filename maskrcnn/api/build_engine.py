@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from maskrcnn import runs
 from maskrcnn.api.export import CALIBRATION_IMAGES, temporary_folder, write_variant
@@ -49,20 +49,22 @@ class BuildResult(Result):
     comparison: Comparison = field(repr=False)  # the difference as values
     stamp: dict[str, str] = field(repr=False)  # machine, versions and settings of the build
 
-    def lines(self) -> list[str]:
-        """The result as lines of text."""
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """The result as lines of text, with all figures of the comparison if verbose."""
         stamp = self.stamp
-        compared = f"compared with ONNX Runtime: {self.difference}"
+        compared = self.comparison.summary()
+        if verbose:
+            compared += f"\ncompared with ONNX Runtime: {self.difference}"
         if self.backend == "openvino":
             return [
-                f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}",
                 compared,
+                f"weights {stamp['weights']}, execution {stamp['execution']} on {stamp['cpu']}",
                 f"{self.path} and {self.path.with_suffix('.bin').name}, from {self.source}",
             ]
         return [
             *(f"TensorRT warns: {warning}" for warning in self.warnings[:_MAX_WARNINGS]),
-            f"{stamp['precision']} on {stamp['gpu']} with TensorRT {stamp['tensorrt']}, plugins: {stamp['plugins']}",
             compared,
+            f"{stamp['precision']} on {stamp['gpu']} with TensorRT {stamp['tensorrt']}, plugins: {stamp['plugins']}",
             f"{self.path} ({self.size_mb} MB) and {self.path.name}.json, from {self.source}",
         ]
 
@@ -96,10 +98,11 @@ def build_engine(
 ) -> BuildResult:
     """Builds the fastest engine for this machine, compared with the ONNX file before it is kept.
 
-    From `batch` on, options apply to TensorRT only.
+    From `batch` to `timing_cache`, options apply to TensorRT only.
 
     Args:
-        model: exported ONNX file in single precision. Default: the newest export.
+        model: exported ONNX file in single precision, or a checkpoint, which is exported first. Default: the newest
+            export.
         precision: of the arithmetic; "bf16" and "tf32" for TensorRT only.
         target: library to build for.
         output: engine to write, `.engine` or `.xml`. Default: beside the ONNX file, with the precision in its name.
@@ -118,7 +121,7 @@ def build_engine(
         refit: weights can be replaced later, see `refit_engine`.
         strip_weights: write the engine without its weights; `refit_engine` puts them back.
         timing_cache: file of TensorRT's measurements. Default: one for this machine in the cache folder.
-        gate_images: folder of images to compare on, beside drawn shapes.
+        gate_images: folder of images to compare on, beside drawn ones.
         gate_annotations: COCO annotations of these images; AP is compared, too.
         gate_max_images: maximum number of images to take from `gate_images`; AP uses all annotated ones.
         overwrite: replace files of the engine's names that are no engines; never a file that is read.
@@ -134,7 +137,7 @@ def build_engine(
     progress = progress or Progress()
     _check_options(precision, target, calibration, keep, hardware_compatible, refit=refit, strip_weights=strip_weights)
     target = Target(target)
-    onnx = runs.newest_onnx() if model is None else Path(model)
+    onnx = runs.newest_onnx() if model is None else _exported(Path(model), progress)
     obstacle = None if target is Target.OPENVINO else tensorrt_obstacle()
     is_openvino = target is Target.OPENVINO or (target is Target.AUTO and obstacle is not None)
     if tf32 and precision == "fp32":
@@ -166,7 +169,9 @@ def build_engine(
     _check_outputs(request, overwrite=overwrite)
     if not is_openvino:
         return _build_tensorrt(request, obstacle, progress)
-    options = " ".join(request.tensorrt_options())
+    gate_options = ("--gate-images", "--gate-annotations")
+    words = request.tensorrt_options()
+    options = " ".join(word for n, word in enumerate(words) if not {word, words[n - 1]} & {*gate_options})
     if obstacle is None and options:
         raise UserError(f"{options} for OpenVINO", "options of TensorRT only", "drop them, or use --target tensorrt")
     if obstacle is not None:
@@ -230,6 +235,22 @@ def refit_engine(
     _check_outputs(request, engine, overwrite=overwrite)
     _write_graph(request, progress)
     return _result(refit_tensorrt_engine(engine, request, progress), onnx, "tensorrt")
+
+
+def _exported(model: Path, progress: Progress) -> Path:
+    """The ONNX file of a checkpoint: the one beside it if it was made from this checkpoint, else a new export."""
+    if model.suffix != ".safetensors":
+        return model
+    from maskrcnn.api.export import export
+    from maskrcnn.metadata import sha256_of
+    from maskrcnn.runtime.engine_files import read_model
+
+    onnx = model.with_name(runs.ONNX)
+    with suppress(UserError):  # no such file, or one of another kind
+        metadata = read_model(onnx)[1]
+        if metadata.source_sha256 == sha256_of(model) and metadata.precision == "fp32":
+            return onnx
+    return export(model, progress=progress).path
 
 
 class _StageOfNode:
@@ -477,17 +498,30 @@ def _build_openvino(request: BuildRequest, progress: Progress) -> BuildResult:
     from maskrcnn.data.images import images_in
     from maskrcnn.export.passes.quantize import feeds_from_files
     from maskrcnn.export.variants import COMPARED_IMAGES
+    from maskrcnn.runtime.build.gate import average_precision, check_gate_images, gate_feeds
     from maskrcnn.runtime.build.openvino import build_openvino_engine
     from maskrcnn.runtime.engine_files import read_model
+    from maskrcnn.runtime.verification.inputs import validation_batches
 
     onnx, path = request.model, request.output
     if request.precision in ("bf16", "tf32"):
         expected = "--fp16 (executes in bfloat16 if the CPU supports it), --fp32 or --int8"
         raise UserError(f"--{request.precision} for OpenVINO", expected, "use --fp16")
+    check_gate_images(request)
+    metadata = read_model(onnx)[1]
+    rule = metadata.preprocessing
+    batches = [feeds for _, feeds in gate_feeds(request, rule)]
+    gate: dict[str, Any] = {"images": request.compared_images}
+    if request.gate_annotations is not None:
+        gate["average_precision"] = lambda engine: average_precision(engine, request, (), progress)
     if request.calibration is None:
+        batches += validation_batches(rule.divisor, rule.channels)
         with progress.task(f"building from {onnx}"):
-            built = build_openvino_engine(onnx, path, half=request.precision == "fp16")
+            built = build_openvino_engine(onnx, path, half=request.precision == "fp16", batches=batches, **gate)
         return _result(built, onnx, "openvino")
+    gate["images"] = " and ".join(
+        map(str, dict.fromkeys((request.calibration, request.gate_images or request.calibration)))
+    )
     with temporary_folder(path) as folder:
         quantized = folder / f"{onnx.stem}.int8.onnx"
         write_variant(
@@ -499,8 +533,7 @@ def _build_openvino(request: BuildRequest, progress: Progress) -> BuildResult:
             keep=request.keep,
             progress=progress,
         )
-        images = images_in(request.calibration, COMPARED_IMAGES)
-        batches = list(feeds_from_files(images, read_model(onnx)[1]))
+        batches += feeds_from_files(images_in(request.calibration, COMPARED_IMAGES), metadata)
         with progress.task(f"building from {quantized}"):
-            built = build_openvino_engine(quantized, path, half=True, reference=onnx, batches=batches)
+            built = build_openvino_engine(quantized, path, half=True, reference=onnx, batches=batches, **gate)
     return _result(built, onnx, "openvino")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from maskrcnn import runs
+from maskrcnn.api.predict import IMAGES
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
@@ -17,6 +19,7 @@ from maskrcnn.files import (
     Output,
     atomic_path,
     check_outputs,
+    read_json,
     report_kind,
     report_path,
     write_report,
@@ -115,8 +118,9 @@ def evaluate(
     """Computes COCO metrics; every value equals pycocotools' to the last digit.
 
     Args:
-        model: checkpoint, ONNX file or engine; or None, with `results`.
-        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file.
+        model: checkpoint, ONNX file or engine. Default, without `results`: the best checkpoint of the newest run.
+        data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file. Default for a model in
+            the folder of a run: the data of the run's validation.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
         batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.
@@ -180,6 +184,7 @@ def evaluate(
         strict=strict,
         overwrite=overwrite,
     )
+    options = _with_run(options, progress)
     _check(options)
     protocol_of("bbox", options.max_detections)  # faults show before detecting
     if options.model is not None:
@@ -226,13 +231,29 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     return list(dict.fromkeys(text for scored in evaluation.scored.values() for text in scored.remarks()))
 
 
+def _with_run(options: _Options, progress: Progress) -> _Options:
+    """The options completed by the newest run, or by the run of the model: its best checkpoint, its validation data."""
+    if options.results is not None:
+        return options
+    model = options.model or runs.newest_checkpoint()
+    config = model.with_name(runs.CONFIG)
+    if options.data or options.annotations or not config.is_file():
+        return replace(options, model=model)
+    settings = read_json(config, "the settings of a run")
+    data = settings.get("val_data") or settings.get("data")
+    if not data:
+        return replace(options, model=model)
+    split = settings.get("val_split", options.split) if options.split == "val" else options.split
+    folder = settings.get("val_images" if settings.get("val_data") else "images")
+    progress.message(f"{model} on the data of its run: {data}, split {split}")
+    return replace(options, model=model, data=Path(data), images=options.images or _path(folder or None), split=split)
+
+
 def _check(options: _Options) -> None:
     """Refuses options that contradict each other."""
-    if (options.model is None) == (options.results is None):
-        found = "a model and --results" if options.model else "neither a model nor --results"
-        raise UserError(
-            found, "one of them", "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
-        )
+    if options.model is not None and options.results is not None:
+        fix = "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
+        raise UserError("a model and --results", "one of them", fix)
     if (options.annotations is None) == (options.data is None):
         given = "a model" if options.model is not None else "--results"
         found = f"{given} with --annotations and --data" if options.data else f"{given} without --data or --annotations"
@@ -407,9 +428,30 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
     assert options.results is not None
     truth = GroundTruth(_dataset(options, progress, require_images=False))
     evaluation = score_file(truth, options.results, options.kinds, options.max_detections)
+    for line in _other_files(options.results, truth):
+        progress.message(line)
     count = len(evaluation.results)
     progress.message(f"{options.results}: {count} results on {evaluation.images} images of {truth.source}")
     return evaluation
+
+
+def _other_files(results: Path, truth: GroundTruth) -> list[str]:
+    """A warning if `predict` made the results from other files than the annotations have under the same image ids."""
+    index = results.with_name(IMAGES)
+    if not index.is_file():
+        return []
+    files = read_json(index, "the image files of `maskrcnn predict`")
+    known = set(truth.image_ids.tolist())
+    named = {int(key): Path(str(name)).name for key, name in files.items() if key.isdigit() and int(key) in known}
+    wrong = {key: name for key, name in named.items() if name != Path(truth.file_name(key)).name}
+    if not wrong:
+        return []
+    key, name = next(iter(wrong.items()))
+    return [
+        f"warning: {len(wrong)} of {len(named)} images are other files in {index} than in {truth.source} (id {key}: "
+        f"{name}, {truth.file_name(key)}): their results are scored against other images. Repeat `maskrcnn predict` "
+        "with --annotations, which keeps the ids"
+    ]
 
 
 def _differences(

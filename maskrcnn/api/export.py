@@ -167,9 +167,15 @@ def _write_onnx(
             assumed=loaded.assumed,
             max_unmatched=max_unmatched,
         )
-    progress.message(f"compared with PyTorch: {difference}")
+    _say_compared("PyTorch", difference, progress)
     _say_tolerated(difference, max_unmatched, progress)
     return f"PyTorch: {difference}"
+
+
+def _say_compared(than: str, difference: Difference, progress: Progress, images: str = "drawn images") -> None:
+    """Reports an accepted comparison in one line, and in full with --verbose."""
+    progress.detail(f"compared with {than}: {difference}")
+    progress.message(f"{'OK: ' if difference.detections else ''}{difference.summary(than)}, on {images}")
 
 
 def _say_tolerated(difference: Difference, max_unmatched: float, progress: Progress) -> None:
@@ -231,8 +237,9 @@ def write_variant(
             )
             text = quantized.text()
         if precision != "fp32":
-            progress.message(text)
-            progress.message(f"compared with single precision: {difference}")
+            progress.detail(text)
+            images = [*(["drawn images"] if precision != "int8" else []), *([str(calibration)] if calibration else [])]
+            _say_compared("single precision", difference, progress, " and ".join(images))
             _say_tolerated(difference, max_unmatched, progress)
             differences.append(f"single precision: {difference}")
             made = draft

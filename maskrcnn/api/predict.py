@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.postprocess import Detections
 
 RESULTS, IMAGES = "results.json", "images.json"
+_THRESHOLD = 0.5  # of models without a recommended one
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +44,9 @@ def predict(
     precision: str | None = None,
     pixel_range: Sequence[float] | None = None,
     output: str | Path | None = None,
-    threshold: float = 0.5,
+    format: Literal["png", "jpg"] = "png",
+    annotations: str | Path | None = None,
+    threshold: float | None = None,
     keypoint_threshold: float = 2.0,
     strict: bool = False,
     overwrite: bool = False,
@@ -63,7 +68,12 @@ def predict(
             a TIFF file states, else the high byte.
         output: folder for an overlay of each image, `results.json` (COCO results) and `images.json` (file of each image
             id). Default: nothing is written.
-        threshold: lowest score of a detection in the overlays; the results have all detections.
+        format: of the overlays.
+        annotations: COCO annotation file of these images, whose image ids the results get. Default: that of the dataset
+            whose images they are (`annotations/instances_NAME.json` beside the folder NAME, or `_annotations.coco.json`
+            in it); else images are counted from 1.
+        threshold: lowest score of a detection in the overlays; the results have all detections. Default: the one that
+            training recommended for the model, else 0.5.
         keypoint_threshold: lowest score (heat map logit) of a keypoint in the overlays.
         strict: stop at the first image that cannot be used.
         overwrite: replace files in `output` that maskrcnn did not write.
@@ -82,11 +92,23 @@ def predict(
     sources = _expanded(images, folder)
     names = [str(source) if isinstance(source, Path) else str(n) for n, source in enumerate(sources)]
     path = Path(model) if model is not None else runs.newest_checkpoint()
-    targets = [] if folder is None else _targets([Path(name) for name in names], folder)
+    if format not in ("png", "jpg"):
+        raise UserError(f"--format {format}", "png or jpg", "choose one of these")
+    targets = [] if folder is None else _targets([Path(name) for name in names], folder, format)
     if folder is not None:
-        _check_output(folder, targets, images, [*names, path], overwrite=overwrite)
+        _check_output(
+            folder, targets, images, [*names, path, *([annotations] if annotations else [])], overwrite=overwrite
+        )
+    ids = list(range(1, len(names) + 1))
+    if folder is not None and all(isinstance(source, Path) for source in sources):
+        ids = _image_ids([Path(name) for name in names], annotations, progress)
     detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range)
     metadata = detector.metadata
+    if threshold is None:
+        threshold = metadata.recommended_threshold
+        if threshold is not None and folder is not None:
+            progress.message(f"drawn from score {threshold:g}, which training recommended (--threshold)")
+        threshold = _THRESHOLD if threshold is None else threshold
     found: dict[int, Detections] = {}
     failed: dict[str, str] = {}
     try:
@@ -113,14 +135,18 @@ def predict(
             if shown.keypoints is not None:
                 count = int((shown.keypoints[:, :, 2] >= keypoint_threshold).sum())
                 points = f" with {count} of {shown.keypoints[:, :, 2].size} keypoints"
-            progress.message(
-                f"{names[number]}: {len(shown)} of {len(detections)} detections drawn{points} → {targets[number]}"
-            )
+            found_text = _in_words(shown, detections, threshold, metadata.class_names)
+            progress.message(f"{names[number]}: {found_text}{points} → {targets[number]}")
     finally:  # an error or an interruption loses no image that is done
         if folder is not None and found:
-            entries = [entry for number, each in found.items() for entry in each.to_coco(number + 1)]
+            class_of = dict(zip(metadata.category_ids, metadata.class_names, strict=True))
+            entries = [
+                {**entry, "category_name": class_of[entry["category_id"]]}
+                for number, each in found.items()
+                for entry in each.to_coco(ids[number])
+            ]
             write_json(folder / RESULTS, entries)
-            write_json(folder / IMAGES, {str(number): name for number, name in enumerate(names, start=1)})
+            write_json(folder / IMAGES, {str(key): name for key, name in zip(ids, names, strict=True)})
             if len(found) + len(failed) < len(sources):
                 progress.message(f"stopped after {len(found)} of {len(sources)} images; results → {folder / RESULTS}")
     for line in detector.notes.lines():
@@ -175,7 +201,66 @@ def _expanded(
     return found
 
 
-def _targets(images: Sequence[Path], output: Path) -> list[Path]:
+def _in_words(shown: Detections, detections: Detections, threshold: float, class_names: Sequence[str]) -> str:
+    """What an overlay shows: `2 of 9 detections drawn (person, dog)`; without any, the best score there was."""
+    text = f"{len(shown)} of {len(detections)} detections drawn"
+    if len(shown):
+        counts = Counter(class_names[label - 1] for label in shown.labels.tolist())
+        return f"{text} ({', '.join(name if n == 1 else f'{n} × {name}' for name, n in counts.most_common())})"
+    if len(detections):
+        text += f" (best score {float(detections.scores.max()):.2f}, below --threshold {threshold:g})"
+    return text
+
+
+def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: Progress) -> list[int]:
+    """The image ids of these files in their dataset's annotations; counted from 1 without such a file.
+
+    Files that an annotation file named by the user lacks get ids after its highest.
+    """
+    from maskrcnn.files import read_json
+
+    places = [] if annotations is None else [Path(annotations)]
+    for folder in {file.parent.resolve() for file in files} if annotations is None else ():
+        near = (folder.parent / "annotations" / f"instances_{folder.name}.json", folder / "_annotations.coco.json")
+        places += [path for path in near if path.is_file()]
+    for path in places:
+        known: dict[str, list[tuple[str, int]]] = {}
+        try:
+            content = read_json(path, "annotations in COCO's format")
+        except UserError:
+            if annotations is not None:
+                raise
+            continue
+        with suppress(TypeError, KeyError, ValueError):
+            for record in content["images"]:
+                name = str(record["file_name"])
+                known.setdefault(Path(name).name, []).append((name, int(record["id"])))
+        if not known:
+            if annotations is None:
+                continue
+            found = f"{path}: no list of images with file_name and id"
+            raise UserError(found, "annotations in COCO's format", "correct --annotations")
+        ids = [_id_of(file, known.get(file.name, ())) for file in files]
+        missing = [file for file, each in zip(files, ids, strict=True) if each is None]
+        if missing and annotations is None:
+            continue
+        progress.message(f"image ids are those of {path}")
+        if missing:
+            progress.message(f"{len(missing)} image(s) that it does not have get other ids, such as {missing[0]}")
+        highest = max(each for entries in known.values() for _, each in entries)
+        others = iter(range(highest + 1, highest + 1 + len(missing)))
+        return [next(others) if each is None else each for each in ids]
+    return list(range(1, len(files) + 1))
+
+
+def _id_of(file: Path, entries: Sequence[tuple[str, int]]) -> int | None:
+    """The id of a file among the entries (file_name, id) of its name; of several the one whose folders agree too."""
+    if len(entries) > 1:
+        entries = [each for each in entries if file.as_posix().endswith(f"/{each[0]}")]
+    return entries[0][1] if len(entries) == 1 else None
+
+
+def _targets(images: Sequence[Path], output: Path, suffix: str) -> list[Path]:
     """The overlay of each image: its name, with a number if several images have the same."""
     stems = [path.stem for path in images]
     repeated = Counter(stems)
@@ -186,7 +271,7 @@ def _targets(images: Sequence[Path], output: Path) -> list[Path]:
         while name in taken:
             name += f"-{number}"
         taken.add(name)
-        targets.append(output / f"{name}.png")
+        targets.append(output / f"{name}.{suffix}")
     return targets
 
 
@@ -203,7 +288,7 @@ def _check_output(
 
     several = [images] if isinstance(images, (str, Path, np.ndarray)) else images
     folders = [path for path in several if not isinstance(path, np.ndarray) and Path(path).is_dir()]
-    index = FileKind.starting_with("the images.json of `maskrcnn predict`", rb'\{\s*"1": "')
+    index = FileKind.starting_with("the images.json of `maskrcnn predict`", rb'\{\s*"\d+": "')
     kinds = (DRAWING, RESULTS_FILE, index)
     check_output_folder("--output", folder, folders, kinds, overwrite=True)
     outputs = [

@@ -19,6 +19,9 @@ class Progress:
     def message(self, text: str) -> None:
         """Receives one line of plain text for the user."""
 
+    def detail(self, text: str) -> None:
+        """Receives lines that matter only where a result is in doubt: the command line prints them with --verbose."""
+
     @contextmanager
     def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Encloses a part of the work that takes long.

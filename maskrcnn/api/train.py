@@ -15,20 +15,21 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import AugmentConfig, TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset, crowded_line
+from maskrcnn.data.coco import CocoDataset, ImageRecord, crowded_line, instance_mask
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_output_folder, locked, write_json
-from maskrcnn.imaging.draw import overlay
+from maskrcnn.imaging.draw import Mark, beside, colour_of, draw_marks, overlay, with_pose
 from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.torch import TorchBackend
 from maskrcnn.runtime.evaluation.evaluate import Evaluation, check_classes, detect_records, kinds_found, score_kinds
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
+from maskrcnn.runtime.evaluation.scoring import f1_curve
 from maskrcnn.settings import (
     assignments,
     merged,
@@ -40,13 +41,13 @@ from maskrcnn.settings import (
 from maskrcnn.training.distributed import Processes, choose_workers, joined
 from maskrcnn.training.logbook import NamedImage
 from maskrcnn.training.optimizer import peak_learning_rate, without_effect
-from maskrcnn.training.recipe import class_weights, require_fitting, training_config
+from maskrcnn.training.recipe import MIN_STEPS, class_weights, require_fitting, training_config
 from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.state import read_progress, read_run, require_changeable, settings_of_run
 from maskrcnn.training.step import validation_losses
 from maskrcnn.training.trainer import Trainer, best_by, require_measurable
 from maskrcnn.weights import torchvision
-from maskrcnn.weights.checkpoint import SUFFIX
+from maskrcnn.weights.checkpoint import SUFFIX, config_of, read_tensors
 from maskrcnn.weights.finetuning import finetuning_tensors
 
 _Begin = Callable[..., tuple[Trainer, CocoDataset]]
@@ -57,7 +58,7 @@ _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", 
 AUTO = "auto"  # in place of the run to continue
 _RATES, _RATE_STEPS = (1e-6, 1.0), 100  # of a range test
 _CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
-_DRAWN_SCORE = 0.5  # lowest score of a detection in the images of the log
+_DRAWN_SCORE, _DRAWN_PX = 0.5, 1024  # lowest score of a detection in the images of the log; their longest side
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +71,7 @@ class TrainResult(Result):
     best_score: float | None  # its value; None if it could not be measured
     epochs: int
     metrics: dict[str, Any]  # of the last epoch
+    recommended_threshold: float | None = None  # score with the best F1 on the validation split
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,20 +273,25 @@ def _train(begin: _Begin, processes: Processes, settings: dict[str, Any], progre
     progress.message(
         f"{config.model.name} on {trainer.device} in {trainer.precision}"
         + (f", {processes.world_size} processes" if processes.world_size > 1 else "")
-        + f": {len(trainer.samples)} images of {config.data}, {config.epochs} epochs → {trainer.run}"
+        + f": {len(trainer.samples)} images of {config.data} → {trainer.run}"
     )
+    _say_length(progress, config, trainer.sampler.steps)
     for line in without_effect(config):
         progress.message(line)
     with progress.training() as display:
         metrics = trainer.fit(_evaluation(valset, config, processes), _drawing(valset, config), display)
     score = trainer.progress.best_score
+    threshold, best_file = None, trainer.run / runs.BEST
+    if best_file.exists():
+        threshold = config_of(read_tensors(best_file)[1], best_file).recommended_threshold or None
     result = TrainResult(
         run=trainer.run,
-        checkpoint=trainer.run / runs.BEST,
+        checkpoint=best_file,
         best_by=best_by(config),
         best_score=None if score is None else abs(score),
         epochs=trainer.progress.epoch,
         metrics=metrics,
+        recommended_threshold=threshold,
     )
     best = (
         f"last epoch, {result.best_by} not measured"
@@ -292,7 +299,22 @@ def _train(begin: _Begin, processes: Processes, settings: dict[str, Any], progre
         else f"best {result.best_by} {result.best_score:.4f}"
     )
     progress.message(f"{best}: {result.checkpoint}")
+    if threshold is not None:
+        progress.message(
+            f"recommended score threshold: {threshold:g} (best F1 on the validation split), the default of predict"
+        )
     return result
+
+
+def _say_length(progress: Progress, config: TrainConfig, steps: int) -> None:
+    """Reports the number of steps, and whether it is too small."""
+    total = config.epochs * steps
+    progress.message(f"{total} steps: {config.epochs} epochs of {steps}, with {config.batch_size} images per step")
+    if total < MIN_STEPS:
+        progress.message(
+            f"warning: {total} steps rarely suffice, also for fine-tuning; --epochs {-(-MIN_STEPS // steps)} gives "
+            f"{MIN_STEPS}"
+        )
 
 
 def _begun(
@@ -650,11 +672,25 @@ def _metrics_of(scores: Evaluation) -> dict[str, float]:
     found = {f"{kind}_{name.lower()}": kinds[kind].metrics[name] for name in ("AP", "AP50") for kind in kinds}
     for kind, scored in kinds.items():
         found |= {f"{kind}_ap/{name}": own["AP"] for name, own in scored.by_class().items()}
-    return found
+    best = f1_curve((kinds.get("mask") or kinds["box"]).records).best()
+    return found | ({} if best is None else {"recommended_threshold": best[0]})
+
+
+def _annotated(record: ImageRecord, names: Sequence[str], skeleton: Sequence[tuple[int, int]]) -> list[Mark]:
+    """The annotated objects of an image, to draw."""
+    marks = []
+    for number, each in enumerate(record.instances):
+        name = f"{names[each.label - 1]}, crowd" if each.is_crowd else names[each.label - 1]
+        mask = instance_mask(record, each) if each.has_mask else None
+        marks.append(Mark(each.box_xyxy_px, name, colour_of(number), mask))
+        if each.keypoints is not None:
+            marks[-1] = with_pose(marks[-1], each.keypoints, each.keypoints[:, 2] > 0, skeleton)
+    return marks
 
 
 def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], list[NamedImage]]:
-    """Predictions on the first images of the validation split."""
+    """The first images of the validation split: their annotations, and beside them the predictions."""
+    names, skeleton = config.model.class_names, config.model.keypoint_skeleton
 
     def draw(model: MaskRCNN) -> list[NamedImage]:
         detector = _detector(model)
@@ -662,8 +698,10 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], l
         for number, record in enumerate(valset.images[: config.pictures]):
             image = read_record(record, config.model.preprocessing)
             found = detector.detect([image])[0].above(_DRAWN_SCORE)
-            drawn = overlay(image, found, config.model.class_names, config.model.keypoint_skeleton)
-            images.append((f"prediction-{number}", np.asarray(drawn)))
+            sides = [draw_marks(image, _annotated(record, names, skeleton)), overlay(image, found, names, skeleton)]
+            for side in sides:
+                side.thumbnail((_DRAWN_PX, _DRAWN_PX))
+            images.append((f"prediction-{number}", np.asarray(beside(sides))))
         return images
 
     return draw

@@ -25,7 +25,7 @@ from maskrcnn.cli import (
     verify,
     web,
 )
-from maskrcnn.cli.console import console
+from maskrcnn.cli.console import console, verbosity
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,12 +51,10 @@ app.command()(web.web)
 app.command()(doctor.doctor)
 app.add_typer(data.data_app, name="data")
 
-_verbose = False
-
 
 def main() -> None:
     """Runs the command line. Errors are printed as three lines, with exit code 1."""
-    with errors.report_errors(lambda: _verbose):
+    with errors.report_errors(lambda: verbosity["verbose"]):
         app()
 
 
@@ -64,10 +62,11 @@ def main() -> None:
 def _global_options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of errors, too.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print every comparison, and the traceback of errors.")
+    ] = False,
 ) -> None:
-    global _verbose
-    _verbose = verbose
+    verbosity["verbose"] = verbose
     console.quiet = quiet
     if version:
         print(__version__)

@@ -9,12 +9,12 @@ import typer
 
 from maskrcnn.api.build_engine import BATCH, GATE_IMAGES, SIZE, Target
 from maskrcnn.api.export import CALIBRATION_IMAGES
-from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.console import ConsoleProgress, show, verbosity
 from maskrcnn.cli.options import Overwrite
 from maskrcnn.errors import UserError
 
 _PRECISION, _ENGINE, _INT8 = "Precision (one is required)", "Engine", "8-bit integers"
-_PROFILES, _TENSORRT, _GATE = "TensorRT: shapes", "TensorRT: settings", "TensorRT: comparison with the ONNX file"
+_PROFILES, _TENSORRT, _GATE = "TensorRT: shapes", "TensorRT: settings", "Comparison with the ONNX file"
 
 
 def _option(panel: str, *names: str, **options: Any) -> Any:
@@ -22,7 +22,8 @@ def _option(panel: str, *names: str, **options: Any) -> Any:
 
 
 _GateImages = Annotated[
-    Path | None, _option(_GATE, "--gate-images", help="Folder of images to compare on, beside drawn shapes.")
+    Path | None,
+    _option(_GATE, "--gate-images", help="Folder of images to compare on, beside drawn ones (default: drawn only)."),
 ]
 _GateAnnotations = Annotated[
     Path | None,
@@ -35,7 +36,10 @@ _GateMaxImages = Annotated[
 
 
 def build_engine(
-    model: Annotated[Path | None, typer.Argument(help="ONNX file in fp32 (default: newest export).")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="ONNX file in fp32, or a checkpoint, which is exported first (default: newest export)."),
+    ] = None,
     fp16: Annotated[bool, _option(_PRECISION, "--fp16", help="Half precision (16 bits).")] = False,
     fp32: Annotated[bool, _option(_PRECISION, "--fp32", help="Single precision.")] = False,
     bf16: Annotated[
@@ -164,7 +168,7 @@ def build_engine(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    show("\n".join(result.lines()))
+    show("\n".join(result.lines(verbose=verbosity["verbose"])))
 
 
 def refit_engine(
@@ -189,4 +193,4 @@ def refit_engine(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    show("\n".join(result.lines()))
+    show("\n".join(result.lines(verbose=verbosity["verbose"])))

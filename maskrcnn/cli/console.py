@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`. Brackets and colons of names are no markup.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+verbosity = {"verbose": False}  # set by `maskrcnn --verbose`
 
 
 def show(text: object) -> None:
@@ -36,12 +38,23 @@ class ConsoleProgress(Progress):
     def message(self, text: str) -> None:
         show(text)
 
+    def detail(self, text: str) -> None:
+        if verbosity["verbose"]:
+            show(text)
+
     @contextmanager
     def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         bars = self._acquire()
-        task = bars.add_task(title, total=total)
+        task, left = bars.add_task(title, total=total), math.inf if total is None else total
+
+        def advance(steps: int) -> None:
+            nonlocal left
+            steps = int(min(steps, left))  # a bar beyond its end would show a negative time
+            left -= steps
+            bars.advance(task, steps)
+
         try:
-            yield lambda steps: bars.advance(task, steps)
+            yield advance
         finally:
             bars.remove_task(task)
             self._release()

@@ -33,9 +33,13 @@ class Kind(str, Enum):
 
 def evaluate(
     model: Annotated[
-        Path | None, typer.Argument(help="Checkpoint, ONNX file or engine (or none, with --results).")
+        Path | None,
+        typer.Argument(help="Checkpoint, ONNX file or engine (default: best checkpoint of the newest run)."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of a dataset, or its annotation file.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a dataset, or its annotation file (default: the validation data of its run)."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     processes: Annotated[
@@ -161,7 +165,7 @@ def evaluate(
 
         show(voc_table(result.voc))
     show(result.evaluation.seconds.line())
-    if model is not None:
+    if results is None:
         rate = result.images / max(result.evaluation.seconds.detect, 1e-9)
         show(f"{rate:.2f} images/s per process, from file to pasted masks")
     for path in result.files:

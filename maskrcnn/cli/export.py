@@ -10,7 +10,6 @@ import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.cli.options import Overwrite
-from maskrcnn.errors import UserError
 
 _OUTPUT, _INT8, _TENSORRT = "Output", "8-bit integers", "TensorRT"
 _WEIGHTS, _MODEL = "Weights of other libraries", "Model"
@@ -30,7 +29,7 @@ def export(
         Path | None,
         typer.Argument(help="Checkpoint, or ONNX file to convert with --precision (default: best of the newest run)."),
     ] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file (required).")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file, the only format (default).")] = True,
     output: Annotated[
         Path | None,
         typer.Option(help="ONNX file to write (default: model.onnx beside the checkpoint).", rich_help_panel=_OUTPUT),
@@ -148,8 +147,6 @@ def export(
     """Export a model to one ONNX file, compared with its source before it is kept."""
     from maskrcnn.api.export import export as run
 
-    if not onnx:
-        raise UserError("no output format", "--onnx", "run `maskrcnn export --onnx`")
     result = run(
         checkpoint,
         output=output,

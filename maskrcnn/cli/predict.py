@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,13 @@ import typer
 from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.cli.options import BackendName, Overwrite, PixelRange, PrecisionName, ProviderName, range_from_text
 from maskrcnn.errors import UserError
+
+
+class ImageFormat(str, Enum):
+    """File format of overlays."""
+
+    PNG = "png"
+    JPEG = "jpg"
 
 
 def predict(
@@ -25,9 +33,26 @@ def predict(
     output: Annotated[
         Path, typer.Option(help="Folder to write overlays and results.json to.", rich_help_panel="Output")
     ] = Path("predictions"),
+    format: Annotated[
+        ImageFormat, typer.Option(help="File format of the overlays.", rich_help_panel="Output")
+    ] = ImageFormat.PNG,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="COCO annotation file of these images, whose image ids the results get (default: the one of their "
+            "dataset, if the images are in one; else they are counted).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Lowest score of a detection to draw.", rich_help_panel="Output")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Lowest score of a detection to draw (default: recommended by training, else 0.5).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     keypoint_threshold: Annotated[
         float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
     ] = 2.0,
@@ -49,6 +74,8 @@ def predict(
         precision=precision,
         pixel_range=range_from_text(pixel_range),
         output=output,
+        format=format.value,
+        annotations=annotations,
         threshold=threshold,
         keypoint_threshold=keypoint_threshold,
         strict=strict,

@@ -61,12 +61,13 @@ class EpochProgress:
         self._done += images
         rate = (self._done - self._at_start) / max(time.perf_counter() - self._started, 1e-9)
         numbers = f"epoch {epoch}  loss {loss:.3f}  {rate:.1f} images/s"
+        shown = min(self._done, self._total)  # the last batch of an epoch may be filled up with images of its first
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, numbers=numbers)
+            self._bar.update(self._task, completed=shown, numbers=numbers)
         elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.perf_counter()
-            left = (self._total - self._done) / max(rate, 1e-9)
-            self.message(f"{numbers}  {self._done}/{self._total} images  {left:.0f} s left")
+            left = (self._total - shown) / max(rate, 1e-9)
+            self.message(f"{numbers}  {shown}/{self._total} images  {left:.0f} s left")
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Prints the metrics on one line."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from maskrcnn.cli.console import ConsoleProgress, show
+from maskrcnn.cli.console import ConsoleProgress, show, verbosity
 from maskrcnn.cli.options import Overwrite
 
 
@@ -43,7 +43,8 @@ def verify(
 ) -> None:
     """Compare two models stage by stage, and name the first stage that differs.
 
-    Exit code 1 if one differs by more than the tolerance.
+    Prints one line if they agree; `maskrcnn --verbose verify` prints the table of stages. Exit code 1 if one differs by
+    more than the tolerance.
     """
     from maskrcnn.api.verify import verify as run
 
@@ -60,7 +61,10 @@ def verify(
         progress=ConsoleProgress(),
     )
     assert result.details is not None
-    show(result.details.table())
+    if verbosity["verbose"] or not result.ok:
+        show(result.details.table())
+    elif result.details.notes:
+        show("\n".join(result.details.notes))
     show(result.conclusion)
     if result.report is not None:
         show(f"report → {result.report}")

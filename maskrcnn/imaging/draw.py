@@ -6,10 +6,10 @@ import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from maskrcnn.files import atomic_path
@@ -26,8 +26,10 @@ _Line = tuple[_Box, Colour]
 POINT_SCORE = 2.0
 _OPACITY = 0.45
 _MIN_SIDE_PX = 640  # smaller images are enlarged, so that the text does not hide them
-_POINT_PX = 3  # radius of a keypoint
-_LINE_PX = 3  # width of a skeleton line
+# Sizes as shares of the image's longer side, so that a large photo looks as a small one when both fill the screen.
+_LINE, _POINT, _FONT = 1 / 400, 1 / 220, 1 / 55  # width of lines, radius of keypoints, height of text
+_DARK = 110  # luma of a label below which its text is white
+_JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Mark:
     """An object to draw, in pixels of the image."""
 
     box_xyxy_px: _Box
-    text: str  # at the top left corner
+    text: str  # beside the box
     colour: Colour
     mask: np.ndarray | None = None  # [H, W] bool
     points_px: Sequence[tuple[float, float]] = ()  # x, y
@@ -65,10 +67,13 @@ def overlay(
     skeleton: Sequence[tuple[int, int]] = (),
     *,
     point_score: float = POINT_SCORE,
+    with_scores: bool = True,
 ) -> Image.Image:
     """Draws detections on an image: box, class and score, and mask with outline and keypoints if present.
 
-    The highest score is on top. Small images are enlarged by an integer factor to at least 640 px on the longer side.
+    The highest score is on top. Lines and text grow with the image; small images are enlarged by an integer factor to
+    at least 640 px on the longer side. A label stands where it covers no other one, if there is such a place at its
+    box.
 
     Args:
         image: `[H, W, C]`, see `displayed`.
@@ -76,6 +81,7 @@ def overlay(
         class_names: of labels 1, 2, ….
         skeleton: pairs of keypoints, counted from 1, connected by a line; each pair has its own colour.
         point_score: lowest score of a keypoint that is drawn, with the lines to it; see `POINT_SCORE`.
+        with_scores: write the score beside the class; False for annotations.
     """
     image = displayed(image)
     scale = _scale(image)
@@ -86,7 +92,8 @@ def overlay(
         zip(detections.boxes_xyxy_px.tolist(), detections.labels, detections.scores, strict=True)
     ):
         mask = None if masks is None else masks[k]
-        mark = Mark(tuple(box), f"{class_names[label - 1]} {score:.2f}", colour_of(k), mask)
+        text = f"{class_names[label - 1]} {score:.2f}" if with_scores else class_names[label - 1]
+        mark = Mark(tuple(box), text, colour_of(k), mask)
         if detections.keypoints is not None:
             points = detections.keypoints[k]
             mark = with_pose(mark, points, points[:, 2] >= point_score, skeleton)
@@ -141,12 +148,25 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     return _draw(_enlarge(image, scale), enlarged)
 
 
+def beside(images: Sequence[Image.Image]) -> Image.Image:
+    """Images side by side, aligned at the top."""
+    joined = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        joined.paste(image, (left, 0))
+        left += image.width
+    return joined
+
+
 def save_drawing(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file that `maskrcnn.files.DRAWING` recognises: its entry `Software` says maskrcnn."""
+    """Writes a JPEG (.jpg) or a PNG file that `maskrcnn.files.DRAWING` recognises: an entry in it says maskrcnn."""
     entries = PngInfo()
     entries.add_text("Software", "maskrcnn")
     with atomic_path(path) as draft:
-        image.save(draft, format="PNG", pnginfo=entries)
+        if path.suffix == ".jpg":
+            image.save(draft, format="JPEG", quality=_JPEG_QUALITY, comment=b"maskrcnn")
+        else:
+            image.save(draft, format="PNG", pnginfo=entries)
 
 
 def _scaled_box(box: _Box, scale: int) -> _Box:
@@ -155,25 +175,67 @@ def _scaled_box(box: _Box, scale: int) -> _Box:
 
 
 def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
-    canvas = image.astype(np.float32)
+    canvas, side = image.copy(), max(image.shape[:2])
+    line, point = max(1, round(side * _LINE)), max(3, round(side * _POINT))
     for mark in reversed(marks):
         if mark.mask is not None:
-            tint = np.array(mark.colour, np.float32)
-            canvas[mark.mask] = (1 - _OPACITY) * canvas[mark.mask] + _OPACITY * tint
-            canvas[_outline(mark.mask)] = tint
-    drawn = Image.fromarray(canvas.round().astype(np.uint8))
+            _tint(canvas, mark.mask, mark.colour, line)
+    drawn = Image.fromarray(canvas)
     draw = ImageDraw.Draw(drawn)
     for mark in reversed(marks):
         x0, y0, x1, y1 = mark.box_xyxy_px
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=mark.colour)
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=mark.colour, width=line)
         for ends, colour in mark.lines:
-            draw.line(ends, fill=colour, width=_LINE_PX)
+            draw.line(ends, fill=colour, width=line + 1)
         for x, y in mark.points_px:
-            draw.ellipse((x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX), fill=mark.colour)
-        left, top, right, bottom = draw.textbbox((x0 + 2, max(y0 - 12, 0)), mark.text)
-        draw.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=mark.colour)
-        draw.text((left, max(y0 - 12, 0)), mark.text, fill="black")
+            draw.ellipse((x - point, y - point, x + point, y + point), fill=mark.colour)
+    font = ImageFont.load_default(max(12, round(side * _FONT)))
+    for mark, (left, top, right, bottom) in reversed(
+        list(zip(marks, _label_boxes(marks, font, drawn.size), strict=True))
+    ):
+        red, green, blue = mark.colour
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < _DARK
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=mark.colour)
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        draw.text(middle, mark.text, fill="white" if is_dark else "black", font=font, anchor="mm")
     return drawn
+
+
+def _label_boxes(marks: Sequence[Mark], font: Any, size_wh: tuple[int, int]) -> list[_Box]:
+    """Places for the labels, of the first mark first: where they cover no earlier label, else as little as possible.
+
+    Tried in order: above the box, inside its upper left corner, below it, and the same at its right side.
+    """
+    width, height = size_wh
+    ascent, descent = font.getmetrics()
+    placed = np.zeros((0, 4))
+    for mark in marks:
+        w, h = font.getlength(mark.text) + ascent / 2, float(ascent + descent)
+        x0, y0, x1, y1 = mark.box_xyxy_px
+        corners = [(x, y) for x in (x0, x1 - w) for y in (y0 - h, y0, y1, y1 - h)]
+        corners += [(x1, y0), (x0 - w, y0)]
+        low = np.array(corners).clip(0, [max(width - w, 0), max(height - h, 0)])
+        places = np.concatenate([low, low + np.array([w, h])], axis=1)
+        sides = np.minimum(places[:, None, 2:], placed[:, 2:]) - np.maximum(places[:, None, :2], placed[:, :2])
+        covered = sides.clip(0).prod(axis=2).sum(axis=1)
+        placed = np.concatenate([placed, places[[int(covered.argmin())]]])
+    return [(left, top, right, bottom) for left, top, right, bottom in placed.tolist()]
+
+
+def _tint(canvas: np.ndarray, mask: np.ndarray, colour: Colour, line: int) -> None:
+    """Colours the pixels of a mask bool `[H, W]` in place, and more strongly its outline of `line` pixels."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
+        return
+    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inside, part = mask[window], canvas[window]
+    tint = np.array(colour, np.float32)
+    part[inside] = ((1 - _OPACITY) * part[inside] + _OPACITY * tint).round()
+    core = inside
+    for _ in range(line):  # a pixel less on all sides
+        padded = np.pad(core, 1)
+        core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:] & core
+    part[inside & ~core] = colour
 
 
 def _scale(image: np.ndarray) -> int:
@@ -190,11 +252,3 @@ def _enlarged(detections: Detections, scale: int) -> Detections:
     points = None if detections.keypoints is None else detections.keypoints * np.array([scale, scale, 1], np.float32)
     size_hw = height * scale, width * scale
     return replace(detections, boxes_xyxy_px=detections.boxes_xyxy_px * scale, size_hw=size_hw, keypoints=points)
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask bool `[H, W]` with a neighbour outside it."""
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    outline: np.ndarray = mask & ~inner
-    return outline

@@ -129,6 +129,7 @@ def sample_images(batch: Batch, model: ModelConfig, count: int) -> list[NamedIma
             model.class_names,
             model.keypoint_skeleton,
             point_score=1.0,  # minimum visibility of a drawn keypoint
+            with_scores=False,
         )
         images.append((f"sample-{n}", np.asarray(image)))
     return images

@@ -17,6 +17,8 @@ from maskrcnn.settings import typed, with_sections
 SHAPES_SIZE_PX = 128  # side of a generated image, and input size of the small model for them
 _SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 
+MIN_STEPS = 300  # fewer rarely suffice, also with pretrained weights
+
 # On a CPU the cost of a step grows with the samples per image; the small model needs fewer.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
 
@@ -56,6 +58,7 @@ def training_config(
         ),
         loss=_SMALL_LOSS if small else LossConfig(),
     )
+    settings = {**_length(dataset, settings), **settings}
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
     require_fitting(config.model, dataset, validation)
     config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, dataset)))
@@ -72,6 +75,15 @@ def training_config(
         train_split=dataset.split,
         val_split=validation.split,
     )
+
+
+def _length(dataset: CocoDataset, settings: dict[str, Any]) -> dict[str, int]:
+    """Default epochs and intervals of evaluation of a dataset for which the usual epochs are too few steps."""
+    steps = -(-len(dataset.images) // settings.get("batch_size", TrainConfig.batch_size))
+    epochs = -(-MIN_STEPS // steps)
+    if epochs <= TrainConfig.epochs or "epochs" in settings or "step_epochs" in settings:
+        return {}
+    return {"epochs": epochs, "evaluate_every": max(1, epochs // TrainConfig.epochs)}
 
 
 def class_weights(loss: LossConfig, dataset: CocoDataset) -> str | dict[str, float]:

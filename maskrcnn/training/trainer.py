@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -394,6 +395,8 @@ class Trainer:
             smaller = "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
             with _explain_out_of_memory(f"validation batches of {size} image(s)", f"{self._again} and {smaller}"):
                 metrics |= evaluate(model.eval())
+                # Of these weights: the checkpoint carries it.
+                model.config = replace(model.config, recommended_threshold=metrics.get("recommended_threshold", 0.0))
                 if self._logbook is not None and draw is not None and config.pictures:
                     self._logbook.images(last, draw(model))
             score = score_of(metrics, config.best_metric)

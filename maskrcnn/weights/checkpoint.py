@@ -153,6 +153,7 @@ def metadata_of(config: ModelConfig, source: Path | None = None, assumed: tuple[
         anchor_aspect_ratios=config.anchor_aspect_ratios,
         score_threshold=config.score_threshold,
         nms_iou=config.nms_iou,
+        recommended_threshold=config.recommended_threshold or None,
         assumed=assumed,
         source_sha256=sha256_of(source) if source else "",
         versions=versions(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskrcnn.data.images import images_in, read_image
-from maskrcnn.imaging.preprocess import batch_images
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images
 from maskrcnn.runtime.backends.base import Backend, TensorSpec, stages_of
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.build.profiles import Profile, padded_shape
@@ -151,8 +151,9 @@ def gate(engine: Backend, request: BuildRequest, profiles: Sequence[Profile], pr
     return Comparison(
         difference=difference,
         tolerance=tolerance,
-        ap={} if request.gate_annotations is None else _average_precision(engine, request, profiles, progress),
+        ap={} if request.gate_annotations is None else average_precision(engine, request, profiles, progress),
         max_ap_loss=MAX_AP_LOSS[request.precision],
+        images=request.compared_images,
     )
 
 
@@ -197,22 +198,35 @@ def _batches(engine: Backend, request: BuildRequest, profiles: Sequence[Profile]
     for batch, height, width in dict.fromkeys(corners):
         for feeds in batches_of_shapes([(batch, height, width)], preprocessing.channels):
             yield f"{batch} drawn image(s) of {height}×{width}", feeds
-    if request.gate_images is not None:
-        for path in images_in(request.gate_images, request.gate_max_images):
-            pixels, sizes = batch_images([read_image(path, preprocessing)], preprocessing)
-            yield path.name, {"images": pixels, "image_sizes": sizes}
+    yield from gate_feeds(request, preprocessing)
 
 
-def _average_precision(
+def gate_feeds(request: BuildRequest, preprocessing: Preprocessing) -> Iterator[tuple[str, Feeds]]:
+    """The user's images of the comparison, one by one: file name and inputs; none without a folder."""
+    for path in [] if request.gate_images is None else images_in(request.gate_images, request.gate_max_images):
+        pixels, sizes = batch_images([read_image(path, preprocessing)], preprocessing)
+        yield path.name, {"images": pixels, "image_sizes": sizes}
+
+
+def average_precision(
     engine: Backend, request: BuildRequest, profiles: Sequence[Profile], progress: Progress
 ) -> dict[str, tuple[float, float]]:
-    """AP of the ONNX file, on a GPU if ONNX Runtime can use one, and of the engine as a `Detector` runs it."""
+    """AP of the ONNX file, on a GPU if ONNX Runtime can use one, and of the engine as a `Detector` runs it.
+
+    Args:
+        engine: the engine.
+        request: the ONNX file, and the annotated images.
+        profiles: of a TensorRT engine; () for an engine without fixed shapes.
+        progress: receives the steps.
+    """
     from maskrcnn.runtime.evaluation.evaluate import evaluate
 
     dataset = gate_dataset(request)
-    batch_size = min(max(profile.batch.opt for profile in profiles), _MAX_BATCH)
+    batch_size = min(max((profile.batch.opt for profile in profiles), default=1), _MAX_BATCH)
     summaries = []
-    reference = PaddedBackend(OnnxRuntimeBackend(request.model), profiles)
+    reference: Backend = OnnxRuntimeBackend(request.model)
+    if profiles:
+        reference = PaddedBackend(reference, profiles)
     for name, backend in ((request.model.name, reference), ("the engine", engine)):
         with progress.task(f"AP of {name} on {len(dataset.images)} images"):
             summaries.append(evaluate(Detector(backend), dataset, batch_size=batch_size).summary())

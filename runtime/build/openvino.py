@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 from maskrcnn.errors import UserError
 from maskrcnn.files import folder_beside
 from maskrcnn.metadata import KEY, ModelMetadata, sha256_of
+from maskrcnn.runtime.backends.base import Backend
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.backends.openvino import OpenVinoBackend, openvino_core, read_openvino_model
+from maskrcnn.runtime.build.gate import MAX_AP_LOSS
 from maskrcnn.runtime.build.request import BuiltEngine, Comparison
 from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.verification.inputs import compare_backends
@@ -28,6 +30,8 @@ def build_openvino_engine(
     half: bool,
     reference: Path | None = None,
     batches: Sequence[dict[str, np.ndarray]] | None = None,
+    images: str = "drawn images",
+    average_precision: Callable[[Backend], dict[str, tuple[float, float]]] | None = None,
 ) -> BuiltEngine:
     """Builds an engine, compares it with an ONNX file in ONNX Runtime, and keeps it if they agree.
 
@@ -38,6 +42,9 @@ def build_openvino_engine(
             precision, the floating-point layers of a file with 8-bit integers.
         reference: ONNX file to compare with. Default: the one that the engine is built from.
         batches: inputs to compare on. Default: `validation_batches`.
+        images: what these are, for the report.
+        average_precision: returns the metrics of the ONNX file and of the engine by name; a loss beyond that of the
+            precision rejects the engine. Default: not compared.
 
     Raises:
         UserError: if the engine differs from the ONNX file by more than its precision explains; it is then kept beside
@@ -74,8 +81,14 @@ def build_openvino_engine(
         draft = folder / output.name
         _save(model, metadata, draft, half=half)
         against = OnnxRuntimeBackend(reference, providers=["CPUExecutionProvider"])
-        difference = compare_backends(against, OpenVinoBackend(draft), tolerance, batches)
-        comparison = Comparison(difference=difference, tolerance=tolerance)
+        engine = OpenVinoBackend(draft)
+        comparison = Comparison(
+            difference=compare_backends(against, engine, tolerance, batches),
+            tolerance=tolerance,
+            ap=average_precision(engine) if average_precision else {},
+            max_ap_loss=MAX_AP_LOSS["bf16" if execution == "bf16" and weights == "fp16" else weights],
+            images=images,
+        )
         metadata.stamp["compared"] = str(comparison)
         _save(model, metadata, draft, half=half)
         path = output if comparison.accepted else output.with_suffix(".rejected.xml")

@@ -66,7 +66,7 @@ class BuildRequest:
     version_compatible: bool = False
     weights: Weights = Weights.FIXED
     timing_cache: Path | None = None  # None: the one of this TensorRT and GPU
-    gate_images: Path | None = None  # folder of images to compare on, beside drawn shapes
+    gate_images: Path | None = None  # folder of images to compare on, beside drawn ones
     gate_annotations: Path | None = None  # COCO annotations of images in the folder: AP is compared too
     gate_max_images: int = 16  # of the folder; AP uses all annotated images
     stage_of: Callable[[str], str] = lambda node: ""  # detector stage of a node of `graph`, "" if unknown
@@ -82,6 +82,11 @@ class BuildRequest:
         if self.gate_annotations is not None and self.gate_images is None:
             found = f"--gate-annotations {self.gate_annotations} without --gate-images"
             raise UserError(found, "the folder of the annotated images", "add --gate-images FOLDER")
+
+    @property
+    def compared_images(self) -> str:
+        """Which images the engine is compared on, in words."""
+        return "drawn images" if self.gate_images is None else f"drawn images and {self.gate_images}"
 
     def profiles(self, preprocessing: Preprocessing) -> list[Profile]:
         """The optimization profiles of `batch` and `size`."""
@@ -143,6 +148,7 @@ class Comparison:
     tolerance: Tolerance
     ap: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # name: (ONNX file, engine)
     max_ap_loss: float = 0.0
+    images: str = "drawn images"  # on which the two were compared
 
     @property
     def accepted(self) -> bool:
@@ -153,6 +159,12 @@ class Comparison:
     def __str__(self) -> str:
         aps = "".join(f"; {name} {engine:.4f}, of the ONNX file {ref:.4f}" for name, (ref, engine) in self.ap.items())
         return f"{self.difference}{aps}"
+
+    def summary(self) -> str:
+        """One line for an engine that was accepted."""
+        good = "OK: " if self.difference.detections else ""
+        aps = "".join(f"; {name} {engine:.4f}, was {ref:.4f}" for name, (ref, engine) in self.ap.items())
+        return f"{good}{self.difference.summary('the ONNX file')}, on {self.images}{aps}"
 
     def expected(self) -> str:
         """The limits, for an error text."""

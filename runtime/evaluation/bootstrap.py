@@ -11,7 +11,7 @@ peaks. The interval is therefore shifted so that the resamples' mean is the meas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +55,9 @@ class _ClassRecords(NamedTuple):
 def interval_of_ap(
     records: MatchRecords, *, resamples: int = RESAMPLES, seed: int = 0, level: float = _LEVEL
 ) -> Interval:
-    """AP over all areas with its bootstrap interval; see `interval_of_difference`."""
-    return _interval([records], lambda values: values[0], resamples, seed, level)
+    """AP over all areas with its bootstrap interval, clipped to 0 to 1; see `interval_of_difference`."""
+    found = _interval([records], lambda values: values[0], resamples, seed, level)
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def interval_of_difference(

@@ -14,6 +14,8 @@ from maskrcnn.runtime.evaluation.scoring import Scored, average_precision
 from maskrcnn.runtime.verification.compare import pair_detections
 
 _MIN_IOU = 0.5  # of the boxes of paired detections
+# Smaller shifts of a pair are rounding of another runtime or precision, and count as no difference.
+_SCORE_SHIFT, _BOX_SHIFT_PX = 0.01, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +105,9 @@ class _ImageDifference:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs."""
-        return not (self.lost or self.gained or self.unpaired or self.score_shift or self.box_shift_px)
+        """Whether nothing differs but scores by up to 0.01 and boxes by up to 1 px."""
+        is_near = self.score_shift <= _SCORE_SHIFT and self.box_shift_px <= _BOX_SHIFT_PX
+        return is_near and not (self.lost or self.gained or self.unpaired)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +125,8 @@ class Difference:
         differing = [image for image in self.images if not image.is_equal]
         lines = [
             f"AP difference {self.interval}",
-            f"{len(differing)} of {len(self.images)} images differ in detections of score {self.min_score:g} or more",
+            f"{len(differing)} of {len(self.images)} images differ in detections of score {self.min_score:g} or more: "
+            f"in their number, by more than {_SCORE_SHIFT:g} in a score, or by more than {_BOX_SHIFT_PX:g} px in a box",
         ]
         if differing:
             heads = ("image id", "file", "AP", "other AP", "lost", "gained", "unpaired", "score", "box px")

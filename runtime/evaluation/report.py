@@ -16,8 +16,8 @@ from maskrcnn.runtime.evaluation.bootstrap import RESAMPLES, interval_of_ap
 from maskrcnn.runtime.evaluation.differences import Difference, ImageScores, image_scores
 from maskrcnn.runtime.evaluation.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE, confusion_matrix
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
-from maskrcnn.runtime.evaluation.scoring import Scored
-from maskrcnn.runtime.html import image_tag, page, row, table, text
+from maskrcnn.runtime.evaluation.scoring import Scored, f1_curve
+from maskrcnn.runtime.html import image_tag, key, page, row, table, text
 from maskrcnn.runtime.plots import line_chart
 
 _MAX_CURVES = 18  # classes in one plot
@@ -58,15 +58,16 @@ def report_page(
     """
     parts = [f"<h1>{text(title)}</h1>", f"<ul>{''.join(f'<li>{text(fact)}</li>' for fact in facts)}</ul>"]
     parts.append(_metrics(scored, resamples, seed))
+    last = list(scored.values())[-1]
+    scores = image_scores(last.records, min_score)
+    shown = scores.worst(worst) if image_file is not None else []
     for kind, own in scored.items():
-        parts += [f"<h2>{KIND_NAMES[kind].capitalize()} AP by class</h2>", _classes(own), _curves(own)]
-        parts.append(_confusion(own, min_score))
+        parts += [f"<h2>{KIND_NAMES[kind].capitalize()} AP by class</h2>", _classes(own, shown), _curves(own)]
+        parts += [_thresholds(own), _confusion(own, min_score)]
         if differences and kind in differences:
             parts.append(_difference(differences[kind]))
     if image_file is not None:
-        last = list(scored.values())[-1]
-        scores = image_scores(last.records, min_score)
-        parts.append(_gallery(last, scores, image_file, min_score=min_score, count=worst))
+        parts.append(_gallery(last, scores, shown, image_file, min_score=min_score))
     return page(f"maskrcnn evaluate: {title}", parts)
 
 
@@ -84,14 +85,23 @@ def _metrics(scored: Mapping[str, Scored], resamples: int, seed: int) -> str:
     return "<h2>Metrics</h2>" + table(("", *(KIND_NAMES[kind] for kind in scored)), rows)
 
 
-def _classes(scored: Scored) -> str:
+def _classes(scored: Scored, shown: Sequence[int]) -> str:
+    """Metrics of each class, with links to the images on the page that have an object or a detection of it."""
+    truth, records = scored.truth, scored.records
+    places: dict[int, str] = {}
+    for index in shown:
+        present = {*truth.category[truth.image == index].tolist(), *records.category[records.image == index].tolist()}
+        link = f'<a href="#image-{index}">{text(Path(truth.file_name(int(truth.image_ids[index]))).stem)}</a> '
+        for category in present:
+            places[category] = places.get(category, "") + link
     metrics = [name for name in _CLASS_METRICS if name in scored.metrics]
     recall = next(name for name in (f"AR_{scored.records.protocol.max_detections[-1]}", "AR") if name in scored.metrics)
-    rows = [
-        row((name, f"{values['objects']}", *(_digits(values[key]) for key in (*metrics, recall))))
-        for name, values in scored.by_class().items()
-    ]
-    return table(("class", "objects", *metrics, recall), rows)
+    rows = []
+    for category, (name, values) in enumerate(scored.by_class().items()):
+        cells = (text(name), f"{values['objects']}", *(_digits(values[each]) for each in (*metrics, recall)))
+        links = [f'<td class="text">{places.get(category, "")}</td>'] if shown else []
+        rows.append(f"<tr>{''.join([*(f'<td>{cell}</td>' for cell in cells), *links])}</tr>")
+    return table(("class", "objects", *metrics, recall, *(["images below"] if shown else [])), rows)
 
 
 def _curves(scored: Scored) -> str:
@@ -104,7 +114,7 @@ def _curves(scored: Scored) -> str:
     low, high = scores.protocol.iou_thresholds[[0, -1]]
     lines = {f"IoU {low:g}": mean[0], "IoU 0.75": mean[5], f"IoU {low:g} to {high:g}": mean.mean(axis=0)}
     objects = np.bincount(scored.truth.category, minlength=scores.categories)[scores.classes]
-    largest = np.argsort(-objects, kind="stable")[:_MAX_CURVES]
+    largest = np.sort(np.argsort(-objects, kind="stable")[:_MAX_CURVES])  # in the order of the table
     names = scored.truth.category_names
     classes = {f"{names[scores.classes[index]]}": precision[0, :, index] for index in largest.tolist()}
     few = "" if len(largest) == len(scores.classes) else f", the {_MAX_CURVES} with most objects"
@@ -121,6 +131,25 @@ def _curves(scored: Scored) -> str:
         for title, shown in (("mean of all classes", lines), (f"classes at IoU {low:g}{few}", classes))
     )
     return f"<h3>Precision over recall</h3><div class='images'>{''.join(plots)}</div>"
+
+
+def _thresholds(scored: Scored) -> str:
+    """F1, precision and recall over the score threshold, and the threshold with the best F1."""
+    curve = f1_curve(scored.records)
+    best = curve.best()
+    if best is None:
+        return ""
+    threshold, f1, precision, recall = best
+    lines = {"F1": curve.f1, "precision": curve.precision, "recall": curve.recall}
+    points = {name: np.stack([curve.thresholds, values], axis=1) for name, values in lines.items()}
+    points[f"recommended, {threshold:.2f}"] = np.array([[threshold, 0], [threshold, 1]])
+    chart = line_chart("all classes", "score threshold", "", points, x_range=(0, 1), y_range=(0, 1.02), markers=False)
+    iou = scored.records.protocol.iou_thresholds[0]
+    words = (
+        f"Recommended score threshold: <b>{threshold:.2f}</b>, with the best F1 of all classes, {f1:.3f} (precision "
+        f"{precision:.3f}, recall {recall:.3f}, IoU {iou:g})."
+    )
+    return f"<h3>Score threshold</h3><p>{words}</p>{chart}"
 
 
 def _confusion(scored: Scored, min_score: float) -> str:
@@ -187,38 +216,36 @@ def _digits(value: float | None) -> str:
     return "" if value is None or value < 0 else f"{value:.4f}"
 
 
-def _gallery(scored: Scored, scores: ImageScores, image_file: _ImageFile, *, min_score: float, count: int) -> str:
+def _gallery(
+    scored: Scored, scores: ImageScores, indices: Sequence[int], image_file: _ImageFile, *, min_score: float
+) -> str:
     """HTML of the worst images: annotations at the left, detections at the right.
 
     Args:
         scored: the results.
         scores: their `image_scores`, with the same `min_score`.
+        indices: of the images.
         image_file: path of the image of an id; an error text replaces one that cannot be read.
         min_score: minimum score drawn.
-        count: maximum number of images.
     """
-    indices = scores.worst(count)
     if not indices:
         return "<h2>Worst images</h2><p>No objects, and no false positives.</p>"
     caption = (
         "By ascending AP of the image. Annotations at the left: "
-        f"{_key('found', _FOUND)}, {_key('missed', _MISSED)}, {_key('not counted', _IGNORED)}. Detections of score "
-        f"{min_score:g} or more at the right: {_key('right', _FOUND)}, {_key('wrong', _FALSE)}, "
-        f"{_key('not counted', _IGNORED)}. At IoU {scored.records.protocol.iou_thresholds[0]:g}."
+        f"{key('found', _FOUND)}, {key('missed', _MISSED)}, {key('not counted', _IGNORED)}. Detections of score "
+        f"{min_score:g} or more at the right: {key('right', _FOUND)}, {key('wrong', _FALSE)}, "
+        f"{key('not counted', _IGNORED)}. At IoU {scored.records.protocol.iou_thresholds[0]:g}."
     )
     parts = [_image(scored, scores, index, image_file, min_score) for index in indices]
     return f"<h2>Worst images</h2><p>{caption}</p>{''.join(parts)}"
-
-
-def _key(word: str, colour: Colour) -> str:
-    return f'<span style="background:rgb{colour}">&nbsp;{word}&nbsp;</span>'
 
 
 def _image(scored: Scored, scores: ImageScores, index: int, image_file: _ImageFile, min_score: float) -> str:
     image_id = int(scored.truth.image_ids[index])
     ap = f"AP {scores.ap[index]:.3f}" if scores.ap[index] >= 0 else "no objects"
     head = (
-        f"<h3>image {image_id}: {ap}, {scores.missed[index]} of {scores.objects[index]} missed, "
+        f'<h3 id="image-{index}">{text(scored.truth.file_name(image_id))} (id {image_id}): {ap}, '
+        f"{scores.missed[index]} of {scores.objects[index]} missed, "
         f"{scores.false[index]} wrong</h3>"
     )
     try:

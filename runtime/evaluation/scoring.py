@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,6 +93,50 @@ def score_entries(
     scored = Scored(truth, results, tuple(max_detections))
     _ = scored.scores  # faults of the annotations show here
     return scored
+
+
+class F1Curve(NamedTuple):
+    """Precision, recall and F1 of all classes together, if detections below a score are left out."""
+
+    thresholds: np.ndarray  # [P] the scores that occur, descending
+    precision: np.ndarray  # [P]
+    recall: np.ndarray  # [P]
+
+    @property
+    def f1(self) -> np.ndarray:
+        """F1 `[P]`: the harmonic mean of precision and recall."""
+        both = self.precision + self.recall
+        f1: np.ndarray = 2 * self.precision * self.recall / np.where(both > 0, both, 1)
+        return f1
+
+    def best(self) -> tuple[float, float, float, float] | None:
+        """The threshold of the highest F1 with its F1, precision and recall; None without a true positive.
+
+        The threshold is the middle between the lowest score that is kept and the next one, in three digits if these
+        tell the two apart.
+        """
+        f1 = self.f1
+        if not f1.any():
+            return None
+        at = int(f1.argmax())
+        kept = float(self.thresholds[at])
+        below = float(self.thresholds[at + 1]) if at + 1 < len(f1) else kept
+        middle = round((kept + below) / 2, 3)
+        threshold = middle if below < middle <= kept else kept
+        return threshold, float(f1[at]), float(self.precision[at]), float(self.recall[at])
+
+
+def f1_curve(records: MatchRecords) -> F1Curve:
+    """Precision and recall over the score threshold, at the lowest IoU threshold; ignored detections do not count."""
+    counts = records.outcome[:, 0, 0] != IGNORED
+    score, is_true = records.score[counts], records.outcome[counts, 0, 0] == TRUE_POSITIVE
+    order = np.argsort(-score, kind="stable")
+    score, true = score[order], np.cumsum(is_true[order])
+    last = np.flatnonzero(
+        np.append(score[1:] != score[:-1], True)[: len(score)]
+    )  # equal scores are kept or not together
+    objects = max(int(records.is_counted[:, 0].sum()), 1)
+    return F1Curve(score[last], true[last] / (last + 1), true[last] / objects)
 
 
 def _accumulate(records: MatchRecords) -> Scores:

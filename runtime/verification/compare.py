@@ -284,6 +284,17 @@ class Difference:
         departing = 0 if all_inside else self.departing or math.inf
         return self.unpaired + departing <= tolerance.departing_share * self.detections
 
+    def summary(self, than: str) -> str:
+        """One line for a difference within its tolerance: how far the detections are from those of `than`."""
+        if not self.detections:
+            return str(self)
+        matched = max(self.detections - self.departing - self.unpaired, 0)
+        points = "" if self.keypoints is None else f", keypoints ≤ {self.keypoints.px:.2g} px"
+        return (
+            f"boxes differ from {than}'s by ≤ {self.box_px:.2g} px, scores ≤ {self.score:.2g}{points}; "
+            f"{matched} of {self.detections} detections match"
+        )
+
     def __str__(self) -> str:
         if not self.detections and not self.unpaired:
             instead = "; ".join(part for part in (self.stages, self.departure) if part) or "nothing was compared"

@@ -106,26 +106,28 @@ class VerifyReport:
         return next(result for result in self.stages if result.stage == stage)
 
     def conclusion(self) -> str:
-        """One or two lines: whether the models agree, or where they differ first and the usual cause."""
+        """One or two lines: that the models agree, and how closely, or where they differ first and the usual cause."""
         departure = self.first_departure
         if departure is None:
             skipped = sum(result.verdict is Verdict.NOT_COMPARED for result in self.stages)
-            return f"no stage departs, by the tolerances of {self.tolerances!r}" + (
-                f"; {skipped} of {len(self.stages)} were not compared" if skipped else ""
-            )
+            agreeing = f"OK: {len(self.stages) - skipped} of {len(self.stages)} stages agree within {self.tolerances!r}"
+            largest = {result.stage: result.largest for result in self.stages if result.compared}
+            shown = (("boxes", " px"), ("scores", ""))
+            parts = [f"{name} differ by ≤ {_digits(largest[name])}{unit}" for name, unit in shown if name in largest]
+            return "; ".join([agreeing, *parts, *([f"{skipped} not compared"] if skipped else [])])
         first = self.result(departure)
         image = "" if first.worst_image is None else self.images[first.worst_image]
         kept = f" of all but {first.limit.share:.1%} of the rows" if first.limit.share else ""
         return (
             f"first departure: {first.stage}, most on {image}: "
-            f"needs a tolerance of {_digits(first.needed)}{kept}, "
+            f"requires a tolerance of {_digits(first.needed)}{kept}, "
             f"{self.tolerances!r} allows {first.limit.tolerance:g}\n"
             f"look at: {_CAUSES[stage_kind(first.stage)]}"
         )
 
     def table(self) -> str:
         """One line per stage: minimum and allowed tolerance, verdict and worst image."""
-        rows = [("stage", "needs", "may", "beyond", "largest", "compared", "verdict", "worst image, remarks")]
+        rows = [("stage", "required", "allowed", "beyond", "largest", "compared", "verdict", "worst image, remarks")]
         for result in self.stages:
             worst = "" if result.worst_image is None or not result.needed else self.images[result.worst_image]
             rows.append(
@@ -231,6 +233,8 @@ def _finite(value: float | None) -> float | str | None:
 
 _MAX_DRAWN = 20  # detections in an image
 _MAP_WIDTH_PX = 240
+_CALM = ((236, 239, 244), (129, 161, 193), (46, 80, 119))  # of maps of models that agree
+_LOUD = ((0, 0, 0), (255, 0, 0), (255, 255, 0), (255, 255, 255))
 _COLOURS = {Verdict.AGREES: "#2e7d32", Verdict.DEPARTS: "#c62828", Verdict.NOT_COMPARED: "#757575"}
 
 
@@ -254,12 +258,12 @@ def html_page(report: VerifyReport, names: tuple[str, str], metadata: ModelMetad
         _table(report),
     ]
     if report.worst is not None:
-        parts.append(_evidence(report.worst, names, metadata))
+        parts.append(_evidence(report, report.worst, names, metadata))
     return page("maskrcnn verify", parts)
 
 
 def _table(report: VerifyReport) -> str:
-    heads = ("stage", "needs", "may", "beyond", "largest", "compared", "verdict", *report.images, "remarks")
+    heads = ("stage", "required", "allowed", "beyond", "largest", "compared", "verdict", *report.images, "remarks")
     return table(heads, map(_row, report.stages))
 
 
@@ -279,10 +283,11 @@ def _row(result: _StageResult) -> str:
 
 def _image_cell(need: float | None, tolerance: float) -> str:
     is_beyond = need is not None and not need <= tolerance
-    return f"<td{' style=background:#ffcdd2' if is_beyond else ''}>{_digits(need)}</td>"
+    style = ' style="background:#ffcdd2;color:#222"' if is_beyond else ""
+    return f"<td{style}>{_digits(need)}</td>"
 
 
-def _evidence(worst: Evidence, names: tuple[str, str], metadata: ModelMetadata) -> str:
+def _evidence(report: VerifyReport, worst: Evidence, names: tuple[str, str], metadata: ModelMetadata) -> str:
     images = "".join(
         image_tag(
             overlay(worst.image, _best(found), metadata.class_names, metadata.keypoint_skeleton, point_score=-np.inf),
@@ -293,15 +298,21 @@ def _evidence(worst: Evidence, names: tuple[str, str], metadata: ModelMetadata) 
     caption = f"The image that differs first, or most; at most {_MAX_DRAWN} detections are drawn."
     section = f'<h2>{text(worst.name)}</h2><p>{caption}</p><div class="images large">{images}</div>'
     if worst.maps:
-        brightest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())
+        largest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())
+        # Models that agree get quiet colours, in which an allowed difference is pale.
+        allowed = max((each.limit.tolerance for each in report.stages if each.stage in worst.maps), default=0.0)
+        end = max(largest, allowed) if report.ok else largest
+        colours = _CALM if report.ok else _LOUD
         maps = "".join(
-            image_tag(_map_image(values, brightest), f"{level}: {_digits(float(values.mean()))} on average")
+            image_tag(_map_image(values, end, colours), f"{level}: {_digits(float(values.mean()))} on average")
             for level, values in worst.maps.items()
             if values.size
         )
+        stops = ",".join(f"rgb{colour}" for colour in colours)
         section += (
             "<h2>Where the feature maps differ</h2><p>Mean difference over the channels, relative to the reference's "
-            f'RMS; white is {_digits(brightest)}.</p><div class="images">{maps}</div>'
+            f'RMS: 0 <span class="bar" style="background:linear-gradient(to right,{stops})"></span> {_digits(end)}. '
+            f'Allowed on average: {_digits(allowed)}; largest: {_digits(largest)}.</p><div class="images">{maps}</div>'
         )
     return section
 
@@ -312,10 +323,11 @@ def _best(detections: Detections) -> Detections:
     return detections.above(float(np.sort(detections.scores)[-_MAX_DRAWN]))
 
 
-def _map_image(values: np.ndarray, brightest: float) -> Image.Image:
-    """A map `[H, W]` in colours from black over red and yellow to white; NaN and infinity are white."""
-    share = np.nan_to_num(values / max(brightest, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)
-    channels = [(3 * share - k).clip(0, 1) for k in range(3)]
-    image = Image.fromarray((255 * np.stack(channels, axis=-1)).round().astype(np.uint8))
+def _map_image(values: np.ndarray, end: float, colours: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """A map `[H, W]` in colours, evenly spaced from 0 to `end`; NaN and infinity have the last."""
+    share = np.nan_to_num(values / max(end, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)
+    at = np.linspace(0, 1, len(colours))
+    channels = [np.interp(share, at, channel) for channel in zip(*colours, strict=True)]
+    image = Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
     height = max(1, round(_MAP_WIDTH_PX * values.shape[0] / values.shape[1]))
     return image.resize((_MAP_WIDTH_PX, height), Image.Resampling.NEAREST)

@@ -61,7 +61,7 @@ def test_newest_run_with_peers(folder):
     for batch in (1, 2):
         ours = found["model.onnx", "OpenVINO", "fp32", batch]
         assert ours.status == "ok", ours.reason
-        assert 0 < ours.p50_ms <= ours.p90_ms <= ours.p99_ms
+        assert ours.p50_ms > 0 and ours.p90_ms is ours.p99_ms is None  # of two calls
         assert ours.samples == 2 and ours.images_per_s > 0 and ours.times_torchvision > 0
         assert abs(ours.mask_ap_difference) < 1e-3
     assert found["torchvision", reference.backend, "fp32", 1].times_torchvision == 1

@@ -108,7 +108,7 @@ def test_results_that_cannot_be_scored_are_named(run, files, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "neither a model nor --results"),
+        ((), "no checkpoint in runs/"),
         (("m.onnx", "--results", "r.json"), "a model and --results"),
         (("m.onnx",), "a model without --data"),
         (("m.onnx", "--data", "d", "--annotations", "a.json"), "a model with --annotations"),

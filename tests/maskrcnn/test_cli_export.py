@@ -23,7 +23,7 @@ def test_every_precision_has_a_file_of_its_own(run, road, shapes):
         ("int8", "model.int8.onnx", "left out: rpn.head.cls_logits"),
     ):
         code, out, err = run(
-            "export", road / "model.onnx", "--onnx", "--precision", precision, "--calibration", shapes / "train"
+            "--verbose", "export", road / "model.onnx", "--precision", precision, "--calibration", shapes / "train"
         )
         assert code == 0, err
         assert words in out and (road / name).is_file()
@@ -33,7 +33,7 @@ def test_every_precision_has_a_file_of_its_own(run, road, shapes):
 def test_a_checkpoint_exports_straight_to_half_precision(run, road):
     code, out, err = run("export", "--onnx", "--precision", "fp16")
     assert code == 0, err
-    assert "compared with PyTorch" in out and "compared with single precision" in out
+    assert "differ from PyTorch's" in out and "differ from single precision's" in out
     metadata = OnnxRuntimeBackend(road / "model.fp16.onnx").metadata
     assert metadata.precision == "fp16" and metadata.source_sha256 == sha256_of(road / runs.BEST)
     assert "Conv" in metadata.stamp["casts"]

@@ -233,6 +233,16 @@ def test_settings_make_a_configuration(shapes):
     assert again == config, "what a run keeps makes the same run"
 
 
+def test_small_data_get_epochs_for_some_hundred_steps(shapes):
+    dataset = CocoDataset.load(shapes, "train")  # 12 images: two steps of 8 in an epoch
+    config = training_config(dataset, dataset)
+    assert (config.epochs, config.evaluate_every) == (150, 12)
+    assert training_config(dataset, dataset, {"epochs": 2}).epochs == 2
+    assert training_config(dataset, dataset, {"batch_size": 1}).epochs == 25
+    many = dataclasses.replace(dataset, images=dataset.images * 20)  # 30 steps: the usual epochs are 360
+    assert (training_config(many, many).epochs, training_config(many, many).evaluate_every) == (12, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

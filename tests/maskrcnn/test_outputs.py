@@ -58,7 +58,7 @@ INPUTS = {  # the other paths
     "export": {"checkpoint", "calibration", "detectron2_config"},
     "build-engine": {"model", "int8", "gate_images", "gate_annotations"},
     "refit-engine": {"engine", "model", "gate_images", "gate_annotations"},
-    "predict": {"images", "model"},
+    "predict": {"annotations", "images", "model"},
     "train": {"data", "annotations", "images", "val_annotations", "val_images", "config"} | {"resume"},  # a run
     "triton": {"models", "plugin_library"},
     "web": {"model", "onnxruntime_web"},

@@ -19,8 +19,14 @@ SETTINGS = {
     "1-a-photo-stage-by-stage": {"IMAGES": 16, "EPOCHS": 1, "SHOWN": 3},
     "2-training-on-shapes": {"IMAGES": 16, "EPOCHS": 2, "SHOWN": 2},
     "3-from-checkpoint-to-engine": {"IMAGES": 12, "CHECKPOINT": "given.safetensors", "REPEAT": 1},
+    "4-fine-tuning-on-own-data": {"IMAGES": 12, "WEIGHTS": "given.safetensors", "EPOCHS": 1, "SHOWN": 2},
 }
-MIN_IMAGES = {"1-a-photo-stage-by-stage": 9, "2-training-on-shapes": 8, "3-from-checkpoint-to-engine": 1}
+MIN_IMAGES = {
+    "1-a-photo-stage-by-stage": 9,
+    "2-training-on-shapes": 8,
+    "3-from-checkpoint-to-engine": 1,
+    "4-fine-tuning-on-own-data": 4,
+}
 
 
 def assigned(source: str) -> set[str]:
@@ -69,6 +75,9 @@ def test_it_runs(path, tmp_path, checkpoint, monkeypatch):
         counts = re.findall(r"^(PyTorch|ONNX Runtime|engine) +(\d+) detections", text, re.MULTILINE)
         assert len(counts) == 3 and counts[0][1] == counts[1][1] != "0"
         assert len(re.findall(r"^(?:PyTorch|ONNX Runtime|engine) +box AP \d", text, re.MULTILINE)) == 3
+    if path.stem.startswith("4"):
+        assert "errors, at which training stops: none" in text and "recommended score threshold: 0." in text
+        assert "AP50" in text and re.search(r"model.onnx: .* detections", text)
 
 
 @each

@@ -13,7 +13,7 @@ from maskrcnn.runtime.evaluation.differences import difference
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KINDS
 from maskrcnn.runtime.evaluation.report import report_page
-from maskrcnn.runtime.evaluation.scoring import score_entries
+from maskrcnn.runtime.evaluation.scoring import f1_curve, score_entries
 
 VOID = {"meta", "img"}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -78,7 +78,10 @@ def test_everything_is_on_the_page(case):
     page = Page(html)
     assert "a <model>" in page.text and "a & b" in page.text
     assert page.images == 8
-    assert "<script" not in html and 'src="http' not in html and "@import" not in html
+    assert "<script src" not in html and 'src="http' not in html and "@import" not in html
+    for link in re.findall(r'<a href="#([^"]+)"', html):
+        assert html.count(f'id="{link}"') == 1
+    assert f"{truth.file_name(int(truth.image_ids[0]))} (id {truth.image_ids[0]})" in page.text or page.images == 8
     metrics = scored["segm"].metrics
     assert cells_after(page, "AP_small", 1) == [f"{metrics['AP_small']:.4f}"]
     name, values = next(iter(scored["segm"].by_class().items()))
@@ -87,7 +90,9 @@ def test_everything_is_on_the_page(case):
     assert "Confusions" in page.text and "no object" in page.cells
     plots = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     legends = [[text.text for text in ElementTree.fromstring(plot).iter(f"{SVG}text")] for plot in plots]
-    assert len(plots) == 2
+    assert len(plots) == 3
+    threshold, *_ = f1_curve(scored["segm"].records).best()
+    assert f"{threshold:.2f}" in page.text and {"F1", f"recommended, {threshold:.2f}"} <= set(legends[2])
     assert {"IoU 0.5", "IoU 0.75", "IoU 0.5 to 0.95", "recall", "precision"} <= set(legends[0])
     assert set(truth.category_names) <= set(legends[1])
 

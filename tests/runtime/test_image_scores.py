@@ -10,7 +10,7 @@ from maskrcnn.runtime.evaluation.differences import difference, image_ap, image_
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.matching import confusion_matrix
 from maskrcnn.runtime.evaluation.protocol import KINDS
-from maskrcnn.runtime.evaluation.scoring import score_entries
+from maskrcnn.runtime.evaluation.scoring import f1_curve, score_entries
 
 SQUARES = {name: [x, y, 30, 30] for name, x, y in (("a", 0, 0), ("b", 40, 0), ("c", 80, 0), ("d", 0, 60))}
 AWAY = [100, 80, 20, 20]
@@ -84,6 +84,18 @@ def test_true_and_false_positives_and_missed_objects_are_counted():
     assert scores.worst(9) == [2, 0, 1] and scores.worst(1) == [2]  # the fourth has nothing to show
 
 
+def test_f1_over_the_threshold_by_hand():
+    truth = GroundTruth.of_content(content_of(OBJECTS, images=4), "gt")
+    curve = f1_curve(score_entries(truth, results_of(*FOUND), "segm").records)
+    assert curve.thresholds.tolist() == [0.9, 0.8, 0.7, 0.55, 0.3]  # the detection in the crowd does not count
+    assert curve.precision == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 5, 2 / 6])
+    assert curve.recall == pytest.approx([1 / 4, 1 / 4, 1 / 4, 1 / 4, 2 / 4])
+    assert curve.best() == pytest.approx((0.3, 0.4, 2 / 6, 2 / 4))
+    without_last = f1_curve(score_entries(truth, results_of(*FOUND[:5], FOUND[6]), "segm").records)
+    assert without_last.best() == pytest.approx((0.85, 1 / 3, 1 / 2, 1 / 4))  # between 0.9 and the next score
+    assert f1_curve(score_entries(truth, results_of(FOUND[6]), "segm").records).best() is None
+
+
 def confusions(scored, min_score):
     return confusion_matrix(scored.truth, scored.results, scored.records, min_score)
 
@@ -125,8 +137,18 @@ def test_equal_results_do_not_differ():
     assert set(found.metrics.values()) == {0.0} and "AP_large" not in found.metrics
     assert found.lines() == [
         f"AP difference {found.interval}",
-        "0 of 3 images differ in detections of score 0.5 or more",
+        "0 of 3 images differ in detections of score 0.5 or more: in their number, by more than 0.01 in a score, or by "
+        "more than 1 px in a box",
     ]
+
+
+def test_rounding_is_no_difference():
+    image, category, square, score = FOUND[0]
+    others = FOUND[2:]
+    for by_score, by_px, is_equal in ((0.009, 1, True), (0.011, 0, False), (0.0, 2, False)):
+        moved = (image, category, [square[0] + by_px, *square[1:]], score - by_score)
+        found = compared([FOUND[0], *others], [moved, *others])
+        assert all(each.is_equal for each in found.images) == is_equal
 
 
 def test_images_that_differ_come_first():

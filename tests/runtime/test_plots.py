@@ -36,6 +36,21 @@ def test_a_logarithmic_axis_spaces_by_factor_and_has_plain_numbers():
     assert {"1", "2", "5", "10", "20", "50", "100"} <= set(texts(svg))
 
 
+def test_names_at_points_do_not_overlap_and_a_small_range_does_not_fill_the_axis():
+    series = {f"contender {k}": [(10 + 0.01 * k, 0.5 + 0.0001 * k)] for k in range(6)}
+    svg = line_chart("t", "x", "y", series, y_span=0.02, labels_at_points=True)
+    labels = [e for e in ElementTree.fromstring(svg).iter(f"{SVG}text") if (e.text or "").startswith("contender")]
+    assert len(labels) == 6
+    numbers = (re.search(r"translate\(([-\d.]+) ([-\d.]+)\)", e.get("transform", "")) or e for e in labels)
+    places = [
+        (float(n.get("x")), float(n.get("y"))) if isinstance(n, ElementTree.Element) else tuple(map(float, n.groups()))
+        for n in numbers
+    ]
+    assert all(abs(a[1] - b[1]) > 7 or abs(a[0] - b[0]) > 40 for k, a in enumerate(places) for b in places[:k])
+    ticks = [float(t) for t in texts(svg) if t and re.fullmatch(r"0\.\d+", t)]
+    assert max(ticks) - min(ticks) >= 0.015
+
+
 def test_points_that_cannot_be_drawn_are_left_out_and_names_are_escaped():
     series = {"<one> $x$": [(0, 1), (1, float("nan")), (2, 3)], "nowhere": [(-1, 1)]}
     svg = line_chart("a < b", "x", "y", series, log_x=True)

@@ -18,3 +18,5 @@ class MessageLog(Progress):
 
     def message(self, text):
         self.lines.append(text)
+
+    detail = message
