@@ -233,7 +233,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             parts = next(batches)
-            with _explain_out_of_memory(self._shown(parts), self._memory_advice(parts)):
+            with _explained(self._shown(parts), self._memory_advice(parts)):
                 mean = 0.95 * mean + 0.05 * float(self.step.run(parts)["loss"])
             loss = mean / (1 - 0.95 ** (number + 1))
             if not loss < 4 * min((each for _, each in found), default=math.inf):
@@ -258,7 +258,7 @@ class Trainer:
             rate = learning_rate(config, number, sampler.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with _explain_out_of_memory(self._shown(parts), self._memory_advice(parts)):
+            with _explained(self._shown(parts), self._memory_advice(parts)):
                 self._pending.push((number, rate), self.step.run(parts))
             progress.step += 1
             self._record_steps(wait=False)
@@ -393,7 +393,7 @@ class Trainer:
         if is_evaluated:
             size = max(1, config.batch_size // self.processes.world_size)
             smaller = "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
-            with _explain_out_of_memory(f"validation batches of {size} image(s)", f"{self._again} and {smaller}"):
+            with _explained(f"validation batches of {size} image(s)", f"{self._again} and {smaller}"):
                 metrics |= evaluate(model.eval())
                 # Of these weights: the checkpoint carries it.
                 model.config = replace(model.config, recommended_threshold=metrics.get("recommended_threshold", 0.0))
@@ -509,11 +509,17 @@ def _no_shared_memory(batch: Batch) -> str:
 
 
 @contextmanager
-def _explain_out_of_memory(what: str, fix: str) -> Iterator[None]:
-    """Turns an out-of-memory error into a `UserError`."""
+def _explained(what: str, fix: str) -> Iterator[None]:
+    """Turns an out-of-memory error, and batch norm of a single value, into a `UserError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
         if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory with {what} ({reason_of(error)})", "memory for one step", fix) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        expected = "two values or more in every channel: larger images, or more of them in a batch"
+        fix = "raise --batch-size or --min-size, or keep the statistics of the weights with --batch-norm frozen"
+        raise UserError(f"{what}, from which trained batch norm has a single value", expected, fix) from error

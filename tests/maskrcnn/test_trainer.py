@@ -21,7 +21,9 @@ import maskrcnn
 from maskrcnn import runs
 from maskrcnn.config import AugmentConfig, LossConfig, TrainConfig
 from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.errors import UserError
+from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training import trainer as trainer_module
 from maskrcnn.training.distributed import choose_precision, choose_workers
 from maskrcnn.training.loader import collate
@@ -92,6 +94,15 @@ def test_the_best_checkpoint_is_the_one_of_highest_mask_ap(shapes, tmp_path):
     assert (best["metrics"]["epoch"], last["metrics"]["epoch"]) == (2, 3)
     assert trainer.progress.best_score == 0.4
     assert load_checkpoint(tmp_path / runs.BEST).config == tiny_config()
+
+
+def test_batch_norm_of_a_single_value_is_explained(tmp_path):
+    data = generate_shapes(tmp_path / "data", train_images=2, val_images=1, size_px=32)
+    model = tiny_config(preprocessing=Preprocessing(min_size_px=32, max_size_px=32))
+    made = config(data, model=model, batch_size=1, batch_norm="train")
+    trainer = start_run(made, tmp_path / "run", CocoDataset.load(data, "train"))
+    with pytest.raises(UserError, match=r"batch norm has a single value(?s:.*)--batch-size or --min-size"):
+        trainer.fit(fixed_ap(0.1, 0.2, 0.3))
 
 
 def test_without_a_measured_ap_the_last_epoch_is_the_best(shapes, tmp_path):
