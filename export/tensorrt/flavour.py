@@ -134,7 +134,8 @@ def _topk_in_groups(
     """
     kind = known.get(node.input[0]) if node.op_type == "TopK" else None
     constant = constants.get(node.input[1]) if kind is not None else None
-    if kind is None or constant is None or len(kind.shape.dim) != 2:
+    is_joined = node.input[0] == f"{node.output[0]}_all_best"  # of a flavour: the second step
+    if kind is None or constant is None or len(kind.shape.dim) != 2 or is_joined:
         yield node
         return
     k = int(constant_value(constant).reshape(-1)[0])
