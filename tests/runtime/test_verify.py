@@ -166,7 +166,7 @@ def test_files_without_stage_names_are_compared_by_their_outputs(reference, plan
     compared = {"images", "boxes", "scores", "labels", "masks"}
     assert {result.stage for result in skipped} == set(STAGES_OF_MASKS) - compared
     assert skipped[0].note == "no such name in the other"
-    assert f"{len(skipped)} of {len(STAGES_OF_MASKS)} were not compared" in report.conclusion()
+    assert report.conclusion().endswith(f"; {len(skipped)} not compared")
     assert "the other has no stage names" in " ".join(report.notes)
 
 
