@@ -25,7 +25,7 @@ _TIMED = (
 )
 _NOISY = 0.2  # spread of a row's calls above which the report warns
 _MIN_AP_SPAN = 0.02  # of the chart's AP axis: smaller differences are noise of the validation set
-_STYLE = "<style>tr.peer td { color: #777 } tr.absent td { color: #aaa }</style>"
+_STYLE = "<style>tr.peer td, tr.absent td { color: var(--pale) }</style>"
 
 
 _FILES = {  # by suffix; a chart is written beside its own results only

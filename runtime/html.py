@@ -11,13 +11,17 @@ from PIL import Image
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #222; --back: #fff; --line: #ddd }
-@media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #16181b; --line: #3a3d42 } a { color: #8ab4f8 } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: var(--text); background: var(--back) }
+:root { --good: #2e7d32; --bad: #c62828; --pale: #6b6b6b }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --back: #16181b; --line: #3a3d42 } a { color: #8ab4f8 }
+:root { --good: #81c784; --bad: #ef9a9a; --pale: #999 } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: min(2rem, 4vw); color: var(--text); background: var(--back) }
+body { overflow-wrap: anywhere } table { overflow-wrap: normal } svg, img { max-width: 100%; height: auto }
 table { border-collapse: collapse } td, th { padding: .2rem .7rem; text-align: right }
 td, th { border-bottom: 1px solid var(--line) } th { font-weight: 600; cursor: pointer }
 td:first-child, th:first-child, td.text { text-align: left } svg { background: #fff; border-radius: 6px }
 .images { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 } .wide { overflow-x: auto }
-.images.large img { max-width: min(46vw, 900px); width: 100% } pre { white-space: pre-wrap }
+.images.large figure { flex: 1 1 20rem; max-width: 900px } .images.large img { width: 100% }
+pre { white-space: pre-wrap }
 .key { color: #111; border-radius: 3px } .bar { display: inline-block; width: 12rem; height: .8rem }
 """
 # A click on a column's name sorts its table: numbers by value, the largest first, and texts by name; again: reversed.
@@ -39,6 +43,7 @@ _JPEG_QUALITY = 88
 def page(title: str, parts: Iterable[str]) -> str:
     """A page from the parts of its body."""
     head = '<meta charset="utf-8"><meta name="generator" content="maskrcnn">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{text(title)}</title><style>{_STYLE}</style>"
     body = f"{''.join(parts)}<script>{_SORT}</script>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'

@@ -183,7 +183,7 @@ def _confusion(scored: Scored, min_score: float) -> str:
 
 
 def _cell(count: int, share: float, is_right: bool) -> str:
-    colour = f"rgba({'46,125,50' if is_right else '198,40,40'},{0.75 * share:.2f})"
+    colour = f"rgba({'46,125,50' if is_right else '198,40,40'},{0.6 * share:.2f})"
     return f'<td style="background:{colour}">{count or ""}</td>'
 
 

@@ -235,7 +235,7 @@ _MAX_DRAWN = 20  # detections in an image
 _MAP_WIDTH_PX = 240
 _CALM = ((236, 239, 244), (129, 161, 193), (46, 80, 119))  # of maps of models that agree
 _LOUD = ((0, 0, 0), (255, 0, 0), (255, 255, 0), (255, 255, 255))
-_COLOURS = {Verdict.AGREES: "#2e7d32", Verdict.DEPARTS: "#c62828", Verdict.NOT_COMPARED: "#757575"}
+_COLOURS = {Verdict.AGREES: "var(--good)", Verdict.DEPARTS: "var(--bad)", Verdict.NOT_COMPARED: "var(--pale)"}
 
 
 def html_page(report: VerifyReport, names: tuple[str, str], metadata: ModelMetadata) -> str:

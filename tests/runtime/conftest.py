@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import chromium
 import pytest
 from tensorrt_rig import rig
 
@@ -37,6 +38,16 @@ def each_tensorrt(request, tmp_path_factory) -> EachTensorRt:
     if reason := rig.obstacle(request.param):
         pytest.skip(reason)
     return EachTensorRt(rig.prepare(tmp_path_factory.mktemp("tensorrt"), request.param))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium with one page."""
+    if chromium.EXECUTABLE is None:
+        pytest.skip("no Chromium")
+    running = chromium.Browser(tmp_path_factory.mktemp("browser"))
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import tarfile
 import chromium
 import numpy as np
 import pytest
-from chromium import Browser, served
+from chromium import served
 from PIL import Image
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
@@ -77,18 +78,11 @@ def package(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, onnx_file, joint_onnx_file, package):
+def pages(tmp_path_factory, onnx_file, boxes_onnx_file, joint_onnx_file, package):
     folder = tmp_path_factory.mktemp("pages")
-    for name, model in (("masks", onnx_file), ("poses", joint_onnx_file)):
+    for name, model in (("masks", onnx_file), ("boxes", boxes_onnx_file), ("poses", joint_onnx_file)):
         write_page(model, folder / name, onnxruntime_web=package)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    running = Browser(tmp_path_factory.mktemp("browser"))
-    yield running
-    running.close()
 
 
 @pytest.fixture
@@ -139,6 +133,53 @@ def test_the_page_detects_as_the_detector(browser, pages, onnx_file, joint_onnx_
         assert {result["segmentation"]["counts"] for result in results} & {rle["counts"] for rle in found.rles()}
 
 
+def saved(browser, name):
+    """A file that the page saves, once it is whole."""
+    for _ in range(100):
+        if (browser.downloads / name).is_file():
+            break
+        browser.value("new Promise((resolve) => setTimeout(resolve, 100))")
+    return browser.downloads / name
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["masks", "boxes"])
+def test_a_file_for_labelme(browser, pages, image_file, name):
+    with served(pages / name) as address:
+        browser.open(address)
+        results = detect(browser, image_file)
+        assert browser.value("document.body.dataset.state") == "done" and not browser.errors
+        browser.value("labelme.click()")
+        path = saved(browser, "photo.json")
+    content = json.loads(path.read_text())
+    path.unlink()
+    assert (content["imagePath"], content["imageHeight"], content["imageWidth"]) == ("photo.png", 200, 150)
+    names = json.loads((pages / name / "model.json").read_text())["class_names"]
+    shapes = content["shapes"]
+    if name == "boxes":
+        assert [shape["label"] for shape in shapes] == [names[found["category_id"] - 1] for found in results]
+        for shape, found in zip(shapes, results, strict=True):
+            (x0, y0), (x1, y1) = shape["points"]
+            assert shape["shape_type"] == "rectangle"
+            np.testing.assert_allclose([x0, y0, x1 - x0, y1 - y0], found["bbox"], rtol=0, atol=1e-3)
+        return
+    compared = 0
+    for found in results:
+        mask = coco_mask.decode(found["segmentation"]).astype(bool)
+        parts, count = ndimage.label(mask)  # 4-connected
+        own, shapes = shapes[:count], shapes[count:]
+        assert {shape["shape_type"] for shape in own} <= {"polygon"}
+        assert {shape["label"] for shape in own} <= {names[found["category_id"] - 1]}
+        assert len(own) == count and len({shape["group_id"] for shape in own}) <= 1
+        for part, shape in enumerate(own, start=1):
+            area = ndimage.binary_fill_holes(parts == part).sum()
+            x, y = np.array(shape["points"]).T
+            drawn = (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
+            assert abs(drawn - area) <= 0.05 * area + 0.5
+            compared += 1
+    assert compared > 5 and not shapes
+
+
 @needs_browser
 def test_filters_downloads_and_a_narrow_screen(browser, pages, image_file):
     with served(pages / "masks") as address:
@@ -156,13 +197,8 @@ def test_filters_downloads_and_a_narrow_screen(browser, pages, image_file):
         assert browser.value("rows.children.length") == len(left)
         assert browser.value("document.documentElement.scrollWidth") <= 390
         browser.value("coco.click(); png.click()")
-        saved = [browser.downloads / "photo.json", browser.downloads / "photo.png"]
-        for _ in range(100):
-            if all(path.is_file() for path in saved):
-                break
-            browser.value("new Promise((resolve) => setTimeout(resolve, 100))")
-        assert json.loads(saved[0].read_text()) == left
-        assert Image.open(saved[1]).size == (150, 200)
+        assert json.loads(saved(browser, "photo.coco.json").read_text()) == left
+        assert Image.open(saved(browser, "photo.png")).size == (150, 200)
         assert not browser.errors
         browser.call("Emulation.clearDeviceMetricsOverride")
 

@@ -205,3 +205,85 @@ export function cocoResults(detections, height, width, model, imageId = 0) {
     }),
   }));
 }
+
+const OUTLINE_TOLERANCE_PX = 0.5; // largest distance of an outline from the edge of its mask
+const OUTLINE_AREA_SHARE = 0.04; // of a part that simplifying may change; small parts get a smaller tolerance
+
+/**
+ * Outlines of a pasted mask in pixels of the image, one closed ring of [x, y] per 4-connected part; holes are left out.
+ *
+ * The edges between pixels are followed clockwise, and the ring joins their middles, which takes half a pixel off the
+ * area of every part. Then it is simplified (Douglas and Peucker, 1973).
+ */
+export function outlines({ x: left, y: top, width, height, pixels }) {
+  const at = (x, y) => x >= 0 && y >= 0 && x < width && y < height && pixels[y * width + x] === 1;
+  const steps = [[1, 0], [0, 1], [-1, 0], [0, -1]]; // right, down, left, up
+  const sides = [[0, 0], [-1, 0], [-1, -1], [0, -1]]; // the pixel at the right hand of an edge from a corner
+  const isEdge = (x, y, turn) => {
+    const [inside, outside] = [sides[turn], sides[(turn + 3) % 4]];
+    return at(x + inside[0], y + inside[1]) && !at(x + outside[0], y + outside[1]);
+  };
+  const seen = new Uint8Array(width * height); // pixels whose upper edge lies on a ring
+  const rings = [];
+  for (let start = 0; start < seen.length; start++) {
+    const [x0, y0] = [start % width, Math.trunc(start / width)];
+    if (seen[start] || !isEdge(x0, y0, 0)) continue;
+    const ring = [];
+    let [x, y, turn, area] = [x0, y0, 0, 0];
+    do {
+      if (turn === 0) seen[y * width + x] = 1;
+      const [dx, dy] = steps[turn];
+      ring.push([left + x + dx / 2, top + y + dy / 2]);
+      area += x * dy;
+      [x, y] = [x + dx, y + dy];
+      turn = [1, 0, 3].map((change) => (turn + change) % 4).find((next) => isEdge(x, y, next));
+    } while (x !== x0 || y !== y0 || turn !== 0);
+    if (area <= 0) continue; // a hole, which is followed counterclockwise
+    rings.push(simplified(ring, Math.min(OUTLINE_TOLERANCE_PX, (OUTLINE_AREA_SHARE * area) / ring.length)));
+  }
+  return rings;
+}
+
+/** The points of a closed ring without those that lie within a tolerance of the line between points that stay. */
+function simplified(ring, tolerance) {
+  const distance = ([x, y], [x0, y0], [x1, y1]) => {
+    const [dx, dy] = [x1 - x0, y1 - y0];
+    const along = Math.min(Math.max(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy || 1), 0), 1);
+    return Math.hypot(x - x0 - along * dx, y - y0 - along * dy);
+  };
+  const closed = [...ring, ring[0]];
+  const stays = new Set([0]);
+  const open = [[0, ring.length]];
+  while (open.length) {
+    const [first, last] = open.pop();
+    let [farthest, most] = [0, tolerance];
+    for (let k = first + 1; k < last; k++) {
+      const far = distance(closed[k], closed[first], closed[last]);
+      if (far > most) [farthest, most] = [k, far];
+    }
+    if (!farthest) continue;
+    stays.add(farthest);
+    open.push([first, farthest], [farthest, last]);
+  }
+  return ring.filter((_, k) => stays.has(k));
+}
+
+/**
+ * Detections as a file of LabelMe for the photo beside it: outlines of the masks, or the boxes of a model without masks.
+ * The parts of one object share a `group_id`. A mask without pixels has no shape.
+ */
+export function labelMe(detections, height, width, imageName) {
+  const shapes = detections.flatMap(({ box: [x0, y0, x1, y1], name, score, mask }, k) => {
+    const parts = mask ? outlines(mask) : [[[x0, y0], [x1, y1]]];
+    return parts.map((points) => ({
+      label: name,
+      points,
+      group_id: parts.length > 1 ? k + 1 : null,
+      description: `score ${score.toFixed(3)}`,
+      shape_type: mask ? "polygon" : "rectangle",
+      flags: {},
+    }));
+  });
+  const head = { version: "5.4.1", flags: {}, shapes, imagePath: imageName, imageData: null };
+  return { ...head, imageHeight: height, imageWidth: width };
+}

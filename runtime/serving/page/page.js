@@ -1,7 +1,7 @@
 // The page of `maskrcnn web`: a photo or the camera in, detections drawn on it out. Nothing leaves the browser.
 
 import * as ort from "./ort.wasm.min.mjs";
-import { UserError, checkModel, checkSize, cocoResults, networkInputs, unpack } from "./detect.js";
+import { UserError, checkModel, checkSize, cocoResults, labelMe, networkInputs, unpack } from "./detect.js";
 
 const POINT_SCORE = 2; // lowest score of a keypoint that is drawn, as imaging/draw.py
 const OPACITY = 0.45; // of masks
@@ -169,7 +169,7 @@ function draw() {
       return row;
     }),
   );
-  for (const id of ["png", "coco"]) element(id).disabled = false;
+  for (const id of ["png", "coco", "labelme"]) element(id).disabled = false;
 }
 
 function drawDetection({ box: [x0, y0, x1, y1], label, name, score, keypoints }, line) {
@@ -219,7 +219,12 @@ element("file").addEventListener("change", ({ target }) => {
 element("camera").addEventListener("click", startCamera);
 element("threshold").addEventListener("input", draw);
 element("png").addEventListener("click", () => canvas.toBlob((blob) => save(blob, `${stem()}.png`)));
-element("coco").addEventListener("click", () => save(new Blob([JSON.stringify(results())]), `${stem()}.json`));
+const saveJson = (content, name) => save(new Blob([JSON.stringify(content)], { type: "application/json" }), name);
+element("coco").addEventListener("click", () => saveJson(results(), `${stem()}.coco.json`));
+element("labelme").addEventListener("click", () => {
+  const { width, height } = photo.pixels;
+  saveJson(labelMe(shown(), height, width, photo.name), `${stem()}.json`); // the name that LabelMe looks for
+});
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
