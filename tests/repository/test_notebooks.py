@@ -59,7 +59,7 @@ def test_it_runs(path, tmp_path, checkpoint, monkeypatch):
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
 
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert len(outputs(notebook, "image/png")) >= MIN_IMAGES[path.stem]
