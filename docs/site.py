@@ -32,14 +32,13 @@ _SECTIONS = (
 )
 
 
-def on_config(config: Any) -> Any:
-    """Copy the folders below one name, as they are installed, for mkdocstrings to read."""
+def on_startup(**_: Any) -> None:
+    """Copy the folders below one name, as they are installed, for mkdocstrings, which looks for them in `on_config`."""
     package = _ROOT / "build" / "site" / "maskrcnn"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(_ROOT / "maskrcnn", package)
     for name in ("export", "plugins", "runtime"):
         shutil.copytree(_ROOT / name, package / name)
-    return config
 
 
 def on_files(files: Any, config: Any) -> Any:

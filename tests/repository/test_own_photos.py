@@ -61,7 +61,7 @@ def corners_of(mask):
 
 
 def execute(line):
-    program, first, *rest = shlex.split(line)
+    program, first, *rest = shlex.split(line, comments=True)
     added = next((words for start, words in ADDED.items() if f"{program} {first}" == start), [])
     assert program == "maskrcnn"
     if first == "benchmark":
