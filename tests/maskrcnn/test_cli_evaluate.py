@@ -283,3 +283,11 @@ def test_no_input_is_written_over(run, files, tmp_path, option):
     expect_error(run(*given, results), f"{option} {results}, a file that the command reads")
     expect_error(run(*given, "folder.html"), "folder.html: a folder")
     assert results.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "not JSON", '{"a": 1}'])
+def test_a_foreign_file_beside_the_results_is_ignored(run, files, content):
+    truth, results = files("bbox")
+    results.with_name("images.json").write_text(content)
+    code, out, err = run("evaluate", "--results", results, "--annotations", truth, "--iou-type", "bbox")
+    assert code == 0 and metrics_in(out) and "warning" not in out, err
