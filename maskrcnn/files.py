@@ -40,14 +40,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     check_target(path)
     if _is_device(path):
-        with tempfile.TemporaryDirectory() as folder, _disk_errors(path):
+        with tempfile.TemporaryDirectory() as folder, disk_errors(path):
             draft = Path(folder) / f"draft{path.suffix}"
             yield draft
             with open(draft, "rb") as source, open(path, "wb") as target:
                 shutil.copyfileobj(source, target)
         return
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    with _disk_errors(path, temporary):
+    with disk_errors(path, temporary):
         try:
             yield temporary
             if not temporary.is_file():
@@ -77,7 +77,7 @@ def locked(path: Path, *, found: str, expected: str, fix: str) -> Iterator[bool]
         UserError: if another process holds the lock, or the file cannot be written.
     """
     while True:
-        with _disk_errors(path):
+        with disk_errors(path):
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed at the end, or here)
         try:
             is_held = _lock(file.fileno())
@@ -135,7 +135,7 @@ def folder_beside(path: str | Path, *, prefix: str) -> Iterator[Path]:
     """
     path = Path(path)
     check_target(path)
-    with _disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name:
+    with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name:
         yield Path(name)
 
 
@@ -411,7 +411,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 @contextmanager
-def _disk_errors(*paths: Path) -> Iterator[None]:
+def disk_errors(*paths: Path) -> Iterator[None]:
     """Turns operating system errors about `paths` into a UserError that names the first."""
     try:
         yield

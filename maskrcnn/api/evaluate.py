@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from maskrcnn import runs
-from maskrcnn.api.predict import IMAGES
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.errors import UserError
@@ -24,6 +23,7 @@ from maskrcnn.files import (
     report_path,
     write_report,
 )
+from maskrcnn.runtime.predictions import IMAGES
 
 if TYPE_CHECKING:
     from maskrcnn.data.coco import CocoDataset

@@ -1,24 +1,36 @@
-"""`maskrcnn.predict(...)`: detections of images, with overlays and COCO results on disk if wanted."""
+"""`maskrcnn.predict(...)`: detections of images, folders and videos, with overlays and results on disk if wanted."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.errors import UserError
+from maskrcnn.data.sources import ImageItem, Source, find_sources
+from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
 
-RESULTS, IMAGES = "results.json", "images.json"
+if TYPE_CHECKING:
+    from maskrcnn.metadata import ModelMetadata
+    from maskrcnn.runtime.detector import Detector
+
+SAVED = ("overlays", "video", "results", "parquet", "coco", "labelme", "yolo")
+RUN, FAILED, LABELS = "run.json", "failed.txt", "annotations.json"
+_FAILED_HEAD = "# images that maskrcnn could not use"
 _THRESHOLD = 0.5  # of models without a recommended one
+_LINES = 20  # images up to which each gets a line of its own
+_MOST_CALLS = 8  # of the model at the same time on a CPU; each needs memory for its activations
+
+Images = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,16 +39,78 @@ class PredictResult(Result):
 
     model: Path
     runs_in: str  # backend and precision
-    images: list[str]  # file of each image with detections, or its index for arrays
-    counts: list[int]  # detections of each image
-    results: Path | None = None  # COCO results of all images
-    overlays: list[Path] = field(default_factory=list)
+    images: list[str]  # name of each image with detections: file, URL, `video.mp4#12`, or the index of an array
+    counts: list[int] = field(default_factory=list)  # detections of each image; [] of runs on Ray
+    results: Path | str | None = None  # COCO results of all images, or another file with them
+    overlays: list[Path] = field(default_factory=list)  # and annotated videos
     failed: dict[str, str] = field(default_factory=dict)  # images without detections: what was wrong
-    detections: list[Detections] = field(default_factory=list, repr=False)
+    total: int = 0  # detections of all images
+    detections: list[Detections] = field(default_factory=list, repr=False)  # [] where `output` has them
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What decides how images are processed and what is written."""
+
+    saved: frozenset[str]
+    suffix: str  # of overlays
+    threshold: float
+    keypoint_threshold: float
+    tolerance_px: float
+    strict: bool
+
+
+@overload
+def predict(
+    images: Images,
+    *,
+    stream: Literal[True],
+    model: str | Path | None = ...,
+    backend: str | None = ...,
+    provider: str | None = ...,
+    precision: str | None = ...,
+    pixel_range: Sequence[float] | None = ...,
+    batch_size: int = ...,
+    workers: int | None = ...,
+    limit: int | None = ...,
+    strict: bool = ...,
+    progress: Progress | None = ...,
+) -> Iterator[Detections]: ...
+
+
+@overload
+def predict(
+    images: Images,
+    *,
+    model: str | Path | None = ...,
+    backend: str | None = ...,
+    provider: str | None = ...,
+    precision: str | None = ...,
+    pixel_range: Sequence[float] | None = ...,
+    output: str | Path | None = ...,
+    save: Sequence[str] | None = ...,
+    format: Literal["png", "jpg"] = ...,
+    annotations: str | Path | None = ...,
+    threshold: float | None = ...,
+    keypoint_threshold: float = ...,
+    tolerance: float = ...,
+    batch_size: int = ...,
+    workers: int | None = ...,
+    limit: int | None = ...,
+    resume: bool = ...,
+    ray: str | None = ...,
+    actors: int | tuple[int, int] | None = ...,
+    actor_cpus: float = ...,
+    actor_gpus: float = ...,
+    stream: Literal[False] = ...,
+    strict: bool = ...,
+    overwrite: bool = ...,
+    progress: Progress | None = ...,
+) -> PredictResult: ...
 
 
 def predict(
-    images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
+    images: Images,
     *,
     model: str | Path | None = None,
     backend: str | None = None,
@@ -44,161 +118,641 @@ def predict(
     precision: str | None = None,
     pixel_range: Sequence[float] | None = None,
     output: str | Path | None = None,
+    save: Sequence[str] | None = None,
     format: Literal["png", "jpg"] = "png",
     annotations: str | Path | None = None,
     threshold: float | None = None,
     keypoint_threshold: float = 2.0,
+    tolerance: float = 0.5,
+    batch_size: int = 1,
+    workers: int | None = None,
+    limit: int | None = None,
+    resume: bool = False,
+    ray: str | None = None,
+    actors: int | tuple[int, int] | None = None,
+    actor_cpus: float = 1,
+    actor_gpus: float = 0,
+    stream: bool = False,
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> PredictResult:
-    """Detects objects in images, one after the other.
+) -> PredictResult | Iterator[Detections]:
+    """Detects objects in images: reading, detecting and writing overlap, and memory does not grow with their number.
 
     An image that cannot be read is named and counted, and the others are processed. What was detected before an error
-    or an interruption is written.
+    or an interruption is written, and `resume` goes on from there.
 
     Args:
-        images: image files, folders of images, or arrays uint8 `[H, W, 3]` RGB. Files are read upright, as viewers show
-            them.
+        images: image files, folders, patterns, lists, annotation files, videos, cameras, URLs, or arrays uint8
+            `[H, W, 3]` RGB; see `maskrcnn.data.sources.find_sources`. Files are read upright, as viewers show them.
         model: checkpoint, ONNX file or engine. Default: the best checkpoint of the newest run.
         backend: "torch", "onnxruntime", "openvino" or "tensorrt". Default: the first that runs this kind of file.
         provider: ONNX Runtime execution provider: "cpu", "cuda" or "tensorrt".
         precision: arithmetic of PyTorch: "fp32", "bf16" or "fp16".
         pixel_range: (low, high) of samples of more than 8 bits, which become 0 and 255. Default: the model's, else what
             a TIFF file states, else the high byte.
-        output: folder for an overlay of each image, `results.json` (COCO results) and `images.json` (file of each image
-            id). Default: nothing is written.
+        output: folder for `detections.jsonl` (one line per image), `images.json` (file of each image id) and what
+            `save` names. Default: nothing is written.
+        save: any of "overlays" (a drawing of each image), "video" (an annotated video of each video), "results"
+            (`results.json`, COCO results), "parquet" (`detections.parquet`), and first labels for annotation tools with
+            the detections of at least `threshold`: "coco" (`annotations.json`), "labelme" and "yolo" (folders).
+            Default: overlays of images, annotated videos of videos, and results.
         format: of the overlays.
         annotations: COCO annotation file of these images, whose image ids the results get. Default: that of the dataset
             whose images they are (`annotations/instances_NAME.json` beside the folder NAME, or `_annotations.coco.json`
             in it); else images are counted from 1.
-        threshold: lowest score of a detection in the overlays; the results have all detections. Default: the one that
-            training recommended for the model, else 0.5.
+        threshold: lowest score of a detection in overlays and labels; the results have all detections. Default: the one
+            that training recommended for the model, else 0.5.
         keypoint_threshold: lowest score (heat map logit) of a keypoint in the overlays.
+        tolerance: largest distance in pixels of a label's simplified outline from the mask's.
+        batch_size: most images of one call of the model; only images of one size are in a batch.
+        workers: images in work at the same time. Default: the available CPUs, at most 8.
+        limit: process at most this many images or frames, for instance of a camera.
+        resume: continue the run in `output` that was interrupted, with the same images and model.
+        ray: run on a Ray cluster: "local" (this machine), "auto" (the cluster of this node) or "ray://HOST:10001".
+            Writes `detections.parquet` only, a folder of files, to `output`, which may be a URL.
+        actors: copies of the model on the cluster, or (least, most). Default: as many as there is work and room for.
+        actor_cpus: CPUs of an actor, which are the threads of its model.
+        actor_gpus: GPUs of an actor.
+        stream: return an iterator that yields the detections of one image after the other, with `name` and `image`;
+            nothing is written.
         strict: stop at the first image that cannot be used.
-        overwrite: replace files in `output` that maskrcnn did not write.
+        overwrite: replace files in `output` that maskrcnn did not write, and an interrupted run.
         progress: receives messages.
 
     Raises:
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
             `strict`, for the first image that cannot be used; if none can be.
     """
-    from maskrcnn.files import write_json
-    from maskrcnn.imaging.draw import overlay, save_drawing
-    from maskrcnn.runtime.detector import Detector, backend_spec
-
     progress = progress or Progress()
-    folder = None if output is None else Path(output)
-    sources = _expanded(images, folder)
-    names = [str(source) if isinstance(source, Path) else str(n) for n, source in enumerate(sources)]
-    path = Path(model) if model is not None else runs.newest_checkpoint()
+    folder = None if output is None or ray is not None else Path(output)
     if format not in ("png", "jpg"):
         raise UserError(f"--format {format}", "png or jpg", "choose one of these")
-    targets = [] if folder is None else _targets([Path(name) for name in names], folder, format)
+    if folder is None and (resume or save) and ray is None:
+        raise UserError("save or resume without output", "a folder to write to", "name it: output=DIR")
+    if isinstance(images, Iterator):
+        images = list(images)
+    sources = find_sources(images, leave_out=folder)
+    path = Path(model) if model is not None else runs.newest_checkpoint()
+    spec = (backend, provider, precision, pixel_range)
+    if ray is not None:
+        if resume or stream or limit is not None or set(save or ("parquet",)) != {"parquet"} or output is None:
+            raise UserError(
+                "a run on Ray with resume, stream or limit, without output, or with another output than parquet",
+                "--output DIR-OR-URL, --save parquet",
+                "leave the others out, or leave out --ray",
+            )
+        ids = _ids(sources, annotations, progress, is_written=True)
+        return _on_ray(sources, ids, path, spec, str(output), ray, actors, actor_cpus, actor_gpus, overwrite)
+    if stream:
+        if folder is not None:
+            raise UserError("output with stream", "one of both", "write what the iterator yields, or leave out stream")
+        return _streamed(sources, path, spec, batch_size, workers, limit, strict, progress)
+    saved = _saved(save, sources)
+    run = None
     if folder is not None:
-        _check_output(
-            folder, targets, images, [*names, path, *([annotations] if annotations else [])], overwrite=overwrite
-        )
-    ids = list(range(1, len(names) + 1))
-    if folder is not None and all(isinstance(source, Path) for source in sources):
-        ids = _image_ids([Path(name) for name in names], annotations, progress)
-    detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range)
+        named = [images] if isinstance(images, (str, Path, np.ndarray)) else list(images)
+        run = _Run(folder, sources, saved, format, named, [path, annotations], resume=resume, overwrite=overwrite)
+    ids = _ids(sources, annotations, progress, is_written=run is not None)
+    detector, calls = _load(path, spec, workers, sources)
     metadata = detector.metadata
     if threshold is None:
         threshold = metadata.recommended_threshold
         if threshold is not None and folder is not None:
             progress.message(f"drawn from score {threshold:g}, which training recommended (--threshold)")
         threshold = _THRESHOLD if threshold is None else threshold
-    found: dict[int, Detections] = {}
-    failed: dict[str, str] = {}
-    try:
-        for number, source in enumerate(sources):
-            try:
-                image = detector.read(source) if isinstance(source, Path) else source
-                detections = detector.detect([image])[0]
-            except UserError as error:
-                if strict or len(sources) == 1:
-                    raise
-                failed[names[number]] = error.found
-                progress.message(f"failed: {error.found}")
-                continue
-            found[number] = detections
-            if folder is None:
-                progress.message(f"{names[number]}: {len(detections)} detections")
-                continue
-            shown = detections.above(threshold)
-            skeleton = metadata.keypoint_skeleton
-            save_drawing(
-                overlay(image, shown, metadata.class_names, skeleton, point_score=keypoint_threshold), targets[number]
-            )
-            points = ""
-            if shown.keypoints is not None:
-                count = int((shown.keypoints[:, :, 2] >= keypoint_threshold).sum())
-                points = f" with {count} of {shown.keypoints[:, :, 2].size} keypoints"
-            found_text = _in_words(shown, detections, threshold, metadata.class_names)
-            progress.message(f"{names[number]}: {found_text}{points} → {targets[number]}")
-    finally:  # an error or an interruption loses no image that is done
-        if folder is not None and found:
-            class_of = dict(zip(metadata.category_ids, metadata.class_names, strict=True))
-            entries = [
-                {**entry, "category_name": class_of[entry["category_id"]]}
-                for number, each in found.items()
-                for entry in each.to_coco(ids[number])
-            ]
-            write_json(folder / RESULTS, entries)
-            write_json(folder / IMAGES, {str(key): name for key, name in zip(ids, names, strict=True)})
-            if len(found) + len(failed) < len(sources):
-                progress.message(f"stopped after {len(found)} of {len(sources)} images; results → {folder / RESULTS}")
-    for line in detector.notes.lines():
+    options = _Options(saved, format, threshold, keypoint_threshold, tolerance, strict)
+    found = _detect(detector, path, sources, ids, run, options, batch_size, calls, limit, progress)
+    for line in (*detector.notes.lines(), *detector.remarks()):
         progress.message(line)
-    if not found:
+    return found
+
+
+def _saved(save: Sequence[str] | None, sources: Sequence[Source]) -> frozenset[str]:
+    """What is written; see `predict`."""
+    if save is None:
+        videos = {source.is_video for source in sources}
+        return frozenset(
+            {"results", *(("video",) if True in videos else ()), *(("overlays",) if False in videos else ())}
+        )
+    for each in save:
+        if each not in SAVED:
+            raise UserError(f"--save {each}", ", ".join(SAVED), f"choose of these{did_you_mean(each, SAVED)}")
+    if {"labelme", "yolo", "coco"} & set(save):
+        from maskrcnn.data.prelabels import require_files
+
+        require_files([source.name for source in sources], "labels")
+        if any(source.is_video for source in sources):
+            fix = "extract its frames first: `ffmpeg -i VIDEO frames/%06d.png`"
+            raise UserError("labels of a video", "image files, to which the labels refer", fix)
+    return frozenset(save)
+
+
+def _load(path: Path, spec: tuple[Any, ...], workers: int | None, sources: Sequence[Source]) -> tuple[Detector, int]:
+    """The model, and how many calls of it run at the same time: several on a CPU, of one thread or a few each."""
+    from maskrcnn.machine import available_cpus
+    from maskrcnn.runtime.detector import BACKENDS, Detector, backend_spec
+
+    backend, provider, precision, pixel_range = spec
+    name = (backend or next(iter(BACKENDS.get(path.suffix, ("",))))).partition(":")[0]
+    calls = min(
+        workers or min(available_cpus(), _MOST_CALLS), 1 if len(sources) == 1 and not sources[0].is_video else 64
+    )
+    threads = max(1, available_cpus() // calls)
+    options: dict[str, int] = {}
+    if calls > 1 and name == "openvino":
+        options = {"threads": calls * threads, "streams": calls}
+    elif calls > 1 and name == "onnxruntime" and provider in (None, "cpu"):
+        options = {"threads": threads}
+    detector = Detector.load(path, backend_spec(backend, provider, precision), pixel_range=pixel_range, **options)
+    on_cpu = detector.backend.name in ("OpenVINO", "ONNX Runtime")
+    return detector, calls if options and on_cpu else 1
+
+
+def _on_ray(
+    sources: Sequence[Source],
+    ids: Sequence[int] | None,
+    path: Path,
+    spec: tuple[Any, ...],
+    output: str,
+    address: str,
+    actors: int | tuple[int, int] | None,
+    cpus: float,
+    gpus: float,
+    overwrite: bool,
+) -> PredictResult:
+    """Detects on a Ray cluster; see `maskrcnn.runtime.cluster`."""
+    from maskrcnn.files import write_report
+    from maskrcnn.runtime.cluster import Pool, detect_on_ray
+    from maskrcnn.runtime.detector import Detector, backend_spec
+    from maskrcnn.runtime.predictions import PARQUET
+
+    if any(source.is_video or source.pixels is not None for source in sources):
+        expected = "image files and URLs, which any node can read by itself"
+        raise UserError("a video, camera or array with --ray", expected, "leave out --ray, or extract the frames")
+    least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
+    if least < 1 or (most is not None and most < least) or cpus < 0 or gpus < 0:
+        raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
+    backend, provider, precision, pixel_range = spec
+    options = {"backend": backend_spec(backend, provider, precision), "pixel_range": pixel_range}
+    detector = Detector.load(path, options["backend"], pixel_range=pixel_range)  # it works here before it travels
+    about = _about(detector, path)
+    name = f"{detector.backend.name} {detector.backend.precision}"
+    del detector
+    if "://" not in output:
+        output = str(Path(output).absolute())
+        target = Path(output) / PARQUET
+        if target.exists():
+            if not overwrite:
+                raise UserError(f"{target} exists", "a new folder", "choose another --output, or use --overwrite")
+            if any(each.suffix != ".parquet" for each in target.iterdir()):
+                raise UserError(f"{target} has other files", "a folder of Parquet files", "choose another --output")
+            for each in target.iterdir():
+                each.unlink()
+    place = f"{output.rstrip('/')}/{PARQUET}"
+    numbers = range(1, len(sources) + 1) if ids is None else ids
+    images = [
+        (number, source.name if "://" in source.name else str(Path(source.name).absolute()))
+        for number, source in zip(numbers, sources, strict=True)
+    ]
+    total, failed = detect_on_ray(address, images, path, options, about, place, Pool(least, most, cpus, gpus))
+    if len(failed) == len(images):
         reasons = "\n".join(failed.values())
-        raise UserError(f"none of {len(sources)} images can be used:\n{reasons}", "image files", "name other images")
-    for line in detector.remarks():
+        raise UserError(f"none of {len(failed)} images can be used:\n{reasons}", "image files", "name other images")
+    if "://" not in output:
+        write_report(Path(output) / RUN, "predict", {"is_complete": True, **about})
+    names = [name for _, name in images if name not in failed]
+    return PredictResult(path, f"{name} on Ray", names, results=place, failed=failed, total=total)
+
+
+def _streamed(
+    sources: Sequence[Source],
+    path: Path,
+    spec: tuple[Any, ...],
+    batch_size: int,
+    workers: int | None,
+    limit: int | None,
+    strict: bool,
+    progress: Progress,
+) -> Iterator[Detections]:
+    """The detections of one image after the other; images that cannot be used are told to `progress`."""
+    from itertools import islice
+
+    from maskrcnn.runtime.pipeline import detect_images
+
+    def finish(item: ImageItem, image: np.ndarray, orientation: int, detections: Detections) -> Detections:
+        return replace(detections, name=item.name, image=image)
+
+    detector, calls = _load(path, spec, workers, sources)
+    items = islice(_jobs(sources, None, {}), limit)
+    for _, found in detect_images(detector, items, finish, batch=batch_size, calls=calls, threads=max(2, calls)):
+        if isinstance(found, Detections):
+            yield found
+        elif strict:
+            raise found
+        else:
+            progress.message(f"failed: {found.found}")
+    for line in (*detector.notes.lines(), *detector.remarks()):
         progress.message(line)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job(ImageItem):
+    """An image with what is to be written of it."""
+
+    image_id: int = 0
+    source: Source | None = None
+    target: Path | None = None  # of the overlay
+    fault: UserError | None = None  # of a video that ends early, in place of its next frame
+
+    def read(self, preprocessing: Any, notes: Any) -> tuple[np.ndarray, int]:
+        if self.fault is not None:
+            raise self.fault
+        return super().read(preprocessing, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Finished:
+    """What is left of an image when its overlay is written."""
+
+    record: str  # its line of JSON
+    text: str  # for the user
+    detections: Detections
+    drawn: np.ndarray | None = None  # for the annotated video
+
+
+def _jobs(sources: Sequence[Source], ids: Sequence[int] | None, targets: dict[Source, Path]) -> Iterator[_Job]:
+    """The images of all sources; those without ids are counted from 1."""
+    number = 0
+    for index, source in enumerate(sources):
+        target = targets.get(source)
+        images = source.images()
+        while True:
+            number += 1
+            image_id = number if ids is None else ids[index]
+            try:
+                item = next(images, None)
+            except UserError as error:
+                yield _Job(source.name, image_id=image_id, source=source, fault=error)
+                break
+            if item is None:
+                number -= 1
+                break
+            place = target
+            if target is not None and item.frame is not None:
+                place = target.with_name(f"{target.stem}-{item.frame.index:06d}{target.suffix}")
+            yield _Job(item.name, item.pixels, item.frame, image_id, source, place)
+
+
+def _detect(
+    detector: Detector,
+    path: Path,
+    sources: Sequence[Source],
+    ids: Sequence[int] | None,
+    run: _Run | None,
+    options: _Options,
+    batch_size: int,
+    calls: int,
+    limit: int | None,
+    progress: Progress,
+) -> PredictResult:
+    """Runs all images through the pipeline and writes what is asked for."""
+    from itertools import islice
+
+    from maskrcnn.runtime.pipeline import detect_images
+
+    metadata = detector.metadata
+    lengths = [source.length() for source in sources] if limit is None else [limit]
+    total = None if None in lengths else sum(length or 0 for length in lengths)
+    names, counts, kept, failed = list[str](), list[int](), list[Detections](), dict[str, str]()
+    jobs: Iterator[_Job] = islice(_jobs(sources, ids, {} if run is None else run.targets), limit)
+    done = 0
+    if run is not None:
+        jobs, done, names, counts, failed = run.start(detector, path, jobs)
+        if done:
+            progress.message(f"continues after {done} images")
+    is_told = total is not None and total <= _LINES
+    finish = _finisher(metadata, options, is_written=run is not None)
+    results = detect_images(detector, jobs, finish, batch=batch_size, calls=calls, threads=max(2, calls))
+    is_complete = False
+    try:
+        with progress.task("detecting", total) as advance:
+            advance(done)
+            for job, outcome in results:
+                assert isinstance(job, _Job)
+                if isinstance(outcome, UserError):
+                    if options.strict or (len(sources) == 1 and not names):
+                        raise outcome
+                    failed[job.name] = outcome.found
+                    if len(failed) <= _LINES:
+                        progress.message(f"failed: {outcome.found}")
+                    if run is not None:
+                        record = {"image_id": job.image_id, "file": job.name, "error": outcome.found}
+                        run.add(job, json.dumps(record, ensure_ascii=False), None)
+                else:
+                    names.append(job.name)
+                    counts.append(len(outcome.detections))
+                    if run is None:
+                        kept.append(outcome.detections)
+                    else:
+                        run.add(job, outcome.record, outcome.drawn)
+                    if is_told:
+                        progress.message(outcome.text)
+                advance(1)
+        is_complete = True
+    finally:  # an error or an interruption loses no image that is done
+        results.close()  # type: ignore[attr-defined]
+        if run is not None:
+            run.finish(metadata, options, is_complete=is_complete and bool(names), is_empty=not names)
+            if not is_complete and names:
+                of = "" if total is None else f" of {total}"
+                progress.message(
+                    f"stopped after {len(names) + len(failed)}{of} images; results → {run.results}; "
+                    "continue with --resume"
+                )
+    if not names:
+        reasons = "\n".join(failed.values())
+        raise UserError(f"none of {len(failed)} images can be used:\n{reasons}", "image files", "name other images")
     return PredictResult(
         path,
         f"{detector.backend.name} {detector.backend.precision}",
-        [names[number] for number in found],
-        [len(each) for each in found.values()],
-        None if folder is None else folder / RESULTS,
-        [] if folder is None else [targets[number] for number in found],
+        names,
+        counts,
+        None if run is None else run.results,
+        [] if run is None else run.drawn,
         failed,
-        list(found.values()),
+        sum(counts),
+        kept,
     )
 
 
-def _expanded(
-    images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray], output: Path | None
-) -> list[Path | np.ndarray]:
-    """The images one by one; a folder gives all of its images, except for those in the output folder.
+def _finisher(
+    metadata: ModelMetadata, options: _Options, *, is_written: bool
+) -> Callable[[ImageItem, np.ndarray, int, Detections], _Finished]:
+    """What is done with the detections of an image, in any thread: the overlay, and the line of JSON."""
+    from maskrcnn.imaging.draw import overlay, save_drawing
+    from maskrcnn.runtime.predictions import record_of
+
+    def finish(job: ImageItem, image: np.ndarray, orientation: int, detections: Detections) -> _Finished:
+        assert isinstance(job, _Job)
+        detections = replace(detections, name=job.name)
+        if not is_written:
+            return _Finished("", f"{job.name}: {len(detections)} detections", detections)
+        record = record_of(job, job.image_id, orientation, detections, metadata)
+        shown = detections.above(options.threshold)
+        in_video = job.frame is not None and "video" in options.saved
+        text = f"{job.name}: {_in_words(shown, detections, options.threshold, metadata.class_names)}"
+        if shown.keypoints is not None:
+            count = int((shown.keypoints[:, :, 2] >= options.keypoint_threshold).sum())
+            text += f" with {count} of {shown.keypoints[:, :, 2].size} keypoints"
+        frame = None
+        if in_video or job.target is not None:
+            skeleton = metadata.keypoint_skeleton
+            drawn = overlay(image, shown, metadata.class_names, skeleton, point_score=options.keypoint_threshold)
+            if job.target is not None:
+                save_drawing(drawn, job.target)
+                text += f" → {job.target}"
+            frame = np.asarray(drawn) if in_video else None
+        return _Finished(json.dumps(record, ensure_ascii=False), text, detections, frame)
+
+    return finish
+
+
+class _Run:
+    """The output folder of a run.
 
     Raises:
-        UserError: for a file that does not exist, and a folder without images.
+        UserError: if it would replace images or other files, has an interrupted run and `resume` and `overwrite` are
+            not set, or has none to resume.
     """
-    import sys
-    from os import sep
-    from os.path import realpath
 
-    from maskrcnn.data.images import images_in
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        saved: frozenset[str],
+        suffix: str,
+        named: Sequence[str | Path | np.ndarray],
+        inputs: Sequence[str | Path | None],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        from maskrcnn.data.video import VIDEO, video_suffix
+        from maskrcnn.files import (
+            DRAWING,
+            RESULTS_FILE,
+            FileKind,
+            Output,
+            check_output_folder,
+            check_outputs,
+            report_kind,
+        )
+        from maskrcnn.runtime import predictions
 
-    several = [images] if isinstance(images, (str, Path, np.ndarray)) else list(images)
-    found: list[Path | np.ndarray] = []
-    for each in several:
-        if isinstance(each, np.ndarray):
-            found.append(each)
-        elif Path(each).is_dir():
-            inner = images_in(Path(each), sys.maxsize)
-            if output is not None and realpath(output) != realpath(each):
-                inner = [path for path in inner if not realpath(path).startswith(f"{realpath(output)}{sep}")]
-            found += inner
-        elif not Path(each).exists():
-            raise UserError(f"image {each} does not exist", "image files, or folders of images", "correct the path")
+        self.folder, self.saved, self.is_resumed = folder, saved, resume
+        self.sources = sources
+        stems = _stems(sources)
+        self.targets = {
+            source: folder / f"{stem}.{suffix}"
+            for source, stem in zip(sources, stems, strict=True)
+            if "overlays" in saved
+        }
+        self.videos = {
+            source: folder / f"{stem}{video_suffix(source)}"
+            for source, stem in zip(sources, stems, strict=True)
+            if source.is_video and "video" in saved
+        }
+        lines = FileKind.starting_with("the detections.jsonl of `maskrcnn predict`", rb'\{"image_id": ')
+        index = FileKind.starting_with("the images.json of `maskrcnn predict`", rb'\{\s*"\d+": "')
+        labels = FileKind.starting_with("labels of `maskrcnn predict`", rb'\{"info": \{"description": "detections of')
+        table = FileKind.starting_with("a Parquet file", rb"PAR1")
+        text = FileKind.starting_with("the failed.txt of `maskrcnn predict`", _FAILED_HEAD.encode())
+        fixed = {
+            predictions.LINES: lines,
+            predictions.IMAGES: index,
+            RUN: report_kind("predict"),
+            FAILED: text,
+            **({predictions.RESULTS: RESULTS_FILE} if "results" in saved else {}),
+            **({predictions.PARQUET: table} if "parquet" in saved else {}),
+            **({LABELS: labels} if "coco" in saved else {}),
+        }
+        folders = [each for each in named if not isinstance(each, np.ndarray) and Path(each).is_dir()]
+        kinds = (DRAWING, RESULTS_FILE, VIDEO, lines, index, report_kind("predict"), table, labels, text)
+        check_output_folder("--output", folder, folders, kinds, overwrite=True)
+        outputs = [
+            Output("--output", target, DRAWING) for source, target in self.targets.items() if not source.is_video
+        ]
+        outputs += [Output("--output", target, VIDEO) for target in self.videos.values()]
+        outputs += [Output("--output", folder / name, kind) for name, kind in fixed.items()]
+        read = [source.name for source in sources if source.pixels is None and "://" not in source.name]
+        check_outputs(outputs, [*read, *(each for each in inputs if each is not None)], overwrite=overwrite)
+        self.lines, self._manifest = folder / predictions.LINES, folder / RUN
+        self.results = folder / (predictions.RESULTS if "results" in saved else predictions.LINES)
+        if "parquet" in saved and "results" not in saved:
+            self.results = folder / predictions.PARQUET
+        self.drawn: list[Path] = []
+        self._video: Any = None  # that is being written, with its source
+        before = self._read_manifest()
+        if resume and before is None:
+            raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
+        if before is not None and not resume and not overwrite and before.get("is_complete") is False:
+            raise UserError(
+                f"{folder} has a run that was interrupted",
+                "a new folder, or one with a complete run",
+                "continue it with --resume, start again with --overwrite, or choose another --output",
+            )
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        from maskrcnn.files import read_json
+
+        if not self._manifest.is_file():
+            return None
+        content = read_json(self._manifest, "the run.json of `maskrcnn predict`")
+        return content if isinstance(content, dict) else {}
+
+    def start(
+        self, detector: Detector, model: Path, jobs: Iterator[_Job]
+    ) -> tuple[Iterator[_Job], int, list[str], list[int], dict[str, str]]:
+        """Opens the files; returns the images that are left, and what is known of those that are done.
+
+        Raises:
+            UserError: if an interrupted run has another model, other options or other images.
+        """
+        from maskrcnn.files import make_folder, write_report
+        from maskrcnn.runtime.predictions import Predictions, read_predictions
+
+        self._about = _about(detector, model)
+        names, counts, failed = list[str](), list[int](), dict[str, str]()
+        done = 0
+        if self.is_resumed:
+            before = self._read_manifest() or {}
+            for key in ("model_sha256", "backend", "precision", "preprocessing"):
+                if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(self._about[key])):
+                    found = f"{self.folder} has a run with {key} {before.get(key)}, not {self._about[key]}"
+                    raise UserError(found, "the same model and options", "use them, or choose another --output")
+            redone = None if before.get("is_complete") else self._interrupted_video(jobs_of=self.sources)
+            for record in read_predictions(self.lines) if self.lines.is_file() else ():
+                if redone is not None and str(record["file"]).rpartition("#")[0] == redone:
+                    break
+                job = next(jobs, None)
+                if job is None or job.name != record["file"]:
+                    found = f"image {done + 1} is {None if job is None else job.name}, not {record['file']}"
+                    expected = f"the images of the run in {self.folder}, in their order"
+                    raise UserError(found, expected, "name the same images, or choose another --output")
+                if job.target is not None and "error" not in record:
+                    self.drawn.append(job.target)
+                if "error" in record:
+                    failed[job.name] = record["error"]
+                else:
+                    names.append(job.name)
+                    counts.append(len(record["detections"]))
+                done += 1
+        make_folder(self.folder)
+        write_report(self._manifest, "predict", {"is_complete": False, **self._about})
+        self._lines = Predictions(self.lines, keep=done)
+        return jobs, done, names, counts, failed
+
+    def _interrupted_video(self, jobs_of: Sequence[Source]) -> str | None:
+        """The video of the last image that was done, whose annotated video was not finished and starts again."""
+        from maskrcnn.runtime.predictions import read_predictions
+
+        last = ""
+        for record in read_predictions(self.lines) if self.lines.is_file() else ():
+            last = str(record["file"])
+        name = last.rpartition("#")[0]
+        return name if any(source.name == name for source in self.videos) else None
+
+    def add(self, job: _Job, record: str, drawn: np.ndarray | None) -> None:
+        """Writes the line of an image, and its frame of the annotated video."""
+        from maskrcnn.data.video import AnnotatedVideo
+
+        if self._video is not None and self._video[0] is not job.source:
+            self._close_video()
+        if drawn is not None and job.frame is not None and job.source in self.videos:
+            if self._video is None:
+                self._video = (job.source, AnnotatedVideo(job.source, self.videos[job.source]))
+            self._video[1].add(drawn, job.frame)
+        self._lines.append(record)
+        if job.target is not None and job.fault is None and '"error"' not in record:
+            self.drawn.append(job.target)
+
+    def _close_video(self, *, is_complete: bool = True) -> None:
+        if self._video is not None:
+            video, self._video = self._video[1], None
+            video.close(is_complete=is_complete)
+
+    def finish(self, metadata: ModelMetadata, options: _Options, *, is_complete: bool, is_empty: bool) -> None:
+        """Closes the files and writes those that are made from the lines; an empty run leaves nothing behind."""
+        from maskrcnn.data import prelabels
+        from maskrcnn.files import atomic_path, write_report
+        from maskrcnn.runtime import predictions
+
+        self._lines.close()
+        self._close_video(is_complete=is_complete)
+        self.drawn += [video for video in self.videos.values() if is_complete and video.is_file()]
+        if is_empty:
+            for path in (self.lines, self._manifest):
+                path.unlink(missing_ok=True)
+            return
+        if "results" in self.saved:
+            predictions.write_results(self.lines, self.folder / predictions.RESULTS)
+        predictions.write_images(self.lines, self.folder / predictions.IMAGES)
+        if not is_complete:
+            return
+        if "parquet" in self.saved:
+            records = predictions.read_predictions(self.lines)
+            predictions.write_parquet(records, self.folder / predictions.PARQUET, self._about)
+
+        def again() -> Iterator[dict[str, Any]]:
+            return predictions.read_predictions(self.lines)
+
+        settings = (options.threshold, options.tolerance_px)
+        if "coco" in self.saved:
+            prelabels.write_coco(again, self.folder / LABELS, _categories(metadata), *settings)
+        if "labelme" in self.saved:
+            prelabels.write_labelme(again, self.folder / "labelme", *settings)
+        if "yolo" in self.saved:
+            prelabels.write_yolo(again, self.folder / "yolo", _categories(metadata), *settings)
+        failed = [record["file"] for record in again() if "error" in record]
+        if failed:
+            text = "\n".join((_FAILED_HEAD, *(str(Path(name).absolute()) for name in failed), ""))
+            with atomic_path(self.folder / FAILED) as draft:
+                draft.write_bytes(text.encode("utf-8", "surrogateescape"))
         else:
-            found.append(Path(each))
-    if not found:
-        raise UserError("no images", "image files, or folders of images", "name at least one")
-    return found
+            (self.folder / FAILED).unlink(missing_ok=True)
+        write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+
+
+def _about(detector: Detector, model: Path) -> dict[str, Any]:
+    """What a run is made with: the model, and what its detections depend on."""
+    return {
+        "model": str(model),
+        "model_sha256": _digest(model),
+        "backend": detector.backend.name,
+        "precision": detector.backend.precision,
+        "preprocessing": detector.preprocessing.to_dict(),
+        "categories": _categories(detector.metadata),
+    }
+
+
+def _categories(metadata: ModelMetadata) -> list[dict[str, Any]]:
+    """Entries of `categories` in COCO's format."""
+    entries: list[dict[str, Any]] = [
+        {"id": key, "name": name} for key, name in zip(metadata.category_ids, metadata.class_names, strict=True)
+    ]
+    if metadata.has_keypoints:
+        skeleton = [list(pair) for pair in metadata.keypoint_skeleton]
+        entries = [{**each, "keypoints": list(metadata.keypoint_names), "skeleton": skeleton} for each in entries]
+    return entries
+
+
+def _digest(model: Path) -> str:
+    """SHA-256 of a model file; of an OpenVINO engine, of its weights as well."""
+    from maskrcnn.metadata import sha256_of
+
+    weights = model.with_suffix(".bin")
+    return sha256_of(model) + (f"+{sha256_of(weights)}" if model.suffix == ".xml" and weights.is_file() else "")
 
 
 def _in_words(shown: Detections, detections: Detections, threshold: float, class_names: Sequence[str]) -> str:
@@ -210,6 +764,18 @@ def _in_words(shown: Detections, detections: Detections, threshold: float, class
     if len(detections):
         text += f" (best score {float(detections.scores.max()):.2f}, below --threshold {threshold:g})"
     return text
+
+
+def _ids(
+    sources: Sequence[Source], annotations: str | Path | None, progress: Progress, *, is_written: bool
+) -> list[int] | None:
+    """The image id of each source; None: images are counted from 1."""
+    given = [source.image_id for source in sources if source.image_id is not None]
+    if annotations is None and len(set(given)) == len(sources):
+        return given
+    if not is_written or not all(source.pixels is None and not source.is_video for source in sources):
+        return None
+    return _image_ids([Path(source.name) for source in sources], annotations, progress)
 
 
 def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: Progress) -> list[int]:
@@ -260,40 +826,16 @@ def _id_of(file: Path, entries: Sequence[tuple[str, int]]) -> int | None:
     return entries[0][1] if len(entries) == 1 else None
 
 
-def _targets(images: Sequence[Path], output: Path, suffix: str) -> list[Path]:
-    """The overlay of each image: its name, with a number if several images have the same."""
-    stems = [path.stem for path in images]
+def _stems(sources: Sequence[Source]) -> list[str]:
+    """The name of each source's overlay without suffix: its own, with a number if several have the same."""
+    stems = [source.stem for source in sources]
     repeated = Counter(stems)
     taken: set[str] = set()
-    targets = []
+    names = []
     for number, stem in enumerate(stems, start=1):
         name = f"{stem}-{number}" if repeated[stem] > 1 else stem
         while name in taken:
             name += f"-{number}"
         taken.add(name)
-        targets.append(output / f"{name}.{suffix}")
-    return targets
-
-
-def _check_output(
-    folder: Path,
-    targets: Sequence[Path],
-    images: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
-    inputs: Sequence[str | Path],
-    *,
-    overwrite: bool,
-) -> None:
-    """Refuses a folder, overlays and results that would replace images or other files."""
-    from maskrcnn.files import DRAWING, RESULTS_FILE, FileKind, Output, check_output_folder, check_outputs
-
-    several = [images] if isinstance(images, (str, Path, np.ndarray)) else images
-    folders = [path for path in several if not isinstance(path, np.ndarray) and Path(path).is_dir()]
-    index = FileKind.starting_with("the images.json of `maskrcnn predict`", rb'\{\s*"\d+": "')
-    kinds = (DRAWING, RESULTS_FILE, index)
-    check_output_folder("--output", folder, folders, kinds, overwrite=True)
-    outputs = [
-        *(Output("--output", target, DRAWING) for target in targets),
-        Output("--output", folder / RESULTS, RESULTS_FILE),
-        Output("--output", folder / IMAGES, index),
-    ]
-    check_outputs(outputs, inputs, overwrite=overwrite)
+        names.append(name)
+    return names

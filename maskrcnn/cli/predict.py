@@ -12,6 +12,21 @@ from maskrcnn.cli.console import ConsoleProgress, show
 from maskrcnn.cli.options import BackendName, Overwrite, PixelRange, PrecisionName, ProviderName, range_from_text
 from maskrcnn.errors import UserError
 
+_CLUSTER = "Cluster"
+_NAMED = 20  # images that an error names
+
+
+class Saved(str, Enum):
+    """What is written."""
+
+    OVERLAYS = "overlays"
+    VIDEO = "video"
+    RESULTS = "results"
+    PARQUET = "parquet"
+    COCO = "coco"
+    LABELME = "labelme"
+    YOLO = "yolo"
+
 
 class ImageFormat(str, Enum):
     """File format of overlays."""
@@ -21,7 +36,13 @@ class ImageFormat(str, Enum):
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of images.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders, patterns, lists (.txt, .json, .parquet), COCO annotation files, videos, "
+            "cameras (camera:0, rtsp://…), and URLs of them.",
+        ),
+    ],
     model: Annotated[
         Path | None,
         typer.Option(help="Checkpoint, ONNX file or engine (default: best checkpoint of the newest run)."),
@@ -30,9 +51,46 @@ def predict(
     provider: ProviderName = None,
     precision: PrecisionName = None,
     pixel_range: PixelRange = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size in a call of the model, at most.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in work at the same time (default: available CPUs, at most 8)."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Images or video frames to process at most (default: all).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Run on a Ray cluster: local, auto or ray://HOST:10001; writes Parquet to a folder or URL.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    actors: Annotated[
+        str | None,
+        typer.Option(
+            help="Copies of the model on the cluster: N, or LEAST-MOST (default: as the room allows).",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    actor_cpus: Annotated[
+        float, typer.Option(min=0, help="CPUs of a copy, the threads of its model.", rich_help_panel=_CLUSTER)
+    ] = 1,
+    actor_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a copy.", rich_help_panel=_CLUSTER)] = 0,
     output: Annotated[
-        Path, typer.Option(help="Folder to write overlays and results.json to.", rich_help_panel="Output")
-    ] = Path("predictions"),
+        str, typer.Option(help="Folder to write to; with --ray also a URL.", rich_help_panel="Output")
+    ] = "predictions",
+    save: Annotated[
+        list[Saved] | None,
+        typer.Option(
+            help="What to write, repeatable: overlays, video (annotated), results (COCO), parquet; labels for "
+            "annotation tools: coco, labelme, yolo (default: overlays or video, and results).",
+            rich_help_panel="Output",
+        ),
+    ] = None,
     format: Annotated[
         ImageFormat, typer.Option(help="File format of the overlays.", rich_help_panel="Output")
     ] = ImageFormat.PNG,
@@ -49,21 +107,30 @@ def predict(
         typer.Option(
             min=0,
             max=1,
-            help="Lowest score of a detection to draw (default: recommended by training, else 0.5).",
+            help="Lowest score of a detection in overlays and labels (default: recommended by training, else 0.5).",
             rich_help_panel="Output",
         ),
     ] = None,
     keypoint_threshold: Annotated[
         float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
     ] = 2.0,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Largest distance in pixels of a label's simplified outline from the mask's.",
+            rich_help_panel="Output",
+        ),
+    ] = 0.5,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Detect objects in images: an overlay of each image, and all results in COCO format.
+    """Detect objects in images and videos: an overlay of each, and all results in COCO format.
 
-    Images that cannot be used are named and left out, with exit code 1 at the end.
+    Images that cannot be used are named and left out, with exit code 1 at the end. Every image that is done is in
+    detections.jsonl at once; --resume continues after the last one.
     """
-    from maskrcnn.api.predict import IMAGES
+    from maskrcnn.api.predict import FAILED
     from maskrcnn.api.predict import predict as run
 
     result = run(
@@ -74,6 +141,16 @@ def predict(
         precision=precision,
         pixel_range=range_from_text(pixel_range),
         output=output,
+        save=None if save is None else [each.value for each in save],
+        batch_size=batch_size,
+        workers=workers,
+        limit=limit,
+        resume=resume,
+        ray=ray,
+        actors=_actors(actors),
+        actor_cpus=actor_cpus,
+        actor_gpus=actor_gpus,
+        tolerance=tolerance,
         format=format.value,
         annotations=annotations,
         threshold=threshold,
@@ -82,12 +159,25 @@ def predict(
         overwrite=overwrite,
         progress=ConsoleProgress(),
     )
-    show(f"{sum(result.counts)} results → {result.results} (image ids in {IMAGES})")
+    show(f"{result.total} results of {len(result.images)} images → {result.results}")
     if result.failed:
         total = len(result.failed) + len(result.images)
-        reasons = "".join(f"\n  {reason}" for reason in result.failed.values())
+        again = "" if ray else f", and name {Path(output, FAILED)} to process them"
+        reasons = "".join(f"\n  {reason}" for reason in list(result.failed.values())[:_NAMED])
+        reasons += "" if len(result.failed) <= _NAMED else f"\n  … all in {Path(output, FAILED)}"
         raise UserError(
             f"{len(result.failed)} of {total} images cannot be used:{reasons}",
             "image files; the results of the others are complete",
-            "restore these files, or leave them out",
+            f"restore these files{again}; or leave them out",
         )
+
+
+def _actors(text: str | None) -> int | tuple[int, int] | None:
+    """`N` or `LEAST-MOST`."""
+    if text is None:
+        return None
+    try:
+        least, _, most = text.partition("-")
+        return (int(least), int(most)) if most else int(least)
+    except ValueError as error:
+        raise UserError(f"--actors {text}", "N, or LEAST-MOST", "for example --actors 2-8") from error

@@ -35,6 +35,8 @@ class Detections:
     class_names: tuple[str, ...] = field(default=(), repr=False)  # of labels 1, 2, …; () if unknown
     category_ids: tuple[int, ...] = field(default=(), repr=False)  # dataset ids of labels 1, 2, …; () if unknown
     keypoint_skeleton: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # pairs counted from 1
+    name: str = ""  # of the image: its file, URL, or `video.mp4#12`; "" if unknown
+    image: np.ndarray | None = field(default=None, repr=False)  # its pixels [H, W, C], where they were kept
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -119,15 +121,21 @@ class Detections:
 
         return to_supervision(self)
 
-    def draw(self, image: np.ndarray, *, min_score: float = 0.5) -> Any:
+    def draw(self, image: np.ndarray | None = None, *, min_score: float = 0.5) -> Any:
         """The image (uint8 `[H, W, 3]` RGB) with boxes, class names, masks and keypoints, as a `PIL.Image.Image`.
 
         Args:
-            image: the image of these detections.
+            image: the image of these detections (default: the one that was kept with them).
             min_score: lowest score of a detection that is drawn.
+
+        Raises:
+            UserError: without an image.
         """
         from maskrcnn.imaging.draw import overlay
 
+        image = self.image if image is None else image
+        if image is None:
+            raise UserError("detections without their image", "an image to draw on", "pass it: draw(image)")
         names = self.class_names or tuple(str(label) for label in range(1, int(self.labels.max(initial=0)) + 1))
         return overlay(image, self.above(min_score), names, self.keypoint_skeleton)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ _core_lock = threading.Lock()
 # Kernels that a compiled model keeps, some hundred for each image size and number of detections. By default OpenVINO
 # keeps 5000, and memory grows over hundreds of sizes (docs/results.md); without any, each call prepares them again.
 _CACHED_PRIMITIVES = 1000
+_first_lock, _first_call = threading.Lock(), threading.Event()  # see `OpenVinoBackend.infer`
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names of precisions
 
 
@@ -71,12 +73,13 @@ def _without_telemetry() -> Iterator[None]:
 
 
 class OpenVinoBackend(Backend):
-    """A model in OpenVINO on the CPU. Any number of threads may call it; one at a time runs.
+    """A model in OpenVINO on the CPU. Any number of threads may call it; as many calls as it has streams run at once.
 
     Args:
         path: an engine's `.xml`, or an ONNX file.
         precision: of the arithmetic, "fp32" or "bf16" (default: that of the engine's metadata).
-        threads: number of threads; 0: OpenVINO's choice, at most the available CPUs.
+        threads: number of threads of all streams; 0: OpenVINO's choice, at most the available CPUs.
+        streams: calls that run at the same time; they share the weights and divide the threads.
 
     Raises:
         UserError: if OpenVINO is missing, or the file cannot be used.
@@ -84,7 +87,7 @@ class OpenVinoBackend(Backend):
 
     name = "OpenVINO"
 
-    def __init__(self, path: Path, *, precision: str | None = None, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, precision: str | None = None, threads: int = 0, streams: int = 1) -> None:
         core = openvino_core()
         self.path = path
         model, self.metadata = read_openvino_model(core, path)
@@ -98,19 +101,37 @@ class OpenVinoBackend(Backend):
         }
         if threads or is_quota_bound():  # OpenVINO respects the affinity, but not a quota
             self._options["INFERENCE_NUM_THREADS"] = threads or available_cpus()
-        self._lock = threading.Lock()  # a request's tensors hold its last inference
+        if streams > 1:
+            self._options["NUM_STREAMS"] = str(streams)
+        self._lock = threading.Lock()  # of the instrumented request
         self._instrumented: tuple[tuple[str, ...], Any] | None = None  # names, request
         self.compiled = core.compile_model(model, "CPU", self._options)
-        self.request = self.compiled.create_infer_request()
+        # A request's tensors hold its last inference, so that each is in use by one call at a time.
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(streams):
+            self._requests.put(self.compiled.create_infer_request())
 
     def describe(self) -> tuple[Specs, Specs]:
         return detector_specs(self.metadata)
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
         _, outputs = self.describe()
-        with self._lock:
-            self.request.infer(feeds, share_inputs=True)
-            return {name: self.request.get_tensor(name).data.copy() for name in outputs}
+        # The first two calls of a process can wait for each other for ever: one thread initialises a static variable of
+        # OpenVINO's Python module and waits for Python's lock, which another holds that waits for the variable.
+        if not _first_call.is_set():
+            with _first_lock:
+                found = self._infer(feeds, outputs)
+                _first_call.set()
+                return found
+        return self._infer(feeds, outputs)
+
+    def _infer(self, feeds: dict[str, Any], outputs: Specs) -> dict[str, Any]:
+        request = self._requests.get()
+        try:
+            request.infer(feeds, share_inputs=True)
+            return {name: request.get_tensor(name).data.copy() for name in outputs}
+        finally:
+            self._requests.put(request)
 
     def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
         with self._lock:

@@ -16,6 +16,7 @@ from pycocotools import mask as mask_api
 from maskrcnn.errors import UserError
 from maskrcnn.files import read_json, write_json
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, checked_masks
+from maskrcnn.runtime.predictions import read_parquet, read_predictions
 
 _FORMAT = "a list of results as COCO's server takes them (cocodataset.org/#format-results)"
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # field of a result by kind
@@ -76,11 +77,15 @@ class Results:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Reads the entries of a results file without checking them.
+    """Reads the entries of a results file, or of Parquet and JSON Lines of `maskrcnn predict`, without checking them.
 
     Raises:
-        UserError: for a file that is missing or is not a JSON list.
+        UserError: for a file that is missing, or has neither a JSON list nor these.
     """
+    if path.suffix == ".parquet" or path.is_dir():
+        return read_parquet(path)
+    if path.suffix == ".jsonl":
+        return [entry for record in read_predictions(path) for entry in record.get("detections", ())]
     content = read_json(path, "a results file in COCO's format")
     if not isinstance(content, list):
         fix = "pass the list itself; annotation files go to --annotations"

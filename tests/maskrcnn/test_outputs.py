@@ -68,6 +68,8 @@ INPUTS = {  # the other paths
     "build-plugins": {"tensorrt_include"},
 }
 
+MAYBE_URLS = {("predict", "images"), ("predict", "output")}  # texts, as a Path would lose the second slash
+
 
 def paths_of(group: typer.Typer, prefix: str = "") -> set[tuple[str, str]]:
     """(command, parameter) of every option and argument that is a path."""
@@ -75,7 +77,7 @@ def paths_of(group: typer.Typer, prefix: str = "") -> set[tuple[str, str]]:
     for command in group.registered_commands:
         name = command.name or command.callback.__name__
         for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
-            if "Path" in str(parameter.annotation):
+            if "Path" in str(parameter.annotation) or (name, parameter.name) in MAYBE_URLS:
                 found.add((f"{prefix}{name}", parameter.name))
     for inner in group.registered_groups:
         found |= paths_of(inner.typer_instance, f"{inner.name} ")

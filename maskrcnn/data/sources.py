@@ -1,0 +1,384 @@
+"""Where images come from: files, folders, patterns, lists, annotation files, videos, cameras, and remote storage.
+
+`find_sources` turns what a user names into `Source`s, in order; `Source.images` yields their images one by one, so that
+neither the frames of a video nor the pixels of a folder are in memory together. Remote names (`s3://…`, `https://…`)
+are read through fsspec, videos and cameras through PyAV.
+"""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from os import sep
+from os.path import realpath
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+
+from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, decode_image, images_in, read_header, read_image
+from maskrcnn.errors import UserError, missing_library, reason_of
+from maskrcnn.files import parse_json
+from maskrcnn.imaging.preprocess import Preprocessing
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+LIST_SUFFIXES = (".txt", ".json", ".parquet")
+_LIVE = ("camera:", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
+_COLUMNS = ("file", "path", "file_name", "image", "uri", "url")  # of a Parquet file with names of images
+_KINDS = "image files, folders, patterns, lists (.txt, .json, .parquet), videos, cameras, or URLs of them"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The place of an image in a video."""
+
+    index: int  # from 0
+    time_s: float | None  # from the start of the video; None: unknown
+    pts: int | None  # presentation time in units of the stream's time base
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItem:
+    """One image to detect objects in."""
+
+    name: str  # path, URL, or `video.mp4#12`
+    pixels: np.ndarray | None = None  # uint8 [H, W, 3] RGB where the image is in memory; None: read from `name`
+    frame: Frame | None = None
+
+    def read(self, preprocessing: Preprocessing, notes: ImageNotes) -> tuple[np.ndarray, int]:
+        """The pixels, upright, as `read_image`, and the EXIF orientation that was applied (1: none).
+
+        Raises:
+            UserError: for an image that cannot be read.
+        """
+        if self.pixels is not None:
+            return self.pixels, 1
+        if is_remote(self.name):
+            data = _remote_bytes(self.name)
+            image = decode_image(data, self.name, preprocessing, notes=notes)
+            return image, read_header(data, self.name).orientation
+        return read_image(self.name, preprocessing, notes=notes), read_header(Path(self.name)).orientation
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An image, or a video with many."""
+
+    name: str
+    pixels: np.ndarray | None = None  # of an image in memory
+    image_id: int | None = None  # in the annotation file that names the image
+    is_video: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The name without folders and suffix."""
+        if self.name.startswith("camera:"):
+            return self.name.replace(":", "-")
+        return PurePosixPath(self.name.partition("?")[0]).stem if "://" in self.name else Path(self.name).stem
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is a camera or a network stream, without an end."""
+        return self.name.startswith(_LIVE) or self.name.startswith("/dev/video")
+
+    def images(self) -> Iterator[ImageItem]:
+        """The image, or the frames of the video, upright.
+
+        Raises:
+            UserError: for a video that cannot be opened, has no frames, or is damaged after some.
+        """
+        if not self.is_video:
+            yield ImageItem(self.name, self.pixels)
+            return
+        with opened_video(self) as container, _explained_video(self.name):
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            index = -1
+            for index, frame in enumerate(container.decode(stream)):
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                place = Frame(index, None if frame.time is None else float(frame.time), frame.pts)
+                yield ImageItem(f"{self.name}#{index}", np.ascontiguousarray(pixels), place)
+            if index < 0:
+                raise UserError(f"video {self.name} has no frames", "a video with pictures", "restore the file")
+
+    def length(self) -> int | None:
+        """Number of images, as a video's header states it; None: unknown."""
+        if not self.is_video:
+            return 1
+        if self.is_live:
+            return None
+        with opened_video(self) as container:
+            stream = container.streams.video[0]
+            if stream.frames:
+                return int(stream.frames)
+            if container.duration and stream.average_rate:
+                return max(1, int(container.duration / 1e6 * float(stream.average_rate) + 0.5))
+        return None
+
+
+def find_sources(
+    named: str | Path | np.ndarray | Iterable[str | Path | np.ndarray], *, leave_out: Path | None = None
+) -> list[Source]:
+    """The sources that a user names, in order; folders give their images, sorted, and those of their subfolders.
+
+    Args:
+        named: image files, folders, patterns (`photos/**/*.jpg`), lists (`.txt`: a name per line, `#` begins a
+            comment; `.json`: a list of names, or an annotation file in COCO's format; `.parquet`: a column of names),
+            videos, cameras (`camera:0`, `rtsp://…`), URLs that fsspec opens, or arrays uint8 `[H, W, 3]` RGB.
+        leave_out: folder whose images are not taken from folders that hold it.
+
+    Raises:
+        UserError: for a name without a file, a pattern without a match, a folder or list without images, a video that
+            cannot be decoded, a missing library, and if nothing is named.
+    """
+    several = [named] if isinstance(named, (str, Path, np.ndarray)) else list(named)
+    found: list[Source] = []
+    arrays = 0
+    for each in several:
+        if isinstance(each, np.ndarray):
+            found.append(Source(str(arrays), each))
+            arrays += 1
+        else:
+            found += _sources_of(str(each), leave_out)
+    if not found:
+        raise UserError("no images", _KINDS, "name at least one")
+    for source in found:
+        if source.is_video and not source.is_live:
+            with opened_video(source):  # an unsupported codec is known before any work
+                pass
+    return found
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is a URL for fsspec."""
+    return "://" in name and not name.startswith(_LIVE)
+
+
+@contextmanager
+def open_source(name: str) -> Iterator[IO[bytes]]:
+    """Opens a file, or a remote one through fsspec.
+
+    Raises:
+        UserError: if it cannot be opened: no such file, no credentials, a missing library.
+    """
+    if not is_remote(name):
+        with open(name, "rb") as file:
+            yield file
+        return
+    fsspec = _fsspec()
+    with _explained_remote(name), fsspec.open(name, "rb") as file:
+        yield file
+
+
+@contextmanager
+def opened_video(source: Source) -> Iterator[Any]:
+    """The PyAV container of a video or camera.
+
+    Raises:
+        UserError: if it cannot be opened, or has no video that can be decoded here.
+    """
+    av = _pyav()
+    name, options = source.name, {}
+    if name.startswith("camera:"):
+        name, options = f"/dev/video{name.partition(':')[2]}", {"format": "v4l2"}
+    with _explained_video(source.name), ExitStack() as stack:
+        file = stack.enter_context(open_source(name)) if is_remote(name) else name
+        container = stack.enter_context(closing(av.open(file, **options)))
+        if not container.streams.video:
+            raise UserError(f"{source.name} has no video stream", "a video", "name another file")
+        if container.streams.video[0].codec_context is None:
+            raise UserError(
+                f"{source.name}: a video in a codec that this PyAV cannot decode",
+                "a codec of FFmpeg, such as H.264, HEVC, VP9 or AV1",
+                "convert it: `ffmpeg -i IN -c:v libx264 OUT.mp4`",
+            )
+        yield container
+
+
+@contextmanager
+def _explained_video(name: str) -> Iterator[None]:
+    try:
+        yield
+    except _pyav().error.FFmpegError as error:
+        raise UserError(
+            f"{name} cannot be decoded as a video ({reason_of(error)})",
+            "a complete video file, or a camera that is connected",
+            "restore the file, or convert it: `ffmpeg -i IN -c:v libx264 OUT.mp4`",
+        ) from error
+
+
+def _sources_of(name: str, leave_out: Path | None) -> list[Source]:
+    """The sources of one name."""
+    if name.startswith(_LIVE) or name.startswith("/dev/video"):
+        return [Source(name, is_video=True)]
+    if is_remote(name):
+        return _remote_sources(name)
+    path = Path(name)
+    if path.is_dir():
+        files = images_in(path, sys.maxsize)
+        if leave_out is not None and realpath(leave_out) != realpath(path):
+            files = [file for file in files if not realpath(file).startswith(f"{realpath(leave_out)}{sep}")]
+        return [Source(str(file)) for file in files]
+    if path.exists():
+        return _file_sources(name)
+    if glob.has_magic(name):
+        files = sorted(Path(match) for match in glob.glob(name, recursive=True))
+        sources = [Source(str(file)) for file in files if file.is_file() and _suffix(str(file)) in IMAGE_SUFFIXES]
+        sources += [Source(str(file), is_video=True) for file in files if _suffix(str(file)) in VIDEO_SUFFIXES]
+        if not sources:
+            found = f"pattern {name} matches no image" + (f", of {len(files)} files" if files else "")
+            raise UserError(found, f"a pattern of files ({', '.join(IMAGE_SUFFIXES)})", "correct the pattern")
+        return sources
+    raise UserError(f"image {name} does not exist", _KINDS, "correct the path")
+
+
+def _file_sources(name: str) -> list[Source]:
+    """The sources of a file that exists, by its suffix."""
+    suffix = _suffix(name)
+    if suffix in VIDEO_SUFFIXES:
+        return [Source(name, is_video=True)]
+    return _listed(name) if suffix in LIST_SUFFIXES else [Source(name)]
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name.partition("?")[0] if is_remote(name) else name).suffix.lower()
+
+
+def _remote_sources(name: str) -> list[Source]:
+    """The sources of a URL: a file, a pattern, or a folder with its subfolders."""
+    if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *IMAGE_SUFFIXES) and not glob.has_magic(name):
+        return _file_sources(name)
+    fsspec = _fsspec()
+    with _explained_remote(name):
+        system, path = fsspec.core.url_to_fs(name)
+        names = sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
+        if names == [path] and not system.isdir(path):
+            return [Source(name)]
+        found = [system.unstrip_protocol(each) for each in names]
+    sources = [Source(each) for each in found if _suffix(each) in IMAGE_SUFFIXES]
+    if not sources:
+        raise UserError(f"{name}: no image in it, of {len(found)} files", _KINDS, "correct the URL")
+    return sources
+
+
+def _listed(name: str) -> list[Source]:
+    """The images that a list names, relative to its folder."""
+    suffix = _suffix(name)
+    base = name.rpartition("/")[0] if is_remote(name) else str(Path(name).parent)
+    if suffix == ".parquet":
+        names = _parquet_names(name)
+    else:
+        with open_source(name) as file:
+            data = file.read()
+        if suffix == ".txt":
+            lines = (line.strip() for line in data.decode("utf-8-sig", "surrogateescape").splitlines())
+            names = [line for line in lines if line and not line.startswith("#")]
+        else:
+            content = parse_json(data, name, "a list of image names, or annotations in COCO's format")
+            if isinstance(content, dict) and isinstance(content.get("images"), list):
+                if is_remote(name):
+                    raise UserError(
+                        f"{name}: annotations in a remote file", "a local file", "download it with its images"
+                    )
+                return _checked(name, _annotated(name, content["images"]))
+            if not isinstance(content, list) or not all(isinstance(each, str) for each in content):
+                expected = 'a list of names, ["a.jpg", …], or annotations in COCO\'s format'
+                raise UserError(f"{name}: another content", expected, "correct the file, or name the images")
+            names = content
+    sources = []
+    for each in names:
+        place = each if "://" in each else f"{base}/{each}" if is_remote(name) else str(Path(base, each))
+        if not is_remote(place) and not Path(place).is_file() and Path(each).is_file():
+            place = each  # relative to the working directory
+        sources.append(Source(place, is_video=_suffix(place) in VIDEO_SUFFIXES))
+    return _checked(name, sources)
+
+
+def _checked(name: str, sources: list[Source]) -> list[Source]:
+    """The sources of a list; raises `UserError` if it has none that exists."""
+    if not sources:
+        raise UserError(f"{name}: an empty list", "names of images", "name at least one")
+    if not any(is_remote(each.name) or Path(each.name).is_file() for each in sources):
+        expected = "names relative to the list's folder or to the working directory, or absolute"
+        found = f"{name}: none of its {len(sources)} images exists, such as {sources[0].name}"
+        raise UserError(found, expected, "correct the names")
+    return sources
+
+
+def _annotated(name: str, entries: Sequence[Any]) -> list[Source]:
+    """The images of an annotation file in COCO's format, with their ids."""
+    from maskrcnn.data.layouts import ImageFinder, splits_of
+
+    known = [each for each in entries if isinstance(each, dict) and isinstance(each.get("file_name"), str)]
+    finder = ImageFinder(next(iter(splits_of(name).values())).image_folders)
+    finder.choose([each["file_name"].replace("\\", "/") for each in known])
+    sources = []
+    for entry in known:
+        is_number = isinstance(entry.get("id"), (int, float)) or str(entry.get("id")).isdigit()
+        sources.append(
+            Source(str(finder.find(entry["file_name"])), image_id=int(float(entry["id"])) if is_number else None)
+        )
+    return sources
+
+
+def _parquet_names(name: str) -> list[str]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise missing_library("pyarrow", "read Parquet files", "pip install pyarrow") from error
+    with open_source(name) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            column = next((each for each in _COLUMNS if each in table.schema_arrow.names), None)
+            if column is None:
+                found = f"{name}: columns {', '.join(table.schema_arrow.names)}"
+                raise UserError(found, f"a column of names: {', '.join(_COLUMNS)}", "rename the column")
+            return [str(each) for each in table.read([column])[column].to_pylist()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} cannot be read ({reason_of(error)})", "a Parquet file", "restore it") from error
+
+
+def _remote_bytes(name: str) -> bytes:
+    with open_source(name) as file:
+        return bytes(file.read())
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise missing_library("fsspec", "read URLs", "pip install fsspec") from error
+    return fsspec
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise missing_library("av", "read and write videos", "pip install av") from error
+    return av
+
+
+@contextmanager
+def _explained_remote(name: str) -> Iterator[None]:
+    """Turns what fsspec and its file systems raise into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:  # fsspec names the package of the protocol
+        protocol = name.partition("://")[0]
+        raise UserError(
+            f"{name}: no library for {protocol} ({reason_of(error)})",
+            "the package of fsspec for this protocol, such as s3fs, gcsfs, adlfs or aiohttp",
+            "install it with pip",
+        ) from error
+    except Exception as error:  # each file system has errors of its own, also for credentials
+        raise UserError(
+            f"{name} cannot be read ({type(error).__name__}: {reason_of(error)})",
+            "an existing file that these credentials may read",
+            "check the URL, and the credentials in the environment as the storage's own tools take them",
+        ) from error
