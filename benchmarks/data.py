@@ -9,6 +9,10 @@ loader with its workers. DATASET is a COCO-format folder.
 
 draws an annotation file like COCO's train2017 and prints the time and memory of loading it with pycocotools, and with
 this package first and again, and the memory of the training process and its loading processes.
+
+    python benchmarks/data.py --objects 30,300,3000
+
+prints the memory of a training step on one image of 800×1344 with so many objects.
 """
 
 from __future__ import annotations
@@ -29,18 +33,21 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from resources import call_in_new_process, memory_growth_mb
+from session import numbers
 from timing import environment
 
-from maskrcnn.config import AugmentConfig
+from maskrcnn.config import AugmentConfig, LossConfig, ModelConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
 from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError, report_errors
 from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training.augmentation import Augmentation
 from maskrcnn.training.loader import collate, training_loader
 from maskrcnn.training.samples import Sample, TrainingSamples
-from maskrcnn.training.view import objects_in_view
+from maskrcnn.training.view import MASK_SIDE, objects_in_view
 
 _BATCH_SIZE = 8
 AUGMENTATIONS = {
@@ -235,6 +242,27 @@ def compare_loading(images: int, workers: int, samples: int) -> None:
             print(f"{shown:22}{before:12.0f}{together:14.0f}", flush=True)
 
 
+def step_memory_mb(objects: int) -> float | None:
+    """Growth of the memory by losses and gradients of ResNet-50 FPN for one image with so many objects, MB."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, size = MaskRCNN(ModelConfig(class_names=("a", "b"), category_ids=(1, 2))), torch.tensor((1333.0, 800.0))
+    corners = torch.rand(objects, 2) * (size - 64)
+    boxes = torch.cat([corners, corners + 8 + 56 * torch.rand(objects, 2)], dim=1)[None]
+    truth = {"boxes": boxes, "mask_frames": boxes, "keypoints": torch.zeros(1, objects, 0, 3)} | {
+        "labels": torch.randint(1, 3, (1, objects)),
+        "valid": torch.ones(1, objects, dtype=torch.bool),
+        "masks": torch.full((1, objects, MASK_SIDE, MASK_SIDE), 255, dtype=torch.uint8),
+        "seeds": torch.tensor([1]),
+    }
+    images = 255 * torch.rand(1, 3, 800, 1344)
+
+    def step() -> None:
+        torch.stack([*model.losses(images, torch.tensor([[800, 1333]]), truth, LossConfig()).values()]).sum().backward()
+
+    return memory_growth_mb(step)
+
+
 def main() -> None:
     """Measure and print the tables and the machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -248,11 +276,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="samples per process, of the drawn dataset")
     methods = multiprocessing.get_all_start_methods()
     parser.add_argument("--start-method", choices=methods, default=methods[0], help="of the processes")
+    parser.add_argument("--objects", type=numbers, default=(), help="only memory of a step with so many objects")
     given = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
-    multiprocessing.set_start_method(given.start_method)
     with report_errors():
+        if given.objects:
+            for objects in given.objects:
+                peak = call_in_new_process("data:step_memory_mb", {"objects": objects})
+                print(f"{objects:6} objects{peak:8.0f} MB", flush=True)
+            print(json.dumps(environment()))
+            return
         if given.dataset is None:
+            multiprocessing.set_start_method(given.start_method, force=True)
             compare_loading(given.images or _COCO_IMAGES, given.workers or 8, given.samples)
             print(json.dumps(environment()))
             return

@@ -108,8 +108,10 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
         if cached is not None:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 table, facts = Table.read(cached)
-                cached.touch()  # for `_remove_old`
-                return table, _file_of_facts(facts, str(path))
+                read = _file_of_facts(facts, str(path))
+                with suppress(OSError):  # a folder that is read-only
+                    cached.touch()  # for `_remove_old`
+                return table, read
         was_asked = False
 
         def asked(name: str, names: Sequence[str]) -> tuple[int, int] | None:
