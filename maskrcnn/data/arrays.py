@@ -13,7 +13,7 @@ import hashlib
 import json
 import mmap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -334,17 +334,26 @@ def _plain(raws: Sequence[msgspec.Raw], pool: Pool) -> tuple[dict[str, np.ndarra
     decode = msgspec.json.Decoder(_Annotation).decode
     chunks, others = [], []
     for start in range(0, max(len(raws), 1), _AT_ONCE):
-        entries, indices = [], []
-        for index, raw in enumerate(raws[start : start + _AT_ONCE], start):
-            try:
-                entries.append(decode(raw))
-                indices.append(index)
-            except msgspec.MsgspecError:
-                others.append(index)
+        some = raws[start : start + _AT_ONCE]
+        indices = list(range(start, start + len(some)))
+        try:
+            entries = [decode(raw) for raw in some]
+        except msgspec.MsgspecError:
+            decoded = [_decoded(decode, raw) for raw in some]
+            others += [index for index, entry in zip(indices, decoded, strict=True) if entry is None]
+            indices = [index for index, entry in zip(indices, decoded, strict=True) if entry is not None]
+            entries = [entry for entry in decoded if entry is not None]
         chunk, malformed = _chunk(entries, indices, pool)
         chunks.append(chunk)
         others += malformed
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}, others
+
+
+def _decoded(decode: Callable[[msgspec.Raw], _Annotation], raw: msgspec.Raw) -> _Annotation | None:
+    try:
+        return decode(raw)
+    except msgspec.MsgspecError:
+        return None
 
 
 def _chunk(entries: list[_Annotation], indices: list[int], pool: Pool) -> tuple[dict[str, np.ndarray], list[int]]:
@@ -401,8 +410,8 @@ def _run_lengths(entries: Sequence[_Annotation]) -> tuple[list[bytes], np.ndarra
     The size is -1 for entries without run lengths, and 0 for malformed ones.
     """
     texts, sizes = [b""] * len(entries), np.full((len(entries), 2), -1, np.int64)
-    for index, entry in enumerate(entries):
-        mask = entry.segmentation
+    masks = [entry.segmentation for entry in entries]
+    for index, mask in enumerate(masks if _RunLengths in set(map(type, masks)) else ()):
         if not isinstance(mask, _RunLengths):
             continue
         height, width = sizes[index] = mask.size if min(mask.size) > 0 and max(mask.size) < 2**15 else (0, 0)

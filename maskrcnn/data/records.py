@@ -354,6 +354,9 @@ class Records(Sequence[ImageRecord]):
         ends = self.table.arrays["name_end"]
         starts, blob = np.concatenate(([0], ends[:-1]))[self.rows].tolist(), self.table.arrays["names"].tobytes()
         spans = zip(starts, ends[self.rows].tolist(), strict=True)
+        if blob.isascii():  # one character per byte
+            text = blob.decode()
+            return [text[start:end] for start, end in spans]
         return [blob[start:end].decode("utf-8", "surrogatepass") for start, end in spans]
 
     def path(self, index: int) -> Path:
