@@ -11,11 +11,13 @@ scene.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -26,6 +28,11 @@ from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.imaging.run_lengths import clipped, covered, moved, runs_from_spans
 from maskrcnn.runtime.detector import Detector
 
+if TYPE_CHECKING:
+    from maskrcnn.data.sources import ImageItem
+
+T = TypeVar("T")
+SHOWN_MEGAPIXELS = 40  # scenes up to which are read whole too, to be drawn
 _SAME = 0.5  # least intersection over the smaller of two views of an object, as in SAHI
 _WHOLE = 0.8  # least share of the union of all views that one has which shows the whole object
 _BORDER = 0.01  # of a tile's side: boxes that end this near to its border are taken as cut
@@ -71,6 +78,62 @@ class Tiles:
         last = max(0, length_px - self.size_px)
         step = max(1, round(self.size_px * (1 - self.overlap)))
         return [*range(0, last, step), last]
+
+
+def tiles_of(tile: int | None, overlap: float) -> Tiles | None:
+    """The tiles of the options `tile` and `overlap`; None without.
+
+    Raises:
+        UserError: for numbers out of range, and an overlap without tiles.
+    """
+    if tile is None:
+        if overlap != Tiles.overlap:
+            raise UserError(f"--overlap {overlap:g} without --tile", "the size of a tile", "add such as --tile 1024")
+        return None
+    return Tiles(tile, overlap)
+
+
+def detect_scenes(
+    detector: Detector,
+    items: Iterable[ImageItem],
+    finish: Callable[[ImageItem, np.ndarray, int, Detections], T],
+    tiles: Tiles,
+    *,
+    batch: int = 1,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Iterator[tuple[ImageItem, T | UserError]]:
+    """As `maskrcnn.runtime.pipeline.detect_images`, tile by tile, one image at a time.
+
+    Args:
+        detector, items: as there.
+        finish: as there; the pixels of more than `SHOWN_MEGAPIXELS` are `[0, 0, C]`.
+        tiles: their size and overlap.
+        batch: tiles per call of the model.
+        progress: called with the name of an image, the number of its tiles done, and of all.
+    """
+    for item in items:
+        try:
+            with _opened(item, detector) as (scene, orientation):
+                height, width = scene.size_hw
+                told = partial(progress, item.name)
+                found = detect_tiles(detector, scene, tiles, batch_size=batch, progress=told)
+                is_shown = height * width <= SHOWN_MEGAPIXELS * 1e6
+                image = scene.read(Window(0, 0, height, width)) if is_shown else np.zeros((0, 0, 3), np.uint8)
+            outcome: T | UserError = finish(item, image, orientation, found)
+        except UserError as error:
+            outcome = error
+        yield item, outcome
+
+
+@contextmanager
+def _opened(item: ImageItem, detector: Detector) -> Iterator[tuple[Scene, int]]:
+    """The scene of an item, and its EXIF orientation: a file in parts, anything else whole."""
+    if item.is_file:
+        with open_scene(item.name, detector.preprocessing, notes=detector.notes) as scene:
+            yield scene, scene.applied_orientation
+    else:
+        image, orientation = item.read(detector.preprocessing, detector.notes)
+        yield Scene.of_array(image), orientation
 
 
 def detect_tiles(
@@ -182,8 +245,7 @@ class _Joiner:
         low = np.array([start + 2 * self._margin_px if start else -np.inf for start in starts])
         high = np.array([np.inf if start + side == length else start + side - 2 * self._margin_px for start in starts])
         is_inside = (boxes[:, axis, None] >= low) & (boxes[:, axis + 2, None] <= high)
-        fits: np.ndarray = is_inside.any(axis=1)
-        return fits
+        return np.asarray(is_inside.any(axis=1))
 
     def joined(self) -> Detections:
         """The objects of the scene, by descending score."""
@@ -200,9 +262,9 @@ class _Joiner:
         extras: list[tuple[int, int]] = []
         for first, second in self._neighbours():
             same, more = self._same_objects(first, second)
-            for a, b in same:
-                parent[root(number[id(b)])] = root(number[id(a)])
-            extras += [(number[id(a)], number[id(b)]) for a, b in more]
+            for one, other in same:
+                parent[root(number[id(other)])] = root(number[id(one)])
+            extras += [(number[id(one)], number[id(other)]) for one, other in more]
         groups: dict[int, list[_View]] = {}
         for k, view in enumerate(views):
             groups.setdefault(root(k), []).append(view)

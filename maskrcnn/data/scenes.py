@@ -61,11 +61,14 @@ class Scene:
 
     def __init__(self, size_hw: tuple[int, int], orientation: int, read_stored: Callable[[Window], np.ndarray]) -> None:
         self.size_hw, self._orientation, self._read_stored = size_hw, orientation, read_stored
+        self.applied_orientation = orientation
 
     @classmethod
-    def of_array(cls, image: np.ndarray) -> Scene:
-        """A scene in memory, `[H, W, C]`."""
-        return cls((image.shape[0], image.shape[1]), 1, lambda window: image[window.slices])
+    def of_array(cls, image: np.ndarray, applied_orientation: int = 1) -> Scene:
+        """A scene in memory, `[H, W, C]`, to which an EXIF orientation may have been applied."""
+        scene = cls((image.shape[0], image.shape[1]), 1, lambda window: image[window.slices])
+        scene.applied_orientation = applied_orientation
+        return scene
 
     def read(self, window: Window) -> np.ndarray:
         """The pixels of a window of the upright image, `[h, w, C]`, as `read_image` returns them.
@@ -120,12 +123,14 @@ def open_scene(
 
             yield Scene(header.shown_hw(annotated_hw, exif), header.orientation_for(annotated_hw, exif), read_stored)
         else:
-            size = read_header(path).size_hw
+            whole = read_header(path)
+            size = whole.size_hw
             fix = "free memory, or convert it to a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)" + reason
             require_memory(
                 _BYTES_WHOLE * float(size[0]) * size[1], f"{name} of {size[1]}×{size[0]} px, decoded whole", fix
             )
-            yield Scene.of_array(read_image(path, preprocessing, annotated_hw=annotated_hw, exif=exif, notes=own))
+            image = read_image(path, preprocessing, annotated_hw=annotated_hw, exif=exif, notes=own)
+            yield Scene.of_array(image, whole.orientation_for(annotated_hw, exif))
     for kind in own.counts:  # of all windows, which are one image
         if kind != "few levels" or "high byte" not in own.counts:
             notes.add(kind, name)

@@ -181,8 +181,8 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     line, point = max(1, round(side * _LINE)), max(3, round(side * _POINT))
     for mark in reversed(marks):
         if mark.mask is not None:
-            (top, left), (height, width) = mark.mask_at, mark.mask.shape
-            _tint(canvas[top : top + height, left : left + width], mark.mask, mark.colour, line)
+            (y, x), (height, width) = mark.mask_at, mark.mask.shape
+            _tint(canvas[y : y + height, x : x + width], mark.mask, mark.colour, line)
     drawn = Image.fromarray(canvas)
     draw = ImageDraw.Draw(drawn)
     for mark in reversed(marks):
@@ -190,8 +190,8 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=mark.colour, width=line)
         for ends, colour in mark.lines:
             draw.line(ends, fill=colour, width=line + 1)
-        for x, y in mark.points_px:
-            draw.ellipse((x - point, y - point, x + point, y + point), fill=mark.colour)
+        for px, py in mark.points_px:
+            draw.ellipse((px - point, py - point, px + point, py + point), fill=mark.colour)
     font = ImageFont.load_default(max(12, round(side * _FONT)))
     for mark, (left, top, right, bottom) in reversed(
         list(zip(marks, _label_boxes(marks, font, drawn.size), strict=True))

@@ -61,9 +61,10 @@ def strings_from_runs(masks: Runs) -> list[str]:
     """Returns the COCO string of each mask, empty for a mask without runs."""
     # Runs of most images fit into 32 bits; half the memory takes half the time.
     is_small = masks.runs.max(initial=0) < 1 << _BITS * _FEW_CHARACTERS - 1
-    rest = masks.runs.astype(np.int32 if is_small else np.int64)
+    number: type[np.signedinteger] = np.int32 if is_small else np.int64
+    rest = masks.runs.astype(number)
     later = np.flatnonzero(masks.places() > 2)
-    rest[later] -= masks.runs[later - 2].astype(rest.dtype)
+    rest[later] -= masks.runs[later - 2].astype(number)
     most = _FEW_CHARACTERS if is_small else _MAX_CHARACTERS
     characters = np.zeros((len(rest), most), np.uint8)
     rows, sizes = np.arange(len(rest)), np.zeros(len(rest), np.int64)
@@ -108,7 +109,7 @@ def runs_from_strings(strings: Sequence[str | bytes]) -> tuple[Runs, np.ndarray]
         clean, is_clean = runs_from_strings([text if fine else b"" for text, fine in zip(coded, good, strict=True)])
         return clean, is_clean
     sizes = end - start + 1
-    number = np.int32 if sizes.max(initial=0) <= _FEW_CHARACTERS else np.int64
+    number: type[np.signedinteger] = np.int32 if sizes.max(initial=0) <= _FEW_CHARACTERS else np.int64
     shift = _BITS * (np.arange(len(code), dtype=number) - np.repeat(start.astype(number), sizes))
     numbers = np.add.reduceat((code & (_MORE - 1)).astype(number) << shift, start) if end.size else start
     is_negative = np.flatnonzero(code[end] & _SIGN)
@@ -169,7 +170,8 @@ def moved(spans: np.ndarray, size_hw: tuple[int, int], top: int, left: int, into
     column = np.arange(len(owner)) - np.repeat(np.cumsum(columns) - columns, columns) + first[owner]
     start = np.maximum(spans[owner, 0], column * height) - column * height
     stop = np.minimum(spans[owner, 1], (column + 1) * height) - column * height
-    return np.stack([start, stop], axis=1) + ((column + left) * into_height + top)[:, None]
+    spans_there: np.ndarray = np.stack([start, stop], axis=1) + ((column + left) * into_height + top)[:, None]
+    return spans_there
 
 
 def clipped(spans: np.ndarray, height: int, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
@@ -181,7 +183,9 @@ def clipped(spans: np.ndarray, height: int, rows: tuple[int, int], columns: tupl
     column = spans[:, 0] // height
     start = np.maximum(spans[:, 0], column * height + rows[0])
     stop = np.minimum(spans[:, 1], column * height + rows[1])
-    return np.stack([start, stop], axis=1)[(start < stop) & (columns[0] <= column) & (column < columns[1])]
+    inside: np.ndarray = np.stack([start, stop], axis=1)
+    inside = inside[(start < stop) & (columns[0] <= column) & (column < columns[1])]
+    return inside
 
 
 def covered(masks: Sequence[np.ndarray], depth: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from command_line import expect_error
 from PIL import Image
 
 from maskrcnn.data import images
@@ -16,6 +18,8 @@ from maskrcnn.data.images import ImageNotes, read_image
 from maskrcnn.data.scenes import Window, open_scene
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.runtime.detector import Detector
+from maskrcnn.runtime.tiles import Tiles, detect_tiles
 
 _SIZE_HW = 301, 420
 _RGB = np.random.default_rng(0).integers(0, 256, (*_SIZE_HW, 3), np.uint8)
@@ -145,3 +149,85 @@ def test_a_damaged_tile_is_an_error_of_the_image(tmp_path: Path) -> None:
         scene.read(Window(0, 0, 64, 48))
         with pytest.raises(UserError, match=str(path)):
             scene.read(Window(64, 48, 64, 48))
+
+
+# Commands
+
+
+def _detections(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]
+
+
+def test_predict_in_tiles(run: Any, shapes: Path, onnx_file: Path, tmp_path: Path) -> None:
+    """A mosaic of the dataset's images as a scene; what is written is what the function finds."""
+    files = sorted((shapes / "val").glob("*.png"))[:4]
+    mosaic = np.hstack([np.asarray(Image.open(file).convert("RGB").resize((128, 128))) for file in files])
+    scene, side = tmp_path / "scene.tif", 128
+    tifffile.imwrite(scene, np.rot90(mosaic, 1), tile=(64, 64), photometric="rgb", extratags=[(274, 3, 1, 6, True)])
+    arguments = ("predict", scene, "--model", onnx_file, "--threshold", 0, "--save", "parquet", "--save", "overlays")
+    code, _, err = run(*arguments, "--tile", side, "--overlap", 0.25, "--batch-size", 2, "--output", "tiled")
+    assert code == 0, err
+    detector = Detector.load(onnx_file)
+    expected = detect_tiles(detector, mosaic, Tiles(side, 0.25), batch_size=2)
+    (record,) = _detections(tmp_path / "tiled")
+    assert (record["height"], record["width"], record["orientation"]) == (128, 512, 6)
+    found = [{key: each[key] for key in ("bbox", "score", "segmentation")} for each in record["detections"]]
+    assert len(found) and found == [
+        {key: each[key] for key in ("bbox", "score", "segmentation")} for each in expected.to_coco()
+    ]
+    drawn = Image.open(tmp_path / "tiled" / "scene.png")
+    assert drawn.size == (2 * 512, 2 * 128)  # enlarged
+    manifest = json.loads((tmp_path / "tiled" / "run.json").read_text())
+    assert manifest["tiles"] == {"size_px": side, "overlap": 0.25}
+    expect_error(run(*arguments, "--tile", 64, "--output", "tiled", "--resume"), "a run with tiles")
+    # The whole scene in one tile is the scene without tiles.
+    for name, more in (("one", ("--tile", 512)), ("plain", ())):
+        assert run(*arguments, *more, "--output", name)[0] == 0
+    assert _detections(tmp_path / "one") == _detections(tmp_path / "plain")
+
+
+def test_a_scene_that_is_not_drawn_says_so(
+    run: Any, onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskrcnn.runtime.tiles.SHOWN_MEGAPIXELS", 0.1)
+    tifffile.imwrite(tmp_path / "scene.tif", _RGB, tile=(64, 48), photometric="rgb")
+    code, out, err = run("predict", "scene.tif", "--model", onnx_file, "--tile", 256, "--save", "overlays")
+    assert code == 0 and "not drawn: more than 0.1 megapixels" in out + err
+    assert not (tmp_path / "predictions" / "scene.png").exists()
+
+
+def test_evaluate_in_tiles_scores_what_predict_finds_in_tiles(
+    run: Any, shapes: Path, onnx_file: Path, tmp_path: Path
+) -> None:
+    tiles = ("--tile", 96, "--overlap", 0.25)
+    assert run("predict", shapes / "val", "--model", onnx_file, *tiles, "--save", "results")[0] == 0
+    truth = ("--annotations", shapes / "annotations" / "instances_val.json")
+    assert run("evaluate", "--results", "predictions/results.json", *truth, "--json", "file.json")[0] == 0
+    for number, more in enumerate(((), ("--batch-size", 4, "--resume", "log.jsonl"))):
+        code, _, err = run(
+            "evaluate", onnx_file, "--data", shapes, *tiles, *more, "--json", f"{number}.json", "--overwrite"
+        )
+        assert code == 0, err
+        own, other = (json.loads(Path(name).read_text()) for name in (f"{number}.json", "file.json"))
+        for kind in ("box", "mask"):
+            assert own[kind]["AP"] == pytest.approx(other[kind]["AP"], abs=1e-3)
+    other_tiles = ("--tile", 64, "--batch-size", 4, "--resume", "log.jsonl")
+    expect_error(run("evaluate", onnx_file, "--data", shapes, *other_tiles), "detections of another reading")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tile", 16), "stride"),
+        (("--tile", 256, "--overlap", 1), "from 0 to less than 1"),
+        (("--tile", 256, "--overlap", -0.5), "from 0 to less than 1"),
+        (("--overlap", 0.5), "--tile 1024"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_faulty_tiles_are_refused_before_any_work(
+    run: Any, shapes: Path, onnx_file: Path, tmp_path: Path, command: str, options: tuple[Any, ...], message: str
+) -> None:
+    named = (shapes / "val", "--model", onnx_file) if command == "predict" else (onnx_file, "--data", shapes)
+    expect_error(run(command, *named, *options), message)
+    assert not list(tmp_path.glob("predictions/*"))
