@@ -640,7 +640,12 @@ class _Run:
             self.results = folder / predictions.PARQUET
         self.drawn: list[Path] = []
         self._video: Any = None  # that is being written, with its source
+        for name in ("labelme", "yolo"):  # whose files are there to be corrected
+            if name in saved and not resume and not overwrite and (folder / name).exists():
+                found = f"--save {name}: {folder / name} exists, perhaps with labels that were corrected"
+                raise UserError(found, "a folder without it", "choose another --output, or replace it with --overwrite")
         before = self._read_manifest()
+        self._was_complete = resume and before is not None and bool(before.get("is_complete"))
         if resume and before is None:
             raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
         if before is not None and not resume and not overwrite and before.get("is_complete") is False:
@@ -678,7 +683,7 @@ class _Run:
                 if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(self._about[key])):
                     found = f"{self.folder} has a run with {key} {before.get(key)}, not {self._about[key]}"
                     raise UserError(found, "the same model and options", "use them, or choose another --output")
-            redone = None if before.get("is_complete") else self._interrupted_video(jobs_of=self.sources)
+            redone = None if before.get("is_complete") else self._interrupted_video()
             for record in read_predictions(self.lines) if self.lines.is_file() else ():
                 if redone is not None and str(record["file"]).rpartition("#")[0] == redone:
                     break
@@ -700,7 +705,7 @@ class _Run:
         self._lines = Predictions(self.lines, keep=done)
         return jobs, done, names, counts, failed
 
-    def _interrupted_video(self, jobs_of: Sequence[Source]) -> str | None:
+    def _interrupted_video(self) -> str | None:
         """The video of the last image that was done, whose annotated video was not finished and starts again."""
         from maskrcnn.runtime.predictions import read_predictions
 
@@ -738,6 +743,9 @@ class _Run:
         self._lines.close()
         self._close_video(is_complete=is_complete)
         self.drawn += [video for video in self.videos.values() if is_complete and video.is_file()]
+        if self._was_complete and is_complete:  # nothing was left to do, and labels may have been corrected since
+            write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+            return
         if is_empty:
             for path in (self.lines, self._manifest):
                 path.unlink(missing_ok=True)
