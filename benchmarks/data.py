@@ -4,12 +4,27 @@
 
 prints, for one core, the stages of a plain sample and whole samples with each augmentation alone, and the rate of the
 loader with its workers. DATASET is a COCO-format folder.
+
+    python benchmarks/data.py [--images 118287] [--workers 8] [--samples 2000] [--start-method fork]
+
+draws an annotation file like COCO's train2017 and prints the time and memory of loading it with pycocotools, and with
+this package first and again, and the memory of the training process and its loading processes.
+
+    python benchmarks/data.py --objects 30,300,3000
+
+prints the memory of a training step on one image of 800×1344 with so many objects.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +32,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from resources import call_in_new_process, memory_growth_mb
+from session import numbers
 from timing import environment
 
-from maskrcnn.config import AugmentConfig
+from maskrcnn.config import AugmentConfig, LossConfig, ModelConfig
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import read_image
 from maskrcnn.data.layouts import find_split
 from maskrcnn.errors import UserError, report_errors
 from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training.augmentation import Augmentation
 from maskrcnn.training.loader import collate, training_loader
 from maskrcnn.training.samples import Sample, TrainingSamples
-from maskrcnn.training.view import objects_in_view
+from maskrcnn.training.view import MASK_SIDE, objects_in_view
 
 _BATCH_SIZE = 8
 AUGMENTATIONS = {
@@ -106,19 +125,173 @@ def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int
     return count * _BATCH_SIZE / (time.perf_counter() - start)
 
 
+# --- a file of COCO's size ---------------------------------------------------------------------------
+
+_COCO_IMAGES, _COCO_OBJECTS = 118_287, 860_001  # of train2017
+_SIZE_HW = (480, 640)
+_OUTLINES = 1000  # different objects
+_LOADERS = {
+    "pycocotools": ("from pycocotools.coco import COCO", "COCO(root + '/annotations/instances_train.json')"),
+    "maskrcnn, first": ("from maskrcnn.data.coco import CocoDataset", "CocoDataset.load(root, 'train')"),
+    "maskrcnn, cached": ("from maskrcnn.data.coco import CocoDataset", "CocoDataset.load(root, 'train')"),
+}
+_MEASURED = """
+import sys, time
+{imports}
+root, start = sys.argv[1], time.perf_counter()
+data = {load}
+print("\\n", time.perf_counter() - start)
+for line in open("/proc/self/status"):
+    if line.startswith(("VmRSS", "VmHWM")):
+        print(int(line.split()[1]) / 1024)
+"""
+
+
+def write_like_coco(root: Path, images: int) -> Path:
+    """Writes a dataset with as many polygons per image, and as many corners per polygon, as COCO's train2017.
+
+    All images are links to one file.
+    """
+    rng = np.random.default_rng(0)
+    (root / "train").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    target = root / "train" / "0.jpg"
+    noise = Image.fromarray(rng.integers(0, 256, (*(side // 16 for side in _SIZE_HW), 3), np.uint8))
+    noise.resize(_SIZE_HW[::-1]).save(target)
+    names = [f"{number:012d}.jpg" for number in range(1, images + 1)]
+    for name in names:
+        (root / "train" / name).symlink_to(target.name)
+    entries = [
+        {"license": 3, "file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}", "id": number}
+        | {"height": _SIZE_HW[0], "width": _SIZE_HW[1], "date_captured": "2013-11-14 11:18:45"}
+        | {"flickr_url": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg"}
+        for number, name in enumerate(names, start=1)
+    ]
+    outlines = []
+    for _ in range(_OUTLINES):
+        corners, radius = rng.integers(8, 63), rng.uniform(5, 60)
+        angles, centre = np.sort(rng.random(corners)) * 2 * np.pi, rng.uniform((60, 60), (580, 420))
+        points = centre + radius * rng.uniform(0.7, 1, (corners, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
+        points = points.round(2)
+        low, high = points.min(axis=0), points.max(axis=0)
+        box, area = [*low.tolist(), *(high - low).round(2).tolist()], round(2.2 * radius**2, 4)
+        fields = {"segmentation": [points.ravel().tolist()], "area": area, "iscrowd": 0, "bbox": box}
+        outlines.append(json.dumps(fields, separators=(",", ":"))[:-1])
+    count = round(images * _COCO_OBJECTS / _COCO_IMAGES)
+    chosen, owners = rng.integers(0, _OUTLINES, count).tolist(), rng.integers(1, images + 1, count).tolist()
+    labels = rng.integers(1, 81, count).tolist()
+    path = root / "annotations" / "instances_train.json"
+    with open(path, "w") as file:
+        file.write(f'{{"images": {json.dumps(entries)}, "annotations": [')
+        for k in range(count):
+            ids = f'"image_id":{owners[k]},"category_id":{labels[k]},"id":{k + 1}}}'
+            file.write(f"{',' if k else ''}{outlines[chosen[k]]},{ids}")
+        file.write(f'], "categories": {json.dumps([{"id": k, "name": f"class {k}"} for k in range(1, 81)])}}}')
+    return path
+
+
+def loading(root: Path) -> dict[str, tuple[float, float, float]]:
+    """Seconds, and MiB resident afterwards and at most, of each way to load a dataset, in a process of its own."""
+    found = {}
+    for name, (imports, load) in _LOADERS.items():
+        command = [sys.executable, "-c", _MEASURED.format(imports=imports, load=load), str(root)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        seconds, most, now = map(float, output.splitlines()[-3:])
+        found[name] = (seconds, now, most)
+    return found
+
+
+def process_memory(dataset: CocoDataset, workers: int, samples: int) -> tuple[float, float]:
+    """MiB of this process before it starts loading processes, and of all together after their samples.
+
+    Shared pages count once: the sum of the proportional set sizes.
+    """
+    training = TrainingSamples(dataset, Preprocessing(min_size_px=64, max_size_px=128), seed=0)
+    loader, sampler = training_loader(training, batch_size=_BATCH_SIZE, workers=workers, pin_memory=False)
+    gc.collect()
+    before, left = _proportional_mib(os.getpid()), -(-workers * samples // _BATCH_SIZE)
+    while left > 0:
+        for _ in zip(range(left), batches := iter(loader), strict=False):
+            left -= 1
+        sampler.epoch += 1
+    processes = [os.getpid(), *(each.pid for each in multiprocessing.active_children())]
+    together = sum(map(_proportional_mib, processes))
+    del batches
+    return before, together
+
+
+def _proportional_mib(pid: int | None) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def compare_loading(images: int, workers: int, samples: int) -> None:
+    """Print the table of loading and that of the processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MASKRCNN_CACHE"] = f"{folder}/cache"
+        path = write_like_coco(Path(folder, "many"), images)
+        print(f"{images} images, {path.stat().st_size / 1e6:.0f} MB of annotations")
+        print(f"{'loaded by':22}{'seconds':>10}{'MiB after':>12}{'MiB at most':>13}")
+        for name, (seconds, now, most) in loading(Path(folder, "many")).items():
+            print(f"{name:22}{seconds:10.2f}{now:12.0f}{most:13.0f}", flush=True)
+        write_like_coco(Path(folder, "few"), 64)
+        print(f"\n{f'training, {workers} workers':22}{'MiB before':>12}{'MiB together':>14}")
+        for name in ("few", "many"):
+            before, together = process_memory(CocoDataset.load(Path(folder, name), "train"), workers, samples)
+            shown = f"{64 if name == 'few' else images} images"
+            print(f"{shown:22}{before:12.0f}{together:14.0f}", flush=True)
+
+
+def step_memory_mb(objects: int) -> float | None:
+    """Growth of the memory by losses and gradients of ResNet-50 FPN for one image with so many objects, MB."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, size = MaskRCNN(ModelConfig(class_names=("a", "b"), category_ids=(1, 2))), torch.tensor((1333.0, 800.0))
+    corners = torch.rand(objects, 2) * (size - 64)
+    boxes = torch.cat([corners, corners + 8 + 56 * torch.rand(objects, 2)], dim=1)[None]
+    truth = {"boxes": boxes, "mask_frames": boxes, "keypoints": torch.zeros(1, objects, 0, 3)} | {
+        "labels": torch.randint(1, 3, (1, objects)),
+        "valid": torch.ones(1, objects, dtype=torch.bool),
+        "masks": torch.full((1, objects, MASK_SIDE, MASK_SIDE), 255, dtype=torch.uint8),
+        "seeds": torch.tensor([1]),
+    }
+    images = 255 * torch.rand(1, 3, 800, 1344)
+
+    def step() -> None:
+        torch.stack([*model.losses(images, torch.tensor([[800, 1333]]), truth, LossConfig()).values()]).sum().backward()
+
+    return memory_growth_mb(step)
+
+
 def main() -> None:
-    """Measure and print three tables and the machine."""
+    """Measure and print the tables and the machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path, help="COCO-format folder")
+    parser.add_argument("dataset", type=Path, nargs="?", help="COCO-format folder; default: a drawn one of COCO's size")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument(
         "--min-size", type=int, default=800, help="shorter side of the resized images, px; default: 800"
     )
-    parser.add_argument("--images", type=int, default=200, help="images per measurement; default: 200")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the loader; default: 2")
+    parser.add_argument("--images", type=int, help="images per measurement, or of the drawn dataset; default: 200")
+    parser.add_argument("--workers", type=int, help="processes of the loader; default: 2, of the drawn dataset 8")
+    parser.add_argument("--samples", type=int, default=2000, help="samples per process, of the drawn dataset")
+    methods = multiprocessing.get_all_start_methods()
+    parser.add_argument("--start-method", choices=methods, default=methods[0], help="of the processes")
+    parser.add_argument("--objects", type=numbers, default=(), help="only memory of a step with so many objects")
     given = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
     with report_errors():
+        if given.objects:
+            for objects in given.objects:
+                peak = call_in_new_process("data:step_memory_mb", {"objects": objects})
+                print(f"{objects:6} objects{peak:8.0f} MB", flush=True)
+            print(json.dumps(environment()))
+            return
+        if given.dataset is None:
+            multiprocessing.set_start_method(given.start_method, force=True)
+            compare_loading(given.images or _COCO_IMAGES, given.workers or 8, given.samples)
+            print(json.dumps(environment()))
+            return
+        given.images, given.workers = given.images or 200, given.workers if given.workers is not None else 2
         dataset = CocoDataset.load(given.dataset, find_split(given.dataset, given.split))
         preprocessing = Preprocessing(min_size_px=given.min_size, max_size_px=round(given.min_size * 1333 / 800))
         seconds = _stage_seconds(dataset, preprocessing, given.images)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from maskrcnn.config import AugmentConfig, TrainConfig, from_dict
-from maskrcnn.data.coco import CocoDataset, ImageRecord, instance_mask
+from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.records import ImageRecord
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.files import write_json

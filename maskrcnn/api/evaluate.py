@@ -585,6 +585,6 @@ def _write_report(
 
 def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
     """The file of an image id; None if no images are wanted, or some are missing."""
-    if options.worst == 0 or not all(record.path.is_file() for record in truth.images.values()):
+    if options.worst == 0 or truth.images.missing():
         return None
-    return lambda image_id: truth.images[image_id].path
+    return truth.path

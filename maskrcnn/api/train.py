@@ -15,9 +15,10 @@ from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import AugmentConfig, TrainConfig, from_dict, to_dict
-from maskrcnn.data.coco import CocoDataset, ImageRecord, crowded_line, instance_mask
+from maskrcnn.data.coco import CocoDataset, crowded_line, instance_mask
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
+from maskrcnn.data.records import ImageRecord
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
@@ -642,7 +643,7 @@ def _evaluation(
         detector = _detector(model)
         check_classes(detector, valset)
         own = range(processes.rank, len(valset.images), processes.world_size)
-        detected, seconds = detect_records(detector, [valset.images[k] for k in own], batch_size=batch_size)
+        detected, seconds = detect_records(detector, valset.images.take(own), batch_size=batch_size)
         losses = (
             {} if samples is None else validation_losses(model, samples, own, batch_size=batch_size, loss=config.loss)
         )

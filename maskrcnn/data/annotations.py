@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -41,7 +41,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _MAX_ID = 2**63
 _MAX_SIDE_PX = 1_000_000  # of an image; larger statements are taken for errors
 _URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
-_SAMPLE = 2000  # annotations that the box convention is measured on
+SAMPLE = 2000  # annotations that the box convention is measured on
 _FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
 _KEPT_NOTES = 200  # notes of each reason that are kept in full; all are counted
 
@@ -87,6 +87,21 @@ class Notes:
         """The notes that are kept."""
         return [note for (kind, _), notes in self._kept.items() if kind == outcome for note in notes]
 
+    def to_json(self) -> list[Any]:
+        """The notes as JSON data, which `from_json` reads."""
+        return [
+            [*key, self._counts[key], [[*vars(note).values()][2:] for note in kept]] for key, kept in self._kept.items()
+        ]
+
+    @classmethod
+    def from_json(cls, content: list[Any]) -> Notes:
+        """The notes of `to_json`."""
+        notes = cls()
+        for outcome, reason, count, kept in content:
+            notes._counts[outcome, reason] = count
+            notes._kept[outcome, reason] = [Note(outcome, reason, *values) for values in kept]
+        return notes
+
     def lines(self, source: object) -> list[str]:
         """One line of text for each outcome and reason, with the first example."""
         texts = {
@@ -115,6 +130,11 @@ def usable_id(value: Any) -> int | str | None:
         return None
     text = value.strip()
     return int(text) if _INTEGER.fullmatch(text) else text or None
+
+
+def category_key(annotation: Any) -> int | str | None:
+    """The id of the category of an entry of `annotations`, see `usable_id`."""
+    return usable_id(annotation.get("category_id")) if isinstance(annotation, dict) else None
 
 
 # --- annotation files --------------------------------------------------------------------------------
@@ -174,14 +194,14 @@ class AnnotationFile:
 
 
 # Size (height, width) of an image whose entry does not give it; None if it is not known.
-SizeOf = Callable[[str], "tuple[int, int] | None"]
+SizeOf = Callable[[str, Sequence[str]], "tuple[int, int] | None"]
 
 
 def read_annotations(
     content: Any,
     source: str,
     *,
-    size_of: SizeOf = lambda file_name: None,
+    size_of: SizeOf = lambda file_name, names: None,
     drop_roots: bool = True,
 ) -> AnnotationFile:
     """Reads the content of an annotation file.
@@ -193,14 +213,32 @@ def read_annotations(
     Args:
         content: the parsed JSON.
         source: file name, for errors and notes.
-        size_of: gives (height, width) for a `file_name`, where the entry of the image does not.
+        size_of: gives (height, width) for a `file_name`, one of those of all images, where its entry does not.
         drop_roots: leave out categories without annotations that others name as their `supercategory` (as exported by
             Roboflow).
 
     Raises:
         UserError: for content of another structure, and for two images or classes with one id.
     """
-    return _Reader(content, source, size_of).read(drop_roots=drop_roots)
+    images, annotations, categories = entries_of(content, source)
+    reader = Reader(images, list(enumerate(annotations)), categories, source, size_of)
+    used = {key for key in map(category_key, annotations) if key is not None}
+    names, keypoints = reader.classes(used, drop_roots=drop_roots)
+    by_id = reader.images()
+    placed = list(reader.placed(by_id, names))
+    by_id = reader.sized(by_id, placed)
+    objects, has_masks = reader.objects(placed, by_id, keypoints)
+    return AnnotationFile(
+        source=source,
+        categories=names,
+        images=by_id,
+        objects=objects,
+        keypoints=keypoints,
+        has_masks=has_masks,
+        notes=reader.notes,
+        image_keys=reader.image_keys,
+        category_keys=reader.category_keys,
+    )
 
 
 def load_annotations(path: Path) -> Any:
@@ -257,18 +295,50 @@ def _looks_like(content: Any) -> str:
     return ""
 
 
-class _Reader:
-    """Reads one file; see `read_annotations`."""
+class UnlikeCocoError(Exception):
+    """The objects of a file were read as plain ones, but it is of another convention."""
 
-    def __init__(self, content: Any, source: str, size_of: SizeOf) -> None:
+
+class PlainObjects(NamedTuple):
+    """What is known of the annotations that `Reader` is not given, as nothing in them has to be repaired."""
+
+    number: int = 0
+    have_masks: bool = False
+    largest_id: int = 0
+    first: Sequence[Any] = ()  # the first, as `Reader.placed` gives them
+
+
+class Reader:
+    """Reads the entries of one file, see `read_annotations`; its methods are called in their order.
+
+    Args:
+        images: entries of the file.
+        annotations: index and entry of each.
+        categories: entries of the file.
+        source: file name, for errors and notes.
+        size_of: see `read_annotations`.
+    """
+
+    def __init__(
+        self,
+        images: list[Any],
+        annotations: Sequence[tuple[int, Any]],
+        categories: list[Any],
+        source: str,
+        size_of: SizeOf,
+    ) -> None:
         self.source, self.size_of, self.notes = source, size_of, Notes()
-        self.image_entries, self.annotations, self.category_entries = entries_of(content, source)
+        self.image_entries, self.annotations, self.category_entries = images, annotations, categories
         self.image_keys: dict[str, int] = {}
         self.category_keys: dict[str, int] = {}
 
-    def read(self, *, drop_roots: bool) -> AnnotationFile:
-        keys = [usable_id(entry.get("category_id")) for entry in self.annotations if isinstance(entry, dict)]
-        used = {key for key in keys if key is not None}
+    def classes(self, used: set[int | str], *, drop_roots: bool) -> tuple[dict[int, str], CategoryKeypoints]:
+        """Names by id, in ascending order of the ids, and the keypoints.
+
+        Args:
+            used: ids that annotations name, see `category_key`.
+            drop_roots: see `read_annotations`.
+        """
         categories, by_id = self._categories(used)
         if drop_roots:
             for category_id in _unused_roots(by_id, {self._known(key, self.category_keys, categories) for key in used}):
@@ -276,21 +346,7 @@ class _Reader:
                 self._note(REPAIRED, "super-category without objects left out of the classes", "category", repr(name))
                 del by_id[category_id]
         keypoints = read_keypoints(self.source, self._with_keypoint_names(by_id))
-        images = self._images()
-        placed = list(self._placed(images, categories))
-        images = self._sized(images, placed)
-        objects, has_masks = self._objects(placed, images, keypoints)
-        return AnnotationFile(
-            source=self.source,
-            categories=dict(sorted(categories.items())),
-            images=images,
-            objects=objects,
-            keypoints=keypoints,
-            has_masks=has_masks,
-            notes=self.notes,
-            image_keys=self.image_keys,
-            category_keys=self.category_keys,
-        )
+        return dict(sorted(categories.items())), keypoints
 
     def _note(self, outcome: str, reason: str, name: str, detail: str, **more: Any) -> None:
         self.notes.add(Note(outcome, reason, name, detail, **more))
@@ -348,7 +404,7 @@ class _Reader:
         entries = list(by_id.values())
         if any(entry.get("keypoints") for entry in entries):
             return entries
-        values = (entry.get("keypoints") for entry in self.annotations if isinstance(entry, dict))
+        values = (entry.get("keypoints") for _, entry in self.annotations if isinstance(entry, dict))
         lengths = Counter(len(value) for value in values if isinstance(value, list) and value)
         length = lengths.most_common(1)[0][0] if lengths else 0
         if not length or length % 3:
@@ -358,7 +414,8 @@ class _Reader:
         self._note(REPAIRED, "keypoints that no category names", "categories", found)
         return [{**entry, "keypoints": names} for entry in entries]
 
-    def _images(self) -> dict[int, ImageEntry]:
+    def images(self) -> dict[int, ImageEntry]:
+        """The images by id, in the order of the file; their size is 0 where the file does not give it."""
         images: dict[int, ImageEntry] = {}
         has_names = any(isinstance(entry, dict) and _file_name(entry) for entry in self.image_entries)
         for index, image_id, entry in self._ids(self.image_entries, "image", self.image_keys):
@@ -384,9 +441,9 @@ class _Reader:
             )
         return images
 
-    def _placed(self, images: Mapping[int, ImageEntry], categories: Mapping[int, str]) -> Any:
+    def placed(self, images: Mapping[int, ImageEntry], categories: Mapping[int, str]) -> Any:
         """(index, image id, category id, entry) of the annotations of known images and categories."""
-        for index, entry in enumerate(self.annotations):
+        for index, entry in self.annotations:
             if not isinstance(entry, dict):
                 self._note(DROPPED, "not an object", f"annotation number {index}", f"of type {type(entry).__name__}")
                 continue
@@ -402,7 +459,7 @@ class _Reader:
                 continue
             yield index, image_id, category_id, entry
 
-    def _sized(self, images: dict[int, ImageEntry], placed: Sequence[Any]) -> dict[int, ImageEntry]:
+    def sized(self, images: dict[int, ImageEntry], placed: Sequence[Any]) -> dict[int, ImageEntry]:
         """The images with sizes: the file's, else of the image, of its run lengths, or what its objects extend to."""
         unknown = {image_id for image_id, entry in images.items() if not (entry.height and entry.width)}
         if not unknown:
@@ -419,10 +476,10 @@ class _Reader:
             box = finite_numbers(entry.get("bbox"))
             if box is not None and box.size == 4 and np.abs(box).max() < _MAX_SIDE_PX:
                 extents[image_id].append((math.ceil(box[1] + abs(box[3])), math.ceil(box[0] + abs(box[2]))))
-        sized = dict(images)
+        sized, names = dict(images), [entry.file_name for entry in images.values()]
         for image_id in unknown:
             name = images[image_id].file_name
-            size_hw = self.size_of(name)
+            size_hw = self.size_of(name, names)
             origin = "the image file" if size_hw else "its run lengths" if image_id in encoded else "its boxes"
             largest = (max(h for h, _ in extents[image_id]), max(w for _, w in extents[image_id]))
             height, width = size_hw or encoded.get(image_id) or largest
@@ -432,18 +489,31 @@ class _Reader:
             sized[image_id] = replace(images[image_id], height=height, width=width)
         return sized
 
-    def _objects(
-        self, placed: Sequence[Any], images: Mapping[int, ImageEntry], keypoints: CategoryKeypoints
+    def objects(
+        self,
+        placed: Sequence[Any],
+        images: Mapping[int, ImageEntry],
+        keypoints: CategoryKeypoints,
+        plain: PlainObjects = PlainObjects(),  # noqa: B008
     ) -> tuple[list[ObjectEntry], bool]:
+        """The objects, and whether the file has any usable mask.
+
+        Raises:
+            UnlikeCocoError: if there are plain objects, and the boxes of the file are not COCO's.
+        """
         segmentations = [
             parse_segmentation(entry.get("segmentation"), images[image_id].height, images[image_id].width)
             for _, image_id, _, entry in placed
         ]
-        has_masks = not placed or any(each.segmentation is not None for each in segmentations)
-        convention = self._convention(placed, images, segmentations)
+        has_masks = any(each.segmentation is not None for each in segmentations)
+        has_masks = has_masks or plain.have_masks or not (placed or plain.number)
+        sample = sorted((*plain.first, *placed[:SAMPLE]), key=lambda each: each[0])[:SAMPLE]
+        convention = self._convention(sample, images)
+        if plain.number and convention != "xywh":
+            raise UnlikeCocoError
         usable = (usable_id(entry.get("id")) for *_, entry in placed)
         following = 1 + max((key for key in usable if isinstance(key, int)), default=0)
-        following, seen, objects = max(following, 1), set(), []
+        following, seen, objects = max(following, plain.largest_id + 1), set(), []
         for (index, image_id, category_id, entry), parsed in zip(placed, segmentations, strict=True):
             name = _name(entry, index)
             try:
@@ -477,22 +547,18 @@ class _Reader:
             )
         return objects, has_masks
 
-    def _convention(
-        self,
-        placed: Sequence[Any],
-        images: Mapping[int, ImageEntry],
-        segmentations: Sequence[ParsedSegmentation],
-    ) -> str:
+    def _convention(self, sample: Sequence[Any], images: Mapping[int, ImageEntry]) -> str:
         """How boxes are written: "xywh" as in COCO, "xyxy" (corners), or "fractions" of the image.
 
         Corners are recognised by polygons that they fit, or else by boxes of which COCO's reading leaves the image.
         """
         boxes, sizes, extents = [], [], []
-        for (_, image_id, _, entry), parsed in islice(zip(placed, segmentations, strict=True), _SAMPLE):
+        for _, image_id, _, entry in sample:
             box = finite_numbers(entry.get("bbox"))
             if box is None or box.size != 4:
                 continue
-            image, outline = images[image_id], parsed.segmentation
+            image = images[image_id]
+            outline = parse_segmentation(entry.get("segmentation"), image.height, image.width).segmentation
             points = np.concatenate(outline).reshape(-1, 2) if isinstance(outline, list) else np.full((1, 2), np.nan)
             boxes.append(box)
             sizes.append((image.width, image.height))
@@ -653,6 +719,8 @@ def _last_part(url: str) -> str:
 
 def _side(value: Any) -> int:
     """A side in pixels; 0 if it is missing or not a positive integer."""
+    if type(value) is int and 1 <= value <= _MAX_SIDE_PX:
+        return value
     numbers = finite_numbers([value])
     usable = numbers is not None and 1 <= numbers[0] <= _MAX_SIDE_PX and numbers[0] % 1 == 0
     return int(numbers[0]) if usable and numbers is not None else 0

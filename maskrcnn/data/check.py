@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from pycocotools import mask as mask_api
@@ -20,14 +20,10 @@ from pycocotools import mask as mask_api
 from maskrcnn.config import SMALL_MODEL, model_config
 from maskrcnn.data.annotations import BOX_ONLY, REPAIRED, Note
 from maskrcnn.data.check_report import DatasetReport, Finding, Problem, SplitStatistics
-from maskrcnn.data.coco import (
-    CocoDataset,
-    ImageRecord,
-    Instance,
-    crowded_line,
-)
+from maskrcnn.data.coco import CocoDataset, crowded_line
 from maskrcnn.data.images import ImageNotes, fits_size, read_header, read_image
 from maskrcnn.data.layouts import find_splits, get_split
+from maskrcnn.data.records import ImageRecord, Instance
 from maskrcnn.data.segmentation import Segmentation, compressed_rle, finite_numbers
 from maskrcnn.data.survey import with_exif
 from maskrcnn.errors import UserError
@@ -120,30 +116,29 @@ def check_dataset(
 
 
 def _statistics(dataset: CocoDataset) -> SplitStatistics:
-    objects = {name: [0, 0, 0] for name in dataset.class_names}
-    numbers = []
-    for record in dataset.images:
-        own = [instance for instance in record.instances if not instance.is_crowd]
-        numbers.append(len(own))
-        for instance in own:
-            size = (instance.area_px >= _SMALL_PX) + (instance.area_px >= _MEDIUM_PX)
-            objects[dataset.class_names[instance.label - 1]][size] += 1
-    sizes = sorted((r.height * r.width, r.height, r.width) for r in dataset.images)
+    images = dataset.images
+    learnt = ~images.objects("is_crowd")
+    size = np.digitize(images.objects("area")[learnt], (_SMALL_PX, _MEDIUM_PX))
+    objects = np.zeros((len(dataset.class_names), 3), int)
+    np.add.at(objects, (images.objects("label")[learnt] - 1, size), 1)
+    numbers = dataset.objects_of_images().tolist()
+    sizes = sorted((height * width, height, width) for height, width in images.sizes_hw.tolist())
     return SplitStatistics(
         split=dataset.split,
-        images=len(dataset.images),
+        images=len(images),
         images_without_objects=numbers.count(0),
-        crowd_regions=sum(instance.is_crowd for record in dataset.images for instance in record.instances),
+        crowd_regions=int((~learnt).sum()),
         skipped_annotations=len(dataset.skipped_annotations),
         smallest_image_hw=sizes[0][1:],
         largest_image_hw=sizes[-1][1:],
         objects_per_image_median=statistics.median(numbers),
         objects_per_image_max=max(numbers),
-        objects={name: (small, medium, large) for name, (small, medium, large) in objects.items()},
+        objects={
+            name: (small, medium, large)
+            for name, (small, medium, large) in zip(dataset.class_names, objects.tolist(), strict=True)
+        },
         has_masks=dataset.has_masks,
-        objects_with_keypoints=sum(
-            instance.keypoints is not None for record in dataset.images for instance in record.instances
-        ),
+        objects_with_keypoints=int((images.objects("keypoint_row") >= 0).sum()),
     )
 
 
@@ -186,8 +181,7 @@ def _of_file(problem: Problem, dataset: CocoDataset, detail: str) -> Finding:
 
 
 def _class_findings(dataset: CocoDataset) -> Iterator[Finding]:
-    labels = (i.label for record in dataset.images for i in record.instances if not i.is_crowd)
-    counts = Counter(labels)
+    counts = Counter(label for own in dataset.labels_of_images() for label in own)
     for label, (category_id, name) in enumerate(zip(dataset.category_ids, dataset.class_names, strict=True), start=1):
         if not counts[label]:
             detail = f"category id {category_id}"
@@ -195,9 +189,10 @@ def _class_findings(dataset: CocoDataset) -> Iterator[Finding]:
 
 
 def _skipped_findings(dataset: CocoDataset) -> Iterator[Finding]:
-    records = {record.id: record for record in dataset.images}
+    indices = {image_id: index for index, image_id in enumerate(dataset.images.ids.tolist())}
     for skipped in dataset.skipped_annotations:
-        record = None if skipped.image_id is None else records.get(skipped.image_id)
+        index = None if skipped.image_id is None else indices.get(skipped.image_id)
+        record = None if index is None else dataset.images[index]
         yield Finding(
             problem=Problem(f"{_SKIPPED}: {skipped.reason}"),
             split=dataset.split,
@@ -235,30 +230,34 @@ def _drawable_box(skipped: Note) -> tuple[tuple[float, float, float, float], ...
     return ((x, y, x + width, y + height),)
 
 
+_Place: TypeAlias = tuple[CocoDataset, int]  # an image of a dataset, by index
+
+
 def _image_findings(
     datasets: Sequence[CocoDataset], workers: int, progress: Callable[[int, int], None]
 ) -> Iterator[Finding]:
     """Findings of each image, and files with the content of earlier ones."""
-    places = [(dataset.split, record) for dataset in datasets for record in dataset.images]
-    seen: dict[str, list[tuple[str, ImageRecord]]] = {}
+    places = [(dataset, index) for dataset in datasets for index in range(len(dataset.images))]
+    seen: dict[str, list[_Place]] = {}
     with ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding Python's lock
-        for number, (own, digest) in enumerate(pool.map(lambda at: _examine(*at), places)):
+        for number, (own, digest) in enumerate(pool.map(lambda at: _examine(at[0].split, at[0].images[at[1]]), places)):
             yield from own
             if digest is not None:
                 earlier = seen.setdefault(digest, [])
-                yield from _repeated(*places[number], earlier)
+                yield from _repeated(places[number], earlier)
                 earlier.append(places[number])
             progress(number + 1, len(places))
 
 
-def _repeated(split: str, record: ImageRecord, earlier: list[tuple[str, ImageRecord]]) -> Iterator[Finding]:
+def _repeated(place: _Place, earlier: list[_Place]) -> Iterator[Finding]:
     """A finding if an earlier image has the same content: in the same split if there is one, else in another."""
     if not earlier:
         return
-    same = [twin for name, twin in earlier if name == split]
-    twin_split, twin = (split, same[0]) if same else earlier[0]
-    detail = f"the same bytes as {_location(twin)} of {twin_split}"
-    yield _finding(_REPEATED if same else _LEAKED, split, record, detail)
+    dataset, index = place
+    same = [twin for twin in earlier if twin[0] is dataset]
+    twin_dataset, twin = (same or earlier)[0]
+    detail = f"the same bytes as {_location(twin_dataset.images[twin])} of {twin_dataset.split}"
+    yield _finding(_REPEATED if same else _LEAKED, dataset.split, dataset.images[index], detail)
 
 
 def _examine(split: str, record: ImageRecord) -> tuple[list[Finding], str | None]:

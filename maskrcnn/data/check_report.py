@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from maskrcnn.data.coco import CocoDataset, ImageRecord, Instance, instance_mask
+from maskrcnn.data.coco import CocoDataset, instance_mask
+from maskrcnn.data.records import ImageRecord, Instance
 from maskrcnn.data.survey import read_for_display
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.draw import colour_of, save_drawing
@@ -244,10 +245,11 @@ def _draw_finding(finding: Finding, class_names: dict[str, tuple[str, ...]]) -> 
 
 def _contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
     """Up to 16 random images (with a fixed seed) with all their objects; None where no image can be read."""
-    pool = [(dataset, record) for dataset in datasets for record in dataset.images if record.instances]
+    pool = [(dataset, index) for dataset in datasets for index in np.flatnonzero(dataset.images.counts).tolist()]
     cells = []
-    for index in np.random.default_rng(0).permutation(len(pool)):
-        dataset, record = pool[index]
+    for place in np.random.default_rng(0).permutation(len(pool)):
+        dataset, index = pool[place]
+        record = dataset.images[index]
         try:
             image = read_for_display(record)
         except UserError:

@@ -21,7 +21,6 @@ from typing import Any
 
 import yaml
 
-from maskrcnn.data.annotations import load_annotations
 from maskrcnn.data.images import IMAGE_SUFFIXES, upright_size
 from maskrcnn.errors import UserError
 from maskrcnn.files import read_json
@@ -51,7 +50,7 @@ class Split:
 
     name: str
     annotations: Path  # its file; of YOLO's the YAML file, or the folder
-    content: Callable[[], Any]  # reads the annotations in COCO's structure
+    content: Callable[[], Any] | None  # reads the annotations in COCO's structure; None: they are JSON in COCO's format
     image_folders: tuple[Path, ...]  # folders that its images may be in, the likeliest first
     part: str = ""  # "train" or "val": a part of an annotation file, by name `file[part]`
 
@@ -198,7 +197,7 @@ def find_splits(data: str | Path, names: Sequence[str], images: str | Path | Non
 
 
 def _json_split(path: Path, root: Path, folders: tuple[Path, ...], name: str) -> Split:
-    return Split(name, path, partial(load_annotations, path), folders or tuple(_image_folders(path, root, name)))
+    return Split(name, path, None, folders or tuple(_image_folders(path, root, name)))
 
 
 def _coco_layout(root: Path, folders: tuple[Path, ...]) -> list[Split]:

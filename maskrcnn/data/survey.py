@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from maskrcnn.data.coco import CocoDataset, ImageRecord
+from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.images import (
     EXIF_RULES,
     ImageHeader,
@@ -19,6 +19,7 @@ from maskrcnn.data.images import (
     read_image,
     read_samples,
 )
+from maskrcnn.data.records import ImageRecord
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.draw import displayed
 from maskrcnn.imaging.preprocess import Preprocessing
@@ -39,15 +40,15 @@ def read_record(
 def unreadable_images(records: Sequence[ImageRecord], preprocessing: Preprocessing, *, workers: int) -> list[UserError]:
     """Decodes images in threads; returns the errors of `read_record`, in the order of the images."""
 
-    def error_of(record: ImageRecord) -> UserError | None:
+    def error_of(index: int) -> UserError | None:
         try:
-            read_record(record, preprocessing)
+            read_record(records[index], preprocessing)
         except UserError as error:
             return error
         return None
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return [error for error in pool.map(error_of, records) if error is not None]
+        return [error for error in pool.map(error_of, range(len(records))) if error is not None]
 
 
 def read_for_display(record: ImageRecord) -> np.ndarray:
@@ -78,7 +79,7 @@ def with_exif(dataset: CocoDataset, exif: str) -> CocoDataset:
     """
     if exif not in EXIF_RULES:
         raise UserError(f"exif {exif!r}", f"one of {', '.join(EXIF_RULES)}", "choose one of these")
-    return replace(dataset, images=tuple(replace(record, exif=exif) for record in dataset.images))
+    return replace(dataset, images=replace(dataset.images, exif=exif))
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,15 @@ def survey_images(dataset: CocoDataset, preprocessing: Preprocessing | None = No
 
 
 def _headers(records: Sequence[ImageRecord]) -> Iterator[tuple[ImageRecord, ImageHeader | None]]:
-    def read(record: ImageRecord) -> ImageHeader | None:
+    def read(index: int) -> tuple[ImageRecord, ImageHeader | None]:
+        record = records[index]
         try:
-            return read_header(record.path)
+            return record, read_header(record.path)
         except UserError:
-            return None
+            return record, None
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from zip(records, pool.map(read, records), strict=True)
+        yield from pool.map(read, range(len(records)))
 
 
 def _remarks(record: ImageRecord, header: ImageHeader, preprocessing: Preprocessing | None) -> Iterator[str]:

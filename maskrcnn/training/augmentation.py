@@ -18,7 +18,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.coco import ImageRecord, instance_mask
+from maskrcnn.data.coco import instance_mask
+from maskrcnn.data.records import ImageRecord
 from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear, resized_size
 from maskrcnn.training.view import Objects, View, instances_of, keypoints_in_view, mask_crop, mask_extent, only_inside
 

@@ -45,7 +45,7 @@ def training_config(
     name = model["name"]
     sizes = dict(model.get("preprocessing", {}))
     small = name == SMALL_MODEL
-    native = max(max(record.height, record.width) for record in dataset.images)
+    native = int(dataset.images.sizes_hw.max())
     default_size = (_SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
     min_size = sizes.setdefault("min_size_px", default_size)
     sizes.setdefault("max_size_px", max(min_size, round(min_size * 1333 / 800)))

@@ -5,16 +5,14 @@ Augmentation is thus independent of the number of workers and processes, and of 
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.coco import CocoDataset, ImageRecord
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.records import ImageRecord
 from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
@@ -44,41 +42,10 @@ class Sample:
     seed: int  # non-negative, for the sampling of the losses
 
 
-class PackedRecords(Sequence[ImageRecord]):
-    """Images and their objects in one array of bytes, read one at a time.
-
-    Loading processes share the pages of the array. Python objects would be copied into each of them: reading one writes
-    its reference count.
-
-    Args:
-        records: the images.
-    """
-
-    def __init__(self, records: Iterable[ImageRecord]) -> None:
-        packed = [pickle.dumps(record, pickle.HIGHEST_PROTOCOL) for record in records]
-        self._ends = np.cumsum([len(each) for each in packed], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(packed), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[ImageRecord]: ...
-    def __getitem__(self, index: int | slice) -> ImageRecord | Sequence[ImageRecord]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        at = range(len(self))[index]  # raises for one beyond the end
-        start = int(self._ends[at - 1]) if at else 0
-        record: ImageRecord = pickle.loads(self._bytes[start : int(self._ends[at])].data)
-        return record
-
-
 class TrainingSamples(Dataset):
     """Samples of a dataset, indexed by (epoch, index, copy); copies of an image in an epoch are changed independently.
 
-    The dataset itself is not kept, see `PackedRecords`.
+    The dataset itself is not kept, only its `Records`.
 
     Args:
         dataset: images and annotations.
@@ -95,8 +62,9 @@ class TrainingSamples(Dataset):
         augment: AugmentConfig | None = None,
         seed: int,
     ) -> None:
-        self.records, self.preprocessing, self.seed = PackedRecords(dataset.images), preprocessing, seed
-        self.aspect_ratios = np.array([record.height / record.width for record in dataset.images])
+        self.records, self.preprocessing, self.seed = dataset.images, preprocessing, seed
+        sizes = dataset.images.sizes_hw
+        self.aspect_ratios = sizes[:, 0] / sizes[:, 1]
         self.augment = augment or AugmentConfig()
         self._augmentation = Augmentation(self.augment, preprocessing)
         self._partners = mirrored(dataset.keypoint_names)

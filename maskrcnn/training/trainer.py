@@ -454,8 +454,8 @@ def require_measurable(config: TrainConfig, validation: CocoDataset) -> None:
         raise UserError(f"best_metric {name!r}", f"one of {shown}", "set --best-metric to one of these")
     if config.patience and (not name or "_ap" in name):
         label = config.model.class_names.index(name.partition("/")[2]) + 1 if "/" in name else None
-        objects = (each for record in validation.images for each in record.instances if not each.is_crowd)
-        if all(label not in (None, each.label) for each in objects):
+        labels = validation.images.objects("label")[~validation.images.objects("is_crowd")]
+        if not (labels.size if label is None else (labels == label).any()):
             raise UserError(
                 f"patience {config.patience} with {best_by(config)}, for which {validation.annotation_path} has no "
                 "object",

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from maskrcnn.data.coco import ImageRecord, Instance, instance_mask
+from maskrcnn.data.coco import instance_mask
+from maskrcnn.data.records import ImageRecord, Instance
 
 MASK_SIDE = 112  # pixels per side of a mask crop: four times the 28 × 28 of the mask head
 MIN_SIDE_PX = 1.0  # objects with a shorter box are dropped

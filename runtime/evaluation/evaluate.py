@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from maskrcnn.data.coco import CocoDataset, ImageRecord
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.records import ImageRecord, Records
 from maskrcnn.data.scenes import open_scene
 from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
@@ -84,7 +85,7 @@ def facts_of(detector: Detector) -> dict[str, Any]:
 
 def detect_records(
     detector: Detector,
-    records: Sequence[ImageRecord],
+    records: Records,
     *,
     batch_size: int = 1,
     tiles: Tiles | None = None,
@@ -111,25 +112,25 @@ def detect_records(
     seconds = Seconds()
     for batch in batches_of(records, 1 if tiles else batch_size, detector.metadata.preprocessing):
         by_image, batch_seconds = detect_batch(detector, batch, tiles, batch_size)
-        found |= {record.id: own for record, own in zip(batch, by_image, strict=True)}
+        ids = batch.ids.tolist()
+        found |= dict(zip(ids, by_image, strict=True))
         seconds += batch_seconds
-        keep([record.id for record in batch], by_image, batch_seconds)
+        keep(ids, by_image, batch_seconds)
         progress(len(batch))
-    return [result for record in records for result in found[record.id]], seconds
+    return [result for image_id in records.ids.tolist() for result in found[image_id]], seconds
 
 
-def batches_of(
-    records: Sequence[ImageRecord], batch_size: int, preprocessing: Preprocessing
-) -> list[Sequence[ImageRecord]]:
+def batches_of(records: Records, batch_size: int, preprocessing: Preprocessing) -> list[Records]:
     """Splits images into batches of one padded size each; some are smaller than `batch_size`.
 
     The padding of an image changes its features near the border slightly. In such batches every image is padded as it
     is alone, so that metrics depend on the batch size by rounding only, and no pixel is computed for nothing.
     """
-    groups: dict[tuple[int, int], list[ImageRecord]] = {}
-    for record in records:
-        groups.setdefault(padded_size((record.height, record.width), preprocessing), []).append(record)
-    return [own[start : start + batch_size] for own in groups.values() for start in range(0, len(own), batch_size)]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, (height, width) in enumerate(records.sizes_hw.tolist()):
+        groups.setdefault(padded_size((height, width), preprocessing), []).append(index)
+    starts = ((own, start) for own in groups.values() for start in range(0, len(own), batch_size))
+    return [records.take(own[start : start + batch_size]) for own, start in starts]
 
 
 def detect_batch(

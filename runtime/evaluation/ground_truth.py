@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.data.annotations import load_annotations, usable_id
+from maskrcnn.data.annotations import usable_id
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.segmentation import AnnotationError, checked_segmentation, compressed_rle, finite_numbers
 from maskrcnn.errors import UserError
@@ -40,16 +40,14 @@ class GroundTruth:
     def __init__(self, dataset: CocoDataset, sigmas: Sequence[float] = ()) -> None:
         self.dataset, self.source, self._given_sigmas = dataset, str(dataset.annotation_path), tuple(sigmas)
         self.categories = dict(zip(dataset.category_ids, dataset.class_names, strict=True))
-        records = sorted(dataset.images, key=lambda record: record.id)
-        self.images = {record.id: record for record in records}
-        self.image_ids = np.array([record.id for record in records], np.int64)
+        self.images = dataset.images.take(np.argsort(dataset.images.ids, kind="stable"))
+        self.image_ids = self.images.ids
         self.category_ids = np.array(sorted(self.categories), np.int64)
         self._image_indices = {value: index for index, value in enumerate(self.image_ids.tolist())}
         self._category_indices = {value: index for index, value in enumerate(self.category_ids.tolist())}
-        self._objects = [instance for record in records for instance in record.instances]
         # [G] index in `image_ids`, and in `category_ids`, of each object; G objects in the order of the image ids.
-        self.image = np.repeat(np.arange(len(records)), [len(record.instances) for record in records])
-        self.category = np.array([instance.label - 1 for instance in self._objects], np.int64)
+        self.image = self.images.image_of_object
+        self.category = self.images.objects("label").astype(np.int64) - 1
 
     @classmethod
     def read(cls, path: Path, folder: Path | None = None) -> GroundTruth:
@@ -64,11 +62,11 @@ class GroundTruth:
         """
         if folder is not None:
             return cls(CocoDataset.read(path, folder, require_images=False))
-        return cls.of_content(load_annotations(path), str(path))
+        return cls.of_content(None, str(path))
 
     @classmethod
     def of_content(cls, content: Any, source: str, sigmas: Sequence[float] = ()) -> GroundTruth:
-        """The objects of the parsed content of an annotation file; `source` is its name in errors."""
+        """The objects of the parsed content of an annotation file, else of the file `source`."""
         return cls(CocoDataset.from_content(content, source), sigmas)
 
     def __len__(self) -> int:
@@ -87,26 +85,29 @@ class GroundTruth:
         """The index of a category id in `category_ids`; None for an unknown one."""
         return _index(category_id, self.dataset.category_keys, self._category_indices)
 
+    def path(self, image_id: int) -> Path:
+        """The file of an image."""
+        return self.images.path(self._image_indices[image_id])
+
     def file_name(self, image_id: int) -> str:
         """The file of an image, relative to the folder of the images."""
-        path, folder = self.images[image_id].path, self.dataset.image_folder
+        path, folder = self.path(image_id), self.dataset.image_folder
         return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
 
     @cached_property
     def sizes_hw(self) -> list[tuple[int, int]]:
         """Height and width of each image, in the order of `image_ids`."""
-        return [(record.height, record.width) for record in self.images.values()]
+        return [(height, width) for height, width in self.images.sizes_hw.tolist()]
 
     @cached_property
     def areas_px(self) -> np.ndarray:
         """Areas `[G]` float64 as the file has them."""
-        return np.array([instance.area_px for instance in self._objects], np.float64)
+        return self.images.objects("area")
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """Boxes `[G, 4]` float64 (x, y, width, height) as the file has them."""
-        boxes = [self.dataset.file_boxes_xywh_px[instance.annotation_id] for instance in self._objects]
-        return np.array(boxes, np.float64).reshape(-1, 4)
+        return self.images.objects("bbox")
 
     @cached_property
     def sigmas(self) -> np.ndarray:
@@ -131,23 +132,18 @@ class GroundTruth:
         if not self.dataset.keypoint_names and len(self):
             found = f"{self.source}: no category with keypoints"
             raise UserError(found, "a category with keypoint names", "name another annotation file")
-        none = np.zeros((len(sigmas), 3))
-        points = [none if instance.keypoints is None else instance.keypoints for instance in self._objects]
-        return np.array(points, np.float64).reshape(-1, len(sigmas), 3)
+        return self.images.keypoints(len(sigmas))
 
     @cached_property
     def masks(self) -> _Masks:
         """Compressed run-length encodings, and pixels `[G]` int64 of each; of an object without a mask, its box."""
-        masks = [
-            compressed_rle(instance.segmentation, *self.sizes_hw[image])
-            for instance, image in zip(self._objects, self.image.tolist(), strict=True)
-        ]
+        masks = [compressed_rle(*each) for each in self.images.segmentations()]
         return masks, _pixel_counts(masks)
 
     @cached_property
     def is_crowd(self) -> np.ndarray:
         """Crowd flags `[G]` bool."""
-        return np.array([instance.is_crowd for instance in self._objects], bool)
+        return self.images.objects("is_crowd")
 
     def is_ignored(self, kind: str) -> np.ndarray:
         """Objects `[G]` bool that need not be found.
@@ -158,14 +154,14 @@ class GroundTruth:
         if kind == "keypoints":
             ignored = ignored | self._is_unlabelled
         if kind == "segm":
-            ignored = ignored | ~np.array([instance.has_mask for instance in self._objects], bool)
+            ignored = ignored | ~self.images.objects("has_mask")
         return ignored
 
     @cached_property
     def _is_unlabelled(self) -> np.ndarray:
-        labelled = np.count_nonzero(self.keypoints[:, :, 2] > 0, axis=1).tolist()
-        stated = (instance.stated_keypoints for instance in self._objects)
-        return np.array([(n if s is None else s) == 0 for n, s in zip(labelled, stated, strict=True)], bool)
+        labelled = np.count_nonzero(self.keypoints[:, :, 2] > 0, axis=1)
+        unlabelled: np.ndarray = self.images.stated_keypoints(labelled) == 0
+        return unlabelled
 
 
 def _index(value: Any, keys: Mapping[str, int], indices: Mapping[int, int]) -> int | None:

@@ -299,9 +299,9 @@ def detect_share(
     size = log.origin.batch_size
     batches = batches_of(dataset.images, 1 if tiles else size, detector.metadata.preprocessing)
     for batch in batches[share.rank :: share.count]:
-        if not all(record.id in done for record in batch):
+        if not all(image_id in done for image_id in batch.ids.tolist()):
             results, seconds = detect_batch(detector, batch, tiles, size)
-            log.append(part, [record.id for record in batch], results, seconds)
+            log.append(part, batch.ids.tolist(), results, seconds)
         progress(len(batch))
 
 
@@ -325,7 +325,7 @@ def gathered(
     Raises:
         UserError: after that time.
     """
-    seen, waited = 0, 0.0
+    seen, waited, ids = 0, 0.0, dataset.images.ids.tolist()
     while True:
         now = log.images()
         if now > seen:
@@ -333,7 +333,7 @@ def gathered(
             seen, waited = now, 0.0
         if now >= len(dataset.images):
             by_image = log.read()
-            if all(record.id in by_image for record in dataset.images):
+            if all(image_id in by_image for image_id in ids):
                 break
         if waited > patience_s:
             raise UserError(
@@ -343,7 +343,7 @@ def gathered(
             )
         sleep(_POLL_S)
         waited += _POLL_S
-    images = [by_image[record.id] for record in dataset.images]
+    images = [by_image[image_id] for image_id in ids]
     return [result for results, _ in images for result in results], sum((own for _, own in images), Seconds())
 
 

@@ -25,6 +25,20 @@ def test_all_tables_are_printed(tmp_path, monkeypatch, capsys):
     assert "loader, 0 worker(s):" in output
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_and_its_processes_are_measured(monkeypatch, capsys):
+    monkeypatch.setenv("MASKRCNN_CACHE", "")  # restores what the benchmark sets
+    monkeypatch.setattr(data_benchmark.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["data.py", "--images", "100", "--workers", "1", "--samples", "8"])
+    data_benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("pycocotools", "maskrcnn, first", "maskrcnn, cached", "64 images", "100 images"):
+        (line,) = (line for line in lines if line.startswith(f"{name:22}"))
+        numbers = [float(number) for number in line[22:].split()]
+        assert min(numbers) > 0
+        assert "images" not in name or numbers[1] > numbers[0]  # MiB of one process, and of two
+
+
 def test_an_unusable_file_is_an_error(tmp_path):
     dataset = CocoDataset.load(write_solid_dataset(tmp_path / "solid"), "train")
     dataset.images[1].path.write_bytes(b"")

@@ -102,7 +102,43 @@ def test_labels_follow_ascending_category_ids(tmp_path):
 def test_boxes_are_cut_to_the_image_and_stay_whole_for_the_evaluation(tmp_path):
     dataset = load(tmp_path, {**SQUARE, "bbox": [-1, 2, 20, 3.5]})
     assert only(dataset)[1].box_xyxy_px == (0.0, 2.0, 8.0, 5.5)
-    assert dataset.file_boxes_xywh_px == {7: (-1, 2, 20, 3.5)}
+    assert dataset.images.objects("bbox").tolist() == [[-1, 2, 20, 3.5]]
+
+
+def test_arrays_of_a_large_file_are_cached_and_mapped_by_workers(tmp_path, monkeypatch):
+    cache, folder = tmp_path / "cache", tmp_path / "cache" / "annotations"
+    monkeypatch.setenv("MASKRCNN_CACHE", str(cache))
+    content = {**CONTENT, "info": "x" * 5_000_000}
+    content["annotations"] = [SQUARE, {**SQUARE, "id": 8, "category_id": 99}, {**SQUARE, "id": 9, "area": None}]
+
+    def described(dataset):
+        return repr(([*dataset.images], dataset.note_lines(), dataset.class_names, dataset.skipped_examples))
+
+    first = CocoDataset.load(write(tmp_path / "data", content), "val")
+    (cached,) = folder.iterdir()
+    with monkeypatch.context() as parsing:
+        parsing.delattr("maskrcnn.data.annotations.Reader.images")
+        again = CocoDataset.load(tmp_path / "data", "val")
+    assert described(first) == described(again)
+    assert len(again.note_lines()) == 2
+    pickled = pickle.dumps(again.images)
+    assert len(pickled) < 5000 and repr(list(pickle.loads(pickled))) == repr(list(again.images))
+
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:-1])  # cut short, of another kind, of another version: made again
+    assert described(CocoDataset.load(tmp_path / "data", "val")) == described(first)
+    assert cached.read_bytes() == whole
+    cached.write_bytes(b"")
+    assert described(CocoDataset.load(tmp_path / "data", "val")) == described(first)
+    other = cached.rename(cached.with_name(cached.name + "0"))
+    assert described(CocoDataset.load(tmp_path / "data", "val")) == described(first)
+    assert not other.exists() and cached.read_bytes() == whole
+
+    write(tmp_path / "data", {**content, "annotations": [SQUARE]})
+    assert CocoDataset.load(tmp_path / "data", "val").note_lines() == []
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path / "data" / "annotations" / "instances_val.json"))  # no folder
+    unkept = CocoDataset.load(tmp_path / "data", "val")
+    assert repr(list(pickle.loads(pickle.dumps(unkept.images)))) == repr(list(unkept.images))
 
 
 def test_dataset_travels_to_a_worker_process(tmp_path):
@@ -273,7 +309,7 @@ def test_an_annotation_without_any_place_is_counted_and_left_out(tmp_path, chang
     message = dataset.skipped_examples[reason]
     assert message.startswith("annotation 8: ")
     assert re.search(text, message), message
-    assert list(dataset.file_boxes_xywh_px) == [7]
+    assert dataset.images.objects("annotation_id").tolist() == [7]
 
 
 def test_annotation_that_is_no_object_or_lacks_everything(tmp_path):
@@ -489,7 +525,7 @@ def test_ids_that_the_evaluation_would_misread_are_renumbered(tmp_path):
     del copies[4]["id"]
     dataset = load(tmp_path, *copies)
     assert [i.annotation_id for i in dataset.images[0].instances] == [10, 7, 11, 12, 13, 9]
-    assert sorted(dataset.file_boxes_xywh_px) == [7, 9, 10, 11, 12, 13]
+    assert sorted(dataset.images.objects("annotation_id")) == [7, 9, 10, 11, 12, 13]
 
 
 def test_areas_and_crowd_flags_are_the_files(tmp_path):
@@ -541,7 +577,9 @@ def test_annotations_and_images_may_lie_anywhere(shapes, tmp_path):
     usual = CocoDataset.load(shapes, "val")
     assert apart.annotation_path == annotations and len(apart.images) == 6
     assert [record.path for record in apart.images] == [record.path for record in usual.images]
-    assert apart.file_boxes_xywh_px == usual.file_boxes_xywh_px != {}
+    boxes = usual.images.objects("bbox")
+    assert len(boxes)
+    np.testing.assert_array_equal(apart.images.objects("bbox"), boxes)
 
 
 def test_images_with_more_objects_than_a_model_returns(shapes):

@@ -11,10 +11,11 @@ from solid import write_solid_dataset
 from maskrcnn.config import AugmentConfig
 from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
+from maskrcnn.data.records import Records
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training.loader import PipedBatch, collate, training_loader
-from maskrcnn.training.samples import PackedRecords, Sample, TrainingSamples
+from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE, Objects
 
 TWICE = Preprocessing(min_size_px=192, max_size_px=400)
@@ -156,8 +157,8 @@ def test_whatever_fails_on_an_image_names_it(shapes, monkeypatch, workers, error
 
 
 def test_packed_records_are_the_records(shapes):
-    records = CocoDataset.load(shapes, "train").images
-    packed = PackedRecords(records)
+    records = list(CocoDataset.load(shapes, "train").images)
+    packed = Records.of(records)
     assert len(packed) == len(records)
     for one, other in zip(packed, records, strict=True):
         assert (one.id, one.path, one.height, one.width) == (other.id, other.path, other.height, other.width)

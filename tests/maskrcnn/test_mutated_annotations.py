@@ -4,15 +4,22 @@ import copy
 import json
 import random
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from maskrcnn.data.annotations import read_annotations
+from maskrcnn.data.arrays import table_of
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.convert.conversion import SplitPlan, convert
+from maskrcnn.data.records import Records
+from maskrcnn.data.segmentation import compressed_rle
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 
@@ -74,9 +81,8 @@ def entries(content):
     return found
 
 
-def mutated(seed):
-    """The good content after one to four random changes of type, value, presence, number and order."""
-    rng, content = random.Random(seed), copy.deepcopy(GOOD)
+def mutated(rng, content):
+    """The content after one to four random changes of type, value, presence, number and order."""
     for _ in range(rng.randint(1, 4)):
         target = rng.choice(entries(content))
         keys = list(target) if isinstance(target, dict) else list(range(len(target)))
@@ -142,7 +148,7 @@ def read(root):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_spoilt_file_counts_the_same_everywhere(root, seed):
     path = root / "data" / "annotations" / "instances_train.json"
-    path.write_text(json.dumps(mutated(seed)))
+    path.write_text(json.dumps(mutated(random.Random(seed), copy.deepcopy(GOOD))))
     trained, evaluated, checked, converted = read(root)
     if trained is not None:  # missing images are an error of training, a finding of the check
         assert trained == evaluated == checked
@@ -150,6 +156,81 @@ def test_a_spoilt_file_counts_the_same_everywhere(root, seed):
         assert evaluated == checked
     if converted is not None and trained is not None:
         assert converted == trained
+
+
+KEYPOINTS = {"keypoints": ["top", "end"], "skeleton": [[1, 2]]}
+RICH = {
+    "images": GOOD["images"],
+    "categories": [{**GOOD["categories"][0], **KEYPOINTS}, GOOD["categories"][1]],
+    "annotations": [
+        {**each, "attributes": {"occluded": False, "rotation": 0.0}} if each["id"] == 2 else each
+        for each in GOOD["annotations"]
+    ]
+    + [
+        {**square(5, 2, 1, 3, 3, 6), "keypoints": [3, 3, 2, 0, 0, 0], "num_keypoints": 1},
+        {**square(6, 3, 1, 2.25, 3.125, 6.1), "keypoints": [0] * 6, "num_keypoints": 0},
+        {**square(7, 3, 7, 4, 4, 8), "segmentation": {"size": [24, 24], "counts": "e1:>:]1"}},
+        {**square(8, 3, 7, 4, 4, 8), "bbox": [-1.1, 2.3, 30, 3.7]},
+    ],
+}
+
+
+def described(objects, size_of):
+    """The fields of objects, with the pixels of their masks."""
+    return [
+        (
+            each.annotation_id,
+            each.box_xyxy,
+            compressed_rle(each.segmentation, *size_of(each)),
+            [part.tolist() for part in each.segmentation] if isinstance(each.segmentation, list) else None,
+            (each.has_mask, each.is_crowd, each.area, each.stated_keypoints),
+            None if each.keypoints is None else each.keypoints.tolist(),
+        )
+        for each in objects
+    ]
+
+
+@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), drop_roots=st.booleans(), boxes_only=st.booleans())
+def test_plain_entries_are_read_as_by_the_tolerant_reader(tmp_path, seed, drop_roots, boxes_only):
+    rng, path = random.Random(seed), tmp_path / "spoilt.json"
+    content = copy.deepcopy(rng.choice([RICH, GOOD]))
+    if boxes_only:
+        for each in content["annotations"]:
+            del each["segmentation"]
+    path.write_text(json.dumps(mutated(rng, content) if rng.random() < 0.9 else content))
+    known = {"size_of": lambda name, names: (SIDE_PX, SIDE_PX) if name == "1.png" else None, "drop_roots": drop_roots}
+    try:
+        expected = read_annotations(json.loads(path.read_text()), str(path), **known)
+    except UserError as error:
+        with pytest.raises(UserError) as raised:
+            table_of(path, **known)
+        assert str(raised.value) == str(error)
+        return
+    table, read = table_of(path, **known)
+    records = Records(table, np.arange(len(expected.images)))
+    assert [(r.id, str(r.path), r.height, r.width) for r in records] == [
+        (image_id, str(Path(each.file_name)), each.height, each.width) for image_id, each in expected.images.items()
+    ]
+    labels = list(expected.categories)
+    for record, boxes in zip(records, np.split(table.arrays["bbox"], table.arrays["object_end"]), strict=False):
+        own = [each for each in expected.objects if each.image_id == record.id]
+        found = [
+            SimpleNamespace(**vars(each), box_xyxy=each.box_xyxy_px, area=each.area_px) for each in record.instances
+        ]
+        assert repr(described(found, lambda _, r=record: (r.height, r.width))) == repr(
+            described(own, lambda _, r=record: (r.height, r.width))
+        )
+        assert [each.label for each in found] == [1 + labels.index(each.category_id) for each in own]
+        np.testing.assert_array_equal(boxes, np.array([each.bbox_xywh for each in own]).reshape(-1, 4))
+    assert repr(read.notes.to_json()) == repr(expected.notes.to_json())
+    assert vars(read) | {"images": 0, "objects": 0, "notes": 0, "keypoints": 0} == vars(expected) | {
+        "images": 0,
+        "objects": 0,
+        "notes": 0,
+        "keypoints": 0,
+    }
+    assert str(vars(read.keypoints)) == str(vars(expected.keypoints))
 
 
 def test_the_good_file_counts_four(root):

@@ -239,7 +239,7 @@ def test_small_data_get_epochs_for_some_hundred_steps(shapes):
     assert (config.epochs, config.evaluate_every) == (150, 12)
     assert training_config(dataset, dataset, {"epochs": 2}).epochs == 2
     assert training_config(dataset, dataset, {"batch_size": 1}).epochs == 25
-    many = dataclasses.replace(dataset, images=dataset.images * 20)  # 30 steps: the usual epochs are 360
+    many = dataclasses.replace(dataset, images=[*dataset.images] * 20)  # 30 steps: the usual epochs are 360
     assert (training_config(many, many).epochs, training_config(many, many).evaluate_every) == (12, 1)
 
 

@@ -113,7 +113,7 @@ def test_it_trains_for_two_steps(path, data, folder, steps):
 def test_shapes_are_what_train_does_without_a_file(shapes):
     settings, _ = settings_of(ROOT / "configs" / "shapes.yaml")
     dataset = CocoDataset.load(shapes, "train")
-    dataset = dataclasses.replace(dataset, images=dataset.images * 50)  # 600, as many as are drawn by default
+    dataset = dataclasses.replace(dataset, images=[*dataset.images] * 50)  # 600, as many as are drawn by default
     assert training_config(dataset, dataset, settings) == training_config(dataset, dataset)
 
 

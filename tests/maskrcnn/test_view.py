@@ -7,7 +7,7 @@ import pytest
 from pycocotools import mask as mask_api
 
 from maskrcnn.config import AugmentConfig
-from maskrcnn.data.coco import ImageRecord, Instance
+from maskrcnn.data.records import ImageRecord, Instance
 from maskrcnn.imaging.preprocess import Preprocessing, resize_bilinear
 from maskrcnn.training.augmentation import Augmentation, objects_of_scene, scene_in_view
 from maskrcnn.training.view import View, objects_in_view
