@@ -15,6 +15,7 @@ from maskrcnn import runs
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
 from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.runtime.backends.onnxruntime_providers import Provider, best_provider
 from maskrcnn.runtime.backends.tensorrt_library import tensorrt_obstacle
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.training.trainer import choose_precision
@@ -133,7 +134,9 @@ def our_contenders(artefacts: Artefacts, *, compiled: bool = False) -> list[Cont
 
 
 def runs_on_gpu(contender: Contender) -> bool:
-    """Whether a GPU can run the contender: all but OpenVINO's."""
+    """Whether the contender runs on a GPU if there is one: not in OpenVINO, nor in an ONNX Runtime without CUDA."""
+    if contender.backend == "ONNX Runtime":
+        return best_provider() is Provider.CUDA
     return "OpenVINO" not in contender.backend
 
 

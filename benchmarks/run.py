@@ -62,7 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeat", type=count, help="calls per model and batch size; default: 20, fewer on a slow machine")
     add("--max-images", "--images", type=count, metavar="N", help="maximum number of images for AP; default: all")
     add("--no-peers", action="store_true", help="do not measure torchvision's models")
-    add("--gpu-only", action="store_true", help="do not measure OpenVINO or make the workload's 8-bit files")
+    add("--gpu-only", action="store_true", help="leave out everything that runs on the CPU")
+    add(
+        "--checkpoint-only", action="store_true", help="measure the workload in PyTorch, without ONNX files and engines"
+    )
     add("--compile", action="store_true", help="also measure both models with torch.compile, which takes minutes")
     add("--memory", action="store_true", help="also measure peak memory, each row in its own process")
     add("--output", type=Path, help="folder for the results; default: benchmark/ beside the model")
@@ -98,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Measurement]:
         files = (artefacts.checkpoint, *artefacts.onnx, *artefacts.engines)
         check_outputs(report_outputs(output), [*given.model, *files, given.data], overwrite=given.overwrite)
         contenders = our_contenders(artefacts, compiled=given.compile)
-        contenders = [each for each in contenders if not given.gpu_only or runs_on_gpu(each)]
         if not given.no_peers and artefacts.checkpoint:
             model, example = load_checkpoint(artefacts.checkpoint), next(iter(workload.pools.values()))[0]
             contenders += peer_contenders(model, Path(folder), example, artefacts.checkpoint, compiled=given.compile)
+        contenders = [each for each in contenders if not given.gpu_only or runs_on_gpu(each)]
         kept = _unfinished(given, output, contenders, workload, progress)
         rows, gpu = measure(contenders, workload, progress, memory=given.memory, kept=kept)
     machine = environment() | ({"gpu_watch": gpu} if gpu else {})
@@ -125,6 +128,8 @@ def _check_options(given: argparse.Namespace) -> None:
     without_ap = workload or ("--size" if given.size else "")
     no_gpu = given.gpu_only and not torch.cuda.is_available()
     for is_refused, found, expected, fix in (
+        (given.checkpoint_only and not workload, "--checkpoint-only without --workload", "the workload, whose files it "
+         "leaves out", "name a checkpoint by --model"),
         (workload and given.model, f"--model with {workload}", "one of them: the workload makes its files", "drop one"),
         (workload and given.max_images, f"--max-images with {workload}", "a model with an AP", "drop --max-images"),
         (without_ap and given.min_ap is not None, f"--min-ap with {without_ap}", "a measured AP", "drop one of them"),
@@ -181,6 +186,7 @@ def _prepare(given: argparse.Namespace, folder: Path, progress: Progress) -> tup
             repeat=given.repeat or 7,
             budget_s=None if given.repeat else 180.0,
             gpu_only=given.gpu_only,
+            checkpoint_only=given.checkpoint_only,
         )
     artefacts = given_artefacts(given.model) if given.model else newest_artefacts()
     return artefacts, dataset_workload(

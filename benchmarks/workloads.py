@@ -156,6 +156,7 @@ def resnet50_workload(
     repeat: int,
     budget_s: float | None,
     gpu_only: bool = False,
+    checkpoint_only: bool = False,
 ) -> tuple[Artefacts, Workload]:
     """Make a Mask R-CNN ResNet-50 with calibrated random weights, its files, and images of each size."""
     pools = {size_name(size_hw): images_of_size(size_hw, data, split) for size_hw in sizes_hw}
@@ -173,9 +174,11 @@ def resnet50_workload(
     load_weights(model, weights, "calibrated weights")
     checkpoint = folder / f"resnet50{SUFFIX}"
     save_checkpoint(checkpoint, model)
-    artefacts, notes = make_files(
-        checkpoint, pool, sizes_hw=sizes_hw, batches=batches, gpu_only=gpu_only, progress=progress
-    )
+    artefacts, notes = Artefacts(checkpoint=checkpoint, complete=False), []
+    if not checkpoint_only:
+        artefacts, notes = make_files(
+            checkpoint, pool, sizes_hw=sizes_hw, batches=batches, gpu_only=gpu_only, progress=progress
+        )
     workload = Workload(
         name=f"{_RESNET50}, random weights, {kind} of {', '.join(pools)}",
         pools={name: images for name, (images, _) in pools.items()},

@@ -62,6 +62,8 @@ class _Plugin:
     launch: Callable[[Any, Sequence[Any], Mapping[str, Any]], Launch]
 
 
+# TensorRT logs only the text of an exception of a plugin, and builds no engine; the exceptions of the latest build.
+faults: list[Exception] = []
 _target: _Target | None = None  # from the latest `register`; the plugins themselves are registered once
 
 
@@ -140,7 +142,13 @@ def _tune(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
     """The function that returns the supported combinations of types and formats."""
 
     def tune(*tensors: Any) -> Any:  # the inputs and a tuple of the outputs
-        return [trtp.AutoTuneCombination(types, formats) for types, formats in plugin.formats(len(tensors) - 1)]
+        formats = plugin.formats(len(tensors) - 1)
+        # The network is strongly typed: kernels for other types than the first tensor's would be compiled in vain. For
+        # a type that no kernel has, all combinations are offered, and TensorRT rejects the node; with none, NVIDIA's
+        # glue code would declare the type supported.
+        own = _TYPES.get(_DTYPES.get(tensors[0].dtype.name, ""))
+        matching = [each for each in formats if each[0].partition(",")[0] == own]
+        return [trtp.AutoTuneCombination(types, layouts) for types, layouts in matching or formats]
 
     return _with_signature(tune, [*_tensor_names(plugin.op), "outputs"])
 
@@ -183,14 +191,22 @@ def _with_signature(
     *,
     returned: Any = inspect.Signature.empty,
 ) -> Callable[..., Any]:
-    """The function with these arguments as its `__signature__`."""
+    """The function with these arguments as its `__signature__`; its exceptions are added to `faults`."""
+
+    def recording(*given: Any, **named: Any) -> Any:
+        try:
+            return function(*given, **named)
+        except Exception as error:
+            faults.append(error)
+            raise
+
     annotations = arguments if isinstance(arguments, Mapping) else dict.fromkeys(arguments, inspect.Parameter.empty)
     parameters = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
         for name, annotation in annotations.items()
     ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
-    return function
+    recording.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return recording
 
 
 # MultilevelRoiAlign; its inputs are the feature maps and rois

@@ -7,6 +7,7 @@ file goes into Ray's object store, which moves it to each node once.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import tempfile
@@ -81,7 +82,7 @@ def detect_on_ray(
             num_gpus=pool.gpus,
         )
         try:
-            found.write_parquet(output)
+            found.write_parquet(output, ray_remote_args={"num_cpus": 0})  # the actors may hold all CPUs
         except Exception as error:  # Ray wraps what an actor raised, in several ways
             cause = _user_error_in(error)
             if cause is not None:
@@ -144,6 +145,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         place = address.rpartition("://")[2]
         if ":" in place:  # Ray itself waits for a minute and ends the process

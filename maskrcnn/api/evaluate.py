@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from maskrcnn.runtime.evaluation.evaluate import Evaluation
     from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
     from maskrcnn.runtime.evaluation.sharding import Share
+    from maskrcnn.runtime.tiles import Tiles
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,6 +64,7 @@ class _Options:
     split: str
     backend: str | None
     batch_size: int
+    tiles: Tiles | None
     processes: int
     resume: Path | None
     results: Path | None
@@ -93,6 +95,8 @@ def evaluate(
     provider: str | None = None,
     precision: str | None = None,
     batch_size: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
     processes: int = 1,
     resume: str | Path | None = None,
     results: str | Path | None = None,
@@ -123,7 +127,9 @@ def evaluate(
             the folder of a run: the data of the run's validation.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
-        batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it.
+        batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it. With
+            `tile`, tiles per batch.
+        tile, overlap: as `maskrcnn.predict`.
         processes: number of worker processes.
         resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
@@ -156,6 +162,7 @@ def evaluate(
     from maskrcnn.runtime.detector import backend_spec
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
     from maskrcnn.runtime.evaluation.voc import voc_metrics
+    from maskrcnn.runtime.tiles import tiles_of
 
     progress = progress or Progress()
     options = _Options(
@@ -164,6 +171,7 @@ def evaluate(
         split=split,
         backend=backend_spec(backend, provider, precision),
         batch_size=batch_size,
+        tiles=tiles_of(tile, overlap),
         processes=processes,
         resume=_path(resume),
         results=_path(results),
@@ -262,6 +270,8 @@ def _check(options: _Options) -> None:
         raise UserError(found, "the ground truth", "add --data DIR, or --annotations FILE")
     if options.results is not None and (options.resume is not None or options.processes > 1):
         raise UserError("--results with --resume or --processes", "a model", "drop them: nothing is detected")
+    if options.results is not None and options.tiles is not None:
+        raise UserError("--results with --tile", "a model", "drop --tile: nothing is detected")
     if options.compare is not None and not options.compare.is_file():
         raise UserError(f"--compare {options.compare}: no such file", "a results file or a model", "check the path")
     outputs = [
@@ -367,6 +377,7 @@ def _detect(
         images=options.images,
         exif=options.exif,
         pixel_range=options.pixel_range,
+        tiles=options.tiles,
     )
     for line in survey_images(dataset).lines() if not share.rank else ():
         progress.message(line)
@@ -378,7 +389,7 @@ def _detect(
             return results, seconds, log.facts()
         use_own_gpu(share)
         detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
-        crowded = crowded_line(dataset, detector.metadata.detections)
+        crowded = None if options.tiles else crowded_line(dataset, detector.metadata.detections)
         for line in (*detector.remarks(), *([crowded] if crowded else [])):
             progress.message(line)
         if resume is None:
@@ -389,6 +400,7 @@ def _detect(
                     detector,
                     dataset.images,
                     batch_size=options.batch_size,
+                    tiles=options.tiles,
                     progress=advance,
                     keep=lambda *batch: done.append(batch),
                 )
@@ -406,7 +418,7 @@ def _detect(
                 progress.message(line)
             return results, seconds, facts_of(detector)
         log = task.log(log_path, dataset)
-        detect_share(detector, dataset, log, share, progress=advance)
+        detect_share(detector, dataset, log, share, tiles=options.tiles, progress=advance)
         if share.rank:
             return None
         results, seconds = gathered(dataset, log)
@@ -536,6 +548,7 @@ def _write_json(
         content["difference"] = {KIND_NAMES[kind]: asdict(each) for kind, each in differences.items()}
     if options.model:
         content["batch_size"] = options.batch_size
+        content["tiles"] = None if options.tiles is None else asdict(options.tiles)
         content["results"] = evaluation.results
     write_report(options.json, "evaluate", content)
 

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -22,12 +22,15 @@ from maskrcnn.imaging.postprocess import Detections
 if TYPE_CHECKING:
     from maskrcnn.metadata import ModelMetadata
     from maskrcnn.runtime.detector import Detector
+    from maskrcnn.runtime.tiles import Tiles
 
+_T = TypeVar("_T")
 SAVED = ("overlays", "video", "results", "parquet", "coco", "labelme", "yolo")
 RUN, FAILED, LABELS = "run.json", "failed.txt", "annotations.json"
 _FAILED_HEAD = "# images that maskrcnn could not use"
 _THRESHOLD = 0.5  # of models without a recommended one
 _LINES = 20  # images up to which each gets a line of its own
+_TILES = 50  # of an image, from which its progress is told
 _MOST_CALLS = 8  # of the model at the same time on a CPU; each needs memory for its activations
 
 Images = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]
@@ -71,6 +74,8 @@ def predict(
     precision: str | None = ...,
     pixel_range: Sequence[float] | None = ...,
     batch_size: int = ...,
+    tile: int | None = ...,
+    overlap: float = ...,
     workers: int | None = ...,
     limit: int | None = ...,
     strict: bool = ...,
@@ -95,6 +100,8 @@ def predict(
     keypoint_threshold: float = ...,
     tolerance: float = ...,
     batch_size: int = ...,
+    tile: int | None = ...,
+    overlap: float = ...,
     workers: int | None = ...,
     limit: int | None = ...,
     resume: bool = ...,
@@ -125,6 +132,8 @@ def predict(
     keypoint_threshold: float = 2.0,
     tolerance: float = 0.5,
     batch_size: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
     workers: int | None = None,
     limit: int | None = None,
     resume: bool = False,
@@ -165,8 +174,11 @@ def predict(
             that training recommended for the model, else 0.5.
         keypoint_threshold: lowest score (heat map logit) of a keypoint in the overlays.
         tolerance: largest distance in pixels of a label's simplified outline from the mask's.
-        batch_size: most images of one call of the model; only images of one size are in a batch.
-        workers: images in work at the same time. Default: the available CPUs, at most 8.
+        batch_size: most images, or tiles, of one call of the model; only images of one size are in a batch.
+        tile: side in pixels of the tiles in which larger images are detected in, one image at a time; see
+            `maskrcnn.runtime.tiles`. Files in TIFF are read tile by tile. Default: images are detected in whole.
+        overlap: share of a tile's side that its neighbour covers too.
+        workers: images in work at the same time. Default: the available CPUs, at most 8; 1 with `tile`.
         limit: process at most this many images or frames, for instance of a camera.
         resume: continue the run in `output` that was interrupted, with the same images and model.
         ray: run on a Ray cluster: "local" (this machine), "auto" (the cluster of this node) or "ray://HOST:10001".
@@ -184,6 +196,8 @@ def predict(
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
             `strict`, for the first image that cannot be used; if none can be.
     """
+    from maskrcnn.runtime.tiles import tiles_of
+
     progress = progress or Progress()
     folder = None if output is None or ray is not None else Path(output)
     if format not in ("png", "jpg"):
@@ -195,10 +209,13 @@ def predict(
     sources = find_sources(images, leave_out=folder)
     path = Path(model) if model is not None else runs.newest_checkpoint()
     spec = (backend, provider, precision, pixel_range)
+    tiles = tiles_of(tile, overlap)
+    workers = workers if tiles is None else 1
     if ray is not None:
-        if resume or stream or limit is not None or set(save or ("parquet",)) != {"parquet"} or output is None:
+        cannot = resume or stream or limit is not None or tiles is not None
+        if cannot or set(save or ("parquet",)) != {"parquet"} or output is None:
             raise UserError(
-                "a run on Ray with resume, stream or limit, without output, or with another output than parquet",
+                "a run on Ray with resume, stream, limit or tile, without output, or with another output than parquet",
                 "--output DIR-OR-URL, --save parquet",
                 "leave the others out, or leave out --ray",
             )
@@ -207,7 +224,7 @@ def predict(
     if stream:
         if folder is not None:
             raise UserError("output with stream", "one of both", "write what the iterator yields, or leave out stream")
-        return _streamed(sources, path, spec, batch_size, workers, limit, strict, progress)
+        return _streamed(sources, path, spec, tiles, batch_size, workers, limit, strict, progress)
     saved = _saved(save, sources)
     run = None
     if folder is not None:
@@ -215,6 +232,8 @@ def predict(
         run = _Run(folder, sources, saved, format, named, [path, annotations], resume=resume, overwrite=overwrite)
     ids = _ids(sources, annotations, progress, is_written=run is not None)
     detector, calls = _load(path, spec, workers, sources)
+    if tiles is not None:
+        tiles.check(detector.preprocessing)
     metadata = detector.metadata
     if threshold is None:
         threshold = metadata.recommended_threshold
@@ -222,7 +241,7 @@ def predict(
             progress.message(f"drawn from score {threshold:g}, which training recommended (--threshold)")
         threshold = _THRESHOLD if threshold is None else threshold
     options = _Options(saved, format, threshold, keypoint_threshold, tolerance, strict)
-    found = _detect(detector, path, sources, ids, run, options, batch_size, calls, limit, progress)
+    found = _detect(detector, path, sources, ids, run, options, tiles, batch_size, calls, limit, progress)
     for line in (*detector.notes.lines(), *detector.remarks()):
         progress.message(line)
     return found
@@ -329,6 +348,7 @@ def _streamed(
     sources: Sequence[Source],
     path: Path,
     spec: tuple[Any, ...],
+    tiles: Tiles | None,
     batch_size: int,
     workers: int | None,
     limit: int | None,
@@ -338,14 +358,12 @@ def _streamed(
     """The detections of one image after the other; images that cannot be used are told to `progress`."""
     from itertools import islice
 
-    from maskrcnn.runtime.pipeline import detect_images
-
     def finish(item: ImageItem, image: np.ndarray, orientation: int, detections: Detections) -> Detections:
-        return replace(detections, name=item.name, image=image)
+        return replace(detections, name=item.name, image=image if image.size else None)
 
     detector, calls = _load(path, spec, workers, sources)
     items = islice(_jobs(sources, None, {}), limit)
-    for _, found in detect_images(detector, items, finish, batch=batch_size, calls=calls, threads=max(2, calls)):
+    for _, found in _found(detector, items, finish, tiles, batch_size, calls, progress):
         if isinstance(found, Detections):
             yield found
         elif strict:
@@ -356,6 +374,29 @@ def _streamed(
         progress.message(line)
 
 
+def _found(
+    detector: Detector,
+    items: Iterator[_Job],
+    finish: Callable[[ImageItem, np.ndarray, int, Detections], _T],
+    tiles: Tiles | None,
+    batch_size: int,
+    calls: int,
+    progress: Progress,
+) -> Iterator[tuple[ImageItem, _T | UserError]]:
+    """Each image with what `finish` made of its detections, or with what was wrong."""
+    from maskrcnn.runtime.pipeline import detect_images
+    from maskrcnn.runtime.tiles import detect_scenes
+
+    def told(name: str, done: int, total: int) -> None:
+        step = max(batch_size, total // 10)
+        if total >= _TILES and 0 < done < total and done // step != (done - batch_size) // step:
+            progress.message(f"{name}: {done} of {total} tiles")
+
+    if tiles is not None:
+        return detect_scenes(detector, items, finish, tiles, batch=batch_size, progress=told)
+    return detect_images(detector, items, finish, batch=batch_size, calls=calls, threads=max(2, calls))
+
+
 @dataclass(frozen=True, eq=False)
 class _Job(ImageItem):
     """An image with what is to be written of it."""
@@ -364,6 +405,10 @@ class _Job(ImageItem):
     source: Source | None = None
     target: Path | None = None  # of the overlay
     fault: UserError | None = None  # of a video that ends early, in place of its next frame
+
+    @property
+    def is_file(self) -> bool:
+        return self.fault is None and super().is_file
 
     def read(self, preprocessing: Any, notes: Any) -> tuple[np.ndarray, int]:
         if self.fault is not None:
@@ -411,6 +456,7 @@ def _detect(
     ids: Sequence[int] | None,
     run: _Run | None,
     options: _Options,
+    tiles: Tiles | None,
     batch_size: int,
     calls: int,
     limit: int | None,
@@ -419,8 +465,6 @@ def _detect(
     """Runs all images through the pipeline and writes what is asked for."""
     from itertools import islice
 
-    from maskrcnn.runtime.pipeline import detect_images
-
     metadata = detector.metadata
     lengths = [source.length() for source in sources] if limit is None else [limit]
     total = None if None in lengths else sum(length or 0 for length in lengths)
@@ -428,12 +472,12 @@ def _detect(
     jobs: Iterator[_Job] = islice(_jobs(sources, ids, {} if run is None else run.targets), limit)
     done = 0
     if run is not None:
-        jobs, done, names, counts, failed = run.start(detector, path, jobs)
+        jobs, done, names, counts, failed = run.start(_about(detector, path, tiles), jobs)
         if done:
             progress.message(f"continues after {done} images")
     is_told = total is not None and total <= _LINES
     finish = _finisher(metadata, options, is_written=run is not None)
-    results = detect_images(detector, jobs, finish, batch=batch_size, calls=calls, threads=max(2, calls))
+    results = _found(detector, jobs, finish, tiles, batch_size, calls, progress)
     is_complete = False
     try:
         with progress.task("detecting", total) as advance:
@@ -492,6 +536,7 @@ def _finisher(
     """What is done with the detections of an image, in any thread: the overlay, and the line of JSON."""
     from maskrcnn.imaging.draw import overlay, save_drawing
     from maskrcnn.runtime.predictions import record_of
+    from maskrcnn.runtime.tiles import SHOWN_MEGAPIXELS
 
     def finish(job: ImageItem, image: np.ndarray, orientation: int, detections: Detections) -> _Finished:
         assert isinstance(job, _Job)
@@ -506,7 +551,9 @@ def _finisher(
             count = int((shown.keypoints[:, :, 2] >= options.keypoint_threshold).sum())
             text += f" with {count} of {shown.keypoints[:, :, 2].size} keypoints"
         frame = None
-        if in_video or job.target is not None:
+        if job.target is not None and not image.size:
+            text += f" (not drawn: more than {SHOWN_MEGAPIXELS} megapixels)"
+        elif in_video or job.target is not None:
             skeleton = metadata.keypoint_skeleton
             drawn = overlay(image, shown, metadata.class_names, skeleton, point_score=options.keypoint_threshold)
             if job.target is not None:
@@ -593,7 +640,12 @@ class _Run:
             self.results = folder / predictions.PARQUET
         self.drawn: list[Path] = []
         self._video: Any = None  # that is being written, with its source
+        for name in ("labelme", "yolo"):  # whose files are there to be corrected
+            if name in saved and not resume and not overwrite and (folder / name).exists():
+                found = f"--save {name}: {folder / name} exists, perhaps with labels that were corrected"
+                raise UserError(found, "a folder without it", "choose another --output, or replace it with --overwrite")
         before = self._read_manifest()
+        self._was_complete = resume and before is not None and bool(before.get("is_complete"))
         if resume and before is None:
             raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
         if before is not None and not resume and not overwrite and before.get("is_complete") is False:
@@ -612,7 +664,7 @@ class _Run:
         return content if isinstance(content, dict) else {}
 
     def start(
-        self, detector: Detector, model: Path, jobs: Iterator[_Job]
+        self, about: dict[str, Any], jobs: Iterator[_Job]
     ) -> tuple[Iterator[_Job], int, list[str], list[int], dict[str, str]]:
         """Opens the files; returns the images that are left, and what is known of those that are done.
 
@@ -622,16 +674,16 @@ class _Run:
         from maskrcnn.files import make_folder, write_report
         from maskrcnn.runtime.predictions import Predictions, read_predictions
 
-        self._about = _about(detector, model)
+        self._about = about
         names, counts, failed = list[str](), list[int](), dict[str, str]()
         done = 0
         if self.is_resumed:
             before = self._read_manifest() or {}
-            for key in ("model_sha256", "backend", "precision", "preprocessing"):
+            for key in ("model_sha256", "backend", "precision", "preprocessing", "tiles"):
                 if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(self._about[key])):
                     found = f"{self.folder} has a run with {key} {before.get(key)}, not {self._about[key]}"
                     raise UserError(found, "the same model and options", "use them, or choose another --output")
-            redone = None if before.get("is_complete") else self._interrupted_video(jobs_of=self.sources)
+            redone = None if before.get("is_complete") else self._interrupted_video()
             for record in read_predictions(self.lines) if self.lines.is_file() else ():
                 if redone is not None and str(record["file"]).rpartition("#")[0] == redone:
                     break
@@ -640,7 +692,7 @@ class _Run:
                     found = f"image {done + 1} is {None if job is None else job.name}, not {record['file']}"
                     expected = f"the images of the run in {self.folder}, in their order"
                     raise UserError(found, expected, "name the same images, or choose another --output")
-                if job.target is not None and "error" not in record:
+                if job.target is not None and job.target.is_file() and "error" not in record:
                     self.drawn.append(job.target)
                 if "error" in record:
                     failed[job.name] = record["error"]
@@ -653,7 +705,7 @@ class _Run:
         self._lines = Predictions(self.lines, keep=done)
         return jobs, done, names, counts, failed
 
-    def _interrupted_video(self, jobs_of: Sequence[Source]) -> str | None:
+    def _interrupted_video(self) -> str | None:
         """The video of the last image that was done, whose annotated video was not finished and starts again."""
         from maskrcnn.runtime.predictions import read_predictions
 
@@ -674,7 +726,7 @@ class _Run:
                 self._video = (job.source, AnnotatedVideo(job.source, self.videos[job.source]))
             self._video[1].add(drawn, job.frame)
         self._lines.append(record)
-        if job.target is not None and job.fault is None and '"error"' not in record:
+        if job.target is not None and job.target.is_file() and job.fault is None and '"error"' not in record:
             self.drawn.append(job.target)
 
     def _close_video(self, *, is_complete: bool = True) -> None:
@@ -691,6 +743,9 @@ class _Run:
         self._lines.close()
         self._close_video(is_complete=is_complete)
         self.drawn += [video for video in self.videos.values() if is_complete and video.is_file()]
+        if self._was_complete and is_complete:  # nothing was left to do, and labels may have been corrected since
+            write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+            return
         if is_empty:
             for path in (self.lines, self._manifest):
                 path.unlink(missing_ok=True)
@@ -724,7 +779,7 @@ class _Run:
         write_report(self._manifest, "predict", {"is_complete": True, **self._about})
 
 
-def _about(detector: Detector, model: Path) -> dict[str, Any]:
+def _about(detector: Detector, model: Path, tiles: Tiles | None = None) -> dict[str, Any]:
     """What a run is made with: the model, and what its detections depend on."""
     return {
         "model": str(model),
@@ -732,6 +787,7 @@ def _about(detector: Detector, model: Path) -> dict[str, Any]:
         "backend": detector.backend.name,
         "precision": detector.backend.precision,
         "preprocessing": detector.preprocessing.to_dict(),
+        "tiles": None if tiles is None else asdict(tiles),
         "categories": _categories(detector.metadata),
     }
 

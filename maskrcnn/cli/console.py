@@ -61,13 +61,29 @@ class ConsoleProgress(Progress):
 
     def _acquire(self) -> Bars:
         """Returns the bars that all open tasks share, as a terminal has one live display."""
-        from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            ProgressColumn,
+            SpinnerColumn,
+            Task,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            """Steps per second."""
+
+            def render(self, task: Task) -> Text:
+                return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
         with self._lock:
             if self._bars is None:
+                rate = Rate()
                 title = TextColumn("{task.description}", markup=False)
-                columns = (SpinnerColumn(), title, BarColumn(), TaskProgressColumn())
+                columns = (SpinnerColumn(), title, BarColumn(), TaskProgressColumn(), rate)
                 is_hidden = not console.is_terminal
                 self._bars = Bars(*columns, TimeRemainingColumn(), console=console, transient=True, disable=is_hidden)
                 self._bars.start()

@@ -16,6 +16,8 @@ from maskrcnn.cli.options import (
     PixelRange,
     PrecisionName,
     ProviderName,
+    TileOverlap,
+    TileSize,
     range_from_text,
 )
 from maskrcnn.errors import UserError
@@ -41,7 +43,9 @@ def evaluate(
         typer.Option(help="Folder of a dataset, or its annotation file (default: the validation data of its run)."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images, or tiles, per batch.")] = 1,
+    tile: TileSize = None,
+    overlap: TileOverlap = 0.2,
     processes: Annotated[
         int, typer.Option(min=1, help="Number of worker processes (or launch with torchrun and --resume).")
     ] = 1,
@@ -134,6 +138,8 @@ def evaluate(
         exif=exif,
         pixel_range=range_from_text(pixel_range),
         batch_size=batch_size,
+        tile=tile,
+        overlap=overlap,
         processes=processes,
         resume=resume,
         results=results,

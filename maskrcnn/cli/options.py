@@ -41,6 +41,19 @@ PixelRange = Annotated[
         rich_help_panel="Images",
     ),
 ]
+TileSize = Annotated[
+    int | None,
+    typer.Option(
+        "--tile",
+        metavar="PX",
+        help="Side of the tiles in which larger images are detected in, such as 1024 (default: whole images).",
+        rich_help_panel="Images",
+    ),
+]
+TileOverlap = Annotated[
+    float,
+    typer.Option("--overlap", help="Share of a tile's side that its neighbour covers too.", rich_help_panel="Images"),
+]
 ExifRule = Annotated[
     str,
     typer.Option(help="EXIF orientations: auto (by the annotated sizes), upright or stored.", rich_help_panel="Images"),

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from maskrcnn.cli.console import ConsoleProgress, show
-from maskrcnn.cli.options import BackendName, Overwrite, PixelRange, PrecisionName, ProviderName, range_from_text
+from maskrcnn.cli.options import (
+    BackendName,
+    Overwrite,
+    PixelRange,
+    PrecisionName,
+    ProviderName,
+    TileOverlap,
+    TileSize,
+    range_from_text,
+)
 from maskrcnn.errors import UserError
 
 _CLUSTER = "Cluster"
@@ -51,7 +60,11 @@ def predict(
     provider: ProviderName = None,
     precision: PrecisionName = None,
     pixel_range: PixelRange = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size in a call of the model, at most.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images of one size, or tiles, in a call of the model, at most.")
+    ] = 1,
+    tile: TileSize = None,
+    overlap: TileOverlap = 0.2,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Images in work at the same time (default: available CPUs, at most 8)."),
@@ -143,6 +156,8 @@ def predict(
         output=output,
         save=None if save is None else [each.value for each in save],
         batch_size=batch_size,
+        tile=tile,
+        overlap=overlap,
         workers=workers,
         limit=limit,
         resume=resume,

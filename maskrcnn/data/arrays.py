@@ -262,12 +262,12 @@ def _read_plain(data: mmap.mmap, source: str, *, size_of: SizeOf, drop_roots: bo
     pool = Pool()
     found, others = _plain(raws, pool)
     rest = {index: json.loads(bytes(raws[index])) for index in others}
-    names_keypoints = any(isinstance(entry, dict) and entry.get("keypoints") for entry in categories)
-    if found["points_count"].any() and not names_keypoints:
-        raise UnlikeCocoError
     reader = Reader(images, [*rest.items()], categories, source, size_of)
     used = {*np.unique(found["category_id"]).tolist(), *map(category_key, rest.values())} - {None}
     names, keypoints = reader.classes(used, drop_roots=drop_roots)
+    named = [each for each in categories if isinstance(each, dict) and usable_id(each.get("id")) in names]
+    if found["points_count"].any() and not any(each.get("keypoints") for each in named):
+        raise UnlikeCocoError  # the names follow from all annotations
     by_id = reader.images()
     row = _rows_of(found["image_id"], by_id)
     size = np.array([(entry.width, entry.height) for entry in by_id.values()], np.int64)[row]

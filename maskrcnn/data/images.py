@@ -38,6 +38,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # 
 EXIF_RULES = ("auto", "upright", "stored")
 MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
 _MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
+_IN_TILES = "read it in tiles (--tile 1024) from a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)"
 _READABLE = "an image file that Pillow or tifffile reads, such as JPEG, PNG or TIFF, or an .npy file"
 _ORIENTATION_TAG = 274  # EXIF 2.3, and TIFF 6.0 like the next ones
 _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG, _EXTRA_TAG = (
@@ -197,15 +198,15 @@ def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
         UserError: where the file is missing, empty or not an image.
     """
     if isinstance(content, bytes):
-        with _explained(f"image {name}"), _opened(io.BytesIO(content)) as opened:
+        with explained(f"image {name}"), _opened(io.BytesIO(content)) as opened:
             return opened.header
-    with _source(Path(content)) as source, _explained(f"image {content}"), _opened(source) as opened:
+    with _source(Path(content)) as source, explained(f"image {content}"), _opened(source) as opened:
         return opened.header
 
 
 def read_samples(path: Path) -> np.ndarray:
     """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor turned."""
-    with _source(path) as source, _explained(f"image {path}"), _opened(source) as opened:
+    with _source(path) as source, explained(f"image {path}"), _opened(source) as opened:
         return opened.samples()
 
 
@@ -279,7 +280,7 @@ def _source(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turns whatever a decoder raises into a UserError."""
     try:
         yield
@@ -291,8 +292,10 @@ def _explained(name: str) -> Iterator[None]:
         ) from error
     except MemoryError as error:
         raise UserError(
-            f"{name} does not fit into memory", "an image that can be decoded here", "scale it down, or cut it in tiles"
+            f"{name} does not fit into memory", "an image that can be decoded here", f"scale it down, or {_IN_TILES}"
         ) from error
+    except Image.DecompressionBombError as error:  # of more than twice the limit, by Pillow
+        raise _too_large(name) from error
     except Exception as error:  # decoders raise any exception on damaged bytes
         raise UserError(
             f"{name} cannot be decoded ({type(error).__name__}: {error})",
@@ -322,14 +325,18 @@ def max_pixels() -> int:
 def _check_pixels(size_hw: tuple[int, int], name: str) -> None:
     limit = max_pixels()
     if size_hw[0] * size_hw[1] > limit:
-        raise UserError(
-            f"{name} of {size_hw[1]}×{size_hw[0]} pixels",
-            f"at most {limit} pixels, a limit against files that fill the memory",
-            f"cut it in tiles, or allow more with the environment variable {MAX_PIXELS_VARIABLE}",
-        )
+        raise _too_large(f"{name} of {size_hw[1]}×{size_hw[0]} pixels")
 
 
-class _Opened:
+def _too_large(found: str) -> UserError:
+    return UserError(
+        found if "pixels" in found else f"{found} of more than {2 * max_pixels()} pixels",
+        f"at most {max_pixels()} pixels, a limit against files that fill the memory",
+        f"{_IN_TILES}, or allow more with the environment variable {MAX_PIXELS_VARIABLE}",
+    )
+
+
+class OpenedImage:
     """An open image file: its header, samples, and RGB of 8 bits."""
 
     header: ImageHeader
@@ -348,22 +355,31 @@ class _Opened:
 
 
 @contextmanager
-def _opened(source: Path | io.BytesIO) -> Iterator[_Opened]:
+def _opened(source: Path | io.BytesIO) -> Iterator[OpenedImage]:
     max_pixels()  # raises Pillow's limit
-    start = _beginning(source)
-    if start == _NPY_START:
-        yield _Array(source)
+    if is_npy(source):
+        yield ArrayFile(source)
         return
     try:
         image = Image.open(source)
     except UnidentifiedImageError:
-        if start[:4] not in _TIFF_STARTS:
+        if not is_tiff(source):
             raise
-        with _tiff_file(source) as tiff:
-            yield _Tiff(tiff)
+        with open_tiff(source) as tiff:
+            yield TiffPage(tiff)
         return
     with image:
         yield _Pillow(image, source)
+
+
+def is_npy(source: Path | io.BytesIO) -> bool:
+    """Whether the content is that of an .npy file."""
+    return _beginning(source) == _NPY_START
+
+
+def is_tiff(source: Path | io.BytesIO) -> bool:
+    """Whether the content is that of a TIFF or BigTIFF file."""
+    return _beginning(source)[:4] in _TIFF_STARTS
 
 
 def _beginning(source: Path | io.BytesIO) -> bytes:
@@ -373,7 +389,12 @@ def _beginning(source: Path | io.BytesIO) -> bytes:
         return file.read(len(_NPY_START))
 
 
-def _tiff_file(source: Path | io.BytesIO) -> Any:
+def open_tiff(source: Path | io.BytesIO) -> Any:
+    """Opens a file with tifffile; to be closed.
+
+    Raises:
+        UserError: if tifffile is not installed.
+    """
     try:
         tifffile = importlib.import_module("tifffile")
     except ImportError as error:
@@ -387,58 +408,58 @@ def _tiff_file(source: Path | io.BytesIO) -> Any:
     return tifffile.TiffFile(source)
 
 
-class _Array(_Opened):
+class ArrayFile(OpenedImage):
     """An .npy file, `[H, W]` or `[H, W, bands]`."""
 
     def __init__(self, source: Path | io.BytesIO) -> None:
         if isinstance(source, Path):
-            self._array = np.load(source, mmap_mode="r", allow_pickle=False)
+            self.mapped = np.load(source, mmap_mode="r", allow_pickle=False)
         else:
-            self._array = np.load(source, allow_pickle=False)
-        shape = self._array.shape
-        if self._array.ndim not in (2, 3) or self._array.dtype.kind not in "buif":
-            raise ValueError(f"{self._array.dtype} of shape {shape} instead of numbers of shape (H, W, bands)")
-        bands = shape[2] if self._array.ndim == 3 else 1
-        self.header = ImageHeader((shape[0], shape[1]), 1, bands, is_wide=self._array.dtype not in (np.uint8, bool))
+            self.mapped = np.load(source, allow_pickle=False)
+        shape = self.mapped.shape
+        if self.mapped.ndim not in (2, 3) or self.mapped.dtype.kind not in "buif":
+            raise ValueError(f"{self.mapped.dtype} of shape {shape} instead of numbers of shape (H, W, bands)")
+        bands = shape[2] if self.mapped.ndim == 3 else 1
+        self.header = ImageHeader((shape[0], shape[1]), 1, bands, is_wide=self.mapped.dtype not in (np.uint8, bool))
 
     def samples(self) -> np.ndarray:
-        return np.array(self._array).reshape(*self.header.size_hw, self.header.bands)
+        return np.array(self.mapped).reshape(*self.header.size_hw, self.header.bands)
 
 
-class _Tiff(_Opened):
+class TiffPage(OpenedImage):
     """The first page of a TIFF file, read by tifffile."""
 
     def __init__(self, tiff: Any) -> None:
-        self._page = page = tiff.pages[0]
-        tag = page.tags.get(_ORIENTATION_TAG)
-        orientation = int(tag.value) if tag is not None and int(tag.value) in range(1, 9) else 1
+        self.page = page = tiff.pages[0]
+        orientation = next((int(each) for each in _numbers(_value(page, _ORIENTATION_TAG)) if each in range(1, 9)), 1)
         further = [other for other in tiff.pages[1:2] if not int(getattr(other, "subfiletype", 0)) & 1]  # 1: overview
         self.header = ImageHeader(
             (int(page.imagelength), int(page.imagewidth)),
             orientation,
             int(page.samplesperpixel),
             is_wide=max(_numbers(page.bitspersample)) > 8,
+            stated_range=_stated_range(page.bitspersample, _value(page, _MAX_SAMPLE_TAG)),
             frames=1 + len(further),
         )
 
     def samples(self) -> np.ndarray:
         try:
-            array = np.asarray(self._page.asarray())
+            array = np.asarray(self.page.asarray())
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
             raise UserError(
                 f"a compressed TIFF file ({error})", "the library imagecodecs", "pip install imagecodecs"
             ) from error
-        if self._page.axes.startswith("S"):  # bands one after the other
+        if self.page.axes.startswith("S"):  # bands one after the other
             array = np.moveaxis(array, 0, -1)
         return array.reshape(*self.header.size_hw, self.header.bands)
 
     def has_alpha(self) -> bool:
-        return any(int(kind) in (1, 2) for kind in self._page.extrasamples[-1:])  # associated or unassociated alpha
+        return any(int(kind) in (1, 2) for kind in self.page.extrasamples[-1:])  # associated or unassociated alpha
 
 
-class _Pillow(_Opened):
+class _Pillow(OpenedImage):
     """An image that Pillow reads."""
 
     def __init__(self, image: Image.Image, source: Path | io.BytesIO) -> None:
@@ -452,25 +473,23 @@ class _Pillow(_Opened):
         bits = 16 if self._packing or image.mode.startswith("I") or image.mode == "F" else 8
         stated = None
         if image.format == "TIFF":
+            # Keeps Pillow from mapping the file into memory: of turned ones, 13.0 exchanges width and height then.
+            image.filename = ""  # type: ignore[attr-defined]
             tags = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[_WIDTH_TAG], tags[_HEIGHT_TAG]  # `size` of newer versions is that of the upright image
             bits = int(max(_numbers(tags.get(_BITS_TAG)), default=bits))
             bands = tags.get(_SAMPLES_TAG, bands) if image.mode != "P" else bands
             is_premultiplied = 1 in _numbers(tags.get(_EXTRA_TAG))
             self._needs_tifffile = bands > 1 and (bits > 8 or bands > 4 or is_premultiplied)
-            most = max(_numbers(tags.get(_MAX_SAMPLE_TAG)), default=0)
-            if 8 < bits < 16:
-                stated = (0.0, float((1 << bits) - 1))
-            elif bits == 16 and 0 < most < 65535:
-                stated = (0.0, float(most))
+            stated = _stated_range(bits, tags.get(_MAX_SAMPLE_TAG))
         self.header = ImageHeader(
             (height, width), _orientation(image, source), bands, bits > 8, stated, 1 + _has_more_frames(image)
         )
 
     def samples(self) -> np.ndarray:
         if self._needs_tifffile:
-            with _tiff_file(self._source) as tiff:
-                return _Tiff(tiff).samples()
+            with open_tiff(self._source) as tiff:
+                return TiffPage(tiff).samples()
         image = self._image
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
@@ -519,6 +538,20 @@ class _Pillow(_Opened):
 def _numbers(value: Any) -> tuple[float, ...]:
     """A value of a TIFF tag as a tuple; () for none."""
     return () if value is None else tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def _value(page: Any, tag: int) -> Any:
+    """The value of a tag of tifffile's page; None without it."""
+    found = page.tags.get(tag)
+    return None if found is None else found.value
+
+
+def _stated_range(bits: Any, most_sample: Any) -> tuple[float, float] | None:
+    """The range of samples that a TIFF file's tags state, of those with more than 8 and at most 16 bits."""
+    bits, most = int(max(_numbers(bits))), max(_numbers(most_sample), default=0)
+    if 8 < bits < 16:
+        return 0.0, float((1 << bits) - 1)
+    return (0.0, float(most)) if bits == 16 and 0 < most < 65535 else None
 
 
 def _packing_of_16_bits(image: Image.Image) -> str:
@@ -575,7 +608,7 @@ def _read(
     notes: ImageNotes | None,
 ) -> np.ndarray:
     notes = notes if notes is not None else ImageNotes()
-    with _explained(name), _opened(source) as opened:
+    with explained(name), _opened(source) as opened:
         header = opened.header
         shown_hw = header.shown_hw(annotated_hw, exif)
         if 0 in shown_hw:
@@ -587,7 +620,7 @@ def _read(
         for size_hw in (shown_hw, annotated_hw or shown_hw):
             _check_pixels(size_hw, name)
         fits = annotated_hw is None or fits_size(shown_hw, annotated_hw, name)
-        pixels = _pixels(opened, preprocessing, notes, name)
+        pixels = pixels_of(opened, preprocessing, notes, name)
     pixels = np.ascontiguousarray(oriented(pixels, header.orientation_for(annotated_hw, exif)))
     if annotated_hw is not None and not fits:
         notes.add("resized", name)
@@ -595,7 +628,7 @@ def _read(
     return pixels
 
 
-def _pixels(opened: _Opened, preprocessing: Preprocessing, notes: ImageNotes, name: str) -> np.ndarray:
+def pixels_of(opened: OpenedImage, preprocessing: Preprocessing, notes: ImageNotes, name: str) -> np.ndarray:
     """Pixels as stored, in the model's range and bands."""
     header = opened.header
     if header.frames > 1:

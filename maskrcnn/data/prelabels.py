@@ -20,7 +20,7 @@ import numpy as np
 
 from maskrcnn.errors import UserError, missing_library
 from maskrcnn.files import atomic_path, make_folder, write_json
-from maskrcnn.imaging.run_lengths import runs_from_strings
+from maskrcnn.imaging.run_lengths import runs_from_strings, window_of
 
 _MIN_AREA_PX = 1.0  # of a part that is kept
 
@@ -74,19 +74,8 @@ def mask_window(segmentation: dict[str, Any]) -> tuple[np.ndarray, int, int]:
     Args:
         segmentation: run lengths in COCO's format, of an image of any size.
     """
-    height = int(segmentation["size"][0])
-    runs = runs_from_strings([segmentation["counts"]])[0].runs
-    ends = np.cumsum(runs)
-    lengths = runs[1::2]
-    starts = ends[1::2] - lengths
-    pixels = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-    if not len(pixels):
-        return np.zeros((0, 0), bool), 0, 0
-    columns, rows = pixels // height, pixels % height
-    top, left = int(rows.min()), int(columns.min())
-    window = np.zeros((int(rows.max()) - top + 1, int(columns.max()) - left + 1), bool)
-    window[rows - top, columns - left] = True
-    return window, top, left
+    spans = runs_from_strings([segmentation["counts"]])[0].spans()[0]
+    return window_of(spans, int(segmentation["size"][0]))
 
 
 def joined(rings: Sequence[np.ndarray]) -> np.ndarray:

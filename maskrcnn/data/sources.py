@@ -48,6 +48,11 @@ class ImageItem:
     pixels: np.ndarray | None = None  # uint8 [H, W, 3] RGB where the image is in memory; None: read from `name`
     frame: Frame | None = None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is read from a local file."""
+        return self.pixels is None and not is_remote(self.name)
+
     def read(self, preprocessing: Preprocessing, notes: ImageNotes) -> tuple[np.ndarray, int]:
         """The pixels, upright, as `read_image`, and the EXIF orientation that was applied (1: none).
 

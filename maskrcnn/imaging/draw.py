@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from maskrcnn.files import atomic_path
+from maskrcnn.imaging.run_lengths import window_of
 
 if TYPE_CHECKING:
     from maskrcnn.imaging.postprocess import Detections
@@ -39,7 +40,8 @@ class Mark:
     box_xyxy_px: _Box
     text: str  # beside the box
     colour: Colour
-    mask: np.ndarray | None = None  # [H, W] bool
+    mask: np.ndarray | None = None  # bool [H, W], or the part of it that holds the object
+    mask_at: tuple[int, int] = (0, 0)  # row and column of its first pixel
     points_px: Sequence[tuple[float, float]] = ()  # x, y
     lines: Sequence[_Line] = ()
 
@@ -85,15 +87,14 @@ def overlay(
     """
     image = displayed(image)
     scale = _scale(image)
+    masks = _masks(detections, scale)
     detections = _enlarged(detections, scale)
-    masks = detections.full_masks() if detections.has_masks else None
     marks = []
     for k, (box, label, score) in enumerate(
         zip(detections.boxes_xyxy_px.tolist(), detections.labels, detections.scores, strict=True)
     ):
-        mask = None if masks is None else masks[k]
         text = f"{class_names[label - 1]} {score:.2f}" if with_scores else class_names[label - 1]
-        mark = Mark(tuple(box), text, colour_of(k), mask)
+        mark = Mark(tuple(box), text, colour_of(k), *masks[k])
         if detections.keypoints is not None:
             points = detections.keypoints[k]
             mark = with_pose(mark, points, points[:, 2] >= point_score, skeleton)
@@ -140,6 +141,7 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
             mark,
             box_xyxy_px=_scaled_box(mark.box_xyxy_px, scale),
             mask=None if mark.mask is None else _enlarge(mark.mask, scale),
+            mask_at=(scale * mark.mask_at[0], scale * mark.mask_at[1]),
             points_px=[(scale * x, scale * y) for x, y in mark.points_px],
             lines=[(_scaled_box(ends, scale), colour) for ends, colour in mark.lines],
         )
@@ -179,7 +181,8 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     line, point = max(1, round(side * _LINE)), max(3, round(side * _POINT))
     for mark in reversed(marks):
         if mark.mask is not None:
-            _tint(canvas, mark.mask, mark.colour, line)
+            (y, x), (height, width) = mark.mask_at, mark.mask.shape
+            _tint(canvas[y : y + height, x : x + width], mark.mask, mark.colour, line)
     drawn = Image.fromarray(canvas)
     draw = ImageDraw.Draw(drawn)
     for mark in reversed(marks):
@@ -187,8 +190,8 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=mark.colour, width=line)
         for ends, colour in mark.lines:
             draw.line(ends, fill=colour, width=line + 1)
-        for x, y in mark.points_px:
-            draw.ellipse((x - point, y - point, x + point, y + point), fill=mark.colour)
+        for px, py in mark.points_px:
+            draw.ellipse((px - point, py - point, px + point, py + point), fill=mark.colour)
     font = ImageFont.load_default(max(12, round(side * _FONT)))
     for mark, (left, top, right, bottom) in reversed(
         list(zip(marks, _label_boxes(marks, font, drawn.size), strict=True))
@@ -244,6 +247,16 @@ def _scale(image: np.ndarray) -> int:
 
 def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
     return np.repeat(np.repeat(pixels, scale, axis=0), scale, axis=1)
+
+
+def _masks(detections: Detections, scale: int) -> list[tuple[np.ndarray | None, tuple[int, int]]]:
+    """The mask of each detection on an image of `scale` times the size, and its place, as `Mark` has them."""
+    if detections.mask_runs is not None:  # of tiles: never whole scenes
+        windows = (window_of(spans, detections.size_hw[0]) for spans in detections.runs().spans())
+        return [(_enlarge(mask, scale), (scale * top, scale * left)) for mask, top, left in windows]
+    if not detections.has_masks:
+        return [(None, (0, 0))] * len(detections)
+    return [(mask, (0, 0)) for mask in _enlarged(detections, scale).full_masks()]
 
 
 def _enlarged(detections: Detections, scale: int) -> Detections:

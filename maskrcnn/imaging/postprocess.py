@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, require_memory
 from maskrcnn.imaging.paste import paste_mask, pasted_runs
-from maskrcnn.imaging.run_lengths import strings_from_runs
+from maskrcnn.imaging.run_lengths import Runs, strings_from_runs
+
+_TILES_THRESHOLD = 0.5  # of masks that are joined from tiles
 
 # Masks [D, S, S], boxes [D, 4] xyxy px, (height, width) of the image and a threshold, to bool [D, height, width].
 Paste = Callable[[np.ndarray, np.ndarray, tuple[int, int], float], np.ndarray]
@@ -37,6 +39,8 @@ class Detections:
     keypoint_skeleton: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # pairs counted from 1
     name: str = ""  # of the image: its file, URL, or `video.mp4#12`; "" if unknown
     image: np.ndarray | None = field(default=None, repr=False)  # its pixels [H, W, C], where they were kept
+    # Run lengths in the whole image at a threshold of 0.5, of objects joined from tiles, which have no `masks`.
+    mask_runs: Runs | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -44,7 +48,7 @@ class Detections:
     @property
     def has_masks(self) -> bool:
         """Whether the model has a mask head."""
-        return self.masks is not None
+        return self.masks is not None or self.mask_runs is not None
 
     @property
     def has_keypoints(self) -> bool:
@@ -61,14 +65,24 @@ class Detections:
             labels=self.labels[keep],
             masks=None if self.masks is None else self.masks[keep],
             keypoints=None if self.keypoints is None else self.keypoints[keep],
+            mask_runs=None if self.mask_runs is None else self.mask_runs.chosen(keep),
         )
 
     def full_masks(self, threshold: float = 0.5) -> np.ndarray:
         """Returns masks in the whole image, bool `[D, H, W]`: set where the probability exceeds `threshold`.
 
         Raises:
-            UserError: for a model without masks.
+            UserError: for a model without masks; for masks of a large scene that do not fit into memory.
         """
+        if self.mask_runs is not None:
+            height, width = self.size_hw
+            what = f"{len(self)} masks of {width}×{height} px"
+            require_memory(len(self) * float(height) * width, what, "use `rles` or `polygons`, which have no pixels")
+            flat = np.zeros((len(self), width * height), bool)
+            for pixels, spans in zip(flat, self.runs(threshold).spans(), strict=True):
+                for start, stop in spans.tolist():
+                    pixels[start:stop] = True
+            return flat.reshape(-1, width, height).swapaxes(1, 2)
         if self.paste is not None:
             return self.paste(self.require_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
         full = np.zeros((len(self), *self.size_hw), bool)
@@ -90,8 +104,18 @@ class Detections:
         Raises:
             UserError: for a model without masks.
         """
-        runs = pasted_runs(self.require_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
-        return [{"size": list(self.size_hw), "counts": counts} for counts in strings_from_runs(runs)]
+        return [{"size": list(self.size_hw), "counts": counts} for counts in strings_from_runs(self.runs(threshold))]
+
+    def runs(self, threshold: float = 0.5) -> Runs:
+        """Returns the same masks as run lengths; see `rles`."""
+        if self.mask_runs is None:
+            return pasted_runs(self.require_masks(), self.boxes_xyxy_px, self.size_hw, threshold)
+        if threshold != _TILES_THRESHOLD:
+            expected = f"{_TILES_THRESHOLD}, at which tiles are joined: probabilities are not kept"
+            raise UserError(
+                f"a mask threshold of {threshold:g} for objects joined from tiles", expected, "leave it out"
+            )
+        return self.mask_runs
 
     @property
     def names(self) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskrcnn.errors import missing_library
 from maskrcnn.imaging.paste import paste_mask
+from maskrcnn.imaging.run_lengths import window_of
 
 if TYPE_CHECKING:
     from maskrcnn.imaging.postprocess import Detections
@@ -33,8 +35,7 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
     except ImportError as error:
         raise missing_library("contourpy", "trace the outlines of masks", "pip install contourpy") from error
     outlines: list[list[np.ndarray]] = []
-    for mask, box in zip(detections.require_masks(), detections.boxes_xyxy_px, strict=True):
-        window, top, left = paste_mask(mask, box, detections.size_hw)
+    for window, top, left in _windows(detections, threshold):
         parts: list[np.ndarray] = []
         if window.size and window.max() > threshold:
             # A border of zeros closes outlines at the edge of the window. The value of pixel j is at x = j + 0.5.
@@ -46,6 +47,17 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
                 parts.append(np.clip(outer, 0, (width, height)))
         outlines.append(parts)
     return outlines
+
+
+def _windows(detections: Detections, threshold: float) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Mask probabilities, or 0 and 1, in the part of the image that holds the mask, and its first row and column."""
+    if detections.mask_runs is None:
+        for mask, box in zip(detections.require_masks(), detections.boxes_xyxy_px, strict=True):
+            yield paste_mask(mask, box, detections.size_hw)
+    else:
+        for spans in detections.runs(threshold).spans():
+            window, top, left = window_of(spans, detections.size_hw[0])
+            yield window.astype(np.float32), top, left
 
 
 def to_dataframe(detections: Detections) -> Any:
@@ -64,7 +76,7 @@ def to_dataframe(detections: Detections) -> Any:
     table = {"label": detections.labels, "class_name": detections.names, "score": detections.scores}
     table |= dict(zip(("x0", "y0", "x1", "y1"), detections.boxes_xyxy_px.T, strict=True))
     if detections.has_masks:
-        table["area_px"] = detections.full_masks().sum((1, 2))
+        table["area_px"] = detections.runs().sums()[0]
     return pandas.DataFrame(table)
 
 

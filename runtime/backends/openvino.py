@@ -101,6 +101,8 @@ class OpenVinoBackend(Backend):
         }
         if threads or is_quota_bound():  # OpenVINO respects the affinity, but not a quota
             self._options["INFERENCE_NUM_THREADS"] = threads or available_cpus()
+        if threads:  # OpenVINO pins its threads to the first cores: processes side by side would share these
+            self._options["ENABLE_CPU_PINNING"] = False
         if streams > 1:
             self._options["NUM_STREAMS"] = str(streams)
         self._lock = threading.Lock()  # of the instrumented request

@@ -143,7 +143,8 @@ class TensorRtBackend(Backend):
 
     def graph_refusals(self) -> dict[Shape, str]:
         """Returns input shapes that could not be captured as a CUDA graph, and why."""
-        bindings = (item for contexts in self._contexts for item in contexts.bindings.items())
+        # Copies: other threads add contexts and bindings meanwhile.
+        bindings = (item for contexts in list(self._contexts) for item in list(contexts.bindings.items()))
         return {shape: binding.graph_refusal for shape, binding in bindings if binding.graph_refusal}
 
     def _take_contexts(self) -> ExecutionContexts:

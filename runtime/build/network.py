@@ -16,10 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import atomic_path
 from maskrcnn.metadata import ModelMetadata
-from maskrcnn.plugins import build
+from maskrcnn.plugins import aot, build
 from maskrcnn.runtime.backends.base import detector_specs
 from maskrcnn.runtime.backends.tensorrt_library import Gpu, Log, Weights, listen
 from maskrcnn.runtime.build.messages import failure, parsing_failure
@@ -64,6 +64,7 @@ def build_plan(
             those of the detector contract.
     """
     log = listen(trt)
+    aot.faults.clear()
     try:
         builder = trt.Builder(log.logger)
     except TypeError as error:  # raised by the bindings without a builder
@@ -71,6 +72,8 @@ def build_plan(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse(graph):
+        if aot.faults:
+            raise _plugin_fault(aot.faults[0])
         raise parsing_failure(parser, log.messages, request.stage_of)
     _check_contract(network, metadata)
     config = builder.create_builder_config()
@@ -89,9 +92,22 @@ def build_plan(
                 _save_timings(config, timing_cache)
     if monitor.fault is not None:
         raise monitor.fault
+    if plan is None and aot.faults:
+        raise _plugin_fault(aot.faults[0])
     if plan is None:
         raise failure(log.messages, "TensorRT built no engine", "a plan")
     return plan, tuple(m.text for m in log.messages if m.severity == "WARNING")
+
+
+def _plugin_fault(error: Exception) -> UserError:
+    """The error for an exception of an ahead-of-time plugin during a build."""
+    if isinstance(error, UserError):
+        return error
+    found = f"an ahead-of-time plugin that failed during the build: {type(error).__name__}: {reason_of(error)}"
+    fix = "use the plugin library (`maskrcnn build-plugins --form library`, then --plugin-library), and report this"
+    refusal = UserError(found, "a compiled kernel", fix)
+    refusal.__cause__ = error
+    return refusal
 
 
 def _check_contract(network: Any, metadata: ModelMetadata) -> None:

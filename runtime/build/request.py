@@ -82,6 +82,9 @@ class BuildRequest:
         if self.gate_annotations is not None and self.gate_images is None:
             found = f"--gate-annotations {self.gate_annotations} without --gate-images"
             raise UserError(found, "the folder of the annotated images", "add --gate-images FOLDER")
+        if self.version_compatible and self.plugins is PluginForm.AOT:
+            found = "--version-compatible with ahead-of-time plugins, which other versions of TensorRT may not run"
+            raise UserError(found, "--plugin-library with it", "add --plugin-library, or drop --version-compatible")
 
     @property
     def compared_images(self) -> str:

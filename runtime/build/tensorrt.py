@@ -10,7 +10,8 @@ from typing import Any
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_target, folder_beside, write_json
 from maskrcnn.metadata import ModelMetadata, sha256_of
-from maskrcnn.plugins.aot_kernels import Image
+from maskrcnn.plugins.aot_kernels import Image, compiler_name, image_for
+from maskrcnn.plugins.toolchain import Toolchain, find_toolchain
 from maskrcnn.runtime.backends.base import Backend
 from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
 from maskrcnn.runtime.backends.tensorrt_library import (
@@ -165,11 +166,23 @@ def _stamped(request: BuildRequest, trt: Any, gpu: Gpu) -> ModelMetadata:
     return dataclasses.replace(metadata, precision=request.precision, source_sha256=source, stamp=stamp)
 
 
+def _require_ptx(toolchain: Toolchain) -> None:
+    """Refuses a compiler whose PTX this driver cannot read: the engine is compared here, before it is kept."""
+    if (toolchain.nvrtc or toolchain.nvcc) and image_for(toolchain) is Image.CUBIN:
+        driver = ".".join(map(str, toolchain.driver_cuda or ()))
+        raise UserError(
+            f"--hardware-compatible ampere_plus with {compiler_name(toolchain)} and a driver for CUDA {driver}",
+            "a driver at least as new as the compiler: kernels for several GPU generations are PTX, which it compiles",
+            "update the driver, install an older nvidia-cuda-nvrtc, or use --plugin-library",
+        )
+
+
 def _load_plugins(request: BuildRequest, trt: Any, gpu: Gpu) -> Path | None:
     """Registers the plugins; returns the plugin library, if they are in one."""
     if request.plugins is PluginForm.LIBRARY:
         return load_plugins(trt, request.plugins, arch=gpu.arch)
     if request.hardware is Hardware.AMPERE_PLUS:
         # Machine code would run on one GPU generation only.
+        _require_ptx(find_toolchain())
         return load_plugins(trt, request.plugins, arch=OLDEST_ARCH, image=Image.PTX)
     return load_plugins(trt, request.plugins)

@@ -11,15 +11,17 @@ from typing import Any
 
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.records import ImageRecord, Records
+from maskrcnn.data.scenes import open_scene
 from maskrcnn.data.survey import read_record
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.postprocess import coco_results
+from maskrcnn.imaging.postprocess import Detections, coco_results
 from maskrcnn.imaging.preprocess import Preprocessing, padded_size
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, table
 from maskrcnn.runtime.evaluation.results_file import FIELDS, kinds_of, read_results
 from maskrcnn.runtime.evaluation.scoring import Scored, score_entries
+from maskrcnn.runtime.tiles import Tiles, detect_tiles
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def detect_records(
     records: Records,
     *,
     batch_size: int = 1,
+    tiles: Tiles | None = None,
     progress: Callable[[int], None] = lambda images: None,
     keep: Callable[[list[int], list[list[dict[str, Any]]], Seconds], None] = lambda ids, results, seconds: None,
 ) -> tuple[list[dict[str, Any]], Seconds]:
@@ -94,7 +97,8 @@ def detect_records(
     Args:
         detector: detector of any backend.
         records: the images, in any order; may be empty.
-        batch_size: images per inference.
+        batch_size: images, or tiles, per inference.
+        tiles: detects tile by tile.
         progress: called with the number of images done in each batch.
         keep: called with the image ids, results and time of each batch, to keep them if a later one fails.
 
@@ -106,8 +110,8 @@ def detect_records(
     """
     found: dict[int, list[dict[str, Any]]] = {}
     seconds = Seconds()
-    for batch in batches_of(records, batch_size, detector.metadata.preprocessing):
-        by_image, batch_seconds = detect_batch(detector, batch)
+    for batch in batches_of(records, 1 if tiles else batch_size, detector.metadata.preprocessing):
+        by_image, batch_seconds = detect_batch(detector, batch, tiles, batch_size)
         ids = batch.ids.tolist()
         found |= dict(zip(ids, by_image, strict=True))
         seconds += batch_seconds
@@ -129,17 +133,25 @@ def batches_of(records: Records, batch_size: int, preprocessing: Preprocessing) 
     return [records.take(own[start : start + batch_size]) for own, start in starts]
 
 
-def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list[list[dict[str, Any]]], Seconds]:
+def detect_batch(
+    detector: Detector, batch: Sequence[ImageRecord], tiles: Tiles | None = None, batch_size: int = 1
+) -> tuple[list[list[dict[str, Any]]], Seconds]:
     """The results of each image of one batch, and the time they took.
+
+    With tiles each image is detected in by `detect_tiles`, `batch_size` tiles at a time; reading counts as computing.
 
     Raises:
         UserError: if an image cannot be read.
     """
     metadata = detector.metadata
     times = [time.perf_counter()]
-    images = [read_record(record, detector.preprocessing, detector.notes) for record in batch]
-    times.append(time.perf_counter())
-    detections = detector.detect(images)
+    if tiles is None:
+        images = [read_record(record, detector.preprocessing, detector.notes) for record in batch]
+        times.append(time.perf_counter())
+        detections = detector.detect(images)
+    else:
+        times.append(time.perf_counter())
+        detections = [_detect_tiles(detector, record, tiles, batch_size) for record in batch]
     times.append(time.perf_counter())
     results = [
         coco_results(own, record.id, metadata.category_ids, with_masks=metadata.has_masks)
@@ -147,6 +159,13 @@ def detect_batch(detector: Detector, batch: Sequence[ImageRecord]) -> tuple[list
     ]
     times.append(time.perf_counter())
     return results, Seconds(*(after - before for before, after in pairwise(times)))
+
+
+def _detect_tiles(detector: Detector, record: ImageRecord, tiles: Tiles, batch_size: int) -> Detections:
+    size = record.height, record.width
+    options: dict[str, Any] = {"annotated_hw": size, "exif": record.exif, "notes": detector.notes}
+    with open_scene(record.path, detector.preprocessing, **options) as scene:
+        return detect_tiles(detector, scene, tiles, batch_size=batch_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import Seconds, batches_of, check_classes, detect_batch, facts_of
+from maskrcnn.runtime.tiles import Tiles
 
 _KEY, _VERSION = "maskrcnn_detections", 1
 _POLL_S = 0.2
@@ -45,7 +46,7 @@ class Origin:
     backend: str
     annotations: str  # SHA-256 of the file
     batch_size: int  # changes rounding
-    reading: str = "auto"  # rule of EXIF orientations and pixel range, if given; absent in older logs
+    reading: str = "auto"  # rule of EXIF orientations, pixel range and tiles, if given; absent in older logs
 
 
 class DetectionsLog:
@@ -246,6 +247,7 @@ class DetectionTask:
     images: Path | None = None  # folder of the images, if it is not searched for
     exif: str = "auto"  # one of `images.EXIF_RULES`
     pixel_range: tuple[float, ...] | None = None  # instead of the model's
+    tiles: Tiles | None = None
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
         """The log of this task, new or to be continued.
@@ -262,7 +264,7 @@ class DetectionTask:
             backend=self.backend or "the default",
             annotations=dataset.fingerprint(),
             batch_size=self.batch_size,
-            reading=" ".join(map(str, (self.exif, *(self.pixel_range or ())))),
+            reading=" ".join(map(str, (self.exif, *(self.pixel_range or ()), *([self.tiles] if self.tiles else [])))),
         )
         return DetectionsLog(path, origin, {"model": str(self.model), "annotations": str(dataset.annotation_path)})
 
@@ -273,6 +275,7 @@ def detect_share(
     log: DetectionsLog,
     share: Share,
     *,
+    tiles: Tiles | None = None,
     progress: _Progress = lambda images: None,
 ) -> None:
     """Detects on a process's share of the images, and appends to the log those that it lacks.
@@ -284,6 +287,7 @@ def detect_share(
         dataset: the whole dataset.
         log: log of the detections; its origin has the batch size.
         share: share of this process.
+        tiles: detects tile by tile.
         progress: called with the number of images done, those that the log already has included.
 
     Raises:
@@ -292,10 +296,11 @@ def detect_share(
     check_classes(detector, dataset)
     done = log.read()
     part = log.open_part(share.rank, facts_of(detector))
-    batches = batches_of(dataset.images, log.origin.batch_size, detector.metadata.preprocessing)
+    size = log.origin.batch_size
+    batches = batches_of(dataset.images, 1 if tiles else size, detector.metadata.preprocessing)
     for batch in batches[share.rank :: share.count]:
         if not all(image_id in done for image_id in batch.ids.tolist()):
-            results, seconds = detect_batch(detector, batch)
+            results, seconds = detect_batch(detector, batch, tiles, size)
             log.append(part, batch.ids.tolist(), results, seconds)
         progress(len(batch))
 
@@ -392,7 +397,7 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before PyTorch is imported
         options = {"threads": threads} if task.model.suffix in (".onnx", ".xml") else {}
         detector = Detector.load(task.model, task.backend, pixel_range=task.pixel_range, **options)
-        detect_share(detector, dataset, log, share)
+        detect_share(detector, dataset, log, share, tiles=task.tiles)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -2,8 +2,14 @@
 
 import ctypes
 import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
+import exercise
 import gpu
 import kernels_on_cpu
 import numpy as np
@@ -70,6 +76,7 @@ def test_a_check_stopped_by_the_budget_is_left_out(tmp_path, monkeypatch):
 
 def test_the_documented_checks():
     checks = {check.name: check for check in gpu.checks()}
+    run.parse(checks["pytorch"].command[1:])
     assert "tensorrt" in checks["tensorrt"].packages
     assert checks["tensorrt"].command[-3:] == ("-m", "tensorrt", "tests")
     for batch in (1, 8, 16):
@@ -79,6 +86,9 @@ def test_the_documented_checks():
         assert (given.size, given.batch) == ([(800, 1344)], (batch,))
         assert given.output.name == f"latency-{batch}" and given.repeat
     assert all(check.limit_s < 600 for check in checks.values())
+    for call in (1, 2):
+        assert sum(check.limit_s for check in checks.values() if call in check.calls) <= gpu.CALL_S
+    assert "tests-plugins" in checks and "--checkpoint-only" in checks["pytorch"].command
 
 
 def test_scripts_of_the_checks_exist():
@@ -113,7 +123,7 @@ def kernels(tmp_path_factory):
 
 def test_exercise_calls_every_kernel(kernels):
     lines = []
-    gpu.exercise_kernels(kernels, CpuMemory(), lines.append)
+    exercise.exercise_kernels(kernels, CpuMemory(), lines.append)
     assert {line.split()[0] for line in lines} == {"RoIAlign", "NMS", "paste"}
 
 
@@ -121,12 +131,83 @@ def test_exercise_stops_at_a_wrong_result(kernels, monkeypatch):
     right = Kernels.batched_nms
     monkeypatch.setattr(Kernels, "batched_nms", lambda *a, **k: right(*a, **{**k, "iou_threshold": 0.9}))
     with pytest.raises(AssertionError):
-        gpu.exercise_kernels(kernels, CpuMemory(), lambda line: None)
+        exercise.exercise_kernels(kernels, CpuMemory(), lambda line: None)
 
 
-def test_output_of_a_sanitizer_tool_is_written(tmp_path):
+def test_output_of_a_sanitizer_tool_is_written(tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text('#!/bin/sh\necho "ERROR SUMMARY: 3 errors ($2)"\nexit $4\n')
     tool.chmod(0o755)
-    assert not gpu.sanitize("memcheck", tmp_path, str(tool))
-    assert "3 errors (memcheck)" in (tmp_path / "sanitizer-memcheck.txt").read_text()
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert exercise.run_under("memcheck", tmp_path / "found.txt") == 1
+    assert "3 errors (memcheck)" in (tmp_path / "found.txt").read_text()
+
+
+def test_full_size_exercise_stays_inside_its_arrays(kernels, monkeypatch):
+    monkeypatch.setattr(exercise, "_SIZE_HW", (64, 96))
+    monkeypatch.setattr(exercise, "_CHANNELS", 8)
+    memory = CpuMemory()
+    exercise.launch_at_full_size(kernels, memory)
+    pooled = memory.kept[4]  # after the four maps
+    assert pooled.nbytes == 1000 * 8 * 7 * 7 * 2 and not (pooled == 0xA5).all()
+
+
+def test_files_that_cannot_be_imported_do_not_hide_failed_tests(tmp_path):
+    options = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        f"--rootdir={tmp_path}",
+    )
+    check = gpu.Check("tests", (*options, "-c", "/dev/null", str(tmp_path)))
+    (tmp_path / "test_a.py").write_text("import no_such_package\n")
+    (tmp_path / "test_b.py").write_text("def test_b(): pass\n")
+    assert gpu.run_check(check, tmp_path)["outcome"] == "passed"
+    (tmp_path / "test_b.py").write_text("def test_b(absent_fixture): pass\n")
+    assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
+    (tmp_path / "test_b.py").write_text("def test_b(): assert False\n")
+    assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
+
+
+def test_dry_run_starts_the_checks_in_order_and_archives_their_output(tmp_path, capsys):
+    out, names = tmp_path / "out", ["memcheck", "environment", "build-plugins"]
+    assert gpu.main([str(out), "--dry-run", "--only", *names]) == 0
+    with tarfile.open(tmp_path / "out.tar.gz") as content:
+        assert {"gpu.json", "environment.json", "memcheck.txt", "build-plugins.txt"} <= set(content.getnames())
+        found = json.load(content.extractfile("gpu.json"))["checks"]
+    assert [(each["name"], each["outcome"]) for each in found] == [
+        ("environment", "passed"), ("build-plugins", "passed"), ("memcheck", "passed")
+    ]  # fmt: skip
+    assert "to carry" in capsys.readouterr().out
+
+
+def test_dry_run_refuses_a_call_that_takes_too_long_and_a_check_that_does_not_start(tmp_path, capsys, monkeypatch):
+    broken = gpu.Check("broken", ("-c", "import openvino"), limit_s=600, calls=(1,))
+    monkeypatch.setattr(gpu, "checks", lambda: [broken])
+    assert gpu.main([str(tmp_path / "out"), "--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert "call 1: the limits sum to 600 s" in printed and "broken  failed" in printed
+
+
+def test_an_uninstalled_checkout_and_wheels_are_importable(tmp_path):
+    wheels, folder = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir(), folder.mkdir()
+    with zipfile.ZipFile(wheels / "carried_part-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_part/__init__.py", "")
+    script = (
+        f"import gpu, pathlib, subprocess, sys; v = gpu.use_checkout(pathlib.Path({str(folder)!r}), "
+        f"pathlib.Path({str(wheels)!r}), ['openvino']); code = 'import carried_part, maskrcnn.plugins.reference, "
+        "maskrcnn.runtime.doctor as d; print(d.__file__); import openvino'; "
+        "sys.exit(subprocess.run([sys.executable, '-c', code], env=v).returncode)"
+    )
+    # Without .pth files, hence without the installed package; its dependencies are on the path.
+    paths = os.pathsep.join([str(Path(gpu.__file__).parent), *(p for p in sys.path if p.endswith("site-packages"))])
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    done = subprocess.run(
+        [python, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert str(folder / "maskrcnn" / "runtime") in done.stdout
+    assert "ModuleNotFoundError: import of openvino halted" in done.stderr

@@ -273,7 +273,10 @@ def test_a_row_names_the_provider():
     assert contenders.backend_of(object(), "ONNX Runtime") == "ONNX Runtime"
 
 
-def test_openvino_does_not_run_on_a_gpu(checkpoint, onnx_file):
+@pytest.mark.parametrize(("has_cuda", "on_cpu"), [(True, {"OpenVINO"}), (False, {"OpenVINO", "ONNX Runtime"})])
+def test_what_does_not_run_on_a_gpu(checkpoint, onnx_file, monkeypatch, has_cuda, on_cpu):
+    provider = contenders.Provider.CUDA if has_cuda else contenders.Provider.CPU
+    monkeypatch.setattr(contenders, "best_provider", lambda: provider)
     artefacts = contenders.Artefacts(checkpoint=checkpoint, onnx=(onnx_file,), complete=False)
     found = contenders.our_contenders(artefacts)
-    assert {each.backend for each in found if not contenders.runs_on_gpu(each)} == {"OpenVINO"}
+    assert {each.backend for each in found if not contenders.runs_on_gpu(each)} == on_cpu

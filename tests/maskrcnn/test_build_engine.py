@@ -123,6 +123,7 @@ def test_auto_builds_for_the_cpu_and_lists_the_options_without_effect(run, road)
         (("--fp16", "--gate-annotations", "gt.json"), ("--gate-annotations gt.json without --gate-images",)),
         (("--fp16", "--gate-images", "none", "--target", "tensorrt"), ("no folder none",)),
         (("--fp16", "--hardware-compatible", "all"), ("--hardware-compatible all", "ampere_plus")),
+        (("--fp16", "--version-compatible"), ("--version-compatible with ahead", "add --plugin-library")),
         (("--fp16", "--keep", "fpn"), ("--keep without --int8",)),
     ],
 )

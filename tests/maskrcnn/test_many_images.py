@@ -315,6 +315,12 @@ def test_labels_go_back_into_a_dataset(photos, onnx_file, tmp_path, run):
         "yolo": [CocoDataset.load(tmp_path / "out" / "yolo", "train")],
         "labelme": [CocoDataset.load(tmp_path / "lm", split) for split in ("train", "val")],
     }
+    corrected = next((tmp_path / "out" / "labelme").rglob("*.json"))
+    corrected.write_text("corrected")
+    with pytest.raises(UserError, match="corrected"):
+        maskrcnn.predict(photos, model=onnx_file, output=tmp_path / "out", save=saved)
+    maskrcnn.predict(photos, model=onnx_file, output=tmp_path / "out", save=saved, resume=True)
+    assert corrected.read_text() == "corrected"
     for name, datasets in sets.items():
         records = {record.path.name: (record, dataset) for dataset in datasets for record in dataset.images}
         for file, entries in wanted.items():

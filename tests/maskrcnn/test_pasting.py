@@ -117,3 +117,11 @@ def test_malformed_strings_are_told_from_the_others():
 def test_negative_runs_are_given_as_they_are():
     runs, good = runs_from_strings(["36O"])  # 3, 6, −1
     assert good.all() and runs.runs.tolist() == [3, 6, -1]
+
+
+def test_runs_of_very_large_images_equal_pycocotools():
+    runs = [5, 2**30, 7, 2**30 + 3, 2**29, 1, 2**31 - 9, 40, 2]
+    expected = mask_api.frPyObjects({"size": [65536, 65535], "counts": runs}, 65536, 65535)["counts"].decode()
+    assert strings_from_runs(Runs(np.array(runs), np.array([9]))) == [expected]
+    back, good = runs_from_strings([expected])
+    assert good.all() and back.runs.tolist() == runs

@@ -14,7 +14,7 @@ from tensorrt_rig import rig
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import tensor_types
 from maskrcnn.export.tensorrt.flavour import PLUGIN_ATTRIBUTES, tensorrt_flavour
-from maskrcnn.plugins import aot, aot_kernels, contract
+from maskrcnn.plugins import aot, contract
 from maskrcnn.plugins.toolchain import find_toolchain
 
 
@@ -72,10 +72,24 @@ def test_tensorrt_gets_the_launch_of_the_kernel(with_plugins, layout):
         size = attributes["output_size"]
         assert answer["types"] == [TYPES[dtype]] and answer["shapes"] == [[2, 1000, channels, size, size]]
         assert_launched(answer, launch)
-        assert len(answer["combinations"]) == len(aot_kernels.FEATURE_FORMATS)
+        layouts = ["LINEAR", "HWC"] if dtype == "float32" else ["LINEAR", "HWC8"]
+        assert [combination[0] for combination in answer["combinations"]] == [[TYPES[dtype], each] for each in layouts]
         for combination in answer["combinations"]:
             kind, form = combination[0]
             assert combination == [[kind, form]] * num_levels + [["FLOAT", "LINEAR"], [kind, "LINEAR"]]
+
+
+def test_an_exception_while_a_kernel_is_compiled_is_kept(with_plugins):
+    """TensorRT itself logs its text only."""
+    inputs = [([1, 8, 16, 16], "FLOAT"), ([1, 3, 4], "FLOAT")]
+    kept = with_plugins(
+        "from maskrcnn.plugins import aot_kernels\n"
+        "def compile_kernel(*given, **options): raise OSError('the disk is full')\n"
+        "aot_kernels.compile_kernel = compile_kernel\n"
+        f"try: double.build('MultilevelRoiAlign', {POOLING}, {inputs})\n"
+        "except OSError: tell([repr(fault) for fault in aot.faults])"
+    )
+    assert kept == ["OSError('the disk is full')"]
 
 
 def assert_launched(answer, launch: aot.Launch) -> None:

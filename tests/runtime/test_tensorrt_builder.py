@@ -94,6 +94,8 @@ def test_parser_errors_name_the_node_its_stage_and_a_fix(error):
 @pytest.mark.parametrize(
     ("flow", "found", "fix"),
     [
+        ("failing_plugin", "failed during the build: OSError: the disk is full", "--plugin-library"),
+        ("failing_compiler", "NVRTC fails", "update it"),
         ("no_builder", "TensorRT has no builder here", "report this"),
         ("parser_has_no_plugin", "nms (BatchedNms): UNSUPPORTED_NODE", "BatchedNms is an op of maskrcnn"),
         ("parser_is_out_of_memory", "MEM_ALLOC_FAILED: bad_alloc", "free memory"),

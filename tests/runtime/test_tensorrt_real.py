@@ -214,12 +214,6 @@ def test_weights_are_put_into_an_engine(build_engine, graph_of, onnx_file, tmp_p
     assert TensorRtBackend(tmp_path / "new.engine").metadata.stamp["refit"] != "stripped"
 
 
-def test_a_version_compatible_engine(build_engine, tmp_path):
-    built, path = build_engine(tmp_path, version_compatible=True)
-    assert built.comparison.accepted
-    assert TensorRtBackend(path).metadata.stamp["version_compatible"] == "yes"
-
-
 def test_each_shape_runs_in_its_own_profile(build_engine, tmp_path):
     _, path = build_engine(tmp_path, batch="1,2", size="64x96,128x160")
     backend = TensorRtBackend(path)
@@ -235,10 +229,12 @@ def command_line(*arguments):
     return done.stdout
 
 
-def test_an_engine_with_the_plugin_library(onnx_file, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--version-compatible",)])
+def test_an_engine_with_the_plugin_library(onnx_file, tmp_path, options):
     if missing := build.obstacle(build.Library.PLUGINS, find_toolchain()):
         pytest.skip(str(missing))
-    printed = command_line(onnx_file, "--plugin-library", "--size", "96x128", "--output", tmp_path / "library.engine")
+    options = ("--plugin-library", *options, "--size", "96x128", "--output", tmp_path / "library.engine")
+    printed = command_line(onnx_file, *options)
     assert "plugins: library" in printed and "differ from the ONNX file's by" in printed
 
 

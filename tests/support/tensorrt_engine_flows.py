@@ -25,8 +25,10 @@ from maskrcnn.cli import app
 from maskrcnn.cli.console import console
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import sha256_of
+from maskrcnn.plugins.toolchain import Nvrtc, Toolchain
 from maskrcnn.runtime.backends import tensorrt_library
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
+from maskrcnn.runtime.build import tensorrt as tensorrt_build
 from maskrcnn.runtime.build.refit import refit_plan, refit_tensorrt_engine
 from maskrcnn.runtime.build.request import BuildRequest
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
@@ -137,6 +139,14 @@ def engine_for_more_gpus(given: Flow) -> Any:
         built = build_tensorrt_engine(request, Progress())
     named = register.call_args.kwargs
     return {"arch": named["arch"], "image": named["image"].value, "stamp": built.metadata.stamp["plugins"]}
+
+
+@flow
+def engine_for_more_gpus_with_an_old_driver(given: Flow) -> Any:
+    request = given.request(graph=given.aot_graph, plugins=PluginForm.AOT, hardware=Hardware.AMPERE_PLUS)
+    toolchain = Toolchain(nvrtc=Nvrtc("13.2", (80, 90)), driver_cuda=(13, 0))
+    with mock.patch.object(tensorrt_build, "find_toolchain", lambda: toolchain), machine(Trt(), plugins=True):
+        return build_tensorrt_engine(request, Progress())
 
 
 def _refit(given: Flow, trt: Trt, target: Path, name: str) -> tuple[Any, dict[str, Any]]:

@@ -25,6 +25,7 @@ from tensorrt_doubles import GPU, PlanBackend, Trt, answers, double_of
 from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.plugins import aot
 from maskrcnn.runtime.backends import tensorrt_library
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
 from maskrcnn.runtime.build import refit as tensorrt_refit
@@ -206,6 +207,21 @@ def stripped_build(given: Flow) -> Any:
     trt = Trt()
     given.plan(trt, weights=Weights.STRIPPED, hardware=Hardware.AMPERE_PLUS)
     return _settings(trt)
+
+
+@flow
+def failing_plugin(given: Flow) -> Any:
+    aot.faults.append(ValueError("of an earlier build"))
+    trt = Trt(lambda graph: None)
+    trt.during = lambda trt: aot.faults.append(OSError("the disk is full"))
+    return given.plan(trt)
+
+
+@flow
+def failing_compiler(given: Flow) -> Any:
+    trt = Trt(lambda graph: None)
+    trt.during = lambda trt: aot.faults.append(UserError("NVRTC fails", "a kernel", "update it"))
+    return given.plan(trt)
 
 
 @flow
