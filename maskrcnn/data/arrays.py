@@ -8,6 +8,7 @@ are kept in the cache folder under a hash of the file's content.
 from __future__ import annotations
 
 import codecs
+import ctypes
 import gc
 import hashlib
 import json
@@ -125,7 +126,15 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
         with suppress(OSError, UserError, TypeError):
             table = table.write(cached, _facts(read))
             _remove_old(cached.parent)
+    if cached is not None:
+        _release_memory()
     return table, read
+
+
+def _release_memory() -> None:
+    """Returns to the system what glibc keeps of the parsed file."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def table_of_content(content: Any, source: str, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, AnnotationFile]:
