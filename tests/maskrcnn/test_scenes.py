@@ -40,6 +40,8 @@ _KINDS: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
         {"tile": (64, 48), "photometric": "rgb", "extrasamples": ["unassalpha"], "compression": "zlib"},
     ),
     "grey of 16 bits": (_WIDE, {"tile": (32, 32), "photometric": "minisblack", "compression": "zlib"}),
+    # Pillow 13.0 would map this one into memory, and exchange height and width if it is turned.
+    "contiguous grey": (_RGB[..., 0], {"photometric": "minisblack"}),
     "white is zero": (_RGB[..., 0], {"rowsperstrip": 20, "photometric": "miniswhite"}),
 }
 
