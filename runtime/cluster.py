@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,14 +191,12 @@ def _files_of(model: Path) -> dict[str, bytes]:
 
 def _unpacked(files: dict[str, bytes]) -> Path:
     """A folder of this machine with the files, which the actors of a node share."""
-    from maskrcnn.files import atomic_path
+    from maskrcnn.files import atomic_path, cache_folder
 
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(name.encode() + content)
-    folder = (
-        Path(tempfile.gettempdir()) / f"maskrcnn-{os.getuid() if hasattr(os, 'getuid') else 0}-{digest.hexdigest()}"
-    )
+    folder = cache_folder() / "models" / digest.hexdigest()
     for name, content in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != len(content):

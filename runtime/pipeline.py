@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _WINDOW_BYTES = 1 << 29  # of decoded images; more are read only where one alone is larger
 
 T = TypeVar("T")
-Detect = Callable[[list[np.ndarray]], list[Detections]]
 
 
 @dataclass(eq=False)
@@ -55,7 +54,6 @@ def detect_images(
     batch: int = 1,
     calls: int = 1,
     threads: int = 2,
-    detect: Detect | None = None,
 ) -> Iterator[tuple[ImageItem, T | UserError]]:
     """Yields each item with what `finish` made of its detections, in the order of the items.
 
@@ -66,7 +64,6 @@ def detect_images(
         batch: most images of one call of the model; only images of the same size are in one.
         calls: calls of the model at the same time.
         threads: that read and finish images.
-        detect: detects in a list of images (default: `detector.detect`).
 
     Yields:
         the item, and the result or the error of the image: that of a file that cannot be read or does not fit the
@@ -74,7 +71,6 @@ def detect_images(
     """
     window = 2 * (threads + calls * batch)
     order: deque[_Entry[T]] = deque()
-    run = detect or detector.detect
     readers = ThreadPoolExecutor(threads, "maskrcnn-images")
     finishers = ThreadPoolExecutor(threads, "maskrcnn-finish")
     models = ThreadPoolExecutor(calls, "maskrcnn-detect")
@@ -100,7 +96,7 @@ def detect_images(
                     entry.is_started = True
                 waiting = [entry for entry in waiting if not entry.is_started]
                 if group:
-                    models.submit(_detect, run, group, finish, finishers)
+                    models.submit(_detect, detector, group, finish, finishers)
             entry = order[0]
             error = entry.outcome.exception()  # waits
             order.popleft()
@@ -141,19 +137,19 @@ def _next_batch(waiting: list[_Entry[T]], batch: int) -> list[_Entry[T]]:
 
 
 def _detect(
-    run: Detect,
+    detector: Detector,
     group: list[_Entry[T]],
     finish: Callable[[ImageItem, np.ndarray, int, Detections], T],
     finishers: ThreadPoolExecutor,
 ) -> None:
     """Detects in the images of a group; of one that fails, each alone."""
     try:
-        found = run([entry.image.result() for entry in group])
+        found = detector.detect([entry.image.result() for entry in group])
     except UserError as error:
         if len(group) == 1:
             group[0].outcome.set_exception(error)
         for entry in group if len(group) > 1 else ():
-            _detect(run, [entry], finish, finishers)
+            _detect(detector, [entry], finish, finishers)
         return
     except BaseException as error:
         for entry in group:

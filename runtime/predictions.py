@@ -48,7 +48,6 @@ class Predictions:
             self._file: IO[bytes] = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (see `close`)
             for _ in range(keep):
                 self._file.readline()
-            self._file.seek(self._file.tell())
             self._file.truncate()
 
     def append(self, record: str) -> None:

@@ -25,18 +25,6 @@ _CLUSTER = "Cluster"
 _NAMED = 20  # images that an error names
 
 
-class Saved(str, Enum):
-    """What is written."""
-
-    OVERLAYS = "overlays"
-    VIDEO = "video"
-    RESULTS = "results"
-    PARQUET = "parquet"
-    COCO = "coco"
-    LABELME = "labelme"
-    YOLO = "yolo"
-
-
 class ImageFormat(str, Enum):
     """File format of overlays."""
 
@@ -97,7 +85,7 @@ def predict(
         str, typer.Option(help="Folder to write to; with --ray also a URL.", rich_help_panel="Output")
     ] = "predictions",
     save: Annotated[
-        list[Saved] | None,
+        list[str] | None,
         typer.Option(
             help="What to write, repeatable: overlays, video (annotated), results (COCO), parquet; labels for "
             "annotation tools: coco, labelme, yolo (default: overlays or video, and results).",
@@ -143,8 +131,8 @@ def predict(
     Images that cannot be used are named and left out, with exit code 1 at the end. Every image that is done is in
     detections.jsonl at once; --resume continues after the last one.
     """
-    from maskrcnn.api.predict import FAILED
     from maskrcnn.api.predict import predict as run
+    from maskrcnn.api.predict_output import FAILED
 
     result = run(
         images,
@@ -154,7 +142,7 @@ def predict(
         precision=precision,
         pixel_range=range_from_text(pixel_range),
         output=output,
-        save=None if save is None else [each.value for each in save],
+        save=save,
         batch_size=batch_size,
         tile=tile,
         overlap=overlap,

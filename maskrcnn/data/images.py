@@ -169,7 +169,7 @@ def read_image(
     """
     path = Path(path)
     with _source(path) as source:
-        return _read(source, f"image {path}", preprocessing or Preprocessing(), annotated_hw, exif, notes)
+        return _read(source, f"image {path}", preprocessing or Preprocessing(), annotated_hw, exif, notes)[0]
 
 
 def decode_image(
@@ -186,9 +186,19 @@ def decode_image(
     Raises:
         UserError: as `read_image`.
     """
-    if not data:
-        raise UserError(f"image {name} is empty", _READABLE, "send the content of an image file")
-    return _read(io.BytesIO(data), f"image {name}", preprocessing or Preprocessing(), None, "auto", notes)
+    return read_upright(data, name, preprocessing or Preprocessing(), notes)[0]
+
+
+def read_upright(
+    content: Path | bytes, name: str, preprocessing: Preprocessing, notes: ImageNotes | None = None
+) -> tuple[np.ndarray, int]:
+    """As `read_image` or `decode_image`, of a file or its content; also returns the EXIF orientation, 1 for none."""
+    if isinstance(content, bytes):
+        if not content:
+            raise UserError(f"image {name} is empty", _READABLE, "send the content of an image file")
+        return _read(io.BytesIO(content), f"image {name}", preprocessing, None, "auto", notes)
+    with _source(content) as source:
+        return _read(source, f"image {name}", preprocessing, None, "auto", notes)
 
 
 def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
@@ -606,7 +616,8 @@ def _read(
     annotated_hw: tuple[int, int] | None,
     exif: str,
     notes: ImageNotes | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
+    """Pixels, and the orientation that was applied to them."""
     notes = notes if notes is not None else ImageNotes()
     with explained(name), _opened(source) as opened:
         header = opened.header
@@ -621,11 +632,12 @@ def _read(
             _check_pixels(size_hw, name)
         fits = annotated_hw is None or fits_size(shown_hw, annotated_hw, name)
         pixels = pixels_of(opened, preprocessing, notes, name)
-    pixels = np.ascontiguousarray(oriented(pixels, header.orientation_for(annotated_hw, exif)))
+    orientation = header.orientation_for(annotated_hw, exif)
+    pixels = np.ascontiguousarray(oriented(pixels, orientation))
     if annotated_hw is not None and not fits:
         notes.add("resized", name)
         pixels = resize_antialiased(pixels, annotated_hw)
-    return pixels
+    return pixels, orientation
 
 
 def pixels_of(opened: OpenedImage, preprocessing: Preprocessing, notes: ImageNotes, name: str) -> np.ndarray:

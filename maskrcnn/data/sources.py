@@ -19,14 +19,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, decode_image, images_in, read_header, read_image
+from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, images_in, read_upright
 from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.files import parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 LIST_SUFFIXES = (".txt", ".json", ".parquet")
-_LIVE = ("camera:", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
+_LIVE = ("camera:", "/dev/video", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
 _COLUMNS = ("file", "path", "file_name", "image", "uri", "url")  # of a Parquet file with names of images
 _KINDS = "image files, folders, patterns, lists (.txt, .json, .parquet), videos, cameras, or URLs of them"
 
@@ -61,11 +61,8 @@ class ImageItem:
         """
         if self.pixels is not None:
             return self.pixels, 1
-        if is_remote(self.name):
-            data = _remote_bytes(self.name)
-            image = decode_image(data, self.name, preprocessing, notes=notes)
-            return image, read_header(data, self.name).orientation
-        return read_image(self.name, preprocessing, notes=notes), read_header(Path(self.name)).orientation
+        content = _remote_bytes(self.name) if is_remote(self.name) else Path(self.name)
+        return read_upright(content, self.name, preprocessing, notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +84,7 @@ class Source:
     @property
     def is_live(self) -> bool:
         """Whether it is a camera or a network stream, without an end."""
-        return self.name.startswith(_LIVE) or self.name.startswith("/dev/video")
+        return self.name.startswith(_LIVE)
 
     def images(self) -> Iterator[ImageItem]:
         """The image, or the frames of the video, upright.
@@ -185,7 +182,7 @@ def opened_video(source: Source) -> Iterator[Any]:
     Raises:
         UserError: if it cannot be opened, or has no video that can be decoded here.
     """
-    av = _pyav()
+    av = pyav()
     name, options = source.name, {}
     if name.startswith("camera:"):
         name, options = f"/dev/video{name.partition(':')[2]}", {"format": "v4l2"}
@@ -207,7 +204,7 @@ def opened_video(source: Source) -> Iterator[Any]:
 def _explained_video(name: str) -> Iterator[None]:
     try:
         yield
-    except _pyav().error.FFmpegError as error:
+    except pyav().error.FFmpegError as error:
         raise UserError(
             f"{name} cannot be decoded as a video ({reason_of(error)})",
             "a complete video file, or a camera that is connected",
@@ -217,7 +214,7 @@ def _explained_video(name: str) -> Iterator[None]:
 
 def _sources_of(name: str, leave_out: Path | None) -> list[Source]:
     """The sources of one name."""
-    if name.startswith(_LIVE) or name.startswith("/dev/video"):
+    if name.startswith(_LIVE):
         return [Source(name, is_video=True)]
     if is_remote(name):
         return _remote_sources(name)
@@ -359,7 +356,8 @@ def _fsspec() -> Any:
     return fsspec
 
 
-def _pyav() -> Any:
+def pyav() -> Any:
+    """The package PyAV; raises `UserError` where it is missing."""
     try:
         import av
     except ImportError as error:

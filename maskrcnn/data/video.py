@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.data.sources import Frame, Source, opened_video
-from maskrcnn.errors import missing_library
+from maskrcnn.data.sources import Frame, Source, opened_video, pyav
 from maskrcnn.files import FileKind, atomic_path
 
 _MP4 = (".mp4", ".m4v", ".mov")
@@ -37,11 +36,7 @@ class AnnotatedVideo:
     """
 
     def __init__(self, source: Source, path: Path) -> None:
-        try:
-            import av
-        except ImportError as error:
-            raise missing_library("av", "write videos", "pip install av") from error
-        self._av = av
+        self._av = av = pyav()
         with ExitStack() as stack:
             original = stack.enter_context(opened_video(source))
             stream = original.streams.video[0]

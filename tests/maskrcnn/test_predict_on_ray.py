@@ -56,6 +56,9 @@ def test_the_cluster_finds_what_one_process_finds_even_if_an_actor_dies(shapes, 
     # The command refuses what it would replace, and what the cluster cannot do.
     model = ("--model", onnx_file, "--ray", "local")
     expect_error(run("predict", photos, *model, "--output", tmp_path / "ray"), "exists", "--overwrite")
+    away = ("--model", onnx_file, "--ray", "127.0.0.1:1", "--overwrite")
+    expect_error(run("predict", photos, *away, "--output", tmp_path / "ray"), "127.0.0.1:1")
+    assert len(read_parquet(Path(found.results))) == found.total  # what was there stays until there is more
     expect_error(run("predict", photos, *model, "--save", "overlays"), "--save parquet")
     expect_error(run("predict", photos, *model, "--actors", "many"), "--actors many")
     expect_error(run("predict", photos, *model, "--actor-cpus", "4000"), "4000 CPUs", "--actor-cpus")

@@ -1,0 +1,336 @@
+"""The output folder of `maskrcnn predict`: what is in it, and how an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from maskrcnn.data.sources import ImageItem, Source
+from maskrcnn.errors import UserError
+
+if TYPE_CHECKING:
+    from maskrcnn.metadata import ModelMetadata
+    from maskrcnn.runtime.detector import Detector
+    from maskrcnn.runtime.tiles import Tiles
+
+RUN, FAILED, LABELS = "run.json", "failed.txt", "annotations.json"
+_FAILED_HEAD = "# images that maskrcnn could not use"
+
+
+@dataclass(frozen=True, eq=False)
+class Job(ImageItem):
+    """An image with what is to be written of it."""
+
+    image_id: int = 0
+    source: Source | None = None
+    target: Path | None = None  # of the overlay
+    fault: UserError | None = None  # of a video that ends early, in place of its next frame
+
+    @property
+    def is_file(self) -> bool:
+        return self.fault is None and super().is_file
+
+    def read(self, preprocessing: Any, notes: Any) -> tuple[np.ndarray, int]:
+        if self.fault is not None:
+            raise self.fault
+        return super().read(preprocessing, notes)
+
+
+def jobs_of(sources: Sequence[Source], ids: Sequence[int] | None, targets: dict[Source, Path]) -> Iterator[Job]:
+    """The images of all sources; those without ids are counted from 1."""
+    number = 0
+    for index, source in enumerate(sources):
+        target = targets.get(source)
+        images = source.images()
+        while True:
+            number += 1
+            image_id = number if ids is None else ids[index]
+            try:
+                item = next(images, None)
+            except UserError as error:
+                yield Job(source.name, image_id=image_id, source=source, fault=error)
+                break
+            if item is None:
+                number -= 1
+                break
+            place = target
+            if target is not None and item.frame is not None:
+                place = target.with_name(f"{target.stem}-{item.frame.index:06d}{target.suffix}")
+            yield Job(item.name, item.pixels, item.frame, image_id, source, place)
+
+
+class PredictionFolder:
+    """The output folder of a run.
+
+    Raises:
+        UserError: if it would replace images or other files, has an interrupted run and `resume` and `overwrite` are
+            not set, or has none to resume.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        saved: frozenset[str],
+        suffix: str,
+        named: Sequence[str | Path | np.ndarray],
+        inputs: Sequence[str | Path | None],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        from maskrcnn.data.video import VIDEO, video_suffix
+        from maskrcnn.files import (
+            DRAWING,
+            RESULTS_FILE,
+            FileKind,
+            Output,
+            check_output_folder,
+            check_outputs,
+            report_kind,
+        )
+        from maskrcnn.runtime import predictions
+
+        self.folder, self.saved, self.is_resumed = folder, saved, resume
+        self.sources = sources
+        stems = _stems(sources)
+        self.targets = {
+            source: folder / f"{stem}.{suffix}"
+            for source, stem in zip(sources, stems, strict=True)
+            if "overlays" in saved
+        }
+        self.videos = {
+            source: folder / f"{stem}{video_suffix(source)}"
+            for source, stem in zip(sources, stems, strict=True)
+            if source.is_video and "video" in saved
+        }
+        lines = FileKind.starting_with("the detections.jsonl of `maskrcnn predict`", rb'\{"image_id": ')
+        index = FileKind.starting_with("the images.json of `maskrcnn predict`", rb'\{\s*"\d+": "')
+        labels = FileKind.starting_with("labels of `maskrcnn predict`", rb'\{"info": \{"description": "detections of')
+        table = FileKind.starting_with("a Parquet file", rb"PAR1")
+        text = FileKind.starting_with("the failed.txt of `maskrcnn predict`", _FAILED_HEAD.encode())
+        fixed = {
+            predictions.LINES: lines,
+            predictions.IMAGES: index,
+            RUN: report_kind("predict"),
+            FAILED: text,
+            **({predictions.RESULTS: RESULTS_FILE} if "results" in saved else {}),
+            **({predictions.PARQUET: table} if "parquet" in saved else {}),
+            **({LABELS: labels} if "coco" in saved else {}),
+        }
+        folders = [each for each in named if not isinstance(each, np.ndarray) and Path(each).is_dir()]
+        kinds = (DRAWING, RESULTS_FILE, VIDEO, lines, index, report_kind("predict"), table, labels, text)
+        check_output_folder("--output", folder, folders, kinds, overwrite=True)
+        outputs = [
+            Output("--output", target, DRAWING) for source, target in self.targets.items() if not source.is_video
+        ]
+        outputs += [Output("--output", target, VIDEO) for target in self.videos.values()]
+        outputs += [Output("--output", folder / name, kind) for name, kind in fixed.items()]
+        read = [source.name for source in sources if source.pixels is None and "://" not in source.name]
+        check_outputs(outputs, [*read, *(each for each in inputs if each is not None)], overwrite=overwrite)
+        self.lines, self._manifest = folder / predictions.LINES, folder / RUN
+        self.results = folder / (predictions.RESULTS if "results" in saved else predictions.LINES)
+        if "parquet" in saved and "results" not in saved:
+            self.results = folder / predictions.PARQUET
+        self.drawn: list[Path] = []
+        self._video: Any = None  # that is being written, with its source
+        for name in ("labelme", "yolo"):  # whose files are there to be corrected
+            if name in saved and not resume and not overwrite and (folder / name).exists():
+                found = f"--save {name}: {folder / name} exists, perhaps with labels that were corrected"
+                raise UserError(found, "a folder without it", "choose another --output, or replace it with --overwrite")
+        before = self._read_manifest()
+        self._was_complete = resume and before is not None and bool(before.get("is_complete"))
+        if resume and before is None:
+            raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
+        if before is not None and not resume and not overwrite and before.get("is_complete") is False:
+            raise UserError(
+                f"{folder} has a run that was interrupted",
+                "a new folder, or one with a complete run",
+                "continue it with --resume, start again with --overwrite, or choose another --output",
+            )
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        from maskrcnn.files import read_json
+
+        if not self._manifest.is_file():
+            return None
+        content = read_json(self._manifest, "the run.json of `maskrcnn predict`")
+        return content if isinstance(content, dict) else {}
+
+    def start(
+        self, about: dict[str, Any], jobs: Iterator[Job]
+    ) -> tuple[Iterator[Job], int, list[str], list[int], dict[str, str]]:
+        """Opens the files; returns the images that are left, and what is known of those that are done.
+
+        Raises:
+            UserError: if an interrupted run has another model, other options or other images.
+        """
+        from maskrcnn.files import make_folder, write_report
+        from maskrcnn.runtime.predictions import Predictions, read_predictions
+
+        self._about = about
+        names, counts, failed = list[str](), list[int](), dict[str, str]()
+        done = 0
+        if self.is_resumed:
+            before = self._read_manifest() or {}
+            for key in ("model_sha256", "backend", "precision", "preprocessing", "tiles"):
+                if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(self._about[key])):
+                    found = f"{self.folder} has a run with {key} {before.get(key)}, not {self._about[key]}"
+                    raise UserError(found, "the same model and options", "use them, or choose another --output")
+            redone = None if before.get("is_complete") else self._interrupted_video()
+            for record in read_predictions(self.lines) if self.lines.is_file() else ():
+                if redone is not None and str(record["file"]).rpartition("#")[0] == redone:
+                    break
+                job = next(jobs, None)
+                if job is None or job.name != record["file"]:
+                    found = f"image {done + 1} is {None if job is None else job.name}, not {record['file']}"
+                    expected = f"the images of the run in {self.folder}, in their order"
+                    raise UserError(found, expected, "name the same images, or choose another --output")
+                if job.target is not None and job.target.is_file() and "error" not in record:
+                    self.drawn.append(job.target)
+                if "error" in record:
+                    failed[job.name] = record["error"]
+                else:
+                    names.append(job.name)
+                    counts.append(len(record["detections"]))
+                done += 1
+        make_folder(self.folder)
+        write_report(self._manifest, "predict", {"is_complete": False, **self._about})
+        self._lines = Predictions(self.lines, keep=done)
+        return jobs, done, names, counts, failed
+
+    def _interrupted_video(self) -> str | None:
+        """The video of the last image that was done, whose annotated video was not finished and starts again."""
+        from maskrcnn.runtime.predictions import read_predictions
+
+        last = ""
+        for record in read_predictions(self.lines) if self.lines.is_file() else ():
+            last = str(record["file"])
+        name = last.rpartition("#")[0]
+        return name if any(source.name == name for source in self.videos) else None
+
+    def add(self, job: Job, record: str, drawn: np.ndarray | None) -> None:
+        """Writes the line of an image, and its frame of the annotated video."""
+        from maskrcnn.data.video import AnnotatedVideo
+
+        if self._video is not None and self._video[0] is not job.source:
+            self._close_video()
+        if drawn is not None and job.frame is not None and job.source in self.videos:
+            if self._video is None:
+                self._video = (job.source, AnnotatedVideo(job.source, self.videos[job.source]))
+            self._video[1].add(drawn, job.frame)
+        self._lines.append(record)
+        if job.target is not None and job.target.is_file() and job.fault is None and '"error"' not in record:
+            self.drawn.append(job.target)
+
+    def _close_video(self, *, is_complete: bool = True) -> None:
+        if self._video is not None:
+            video, self._video = self._video[1], None
+            video.close(is_complete=is_complete)
+
+    def finish(
+        self, metadata: ModelMetadata, threshold: float, tolerance_px: float, *, is_complete: bool, is_empty: bool
+    ) -> None:
+        """Closes the files and writes those that are made from the lines; an empty run leaves nothing behind.
+
+        Args:
+            metadata: of the model.
+            threshold: lowest score of labels.
+            tolerance_px: of their outlines, see `maskrcnn.data.prelabels.outlines`.
+            is_complete: whether all images are done.
+            is_empty: whether no image could be used.
+        """
+        from maskrcnn.data import prelabels
+        from maskrcnn.files import atomic_path, write_report
+        from maskrcnn.runtime import predictions
+
+        self._lines.close()
+        self._close_video(is_complete=is_complete)
+        self.drawn += [video for video in self.videos.values() if is_complete and video.is_file()]
+        if self._was_complete and is_complete:  # nothing was left to do, and labels may have been corrected since
+            write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+            return
+        if is_empty:
+            for path in (self.lines, self._manifest):
+                path.unlink(missing_ok=True)
+            return
+        if "results" in self.saved:
+            predictions.write_results(self.lines, self.folder / predictions.RESULTS)
+        predictions.write_images(self.lines, self.folder / predictions.IMAGES)
+        if not is_complete:
+            return
+        if "parquet" in self.saved:
+            records = predictions.read_predictions(self.lines)
+            predictions.write_parquet(records, self.folder / predictions.PARQUET, self._about)
+
+        def again() -> Iterator[dict[str, Any]]:
+            return predictions.read_predictions(self.lines)
+
+        settings = (threshold, tolerance_px)
+        if "coco" in self.saved:
+            prelabels.write_coco(again, self.folder / LABELS, _categories(metadata), *settings)
+        if "labelme" in self.saved:
+            prelabels.write_labelme(again, self.folder / "labelme", *settings)
+        if "yolo" in self.saved:
+            prelabels.write_yolo(again, self.folder / "yolo", _categories(metadata), *settings)
+        failed = [record["file"] for record in again() if "error" in record]
+        if failed:
+            text = "\n".join((_FAILED_HEAD, *(str(Path(name).absolute()) for name in failed), ""))
+            with atomic_path(self.folder / FAILED) as draft:
+                draft.write_bytes(text.encode("utf-8", "surrogateescape"))
+        else:
+            (self.folder / FAILED).unlink(missing_ok=True)
+        write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+
+
+def run_facts(detector: Detector, model: Path, tiles: Tiles | None = None) -> dict[str, Any]:
+    """What a run is made with: the model, and what its detections depend on."""
+    return {
+        "model": str(model),
+        "model_sha256": _digest(model),
+        "backend": detector.backend.name,
+        "precision": detector.backend.precision,
+        "preprocessing": detector.preprocessing.to_dict(),
+        "tiles": None if tiles is None else asdict(tiles),
+        "categories": _categories(detector.metadata),
+    }
+
+
+def _categories(metadata: ModelMetadata) -> list[dict[str, Any]]:
+    """Entries of `categories` in COCO's format."""
+    entries: list[dict[str, Any]] = [
+        {"id": key, "name": name} for key, name in zip(metadata.category_ids, metadata.class_names, strict=True)
+    ]
+    if metadata.has_keypoints:
+        skeleton = [list(pair) for pair in metadata.keypoint_skeleton]
+        entries = [{**each, "keypoints": list(metadata.keypoint_names), "skeleton": skeleton} for each in entries]
+    return entries
+
+
+def _digest(model: Path) -> str:
+    """SHA-256 of a model file; of an OpenVINO engine, of its weights as well."""
+    from maskrcnn.metadata import sha256_of
+
+    weights = model.with_suffix(".bin")
+    return sha256_of(model) + (f"+{sha256_of(weights)}" if model.suffix == ".xml" and weights.is_file() else "")
+
+
+def _stems(sources: Sequence[Source]) -> list[str]:
+    """The name of each source's overlay without suffix: its own, with a number if several have the same."""
+    stems = [source.stem for source in sources]
+    repeated = Counter(stems)
+    taken: set[str] = set()
+    names = []
+    for number, stem in enumerate(stems, start=1):
+        name = f"{stem}-{number}" if repeated[stem] > 1 else stem
+        while name in taken:
+            name += f"-{number}"
+        taken.add(name)
+        names.append(name)
+    return names
