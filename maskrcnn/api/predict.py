@@ -334,7 +334,9 @@ def _on_ray(
     ]
     pool = Pool(least, most, cpus, gpus)
     if is_local:
-        with folder_beside(target, prefix="ray-") as folder:  # an earlier result stays until there is a new one
+        with folder_beside(
+            target.parent / RUN, prefix="ray-"
+        ) as folder:  # an earlier result stays until there is a new one
             draft = folder / PARQUET
             total, failed = detect_on_ray(address, images, path, options, about, str(draft), pool)
             if len(failed) == len(images):

@@ -53,6 +53,8 @@ def test_the_cluster_finds_what_one_process_finds_even_if_an_actor_dies(shapes, 
     assert [each["image_id"] for each in entries] == [each["image_id"] for each in wanted]
     np.testing.assert_allclose([e["score"] for e in entries], [e["score"] for e in wanted], atol=1e-4)
     np.testing.assert_allclose([e["bbox"] for e in entries], [e["bbox"] for e in wanted], atol=0.05)
+    again = maskrcnn.predict(photos, model=onnx_file, output=tmp_path / "ray", ray="local", overwrite=True)
+    assert again.total == found.total and len(read_parquet(Path(again.results))) == found.total
     # The command refuses what it would replace, and what the cluster cannot do.
     model = ("--model", onnx_file, "--ray", "local")
     expect_error(run("predict", photos, *model, "--output", tmp_path / "ray"), "exists", "--overwrite")
