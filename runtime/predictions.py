@@ -181,7 +181,7 @@ def parquet_schema(about: dict[str, Any]) -> Any:
         "keypoint_scores": numbers,
         "error": arrow.string(),
     }
-    return arrow.schema(columns, metadata={"maskrcnn": json.dumps(about, ensure_ascii=False)})
+    return arrow.schema(columns, metadata={"maskrcnn": json.dumps(about)})
 
 
 def rows_of(record: Record) -> list[dict[str, Any]]:
@@ -189,6 +189,9 @@ def rows_of(record: Record) -> list[dict[str, Any]]:
 
     An image that cannot be used has one row with `error`, without a score.
     """
+    # Parquet's text is UTF-8: a byte of a file name that is not becomes an escape.
+    texts = {key: record[key] for key in ("file", "error") if key in record}
+    record = {**record, **{key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}}
     if "error" in record:
         return [{key: record[key] for key in ("image_id", "file", "error")}]
     shared = {key: record.get(key) for key in ("image_id", "file", "height", "width", "frame")}

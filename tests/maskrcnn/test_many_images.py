@@ -1,6 +1,7 @@
 """`predict` on folders, lists, URLs and videos: sources, order, memory, continued runs, and labels for other tools."""
 
 import json
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.pipeline import detect_images
 
 av = pytest.importorskip("av")
-pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture
@@ -66,7 +67,6 @@ def names_of(named, **options) -> list[str]:
 def test_sources_of_every_kind_name_the_same_images(photos, tmp_path, monkeypatch):
     import fsspec
     import pyarrow
-    import pyarrow.parquet
 
     monkeypatch.chdir(tmp_path)
     files = [*(f"photos/{n}.png" for n in range(4)), "photos/more/4.png", "photos/more/5.png"]
@@ -76,7 +76,7 @@ def test_sources_of_every_kind_name_the_same_images(photos, tmp_path, monkeypatc
     inner = [name.removeprefix("photos/") for name in files]
     (photos / "list.txt").write_text("# chosen\n" + "\n".join(inner) + "\n")
     (photos / "list.json").write_text(json.dumps(inner))
-    pyarrow.parquet.write_table(pyarrow.table({"number": range(6), "file_name": inner}), photos / "list.parquet")
+    parquet.write_table(pyarrow.table({"number": range(6), "file_name": inner}), photos / "list.parquet")
     for suffix in ("txt", "json", "parquet"):
         assert names_of(f"photos/list.{suffix}") == files, suffix
     (tmp_path / "outside.txt").write_text("\n".join(files))  # relative to the working directory too
@@ -346,6 +346,22 @@ def test_parquet_and_lines_score_as_the_json_results(photos, shapes, onnx_file, 
         assert code == 0, err
         reports.append(json.loads((tmp_path / "scores.json").read_text())["per_class"])
     assert reports[0] == reports[1] == reports[2] and set(reports[0]) == {"box", "mask"}
+
+
+def test_a_name_that_is_not_utf8_is_kept_or_escaped_in_every_format(photos, onnx_file, tmp_path):
+    folder = tmp_path / "bytes"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(photos / "0.png", folder / name)
+    (folder / os.fsdecode(b"cut\xe9.png")).write_bytes((photos / "0.png").read_bytes()[:99])
+    out, save = tmp_path / "out", ["results", "parquet", "coco", "labelme", "yolo", "overlays"]
+    maskrcnn.predict(folder, model=onnx_file, output=out, save=save, threshold=0.05)
+    good, cut = [json.loads(line)["file"] for line in (out / "detections.jsonl").read_text().splitlines()]
+    assert [Path(good).name, Path(cut).name] == [name, os.fsdecode(b"cut\xe9.png")]
+    rows = parquet.read_table(out / "detections.parquet").to_pylist()
+    assert {Path(row["file"]).name for row in rows} == {"caf\\udce9.png", "cut\\udce9.png"}
+    assert (out / "yolo" / "labels" / name).with_suffix(".txt").is_file()
+    assert json.loads((out / "annotations.json").read_text())["images"][0]["file_name"] == name
 
 
 def test_the_orientation_that_was_applied_is_recorded(tmp_path, onnx_file):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -241,7 +242,7 @@ def convert(
             raise UserError(f"split {split!r}", "a name for a folder of images", "rename the split, e.g. train")
     numbered = zip(itertools.count(1), opened.entries, splits, strict=False)
     selected = [(number, entry, split) for number, entry, split in numbered if split]
-    with _new_dataset(kind, opened, out, copies=copies) as writer:
+    with _new_dataset(kind, opened, out, copies=copies, faults=faults) as writer:
         for done, (number, entry, split) in enumerate(selected, start=1):
             try:
                 image = opened.read(entry)
@@ -289,10 +290,12 @@ class _DatasetWriter:
         first_annotation_id: int,
         copies: bool,
         files: ExitStack,
+        faults: Faults,
     ) -> None:
         self.images: Counter[str] = Counter()  # by split
         self.objects: Counter[str] = Counter()
         self._root, self._copies, self._next_id, self._files = root, copies, first_annotation_id, files
+        self._faults = faults
         entries = [{**category.fields, "id": category.id, "name": category.name} for category in categories]
         self._head = {"info": {"description": description}, "categories": entries}
         self._parts: dict[tuple[str, str], TextIO] = {}
@@ -325,8 +328,8 @@ class _DatasetWriter:
         self._files.close()
         for split in self.images:
             final = self._root / "annotations" / f"instances_{split}.json"
-            with open(final, "w", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(self._head, ensure_ascii=False)[:-1])
+            with _open_text(final) as file:
+                file.write(self._json(self._head, "categories")[:-1])
                 for name in _LISTS:
                     file.write(f', "{name}": [')
                     part = self._part_path(split, name)
@@ -343,15 +346,35 @@ class _DatasetWriter:
     def _write(self, split: str, name: str, entry: dict[str, Any]) -> None:
         part = self._parts.get((split, name))
         if part is None:
-            part = open(self._part_path(split, name), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-            self._parts[split, name] = self._files.enter_context(part)
+            part = self._parts[split, name] = self._files.enter_context(_open_text(self._part_path(split, name)))
         else:
             part.write(",\n")
-        part.write(json.dumps(entry, ensure_ascii=False, allow_nan=False))
+        part.write(self._json(entry, f"{name} of {split}, id {entry['id']}"))
+
+    def _json(self, entry: dict[str, Any], where: str) -> str:
+        try:
+            return json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            self._faults.repair("NaN or infinity, which JSON cannot hold: written as null", where)
+            return json.dumps(_without_nan(entry), ensure_ascii=False, allow_nan=False)
+
+
+def _open_text(path: Path) -> TextIO:
+    """Opens a file for JSON text; a lone surrogate (a byte of a name that is not UTF-8) becomes its JSON escape."""
+    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """The JSON value with null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
-def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool) -> Iterator[_DatasetWriter]:
+def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool, faults: Faults) -> Iterator[_DatasetWriter]:
     """A writer whose folder becomes `out` when the block ends without an exception, and is removed otherwise.
 
     Raises:
@@ -372,6 +395,7 @@ def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool) -> Itera
                 first_annotation_id=source.first_annotation_id,
                 copies=copies,
                 files=files,
+                faults=faults,
             )
             yield writer
             writer.finish()
