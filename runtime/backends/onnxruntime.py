@@ -27,9 +27,10 @@ from maskrcnn.runtime.backends.onnxruntime_providers import (
     provider_named,
     too_new,
     unusable,
+    with_one_nms_call,
 )
 from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
-from maskrcnn.runtime.engine_files import parse_metadata
+from maskrcnn.runtime.engine_files import parse_metadata, read_model
 from maskrcnn.runtime.gpu.arrays import DeviceArray, as_device_array, is_on_device
 from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resizes_on_gpu
 from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, GrowableBuffer, preserve_context
@@ -211,26 +212,29 @@ class OnnxRuntimeBackend(Backend):
         prepare(provider)
         self._options = session_options(self._threads)
         # By default ONNX Runtime would print the failure and fall back to another provider.
-        chain, fallback = provider_chain(provider, self.gpu), {"enable_fallback": 0}
+        fallback = {"enable_fallback": 0}
         if provider is Provider.CPU:
-            return self._open(chain, **fallback)
+            return self._open(provider_chain(provider, self.gpu), **fallback)
+        model, metadata = read_model(self.path)
+        chain = provider_chain(provider, self.gpu, channels=metadata.preprocessing.channels)
         self._options.add_session_config_entry(RECORD, "1")
         try:
-            session = self._open(chain, **fallback)
+            session = self._open(chain, with_one_nms_call(model).SerializeToString(), **fallback)
         except UserError as error:
             raise unusable(provider, str(error.__cause__)) from error
         if provider.full_name not in session.get_providers():
             raise unusable(provider, f"it uses {', '.join(session.get_providers())} instead")
         return session
 
-    def _open(self, providers: Sequence[Any], **fallback: int) -> Any:
+    def _open(self, providers: Sequence[Any], model: bytes | None = None, **fallback: int) -> Any:
+        """The session of a model (default: of the file)."""
         import onnxruntime
 
         self._providers = list(providers)
         try:
             with _preserve_gpu(providers):
                 return onnxruntime.InferenceSession(
-                    str(self.path), self._options, providers=self._providers, **fallback
+                    model or str(self.path), self._options, providers=self._providers, **fallback
                 )
         except Exception as error:  # ONNX Runtime's exceptions have no public base class
             if newer := too_new(self.path, str(error)):

@@ -7,21 +7,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
+from maskrcnn.export.functions import batched_nms
+from maskrcnn.plugins import reference
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends import onnxruntime as onnxruntime_binding
+from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.backends.onnxruntime_providers import (
     GpuOptions,
     Provider,
     provider_chain,
+    with_one_nms_call,
 )
 from maskrcnn.runtime.backends.placement import RECORD, Placement, placement_in
 from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.detector import backend_spec, load_backend
+from maskrcnn.runtime.verification.compare import EXACT
+from maskrcnn.runtime.verification.inputs import compare_backends
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -74,9 +82,62 @@ def test_options_of_tensorrt(tmp_path, monkeypatch):
         "trt_profile_opt_shapes": "images:2x3x800x1088,image_sizes:2x2",
         "trt_profile_max_shapes": "images:4x3x1344x1376,image_sizes:4x2",
     }
+    four = dict(provider_chain(Provider.TENSORRT, GpuOptions(profile=profile), channels=4)[0][1])
+    assert four["trt_profile_max_shapes"] == "images:4x4x1344x1376,image_sizes:4x2"
     other = tmp_path / "elsewhere"
     options = dict(provider_chain(Provider.TENSORRT, GpuOptions(cache=other))[0][1])
     assert options["trt_engine_cache_path"] == str(other) and "trt_profile_min_shapes" not in options
+
+
+def nms_model(threshold: float, max_output: int) -> onnx.ModelProto:
+    """A model of BatchedNms alone, with its function."""
+    node = onnx.helper.make_node(
+        "BatchedNms", ["boxes", "groups", "counts"], ["indices", "num"], domain="maskrcnn",
+        iou_threshold=threshold, max_output=max_output,
+    )  # fmt: skip
+    tensors = [
+        onnx.helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("boxes", onnx.TensorProto.FLOAT, ["N", "K", 4]), ("groups", onnx.TensorProto.INT32, ["N", "K"]),
+            ("counts", onnx.TensorProto.INT32, ["N"]), ("indices", onnx.TensorProto.INT32, ["N", max_output]),
+            ("num", onnx.TensorProto.INT32, ["N"]),
+        )
+    ]  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("maskrcnn", 1)]
+    graph = onnx.helper.make_graph([node], "nms", tensors[:3], tensors[3:])
+    return onnx.helper.make_model(graph, opset_imports=opsets, functions=[batched_nms(20)], ir_version=9)
+
+
+@pytest.mark.parametrize("groups", [1, 5, 80])
+def test_boxes_of_groups_laid_apart_are_kept_as_by_one_class_per_group(groups):
+    rng = np.random.default_rng(groups)
+    corners = rng.integers(0, 300, (2, 400, 2))  # whole pixels, so that shifting rounds nothing
+    boxes = np.concatenate([corners, corners + rng.integers(80, 160, corners.shape)], axis=-1).astype(np.float32)
+    boxes[0, 7], boxes[1, 3, 2], boxes[1, 4] = np.nan, np.inf, -boxes[1, 4, [2, 3, 0, 1]]
+    group_of = rng.integers(0, groups, (2, 400)).astype(np.int32)
+    counts = np.array([400, 333], np.int32)
+    model = nms_model(0.5, 300)
+    expected = reference.batched_nms(boxes, group_of, counts, iou_threshold=0.5, max_output=300)
+    feeds = {"boxes": boxes, "groups": group_of, "counts": counts}
+    for each in (model, with_one_nms_call(onnx.ModelProto.FromString(model.SerializeToString()))):
+        onnx.checker.check_model(each, full_check=True)
+        session = onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"])
+        indices, num = session.run(None, feeds)
+        np.testing.assert_array_equal(num, expected[1])
+        np.testing.assert_array_equal(indices, expected[0])
+    assert 50 < num[1] < counts[1]
+
+
+def test_a_file_with_one_nms_call_detects_the_same(onnx_file, tmp_path):
+    path = tmp_path / "one.onnx"
+    onnx.save(with_one_nms_call(onnx.load(onnx_file)), path)
+    (scores,) = [
+        node.input[1] for each in onnx.load(path).functions for node in each.node if node.op_type == "NonMaxSuppression"
+    ]
+    assert scores == "nms_scores"
+    one, usual = (OnnxRuntimeBackend(file, providers=["CPUExecutionProvider"]) for file in (path, onnx_file))
+    difference = compare_backends(usual, one, EXACT)
+    assert difference.within(EXACT) and difference.detections > 10
 
 
 @pytest.mark.parametrize(("provider", "library"), [(Provider.CUDA, "cuda"), (Provider.TENSORRT, "tensorrt")])
