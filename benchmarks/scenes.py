@@ -1,11 +1,13 @@
 """Recall and precision of detection in a large drawn scene, with and without tiles, and the time and memory of both.
 
+    python benchmarks/scenes.py --dataset runs/scenes    # to train MODEL on: maskrcnn train --data runs/scenes
     python benchmarks/scenes.py MODEL [--side 20000 --objects 3000 --tile 512] [--json FILE]
 
-Draws a BigTIFF file (tiles of 512 px, deflate) of the shapes on which `maskrcnn demo` trains, apart from each other on
-a smooth ground; in a tile they have the sizes of the training images. One of 150 is a bar that is longer than a tile.
-MODEL detects in tiles and in the whole, each in a process of its own. A detection is right if it has the class of an
-object and a mask IoU of at least 0.5 with it; each object counts once, for the detection of the best score.
+Draws a BigTIFF file (tiles of 512 px, deflate) with circles, rectangles and triangles apart from each other on a smooth
+ground, one of 150 a bar that is longer than a tile. MODEL detects in tiles and in the whole, each in a process of its
+own. The images of the dataset are such tiles at 128 px, with their objects cut at the border. A detection is right if
+it has the class of an object and a mask IoU of at least 0.5 with it; each object counts once, for the detection of the
+best score.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from resources import call_in_new_process, resident_mb
 from session import aligned, count
 from timing import environment, machine
 
-from maskrcnn.data.drawn import contrasting_colour, pixel_centres
+from maskrcnn.data.drawn import contrasting_colour, mask_annotation, pixel_centres, write_drawn_dataset
 from maskrcnn.data.shapes import CLASS_NAMES, polygon_distance
 from maskrcnn.errors import report_errors
 from maskrcnn.files import write_json
@@ -36,7 +38,9 @@ from maskrcnn.runtime.tiles import Tiles
 
 _LIMIT_S = 7200.0  # of a measurement
 _FILE_TILE_PX = 512
-_DIAMETERS = (20 / 128, 60 / 128)  # of a tile's side, as in the training images
+_TRAINING_PX = 128  # side of the tiles of the dataset
+_TRAINING_OBJECTS = 24  # on 4 × 4 tiles, of which one is in the middle
+_DIAMETERS = (20 / 128, 60 / 128)  # of a tile's side
 _ONE_LARGE_OF = 150
 _LARGE = (1.3, 2.0)  # length of a bar, of a tile's side
 _THICKNESS = 0.25  # of a tile's side
@@ -44,6 +48,7 @@ _GAP_PX = 6
 _KNOTS = 3  # of the ground's gradient, on a tile's side
 _NOISE = 5.0
 _MIN_IOU = 0.5
+_MIN_VISIBLE_PX = 20  # of an object of the dataset
 _BATCH = 8
 KINDS = ("whole in a tile", "over borders", "larger than a tile")
 
@@ -81,7 +86,7 @@ class DrawnScene:
     def __init__(self, side_px: int, objects: int, tile_px: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.side_px, self._knot_px, self._seed = side_px, tile_px / _KNOTS, seed
-        knots = math.ceil(side_px / self._knot_px) + 2
+        knots = math.ceil((side_px + _FILE_TILE_PX) / self._knot_px) + 2
         self._knots = rng.uniform(30, 225, (knots, knots, 3)).astype(np.float32)
         self.objects: list[Drawn] = []
         taken: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
@@ -184,6 +189,30 @@ def _shape(rng: np.random.Generator, tile_px: int, *, is_large: bool) -> tuple[i
     return label, radius * np.stack([np.cos(angles + turn), np.sin(angles + turn)], axis=1)
 
 
+def write_dataset(folder: Path, images: int) -> None:
+    """Writes a dataset of tiles in COCO's format, a tenth of them for validation."""
+
+    def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        side = _TRAINING_PX
+        scene = DrawnScene(4 * side, _TRAINING_OBJECTS, side, int(rng.integers(1 << 31)))
+        window = (3 * side // 2, 3 * side // 2, 5 * side // 2, 5 * side // 2)
+        visible = [(each.label, each.coverage(*window) > 0.5) for each in scene.objects]
+        annotations = [mask_annotation(label, mask) for label, mask in visible if mask.sum() >= _MIN_VISIBLE_PX]
+        return scene.window(*window), annotations
+
+    write_drawn_dataset(
+        folder,
+        draw,
+        name="scenes",
+        info={"description": "tiles of drawn scenes", "generator": "benchmarks/scenes.py, version 1"},
+        categories=[{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES, start=1)],
+        train_images=images - images // 10,
+        val_images=max(1, images // 10),
+        size_px=_TRAINING_PX,
+        seed=0,
+    )
+
+
 def detect(model: str, scene: str, tile: int | None, overlap: float, output: str) -> dict[str, float]:
     """Detects in this process and writes COCO results; returns seconds, and the resident memory before and at its peak.
 
@@ -241,7 +270,9 @@ def scored(
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, detects in processes of their own, prints a table, and returns the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="ONNX file or engine, trained on the drawn shapes")
+    parser.add_argument("model", type=Path, nargs="?", help="ONNX file or engine, trained on the dataset")
+    parser.add_argument("--dataset", type=Path, help="folder to write the dataset to, instead of a measurement")
+    parser.add_argument("--images", type=count, default=1000, help="of the dataset (default: 1000)")
     parser.add_argument("--side", type=count, default=4096, help="side of the scene, px (default: 4096)")
     parser.add_argument("--objects", type=count, default=100, help="number of objects (default: 100)")
     parser.add_argument("--tile", type=count, default=512, help="side of the tiles, px (default: 512)")
@@ -249,6 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--score", type=float, default=0.5, help="least score of a detection (default: 0.5)")
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args(arguments)
+    if (given.model is None) == (given.dataset is None):
+        parser.error("name a model, or give --dataset")
+    if given.dataset is not None:
+        write_dataset(given.dataset, given.images)
+        return {}
     tiles = Tiles(given.tile, given.overlap)
     scene = DrawnScene(given.side, given.objects, given.tile)
     truth, labels, kinds = scene.truth(), [each.label for each in scene.objects], scene.kinds(tiles)

@@ -162,6 +162,16 @@ class _DetectionActor:
                 yield {"image_id": number[item], "file": item.name, "error": found.found}
 
 
+def ray_package() -> Any:
+    """The package Ray with Ray Data; raises `UserError` where it is missing."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise missing_library("ray", "predict on a cluster", "pip install 'maskrcnn[ray]'") from error
+    return ray
+
+
 @contextmanager
 def connected(address: str, pool: Pool) -> Iterator[None]:
     """A connection to a Ray cluster with room for a pool; it ends with the block unless the caller had one.
@@ -173,11 +183,7 @@ def connected(address: str, pool: Pool) -> Iterator[None]:
     Raises:
         UserError: if Ray is missing, there is no cluster at the address, or it lacks what an actor needs.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise missing_library("ray", "predict on a cluster", "pip install 'maskrcnn[ray]'") from error
+    ray = ray_package()
     if ray.is_initialized():
         _check_resources(ray, pool)
         yield

@@ -197,6 +197,7 @@ def predict(
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
             `strict`, for the first image that cannot be used; if none can be.
     """
+    from maskrcnn.runtime.cluster import ray_package
     from maskrcnn.runtime.tiles import tiles_of
 
     progress = progress or Progress()
@@ -222,6 +223,7 @@ def predict(
             expected = "image files and URLs, which any node can read by itself"
             raise UserError("a video, camera or array with --ray", expected, "leave out --ray, or extract the frames")
         pool = _pool(actors, actor_cpus, actor_gpus)
+        ray_package()  # is there
         blocks = BlockFolder(str(output), resume=resume, overwrite=overwrite)
         ids = _ids(sources, annotations, progress, is_written=True)
         given = {"tiles": tiles, "batch": batch_size, "strict": strict}
@@ -315,7 +317,7 @@ def _on_ray(
     if options["tiles"] is not None:
         options["tiles"].check(detector.preprocessing)
     about = run_facts(detector, path, options["tiles"])
-    name = f"{detector.backend.name} {detector.backend.precision} on Ray"
+    runs_in = f"{detector.backend.name} {detector.backend.precision} on Ray"
     del detector
     numbers = range(1, len(sources) + 1) if ids is None else ids
     names = [source.name if is_remote(source.name) else str(Path(source.name).absolute()) for source in sources]
@@ -336,11 +338,11 @@ def _on_ray(
             failed |= errors
             advance(images)
     reasons = {name: failed[number] for number, name in zip(numbers, names, strict=True) if number in failed}
-    folder.finish(about, is_empty=len(reasons) == len(names))
-    if len(reasons) == len(names):
-        raise _none_usable(reasons)
     usable = [name for name in names if name not in reasons]
-    return PredictResult(path, name, usable, results=folder.result, failed=reasons, total=total)
+    folder.finish(about, is_empty=not usable)
+    if not usable:
+        raise _none_usable(reasons)
+    return PredictResult(path, runs_in, usable, results=folder.result, failed=reasons, total=total)
 
 
 def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Pool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -141,6 +142,8 @@ def test_tiles_and_urls_on_ray(shapes, onnx_file, tmp_path, cluster):
         maskrcnn.predict([*drawn, tmp_path / "bad.png"], output=tmp_path / "out", ray=cluster, strict=True, **given)
 
 
-def test_no_cluster_at_the_address_is_said(shapes, onnx_file, run):
-    failed = run("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
-    expect_error(failed, "--ray 127.0.0.1:1", "ray start --head")
+def test_no_cluster_at_the_address_and_no_ray_are_said(shapes, onnx_file, run, monkeypatch):
+    arguments = ("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
+    expect_error(run(*arguments), "--ray 127.0.0.1:1", "ray start --head")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    expect_error(run(*arguments), "pip install 'maskrcnn[ray]'")
