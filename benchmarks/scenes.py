@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ _LARGE = (1.3, 2.0)  # length of a bar, of a tile's side
 _THICKNESS = 0.25  # of a tile's side
 _GAP_PX = 6
 _KNOTS = 3  # of the ground's gradient, on a tile's side
+_GROUND = (95, 160)  # darkest and brightest
 _NOISE = 5.0
 _MIN_IOU = 0.5
+_SCORE = 0.5  # of models without a recommended threshold
 _MIN_VISIBLE_PX = 20  # of an object of the dataset
 _BATCH = 8
 KINDS = ("whole in a tile", "over borders", "larger than a tile")
@@ -61,7 +64,7 @@ class Drawn:
     outline: np.ndarray  # [P, 2] x, y of a convex polygon
     colour: np.ndarray  # [3]
 
-    @property
+    @cached_property
     def box(self) -> tuple[int, int, int, int]:
         """The pixels around it: left, top, right, bottom."""
         low, high = np.floor(self.outline.min(axis=0)) - 1, np.ceil(self.outline.max(axis=0)) + 1
@@ -87,7 +90,7 @@ class DrawnScene:
         rng = np.random.default_rng(seed)
         self.side_px, self._knot_px, self._seed = side_px, tile_px / _KNOTS, seed
         knots = math.ceil((side_px + _FILE_TILE_PX) / self._knot_px) + 2
-        self._knots = rng.uniform(30, 225, (knots, knots, 3)).astype(np.float32)
+        self._knots = rng.uniform(*_GROUND, (knots, knots, 3)).astype(np.float32)
         self.objects: list[Drawn] = []
         taken: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
         reach = 1.1 * max(_LARGE) * tile_px + 2 * _GAP_PX  # two objects further apart than this cannot touch
@@ -214,7 +217,7 @@ def write_dataset(folder: Path, images: int) -> None:
 
 
 def detect(model: str, scene: str, tile: int | None, overlap: float, output: str) -> dict[str, float]:
-    """Detects in this process and writes COCO results; returns seconds, and the resident memory before and at its peak.
+    """Detects in this process and writes COCO results.
 
     Args:
         model: ONNX file or engine.
@@ -222,6 +225,9 @@ def detect(model: str, scene: str, tile: int | None, overlap: float, output: str
         tile: side of the tiles; None: the scene is detected in as a whole.
         overlap: of the tiles.
         output: JSON file to write.
+
+    Returns:
+        Seconds, MB of resident memory before and at its peak, and the score from which the model's detections count.
     """
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.tiles import detect_tiles
@@ -236,7 +242,13 @@ def detect(model: str, scene: str, tile: int | None, overlap: float, output: str
     entries = found.to_coco()
     seconds = time.perf_counter() - began
     Path(output).write_text(json.dumps(entries))
-    return {"seconds": seconds, "loaded_mb": before or 0.0, "peak_mb": resident_mb("VmHWM") or 0.0}
+    threshold = detector.metadata.recommended_threshold
+    return {
+        "seconds": seconds,
+        "loaded_mb": before or 0.0,
+        "peak_mb": resident_mb("VmHWM") or 0.0,
+        "threshold": _SCORE if threshold is None else threshold,
+    }
 
 
 def scored(
@@ -277,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--objects", type=count, default=100, help="number of objects (default: 100)")
     parser.add_argument("--tile", type=count, default=512, help="side of the tiles, px (default: 512)")
     parser.add_argument("--overlap", type=float, default=0.2, help="of the tiles (default: 0.2)")
-    parser.add_argument("--score", type=float, default=0.5, help="least score of a detection (default: 0.5)")
+    parser.add_argument("--score", type=float, help="least score of a detection (default: the model's, else 0.5)")
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args(arguments)
     if (given.model is None) == (given.dataset is None):
@@ -296,10 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for way, tile in ((f"tiles of {given.tile} px", given.tile), ("whole", None)):
             call = {"model": str(given.model), "scene": str(file), "tile": tile, "overlap": given.overlap}
             measured = call_in_new_process("scenes:detect", {**call, "output": str(output)}, _LIMIT_S)
-            entries = [each for each in json.loads(output.read_text()) if each["score"] >= given.score]
-            rows[way] = {**measured, **scored(entries, truth, labels, kinds)}
+            score = measured.pop("threshold") if given.score is None else given.score
+            entries = [each for each in json.loads(output.read_text()) if each["score"] >= score]
+            rows[way] = {**measured, "score": score, **scored(entries, truth, labels, kinds)}
             print(way, rows[way], file=sys.stderr, flush=True)
-    settings = {name: getattr(given, name) for name in ("side", "objects", "tile", "overlap", "score")}
+    settings = {name: getattr(given, name) for name in ("side", "objects", "tile", "overlap")}
     content = {"schema": 1, "environment": environment(), **settings, "model": given.model.name, "rows": rows}
     if given.json:
         write_json(given.json, content)
