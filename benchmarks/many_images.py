@@ -5,7 +5,8 @@
 Both give COCO results with run lengths, without overlays: the loop `json.dump(Detector.detect(file).to_coco(id))`, the
 pipeline `maskrcnn.predict(files, save=["results"])`. Each measurement is a process of its own; seconds begin when the
 model is loaded, on Ray when the cluster is there. Images are those of a folder, repeated as needed, or drawn ones in
-eight sizes. `--ray` also runs `predict --ray local` with these numbers of actors, of one CPU each.
+eight sizes. `--ray` also runs `predict --ray local` with these numbers of actors, of one CPU each, and tells when each
+had done its first block, and the rate from then on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from resources import call_in_new_process, resident_mb
 from session import aligned, numbers
 from timing import environment, machine
 
+from maskrcnn.api.progress import Progress
 from maskrcnn.data.images import images_in
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import report_errors
@@ -43,6 +46,17 @@ def draw_images(folder: Path, count: int) -> list[Path]:
     return files
 
 
+class _Blocks(Progress):
+    """Collects when the blocks of a run on Ray were done, and their images."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[float, int]] = []
+
+    @contextmanager
+    def task(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        yield lambda images: self.done.append((time.perf_counter(), images))
+
+
 def measure(way: str, model: str, folder: str, workers: int | None, output: str) -> dict[str, float]:
     """Runs one way in this process; returns seconds, detections and the peak of the resident memory in MB."""
     import maskrcnn
@@ -61,10 +75,16 @@ def measure(way: str, model: str, folder: str, workers: int | None, output: str)
         import ray
 
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+        blocks = _Blocks()
         began = time.perf_counter()
         actors = int(way.removeprefix("ray"))
-        found = maskrcnn.predict(files, model=model, output=output, ray="local", actors=actors)
-        return {"seconds": time.perf_counter() - began, "detections": found.total, "mb": float("nan")}
+        found = maskrcnn.predict(files, model=model, output=output, ray="local", actors=actors, progress=blocks)
+        row = {"seconds": time.perf_counter() - began, "detections": found.total, "mb": float("nan")}
+        if len(blocks.done) > actors:
+            first, last = blocks.done[actors - 1][0], blocks.done[-1][0]  # each actor has done one
+            row["start_s"] = first - began
+            row["then"] = sum(images for _, images in blocks.done[actors:]) / (last - first)
+        return row
     maskrcnn.predict(files[:1], model=model)  # imports
     began = time.perf_counter()
     Detector.load(model)
@@ -105,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 one = call_in_new_process("many_images:measure", {**given_to, "workers": given.workers}, _LIMIT_S)
                 rate = count / one["seconds"]
                 rows.append([way, str(count), f"{rate:.2f}", str(one["detections"]), f"{one['mb']:.0f}"])
+                rows[-1] += [f"{one[key]:.1f}" if key in one else "" for key in ("start_s", "then")]
                 print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-    head = ["way", "images", "images/s", "detections", "peak MB"]
+    head = ["way", "images", "images/s", "detections", "peak MB", "start s", "images/s then"]
     print("\n".join(machine(environment())))
     print(aligned(head, rows))
 

@@ -1,25 +1,32 @@
-"""Detection on a Ray cluster: read → detect in a pool of actors → write Parquet, as a pipeline of Ray Data.
+"""Detection on a Ray cluster: a pipeline of Ray Data, whose pool of actors reads, detects and writes Parquet.
 
-Ray replaces actors that die and repeats their blocks; a block's file is written once, when it is complete. The model
-file goes into Ray's object store, which moves it to each node once.
+The unit of work is a block of images, and the unit of output its file. The actor that detects writes it as well, under
+a name that the images of the block determine, so that a block repeated after an actor has died replaces its own file.
+What goes back to the driver is a row of numbers for each block. The model file goes into Ray's object store, which
+moves it to each node once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskrcnn.errors import UserError, missing_library, reason_of
-from maskrcnn.runtime.predictions import parquet_schema, rows_of
+from maskrcnn.runtime.predictions import Record, write_parquet
+from maskrcnn.runtime.tiles import Tiles
 
 _CONNECT_S = 10.0
 _BLOCK = 32  # images of a block, the unit that is repeated when an actor dies
+_MOST_BLOCKS = 20_000  # of a run, from which blocks are larger: the driver keeps a list of them
+
+Images = Sequence[tuple[int, str]]  # image id and name of each
 
 
 @dataclass(frozen=True)
@@ -32,115 +39,153 @@ class Pool:
     gpus: float = 0
 
 
-def detect_on_ray(
-    address: str,
-    images: Sequence[tuple[int, str]],
+def blocks_of(images: Images) -> dict[str, Images]:
+    """The blocks of a run, by the names of their files."""
+    size = max(_BLOCK, -(-len(images) // _MOST_BLOCKS))
+    blocks = [images[start : start + size] for start in range(0, len(images), size)]
+    return {
+        f"{number:06d}-{hashlib.sha256(json.dumps(block).encode()).hexdigest()[:16]}.parquet": block
+        for number, block in enumerate(blocks)
+    }
+
+
+def detect_blocks(
+    blocks: Mapping[str, Images],
+    folder: str,
     model: Path,
     options: dict[str, Any],
     about: dict[str, Any],
-    output: str,
     pool: Pool,
-) -> tuple[int, dict[str, str]]:
-    """Detects in images and writes Parquet files to a folder, one row per detection.
+    *,
+    tiles: Tiles | None = None,
+    batch: int = 1,
+    strict: bool = False,
+) -> Iterator[tuple[int, int, dict[int, str]]]:
+    """Detects in blocks of images on the cluster of `connected`, and writes a file for each, a row per detection.
 
     Args:
-        address: "local" starts Ray on this machine; else as `ray.init` takes it, such as "auto" or "ray://HOST:10001".
-        images: image id and name of each; every node must be able to read the names.
+        blocks: see `blocks_of`; every node must be able to read the images.
+        folder: path or URL that every node can write.
         model: the model file.
         options: arguments of `Detector.load` besides the file.
         about: metadata of the Parquet files.
-        output: folder or URL; must not have Parquet files.
         pool: number and resources of the actors.
+        tiles: of images that are larger; None: images are detected in whole.
+        batch: most images of one size, or tiles, of a call of the model.
+        strict: whether an image that cannot be used ends the run.
 
-    Returns:
-        The number of detections, and what was wrong with the images that could not be used.
+    Yields:
+        For each block, as they are done: the numbers of images and detections, and what was wrong with images that
+        could not be used, by id.
 
     Raises:
-        UserError: if Ray is missing, there is no cluster at the address, or it lacks what an actor needs.
+        UserError: with `strict`, for an image; if the folder cannot be written, or the run fails.
     """
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = [{"name": name, "images": json.dumps(block)} for name, block in blocks.items()]  # ASCII, whatever the names
+    options = {**options, **_threads(options, pool)}
+    actor: Any = _DetectionActor
+    done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        actor,
+        fn_constructor_args=(ray.put(_files_of(model)), model.name, options, folder, about, tiles, batch, strict),
+        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
     try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise missing_library("ray", "predict on a cluster", "pip install 'maskrcnn[ray]'") from error
-    with _cluster(ray, address):
-        _check_resources(ray, pool)
-        files = ray.put(_files_of(model))
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        rows = [{"image_id": image_id, "file": name} for image_id, name in images]
-        blocks = max(1, min(len(rows), -(-len(rows) // _BLOCK)))
-        found = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-            _DetectionActor,
-            fn_constructor_args=(files, model.name, {**options, **_threads(options, pool)}, about),
-            batch_size=_BLOCK,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-        )
-        try:
-            found.write_parquet(output, ray_remote_args={"num_cpus": 0})  # the actors may hold all CPUs
-        except Exception as error:  # Ray wraps what an actor raised, in several ways
-            cause = _user_error_in(error)
-            if cause is not None:
-                raise cause from error
-            raise UserError(
-                f"the run on Ray failed ({type(error).__name__}: {reason_of(error)[:2000]})",
-                "nodes that can import maskrcnn and read the images, and an output that they can write",
-                "see the logs of Ray (/tmp/ray/session_latest/logs on each node)",
-            ) from error
-    return _outcome(output)
-
-
-def _outcome(output: str) -> tuple[int, dict[str, str]]:
-    """What `detect_on_ray` returns, from the files."""
-    from pyarrow import dataset
-
-    rows = dataset.dataset(output, format="parquet", schema=parquet_schema({}))
-    failed = rows.to_table(columns=["file", "error"], filter=dataset.field("error").is_valid())
-    names = dict(zip(failed["file"].to_pylist(), failed["error"].to_pylist(), strict=True))
-    return rows.count_rows() - failed.num_rows, names
+        for row in done.iter_rows():
+            yield row["images"], row["detections"], {int(key): text for key, text in json.loads(row["failed"]).items()}
+    except Exception as error:  # Ray wraps what an actor raised, in several ways
+        cause = _user_error_in(error)
+        if cause is not None:
+            raise cause from error
+        raise UserError(
+            f"the run on Ray failed ({type(error).__name__}: {reason_of(error)[:2000]})",
+            "nodes that can import maskrcnn and read the images, and an output that they can write",
+            "see the logs of Ray (/tmp/ray/session_latest/logs on each node)",
+        ) from error
 
 
 class _DetectionActor:
-    """Detects in blocks of images; an actor of Ray Data."""
+    """Detects in blocks of images and writes their files; an actor of Ray Data."""
 
-    def __init__(self, files: Any, name: str, options: dict[str, Any], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        files: Any,
+        name: str,
+        options: dict[str, Any],
+        folder: str,
+        about: dict[str, Any],
+        tiles: Tiles | None,
+        batch: int,
+        strict: bool,
+    ) -> None:
         import ray
 
         from maskrcnn.runtime.detector import Detector
 
         content: dict[str, bytes] = ray.get(files) if isinstance(files, ray.ObjectRef) else files
         self.detector = Detector.load(_unpacked(content) / name, **options)
-        self._about = about
+        self._folder, self._about, self._tiles, self._batch, self._strict = folder, about, tiles, batch, strict
 
-    def __call__(self, block: Any) -> Any:
-        import pyarrow
+    def __call__(self, block: dict[str, str]) -> dict[str, Any]:
+        images: list[tuple[int, str]] = [(image_id, name) for image_id, name in json.loads(block["images"])]
+        failed: dict[int, str] = {}
+        count = write_parquet(self._records(images, failed), f"{self._folder}/{block['name']}", self._about)
+        return {"images": len(images), "detections": count - len(failed), "failed": json.dumps(failed)}
 
-        rows = [row for record in self._records(block.to_pylist()) for row in rows_of(record)]
-        return pyarrow.Table.from_pylist(rows, schema=parquet_schema(self._about))
-
-    def _records(self, images: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _records(self, images: Images, failed: dict[int, str]) -> Iterator[Record]:
+        """The records of a block; what was wrong with images goes into `failed` too."""
         from maskrcnn.data.sources import ImageItem
         from maskrcnn.runtime.pipeline import detect_images
         from maskrcnn.runtime.predictions import record_of
+        from maskrcnn.runtime.tiles import detect_scenes
 
-        metadata = self.detector.metadata
-        items = (ImageItem(each["file"]) for each in images)
-        results = detect_images(self.detector, items, lambda *found: found)
-        for each, (_, found) in zip(images, results, strict=True):
-            if isinstance(found, UserError):
-                yield {"image_id": each["image_id"], "file": each["file"], "error": found.found}
+        def finish(item: ImageItem, _: Any, orientation: int, detections: Any) -> Record:
+            return record_of(item, number[item], orientation, detections, self.detector.metadata)
+
+        items = [ImageItem(name) for _, name in images]
+        number = {item: image_id for item, (image_id, _) in zip(items, images, strict=True)}
+        if self._tiles is None:
+            results = detect_images(self.detector, items, finish, batch=self._batch)
+        else:
+            results = detect_scenes(self.detector, items, finish, self._tiles, batch=self._batch)
+        for item, found in results:
+            if not isinstance(found, UserError):
+                yield found
+            elif self._strict:
+                raise found
             else:
-                item, _, orientation, detections = found
-                yield record_of(item, each["image_id"], orientation, detections, metadata)
+                failed[number[item]] = found.found
+                yield {"image_id": number[item], "file": item.name, "error": found.found}
+
+
+def ray_package() -> Any:
+    """The package Ray with Ray Data; raises `UserError` where it is missing."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise missing_library("ray", "predict on a cluster", "pip install 'maskrcnn[ray]'") from error
+    return ray
 
 
 @contextmanager
-def _cluster(ray: Any, address: str) -> Iterator[None]:
-    """A connection to Ray, which ends with the block unless the caller had one."""
+def connected(address: str, pool: Pool) -> Iterator[None]:
+    """A connection to a Ray cluster with room for a pool; it ends with the block unless the caller had one.
+
+    Args:
+        address: "local" starts Ray on this machine; else as `ray.init` takes it, such as "auto" or "ray://HOST:10001".
+        pool: whose first actors must fit.
+
+    Raises:
+        UserError: if Ray is missing, there is no cluster at the address, or it lacks what an actor needs.
+    """
+    ray = ray_package()
     if ray.is_initialized():
+        _check_resources(ray, pool)
         yield
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -160,6 +205,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
             "start one with `ray start --head`, or correct the address",
         ) from error
     try:
+        _check_resources(ray, pool)
         yield
     finally:
         ray.shutdown()

@@ -17,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from maskrcnn.errors import UserError, missing_library, reason_of
+from maskrcnn.data.sources import atomic_file, open_source, pyarrow_parquet
+from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import atomic_path, disk_errors
 
 if TYPE_CHECKING:
@@ -143,28 +144,34 @@ def write_images(lines: Path, path: Path) -> None:
         file.write("\n}\n")
 
 
-def write_parquet(records: Iterable[Record], path: Path, about: dict[str, Any]) -> None:
-    """Writes one row per detection; see `rows_of`.
+def write_parquet(records: Iterable[Record], path: Path | str, about: dict[str, Any]) -> int:
+    """Writes one row per detection; see `rows_of`. The file is complete or missing.
 
     Args:
         records: of the images.
-        path: file to write.
+        path: file to write, or a URL.
         about: the model and its preprocessing, for the file's metadata.
 
+    Returns:
+        The number of rows.
+
     Raises:
-        UserError: if pyarrow is missing.
+        UserError: if pyarrow is missing, or the file cannot be written.
     """
-    arrow, parquet = _pyarrow()
+    arrow, parquet = pyarrow_parquet()
     schema = parquet_schema(about)
     rows = (row for record in records for row in rows_of(record))
-    with atomic_path(path) as draft, parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
+    count = 0
+    with atomic_file(str(path)) as draft, parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
         while group := list(islice(rows, _ROWS)):
             writer.write_table(arrow.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
 
 
 def parquet_schema(about: dict[str, Any]) -> Any:
     """The pyarrow schema of a detection: the columns of `rows_of`, and metadata under the key "maskrcnn" (JSON)."""
-    arrow, _ = _pyarrow()
+    arrow, _ = pyarrow_parquet()
     numbers = arrow.list_(arrow.float64())
     columns = {
         "image_id": arrow.int64(),
@@ -212,7 +219,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: if pyarrow is missing, or the file is not one of these.
     """
-    _, parquet = _pyarrow()
+    _, parquet = pyarrow_parquet()
     try:
         table = parquet.read_table(path)
         rows = table.select([each for each in parquet_schema({}).names if each in table.column_names]).to_pylist()
@@ -231,10 +238,22 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing_library("pyarrow", "read and write Parquet", "pip install pyarrow") from error
-    return pyarrow, pyarrow.parquet
+def read_block(path: str) -> tuple[dict[str, Any], int, dict[int, str]] | None:
+    """What a file of `write_parquet` is made with, its number of detections, and its errors by image id.
+
+    Args:
+        path: the file, or a URL.
+
+    Returns:
+        None for a file that is damaged or incomplete.
+    """
+    _, parquet = pyarrow_parquet()
+    with open_source(path) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            about = json.loads(table.schema_arrow.metadata[b"maskrcnn"])
+            rows = table.read(["image_id", "error"]).to_pylist()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    failed = {row["image_id"]: row["error"] for row in rows if row["error"] is not None}
+    return about, len(rows) - len(failed), failed

@@ -7,21 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
 from maskrcnn import runs
-from maskrcnn.api.predict_output import RUN, Job, PredictionFolder, jobs_of, run_facts
+from maskrcnn.api.predict_output import BlockFolder, Job, PredictionFolder, jobs_of, run_facts
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.data.sources import ImageItem, Source, find_sources
+from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote
 from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
 
 if TYPE_CHECKING:
     from maskrcnn.metadata import ModelMetadata
+    from maskrcnn.runtime.cluster import Pool
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.tiles import Tiles
 
@@ -181,7 +183,7 @@ def predict(
         limit: process at most this many images or frames, for instance of a camera.
         resume: continue the run in `output` that was interrupted, with the same images and model.
         ray: run on a Ray cluster: "local" (this machine), "auto" (the cluster of this node) or "ray://HOST:10001".
-            Writes `detections.parquet` only, a folder of files, to `output`, which may be a URL.
+            Writes `detections.parquet` only, a folder of files, to `output`, which may be a URL. Not for videos.
         actors: copies of the model on the cluster, or (least, most). Default: as many as there is work and room for.
         actor_cpus: CPUs of an actor, which are the threads of its model.
         actor_gpus: GPUs of an actor.
@@ -195,6 +197,7 @@ def predict(
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
             `strict`, for the first image that cannot be used; if none can be.
     """
+    from maskrcnn.runtime.cluster import ray_package
     from maskrcnn.runtime.tiles import tiles_of
 
     progress = progress or Progress()
@@ -209,17 +212,23 @@ def predict(
     path = Path(model) if model is not None else runs.newest_checkpoint()
     spec = (backend, provider, precision, pixel_range)
     tiles = tiles_of(tile, overlap)
-    workers = workers if tiles is None else 1
     if ray is not None:
-        cannot = resume or stream or limit is not None or tiles is not None
-        if cannot or set(save or ("parquet",)) != {"parquet"} or output is None:
+        if stream or workers is not None or set(save or ("parquet",)) != {"parquet"} or output is None:
             raise UserError(
-                "a run on Ray with resume, stream, limit or tile, without output, or with another output than parquet",
+                "a run on Ray with stream or workers, without output, or with another output than parquet",
                 "--output DIR-OR-URL, --save parquet",
                 "leave the others out, or leave out --ray",
             )
+        if any(source.is_video or source.pixels is not None for source in sources):
+            expected = "image files and URLs, which any node can read by itself"
+            raise UserError("a video, camera or array with --ray", expected, "leave out --ray, or extract the frames")
+        pool = _pool(actors, actor_cpus, actor_gpus)
+        ray_package()  # is there
+        blocks = BlockFolder(str(output), resume=resume, overwrite=overwrite)
         ids = _ids(sources, annotations, progress, is_written=True)
-        return _on_ray(sources, ids, path, spec, str(output), ray, actors, actor_cpus, actor_gpus, overwrite)
+        given = {"tiles": tiles, "batch": batch_size, "strict": strict}
+        return _on_ray(sources[:limit], ids and ids[:limit], path, spec, blocks, ray, pool, given, progress)
+    workers = workers if tiles is None else 1
     if stream:
         if folder is not None:
             raise UserError("output with stream", "one of both", "write what the iterator yields, or leave out stream")
@@ -292,65 +301,58 @@ def _on_ray(
     ids: Sequence[int] | None,
     path: Path,
     spec: tuple[Any, ...],
-    output: str,
+    folder: BlockFolder,
     address: str,
-    actors: int | tuple[int, int] | None,
-    cpus: float,
-    gpus: float,
-    overwrite: bool,
+    pool: Pool,
+    options: dict[str, Any],
+    progress: Progress,
 ) -> PredictResult:
-    """Detects on a Ray cluster; see `maskrcnn.runtime.cluster`."""
-    import shutil
-
-    from maskrcnn.files import folder_beside, write_report
-    from maskrcnn.runtime.cluster import Pool, detect_on_ray
+    """Detects on a Ray cluster; see `maskrcnn.runtime.cluster`, whose options these are."""
+    from maskrcnn.runtime.cluster import blocks_of, connected, detect_blocks
     from maskrcnn.runtime.detector import Detector, backend_spec
-    from maskrcnn.runtime.predictions import PARQUET
 
-    if any(source.is_video or source.pixels is not None for source in sources):
-        expected = "image files and URLs, which any node can read by itself"
-        raise UserError("a video, camera or array with --ray", expected, "leave out --ray, or extract the frames")
+    backend, provider, precision, pixel_range = spec
+    load = {"backend": backend_spec(backend, provider, precision), "pixel_range": pixel_range}
+    detector = Detector.load(path, load["backend"], pixel_range=pixel_range)  # it works here before it travels
+    if options["tiles"] is not None:
+        options["tiles"].check(detector.preprocessing)
+    about = run_facts(detector, path, options["tiles"])
+    runs_in = f"{detector.backend.name} {detector.backend.precision} on Ray"
+    del detector
+    numbers = range(1, len(sources) + 1) if ids is None else ids
+    names = [source.name if is_remote(source.name) else str(Path(source.name).absolute()) for source in sources]
+    blocks = blocks_of([*zip(numbers, names, strict=True)])
+    total, failed = 0, dict[int, str]()
+    with connected(address, pool), progress.task("detecting", len(names)) as advance:
+        done = folder.start(blocks, about)
+        left = {key: block for key, block in blocks.items() if key not in done}
+        if done:
+            progress.message(f"continues after {sum(len(blocks[key]) for key in done)} images")
+        before = ((len(blocks[key]), *outcome) for key, outcome in done.items())
+        for images, detections, errors in chain(
+            before, detect_blocks(left, folder.place, path, load, about, pool, **options) if left else ()
+        ):
+            for reason in [*errors.values()][: max(0, _LINES - len(failed))]:
+                progress.message(f"failed: {reason}")
+            total += detections
+            failed |= errors
+            advance(images)
+    reasons = {name: failed[number] for number, name in zip(numbers, names, strict=True) if number in failed}
+    usable = [name for name in names if name not in reasons]
+    folder.finish(about, is_empty=not usable)
+    if not usable:
+        raise _none_usable(reasons)
+    return PredictResult(path, runs_in, usable, results=folder.result, failed=reasons, total=total)
+
+
+def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Pool:
+    """The actors of a run on Ray; see `predict`."""
+    from maskrcnn.runtime.cluster import Pool
+
     least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
     if least < 1 or (most is not None and most < least) or cpus < 0 or gpus < 0:
         raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
-    backend, provider, precision, pixel_range = spec
-    options = {"backend": backend_spec(backend, provider, precision), "pixel_range": pixel_range}
-    detector = Detector.load(path, options["backend"], pixel_range=pixel_range)  # it works here before it travels
-    about = run_facts(detector, path)
-    name = f"{detector.backend.name} {detector.backend.precision}"
-    del detector
-    is_local = "://" not in output
-    target = Path(output).absolute() / PARQUET
-    if is_local and target.exists():
-        if not overwrite:
-            raise UserError(f"{target} exists", "a new folder", "choose another --output, or use --overwrite")
-        if not target.is_dir() or any(each.suffix != ".parquet" for each in target.iterdir()):
-            raise UserError(f"{target} has other files", "a folder of Parquet files", "choose another --output")
-    place = str(target) if is_local else f"{output.rstrip('/')}/{PARQUET}"
-    numbers = range(1, len(sources) + 1) if ids is None else ids
-    images = [
-        (number, source.name if "://" in source.name else str(Path(source.name).absolute()))
-        for number, source in zip(numbers, sources, strict=True)
-    ]
-    pool = Pool(least, most, cpus, gpus)
-    if is_local:
-        with folder_beside(
-            target.parent / RUN, prefix="ray-"
-        ) as folder:  # an earlier result stays until there is a new one
-            draft = folder / PARQUET
-            total, failed = detect_on_ray(address, images, path, options, about, str(draft), pool)
-            if len(failed) == len(images):
-                raise _none_usable(failed)
-            if target.exists():
-                shutil.rmtree(target)
-            draft.rename(target)
-        write_report(target.parent / RUN, "predict", {"is_complete": True, **about})
-    else:
-        total, failed = detect_on_ray(address, images, path, options, about, place, pool)
-        if len(failed) == len(images):
-            raise _none_usable(failed)
-    names = [name for _, name in images if name not in failed]
-    return PredictResult(path, f"{name} on Ray", names, results=place, failed=failed, total=total)
+    return Pool(least, most, cpus, gpus)
 
 
 def _streamed(

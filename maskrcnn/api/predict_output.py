@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskrcnn.data.sources import ImageItem, Source
+from maskrcnn.data.sources import ImageItem, Source, file_system, is_remote
 from maskrcnn.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from maskrcnn.runtime.tiles import Tiles
 
 RUN, FAILED, LABELS = "run.json", "failed.txt", "annotations.json"
+_READERS = 16  # files that are read at the same time
 _FAILED_HEAD = "# images that maskrcnn could not use"
 
 
@@ -179,10 +182,7 @@ class PredictionFolder:
         done = 0
         if self.is_resumed:
             before = self._read_manifest() or {}
-            for key in ("model_sha256", "backend", "precision", "preprocessing", "tiles"):
-                if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(self._about[key])):
-                    found = f"{self.folder} has a run with {key} {before.get(key)}, not {self._about[key]}"
-                    raise UserError(found, "the same model and options", "use them, or choose another --output")
+            _check_same(self.folder, before, self._about)
             redone = None if before.get("is_complete") else self._interrupted_video()
             for record in read_predictions(self.lines) if self.lines.is_file() else ():
                 if redone is not None and str(record["file"]).rpartition("#")[0] == redone:
@@ -287,6 +287,118 @@ class PredictionFolder:
         else:
             (self.folder / FAILED).unlink(missing_ok=True)
         write_report(self._manifest, "predict", {"is_complete": True, **self._about})
+
+
+class BlockFolder:
+    """The output of a run on Ray: the folder `detections.parquet`, a file for each block of images.
+
+    Local files are in `detections.parquet.part` until all are there, so that an earlier result stays until there is a
+    new one; at a URL, where folders cannot be renamed, they are at their place at once.
+
+    Args:
+        output: folder or URL.
+        resume: whether to keep the blocks that an interrupted run has written.
+        overwrite: whether to replace an earlier result.
+
+    Raises:
+        UserError: if there is an earlier result or an interrupted run, and neither is set; if there is nothing to
+            resume; if a folder has other files than Parquet.
+    """
+
+    def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
+        from maskrcnn.runtime.predictions import PARQUET
+
+        is_local = not is_remote(output)
+        base = str(Path(output).absolute()) if is_local else output.rstrip("/")
+        self.result = f"{base}/{PARQUET}"
+        self.place = f"{self.result}.part" if is_local else self.result
+        begun, complete = _parquet_files(self.place), _parquet_files(self.result)
+        if not resume and not overwrite and begun:
+            raise UserError(
+                f"{self.place} has the files of an earlier run",
+                "a new folder",
+                "continue it with --resume, start again with --overwrite, or choose another --output",
+            )
+        if not resume and not overwrite and complete is not None:
+            raise UserError(f"{self.result} exists", "a new folder", "choose another --output, or use --overwrite")
+        if resume and not begun:
+            if not complete:
+                fix = "leave out --resume"
+                raise UserError(f"--resume: no files in {self.place}", "the output of an interrupted run", fix)
+            self.place = self.result
+        self._is_resumed = resume
+
+    def start(self, names: Collection[str], about: dict[str, Any]) -> dict[str, tuple[int, dict[int, str]]]:
+        """Creates the folder; returns the detections and errors of the blocks that are done.
+
+        Args:
+            names: the files of the run.
+            about: what it is made with.
+
+        Raises:
+            UserError: if an interrupted run has another model, other options or other images.
+        """
+        from maskrcnn.runtime.predictions import read_block
+
+        if not self._is_resumed:
+            with file_system(self.place) as (system, path):
+                if system.exists(path):
+                    system.rm(path, recursive=True)
+                system.makedirs(path, exist_ok=True)
+            return {}
+        files = _parquet_files(self.place) or []
+        if other := next((file for file in files if file not in names), None):
+            found = f"{self.place} has the results of other images ({other})"
+            raise UserError(found, "the images of the interrupted run, in their order", "name the same images")
+        done = {}
+        with ThreadPoolExecutor(_READERS) as readers:  # for remote files
+            blocks = readers.map(lambda file: read_block(f"{self.place}/{file}"), files)
+            for name, block in zip(files, blocks, strict=True):
+                if block is not None:
+                    _check_same(self.place, block[0], about)
+                    done[name] = block[1:]
+        return done
+
+    def finish(self, about: dict[str, Any], *, is_empty: bool) -> None:
+        """Makes the files the result; a run in which no image could be used leaves nothing."""
+        from maskrcnn.files import write_report
+
+        if is_empty:
+            with file_system(self.place) as (system, path):
+                system.rm(path, recursive=True)
+        elif not is_remote(self.place):
+            place, result = Path(self.place), Path(self.result)
+            for draft in place.glob(".*"):  # of actors that died
+                draft.unlink()
+            if place != result:
+                if result.exists():
+                    shutil.rmtree(result)
+                place.rename(result)
+            write_report(result.parent / RUN, "predict", {"is_complete": True, **about})
+
+
+def _parquet_files(folder: str) -> list[str] | None:
+    """The names of the files in a folder or at a URL; None if there is none.
+
+    Raises:
+        UserError: if it has other files than Parquet.
+    """
+    with file_system(folder) as (system, path):
+        system.invalidate_cache()
+        if not system.exists(path):
+            return None
+        names = [] if system.isfile(path) else [each.rpartition("/")[2] for each in system.ls(path, detail=False)]
+        if system.isfile(path) or any(name and not name.endswith(".parquet") for name in names):
+            raise UserError(f"{folder} has other files", "a folder of Parquet files", "choose another --output")
+        return sorted(name for name in names if name and not name.startswith("."))
+
+
+def _check_same(place: Path | str, before: dict[str, Any], about: dict[str, Any]) -> None:
+    """Checks that a run that goes on is made with what it was begun with."""
+    for key in ("model_sha256", "backend", "precision", "preprocessing", "tiles"):
+        if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(about[key])):
+            found = f"{place} has a run with {key} {before.get(key)}, not {about[key]}"
+            raise UserError(found, "the same model and options", "use them, or choose another --output")
 
 
 def run_facts(detector: Detector, model: Path, tiles: Tiles | None = None) -> dict[str, Any]:

@@ -167,7 +167,8 @@ def predict(
         total = len(result.failed) + len(result.images)
         again = "" if ray else f", and name {Path(output, FAILED)} to process them"
         reasons = "".join(f"\n  {reason}" for reason in list(result.failed.values())[:_NAMED])
-        reasons += "" if len(result.failed) <= _NAMED else f"\n  … all in {Path(output, FAILED)}"
+        place = f"rows of {result.results} with `error`" if ray else Path(output, FAILED)
+        reasons += "" if len(result.failed) <= _NAMED else f"\n  … all in {place}"
         raise UserError(
             f"{len(result.failed)} of {total} images cannot be used:{reasons}",
             "image files; the results of the others are complete",

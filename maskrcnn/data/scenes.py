@@ -33,6 +33,7 @@ from maskrcnn.data.images import (
 from maskrcnn.errors import require_memory
 from maskrcnn.imaging.preprocess import Preprocessing
 
+_IN_TILES = "free memory, or convert it to a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)"
 _BYTES_WHOLE = 4 + 3  # of a pixel that is decoded whole: Pillow's RGB, and the array
 
 
@@ -125,10 +126,8 @@ def open_scene(
         else:
             whole = read_header(path)
             size = whole.size_hw
-            fix = "free memory, or convert it to a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)" + reason
-            require_memory(
-                _BYTES_WHOLE * float(size[0]) * size[1], f"{name} of {size[1]}×{size[0]} px, decoded whole", fix
-            )
+            what = f"{name} of {size[1]}×{size[0]} px, decoded whole"
+            require_memory(_BYTES_WHOLE * float(size[0]) * size[1], what, _IN_TILES + reason)
             image = read_image(path, preprocessing, annotated_hw=annotated_hw, exif=exif, notes=own)
             yield Scene.of_array(image, whole.orientation_for(annotated_hw, exif))
     for kind in own.counts:  # of all windows, which are one image
@@ -168,7 +167,7 @@ def _opened_in_parts(path: Path, name: str, stack: ExitStack) -> tuple[_InParts 
         if not is_tiff(path):
             return None, ""
         opened = TiffPage(stack.enter_context(open_tiff(path)))
-        segments, reason = _Segments.of(opened.page)
+        segments, reason = _Segments.of(opened.page, name)
     return (None if segments is None else _InParts(opened, segments.read)), reason
 
 
@@ -192,8 +191,12 @@ class _Segments:
             self._map = array.reshape(self._planes, height, width, -1)
 
     @classmethod
-    def of(cls, page: Any) -> tuple[_Segments | None, str]:
-        """The segments, or None where samples would need a conversion, or cannot be decoded; and the remedy."""
+    def of(cls, page: Any, name: str) -> tuple[_Segments | None, str]:
+        """The segments, or None where samples would need a conversion, or cannot be decoded; and the remedy.
+
+        Raises:
+            UserError: if memory is short for a row of them, which is kept.
+        """
         bits = page.bitspersample
         is_plain = int(page.photometric) in (1, 2)  # grey (0 is black) or RGB
         is_jpeg = int(page.photometric) == 6 and int(page.compression) == 7  # YCbCr, decoded to RGB
@@ -203,6 +206,10 @@ class _Segments:
         if segments._map is None:
             if segments._size[0] * segments._size[1] > max_pixels():
                 return None, ""
+            high, wide = segments._size
+            row_bytes = float(high) * wide * segments._grid[1] * segments._bands * page.dtype.itemsize
+            kind = "tiles" if page.is_tiled else "strips"
+            require_memory(row_bytes, f"{name} in {kind} of {wide}×{high} px, of which a row is decoded", _IN_TILES)
             try:
                 segments._segment(0)
             except ValueError as error:

@@ -132,12 +132,12 @@ def _random_shape(rng: np.random.Generator, size_hw: tuple[int, int], odds: np.n
         distance = np.hypot(x - np.float32(centre[0]), y - np.float32(centre[1])) - np.float32(radius)
         area_px = math.pi * radius**2
     else:
-        distance, area_px = _polygon_distance(outline, y, x)
+        distance, area_px = polygon_distance(outline, y, x)
     coverage = np.clip(0.5 - distance, 0, 1)
     return _Shape(CLASS_NAMES.index(name) + 1, coverage, area_px, outline, coverage > 0.5)
 
 
-def _polygon_distance(outline: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
+def polygon_distance(outline: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, float]:
     """Distance of each pixel to the nearest edge line of a convex polygon, negative inside; and the polygon's area."""
     after = np.roll(outline, -1, axis=0)
     cross = outline[:, 0] * after[:, 1] - outline[:, 1] * after[:, 0]

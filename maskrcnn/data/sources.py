@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, images_in, read_upright
 from maskrcnn.errors import UserError, missing_library, reason_of
-from maskrcnn.files import parse_json
+from maskrcnn.files import atomic_path, parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -176,6 +177,36 @@ def open_source(name: str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
+def atomic_file(name: str) -> Iterator[Path]:
+    """A temporary path whose content becomes a file, local or remote, if the block ends without an error.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    if not is_remote(name):
+        with atomic_path(name) as draft:
+            yield draft
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder, PurePosixPath(name).name)
+        yield draft
+        with file_system(name) as (system, path):
+            system.put_file(str(draft), path)
+
+
+@contextmanager
+def file_system(name: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a path or URL as fsspec knows it, and the path there.
+
+    Raises:
+        UserError: for what the storage refuses in the block.
+    """
+    fsspec = _fsspec()
+    with _explained_remote(name):
+        yield fsspec.core.url_to_fs(name) if is_remote(name) else (fsspec.filesystem("file"), name)
+
+
+@contextmanager
 def opened_video(source: Source) -> Iterator[Any]:
     """The PyAV container of a video or camera.
 
@@ -253,9 +284,7 @@ def _remote_sources(name: str) -> list[Source]:
     """The sources of a URL: a file, a pattern, or a folder with its subfolders."""
     if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *IMAGE_SUFFIXES) and not glob.has_magic(name):
         return _file_sources(name)
-    fsspec = _fsspec()
-    with _explained_remote(name):
-        system, path = fsspec.core.url_to_fs(name)
+    with file_system(name) as (system, path):
         names = sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
         if names == [path] and not system.isdir(path):
             return [Source(name)]
@@ -327,10 +356,7 @@ def _annotated(name: str, entries: Sequence[Any]) -> list[Source]:
 
 
 def _parquet_names(name: str) -> list[str]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise missing_library("pyarrow", "read Parquet files", "pip install pyarrow") from error
+    _, parquet = pyarrow_parquet()
     with open_source(name) as file:
         try:
             table = parquet.ParquetFile(file)
@@ -354,6 +380,16 @@ def _fsspec() -> Any:
     except ImportError as error:
         raise missing_library("fsspec", "read URLs", "pip install fsspec") from error
     return fsspec
+
+
+def pyarrow_parquet() -> tuple[Any, Any]:
+    """The packages pyarrow and pyarrow.parquet; raises `UserError` where they are missing."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing_library("pyarrow", "read and write Parquet", "pip install pyarrow") from error
+    return pyarrow, pyarrow.parquet
 
 
 def pyav() -> Any:
@@ -381,7 +417,7 @@ def _explained_remote(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # each file system has errors of its own, also for credentials
         raise UserError(
-            f"{name} cannot be read ({type(error).__name__}: {reason_of(error)})",
-            "an existing file that these credentials may read",
+            f"{name} cannot be accessed ({type(error).__name__}: {reason_of(error)})",
+            "an existing file or a folder, and credentials that permit it",
             "check the URL, and the credentials in the environment as the storage's own tools take them",
         ) from error

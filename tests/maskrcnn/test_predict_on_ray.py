@@ -1,6 +1,8 @@
 """`predict --ray` on a cluster of this machine."""
 
 import json
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 from command_line import expect_error
 
 import maskrcnn
+from maskrcnn.errors import UserError
 from maskrcnn.runtime.predictions import read_parquet
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
 
@@ -66,6 +69,81 @@ def test_the_cluster_finds_what_one_process_finds_even_if_an_actor_dies(shapes, 
     expect_error(run("predict", photos, *model, "--actor-cpus", "4000"), "4000 CPUs", "--actor-cpus")
 
 
-def test_no_cluster_at_the_address_is_said(shapes, onnx_file, run):
-    failed = run("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
-    expect_error(failed, "--ray 127.0.0.1:1", "ray start --head")
+@pytest.fixture
+def cluster():
+    """A cluster that the runs of a test share."""
+    ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    yield "local"
+    ray.shutdown()
+
+
+def rows(folder: str) -> list[dict]:
+    """The detections in a folder of Parquet files, in the order of images."""
+    return sorted(read_parquet(Path(folder)), key=lambda each: (each["image_id"], -each["score"], each["bbox"]))
+
+
+def test_an_interrupted_run_on_ray_continues_with_the_blocks_that_are_missing(shapes, onnx_file, tmp_path, cluster):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    drawn = sorted((shapes / "val").glob("*.png"))
+    names = [f"{number:02d}.png" for number in range(70)]  # three blocks
+    names[2], names[3] = os.fsdecode(b"02 caf\xe9.png"), os.fsdecode(b"03 caf\xe9.png")
+    for number, name in enumerate(names):
+        (photos / name).symlink_to(drawn[number % len(drawn)])
+    (photos / names[3]).unlink()
+    (photos / names[3]).write_bytes(b"no image")
+    given = {"model": onnx_file, "ray": cluster, "actors": 1}
+    found = maskrcnn.predict(photos, output=tmp_path / "out", **given)
+    assert list(found.failed) == [str(photos / names[3])] and str(photos / names[2]) in found.images
+    whole = rows(found.results)
+    assert {each["image_id"] for each in whole} <= {*range(1, 71)} - {4} and len(whole) == found.total
+    # As a run that was killed leaves it: a block is missing, one is damaged.
+    part = Path(f"{found.results}.part")
+    Path(found.results).rename(part)
+    kept, missing, damaged = sorted(part.iterdir())
+    missing.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    (part / ".draft.parquet").write_bytes(b"PAR1")
+    written = kept.stat().st_mtime_ns
+    for options, message in (
+        ({}, "--resume"),
+        ({"resume": True, "tile": 64}, "a run with tiles None"),
+        ({"resume": True, "limit": 40}, "other images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            maskrcnn.predict(photos, output=tmp_path / "out", **given, **options)
+    again = maskrcnn.predict(photos, output=tmp_path / "out", resume=True, **given)
+    assert rows(again.results) == whole
+    assert (again.total, list(again.failed), again.images) == (found.total, list(found.failed), found.images)
+    assert sorted(Path(found.results).iterdir()) == [
+        Path(found.results, each.name) for each in (kept, missing, damaged)
+    ]
+    assert Path(found.results, kept.name).stat().st_mtime_ns == written and not part.exists()
+    with pytest.raises(UserError, match="leave out --resume"):
+        maskrcnn.predict(photos, output=tmp_path / "new", resume=True, **given)
+
+
+def test_tiles_and_urls_on_ray(shapes, onnx_file, tmp_path, cluster):
+    drawn = sorted((shapes / "val").glob("*.png"))[:3]
+    given = {"model": onnx_file, "tile": 64, "batch_size": 2}
+    maskrcnn.predict(drawn, output=tmp_path / "plain", save=["parquet"], **given)
+    url = f"file://{tmp_path}/remote"
+    found = maskrcnn.predict(drawn, output=url, ray=cluster, **given)
+    assert found.results == f"{url}/detections.parquet"
+    wanted, own = rows(tmp_path / "plain" / "detections.parquet"), rows(tmp_path / "remote" / "detections.parquet")
+    assert len(wanted) == len(own) == found.total > 0
+    assert [each["image_id"] for each in own] == [each["image_id"] for each in wanted]
+    np.testing.assert_allclose([e["bbox"] for e in own], [e["bbox"] for e in wanted], atol=0.05)
+    with pytest.raises(UserError, match="earlier run"):
+        maskrcnn.predict(drawn, output=url, ray=cluster, **given)
+    assert maskrcnn.predict(drawn, output=url, ray=cluster, resume=True, **given).total == found.total
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"bad\.png"):
+        maskrcnn.predict([*drawn, tmp_path / "bad.png"], output=tmp_path / "out", ray=cluster, strict=True, **given)
+
+
+def test_no_cluster_at_the_address_and_no_ray_are_said(shapes, onnx_file, run, monkeypatch):
+    arguments = ("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
+    expect_error(run(*arguments), "--ray 127.0.0.1:1", "ray start --head")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    expect_error(run(*arguments), "pip install 'maskrcnn[ray]'")

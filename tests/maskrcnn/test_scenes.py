@@ -128,6 +128,22 @@ def test_a_scene_that_is_decoded_whole_needs_memory(tmp_path: Path, monkeypatch:
     assert "TIFF file in tiles" in caught.value.fix
 
 
+def test_a_huge_compressed_strip_needs_memory_and_strips_and_tiles_need_that_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskrcnn.errors._available_bytes", lambda: 100_000.0)
+    path = tmp_path / "scene.tif"
+    deflate = {"compression": "zlib", "photometric": "rgb"}
+    for layout in ({}, {"rowsperstrip": 100}, {"tile": (80, 80)}):  # 378,000, 126,000 and 115,200 bytes
+        tifffile.imwrite(path, _RGB, **layout, **deflate)
+        with pytest.raises(UserError, match="of which a row is decoded") as caught, open_scene(path):
+            pass
+        assert str(path) in caught.value.found and "TIFF file in tiles" in caught.value.fix
+    for layout in ({"rowsperstrip": 50}, {"tile": (64, 64)}):  # 63,000 and 86,016 bytes
+        tifffile.imwrite(path, _RGB, **layout, **deflate)
+        _check_windows(path, Preprocessing())
+
+
 def test_losses_are_counted_once_for_a_scene(tmp_path: Path) -> None:
     path, plain = tmp_path / "scene.tif", ImageNotes()
     tifffile.imwrite(path, _WIDE, tile=(32, 32), photometric="minisblack", compression="zlib")
