@@ -7,7 +7,7 @@ import tarfile
 import chromium
 import numpy as np
 import pytest
-from chromium import served
+from chromium import ISOLATED, served
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
@@ -18,7 +18,6 @@ from maskrcnn.runtime import Detector
 from maskrcnn.runtime.serving import web
 from maskrcnn.runtime.serving.web import RUNTIME_FILES, RUNTIME_VERSION, write_page
 
-ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 needs_browser = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium")
 
 
