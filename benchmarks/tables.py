@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import evaluation
-import scaling
 import report
+import scaling
 import stages
 from measure import Measurement
 from session import aligned

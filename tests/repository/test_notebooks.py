@@ -66,7 +66,11 @@ def printed(notebook):
 def execute(notebook, folder):
     """Runs all cells in a folder, without a limit of time."""
     client = nbclient.NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}, record_timing=False
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
     )
     client.execute()
 
