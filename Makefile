@@ -7,11 +7,15 @@ INSTALLED := $(VENV)/.installed
 # NVIDIA's server for tests/runtime/test_triton_real.py, and the NumPy of its own Python; not beside ours, which is newer.
 TRITON := nvidia-pytriton==0.7.0 'numpy<2'
 
-.PHONY: test lint docs notebooks demo clean .venv
+.PHONY: test test-all lint docs notebooks demo clean .venv
 .DELETE_ON_ERROR:
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Also the tests marked slow.
+test-all: lint
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "slow or not slow"
 
 lint: .venv
 	$(BIN)/ruff check .

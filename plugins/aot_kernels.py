@@ -30,12 +30,13 @@ FEATURE_FORMATS = (
     ("bfloat16", "HWC8"),
 )
 _PITCH_UNITS = {"LINEAR": 0, "HWC": 1, "HWC8": 8}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FEATURES = {"float32": "float", "float16": "maskrcnn::Half", "bfloat16": "maskrcnn::BFloat16"}
 _MAX_LEVELS = 16  # MASKRCNN_MAX_LEVELS of csrc/kernels.h
-# Sizes of the kernels, which csrc/*/aot.cu asserts: threads per block, bins per channels-last block.
-_POOLING_THREADS, _NMS_THREADS, _WARP, _BINS_OF_TILE = 256, 1024, 32, 64
+# Sizes of the kernels, which csrc/*/aot.cu asserts: threads per block, and for channels last the bins per block and the
+# bytes per lane.
+_PLANES_THREADS, _CHANNELS_LAST_THREADS, _NMS_THREADS, _WARP, _BINS_OF_TILE, _LANE_BYTES = 256, 224, 1024, 32, 49, 16
 _PLANES_OF_BLOCK = 64  # kPlanesOfBlock of csrc/multilevel_roi_align/launch.cu
-_LANES_OF_CHANNELS = 4
 # Range of each attribute; csrc/kernels.h documents the same for its arguments.
 _LIMITS = {
     "output_size": (1, 32767),
@@ -91,12 +92,13 @@ def roi_align(
         )
     bins, pitch_unit = values["output_size"], _PITCH_UNITS[layout]
     is_channels_last = pitch_unit > 0
-    vectorised = pitch_unit % 4 == 0 or (channels is not None and channels % 4 == 0)
-    lanes = _LANES_OF_CHANNELS if vectorised else 1
-    channels_of_block = _WARP * lanes if is_channels_last else _PLANES_OF_BLOCK
+    lane = _LANE_BYTES // _BYTES[dtype]  # channels
+    is_wide = is_channels_last and (pitch_unit % lane == 0 or (channels is not None and channels % lane == 0))
+    channels_of_block = _WARP * (lane if is_wide else 1) if is_channels_last else _PLANES_OF_BLOCK
+    threads = _CHANNELS_LAST_THREADS if is_channels_last else _PLANES_THREADS
     parts = -(-bins * bins // _BINS_OF_TILE) if is_channels_last else 1
     defines = {
-        "MASKRCNN_THREADS": str(_POOLING_THREADS),
+        "MASKRCNN_THREADS": str(threads),
         "MASKRCNN_LEVELS": str(num_levels),
         "MASKRCNN_FEATURE": _FEATURES[dtype],
         "MASKRCNN_CHANNELS_LAST": str(int(is_channels_last)),
@@ -112,7 +114,7 @@ def roi_align(
         "MASKRCNN_LEVEL_EPSILON": _float(values["level_epsilon"]),
     }
     source = build.SOURCES / "multilevel_roi_align" / "aot.cu"
-    kernel = Kernel(source, "maskrcnn_multilevel_roi_align_aot", defines, _POOLING_THREADS)
+    kernel = Kernel(source, "maskrcnn_multilevel_roi_align_aot", defines, threads)
     return _Pooling(kernel, parts, channels_of_block)
 
 

@@ -1,5 +1,6 @@
 """A small detector and a small dataset, made once for all tests."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 import kernels_on_cpu
+import onnx
 import pytest
 import torch
 from filelock import FileLock
@@ -41,6 +43,26 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(shared):
+    """Traces each model, which takes half a minute, once for all test processes."""
+    from maskrcnn.export import exporter
+
+    trace = exporter._trace
+
+    def traced(model: MaskRCNN, opset: int) -> onnx.ModelProto:
+        text = f"{model.config} {opset} {sorted(name for name, part in model.named_modules() if part.training)}"
+        key = hashlib.sha256(text.encode())
+        for name, value in model.state_dict().items():
+            key.update(name.encode() + value.contiguous().numpy().tobytes())
+        made = shared(key.hexdigest(), lambda folder: onnx.save(trace(model, opset), folder / "traced.onnx"))
+        return onnx.load(made / "traced.onnx")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "_trace", traced)
+        yield
 
 
 def export_beside_checkpoint(model: MaskRCNN, folder: Path) -> None:

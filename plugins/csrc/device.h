@@ -77,9 +77,13 @@ __host__ __device__ inline float to_float(Half value) {
 __host__ __device__ inline void from_float(float value, float &result) { result = value; }
 
 __host__ __device__ inline void from_float(float value, BFloat16 &result) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
     uint32_t bits = bits_of(value);
     bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     result.bits = is_nan ? uint16_t(0x7fff) : uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
 }
 
 __host__ __device__ inline void from_float(float value, Half &result) {
@@ -116,21 +120,25 @@ __host__ __device__ inline float quotient(float a, float b) {
 #endif
 }
 
-// Loads four neighbouring elements in one transaction; the address is a multiple of their size.
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-    T values[4];
-};
-
-template <class T>
-__device__ inline void load(const T *from, float (&to)[4]) {
-    Four<T> four = *reinterpret_cast<const Four<T> *>(from);
-    for (int i = 0; i < 4; i++) to[i] = to_float(four.values[i]);
+// Keeps the compiler from splitting up the computation of an offset, to add its summands to each address anew.
+__device__ inline void keep(uint64_t &offset) {
+#if defined(__CUDA_ARCH__)
+    asm("" : "+l"(offset));
+#else
+    (void)offset;
+#endif
 }
 
-template <class T>
-__device__ inline void load(const T *from, float (&to)[1]) {
-    to[0] = to_float(*from);
+// W neighbouring elements, moved in one transaction; the address is a multiple of their size.
+template <class T, int W>
+struct alignas(W * sizeof(T)) Vector {
+    T values[W];
+};
+
+template <class T, int W>
+__device__ inline void load(const T *from, float (&to)[W]) {
+    Vector<T, W> all = *reinterpret_cast<const Vector<T, W> *>(from);
+    for (int i = 0; i < W; i++) to[i] = to_float(all.values[i]);
 }
 
 }  // namespace maskrcnn

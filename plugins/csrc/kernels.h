@@ -39,7 +39,7 @@ typedef struct {
     int32_t batch;         /* N >= 0 */
     int32_t num_rois;      /* R >= 0, of each image */
     int32_t channels;      /* C >= 0 */
-    int32_t channel_pitch; /* P, elements from one pixel to the next; used for MASKRCNN_NHWC only */
+    int32_t channel_pitch; /* P, elements from one pixel to the next; used for MASKRCNN_NHWC only, P * width < 2^29 */
     int32_t dtype;         /* maskrcnn_dtype of the features */
     int32_t layout;        /* maskrcnn_layout of the features */
     int32_t output_dtype;  /* dtype, or MASKRCNN_FLOAT32 */

@@ -121,6 +121,7 @@ def kernels(tmp_path_factory):
     return Kernels(kernels_on_cpu.build(tmp_path_factory.mktemp("kernels"), MASKRCNN_NMS_THREADS=128))
 
 
+@pytest.mark.slow
 def test_exercise_calls_every_kernel(kernels):
     lines = []
     exercise.exercise_kernels(kernels, CpuMemory(), lines.append)

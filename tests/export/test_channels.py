@@ -32,7 +32,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["four-bands", pytest.param("12-bit", marks=pytest.mark.slow)])
 def exported(request, tmp_path_factory):
     """A dataset, and a checkpoint and an ONNX file for it."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -75,8 +75,13 @@ VARIANTS = ("resnet_panet_pool", "mobilenet_bifpn_crop")
 
 
 @pytest.fixture(
-    params=["", "v2_", "boxes_", "joint_", "detectron2_", *VARIANTS],
-    ids=["v1", "v2", "boxes", "keypoints", "detectron2", *VARIANTS],
+    params=[
+        pytest.param("", id="v1"),
+        pytest.param("v2_", id="v2"),
+        pytest.param("boxes_", id="boxes"),
+        pytest.param("joint_", id="keypoints"),
+        *(pytest.param(name, id=name.rstrip("_"), marks=pytest.mark.slow) for name in ("detectron2_", *VARIANTS)),
+    ],
 )
 def model_and_file(request):
     """A tiny model of each architecture and its exported file."""
@@ -230,7 +235,10 @@ def test_the_whole_matrix_has_every_architecture():
 
 @pytest.mark.parametrize(
     ("variant", "fields"),
-    [("detectron2", {"pool_aligned": True}), ("bifpn+crop", {"neck": "bifpn", "pool_method": "crop"})],
+    [
+        pytest.param("detectron2", {"pool_aligned": True}, marks=pytest.mark.slow),
+        ("bifpn+crop", {"neck": "bifpn", "pool_method": "crop"}),
+    ],
 )
 def test_a_model_of_the_matrix_is_made_from_its_name(variant, fields):
     found = matrix_model(f"maskrcnn_resnet18_fpn_small:{variant}", [(64, 96)], proposals=50)

@@ -17,10 +17,12 @@ from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
 from maskrcnn.runtime.verification.inputs import compare_backends, validation_batches
 from maskrcnn.stages import LEVELS
 
+QUICK = ("resnet_panet_pool",)  # exported in every run of the tests, the others with -m slow
+VARIANTS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXPORTED]
 POOLING = {"align": "maskrcnn::MultilevelRoiAlign", "pool": "maskrcnn::MultilevelRoiPool", "crop": "GridSample"}
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_file_agrees_with_pytorch(exported_variant, name):
     model, path, difference = exported_variant(name)
     assert difference.within(EXACT) and difference.detections > 10
@@ -37,7 +39,7 @@ def test_the_file_agrees_with_pytorch(exported_variant, name):
     assert {name.partition(".")[0] for name in layers} == {"backbone", "rpn", "roi_heads"}
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_flavour_has_no_findings_except_for_roi_pool(exported_variant, name):
     model, path, _ = exported_variant(name)
     for aot in (False, True):
@@ -54,13 +56,14 @@ def test_the_flavour_has_no_findings_except_for_roi_pool(exported_variant, name)
     assert modes == [b"bilinear"] * (2 if model.config.pool_method == "crop" else 0)
 
 
+@pytest.mark.slow
 def test_the_grid_sample_mode_linear_is_an_error(exported_variant):
     _, path, _ = exported_variant("vgg_fpn_crop")
     why = {finding.why for finding in lint(onnx.load(path)).errors if finding.op == "GridSample"}
     assert why == {"mode = linear; the parser supports nearest, bilinear, bicubic"}
 
 
-@pytest.mark.parametrize("name", ["resnet_panet_pool", "vgg_fpn_crop"])
+@pytest.mark.parametrize("name", ["resnet_panet_pool", pytest.param("vgg_fpn_crop", marks=pytest.mark.slow)])
 def test_openvino_agrees(exported_variant, name):
     _, path, _ = exported_variant(name)
     reference = OnnxRuntimeBackend(path, providers=["CPUExecutionProvider"])
@@ -68,7 +71,7 @@ def test_openvino_agrees(exported_variant, name):
     assert difference.within(EXACT) and difference.detections > 10, str(difference)
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_layer_is_in_half_precision_and_normalisation_is_not(exported_variant, name, tmp_path):
     model, path, _ = exported_variant(name)
     proto = onnx.load(path)
@@ -83,7 +86,7 @@ def test_every_layer_is_in_half_precision_and_normalisation_is_not(exported_vari
             assert types[node.output[0]] == onnx.TensorProto.FLOAT, node.name
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_half_precision_changes_features_by_less_than_one_percent(exported_variant, name, tmp_path):
     _, path, _ = exported_variant(name)
     onnx.save(simulate_half(onnx.load(path), "fp16"), tmp_path / "half.onnx")
@@ -95,7 +98,11 @@ def test_half_precision_changes_features_by_less_than_one_percent(exported_varia
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("resnet_panet_pool", "fp16"), ("resnet_panet_pool", "bf16"), ("convnext_panet_align", "fp16")],
+    [
+        ("resnet_panet_pool", "fp16"),
+        ("resnet_panet_pool", "bf16"),
+        pytest.param("convnext_panet_align", "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_detections_in_half_precision(exported_variant, name, precision, tmp_path):
     _, path, _ = exported_variant(name)
@@ -103,7 +110,7 @@ def test_detections_in_half_precision(exported_variant, name, precision, tmp_pat
     assert difference.within(HALF) and difference.detections > 10
 
 
-@pytest.mark.parametrize("name", ["resnet_panet_pool", "convnext_panet_align"])
+@pytest.mark.parametrize("name", ["resnet_panet_pool", pytest.param("convnext_panet_align", marks=pytest.mark.slow)])
 def test_detections_with_8_bit_integers(exported_variant, name, shapes, tmp_path):
     _, path, _ = exported_variant(name)
     report, difference = write_int8(path, tmp_path / "int8.onnx", shapes / "train", limit=4)

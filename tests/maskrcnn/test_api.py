@@ -93,6 +93,7 @@ def test_predict_takes_arrays_and_returns_detections(onnx_file, shapes):
     assert json.loads(json.dumps(result.to_dict()))["counts"] == result.counts
 
 
+@pytest.mark.slow
 def test_the_package_export_can_be_called(checkpoint, tmp_path):
     result = maskrcnn.export(checkpoint, output=tmp_path / "m.onnx")
     assert result.path == tmp_path / "m.onnx" and result.path.is_file()

@@ -470,6 +470,7 @@ def test_training_starts_with_the_model_of_the_weights(zoo_file):
     assert torch.equal(model.roi_heads.box_head.fc7.bias, lively_tensors(18)["roi_heads.box_head.fc2.bias"])
 
 
+@pytest.mark.slow
 def test_one_call_exports_a_file_of_the_model_zoo(zoo_file, tmp_path):
     from maskrcnn.api.export import export
     from maskrcnn.metadata import KEY, ModelMetadata

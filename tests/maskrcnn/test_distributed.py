@@ -82,6 +82,7 @@ def support(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_gradients_of_two_processes_equal_those_of_one(shapes, tmp_path, support):
     program = tmp_path / "one_step.py"
     program.write_text(ONE_STEP)

@@ -20,6 +20,7 @@ from maskrcnn.training.step import Step
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+QUICK = ("coco-keypoints", "finetune", "nuclei", "shapes", "voc2012-masks")  # trained in every run of the tests
 recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 
 STEPS = 2
@@ -88,7 +89,10 @@ def test_its_settings_are_known(path, data):
     assert config.model.preprocessing.min_size_px == named.get("min_size_px", 800)
 
 
-@recipe
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK)) for path in RECIPES],
+)
 def test_it_trains_for_two_steps(path, data, folder, steps):
     settings, splits = settings_of(path)
     put_weights(settings, folder)

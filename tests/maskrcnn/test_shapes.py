@@ -214,7 +214,7 @@ def test_json_holds_the_arguments(folder):
 
 
 def test_classes_may_be_unequal(tmp_path):
-    root = generate_shapes(tmp_path / "unequal", train_images=150, val_images=1, size_px=64, class_shares=(10, 3, 0))
+    root = generate_shapes(tmp_path / "unequal", train_images=40, val_images=1, size_px=64, class_shares=(10, 3, 0))
     dataset = CocoDataset.load(root, "train")
     counts = np.bincount([label for own in dataset.labels_of_images() for label in own], minlength=4)
     share = counts[1] / counts.sum()

@@ -220,8 +220,12 @@ UNEQUAL = {
 
 @pytest.mark.parametrize(
     ("optimizer", "changes"),
-    [("sgd", {}), ("adam", {}), ("adamw", {}), ("sgd", UNEQUAL)],
-    ids=["sgd", "adam", "adamw", "unequal"],
+    [
+        pytest.param("sgd", {}, id="sgd", marks=pytest.mark.slow),
+        pytest.param("adam", {}, id="adam", marks=pytest.mark.slow),
+        pytest.param("adamw", {}, id="adamw"),
+        pytest.param("sgd", UNEQUAL, id="unequal"),
+    ],
 )
 def test_a_run_interrupted_inside_an_epoch_ends_in_the_same_weights(shapes, tmp_path, monkeypatch, optimizer, changes):
     monkeypatch.setattr(trainer_module, "SECONDS_BETWEEN_STATES", -1.0)  # after every step

@@ -125,8 +125,8 @@ def constant(name: str, file: str) -> int:
 def test_grids_use_the_constants_of_the_kernels():
     pooling = {layout: roi_align(layout=layout, channels=8) for layout in ("LINEAR", "HWC8")}
     assert pooling["LINEAR"].channels_of_block == constant("kPlanesOfBlock", "launch.cu")
-    assert pooling["HWC8"].channels_of_block == 32 * constant("kLanesOfChannels", "kernel.cuh")
-    side = int(constant("kBinsOfTile", "kernel.cuh") ** 0.5)
+    assert pooling["HWC8"].channels_of_block == 32 * constant("kLaneBytes", "kernel.cuh") // 4  # float32
+    side = int(constant("kMostBins", "kernel.cuh") ** 0.5)
     assert [roi_align(layout="HWC8", output_size=size).parts for size in (side, side + 1)] == [1, 2]
 
 

@@ -18,7 +18,7 @@ from maskrcnn.plugins.reference import level_of
 
 VARIANTS = ("a thread per bin", "quads", "channels last")
 SIZE_HW = (800, 1088)
-CHANNELS = 128
+CHANNELS = 256
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_variant_reads_sixteen_pixels_and_writes_once_per_output(library, 
     loads, stores = trace(library, 1, element_bytes, rois, 7)
     assert (loads[1], stores[1]) == (16 * outputs * 32 / 28, outputs)  # four of 32 lanes have no bin
     loads, stores = trace(library, 2, element_bytes, rois, 7)
-    assert (loads[1], stores[1]) == (16 * outputs / 4, outputs)  # four channels at once
+    assert (loads[1], stores[1]) == (16 * outputs * element_bytes / 16, outputs)  # 16 bytes at once
 
 
 def test_lines_and_sectors_of_a_warp_that_reads_contiguously(library):

@@ -107,10 +107,9 @@ def test_borders_without_rounding(device, seed, size, ratio, aligned, form):
 
 
 @settings(max_examples=50, deadline=None)
-@given(case=roi_cases())
+@given(case=roi_cases(largest=7, least=1))
 def test_it_equals_the_reference(device, case):
     features, rois = [single(f) for f in case.features], case.rois[:, :2]
-    assume(rois.size and features[0].shape[1] and case.attributes["output_size"] <= 7)
     widest = np.abs(rois[..., 2:] - rois[..., :2]).max() / 2.0 ** case.attributes["min_level"]
     assume(case.attributes["sampling_ratio"] or widest < 60)  # the reference is slow
     truth = pooling_truth.multilevel_roi_align(features, rois, **case.attributes)

@@ -71,6 +71,7 @@ def execute(line):
     return result.output
 
 
+@pytest.mark.slow
 def test_from_photos_to_an_engine(folder, checkpoint):
     assert len(COMMANDS) == 10
     printed = {}

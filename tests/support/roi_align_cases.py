@@ -90,12 +90,21 @@ def _box(rng: np.random.Generator, kind: str, extent: np.ndarray, stride: float)
 
 
 @st.composite
-def roi_cases(draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")) -> RoiCase:
-    """Draws maps, types, layouts and attributes of every kind, with few RoIs."""
+def roi_cases(
+    draw: st.DrawFn, dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"), *, largest: int = 28, least: int = 0
+) -> RoiCase:
+    """Draws maps, types, layouts and attributes of every kind, with few RoIs.
+
+    Args:
+        draw: of the strategy.
+        dtypes: types of the features.
+        largest: greatest output size.
+        least: smallest number of images, RoIs and channels.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    size = draw(st.sampled_from([1, 2, 3, 7, 8, 9, 14, 28]))
-    channels = draw(st.sampled_from([0, 1, 3, 4, 5, 33, 64, 65, 128, 130]))
-    batch, num_rois = draw(st.integers(0, 3)), draw(st.integers(0, 5))
+    size = draw(st.sampled_from([size for size in (1, 2, 3, 7, 8, 9, 14, 28) if size <= largest]))
+    channels = draw(st.sampled_from([count for count in (0, 1, 3, 4, 5, 33, 64, 65, 128, 130, 264) if count >= least]))
+    batch, num_rois = draw(st.integers(least, 3)), draw(st.integers(least, 5))
     while batch * num_rois * (channels + 32) * size * size > 40_000 and num_rois > 1:  # limits the run time
         num_rois -= 1
     levels, min_level = draw(st.integers(1, 6)), draw(st.sampled_from([0, 2, 2, 3]))

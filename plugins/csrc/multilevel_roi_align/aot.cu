@@ -35,9 +35,12 @@ namespace maskrcnn {
 
 using Feature = MASKRCNN_FEATURE;  // float, Half or BFloat16; the output has the same type
 
-static_assert(MASKRCNN_THREADS == kThreads, "aot_kernels.py starts blocks of the size that the kernel is written for");
-static_assert(!MASKRCNN_CHANNELS_LAST || MASKRCNN_CHANNELS_OF_BLOCK % kWarp == 0, "whole warps of channels");
-static_assert(MASKRCNN_CHANNELS_LAST ? MASKRCNN_BINS * MASKRCNN_BINS <= MASKRCNN_PARTS * kBinsOfTile : MASKRCNN_PARTS == 1,
+static_assert(MASKRCNN_THREADS == (MASKRCNN_CHANNELS_LAST ? kBinThreads : kThreads),
+              "aot_kernels.py starts blocks of the size that the kernel is written for");
+constexpr int kWidth = MASKRCNN_CHANNELS_LAST ? MASKRCNN_CHANNELS_OF_BLOCK / kWarp : 1;  // channels per lane
+static_assert(kWidth == 1 || kWidth == kChannelsOfLane<Feature>, "single channels, or 16 bytes of them");
+static_assert(MASKRCNN_CHANNELS_LAST ? MASKRCNN_BINS * MASKRCNN_BINS <= MASKRCNN_PARTS * kBinsOfTile<Feature, kWidth>
+                                     : MASKRCNN_PARTS == 1,
               "the bins of a part fit into a block's tile; planes have no tile");
 
 }  // namespace maskrcnn
@@ -46,7 +49,7 @@ extern "C" {
 
 // blockIdx.x: images, RoIs and parts of a RoI's bins; blockIdx.y: groups of channels. An empty dimension has one block,
 // because CUDA has no empty grids.
-__global__ void __launch_bounds__(MASKRCNN_THREADS)
+__global__ void __launch_bounds__(MASKRCNN_THREADS, MASKRCNN_CHANNELS_LAST ? maskrcnn::kBinBlocks : 1)
     maskrcnn_multilevel_roi_align_aot(EACH_LEVEL(FEATURE_ARGUMENT) const float *rois, int batch, int num_rois,
                                       int channels, EACH_LEVEL(SIZE_ARGUMENTS) maskrcnn::Feature *pooled) {
     using namespace maskrcnn;
@@ -64,9 +67,10 @@ __global__ void __launch_bounds__(MASKRCNN_THREADS)
 #if MASKRCNN_CHANNELS_LAST
     map.pitch = (channels + MASKRCNN_PITCH_UNIT - 1) / MASKRCNN_PITCH_UNIT * MASKRCNN_PITCH_UNIT;
     map.data += image * (int64_t(map.height) * map.width * map.pitch);
-    constexpr int kWidth = MASKRCNN_CHANNELS_OF_BLOCK / kWarp, kAll = MASKRCNN_BINS * MASKRCNN_BINS;
+    constexpr int kAll = MASKRCNN_BINS * MASKRCNN_BINS;
+    constexpr bool kIsUsual = kWidth > 1 && MASKRCNN_RATIO == 2 && 2 * MASKRCNN_BINS <= kTableTaps;
     int part = blockIdx.x % MASKRCNN_PARTS;
-    pool_channels_last<Feature, Feature, kWidth, kWidth == kLanesOfChannels && MASKRCNN_RATIO == 2 ? 2 : 0>(
+    pool_channels_last<Feature, Feature, kWidth, kIsUsual ? 2 : 0>(
         map, pooling, roi, out, first, int(int64_t(kAll) * part / MASKRCNN_PARTS),
         int(int64_t(kAll) * (part + 1) / MASKRCNN_PARTS));
 #else

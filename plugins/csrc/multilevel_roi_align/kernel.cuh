@@ -85,10 +85,24 @@ struct Pooling {
     bool aligned;
 };
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTableTaps = 64;      // samples along an axis whose taps are computed once per block
-constexpr int kBinsOfTile = 64;     // maximum number of bins per block
-constexpr int kLanesOfChannels = 4; // neighbouring channels per lane of the channels-last kernel
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;  // kernels for planes
+constexpr int kTableTaps = 64;  // samples along an axis whose taps are computed once per block
+
+// Channels last. Seven warps: 7 x 7 bins, and the four parts of 14 x 14, are seven bins for each.
+constexpr int kBinWarps = 7, kBinThreads = kBinWarps * kWarp;
+constexpr int kBinBlocks = 5;          // per multiprocessor at least, which bounds the registers of a thread
+constexpr int kLaneBytes = 16;         // of neighbouring channels per lane
+constexpr int kTileBytes = 32 * 1024;  // results of a block
+constexpr int kMostBins = 49;          // per block
+
+template <class T>
+constexpr int kChannelsOfLane = kLaneBytes / int(sizeof(T));
+
+// Maximum number of bins per block; W: channels per lane.
+template <class Out, int W>
+constexpr int kBinsOfTile = kTileBytes / (kWarp * W * int(sizeof(Out))) < kMostBins
+                                ? kTileBytes / (kWarp * W * int(sizeof(Out)))
+                                : kMostBins;
 
 struct Taps {
     Tap table[2][kTableTaps];  // 0: rows, 1: columns
@@ -147,39 +161,83 @@ __device__ inline void sum_of_bin(const Map<T> &map, const Axis &rows, const Axi
     }
 }
 
+// The same, scaled by `share`, for two samples along each axis whose taps are all in the table: 16 pixels, each
+// multiplied by one weight. A pixel's address is one multiplication of 32 bits; a line of the map has less than 4 GB.
+template <class T, int W>
+__device__ inline void sum_of_pixels(const Map<T> &map, const Taps &taps, uint32_t y, uint32_t x, int channel, float share,
+                                     float (&sum)[W]) {
+    uint32_t pixel = uint32_t(map.pitch) / W, line = uint32_t(map.width) * uint32_t(map.pitch) * uint32_t(sizeof(T));
+    uint32_t columns[4];  // in units of the W channels of a lane
+    float weights[4];
+    for (int b = 0; b < 2; b++) {
+        Tap tap = taps.table[1][2 * x + b];
+        columns[2 * b] = tap.low * pixel, columns[2 * b + 1] = tap.high * pixel;
+        weights[2 * b] = tap.low_weight * share, weights[2 * b + 1] = tap.high_weight * share;
+    }
+    for (int i = 0; i < W; i++) sum[i] = 0.f;
+#pragma unroll
+    for (int a = 0; a < 2; a++) {
+        Tap tap = taps.table[0][2 * y + a];
+#pragma unroll
+        for (int edge = 0; edge < 2; edge++) {
+            uint64_t skipped = uint64_t(uint32_t(edge ? tap.high : tap.low)) * line;
+            keep(skipped);
+            auto *row = reinterpret_cast<const Vector<T, W> *>(reinterpret_cast<const char *>(map.data + channel) + skipped);
+            float of_row = edge ? tap.high_weight : tap.low_weight;
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float values[W], weight = of_row * weights[k];
+                load(row[columns[k]].values, values);
+                for (int i = 0; i < W; i++) sum[i] += weight * values[i];
+            }
+        }
+    }
+}
+
 // Channels last: a lane computes W neighbouring channels of a bin, a warp 32 W channels, the warps of the block
 // different bins. Results pass through shared memory, so that writes to `pooled` [C, S, S] are contiguous.
-// One block: channels from `first_channel` on, bins [first_bin, last_bin), at most kBinsOfTile.
+// One block of kBinThreads: channels from `first_channel` on, bins [first_bin, last_bin), at most kBinsOfTile.
+// RATIO 2: two samples along each axis, and at most kTableTaps / 2 bins.
 template <class T, class Out, int W, int RATIO>
 __device__ inline void pool_channels_last(const Map<T> &map, const Pooling &pooling, const float *roi, Out *pooled,
                                           int first_channel, int first_bin, int last_bin) {
+    // A row of the tile has 8 bytes more than its channels, which spreads a column of it over the banks.
+    constexpr int kOfEight = 8 / int(sizeof(Out)), kRow = kWarp * W + kOfEight;
+    constexpr int kWide = W < kOfEight ? W : kOfEight, kPair = W > 1 && sizeof(Out) == 2 ? 2 : 1;  // moved at once
     __shared__ Taps taps;
-    __shared__ float tile[kWarp * W * kBinsOfTile];
+    __shared__ Vector<Out, kOfEight> tile_memory[kRow / kOfEight * kBinsOfTile<Out, W>];
+    Out *tile = reinterpret_cast<Out *>(tile_memory);
     Axis rows, columns;
     axes_of(roi, map, pooling, rows, columns);
     fill(taps, rows, columns, pooling.bins);
     int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = last_bin - first_bin;
     int channel = first_channel + lane * W;
     float share = 1.f / fmaxf(float(rows.samples) * float(columns.samples), 1.f);
-    for (int bin = warp; bin < width; bin += kWarps) {
+    for (int bin = warp; bin < width && channel < pooling.channels; bin += kBinWarps) {
         float sum[W];
-        if (channel < pooling.channels) {
-            int y = (first_bin + bin) / pooling.bins, x = (first_bin + bin) % pooling.bins;
+        uint32_t y = uint32_t(first_bin + bin) / uint32_t(pooling.bins), x = first_bin + bin - y * pooling.bins;
+        if (RATIO == 2) {
+            sum_of_pixels(map, taps, y, x, channel, share, sum);
+        } else {
             sum_of_bin<RATIO>(map, rows, columns, taps, y, x, channel, sum);
-            // Rotated by the lane number, so that the lanes of a warp write to different banks.
-            for (int i = 0; i < W; i++) tile[(lane * W + i) * width + (bin + lane) % width] = sum[i] * share;
+            for (int i = 0; i < W; i++) sum[i] *= share;
+        }
+#pragma unroll
+        for (int i = 0; i < W; i += kWide) {
+            auto &wide = *reinterpret_cast<Vector<Out, kWide> *>(&tile[bin * kRow + lane * W + i]);
+            for (int j = 0; j < kWide; j++) from_float(sum[i + j], wide.values[j]);
         }
     }
     __syncthreads();
     int channels = pooling.channels - first_channel;
     if (channels > kWarp * W) channels = kWarp * W;
-    int64_t area = int64_t(pooling.bins) * pooling.bins;
-    for (int c = warp; c < channels; c += kWarps) {
-        Out *to = pooled + (first_channel + c) * area + first_bin;
-        int turn = c / W % width;
+    int area = pooling.bins * pooling.bins;
+    for (int c = warp * kPair; c < channels; c += kBinWarps * kPair) {
+        Out *to = pooled + int64_t(first_channel + c) * area + first_bin;
         for (int bin = lane; bin < width; bin += kWarp) {
-            int at = bin + turn;
-            from_float(tile[c * width + (at < width ? at : at - width)], to[bin]);
+            auto pair = *reinterpret_cast<const Vector<Out, kPair> *>(&tile[bin * kRow + c]);
+            to[bin] = pair.values[0];
+            if (kPair == 2 && c + 1 < channels) to[area + bin] = pair.values[kPair - 1];
         }
     }
 }

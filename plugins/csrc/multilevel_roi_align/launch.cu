@@ -9,6 +9,7 @@ namespace {
 using Params = maskrcnn_roi_align_params;
 
 constexpr int kPlanesOfBlock = 64;  // channels per block in the kernels for planes
+constexpr int64_t kMostRowElements = 0x7fffffff / 4;  // of a row of a channels-last map, whose bytes have 32-bit offsets
 
 template <class T>
 __device__ inline Map<T> map_of(const Params &params, const float *roi, int image) {
@@ -41,7 +42,8 @@ struct Block {
 };
 
 template <class T, class Out, int W, int RATIO>
-__global__ void __launch_bounds__(kThreads) channels_last_kernel(Params params, const float *rois, void *out, int parts) {
+__global__ void __launch_bounds__(kBinThreads, kBinBlocks)
+    channels_last_kernel(Params params, const float *rois, void *out, int parts) {
     Block<T, Out> block(params, rois, out, parts);
     int bins = params.output_size * params.output_size;
     int first = int(int64_t(bins) * block.part / parts), last = int(int64_t(bins) * (block.part + 1) / parts);
@@ -61,30 +63,38 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Params params, const f
         pool_planes<T, Out>(map, block.pooling, block.roi, block.pooled, first, last);
 }
 
+// Whether a lane can read 16 bytes at once, that is, every pixel begins at a multiple of 16 bytes.
 template <class T>
-bool fours_can_be_read(const Params &params) {
-    bool can = params.channel_pitch % kLanesOfChannels == 0;
+bool has_wide_pixels(const Params &params) {
+    bool has = params.channel_pitch % kChannelsOfLane<T> == 0;
     for (int level = 0; level < params.num_levels; level++)
-        can = can && reinterpret_cast<uintptr_t>(params.features[level]) % sizeof(Four<T>) == 0;
-    return can;
+        has = has && reinterpret_cast<uintptr_t>(params.features[level]) % kLaneBytes == 0;
+    return has;
+}
+
+template <class T, class Out, int W, int RATIO>
+int run_channels_last(const Params &params, const float *rois, void *pooled, void *stream) {
+    int64_t num_rois = int64_t(params.batch) * params.num_rois, bins = int64_t(params.output_size) * params.output_size;
+    int64_t parts = ceil_div(bins, kBinsOfTile<Out, W>);
+    if (num_rois * parts > kMostBlocks) return MASKRCNN_INVALID;
+    dim3 grid(unsigned(num_rois * parts), unsigned(ceil_div(params.channels, kWarp * W)));
+    auto kernel = channels_last_kernel<T, Out, W, RATIO>;
+    return MASKRCNN_LAUNCH(kernel, grid, kBinThreads, stream, params, rois, pooled, int(parts));
 }
 
 template <class T, class Out>
 int run(const Params &params, const float *rois, void *pooled, void *stream) {
-    int64_t num_rois = int64_t(params.batch) * params.num_rois;
-    int64_t bins = int64_t(params.output_size) * params.output_size;
     if (params.layout == MASKRCNN_NCHW) {
-        dim3 grid(unsigned(num_rois), unsigned(ceil_div(params.channels, kPlanesOfBlock)));
+        dim3 grid(unsigned(params.batch * params.num_rois), unsigned(ceil_div(params.channels, kPlanesOfBlock)));
         bool quads = params.sampling_ratio == 2;
         auto kernel = quads ? planes_kernel<T, Out, true> : planes_kernel<T, Out, false>;
         return MASKRCNN_LAUNCH(kernel, grid, kThreads, stream, params, rois, pooled, 1);
     }
-    int parts = int(ceil_div(bins, kBinsOfTile)), width = fours_can_be_read<T>(params) ? kLanesOfChannels : 1;
-    if (num_rois * parts > kMostBlocks) return MASKRCNN_INVALID;
-    dim3 grid(unsigned(num_rois * parts), unsigned(ceil_div(params.channels, kWarp * width)));
-    auto kernel = width == 1 ? channels_last_kernel<T, Out, 1, 0> : channels_last_kernel<T, Out, kLanesOfChannels, 0>;
-    if (width > 1 && params.sampling_ratio == 2) kernel = channels_last_kernel<T, Out, kLanesOfChannels, 2>;
-    return MASKRCNN_LAUNCH(kernel, grid, kThreads, stream, params, rois, pooled, parts);
+    constexpr int kWide = kChannelsOfLane<T>;
+    if (!has_wide_pixels<T>(params)) return run_channels_last<T, Out, 1, 0>(params, rois, pooled, stream);
+    bool is_usual = params.sampling_ratio == 2 && 2 * params.output_size <= kTableTaps;
+    return is_usual ? run_channels_last<T, Out, kWide, 2>(params, rois, pooled, stream)
+                    : run_channels_last<T, Out, kWide, 0>(params, rois, pooled, stream);
 }
 
 bool is_valid(const Params &params) {
@@ -98,7 +108,9 @@ bool is_valid(const Params &params) {
                      int64_t(params.batch) * params.num_rois <= kMostBlocks &&
                      ceil_div(params.channels, kWarp) <= kMostRows;
     for (int level = 0; has_shape && level < params.num_levels; level++)
-        has_shape = params.heights[level] >= 1 && params.widths[level] >= 1;
+        has_shape = params.heights[level] >= 1 && params.widths[level] >= 1 &&
+                    (params.layout == MASKRCNN_NCHW ||
+                     int64_t(params.widths[level]) * params.channel_pitch <= kMostRowElements);
     return has_type && has_layout && has_shape && params.canonical_size > 0.f;
 }
 

@@ -22,6 +22,7 @@ struct Totals {
 // The requests of one block: by warp, kind (0: load, 1: store) and position in the lanes' sequence.
 std::map<std::tuple<int, int, int>, Request> requests;
 std::vector<int> counts[2];
+const void *first_output, *last_output;
 Totals totals[2];
 
 void end_block() {
@@ -35,6 +36,7 @@ void end_block() {
 }
 
 void note(const void *address, size_t size, int kind) {
+    if (kind == 1 && (address < first_output || address >= last_output)) return;  // shared memory
     int thread = cuda_on_cpu::gpu().current;
     Request &request = requests[{thread / 32, kind, counts[kind][thread]++}];
     request.lanes++;
@@ -49,6 +51,11 @@ namespace maskrcnn {
 template <class Bits>
 struct Noted {
     Bits bits;
+    Noted &operator=(const Noted &other) {
+        traffic::note(this, sizeof *this, 1);
+        bits = other.bits;
+        return *this;
+    }
 };
 template <class Bits>
 float to_float(const Noted<Bits> &value) {
@@ -60,14 +67,10 @@ void from_float(float value, Noted<Bits> &to) {
     traffic::note(&to, sizeof to, 1);
     to.bits = Bits(value);
 }
-template <class Bits>
-void load(const Noted<Bits> *from, float (&to)[1]) {
-    to[0] = to_float(*from);
-}
-template <class Bits>
-void load(const Noted<Bits> *from, float (&to)[4]) {
-    traffic::note(from, 4 * sizeof *from, 0);
-    for (int i = 0; i < 4; i++) to[i] = float(from[i].bits);
+template <class Bits, int W>
+void load(const Noted<Bits> *from, float (&to)[W]) {
+    traffic::note(from, W * sizeof *from, 0);
+    for (int i = 0; i < W; i++) to[i] = float(from[i].bits);
 }
 
 // One RoI [4] on one level of `channels` channels. way: 0 a thread per bin, 1 quads, 2 channels last.
@@ -76,16 +79,17 @@ void pool(int way, const T *data, int height, int width, float scale, const floa
     Pooling pooling = {channels, bins, 2, true};
     bool is_last = way == 2;
     Map<T> map = {data, height, width, channels, scale};
-    int blocks = is_last ? (channels + 127) / 128 : (channels + 63) / 64;
-    int parts = is_last ? (bins * bins + kBinsOfTile - 1) / kBinsOfTile : 1;
-    cuda_on_cpu::launch(dim3(parts, blocks), kThreads, [&] {
+    constexpr int kLane = kChannelsOfLane<T>, kBins = kBinsOfTile<T, kLane>;
+    int step = is_last ? kWarp * kLane : 64, parts = is_last ? (bins * bins + kBins - 1) / kBins : 1;
+    cuda_on_cpu::launch(dim3(parts, (channels + step - 1) / step), is_last ? kBinThreads : kThreads, [&] {
         if (threadIdx.x == 0) traffic::end_block();
-        int first = int(blockIdx.y) * (is_last ? 128 : 64), last = std::min(channels, first + 64);
+        int first = int(blockIdx.y) * step, last = std::min(channels, first + step);
         int area = bins * bins, part = blockIdx.x;
         if (way == 0) pool_planes<T, T>(map, pooling, roi, out, first, last);
         if (way == 1) pool_planes_by_quads<T, T>(map, pooling, roi, out, first, last);
         if (way == 2)
-            pool_channels_last<T, T, 4, 2>(map, pooling, roi, out, first, area * part / parts, area * (part + 1) / parts);
+            pool_channels_last<T, T, kLane, 2>(map, pooling, roi, out, first, area * part / parts,
+                                               area * (part + 1) / parts);
     });
     traffic::end_block();
 }
@@ -98,6 +102,8 @@ extern "C" void trace(int way, int element_bytes, const void *data, int height, 
     using namespace maskrcnn;
     memset(traffic::totals, 0, sizeof traffic::totals);
     for (auto &count : traffic::counts) count.assign(1024, 0);
+    traffic::first_output = out;
+    traffic::last_output = static_cast<char *>(out) + int64_t(channels) * bins * bins * element_bytes;
     if (element_bytes == 4)
         pool(way, static_cast<const Noted<float> *>(data), height, width, scale, roi, channels, bins,
              static_cast<Noted<float> *>(out));
