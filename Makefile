@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # NVIDIA's server for tests/runtime/test_triton_real.py, and the NumPy of its own Python; not beside ours, which is newer.
 TRITON := nvidia-pytriton==0.7.0 'numpy<2'
 
-.PHONY: test test-all lint docs demo clean .venv
+.PHONY: test test-all lint docs notebooks demo clean .venv
 .DELETE_ON_ERROR:
 
 test: lint
@@ -27,6 +27,10 @@ lint: .venv
 # The documentation site, in site/; a broken link or an unknown name in it is an error.
 docs: .venv
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Execute docs/notebooks and store them with their outputs; minutes on two cores.
+notebooks: .venv
+	$(BIN)/python tests/repository/test_notebooks.py
 
 # Train, export, build an engine, benchmark all of them, draw one prediction; everything is written to demo/.
 demo: .venv

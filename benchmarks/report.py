@@ -63,7 +63,7 @@ def write_report(folder: Path, rows: Sequence[Measurement], workload: Workload, 
     cells = [[*(show(row) for _, show in columns), _status(row, reasons)] for row in rows]
     below = [f"[{number}] {reason}" for number, reason in enumerate(reasons, start=1)] + _warnings(rows)
     markdown = "\n".join([aligned(heads, cells), *(f"\n{line}" for line in below)])
-    chart, notes = _ap_chart(rows), _notes(workload, environment)
+    chart, notes = ap_chart(rows), _notes(workload, environment)
     files = {
         "md": _markdown_page(workload, markdown, _split_table(rows), notes, has_chart=chart is not None),
         "html": _html_page(f"Benchmark: {workload.name}", heads, cells, rows, chart, [*below, *notes]),
@@ -111,7 +111,7 @@ def _name(row: Measurement) -> str:
     return f"{row.model}, {row.backend} {row.precision}".strip()
 
 
-def _ap_chart(rows: Sequence[Measurement]) -> str | None:
+def ap_chart(rows: Sequence[Measurement]) -> str | None:
     """AP of masks, else of keypoints, else of boxes, against latency at the smallest batch size; None without AP."""
     measured = [row for row in rows if row.p50_ms is not None and row.box_ap is not None]
     if not measured:

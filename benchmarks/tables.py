@@ -6,7 +6,7 @@ A table is the text between the comments `<!-- table: FILE.json -->` and `<!-- e
 versions and commit in the file. `<!-- summary: FILE.json FILE.json -->` shows results of `benchmarks/run.py` side by
 side: first size, batch 1, speed relative to torchvision, with an asterisk where the detections differ from FP32's, and
 mask AP. With --check nothing is written, and the exit code is 1 if a table differs from its file. The text around the
-tables is written by hand.
+tables is written by hand. Charts of AP against latency are drawn beside their files, `FILE.svg`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import evaluation
+import report
 import scaling
 import stages
+from measure import Measurement
 from session import aligned
 from timing import machine
 
@@ -53,6 +55,12 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 def files_of(text: str) -> list[str]:
     """Return the files of a page's tables."""
     return [name for match in _BLOCK.finditer(text) for name in match[3].split()]
+
+
+def chart(content: Any) -> str | None:
+    """Draw AP against latency from results of `benchmarks/run.py`; None without AP."""
+    is_latency = isinstance(content, dict) and "p50_ms" in (content.get("rows") or [{}])[0]
+    return report.ap_chart([Measurement(**row) for row in content["rows"]]) if is_latency else None
 
 
 def summary(contents: Sequence[dict[str, Any]]) -> str:
@@ -238,6 +246,9 @@ def main() -> int:
         print(f"{PAGE.name}: {'up to date' if new == text else 'outdated; run python benchmarks/tables.py'}")
         return int(new != text)
     PAGE.write_text(new, encoding="utf-8")
+    for name in dict.fromkeys(files_of(text)):
+        if drawn := chart(json.loads((RESULTS / name).read_text(encoding="utf-8"))):
+            (RESULTS / name).with_suffix(".svg").write_text(drawn, encoding="utf-8")
     print(f"{PAGE}: from {len(files_of(text))} files")
     return 0
 

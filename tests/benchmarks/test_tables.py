@@ -17,6 +17,21 @@ def test_every_result_has_its_table():
     assert files and files == set(tables.files_of(tables.PAGE.read_text(encoding="utf-8")))
 
 
+def test_charts_show_the_rows_of_their_files():
+    charts = 0
+    for path in tables.RESULTS.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if drawn := tables.chart(content):
+            charts += 1
+            stored = path.with_suffix(".svg").read_text(encoding="utf-8")
+            measured = [row for row in content["rows"] if row["batch"] == 1 and row["mask_ap"] is not None]
+            assert len(measured) > 5
+            for row in measured:
+                name = f"{row['model']}, {row['backend']} {row['precision']}"
+                assert name in drawn and name in stored, "run python benchmarks/tables.py"
+    assert charts == 1
+
+
 def test_only_text_between_the_comments_is_rewritten(tmp_path):
     content = [{"model": "m", "backend": "b", "total_ms": 2.0, "stages_ms": {"one": 1.5, "two": 0.5}}]
     (tmp_path / "x.json").write_text(json.dumps(content))

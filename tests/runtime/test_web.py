@@ -7,18 +7,18 @@ import tarfile
 import chromium
 import numpy as np
 import pytest
-from chromium import served
+from chromium import ISOLATED, served
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy import ndimage
+from source_datasets import whole
 
-from maskrcnn.data.shapes import shapes_image
+from maskrcnn.data.shapes import CLASS_NAMES, shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.serving import web
 from maskrcnn.runtime.serving.web import RUNTIME_FILES, RUNTIME_VERSION, write_page
 
-ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 needs_browser = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium")
 
 
@@ -142,9 +142,36 @@ def saved(browser, name):
     return browser.downloads / name
 
 
+def assert_same_objects(data, results):
+    """A converted dataset has the detections of the page, but for holes and what the simplified outlines change."""
+    (image,) = data["images"]
+    ids = {category["name"]: category["id"] for category in data["categories"]}
+    has_masks = "segmentation" in results[0]
+
+    def converted(annotation):
+        if not has_masks:
+            return annotation["bbox"]
+        return coco_mask.merge(coco_mask.frPyObjects(annotation["segmentation"], image["height"], image["width"]))
+
+    def detected(found):
+        if not has_masks:
+            return found["bbox"]
+        filled = ndimage.binary_fill_holes(coco_mask.decode(found["segmentation"]))
+        return coco_mask.encode(np.asfortranarray(filled.astype(np.uint8)))
+
+    large = [found for found in results if found["bbox"][2] * found["bbox"][3] > 200]
+    assert 3 < len(large) <= len(data["annotations"]) <= len(results)
+    for found in large:
+        category = ids[CLASS_NAMES[found["category_id"] - 1]]
+        ours = [converted(each) for each in data["annotations"] if each["category_id"] == category]
+        both = [detected(found)], ours
+        both = both if has_masks else map(np.array, both)  # pycocotools takes arrays of boxes
+        assert coco_mask.iou(*both, [False] * len(ours)).max() >= 0.9
+
+
 @needs_browser
 @pytest.mark.parametrize("name", ["masks", "boxes"])
-def test_a_file_for_labelme(browser, pages, image_file, name):
+def test_a_file_for_labelme(browser, pages, image_file, tmp_path, name):
     with served(pages / name) as address:
         browser.open(address)
         results = detect(browser, image_file)
@@ -152,7 +179,10 @@ def test_a_file_for_labelme(browser, pages, image_file, name):
         browser.value("labelme.click()")
         path = saved(browser, "photo.json")
     content = json.loads(path.read_text())
-    path.unlink()
+    (tmp_path / "labelled").mkdir()
+    for file in (path, image_file):  # LabelMe's files lie beside their images
+        shutil.move(file, tmp_path / "labelled")
+    assert_same_objects(whole("labelme", tmp_path / "labelled", tmp_path / "dataset")[0], results)
     assert (content["imagePath"], content["imageHeight"], content["imageWidth"]) == ("photo.png", 200, 150)
     names = json.loads((pages / name / "model.json").read_text())["class_names"]
     shapes = content["shapes"]

@@ -1,4 +1,9 @@
-"""Headless Chromium, driven by the DevTools protocol through a pipe."""
+"""Headless Chromium, driven by the DevTools protocol through a pipe.
+
+    python tests/support/chromium.py PAGE PHOTO [SCREENSHOT.png]
+
+times the page of `maskrcnn web` on a photo, with one thread and with one for each core.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,12 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Headers of a page that may use threads.
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+_CALLS = 7  # timed by the program, after one that warms up
 _FREE = 10  # first file descriptor for the pipes, beyond those that the browser expects
 
 
@@ -140,3 +152,32 @@ def served(folder: Path, headers: Mapping[str, str] | None = None) -> Iterator[s
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def main(page: Path, photo: Path, screenshot: Path | None = None) -> None:
+    """Prints the median time of each stage."""
+    for headers in (None, ISOLATED):
+        with tempfile.TemporaryDirectory() as folder, served(page, headers) as address:
+            browser = Browser(Path(folder))
+            browser.call("Emulation.setDeviceMetricsOverride", width=800, height=900, deviceScaleFactor=1, mobile=False)
+            browser.open(address)
+            browser.wait("document.body.dataset.state === 'ready'", timeout_s=600)
+            threads = browser.value("document.getElementById('status').textContent")
+            times: dict[str, list[float]] = {}
+            for call in range(_CALLS + 1):
+                browser.value("document.body.dataset.state = 'ready'")
+                browser.choose_file("#file", photo)
+                browser.wait("['done', 'error'].includes(document.body.dataset.state)", timeout_s=600)
+                assert browser.value("document.body.dataset.state") == "done", browser.value("error.textContent")
+                shown = browser.value("document.getElementById('timing').textContent")
+                for stage, text in re.findall(r"(\w+) (\d+) ms", shown) if call else ():
+                    times.setdefault(stage, []).append(float(text))
+            if screenshot:
+                browser.screenshot(screenshot)
+            browser.close()
+        stages = ", ".join(f"{stage} {statistics.median(each):.0f} ms" for stage, each in times.items())
+        print(f"{threads}: {stages}, whole {statistics.median(map(sum, zip(*times.values(), strict=True))):.0f} ms")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
