@@ -212,25 +212,25 @@ class OnnxRuntimeBackend(Backend):
         prepare(provider)
         self._options = session_options(self._threads)
         # By default ONNX Runtime would print the failure and fall back to another provider.
-        fallback = {"enable_fallback": 0}
         if provider is Provider.CPU:
-            return self._open(provider_chain(provider, self.gpu), **fallback)
+            return self._open(provider_chain(provider, self.gpu), can_fall_back=False)
         model, metadata = read_model(self.path)
         chain = provider_chain(provider, self.gpu, channels=metadata.preprocessing.channels)
         self._options.add_session_config_entry(RECORD, "1")
         try:
-            session = self._open(chain, with_one_nms_call(model).SerializeToString(), **fallback)
+            session = self._open(chain, model=with_one_nms_call(model).SerializeToString(), can_fall_back=False)
         except UserError as error:
             raise unusable(provider, str(error.__cause__)) from error
         if provider.full_name not in session.get_providers():
             raise unusable(provider, f"it uses {', '.join(session.get_providers())} instead")
         return session
 
-    def _open(self, providers: Sequence[Any], model: bytes | None = None, **fallback: int) -> Any:
+    def _open(self, providers: Sequence[Any], *, model: bytes | None = None, can_fall_back: bool = True) -> Any:
         """The session of a model (default: of the file)."""
         import onnxruntime
 
         self._providers = list(providers)
+        fallback = {} if can_fall_back else {"enable_fallback": 0}
         try:
             with _preserve_gpu(providers):
                 return onnxruntime.InferenceSession(
