@@ -145,7 +145,7 @@ def read(root):
     return counts
 
 
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_spoilt_file_counts_the_same_everywhere(root, seed):
     path = root / "data" / "annotations" / "instances_train.json"
@@ -191,7 +191,7 @@ def described(objects, size_of):
     ]
 
 
-@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), drop_roots=st.booleans(), boxes_only=st.booleans())
 def test_plain_entries_are_read_as_by_the_tolerant_reader(tmp_path, seed, drop_roots, boxes_only):
     rng, path = random.Random(seed), tmp_path / "spoilt.json"
