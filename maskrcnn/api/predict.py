@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -572,6 +571,7 @@ def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: 
 
     Files that an annotation file named by the user lacks get ids after its highest.
     """
+    from maskrcnn.data.annotations import usable_id
     from maskrcnn.files import read_json
 
     places = [] if annotations is None else [Path(annotations)]
@@ -586,10 +586,12 @@ def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: 
             if annotations is not None:
                 raise
             continue
-        with suppress(TypeError, KeyError, ValueError):
-            for record in content["images"]:
-                name = str(record["file_name"])
-                known.setdefault(Path(name).name, []).append((name, int(record["id"])))
+        images = content.get("images") if isinstance(content, dict) else None
+        for record in images if isinstance(images, list) else ():
+            name = record.get("file_name") if isinstance(record, dict) else None
+            image_id = usable_id(record.get("id")) if isinstance(name, str) else None
+            if isinstance(name, str) and isinstance(image_id, int):
+                known.setdefault(Path(name).name, []).append((name, image_id))
         if not known:
             if annotations is None:
                 continue

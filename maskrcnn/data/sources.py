@@ -309,16 +309,18 @@ def _listed(name: str) -> list[Source]:
             names = [line for line in lines if line and not line.startswith("#")]
         else:
             content = parse_json(data, name, "a list of image names, or annotations in COCO's format")
-            if isinstance(content, dict) and isinstance(content.get("images"), list):
+            entries = content.get("images") if isinstance(content, dict) else content
+            are_names = isinstance(entries, list) and all(isinstance(each, str) for each in entries)
+            if isinstance(content, dict) and isinstance(entries, list) and not are_names:
                 if is_remote(name):
                     raise UserError(
                         f"{name}: annotations in a remote file", "a local file", "download it with its images"
                     )
-                return _checked(name, _annotated(name, content["images"]))
-            if not isinstance(content, list) or not all(isinstance(each, str) for each in content):
+                return _checked(name, _annotated(name, entries))
+            if not are_names:
                 expected = 'a list of names, ["a.jpg", …], or annotations in COCO\'s format'
                 raise UserError(f"{name}: another content", expected, "correct the file, or name the images")
-            names = content
+            names = entries
     sources = []
     for each in names:
         place = each if "://" in each else f"{base}/{each}" if is_remote(name) else str(Path(base, each))
@@ -341,6 +343,7 @@ def _checked(name: str, sources: list[Source]) -> list[Source]:
 
 def _annotated(name: str, entries: Sequence[Any]) -> list[Source]:
     """The images of an annotation file in COCO's format, with their ids."""
+    from maskrcnn.data.annotations import usable_id
     from maskrcnn.data.layouts import ImageFinder, splits_of
 
     known = [each for each in entries if isinstance(each, dict) and isinstance(each.get("file_name"), str)]
@@ -348,10 +351,9 @@ def _annotated(name: str, entries: Sequence[Any]) -> list[Source]:
     finder.choose([each["file_name"].replace("\\", "/") for each in known])
     sources = []
     for entry in known:
-        is_number = isinstance(entry.get("id"), (int, float)) or str(entry.get("id")).isdigit()
-        sources.append(
-            Source(str(finder.find(entry["file_name"])), image_id=int(float(entry["id"])) if is_number else None)
-        )
+        image_id = usable_id(entry.get("id"))
+        own = image_id if isinstance(image_id, int) else None
+        sources.append(Source(str(finder.find(entry["file_name"])), image_id=own))
     return sources
 
 

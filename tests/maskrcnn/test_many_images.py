@@ -77,8 +77,9 @@ def test_sources_of_every_kind_name_the_same_images(photos, tmp_path, monkeypatc
     (photos / "list.txt").write_text("# chosen\n" + "\n".join(inner) + "\n")
     (photos / "list.json").write_text(json.dumps(inner))
     parquet.write_table(pyarrow.table({"number": range(6), "file_name": inner}), photos / "list.parquet")
-    for suffix in ("txt", "json", "parquet"):
-        assert names_of(f"photos/list.{suffix}") == files, suffix
+    (photos / "named.json").write_text(json.dumps({"images": inner}))
+    for name in ("list.txt", "list.json", "list.parquet", "named.json"):
+        assert names_of(f"photos/{name}") == files, name
     (tmp_path / "outside.txt").write_text("\n".join(files))  # relative to the working directory too
     assert names_of("outside.txt") == files
     memory = fsspec.filesystem("memory")
@@ -103,6 +104,23 @@ def test_an_annotation_file_gives_its_images_and_ids(shapes, tmp_path):
         (image["file_name"], image["id"]) for image in content["images"]
     ]
     assert all(Path(each.name).is_file() for each in found)
+    odd = {"7": 7, 8.0: 8, 1e999: None, float("nan"): None, None: None, True: None, 1.5: None}
+    content["images"] = [{**content["images"][0], "id": image_id} for image_id in odd]
+    named.write_text(json.dumps(content))
+    assert [each.image_id for each in find_sources(named)] == list(odd.values())
+
+
+def test_an_id_that_is_none_does_not_hide_those_of_other_images(shapes, onnx_file, tmp_path):
+    content = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    content["images"] = [{**content["images"][0], "id": float("inf")}, 5, *content["images"]]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    last = content["images"][-1]
+    maskrcnn.predict(
+        shapes / "val" / last["file_name"], model=onnx_file, output=tmp_path / "out", annotations=tmp_path / "odd.json"
+    )
+    assert json.loads((tmp_path / "out" / "images.json").read_text()) == {
+        str(last["id"]): str(shapes / "val" / last["file_name"])
+    }
 
 
 def test_results_are_those_of_single_images_in_their_order(photos, onnx_file):
