@@ -123,6 +123,7 @@ def test_predict_takes_folders_and_never_the_place_of_an_image(run, road, tmp_pa
     assert [path.read_bytes() for path in pictures] == before
 
 
+@pytest.mark.slow
 def test_a_torchvision_state_dict_exports_in_one_command(run, tmp_path):
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)

@@ -19,7 +19,11 @@ VARIANTS = {
     "convnext": {"backbone": "convnext_tiny"},
 }
 # Random weights make more of bfloat16's eight bits the deeper a model is.
-HALF_CASES = [(name, torch.float16) for name in VARIANTS] + [(name, torch.bfloat16) for name in ("plain", "frozen")]
+MARKED = {name: [pytest.mark.slow] * (name == "vgg") for name in VARIANTS}
+HALF_CASES = [
+    *(pytest.param(name, torch.float16, marks=MARKED[name]) for name in VARIANTS),
+    *((name, torch.bfloat16) for name in ("plain", "frozen")),
+]
 
 
 def a_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +40,7 @@ def norms_in(model: MaskRCNN) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=MARKED[name]) for name in VARIANTS])
 def variant(request) -> MaskRCNN:
     model = lively_model(tiny_config(**VARIANTS[request.param]))
     with torch.no_grad():

@@ -187,6 +187,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_writes_its_state_continues_the_state_before(shapes, tmp_path):
     options = ["--data", shapes, "--epochs", 2, "--min-size", 64, "--precision", "fp32", "--workers", 0]
     options = ["train", *map(str, options), "--pictures", "0", "--no-tensorboard"]
@@ -223,7 +224,7 @@ UNEQUAL = {
     [
         pytest.param("sgd", {}, id="sgd", marks=pytest.mark.slow),
         pytest.param("adam", {}, id="adam", marks=pytest.mark.slow),
-        pytest.param("adamw", {}, id="adamw"),
+        pytest.param("adamw", {}, id="adamw", marks=pytest.mark.slow),
         pytest.param("sgd", UNEQUAL, id="unequal"),
     ],
 )
@@ -402,7 +403,7 @@ def test_counting_leaves_batch_norm_statistics_alone(shapes, tmp_path):
     assert int(trainer.model.state_dict()["backbone.body.bn1.num_batches_tracked"]) == 2
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_trains_with_finite_losses(shapes, tmp_path, precision):
     trainer = start_run(config(shapes, epochs=2, precision=precision), tmp_path, CocoDataset.load(shapes, "train"))
     figures = trainer.fit(fixed_ap(0.1, 0.2))
