@@ -309,7 +309,7 @@ def _listed(name: str) -> list[Source]:
             names = [line for line in lines if line and not line.startswith("#")]
         else:
             content = parse_json(data, name, "a list of image names, or annotations in COCO's format")
-            entries = content.get("images") if isinstance(content, dict) else content
+            entries: Any = content.get("images") if isinstance(content, dict) else content
             are_names = isinstance(entries, list) and all(isinstance(each, str) for each in entries)
             if isinstance(content, dict) and isinstance(entries, list) and not are_names:
                 if is_remote(name):
