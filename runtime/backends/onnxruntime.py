@@ -211,7 +211,6 @@ class OnnxRuntimeBackend(Backend):
     def _session_with(self, provider: Provider) -> Any:
         prepare(provider)
         self._options = session_options(self._threads)
-        # By default ONNX Runtime would print the failure and fall back to another provider.
         if provider is Provider.CPU:
             return self._open(provider_chain(provider, self.gpu), can_fall_back=False)
         model, metadata = read_model(self.path)
@@ -230,6 +229,7 @@ class OnnxRuntimeBackend(Backend):
         import onnxruntime
 
         self._providers = list(providers)
+        # By default ONNX Runtime prints a failure and falls back to another provider.
         fallback = {} if can_fall_back else {"enable_fallback": 0}
         try:
             with _preserve_gpu(providers):
