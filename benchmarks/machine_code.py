@@ -23,7 +23,7 @@ from session import aligned, numbers
 from maskrcnn.errors import UserError, report_errors
 from maskrcnn.plugins import aot_kernels
 from maskrcnn.plugins.aot_kernels import Image, Kernel
-from maskrcnn.plugins.toolchain import find_toolchain
+from maskrcnn.plugins.toolchain import Toolchain, find_toolchain
 
 # Of a multiprocessor (CUDA C++ Programming Guide, technical specifications per compute capability): warps, KB of shared
 # memory of all blocks together, of which each block takes 1 KB more than it asks for.
@@ -68,14 +68,14 @@ def longest_loop(assembly: str) -> int:
     return end - begin + 1
 
 
-def row_of(kernel: Kernel, arch: int, folder: Path) -> list[str]:
+def row_of(kernel: Kernel, arch: int, toolchain: Toolchain, folder: Path) -> list[str]:
     """The columns of a kernel's machine code for one architecture."""
     title = kernel.name.removeprefix("maskrcnn_").removesuffix("_aot")
     if "MASKRCNN_FEATURE" in kernel.defines:
         layout = "channels last" if kernel.defines["MASKRCNN_CHANNELS_LAST"] == "1" else "planes"
         title += f", {kernel.defines['MASKRCNN_FEATURE'].removeprefix('maskrcnn::')}, {layout}"
     path = folder / "kernel.cubin"
-    path.write_bytes(aot_kernels.compile_kernel(kernel, arch=arch, toolchain=find_toolchain(), image=Image.CUBIN))
+    path.write_bytes(aot_kernels.compile_kernel(kernel, arch=arch, toolchain=toolchain, image=Image.CUBIN))
     usage = _output("--dump-resource-usage", path)
     registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"SHARED:(\d+)", usage)[1])
     warps = kernel.threads // 32
@@ -99,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=numbers, default=(80, 90, 120), help="compute capabilities; default: 80,90,120")
     given = parser.parse_args(arguments)
-    rows = []
+    rows, toolchain = [], find_toolchain()
     with tempfile.TemporaryDirectory() as folder:
         for kernel in aot_kernels.usual_kernels():
-            rows += [row_of(kernel, arch, Path(folder)) for arch in given.arch]
+            rows += [row_of(kernel, arch, toolchain, Path(folder)) for arch in given.arch]
     print(aligned(["kernel", "sm", "threads", "registers", "shared KB", "warps", "loop"], rows))
     return 0
 
