@@ -91,6 +91,11 @@ def not_ours(path: Path, what: str) -> UserError:
     )
 
 
+def hash_of_text(text: str) -> bytes:
+    """SHA-256 digest of a text, which may be a file name with bytes that are not UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()

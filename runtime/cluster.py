@@ -241,7 +241,7 @@ def _unpacked(files: dict[str, bytes]) -> Path:
 
     digest = hashlib.sha256()
     for name, content in files.items():
-        digest.update(name.encode() + content)
+        digest.update(name.encode("utf-8", "surrogatepass") + content)
     folder = cache_folder() / "models" / digest.hexdigest()
     for name, content in files.items():
         path = folder / name

@@ -17,12 +17,19 @@ import onnx
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import save_checkpoint
+
+
+# Drawn cases are the same in every run; `pytest --hypothesis-profile=search` draws others.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search", print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from maskrcnn.data.layouts import ImageFinder, Split, get_split
 from maskrcnn.data.records import ImageRecord, Instance, Records
 from maskrcnn.data.segmentation import compressed_rle
 from maskrcnn.errors import UserError
-from maskrcnn.metadata import sha256_of
+from maskrcnn.metadata import hash_of_text, sha256_of
 
 VAL_SHARE = 0.1  # of a dataset without a split to validate on
 _MAX_SKIPPED = 9  # skipped annotations for each object, above which a file is not used: something is wrong with all
@@ -268,7 +268,7 @@ def divided(dataset: CocoDataset, part: str, share: float = VAL_SHARE) -> CocoDa
     if len(images) < 2:
         found = f"{dataset.annotation_path}: 1 image, and no split to validate on"
         raise UserError(found, "two images or more, to divide them", "add images, or a split: --val-split")
-    order = sorted(range(len(images)), key=lambda k: hashlib.sha256(images.path(k).name.encode()).digest())
+    order = sorted(range(len(images)), key=lambda index: hash_of_text(images.path(index).name))
     labels = [set(own) for own in dataset.labels_of_images()]
     images_of = Counter(label for own in labels for label in own)
     kept, chosen = images_of.copy(), set()  # images of each class that are left to train on; images to validate on

@@ -81,7 +81,7 @@ class TritonPythonModel:
     def _texts(self, values: list[list[str]]) -> np.ndarray:
         array = np.full((len(values), self.rows), b"", object)
         for row, texts in zip(array, values, strict=True):
-            row[: len(texts)] = [text.encode() for text in texts]
+            row[: len(texts)] = [text.encode("utf-8", "backslashreplace") for text in texts]
         return array
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from maskrcnn.data.annotations import read_annotations
 from maskrcnn.data.arrays import table_of
 from maskrcnn.data.check import check_dataset
-from maskrcnn.data.coco import CocoDataset
+from maskrcnn.data.coco import CocoDataset, divided
 from maskrcnn.data.convert.conversion import SplitPlan, convert
 from maskrcnn.data.records import Records
 from maskrcnn.data.segmentation import compressed_rle
@@ -157,6 +157,23 @@ def test_a_spoilt_file_counts_the_same_everywhere(root, seed):
         assert evaluated == checked
     if converted is not None and trained is not None:
         assert converted == trained
+
+
+def test_file_names_that_are_not_utf8_are_divided_like_others(tmp_path):
+    content, names = copy.deepcopy(GOOD), [f"{k}\udcff.png" for k in (1, 2, 3)]
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    (tmp_path / "data" / "train").mkdir()
+    for entry, name in zip(content["images"], names, strict=True):
+        entry["file_name"] = name
+        Image.new("RGB", (SIDE_PX, SIDE_PX)).save(tmp_path / "data" / "train" / name)
+    (tmp_path / "data" / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    dataset = CocoDataset.load(tmp_path / "data", "train")
+    parts = [{record.path.name for record in divided(dataset, part).images} for part in ("train", "val")]
+    assert all(parts) and parts[0].isdisjoint(parts[1]) and parts[0] | parts[1] == set(names)
+    plan = SplitPlan(shares={"val": 0.4}, rest="train")
+    assert sum(convert("coco", tmp_path / "data", tmp_path / "out", plan=plan).objects.values()) == 4
+    stored = {path.name for path in (tmp_path / "out").rglob("*.png")}
+    assert stored == set(names)
 
 
 KEYPOINTS = {"keypoints": ["top", "end"], "skeleton": [[1, 2]]}

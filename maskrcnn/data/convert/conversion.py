@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ from maskrcnn.data.convert.visual_genome import open_visual_genome
 from maskrcnn.data.convert.voc import open_voc
 from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
+from maskrcnn.metadata import hash_of_text
 
 _DEFAULT_VAL_SHARE = 0.1  # of a dataset without splits
 _SPLIT_NAME = re.compile(r"[\w.-]+")
@@ -122,7 +122,7 @@ class SplitPlan:
         So the split of an image depends neither on the order of files nor, but at the borders, on other images.
         """
         free = [index for index, split in enumerate(splits) if split is None]
-        free.sort(key=lambda index: hashlib.sha256(f"{self.seed}:{entries[index].name}".encode()).digest())
+        free.sort(key=lambda index: hash_of_text(f"{self.seed}:{entries[index].name}"))
         begin = 0
         for split, share in self.shares.items():
             end = begin + max(1, round(share * len(free)))
