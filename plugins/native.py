@@ -15,33 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskrcnn.plugins.interface import DTYPES, INTERFACE_VERSION, INVALID, LAYOUTS, MAX_LEVELS, Address, RoiAlignParams
+
 if TYPE_CHECKING:
     from maskrcnn.plugins.nvrtc import NvrtcLibrary
 
 SWITCH = "MASKRCNN_KERNELS"  # environment variable: "off", or the path of a library to use instead of the cached one
-INTERFACE_VERSION = 2  # MASKRCNN_KERNELS_VERSION of kernels.h
-MAX_LEVELS = 16
-INVALID = -1  # MASKRCNN_INVALID
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
-LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
-
-_Address = ctypes.c_void_p
-
-
-class RoiAlignParams(ctypes.Structure):
-    """`maskrcnn_roi_align_params`, field by field."""
-
-    _fields_ = (
-        ("features", _Address * MAX_LEVELS),
-        ("heights", ctypes.c_int32 * MAX_LEVELS),
-        ("widths", ctypes.c_int32 * MAX_LEVELS),
-        *((name, ctypes.c_int32) for name in (
-            "num_levels", "batch", "num_rois", "channels", "channel_pitch", "dtype", "layout", "output_dtype",
-            "output_size", "sampling_ratio", "aligned", "min_level", "canonical_level",
-        )),
-        ("canonical_size", ctypes.c_float),
-        ("level_epsilon", ctypes.c_float),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -286,16 +265,16 @@ def _load(path: str | Path) -> ctypes.CDLL:
             "fix: run `maskrcnn build-plugins --force`"
         )
     for roi_align in (library.maskrcnn_multilevel_roi_align, library.maskrcnn_multilevel_roi_align_gradient):
-        roi_align.argtypes = [ctypes.POINTER(RoiAlignParams), _Address, _Address, _Address]
+        roi_align.argtypes = [ctypes.POINTER(RoiAlignParams), Address, Address, Address]
     library.maskrcnn_batched_nms.argtypes = [
-        _Address, _Address, _Address, integer, integer, number, integer, _Address, _Address, _Address, _Address,
+        Address, Address, Address, integer, integer, number, integer, Address, Address, Address, Address,
     ]  # fmt: skip
     library.maskrcnn_batched_nms_workspace.argtypes = [integer, integer]
     library.maskrcnn_batched_nms_workspace.restype = ctypes.c_size_t
     library.maskrcnn_paste_masks.argtypes = [
-        _Address, _Address, integer, integer, integer, integer, integer, number, integer, _Address, _Address,
+        Address, Address, integer, integer, integer, integer, integer, number, integer, Address, Address,
     ]  # fmt: skip
-    library.maskrcnn_resize_pad.argtypes = [_Address, integer, integer, _Address, *(5 * [integer]), _Address]
+    library.maskrcnn_resize_pad.argtypes = [Address, integer, integer, Address, *(5 * [integer]), Address]
     library.maskrcnn_error_string.argtypes = [ctypes.c_int]
     library.maskrcnn_error_string.restype = ctypes.c_char_p
     return library

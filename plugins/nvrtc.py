@@ -15,7 +15,7 @@ from typing import Any
 from maskrcnn.errors import UserError
 from maskrcnn.plugins import aot_kernels, build
 from maskrcnn.plugins.aot_kernels import Image, Kernel
-from maskrcnn.plugins.native import DTYPES, INVALID, LAYOUTS, MAX_LEVELS, RoiAlignParams
+from maskrcnn.plugins.interface import DTYPES, INVALID, LAYOUTS, MAX_LEVELS, RoiAlignParams
 from maskrcnn.plugins.toolchain import Toolchain, find_driver_cuda, find_nvrtc
 
 # Constants of the sources, named as there.
