@@ -21,6 +21,8 @@ from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.trainer import Trainer, score_of
 from maskrcnn.weights.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet")
+
 
 @pytest.fixture(scope="module")
 def dataset(stick_figures) -> CocoDataset:

@@ -423,6 +423,7 @@ def test_caffes_backbones_choose_caffes_pixels_by_their_name(
     weights = caffe_backbone(backbone)
     torch.save(weights, tmp_path / f"{backbone}_caffe.pth")
     command = ("train", "--data", shapes, "--model", f"fasterrcnn_{backbone}_fpn", "--device", "cpu", "--workers", 0)
+    command += ("--set", "model.fpn_channels=16", "--set", "model.box_head_channels=16")
     code, out, err = run(*command, "--weights", f"{backbone}_caffe.pth", *arguments)
     assert code == 0, err
     model = configs[0].config.model

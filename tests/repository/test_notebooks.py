@@ -24,6 +24,15 @@ FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_IMAGE = 80_000  # characters of base64: 60 kB
 MACHINE = "machine: "  # before the processor's name, in notebooks that print times
+# What the tests' own process does (tests/conftest.py): models that it has traced are not traced again.
+SUPPORT = ROOT / "tests" / "support"
+TRACING_ONCE = """
+import pathlib, sys
+sys.path.insert(0, {support!r})
+from maskrcnn.export import exporter
+from shared_files import tracing_once
+exporter._trace = tracing_once(pathlib.Path({root!r}))
+"""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # Values for the cell tagged "parameters", so that each notebook takes seconds, and the minimum number of images shown.
@@ -109,7 +118,7 @@ def small_jpeg(encoded):
 
 
 @each
-def test_it_runs(path, tmp_path, checkpoint, monkeypatch):
+def test_it_runs(path, tmp_path, checkpoint, monkeypatch, shared_root):
     shutil.copy(checkpoint, tmp_path / "given.safetensors")
     if path.stem.startswith("5"):
         (tmp_path / "runs" / "train-1").mkdir(parents=True)
@@ -121,6 +130,9 @@ def test_it_runs(path, tmp_path, checkpoint, monkeypatch):
     assert set(settings) <= assigned(notebook.cells[place].source)
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+    notebook.cells.insert(
+        0, nbformat.v4.new_code_cell(TRACING_ONCE.format(support=str(SUPPORT), root=str(shared_root)))
+    )
     execute(notebook, tmp_path)
 
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
