@@ -1,6 +1,7 @@
 """A small detector and a small dataset, made once for all tests."""
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -29,6 +30,12 @@ from maskrcnn.weights.checkpoint import save_checkpoint
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search", print_blob=True)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish():
+    """Exempts what imports and collection have made from garbage collections, which it makes a second long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def test_other_precisions_and_the_plugin_library(run, road, shapes, tmp_path):
 
 def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
+    gate += ("--gate-max-images", 2)
     code, out, _ = run("build-engine", "--fp16", "--target", "tensorrt", *gate)
     assert code == 1
     for kind in ("box_ap", "mask_ap"):
@@ -88,6 +89,7 @@ def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
 def test_a_checkpoint_is_exported_first_and_compared_on_the_users_images(run, road, shapes):
     (road / "model.onnx").unlink()
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
+    gate += ("--gate-max-images", 2)
     code, out, err = run("build-engine", road / "best.safetensors", "--fp16", *gate)
     assert code == 0, err
     assert (road / "model.onnx").is_file() and (road / "model.fp16.xml").is_file()

@@ -202,11 +202,6 @@ def test_nothing_to_work_on_names_the_command_before(run):
     expect_error(run("build-engine", "--fp16"), "no ONNX file", "maskrcnn export --onnx")
 
 
-def test_a_tensorrt_engine_says_what_is_missing(run, road):
-    expect_error(run("build-engine", "--fp16", "--target", "tensorrt"), "tensorrt", "pip install")
-    assert not list(road.glob("*.xml"))
-
-
 def test_flags_that_contradict(run, road):
     expect_error(run("export", "--onnx", "--weights", "COCO_V1"), "--weights COCO_V1 without --model")
     expect_error(run("build-engine"), "no precision")

@@ -8,6 +8,7 @@ executes them (default: all) and stores them with their outputs.
 import ast
 import base64
 import io
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,7 @@ FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_IMAGE = 80_000  # characters of base64: 60 kB
 MACHINE = "machine: "  # before the processor's name, in notebooks that print times
-# What the tests' own process does (tests/conftest.py): models that it has traced are not traced again.
+# The kernel of the tests does what their own process does (tests/conftest.py): what it has traced is not traced again.
 SUPPORT = ROOT / "tests" / "support"
 TRACING_ONCE = """
 import pathlib, sys
@@ -72,10 +74,11 @@ def printed(notebook):
     )
 
 
-def execute(notebook, folder):
-    """Runs all cells in a folder, without a limit of time."""
+def execute(notebook, folder, kernel=None):
+    """Runs all cells in a folder, without a limit of time, in a new kernel or one that runs there."""
     client = nbclient.NotebookClient(
         notebook,
+        km=kernel,
         timeout=None,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
@@ -117,23 +120,34 @@ def small_jpeg(encoded):
     return encoded
 
 
+@pytest.fixture(scope="module")
+def kernel(shared_root):
+    """One kernel for all notebooks, as starting another takes ten seconds."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, "OMP_NUM_THREADS": "1"})  # parallel tests would compete for the cores
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=300)
+    client.execute_interactive(TRACING_ONCE.format(support=str(SUPPORT), root=str(shared_root)))
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @each
-def test_it_runs(path, tmp_path, checkpoint, monkeypatch, shared_root):
+def test_it_runs(path, tmp_path, checkpoint, kernel):
     shutil.copy(checkpoint, tmp_path / "given.safetensors")
     if path.stem.startswith("5"):
         (tmp_path / "runs" / "train-1").mkdir(parents=True)
         shutil.copy(checkpoint, tmp_path / "runs" / "train-1" / "best.safetensors")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # parallel tests would compete for the cores
     notebook = nbformat.read(path, as_version=4)
     settings = SETTINGS[path.stem]
     (place,) = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     assert set(settings) <= assigned(notebook.cells[place].source)
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
-    notebook.cells.insert(
-        0, nbformat.v4.new_code_cell(TRACING_ONCE.format(support=str(SUPPORT), root=str(shared_root)))
-    )
-    execute(notebook, tmp_path)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}"))
+    execute(notebook, tmp_path, kernel)
 
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert len(outputs(notebook, "image/png")) >= MIN_IMAGES[path.stem]
