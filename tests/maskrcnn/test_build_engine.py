@@ -99,12 +99,12 @@ def test_a_checkpoint_is_exported_first_and_compared_on_the_users_images(run, ro
     assert (road / "model.onnx").stat().st_mtime_ns == written  # made from this checkpoint already
 
 
-def test_auto_builds_for_the_cpu_and_lists_the_options_without_effect(run, road):
+def test_auto_builds_the_newest_export_for_the_cpu_and_lists_the_options_without_effect(run, road):
     code, out, err = run("build-engine", "--fp16", "--batch", "1,4", "--refit")
     assert code == 0, err
     assert "no Python package tensorrt; building the CPU engine with OpenVINO" in out
     assert "options of TensorRT only, without effect: --batch 1,4 --refit" in out
-    assert (road / "model.fp16.xml").is_file()
+    assert (road / "model.fp16.xml").is_file() and (road / "model.fp16.bin").is_file()
 
 
 @pytest.mark.parametrize(

@@ -46,14 +46,6 @@ def test_train_evaluate_and_predict(run, shapes, tmp_path):
     assert (tmp_path / "predictions" / "000000.png").exists()
 
 
-def test_build_engine_takes_the_newest_export(run, road):
-    code, out, err = run("build-engine", "--fp16")
-    assert code == 0, err
-    assert "building the CPU engine with OpenVINO" in out
-    assert (road / "model.fp16.xml").exists()
-    assert (road / "model.fp16.bin").exists()
-
-
 def test_predict_writes_pictures_and_coco_results(run, road, tmp_path):
     (tmp_path / "sub").mkdir()
     pictures = [picture(tmp_path / "a.png"), picture(tmp_path / "sub" / "a.png", (60, 120))]
