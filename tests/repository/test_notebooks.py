@@ -146,7 +146,8 @@ def test_it_runs(path, tmp_path, checkpoint, kernel):
     assert set(settings) <= assigned(notebook.cells[place].source)
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {tmp_path}"))
+    # The folder first: that of the notebook before may be gone.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"import os\nos.chdir({str(tmp_path)!r})\n%reset -f"))
     execute(notebook, tmp_path, kernel)
 
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
