@@ -1,6 +1,7 @@
 """A small detector and a small dataset, made once for all tests."""
 
-import hashlib
+import functools
+import gc
 import json
 import os
 import shutil
@@ -16,11 +17,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 os.environ.setdefault("MASKRCNN_KERNELS", "" if shutil.which("nvidia-smi") else "off")
 
 import kernels_on_cpu
-import onnx
 import pytest
 import torch
-from filelock import FileLock
+import typer.main
 from hypothesis import settings
+from shared_files import made_once, tracing_once
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
 from maskrcnn.data.poses import generate_poses
@@ -34,43 +35,42 @@ settings.register_profile("search", print_blob=True)
 settings.load_profile("fixed")
 
 
+def pytest_collection_finish():
+    """Exempts what imports and collection have made from garbage collections, which it makes a second long."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Makes a folder of files that take long to make, once for all test processes; tests must not change them."""
+def shared_root(tmp_path_factory) -> Path:
+    """The folder of what all test processes share."""
     root = tmp_path_factory.getbasetemp()
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
     root.mkdir(exist_ok=True)
+    return root
 
-    def folder(name: str, make: Callable[[Path], object]) -> Path:
-        path, draft = root / name, root / f"{name}.draft"
-        with FileLock(root / f"{name}.lock"):
-            if not path.exists():
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir()
-                make(draft)
-                draft.rename(path)
-        return path
 
-    return folder
+@pytest.fixture(scope="session")
+def shared(shared_root) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder of files that take long to make, once for all test processes; tests must not change them."""
+    return functools.partial(made_once, shared_root)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(shared):
+def traced_once(shared_root):
     """Traces each model, which takes half a minute, once for all test processes."""
     from maskrcnn.export import exporter
 
-    trace = exporter._trace
-
-    def traced(model: MaskRCNN, opset: int) -> onnx.ModelProto:
-        text = f"{model.config} {opset} {sorted(name for name, part in model.named_modules() if part.training)}"
-        key = hashlib.sha256(text.encode())
-        for name, value in model.state_dict().items():
-            key.update(name.encode() + value.contiguous().numpy().tobytes())
-        made = shared(key.hexdigest(), lambda folder: onnx.save(trace(model, opset), folder / "traced.onnx"))
-        return onnx.load(made / "traced.onnx")
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_trace", traced)
+        patch.setattr(exporter, "_trace", tracing_once(shared_root))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once():
+    """The commands of the command line, which typer makes anew for each call, in a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 
@@ -105,6 +105,28 @@ def onnx_file(shared, checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
+def openvino_engine(shared, onnx_file) -> Path:
+    """OpenVINO's engine in single precision."""
+    from maskrcnn.runtime.build.openvino import build_openvino_engine
+
+    def make(folder: Path) -> None:
+        build_openvino_engine(onnx_file, folder / "model.fp32.xml", half=False)
+
+    return shared("openvino", make) / "model.fp32.xml"
+
+
+@pytest.fixture(scope="session")
+def half_openvino_engine(shared, onnx_file) -> Path:
+    """OpenVINO's engine in half precision."""
+    from maskrcnn.runtime.build.openvino import build_openvino_engine
+
+    def make(folder: Path) -> None:
+        build_openvino_engine(onnx_file, folder / "model.fp16.xml", half=True)
+
+    return shared("half_openvino", make) / "model.fp16.xml"
+
+
+@pytest.fixture(scope="session")
 def boxes_model() -> MaskRCNN:
     """A Faster R-CNN, which has no masks."""
     return lively_model(tiny_config(has_masks=False))
@@ -132,12 +154,6 @@ def v2_onnx_file(shared, v2_model) -> Path:
     from maskrcnn.export.exporter import export_onnx
 
     return shared("v2", lambda folder: export_onnx(v2_model, folder / "model.onnx")) / "model.onnx"
-
-
-@pytest.fixture(scope="session")
-def pose_model() -> MaskRCNN:
-    """Keypoints without masks."""
-    return lively_model(tiny_config(has_masks=False, **TINY_POSE))
 
 
 @pytest.fixture(scope="session")

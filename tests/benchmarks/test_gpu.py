@@ -128,11 +128,11 @@ def test_exercise_calls_every_kernel(kernels):
     assert {line.split()[0] for line in lines} == {"RoIAlign", "NMS", "paste"}
 
 
-def test_exercise_stops_at_a_wrong_result(kernels, monkeypatch):
+def test_exercise_stops_at_a_wrong_result(kernels_for_cpu, monkeypatch):
     right = Kernels.batched_nms
     monkeypatch.setattr(Kernels, "batched_nms", lambda *a, **k: right(*a, **{**k, "iou_threshold": 0.9}))
     with pytest.raises(AssertionError):
-        exercise.exercise_kernels(kernels, CpuMemory(), lambda line: None)
+        exercise.exercise_kernels(Kernels(kernels_for_cpu), CpuMemory(), lambda line: None)
 
 
 def test_output_of_a_sanitizer_tool_is_written(tmp_path, monkeypatch):
@@ -144,11 +144,11 @@ def test_output_of_a_sanitizer_tool_is_written(tmp_path, monkeypatch):
     assert "3 errors (memcheck)" in (tmp_path / "found.txt").read_text()
 
 
-def test_full_size_exercise_stays_inside_its_arrays(kernels, monkeypatch):
+def test_full_size_exercise_stays_inside_its_arrays(kernels_for_cpu, monkeypatch):
     monkeypatch.setattr(exercise, "_SIZE_HW", (64, 96))
     monkeypatch.setattr(exercise, "_CHANNELS", 8)
     memory = CpuMemory()
-    exercise.launch_at_full_size(kernels, memory)
+    exercise.launch_at_full_size(Kernels(kernels_for_cpu), memory)
     pooled = memory.kept[4]  # after the four maps
     assert pooled.nbytes == 1000 * 8 * 7 * 7 * 2 and not (pooled == 0xA5).all()
 

@@ -6,7 +6,6 @@ import pytest
 import stages
 
 from maskrcnn.errors import UserError
-from maskrcnn.runtime.build.openvino import build_openvino_engine
 
 
 @pytest.mark.parametrize(
@@ -26,11 +25,9 @@ def test_nodes_belong_to_stages(name, operator, stage):
     assert stages.stage_of(name, operator) == stage
 
 
-def test_every_runtime_splits_a_call(tmp_path, onnx_file):
-    engine = tmp_path / "model.fp32.xml"
-    build_openvino_engine(onnx_file, engine, half=False)
+def test_every_runtime_splits_a_call(onnx_file, openvino_engine):
     images = stages.images_of_size((96, 128), None, None)[0]
-    for path in (onnx_file, engine):
+    for path in (onnx_file, openvino_engine):
         split = stages.split_of(path, images[:2], repeat=2)
         layers = ("backbone", "FPN", "RPN head", "box head", "mask head", "RoIAlign", "TopK and NMS", stages.REST)
         assert set(split.stages_ms) == {*layers, *stages.OUTSIDE}

@@ -1,12 +1,17 @@
-"""Exported files of other backbones, necks and pooling methods, shared by the session."""
+"""Exported files of other models, shared by the session."""
 
 import functools
 import pickle
+from pathlib import Path
 
 import pytest
+import torch
+from tiny import TINY_POSE, lively_model, tiny_config
 from variants import variant_model
 
 from maskrcnn.export.exporter import export_onnx
+from maskrcnn.model.detector import MaskRCNN
+from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +29,28 @@ def exported_variant(shared):
         return variant_model(name), folder / "model.onnx", difference
 
     return exported
+
+
+@pytest.fixture(scope="session")
+def pose_bands_file(shared) -> Path:
+    """Export of a model of four bands with keypoints, without masks and with frozen norms, beside its checkpoint.
+
+    One model has all of these, as each export takes half a minute.
+    """
+
+    def make(folder: Path) -> None:
+        changes = {"channels": 4, "class_names": ("bright", "dark"), "category_ids": (1, 2), "has_masks": False}
+        tensors = lively_model(tiny_config(**changes, **TINY_POSE)).state_dict()
+        torch.manual_seed(0)
+        for name, value in tensors.items():
+            if "bn" in name and name.endswith("weight"):
+                value.uniform_(0.9, 1.1)
+            if "bn" in name and name.endswith("bias"):
+                value.normal_(std=0.05)
+        tensors["roi_heads.box_predictor.cls_score.weight"] /= 2  # scores of nearly 1 would tie
+        model = MaskRCNN(tiny_config(frozen_batch_norm=True, **changes, **TINY_POSE))
+        load_weights(model, tensors, "a lively model")
+        save_checkpoint(folder / "best.safetensors", model)
+        assert export_onnx(model, folder / "model.onnx", source=folder / "best.safetensors").detections > 10
+
+    return shared("pose_bands", make) / "model.onnx"

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from maskrcnn.data.images import images_in
-from maskrcnn.export.exporter import OUTPUTS, check_graph, export_onnx
+from maskrcnn.export.exporter import OUTPUTS, check_graph
 from maskrcnn.export.graph import copy_of, op_counts, tensor_types, with_shapes
 from maskrcnn.export.inspection import inspect
 from maskrcnn.export.passes.precision import simulate_half, to_half
@@ -30,13 +30,6 @@ def proto(joint_onnx_file) -> onnx.ModelProto:
     return onnx.load(joint_onnx_file)
 
 
-@pytest.fixture(scope="module")
-def pose_file(tmp_path_factory, pose_model):
-    path = tmp_path_factory.mktemp("pose") / "model.onnx"
-    export_onnx(pose_model, path)
-    return path
-
-
 def feeds(batch: int, height: int, width: int, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     sizes = np.array([[height - 9 * k, width - 5 * k] for k in range(batch)], np.int64)
@@ -47,10 +40,10 @@ def shapes_of(proto: onnx.ModelProto) -> dict[str, list]:
     return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.output}
 
 
-def test_keypoints_are_an_output_with_or_without_masks(proto, pose_file):
+def test_keypoints_are_an_output_with_or_without_masks(proto, pose_bands_file):
     assert list(shapes_of(proto)) == list(OUTPUTS)
     assert shapes_of(proto)["keypoints"] == ["N", 12, 5, 3]
-    pose = onnx.load(pose_file)
+    pose = onnx.load(pose_bands_file)
     assert list(shapes_of(pose)) == [name for name in OUTPUTS if name != "masks"]
     assert shapes_of(pose)["keypoints"] == ["N", 12, 5, 3]
     for each in (proto, pose):  # both heads share the rows and the pooled features
@@ -72,8 +65,8 @@ def test_the_metadata_name_the_keypoints(joint_onnx_file, joint_model):
 
 
 @pytest.mark.parametrize("aot", [False, True])
-def test_the_flavour_for_tensorrt_has_no_findings_and_all_rows(proto, pose_file, aot):
-    for original in (proto, onnx.load(pose_file)):
+def test_the_flavour_for_tensorrt_has_no_findings_and_all_rows(proto, pose_bands_file, aot):
+    for original in (proto, onnx.load(pose_bands_file)):
         flavour = tensorrt_flavour(original, aot=aot)
         report = lint(flavour)
         assert not report.findings, report.text()

@@ -4,8 +4,16 @@ import shutil
 import sys
 
 import pytest
+import torchvision
+from tiny import narrow_model
 
 from maskrcnn import cli, runs
+
+
+@pytest.fixture
+def narrow_resnet(monkeypatch):
+    """Models of ResNet-18 are narrow, so that training them and writing their state is fast."""
+    monkeypatch.setattr(torchvision.models, "get_model", narrow_model)
 
 
 @pytest.fixture

@@ -109,7 +109,9 @@ def test_frozen_norms_are_computed_in_the_convolutions(name):
     assert {id(m.norm) for m in twin.modules() if isinstance(m, FoldedConv2d)}.isdisjoint(map(id, norms))
 
 
-@pytest.mark.parametrize("name", ["vgg16_bn", "mobilenet_v3_large", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("vgg16_bn", marks=pytest.mark.slow), "mobilenet_v3_large", "convnext_tiny"]
+)
 def test_copies_for_inference_compute_the_same(name):
     model = lively_model(tiny_config(backbone=name, neck="bifpn", bifpn_repeats=1))
     images, sizes = torch.rand(2, 3, 64, 96) * 255, torch.tensor([[64, 96]] * 2)

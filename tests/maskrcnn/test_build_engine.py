@@ -78,6 +78,7 @@ def test_other_precisions_and_the_plugin_library(run, road, shapes, tmp_path):
 
 def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
+    gate += ("--gate-max-images", 2)
     code, out, _ = run("build-engine", "--fp16", "--target", "tensorrt", *gate)
     assert code == 1
     for kind in ("box_ap", "mask_ap"):
@@ -88,6 +89,7 @@ def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
 def test_a_checkpoint_is_exported_first_and_compared_on_the_users_images(run, road, shapes):
     (road / "model.onnx").unlink()
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
+    gate += ("--gate-max-images", 2)
     code, out, err = run("build-engine", road / "best.safetensors", "--fp16", *gate)
     assert code == 0, err
     assert (road / "model.onnx").is_file() and (road / "model.fp16.xml").is_file()
@@ -97,12 +99,12 @@ def test_a_checkpoint_is_exported_first_and_compared_on_the_users_images(run, ro
     assert (road / "model.onnx").stat().st_mtime_ns == written  # made from this checkpoint already
 
 
-def test_auto_builds_for_the_cpu_and_lists_the_options_without_effect(run, road):
+def test_auto_builds_the_newest_export_for_the_cpu_and_lists_the_options_without_effect(run, road):
     code, out, err = run("build-engine", "--fp16", "--batch", "1,4", "--refit")
     assert code == 0, err
     assert "no Python package tensorrt; building the CPU engine with OpenVINO" in out
     assert "options of TensorRT only, without effect: --batch 1,4 --refit" in out
-    assert (road / "model.fp16.xml").is_file()
+    assert (road / "model.fp16.xml").is_file() and (road / "model.fp16.bin").is_file()
 
 
 @pytest.mark.parametrize(

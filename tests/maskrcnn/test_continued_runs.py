@@ -19,6 +19,8 @@ from maskrcnn.training.state import read_run
 from maskrcnn.training.trainer import Trainer
 from maskrcnn.weights.checkpoint import read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet")
+
 
 @pytest.fixture
 def began(shapes, tmp_path):

@@ -76,6 +76,7 @@ def test_options_reach_the_converter(run, tmp_path, monkeypatch):
     assert all(options[name] != value for name, value in vars(Options()).items())  # each was changed
 
 
+@pytest.mark.usefixtures("narrow_resnet")
 def test_own_photos_train_after_conversion(run, tmp_path):
     labelme(tmp_path / "photos")
     code, _, err = run("data", "convert", "labelme", "photos", "mine", "--val-fraction", 0.5)
@@ -85,6 +86,7 @@ def test_own_photos_train_after_conversion(run, tmp_path):
     assert "best mask AP" in out
 
 
+@pytest.mark.usefixtures("narrow_resnet")
 def test_boxes_train_a_model_without_masks_and_no_other(run, tmp_path):
     voc(tmp_path / "VOC2007")
     assert run("data", "convert", "voc", "VOC2007", "boxes", "--difficult", "keep")[0] == 0

@@ -103,7 +103,7 @@ def test_gradients_of_two_processes_equal_those_of_one(shapes, tmp_path, support
         torch.testing.assert_close(both[name], gradient, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_two_processes_train_evaluate_and_are_continued_by_one(shapes, tmp_path, support):
+def test_two_processes_train_evaluate_and_are_continued_by_one(run, shapes, tmp_path, support):
     options = ["-m", "maskrcnn", "train", "--data", shapes, "--epochs", 1, "--min-size", 64, "--precision", "fp32"]
     options += ["--workers", 0, "--pictures", 1, "--device", "cpu"]
     options += ["--validation-loss", "--set", "log_every=1"]
@@ -117,14 +117,14 @@ def test_two_processes_train_evaluate_and_are_continued_by_one(shapes, tmp_path,
     assert figures[0]["validation_loss"] == pytest.approx(
         sum(value for name, value in figures[0].items() if name.startswith("validation_loss/"))
     )
-    command = ["-m", "maskrcnn", "evaluate", f"run/{runs.LAST}", "--data", shapes, "--json", "alone.json"]
-    python(*command, cwd=tmp_path)
+    code, _, err = run("evaluate", f"run/{runs.LAST}", "--data", shapes, "--json", "alone.json")
+    assert code == 0, err
     alone = json.loads((tmp_path / "alone.json").read_text())
     # Every image counted once: the same AP as one process finds, up to float sums in another order.
     assert figures[0]["mask_ap"] == pytest.approx(alone["mask"]["AP"], abs=1e-3)
     assert figures[0]["box_ap"] == pytest.approx(alone["box"]["AP"], abs=1e-3)
-    again = python("-m", "maskrcnn", "train", "--resume", "run", "--epochs", 2, cwd=tmp_path)
-    assert "epochs: 2 instead of 1" in again.stdout
+    code, out, err = run("train", "--resume", "run", "--epochs", 2)
+    assert code == 0 and "epochs: 2 instead of 1" in out, err
     assert json.loads((tmp_path / "run" / runs.CONFIG).read_text())["epochs"] == 2, "the next --resume does the same"
     assert read_tensors(tmp_path / "run" / runs.STATE)[1]["progress"]["epoch"] == 2
 

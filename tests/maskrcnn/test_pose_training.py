@@ -21,6 +21,8 @@ from maskrcnn.training.samples import TrainingSamples
 from maskrcnn.training.trainer import Trainer, score_of
 from maskrcnn.weights.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet")
+
 
 @pytest.fixture(scope="module")
 def dataset(stick_figures) -> CocoDataset:
@@ -126,7 +128,7 @@ def test_training_lowers_the_losses_of_masks_and_keypoints(stick_figures, datase
         model=tiny_config(**POSES),
         loss=LossConfig(rpn_samples=32, box_samples=32),
         data=str(stick_figures),
-        epochs=7,
+        epochs=12,
         batch_size=4,
         learning_rate=0.02,
         warmup_steps=3,

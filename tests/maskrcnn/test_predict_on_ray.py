@@ -31,6 +31,13 @@ def kill_an_actor(killed: list[int], stop: threading.Event) -> None:
                 continue
 
 
+def test_no_cluster_at_the_address_and_no_ray_are_said(shapes, onnx_file, run, monkeypatch):
+    arguments = ("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
+    expect_error(run(*arguments), "--ray 127.0.0.1:1", "ray start --head")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    expect_error(run(*arguments), "pip install 'maskrcnn[ray]'")
+
+
 def test_the_cluster_finds_what_one_process_finds_even_if_an_actor_dies(shapes, onnx_file, tmp_path, run):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -69,9 +76,9 @@ def test_the_cluster_finds_what_one_process_finds_even_if_an_actor_dies(shapes, 
     expect_error(run("predict", photos, *model, "--actor-cpus", "4000"), "4000 CPUs", "--actor-cpus")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
-    """A cluster that the runs of a test share."""
+    """A cluster that the runs of the tests after this share."""
     ray.init(num_cpus=1, log_to_driver=False, include_dashboard=False, configure_logging=False)
     yield "local"
     ray.shutdown()
@@ -140,10 +147,3 @@ def test_tiles_and_urls_on_ray(shapes, onnx_file, tmp_path, cluster):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"bad\.png"):
         maskrcnn.predict([*drawn, tmp_path / "bad.png"], output=tmp_path / "out", ray=cluster, strict=True, **given)
-
-
-def test_no_cluster_at_the_address_and_no_ray_are_said(shapes, onnx_file, run, monkeypatch):
-    arguments = ("predict", shapes / "val", "--model", onnx_file, "--ray", "127.0.0.1:1")
-    expect_error(run(*arguments), "--ray 127.0.0.1:1", "ray start --head")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    expect_error(run(*arguments), "pip install 'maskrcnn[ray]'")

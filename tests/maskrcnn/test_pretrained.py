@@ -1,5 +1,6 @@
 """Weights to start from: what of them is taken, what starts anew, and torchvision's weights by name."""
 
+import functools
 from dataclasses import replace
 from urllib.error import URLError
 
@@ -31,6 +32,7 @@ HEAT_MAPS = tuple(f"roi_heads.keypoint_predictor.kps_score_lowres.{n}" for n in 
 MASK_LOGITS = tuple(f"roi_heads.mask_predictor.mask_fcn_logits.{n}" for n in ("weight", "bias"))
 
 
+@functools.cache
 def torchvision_weights(classes: int = 4, backbone: str = "resnet18") -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=torch.nn.BatchNorm2d)
@@ -355,11 +357,16 @@ def test_coco_v1_by_name_is_read_from_the_cache(hub):
     assert model.backbone.body.bn1.eps == 0
 
 
+@functools.cache
+def keypoint_weights() -> dict[str, torch.Tensor]:
+    """Random weights of torchvision's keypoint model."""
+    builder = torchvision.models.detection.keypointrcnn_resnet50_fpn
+    return builder(weights=None, weights_backbone=None, num_classes=2).state_dict()
+
+
 @pytest.mark.parametrize(("name", "epsilon"), [("COCO_V1", 0.0), ("COCO_LEGACY", 1e-5)])
 def test_cocos_keypoints_by_name_are_read_from_the_cache(hub, name, epsilon):
-    builder = torchvision.models.detection.keypointrcnn_resnet50_fpn
-    # The tensors of both are alike: the name alone tells which epsilon is theirs.
-    theirs = builder(weights=None, weights_backbone=None, num_classes=2).state_dict()
+    theirs = keypoint_weights()  # of both names: the name alone tells which epsilon is theirs
     torch.save(frozen(theirs), hub / KeypointRCNN_ResNet50_FPN_Weights[name].url.rpartition("/")[2])
     model, *_ = load_detector(name, "keypointrcnn_resnet50_fpn")
     config = model.config
@@ -423,6 +430,7 @@ def test_caffes_backbones_choose_caffes_pixels_by_their_name(
     weights = caffe_backbone(backbone)
     torch.save(weights, tmp_path / f"{backbone}_caffe.pth")
     command = ("train", "--data", shapes, "--model", f"fasterrcnn_{backbone}_fpn", "--device", "cpu", "--workers", 0)
+    command += ("--set", "model.fpn_channels=16", "--set", "model.box_head_channels=16")
     code, out, err = run(*command, "--weights", f"{backbone}_caffe.pth", *arguments)
     assert code == 0, err
     model = configs[0].config.model

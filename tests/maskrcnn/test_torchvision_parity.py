@@ -178,10 +178,16 @@ def test_coco_images(name, count, short_side_px):
             assert_equal(part)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) & set(list_models(module=torchvision.models.detection))))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("fasterrcnn"))  # a Mask R-CNN has its layers, too
+        for name in sorted(set(MODELS) & set(list_models(module=torchvision.models.detection)))
+    ],
+)
 def test_models_that_torchvision_builds_itself(name):
     # The heads of version 2 and of keypoints are slow.
-    few = {"rpn_candidates_per_level": 100, "proposals": 60, "detections": 20}
+    few = {"rpn_candidates_per_level": 100, "proposals": 60, "detections": 8 if "keypoint" in name else 20}
     config = model_config(
         name,
         class_names=tuple("abcdef"),

@@ -8,6 +8,7 @@ executes them (default: all) and stores them with their outputs.
 import ast
 import base64
 import io
+import os
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,15 @@ FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_IMAGE = 80_000  # characters of base64: 60 kB
 MACHINE = "machine: "  # before the processor's name, in notebooks that print times
+# The kernel of the tests does what their own process does (tests/conftest.py): what it has traced is not traced again.
+SUPPORT = ROOT / "tests" / "support"
+TRACING_ONCE = """
+import pathlib, sys
+sys.path.insert(0, {support!r})
+from maskrcnn.export import exporter
+from shared_files import tracing_once
+exporter._trace = tracing_once(pathlib.Path({root!r}))
+"""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 # Values for the cell tagged "parameters", so that each notebook takes seconds, and the minimum number of images shown.
@@ -63,10 +74,11 @@ def printed(notebook):
     )
 
 
-def execute(notebook, folder):
-    """Runs all cells in a folder, without a limit of time."""
+def execute(notebook, folder, kernel=None):
+    """Runs all cells in a folder, without a limit of time, in a new kernel or one that runs there."""
     client = nbclient.NotebookClient(
         notebook,
+        km=kernel,
         timeout=None,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
@@ -108,20 +120,35 @@ def small_jpeg(encoded):
     return encoded
 
 
+@pytest.fixture(scope="module")
+def kernel(shared_root):
+    """One kernel for all notebooks, as starting another takes ten seconds."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, "OMP_NUM_THREADS": "1"})  # parallel tests would compete for the cores
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=300)
+    client.execute_interactive(TRACING_ONCE.format(support=str(SUPPORT), root=str(shared_root)))
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @each
-def test_it_runs(path, tmp_path, checkpoint, monkeypatch):
+def test_it_runs(path, tmp_path, checkpoint, kernel):
     shutil.copy(checkpoint, tmp_path / "given.safetensors")
     if path.stem.startswith("5"):
         (tmp_path / "runs" / "train-1").mkdir(parents=True)
         shutil.copy(checkpoint, tmp_path / "runs" / "train-1" / "best.safetensors")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # parallel tests would compete for the cores
     notebook = nbformat.read(path, as_version=4)
     settings = SETTINGS[path.stem]
     (place,) = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
     assert set(settings) <= assigned(notebook.cells[place].source)
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
-    execute(notebook, tmp_path)
+    # The folder first: that of the notebook before may be gone.
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"import os\nos.chdir({str(tmp_path)!r})\n%reset -f"))
+    execute(notebook, tmp_path, kernel)
 
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
     assert len(outputs(notebook, "image/png")) >= MIN_IMAGES[path.stem]

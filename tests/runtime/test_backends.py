@@ -25,20 +25,13 @@ from maskrcnn.runtime.verification.compare import EXACT, HALF
 from maskrcnn.runtime.verification.inputs import compare_backends
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, onnx_file):
-    path = tmp_path_factory.mktemp("engine") / "model.fp32.xml"
-    build_openvino_engine(onnx_file, path, half=False)
-    return path
-
-
-@pytest.fixture(params=["torch", "onnxruntime", "openvino", "engine"])
-def backend(request, checkpoint, onnx_file, engine):
+@pytest.fixture(scope="module", params=["torch", "onnxruntime", "openvino", "engine"])
+def backend(request, checkpoint, onnx_file, openvino_engine):
     kinds = {
         "torch": lambda: load_backend(checkpoint, device="cpu"),
         "onnxruntime": lambda: load_backend(onnx_file),
         "openvino": lambda: load_backend(onnx_file, "openvino"),
-        "engine": lambda: load_backend(engine),
+        "engine": lambda: load_backend(openvino_engine),
     }
     return kinds[request.param]()
 
@@ -259,12 +252,12 @@ def test_an_engine_that_differs_is_set_aside(tmp_path, onnx_file, monkeypatch):
     assert (tmp_path / "model.fp16.rejected.xml").exists()
 
 
-def test_an_engine_for_bfloat16_needs_a_cpu_with_it(tmp_path, onnx_file, monkeypatch):
+def test_an_engine_for_bfloat16_needs_a_cpu_with_it(tmp_path, half_openvino_engine, monkeypatch):
     import openvino
 
     path = tmp_path / "model.fp16.xml"
-    build_openvino_engine(onnx_file, path, half=True)
-    text = path.read_text().replace(
+    path.with_suffix(".bin").symlink_to(half_openvino_engine.with_suffix(".bin"))
+    text = half_openvino_engine.read_text().replace(
         "&quot;execution&quot;: &quot;fp32&quot;", "&quot;execution&quot;: &quot;bf16&quot;"
     )
     path.write_text(text)

@@ -7,7 +7,6 @@ from engine_files import PROFILE, STAMP, write_engine
 
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.backends.tensorrt_library import Gpu
-from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.doctor import engine_finding, report
 from maskrcnn.runtime.engine_files import find_engines, read_metadata
 
@@ -15,13 +14,6 @@ H100 = Gpu(STAMP["gpu"], (9, 0))
 L40S = Gpu("NVIDIA L40S", (8, 9))
 DEVICES = ["GPU Arc (FP16)", "CPU Xeon 8481C (BF16 FP32)"]
 FACTS = {"tensorrt": {"version": STAMP["tensorrt"]}, "openvino": {"version": "2026.4", "devices": DEVICES}}
-
-
-@pytest.fixture(scope="module")
-def openvino_engine(tmp_path_factory, onnx_file):
-    path = tmp_path_factory.mktemp("openvino") / "model.fp16.xml"
-    build_openvino_engine(onnx_file, path, half=True)
-    return path
 
 
 def restamped(path, target, **stamp):
@@ -46,18 +38,18 @@ def check(path, facts=FACTS, gpus=(H100,)):
     return found.found.partition(": ")[2]
 
 
-def test_every_kind_of_file_has_the_same_metadata(tmp_path, onnx_file, openvino_engine):
+def test_every_kind_of_file_has_the_same_metadata(tmp_path, onnx_file, half_openvino_engine):
     plan = write_engine(tmp_path / "m.engine", onnx_file)
-    files = [dataclasses.replace(read_metadata(path), stamp={}) for path in (onnx_file, openvino_engine, plan)]
+    files = [dataclasses.replace(read_metadata(path), stamp={}) for path in (onnx_file, half_openvino_engine, plan)]
     assert len({metadata.class_names for metadata in files}) == 1
     assert [metadata.precision for metadata in files] == ["fp32", "fp16", "fp16"]
 
 
-def test_engines_are_found_below_folders(tmp_path, onnx_file, openvino_engine):
+def test_engines_are_found_below_folders(tmp_path, onnx_file, half_openvino_engine):
     run = tmp_path / "runs" / "train-1"
     run.mkdir(parents=True)
     plan = write_engine(run / "model.fp16.engine", onnx_file)
-    ours = restamped(openvino_engine, run / "model.xml")
+    ours = restamped(half_openvino_engine, run / "model.xml")
     (run / "other.xml").write_text("<net><rt_info></rt_info></net>")
     (run / "model.onnx").touch()
     assert find_engines([tmp_path]) == [plan, ours]
@@ -112,21 +104,24 @@ def test_files_that_are_no_engines(tmp_path, onnx_file):
     assert check(rejected) == "rejected when it was built (9 detections)"
 
 
-def test_an_openvino_engine(tmp_path, openvino_engine):
-    cpu = read_metadata(openvino_engine).stamp["cpu"]
+def test_an_openvino_engine(tmp_path, half_openvino_engine):
+    cpu = read_metadata(half_openvino_engine).stamp["cpu"]
 
     def machine(name: str, capabilities: str) -> dict:
         return {"openvino": {"version": "2026.4", "devices": [f"CPU {name} ({capabilities})"]}}
 
     here = machine(cpu, "BF16 FP32")
-    found = engine_finding(openvino_engine, here, ())
+    found = engine_finding(half_openvino_engine, here, ())
     assert found.found.startswith("OpenVINO fp16, executed in ") and found.found.endswith(": fits this machine")
-    assert check(openvino_engine) == f"fits this machine (built and compared on {cpu})"
-    assert engine_finding(openvino_engine, {}, ()).remedy == "`pip install 'openvino>=2025.3'`"
-    half = restamped(openvino_engine, tmp_path / "half.xml", execution="bf16")
+    assert check(half_openvino_engine) == f"fits this machine (built and compared on {cpu})"
+    assert engine_finding(half_openvino_engine, {}, ()).remedy == "`pip install 'openvino>=2025.3'`"
+    half = restamped(half_openvino_engine, tmp_path / "half.xml", execution="bf16")
     assert check(half, here) == "fits this machine"
     without = machine(cpu, "FP32")
     assert "built for bfloat16" in check(half, without)
-    assert check(restamped(openvino_engine, tmp_path / "single.xml", execution="fp32"), without) == "fits this machine"
+    assert (
+        check(restamped(half_openvino_engine, tmp_path / "single.xml", execution="fp32"), without)
+        == "fits this machine"
+    )
     half.with_suffix(".bin").unlink()
     assert check(half, here) == "no half.bin beside it"

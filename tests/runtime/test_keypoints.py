@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tiny import TINY_POSE, lively_model, tiny_config
 
 from maskrcnn.errors import UserError
 from maskrcnn.model.roi_heads import keypoints_from_heatmaps
@@ -177,8 +178,8 @@ def test_models_of_other_keypoints_are_not_compared(joint_model, reference):
         check_comparable(metadata, dataclasses.replace(metadata, keypoint_names=()))
 
 
-def test_a_model_of_keypoints_alone_has_no_stages_of_masks(pose_model):
-    backend = TorchBackend(pose_model, device="cpu")
+def test_a_model_of_keypoints_alone_has_no_stages_of_masks():
+    backend = TorchBackend(lively_model(tiny_config(has_masks=False, **TINY_POSE)), device="cpu")
     stages = {result.stage for result in verify(backend, backend, drawn_batches()).stages}
     assert stages >= set(OF_KEYPOINTS) and not stages & set(OF_MASKS)
 

@@ -14,7 +14,6 @@ from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build
 from maskrcnn.runtime.backends.openvino import openvino_core
 from maskrcnn.runtime.backends.tensorrt_library import PluginForm, plugin_hash
-from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.build.profiles import Profile, Span
 from maskrcnn.runtime.engine_files import read_metadata, read_model
 from maskrcnn.runtime.serving.models import ServingOptions, batch_limit, largest_batch, served_model, size_ranges
@@ -109,13 +108,13 @@ def test_no_path_of_this_machine_is_written(tmp_path, onnx_file):
     ]
 
 
-def test_the_outputs_of_a_model_file_are_those_of_its_configuration(tmp_path, onnx_file, openvino_engine):
+def test_the_outputs_of_a_model_file_are_those_of_its_configuration(tmp_path, onnx_file, half_openvino_engine):
     """Triton's backends compare names and shapes, variable lengths included (CompareDimsSupported)."""
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    compiled = openvino_core().read_model(openvino_engine)
+    compiled = openvino_core().read_model(half_openvino_engine)
     shapes = {
         onnx_file: {node.name: node.shape for node in session.get_outputs()},
-        openvino_engine: {
+        half_openvino_engine: {
             output.get_any_name(): [None if d.is_dynamic else d.get_length() for d in output.get_partial_shape()]
             for output in compiled.outputs
         },
@@ -129,8 +128,8 @@ def test_the_outputs_of_a_model_file_are_those_of_its_configuration(tmp_path, on
             assert [n if isinstance(n, int) else -1 for n in found[tensor["name"]]] == wanted, tensor
 
 
-def test_the_network_in_the_python_backend(tmp_path, onnx_file, openvino_engine, engine):
-    packages = {onnx_file: "onnxruntime", openvino_engine: "openvino", engine: "tensorrt, cuda-python"}
+def test_the_network_in_the_python_backend(tmp_path, onnx_file, half_openvino_engine, engine):
+    packages = {onnx_file: "onnxruntime", half_openvino_engine: "openvino", engine: "tensorrt, cuda-python"}
     for path in packages:
         out = tmp_path / path.suffix[1:]
         write(out, path, network="python", instances=2, threads=3, cuda_graphs=False)
@@ -271,21 +270,14 @@ def test_batches_and_sizes_outside_the_profiles(tmp_path, onnx_file, engine):
 # OpenVINO
 
 
-@pytest.fixture(scope="module")
-def openvino_engine(tmp_path_factory, onnx_file):
-    path = tmp_path_factory.mktemp("openvino") / "model.fp16.xml"
-    build_openvino_engine(onnx_file, path, half=True)
-    return path
-
-
-def test_an_openvino_engine(tmp_path, openvino_engine):
-    write(tmp_path, openvino_engine, instances=2, threads=3)
+def test_an_openvino_engine(tmp_path, half_openvino_engine):
+    write(tmp_path, half_openvino_engine, instances=2, threads=3)
     configs = read_repository(tmp_path)
     network = configs["det_network"]
     assert (network["backend"], network["max_batch_size"], configs["det"]["max_batch_size"]) == ("openvino", 0, 8)
     assert network["instance_group"] == [{"count": 2, "kind": "KIND_CPU"}] and "dynamic_batching" not in network
     parameters = {key: value["string_value"] for key, value in network["parameters"].items()}
-    execution = served_model(openvino_engine).metadata.stamp["execution"]
+    execution = served_model(half_openvino_engine).metadata.stamp["execution"]
     assert parameters == {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "NUM_STREAMS": "2",
@@ -295,17 +287,16 @@ def test_an_openvino_engine(tmp_path, openvino_engine):
     assert {path.name for path in (tmp_path / "det_network/1").iterdir()} == {"model.xml", "model.bin", "metadata.json"}
 
 
-def test_an_openvino_engine_in_single_precision_is_rejected(tmp_path, onnx_file):
-    build_openvino_engine(onnx_file, tmp_path / "m.xml", half=False)
+def test_an_openvino_engine_in_single_precision_is_rejected(openvino_engine):
     with pytest.raises(UserError, match=r"would run in bfloat16(.|\n)*--network python"):
-        served_model(tmp_path / "m.xml")
-    assert served_model(tmp_path / "m.xml", network="python").backend == "python"
+        served_model(openvino_engine)
+    assert served_model(openvino_engine, network="python").backend == "python"
 
 
 # Files that cannot be served
 
 
-def test_files_that_are_refused(tmp_path, onnx_file, checkpoint, engine, openvino_engine):
+def test_files_that_are_refused(tmp_path, onnx_file, checkpoint, engine, half_openvino_engine):
     def refused(path, text):
         with pytest.raises(UserError, match=text):
             served_model(path)
@@ -317,9 +308,9 @@ def test_files_that_are_refused(tmp_path, onnx_file, checkpoint, engine, openvin
     refused(write_engine(tmp_path / "o.engine", onnx_file, target="openvino"), "an engine for openvino")
     refused(write_engine(tmp_path / "p.engine", onnx_file, [{"batch": [1, 2]}]), "in an engine's stamp")
     refused(write_engine(tmp_path / "q.engine", onnx_file, profiles=None), "in an engine's stamp")
-    shutil.copy(openvino_engine, tmp_path / "alone.xml")
+    shutil.copy(half_openvino_engine, tmp_path / "alone.xml")
     refused(tmp_path / "alone.xml", r"no alone\.bin beside")
-    shutil.copy(openvino_engine.with_suffix(".bin"), tmp_path / "alone.bin")
+    shutil.copy(half_openvino_engine.with_suffix(".bin"), tmp_path / "alone.bin")
     (tmp_path / "alone.xml").write_text("<net></net>")
     refused(tmp_path / "alone.xml", "without maskrcnn's metadata")
     (tmp_path / "alone.xml").write_text("<net>")

@@ -22,7 +22,6 @@ from triton_server import Server, encoded, infer
 
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.runtime import Detector
-from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.engine_files import read_model
 from maskrcnn.runtime.serving.models import ServingOptions, served_model
 from maskrcnn.runtime.serving.triton import write_repository
@@ -59,14 +58,6 @@ def no_proxy():
 def images():
     rng = np.random.default_rng(5)
     return [shapes_image(rng, size)[0] for size in SIZES_HW]
-
-
-@pytest.fixture(scope="module")
-def openvino_engine(tmp_path_factory, onnx_file):
-    """In single precision, which Triton's own OpenVINO backend would not keep."""
-    path = tmp_path_factory.mktemp("openvino") / "model.xml"
-    build_openvino_engine(onnx_file, path, half=False)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.passes.precision import to_half
 from maskrcnn.imaging.preprocess import RESIZES, Preprocessing
 from maskrcnn.runtime.backends.base import Backend, stages_of
-from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
 from maskrcnn.runtime.verification.inputs import Batch, drawn_batches, feedings
 from maskrcnn.runtime.verification.report import Verdict
@@ -60,9 +59,9 @@ def test_an_exported_file_agrees_in_every_stage(reference, onnx_file):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_an_engine_agrees_by_the_tolerances_of_its_precision(tmp_path, reference, onnx_file, half):
-    build_openvino_engine(onnx_file, tmp_path / "model.xml", half=half)
-    report = verify(reference, load_backend(tmp_path / "model.xml"), drawn_batches())
+def test_an_engine_agrees_by_the_tolerances_of_its_precision(request, reference, half):
+    engine = request.getfixturevalue("half_openvino_engine" if half else "openvino_engine")
+    report = verify(reference, load_backend(engine), drawn_batches())
     assert report.ok, report.table()
     assert report.tolerances == ("half" if half else "exact")
     assert all(result.compared for result in report.stages)

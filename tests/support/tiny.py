@@ -1,6 +1,8 @@
 """Small detectors with every part, for tests."""
 
 import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from maskrcnn.config import ModelConfig, model_config
 from maskrcnn.imaging.preprocess import Preprocessing
@@ -35,6 +37,22 @@ def tiny_config(**changes) -> ModelConfig:
         "category_ids": (1, 2, 3),
     }
     return model_config("maskrcnn_resnet18_fpn_small", **{**values, **changes})
+
+
+class NarrowResNet(ResNet):
+    """ResNet-18 with an eighth of the channels after its first layer: 200,000 parameters, and the same layer names."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], **options)
+
+    def _make_layer(self, block, planes, *arguments, **options):
+        return super()._make_layer(block, planes // 8, *arguments, **options)
+
+
+def narrow_model(name: str, *, get_model=torchvision.models.get_model, **options) -> torch.nn.Module:
+    """Replaces `torchvision.models.get_model`: ResNet-18 is narrow."""
+    options.pop("weights", None)
+    return NarrowResNet(**options) if name == "resnet18" else get_model(name, weights=None, **options)
 
 
 def keypoints_in(box_xywh_px: list[float], count: int = 5) -> dict[str, list | int]:
