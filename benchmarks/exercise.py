@@ -81,6 +81,9 @@ def exercise_kernels(kernels: Kernels, memory: GpuMemory, say: Callable[[str], N
         for dtype in (np.float32, np.float16):
             _check_roi_align(kernels, memory, rng, channels, size, ratio, layout, dtype)
             say(f"RoIAlign {channels} channels, {size}×{size}, ratio {ratio}, {layout}, {np.dtype(dtype).name}: right")
+    for channels, size in ((5, 7), (70, 9)):
+        _check_roi_align_gradient(kernels, memory, rng, channels, size)
+        say(f"RoIAlign's gradient, {channels} channels, {size}×{size}: right")
     for boxes, groups, max_output in ((1, 1, 1), (63, 2, 20), (700, 3, 700), (1500, 90, 100), (5000, 1, 2000)):
         _check_nms(kernels, memory, rng, boxes, groups, max_output)
         say(f"NMS {boxes} boxes in {groups} groups: right")
@@ -112,6 +115,29 @@ def _check_roi_align(
     kernels.multilevel_roi_align(pyramid, memory.upload(rois), 5, pooled, output_dtype="float32", **options)
     expected = reference.multilevel_roi_align(maps, rois, **options)
     np.testing.assert_allclose(memory.download(pooled, shape, np.float32), expected, atol=1e-4)
+
+
+def _check_roi_align_gradient(
+    kernels: Kernels, memory: GpuMemory, rng: np.random.Generator, channels: int, size: int
+) -> None:
+    """RoIAlign is linear: its gradient g of p satisfies <g, f> = <p, RoIAlign(f)> for any features f."""
+    shapes = [(33, 47), (17, 23)]
+    maps = [rng.standard_normal((2, channels, h, w)).astype(np.float32) for h, w in shapes]
+    corners = rng.uniform(-30, 180, (2, 5, 2))
+    rois = np.concatenate([corners, corners + np.exp(rng.uniform(0, 5, (2, 5, 2)))], axis=-1).astype(np.float32)
+    pooled = rng.standard_normal((2, 5, channels, size, size)).astype(np.float32)
+    pyramid = Pyramid([memory.upload(np.zeros_like(m)) for m in maps], [h for h, _ in shapes], [w for _, w in shapes],
+                      2, channels, "float32", "NHWC")  # fmt: skip
+    options = {"output_size": size, "sampling_ratio": 2, "aligned": True}
+    address = memory.upload(pooled)
+    kernels.multilevel_roi_align_gradient(pyramid, memory.upload(rois), 5, address, pooled_dtype="float32", **options)
+    found = [
+        memory.download(each, (2, h, w, channels), np.float32).transpose(0, 3, 1, 2)
+        for each, (h, w) in zip(pyramid.addresses, shapes, strict=True)
+    ]
+    expected = float((pooled * reference.multilevel_roi_align(maps, rois, **options)).sum())
+    total = sum(float((gradient * feature).sum()) for gradient, feature in zip(found, maps, strict=True))
+    np.testing.assert_allclose(total, expected, rtol=1e-3, atol=1e-2)
 
 
 def _check_nms(

@@ -3,10 +3,10 @@
     python benchmarks/ops.py [--device cuda] [--json FILE]
 
 The sizes are those of Mask R-CNN ResNet-50 FPN: 1000 RoIs pooled to 7×7 and 100 to 14×14 from four levels of 256
-channels (images of 800×1088), NMS over five levels and over 80 classes of 1000 boxes each, and 100 masks pasted into
-an image of 800×1333. Values are compared before anything is timed.
+channels (images of 800×1088), the gradient of 512 RoIs of two images, NMS over five levels and over 80 classes of 1000
+boxes each, and 100 masks pasted into an image of 800×1333. Values are compared before anything is timed.
 
-On a GPU also batches of 8 images, half precision, and the kernels of `maskrcnn build-plugins`, in both layouts.
+On a GPU also batches of 8 images, half precision, and the plugins' kernels, in both layouts.
 Implementations that can be captured are measured as a CUDA graph of many calls, which is the kernels' own time; the
 others as consecutive calls with synchronisation. "of copy" is the bandwidth of the bytes that any implementation must
 move, relative to a copy on the same GPU in the same run.
@@ -108,6 +108,43 @@ def roi_align_case(
     kind = str(dtype).removeprefix("torch.")
     least = _touched_pixels(rois) * CHANNELS * maps[0].element_size() + truth.numel() * maps[0].element_size()
     return _Case(f"RoIAlign {images} × {count} RoIs {bins}×{bins} {kind}", contenders, least)
+
+
+def gradient_case(images: int, count: int, device: str, kernels: Kernels | None = None) -> _Case:
+    """RoIAlign of `count` RoIs per image to 7 × 7 and the gradient of the feature maps, as in a training step.
+
+    "maskrcnn" uses the kernels if `kernels_for` has them, otherwise a table look-up.
+
+    Raises:
+        AssertionError: if two implementations differ.
+    """
+    given = {"output_size": 7, "sampling_ratio": 2, "aligned": False, "min_level": 2}
+    with torch.inference_mode(False):
+        rng = torch.Generator().manual_seed(1)
+        maps = [torch.randn(images, CHANNELS, SIZE_HW[0] // s, SIZE_HW[1] // s, generator=rng) for s in _STRIDES]
+        maps = [m.to(device, memory_format=torch.channels_last).requires_grad_() for m in maps]
+        rois = torch.stack([_random_boxes(count, device, seed, SIZE_HW) for seed in range(images)])
+        pooled = torch.randn(images, count, CHANNELS, 7, 7, generator=rng).to(device)
+
+    def gradient(pool: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def call() -> tuple[Tensor, ...]:
+            with torch.inference_mode(False), torch.enable_grad():
+                return torch.autograd.grad(pool().reshape(pooled.shape), maps, pooled)
+
+        return call
+
+    contenders = {
+        _REFERENCE: _Contender(gradient(_torchvision_pooling(maps, rois, 7))),
+        "maskrcnn": _Contender(gradient(lambda: multilevel_roi_align(maps, rois, **given))),
+    }
+    if kernels is not None:
+        roi_align = cuda_ops.TrainedRoiAlign.apply
+        contenders["kernel"] = _Contender(gradient(lambda: roi_align(kernels, rois, given, *maps)))
+    wanted = contenders[_REFERENCE].call()
+    for name, contender in contenders.items():
+        for found, of_level in zip(contender.call(), wanted, strict=True):
+            torch.testing.assert_close(found, of_level, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    return _Case(f"RoIAlign {images} × {count} RoIs 7×7 and its gradient", contenders)
 
 
 def _torchvision_pooling(maps: list[Tensor], rois: Tensor, bins: int) -> Callable[[], Tensor]:
@@ -220,6 +257,7 @@ def _cases(device: str, kernels: Kernels | None) -> Iterator[_Case]:
         for images in (1, 8) if on_gpu else (1,):
             for count, bins in ((1000, 7), (100, 14)):
                 yield roi_align_case(images, count, bins, device, dtype=dtype, kernels=kernels)
+    yield gradient_case(2, 512, device, kernels)
     yield nms_case(5, 1000, device, 0.7, kernels)
     yield nms_case(80, 1000 if on_gpu else 12, device, 0.5, kernels)
     yield paste_case(100, device, kernels)
@@ -323,7 +361,7 @@ def main() -> None:
     kernels = cuda_ops.kernels_for(torch.device("cuda", 0)) if given.device == "cuda" else None
     copy = _copy_bandwidth_gb_per_s() if given.device == "cuda" else None
     if given.device == "cuda":
-        print(f"copy: {copy:.0f} GB/s; kernels: {kernels.path if kernels else 'none; run `maskrcnn build-plugins`'}")
+        print(f"copy: {copy:.0f} GB/s; kernels: {kernels.origin if kernels else 'none, see `maskrcnn doctor`'}")
     print(f"{'':72}{'how':>7}{'p50 µs':>11}{'speedup':>9}{'of copy':>9}")
     found = []
     with torch.inference_mode():

@@ -28,6 +28,7 @@ from maskrcnn.export.passes.quantize import (
     largest_magnitudes,
     symmetric,
     to_int8,
+    with_half_scales,
 )
 from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
 from maskrcnn.export.tensorrt.lint import LintReport, lint
@@ -121,11 +122,13 @@ def write_int8(
         calibration: folder of images that represent the data at inference.
         keep: layers to leave in single precision, see `to_int8`.
         limit: maximum number of images from the folder.
-        for_tensorrt: write and compare the symmetric form that `write_tensorrt` needs.
+        for_tensorrt: write and compare the form that `write_tensorrt` needs: symmetric, and what is not in 8 bits in
+            FP16 by the rule of `to_half`.
         max_unmatched: as for `write_half`.
 
     Returns:
-        The quantised nodes, and the difference between the file and the source.
+        The quantised nodes, and the difference between the file and the source; with `for_tensorrt`, of the arithmetic
+        of a device that rounds after every layer.
 
     Raises:
         UserError: as for `write_half`, and if the folder has no images.
@@ -135,11 +138,18 @@ def write_int8(
     activations = activation_ranges(proto, feeds_from_files(paths, metadata))
     model, report = to_int8(proto, activations, keep=keep)
     report.images = len(paths)
-    model = symmetric(model) if for_tensorrt else model
-    _describe(model, metadata, source, "int8", {"quantization": report.text()})
-    batches = feeds_from_files(images_in(calibration, COMPARED_IMAGES), metadata)
-    tolerance = with_share(INT8, max_unmatched)
-    difference = _compare(model, output, source, OnnxRuntimeBackend, tolerance, _outputs_of(source, batches))
+    batches = list(feeds_from_files(images_in(calibration, COMPARED_IMAGES), metadata))
+    tolerance, reference = with_share(INT8, max_unmatched), _outputs_of(source, batches)
+    compared = [model]
+    if for_tensorrt:
+        drawn = validation_batches(metadata.preprocessing.divisor, metadata.preprocessing.channels)
+        largest = largest_magnitudes(proto, itertools.chain(drawn, batches))
+        rounded = with_half_scales(symmetric(model))
+        model, report.casts = to_half(rounded, largest=largest)
+        compared = [model, simulate_half(rounded, largest=largest)]
+    for each in compared:
+        _describe(each, metadata, source, "int8", {"quantization": report.text()})
+        difference = _compare(each, output, source, OnnxRuntimeBackend, tolerance, reference)
     _save(model, output)
     return report, difference
 

@@ -59,6 +59,7 @@ class Kernel:
     name: str
     defines: Mapping[str, str]
     threads: int  # per block
+    expression: str = ""  # C++ name with template arguments, of a kernel whose symbol is not `name`; NVRTC only
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ def _float(value: float) -> str:
 # Compiling
 
 _SHOWN_LINES = 25  # of the compiler's output on failure
+_SYMBOL = ".symbol"  # file beside a kernel with an expression
 
 
 class Image(str, Enum):
@@ -264,6 +266,14 @@ def compile_kernel(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Im
     return path.read_bytes()
 
 
+def compile_expression(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Image) -> tuple[bytes, str]:
+    """As `compile_kernel`, for a kernel with an `expression`; returns its symbol too."""
+    code = compile_kernel(kernel, arch=arch, toolchain=toolchain, image=image)
+    path = build.find(_record(kernel, arch, toolchain, image), _file_name(kernel, image))
+    assert path is not None  # compiled above
+    return code, path.with_suffix(_SYMBOL).read_text(encoding="ascii")
+
+
 def is_cached(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Image) -> bool:
     """Returns whether `compile_kernel` would read the kernel from the cache."""
     return build.find(_record(kernel, arch, toolchain, image), _file_name(kernel, image)) is not None
@@ -284,6 +294,7 @@ def _record(kernel: Kernel, arch: int, toolchain: Toolchain, image: Image) -> di
     return {
         "kernel": kernel.name,
         "defines": dict(kernel.defines),
+        "expression": kernel.expression,
         "architecture": arch,
         "image": image.value,
         "sources": build.sources_hash([kernel.source]),
@@ -317,6 +328,8 @@ def _compile_with_nvrtc(kernel: Kernel, arch: int, toolchain: Toolchain, image: 
     source = kernel.source.read_bytes()
     (program,) = _result(nvrtc.nvrtcCreateProgram(source, str(kernel.source).encode(), 0, [], []))
     try:
+        if kernel.expression:
+            _result(nvrtc.nvrtcAddNameExpression(program, kernel.expression.encode()))
         options = [f"--gpu-architecture={_target(arch, image)}", *_options(kernel)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -326,6 +339,9 @@ def _compile_with_nvrtc(kernel: Kernel, arch: int, toolchain: Toolchain, image: 
             code = _read(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
         else:
             code = _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        if kernel.expression:
+            (symbol,) = _result(nvrtc.nvrtcGetLoweredName(program, kernel.expression.encode()))
+            output.with_suffix(_SYMBOL).write_bytes(symbol)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     output.write_bytes(code)

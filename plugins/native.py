@@ -1,4 +1,4 @@
-"""Python binding of the compiled kernels: the C interface of `csrc/kernels.h` through ctypes.
+"""Python binding of the kernels: the C interface of `csrc/kernels.h`, by a compiled library or by `plugins.nvrtc`.
 
 Arguments are addresses in the memory of the device that the library was compiled for. Calls neither copy nor
 synchronise; the caller keeps the memory alive until the stream has finished.
@@ -9,21 +9,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskrcnn.plugins.nvrtc import NvrtcLibrary
 
 SWITCH = "MASKRCNN_KERNELS"  # environment variable: "off", or the path of a library to use instead of the cached one
-INTERFACE_VERSION = 1  # MASKRCNN_KERNELS_VERSION of kernels.h
+INTERFACE_VERSION = 2  # MASKRCNN_KERNELS_VERSION of kernels.h
 MAX_LEVELS = 16
 INVALID = -1  # MASKRCNN_INVALID
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
-_LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # maskrcnn_dtype
+LAYOUTS = {"NCHW": 0, "NHWC": 1}  # maskrcnn_layout
 
 _Address = ctypes.c_void_p
 
 
-class _RoiAlignParams(ctypes.Structure):
+class RoiAlignParams(ctypes.Structure):
     """`maskrcnn_roi_align_params`, field by field."""
 
     _fields_ = (
@@ -58,44 +63,23 @@ class Pyramid:
 
 
 class Kernels:
-    """A loaded kernel library.
+    """The kernels of a GPU.
 
     Methods raise ValueError for arguments outside `kernels.h`, without starting a kernel, and RuntimeError if CUDA
     fails to start one. Their `stream` is the address of a CUDA stream; 0 is the default stream.
 
     Args:
-        path: `libmaskrcnn_kernels.so`, built by `maskrcnn build-plugins`.
+        library: path of `libmaskrcnn_kernels.so`, built by `maskrcnn build-plugins`; or kernels compiled by NVRTC.
+        origin: says to users where the kernels come from (default: the path).
 
     Raises:
         OSError: if the file cannot be loaded.
         ValueError: if the library has another version of the interface.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._library = ctypes.CDLL(str(path))
-        version = self._library.maskrcnn_kernels_version()
-        if version != INTERFACE_VERSION:
-            raise ValueError(
-                f"found: kernels of interface version {version} in {path}; expected: version {INTERFACE_VERSION}; "
-                "fix: run `maskrcnn build-plugins --force`"
-            )
-        self._declare()
-
-    def _declare(self) -> None:
-        c, integer, number = self._library, ctypes.c_int32, ctypes.c_float
-        c.maskrcnn_multilevel_roi_align.argtypes = [ctypes.POINTER(_RoiAlignParams), _Address, _Address, _Address]
-        c.maskrcnn_batched_nms.argtypes = [
-            _Address, _Address, _Address, integer, integer, number, integer, _Address, _Address, _Address, _Address,
-        ]  # fmt: skip
-        c.maskrcnn_batched_nms_workspace.argtypes = [integer, integer]
-        c.maskrcnn_batched_nms_workspace.restype = ctypes.c_size_t
-        c.maskrcnn_paste_masks.argtypes = [
-            _Address, _Address, integer, integer, integer, integer, integer, number, integer, _Address, _Address,
-        ]  # fmt: skip
-        c.maskrcnn_resize_pad.argtypes = [_Address, integer, integer, _Address, *(5 * [integer]), _Address]
-        c.maskrcnn_error_string.argtypes = [ctypes.c_int]
-        c.maskrcnn_error_string.restype = ctypes.c_char_p
+    def __init__(self, library: str | Path | NvrtcLibrary, *, origin: str = "") -> None:
+        self.origin = origin or str(library)
+        self._library: Any = _load(library) if isinstance(library, (str, Path)) else library
 
     def multilevel_roi_align(
         self,
@@ -123,22 +107,44 @@ class Kernels:
             pooled: address of the result, `output_dtype` `[N, R, C, S, S]`.
             output_dtype: type of the features, or "float32".
         """
-        if len(pyramid.addresses) > MAX_LEVELS:
-            raise ValueError(
-                f"found: {len(pyramid.addresses)} levels; expected: at most {MAX_LEVELS}; "
-                "fix: raise MASKRCNN_MAX_LEVELS in kernels.h"
-            )
-        params = _RoiAlignParams(
-            num_levels=len(pyramid.addresses), batch=pyramid.batch, num_rois=num_rois, channels=pyramid.channels,
-            channel_pitch=pyramid.channel_pitch or pyramid.channels, dtype=_DTYPES[pyramid.dtype],
-            layout=_LAYOUTS[pyramid.layout], output_dtype=_DTYPES[output_dtype], output_size=output_size,
-            sampling_ratio=sampling_ratio, aligned=int(aligned), min_level=min_level,
-            canonical_level=canonical_level, canonical_size=canonical_size, level_epsilon=level_epsilon,
+        params = _roi_align_params(
+            pyramid, num_rois, output_dtype, output_size=output_size, sampling_ratio=sampling_ratio,
+            aligned=int(aligned), min_level=min_level, canonical_level=canonical_level, canonical_size=canonical_size,
+            level_epsilon=level_epsilon,
         )  # fmt: skip
-        params.features[: len(pyramid.addresses)] = pyramid.addresses
-        params.heights[: len(pyramid.heights)] = pyramid.heights
-        params.widths[: len(pyramid.widths)] = pyramid.widths
-        self._check(self._library.maskrcnn_multilevel_roi_align(ctypes.byref(params), rois, pooled, stream))
+        self._check(self._library.maskrcnn_multilevel_roi_align(params, rois, pooled, stream))
+
+    def multilevel_roi_align_gradient(
+        self,
+        gradients: Pyramid,
+        rois: int,
+        num_rois: int,
+        pooled: int,
+        *,
+        pooled_dtype: str,
+        output_size: int,
+        sampling_ratio: int,
+        aligned: bool,
+        min_level: int = 2,
+        canonical_level: int = 4,
+        canonical_size: float = 224.0,
+        level_epsilon: float = 1e-6,
+        stream: int = 0,
+    ) -> None:
+        """Adds the gradient of the features of `multilevel_roi_align`, in no fixed order.
+
+        Args:
+            gradients: float32 arrays in layout "NHWC", to which the gradient is added.
+            rois: address of float32 `[N, R, 4]` xyxy px.
+            num_rois: R.
+            pooled: address of the result's gradient, `pooled_dtype` `[N, R, C, S, S]`.
+        """
+        params = _roi_align_params(
+            gradients, num_rois, pooled_dtype, output_size=output_size, sampling_ratio=sampling_ratio,
+            aligned=int(aligned), min_level=min_level, canonical_level=canonical_level, canonical_size=canonical_size,
+            level_epsilon=level_epsilon,
+        )  # fmt: skip
+        self._check(self._library.maskrcnn_multilevel_roi_align_gradient(params, rois, pooled, stream))
 
     def batched_nms_workspace(self, batch: int, num_boxes: int) -> int:
         """Returns the size in bytes of the workspace for `batched_nms`."""
@@ -204,7 +210,7 @@ class Kernels:
                 boxes,
                 num_masks,
                 mask_size,
-                _DTYPES[dtype],
+                DTYPES[dtype],
                 height,
                 width,
                 threshold,
@@ -254,11 +260,57 @@ class Kernels:
         )
 
 
+def _roi_align_params(pyramid: Pyramid, num_rois: int, output_dtype: str, **attributes: float) -> RoiAlignParams:
+    if len(pyramid.addresses) > MAX_LEVELS:
+        raise ValueError(
+            f"found: {len(pyramid.addresses)} levels; expected: at most {MAX_LEVELS}; "
+            "fix: raise MASKRCNN_MAX_LEVELS in kernels.h"
+        )
+    params = RoiAlignParams(
+        num_levels=len(pyramid.addresses), batch=pyramid.batch, num_rois=num_rois, channels=pyramid.channels,
+        channel_pitch=pyramid.channel_pitch or pyramid.channels, dtype=DTYPES[pyramid.dtype],
+        layout=LAYOUTS[pyramid.layout], output_dtype=DTYPES[output_dtype], **attributes,
+    )  # fmt: skip
+    params.features[: len(pyramid.addresses)] = pyramid.addresses
+    params.heights[: len(pyramid.heights)] = pyramid.heights
+    params.widths[: len(pyramid.widths)] = pyramid.widths
+    return params
+
+
+def _load(path: str | Path) -> ctypes.CDLL:
+    library, integer, number = ctypes.CDLL(str(path)), ctypes.c_int32, ctypes.c_float
+    version = library.maskrcnn_kernels_version()
+    if version != INTERFACE_VERSION:
+        raise ValueError(
+            f"found: kernels of interface version {version} in {path}; expected: version {INTERFACE_VERSION}; "
+            "fix: run `maskrcnn build-plugins --force`"
+        )
+    for roi_align in (library.maskrcnn_multilevel_roi_align, library.maskrcnn_multilevel_roi_align_gradient):
+        roi_align.argtypes = [ctypes.POINTER(RoiAlignParams), _Address, _Address, _Address]
+    library.maskrcnn_batched_nms.argtypes = [
+        _Address, _Address, _Address, integer, integer, number, integer, _Address, _Address, _Address, _Address,
+    ]  # fmt: skip
+    library.maskrcnn_batched_nms_workspace.argtypes = [integer, integer]
+    library.maskrcnn_batched_nms_workspace.restype = ctypes.c_size_t
+    library.maskrcnn_paste_masks.argtypes = [
+        _Address, _Address, integer, integer, integer, integer, integer, number, integer, _Address, _Address,
+    ]  # fmt: skip
+    library.maskrcnn_resize_pad.argtypes = [_Address, integer, integer, _Address, *(5 * [integer]), _Address]
+    library.maskrcnn_error_string.argtypes = [ctypes.c_int]
+    library.maskrcnn_error_string.restype = ctypes.c_char_p
+    return library
+
+
 def kernels_for(arch: int) -> Kernels | None:
-    """Returns the compiled kernels for a GPU, or None if there are none; the result is cached.
+    """Returns the kernels for a GPU; the result is cached.
+
+    They are those that `maskrcnn build-plugins` has compiled, or else NVRTC compiles each when it is first used.
 
     Args:
         arch: compute capability of the GPU, 90 for 9.0.
+
+    Returns:
+        None without compiled kernels and NVRTC, if NVRTC fails, which is a warning, and with `MASKRCNN_KERNELS=off`.
 
     Raises:
         OSError: if the environment variable `MASKRCNN_KERNELS` names a file that cannot be loaded.
@@ -273,4 +325,20 @@ def _kernels(arch: int, switch: str) -> Kernels | None:
     if switch == "off":
         return None
     path = switch or find_library("kernels", arch)
-    return Kernels(path) if path else None
+    return Kernels(path) if path else _kernels_by_nvrtc(arch)
+
+
+def _kernels_by_nvrtc(arch: int) -> Kernels | None:
+    from maskrcnn.errors import UserError
+    from maskrcnn.plugins.nvrtc import Gpu, NvrtcLibrary
+    from maskrcnn.plugins.toolchain import find_nvrtc
+
+    if find_nvrtc() is None:
+        return None
+    try:
+        gpu = Gpu(arch)
+        gpu.compile("batched_nms", "keep_kernel")  # shows whether NVRTC works, and every model uses it
+    except UserError as error:
+        warnings.warn(f"the GPU's kernels are not used, which is slower: {error}", stacklevel=2)
+        return None
+    return Kernels(NvrtcLibrary(gpu.launch, gpu.error_string), origin=str(gpu))

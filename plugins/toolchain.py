@@ -72,7 +72,9 @@ NVCC = Absence(
     "`pip install nvidia-cuda-nvcc` (CUDA 13), or the CUDA toolkit: https://developer.nvidia.com/cuda-downloads",
 )
 NVRTC = Absence(
-    "NVRTC", "compiling the kernels of ahead-of-time plugins", "`pip install cuda-bindings nvidia-cuda-nvrtc`"
+    "NVRTC",
+    "the kernels on a GPU without nvcc, and those of ahead-of-time plugins",
+    "`pip install cuda-bindings nvidia-cuda-nvrtc`",
 )
 HOST_COMPILER = Absence("C++ compiler", "compiling the plugin libraries: nvcc calls it", "`apt install g++`")
 _CUDA_HEADERS = Absence(

@@ -302,7 +302,7 @@ def _toolchain() -> list[Finding]:
     nvcc, nvrtc, headers = toolchain.nvcc, toolchain.nvrtc, toolchain.tensorrt
     arch = toolchain.gpus[0] if toolchain.gpus else None
     compiled = [str(path) for kind in Library if (path := build.find_library(kind, arch))]
-    enables = "the kernels in PyTorch on a GPU, TensorRT engines by trtexec, Triton and C++"
+    enables = "TensorRT engines by trtexec, Triton and C++, and the GPU's kernels without NVRTC"
     found = {
         tools.NVCC: nvcc and f"{nvcc.version} at {nvcc.path}",
         tools.NVRTC: nvrtc and nvrtc.version,

@@ -12,6 +12,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
+# Simulated GPUs run no kernels; tests of the kernels set it to others.
+os.environ.setdefault("MASKRCNN_KERNELS", "" if shutil.which("nvidia-smi") else "off")
+
 import kernels_on_cpu
 import onnx
 import pytest
@@ -24,7 +27,6 @@ from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import save_checkpoint
-
 
 # Drawn cases are the same in every run; `pytest --hypothesis-profile=search` draws others.
 settings.register_profile("fixed", derandomize=True)

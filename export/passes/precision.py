@@ -4,7 +4,8 @@ Convolutions and matrix products compute in half precision (FP16 or BF16), and s
 in half precision: addition, multiplication, activations, pooling, resizing, RoIAlign. Everything else stays in single
 precision: normalisation of pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores,
 NMS, RoI coordinates, and the keypoint search in heat maps, which includes matrix products of two computed tensors. A
-node whose weights or activations exceed the range of FP16 stays in single precision too.
+node whose weights or activations exceed the range of FP16 stays in single precision too. In a model with 8-bit
+integers, quantisation reads and dequantisation gives half precision, with scales of that type.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ _PASSING: dict[str, tuple[int, ...] | None] = {
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
     **{"GatherElements": (0,), "Slice": (0,)},
     **{"Mul": (0, 1), "Gelu": (0,), "HardSigmoid": (0,), "HardSwish": (0,), "Sigmoid": (0,)},
+    **{"QuantizeLinear": (0, 1), "DequantizeLinear": (1,)},  # 1: the scale
 }
 _NOT_IN_BF16 = ("HardSwish",)  # rejected by TensorRT's importer, although the support matrix lists it
 _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
 _POOLING = (_ROI_ALIGN, contract.MULTILEVEL_ROI_POOL.name)
 # Operators that compute new values; the others select or rearrange their inputs' values.
-_ARITHMETIC = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", _ROI_ALIGN)
+_ARITHMETIC = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", "DequantizeLinear", _ROI_ALIGN)
 _MAX_FP16 = 65504.0
 _BFLOAT16_OPSET = 22  # the first opset whose convolutions accept bfloat16
 _MARGIN = 4.0  # allowed ratio of an activation on other images to its maximum on the observed ones
@@ -86,7 +88,7 @@ def to_half(
     remove_unused_constants(model.graph)
     sort_nodes(model.graph)
     for value in model.graph.value_info:
-        if value.name in half:
+        if value.name in half and value.type.tensor_type.elem_type == TensorProto.FLOAT:
             value.type.tensor_type.elem_type = HALF_TYPES[precision]
     if precision == "bf16":  # from opset 20 to 22 the operators in use gained types and did not change otherwise
         for holder in (model, *model.functions):
@@ -176,7 +178,7 @@ def _choose(graph: Graph, precision: str, largest: Mapping[str, float], report: 
                 report.kept[RULE].append(node.name)
             continue
         carried = [name for name in features if name not in graph.constants]
-        computes = node.op_type in COMPUTING or node.op_type in _POOLING
+        computes = node.op_type in (*COMPUTING, *_POOLING, "DequantizeLinear")
         if not computes and not (carried and all(name in half for name in carried)):
             continue  # its inputs are not features but indices, shapes or coordinates
         reason = _too_large(graph, node, features, largest) if precision == "fp16" else None
@@ -194,8 +196,15 @@ def _is_exempt(graph: Graph, node: onnx.NodeProto, precision: str) -> bool:
         reader = graph.only_consumer(node.output[0])
         return reader is None or reader.op_type != "Mul" or node.input[0] not in reader.input
     if node.op_type == "MatMul":  # without a weight it resamples heat maps, whose neighbouring pixels would tie
-        return not any(name in graph.constants for name in node.input)
+        return not any(_is_weight(graph, name) for name in node.input)
     return precision == "bf16" and node.op_type in _NOT_IN_BF16
+
+
+def _is_weight(graph: Graph, name: str) -> bool:
+    source = graph.producers.get(name)
+    return name in graph.constants or (
+        source is not None and source.op_type == "DequantizeLinear" and source.input[0] in graph.constants
+    )
 
 
 def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest: Mapping[str, float]) -> str | None:
@@ -212,6 +221,7 @@ def _too_large(graph: Graph, node: onnx.NodeProto, features: list[str], largest:
 
 def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report: CastReport) -> None:
     graph, kind = Graph(model), HALF_TYPES[precision]
+    integers = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     converted: dict[tuple[str, int], str] = {}
 
     def converted_name(name: str, to: int) -> str:
@@ -232,7 +242,7 @@ def _insert_casts(model: onnx.ModelProto, half: set[str], precision: str, report
             if name in features and name not in half:
                 if name not in graph.constants or graph.float_type(name):
                     node.input[k] = converted_name(name, kind)
-            elif name in half and name not in features and node.op_type not in _SHAPE_READERS:
+            elif name in half - integers and name not in features and node.op_type not in _SHAPE_READERS:
                 node.input[k] = converted_name(name, TensorProto.FLOAT)
     for value in model.graph.output:
         if value.name in half:

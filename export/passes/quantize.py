@@ -26,7 +26,7 @@ from onnx import helper
 from maskrcnn.data.images import read_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph, copy_of, remove_unused_constants, sort_nodes
-from maskrcnn.export.passes.precision import COMPUTING, candidates
+from maskrcnn.export.passes.precision import COMPUTING, CastReport, candidates
 from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.onnxruntime import session_options
@@ -55,13 +55,15 @@ class QuantizationReport:
     quantized: Counter[str] = field(default_factory=Counter)  # number of nodes by operator
     kept: list[str] = field(default_factory=list)  # names of the layers left out
     images: int = 0  # number of calibration images
+    casts: CastReport | None = None  # if the rest is in half precision
 
     def text(self) -> str:
         """Report of a few lines."""
         operators = ", ".join(f"{count} {name}" for name, count in self.quantized.most_common())
         layers = dict.fromkeys(name.partition("#")[0] for name in self.kept)  # the RPN head has a node per level
         left = f"left out: {', '.join(layers)}" if layers else "nothing left out"
-        return f"int8: {self.quantized.total()} nodes ({operators}), scales from {self.images} images\n{left}"
+        rest = f"\n{self.casts.text()}" if self.casts else ""
+        return f"int8: {self.quantized.total()} nodes ({operators}), scales from {self.images} images\n{left}{rest}"
 
 
 def to_int8(
@@ -122,6 +124,27 @@ def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
             graph.add_constant(node.output[0], integers.astype(np.float32) * graph.value(node.input[1]))
             model.graph.node.remove(node)
     remove_unused_constants(model.graph)
+    return model
+
+
+def with_half_scales(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Returns a copy whose scales are numbers of FP16, and its weights rounded in steps of these.
+
+    `to_half` can then give the scales that type, as TensorRT requires where values between the integers are in FP16.
+    """
+    model: onnx.ModelProto = copy_of(proto)
+    graph = Graph(model)
+    for node in model.graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        scale = graph.value(node.input[1]).astype(np.float32)
+        half = np.maximum(scale.astype(np.float16), np.finfo(np.float16).smallest_subnormal).astype(np.float32)
+        weight = graph.constant(node.input[0])
+        if weight is not None:
+            axis = next(each.i for each in node.attribute if each.name == "axis")
+            ratio = (scale / half).reshape([-1 if k == axis else 1 for k in range(weight.ndim)])
+            graph.replace_constant(node.input[0], np.clip(np.rint(weight * ratio), -127, 127).astype(np.int8))
+        graph.replace_constant(node.input[1], half)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The custom operators on a GPU, using the kernels of the TensorRT plugins (compiled by `maskrcnn build-plugins`).
+"""The custom operators on a GPU, using the kernels of the TensorRT plugins (`plugins.native.kernels_for`).
 
 Nothing here synchronises with the GPU or bypasses PyTorch's allocator, so all of it can be captured in a CUDA graph.
 Shapes and semantics as in `maskrcnn.model.ops`.
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from maskrcnn.plugins import native
 from maskrcnn.plugins.native import Kernels, Pyramid
 
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def kernels_for(device: torch.device) -> Kernels | None:
@@ -55,7 +56,7 @@ def multilevel_roi_align(
         widths=[f.shape[3] for f in features],
         batch=batch,
         channels=channels,
-        dtype=_NAMES[features[0].dtype],
+        dtype=DTYPES[features[0].dtype],
         layout="NHWC" if is_last else "NCHW",
     )
     with torch.cuda.device_of(rois):
@@ -64,7 +65,7 @@ def multilevel_roi_align(
             rois.data_ptr(),
             rois.shape[1],
             pooled.data_ptr(),
-            output_dtype=_NAMES[dtype],
+            output_dtype=DTYPES[dtype],
             output_size=output_size,
             sampling_ratio=sampling_ratio,
             aligned=aligned,
@@ -72,6 +73,81 @@ def multilevel_roi_align(
             stream=_stream_of(rois.device),
         )
     return pooled
+
+
+def multilevel_roi_align_gradient(
+    kernels: Kernels,
+    pooled: Tensor,
+    rois: Tensor,
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+    min_level: int,
+) -> list[Tensor]:
+    """Gradient of the features of `multilevel_roi_align`, whose sums have no fixed order.
+
+    Args:
+        kernels: of the tensors' GPU.
+        pooled: gradient of the result, `[N, R, C, S, S]`.
+        rois: `[N, R, 4]` xyxy px.
+        sizes_hw: height and width of each feature map.
+        output_size, sampling_ratio, aligned, min_level: as of `multilevel_roi_align`.
+
+    Returns:
+        float32 `[N, C, H_l, W_l]`, channels last, one for each feature map.
+    """
+    batch, channels = pooled.shape[0], pooled.shape[2]
+    rois, pooled = rois.to(torch.float32).contiguous(), pooled.contiguous()
+    parts = [batch * height * width * channels for height, width in sizes_hw]
+    gradients = rois.new_zeros(sum(parts)).split(parts)
+    pyramid = Pyramid(
+        addresses=[each.data_ptr() for each in gradients],
+        heights=[height for height, _ in sizes_hw],
+        widths=[width for _, width in sizes_hw],
+        batch=batch,
+        channels=channels,
+        dtype="float32",
+        layout="NHWC",
+    )
+    with torch.cuda.device_of(rois):
+        kernels.multilevel_roi_align_gradient(
+            pyramid,
+            rois.data_ptr(),
+            rois.shape[1],
+            pooled.data_ptr(),
+            pooled_dtype=DTYPES[pooled.dtype],
+            output_size=output_size,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+            min_level=min_level,
+            stream=_stream_of(rois.device),
+        )
+    return [
+        each.view(batch, *size_hw, channels).permute(0, 3, 1, 2)
+        for each, size_hw in zip(gradients, sizes_hw, strict=True)
+    ]
+
+
+class TrainedRoiAlign(torch.autograd.Function):
+    """`multilevel_roi_align` with a gradient for the features, float32 `[N, R, C, S, S]`; the RoIs have none."""
+
+    @staticmethod
+    def forward(ctx, kernels, rois, attributes, *features):
+        ctx.save_for_backward(rois)
+        ctx.kernels, ctx.attributes = kernels, attributes
+        ctx.shapes = [(feature.shape[2:], feature.dtype) for feature in features]
+        return multilevel_roi_align(kernels, features, rois, **attributes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, pooled):
+        (rois,) = ctx.saved_tensors
+        sizes_hw = [tuple(size) for size, _ in ctx.shapes]
+        gradients = multilevel_roi_align_gradient(ctx.kernels, pooled, rois, sizes_hw, **ctx.attributes)
+        of_type = [each.to(dtype) for each, (_, dtype) in zip(gradients, ctx.shapes, strict=True)]
+        return None, None, None, *of_type
 
 
 def batched_nms(
@@ -125,7 +201,7 @@ def paste_masks(
             bits.data_ptr(),
             num_masks=len(masks),
             mask_size=masks.shape[-1],
-            dtype=_NAMES[masks.dtype],
+            dtype=DTYPES[masks.dtype],
             size_hw=size_hw,
             threshold=threshold,
             by_columns=by_columns,

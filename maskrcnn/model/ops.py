@@ -10,15 +10,11 @@ feature map is at (j + 0.5, i + 0.5) if `aligned`, else at (j, i).
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskrcnn.files import cache_folder
 from maskrcnn.model import cuda_ops
 
 CANONICAL_LEVEL, CANONICAL_SIZE_PX = 4, 224.0  # FPN equation 1: a 224 px box is pooled at P4
@@ -233,8 +229,37 @@ def multilevel_roi_align(
     # The operator has no gradient, unlike the PyTorch code.
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*features, rois))
     is_op = torch.compiler.is_exporting() or (rois.is_cuda and not needs_gradient)
+    if (
+        rois.is_cuda
+        and needs_gradient
+        and (
+            pooled := _pool_by_kernels(
+                features,
+                rois,
+                output_size=output_size,
+                sampling_ratio=sampling_ratio,
+                aligned=aligned,
+                min_level=min_level,
+            )
+        )
+        is not None
+    ):
+        return pooled
     pool = _multilevel_roi_align if is_op else _pool
     return pool(features, rois, output_size, sampling_ratio, aligned, min_level)
+
+
+def _pool_by_kernels(features: list[Tensor], rois: Tensor, **attributes: int) -> Tensor | None:
+    """RoIAlign with a gradient by the GPU's kernels; None where they cannot give it.
+
+    Their sums have no fixed order, which `torch.use_deterministic_algorithms` excludes.
+    """
+    is_plain = not torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled()
+    is_known = all(feature.dtype in cuda_ops.DTYPES for feature in features) and not rois.requires_grad
+    if not (is_plain and is_known) or (kernels := cuda_ops.kernels_for(rois.device)) is None:
+        return None
+    pooled: Tensor = cuda_ops.TrainedRoiAlign.apply(kernels, rois, attributes, *features)
+    return pooled
 
 
 @torch.library.custom_op("maskrcnn::batched_nms", mutates_args=())
@@ -249,11 +274,6 @@ def _(boxes, groups, counts, iou_threshold, max_output):
     kernels = cuda_ops.kernels_for(boxes.device)
     if kernels is not None:
         return cuda_ops.batched_nms(kernels, boxes, groups, counts, iou_threshold, max_output)
-    if importlib.util.find_spec("triton"):  # part of PyTorch's CUDA builds for Linux
-        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))  # its default needs a home folder
-        from maskrcnn.model.nms_triton import batched_nms_triton
-
-        return batched_nms_triton(boxes, groups, counts, iou_threshold, max_output)
     return _nms_by_torchvision(boxes, groups, counts, iou_threshold, max_output)
 
 

@@ -8,8 +8,10 @@
 #ifndef MASKRCNN_KERNELS_H
 #define MASKRCNN_KERNELS_H
 
+#if !defined(__CUDACC_RTC__) /* NVRTC, for which the kernels need the types below, has no functions of the host */
 #include <stddef.h>
 #include <stdint.h>
+#endif
 
 #if defined(_WIN32)
 #define MASKRCNN_EXPORT __declspec(dllexport)
@@ -21,7 +23,7 @@
 extern "C" {
 #endif
 
-#define MASKRCNN_KERNELS_VERSION 1 /* incremented when a signature or struct below changes */
+#define MASKRCNN_KERNELS_VERSION 2 /* incremented when a signature or struct below changes */
 #define MASKRCNN_INVALID (-1)
 #define MASKRCNN_MAX_LEVELS 16
 
@@ -52,10 +54,18 @@ typedef struct {
     float level_epsilon;
 } maskrcnn_roi_align_params;
 
+#if !defined(__CUDACC_RTC__)
+
 /* rois: float32 [N, R, 4] xyxy px of the network's input; a RoI with NaN or infinite length gives zeros.
    pooled: output_dtype [N, R, C, S, S]. */
 MASKRCNN_EXPORT int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const float *rois,
                                                   void *pooled, void *stream);
+
+/* Its gradient. `features` of the parameters are float32 [N, H, W, P] (dtype and layout say so), to which the gradient
+   of the features is added, in no fixed order; they are written although declared const. pooled: the gradient of the
+   result, of any output_dtype. The RoIs have no gradient. */
+MASKRCNN_EXPORT int maskrcnn_multilevel_roi_align_gradient(const maskrcnn_roi_align_params *params, const float *rois,
+                                                           const void *pooled, void *stream);
 
 /* BatchedNms of plugins/contract.py: boxes float32 [N, K, 4] by descending score, groups int32 [N, K], counts int32
    [N]; indices int32 [N, M], num int32 [N]. workspace: maskrcnn_batched_nms_workspace(N, K) bytes of device memory,
@@ -85,6 +95,8 @@ MASKRCNN_EXPORT int maskrcnn_resize_pad(const uint8_t *image, int32_t height, in
 /* Message for a code that a function above returned; never null. */
 MASKRCNN_EXPORT const char *maskrcnn_error_string(int code);
 MASKRCNN_EXPORT int maskrcnn_kernels_version(void);
+
+#endif
 
 #ifdef __cplusplus
 }

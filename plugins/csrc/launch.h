@@ -1,10 +1,13 @@
-// Kernel launches of the C interface: by the CUDA runtime, or by the tests' emulation on a CPU.
+// Kernel launches of the C interface: by the CUDA runtime, or by the tests' emulation on a CPU. NVRTC compiles only the
+// kernels of launch.cu, whose host part is repeated by plugins/nvrtc.py.
 
 #ifndef MASKRCNN_LAUNCH_H
 #define MASKRCNN_LAUNCH_H
 
 #include "device.h"
 #include "kernels.h"
+
+#if !defined(__CUDACC_RTC__)
 
 #if defined(MASKRCNN_ON_CPU)
 #define MASKRCNN_LAUNCH(kernel, grid, threads, stream, ...) \
@@ -23,4 +26,5 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace maskrcnn
 
+#endif
 #endif

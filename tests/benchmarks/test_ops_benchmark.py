@@ -22,6 +22,7 @@ def small(monkeypatch):
 def test_every_contender_of_a_case_agrees_and_has_a_row(small, kernels):
     made = [
         ops.roi_align_case(2, 12, 7, "cpu", kernels=kernels),
+        ops.gradient_case(2, 12, "cpu", kernels),
         ops.nms_case(3, 40, "cpu", 0.1, kernels),
         ops.paste_case(4, "cpu", kernels),
     ]

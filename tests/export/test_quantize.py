@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
 from maskrcnn.data.images import images_in
 from maskrcnn.errors import UserError
@@ -15,7 +16,11 @@ from maskrcnn.export.passes.quantize import (
     feeds_from_files,
     symmetric,
     to_int8,
+    with_half_scales,
 )
+from maskrcnn.export.tensorrt.flavour import tensorrt_flavour
+from maskrcnn.export.tensorrt.lint import lint
+from maskrcnn.export.variants import write_int8
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 from maskrcnn.runtime.engine_files import read_model
@@ -149,6 +154,44 @@ def test_the_symmetric_form_has_only_what_tensorrt_supports(whole):
             zero_point = graph.constant(node.input[2])
             assert zero_point.dtype == np.int8 and not zero_point.any()
     onnx.checker.check_model(model, full_check=True)
+
+
+def test_the_form_for_tensorrt_is_in_half_precision_between_integers(tmp_path, onnx_file, shapes):
+    single = onnx.load(onnx_file)
+    report, difference = write_int8(onnx_file, tmp_path / "int8.onnx", shapes / "train", limit=4, for_tensorrt=True)
+    assert difference.within(INT8) and difference.detections > 10
+    assert report.casts.text() in report.text()
+    model = onnx.load(tmp_path / "int8.onnx")
+    graph = Graph(model)
+    kept = {name for names in report.casts.kept.values() for name in names}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            scale = graph.value(node.input[1])
+            is_input = node.op_type == "QuantizeLinear" and node.input[0] == "normalised"  # pixels, in FP32
+            assert scale.dtype == (np.float32 if is_input else np.float16) and (scale > 0).all(), node.name
+        if node.op_type in LAYERS and node.name not in kept:
+            weight = producer(graph, node.input[1]) if node.input[1] in graph.producers else None
+            assert weight is not None or graph.value(node.input[1]).dtype == np.float16, node.name
+            if weight is not None:  # each weight is within half a step, which is exact in FP16
+                steps = graph.value(weight.input[1]).astype(np.float64)
+                shape = [-1 if k == weight.attribute[0].i else 1 for k in range(4 if "Conv" in node.op_type else 2)]
+                exact = Graph(single).value(next(e for e in single.graph.node if e.name == node.name).input[1])
+                error = np.abs(graph.value(weight.input[0]) * steps.reshape(shape) - exact)
+                assert (error <= 0.51 * steps.reshape(shape) + 1e-3 * np.abs(exact)).all(), node.name
+    assert lint(tensorrt_flavour(symmetric(model))).errors == []
+
+
+def test_scales_smaller_than_those_of_half_precision_are_not_zero():
+    weight = np.array([[1e-8, -2e-8], [0.5, 0.25]], np.float32)
+    scale = np.abs(weight).max(axis=1) / np.float32(127)
+    inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])]
+    constants = {"q": np.rint(weight / scale[:, None]).astype(np.int8), "s": scale, "z": np.zeros(2, np.int8)}
+    node = helper.make_node("DequantizeLinear", list(constants), ["w"], axis=0)
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_empty_tensor_value_info("w")], tensors)
+    made = Graph(with_half_scales(helper.make_model(graph)))
+    assert made.value("s").tolist() == [2.0**-24, np.float16(0.5 / 127)]
+    assert made.value("q").tolist() == [[0, 0], [127, 64]]
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from maskrcnn.imaging.postprocess import Detections
 from maskrcnn.model import cuda_ops, ops
@@ -39,6 +40,52 @@ def test_roi_align_equals_the_torch_code(kernels, memory_format, dtype, channels
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)  # sums of 16 in another order
     half = cuda_ops.multilevel_roi_align(kernels, features, rois, dtype=dtype, **given)
     assert torch.equal(half, found.to(dtype))
+
+
+def gradients_by_torchvision(features, rois, pooled, *, output_size, sampling_ratio, aligned, min_level):
+    """Gradients of float64 feature maps, from torchvision's kernel level by level."""
+    maps = [feature.double().requires_grad_() for feature in features]
+    levels = ops.assign_levels(rois, min_level=min_level, num_levels=len(maps))
+    images = torch.arange(len(rois))[:, None].expand(levels.shape)
+    for level, feature in enumerate(maps):
+        own = levels == level
+        boxes = torch.cat([images[own][:, None].double(), rois[own].double()], dim=1)
+        scale, ratio = 0.5 ** (min_level + level), sampling_ratio or -1
+        found = torchvision.ops.roi_align(feature, boxes, output_size, scale, ratio, aligned)
+        found.backward(pooled[own].double())
+    return [feature.grad for feature in maps]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "output_size", "sampling_ratio", "aligned"),
+    [(1, 7, 2, False), (35, 7, 2, True), (6, 14, 2, True), (3, 3, 0, True), (64, 8, 3, False)],
+)
+def test_the_gradient_equals_torchvisions(kernels, dtype, channels, output_size, sampling_ratio, aligned):
+    features, rois = pyramid(channels, dtype, torch.channels_last), some_rois(9)
+    rois[1, 0] = torch.tensor([30.0, 40.0, 30.0, 40.0])  # empty
+    rois[1, 1] = torch.tensor([-400.0, -300.0, 900.0, 800.0])  # most samples are outside
+    given = {"output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned, "min_level": 2}
+    leaves = [feature.requires_grad_() for feature in features]
+    found = cuda_ops.TrainedRoiAlign.apply(kernels, rois, given, *leaves)
+    torch.testing.assert_close(found, ops.multilevel_roi_align(features, rois, **given), atol=2e-5, rtol=1e-5)
+    pooled = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    found.backward(pooled)
+    wanted = gradients_by_torchvision([leaf.detach() for leaf in leaves], rois, pooled, **given)
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        largest = gradient.abs().max()
+        assert leaf.grad.dtype == dtype and largest > 0
+        tolerance = {"atol": 1e-4, "rtol": 1e-5 if dtype == torch.float32 else 4e-3}
+        torch.testing.assert_close(leaf.grad.double() / largest, gradient / largest, **tolerance)
+
+
+def test_rois_of_nan_have_no_gradient_and_no_rois_give_zeros(kernels):
+    given = {"output_size": 7, "sampling_ratio": 2, "aligned": False, "min_level": 2}
+    for rois in (torch.full((2, 3, 4), torch.nan), some_rois(0)):
+        pooled = torch.ones(2, rois.shape[1], 8, 7, 7)
+        found = cuda_ops.multilevel_roi_align_gradient(kernels, pooled, rois, [(40, 56), (20, 28)], **given)
+        assert [tuple(each.shape) for each in found] == [(2, 8, 40, 56), (2, 8, 20, 28)]
+        assert not any(each.any() for each in found)
 
 
 def test_maps_of_mixed_layouts_and_parts_of_larger_maps_are_copied(kernels):
@@ -86,13 +133,13 @@ def test_pasted_bits_are_the_masks(kernels, by_columns):
     assert not found[1].any()
 
 
-def test_the_library_to_use_can_be_named_or_switched_off(kernels, monkeypatch):
+def test_the_library_to_use_can_be_named_or_switched_off(kernels_for_cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     device = torch.device("cuda", 0)
-    monkeypatch.setenv(native.SWITCH, str(kernels.path))
-    assert cuda_ops.kernels_for(device).path == kernels.path
+    monkeypatch.setenv(native.SWITCH, str(kernels_for_cpu))
+    assert cuda_ops.kernels_for(device).origin == str(kernels_for_cpu)
     monkeypatch.setenv(native.SWITCH, "off")
     assert cuda_ops.kernels_for(device) is None
-    monkeypatch.setenv(native.SWITCH, str(kernels.path.with_name("no.so")))
+    monkeypatch.setenv(native.SWITCH, str(kernels_for_cpu.with_name("no.so")))
     with pytest.raises(OSError, match=r"no\.so"):
         cuda_ops.kernels_for(device)

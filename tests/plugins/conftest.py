@@ -2,6 +2,7 @@
 
 import kernels_on_cpu
 import kernels_on_gpu
+import nvrtc_on_cpu
 import plugin_library
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tensorrt_rig import rig
 
 from maskrcnn.plugins.build import build_library, find_library, obstacle
 from maskrcnn.plugins.native import Kernels
+from maskrcnn.plugins.nvrtc import Gpu, NvrtcLibrary
 from maskrcnn.plugins.toolchain import find_toolchain
 
 
@@ -60,7 +62,35 @@ def gpu() -> Device:
     return Device(Kernels(path), kernels_on_gpu.GpuMemory)
 
 
-@pytest.fixture(scope="session", params=["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(scope="session")
+def launcher(shared, kernels_for_cpu) -> nvrtc_on_cpu.Launcher:
+    """The kernels compiled for the CPU one by one."""
+    return nvrtc_on_cpu.Launcher(shared("nvrtc", nvrtc_on_cpu.Launcher))
+
+
+@pytest.fixture(scope="session")
+def nvrtc(launcher) -> Device:
+    """The kernels as NVRTC's are chosen and started, on the CPU."""
+    return Device(Kernels(NvrtcLibrary(launcher.launch, lambda code: b"")))
+
+
+@pytest.fixture(scope="session")
+def gpu_nvrtc() -> Device:
+    """The kernels compiled by NVRTC, on a GPU."""
+    gpu = Gpu(kernels_on_gpu.architecture())
+    return Device(Kernels(NvrtcLibrary(gpu.launch, gpu.error_string)), kernels_on_gpu.GpuMemory)
+
+
+DEVICES = ["cpu", "gpu"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(scope="session", params=DEVICES)
 def device(request) -> Device:
     """The kernels on the CPU, and on a GPU if there is one."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session", params=[*DEVICES, "nvrtc", *(["gpu_nvrtc"] if torch.cuda.is_available() else [])])
+def any_device(request) -> Device:
+    """Those of `device`, and the kernels of NVRTC."""
     return request.getfixturevalue(request.param)

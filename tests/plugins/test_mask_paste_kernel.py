@@ -40,10 +40,10 @@ BOX = np.float32([1.75, 1.75, 5.25, 5.25])
     ],
     ids=[str(number) for number in range(9)],
 )
-def test_by_hand(device, mask, threshold, rows, by, by_columns):
+def test_by_hand(any_device, mask, threshold, rows, by, by_columns):
     right, down = by
     boxes = (BOX + np.float32([right, down, right, down]))[None]
-    pixels = PasteCase(np.float32([mask]), boxes, (34, 35), threshold, by_columns).pixels(device)[0]
+    pixels = PasteCase(np.float32([mask]), boxes, (34, 35), threshold, by_columns).pixels(any_device)[0]
     wanted = np.zeros((34, 35), bool)
     for row, line in enumerate(rows.split()):
         for column, sign in enumerate(line):
@@ -135,9 +135,9 @@ def test_images_of_every_shape(device, size_hw, by_columns, mask_size):
 
 @pytest.mark.parametrize(("count", "size_hw"), [(0, (5, 5)), (2, (0, 5)), (2, (5, 0)), (0, (0, 0))])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_empty_inputs_give_empty_results(device, count, size_hw, by_columns):
+def test_empty_inputs_give_empty_results(any_device, count, size_hw, by_columns):
     case = PasteCase(np.ones((count, 28, 28), np.float32), np.zeros((count, 4), np.float32), size_hw, 0.5, by_columns)
-    assert case.pixels(device).shape == (count, *size_hw)
+    assert case.pixels(any_device).shape == (count, *size_hw)
 
 
 def test_nan_sets_no_pixel(device):
@@ -170,9 +170,9 @@ def test_the_order_of_threads_has_no_effect(cpu, case):
         {"size_hw": (4, (1 << 24) + 1)},
     ],
 )
-def test_invalid_arguments_are_errors_and_nothing_is_written(device, arguments):
+def test_invalid_arguments_are_errors_and_nothing_is_written(any_device, arguments):
     masks, boxes, bits = np.ones((1, 2, 2), np.float32), np.ones((1, 4), np.float32), np.full(8, 7, np.uint32)
     given_ = {"num_masks": 1, "mask_size": 2, "dtype": "float32", "size_hw": (4, 4), **arguments}
     with pytest.raises(ValueError, match=r"kernels\.h"):
-        device.kernels.paste_masks(masks.ctypes.data, boxes.ctypes.data, bits.ctypes.data, **given_)
+        any_device.kernels.paste_masks(masks.ctypes.data, boxes.ctypes.data, bits.ctypes.data, **given_)
     assert (bits == 7).all()

@@ -170,7 +170,7 @@ def test_more_samples_than_the_table_of_taps_holds(device, form, size, ratio):
 
 
 @pytest.mark.parametrize("levels", [1, 9, MAX_LEVELS])
-def test_every_level_is_used(device, levels):
+def test_every_level_is_used(any_device, levels):
     rng = np.random.default_rng(levels)
     features = [rng.standard_normal((1, 4, 6, 5)).astype(np.float32) for _ in range(levels)]
     sides = 1.5 * 2.0 ** np.arange(levels)  # with canonical_size 1 at canonical_level 0 box k belongs to level k
@@ -179,15 +179,15 @@ def test_every_level_is_used(device, levels):
     attributes = {"output_size": 2, "sampling_ratio": 2, "aligned": True}
     attributes |= {"min_level": 0, "canonical_level": 0, "canonical_size": 1.0}
     case = RoiCase(features, rois, attributes, {"layout": "NHWC"})
-    assert check(case, case.pooled(device)) == levels
+    assert check(case, case.pooled(any_device)) == levels
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_empty_inputs_give_empty_results(device, shape, layout):
+def test_empty_inputs_give_empty_results(any_device, shape, layout):
     batch, num_rois, channels = shape
     features, rois = [np.ones((batch, channels, 4, 4), np.float32)], np.zeros((batch, num_rois, 4), np.float32)
-    pooled = roi_align(device, features, rois, output_size=7, sampling_ratio=2, aligned=True, layout=layout)
+    pooled = roi_align(any_device, features, rois, output_size=7, sampling_ratio=2, aligned=True, layout=layout)
     assert pooled.shape == (batch, num_rois, channels, 7, 7)
 
 
@@ -269,14 +269,14 @@ VALID = {"batch": 1, "channels": 4, "dtype": "float32", "layout": "NCHW"}
         ({"layout": "NHWC"}, {"num_rois": 0x7FFFFFFF, "output_size": 9}),
     ],
 )
-def test_invalid_arguments_are_errors_and_nothing_is_written(device, pyramid, arguments):
+def test_invalid_arguments_are_errors_and_nothing_is_written(any_device, pyramid, arguments):
     feature, rois = np.zeros((1, 4, 2, 2), np.float32), np.zeros((1, 1, 4), np.float32)
     pooled = np.full((1, 1, 4, 2, 2), 7, np.float32)
     maps = {"addresses": [feature.ctypes.data], "heights": [2], "widths": [2], **VALID, **pyramid}
     given = {"output_dtype": "float32", "output_size": 2, "sampling_ratio": 2, "aligned": True, "num_rois": 1}
     given |= arguments
     with pytest.raises(ValueError, match=r"kernels\.h"):
-        device.kernels.multilevel_roi_align(
+        any_device.kernels.multilevel_roi_align(
             Pyramid(**maps), rois.ctypes.data, given.pop("num_rois"), pooled.ctypes.data, **given
         )
     assert (pooled == 7).all()

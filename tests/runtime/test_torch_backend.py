@@ -124,7 +124,6 @@ def test_every_call_works_on_the_models_gpu(model, monkeypatch, call):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_model_on_the_second_gpu_agrees_with_the_cpu(checkpoint, monkeypatch, graphs):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setenv("MASKRCNN_KERNELS", "off")  # for Triton's NMS
     reference, backend = (
         load_backend(checkpoint, device="cpu"),
         load_backend(checkpoint, device="cuda:1", graphs=graphs),

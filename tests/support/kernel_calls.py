@@ -75,9 +75,11 @@ class _Arrays:
     def put(self, values: np.ndarray, shift: int = 0) -> int:
         return self._memory.put(np.ascontiguousarray(values).reshape(-1).view(np.uint8), shift)
 
-    def result(self, shape: Sequence[int], dtype: np.dtype | type) -> _Result:
+    def result(self, shape: Sequence[int], dtype: np.dtype | type, fill: int = GUARD) -> _Result:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        start = self._memory.put(np.full(size + 2 * GUARD_BYTES, GUARD, np.uint8), 0)
+        initial = np.full(size + 2 * GUARD_BYTES, GUARD, np.uint8)
+        initial[GUARD_BYTES : GUARD_BYTES + size] = fill
+        start = self._memory.put(initial, 0)
         return _Result(self._memory, start, size, tuple(shape), np.dtype(dtype))
 
 
@@ -145,6 +147,39 @@ def roi_align(
         **attributes,
     )
     return single(pooled.values())
+
+
+def roi_align_gradient(
+    device: Device,
+    pooled: np.ndarray,
+    rois: np.ndarray,
+    sizes_hw: Sequence[tuple[int, int]],
+    **attributes: object,
+) -> np.ndarray:
+    """The gradients of maps `[N, H_l, W_l, C]`, flattened and joined, from that of the result `[N, R, C, S, S]`."""
+    arrays = _Arrays(device)
+    batch, num_rois, channels = pooled.shape[:3]
+    sizes = [batch * height * width * channels for height, width in sizes_hw]
+    gradients = arrays.result((sum(sizes),), np.float32, fill=0)
+    pyramid = Pyramid(
+        addresses=[gradients.address + 4 * sum(sizes[:level]) for level in range(len(sizes))],
+        heights=[height for height, _ in sizes_hw],
+        widths=[width for _, width in sizes_hw],
+        batch=batch,
+        channels=channels,
+        dtype="float32",
+        layout="NHWC",
+    )
+    device.kernels.multilevel_roi_align_gradient(
+        pyramid,
+        arrays.put(rois.astype(np.float32)),
+        num_rois,
+        arrays.put(pooled),
+        pooled_dtype=name_of(pooled),
+        stream=arrays.stream,
+        **attributes,
+    )
+    return gradients.values()
 
 
 def nms(

@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kNmsThreads) compact_kernel(const int32_t *kee
 }  // namespace
 }  // namespace maskrcnn
 
+#if !defined(__CUDACC_RTC__)
+
 size_t maskrcnn_batched_nms_workspace(int32_t batch, int32_t num_boxes) {
     return batch > 0 && num_boxes > 0 ? size_t(batch) * size_t(num_boxes) * sizeof(int32_t) : 0;
 }
@@ -46,3 +48,5 @@ int maskrcnn_batched_nms(const float *boxes, const int32_t *groups, const int32_
     return MASKRCNN_LAUNCH(compact_kernel, dim3(unsigned(batch)), kNmsThreads, stream, keep, rows, max_output, indices,
                            num);
 }
+
+#endif

@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kPasteThreads) paste_kernel(const T *masks, co
 }  // namespace
 }  // namespace maskrcnn
 
+#if !defined(__CUDACC_RTC__)
+
 int maskrcnn_paste_masks(const void *masks, const float *boxes, int32_t num_masks, int32_t mask_size, int32_t dtype,
                          int32_t height, int32_t width, float threshold, int32_t by_columns, uint32_t *bits,
                          void *stream) {
@@ -43,3 +45,5 @@ int maskrcnn_paste_masks(const void *masks, const float *boxes, int32_t num_mask
     return MASKRCNN_LAUNCH(paste_kernel<float>, grid, kPasteThreads, stream, static_cast<const float *>(masks), boxes,
                            num_masks, mask_size, lines, length, threshold, by_columns, bits);
 }
+
+#endif

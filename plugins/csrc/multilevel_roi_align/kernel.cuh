@@ -303,6 +303,49 @@ __device__ inline void pool_planes(const Map<T> &map, const Pooling &pooling, co
     }
 }
 
+constexpr int kGradientRow = kMostBins;  // of a channel in the tile; odd, so that lanes read different banks
+
+// The gradient of the features, added to `gradient` [height, width, pitch] of this image, which has the map's size. A
+// lane adds one channel, the warps of the block different bins, of which each sample reads four pixels. One block of
+// kBinThreads: 32 channels from `first_channel` on, bins [first_bin, last_bin), at most kMostBins.
+template <class Out>
+__device__ inline void spread_channels_last(const Map<float> &map, float *gradient, const Pooling &pooling,
+                                            const float *roi, const Out *pooled, int first_channel, int first_bin,
+                                            int last_bin) {
+    __shared__ Taps taps;
+    __shared__ float tile[kWarp * kGradientRow];
+    Axis rows, columns;
+    axes_of(roi, map, pooling, rows, columns);
+    fill(taps, rows, columns, pooling.bins);
+    int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, width = last_bin - first_bin;
+    int channels = pooling.channels - first_channel, area = pooling.bins * pooling.bins;
+    for (int c = warp; c < kWarp && c < channels; c += kBinWarps)
+        for (int bin = lane; bin < width; bin += kWarp)
+            tile[c * kGradientRow + bin] = to_float(pooled[int64_t(first_channel + c) * area + first_bin + bin]);
+    __syncthreads();
+    float share = 1.f / fmaxf(float(rows.samples) * float(columns.samples), 1.f);
+    for (int bin = warp; bin < width && lane < channels; bin += kBinWarps) {
+        float of_bin = tile[lane * kGradientRow + bin] * share;
+        int y = (first_bin + bin) / pooling.bins, x = (first_bin + bin) % pooling.bins;
+        int first_row, last_row, first_column, last_column;
+        rows.range(y, first_row, last_row);
+        columns.range(x, first_column, last_column);
+        for (int a = first_row; a < last_row; a++) {
+            Tap row = look_up(taps.table[0], rows, y, a);
+            for (int edge = 0; edge < 2; edge++) {
+                float *line = gradient + int64_t(edge ? row.high : row.low) * map.width * map.pitch + first_channel + lane;
+                float of_line = of_bin * (edge ? row.high_weight : row.low_weight);
+                for (int b = first_column; b < last_column; b++) {
+                    Tap column = look_up(taps.table[1], columns, x, b);
+                    float low = of_line * column.low_weight, high = of_line * column.high_weight;
+                    if (low != 0.f) atomicAdd(line + int64_t(column.low) * map.pitch, low);
+                    if (high != 0.f) atomicAdd(line + int64_t(column.high) * map.pitch, high);
+                }
+            }
+        }
+    }
+}
+
 }  // namespace maskrcnn
 
 #endif

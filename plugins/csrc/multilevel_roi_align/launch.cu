@@ -9,7 +9,6 @@ namespace {
 using Params = maskrcnn_roi_align_params;
 
 constexpr int kPlanesOfBlock = 64;  // channels per block in the kernels for planes
-constexpr int64_t kMostRowElements = 0x7fffffff / 4;  // of a row of a channels-last map, whose bytes have 32-bit offsets
 
 template <class T>
 __device__ inline Map<T> map_of(const Params &params, const float *roi, int image) {
@@ -31,7 +30,8 @@ struct Block {
     int image, part;
     Pooling pooling;
 
-    __device__ Block(const Params &params, const float *rois, void *out, int parts) {
+    template <class Void>
+    __device__ Block(const Params &params, const float *rois, Void *out, int parts) {
         int64_t index = blockIdx.x / parts;  // RoI index over all images
         part = blockIdx.x % parts;
         image = int(index / params.num_rois);
@@ -62,6 +62,27 @@ __global__ void __launch_bounds__(kThreads) planes_kernel(Params params, const f
     else
         pool_planes<T, Out>(map, block.pooling, block.roi, block.pooled, first, last);
 }
+
+template <class Out>
+__global__ void __launch_bounds__(kBinThreads)
+    gradient_kernel(Params params, const float *rois, const void *pooled, int parts) {
+    Block<float, const Out> block(params, rois, pooled, parts);
+    Map<float> map = map_of<float>(params, block.roi, block.image);
+    int bins = params.output_size * params.output_size;
+    int first = int(int64_t(bins) * block.part / parts), last = int(int64_t(bins) * (block.part + 1) / parts);
+    spread_channels_last<Out>(map, const_cast<float *>(map.data), block.pooling, block.roi, block.pooled,
+                              blockIdx.y * kWarp, first, last);
+}
+
+}  // namespace
+}  // namespace maskrcnn
+
+#if !defined(__CUDACC_RTC__)
+
+namespace maskrcnn {
+namespace {
+
+constexpr int64_t kMostRowElements = 0x7fffffff / 4;  // of a row of a channels-last map, whose bytes have 32-bit offsets
 
 // Whether a lane can read 16 bytes at once, that is, every pixel begins at a multiple of 16 bytes.
 template <class T>
@@ -97,9 +118,18 @@ int run(const Params &params, const float *rois, void *pooled, void *stream) {
                     : run_channels_last<T, Out, kWide, 0>(params, rois, pooled, stream);
 }
 
+template <class Out>
+int run_gradient(const Params &params, const float *rois, const void *pooled, void *stream) {
+    int64_t num_rois = int64_t(params.batch) * params.num_rois, bins = int64_t(params.output_size) * params.output_size;
+    int64_t parts = ceil_div(bins, kMostBins);
+    if (num_rois * parts > kMostBlocks) return MASKRCNN_INVALID;
+    dim3 grid(unsigned(num_rois * parts), unsigned(ceil_div(params.channels, kWarp)));
+    return MASKRCNN_LAUNCH(gradient_kernel<Out>, grid, kBinThreads, stream, params, rois, pooled, int(parts));
+}
+
+bool is_type(int32_t dtype) { return dtype >= MASKRCNN_FLOAT32 && dtype <= MASKRCNN_BFLOAT16; }
+
 bool is_valid(const Params &params) {
-    bool has_type = params.dtype >= MASKRCNN_FLOAT32 && params.dtype <= MASKRCNN_BFLOAT16 &&
-                    (params.output_dtype == params.dtype || params.output_dtype == MASKRCNN_FLOAT32);
     bool has_layout = params.layout == MASKRCNN_NCHW ||
                       (params.layout == MASKRCNN_NHWC && params.channel_pitch >= params.channels);
     bool has_shape = params.num_levels >= 1 && params.num_levels <= MASKRCNN_MAX_LEVELS && params.batch >= 0 &&
@@ -111,7 +141,7 @@ bool is_valid(const Params &params) {
         has_shape = params.heights[level] >= 1 && params.widths[level] >= 1 &&
                     (params.layout == MASKRCNN_NCHW ||
                      int64_t(params.widths[level]) * params.channel_pitch <= kMostRowElements);
-    return has_type && has_layout && has_shape && params.canonical_size > 0.f;
+    return is_type(params.dtype) && has_layout && has_shape && params.canonical_size > 0.f;
 }
 
 }  // namespace
@@ -121,8 +151,9 @@ int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const
                                   void *stream) {
     using namespace maskrcnn;
     if (params == nullptr || !is_valid(*params)) return MASKRCNN_INVALID;
-    if (params->batch == 0 || params->num_rois == 0 || params->channels == 0) return 0;
     bool to_float32 = params->output_dtype == MASKRCNN_FLOAT32;
+    if (!to_float32 && params->output_dtype != params->dtype) return MASKRCNN_INVALID;
+    if (params->batch == 0 || params->num_rois == 0 || params->channels == 0) return 0;
     switch (params->dtype) {
         case MASKRCNN_FLOAT16:
             return to_float32 ? run<Half, float>(*params, rois, pooled, stream)
@@ -134,3 +165,22 @@ int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const
             return run<float, float>(*params, rois, pooled, stream);
     }
 }
+
+int maskrcnn_multilevel_roi_align_gradient(const maskrcnn_roi_align_params *params, const float *rois,
+                                           const void *pooled, void *stream) {
+    using namespace maskrcnn;
+    if (params == nullptr || !is_valid(*params) || !is_type(params->output_dtype) ||
+        params->dtype != MASKRCNN_FLOAT32 || params->layout != MASKRCNN_NHWC)
+        return MASKRCNN_INVALID;
+    if (params->batch == 0 || params->num_rois == 0 || params->channels == 0) return 0;
+    switch (params->output_dtype) {
+        case MASKRCNN_FLOAT16:
+            return run_gradient<Half>(*params, rois, pooled, stream);
+        case MASKRCNN_BFLOAT16:
+            return run_gradient<BFloat16>(*params, rois, pooled, stream);
+        default:
+            return run_gradient<float>(*params, rois, pooled, stream);
+    }
+}
+
+#endif

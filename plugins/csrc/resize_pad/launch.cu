@@ -18,6 +18,8 @@ __global__ void __launch_bounds__(kPixelsOfBlock) resize_kernel(const uint8_t *i
 }  // namespace
 }  // namespace maskrcnn
 
+#if !defined(__CUDACC_RTC__)
+
 int maskrcnn_resize_pad(const uint8_t *image, int32_t height, int32_t width, float *padded, int32_t resized_height,
                         int32_t resized_width, int32_t padded_height, int32_t padded_width, int32_t swap_channels,
                         void *stream) {
@@ -33,3 +35,5 @@ int maskrcnn_resize_pad(const uint8_t *image, int32_t height, int32_t width, flo
     return MASKRCNN_LAUNCH(resize_kernel, grid, kPixelsOfBlock, stream, image, size, resized, whole, swap_channels != 0,
                            padded);
 }
+
+#endif

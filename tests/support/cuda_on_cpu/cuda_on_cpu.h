@@ -233,6 +233,12 @@ T shuffled(unsigned mask, T value, int from) {
 
 inline void __syncthreads() { cuda_on_cpu::pause(cuda_on_cpu::Waits::for_block); }
 
+inline float atomicAdd(float *to, float value) {
+    float before = *to;
+    *to += value;
+    return before;
+}
+
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
     const uint64_t *all = cuda_on_cpu::exchange(mask, predicate, cuda_on_cpu::WarpCall::ballot);
     unsigned bits = 0;
