@@ -79,7 +79,7 @@ def _training() -> Callable[[tuple[int, int]], None]:
     def call(size_hw: tuple[int, int]) -> None:
         box = torch.tensor([[[4.0, 4.0, size_hw[1] - 4.0, size_hw[0] - 4.0]]])
         batch = Batch(
-            images=torch.rand(1, 3, *size_hw) * 255,
+            images=torch.randint(256, (1, 3, *size_hw), dtype=torch.uint8),
             image_sizes=torch.tensor([size_hw]),
             boxes=box,
             labels=torch.ones(1, 1, dtype=torch.int64),

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -378,17 +379,18 @@ def _chunk(entries: list[_Annotation], indices: list[int], pool: Pool) -> tuple[
         chunk, _ = _chunk([entries[k] for k in kept], [indices[k] for k in kept], pool)
         return chunk, [indices[k] for k in malformed]
     values = np.fromiter(chain.from_iterable(parts), np.float64, int(lengths.sum()))
-    numbers = np.array(
-        [(each.id, each.image_id, each.category_id, each.iscrowd) for each in entries], np.int64
-    ).reshape(-1, 4)
+    numbers = {
+        name: np.fromiter(map(attrgetter(name), entries), np.float64 if name == "area" else np.int64, len(entries))
+        for name in ("id", "image_id", "category_id", "iscrowd", "area")
+    }
+    boxes = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), entries)), np.float64, 4 * len(entries))
     points = [each.keypoints or () for each in entries]
     stated = [NO_COUNT if each.num_keypoints is None else each.num_keypoints for each in entries]
     texts, run_sizes = _run_lengths(entries)
     return {
         "index": np.array(indices, np.int64),
-        **dict(zip(("id", "image_id", "category_id", "is_crowd"), numbers.T, strict=True)),
-        "bbox": np.array([each.bbox for each in entries], np.float64).reshape(-1, 4),
-        "area": np.array([each.area for each in entries], np.float64),
+        **numbers,
+        "bbox": boxes.reshape(-1, 4),
         "stated": np.array(stated, np.int64),
         "points_count": np.fromiter(map(len, points), np.int64, len(points)),
         "points": np.array([*chain.from_iterable(points)], np.float64),  # of one entry after the other
@@ -494,7 +496,7 @@ def _plain_columns(
         "box": box,
         "bbox": some["bbox"],
         "area": some["area"],
-        "is_crowd": some["is_crowd"].astype(bool),
+        "is_crowd": some["iscrowd"].astype(bool),
         "has_mask": has_mask,
         "stated": stated,
         "keypoint_row": np.where(has_points, np.cumsum(has_points) - 1 + pool.add_keypoints(points), -1),

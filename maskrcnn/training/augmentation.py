@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -31,7 +32,7 @@ class Scene:
     Masks are full-size, so that objects can be covered, moved and warped.
     """
 
-    image: np.ndarray  # float32 [C, h, w], 0–255
+    image: np.ndarray  # [C, h, w], 0–255: uint8, or float32 where an image has more than 8 bits per sample
     masks: np.ndarray  # bool [G, h, w], visible pixels of each object
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], visible fraction of each object's area
@@ -63,7 +64,7 @@ def scene_in_view(record: ImageRecord, image: np.ndarray, view: View, partners: 
 
     Args:
         record: annotations.
-        image: float32 `[C, h, w]`, the canvas.
+        image: uint8 or float32 `[C, h, w]`, the canvas.
         view: placement of the image on it.
         partners: see `keypoints_in_view`.
     """
@@ -101,7 +102,7 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
     """
     (centre_y, centre_x), (height, width) = tiles[0].size_hw, tiles[3].size_hw
     size_hw = (centre_y + height, centre_x + width)
-    image = np.empty((len(tiles[0].image), *size_hw), np.float32)
+    image = np.empty((len(tiles[0].image), *size_hw), np.result_type(*(tile.image for tile in tiles)))
     masks = np.zeros((sum(len(tile.labels) for tile in tiles), *size_hw), bool)
     keypoints = np.concatenate([tile.keypoints for tile in tiles])
     first = 0
@@ -120,8 +121,9 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
 
 def mixup(first: Scene, second: Scene, weight: float) -> Scene:
     """Blend two scenes of equal size with the objects of both; `weight` is that of the first (Zhang et al. 2019)."""
-    image = np.float32(weight) * first.image + np.float32(1 - weight) * second.image
-    return _concatenated(image, first, second)
+    one, other = (scene.image.astype(np.float32, copy=False) for scene in (first, second))
+    image = np.float32(weight) * one + np.float32(1 - weight) * other
+    return _concatenated(as_pixels(image, np.result_type(first.image, second.image)), first, second)
 
 
 def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
@@ -162,6 +164,23 @@ def _concatenated(image: np.ndarray, first: Scene, second: Scene) -> Scene:
     )
 
 
+def as_pixels(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Computed pixels, float32 from 0 to 255 up to rounding errors, as uint8 or float32."""
+    return np.rint(values).clip(0, 255).astype(np.uint8) if dtype == np.uint8 else values
+
+
+def resized(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """An image `[H, W, C]`, uint8 or float32, at another size, `[C, h, w]` of the same type.
+
+    As `resize_bilinear`, which inference uses. PyTorch computes uint8 in integers, three times as fast: it rounds
+    after each axis, which changes no pixel by more than one level from that of inference.
+    """
+    if image.dtype != np.uint8:
+        return resize_bilinear(image, size_hw)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return interpolate(pixels, size_hw, mode="bilinear", align_corners=False)[0].numpy()
+
+
 @contextmanager
 def torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
     """Seed torch's CPU generator from `rng` inside the context and restore it afterwards.
@@ -191,14 +210,14 @@ class Augmentation:
         self.config, self.preprocessing = config, preprocessing
         # The mean colour, zero after normalisation like padding.
         mean_rgb = preprocessing.mean if preprocessing.channel_order == "RGB" else preprocessing.mean[::-1]
-        self.fill = 255 * np.array(mean_rgb, np.float32)
+        self.fill = 255 * np.array(mean_rgb, np.float32)  # rounded on a canvas of uint8
         self._colours = v2.ColorJitter(
             config.colour_brightness, config.colour_contrast, config.colour_saturation, config.colour_hue
         )
         self._tilt = v2.RandomPerspective(config.perspective_distortion, p=1.0)
 
     def image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        """Canvas of an image, float32 `[C, h, w]` from `[H, W, C]`, uint8 or float32, with random colours.
+        """Canvas of an image `[C, h, w]` from `[H, W, C]`, both uint8 or both float32, with random colours.
 
         Colour changes take most of the time, so they are applied before or after resizing, wherever there are fewer
         pixels.
@@ -208,10 +227,10 @@ class Augmentation:
         is_enlarged = math.prod(view.size_hw) > math.prod(part.shape[:2])
         if is_coloured and is_enlarged:
             part = self._jitter_colours(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
-        pixels = resize_bilinear(part, view.size_hw)
+        pixels = resized(part, view.size_hw)
         if is_coloured and not is_enlarged:
             pixels = self._jitter_colours(torch.from_numpy(pixels), rng).numpy()
-        return view.on_canvas(pixels, self.fill)
+        return view.on_canvas(pixels, as_pixels(self.fill, pixels.dtype))
 
     def _jitter_colours(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Change the colours of an image `[C, h, w]`, uint8 or float32 from 0 to 255.
@@ -277,7 +296,8 @@ class Augmentation:
         """Random perspective of a scene. Its corners move inwards, so nothing leaves the canvas."""
         height, width = scene.size_hw
         # Relative to the fill, because torchvision blends the border with zeros.
-        image = tv_tensors.Image(torch.from_numpy(scene.image - self.fill[:, None, None]))
+        fill = as_pixels(self.fill, scene.image.dtype).astype(np.float32)[:, None, None]
+        image = tv_tensors.Image(torch.from_numpy(scene.image - fill))
         # The index of each pixel, from 1, warped like a mask gives the source of each pixel, so that one mask is warped
         # whatever the number of objects. Float32 represents it exactly up to 2^24.
         numbers = tv_tensors.Mask(torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width))
@@ -289,7 +309,8 @@ class Augmentation:
         masks = np.take(flat, source, axis=1).reshape(-1, height, width)
         keypoints = np.concatenate([places.numpy(), scene.keypoints[..., 2:]], axis=-1)
         keypoints = only_inside(keypoints, scene.size_hw)
-        return replace(scene, image=image.numpy() + self.fill[:, None, None], masks=masks, keypoints=keypoints)
+        pixels = as_pixels(image.numpy() + fill, scene.image.dtype)
+        return replace(scene, image=pixels, masks=masks, keypoints=keypoints)
 
 
 def _scaled_view(size_hw: tuple[int, int], canvas_hw: tuple[int, int], ratio: float, rng: np.random.Generator) -> View:

@@ -129,7 +129,8 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
 class Batch:
     """A batch on fixed shapes; G is the largest number of objects of an image, at least 1."""
 
-    images: Tensor  # float32 [N, C, H, W], 0–255, padded right and bottom; channels in the model's order
+    # uint8, or float32 if an image has more than 8 bits per sample; the model makes both float32.
+    images: Tensor  # [N, C, H, W], 0–255, padded right and bottom; channels in the model's order
     image_sizes: Tensor  # int64 [N, 2], (height, width) before padding
     boxes: Tensor  # float32 [N, G, 4] xyxy, pixels of the resized image; zero in padding
     labels: Tensor  # int64 [N, G]
@@ -176,9 +177,10 @@ def collate(samples: list[Sample], divisor: int) -> Batch:
     objects = max(1, *(len(sample.objects) for sample in samples))
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])
     height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
-    count = len(samples)
+    count, is_uint8 = len(samples), all(sample.image.dtype == np.uint8 for sample in samples)
+    shape = (count, samples[0].image.shape[0], height, width)
     batch = Batch(
-        images=torch.empty(count, samples[0].image.shape[0], height, width),  # only padding is zeroed, below
+        images=torch.empty(shape, dtype=torch.uint8 if is_uint8 else torch.float32),  # only padding is zeroed, below
         image_sizes=sizes,
         boxes=torch.zeros(count, objects, 4),
         labels=torch.zeros(count, objects, dtype=torch.int64),

@@ -37,7 +37,7 @@ class Sample:
     """One training image as the detector receives it."""
 
     image_id: int
-    image: np.ndarray  # float32 [C, h, w], 0–255, channels in the model's order
+    image: np.ndarray  # uint8 or float32 [C, h, w], 0–255, see `Scene`; channels in the model's order
     objects: Objects
     seed: int  # non-negative, for the sampling of the losses
 

@@ -3,7 +3,7 @@
 It is a callable `function(image, target, generator)` that returns `(image, target)`:
 
 - `image`: `tv_tensors.Image` float32 `[C, h, w]`, 0 to 1, RGB; resized as the model's preprocessing says, after the
-  other augmentations. It may return another size.
+  other augmentations. It may return another size. The result is rounded to 8 bits if the file has no more.
 - `target["boxes"]`: `tv_tensors.BoundingBoxes` float32 `[G, 4]` xyxy, the extents of the masks.
 - `target["labels"]`: int64 `[G]`, from 1.
 - `target["masks"]`: `tv_tensors.Mask` uint8 `[G, h, w]`, 1 inside the object; 2 inside the box of an object that has no
@@ -26,6 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2_functional
 
 from maskrcnn.errors import UserError
-from maskrcnn.training.augmentation import Scene, torch_seeded_from
+from maskrcnn.training.augmentation import Scene, as_pixels, torch_seeded_from
 from maskrcnn.training.view import mask_extent, only_inside
 
 Transform = Callable[[Tensor, dict[str, Any], torch.Generator], tuple[Tensor, dict[str, Any]]]
@@ -122,6 +123,7 @@ class OwnTransform:
                 ) from error
         try:
             changed, boxes = _scene_of(result, len(scene.image), self.num_classes, scene.keypoints.shape[1])
+            changed = replace(changed, image=as_pixels(changed.image, scene.image.dtype))
             if self._strict and boxes is not None:
                 self._strict -= 1
                 _require_boxes_at_masks(boxes, changed.masks)
@@ -174,7 +176,7 @@ def _given(scene: Scene) -> tuple[Tensor, dict[str, Any]]:
         places = np.ascontiguousarray(scene.keypoints[..., :2])
         target["keypoints"] = tv_tensors.KeyPoints(torch.from_numpy(places), canvas_size=scene.size_hw)
         target["visibility"] = torch.from_numpy(scene.keypoints[..., 2].astype(np.int64))
-    return tv_tensors.Image(torch.from_numpy(np.clip(scene.image / np.float32(255), 0, 1))), target
+    return tv_tensors.Image(torch.from_numpy(np.clip(scene.image.astype(np.float32) / 255, 0, 1))), target
 
 
 def _scene_of(result: Any, channels: int, num_classes: int, keypoints: int) -> tuple[Scene, np.ndarray | None]:

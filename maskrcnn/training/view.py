@@ -136,10 +136,10 @@ class View:
         return self.window != (0, 0, *size_hw)
 
     def on_canvas(self, pixels: np.ndarray, fill: np.ndarray) -> np.ndarray:
-        """Place resized pixels float32 `[C, *size_hw]` on a canvas `[C, h, w]` filled with `fill` `[C]`."""
+        """Place resized pixels `[C, *size_hw]` on a canvas `[C, h, w]` filled with `fill` `[C]`."""
         if self.size_hw == self.canvas_hw:
             return pixels
-        canvas = np.empty((len(pixels), *self.canvas_hw), np.float32)
+        canvas = np.empty((len(pixels), *self.canvas_hw), pixels.dtype)
         canvas[:] = fill[:, None, None]
         canvas[:, : self.size_hw[0], : self.size_hw[1]] = pixels
         return canvas

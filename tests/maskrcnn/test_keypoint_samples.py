@@ -105,7 +105,7 @@ def test_a_keypoint_is_the_middle_of_its_spot(dataset, changes):
     for epoch in range(40):
         sample = made[epoch, 0]
         (x, y, shown) = sample.objects.keypoints[0, TIP]
-        red, green, blue = sample.image
+        red, green, blue = sample.image.astype(np.float32)
         rows, columns = np.nonzero(green - np.maximum(red, blue) > 100)
         is_whole = len(rows) and min(rows.min(), columns.min()) > 0
         if shown and is_whole and rows.max() < len(green) - 1 and columns.max() < len(green[0]) - 1:

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from solid import write_solid_dataset
 
 from maskrcnn.config import AugmentConfig
@@ -13,7 +14,7 @@ from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
 from maskrcnn.data.records import Records
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images
 from maskrcnn.training.loader import PipedBatch, collate, training_loader
 from maskrcnn.training.samples import Sample, TrainingSamples
 from maskrcnn.training.view import MASK_SIDE, Objects
@@ -60,7 +61,7 @@ def test_a_flipped_sample_mirrors_pixels_boxes_and_masks(shapes):
     plain, flipped = samples(shapes), samples(shapes, flip_probability=1.0)
     index = with_objects(plain)
     one, other = plain[0, index], flipped[0, index]
-    np.testing.assert_allclose(other.image, one.image[:, :, ::-1], atol=1e-3)
+    np.testing.assert_array_equal(other.image, one.image[:, :, ::-1])
     np.testing.assert_allclose(other.objects.boxes[:, [2, 0]], 192 - one.objects.boxes[:, [0, 2]], atol=1e-4)
     np.testing.assert_array_equal(other.objects.boxes[:, [1, 3]], one.objects.boxes[:, [1, 3]])
     assert (other.objects.masks > 0).sum() == (one.objects.masks > 0).sum()
@@ -73,7 +74,7 @@ def test_a_batch_is_padded_and_says_what_is_real():
         masks = np.full((count, MASK_SIDE, MASK_SIDE), 255, np.uint8)
         keypoints = np.full((count, 5, 3), image_id, np.float32)
         objects = Objects(boxes, np.arange(1, count + 1), masks, boxes + 1, keypoints)
-        return Sample(image_id, np.full((3, height, width), 9, np.float32), objects, seed=image_id + 70)
+        return Sample(image_id, np.full((3, height, width), 9, np.uint8), objects, seed=image_id + 70)
 
     batch = collate([sample(5, 33, 50, 2), sample(6, 64, 20, 0)], divisor=32)
     assert batch.images.shape == (2, 3, 64, 64)
@@ -87,6 +88,35 @@ def test_a_batch_is_padded_and_says_what_is_real():
     assert batch.keypoints.shape == (2, 2, 5, 3) and batch.keypoints.amax(dim=(1, 2, 3)).tolist() == [5, 0]
     assert (batch.image_ids, batch.seeds.tolist()) == ([5, 6], [75, 76])
     assert collate([sample(6, 64, 20, 0)], divisor=32).boxes.shape == (1, 1, 4)  # a slot without an object
+
+
+def test_pixels_are_inferences_in_bytes_or_of_more_bits_in_float(shapes, tmp_path):
+    """Bytes are rounded after each axis, which changes no pixel by more than a level, and none on average."""
+    root = shutil.copytree(shapes, tmp_path / "mixed")
+    ramp = np.arange(96 * 96, dtype=np.uint16).reshape(96, 96) % 4096
+    Image.fromarray(ramp).save(root / "train" / "000003.png")
+    rule = Preprocessing(min_size_px=160, max_size_px=400, pixel_range=(0, 4095))
+    data, found = samples(root, rule), []
+    for index, record in enumerate(data.records):
+        found.append(data[0, index])
+        inferred = batch_images([read_image(record.path, rule)], rule)[0][0]
+        if record.path.name == "000003.png":
+            wide = found[-1]
+            np.testing.assert_array_equal(wide.image, inferred)
+        else:
+            assert found[-1].image.dtype == np.uint8
+            change = found[-1].image - inferred
+            assert abs(change).max() < 1.01 and abs(change.mean()) < 0.02
+    plain = [sample for sample in found if sample is not wide]
+    batch, mixed = collate(plain[:2], divisor=32), collate([plain[0], wide], divisor=32)
+    assert batch.images.nbytes == 2 * 3 * 160 * 160
+    assert torch.equal(mixed.images[0], batch.images[0].float())
+    np.testing.assert_array_equal(mixed.images[1].numpy(), wide.image)
+    everything, kinds = samples(root, rule, **EVERYTHING), set()
+    for sample in (everything[epoch, index] for epoch in range(3) for index in range(len(everything))):
+        kinds.add(sample.image.dtype.name)
+        assert sample.image.min() >= -1e-3 and sample.image.max() <= 255 + 1e-3 and np.isfinite(sample.image).all()
+    assert kinds == {"uint8", "float32"}
 
 
 def test_the_parts_of_all_processes_are_the_batches_of_one(shapes):

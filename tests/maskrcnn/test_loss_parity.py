@@ -14,7 +14,7 @@ from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.images import read_image
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
-from maskrcnn.imaging.preprocess import Preprocessing
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.training.loader import TrainingSamples, collate
 from maskrcnn.weights.checkpoint import load_weights
@@ -105,7 +105,11 @@ def _keypoints(instance) -> np.ndarray:
 def our_batch(dataset, config):
     plain = AugmentConfig(flip_probability=0.0)
     samples = TrainingSamples(dataset, config.preprocessing, augment=plain, seed=0)
-    return collate([samples[0, index] for index in range(len(samples))], config.preprocessing.divisor)
+    batch = collate([samples[0, index] for index in range(len(samples))], config.preprocessing.divisor)
+    inferred, sizes = batch_images([read_image(record.path) for record in dataset.images], config.preprocessing)
+    assert batch.image_sizes.tolist() == sizes.tolist()
+    batch.images = torch.from_numpy(inferred)  # not rounded, as torchvision's
+    return batch
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def poisoned(trainer):
     def run(parts):
         steps.append(1)
         if len(steps) == 2:
-            parts[0].images[:] = math.nan
+            parts[0].images = parts[0].images * math.nan
         return take(parts)
 
     trainer.step.run = run
@@ -259,7 +259,7 @@ def test_a_step_that_is_not_finite_changes_nothing(shapes, tmp_path):
         batch = next(
             iter(trainer_module.training_loader(trainer.samples, batch_size=4, workers=0, pin_memory=False)[0])
         )
-        batch.images[:] = math.nan
+        batch.images = batch.images * math.nan
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         figures = trainer.step.run([batch])
         assert not figures["finite"]

@@ -33,15 +33,17 @@ def rectangle(x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
     return mask
 
 
-def test_a_view_cuts_resizes_and_fills():
-    picture = np.random.default_rng(0).integers(0, 256, (*SIZE_HW, 3), dtype=np.uint8)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 0), (np.uint8, 1.01)])
+def test_a_view_cuts_resizes_and_fills(dtype, tolerance):
+    picture = np.random.default_rng(0).integers(0, 256, (*SIZE_HW, 3)).astype(dtype)
     augmentation = Augmentation(AugmentConfig(), Preprocessing(mean=(0.1, 0.2, 0.3)))
     image = augmentation.image(picture, ENLARGED, np.random.default_rng(0))
-    assert image.shape == (3, 64, 70)
-    np.testing.assert_array_equal(image[:, :40, :60], resize_bilinear(picture[10:30, 20:50], (40, 60)))
+    assert image.shape == (3, 64, 70) and image.dtype == dtype
+    expected = resize_bilinear(picture[10:30, 20:50], (40, 60))
+    np.testing.assert_allclose(image[:, :40, :60], expected, rtol=0, atol=tolerance)
     mean = np.array([25.5, 51, 76.5], np.float32)[:, None, None]
-    np.testing.assert_allclose(image[:, 40:], np.broadcast_to(mean, (3, 24, 70)), rtol=1e-6)
-    np.testing.assert_allclose(image[:, :, 60:], np.broadcast_to(mean, (3, 64, 10)), rtol=1e-6)
+    for filled in (image[:, 40:], image[:, :, 60:]):
+        np.testing.assert_allclose(filled, np.broadcast_to(mean, filled.shape), rtol=1e-6, atol=tolerance / 2)
 
 
 @pytest.mark.parametrize(
