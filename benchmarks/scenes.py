@@ -261,20 +261,30 @@ def scored(
         truth: RLE of each object.
         labels: of each object.
         kinds: of each object the index in `KINDS`.
+
+    Returns:
+        The number of detections, their recall and precision; how many of the others are the mask of an object with
+        another class, or of one that is found already; and of each of `KINDS` the objects found, and all.
     """
     entries = sorted(entries, key=lambda each: -each["score"])
     is_found = np.zeros(len(truth), bool)
-    right = 0
+    right = of_other_class = again = 0
     iou = mask_api.iou([each["segmentation"] for each in entries], [*truth], [0] * len(truth)) if entries else []
     for entry, row in zip(entries, iou, strict=True):
-        row = np.where((np.array(labels) == entry["category_id"]) & ~is_found, row, 0)
-        if row.max() >= _MIN_IOU:
-            is_found[row.argmax()] = True
+        is_label = np.array(labels) == entry["category_id"]
+        free = np.where(is_label & ~is_found, row, 0)
+        if free.max() >= _MIN_IOU:
+            is_found[free.argmax()] = True
             right += 1
+        elif row.max() >= _MIN_IOU:
+            again += int(is_label[row.argmax()])
+            of_other_class += int(not is_label[row.argmax()])
     return {
         "detections": len(entries),
         "recall": float(is_found.mean()),
         "precision": right / len(entries) if entries else None,
+        "other class": of_other_class,
+        "again": again,
         **{name: [int(is_found[kinds == k].sum()), int((kinds == k).sum())] for k, name in enumerate(KINDS)},
     }
 
@@ -316,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     content = {"schema": 1, "environment": environment(), **settings, "model": given.model.name, "rows": rows}
     if given.json:
         write_json(given.json, content)
-    head = ["way", "seconds", "peak MB", "detections", "recall", "precision", *KINDS]
+    head = ["way", "seconds", "peak MB", "detections", "recall", "precision", "other class", "again", *KINDS]
     print("\n".join([*machine(content["environment"]), "", aligned(head, [_cells(*each) for each in rows.items()])]))
     return content
 
@@ -330,6 +340,8 @@ def _cells(way: str, row: dict[str, Any]) -> list[str]:
         str(row["detections"]),
         f"{row['recall']:.3f}",
         precision,
+        str(row["other class"]),
+        str(row["again"]),
     ]
     return [*cells, *("{} of {}".format(*row[name]) for name in KINDS)]
 

@@ -48,6 +48,7 @@ def test_each_object_counts_once_for_the_best_detection_of_its_class():
     entries = [{"score": a, "category_id": b, "segmentation": c} for a, b, c in found]
     row = scored(entries, truth, labels, kinds)
     assert row["recall"] == pytest.approx(1 / 3) and row["precision"] == pytest.approx(1 / 4)
+    assert (row["other class"], row["again"]) == (1, 1)
     assert [row[name] for name in KINDS] == [[1, 1], [0, 1], [0, 1]]
     assert scored([], truth, labels, kinds)["precision"] is None
 

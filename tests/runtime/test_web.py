@@ -1,5 +1,7 @@
 """The page of `maskrcnn web`: what is written, and its detections in a real browser."""
 
+import base64
+import io
 import json
 import shutil
 import tarfile
@@ -208,6 +210,42 @@ def test_a_file_for_labelme(browser, pages, image_file, tmp_path, name):
             assert abs(drawn - area) <= 0.05 * area + 0.5
             compared += 1
     assert compared > 5 and not shapes
+
+
+@needs_browser
+def test_the_camera_until_it_is_stopped_or_a_file_is_chosen(browser, pages, onnx_file, image_file, tmp_path):
+    with served(pages / "masks") as address:
+        browser.open(address)
+        browser.wait("document.body.dataset.state === 'ready'")
+        browser.value("threshold.value = 0; camera.click()")
+        browser.wait("document.body.dataset.state === 'running' && rows.children.length > 5")
+        browser.value("camera.click()")
+        browser.wait("document.body.dataset.state === 'done'")
+        size = browser.value("[canvas.width, canvas.height]")
+        assert_as_detected(browser.value("maskrcnn.results()"), in_frame(browser, onnx_file, size))
+        browser.value("camera.click()")
+        browser.wait("document.body.dataset.state === 'running' && camera.textContent === 'Stop the camera'")
+        browser.choose_file("#file", image_file)  # while a frame is in the model
+        browser.wait("document.body.dataset.state === 'done'")
+        browser.value("new Promise((resolve) => setTimeout(resolve, 300))")
+        assert browser.value("camera.textContent") == "Use the camera"
+        assert browser.value("document.getElementById('status').textContent") == "photo.png, 150 × 200 px"
+        (found,) = Detector.load(onnx_file).detect([image_file])
+        assert_as_detected(browser.value("maskrcnn.results()"), found)
+        browser.value("navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied')); camera.click()")
+        browser.wait("document.body.dataset.state === 'error'")
+        assert "no camera (denied)" in browser.value("error.textContent") and not browser.value("camera.disabled")
+        assert not browser.errors
+
+
+def in_frame(browser, onnx_file, size):
+    """What the detector finds in the image of the camera that the page saves for LabelMe."""
+    browser.value("labelme.click()")
+    content = json.loads(saved(browser, "camera.json").read_text())
+    image = Image.open(io.BytesIO(base64.b64decode(content["imageData"]))).convert("RGB")
+    assert list(image.size) == size and min(size) > 100
+    (found,) = Detector.load(onnx_file).detect([np.asarray(image)])
+    return found
 
 
 @needs_browser

@@ -43,6 +43,7 @@ class Browser:
         (read, their_write), (their_read, write) = os.pipe(), os.pipe()
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, _FREE) for end in (their_read, their_write)]
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+        flags += ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a camera with a drawn image
         command = [EXECUTABLE, *flags, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
         shell = f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}'  # the numbers that the browser expects
         with open(folder / "browser.log", "wb") as log:

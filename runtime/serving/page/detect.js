@@ -272,7 +272,7 @@ function simplified(ring, tolerance) {
  * Detections as a file of LabelMe for the photo beside it: outlines of the masks, or the boxes of a model without masks.
  * The parts of one object share a `group_id`. A mask without pixels has no shape.
  */
-export function labelMe(detections, height, width, imageName) {
+export function labelMe(detections, height, width, imageName, imageData = null) {
   const shapes = detections.flatMap(({ box: [x0, y0, x1, y1], name, score, mask }, k) => {
     const parts = mask ? outlines(mask) : [[[x0, y0], [x1, y1]]];
     return parts.map((points) => ({
@@ -284,6 +284,6 @@ export function labelMe(detections, height, width, imageName) {
       flags: {},
     }));
   });
-  const head = { version: "5.4.1", flags: {}, shapes, imagePath: imageName, imageData: null };
+  const head = { version: "5.4.1", flags: {}, shapes, imagePath: imageName, imageData };
   return { ...head, imageHeight: height, imageWidth: width };
 }

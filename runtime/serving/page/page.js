@@ -9,9 +9,11 @@ const element = (id) => document.getElementById(id);
 const canvas = element("canvas");
 const context = canvas.getContext("2d", { willReadFrequently: true });
 
-let model, session, stream;
-let photo = null; // of the last detections: name, pixels, detections
-let busy = false;
+let model, session;
+let stream = null; // of the camera while it runs
+let photo = null; // of the last detections: name, pixels, detections; isFrame: of the camera, in no file
+let busy = false; // with a file
+let turn = Promise.resolve(); // the end of the last call of the model, which takes one at a time
 
 function show(state, text = "") {
   document.body.dataset.state = state; // loading, ready, running, done or error
@@ -45,8 +47,14 @@ async function load() {
   for (const id of ["file", "camera"]) element(id).disabled = false;
 }
 
-/** Runs the model on the pixels of an image or a video frame. */
-async function detect(source, width, height, name) {
+/** Detects in an image or a video frame, after the calls before. */
+function detect(...what) {
+  const done = turn.then(() => detectNow(...what));
+  turn = done.catch(() => {});
+  return done;
+}
+
+async function detectNow(source, width, height, name, isFrame = false) {
   const times = [["decoded", performance.now()]];
   const mark = (stage) => times.push([stage, performance.now()]);
   [canvas.width, canvas.height] = [width, height];
@@ -60,7 +68,7 @@ async function detect(source, width, height, name) {
   });
   mark("network");
   const outputs = Object.fromEntries(Object.entries(results).map(([key, tensor]) => [key, tensor.data]));
-  photo = { name, pixels, detections: unpack(outputs, size, height, width, model) };
+  photo = { name, isFrame, pixels, detections: unpack(outputs, size, height, width, model) };
   mark("masks");
   draw();
   mark("draw");
@@ -95,23 +103,32 @@ async function detectFile(file) {
 async function startCamera() {
   if (stream) return stopCamera();
   const video = element("video");
+  element("camera").disabled = true; // until the user has answered the browser's question
+  let own;
   try {
-    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    const allowed = navigator.mediaDevices ?? { getUserMedia: () => Promise.reject(new Error("the page is not secure")) };
+    own = await allowed.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     return fail(new UserError(`no camera (${error.message})`, "a camera, allowed for this page", "allow it, over https or localhost"));
+  } finally {
+    element("camera").disabled = false;
   }
+  stream = own;
   element("error").hidden = true;
   element("camera").textContent = "Stop the camera";
-  video.srcObject = stream;
-  await video.play();
   try {
-    while (stream) {
+    video.srcObject = own;
+    await video.play();
+    while (stream === own) {
+      if (!own.active || own.getVideoTracks().some((track) => track.readyState === "ended"))
+        throw new UserError("the camera has stopped", "a connected camera", "connect it and start it again");
       show("running", "camera");
-      await detect(video, video.videoWidth, video.videoHeight, "camera.jpg");
+      await detect(video, video.videoWidth, video.videoHeight, "camera.png", true);
       await new Promise(requestAnimationFrame);
     }
-    show("done", "camera");
+    if (!busy && !stream) show("done", "camera");
   } catch (error) {
+    if (stream !== own) return; // stopped by the user
     stopCamera();
     fail(error);
   }
@@ -121,6 +138,14 @@ function stopCamera() {
   stream?.getTracks().forEach((track) => track.stop());
   stream = null;
   element("camera").textContent = "Use the camera";
+}
+
+/** The pixels of the photo as a PNG file, in base64. */
+function encoded() {
+  const { width, height } = photo.pixels;
+  const copy = Object.assign(document.createElement("canvas"), { width, height });
+  copy.getContext("2d").putImageData(photo.pixels, 0, 0);
+  return copy.toDataURL("image/png").split(",")[1];
 }
 
 /** The detections that the filters leave. */
@@ -223,7 +248,8 @@ const saveJson = (content, name) => save(new Blob([JSON.stringify(content)], { t
 element("coco").addEventListener("click", () => saveJson(results(), `${stem()}.coco.json`));
 element("labelme").addEventListener("click", () => {
   const { width, height } = photo.pixels;
-  saveJson(labelMe(shown(), height, width, photo.name), `${stem()}.json`); // the name that LabelMe looks for
+  const image = photo.isFrame ? encoded() : null;
+  saveJson(labelMe(shown(), height, width, photo.name, image), `${stem()}.json`); // the name that LabelMe looks for
 });
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
