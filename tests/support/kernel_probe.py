@@ -18,7 +18,7 @@ from maskrcnn.plugins.native import Kernels
 
 
 def rois_pooled(device: Device) -> Iterator[np.ndarray]:
-    """Runs each RoIAlign kernel once."""
+    """Runs each RoIAlign kernel once, and the gradient's."""
     rng = np.random.default_rng(1)
     features = [rng.standard_normal((1, 8, 30, 20)).astype(np.float32)]
     rois = np.float32([[[3, 5, 60, 70], [10, -9, 30, 120]]])
@@ -26,6 +26,11 @@ def rois_pooled(device: Device) -> Iterator[np.ndarray]:
         for ratio in (1, 2):
             given = {"output_size": 7, "sampling_ratio": ratio, "aligned": True, **form}
             yield kernel_calls.roi_align(device, features, rois, **given)
+    # Samples half-way between pixels of whole gradients: sums that are exact in any order.
+    pooled = rng.integers(-9, 9, (1, 2, 40, 4, 4)).astype(np.float32)
+    rois = np.float32([[[8, 8, 40, 40], [16, 0, 48, 32]]])
+    given = {"output_size": 4, "sampling_ratio": 2, "aligned": False}
+    yield kernel_calls.roi_align_gradient(device, pooled, rois, [(30, 20)], **given)
 
 
 def rows_kept(device: Device) -> Iterator[np.ndarray]:
