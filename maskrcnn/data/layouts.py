@@ -39,6 +39,7 @@ _DEPTH = 3  # folders below the dataset's that annotation files are searched in
 _MAX_FILES = 200  # JSON files that are looked at
 _HEAD = 1 << 16  # bytes at either end of a JSON file by which its format is recognised
 _SAMPLE = 50  # image names that an image folder is chosen by
+_ANNOTATION_FOLDERS = {"annotations", "annotation", "labels"}  # beside folders of images, in that of the dataset
 _NAME_BOTH = "name the annotation file and the folder of its images: --annotations FILE --images DIR"
 _PARTS = ("train", "val")
 _PART = re.compile(r"(.+)\[(train|val)\]")  # the name of a part of a split
@@ -72,7 +73,10 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         found = _yolo_splits(root)
     elif root.is_file():
-        found = [_json_split(root, root.parent, folders, _split_name(root, root.parent))]
+        beside = root.parent
+        is_inner = os.path.basename(os.path.abspath(beside)).lower() in _ANNOTATION_FOLDERS
+        base = _parent(beside) if is_inner else beside
+        found = [_json_split(root, base, folders, _split_name(root, beside))]
     elif not root.is_dir():
         raise UserError(f"{root} does not exist", LAYOUTS, "name the dataset where it is: --data DIR")
     else:
@@ -265,13 +269,18 @@ def _split_name(path: Path, root: Path) -> str:
     return stem.removeprefix(_PREFIX) or stem
 
 
+def _parent(folder: Path) -> Path:
+    """The folder above one; unlike `Path.parent` also that of "."."""
+    return Path(os.path.normpath(folder / os.pardir))
+
+
 def _image_folders(path: Path, root: Path, split: str) -> Iterator[Path]:
     """Folders that the images of an annotation file may be in, the likeliest first."""
     name = split.removeprefix(_KEYPOINTS_PREFIX)
     yield root / name
-    near = dict.fromkeys([path.parent, root, path.parent.parent])
+    near = dict.fromkeys([path.parent, root, _parent(path.parent)])
     for base in near:
-        if base != root.parent:
+        if base != _parent(root):
             yield from (base / name, base / name / "images", *(base / each / name for each in _IMAGE_FOLDERS))
             yield from (base / each for each in _IMAGE_FOLDERS)
             yield base
@@ -300,7 +309,7 @@ class ImageFinder:
         self.folder = self._folders[best]
         inner = [folder for folder in self._folders if folder != Path(folder.anchor)]
         if some and counts[best] == 0 and len(inner) > 1:
-            self.folder = min(inner, key=lambda folder: len(folder.parts))  # search everything below
+            self.folder = min(inner, key=lambda folder: len(Path(os.path.abspath(folder)).parts))  # search all below
         return self.folder
 
     def find(self, name: str) -> Path:

@@ -1,7 +1,9 @@
 """One small dataset in the layouts that tools write: each is found, read whole, and has a split to validate on."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -134,7 +136,7 @@ def objects_of(datasets):
 
 
 @pytest.mark.parametrize("write", [*BOTH, *ONE], ids=lambda write: write.__name__)
-def test_a_layout_is_found_and_read_whole(shapes, root, write):
+def test_a_layout_is_found_and_read_whole(shapes, root, monkeypatch, write):
     write(shapes, root)
     names = training_splits(root, "train", "val")
     train, val = loaded(root, names)
@@ -147,6 +149,21 @@ def test_a_layout_is_found_and_read_whole(shapes, root, write):
         assert train.division == val.division and "no split to validate on" in train.division
         assert {r.id for r in train.images}.isdisjoint(r.id for r in val.images) and val.objects
     assert not check_dataset(root, workers=1).by_problem(is_error=True)
+    for folder, name in ((root, "."), (root.parent, root.name), (root / "..", f"./{root.name}/")):
+        monkeypatch.chdir(folder)
+        assert objects_of(loaded(Path(name), names)) == objects_of([train, val])
+        assert all(record.path.is_file() for dataset in loaded(Path(name), names) for record in dataset.images)
+
+
+@pytest.mark.parametrize("folder", [".", "annotations", ".."])
+def test_the_images_of_an_annotation_file_alone_are_found(shapes, monkeypatch, folder):
+    """A file in `annotations`, as in COCO's layout, belongs to the folder above."""
+    monkeypatch.chdir(shapes / folder)
+    file = Path(os.path.relpath(shapes / "annotations" / "instances_val.json"))
+    for path in (file, file.absolute()):
+        assert [record.path.resolve() for record in CocoDataset.load(path, "val").images] == [
+            record.path.resolve() for record in CocoDataset.load(shapes, "val").images
+        ]
 
 
 @pytest.mark.parametrize("write", [roboflow, cvat, yolo], ids=lambda write: write.__name__)
