@@ -406,6 +406,11 @@ def _identities(path: Path) -> list[str | tuple[int, int]]:
     return [os.path.realpath(path), (state.st_dev, state.st_ino)]
 
 
+def kind_of(path: Path) -> str:
+    """What a path is that does not have a suffix of the expected files, for an error."""
+    return "a folder" if path.is_dir() else f"a file of kind {path.suffix!r}"
+
+
 def _is_inside(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 

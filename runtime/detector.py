@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import kind_of
 from maskrcnn.imaging.postprocess import Detections, unpack
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.base import Backend, GpuPasting, Remarks
@@ -122,7 +123,7 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
     kinds = BACKENDS.get(path.suffix)
     if kinds is None:
         raise UserError(
-            f"{path}: a file of kind {path.suffix!r}",
+            f"{path}: {kind_of(path)}",
             f"one of {', '.join(BACKENDS)}",
             "name a checkpoint, an exported model or an engine; "
             "for torchvision weights: `maskrcnn export --weights FILE --model NAME --onnx`",

@@ -239,6 +239,8 @@ def refit_engine(
 
 def _exported(model: Path, progress: Progress) -> Path:
     """The ONNX file of a checkpoint: the one beside it if it was made from this checkpoint, else a new export."""
+    if model.is_dir():
+        raise UserError(f"{model}: a folder", "an ONNX file, or a checkpoint", "name the file")
     if model.suffix != ".safetensors":
         return model
     from maskrcnn.api.export import export

@@ -244,7 +244,7 @@ def _with_run(options: _Options, progress: Progress) -> _Options:
     if options.results is not None:
         return options
     model = options.model or runs.newest_checkpoint()
-    config = model.with_name(runs.CONFIG)
+    config = model.parent / runs.CONFIG
     if options.data or options.annotations or not config.is_file():
         return replace(options, model=model)
     settings = read_json(config, "the settings of a run")
@@ -451,7 +451,7 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
 
 def _other_files(results: Path, truth: GroundTruth) -> list[str]:
     """A warning if `predict` made the results from other files than the annotations have under the same image ids."""
-    index = results.with_name(IMAGES)
+    index = results.parent / IMAGES
     if not index.is_file():
         return []
     try:

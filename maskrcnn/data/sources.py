@@ -252,7 +252,7 @@ def _sources_of(name: str, leave_out: Path | None) -> list[Source]:
     path = Path(name)
     if path.is_dir():
         files = images_in(path, sys.maxsize)
-        if leave_out is not None and realpath(leave_out) != realpath(path):
+        if leave_out is not None and Path(realpath(path)) in Path(realpath(leave_out)).parents:
             files = [file for file in files if not realpath(file).startswith(f"{realpath(leave_out)}{sep}")]
         return [Source(str(file)) for file in files]
     if path.exists():

@@ -8,6 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import kind_of
 from maskrcnn.metadata import ModelMetadata, not_ours
 from maskrcnn.plugins import build
 from maskrcnn.plugins.build import Library
@@ -86,7 +87,7 @@ def served_model(path: Path, *, plugin_library: Path | None = None, network: str
     suffixes = (".onnx", ".engine", ".xml")
     if path.suffix not in suffixes:
         raise UserError(
-            f"{path}: a file of kind {path.suffix!r}",
+            f"{path}: {kind_of(path)}",
             f"one of {', '.join(suffixes)}",
             "to serve a checkpoint, export it: `maskrcnn export CHECKPOINT --onnx`",
         )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskrcnn.errors import UserError, reason_of
-from maskrcnn.files import atomic_path, make_folder
+from maskrcnn.files import atomic_path, kind_of, make_folder
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.engine_files import check_portable, read_model
 
@@ -60,7 +60,7 @@ def write_page(model: Path, out: Path, *, onnxruntime_web: Path | None = None) -
 
 def _checked(model: Path) -> ModelMetadata:
     if model.suffix != ".onnx":
-        raise UserError(f"{model}: a file of kind {model.suffix!r}", "an ONNX file", "run `maskrcnn export --onnx`")
+        raise UserError(f"{model}: {kind_of(model)}", "an ONNX file", "run `maskrcnn export --onnx`")
     proto, metadata = read_model(model)
     check_portable(proto, model)
     preprocessing = metadata.preprocessing

@@ -194,6 +194,20 @@ def test_nothing_to_work_on_names_the_command_before(run):
     expect_error(run("build-engine", "--fp16"), "no ONNX file", "maskrcnn export --onnx")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("build-engine . --fp16", "evaluate . --data SHAPES", "predict . --model .", "verify . .", "export ."),
+        *("web . page", "triton . models", "train --weights . --data SHAPES"),
+    ],
+)
+def test_a_folder_in_place_of_a_model_is_named_as_one(run, shapes, tmp_path, monkeypatch, command):
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    expect_error(run(*command.replace("SHAPES", str(shapes)).split()), ".: a folder")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["photo.png"]
+
+
 def test_flags_that_contradict(run, road):
     expect_error(run("export", "--onnx", "--weights", "COCO_V1"), "--weights COCO_V1 without --model")
     expect_error(run("build-engine"), "no precision")

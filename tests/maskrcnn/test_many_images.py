@@ -73,6 +73,7 @@ def test_sources_of_every_kind_name_the_same_images(photos, tmp_path, monkeypatc
     assert names_of("photos") == files
     assert names_of("photos/**/*.png") == files
     assert names_of("photos", leave_out=photos / "more") == files[:4]
+    assert names_of("photos", leave_out=tmp_path) == files  # the images are inside of what is left out
     inner = [name.removeprefix("photos/") for name in files]
     (photos / "list.txt").write_text("# chosen\n" + "\n".join(inner) + "\n")
     (photos / "list.json").write_text(json.dumps(inner))
