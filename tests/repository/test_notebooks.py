@@ -88,11 +88,11 @@ def execute(notebook, folder, kernel=None):
 
 
 def store(path, folder):
-    """Executes a notebook in a folder and stores it with its outputs."""
+    """Executes a notebook in a folder, which its outputs do not name, and stores it with them."""
     notebook = nbformat.read(path, as_version=4)
     execute(notebook, folder)
     clean(notebook)
-    nbformat.write(notebook, path)
+    path.write_text(nbformat.writes(notebook).replace(f"{folder}/", "") + "\n", encoding="utf-8")
 
 
 def clean(notebook):
