@@ -289,7 +289,8 @@ def kernels_for(arch: int) -> Kernels | None:
         arch: compute capability of the GPU, 90 for 9.0.
 
     Returns:
-        None without compiled kernels and NVRTC, if NVRTC fails, which is a warning, and with `MASKRCNN_KERNELS=off`.
+        None without compiled kernels and NVRTC, if NVRTC or the driver fails, which is a warning, and with
+        `MASKRCNN_KERNELS=off`.
 
     Raises:
         OSError: if the environment variable `MASKRCNN_KERNELS` names a file that cannot be loaded.
@@ -316,7 +317,7 @@ def _kernels_by_nvrtc(arch: int) -> Kernels | None:
         return None
     try:
         gpu = Gpu(arch)
-        gpu.compile("batched_nms", "keep_kernel")  # shows whether NVRTC works, and every model uses it
+        gpu.prepare("batched_nms", "keep_kernel")  # shows whether NVRTC and the driver work; every model uses it
     except UserError as error:
         warnings.warn(f"the GPU's kernels are not used, which is slower: {error}", stacklevel=2)
         return None

@@ -219,7 +219,8 @@ class Gpu:
     def __init__(self, arch: int) -> None:
         self._toolchain = Toolchain(nvrtc=find_nvrtc(), gpus=(arch,), driver_cuda=find_driver_cuda())
         self._target = aot_kernels.architecture(self._toolchain)
-        # Machine code runs on its own generation; a driver older than NVRTC cannot read its PTX.
+        # Machine code runs on its own generation, with any driver; PTX also on later ones, unless the driver is older
+        # than NVRTC.
         self._image = Image.CUBIN if self._target // 10 == arch // 10 else Image.PTX
         self._functions: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
@@ -237,14 +238,22 @@ class Gpu:
         kernel = Kernel(source, op, {}, threads=0, expression=f"maskrcnn::{name}")
         return aot_kernels.compile_expression(kernel, arch=self._target, toolchain=self._toolchain, image=self._image)
 
+    def prepare(self, op: str, name: str) -> Any:
+        """Compiles and loads a kernel, once; returns the driver's handle.
+
+        Raises:
+            UserError: if NVRTC or the driver fails.
+        """
+        with self._lock:
+            if (op, name) not in self._functions:
+                self._functions[op, name] = _loaded(*self.compile(op, name))
+            return self._functions[op, name]
+
     def launch(self, op: str, name: str, grid: Grid, threads: int, arguments: Sequence[Any], stream: int) -> int:
         """Starts a kernel on the GPU of the thread's context; see `Launch`."""
         from cuda.bindings import driver
 
-        with self._lock:
-            if (op, name) not in self._functions:
-                self._functions[op, name] = _loaded(*self.compile(op, name))
-            function = self._functions[op, name]
+        function = self.prepare(op, name)
         if code := _bind_context(arguments):
             return code
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
