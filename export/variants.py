@@ -143,7 +143,7 @@ def write_int8(
     compared = [model]
     if for_tensorrt:
         drawn = validation_batches(metadata.preprocessing.divisor, metadata.preprocessing.channels)
-        largest = largest_magnitudes(proto, itertools.chain(drawn, batches))
+        largest = largest_magnitudes(proto, itertools.chain(drawn, feeds_from_files(paths, metadata)))
         rounded = with_half_scales(symmetric(model))
         model, report.casts = to_half(rounded, largest=largest)
         compared = [model, simulate_half(rounded, largest=largest)]

@@ -101,14 +101,8 @@ class Kernels:
         pooled: int,
         *,
         pooled_dtype: str,
-        output_size: int,
-        sampling_ratio: int,
-        aligned: bool,
-        min_level: int = 2,
-        canonical_level: int = 4,
-        canonical_size: float = 224.0,
-        level_epsilon: float = 1e-6,
         stream: int = 0,
+        **attributes: float,
     ) -> None:
         """Adds the gradient of the features of `multilevel_roi_align`, in no fixed order.
 
@@ -117,12 +111,9 @@ class Kernels:
             rois: address of float32 `[N, R, 4]` xyxy px.
             num_rois: R.
             pooled: address of the result's gradient, `pooled_dtype` `[N, R, C, S, S]`.
+            attributes: as of `multilevel_roi_align`.
         """
-        params = _roi_align_params(
-            gradients, num_rois, pooled_dtype, output_size=output_size, sampling_ratio=sampling_ratio,
-            aligned=int(aligned), min_level=min_level, canonical_level=canonical_level, canonical_size=canonical_size,
-            level_epsilon=level_epsilon,
-        )  # fmt: skip
+        params = _roi_align_params(gradients, num_rois, pooled_dtype, **attributes)
         self._check(self._library.maskrcnn_multilevel_roi_align_gradient(params, rois, pooled, stream))
 
     def batched_nms_workspace(self, batch: int, num_boxes: int) -> int:
@@ -239,7 +230,17 @@ class Kernels:
         )
 
 
-def _roi_align_params(pyramid: Pyramid, num_rois: int, output_dtype: str, **attributes: float) -> RoiAlignParams:
+def _roi_align_params(
+    pyramid: Pyramid,
+    num_rois: int,
+    output_dtype: str,
+    *,
+    min_level: float = 2,
+    canonical_level: float = 4,
+    canonical_size: float = 224.0,
+    level_epsilon: float = 1e-6,
+    **attributes: float,
+) -> RoiAlignParams:
     if len(pyramid.addresses) > MAX_LEVELS:
         raise ValueError(
             f"found: {len(pyramid.addresses)} levels; expected: at most {MAX_LEVELS}; "
@@ -248,7 +249,8 @@ def _roi_align_params(pyramid: Pyramid, num_rois: int, output_dtype: str, **attr
     params = RoiAlignParams(
         num_levels=len(pyramid.addresses), batch=pyramid.batch, num_rois=num_rois, channels=pyramid.channels,
         channel_pitch=pyramid.channel_pitch or pyramid.channels, dtype=DTYPES[pyramid.dtype],
-        layout=LAYOUTS[pyramid.layout], output_dtype=DTYPES[output_dtype], **attributes,
+        layout=LAYOUTS[pyramid.layout], output_dtype=DTYPES[output_dtype], min_level=min_level,
+        canonical_level=canonical_level, canonical_size=canonical_size, level_epsilon=level_epsilon, **attributes,
     )  # fmt: skip
     params.features[: len(pyramid.addresses)] = pyramid.addresses
     params.heights[: len(pyramid.heights)] = pyramid.heights

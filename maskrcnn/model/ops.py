@@ -229,22 +229,11 @@ def multilevel_roi_align(
     # The operator has no gradient, unlike the PyTorch code.
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (*features, rois))
     is_op = torch.compiler.is_exporting() or (rois.is_cuda and not needs_gradient)
-    if (
-        rois.is_cuda
-        and needs_gradient
-        and (
-            pooled := _pool_by_kernels(
-                features,
-                rois,
-                output_size=output_size,
-                sampling_ratio=sampling_ratio,
-                aligned=aligned,
-                min_level=min_level,
-            )
-        )
-        is not None
-    ):
-        return pooled
+    if rois.is_cuda and needs_gradient:
+        attributes = {"output_size": output_size, "sampling_ratio": sampling_ratio, "aligned": aligned}
+        pooled = _pool_by_kernels(features, rois, min_level=min_level, **attributes)
+        if pooled is not None:
+            return pooled
     pool = _multilevel_roi_align if is_op else _pool
     return pool(features, rois, output_size, sampling_ratio, aligned, min_level)
 
