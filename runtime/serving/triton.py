@@ -224,11 +224,12 @@ def _write(out: Path, name: str, served: ServedModel, models: Sequence[_Reposito
     version, exists = _version(out, served, models)
     missing = [model for model in models if not (out / model.name / str(version)).is_dir()]
     with contextlib.ExitStack() as drafts:
-        ready = [(drafts.enter_context(_draft(out / model.name, model)), model) for model in missing]
+        ready = [(drafts.enter_context(_draft(out, model)), model) for model in missing]
         # The configuration first: Triton ignores one without a version, but serves a version without one, by guessing.
         # The ensemble is last, as it uses the others.
         for draft, model in ready:
             folder = out / model.name
+            make_folder(folder)
             if not (folder / _CONFIG).is_file():
                 _write_warmup(folder, model.warmup, model.channels)
                 with atomic_path(folder / _CONFIG) as path:
@@ -238,9 +239,17 @@ def _write(out: Path, name: str, served: ServedModel, models: Sequence[_Reposito
 
 
 @contextlib.contextmanager
-def _draft(folder: Path, model: _RepositoryModel) -> Iterator[Path]:
-    """Writes a version under a name that Triton ignores; deleted at the end, unless it was renamed."""
-    path = folder / f".version-{secrets.token_hex(4)}"
+def _draft(out: Path, model: _RepositoryModel) -> Iterator[Path]:
+    """Writes a version under another name, to be renamed; deleted at the end, unless it was renamed.
+
+    It lies beside the repository: a server that polls takes a folder in the repository for a model, and loads the
+    present versions of a model again when its folder changes. Where nothing can be renamed from there (the repository
+    is a mount, or the folder above it is read-only), it lies in the model's folder, which may cost a second load.
+    """
+    make_folder(out)
+    name = f".{model.name}.version-{secrets.token_hex(4)}"
+    above = out.resolve().parent if _renames_into(out, out.resolve().parent / name) else out / model.name
+    path = above / name
     make_folder(path)
     try:
         for name, source in model.files.items():
@@ -251,6 +260,19 @@ def _draft(folder: Path, model: _RepositoryModel) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _renames_into(folder: Path, file: Path) -> bool:
+    """Tries it with an empty file of this path, which is deleted."""
+    try:
+        file.touch()
+        file.rename(folder / file.name)
+    except OSError:
+        return False
+    finally:
+        for path in (file, folder / file.name):
+            path.unlink(missing_ok=True)
+    return True
 
 
 def _write_warmup(folder: Path, batches: Sequence[Warmup], channels: int) -> None:

@@ -1,7 +1,9 @@
 """Model repositories for Triton: their content, Triton's rules, and that existing files stay."""
 
 import dataclasses
+import errno
 import shutil
+from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -401,14 +403,49 @@ def test_a_failure_leaves_no_half_version(tmp_path, onnx_file, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    write(tmp_path, onnx_file)
+    write(tmp_path / "repo", onnx_file)
     before = contents(tmp_path)
-    served = dataclasses.replace(served_model(onnx_file), files={"model.onnx": tmp_path / "det/config.pbtxt"})
+    served = dataclasses.replace(served_model(onnx_file), files={"model.onnx": tmp_path / "repo/det/config.pbtxt"})
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="no space left"):
-        write_repository(tmp_path, [("det", served)], ServingOptions())
+        write_repository(tmp_path / "repo", [("det", served)], ServingOptions())
     assert contents(tmp_path) == before
-    assert not list(tmp_path.rglob(".version-*"))
+    assert not list(tmp_path.rglob("*.version-*"))
+
+
+def entries(repository):
+    return {path.relative_to(repository).as_posix() for path in repository.glob("*/*")}
+
+
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_the_repository_changes_by_whole_versions_only(tmp_path, onnx_file, monkeypatch, is_mount):
+    """What a server that polls may see at any moment: on a mount, a name that it ignores besides."""
+    repository, seen = tmp_path / "repo", set()
+    write(repository, onnx_file)
+    copy, rename = shutil.copyfile, Path.rename
+
+    def observed_copy(source, target):
+        copy(source, target)
+        seen.update(name.partition(".version-")[0] for name in entries(repository))
+
+    def rename_within_a_mount(path, target):
+        if (repository in path.parents) != (repository in Path(target).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    if is_mount:
+        monkeypatch.setattr(Path, "rename", rename_within_a_mount)
+    monkeypatch.setattr(shutil, "copyfile", observed_copy)
+    other, _ = read_model(onnx_file)
+    other.doc_string = "another"
+    onnx.save(other, tmp_path / "other.onnx")
+    before = entries(repository)
+    write(repository, tmp_path / "other.onnx")
+    models = ("det", "det_network", "det_post", "det_pre")
+    # The ensemble's version is written last, and copies nothing.
+    assert seen == before | ({f"{model}/.{model}" for model in models[1:]} if is_mount else set())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.onnx", "repo"]
+    assert all((repository / model / "2").is_dir() for model in models)
 
 
 def test_names_after_files(tmp_path):

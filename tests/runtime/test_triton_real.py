@@ -339,7 +339,14 @@ def test_the_client_with_curl(server, detectors, photo, images):
 # Versions and the end
 
 
-def test_a_new_version_while_requests_run_and_shutdown(tmp_path, onnx_file, images):
+def test_a_new_version_while_requests_run_and_shutdown(tmp_path, onnx_file, images, monkeypatch):
+    copy = shutil.copyfile
+
+    def slow_copy(source, target):
+        """So that the server looks for changes while the version is being written."""
+        time.sleep(2 * target.name.endswith(".onnx"))
+        copy(source, target)
+
     repository = tmp_path / "repository"
     add(repository, "det", onnx_file)
     other, _ = read_model(onnx_file)
@@ -362,6 +369,7 @@ def test_a_new_version_while_requests_run_and_shutdown(tmp_path, onnx_file, imag
         with ThreadPoolExecutor(4) as pool:
             workers = [pool.submit(work) for _ in range(4)]
             time.sleep(1)
+            monkeypatch.setattr(shutil, "copyfile", slow_copy)
             add(repository, "det", tmp_path / "other.onnx")
             parts = ("det_pre", "det_network", "det_post")
             for part in ("det", *parts):

@@ -67,7 +67,12 @@ class Server:
             f"--metrics-port={metrics.partition(':')[2]}",
             *flags,
         ]
-        environment = {**os.environ, "LD_LIBRARY_PATH": str(_WHEEL / "nvidia_pytriton.libs")}
+        # The server's Python takes the environment whose Python it finds first: not ours, whose NumPy it cannot use.
+        folders = [folder for folder in os.get_exec_path() if folder != str(Path(sys.prefix) / "bin")]
+        environment = os.environ | {
+            "LD_LIBRARY_PATH": str(_WHEEL / "nvidia_pytriton.libs"),
+            "PATH": os.pathsep.join(folders),
+        }
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
