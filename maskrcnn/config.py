@@ -245,7 +245,7 @@ class TrainConfig:
         "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
     epochs: int = _setting(12, "Number of epochs; the default of small datasets is larger, for 300 steps.")
-    batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
+    batch_size: int = _setting(8, "Images per optimizer step, over all processes; 4 by default for the small model.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
     group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
     aspect_ratio_groups: int = _setting(

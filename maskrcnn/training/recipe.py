@@ -19,8 +19,9 @@ _SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 
 MIN_STEPS = 300  # fewer rarely suffice, also with pretrained weights
 
-# On a CPU the cost of a step grows with the samples per image; the small model needs fewer.
+# On a CPU the cost of a step grows with its images and with the samples per image; the small model needs fewer.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
+_SMALL_BATCH = 4
 
 
 def training_config(
@@ -57,8 +58,9 @@ def training_config(
             **_keypoints_for(dataset, model),
         ),
         loss=_SMALL_LOSS if small else LossConfig(),
+        batch_size=_SMALL_BATCH if small else TrainConfig.batch_size,
     )
-    settings = {**_length(dataset, settings), **settings}
+    settings = {**_length(dataset, {"batch_size": base.batch_size, **settings}), **settings}
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
     require_fitting(config.model, dataset, validation)
     config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, dataset)))
@@ -79,7 +81,7 @@ def training_config(
 
 def _length(dataset: CocoDataset, settings: dict[str, Any]) -> dict[str, int]:
     """Default epochs and intervals of evaluation of a dataset for which the usual epochs are too few steps."""
-    steps = -(-len(dataset.images) // settings.get("batch_size", TrainConfig.batch_size))
+    steps = -(-len(dataset.images) // settings["batch_size"])
     epochs = -(-MIN_STEPS // steps)
     if epochs <= TrainConfig.epochs or "epochs" in settings or "step_epochs" in settings:
         return {}
