@@ -161,10 +161,12 @@ def evaluate(
     """
     from maskrcnn.runtime.detector import backend_spec
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
+    from maskrcnn.runtime.evaluation.sharding import Share
     from maskrcnn.runtime.evaluation.voc import voc_metrics
     from maskrcnn.runtime.tiles import tiles_of
 
-    progress = progress or Progress()
+    if progress is None or Share.of_environment().rank:  # of torchrun's processes, the first reports
+        progress = Progress()
     options = _Options(
         model=_path(model),
         data=_path(data),
@@ -326,8 +328,6 @@ def _evaluate_model(
             "with --processes" if options.processes > 1 else "without --resume FILE"
         )
         raise UserError(found, "processes of torchrun that share one file", "add --resume FILE, drop --processes")
-    if share.rank:
-        progress = Progress()
     dataset = _dataset(options, progress, require_images=True)
     detected = _detect(options, model, resume, dataset, share, progress)
     if detected is None:
@@ -379,7 +379,7 @@ def _detect(
         pixel_range=options.pixel_range,
         tiles=options.tiles,
     )
-    for line in survey_images(dataset).lines() if not share.rank else ():
+    for line in survey_images(dataset).lines():
         progress.message(line)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"

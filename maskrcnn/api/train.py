@@ -22,7 +22,7 @@ from maskrcnn.data.records import ImageRecord
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_output_folder, locked, write_json
+from maskrcnn.files import check_output_folder, locked, make_folder, write_json
 from maskrcnn.imaging.draw import Mark, beside, colour_of, draw_marks, overlay, with_pose
 from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
@@ -510,6 +510,7 @@ def _new_folder(progress: Progress, output: Path | None, data: Path, held: conte
     if output is not None:
         _check_new(output)
         check_output_folder("--output", output, [data], (), overwrite=True)
+        make_folder(output)
     _lock(progress, run, held)
     _check_new(run)  # again: a run may have begun and ended since
     return run

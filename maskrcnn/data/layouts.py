@@ -23,7 +23,7 @@ import yaml
 
 from maskrcnn.data.images import IMAGE_SUFFIXES, upright_size
 from maskrcnn.errors import UserError
-from maskrcnn.files import read_json
+from maskrcnn.files import files_below, read_json
 
 LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
 LAYOUTS = f"""{LAYOUT}; or one annotation file in
@@ -422,7 +422,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            files += [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+            files += files_below(source, IMAGE_SUFFIXES)
         elif source.is_file():
             files += [_below(source.parent, base, line) for line in _lines(source)]
         else:

@@ -32,6 +32,7 @@ from maskrcnn.data.convert.source import (
 from maskrcnn.data.convert.vocabulary import Vocabulary, build_vocabulary, normalized
 from maskrcnn.data.images import IMAGE_SUFFIXES
 from maskrcnn.errors import UserError
+from maskrcnn.files import files_below
 
 # Number k of SegmentationClass is CLASS_NAMES[k - 1].
 CLASS_NAMES: tuple[str, ...]
@@ -104,7 +105,7 @@ def _entries(folder: Path, sets: list[str], options: Options) -> Iterator[Entry]
     elif options.with_masks:
         raise UserError(f"no folder {folder / 'ImageSets'}", "lists of the images with masks", "convert without masks")
     else:
-        splits = dict.fromkeys(path.stem for path in xml_folder.glob("*.xml"))
+        splits = dict.fromkeys(path.stem for path in files_below(xml_folder, (".xml",)))
     for stem, split in sorted(splits.items()):
         name = images.get(stem, f"{stem}.jpg")
         yield Entry(name=name, path=xml_folder / f"{stem}.xml", split=split, data=folder / "JPEGImages" / name)
