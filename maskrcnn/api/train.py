@@ -14,7 +14,7 @@ import numpy as np
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import AugmentConfig, TrainConfig, from_dict, to_dict
+from maskrcnn.config import AugmentConfig, TrainConfig, check_ranges, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, crowded_line, instance_mask
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
@@ -240,7 +240,9 @@ def _chosen(
     chosen: dict[str, Any] = {}
     for layer in layers:
         chosen = merged(chosen, layer)
-    return typed(TrainConfig, chosen)
+    chosen = typed(TrainConfig, chosen)
+    check_ranges(chosen)
+    return chosen
 
 
 def run_training(

@@ -181,6 +181,8 @@ def test_a_list_on_the_command_line_needs_no_brackets(started, words, expected):
         ("epochs.x=3", "epochs {'x': 3} of type dict", "int"),
         ("data=3", "data 3 of type int", "str"),
         ("train_split=2017", "train_split 2017 of type int", "str"),
+        ("batch_size=0", "batch_size 0", "at least 1"),
+        ("loss.rpn_samples=0", "loss.rpn_samples 0", "at least 1"),
         ("augment.3=4", "AugmentConfig with unknown field(s) 3", "fields among colour_probability"),
     ],
 )
@@ -215,6 +217,8 @@ def test_bad_settings_are_named(tmp_path, started):
         read_settings(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="--set epochs"):
         assignments(["epochs"])
+    with pytest.raises(UserError, match="did you mean epochs"):
+        started("--set", "epoch=3")
     with pytest.raises(UserError, match=r"'8,x'"):
         started("--step-epochs", "8,x")
 
