@@ -158,7 +158,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         check_ranges(vars(self), "augment.")
-        _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
+        check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
         if self.transform and not re.fullmatch(r"[\w.]+:[\w.]+", self.transform):
             raise UserError(
                 f"augment.transform {self.transform!r}",
@@ -166,7 +166,7 @@ class AugmentConfig:
                 "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
             )
         if self.largest_aspect_ratio:
-            _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
+            check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
@@ -204,7 +204,7 @@ class LossConfig:
         for name in ("rpn_box_loss", "box_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
         check_ranges(vars(self), "loss.")
-        _check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
+        check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
         for name in ("objectness_loss", "classification_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), CLASS_LOSSES)
         if isinstance(self.class_weights, str):
@@ -216,7 +216,7 @@ class LossConfig:
                 )
         else:
             for name, weight in self.class_weights.items():
-                _check_range(f"loss.class_weights of {name!r}", weight, low=0)
+                check_range(f"loss.class_weights of {name!r}", weight, low=0)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -444,12 +444,12 @@ def check_ranges(settings: dict[str, Any], section: str = "") -> None:
             check_ranges(value, f"{section}{name}.")
         for number in value if isinstance(value, tuple) else (value,):
             if f"{section}{name}" in RANGES:
-                _check_range(f"{section}{name}", number, *RANGES[f"{section}{name}"])
+                check_range(f"{section}{name}", number, *RANGES[f"{section}{name}"])
 
 
-def _check_range(name: str, value: float, low: float, high: float = _LIMITLESS) -> None:
-    """Raise a UserError unless low ≤ value ≤ high and the value is finite."""
-    if not (low <= value <= high and value < math.inf):
+def check_range(name: str, value: float | None, low: float, high: float = _LIMITLESS) -> None:
+    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
+    if value is not None and not (low <= value <= high and value < math.inf):
         least = "above 0" if low == _POSITIVE[0] else f"at least {low}"
         bounds = f"{least} and finite" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")

@@ -137,7 +137,13 @@ def find_sources(
         UserError: for a name without a file, a pattern without a match, a folder or list without images, a video that
             cannot be decoded, a missing library, and if nothing is named.
     """
-    several = [named] if isinstance(named, (str, Path, np.ndarray)) else list(named)
+    several = [named] if isinstance(named, (str, Path, np.ndarray)) or not isinstance(named, Iterable) else list(named)
+    for each in several:
+        if not isinstance(each, (str, Path, np.ndarray)):
+            found = f"an image that is a {type(each).__module__}.{type(each).__name__}"
+            raise UserError(
+                found, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, such as numpy.asarray(image)"
+            )
     found: list[Source] = []
     arrays = 0
     for each in several:
