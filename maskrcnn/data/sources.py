@@ -140,9 +140,9 @@ def find_sources(
     several = [named] if isinstance(named, (str, Path, np.ndarray)) or not isinstance(named, Iterable) else list(named)
     for each in several:
         if not isinstance(each, (str, Path, np.ndarray)):
-            found = f"an image that is a {type(each).__module__}.{type(each).__name__}"
+            kind = f"an image that is a {type(each).__module__}.{type(each).__name__}"
             raise UserError(
-                found, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, such as numpy.asarray(image)"
+                kind, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, such as numpy.asarray(image)"
             )
     found: list[Source] = []
     arrays = 0
