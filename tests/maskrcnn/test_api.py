@@ -119,6 +119,17 @@ def test_evaluate_returns_metrics_and_writes_nothing(onnx_file, shapes, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"data": "nowhere"}')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, reports in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        messages = MessageLog()
+        with pytest.raises(UserError):
+            maskrcnn.evaluate(tmp_path / "m.onnx", progress=messages)
+        assert any("on the data of its run" in line for line in messages.lines) == reports
+
+
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         maskrcnn.trian  # noqa: B018
