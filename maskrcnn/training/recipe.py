@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def training_config(
         model = {"name": SMALL_MODEL, "has_keypoints": dataset.has_keypoints, **model}
     name = model["name"]
     sizes = dict(model.get("preprocessing", {}))
+    if sizes.get("min_size_px", 0) > sizes.get("max_size_px", math.inf):
+        found = (
+            f"a shorter side of {sizes['min_size_px']} px (--min-size), a longer one of at most {sizes['max_size_px']}"
+        )
+        raise UserError(found, "a shorter side of at most the longer one", "raise --max-size, or lower --min-size")
     small = name == SMALL_MODEL
     native = int(dataset.images.sizes_hw.max())
     default_size = (_SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
