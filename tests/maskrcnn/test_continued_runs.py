@@ -232,7 +232,7 @@ def test_the_newest_unfinished_run_of_the_same_settings_is_continued(run, fitted
     command = ("train", "--data", shapes, "--workers", 0, "--resume", "auto")
     for words, expected in (
         ((), "no unfinished run of these settings in runs/: beginning a new one"),
-        ((), "continuing runs/train-1 after epoch 0 of 150"),
+        ((), "continuing runs/train-1 after epoch 0 of 100"),
         (("--epochs", 3), "beginning a new one"),
         (("--epochs", 3), "continuing runs/train-2 after epoch 0 of 3"),
         ((), "continuing runs/train-1"),
@@ -243,7 +243,7 @@ def test_the_newest_unfinished_run_of_the_same_settings_is_continued(run, fitted
         assert code == 0 and expected in out, (out, err)
     path = tmp_path / "mine" / runs.STATE
     tensors, header = read_tensors(path)
-    header["progress"]["epoch"] = 150
+    header["progress"]["epoch"] = 100
     write_tensors(path, tensors, header)
     expect_error(run(*command, "--output", "mine"), "mine, which holds config.json", "--resume mine")
 
