@@ -15,7 +15,6 @@ import gpu
 import kernels_on_cpu
 import numpy as np
 import pytest
-import run
 import torch
 
 from maskrcnn.plugins.native import Kernels
@@ -73,28 +72,6 @@ def test_a_check_stopped_by_the_budget_is_left_out(tmp_path, monkeypatch):
     assert gpu.main([str(tmp_path), "--budget-s", "0.5"]) == 0
     (found,) = json.loads((tmp_path / "gpu.json").read_text())["checks"]
     assert found["outcome"] == "left out" and "the time budget was spent" in found["why"]
-
-
-def test_the_documented_checks():
-    checks = {check.name: check for check in gpu.checks()}
-    run.parse(checks["pytorch"].command[1:])
-    assert "tensorrt" in checks["tensorrt"].packages
-    assert checks["tensorrt"].command[-3:] == ("-m", "tensorrt", "tests")
-    for batch in (1, 8, 16):
-        script, *options = checks[f"latency-{batch}"].command
-        given = run.parse(options)
-        assert script == "benchmarks/run.py" and given.workload == "resnet50" and given.gpu_only
-        assert (given.size, given.batch) == ([(800, 1344)], (batch,))
-        assert given.output.name == f"latency-{batch}" and given.repeat
-    assert all(check.limit_s < 600 for check in checks.values())
-    for call in (1, 2):
-        assert sum(check.limit_s for check in checks.values() if call in check.calls) <= gpu.CALL_S
-    assert "tests-plugins" in checks and "--checkpoint-only" in checks["pytorch"].command
-
-
-def test_scripts_of_the_checks_exist():
-    scripts = [check.command[0] for check in gpu.checks() if check.command[0].endswith(".py")]
-    assert scripts and all((Path(gpu.__file__).parents[1] / script).is_file() for script in scripts)
 
 
 class CpuMemory:
