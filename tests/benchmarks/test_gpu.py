@@ -15,6 +15,7 @@ import gpu
 import kernels_on_cpu
 import numpy as np
 import pytest
+import run
 import torch
 
 from maskrcnn.plugins.native import Kernels
@@ -149,6 +150,18 @@ def test_files_that_cannot_be_imported_do_not_hide_failed_tests(tmp_path):
     assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
     (tmp_path / "test_b.py").write_text("def test_b(): assert False\n")
     assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
+
+
+def test_the_checks_are_commands_that_exist_and_fit_in_the_time_of_their_call():
+    for check in gpu.checks():
+        script, *options = check.command
+        assert check.limit_s < 600 and (
+            not script.endswith(".py") or (Path(gpu.__file__).parents[1] / script).is_file()
+        )
+        if script == "benchmarks/run.py":
+            run.parse(options)
+    for call in (1, 2):
+        assert sum(check.limit_s for check in gpu.checks() if call in check.calls) <= gpu.CALL_S
 
 
 def test_dry_run_starts_the_checks_in_order_and_archives_their_output(tmp_path, capsys, monkeypatch):
