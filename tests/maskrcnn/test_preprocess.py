@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.preprocess import Preprocessing, batch_images, linear_taps, resize_bilinear, resized_size
+from maskrcnn.imaging.preprocess import Preprocessing, batch_images, resize_bilinear, resized_size
 
 GREY_LEVEL = 1e-3  # agreement wanted, of 255; float32's own rounding of a value near 255 is 1.5e-5
 
@@ -121,12 +121,6 @@ def test_resize_takes_float_and_reversed_views():
     np.testing.assert_array_equal(resize_bilinear(image.astype(np.float32), (50, 40)), expected)
     np.testing.assert_array_equal(resize_bilinear(image[..., ::-1], (50, 40)), expected[::-1])
     np.testing.assert_array_equal(image, random_image(3, 21, 34))
-
-
-def test_taps_of_a_part_are_a_part_of_all_taps():
-    whole = linear_taps(30, 101)
-    for part, full in zip(linear_taps(30, 101, 17, 60), whole, strict=True):
-        np.testing.assert_array_equal(part, full[17:60])
 
 
 @pytest.mark.parametrize("sizes", [[(40, 60)], [(40, 60), (61, 37), (50, 50)], [(7, 90), (90, 7)]])
