@@ -74,7 +74,7 @@ def checks() -> list[Check]:
         *(_tests(folder, limit_s) for folder, limit_s in (("plugins", 80), ("maskrcnn", 60), ("runtime", 50))),
         Check("pytorch", (*latency, "--checkpoint-only", "--batch", "1,8", "--output", "{out}/pytorch"),
               ("pycocotools",), limit_s=85, calls=(1,), is_shown=True),
-        Check("train-step", (*train, *resnet50, "--batch", "2", "--steps", "8", "--no-memory",
+        Check("train-step", (*train, *resnet50, "--batch", "2", "--steps", "8", "--warmup", "4", "--no-memory",
                              "--json", "{out}/train-step.json"),
               ("pycocotools",), limit_s=55, calls=(1,), is_shown=True),
         _exercise("memcheck", 130, calls=(2,)),

@@ -31,13 +31,13 @@ from trainers import (
     OURS,
     SPLIT,
     THEIRS,
-    TRAINERS,
     OurTrainer,
     Trainer,
     Work,
     compared_losses,
     generated_dataset,
     make_work,
+    trainers_on,
     write_weights,
 )
 
@@ -340,13 +340,12 @@ def _measure(config: TrainConfig, given: argparse.Namespace, weights: Path, prog
     write_weights(config, work[0], device, weights)
     losses, rows, stages, notes = {}, [], {}, []
     for precision in given.precision:
-        trainers = {name: make(config, weights, device, precision) for name, make in TRAINERS.items()}
+        kinds = trainers_on(device, precision)
+        trainers = {name: make(config, weights, device, precision) for name, make in kinds.items()}
         try:
             losses = losses or compared_losses(trainers[OURS], trainers[THEIRS], work[0])
         except ValueError as error:
-            rows += [
-                _TrainingRow(trainer=n, precision=precision, status="not run", reason=str(error)) for n in TRAINERS
-            ]
+            rows += [_TrainingRow(trainer=n, precision=precision, status="not run", reason=str(error)) for n in kinds]
             continue
         samples = _timed(trainers, work, given, device, progress, f"{config.model.name}, {precision}")
         measured = [_row(name, precision, samples, config.batch_size) for name in trainers]
@@ -385,7 +384,7 @@ def _timed(
     progress: Progress,
     title: str,
 ) -> dict[str, Samples]:
-    """Interleaved latencies of both trainers' steps; the samples hold an exception of a trainer."""
+    """Interleaved latencies of the trainers' steps; the samples hold an exception of a trainer."""
 
     def call(trainer: Trainer) -> Callable[[int], None]:
         def step(turn: int) -> None:

@@ -112,6 +112,7 @@ def write_int8(
     keep: Sequence[str] = DEFAULT_KEEP,
     limit: int = _CALIBRATION_IMAGES,
     for_tensorrt: bool = False,
+    simulate: bool = False,
     max_unmatched: float = 0.0,
 ) -> tuple[QuantizationReport, Difference]:
     """Writes an 8-bit file and compares it with its source.
@@ -124,11 +125,12 @@ def write_int8(
         limit: maximum number of images from the folder.
         for_tensorrt: write and compare the form that `write_tensorrt` needs: symmetric, and what is not in 8 bits in
             FP16 by the rule of `to_half`.
+        simulate: write the simulation of that form instead, which any runtime runs.
         max_unmatched: as for `write_half`.
 
     Returns:
-        The quantised nodes, and the difference between the file and the source; with `for_tensorrt`, of the arithmetic
-        of a device that rounds after every layer.
+        The quantised nodes, and the difference between the file and the source; with `for_tensorrt` or `simulate`, of
+        the arithmetic of a device that rounds after every layer.
 
     Raises:
         UserError: as for `write_half`, and if the folder has no images.
@@ -141,7 +143,7 @@ def write_int8(
     batches = list(feeds_from_files(images_in(calibration, COMPARED_IMAGES), metadata))
     tolerance, reference = with_share(INT8, max_unmatched), _outputs_of(source, batches)
     compared = [model]
-    if for_tensorrt:
+    if for_tensorrt or simulate:
         drawn = validation_batches(metadata.preprocessing.divisor, metadata.preprocessing.channels)
         largest = largest_magnitudes(proto, itertools.chain(drawn, feeds_from_files(paths, metadata)))
         rounded = with_half_scales(symmetric(model))
@@ -150,7 +152,7 @@ def write_int8(
     for each in compared:
         _describe(each, metadata, source, "int8", {"quantization": report.text()})
         difference = _compare(each, output, source, OnnxRuntimeBackend, tolerance, reference)
-    _save(model, output)
+    _save(compared[-1] if simulate else model, output)
     return report, difference
 
 

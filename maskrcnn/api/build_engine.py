@@ -361,7 +361,7 @@ def _build_tensorrt(request: BuildRequest, obstacle: UserError | None, progress:
     progress.message("profiles: " + "; ".join(map(str, request.profiles(metadata.preprocessing))))
     _write_graph(request, progress)
     if obstacle is not None:
-        if request.gate_annotations is not None and request.precision in _HALF:
+        if request.gate_annotations is not None and request.precision in (*_HALF, "int8"):
             _report_simulated_ap(request, progress)
         raise UserError(
             f"{obstacle.found}; the graph for TensorRT's parser is written: {request.graph}",
@@ -478,7 +478,6 @@ def _library_obstacle(tools: Toolchain, version: str | None) -> str:
 
 def _report_simulated_ap(request: BuildRequest, progress: Progress) -> None:
     """Reports the AP of the graph if every layer rounds to its precision, beside that of single precision."""
-    from maskrcnn.export.variants import write_half
     from maskrcnn.runtime.build.gate import gate_dataset
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import evaluate
@@ -486,7 +485,16 @@ def _report_simulated_ap(request: BuildRequest, progress: Progress) -> None:
     dataset = gate_dataset(request)
     with temporary_folder(request.graph) as folder, progress.task(f"AP on {len(dataset.images)} images"):
         simulated = folder / "simulated.onnx"
-        write_half(request.model, simulated, request.precision, images=request.gate_images, simulate=True)
+        write_variant(
+            request.model,
+            simulated,
+            precision=request.precision,
+            calibration=request.calibration or request.gate_images,
+            calibration_images=request.calibration_images,
+            keep=request.keep,
+            simulate=True,
+            progress=Progress(),
+        )
         single, half = (evaluate(Detector.load(path), dataset).summary() for path in (request.model, simulated))
     for name, value in single.items():
         text = f"{name} {half[name]:.4f} with {request.precision} rounding, {value:.4f} in single precision"

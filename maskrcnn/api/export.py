@@ -72,7 +72,8 @@ def export(
         calibration: folder of images; determines the scales of int8 and the range check of fp16.
         calibration_images: maximum number of images to take from it.
         keep: with int8, layers that stay in floating point: "first", "last", "heads", "backbone", "fpn", or names.
-        simulate: with fp16 and bf16, write a float32 graph that rounds after every layer instead.
+        simulate: with fp16, bf16 and int8, write a float32 graph that rounds after every layer instead, as TensorRT
+            does (int8: the layers that are not in 8 bits are in fp16).
         tensorrt: write the graph for TensorRT's parser, with plugin nodes.
         aot: with `tensorrt`, plugins whose kernels are compiled into the engine.
         opset: ONNX opset version. Default: 20.
@@ -237,6 +238,7 @@ def write_variant(
                 keep=tuple(keep) or DEFAULT_KEEP,
                 limit=calibration_images,
                 for_tensorrt=tensorrt,
+                simulate=simulate,
                 max_unmatched=max_unmatched,
             )
             text = quantized.text()
@@ -287,9 +289,9 @@ def _check_options(
             "a folder of images like those of the deployment, to compute the 8-bit scales from",
             "add --calibration FOLDER",
         )
-    if simulate and (precision not in ("fp16", "bf16") or tensorrt):
+    if simulate and (precision == "fp32" or tensorrt):
         found = f"--simulate with --precision {precision}{' and --tensorrt' if tensorrt else ''}"
-        raise UserError(found, "--precision fp16 or bf16", "drop --simulate, or choose one of these")
+        raise UserError(found, "--precision fp16, bf16 or int8", "drop --simulate, or choose one of these")
     if aot and not tensorrt:
         raise UserError("--aot without --tensorrt", "--tensorrt --aot", "add --tensorrt")
     if keep and precision != "int8":

@@ -42,7 +42,7 @@ def export(
         bool,
         typer.Option(
             "--simulate",
-            help="Write a float32 graph that rounds after every layer as fp16 or bf16 would.",
+            help="Write a float32 graph that rounds as fp16 or bf16 would, or TensorRT with int8.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from maskrcnn.training.samples import Sample, TrainingSamples
 # varies. A step takes about 100 of them, at most half of which depend on the size. Read when oneDNN is first used.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+_EAGER_STEPS = 2  # with a shape before its capture, in which libraries select their kernels
+_MAX_GRAPHS = 16
 _MAX_PENDING = 8  # steps queued on the device before the host waits for the oldest
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,9 +85,10 @@ class Step:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         self.statistics = [b for norm in norms if norm.training for b in norm.buffers()]
+        self.graphs = StepGraphs(self._take, optimizer, device) if config.cuda_graphs else None
 
     def run(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
-        """Take the step.
+        """Take the step, with `config.cuda_graphs` as a CUDA graph where there is one, see `StepGraphs`.
 
         Several parts, of equally many images, give the step of one batch: each loss is divided by its count over all of
         them, which a forward pass without gradients finds first. Batch norm statistics remain those of each part.
@@ -96,7 +100,11 @@ class Step:
             scalars on the device, equal in every process: each loss over all parts and processes, their sum `loss`,
             `gradient_norm` before clipping, `finite`, 1 if the step was taken and 0 if it was skipped, and
             `nonfinite_part`, the first part whose loss is not finite (parts of the first process first), else -1.
+            Those of a graph are overwritten by the next step.
         """
+        return self._take(parts) if self.graphs is None else self.graphs.run(parts[0])
+
+    def _take(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
         before = [statistic.clone() for statistic in self.statistics]
         counts = self._mean_counts(parts) if len(parts) > 1 else None
         self.optimizer.zero_grad(set_to_none=True)
@@ -167,6 +175,114 @@ class Step:
         # The fused optimizers read these attributes, which GradScaler sets too, and skip the step on the device.
         vars(self.optimizer).update(grad_scale=None, found_inf=(~finite).float())
         self.optimizer.step()
+
+
+@dataclass
+class _GraphedShape:
+    """What is kept for one shape of a batch."""
+
+    inputs: Batch  # on the device
+    steps: int = 0  # before the capture
+    graph: torch.cuda.CUDAGraph | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # overwritten at each replay
+
+    def load(self, batch: Batch) -> None:
+        """Copy a batch to the inputs."""
+        for name, value in vars(batch).items():
+            if isinstance(value, Tensor):
+                place = getattr(self.inputs, name)
+                if place.shape == value.shape:
+                    place.copy_(value, non_blocking=True)
+                else:
+                    place.zero_()[:, : value.shape[1]].copy_(value, non_blocking=True)
+        self.inputs.image_ids = batch.image_ids
+
+
+class StepGraphs:
+    """Takes steps as CUDA graphs, one per shape of a batch, captured at the third step with that shape.
+
+    A step launches some thousand kernels; where that takes longer than running them (small images, small batches), a
+    graph is faster. Possible because a step never synchronises and no shape in it depends on a value. The number of
+    objects is padded to a power of two, so that batches of images of one size share few graphs. The first 16 shapes
+    that recur get a graph; the memory of their steps is shared.
+
+    Args:
+        take: the step on parts of a batch; its tensors are on one GPU.
+        optimizer: fused; reads its learning rates from the device meanwhile.
+        device: the GPU.
+    """
+
+    def __init__(
+        self, take: Callable[[Sequence[Batch]], dict[str, Tensor]], optimizer: Optimizer, device: torch.device
+    ) -> None:
+        self._take, self._optimizer, self._device = take, optimizer, device
+        self._shapes: dict[tuple[Any, ...], _GraphedShape] = {}
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._pool: Any = None  # one graph runs at a time
+        self._side: torch.cuda.Stream | None = None  # of all captures: graphs of different streams share no memory
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """Metrics as of `Step.run`.
+
+        Args:
+            batch: on any device.
+        """
+        objects = max(8, 1 << (batch.valid.shape[1] - 1).bit_length())
+        key = (tuple(batch.images.shape), batch.images.dtype, objects)
+        shape = self._shapes.get(key)
+        if shape is None:
+            if len(self._shapes) == _MAX_GRAPHS:
+                return self._take([batch])
+            shape = self._shapes[key] = _GraphedShape(_inputs_like(batch, objects, self._device))
+        shape.load(batch)
+        if shape.steps < _EAGER_STEPS:
+            shape.steps += 1
+            return self._take([shape.inputs])
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        if shape.graph is None:
+            shape.graph, shape.metrics = self._capture(shape.inputs)
+        shape.graph.replay()
+        return shape.metrics
+
+    @property
+    def captured(self) -> int:
+        """Number of shapes that have a graph."""
+        return sum(shape.graph is not None for shape in self._shapes.values())
+
+    def _capture(self, inputs: Batch) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        self._side = self._side or torch.cuda.Stream(self._device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (of the data loader) may allocate page-locked memory meanwhile.
+        with self._rates_from_device(), torch.cuda.graph(
+            graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+        ):  # fmt: skip
+            metrics = self._take([inputs])
+        return graph, metrics
+
+    @contextlib.contextmanager
+    def _rates_from_device(self) -> Iterator[None]:
+        """Gives the optimizer its learning rates as tensors: a number would be fixed in the graph."""
+        groups = self._optimizer.param_groups
+        before = [dict(group) for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group.update({"lr": rate} | ({"capturable": True} if "capturable" in group else {}))
+        try:
+            yield
+        finally:
+            for group, old in zip(groups, before, strict=True):
+                group.update(old)
+
+
+def _inputs_like(batch: Batch, objects: int, device: torch.device) -> Batch:
+    """A batch of this shape on a device, for this number of objects per image."""
+    values = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    for name, value in values.items():
+        per_object = name not in ("images", "image_sizes", "seeds")
+        sizes = (len(value), objects, *value.shape[2:]) if per_object else value.shape
+        values[name] = torch.zeros(sizes, dtype=value.dtype, device=device)
+    return Batch(**values, image_ids=batch.image_ids)
 
 
 @torch.no_grad()

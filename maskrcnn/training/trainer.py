@@ -81,6 +81,8 @@ class Trainer:
         self.device = choose_device(config.device, self.processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
         respect_cpu_quota()
+        if config.cuda_graphs:
+            _require_graphable(config, self.device, self.precision, self.processes)
         self.samples = TrainingSamples(dataset, config.model.preprocessing, augment=config.augment, seed=config.seed)
         self.loader, self.sampler = training_loader(
             self.samples,
@@ -496,6 +498,19 @@ def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:
             "use --batch-norm frozen, or train",
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _require_graphable(config: TrainConfig, device: torch.device, precision: str, processes: Processes) -> None:
+    """Raises a UserError if the step cannot be captured as a CUDA graph."""
+    obstacles = {
+        f"device {device.type}": device.type != "cuda",
+        f"{processes.world_size} processes": processes.world_size > 1,
+        f"accumulate {config.accumulate}": config.accumulate > 1,
+        "precision fp16, whose gradient scale is adapted on the host": precision == "fp16",
+    }
+    if found := [name for name, is_met in obstacles.items() if is_met]:
+        expected = "one process on a GPU, without gradient accumulation, in bf16 or fp32"
+        raise UserError(f"cuda_graphs with {' and '.join(found)}", expected, "omit --cuda-graphs, or change these")
 
 
 def _no_shared_memory(batch: Batch) -> str:

@@ -128,7 +128,10 @@ def test_a_step_that_is_not_finite_is_not_reported(monkeypatch):
 def test_both_trainers_learn_from_the_same_weights(config, weights):
     config = replace(config, learning_rate=0.005, model=replace(config.model, frozen_batch_norm=True))
     work = make_work(config, 1, pinned=False)[0]
-    first, second = (make(config, weights, torch.device("cpu"), "fp32") for make in trainers.TRAINERS.values())
+    first, second = (
+        make(config, weights, torch.device("cpu"), "fp32")
+        for make in (trainers.OurTrainer, trainers.TorchvisionTrainer)
+    )
     theirs = second.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in first.model.state_dict().items())
     before = trainers.compared_losses(first, second, work)

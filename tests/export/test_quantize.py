@@ -174,6 +174,12 @@ def test_the_form_for_tensorrt_is_in_half_precision_between_integers(tmp_path, o
                 error = np.abs(graph.value(weight.input[0]) * steps.reshape(shape) - exact)
                 assert (error <= 0.51 * steps.reshape(shape) + 1e-3 * np.abs(exact)).all(), node.name
     assert lint(tensorrt_flavour(symmetric(model))).errors == []
+    write_int8(onnx_file, tmp_path / "simulated.onnx", shapes / "train", limit=4, simulate=True)
+    simulated = onnx.load(tmp_path / "simulated.onnx")
+    scales = [Graph(simulated).value(n.input[1]) for n in simulated.graph.node if n.op_type == "DequantizeLinear"]
+    assert all(scale.dtype == np.float32 and (scale == scale.astype(np.float16)).all() for scale in scales)
+    rounded = [n for n in simulated.graph.node if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.FLOAT16]
+    assert len(rounded) > len(kept) and read_model(tmp_path / "simulated.onnx")[1].precision == "int8"
 
 
 def test_scales_smaller_than_those_of_half_precision_are_not_zero():

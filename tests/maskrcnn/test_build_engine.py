@@ -76,14 +76,16 @@ def test_other_precisions_and_the_plugin_library(run, road, shapes, tmp_path):
         assert ("BatchedNmsKeep" in operators) == has_aot and ("BatchedNms" in operators) != has_aot
 
 
-def test_ap_of_the_rounded_graph_is_reported(run, road, shapes):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_ap_of_the_rounded_graph_is_reported(run, road, shapes, precision):
     gate = ("--gate-images", shapes / "val", "--gate-annotations", shapes / "annotations" / "instances_val.json")
     gate += ("--gate-max-images", 2)
-    code, out, _ = run("build-engine", "--fp16", "--target", "tensorrt", *gate)
+    words = ("--fp16",) if precision == "fp16" else ("--int8", shapes / "train", "--calibration-images", 4)
+    code, out, _ = run("build-engine", *words, "--target", "tensorrt", *gate)
     assert code == 1
     for kind in ("box_ap", "mask_ap"):
         assert f"{kind} 0." in out
-    assert "with fp16 rounding" in out and "in single precision (ONNX Runtime)" in out
+    assert f"with {precision} rounding" in out and "in single precision (ONNX Runtime)" in out
 
 
 def test_a_checkpoint_is_exported_first_and_compared_on_the_users_images(run, road, shapes):

@@ -1,10 +1,23 @@
-"""CUDA graphs on several streams and on a GPU that is not the current one, on a simulated torch.cuda."""
+"""CUDA graphs of inference and training, on several streams and on a GPU that is not the current one; on a simulated
+torch.cuda.
+"""
+
+import copy
+import dataclasses
 
 import pytest
 import torch
 from fake_torch_cuda import Gpu
+from tiny import lively_model, tiny_config
 
+from maskrcnn.config import LossConfig, TrainConfig
+from maskrcnn.data.coco import CocoDataset
+from maskrcnn.errors import UserError
+from maskrcnn.model import losses
 from maskrcnn.model.inference import GraphedModel
+from maskrcnn.training.optimizer import AveragedWeights, make_optimizer
+from maskrcnn.training.step import Step
+from maskrcnn.training.trainer import Trainer
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
@@ -101,3 +114,57 @@ def test_a_model_on_the_second_gpu_computes_there():
         images, sizes = torch.rand(1, 3, 4, 4, device="cuda:1"), torch.full((1, 2), number, device="cuda:1")
         torch.testing.assert_close(graphed(images, sizes)["found"], graphed.run(images, sizes)["found"])
     assert graphed.captured == 1 and torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "ema_decay": 0.9, "clip_gradient_norm": 0.0}])
+def test_training_steps_as_graphs_equal_other_steps(gpu, shapes, tmp_path, changes, monkeypatch):
+    """Two shapes of batches, other objects and learning rates in each step, and a loss that is not finite."""
+    monkeypatch.setattr(losses, "_positive_slots", lambda positive, slots: slots)  # as on a GPU
+    loss = LossConfig(rpn_samples=32, box_samples=16)
+    config = TrainConfig(
+        model=tiny_config(), loss=loss, batch_size=2, workers=0, device="cpu", tensorboard=False, **changes
+    )
+    trainer = Trainer(config, tmp_path / "run", CocoDataset.load(shapes, "train"))
+    trainer.load_weights(lively_model(tiny_config()).state_dict(), "a lively model")
+    batches = [dataclasses.replace(batch, images=batch.images.float()) for batch in list(trainer.loader)[:4]]
+    assert len({batch.valid.shape[1] for batch in batches}) > 1
+    narrow = dataclasses.replace(batches[1], images=batches[1].images[..., :64].clone())
+    infinite = dataclasses.replace(batches[2], images=batches[2].images * torch.nan)
+    order = [batches[0], narrow, batches[1], narrow, batches[2], infinite, batches[3], narrow, batches[0], narrow]
+
+    def steps(cuda_graphs):
+        model = copy.deepcopy(trainer.model)
+        settings = dataclasses.replace(config, cuda_graphs=cuda_graphs)
+        optimizer = make_optimizer(model, settings)
+        averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay else None
+        step = Step(model, optimizer, settings, torch.device("cpu"), "fp32", averaged=averaged)
+        metrics = []
+        for number, batch in enumerate(order):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (1 + number)
+            metrics.append({name: float(value) for name, value in step.run([batch]).items()})
+        state = dict(model.state_dict())
+        if averaged is not None:
+            state |= {f"averaged.{name}": value for name, value in averaged.model.state_dict().items()}
+        return step, metrics, state, optimizer
+
+    _, expected, weights, _ = steps(cuda_graphs=False)
+    with gpu:
+        step, found, graphed_weights, optimizer = steps(cuda_graphs=True)
+    assert step.graphs.captured == 2 and not gpu.races
+    assert [each["finite"] for each in expected] == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    for number, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert other == pytest.approx(one, rel=1e-5, nan_ok=True), number
+    for name, value in weights.items():
+        torch.testing.assert_close(graphed_weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(group["lr"] == 0.001 and not group.get("capturable") for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({}, "cuda_graphs with device cpu"), ({"accumulate": 2}, "device cpu and accumulate 2")],
+)
+def test_steps_that_cannot_be_graphs_are_refused(shapes, tmp_path, changes, found):
+    config = TrainConfig(model=tiny_config(), cuda_graphs=True, device="cpu", batch_size=2, **changes)
+    with pytest.raises(UserError, match=found):
+        Trainer(config, tmp_path / "run", CocoDataset.load(shapes, "train"))

@@ -2,8 +2,9 @@
 
 Tensors are the host's and are said to lie on one GPU. Operations run at once, but each is put down to the stream that
 is current there, and the order among streams is only what events make of it. Two uses of the same memory, one of them
-writing, that nothing orders are a race. A capture notes operations and leaves rubbish in what they would write, if its
-stream is on the tensors' GPU; graphs of one pool share memory.
+writing, that nothing orders are a race. A capture notes operations, if its stream is on the tensors' GPU, leaves
+rubbish in the memory that they take and what was there before unchanged, and refuses to read a value; graphs of one
+pool share memory.
 """
 
 from __future__ import annotations
@@ -62,10 +63,11 @@ class Graph:
         self.newest: tuple[Stream, int] | None = None  # run of it
 
     def replay(self) -> None:
-        with self.gpu.unwatched():
+        with self.gpu.unwatched(), torch.no_grad():
             for function, arguments, named, made in self.work:
                 self.gpu.note(function, arguments, named, made)
-                for place, value in zip(made, tree_leaves(function(*arguments, **named)), strict=True):
+                found = tree_leaves(function(*arguments, **named))
+                for place, value in zip(made, (each for each in found if isinstance(each, Tensor)), strict=True):
                     if place is not value and not self.gpu.alias(place, value):
                         place.copy_(value)
         stream = self.gpu.stream_of_tensors
@@ -95,6 +97,8 @@ class Gpu(TorchDispatchMode):
         self.races: list[str] = []
         self.capture: Graph | None = None
         self.capture_stream: Stream | None = None
+        self._new: set[int] = set()  # memory taken by the capture
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # other memory that it writes to, and the content
         self._own_capture_stream: Stream | None = None
         self._uses: dict[Any, tuple[dict[Stream, int], dict[Stream, int]]] = {}  # reads and writes
         self._kept: list[Any] = []  # so that no address is used again
@@ -164,28 +168,57 @@ class Gpu(TorchDispatchMode):
             self._own_capture_stream = stream = self._own_capture_stream or self._Stream()
         graph.pool = pool
         with self._stream(stream):
-            self.capture, self.capture_stream = graph, stream
+            self.capture, self.capture_stream, self._new, self._before = graph, stream, set(), {}
             try:
                 yield
             finally:
                 self.capture = None
-        with self.unwatched():
+        with self.unwatched(), torch.no_grad():
             for *_, made in graph.work:
                 for value in made:
-                    value.fill_(RUBBISH)
+                    if value.untyped_storage().data_ptr() in self._new:
+                        value.fill_(RUBBISH)
+            for value, content in self._before.values():
+                value.copy_(content)
 
     # What watches
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        named, found = kwargs or {}, function(*args, **(kwargs or {}))
+        named = kwargs or {}
+        is_captured = self._watching and self.capture is not None and self.stream_of_tensors is self.capture_stream
+        if is_captured:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                raise RuntimeError("a value is read during a capture")
+            self._keep_written(function, args, named)
+        found = function(*args, **named)
         if self._watching:
             made = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
-            if self.capture is not None and self.stream_of_tensors is self.capture_stream:
+            if is_captured:
                 self.capture.work.append((function, args, named, made))
                 self._kept += made
+                read = [value for value in tree_leaves((args, named)) if isinstance(value, Tensor)]
+                taken = [value for value in made if not any(self.alias(value, other) for other in read)]
+                self._new |= {value.untyped_storage().data_ptr() for value in taken}
             else:
                 self.note(function, args, named, made)
         return found
+
+    def _keep_written(self, function: Any, args: tuple, named: dict) -> None:
+        """Keeps the content of memory from before the capture that an operation writes to."""
+        parameters = function._schema.arguments
+        given = [*zip(parameters, args, strict=False), *((p, named[p.name]) for p in parameters if p.name in named)]
+        for parameter, value in given:
+            # The schema of batch norm does not say that it writes to these.
+            is_written = parameter.name in ("running_mean", "running_var") or (
+                parameter.alias_info is not None and parameter.alias_info.is_write
+            )
+            for written in tree_leaves(value) if is_written else ():
+                place = written.untyped_storage().data_ptr()
+                if place not in self._new and place not in self._before:
+                    whole = written.detach().as_strided(
+                        (written.untyped_storage().nbytes() // written.itemsize,), (1,), 0
+                    )
+                    self._before[place] = whole, whole.clone()
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
