@@ -26,7 +26,7 @@ from maskrcnn.metadata import KEY, ModelMetadata, not_ours
 from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
 from maskrcnn.runtime.backends.onnxruntime_providers import oldest_onnxruntime
 from maskrcnn.runtime.backends.placement import Placement, placements
-from maskrcnn.runtime.engine_files import read_metadata
+from maskrcnn.runtime.engine_files import check_complete, read_metadata
 from maskrcnn.stages import LEVELS
 
 _DEFAULT_IMAGE_HW = (480, 640)  # a common image size; the default input size is what it is resized and padded to
@@ -402,7 +402,7 @@ def _inspect_openvino(path: Path) -> Inspection:
         raise not_ours(path, "an XML file without maskrcnn's metadata")
     layers = list(root.iter("layer"))
     constants = [data.attrib for layer in layers if layer.get("type") == "Const" for data in layer.findall("data")]
-    _check_complete(weights, max((int(data.get("offset", 0)) + int(data["size"]) for data in constants), default=0))
+    check_complete(weights, max((int(data.get("offset", 0)) + int(data["size"]) for data in constants), default=0))
     metadata = ModelMetadata.from_json(entry.attrib["value"], path)
     return Inspection(
         path=path,
@@ -421,13 +421,6 @@ def _inspect_openvino(path: Path) -> Inspection:
             for data in constants
         ),
     )
-
-
-def _check_complete(path: Path, expected_bytes: int) -> None:
-    """Rejects a file that was cut short, as by a full disk or an interrupted copy."""
-    found = path.stat().st_size
-    if found < expected_bytes:
-        raise UserError(f"{path}: {found} bytes", f"at least {expected_bytes} bytes of tensors", "copy the file again")
 
 
 def _port_text(layer: ElementTree.Element) -> str:
@@ -467,7 +460,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         expected_bytes = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise not_ours(path, f"not a checkpoint ({type(error).__name__})") from error
-    _check_complete(path, expected_bytes)
+    check_complete(path, expected_bytes)
     return Inspection(
         path=path,
         kind="checkpoint",

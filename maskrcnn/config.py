@@ -88,7 +88,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, choices in (("backbone", BACKBONES), ("neck", NECKS), ("pool_method", POOL_METHODS)):
             _check_choice(f"model.{name}", getattr(self, name), choices)
-        _check_ranges("model.", self)
+        check_ranges(vars(self), "model.")
         object.__setattr__(self, "preprocessing", with_channels(self.preprocessing, self.channels))
         _check_levels("model.anchor_sizes_px", self.anchor_sizes_px)
         if self.anchor_strides_px:
@@ -157,8 +157,8 @@ class AugmentConfig:
     least_visible: float = 0.1  # minimum visible fraction of an object's area; others are dropped
 
     def __post_init__(self) -> None:
-        _check_ranges("augment.", self)
-        _check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
+        check_ranges(vars(self), "augment.")
+        check_range("augment.jitter_largest_scale", self.jitter_largest_scale, self.jitter_least_scale)
         if self.transform and not re.fullmatch(r"[\w.]+:[\w.]+", self.transform):
             raise UserError(
                 f"augment.transform {self.transform!r}",
@@ -166,7 +166,7 @@ class AugmentConfig:
                 "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
             )
         if self.largest_aspect_ratio:
-            _check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
+            check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
 
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
@@ -203,8 +203,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("rpn_box_loss", "box_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), BOX_LOSSES)
-        _check_ranges("loss.", self)
-        _check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
+        check_ranges(vars(self), "loss.")
+        check_range("loss.rpn_background_iou", self.rpn_background_iou, 0, self.rpn_foreground_iou)
         for name in ("objectness_loss", "classification_loss"):
             _check_choice(f"loss.{name}", getattr(self, name), CLASS_LOSSES)
         if isinstance(self.class_weights, str):
@@ -216,7 +216,7 @@ class LossConfig:
                 )
         else:
             for name, weight in self.class_weights.items():
-                _check_range(f"loss.class_weights of {name!r}", weight, low=0)
+                check_range(f"loss.class_weights of {name!r}", weight, low=0)
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
@@ -245,7 +245,7 @@ class TrainConfig:
         "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
     epochs: int = _setting(12, "Number of epochs; the default of small datasets is larger, for 300 steps.")
-    batch_size: int = _setting(8, "Images per optimizer step, over all processes.")
+    batch_size: int = _setting(8, "Images per optimizer step, over all processes; 4 by default for the small model.")
     accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
     group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
     aspect_ratio_groups: int = _setting(
@@ -303,7 +303,7 @@ class TrainConfig:
         for each in dataclasses.fields(self):
             if choices := each.metadata.get("choices"):
                 _check_choice(each.name, getattr(self, each.name), choices)
-        _check_ranges("", self)
+        check_ranges(vars(self), "")
         _check_steps(self.schedule, self.step_epochs)
         if self.best_metric.startswith("validation_") and not self.validation_loss:
             raise UserError(
@@ -440,18 +440,19 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def _check_ranges(section: str, config: Any) -> None:
-    """Raise a UserError for a number outside its range in `RANGES`; `section` precedes the field's name there."""
-    for each in dataclasses.fields(config):
-        value = getattr(config, each.name)
+def check_ranges(settings: dict[str, Any], section: str = "") -> None:
+    """Raise a UserError for a number of settings, nested ones too, outside its range in `RANGES`."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            check_ranges(value, f"{section}{name}.")
         for number in value if isinstance(value, tuple) else (value,):
-            if f"{section}{each.name}" in RANGES:
-                _check_range(f"{section}{each.name}", number, *RANGES[f"{section}{each.name}"])
+            if f"{section}{name}" in RANGES:
+                check_range(f"{section}{name}", number, *RANGES[f"{section}{name}"])
 
 
-def _check_range(name: str, value: float, low: float, high: float = _LIMITLESS) -> None:
-    """Raise a UserError unless low ≤ value ≤ high and the value is finite."""
-    if not (low <= value <= high and value < math.inf):
+def check_range(name: str, value: float | None, low: float, high: float = _LIMITLESS) -> None:
+    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
+    if value is not None and not (low <= value <= high and value < math.inf):
         least = "above 0" if low == _POSITIVE[0] else f"at least {low}"
         bounds = f"{least} and finite" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")

@@ -39,6 +39,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     check_target(path)
+    make_folder(path.parent)
     if _is_device(path):
         with tempfile.TemporaryDirectory() as folder, disk_errors(path):
             draft = Path(folder) / f"draft{path.suffix}"
@@ -135,12 +136,13 @@ def folder_beside(path: str | Path, *, prefix: str) -> Iterator[Path]:
     """
     path = Path(path)
     check_target(path)
+    make_folder(path.parent)
     with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as name:
         yield Path(name)
 
 
 def check_target(path: str | Path) -> None:
-    """Check that a file can be written before the work that produces it; creates missing parent folders.
+    """Check that a file can be written before the work that produces it; creates nothing, as that work may fail.
 
     Raises:
         UserError: if it is a folder, or its folder cannot be created or written.
@@ -148,10 +150,16 @@ def check_target(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: a folder", "the name of a file", f"name a file, such as {path / 'NAME'}")
-    make_folder(path.parent)
-    if not _is_device(path) and not os.access(path.parent, os.W_OK):
+    folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+    if not folder.is_dir():
         raise UserError(
-            f"folder {path.parent} cannot be written",
+            f"folder {path.parent} cannot be created ({folder} is no folder)",
+            "a writable folder",
+            "name another output folder",
+        )
+    if not _is_device(path) and not os.access(folder, os.W_OK):
+        raise UserError(
+            f"folder {folder} cannot be written",
             "a writable folder",
             "name another output, or change the permissions of this one",
         )
@@ -219,6 +227,15 @@ def make_folder(path: Path) -> None:
             "a writable folder",
             "name another output folder, or change the permissions of this one",
         ) from error
+
+
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files with these suffixes (in lower case) in a folder and its subfolders, sorted.
+
+    Hidden ones are left out: what tools keep for themselves, such as macOS's `._photo.jpg` and `.ipynb_checkpoints`.
+    """
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def cache_folder() -> Path:
@@ -359,7 +376,7 @@ def check_output_folder(
 
     Args:
         option: that names the folder, for errors.
-        folder: folder to write to; created if missing.
+        folder: folder to write to.
         inputs: files and folders that the command reads; None is ignored.
         kinds: kinds of the files that are written; in a folder that the command reads, `folder` may hold no others.
         overwrite: write beside other files elsewhere.
@@ -367,7 +384,6 @@ def check_output_folder(
     Raises:
         UserError: otherwise.
     """
-    make_folder(folder)
     check_target(folder / "x")
     named = f"{option} {folder}"
     read = [Path(path) for path in inputs if path is not None and Path(path).is_dir()]
@@ -378,7 +394,7 @@ def check_output_folder(
     if overwrite and not is_read:
         return
     known = tuple(kinds)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_dir() or not any(kind.recognises(path) for kind in known):
             fix = f"choose another {option}" + ("" if is_read else ", or write beside these files with --overwrite")
             raise UserError(f"{named}, which holds {path.name}", "a folder that is new or of the same command", fix)

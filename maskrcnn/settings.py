@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.preprocess import Preprocessing, with_preset
 
 _LISTS = {int: "integers", float: "numbers", str: "strings"}  # element types in errors
@@ -40,7 +40,8 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
         raise UserError(
             f"{kind.__name__} with unknown field(s) {', '.join(unknown)}",
             f"fields among {', '.join(fields)}",
-            "correct the name; a file of another version of maskrcnn is read by that version",
+            f"correct the name{did_you_mean(unknown[0], fields)}; a file of another version of maskrcnn is read by "
+            "that version",
         )
     return {name: _value(f"{where}{name}", kinds[name], value, fields[name].default) for name, value in values.items()}
 

@@ -102,6 +102,8 @@ class Detector:
                 of any sizes; the batch is padded to the largest.
         """
         self.backend.check_process()
+        if isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4:
+            raise UserError("a single image", "a sequence of images", "put it into a list: detect([image])")
         arrays = [self.read(image) if isinstance(image, (str, Path)) else image for image in images]
         outputs, sizes = self.backend.run_images(arrays)
         paste = self.backend.paste if isinstance(self.backend, GpuPasting) else None

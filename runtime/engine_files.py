@@ -40,10 +40,16 @@ def read_metadata(path: Path) -> ModelMetadata:
         return read_model(path)[1]
     if path.suffix == ".xml":
         try:
-            entry = ElementTree.parse(path).getroot().find(f"rt_info/{KEY}")
+            root = ElementTree.parse(path).getroot()
         except ElementTree.ParseError as error:
             raise not_ours(path, f"no XML ({error})") from error
-        return parse_metadata(None if entry is None else entry.get("value", ""), path, "an OpenVINO model")
+        entry = root.find(f"rt_info/{KEY}")
+        metadata = parse_metadata(None if entry is None else entry.get("value", ""), path, "an OpenVINO model")
+        if path.with_suffix(".bin").is_file():
+            constants = [data.attrib for data in root.iterfind(".//layer[@type='Const']/data")]
+            ends = [int(data.get("offset", 0)) + int(data["size"]) for data in constants]
+            check_complete(path.with_suffix(".bin"), max(ends, default=0))
+        return metadata
     beside = metadata_path(path)
     if not beside.is_file():
         raise UserError(
@@ -52,6 +58,13 @@ def read_metadata(path: Path) -> ModelMetadata:
             "copy both, or build it again: `maskrcnn build-engine --fp16`",
         )
     return ModelMetadata.from_json(beside.read_bytes(), beside)
+
+
+def check_complete(path: Path, expected_bytes: int) -> None:
+    """Rejects a file that was cut short, as by a full disk or an interrupted copy."""
+    found = path.stat().st_size
+    if found < expected_bytes:
+        raise UserError(f"{path}: {found} bytes", f"at least {expected_bytes} bytes of tensors", "copy the file again")
 
 
 def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.config import check_range
 from maskrcnn.errors import UserError
 from maskrcnn.files import (
     PAGE,
@@ -161,10 +162,17 @@ def evaluate(
     """
     from maskrcnn.runtime.detector import backend_spec
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES, protocol_of
+    from maskrcnn.runtime.evaluation.sharding import Share
     from maskrcnn.runtime.evaluation.voc import voc_metrics
     from maskrcnn.runtime.tiles import tiles_of
 
-    progress = progress or Progress()
+    for name, value in (("batch_size", batch_size), ("processes", processes), ("resamples", resamples)):
+        check_range(name, value, 1)
+    check_range("seed", seed, 0)
+    check_range("worst", worst, 0)
+    check_range("threshold", threshold, 0, 1)
+    if progress is None or Share.of_environment().rank:  # of torchrun's processes, the first reports
+        progress = Progress()
     options = _Options(
         model=_path(model),
         data=_path(data),
@@ -177,7 +185,7 @@ def evaluate(
         results=_path(results),
         annotations=_path(annotations),
         images=_path(images),
-        kinds=tuple(iou_type),
+        kinds=(iou_type,) if isinstance(iou_type, str) else tuple(iou_type),
         max_detections=tuple(max_detections),
         compare=_path(compare),
         resamples=resamples,
@@ -326,8 +334,6 @@ def _evaluate_model(
             "with --processes" if options.processes > 1 else "without --resume FILE"
         )
         raise UserError(found, "processes of torchrun that share one file", "add --resume FILE, drop --processes")
-    if share.rank:
-        progress = Progress()
     dataset = _dataset(options, progress, require_images=True)
     detected = _detect(options, model, resume, dataset, share, progress)
     if detected is None:
@@ -359,7 +365,7 @@ def _detect(
     from maskrcnn.data.coco import crowded_line
     from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
-    from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of
+    from maskrcnn.runtime.evaluation.evaluate import check_classes, detect_records, facts_of, names_line
     from maskrcnn.runtime.evaluation.sharding import (
         DetectionTask,
         detect_in_processes,
@@ -379,7 +385,7 @@ def _detect(
         pixel_range=options.pixel_range,
         tiles=options.tiles,
     )
-    for line in survey_images(dataset).lines() if not share.rank else ():
+    for line in survey_images(dataset).lines():
         progress.message(line)
     with progress.task("detecting", len(dataset.images)) as advance, TemporaryDirectory() as folder:
         log_path = resume or Path(folder) / "detections.jsonl"
@@ -390,7 +396,8 @@ def _detect(
         use_own_gpu(share)
         detector = Detector.load(model, options.backend, pixel_range=options.pixel_range)
         crowded = None if options.tiles else crowded_line(dataset, detector.metadata.detections)
-        for line in (*detector.remarks(), *([crowded] if crowded else [])):
+        renamed = names_line(detector, dataset)
+        for line in (*detector.remarks(), *(each for each in (crowded, renamed) if each)):
             progress.message(line)
         if resume is None:
             check_classes(detector, dataset)

@@ -16,6 +16,7 @@ from maskrcnn import runs
 from maskrcnn.api.predict_output import BlockFolder, Job, PredictionFolder, jobs_of, run_facts
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.config import check_range
 from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote
 from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
@@ -199,7 +200,12 @@ def predict(
     from maskrcnn.runtime.cluster import ray_package
     from maskrcnn.runtime.tiles import tiles_of
 
+    for name, value in (("batch_size", batch_size), ("workers", workers), ("limit", limit)):
+        check_range(name, value, 1)
+    check_range("threshold", threshold, 0, 1)
+    check_range("tolerance", tolerance, 0)
     progress = progress or Progress()
+    save = [save] if isinstance(save, str) else save
     folder = None if output is None or ray is not None else Path(output)
     if format not in ("png", "jpg"):
         raise UserError(f"--format {format}", "png or jpg", "choose one of these")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,8 +137,13 @@ class PredictionFolder:
         ]
         outputs += [Output("--output", target, VIDEO) for target in self.videos.values()]
         outputs += [Output("--output", folder / name, kind) for name, kind in fixed.items()]
+        lists = [each for each in named if not isinstance(each, np.ndarray) and Path(each).is_file()]
         read = [source.name for source in sources if source.pixels is None and "://" not in source.name]
-        check_outputs(outputs, [*read, *(each for each in inputs if each is not None)], overwrite=overwrite)
+        check_outputs(outputs, [*lists, *read, *(each for each in inputs if each is not None)], overwrite=overwrite)
+        if not {"labelme", "yolo"}.isdisjoint(saved):
+            _check_label_names(sources)
+        own = {predictions.RESULTS: RESULTS_FILE, predictions.PARQUET: table, predictions.IMAGES: index, LABELS: labels}
+        self._made = {folder / name: kind for name, kind in own.items()}  # at the end, from the lines
         self.lines, self._manifest = folder / predictions.LINES, folder / RUN
         self.results = folder / (predictions.RESULTS if "results" in saved else predictions.LINES)
         if "parquet" in saved and "results" not in saved:
@@ -148,6 +155,7 @@ class PredictionFolder:
                 found = f"--save {name}: {folder / name} exists, perhaps with labels that were corrected"
                 raise UserError(found, "a folder without it", "choose another --output, or replace it with --overwrite")
         before = self._read_manifest()
+        self._is_extended = False
         self._was_complete = resume and before is not None and bool(before.get("is_complete"))
         if resume and before is None:
             raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
@@ -202,6 +210,9 @@ class PredictionFolder:
                 done += 1
         make_folder(self.folder)
         write_report(self._manifest, "predict", {"is_complete": False, **self._about})
+        for path, kind in () if self.is_resumed else self._made.items():  # of an earlier run, whose lines are replaced
+            if path.is_file() and kind.recognises(path):
+                path.unlink()
         self._lines = Predictions(self.lines, keep=done)
         return jobs, done, names, counts, failed
 
@@ -226,6 +237,7 @@ class PredictionFolder:
                 self._video = (job.source, AnnotatedVideo(job.source, self.videos[job.source]))
             self._video[1].add(drawn, job.frame)
         self._lines.append(record)
+        self._is_extended = True
         if job.target is not None and job.target.is_file() and job.fault is None and '"error"' not in record:
             self.drawn.append(job.target)
 
@@ -253,19 +265,23 @@ class PredictionFolder:
         self._lines.close()
         self._close_video(is_complete=is_complete)
         self.drawn += [video for video in self.videos.values() if is_complete and video.is_file()]
-        if self._was_complete and is_complete:  # nothing was left to do, and labels may have been corrected since
-            write_report(self._manifest, "predict", {"is_complete": True, **self._about})
-            return
         if is_empty:
             for path in (self.lines, self._manifest):
                 path.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something
+                self.folder.rmdir()
             return
-        if "results" in self.saved:
+
+        def is_due(kind: str, name: str) -> bool:  # if nothing was added, what exists may have been corrected since
+            is_kept = self._was_complete and not self._is_extended and (self.folder / name).exists()
+            return kind in self.saved and not is_kept
+
+        if is_due("results", predictions.RESULTS):
             predictions.write_results(self.lines, self.folder / predictions.RESULTS)
         predictions.write_images(self.lines, self.folder / predictions.IMAGES)
         if not is_complete:
             return
-        if "parquet" in self.saved:
+        if is_due("parquet", predictions.PARQUET):
             records = predictions.read_predictions(self.lines)
             predictions.write_parquet(records, self.folder / predictions.PARQUET, self._about)
 
@@ -273,12 +289,12 @@ class PredictionFolder:
             return predictions.read_predictions(self.lines)
 
         settings = (threshold, tolerance_px)
-        if "coco" in self.saved:
+        if is_due("coco", LABELS):
             prelabels.write_coco(again, self.folder / LABELS, _categories(metadata), *settings)
         if "labelme" in self.saved:
-            prelabels.write_labelme(again, self.folder / "labelme", *settings)
+            prelabels.write_labelme(again, self.folder / "labelme", *settings, keep=self.is_resumed)
         if "yolo" in self.saved:
-            prelabels.write_yolo(again, self.folder / "yolo", _categories(metadata), *settings)
+            prelabels.write_yolo(again, self.folder / "yolo", _categories(metadata), *settings, keep=self.is_resumed)
         failed = [record["file"] for record in again() if "error" in record]
         if failed:
             text = "\n".join((_FAILED_HEAD, *(str(Path(name).absolute()) for name in failed), ""))
@@ -431,6 +447,16 @@ def _digest(model: Path) -> str:
 
     weights = model.with_suffix(".bin")
     return sha256_of(model) + (f"+{sha256_of(weights)}" if model.suffix == ".xml" and weights.is_file() else "")
+
+
+def _check_label_names(sources: Sequence[Source]) -> None:
+    """Checks that no two images have the same file of labels, which is named after the image without its suffix."""
+    taken: dict[str, str] = {}
+    for source in sources:
+        first = taken.setdefault(os.path.splitext(os.path.abspath(source.name))[0], source.name)
+        if first is not source.name:
+            found = f"labels of {first} and {source.name}, which would be one file"
+            raise UserError(found, "images whose names differ without suffix", "rename one, or use --save coco")
 
 
 def _stems(sources: Sequence[Source]) -> list[str]:

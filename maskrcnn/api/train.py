@@ -14,7 +14,7 @@ import numpy as np
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import AugmentConfig, TrainConfig, from_dict, to_dict
+from maskrcnn.config import AugmentConfig, TrainConfig, check_ranges, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset, crowded_line, instance_mask
 from maskrcnn.data.layouts import training_splits
 from maskrcnn.data.poses import generate_poses
@@ -22,7 +22,7 @@ from maskrcnn.data.records import ImageRecord
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
-from maskrcnn.files import check_output_folder, locked, write_json
+from maskrcnn.files import check_output_folder, locked, make_folder, write_json
 from maskrcnn.imaging.draw import Mark, colour_of, draw_marks, overlay, stacked, with_pose
 from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
@@ -240,7 +240,9 @@ def _chosen(
     chosen: dict[str, Any] = {}
     for layer in layers:
         chosen = merged(chosen, layer)
-    return typed(TrainConfig, chosen)
+    chosen = typed(TrainConfig, chosen)
+    check_ranges(chosen)
+    return chosen
 
 
 def run_training(
@@ -510,6 +512,7 @@ def _new_folder(progress: Progress, output: Path | None, data: Path, held: conte
     if output is not None:
         _check_new(output)
         check_output_folder("--output", output, [data], (), overwrite=True)
+        make_folder(output)
     _lock(progress, run, held)
     _check_new(run)  # again: a run may have begun and ended since
     return run

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.config import check_range
 from maskrcnn.errors import UserError
 from maskrcnn.files import PAGE, Output, atomic_path, check_outputs, report_kind, report_path, write_report
 
@@ -68,6 +69,8 @@ def verify(
     from maskrcnn.runtime.verification.verify import check_comparable
     from maskrcnn.runtime.verification.verify import verify as compare
 
+    check_range("max_images", max_images, 1)
+    check_range("size", size, 1)
     progress = progress or Progress()
     first, second = Path(reference), Path(other)
     limits = tolerances_named(tolerance) if tolerance else None

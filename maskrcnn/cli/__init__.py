@@ -5,6 +5,8 @@ Heavy libraries are imported inside the commands, so that `maskrcnn --help` answ
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -55,7 +57,14 @@ app.add_typer(data.data_app, name="data")
 def main() -> None:
     """Runs the command line. Errors are printed as three lines, with exit code 1."""
     with errors.report_errors(lambda: verbosity["verbose"]):
+        sys.argv[1:] = map(_with_home, sys.argv[1:])
         app()
+
+
+def _with_home(word: str) -> str:
+    """A word with `~/` replaced by the home folder, which shells leave as it is after `--option=` and in quotes."""
+    option, value = word.split("=", 1) if word.startswith("--") and "=" in word else ("", word)
+    return f"{option}{'=' * bool(option)}{os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
 @app.callback(invoke_without_command=True)

@@ -165,7 +165,7 @@ def predict(
     show(f"{result.total} results of {len(result.images)} images → {result.results}")
     if result.failed:
         total = len(result.failed) + len(result.images)
-        again = "" if ray else f", and name {Path(output, FAILED)} to process them"
+        again = "" if ray else f", and name {Path(output, FAILED)} with another --output"
         reasons = "".join(f"\n  {reason}" for reason in list(result.failed.values())[:_NAMED])
         place = f"rows of {result.results} with `error`" if ray else Path(output, FAILED)
         reasons += "" if len(result.failed) <= _NAMED else f"\n  … all in {place}"

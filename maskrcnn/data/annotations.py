@@ -340,11 +340,19 @@ class Reader:
             drop_roots: see `read_annotations`.
         """
         categories, by_id = self._categories(used)
+        in_use = {self._known(key, self.category_keys, categories) for key in used}
         if drop_roots:
-            for category_id in _unused_roots(by_id, {self._known(key, self.category_keys, categories) for key in used}):
+            for category_id in _unused_roots(by_id, in_use):
                 name = categories.pop(category_id)
                 self._note(REPAIRED, "super-category without objects left out of the classes", "category", repr(name))
                 del by_id[category_id]
+        taken = set[str]()  # counts and metrics are told by name
+        for category_id in sorted(categories, key=lambda key: (key not in in_use, key)):
+            name = categories[category_id]
+            if name in taken:
+                self._note(REPAIRED, "class name of another category", f"category id {category_id}", repr(name))
+                categories[category_id] = f"{name} (id {category_id})"
+            taken.add(name)
         keypoints = read_keypoints(self.source, self._with_keypoint_names(by_id))
         return dict(sorted(categories.items())), keypoints
 

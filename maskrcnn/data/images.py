@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from maskrcnn.errors import UserError
+from maskrcnn.files import files_below
 from maskrcnn.imaging.preprocess import Preprocessing, resize_antialiased
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of image files in folders
@@ -236,11 +237,11 @@ def images_in(folder: Path, limit: int) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", "a folder of images", "name a folder of images like those to predict on")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = files_below(folder, IMAGE_SUFFIXES)
     if not files:
         raise UserError(
             f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})",
-            "images like those to predict on; a hundred suffice",
+            "images",
             "add images, or name another folder",
         )
     indices = np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)

@@ -23,7 +23,7 @@ import yaml
 
 from maskrcnn.data.images import IMAGE_SUFFIXES, upright_size
 from maskrcnn.errors import UserError
-from maskrcnn.files import read_json
+from maskrcnn.files import files_below, read_json
 
 LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
 LAYOUTS = f"""{LAYOUT}; or one annotation file in
@@ -41,6 +41,7 @@ _HEAD = 1 << 16  # bytes at either end of a JSON file by which its format is rec
 _SAMPLE = 50  # image names that an image folder is chosen by
 _ANNOTATION_FOLDERS = {"annotations", "annotation", "labels"}  # beside folders of images, in that of the dataset
 _NAME_BOTH = "name the annotation file and the folder of its images: --annotations FILE --images DIR"
+_ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
 _PARTS = ("train", "val")
 _PART = re.compile(r"(.+)\[(train|val)\]")  # the name of a part of a split
 
@@ -72,6 +73,11 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
         raise UserError(f"no folder {images}", "the folder of the images", "correct --images")
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         found = _yolo_splits(root)
+    elif root.is_file() and root.suffix.lower() in _ARCHIVES:
+        raise UserError(f"{root}: an archive", LAYOUTS, "unpack it, and name the folder")
+    elif root.is_file() and root.suffix.lower() == ".xml":
+        convert = "maskrcnn data convert voc DIR OUT, or datumaro:cvat DIR OUT for CVAT's"
+        raise UserError(f"{root}: a file in XML", LAYOUTS, f"convert the dataset: {convert}")
     elif root.is_file():
         beside = root.parent
         is_inner = os.path.basename(os.path.abspath(beside)).lower() in _ANNOTATION_FOLDERS
@@ -375,7 +381,8 @@ def _yolo_files(root: Path) -> list[Split]:
 def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
     """The splits of YOLO's YAML file; none for another YAML file, unless `is_required`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         if is_required:
             raise UserError(f"{path} is not YAML ({error})", "YOLO's data.yaml", "correct the file") from error
@@ -387,9 +394,9 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
                 f"{path} has no names and paths", "YOLO's data.yaml: names, and train: or val:", "correct the file"
             )
         return []
-    names = content["names"]
-    classes = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else None
-    if classes is None:
+    names = yaml.load(text, yaml.BaseLoader)["names"]  # texts as they are: `no` is a name, not False
+    classes = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else {"": ""}
+    if not all(str(key).isdecimal() and isinstance(name, str) for key, name in classes.items()):
         raise UserError(f"{path}: names is {names!r}", "a list of class names, or number: name", "correct the file")
     base = path.parent / str(content.get("path") or ".")
     if not base.is_dir():
@@ -422,7 +429,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
     files: list[Path] = []
     for source in sources:
         if source.is_dir():
-            files += [path for path in sorted(source.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+            files += files_below(source, IMAGE_SUFFIXES)
         elif source.is_file():
             files += [_below(source.parent, base, line) for line in _lines(source)]
         else:
@@ -510,7 +517,7 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
 def _lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank; none of a missing file."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return []
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -139,7 +139,7 @@ def write_coco(
         file.write("\n]}\n")
 
 
-def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px: float) -> None:
+def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px: float, *, keep: bool = False) -> None:
     """Writes a LabelMe file for each image; the parts of an object have a group id in common.
 
     Args:
@@ -147,10 +147,13 @@ def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px
         folder: folder to write to; files have the images' paths below the folder that all have in common.
         threshold: lowest score.
         tolerance_px: see `outlines`.
+        keep: leave files as they are that exist, perhaps corrected since.
     """
     base = _base_of(records)
     for record in _usable(records):
         target = folder / Path(_below(record["file"], base)).with_suffix(".json")
+        if keep and target.exists():
+            continue
         make_folder(target.parent)
         shapes: list[dict[str, Any]] = []
         for number, each in enumerate(each for each in record["detections"] if each["score"] >= threshold):
@@ -166,7 +169,7 @@ def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px
             "version": "5.5.0",
             "flags": {},
             "shapes": shapes,
-            "imagePath": Path(os.path.relpath(record["file"], target.parent)).as_posix(),
+            "imagePath": _relative(record["file"], target.parent),
             "imageData": None,
             "imageHeight": record["height"],
             "imageWidth": record["width"],
@@ -175,7 +178,13 @@ def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px
 
 
 def write_yolo(
-    records: Records, folder: Path, categories: Sequence[dict[str, Any]], threshold: float, tolerance_px: float
+    records: Records,
+    folder: Path,
+    categories: Sequence[dict[str, Any]],
+    threshold: float,
+    tolerance_px: float,
+    *,
+    keep: bool = False,
 ) -> None:
     """Writes a dataset in YOLO's format: `labels/`, `data.yaml`, and `images/` with links to the images.
 
@@ -188,11 +197,15 @@ def write_yolo(
         categories: with `id` and `name`, in the order of the classes.
         threshold: lowest score.
         tolerance_px: see `outlines`.
+        keep: as for `write_labelme`.
     """
     base = _base_of(records)
     number_of = {category["id"]: number for number, category in enumerate(categories)}
     for record in _usable(records):
         name = Path(_below(record["file"], base))
+        target = folder / "labels" / name.with_suffix(".txt")
+        if keep and target.exists():
+            continue
         size_wh = np.array((record["width"], record["height"]))
         lines = []
         for each in record["detections"]:
@@ -207,7 +220,6 @@ def write_yolo(
                 values = joined(rings)
             fractions = " ".join(f"{value:.6f}" for value in (values / size_wh).ravel())
             lines.append(f"{number_of[each['category_id']]} {fractions}\n")
-        target = folder / "labels" / name.with_suffix(".txt")
         make_folder(target.parent)
         with atomic_path(target) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
@@ -248,12 +260,18 @@ def _below(name: str, base: str) -> str:
     return Path(os.path.relpath(name, base)).as_posix()
 
 
+def _relative(file: str | Path, folder: Path) -> str:
+    """The path of a file from a folder; a path with `..` leads there only if no link is on the way."""
+    place = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
+    return Path(os.path.relpath(place, os.path.realpath(folder))).as_posix()
+
+
 def _link(image: Path, target: Path) -> None:
     """A symbolic link to an image, or a copy where the file system has none."""
     make_folder(target.parent)
     with suppress(FileNotFoundError):
         target.unlink()
     try:
-        target.symlink_to(os.path.relpath(image, target.parent))
+        target.symlink_to(_relative(image, target.parent))
     except OSError:
         shutil.copyfile(image, target)

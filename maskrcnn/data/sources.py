@@ -22,7 +22,7 @@ import numpy as np
 
 from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, images_in, read_upright
 from maskrcnn.errors import UserError, missing_library, reason_of
-from maskrcnn.files import atomic_path, parse_json
+from maskrcnn.files import atomic_path, files_below, parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -137,7 +137,13 @@ def find_sources(
         UserError: for a name without a file, a pattern without a match, a folder or list without images, a video that
             cannot be decoded, a missing library, and if nothing is named.
     """
-    several = [named] if isinstance(named, (str, Path, np.ndarray)) else list(named)
+    several = [named] if isinstance(named, (str, Path, np.ndarray)) or not isinstance(named, Iterable) else list(named)
+    for each in several:
+        if not isinstance(each, (str, Path, np.ndarray)):
+            kind = f"an image that is a {type(each).__module__}.{type(each).__name__}"
+            raise UserError(
+                kind, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, such as numpy.asarray(image)"
+            )
     found: list[Source] = []
     arrays = 0
     for each in several:
@@ -251,6 +257,9 @@ def _sources_of(name: str, leave_out: Path | None) -> list[Source]:
         return _remote_sources(name)
     path = Path(name)
     if path.is_dir():
+        videos = len(files_below(path, VIDEO_SUFFIXES))
+        if videos and not files_below(path, IMAGE_SUFFIXES):
+            raise UserError(f"{path}: no image in it, but {videos} video(s)", _KINDS, f"name the videos: '{path}/*'")
         files = images_in(path, sys.maxsize)
         if leave_out is not None and Path(realpath(path)) in Path(realpath(leave_out)).parents:
             files = [file for file in files if not realpath(file).startswith(f"{realpath(leave_out)}{sep}")]
@@ -289,7 +298,7 @@ def _remote_sources(name: str) -> list[Source]:
         if names == [path] and not system.isdir(path):
             return [Source(name)]
         found = [system.unstrip_protocol(each) for each in names]
-    sources = [Source(each) for each in found if _suffix(each) in IMAGE_SUFFIXES]
+    sources = [Source(each) for each in found if _suffix(each) in IMAGE_SUFFIXES and "/." not in each]
     if not sources:
         raise UserError(f"{name}: no image in it, of {len(found)} files", _KINDS, "correct the URL")
     return sources

@@ -46,6 +46,7 @@ class Logbook:
         self.events: Any = None
         log = run / runs.LOG
         check_target(log)
+        make_folder(run)
         if log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _is_before(line, first_step, first_epoch)]

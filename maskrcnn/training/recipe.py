@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ _SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 
 MIN_STEPS = 300  # fewer rarely suffice, also with pretrained weights
 
-# On a CPU the cost of a step grows with the samples per image; the small model needs fewer.
+# On a CPU the cost of a step grows with its images and with the samples per image; the small model needs fewer.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
+_SMALL_BATCH = 4
 
 
 def training_config(
@@ -44,6 +46,11 @@ def training_config(
         model = {"name": SMALL_MODEL, "has_keypoints": dataset.has_keypoints, **model}
     name = model["name"]
     sizes = dict(model.get("preprocessing", {}))
+    if sizes.get("min_size_px", 0) > sizes.get("max_size_px", math.inf):
+        found = (
+            f"a shorter side of {sizes['min_size_px']} px (--min-size), a longer one of at most {sizes['max_size_px']}"
+        )
+        raise UserError(found, "a shorter side of at most the longer one", "raise --max-size, or lower --min-size")
     small = name == SMALL_MODEL
     native = int(dataset.images.sizes_hw.max())
     default_size = (_SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
@@ -57,8 +64,9 @@ def training_config(
             **_keypoints_for(dataset, model),
         ),
         loss=_SMALL_LOSS if small else LossConfig(),
+        batch_size=_SMALL_BATCH if small else TrainConfig.batch_size,
     )
-    settings = {**_length(dataset, settings), **settings}
+    settings = {**_length(dataset, {"batch_size": base.batch_size, **settings}), **settings}
     config = changed(base, {**settings, "model": {**model, "preprocessing": sizes}})
     require_fitting(config.model, dataset, validation)
     config = replace(config, loss=replace(config.loss, class_weights=class_weights(config.loss, dataset)))
@@ -79,7 +87,7 @@ def training_config(
 
 def _length(dataset: CocoDataset, settings: dict[str, Any]) -> dict[str, int]:
     """Default epochs and intervals of evaluation of a dataset for which the usual epochs are too few steps."""
-    steps = -(-len(dataset.images) // settings.get("batch_size", TrainConfig.batch_size))
+    steps = -(-len(dataset.images) // settings["batch_size"])
     epochs = -(-MIN_STEPS // steps)
     if epochs <= TrainConfig.epochs or "epochs" in settings or "step_epochs" in settings:
         return {}

@@ -165,5 +165,6 @@ def settings_of_run(run: Path) -> dict[str, Any]:
     """
     for name in (runs.CONFIG, runs.STATE):
         if not (run / name).is_file():
-            raise UserError(f"{run} without {name}", "the folder of a run", "start a new run: `maskrcnn train`")
+            fix = f"name its folder: {run.parent}" if run.is_file() else "start a new run: `maskrcnn train`"
+            raise UserError(f"{run} without {name}", "the folder of a run", fix)
     return typed(TrainConfig, read_json(run / runs.CONFIG, "the settings of a run"))

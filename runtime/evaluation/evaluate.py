@@ -72,6 +72,22 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
         )
 
 
+def names_line(detector: Detector, dataset: CocoDataset) -> str | None:
+    """A warning if classes of one category id have other names in the model than in the dataset; None otherwise."""
+    names = dict(zip(detector.metadata.category_ids, detector.metadata.class_names, strict=True))
+    pairs = [
+        (key, names.get(key, name), name) for key, name in zip(dataset.category_ids, dataset.class_names, strict=True)
+    ]
+    other = [each for each in pairs if each[1].strip().lower() != each[2].strip().lower()]
+    if not other:
+        return None
+    key, own, name = other[0]
+    return (
+        f"warning: {len(other)} of {len(pairs)} classes have other names in the model than in "
+        f"{dataset.annotation_path} (category id {key}: {own!r}, {name!r}): objects are matched by category id"
+    )
+
+
 def facts_of(detector: Detector) -> dict[str, Any]:
     """Facts about a model that its detections are scored with: `runs_in`, `has_masks`, `has_keypoints`, `sigmas`."""
     backend, metadata = detector.backend, detector.metadata

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import typer.main
 from command_line import MessageLog
+from PIL import Image
 
 import maskrcnn
 from maskrcnn.api.results import Result
 from maskrcnn.cli import app
 from maskrcnn.data.images import images_in, read_image
+from maskrcnn.errors import UserError
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,6 +93,13 @@ def test_predict_takes_arrays_and_returns_detections(onnx_file, shapes):
     assert result.results is None and len(messages.lines) == 2
     assert first.names[0] in ("circle", "rectangle", "triangle")
     assert json.loads(json.dumps(result.to_dict()))["counts"] == result.counts
+    for unknown in (Image.open(path), [Image.open(path)], None):
+        with pytest.raises(UserError, match=r"an image that is a (PIL\.\w+\.\w+|builtins\.NoneType)"):
+            maskrcnn.predict(unknown, model=onnx_file)
+    detector = maskrcnn.Detector.load(onnx_file)
+    for single in (path, str(path), image):
+        with pytest.raises(UserError, match=r"a single image(.|\n)*detect\(\[image\]\)"):
+            detector.detect(single)
 
 
 @pytest.mark.slow
@@ -108,6 +117,17 @@ def test_evaluate_returns_metrics_and_writes_nothing(onnx_file, shapes, tmp_path
     assert set(result.metrics) == {"box", "mask"} and result.images == len(images_in(shapes / "val", 999))
     assert f"{result.metrics['mask']['AP']:.4f}" in repr(result)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"data": "nowhere"}')
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, reports in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        messages = MessageLog()
+        with pytest.raises(UserError):
+            maskrcnn.evaluate(tmp_path / "m.onnx", progress=messages)
+        assert any("on the data of its run" in line for line in messages.lines) == reports
 
 
 def test_unknown_names_are_attribute_errors():

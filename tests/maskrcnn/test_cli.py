@@ -29,8 +29,8 @@ def test_train_evaluate_and_predict(run, shapes, tmp_path):
     assert "best mask AP" in out
     best = tmp_path / "runs" / "train-1" / runs.BEST
     assert best.exists()
-    assert "2 steps: 1 epochs of 2, with 8 images per step" in out
-    assert "warning: 2 steps rarely suffice, also for fine-tuning; --epochs 150 gives 300" in out
+    assert "3 steps: 1 epochs of 3, with 4 images per step" in out
+    assert "warning: 3 steps rarely suffice, also for fine-tuning; --epochs 100 gives 300" in out
     code, out, err = run("evaluate", "--json", "metrics.json")  # the newest run: its best checkpoint, its data
     assert code == 0, err
     assert f"{best.relative_to(tmp_path)} on the data of its run: {shapes}, split val" in out

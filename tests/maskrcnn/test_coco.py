@@ -371,6 +371,13 @@ def test_super_categories_without_objects_are_no_classes(tmp_path):
     assert alone.class_names == ("cell",)
 
 
+def test_classes_of_one_name_are_told_apart(tmp_path):
+    cats = [{"id": 4, "name": "cat"}, {"id": 9, "name": "cat"}, {"id": 30, "name": "cat"}]
+    dataset = load(tmp_path, {**SQUARE, "category_id": 9}, categories=cats)
+    assert dataset.class_names == ("cat (id 4)", "cat", "cat (id 30)")  # the name is that of the class with objects
+    assert dataset.notes.counts() == {"class name of another category": 2}
+
+
 def test_a_split_without_objects_says_what_it_holds(tmp_path):
     crowd = {**SQUARE, "iscrowd": 1}
     with pytest.raises(UserError, match=r"no object to learn in 2 image\(s\): 1 crowd region.*\n.*\n.*--no-crowd"):

@@ -89,6 +89,8 @@ def test_nothing_is_overwritten(tmp_path, there):
     before = files_of(tmp_path)
     with pytest.raises(UserError, match="exists already"):
         whole("penn-fudan", source, out)
+    with pytest.raises(UserError, match="which the command reads"):
+        whole("penn-fudan", source, source / "coco")
     assert files_of(tmp_path) == before
 
 
@@ -228,11 +230,12 @@ def test_without_splits_a_tenth_is_for_validation():
 
 
 def test_lists_name_images_by_path_name_stem_or_id(tmp_path):
-    (tmp_path / "val.txt").write_text("sub/a.jpg\nb.jpg 1\n# nothing\n\nc\n77\n")
-    listed = [*entries("sub/a.jpg", "b.jpg", "sub/c.jpg", "e.jpg"), Entry(name="d.jpg", path=None, image_id=77)]
+    (tmp_path / "val.txt").write_text("sub/a.jpg\nb.jpg 1\n# nothing\n\nc\n77\nf g 2.jpg\n")
+    names = ("sub/a.jpg", "b.jpg", "sub/c.jpg", "e.jpg", "f g 2.jpg")
+    listed = [*entries(*names), Entry(name="d.jpg", path=None, image_id=77)]
     plan = split_plan([f"val={tmp_path / 'val.txt'}"])
     faults = Faults()
-    assert plan.assign(listed, faults, has_splits=False) == ["val", "val", "val", None, "val"]
+    assert plan.assign(listed, faults, has_splits=False) == ["val", "val", "val", None, "val", "val"]
     assert faults.left_out == {"image that no split list has": 1}
 
 

@@ -76,6 +76,8 @@ def test_masks_without_xml_or_with_another_class_in_it(source, tmp_path):
 
 def test_a_folder_without_lists(tmp_path):
     source = tmp_path / "mine"
+    (source / "Annotations").mkdir(parents=True)
+    (source / "Annotations" / "._x.xml").write_bytes(b"of macOS")
     for number, stem in enumerate(("x", "y", "z")):
         noise_image(source / "JPEGImages" / f"{stem}.png", (8, 12), number)
         xml(source, stem).parent.mkdir(exist_ok=True)
@@ -109,6 +111,12 @@ def test_lists_by_name(source, tmp_path):
     (source / "ImageSets" / "Main" / "bird_trainval.txt").write_text("000001  1\n000002 -1\n")
     report = as_it_is("voc", source, tmp_path / "out", sets=("bird_trainval",))
     assert report.images == {"bird_trainval": 1}
+    (source / "JPEGImages" / "000001.jpg").rename(source / "JPEGImages" / "a 1.jpg")
+    xml(source).rename(xml(source, "a 1"))
+    for line in ("a 1\n", "a 1 1\n"):
+        (source / "ImageSets" / "Main" / "spaced.txt").write_text(line)
+        report = as_it_is("voc", source, tmp_path / line.strip(), sets=("spaced",))
+        assert report.images == {"spaced": 1}
 
 
 def outside(source):

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from maskrcnn.errors import UserError
-from maskrcnn.files import atomic_path, cache_folder, check_target, folder_beside, make_folder, read_json, write_json
+from maskrcnn.files import (
+    atomic_path,
+    cache_folder,
+    check_output_folder,
+    check_target,
+    folder_beside,
+    make_folder,
+    read_json,
+    write_json,
+)
 
 
 def names(folder):
@@ -71,6 +80,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=f"folder {tmp_path} cannot be written"):
         check_target(tmp_path / "out.json")
+
+
+def test_a_check_creates_nothing(tmp_path):
+    check_target(tmp_path / "new" / "inner" / "out.json")
+    check_output_folder("--output", tmp_path / "new" / "out", [tmp_path], ())
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is no folder"):
+        check_target(tmp_path / "file" / "out.json")
 
 
 def full_disk(name):

@@ -219,9 +219,21 @@ def test_keypoints_of_yolo_have_mirrored_partners(shapes, root):
 def test_lines_of_yolo_that_cannot_be_read_are_counted(shapes, root):
     yolo(shapes, root)
     label = next((root / "labels" / "train").iterdir())
-    label.write_text("0 0.5 0.5\ncat 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1\n")
+    label.write_bytes(b"\xef\xbb\xbf0 0.5 0.5\ncat 0.5 0.5 0.1 0.1\n7 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1 0.1\n")
+    (root / "images" / "train" / "._000000.png").write_bytes(b"of macOS")
     dataset = CocoDataset.load(root, "train")
-    assert dataset.skipped == {"invalid box": 1, "unknown category": 2}
+    assert dataset.skipped == {"invalid box": 1, "unknown category": 2} and len(dataset.images) == 12
+
+
+def test_class_names_of_yolo_are_texts(shapes, root):
+    yolo(shapes, root)
+    paths = "train: images/train\nval: images/val\n"
+    (root / "data.yaml").write_text(f"{paths}names: [no, 01, null]\n")
+    assert CocoDataset.load(root, "train").class_names == ("no", "01", "null")
+    for names in ("{cat: 0, dog: 1}", "", "cat"):
+        (root / "data.yaml").write_text(f"{paths}names: {names}\n")
+        with pytest.raises(UserError, match=r"data\.yaml: names is"):
+            list_splits(root)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +251,13 @@ def test_another_folder_is_named_with_the_next_step(root, files, text):
         (root / name).write_text(content)
     with pytest.raises(UserError, match=text):
         list_splits(root)
+
+
+@pytest.mark.parametrize(("name", "text"), [("export.zip", "unpack it"), ("cvat.xml", "datumaro:cvat")])
+def test_a_file_of_another_kind_is_named_with_the_next_step(root, name, text):
+    (root / name).write_text("<?xml version='1.0'?>")
+    with pytest.raises(UserError, match=text):
+        list_splits(root / name)
 
 
 def test_links_that_go_round_do_not_end_the_search(shapes, root):

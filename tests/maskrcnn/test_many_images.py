@@ -193,6 +193,31 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(photos, onnx_file, tmp_p
     assert names_of(folder / "failed.txt") == [str(photos / "3.png")]
 
 
+def test_a_complete_run_goes_on_with_more_images_and_more_outputs(photos, onnx_file, tmp_path):
+    out, given = tmp_path / "out", {"model": onnx_file, "output": tmp_path / "out", "threshold": 0.05}
+    maskrcnn.predict(photos, limit=2, save=["results", "labelme"], **given)
+    corrected = out / "labelme" / "0.json"
+    corrected.write_text("corrected")
+    found = maskrcnn.predict(photos, resume=True, save=["results", "labelme", "coco"], **given)
+    assert len(found.images) == 6 and len(json.loads((out / "results.json").read_text())) == found.total
+    assert len(json.loads((out / "annotations.json").read_text())["images"]) == 6
+    assert corrected.read_text() == "corrected" and (out / "labelme" / "more" / "5.json").is_file()
+    maskrcnn.predict(photos, resume=True, save=["parquet"], **given)
+    assert parquet.read_metadata(out / "detections.parquet").num_rows == found.total
+
+
+def test_a_new_run_leaves_no_results_of_the_one_before(photos, onnx_file, tmp_path):
+    out = tmp_path / "out"
+    maskrcnn.predict(photos, model=onnx_file, output=out, save=["results", "coco"])
+    (photos / "3.png").write_bytes(b"no image")
+    maskrcnn.predict(photos, model=onnx_file, output=out, save=["parquet"])
+    assert {path.name for path in out.iterdir()} == {
+        *("detections.jsonl", "detections.parquet", "failed.txt", "images.json", "run.json")
+    }
+    with pytest.raises(UserError, match=r"failed\.txt, a file that the command reads"):  # nor does it lose the others'
+        maskrcnn.predict(out / "failed.txt", model=onnx_file, output=out)
+
+
 def test_a_run_is_not_continued_with_other_images_or_another_model(photos, onnx_file, boxes_onnx_file, tmp_path):
     folder = tmp_path / "out"
     with pytest.raises(UserError, match=r"run\.json"):
@@ -269,7 +294,19 @@ def test_sources_that_are_bad_are_named(run, road, photos, tmp_path, monkeypatch
         file.mux(sound.encode(samples))
         file.mux(sound.encode())
     expect_error(run("predict", "sound.mp4", *model), "no video stream")
-    assert not (tmp_path / "predictions").exists() or not list((tmp_path / "predictions").iterdir())
+    (tmp_path / "clips").mkdir()
+    clip.rename(tmp_path / "clips" / "clip.mp4")
+    expect_error(run("predict", "clips", *model), "no image in it, but 1 video", "'clips/*'")
+    (photos / ".hidden").mkdir()
+    for name in ("._0.png", ".hidden/0.png"):  # as macOS and notebooks leave them
+        (photos / name).write_bytes(b"no image")
+    assert len(names_of(photos)) == 6
+    shutil.copy(photos / "0.png", photos / "0.bmp")
+    expect_error(run("predict", photos, *model, "--save", "yolo"), "0.bmp", "0.png", "one file")
+    expect_error(run("predict", photos / "0.png", "--model", "no.xml", "--output", "new/out"), "no.xml")
+    (photos / "bad.png").write_bytes(b"no image")
+    expect_error(run("predict", photos / "bad.png", *model, "--output", "new/out"), "bad.png")
+    assert not (tmp_path / "predictions").exists() and not list(tmp_path.glob("new/*"))
 
 
 def test_a_video_that_ends_early_keeps_its_frames(run, road, tmp_path):
@@ -327,6 +364,13 @@ def test_labels_go_back_into_a_dataset(photos, onnx_file, tmp_path, run):
         if each["score"] >= 0.1 and mask_api.area(each["segmentation"]) > 30:
             wanted.setdefault(Path(files[str(each["image_id"])]).name, []).append(each)
     assert sum(map(len, wanted.values())) > 20
+    linked, real = tmp_path / "linked", tmp_path / "far" / "away"
+    real.mkdir(parents=True)
+    linked.symlink_to(real)
+    maskrcnn.predict(photos, model=onnx_file, output=linked, save=["labelme", "yolo"])
+    labels = json.loads((linked / "labelme" / "0.json").read_text())
+    for path in (linked / "yolo" / "images" / "0.png", linked / "labelme" / labels["imagePath"]):
+        assert path.samefile(photos / "0.png")
     code, _, err = run("data", "convert", "labelme", tmp_path / "out" / "labelme", tmp_path / "lm")
     assert code == 0, err
     sets = {

@@ -1,6 +1,7 @@
 """Settings: one dataclass behind the command line, YAML and what a run keeps."""
 
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import maskrcnn
+from maskrcnn import cli
 from maskrcnn.cli import app
 from maskrcnn.config import LossConfig, TrainConfig, changed, from_dict, to_dict
 from maskrcnn.data.coco import CocoDataset
@@ -181,6 +184,8 @@ def test_a_list_on_the_command_line_needs_no_brackets(started, words, expected):
         ("epochs.x=3", "epochs {'x': 3} of type dict", "int"),
         ("data=3", "data 3 of type int", "str"),
         ("train_split=2017", "train_split 2017 of type int", "str"),
+        ("batch_size=0", "batch_size 0", "at least 1"),
+        ("loss.rpn_samples=0", "loss.rpn_samples 0", "at least 1"),
         ("augment.3=4", "AugmentConfig with unknown field(s) 3", "fields among colour_probability"),
     ],
 )
@@ -215,6 +220,8 @@ def test_bad_settings_are_named(tmp_path, started):
         read_settings(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="--set epochs"):
         assignments(["epochs"])
+    with pytest.raises(UserError, match="did you mean epochs"):
+        started("--set", "epoch=3")
     with pytest.raises(UserError, match=r"'8,x'"):
         started("--step-epochs", "8,x")
 
@@ -254,6 +261,7 @@ def test_small_data_get_epochs_for_some_hundred_steps(shapes):
         ({"optimizer": "lion"}, r"optimizer 'lion'"),
         ({"loss": {"box_loss": "l3"}}, r"loss.box_loss 'l3'"),
         ({"trainable_stages": 6}, r"trainable_stages 6"),
+        ({"model": {"preprocessing": {"min_size_px": 200, "max_size_px": 100}}}, r"side of 200 px \(--min-size\)"),
         ({"model": "maskrcnn_resnet19"}, r"maskrcnn_resnet19"),
         (
             {"model": {"class_names": ["cat"], "category_ids": [1]}},
@@ -382,3 +390,16 @@ def test_class_weights_are_set_one_by_one_or_together(started):
     assert call["settings"]["loss"]["class_weights"] == {"1": 2.0, "dog": 3.0, "cat": 4.0}
     call = started("--set", "loss.class_weights={dog: 3}", "--set", "loss.class_weights=inverse", "--data", "x")
     assert call["settings"]["loss"]["class_weights"] == "inverse"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("predict", ("x.png",)), ("evaluate", ("x.onnx",)), ("verify", ("x.onnx", "y.onnx"))]
+)
+def test_python_refuses_the_numbers_that_the_command_line_refuses(command, arguments):
+    parameters = inspect.signature(getattr(getattr(cli, command), command), eval_str=True).parameters
+    for name, parameter in parameters.items():
+        option = parameter.annotation.__metadata__[0]
+        for bound, step in ((option.min, -1), (option.max, 1)) if not name.startswith("actor") else ():
+            if bound is not None:
+                with pytest.raises(UserError, match=f"^{name} {bound + step}\n"):
+                    getattr(maskrcnn, command)(*arguments, **{name: bound + step})

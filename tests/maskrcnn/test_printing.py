@@ -8,6 +8,7 @@ import sys
 import pytest
 from command_line import expect_error
 
+from maskrcnn.cli import main
 from maskrcnn.cli.console import ConsoleProgress, console, show
 from maskrcnn.errors import UserError, report_errors, require_memory
 
@@ -171,3 +172,16 @@ def test_a_file_of_any_content_is_an_error_without_a_traceback(run, tmp_path, sh
             assert code == 1 and "internal error" not in err, (command, name, err)
             if not (command.startswith("data check") and out):  # a report with an error
                 assert err.startswith("Error: ") and "\n  fix:      " in err, (command, name, err)
+
+
+def test_the_home_folder_is_found_where_the_shell_did_not(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["maskrcnn", "inspect", "--json=~/new/x.json", "~/no.onnx"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"no file {tmp_path}/no.onnx" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["maskrcnn", "inspect", "--json=~/file/x.json", "~/no.onnx"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{tmp_path}/file is no folder" in capsys.readouterr().err

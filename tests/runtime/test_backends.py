@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,14 @@ import pytest
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
+from maskrcnn.export.inspection import inspect
 from maskrcnn.metadata import KEY
 from maskrcnn.runtime import Detector
 from maskrcnn.runtime.backends.base import detector_specs
 from maskrcnn.runtime.build.openvino import build_openvino_engine
 from maskrcnn.runtime.detector import load_backend
-from maskrcnn.runtime.evaluation.evaluate import detect_records, evaluate, score_kinds
+from maskrcnn.runtime.engine_files import read_metadata
+from maskrcnn.runtime.evaluation.evaluate import detect_records, evaluate, names_line, score_kinds
 from maskrcnn.runtime.evaluation.protocol import METRICS
 from maskrcnn.runtime.verification.compare import EXACT, HALF
 from maskrcnn.runtime.verification.inputs import compare_backends
@@ -161,15 +164,29 @@ def test_results_of_parts_of_a_dataset_score_like_the_whole(onnx_file, shapes):
 
 
 def test_a_model_of_other_classes_is_refused(onnx_file, shapes, tmp_path):
-    import shutil
-
     root = shutil.copytree(shapes, tmp_path / "other")
     path = root / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
     content["categories"].append({"id": 17, "name": "star"})
     path.write_text(json.dumps(content))
+    detector = Detector.load(onnx_file)
     with pytest.raises(UserError, match=r"3 classes without category id\(s\) \[17\]"):
-        evaluate(Detector.load(onnx_file), CocoDataset.load(root, "val"))
+        evaluate(detector, CocoDataset.load(root, "val"))
+    content["categories"] = [{"id": 1, "name": " Circle"}, {"id": 2, "name": "box"}, {"id": 3, "name": "triangle"}]
+    path.write_text(json.dumps(content))
+    line = names_line(detector, CocoDataset.load(root, "val")) or ""
+    assert "1 of 3 classes" in line and "(category id 2: 'rectangle', 'box')" in line
+    assert names_line(detector, CocoDataset.load(shapes, "val")) is None
+
+
+def test_an_engine_that_was_cut_short_is_told_by_every_reader(half_openvino_engine, tmp_path):
+    for suffix in (".xml", ".bin"):
+        shutil.copy(half_openvino_engine.with_suffix(suffix), tmp_path / f"m{suffix}")
+    with open(tmp_path / "m.bin", "r+b") as file:
+        file.truncate(1000)
+    for read in (read_metadata, Detector.load, inspect):
+        with pytest.raises(UserError, match=r"m\.bin: 1000 bytes"):
+            read(tmp_path / "m.xml")
 
 
 def test_a_half_precision_engine_is_kept_when_it_agrees(tmp_path, onnx_file):

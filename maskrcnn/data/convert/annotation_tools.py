@@ -39,6 +39,7 @@ from maskrcnn.data.convert.source import (
 )
 from maskrcnn.data.convert.vocabulary import Vocabulary, build_vocabulary
 from maskrcnn.errors import UserError
+from maskrcnn.files import files_below
 
 _NO_AREA = "shape that has no area"
 _MALFORMED = "malformed shape"
@@ -85,7 +86,7 @@ def open_labelme(root: Path, options: Options, faults: Faults) -> Source:
     Raises:
         UserError: where there is no JSON file, or labels clash.
     """
-    files = sorted(require_folder(root, _LABELME_LAYOUT).rglob("*.json"))
+    files = files_below(require_folder(root, _LABELME_LAYOUT), (".json",))
     has_splits = are_splits(path.relative_to(root) for path in files)
     entries = list(faults.convert_each(files, partial(_labelme_entry, root, has_splits=has_splits)))
     require_entries(entries, root, _LABELME_LAYOUT)
@@ -230,7 +231,7 @@ def open_via(root: Path, options: Options, faults: Faults) -> Source:
     Raises:
         UserError: where there is no JSON file, the class attribute is ambiguous, or classes clash.
     """
-    files = [root] if root.is_file() else sorted(root.rglob("*.json"))
+    files = [root] if root.is_file() else files_below(root, (".json",))
     base = root.parent if root.is_file() else root
     if options.class_name and (options.class_attribute or options.classes or options.alias):
         found = "--class with --class-attribute, --classes or --alias"

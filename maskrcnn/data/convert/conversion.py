@@ -101,7 +101,8 @@ class SplitPlan:
                 indices[key].add(index)
         for split, path in self.lists.items():
             for where, key in _read_list(path):
-                matching = indices.get(key, set())
+                first_word = key.partition(" ")[0]  # of lists with more columns
+                matching = indices.get(key) or indices.get(first_word, set())
                 if len(matching) != 1:
                     found = f"{where}: {key}" + (f", the name of {len(matching)} images" if matching else "")
                     expected = "the path, file name or id of one image of the dataset"
@@ -171,7 +172,7 @@ def split_plan(
 def _read_list(path: Path) -> list[tuple[str, str]]:
     """The images of a list with the place of each: from lines of text, a JSON list, or COCO JSON's image ids."""
     if path.suffix.lower() != ".json":
-        return [(f"{path}, line {number}", line.split()[0]) for number, line in read_lines(path)]
+        return [(f"{path}, line {number}", line.replace("\t", " ")) for number, line in read_lines(path)]
     content = values = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         values = [image.get("id") if isinstance(image, dict) else None for image in content["images"]]
@@ -234,6 +235,9 @@ def convert(
     source, out, faults = Path(source), Path(os.path.realpath(out)), Faults(keep_going=keep_going)
     if not source.exists():
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
+    if source.is_dir() and Path(os.path.realpath(source)) in out.parents:
+        found = f"{out}, in {source}, which the command reads"
+        raise UserError(found, "a folder elsewhere: the next command would read its annotations too", "name another")
     opened = chosen.open(source, options, faults)
     splits = plan.assign(opened.entries, faults, has_splits=opened.has_splits)
     for split in sorted({split for split in splits if split}):

@@ -31,6 +31,7 @@ from maskrcnn.data.convert.source import (
 from maskrcnn.data.convert.vocabulary import Vocabulary, read_classes
 from maskrcnn.data.images import IMAGE_SUFFIXES, read_header
 from maskrcnn.errors import UserError
+from maskrcnn.files import files_below
 
 # Ids of the classes with instances in Cityscapes' benchmark (cityscapesScripts, labels.py).
 _CITYSCAPES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"}
@@ -142,9 +143,9 @@ def _open(root: Path, layout: _Layout, vocabulary: Vocabulary, decode: _Decoder,
 def _files_by_key(folder: Path, ending: str, sets: tuple[str, ...]) -> dict[Path, Path]:
     """Path relative to the folder, without ending and suffix -> file."""
     files: dict[Path, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder, IMAGE_SUFFIXES):
         relative = path.relative_to(folder)
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.stem.endswith(ending):
+        if not path.stem.endswith(ending):
             continue
         if sets and relative.parts[0] not in sets:
             continue
@@ -244,7 +245,7 @@ def open_mask_files(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return files_below(folder, IMAGE_SUFFIXES)
 
 
 def _size_of(masks: Sequence[Path]) -> tuple[int, int] | None:

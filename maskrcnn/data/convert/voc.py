@@ -7,7 +7,8 @@ and 255 is an unlabelled border.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -32,6 +33,7 @@ from maskrcnn.data.convert.source import (
 from maskrcnn.data.convert.vocabulary import Vocabulary, build_vocabulary, normalized
 from maskrcnn.data.images import IMAGE_SUFFIXES
 from maskrcnn.errors import UserError
+from maskrcnn.files import files_below
 
 # Number k of SegmentationClass is CLASS_NAMES[k - 1].
 CLASS_NAMES: tuple[str, ...]
@@ -41,6 +43,7 @@ CLASS_NAMES += ("tvmonitor",)
 _VOID = 255  # borders, and objects too difficult to outline
 _SETS = ("train", "val", "test")
 _MIN_AGREEMENT = 0.9  # share of an object's pixels that must have its class
+_FLAGGED = re.compile(r"(.+?)\s+(-?\d)")  # a line of a class's list: stem, and 1, 0 or -1
 _LAYOUT = "a folder such as VOC2012, with Annotations, JPEGImages and optional ImageSets"
 _DIFFICULT = ("crowd", "keep", "drop")
 _CORRECT = "correct the file"
@@ -100,26 +103,27 @@ def _entries(folder: Path, sets: list[str], options: Options) -> Iterator[Entry]
     images = {path.stem: path.name for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     splits: dict[str, str | None]
     if (folder / "ImageSets").is_dir():
-        splits = _read_splits(require_folder(_lists(folder, options), _LAYOUT), sets)
+        splits = _read_splits(require_folder(_lists(folder, options), _LAYOUT), sets, images)
     elif options.with_masks:
         raise UserError(f"no folder {folder / 'ImageSets'}", "lists of the images with masks", "convert without masks")
     else:
-        splits = dict.fromkeys(path.stem for path in xml_folder.glob("*.xml"))
+        splits = dict.fromkeys(path.stem for path in files_below(xml_folder, (".xml",)))
     for stem, split in sorted(splits.items()):
         name = images.get(stem, f"{stem}.jpg")
         yield Entry(name=name, path=xml_folder / f"{stem}.xml", split=split, data=folder / "JPEGImages" / name)
 
 
-def _read_splits(lists: Path, sets: list[str]) -> dict[str, str | None]:
-    """Image stem -> name of the list that has it."""
+def _read_splits(lists: Path, sets: list[str], images: Container[str]) -> dict[str, str | None]:
+    """Image stem -> name of the list that has it; lines may have a flag, and stems of `images` spaces."""
     names = [name for name in sets if (lists / f"{name}.txt").is_file()]
     if not names:
         raise UserError(f"no list in {lists}", f"{', '.join(sets or _SETS)} (.txt)", "name lists with --sets")
     splits: dict[str, str | None] = {}
     for name in names:
         for number, line in read_lines(lists / f"{name}.txt"):
-            stem, *flag = line.split()
-            if flag == ["-1"]:  # a class's list: the image has no object of the class
+            flagged = None if line in images else _FLAGGED.fullmatch(line)
+            stem, flag = flagged.groups() if flagged else (line, "")
+            if flag == "-1":  # a class's list: the image has no object of the class
                 continue
             first = splits.setdefault(stem, name)
             if first != name:
