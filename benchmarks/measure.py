@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from contenders import Contender, backend_of, precision_of
+from mismatch import Mismatch, compare_detections, merge_mismatches
 from resources import call_in_new_process, watch_gpu
 from session import Progress, Unfinished, one_line
 from timing import Samples, time_in_turns
@@ -28,7 +29,7 @@ from maskrcnn.imaging.preprocess import batch_images
 from maskrcnn.runtime.backends.base import TimedInference
 from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.evaluation.evaluate import evaluate
-from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, Mismatch, compare_detections, merge_mismatches
+from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8
 
 PARTS = ("decode", "preprocess", "copy in", "engine", "copy out", "postprocess")
 

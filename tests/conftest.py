@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hypothesis import settings
 from shared_files import made_once, tracing_once
 from tiny import TINY_POSE, TINY_V2, keypoints_in, lively_model, tiny_config
 
+from maskrcnn import cli
 from maskrcnn.data.poses import generate_poses
 from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.model.detector import MaskRCNN
@@ -201,3 +203,21 @@ def kernels_for_cpu(shared) -> Path:
     if kernels_on_cpu.compiler() is None:
         pytest.skip("no C++ compiler")
     return shared("kernels", kernels_on_cpu.build) / "libmaskrcnn_kernels.so"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command line in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["maskrcnn", *map(str, arguments)])
+        monkeypatch.setattr(cli.console, "_file", None)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call

@@ -127,7 +127,11 @@ def export(
     spec = weights or path or runs.newest_checkpoint()
     if weights is None and not Path(spec).exists():
         raise UserError(f"no file {spec}", "a checkpoint", "check the path, or train one: `maskrcnn train`")
-    loaded = _load(spec, model, batch_norm_epsilon, changes, detectron2_config)
+    from maskrcnn.weights.torchvision import load_detector
+
+    loaded = load_detector(
+        spec, model, batch_norm_epsilon=batch_norm_epsilon, settings=changes, detectron2_config=detectron2_config
+    )
     origin = loaded.path
     for line in loaded.messages():
         progress.message(line)
@@ -355,20 +359,6 @@ def _names(given: Sequence[str] | str | Path) -> tuple[str, ...]:
     if path.suffix == ".txt" or isinstance(given, Path):
         raise UserError(f"no file {path}", "a text file with a name on each line", "check --class-names")
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _load(
-    source: str | Path,
-    model: str | None,
-    batch_norm_epsilon: float | None,
-    changes: dict[str, Any],
-    detectron2_config: str | Path | None,
-) -> LoadedDetector:
-    from maskrcnn.weights.torchvision import load_detector
-
-    return load_detector(
-        source, model, batch_norm_epsilon=batch_norm_epsilon, settings=changes, detectron2_config=detectron2_config
-    )
 
 
 def _variant_name(path: Path, precision: str, *, simulate: bool, tensorrt: bool) -> Path:

@@ -23,7 +23,7 @@ from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.data.survey import ImageSurvey, measured_range, read_record, survey_images, unreadable_images, with_exif
 from maskrcnn.errors import UserError
 from maskrcnn.files import check_output_folder, locked, make_folder, write_json
-from maskrcnn.imaging.draw import Mark, beside, colour_of, draw_marks, overlay, with_pose
+from maskrcnn.imaging.draw import Mark, colour_of, draw_marks, overlay, stacked, with_pose
 from maskrcnn.imaging.preprocess import PRESETS
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.runtime import Detector
@@ -705,7 +705,7 @@ def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], l
             sides = [draw_marks(image, _annotated(record, names, skeleton)), overlay(image, found, names, skeleton)]
             for side in sides:
                 side.thumbnail((_DRAWN_PX, _DRAWN_PX))
-            images.append((f"prediction-{number}", np.asarray(beside(sides))))
+            images.append((f"prediction-{number}", np.asarray(stacked(sides))))
         return images
 
     return draw

@@ -7,6 +7,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from maskrcnn.data.coco import CocoDataset, instance_mask
 from maskrcnn.data.records import ImageRecord, Instance
 from maskrcnn.data.survey import read_for_display
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.draw import colour_of, save_drawing
+from maskrcnn.imaging.draw import colour_of, save_drawing, stacked
 
 _EXAMPLES = 3  # of each problem
 _MAX_CLASSES = 100  # rows of the table; JSON has all classes
@@ -186,6 +187,7 @@ _LETTER_PX = 7.5  # average width at that size
 _OPACITY = 0.4
 _MIN_VIEW_PX = 64  # of the enlarged part; smaller ones show only squares
 _BACKGROUND = (32, 32, 32)
+_join = partial(stacked, background=_BACKGROUND)
 
 
 @dataclass(frozen=True)
@@ -333,18 +335,6 @@ def _with_caption(image: Image.Image, text: str) -> Image.Image:
     for number, line in enumerate(lines):
         ImageDraw.Draw(bar).text((6, 3 + number * step), line, fill="white", font=font)
     return _join([bar, image], vertical=True)
-
-
-def _join(images: Sequence[Image.Image], *, vertical: bool = False) -> Image.Image:
-    """Images side by side, or one below the other."""
-    widths, heights = zip(*(image.size for image in images), strict=True)
-    size = (max(widths), sum(heights)) if vertical else (sum(widths), max(heights))
-    joined = Image.new("RGB", size, _BACKGROUND)
-    offset = 0
-    for image in images:
-        joined.paste(image, (0, offset) if vertical else (offset, 0))
-        offset += image.height if vertical else image.width
-    return joined
 
 
 def _slug(text: str) -> str:

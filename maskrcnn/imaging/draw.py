@@ -150,14 +150,15 @@ def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
     return _draw(_enlarge(image, scale), enlarged)
 
 
-def beside(images: Sequence[Image.Image]) -> Image.Image:
-    """Images side by side, aligned at the top."""
-    joined = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
+def stacked(images: Sequence[Image.Image], *, vertical: bool = False, background: Colour = (0, 0, 0)) -> Image.Image:
+    """Images side by side, or one below the other, aligned at the top or the left."""
+    widths, heights = zip(*(image.size for image in images), strict=True)
+    whole = Image.new("RGB", (max(widths), sum(heights)) if vertical else (sum(widths), max(heights)), background)
+    offset = 0
     for image in images:
-        joined.paste(image, (left, 0))
-        left += image.width
-    return joined
+        whole.paste(image, (0, offset) if vertical else (offset, 0))
+        offset += image.height if vertical else image.width
+    return whole
 
 
 def save_drawing(image: Image.Image, path: Path) -> None:

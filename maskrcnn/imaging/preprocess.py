@@ -278,17 +278,15 @@ def padded_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
-def linear_taps(
-    size_in: int, size_out: int, start: int = 0, stop: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the taps of linear interpolation along one axis for output pixels `start` to `stop` (default: all).
+def linear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the taps of linear interpolation along one axis.
 
     Returns:
-        `low`, `high` `[K]` int64, the two input pixels (equal at the border), and the weight `[K]` float32 of
-        `high`; that of `low` is one minus it.
+        `low`, `high` `[size_out]` int64, the two input pixels (equal at the border), and the weight `[size_out]`
+        float32 of `high`; that of `low` is one minus it.
     """
     scale = np.float32(size_in) / np.float32(size_out)
-    centres = np.arange(start, size_out if stop is None else stop, dtype=np.float32) + np.float32(0.5)
+    centres = np.arange(size_out, dtype=np.float32) + np.float32(0.5)
     # Rounded once, after the subtraction, as torch with one thread. With several threads it rounds the product as well,
     # which changes a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
     positions = (centres.astype(np.float64) * np.float64(scale) - 0.5).astype(np.float32)

@@ -244,8 +244,3 @@ def _compressed(segmentation: Any, size_hw: tuple[int, int], index: int, fault: 
     if not isinstance(counts, (str, bytes)):
         raise fault(index, f"run lengths of type {type(counts).__name__}")
     return {"size": [height, width], "counts": counts}
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

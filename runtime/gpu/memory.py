@@ -156,12 +156,6 @@ class Cuda:
         """Creates an event; `timing` allows `milliseconds`."""
         return Event(self, timing=timing)
 
-    def free_and_total(self) -> tuple[int, int]:
-        """Returns the bytes of its memory that are free, and the total."""
-        with self.active():
-            free, total = self.call("cudaMemGetInfo")
-            return int(free), int(total)
-
     def _error(self, name: str, status: Any, arguments: tuple[Any, ...]) -> Exception:
         """The error for a status of the runtime, or of the driver, whose numbers are the same."""
         kinds = self.runtime.cudaError_t

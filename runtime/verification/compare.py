@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskrcnn.errors import UserError
-from maskrcnn.imaging.postprocess import Detections
 
 _TAKEN = -1.0  # in a matrix of overlaps: this pair may not be made
 
@@ -178,16 +177,15 @@ def score_differences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def merge_keypoints(parts: Sequence[KeypointDifference | None]) -> KeypointDifference | None:
     """Merges the differences of several batches; None without keypoints."""
     present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    return KeypointDifference(
-        compared=sum(part.compared for part in present),
-        beyond=sum(part.beyond for part in present),
-        px=_largest(np.array([part.px for part in present])),
-        score=_largest(np.array([part.score for part in present])),
-        largest_px=_largest(np.array([part.largest_px for part in present])),
-        largest_score=_largest(np.array([part.largest_score for part in present])),
-    )
+    largest = ("px", "score", "largest_px", "largest_score")
+    return KeypointDifference(**_merged(present, ("compared", "beyond"), largest)) if present else None
+
+
+def _merged(parts: Sequence[Any], sums: Sequence[str], largest: Sequence[str]) -> dict[str, Any]:
+    """Fields of several differences: their sums, and the maxima of those that are not None; None if all are."""
+    values = {name: [value for part in parts if (value := getattr(part, name)) is not None] for name in largest}
+    maxima = {name: largest_of(np.array(found)) if found else None for name, found in values.items()}
+    return {name: sum(getattr(part, name) for part in parts) for name in sums} | maxima
 
 
 # Measured in single precision with random weights: 1e-4 px, scores 1e-5, no keypoint elsewhere.
@@ -311,18 +309,9 @@ class Difference:
 
 def merge(parts: list[Difference]) -> Difference:
     """Merges the differences of several batches."""
-    return Difference(
-        images=sum(p.images for p in parts),
-        detections=sum(p.detections for p in parts),
-        box_px=_largest(np.array([p.box_px for p in parts])),
-        score=_largest(np.array([p.score for p in parts])),
-        mask=_largest_present([p.mask for p in parts]),
-        mask_mean=_largest_present([p.mask_mean for p in parts]),
-        unpaired=sum(p.unpaired for p in parts),
-        departing=sum(p.departing for p in parts),
-        images_without_detections=sum(p.images_without_detections for p in parts),
-        keypoints=merge_keypoints([p.keypoints for p in parts]),
-    )
+    sums = ("images", "detections", "unpaired", "departing", "images_without_detections")
+    merged = _merged(parts, sums, ("box_px", "score", "mask", "mask_mean"))
+    return Difference(**merged, keypoints=merge_keypoints([part.keypoints for part in parts]))
 
 
 def compare_outputs(
@@ -388,14 +377,14 @@ def _compare_image(
         masks = np.abs(first["masks"][a] - second["masks"][b])
         means = masks.mean(axis=(1, 2))
         is_inside = near & (masks <= tolerance.mask).all(axis=(1, 2)) & (means <= tolerance.mask_mean)
-        mask, mask_mean = _largest(masks), _largest(means)
+        mask, mask_mean = largest_of(masks), largest_of(means)
     if "keypoints" in first:
         keypoints = compare_keypoints(first["keypoints"][a[near]], second["keypoints"][b[near]], tolerance.keypoints)
     return Difference(
         images=1,
         detections=len(first["scores"]),
-        box_px=_largest(boxes),
-        score=_largest(scores),
+        box_px=largest_of(boxes),
+        score=largest_of(scores),
         mask=mask,
         mask_mean=mask_mean,
         unpaired=sum(int(rows.sum()) for rows in not_excused),
@@ -405,149 +394,6 @@ def _compare_image(
     )
 
 
-_DETECTIONS_MIN_IOU = 0.5  # of a pair of detections of the same label
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mismatch:
-    """Maximum differences between the paired detections of two models, in pixels of the original images."""
-
-    images: int = 0
-    detections: int = 0  # of the reference
-    other_detections: int = 0
-    labels: int = 0  # different labels in the reference, maximum over the images
-    unpaired: int = 0  # of both sides, without excused ones
-    excused: int = 0  # of both sides, see `at_edge`
-    reordered: int = 0  # pairs at different ranks
-    box_px: float = 0.0
-    score: float = 0.0
-    masks: int = 0  # pairs of masks
-    jumped: int = 0  # pairs of masks in windows of different size, see `compare_detections`
-    mask_px: int = 0  # differing pixels of a pair, without jumped ones
-    mask_px_sum: int = 0  # differing pixels of all pairs, without jumped ones
-    mask_iou: float = 1.0  # minimum over the pairs, without jumped ones
-    jumped_mask_iou: float = 1.0  # minimum over the jumped pairs
-    keypoints: KeypointDifference | None = None  # None: one of the two has none
-
-    def within(
-        self,
-        *,
-        box_px: float,
-        score: float,
-        mask_iou: float,
-        unpaired_share: float,
-        keypoints: KeypointTolerance = _EXACT_KEYPOINTS,
-    ) -> bool:
-        """Whether the differences are within these limits."""
-        return (
-            self.box_px <= box_px
-            and self.score <= score
-            and self.mask_iou >= mask_iou
-            and (self.keypoints is None or self.keypoints.within(keypoints))
-            and self.unpaired <= unpaired_share * max(self.detections, self.other_detections)
-        )
-
-    def __str__(self) -> str:
-        masks = f", masks {self.mask_px} px (sum {self.mask_px_sum}, IoU ≥ {self.mask_iou:.4f})" if self.masks else ""
-        return (
-            f"{self.detections} and {self.other_detections} detections, {self.labels} labels, "
-            f"{self.unpaired} unpaired, {self.excused} at the edge, {self.reordered} reordered; "
-            f"boxes {self.box_px:.2g} px, scores {self.score:.2g}{masks}"
-            + (f", {self.keypoints}" if self.keypoints is not None else "")
-            + (f", {self.jumped} windows jumped (IoU ≥ {self.jumped_mask_iou:.2f})" if self.jumped else "")
-        )
-
-
-def merge_mismatches(parts: Sequence[Mismatch]) -> Mismatch:
-    """Merges the mismatches of several images."""
-    counts = ("images", "detections", "other_detections", "unpaired", "excused", "reordered")
-    sums = (*counts, "masks", "jumped", "mask_px_sum")
-    values: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in sums}
-    for name in ("labels", "box_px", "score", "mask_px"):
-        values[name] = max((getattr(part, name) for part in parts), default=0)
-    for name in ("mask_iou", "jumped_mask_iou"):
-        values[name] = min((getattr(part, name) for part in parts), default=1.0)
-    return Mismatch(**values, keypoints=merge_keypoints([part.keypoints for part in parts]))
-
-
-def compare_detections(
-    reference: Detections,
-    other: Detections,
-    tolerance: KeypointTolerance = _EXACT_KEYPOINTS,
-    *,
-    edge: float = 1e-3,
-    max_rows: int = 100,
-    score_threshold: float = 0.05,
-) -> Mismatch:
-    """Compares two models' detections on the same image: pairs them, see `pair_detections`, and measures the pairs.
-
-    Masks are pasted into windows of whole pixels. A box side within rounding of the next pixel may move its window by
-    one, which resizes the mask to another size: such a pair is counted as jumped, not as differing.
-
-    Args:
-        reference: detections in pixels of the image, by descending score.
-        other: detections of the other model.
-        tolerance: of the keypoints.
-        edge: margin of scores without a partner, see `at_edge`.
-        max_rows: maximum number of detections that a side reports.
-        score_threshold: minimum score that is reported.
-    """
-    first, second, *unpaired = pair_detections(
-        reference.boxes_xyxy_px, reference.labels, other.boxes_xyxy_px, other.labels, _DETECTIONS_MIN_IOU
-    )
-    excused = sum(
-        int(at_edge(side.scores, rows, edge, score_threshold, max_rows).sum())
-        for side, rows in zip((reference, other), unpaired, strict=True)
-    )
-    keypoints = None
-    if reference.keypoints is not None and other.keypoints is not None:
-        keypoints = compare_keypoints(reference.keypoints[first], other.keypoints[second], tolerance)
-    return Mismatch(
-        images=1,
-        detections=len(reference),
-        other_detections=len(other),
-        labels=len(np.unique(reference.labels)),
-        unpaired=sum(map(len, unpaired)) - excused,
-        excused=excused,
-        reordered=int((first != second).sum()),
-        box_px=_largest(np.abs(reference.boxes_xyxy_px[first] - other.boxes_xyxy_px[second])),
-        score=_largest(np.abs(reference.scores[first] - other.scores[second])),
-        **(_compare_masks(reference, other, first, second) if reference.has_masks or other.has_masks else {}),
-        keypoints=keypoints,
-    )
-
-
-def _compare_masks(reference: Detections, other: Detections, first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """The fields of `Mismatch` about masks, for pairs of detections `first[k]` and `second[k]`."""
-    masks, other_masks = reference.full_masks()[first], other.full_masks()[second]
-    differing = (masks ^ other_masks).sum(axis=(1, 2))
-    windows, other_windows = _windows(reference)[first], _windows(other)[second]
-    jumped = (windows != other_windows).any(axis=1) & (np.abs(windows - other_windows) <= 1).all(axis=1)
-    lost = differing / np.maximum((masks | other_masks).sum(axis=(1, 2)), 1)
-    return {
-        "masks": len(masks),
-        "jumped": int(jumped.sum()),
-        "mask_px": int(_largest(differing[~jumped])),
-        "mask_px_sum": int(differing[~jumped].sum()),
-        "mask_iou": 1.0 - _largest(lost[~jumped]),
-        "jumped_mask_iou": 1.0 - _largest(lost[jumped]),
-    }
-
-
-def _windows(detections: Detections) -> np.ndarray:
-    """Whole pixels `[D, 4]` of the boxes, grown by one pixel of a 28 × 28 mask on each side."""
-    corners = detections.boxes_xyxy_px.reshape(-1, 2, 2)
-    half = (corners[:, 1] - corners[:, 0]) * np.float32(0.5) * np.float32(30 / 28)
-    centre = (corners[:, 1] + corners[:, 0]) * np.float32(0.5)
-    return np.concatenate([centre - half, centre + half], axis=1).astype(np.int64)
-
-
-def _largest_present(values: list[float | None]) -> float | None:
-    """The maximum of the values that are not None; None if all are."""
-    present = [value for value in values if value is not None]
-    return _largest(np.array(present)) if present else None
-
-
-def _largest(values: np.ndarray) -> float:
-    """The maximum; 0 of an empty array, NaN if any is NaN."""
+def largest_of(values: np.ndarray) -> float:
+    """The maximum of an array; 0 of an empty one, NaN if any is NaN."""
     return float(np.asarray(values, np.float64).max()) if values.size else 0.0

@@ -17,6 +17,7 @@ from maskrcnn.runtime.verification.compare import (
     Pairs,
     at_edge,
     keypoint_distances,
+    largest_of,
     pair_boxes,
     pair_detections,
     score_differences,
@@ -155,7 +156,7 @@ def _detection_errors(
     scores = np.abs(sides[0]["scores"][a] - sides[1]["scores"][b])
     errors = {
         "boxes": _box_error(sides[0]["boxes"][a], sides[1]["boxes"][b], unpaired),
-        "scores": StageError(values=scores, largest=_largest(scores), compared=len(a)),
+        "scores": StageError(values=scores, largest=largest_of(scores), compared=len(a)),
         "labels": StageError(values=labels, largest=float(np.isinf(labels).any()), compared=len(a)),
     }
     agree = (_relative_shifts(sides[0]["boxes"][a], sides[1]["boxes"][b]) <= tolerances.agreement) & (labels == 0)
@@ -216,7 +217,7 @@ def _keypoint_error(reference: np.ndarray, other: np.ndarray, boxes: np.ndarray)
         return StageError(values=np.zeros(0), note="no rows whose boxes agree")
     distances = keypoint_distances(reference, other)
     values = np.maximum(distances / _sizes_px(boxes)[:, None], score_differences(reference, other))
-    return StageError(values=values.ravel(), largest=_largest(distances), compared=distances.size)
+    return StageError(values=values.ravel(), largest=largest_of(distances), compared=distances.size)
 
 
 def _relative_rms(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = True) -> tuple[np.ndarray, float]:
@@ -225,14 +226,14 @@ def _relative_rms(reference: np.ndarray, other: np.ndarray, *, is_relative: bool
     rms = np.sqrt(np.square(difference, dtype=np.float64).mean(axis=1))
     spread = np.sqrt(np.square(reference, dtype=np.float64).mean()) if is_relative else 1.0
     largest = difference.max(axis=1)
-    return np.maximum(rms, largest / PEAK) / np.maximum(spread, _TINY), _largest(largest)
+    return np.maximum(rms, largest / PEAK) / np.maximum(spread, _TINY), largest_of(largest)
 
 
 def _box_error(reference: np.ndarray, other: np.ndarray, alone: int) -> StageError:
     values = _relative_shifts(reference, other)
     return StageError(
         values=np.concatenate([values, np.full(alone, np.inf)]),
-        largest=_largest(np.abs(reference - other)),
+        largest=largest_of(np.abs(reference - other)),
         compared=len(reference),
         alone=alone,
     )
@@ -240,10 +241,6 @@ def _box_error(reference: np.ndarray, other: np.ndarray, alone: int) -> StageErr
 
 def _float(value: np.ndarray) -> np.ndarray:
     return np.asarray(value, np.float32)
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(values.max()) if values.size else 0.0
 
 
 def _shape(value: np.ndarray) -> str:

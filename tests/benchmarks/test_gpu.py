@@ -75,28 +75,6 @@ def test_a_check_stopped_by_the_budget_is_left_out(tmp_path, monkeypatch):
     assert found["outcome"] == "left out" and "the time budget was spent" in found["why"]
 
 
-def test_the_documented_checks():
-    checks = {check.name: check for check in gpu.checks()}
-    run.parse(checks["pytorch"].command[1:])
-    assert "tensorrt" in checks["tensorrt"].packages
-    assert checks["tensorrt"].command[-3:] == ("-m", "tensorrt", "tests")
-    for batch in (1, 8, 16):
-        script, *options = checks[f"latency-{batch}"].command
-        given = run.parse(options)
-        assert script == "benchmarks/run.py" and given.workload == "resnet50" and given.gpu_only
-        assert (given.size, given.batch) == ([(800, 1344)], (batch,))
-        assert given.output.name == f"latency-{batch}" and given.repeat
-    assert all(check.limit_s < 600 for check in checks.values())
-    for call in (1, 2):
-        assert sum(check.limit_s for check in checks.values() if call in check.calls) <= gpu.CALL_S
-    assert "tests-plugins" in checks and "--checkpoint-only" in checks["pytorch"].command
-
-
-def test_scripts_of_the_checks_exist():
-    scripts = [check.command[0] for check in gpu.checks() if check.command[0].endswith(".py")]
-    assert scripts and all((Path(gpu.__file__).parents[1] / script).is_file() for script in scripts)
-
-
 class CpuMemory:
     """Host memory in place of a GPU's, for kernels compiled for the CPU."""
 
@@ -172,6 +150,18 @@ def test_files_that_cannot_be_imported_do_not_hide_failed_tests(tmp_path):
     assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
     (tmp_path / "test_b.py").write_text("def test_b(): assert False\n")
     assert gpu.run_check(check, tmp_path)["outcome"] == "failed"
+
+
+def test_the_checks_are_commands_that_exist_and_fit_in_the_time_of_their_call():
+    for check in gpu.checks():
+        script, *options = check.command
+        assert check.limit_s < 600 and (
+            not script.endswith(".py") or (Path(gpu.__file__).parents[1] / script).is_file()
+        )
+        if script == "benchmarks/run.py":
+            run.parse(options)
+    for call in (1, 2):
+        assert sum(check.limit_s for check in gpu.checks() if call in check.calls) <= gpu.CALL_S
 
 
 def test_dry_run_starts_the_checks_in_order_and_archives_their_output(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import contenders
 import jsonschema
@@ -12,7 +11,6 @@ import pytest
 import run
 import torch
 import workloads
-from session import one_line
 
 from maskrcnn.errors import UserError
 
@@ -147,11 +145,6 @@ def test_size_is_checked(text):
         run.parse(["--size", text])
 
 
-def test_reasons_are_one_line():
-    assert "\n" not in one_line(UserError("a\nb", "c", "d"))
-    assert one_line(RuntimeError("x\n" * 500)).startswith("RuntimeError: x x")
-
-
 def test_torch_compile_adds_rows(checkpoint):
     artefacts = contenders.Artefacts(checkpoint=checkpoint, complete=False)
     plain, asked = (contenders.our_contenders(artefacts, compiled=compiled) for compiled in (False, True))
@@ -226,13 +219,6 @@ def test_gpu_only_needs_a_gpu(monkeypatch):
         run.main(["--gpu-only"])
 
 
-def test_max_images_is_positive_and_has_two_names():
-    assert run.parse(["--max-images", "3"]).max_images == run.parse(["--images", "3"]).max_images == 3
-    for text in ("0", "-1", "many"):
-        with pytest.raises(SystemExit):
-            run.parse(["--max-images", text])
-
-
 def test_images_of_a_trained_model_can_be_resized(folder):
     rows = run.main(["--size", "64x96,96x64", "--repeat", "1", "--batch", "1", "--no-peers", "--max-images", "2"])
     running = [row for row in rows if row.status == "ok"]
@@ -262,15 +248,6 @@ def test_rejected_files_are_no_contenders(folder):
     assert [path.name for path in found.onnx] == ["model.onnx", "model.fp16.onnx"]
     assert [path.name for path in found.engines] == ["model.fp16.xml"]
     assert [path.name for path in found.others] == ["model.fp16.engine"]
-
-
-def test_a_row_names_the_provider():
-    def opened(name):
-        return SimpleNamespace(backend=SimpleNamespace(name=name))
-
-    assert contenders.backend_of(opened("ONNX Runtime CUDA"), "ONNX Runtime") == "ONNX Runtime CUDA"
-    assert contenders.backend_of(opened("OpenVINO"), "OpenVINO engine") == "OpenVINO engine"
-    assert contenders.backend_of(object(), "ONNX Runtime") == "ONNX Runtime"
 
 
 @pytest.mark.parametrize(("has_cuda", "on_cpu"), [(True, {"OpenVINO"}), (False, {"OpenVINO", "ONNX Runtime"})])

@@ -4,6 +4,7 @@ import functools
 import pickle
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from tiny import TINY_POSE, lively_model, tiny_config
@@ -12,6 +13,11 @@ from variants import variant_model
 from maskrcnn.export.exporter import export_onnx
 from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def proto(onnx_file) -> onnx.ModelProto:
+    return onnx.load(onnx_file)
 
 
 @pytest.fixture(scope="session")

@@ -27,11 +27,6 @@ ALLOWED_OPS = {
 }
 
 
-@pytest.fixture(scope="module")
-def proto(onnx_file) -> onnx.ModelProto:
-    return onnx.load(onnx_file)
-
-
 def test_the_main_graph_has_only_allowed_operators(proto):
     counts = op_counts(proto)
     assert set(counts) <= ALLOWED_OPS

@@ -19,7 +19,7 @@ from maskrcnn.cli import app
 from maskrcnn.errors import UserError
 from maskrcnn.export.inspection import costs_of, inspect
 from maskrcnn.metadata import KEY, sha256_of
-from maskrcnn.runtime.backends.placement import Placement, placements
+from maskrcnn.runtime.backends.placement import placements
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
 
@@ -187,11 +187,6 @@ def test_the_cpu_provider_takes_every_node(onnx_file):
     assert cpu.text() == f"CPU: all {sum(cpu.taken.values())} nodes"
     for other in found.values():  # a provider that is not usable gives a reason
         assert other.taken or other.why_not
-
-
-def test_nodes_left_to_the_cpu_are_named():
-    found = Placement("CUDAExecutionProvider", {"Conv": 9}, {"NonZero": 2, "TopK": 1}, ("a", "b", "c"))
-    assert found.text() == "CUDA: 9 of 12 nodes; left to the CPU: NonZero 2, TopK 1 (a, b, c)"
 
 
 def test_a_provider_that_crashes_gets_a_reason(onnx_file, one_provider, at_start):

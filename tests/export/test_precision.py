@@ -18,11 +18,6 @@ FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onn
 
 
 @pytest.fixture(scope="module")
-def proto(onnx_file) -> onnx.ModelProto:
-    return onnx.load(onnx_file)
-
-
-@pytest.fixture(scope="module")
 def half(proto):
     return to_half(proto, "fp16")
 

@@ -31,11 +31,6 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 
 @pytest.fixture(scope="module")
-def proto(onnx_file) -> onnx.ModelProto:
-    return onnx.load(onnx_file)
-
-
-@pytest.fixture(scope="module")
 def feeds(onnx_file, shapes) -> list[dict[str, np.ndarray]]:
     return list(feeds_from_files(images_in(shapes / "train", 6), read_model(onnx_file)[1]))
 

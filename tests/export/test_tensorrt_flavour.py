@@ -14,11 +14,6 @@ from maskrcnn.stages import STAGES
 
 
 @pytest.fixture(scope="module")
-def proto(onnx_file) -> onnx.ModelProto:
-    return onnx.load(onnx_file)
-
-
-@pytest.fixture(scope="module")
 def flavour(proto) -> onnx.ModelProto:
     return tensorrt_flavour(proto)
 

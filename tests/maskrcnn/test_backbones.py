@@ -8,7 +8,7 @@ import torch
 import torchvision
 from tiny import lively_model, tiny_config
 
-from maskrcnn.config import BACKBONES, MODELS, OTHER_BACKBONES, RESNETS, ModelConfig, from_dict, model_config, to_dict
+from maskrcnn.config import BACKBONES, MODELS, OTHER_BACKBONES, RESNETS, model_config
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.model.backbone import Backbone, FoldedBatchNorm2d, FoldedConv2d
@@ -171,20 +171,12 @@ def test_every_backbone_has_a_named_model_with_and_without_masks():
     assert model_config("maskrcnn_mobilenet_v3_large_fpn").batch_norm_epsilon == 1e-3
 
 
-def test_a_configuration_of_before_these_choices_means_what_it_meant():
-    old = to_dict(ModelConfig(class_names=("a",), backbone="resnet50"))
-    for name in ("neck", "bifpn_repeats", "pool_method"):
-        del old[name]
-    config = from_dict(ModelConfig, old)
-    assert (config.neck, config.pool_method) == ("fpn", "align")
-    assert config == ModelConfig(class_names=("a",), backbone="resnet50")
-
-
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"backbone": "resnet19"}, r"model\.backbone 'resnet19'\n  expected: one of resnet18, .*vgg16"),
         ({"neck": "nasfpn"}, r"model\.neck 'nasfpn'\n  expected: one of fpn, panet, bifpn"),
+        ({"pool_method": "warp"}, r"model\.pool_method 'warp'\n  expected: one of align, pool, crop"),
         ({"bifpn_repeats": 0}, r"model\.bifpn_repeats 0\n  expected: at least 1"),
     ],
 )

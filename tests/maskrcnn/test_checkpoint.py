@@ -83,7 +83,8 @@ def test_metadata_of_before_faster_rcnn_means_masks(tmp_path, model):
 
 def test_a_configuration_of_before_the_variants_still_loads(tmp_path, model):
     path = tmp_path / "old.safetensors"
-    newer = ("head_batch_norm", "rpn_convolutions", "box_head_convolutions", "has_masks")
+    newer = {"head_batch_norm", "rpn_convolutions", "box_head_convolutions", "has_masks"}
+    newer |= {"neck", "bifpn_repeats", "pool_method"}
     config = {name: value for name, value in to_dict(model.config).items() if name not in newer}
     write_tensors(path, model.state_dict(), {"config": config})
     assert load_checkpoint(path).config == model.config

@@ -10,7 +10,6 @@ from PIL import Image
 
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.check_report import DatasetReport, draw_findings
-from maskrcnn.errors import UserError
 
 ORIENTATION_TAG = 0x0112  # EXIF orientation
 
@@ -328,21 +327,6 @@ def test_objects_with_keypoints_are_counted(data):
     assert counts(report) == {}
     assert [split.objects_with_keypoints for split in report.splits] == [1, 0]
     assert report.text().count("1 objects with keypoints") == 1
-
-
-def test_splits_are_chosen_by_prefix(data):
-    cut_file(data)
-    assert counts(data.check(splits=["va"])) == {}
-    with pytest.raises(UserError, match="no split 'test'"):
-        data.check(splits=["test"])
-
-
-def test_a_folder_without_annotations(tmp_path):
-    with pytest.raises(UserError, match="it is empty"):
-        check_dataset(tmp_path)
-    (tmp_path / "annotations").mkdir()
-    with pytest.raises(UserError, match="it holds annotations/"):
-        check_dataset(tmp_path)
 
 
 def test_a_split_of_crowd_regions_is_an_error_where_it_is_to_be_learnt(data):

@@ -77,17 +77,6 @@ def test_roi_align_gradient_equals_torchvisions(ratio, torchvision_ratio):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
-def test_roi_align_scales_with_its_box():
-    # Doubling the map by repetition and the box with it moves the level by one and keeps averages of wide bins.
-    feature = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(3))
-    small = torch.tensor([[[64.0, 64.0, 164.0, 164.0]]])
-    one = multilevel_roi_align([feature, feature], small, output_size=2, sampling_ratio=2, aligned=True, min_level=2)
-    two = multilevel_roi_align(
-        [feature, feature], 2 * small, output_size=2, sampling_ratio=2, aligned=True, min_level=2
-    )
-    torch.testing.assert_close(one, two)
-
-
 @pytest.mark.parametrize("ratio", [2, 0])
 def test_roi_align_of_no_rois_is_empty(ratio):
     features = pyramid(torch.Generator().manual_seed(0), 2, 3)
@@ -170,26 +159,6 @@ def test_nms_by_hand():
     assert count.tolist() == [3]
     kept, count = batched_nms(boxes, groups, torch.tensor([5]), iou_threshold=0.95, max_output=2)
     assert (kept.tolist(), count.tolist()) == ([[0, 1]], [2])
-
-
-def test_nms_keeps_a_box_at_exactly_the_threshold():
-    boxes = torch.tensor([[[0, 0, 10, 10], [0, 0, 10, 5.0]]])  # IoU 0.5
-    groups = torch.zeros(1, 2, dtype=torch.int32)
-    for threshold, kept in ((0.5, 2), (0.499, 1)):
-        _, count = batched_nms(boxes, groups, torch.tensor([2]), iou_threshold=threshold, max_output=2)
-        assert count.tolist() == [kept]
-
-
-def test_nms_without_boxes():
-    kept, count = batched_nms(
-        torch.zeros(2, 3, 4),
-        torch.zeros(2, 3, dtype=torch.int32),
-        torch.zeros(2, dtype=torch.int32),
-        iou_threshold=0.5,
-        max_output=5,
-    )
-    assert kept.tolist() == [[0] * 5] * 2
-    assert count.tolist() == [0, 0]
 
 
 @st.composite

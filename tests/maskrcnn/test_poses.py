@@ -85,15 +85,6 @@ def test_the_command_draws_them_under_its_former_name_too(run, tmp_path):
     assert "│ figures" not in run("data", "--help")[1]
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not(folder, tmp_path):
-    arguments = {"train_images": 3, "val_images": 1, "size_px": 96}
-    again = generate_poses(tmp_path / "again", **arguments, seed=2)
-    for name in ("000000.png", "000002.png"):
-        assert (again / "train" / name).read_bytes() == (folder / "train" / name).read_bytes()
-    other = generate_poses(tmp_path / "other", **arguments, seed=3)
-    assert (other / "train" / "000000.png").read_bytes() != (folder / "train" / "000000.png").read_bytes()
-
-
 def test_a_complete_folder_is_kept_and_is_not_a_shapes_dataset(folder, tmp_path):
     before = (folder / "annotations" / "instances_train.json").stat().st_mtime_ns
     arguments = {"train_images": 60, "val_images": 5, "size_px": 96, "seed": 2}

@@ -103,13 +103,6 @@ def test_paste_of_a_vast_box_computes_only_the_image():
     np.testing.assert_allclose(window, 1)
 
 
-def test_paste_at_a_real_size_equals_torchvision():
-    made = made_detections(1, 20, (1080, 1920))
-    expected = torchvision_pasted(made.masks, made.boxes_xyxy_px, made.size_hw)
-    for mask, box, full in zip(made.masks, made.boxes_xyxy_px, expected, strict=True):
-        np.testing.assert_allclose(pasted(mask, box, made.size_hw), full, rtol=0, atol=PROBABILITY)
-
-
 def test_full_masks_equal_torchvision():
     made = made_detections(2, 12, (90, 130))
     expected = torchvision_pasted(made.masks, made.boxes_xyxy_px, made.size_hw)
@@ -131,15 +124,6 @@ def test_run_lengths_equal_pycocotools(seed, size_hw, level):
     for rle, mask in zip(made.rles(level), made.full_masks(level), strict=True):
         expected = mask_api.encode(np.asfortranarray(mask, np.uint8))
         assert rle == {"size": list(size_hw), "counts": expected["counts"].decode()}
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_run_lengths_of_an_empty_and_a_full_image(value):
-    box = np.array([[-100, -100, 200, 200]], np.float32)
-    masks = np.full((1, 28, 28), value, np.float32)
-    made = Detections(box, np.ones(1, np.float32), np.ones(1, np.int64), masks, (20, 30))
-    (rle,) = made.rles()
-    assert (mask_api.decode(rle) == value).all() and mask_api.decode(rle).shape == (20, 30)
 
 
 def test_no_detections():

@@ -1,4 +1,3 @@
-import json
 import math
 from collections import Counter
 
@@ -115,15 +114,13 @@ def test_size_of_objects_scales_with_the_image():
 
 
 def test_same_seed_same_bytes_and_other_seed_other_images(folder, tmp_path):
+    (tmp_path / "again").mkdir()  # an empty folder is filled
     again = generate_shapes(tmp_path / "again", **SMALL)
     other = generate_shapes(tmp_path / "other", **{**SMALL, "seed": 4})
     assert files(again) == files(folder)
     assert files(other).keys() == files(folder).keys()
-    assert files(other)["train/000000.png"] != files(folder)["train/000000.png"]
-
-
-def test_splits_differ(folder):
-    assert (folder / "train" / "000000.png").read_bytes() != (folder / "val" / "000000.png").read_bytes()
+    found = [files(folder)["train/000000.png"], files(folder)["val/000000.png"], files(other)["train/000000.png"]]
+    assert len(set(found)) == 3  # another split has other images too
 
 
 def test_complete_folder_is_kept(tmp_path):
@@ -155,12 +152,6 @@ def test_any_other_folder_is_refused_and_left_alone(tmp_path, damage):
     with pytest.raises(UserError, match="exists and is not the complete shapes dataset"):
         generate_shapes(out, **arguments)
     assert files(tmp_path) == before
-
-
-def test_empty_folder_is_filled(tmp_path):
-    (tmp_path / "s").mkdir()
-    out = generate_shapes(tmp_path / "s", train_images=1, val_images=1, size_px=32)
-    assert (out / "train" / "000000.png").is_file()
 
 
 def test_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
@@ -206,11 +197,6 @@ def test_arguments_out_of_range(tmp_path, arguments):
     with pytest.raises(UserError, match="at least 1 image of each, at least 32 px"):
         generate_shapes(tmp_path / "s", **arguments)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_json_holds_the_arguments(folder):
-    info = json.loads((folder / "annotations" / "instances_val.json").read_text())["info"]
-    assert info["arguments"] == SMALL
 
 
 def test_classes_may_be_unequal(tmp_path):

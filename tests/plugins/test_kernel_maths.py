@@ -5,19 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-import torchvision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_maths import AXIS_CASE, TAP
+from kernel_maths import AXIS_CASE
 from torchvision.models.detection.roi_heads import expand_boxes
-from torchvision.ops.poolers import LevelMapper
-
-from maskrcnn.imaging.preprocess import linear_taps
-from maskrcnn.plugins import reference
 
 FPN = {"num_levels": 4, "min_level": 2, "canonical_level": 4, "canonical_size": 224.0, "epsilon": 1e-6}
 SINGLE = st.floats(width=32)  # including infinite, subnormal and NaN
-SIDE = st.floats(2.0**-10, 1e5, width=32)
 
 
 def random_singles(count: int, seed: int) -> np.ndarray:
@@ -137,29 +131,6 @@ def test_two_negative_sides_have_a_positive_area(maths):
     assert maths.levels(np.array([[-224.0, -224.0]]), **FPN).tolist() == [2]  # as in torchvision
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    sides=st.lists(st.tuples(SIDE, SIDE), min_size=1, max_size=30),
-    num_levels=st.integers(1, 8),
-    min_level=st.integers(0, 6),
-    canonical_level=st.integers(0, 8),
-    canonical_size=st.sampled_from([224.0, 64.0, 100.5]),
-)
-def test_levels_equal_the_reference_and_torchvision(
-    maths, sides, num_levels, min_level, canonical_level, canonical_size
-):
-    rule = {"num_levels": num_levels, "min_level": min_level}
-    canonical = {"canonical_level": canonical_level, "canonical_size": canonical_size}
-    sides = np.float32(sides)
-    exact = np.log2(np.sqrt(sides.astype(np.float64).prod(1)) / canonical_size) + 1e-6
-    sides = sides[np.abs(exact - np.round(exact)) > 5e-6]  # exclude values where the rounding of the logarithm matters
-    boxes = np.concatenate([np.zeros_like(sides), sides], axis=1)
-    found = maths.levels(sides, **rule, **canonical, epsilon=1e-6)
-    assert found.tolist() == [reference.level_of(b, **rule, **canonical, level_epsilon=1e-6) for b in boxes]
-    mapper = LevelMapper(min_level, min_level + num_levels - 1, canonical_size, canonical_level)
-    assert found.tolist() == mapper([torch.from_numpy(boxes)]).tolist()
-
-
 @pytest.mark.parametrize(
     ("position", "size", "tap"),
     [
@@ -186,19 +157,6 @@ def test_levels_equal_the_reference_and_torchvision(
 )
 def test_taps_by_hand(maths, position, size, tap):
     assert maths.taps(np.array([position]), np.array([size])).tolist() == [tap]
-
-
-@settings(max_examples=100, deadline=None)
-@given(positions=st.lists(SINGLE | st.floats(-2, 12, width=32), min_size=1, max_size=50), size=st.integers(1, 10))
-def test_taps_are_inside_the_map_and_equal_the_reference(maths, positions, size):
-    taps = maths.taps(np.float32(positions), np.full(len(positions), size))
-    assert taps.dtype == TAP
-    for name in ("low", "high"):
-        assert ((taps[name] >= 0) & (taps[name] < size)).all()
-    row = np.random.default_rng(size).standard_normal((1, 1, size)).astype(np.float32)
-    found = taps["low_weight"] * row[0, 0, taps["low"]] + taps["high_weight"] * row[0, 0, taps["high"]]
-    wanted = [reference.bilinear(row, 0.0, np.float32(position))[0] for position in positions]
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def axis_case(low, high, *, stride=4, size=20, bins=7, ratio=0, aligned=False) -> np.ndarray:
@@ -290,34 +248,6 @@ def test_overlaps_of_boxes_of_every_magnitude_equal_a_division(maths):
     assert 0.05 < wanted.mean() < 0.95
 
 
-def test_an_iou_equal_to_the_threshold_is_no_overlap(maths):
-    # Boxes on a grid: all IoUs are ratios of small integers, and each is used as the threshold.
-    ends = [(x1, x2) for x1 in range(5) for x2 in range(x1 + 1, 6)]
-    boxes = np.float32([(x1, 0, x2, 1) for x1, x2 in ends])
-    a, b = np.repeat(boxes, len(boxes), axis=0), np.tile(boxes, (len(boxes), 1))
-    both = np.fmax(np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0]), 0)
-    iou = (both / (a[:, 2] - a[:, 0] + b[:, 2] - b[:, 0] - both)).astype(np.float32)
-    assert len(np.unique(iou)) > 8
-    assert not maths.overlap(a, b, iou).any()
-    assert maths.overlap(a, b, np.nextafter(iou, np.float32(-1))).all()
-    for threshold in np.unique(iou):
-        level = np.full(len(a), threshold)
-        np.testing.assert_array_equal(maths.overlap(a, b, level), iou > threshold)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    boxes=st.lists(SINGLE | st.floats(0, 8, width=32), min_size=8, max_size=8),
-    threshold=st.floats(0, 1, width=32) | SINGLE,
-)
-def test_overlaps_equal_torchvision(maths, boxes, threshold):
-    pair = np.float32(boxes).reshape(2, 4)
-    found = maths.overlap(*pair[:, None].copy(), np.float32([threshold]))[0]
-    np.testing.assert_array_equal(found, plain_overlap(*pair[:, None], np.float32([threshold]))[0])
-    kept = torchvision.ops.nms(torch.from_numpy(pair), torch.tensor([1.0, 0.5]), threshold)
-    assert found == (len(kept) == 1)
-
-
 @pytest.mark.parametrize("mask_size", [1, 2, 7, 14, 28, 30, 31, 60])
 def test_spans_equal_torchvision(maths, mask_size):
     rng = np.random.default_rng(mask_size)
@@ -335,14 +265,3 @@ def test_spans_equal_torchvision(maths, mask_size):
 def test_a_span_that_exceeds_integers_is_empty(maths, ends):
     (found,) = maths.spans(*np.float32(ends)[:, None].copy(), 28)
     assert found["last"] < found["first"]
-
-
-@settings(max_examples=100, deadline=None)
-@given(size_in=st.integers(1, 64), size_out=st.integers(1, 3000), start=st.integers(0, 2999))
-def test_lerps_equal_the_preprocessing(maths, size_in, size_out, start):
-    start = min(start, size_out - 1)
-    low, high, weight = linear_taps(size_in, size_out, start, size_out)
-    found = maths.lerps(np.arange(start, size_out), size_in, size_out)
-    np.testing.assert_array_equal(found["low"], low)
-    np.testing.assert_array_equal(found["high"], high)
-    np.testing.assert_array_equal(found["weight"], weight)

@@ -8,12 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_calls import paste
 from kernels_on_cpu import ORDERS, thread_order
 from paste_cases import PasteCase, boxes_of, check, paste_cases
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-
-from maskrcnn.imaging.postprocess import Detections
 
 # A mask of 2 x 2 pixels has 4 x 4 with its border of zeros, and a box of 3.5 px grows to 8, two pixels for each.
 # Linear interpolation of 0, 1, 1, 0 gives 0, 1/4, 3/4, 1, 1, 3/4, 1/4, 0, and of 0, 1, 0, 0 gives 0, 1/4, 3/4, 3/4,
@@ -58,20 +55,6 @@ def test_it_equals_numpy_pasting(device, case):
     check(case, case.pixels(device))
 
 
-@settings(max_examples=80, deadline=None)
-@given(case=paste_cases())
-def test_it_equals_full_masks(device, case):
-    found = Detections(
-        boxes_xyxy_px=case.boxes,
-        scores=np.ones(len(case.boxes), np.float32),
-        labels=np.ones(len(case.boxes), np.int64),
-        masks=case.masks.astype(np.float32),
-        size_hw=case.size_hw,
-    )
-    differing = found.full_masks(case.threshold) != case.pixels(device)
-    assert np.abs(case.probabilities()[differing] - case.threshold).max(initial=0) < 1e-5
-
-
 @settings(max_examples=100, deadline=None)
 @given(case=paste_cases())
 def test_it_equals_torchvision(device, case):
@@ -85,22 +68,6 @@ def test_it_equals_torchvision(device, case):
     masks = torch.from_numpy(case.masks.astype(np.float32))[:, None]
     probabilities = paste_masks_in_image(masks, torch.from_numpy(case.boxes), case.size_hw)[:, 0].numpy()
     check(case, case.pixels(device), probabilities)
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=paste_cases())
-def test_run_lengths_of_columns_equal_pycocotools(device, case):
-    mask_api = pytest.importorskip("pycocotools.mask")
-    by_rows, by_columns = (
-        paste(device, case.masks, case.boxes, case.size_hw, case.threshold, by_columns=order) for order in (False, True)
-    )
-    height, width = case.size_hw
-    for image, line in zip(by_rows, by_columns.reshape(len(by_columns), height * width), strict=True):
-        turns = np.flatnonzero(np.diff(line, prepend=False))
-        runs = np.diff(np.concatenate([[0], turns, [line.size]])).tolist()
-        runs = runs if runs[-1] else runs[:-1]
-        encoded = mask_api.frPyObjects({"size": [height, width], "counts": runs}, height, width)
-        assert encoded == mask_api.encode(np.asfortranarray(image, np.uint8))
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,20 +4,15 @@ Two further builds have such small blocks that a few hundred boxes take the code
 chunks, and more kept boxes than shared memory holds.
 """
 
-import functools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings
 from kernel_calls import Device, nms
 from kernels_on_cpu import ORDERS, build, thread_order
-from nms_cases import INTS, NmsCase, boxes_of, by_torchvision, check, nms_cases
+from nms_cases import NmsCase, boxes_of, check, nms_cases
 
-from maskrcnn.model.ops import batched_nms
 from maskrcnn.plugins import reference
 from maskrcnn.plugins.native import Kernels
 
@@ -119,57 +114,6 @@ def test_small_blocks_equal_the_reference(small, case):
         np.testing.assert_array_equal(found[0], indices)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=nms_cases(max_boxes=300))
-def test_small_blocks_equal_the_torch_op(small, case):
-    assume((case.counts >= 0).all() and len(case.counts))
-    wanted = batched_nms(
-        *(torch.from_numpy(a) for a in (case.boxes, case.groups, case.counts)),
-        iou_threshold=float(np.float32(case.iou_threshold)),
-        max_output=case.max_output,
-    )
-    found = case.kept(small[0])
-    for mine, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(mine, theirs.numpy())
-
-
-@functools.cache
-def onnx_nms() -> Any:
-    """A session of one node of ONNX's NonMaxSuppression."""
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    helper, types = onnx.helper, onnx.TensorProto
-    inputs = [
-        helper.make_tensor_value_info("boxes", types.FLOAT, [1, "K", 4]),
-        helper.make_tensor_value_info("scores", types.FLOAT, [1, 1, "K"]),
-        helper.make_tensor_value_info("most", types.INT64, [1]),
-        helper.make_tensor_value_info("threshold", types.FLOAT, [1]),
-    ]
-    node = helper.make_node("NonMaxSuppression", [i.name for i in inputs], ["kept"], center_point_box=0)
-    outputs = [helper.make_tensor_value_info("kept", types.INT64, ["M", 3])]
-    graph = helper.make_graph([node], "nms", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-@settings(max_examples=250, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    pattern=st.sampled_from(["scattered", "crowded", "equal", "chain", "apart", "snapped", "snapped"]),
-    count=st.integers(1, 300),
-    threshold=st.sampled_from([0.0, 0.3, 1 / 3, 0.5, 0.6, 0.7, 1.0]),
-    most=st.integers(1, 310),
-)
-def test_small_blocks_equal_onnx_runtime(small, seed, pattern, count, threshold, most):
-    boxes = boxes_of(np.random.default_rng(seed), pattern, count)
-    case = NmsCase(boxes[None], np.zeros((1, count), np.int32), np.int32([count]), threshold, most)
-    arguments_ = {"boxes": case.boxes, "scores": np.arange(count, 0, -1, dtype=np.float32)[None, None]}
-    arguments_ |= {"most": np.array([most]), "threshold": np.float32([threshold])}
-    wanted = onnx_nms().run(None, arguments_)[0][:, 2]
-    indices, num = case.kept(small[0])
-    assert indices[0, : num[0]].tolist() == wanted.tolist()
-
-
 @pytest.mark.parametrize("pattern", ["scattered", "chain", "apart", "equal", "crowded"])
 @pytest.mark.parametrize("groups", [1, 5])
 def test_several_chunks_of_a_real_block(device, pattern, groups):
@@ -213,49 +157,6 @@ def test_the_order_of_threads_has_no_effect(small, case):
             with thread_order(order):
                 found.add(tuple(part.tobytes() for part in case.kept(kernels)))
         assert len(found) == 1
-
-
-@settings(max_examples=50, deadline=None)
-@given(case=nms_cases(max_boxes=200), seed=st.integers(0, 2**32 - 1))
-def test_images_are_independent(small, case, seed):
-    order = np.random.default_rng(seed).permutation(len(case.counts))
-    shuffled = NmsCase(case.boxes[order], case.groups[order], case.counts[order], case.iou_threshold, case.max_output)
-    for mine, theirs in zip(shuffled.kept(small[1]), case.kept(small[1]), strict=True):
-        np.testing.assert_array_equal(mine, theirs[order])
-
-
-@settings(max_examples=50, deadline=None)
-@given(case=nms_cases(max_boxes=200), by=st.sampled_from(INTS))
-def test_the_numbers_of_groups_have_no_effect(small, case, by):
-    names = {name: index * 37 - 1000 for index, name in enumerate(np.unique(case.groups).tolist())}
-    renamed = np.vectorize(names.get, otypes=[np.int32])(case.groups) ^ np.int32(by)
-    case_ = NmsCase(case.boxes, renamed, case.counts, case.iou_threshold, case.max_output)
-    for mine, theirs in zip(case_.kept(small[0]), case.kept(small[0]), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-
-
-@settings(max_examples=50, deadline=None)
-@given(case=nms_cases(max_boxes=200), most=st.integers(0, 50))
-def test_fewer_outputs_are_the_first_of_more(small, case, most):
-    assume(most <= case.max_output)
-    fewer = NmsCase(case.boxes, case.groups, case.counts, case.iou_threshold, most)
-    (indices, num), (all_indices, all_num) = (c.kept(small[0]) for c in (fewer, case))
-    np.testing.assert_array_equal(num, np.minimum(all_num, most))
-    np.testing.assert_array_equal(indices, all_indices[:, :most])
-
-
-def test_the_threshold_is_single_precision():
-    # 0.6 in double precision is less than the float32 quotient 0.6, and the second box would be suppressed.
-    boxes = np.float32([[TEN, UPPER]])
-    case = NmsCase(boxes, np.zeros((1, 2), np.int32), np.int32([2]), 0.6, 2)
-    assert float(np.float32(0.6)) > 0.6
-    for found in (by_torchvision(case), reference.batched_nms(*case_arrays(case), iou_threshold=0.6, max_output=2)):
-        assert found[1].tolist() == [2]
-
-
-def case_arrays(case: NmsCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Arrays of a case."""
-    return case.boxes, case.groups, case.counts
 
 
 @pytest.mark.parametrize(

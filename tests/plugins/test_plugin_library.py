@@ -12,7 +12,6 @@ import plugin_library
 import pytest
 from kernels_on_cpu import BFLOAT16, bfloat16, channels_last, check_guards, guarded, single
 
-from maskrcnn.export.tensorrt.flavour import PLUGIN_NAMESPACE, PLUGIN_VERSION
 from maskrcnn.plugins import contract, native, reference
 
 ROI_ALIGN, NMS = contract.MULTILEVEL_ROI_ALIGN.name, contract.BATCHED_NMS.name
@@ -28,12 +27,6 @@ def rounded(values, kind):
 
 
 # Creators and attributes
-
-
-def test_the_creators_are_those_of_the_contract(library):
-    assert library.identities() == [(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in (ROI_ALIGN, NMS)]
-    for op, attributes in ((ROI_ALIGN, ROI), (NMS, SUPPRESS)):
-        assert library.create(op, attributes).identity == (op, PLUGIN_VERSION, PLUGIN_NAMESPACE)
 
 
 def test_optional_attributes_have_the_defaults_of_the_reference(library):

@@ -1,19 +1,13 @@
 """The RoIAlign kernels against independent implementations: torchvision, ONNX Runtime, torch's grid_sample."""
 
-import functools
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pooling_truth
-import pytest
 import torch
 import torchvision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_calls import Device
 from roi_align_cases import KINDS_OF_BOX, RoiCase, boxes, forms, roi_cases
-from torch.nn import functional as F
 
 
 def assert_agree(device: Device, case: RoiCase, wanted: np.ndarray) -> None:
@@ -72,71 +66,3 @@ def test_torchvisions_pooler_at_many_levels(device, seed, levels, size, ratio, c
     attributes |= {"canonical_size": 64.0, "canonical_level": 3}
     case = RoiCase(features, rois, attributes, data.draw(forms(channels)))
     assert_agree(device, case, wanted.numpy().reshape(*rois.shape[:2], channels, size, size))
-
-
-@functools.cache
-def onnx_roi_align(size: int, ratio: int, scale: float, aligned: bool) -> Any:
-    """A session of one node of ONNX's RoiAlign."""
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    helper, types = onnx.helper, onnx.TensorProto
-    mode = "half_pixel" if aligned else "output_half_pixel"
-    node = helper.make_node(
-        "RoiAlign", ["map", "rois", "images"], ["pooled"], mode="avg", output_height=size, output_width=size,
-        sampling_ratio=ratio, spatial_scale=scale, coordinate_transformation_mode=mode,
-    )  # fmt: skip
-    inputs = [
-        helper.make_tensor_value_info("map", types.FLOAT, ["N", "C", "H", "W"]),
-        helper.make_tensor_value_info("rois", types.FLOAT, ["R", 4]),
-        helper.make_tensor_value_info("images", types.INT64, ["R"]),
-    ]
-    outputs = [helper.make_tensor_value_info("pooled", types.FLOAT, ["R", "C", size, size])]
-    graph = helper.make_graph([node], "roi_align", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=roi_cases(dtypes=("float32",)))
-def test_onnx_runtime_at_one_level(device, case):
-    case, scale = of_one_level(case)
-    size, ratio, aligned = (case.attributes[name] for name in ("output_size", "sampling_ratio", "aligned"))
-    rois = with_image_numbers(case.rois).numpy()
-    given = {"map": case.features[0], "rois": rois[:, 1:].copy(), "images": rois[:, 0].astype(np.int64)}
-    (wanted,) = onnx_roi_align(size, ratio, scale, aligned).run(None, given)
-    assert_agree(device, case, wanted.reshape(*case.rois.shape[:2], *wanted.shape[1:]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(case=roi_cases(dtypes=("float32",)), ratio=st.integers(1, 4))
-def test_grid_sample_and_a_mean(device, case, ratio):
-    case, scale = of_one_level(case)
-    case = replace(case, attributes={**case.attributes, "sampling_ratio": ratio})
-    size, aligned = case.attributes["output_size"], case.attributes["aligned"]
-    feature = torch.from_numpy(case.features[0]).double()
-    low, high = torch.from_numpy(case.rois.astype(np.float64) * scale - 0.5 * aligned).flatten(0, 1).chunk(2, dim=-1)
-    extent = high - low if aligned else (high - low).clamp(min=1)
-    steps = (torch.arange(size * ratio, dtype=torch.float64) + 0.5) / (size * ratio)
-    x, y = (low[:, k, None] + extent[:, k, None] * steps for k in (0, 1))  # [R, S · ratio]
-    height, width = feature.shape[2:]
-    grid = torch.stack(
-        torch.broadcast_tensors((2 * x[:, None] + 1) / width - 1, (2 * y[..., None] + 1) / height - 1), -1
-    )
-    images = torch.arange(len(feature)).repeat_interleave(case.rois.shape[1])
-    sampled = F.grid_sample(feature[images], grid, padding_mode="border", align_corners=False)
-    inside = ((y >= -1) & (y <= height))[..., None] & ((x >= -1) & (x <= width))[:, None]
-    wanted = F.avg_pool2d(sampled * inside[:, None], ratio)
-    assert_agree(device, case, wanted.unflatten(0, case.rois.shape[:2]).numpy())
-
-
-@pytest.mark.parametrize("ratio", [0, 2])
-def test_many_rois_of_a_real_pyramid(device, ratio):
-    rng = np.random.default_rng(ratio)
-    features = [rng.standard_normal((1, 16, 200 >> i, 272 >> i)).astype(np.float32) for i in range(4)]
-    rois = boxes(rng, list(rng.choice(KINDS_OF_BOX[:4], 60)), (1088, 800), 4)[None]
-    pooler = torchvision.ops.MultiScaleRoIAlign(list("0123"), 7, ratio or -1)
-    wanted = pooler(
-        {str(i): torch.from_numpy(f) for i, f in enumerate(features)}, [torch.from_numpy(rois[0])], [(800, 1088)]
-    )
-    case = RoiCase(features, rois, {"output_size": 7, "sampling_ratio": ratio, "aligned": False}, {"layout": "NHWC"})
-    assert_agree(device, case, wanted.numpy()[None])

@@ -49,14 +49,6 @@ def test_a_dockerfile_has_no_faults(name, root):
     assert faults((root / "docker" / f"{name}.Dockerfile").read_text(encoding="utf-8")) == []
 
 
-def test_the_rules_object():
-    text = "FROM ubuntu\nRUN cd /x && pip install numpy\nWORKDIR here\nRUN apt-get install -y gcc\nCMD maskrcnn\n"
-    text += "MAINTANER x\n"
-    rules = ("unknown", "DL3006", "DL3002", "DL3025", "DL3000", "DL3003", "DL3042", "DL3009", "DL3013")
-    assert {fault.split()[0].rstrip(":") for fault in faults(text)} == set(rules)
-    assert "DL3002: runs as root" in faults("FROM python:3.12-slim\nUSER 0\n")
-
-
 @pytest.mark.parametrize("name", ["runtime", "tensorrt"])
 def test_what_is_copied_is_what_is_installed(name, root):
     """The folders of the package, each of which the build context contains."""

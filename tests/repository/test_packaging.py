@@ -133,36 +133,3 @@ def test_the_wheel_holds_the_sources_of_the_plugins(wheel):
 
 def test_nothing_leaks_from_the_wheel(wheel):
     assert not leaked(wheel)
-
-
-def test_the_check_finds_a_package_that_is_not_listed(tmp_path):
-    (tmp_path / "plugins" / "roi_align").mkdir(parents=True)
-    (tmp_path / "plugins" / "__init__.py").touch()
-    (tmp_path / "plugins" / "roi_align" / "kernel.py").touch()
-    (tmp_path / "plugins" / "pictures").mkdir()
-    found = packages_on_disk(tmp_path, {"maskrcnn.plugins": "plugins"})
-    assert found == {"maskrcnn.plugins", "maskrcnn.plugins.roi_align"}
-
-
-def test_the_check_wants_sources_that_are_compiled_later(tmp_path):
-    (tmp_path / "plugins" / "roi_align").mkdir(parents=True)
-    for name in ("op.py", "kernel.cuh", "CMakeLists.txt", "README.md", "notes.md"):
-        (tmp_path / "plugins" / "roi_align" / name).touch()
-    folder = "maskrcnn/plugins/roi_align/"
-    assert files_wanted(tmp_path, {"maskrcnn.plugins": "plugins"}) == {
-        folder + "op.py",
-        folder + "kernel.cuh",
-        folder + "CMakeLists.txt",
-        folder + "README.md",
-    }
-
-
-def test_the_check_finds_leaks():
-    names = [
-        "maskrcnn/cli/__init__.py",
-        "maskrcnn-1.dist-info/METADATA",
-        "export/__init__.py",
-        "tests/test_x.py",
-        "x.py",
-    ]
-    assert leaked(names) == ["export/__init__.py", "tests/test_x.py", "x.py"]

@@ -67,3 +67,25 @@ def graphs(tmp_path_factory, onnx_file) -> dict[str, str]:
 def flow_paths(graphs, onnx_file, shapes) -> dict[str, str]:
     """What flows work with (tests/support/tensorrt_flows.py)."""
     return {**graphs, "reference": str(onnx_file), "images": str(shapes / "val")}
+
+
+@pytest.fixture
+def value(results):
+    """Maps a flow's name to what it gave."""
+
+    def of(name):
+        assert "value" in results[name], results[name].get("crash") or results[name]
+        return results[name]["value"]
+
+    return of
+
+
+@pytest.fixture
+def error(results):
+    """Maps a flow's name to the error that it ended with."""
+
+    def of(name):
+        assert "error" in results[name], results[name].get("crash") or results[name]
+        return results[name]["error"]
+
+    return of

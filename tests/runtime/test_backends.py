@@ -12,7 +12,6 @@ import onnx
 import pytest
 
 from maskrcnn.data.coco import CocoDataset
-from maskrcnn.data.images import read_image
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.inspection import inspect
@@ -162,61 +161,6 @@ def test_results_of_parts_of_a_dataset_score_like_the_whole(onnx_file, shapes):
     assert scored.box == whole.box and scored.mask == whole.mask
     assert scored.summary() == whole.summary() and scored.table() == whole.table()
     assert score_kinds(dataset, parts[0], ("bbox",)).mask is None
-
-
-def mask_in_box(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """A mask bool `[H, W]` stretched over its box, nearest pixel: float32 `[28, 28]`."""
-    x1, y1, x2, y2 = box
-    centres = (np.arange(28) + 0.5) / 28
-    rows, columns = (y1 + centres * (y2 - y1)).astype(int), (x1 + centres * (x2 - x1)).astype(int)
-    return mask[rows][:, columns].astype(np.float32)
-
-
-class AnnotationDetector(Detector):
-    """A detector that returns the annotations."""
-
-    def __init__(self, dataset):
-        from tiny import tiny_config
-
-        from maskrcnn.weights.checkpoint import metadata_of
-
-        self.dataset, self.next = dataset, 0
-        self.truth_metadata = metadata_of(tiny_config())
-        self.preprocessing = self.truth_metadata.preprocessing
-
-    @property
-    def metadata(self):
-        return self.truth_metadata
-
-    def detect(self, images):
-        from maskrcnn.data.coco import instance_mask
-        from maskrcnn.imaging.postprocess import Detections
-
-        results = []
-        for image in images:
-            record = self.dataset.images[self.next]
-            self.next += 1
-            np.testing.assert_array_equal(image, read_image(record.path))
-            boxes = np.array([i.box_xyxy_px for i in record.instances], np.float32).reshape(-1, 4)
-            masks = [mask_in_box(instance_mask(record, i), b) for i, b in zip(record.instances, boxes, strict=True)]
-            results.append(
-                Detections(
-                    boxes,
-                    np.ones(len(boxes), np.float32),
-                    np.array([i.label for i in record.instances], np.int64),
-                    np.array(masks, np.float32).reshape(-1, 28, 28),
-                    image.shape[:2],
-                )
-            )
-        return results
-
-
-def test_a_perfect_detector_gets_a_perfect_score(shapes):
-    dataset = CocoDataset.load(shapes, "val")
-    found = evaluate(AnnotationDetector(dataset), dataset, batch_size=2)
-    assert found.box["AP"] == pytest.approx(1.0)
-    assert found.mask["AP50"] == pytest.approx(1.0)
-    assert found.mask["AP"] > 0.85  # 28 × 28 pixels draw an outline only so well
 
 
 def test_a_model_of_other_classes_is_refused(onnx_file, shapes, tmp_path):

@@ -48,7 +48,6 @@ def test_resources_are_created_and_freed_on_their_gpu(runtime, before):
     cuda = Cuda(1, runtime, runtime.driver)
     made = [cuda.memory(8), cuda.pinned(8), cuda.event(), cuda.stream()]
     assert {runtime.device_of[number] for number in (*runtime.memory, *runtime.handles)} == {1}
-    assert cuda.free_and_total() == (1 << 33, 1 << 34)
     del made
     gc.collect()
     assert runtime.open == {} and runtime.context == before

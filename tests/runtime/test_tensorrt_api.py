@@ -1,7 +1,5 @@
 """Every name of TensorRT's that our sources use exists in its bindings, in each version that is there."""
 
-import ast
-
 import pytest
 import tensorrt_names
 
@@ -32,21 +30,3 @@ def test_the_sources_are_read_where_they_use_tensorrt(used):
             assert any(name.startswith(f"tensorrt.{kind}.") and file in files for name, files in used.items()), kind
     importing = {"runtime/backends/tensorrt_library.py", "plugins/aot.py"}
     assert importing <= {file for files in used.values() for file in files}
-
-
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        ("trt.BuilderFlag.TF32", {"tensorrt.BuilderFlag.TF32"}),
-        ("self.plan.trt.Runtime(logger)", {"tensorrt.Runtime"}),
-        ("trtp.op.maskrcnn", {"tensorrt.plugin.op.maskrcnn"}),
-        ("trt.get_plugin_registry().load_library(path)", {"tensorrt.IPluginRegistry.load_library"}),
-        ("self.config.set_flag(trt.int8)", {"tensorrt.IBuilderConfig.set_flag", "tensorrt.int8"}),
-        ("self._call_context('set_input_shape', name)", {"tensorrt.IExecutionContext.set_input_shape"}),
-        ("tensorrt.given", set()),
-    ],
-)
-def test_names_are_read_from_the_syntax(source, names):
-    assert ast.parse(source)
-    found = tensorrt_names.names_in(source, "runtime/build/network.py")
-    assert found - {"tensorrt.get_plugin_registry"} == names

@@ -13,24 +13,6 @@ def results(each_tensorrt, flow_paths, tmp_path_factory):
     return each_tensorrt.flows("tensorrt_flows", {**flow_paths, "folder": str(tmp_path_factory.mktemp("flows"))})
 
 
-@pytest.fixture
-def value(results):
-    def of(name):
-        assert "value" in results[name], results[name].get("crash") or results[name]
-        return results[name]["value"]
-
-    return of
-
-
-@pytest.fixture
-def error(results):
-    def of(name):
-        assert "error" in results[name], results[name].get("crash") or results[name]
-        return results[name]["error"]
-
-    return of
-
-
 def test_default_settings_are_those_of_tensorrt_except_tf32(value):
     built = value("plain_build")
     assert built["plan"] == "a plan" and built["graph"] is True

@@ -14,24 +14,6 @@ def results(each_tensorrt, flow_paths, tmp_path_factory):
     return each_tensorrt.flows("tensorrt_engine_flows", {**flow_paths, "folder": str(folder)})
 
 
-@pytest.fixture
-def value(results):
-    def of(name):
-        assert "value" in results[name], results[name].get("crash") or results[name]
-        return results[name]["value"]
-
-    return of
-
-
-@pytest.fixture
-def error(results):
-    def of(name):
-        assert "error" in results[name], results[name].get("crash") or results[name]
-        return results[name]["error"]
-
-    return of
-
-
 def test_an_engine_that_agrees_is_kept_with_its_stamp(value):
     built = value("engine_that_agrees")
     assert built["files"] == ["model.fp16.engine", "model.fp16.engine.json", "timing.cache"]

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import math
-import sys
 
 import faults
 import numpy as np
 import onnx
 import pytest
 
-from maskrcnn import cli
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError
 from maskrcnn.export.passes.precision import to_half
@@ -84,7 +82,7 @@ def test_a_bfloat16_graph_is_compared_in_bfloat16(run, tmp_path, onnx_file):
     model, _ = to_half(onnx.load(onnx_file), "bf16")
     faults.metadata(precision="bf16")(model)
     onnx.save(model, tmp_path / "bf16.onnx")
-    _, out, err = run(onnx_file, "bf16.onnx", "--json", "found.json")
+    _, out, err = run("verify", onnx_file, "bf16.onnx", "--json", "found.json")
     assert not err and "OpenVINO bf16" in out
     found = json.loads((tmp_path / "found.json").read_text())
     needed = {stage["stage"]: stage["needed"] for stage in found["stages"]}
@@ -229,26 +227,9 @@ def test_a_backend_without_stages_is_an_error(reference):
 # The command
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs `maskrcnn verify` in an empty folder; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["maskrcnn", "verify", *map(str, arguments)])
-        monkeypatch.setattr(cli.console, "_file", None)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return call
-
-
 def test_the_command_succeeds_on_images_of_a_folder(run, onnx_file, shapes):
     options = ("--images", shapes / "val", "--max-images", 2, "--json", "found.json", "--report", "found.html")
-    code, out, err = run(onnx_file, onnx_file, *options)
+    code, out, err = run("verify", onnx_file, onnx_file, *options)
     assert code == 0, err
     assert "stages agree within 'exact'; boxes differ by ≤ 0 px; scores differ by ≤ 0" in out
     assert "verdict" not in out  # the table is for --verbose, and for models that differ
@@ -262,7 +243,7 @@ def test_the_command_succeeds_on_images_of_a_folder(run, onnx_file, shapes):
 
 def test_the_command_fails_where_a_stage_departs_and_writes_both_reports(run, tmp_path, onnx_file):
     faults.plant(onnx_file, tmp_path / "bad.onnx", faults.shifted_roi_align)
-    code, out, err = run(onnx_file, "bad.onnx", "--json", "found.json", "--report", "found.html")
+    code, out, err = run("verify", onnx_file, "bad.onnx", "--json", "found.json", "--report", "found.html")
     assert code == 1 and not err
     assert "first departure: box_features" in out and "half" not in out.split("first departure")[0]
     assert json.loads((tmp_path / "found.json").read_text())["first_departure"] == "box_features"
@@ -273,8 +254,8 @@ def test_the_command_fails_where_a_stage_departs_and_writes_both_reports(run, tm
 
 def test_the_command_takes_other_tolerances(run, tmp_path, onnx_file):
     faults.plant(onnx_file, tmp_path / "near.onnx", faults.bias_of("mask_fcn_logits", slice(None), 0.02))
-    assert run(onnx_file, "near.onnx")[0] == 1
-    assert run(onnx_file, "near.onnx", "--tolerance", "int8")[0] == 0
+    assert run("verify", onnx_file, "near.onnx")[0] == 1
+    assert run("verify", onnx_file, "near.onnx", "--tolerance", "int8")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -289,6 +270,6 @@ def test_the_command_takes_other_tolerances(run, tmp_path, onnx_file):
 def test_models_that_cannot_be_compared_are_an_error(run, tmp_path, onnx_file, boxes_onnx_file, arguments, message):
     (tmp_path / "empty").mkdir()
     paths = {"ONNX": onnx_file, "BOXES": boxes_onnx_file}
-    code, _, err = run(onnx_file, *(paths.get(argument, argument) for argument in arguments))
+    code, _, err = run("verify", onnx_file, *(paths.get(argument, argument) for argument in arguments))
     assert code == 1
     assert err.startswith("Error: ") and message in err

@@ -167,9 +167,6 @@ class FakeRuntime:
     def cudaGetDeviceProperties(self, device):
         return OK, Properties()
 
-    def cudaMemGetInfo(self):
-        return OK, 1 << 33, 1 << 34
-
     def cudaGetErrorString(self, error):
         return OK, real.cudaGetErrorString(error)[1]
 

@@ -11,7 +11,6 @@ import numpy as np
 TAP = np.dtype([("low", np.int32), ("high", np.int32), ("low_weight", np.float32), ("high_weight", np.float32)])
 AXIS = np.dtype([("start", np.float32), ("bin", np.float32), ("samples", np.int32), ("size", np.int32)])
 SPAN = np.dtype([("first", np.int32), ("last", np.int32)])
-LERP = np.dtype([("low", np.int32), ("high", np.int32), ("weight", np.float32)])
 AXIS_CASE = np.dtype(
     [(name, np.float32) for name in ("low", "high", "scale")]
     + [(name, np.int32) for name in ("size", "bins", "ratio", "aligned")]
@@ -83,7 +82,3 @@ class Maths:
     def spans(self, lows: np.ndarray, highs: np.ndarray, mask_size: int) -> np.ndarray:
         """SPAN of a mask's box along one axis."""
         return self._call("spans", lows, highs, mask_size, result=SPAN, length=len(lows))
-
-    def lerps(self, indices: np.ndarray, size_in: int, size_out: int) -> np.ndarray:
-        """LERP of each pixel."""
-        return self._call("lerps", indices.astype(np.int32), size_in, size_out, result=LERP, length=len(indices))

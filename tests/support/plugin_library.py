@@ -103,10 +103,6 @@ class Library:
         self._plugins.getCreators.restype = ctypes.POINTER(ctypes.c_void_p)
         self._creators = self._plugins.getCreators(ctypes.byref(count))[: count.value]
 
-    def identities(self) -> list[tuple[str, str, str]]:
-        """Name, version and namespace of each creator."""
-        return [self._identity("creator", creator) for creator in self._creators]
-
     def _identity(self, kind: str, address: int) -> tuple[str, str, str]:
         ask = getattr(self.harness, f"harness_{kind}_name")
         name, version, namespace = (ask(ctypes.c_void_p(address), which).decode() for which in range(3))

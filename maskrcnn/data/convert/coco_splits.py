@@ -1,7 +1,9 @@
-"""COCO-format datasets, and all layouts that training reads: with new splits, copied, or cleaned of faults."""
+"""COCO-format datasets and all layouts that training reads, with new splits, copied, or cleaned; and Datumaro's."""
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +28,9 @@ from maskrcnn.data.convert.source import (
 from maskrcnn.data.convert.vocabulary import check_categories
 from maskrcnn.data.layouts import LAYOUTS, find_splits, get_split
 from maskrcnn.data.segmentation import AnnotationError
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, missing_library, reason_of
+
+DATUMARO = "datumaro:"  # of kinds, followed by Datumaro's name of the format, or "auto"
 
 
 def open_coco(root: Path, options: Options, faults: Faults) -> Source:
@@ -160,3 +164,43 @@ def _read(entry: Entry) -> AnnotatedImage:
 
 def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in keys}
+
+
+def open_datumaro(root: Path, options: Options, faults: Faults, *, format_name: str) -> Source:
+    """Opens a dataset of any format that the library Datumaro imports with instances.
+
+    Its COCO exporter writes a copy with images to a temporary folder, which is removed with the source.
+
+    Args:
+        root: the dataset.
+        options: `sets` are the subsets to take.
+        faults: counts what the reader repairs.
+        format_name: Datumaro's name of the format; "auto": detected.
+
+    Raises:
+        UserError: where the library is missing, or cannot read the dataset.
+    """
+    try:
+        library: Any = importlib.import_module("datumaro.components.dataset")
+    except ImportError as error:
+        raise missing_library("datumaro", f"convert {DATUMARO}{format_name}", "pip install datumaro") from error
+    folder = tempfile.TemporaryDirectory(prefix="datumaro-")
+    try:
+        dataset = library.Dataset.import_from(str(root), None if format_name == "auto" else format_name)
+        dataset.export(folder.name, "coco_instances", save_media=True)
+    except Exception as error:  # its importers raise exceptions of many libraries
+        reasons: list[BaseException] = [error]
+        while reasons[-1].__cause__ is not None:
+            reasons.append(reasons[-1].__cause__)
+        raise UserError(
+            f"{root}: Datumaro cannot read it as {format_name}: {'; '.join(map(reason_of, reasons))}",
+            "a dataset of a format that Datumaro imports",
+            f"name its format: datum detect {root} lists those that fit",
+        ) from error
+    source = open_coco(Path(folder.name), options, faults)
+    read = source.read
+
+    def read_while_there(entry: Any, _kept: Any = folder) -> Any:  # holds the folder as long as the source
+        return read(entry)
+
+    return replace(source, read=read_while_there)

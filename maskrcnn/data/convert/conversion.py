@@ -19,8 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TextIO
 
 from maskrcnn.data.convert.annotation_tools import open_labelme, open_via
-from maskrcnn.data.convert.coco_splits import open_coco
-from maskrcnn.data.convert.datumaro import PREFIX, open_datumaro
+from maskrcnn.data.convert.coco_splits import DATUMARO, open_coco, open_datumaro
 from maskrcnn.data.convert.files import read_json, read_lines, write_image
 from maskrcnn.data.convert.masks import open_cityscapes, open_id_masks, open_mask_files, open_penn_fudan, open_synthia
 from maskrcnn.data.convert.source import AnnotatedImage, BadEntry, Category, Entry, Faults, Options, Source
@@ -270,10 +269,10 @@ def convert(
 
 
 def _kind(name: str) -> _Kind:
-    if name.startswith(PREFIX) and name != PREFIX:
-        return _Kind(partial(open_datumaro, format_name=name.removeprefix(PREFIX)), ("sets",))
+    if name.startswith(DATUMARO) and name != DATUMARO:
+        return _Kind(partial(open_datumaro, format_name=name.removeprefix(DATUMARO)), ("sets",))
     if name not in KINDS:
-        expected = f"one of {', '.join(KINDS)}, or {PREFIX}FORMAT for what the library Datumaro reads"
+        expected = f"one of {', '.join(KINDS)}, or {DATUMARO}FORMAT for what the library Datumaro reads"
         raise UserError(f"kind {name!r}", expected, "name the dataset's format")
     return KINDS[name]
 

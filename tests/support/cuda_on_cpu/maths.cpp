@@ -78,7 +78,3 @@ EXPORT void overlap(const Box *a, const Box *b, const float *thresholds, uint8_t
 EXPORT void spans(const float *lows, const float *highs, int mask_size, Span *to, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] = span_of(lows[i], highs[i], mask_size);
 }
-
-EXPORT void lerps(const int *indices, int size_in, int size_out, Lerp *to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = lerp_at(indices[i], size_in, size_out);
-}

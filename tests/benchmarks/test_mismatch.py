@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from mismatch import compare_detections, merge_mismatches
 
 from maskrcnn.imaging.postprocess import Detections
-from maskrcnn.runtime.verification.compare import compare_detections, merge_mismatches
 
 
 def detections(boxes, scores, labels):
