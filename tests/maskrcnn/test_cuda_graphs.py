@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from fake_torch_cuda import Gpu
+from fake_torch_cuda import Gpu, Stream
 from tiny import lively_model, tiny_config
 
 from maskrcnn.config import LossConfig, TrainConfig
@@ -65,6 +65,14 @@ def test_graphs_on_different_streams_wait_for_each_other(gpu):
     with gpu:
         work_on_two_streams(gpu, graphed)
     assert not gpu.races and graphed.captured == 2
+
+
+def test_the_simulated_gpu_detects_graphs_that_do_not_wait(gpu, monkeypatch):
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
+    with gpu:
+        work_on_two_streams(gpu, GraphedModel(double))
+    assert any("pool" in race and "written" in race for race in gpu.races)
+    assert any("pool" not in race for race in gpu.races)
 
 
 def test_later_calls_wait_for_a_failed_one(gpu, monkeypatch):

@@ -34,16 +34,20 @@ def compiler() -> str | None:
 def build(
     folder: Path,
     *,
+    csrc: Path = CSRC,
     sources: Sequence[str] = SOURCES,
     beside: Path | None = None,
+    optimise: int = 2,
     **macros: int,
 ) -> Path:
     """Compiles `libmaskrcnn_kernels.so` for the CPU.
 
     Args:
         folder: folder of the library.
+        csrc: sources of the kernels, or a modified copy.
         sources: files to compile.
         beside: a library with the other functions, if `sources` are not all files.
+        optimise: optimisation level (-O).
         macros: preprocessor macros.
     """
     library = folder / "libmaskrcnn_kernels.so"
@@ -51,10 +55,10 @@ def build(
     code = [
         *(f"-D{name}={value}" for name, value in macros.items()),
         *includes,
-        *(str(CSRC / name) for name in sources),
+        *(str(csrc / name) for name in sources),
     ]
     rest = ["-x", "none", "-Wl,--no-as-needed", str(beside)] if beside else []
-    return compile_library(library, ["-O2", *code, *rest])
+    return compile_library(library, [f"-O{optimise}", *code, *rest])
 
 
 def compile_library(library: Path, words: Sequence[str]) -> Path:
