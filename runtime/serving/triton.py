@@ -44,7 +44,7 @@ _NO_BYTECODE = {"__pycache__": ""}
 _WARMUP = "warmup"  # folder that Triton resolves input_data_file in
 # Modules that the steps import, copied beside them; a test runs them with nothing else.
 STEP_MODULES = (
-    *("__init__", "errors", "metadata", "data/__init__", "data/images"),
+    *("__init__", "errors", "files", "metadata", "data/__init__", "data/images"),
     *("imaging/__init__", "imaging/preprocess", "imaging/postprocess", "imaging/paste", "imaging/run_lengths"),
 )
 # What the network step imports (`--network python`): packages without PyTorch, and the sources of the kernels, by whose

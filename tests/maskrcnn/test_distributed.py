@@ -110,10 +110,10 @@ def test_two_processes_train_evaluate_and_are_continued_by_one(run, shapes, tmp_
     done = python(*options, "--output", "run", cwd=tmp_path, processes=2)
     assert done.stdout.count("2 processes") == 1, "only the first process speaks"
     figures = [json.loads(line) for line in (tmp_path / "run" / runs.LOG).read_text().splitlines()]
-    assert [each.get("step", "epoch") for each in figures] == [0, 1, "epoch"]
-    # Of one batch of 8 and one of the 4 others and 4 again.
-    assert figures[2]["loss"] == pytest.approx((figures[0]["loss"] + figures[1]["loss"]) / 2)
-    figures = figures[2:]
+    assert [each.get("step", "epoch") for each in figures] == [0, 1, 2, "epoch"]
+    # Of three batches of 4.
+    assert figures[3]["loss"] == pytest.approx(sum(each["loss"] for each in figures[:3]) / 3)
+    figures = figures[3:]
     assert figures[0]["validation_loss"] == pytest.approx(
         sum(value for name, value in figures[0].items() if name.startswith("validation_loss/"))
     )

@@ -241,12 +241,12 @@ def test_settings_make_a_configuration(shapes):
 
 
 def test_small_data_get_epochs_for_some_hundred_steps(shapes):
-    dataset = CocoDataset.load(shapes, "train")  # 12 images: two steps of 8 in an epoch
+    dataset = CocoDataset.load(shapes, "train")  # 12 images: three steps of 4 in an epoch
     config = training_config(dataset, dataset)
-    assert (config.epochs, config.evaluate_every) == (150, 12)
+    assert (config.epochs, config.evaluate_every) == (100, 8)
     assert training_config(dataset, dataset, {"epochs": 2}).epochs == 2
     assert training_config(dataset, dataset, {"batch_size": 1}).epochs == 25
-    many = dataclasses.replace(dataset, images=[*dataset.images] * 20)  # 30 steps: the usual epochs are 360
+    many = dataclasses.replace(dataset, images=[*dataset.images] * 20)  # 60 steps: the usual epochs are 720
     assert (training_config(many, many).epochs, training_config(many, many).evaluate_every) == (12, 1)
 
 

@@ -243,7 +243,7 @@ def test_classes_have_the_metrics_of_a_scoring_of_their_own():
     content["categories"][0]["name"] = content["categories"][1]["name"] = "twin"
     by_class = score_entries(GroundTruth.of_content(content, "gt"), results, "segm").by_class()
     for entry in content["categories"]:
-        name = entry["name"] if entry["name"] != "twin" else f"twin ({entry['id']})"
+        name = "twin (id 6)" if entry["id"] == 6 else entry["name"]
         alone = {**content, "categories": [entry]}
         expected = dict(zip(by_class[name], [None, *pycocotools_scores(alone, results, "segm").stats], strict=False))
         own = [a for a in content["annotations"] if a["category_id"] == entry["id"] and not a["iscrowd"]]
