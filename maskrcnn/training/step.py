@@ -204,7 +204,7 @@ class StepGraphs:
     A step launches some thousand kernels; where that takes longer than running them (small images, small batches), a
     graph is faster. Possible because a step never synchronises and no shape in it depends on a value. The number of
     objects is padded to a power of two, so that batches of images of one size share few graphs. The first 16 shapes
-    that recur get a graph; the memory of their steps is shared.
+    get a graph each, others none; the memory of their steps is shared.
 
     Args:
         take: the step on parts of a batch; its tensors are on one GPU.
