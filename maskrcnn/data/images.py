@@ -80,7 +80,7 @@ _NOTES = {
     "cmyk": "in CMYK, converted without their colour profile; convert them to RGB for exact colours",
     "high byte": f"of 16 bits read by a model without a pixel range, of which 8 bits are kept; {RANGE_OPTION} to keep "
     "all",
-    "few levels": f"of 16 bits with values in less than an eighth of the range, almost black; {RANGE_OPTION}",
+    "few levels": f"of more than 8 bits with values in less than an eighth of the range, almost black; {RANGE_OPTION}",
     "unit range": f"of floats from 0 to 1 read by a model without a pixel range, taken as 0–255; else {RANGE_OPTION}",
     "clipped": f"with values outside the pixel range, which are clipped; {RANGE_OPTION} to change it",
     "nan": "with values that are not numbers, read as the low end of the pixel range",
@@ -699,6 +699,8 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
         notes.add("clipped", name)
     values = np.where(is_nan, low, values) if is_nan.any() else values
     scaled: np.ndarray = np.clip((values - low) * (255 / (high - low)), 0, 255).astype(np.float32)
+    if 0 < scaled.max() < _FEW_LEVELS:
+        notes.add("few levels", name)
     return scaled
 
 

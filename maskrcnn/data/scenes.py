@@ -113,12 +113,15 @@ def open_scene(
     path, name = Path(path), f"image {path}"
     preprocessing, notes = preprocessing or Preprocessing(), notes if notes is not None else ImageNotes()
     own = ImageNotes()
+    windows = 0  # that were read
     with ExitStack() as stack:
         opened, reason = _opened_in_parts(path, name, stack)
         if opened is not None and annotated_hw in (None, opened.header.shown_hw(annotated_hw, exif)):
             header = opened.header
 
             def read_stored(window: Window) -> np.ndarray:
+                nonlocal windows
+                windows += 1
                 with explained(name):
                     return pixels_of(_Part(opened, window), preprocessing, own, name)
 
@@ -131,7 +134,7 @@ def open_scene(
             image = read_image(path, preprocessing, annotated_hw=annotated_hw, exif=exif, notes=own)
             yield Scene.of_array(image, whole.orientation_for(annotated_hw, exif))
     for kind in own.counts:  # of all windows, which are one image
-        if kind != "few levels" or "high byte" not in own.counts:
+        if kind != "few levels" or own.counts[kind] >= windows:
             notes.add(kind, name)
 
 

@@ -186,7 +186,7 @@ def measured_range(survey: ImageSurvey) -> tuple[tuple[float, float] | None, str
     next power of two, for floats 0–1 or 0–255 if they are inside, else from the lowest to the highest.
 
     Raises:
-        UserError: if an image cannot be read.
+        UserError: if an image cannot be read, or some are floats from 0 to 1 and others integers.
     """
     if not survey.wide:
         return None, ""
@@ -194,12 +194,24 @@ def measured_range(survey: ImageSurvey) -> tuple[tuple[float, float] | None, str
     if value_range is None:
         indices = np.linspace(0, len(survey.wide) - 1, min(len(survey.wide), _MEASURED)).round().astype(int)
         low, high, is_integer = np.inf, -np.inf, True
+        unit, wider = "", ""  # the first image of floats from 0 to 1, and of integers beyond
         for index in indices:
-            samples = read_samples(survey.wide[index].path)
-            if samples.dtype.kind == "f":
+            path = survey.wide[index].path
+            samples = read_samples(path)
+            is_float = samples.dtype.kind == "f"
+            if is_float:
                 is_integer, samples = False, samples[np.isfinite(samples)]
             if samples.size:
-                low, high = min(low, float(samples.min())), max(high, float(samples.max()))
+                least, most = float(samples.min()), float(samples.max())
+                low, high = min(low, least), max(high, most)
+                unit = unit or (str(path) if is_float and least >= 0 and 0 < most <= 1 else "")
+                wider = wider or ("" if is_float or most <= 1 else str(path))
+        if unit and wider:
+            raise UserError(
+                f"{survey.split}: floats from 0 to 1 ({unit}) and integers up to {high:g} ({wider})",
+                "samples of one range in all images",
+                "convert one kind to the other, or set the range: --set model.preprocessing.pixel_range=[LOW,HIGH]",
+            )
         value_range = _rounded(low, high, is_integer=is_integer)
         how = f"from samples of {low:g} to {high:g} in {len(indices)} of them"
     shown = f"{value_range[0]:g},{value_range[1]:g}"

@@ -264,7 +264,7 @@ def batch_sizes(
     if len(images) == 0:
         raise UserError("an empty list of images", "at least one image", "pass the images to detect on")
     for index, image in enumerate(images):
-        _check_image(image, index, preprocessing.channels)
+        _check_image(image, index, preprocessing)
     sizes = [resized_size(image.shape[:2], preprocessing) for image in images]
     divisor = preprocessing.divisor
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
@@ -325,8 +325,9 @@ def _lerp(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return high
 
 
-def _check_image(image: Any, index: int, channels: int) -> None:
+def _check_image(image: Any, index: int, preprocessing: Preprocessing) -> None:
     """Raises a UserError unless `image` is `[H, W, C]` uint8 or float32 with pixels."""
+    channels = preprocessing.channels
     if not isinstance(image, np.ndarray) or image.dtype not in (np.uint8, np.float32) or image.ndim != 3:
         dtype, shape = getattr(image, "dtype", type(image).__name__), getattr(image, "shape", None)
         described = f"{dtype}" if shape is None else f"{dtype} of shape {tuple(shape)}"
@@ -350,6 +351,13 @@ def _check_image(image: Any, index: int, channels: int) -> None:
             f"image {index} of float32 from {image.min():g} to {image.max():g}",
             "values from 0 to 255, not normalised: normalisation is in the model",
             "scale them, or let maskrcnn.data.images.read_image read the file",
+        )
+    # Files of more than 8 bits, which a model with a pixel range reads, can be as dark as this.
+    if image.dtype == np.float32 and 0 < image.max() <= 1 and not preprocessing.pixel_range:
+        raise UserError(
+            f"image {index} of float32 from {image.min():g} to {image.max():g}",
+            "values from 0 to 255, of which these are almost black",
+            "multiply them by 255; or if the image is that dark, pass it as uint8",
         )
 
 

@@ -169,6 +169,13 @@ def test_the_range_of_wide_samples_is_measured(tmp_path, dtype, bright, expected
     assert check_dataset(tmp_path).by_problem(is_error=True) == {}
 
 
+def test_floats_from_0_to_1_among_integers_are_an_error(tmp_path):
+    kinds = {"a.npy": drawn(dtype=np.uint16, bright=4000), "b.npy": (drawn() / 255).astype(np.float32)}
+    data = dataset(tmp_path, lambda path: np.save(path, kinds[path.name]), names=(*kinds,))
+    with pytest.raises(UserError, match=r"floats from 0 to 1 \(.*b\.npy\) and integers up to 4000 \(.*a\.npy\)"):
+        measured_range(survey_images(data))
+
+
 def test_images_of_8_bits_have_no_range(tmp_path):
     data = dataset(tmp_path, lambda path: Image.fromarray(drawn()).save(path))
     assert measured_range(survey_images(data)) == (None, "")

@@ -200,6 +200,7 @@ def test_a_tiff_of_12_bits_tells_its_range(tmp_path):
         ("a.png", png16, RAMP << 4, Preprocessing(), "high byte"),
         ("a.png", png16, RAMP << 1, TWELVE, "clipped"),
         ("a.npy", npy, RAMP / np.float32(4095), Preprocessing(), "unit range"),
+        ("a.npy", npy, RAMP / np.float32(4095), TWELVE, "few levels"),
         ("a.npy", npy, np.array([[[np.nan], [0.5]]]), Preprocessing(pixel_range=(0, 1)), "nan"),
         ("a.npy", npy, np.zeros((4, 4, 5), np.uint8), Preprocessing(), "bands"),
     ],

@@ -193,6 +193,7 @@ def test_without_pillow_the_error_says_what_to_install(monkeypatch):
         ([np.zeros((4, 4, 3))], r"image 0 is float64 of shape \(4, 4, 3\)"),
         ([np.full((4, 4, 3), -0.5, np.float32)], "image 0 of float32 from -0.5 to -0.5"),
         ([np.full((4, 4, 3), np.nan, np.float32)], "image 0 of float32 from nan"),
+        ([np.full((4, 4, 3), 0.5, np.float32)], "image 0 of float32 from 0.5 to 0.5(.|\n)*multiply them by 255"),
         ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)], r"image 1 is uint8 of shape \(4, 4\)"),
         ([np.zeros((4, 4, 4), np.uint8)], r"image 0 of shape \(4, 4, 4\)\n  expected: 3 channel"),
         ([np.zeros((0, 4, 3), np.uint8)], r"image 0 of shape \(0, 4, 3\)\n  expected: at least 1×1 pixel"),
