@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,11 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.graph import Graph, copy_of, is_static, op_counts, tensor_types, with_shapes
 from maskrcnn.export.tensorrt.flavour import take_all_rows
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
-from maskrcnn.metadata import KEY, ModelMetadata, not_ours
+from maskrcnn.metadata import KEY, ModelMetadata, check_complete, not_ours, safetensors_header
 from maskrcnn.runtime.backends.base import TensorSpec, detector_specs
 from maskrcnn.runtime.backends.onnxruntime_providers import oldest_onnxruntime
 from maskrcnn.runtime.backends.placement import Placement, placements
-from maskrcnn.runtime.engine_files import check_complete, read_metadata
+from maskrcnn.runtime.engine_files import read_metadata
 from maskrcnn.stages import LEVELS
 
 _DEFAULT_IMAGE_HW = (480, 640)  # a common image size; the default input size is what it is resized and padded to
@@ -450,17 +449,16 @@ def _spec_text(spec: TensorSpec) -> str:
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:
-    """A checkpoint, from the JSON header of the safetensors file, which follows its length in 8 bytes."""
+    """A checkpoint, from the JSON header of the safetensors file."""
+    header = safetensors_header(path)
+    text = header.pop("__metadata__", {}).get(KEY)
+    if text is None:
+        raise not_ours(path, "safetensors without maskrcnn's header")
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-        contents = json.loads(header.pop("__metadata__")[KEY])
-        tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-        expected_bytes = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
-        raise not_ours(path, f"not a checkpoint ({type(error).__name__})") from error
-    check_complete(path, expected_bytes)
+        contents = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise not_ours(path, f"safetensors with a damaged header ({error})") from error
+    tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
     return Inspection(
         path=path,
         kind="checkpoint",

@@ -91,6 +91,45 @@ def not_ours(path: Path, what: str) -> UserError:
     )
 
 
+def check_complete(path: Path, expected_bytes: int) -> None:
+    """Rejects a file that was cut short, as by a full disk or an interrupted copy."""
+    found = path.stat().st_size
+    if found < expected_bytes:
+        raise UserError(f"{path}: {found} bytes", f"at least {expected_bytes} bytes of tensors", "copy the file again")
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Reads the JSON header of a safetensors file, which follows its length in 8 bytes.
+
+    Returns:
+        Type, shape and offsets of each tensor by name, and texts by name as `__metadata__` where there are any.
+
+    Raises:
+        UserError: if the file is of another kind, or was cut short.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if not start:
+            raise UserError(f"{path}: an empty file, not a checkpoint", "a whole file", "copy or download it again")
+        length = int.from_bytes(start, "little")
+        text = file.read(min(length, path.stat().st_size))
+    if text[:1] != b"{":
+        raise not_ours(path, "not a checkpoint, and no safetensors")
+    check_complete(path, 8 + length)
+    try:
+        header = dict(json.loads(text))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+        complete = all({"dtype", "shape"} <= entry.keys() for entry in entries)
+        complete &= isinstance(header.get("__metadata__", {}), dict)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise not_ours(path, f"not a checkpoint, safetensors with a damaged header ({error})") from error
+    if not complete:
+        raise not_ours(path, "not a checkpoint, safetensors with a damaged header")
+    check_complete(path, 8 + length + end)
+    return header
+
+
 def hash_of_text(text: str) -> bytes:
     """SHA-256 digest of a text, which may be a file name with bytes that are not UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

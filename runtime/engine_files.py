@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from maskrcnn.errors import UserError, missing_library
-from maskrcnn.metadata import KEY, ModelMetadata, not_ours
+from maskrcnn.metadata import KEY, ModelMetadata, check_complete, not_ours
 from maskrcnn.plugins import contract
 
 if TYPE_CHECKING:
@@ -58,13 +58,6 @@ def read_metadata(path: Path) -> ModelMetadata:
             "copy both, or build it again: `maskrcnn build-engine --fp16`",
         )
     return ModelMetadata.from_json(beside.read_bytes(), beside)
-
-
-def check_complete(path: Path, expected_bytes: int) -> None:
-    """Rejects a file that was cut short, as by a full disk or an interrupted copy."""
-    found = path.stat().st_size
-    if found < expected_bytes:
-        raise UserError(f"{path}: {found} bytes", f"at least {expected_bytes} bytes of tensors", "copy the file again")
 
 
 def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:

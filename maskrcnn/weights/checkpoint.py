@@ -21,7 +21,7 @@ from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.errors import UserError
 from maskrcnn.files import atomic_path
 from maskrcnn.keypoints import sigmas_of
-from maskrcnn.metadata import KEY, ModelMetadata, not_ours, sha256_of
+from maskrcnn.metadata import KEY, ModelMetadata, not_ours, safetensors_header, sha256_of
 from maskrcnn.model.detector import MaskRCNN
 
 SUFFIX = ".safetensors"
@@ -65,6 +65,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, None if header is None else json.loads(header)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        safetensors_header(path)  # raises what is wrong, if it can tell
         raise not_ours(path, f"not a checkpoint, and no safetensors ({error})") from error
 
 

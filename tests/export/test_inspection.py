@@ -20,6 +20,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.export.inspection import costs_of, inspect
 from maskrcnn.metadata import KEY, sha256_of
 from maskrcnn.runtime.backends.placement import placements
+from maskrcnn.weights.checkpoint import load_checkpoint
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]>'
 
@@ -258,6 +259,14 @@ def test_files_that_were_cut_short_are_refused(report, tmp_path, checkpoint):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=rf"(?s){len(whole) - 1} bytes\b.*\bat least {len(whole)} bytes"):
+        inspect(cut)
+    cut.write_bytes(whole[:500])  # within the header
+    with pytest.raises(UserError, match=r"(?s)500 bytes\b.*copy the file again"):
+        inspect(cut)
+    with pytest.raises(UserError, match="500 bytes"):
+        load_checkpoint(cut)
+    cut.write_bytes(b"")
+    with pytest.raises(UserError, match="an empty file"):
         inspect(cut)
     path = engine(tmp_path / "model.xml", report.metadata.to_json())
     path.with_suffix(".bin").write_bytes(bytes(11))
