@@ -449,6 +449,11 @@ def _detect(
         jobs, done, names, counts, failed = run.start(run_facts(detector, path, tiles), jobs)
         if done:
             progress.message(f"continues after {done} images")
+        if run.undrawn:
+            progress.message(
+                f"{run.undrawn} of them without a drawing, which --resume does not make of images that are done; "
+                "detect again with --overwrite instead of --resume to draw them"
+            )
     is_told = total is not None and total <= _LINES
     finish = _finisher(metadata, options, is_written=run is not None)
     results = _found(detector, jobs, finish, tiles, batch_size, calls, progress)

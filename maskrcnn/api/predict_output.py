@@ -149,6 +149,7 @@ class PredictionFolder:
         if "parquet" in saved and "results" not in saved:
             self.results = folder / predictions.PARQUET
         self.drawn: list[Path] = []
+        self.undrawn = 0  # images that are done and have no overlay, nor a frame in an annotated video
         self._video: Any = None  # that is being written, with its source
         for name in ("labelme", "yolo"):  # whose files are there to be corrected
             if name in saved and not resume and not overwrite and (folder / name).exists():
@@ -202,6 +203,9 @@ class PredictionFolder:
                     raise UserError(found, expected, "name the same images, or choose another --output")
                 if job.target is not None and job.target.is_file() and "error" not in record:
                     self.drawn.append(job.target)
+                elif "error" not in record:
+                    video = self.videos.get(job.source) if job.source is not None else None
+                    self.undrawn += job.target is not None or (video is not None and not video.is_file())
                 if "error" in record:
                     failed[job.name] = record["error"]
                 else:

@@ -148,6 +148,16 @@ def test_results_are_those_of_single_images_in_their_order(photos, onnx_file):
     np.testing.assert_allclose(streamed[1].boxes_xyxy_px, wanted[files[1]].boxes_xyxy_px, atol=1e-2)
 
 
+class Told(Progress):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.texts = list[str]()
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
 class Stopped(Progress):
     """Interrupts a run after some images."""
 
@@ -204,6 +214,16 @@ def test_a_complete_run_goes_on_with_more_images_and_more_outputs(photos, onnx_f
     assert corrected.read_text() == "corrected" and (out / "labelme" / "more" / "5.json").is_file()
     maskrcnn.predict(photos, resume=True, save=["parquet"], **given)
     assert parquet.read_metadata(out / "detections.parquet").num_rows == found.total
+
+
+def test_a_complete_run_says_that_it_draws_nothing(photos, onnx_file, tmp_path):
+    given = {"model": onnx_file, "output": tmp_path / "out"}
+    maskrcnn.predict(photos, limit=2, save=["overlays"], **given)
+    (tmp_path / "out" / "0.png").unlink()
+    told = Told()
+    found = maskrcnn.predict(photos, limit=3, save=["overlays"], resume=True, progress=told, **given)
+    assert [path.name for path in found.overlays] == ["1.png", "2.png"]
+    assert [text for text in told.texts if text.startswith("1 of them without a drawing")]
 
 
 def test_a_new_run_leaves_no_results_of_the_one_before(photos, onnx_file, tmp_path):
