@@ -32,6 +32,7 @@ from maskrcnn.weights.detectron2 import is_detectron2
 
 PICKLE_SUFFIX = ".pkl"  # of the files of Detectron2's model zoo
 SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
+_JOIN = "write them into one file: model.save_pretrained(DIR, max_shard_size='100GB'), or join the parts' tensors"
 _SAVE = "save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
@@ -66,12 +67,16 @@ def read_weights(path: Path) -> WeightFile:
             head = file.read(1024)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "a readable file", "check its permissions") from error
+    if (part := re.search(r"-(\d{5})-of-(\d{5})\.", path.name)) and int(part[2]) > 1:
+        raise _other(path, f"part {int(part[1])} of {int(part[2])} of the weights", _JOIN)
     if head[8:9] == b"{":
         try:
             tensors, header = read_safetensors(path)
         except UserError as error:
             raise _damaged(path, error.found.partition(": ")[2]) from error
         return WeightFile(tensors=tensors, header=header) if header is not None else _cleaned(path, tensors, {}, [])
+    if path.name.endswith(".index.json"):
+        raise _other(path, "the index of a file in parts", _JOIN)
     content = _unpickled(path, head)
     found, notes = _state_dict(path, content)
     tensors = {name: value for name, value in ((str(k), _tensor(v)) for k, v in found.items()) if value is not None}
@@ -136,8 +141,9 @@ def _damaged(path: Path, reason: str) -> UserError:
 def _check_archive(path: Path) -> None:
     """Reject zip archives that torch.save did not write."""
     names = zipfile.ZipFile(path).namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise _other(path, "a TorchScript program", "save the state dict of the model that it was made from")
+    for suffix, what in (("/constants.pkl", "a TorchScript program"), ("/models/model.json", "a torch.export program")):
+        if any(name.endswith(suffix) for name in names):
+            raise _other(path, what, "save the state dict of the model that it was made from")
     if not any(name.endswith("data.pkl") for name in names):
         raise _other(path, f"a zip archive with {_listed(names, 3)}", "unpack it, and name the file of weights in it")
 
@@ -317,12 +323,30 @@ def _without_objects(path: Path, found: dict[Any, Any], entry: str) -> dict[str,
     modules = [pair for pair in strange if not str(pair[0]).endswith("_extra_state")]
     if modules:
         name, value = modules[0]
+        if value.origin in _OTHER_TENSORS:
+            raise _other_tensor(path, f"{entry}{name!r}", value)
         raise UserError(
             f"{path}: {entry}{name!r} is a pickled {value.origin}, which was not run",
             "tensors only, by name",
             f"{_SAVE}; a pickle can execute any program, so make sure of the origin of this file",
         )
     return found
+
+
+# Functions that rebuild tensors which cannot be read as weights, and what these are.
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor without values (device meta)",
+}
+
+
+def _other_tensor(path: Path, where: str, value: _StandIn) -> UserError:
+    return UserError(
+        f"{path}: {where} is {_OTHER_TENSORS[value.origin]}",
+        "dense tensors of float32, float16 or bfloat16, with their values",
+        "save the model as it was before quantisation, or its tensors made dense on the CPU",
+    )
 
 
 def _no_state_dict(path: Path, found: Any, entry: str) -> UserError:
@@ -332,11 +356,20 @@ def _no_state_dict(path: Path, found: Any, entry: str) -> UserError:
     named = [pair for pair in pickled if pair[0] in ("", *_WRAPPERS)] or pickled
     if named:
         name, value = named[0]
+        if value.origin in _OTHER_TENSORS:
+            return _other_tensor(path, repr(name), value)
         where = f"{name!r} is " if name else ""
         return UserError(
             f"{path}: {where}a whole pickled object, {value.origin}, not its weights",
             "a state dict; objects are not unpickled, since that runs whatever program the file holds",
             f"load it where it was made, and {_SAVE}",
+        )
+    several = [str(name) for name, value in inside if _holds_weights(value) and not str(name).startswith("optimizer")]
+    if len(several) > 1:
+        return UserError(
+            f"{path}: {entry}several entries that hold weights ({_listed(several)})",
+            "one state dict, or a checkpoint with one as its 'model' or 'state_dict'",
+            f"save the one to use: torch.save(torch.load(FILE)[{several[0]!r}], 'weights.pth')",
         )
     what = f"a {type(found).__name__}" + (f" with {_listed(found)}" if isinstance(found, dict) and found else "")
     return UserError(

@@ -338,7 +338,8 @@ def _foreign_config(weights: StartingWeights, name: str | None, batch_norm_epsil
         raise UserError(
             f"{weights.source}: no tensor {CLASS_SCORES}weight; it has {', '.join(list(weights.tensors)[:3])}",
             "the weights of a whole detector under the names of torchvision, Detectron2 or maskrcnn",
-            "pass a detector, not a classifier; to train a detector from a backbone: `maskrcnn train --weights`",
+            "pass a Faster or Mask R-CNN, not a classifier or another kind of detector; to train a detector from a "
+            "backbone: `maskrcnn train --weights`",
         )
     name = name or architecture_of(weights.tensors)
     if name is None:

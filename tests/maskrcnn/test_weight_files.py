@@ -107,6 +107,16 @@ def script() -> bytes:
     return Path("script.pt").read_bytes()
 
 
+def saved(content: object) -> bytes:
+    torch.save(content, "saved.pth")
+    return Path("saved.pth").read_bytes()
+
+
+def exported() -> bytes:
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)), "exported.pt2")
+    return Path("exported.pt2").read_bytes()
+
+
 PICKLE = pickle.dumps({"model": {"a": np.arange(100.0)}}, protocol=2)
 OTHER_FILES = {
     "empty": (lambda: b"", "an empty file"),
@@ -125,6 +135,17 @@ OTHER_FILES = {
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(60), "a gzip archive"),
     "random": (lambda: b"\x01\x02\x03" + bytes(range(256)), "no known kind of file"),
     "script": (script, "a TorchScript program"),
+    "exported": (exported, "a torch.export program"),
+    "sparse": (lambda: saved({"a": torch.eye(2).to_sparse()}), "'a' is a sparse tensor"),
+    "meta": (lambda: saved({"a": torch.ones(2, device="meta")}), "'a' is a tensor without values"),
+    "quantised": (
+        lambda: saved({"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}),
+        "'a' is a quantised tensor",
+    ),
+    "two models": (
+        lambda: saved({key: {"a": torch.ones(2)} for key in ("student", "teacher")}),
+        r"several entries that hold weights \(student, teacher\)",
+    ),
     "half of safetensors": (lambda: safetensors_bytes()[:-8], "a damaged or incomplete file of"),
 }
 
@@ -137,6 +158,19 @@ def test_other_and_damaged_files_are_named_for_what_they_are(tmp_path, monkeypat
     (tmp_path / f"w{suffix}").write_bytes(made())
     with pytest.raises(UserError, match=rf"w{suffix}: {words}"):
         read_weights(tmp_path / f"w{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model-00001-of-00002.safetensors", "part 1 of 2"),
+        ("model.safetensors.index.json", "the index of a file in parts"),
+    ],
+)
+def test_parts_of_weights_are_refused(tmp_path, name, words):
+    (tmp_path / name).write_bytes(safetensors_bytes() if name.endswith("safetensors") else b"{}")
+    with pytest.raises(UserError, match=f"{words}(.|\n)*into one file"):
+        read_weights(tmp_path / name)
 
 
 def test_a_folder_names_the_files_in_it(tmp_path):
@@ -231,7 +265,7 @@ def test_weights_are_found_in_what_wraps_them(tmp_path, content, told, zipped):
         (lambda: {"epoch": 3, "args": {"lr": 0.1}}, r"a dict with epoch, args that holds no weights"),
         (
             lambda: {"one": {"a": torch.ones(1)}, "two": {"a": torch.ones(1)}},
-            "a dict with one, two that holds no weights",
+            r"several entries that hold weights \(one, two\)",
         ),
         (lambda: {"model": {"a": torch.ones(1), "b": Odd()}}, r"'model' 'b' is a pickled .*Odd, which was not run"),
         (lambda: {"model": {}}, "a dict with model that holds no weights"),
