@@ -17,7 +17,7 @@ from maskrcnn.api.predict_output import BlockFolder, Job, PredictionFolder, jobs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
 from maskrcnn.config import check_range
-from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote
+from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote, left_out_of
 from maskrcnn.errors import UserError, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
 
@@ -214,6 +214,8 @@ def predict(
     if isinstance(images, Iterator):
         images = list(images)
     sources = find_sources(images, leave_out=folder)
+    for line in left_out_of(images):
+        progress.message(line)
     path = Path(model) if model is not None else runs.newest_checkpoint()
     spec = (backend, provider, precision, pixel_range)
     tiles = tiles_of(tile, overlap)

@@ -35,7 +35,10 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import files_below
 from maskrcnn.imaging.preprocess import Preprocessing, resize_antialiased
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of image files in folders
+# Of image files in folders.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".avif")
+# Of other files that may hold images: arrays, which are read where they are named, and photos that are not read.
+UNSEARCHED_SUFFIXES = (".npy", ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm")
 EXIF_RULES = ("auto", "upright", "stored")
 MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
 _MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
@@ -239,10 +242,13 @@ def images_in(folder: Path, limit: int) -> list[Path]:
         raise UserError(f"no folder {folder}", "a folder of images", "name a folder of images like those to predict on")
     files = files_below(folder, IMAGE_SUFFIXES)
     if not files:
+        others = ", ".join(sorted({path.suffix.lower() for path in files_below(folder, UNSEARCHED_SUFFIXES)}))
         raise UserError(
-            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})",
+            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})" + (f", but files {others}" if others else ""),
             "images",
-            "add images, or name another folder",
+            f"name .npy files ('{folder}/*.npy') and convert others to JPEG or PNG"
+            if others
+            else "add images, or name another folder",
         )
     indices = np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)
     return [files[index] for index in indices]

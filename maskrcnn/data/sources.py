@@ -20,12 +20,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskrcnn.data.images import IMAGE_SUFFIXES, ImageNotes, images_in, read_upright
+from maskrcnn.data.images import IMAGE_SUFFIXES, UNSEARCHED_SUFFIXES, ImageNotes, images_in, read_upright
 from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.files import atomic_path, files_below, parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
+_NAMED_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")  # of images that a pattern matches
 LIST_SUFFIXES = (".txt", ".json", ".parquet")
 _LIVE = ("camera:", "/dev/video", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
 _COLUMNS = ("file", "path", "file_name", "image", "uri", "url")  # of a Parquet file with names of images
@@ -161,6 +162,21 @@ def find_sources(
     return found
 
 
+def left_out_of(named: Any) -> list[str]:
+    """One line for each folder among what is named with files that may be images and that are not searched for."""
+    several = [named] if isinstance(named, (str, Path)) else named if isinstance(named, (list, tuple)) else []
+    lines = []
+    for folder in (Path(each) for each in several if isinstance(each, (str, Path)) and Path(each).is_dir()):
+        files = files_below(folder, UNSEARCHED_SUFFIXES)
+        if files:
+            kinds = ", ".join(sorted({path.suffix.lower() for path in files}))
+            lines.append(
+                f"{len(files)} file(s) {kinds} in {folder} are left out, such as {files[0]}: name .npy files "
+                f"('{folder}/*.npy'), and convert others to JPEG or PNG"
+            )
+    return lines
+
+
 def is_remote(name: str) -> bool:
     """Whether a name is a URL for fsspec."""
     return "://" in name and not name.startswith(_LIVE)
@@ -268,11 +284,11 @@ def _sources_of(name: str, leave_out: Path | None) -> list[Source]:
         return _file_sources(name)
     if glob.has_magic(name):
         files = sorted(Path(match) for match in glob.glob(name, recursive=True))
-        sources = [Source(str(file)) for file in files if file.is_file() and _suffix(str(file)) in IMAGE_SUFFIXES]
+        sources = [Source(str(file)) for file in files if file.is_file() and _suffix(str(file)) in _NAMED_SUFFIXES]
         sources += [Source(str(file), is_video=True) for file in files if _suffix(str(file)) in VIDEO_SUFFIXES]
         if not sources:
             found = f"pattern {name} matches no image" + (f", of {len(files)} files" if files else "")
-            raise UserError(found, f"a pattern of files ({', '.join(IMAGE_SUFFIXES)})", "correct the pattern")
+            raise UserError(found, f"a pattern of files ({', '.join(_NAMED_SUFFIXES)})", "correct the pattern")
         return sources
     raise UserError(f"image {name} does not exist", _KINDS, "correct the path")
 
@@ -291,14 +307,15 @@ def _suffix(name: str) -> str:
 
 def _remote_sources(name: str) -> list[Source]:
     """The sources of a URL: a file, a pattern, or a folder with its subfolders."""
-    if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *IMAGE_SUFFIXES) and not glob.has_magic(name):
+    if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *_NAMED_SUFFIXES) and not glob.has_magic(name):
         return _file_sources(name)
     with file_system(name) as (system, path):
         names = sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
         if names == [path] and not system.isdir(path):
             return [Source(name)]
         found = [system.unstrip_protocol(each) for each in names]
-    sources = [Source(each) for each in found if _suffix(each) in IMAGE_SUFFIXES and "/." not in each]
+    suffixes = _NAMED_SUFFIXES if glob.has_magic(path) else IMAGE_SUFFIXES
+    sources = [Source(each) for each in found if _suffix(each) in suffixes and "/." not in each]
     if not sources:
         raise UserError(f"{name}: no image in it, of {len(found)} files", _KINDS, "correct the URL")
     return sources

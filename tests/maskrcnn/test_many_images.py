@@ -292,6 +292,19 @@ def test_an_interrupted_video_starts_again_and_a_finished_one_does_not(onnx_file
         assert sum(1 for _ in file.decode(video=0)) == 6
 
 
+def test_files_that_folders_are_not_searched_for_are_named(photos, onnx_file, tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match=r"no image in it .*, but files \.npy\n.*\n.*arrays/\*\.npy"):
+        maskrcnn.predict(folder, model=onnx_file)
+    assert len(maskrcnn.predict(f"{folder}/*.npy", model=onnx_file).images) == 1
+    Image.new("RGB", (64, 64)).save(folder / "b.gif")
+    told = Told()
+    assert maskrcnn.predict(folder, model=onnx_file, progress=told).images == [str(folder / "b.gif")]
+    assert [text for text in told.texts if text.startswith("1 file(s) .npy in ") and "a.npy" in text]
+
+
 def test_sources_that_are_bad_are_named(run, road, photos, tmp_path, monkeypatch):
     model = ("--model", road / "model.onnx")
     (tmp_path / "empty").mkdir()
