@@ -204,10 +204,17 @@ def read_json(path: str | Path, what: str) -> Any:
 def parse_json(data: bytes, name: str, what: str) -> Any:
     """Parses JSON text in UTF-8; `name` stands for the file in errors, see `read_json`."""
     fix = "restore the file, or name another one"
+    for start, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive")):
+        if data.startswith(start):
+            raise UserError(f"{name}: {kind}, not JSON", what, "unpack it, and name the file in it")
+    if not data.strip():
+        raise UserError(f"{name}: an empty file, not JSON", what, fix)
     try:
         return json.loads(data)
     except json.JSONDecodeError as error:
         found = f"{name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+        if error.msg == "Extra data" and error.doc[error.pos :].lstrip()[:1] in ("{", "["):
+            fix = "this may be JSON Lines, an object on each line: export one JSON file instead"
         raise UserError(found, what, fix) from error
     except (ValueError, RecursionError) as error:  # wrong encoding; nested too deeply
         raise UserError(f"{name}: not JSON ({error})", what, fix) from error

@@ -43,6 +43,10 @@ _MAX_SIDE_PX = 1_000_000  # of an image; larger statements are taken for errors
 _URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
 SAMPLE = 2000  # annotations that the box convention is measured on
 _FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
+_POLYGONS = {
+    "polygon fractions": "polygons that are fractions of the image",
+    "polygon yx": "polygons written as (y, x), not (x, y)",
+}
 _KEPT_NOTES = 200  # notes of each reason that are kept in full; all are counted
 
 DROPPED, BOX_ONLY, REPAIRED = "dropped", "box only", "repaired"
@@ -558,7 +562,8 @@ class Reader:
     def _convention(self, sample: Sequence[Any], images: Mapping[int, ImageEntry]) -> str:
         """How boxes are written: "xywh" as in COCO, "xyxy" (corners), or "fractions" of the image.
 
-        Corners are recognised by polygons that they fit, or else by boxes of which COCO's reading leaves the image.
+        Corners are recognised by polygons that they fit, or else by boxes of which COCO's reading leaves the image. The
+        polygons of COCO's boxes that fit them only so are "polygon fractions" of the image, or "polygon yx".
         """
         boxes, sizes, extents = [], [], []
         for _, image_id, _, entry in sample:
@@ -586,6 +591,16 @@ class Reader:
             as_xyxy = (np.abs(box - extent)[outlined].max(axis=1) <= _FIT_PX).mean()
             as_xywh = (np.abs(corners - extent)[outlined].max(axis=1) <= _FIT_PX).mean()
             is_xyxy = as_xyxy > 0.9 and as_xywh < 0.1
+            if not is_xyxy and as_xywh < 0.5:
+                others = {"polygon yx": extent[:, [1, 0, 3, 2]]}
+                if (extent[outlined] <= 1).all():
+                    others = {"polygon fractions": extent * np.tile(size, 2)}
+                for convention, other in others.items():
+                    if (np.abs(corners - other)[outlined].max(axis=1) <= _FIT_PX).mean() > 0.9:
+                        self._note(
+                            REPAIRED, _POLYGONS[convention], "file", f"first extent {extent[outlined][0].tolist()}"
+                        )
+                        return convention
         else:
             outside = (corners[:, 2:] > size + _FIT_PX).any(axis=1).mean()
             is_xyxy = bool(outside > 0.5 and is_corner_like and (box[:, 2:] <= size + _FIT_PX).all())
@@ -611,8 +626,10 @@ class Reader:
         """
         height, width = image.height, image.width
         segmentation = parsed.segmentation
-        if convention == "fractions" and isinstance(segmentation, list):
+        if convention in ("fractions", "polygon fractions") and isinstance(segmentation, list):
             segmentation = [(part.reshape(-1, 2) * (width, height)).ravel() for part in segmentation]
+        if convention == "polygon yx" and isinstance(segmentation, list):
+            segmentation = [part.reshape(-1, 2)[:, ::-1].ravel() for part in segmentation]
         if segmentation is not None and parsed.reason:
             self._note(REPAIRED, parsed.reason, name, parsed.detail)
         bbox, box_fault, outline = self._bbox(entry, name, convention, (height, width))

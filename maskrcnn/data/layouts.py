@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -42,6 +44,7 @@ _SAMPLE = 50  # image names that an image folder is chosen by
 _ANNOTATION_FOLDERS = {"annotations", "annotation", "labels"}  # beside folders of images, in that of the dataset
 _NAME_BOTH = "name the annotation file and the folder of its images: --annotations FILE --images DIR"
 _ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
 _PARTS = ("train", "val")
 _PART = re.compile(r"(.+)\[(train|val)\]")  # the name of a part of a split
 
@@ -292,6 +295,15 @@ def _image_folders(path: Path, root: Path, split: str) -> Iterator[Path]:
             yield base
 
 
+def _keys(file: str) -> tuple[str, ...]:
+    """What the file of an image is found by: its name, without regard to case, and without its suffix.
+
+    Letters with marks are one character or two, as macOS writes them.
+    """
+    plain = unicodedata.normalize("NFC", file)
+    return (plain, plain.lower(), f"{PurePath(plain).stem.lower()}.")
+
+
 class ImageFinder:
     """Finds the files of a split's images, whatever folder or system their names were written on.
 
@@ -330,13 +342,16 @@ class ImageFinder:
                 for file in files:
                     if file.lower().endswith(IMAGE_SUFFIXES):
                         path = Path(folder, file)
-                        for key in (file, file.lower(), f"{path.stem.lower()}."):
+                        for key in _keys(file):
                             self._index.setdefault(key, []).append(path)
         last = Path(name).name
-        for key in (last, last.lower(), f"{Path(last).stem.lower()}."):
+        names = dict.fromkeys((last, unquote(last), _UPLOADED.sub("", last)))
+        for key in dict.fromkeys(chain.from_iterable(map(_keys, names))):
             found = sorted(set(self._index.get(key, ())))
-            if len(found) == 1:
-                return found[0]
+            for likely in (self.folder, *self._folders) if found else ():  # of several the one in a likelier folder
+                inside = [path for path in found if likely in path.parents]
+                if len(inside) == 1:
+                    return inside[0]
         return self.folder / last
 
     @staticmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -63,11 +65,15 @@ def parse_segmentation(value: Any, height: int, width: int) -> ParsedSegmentatio
     """Reads a segmentation of an image of this size in any of the forms that tools write.
 
     Polygons may be lists of lists, one flat list, lists of points `[x, y]`, or objects with `x` and `y`; parts with
-    fewer than three points or far outside the image are left out. Run lengths (RLE) may be lists or COCO's strings.
+    fewer than three points or far outside the image are left out. Run lengths (RLE) may be lists or COCO's strings,
+    also as Python prints bytes (`b'…'`); all may be JSON within a text.
 
     pycocotools 2.0.11 leaves the rest of a mask uninitialised where run lengths end before the image, and rejects
     longer ones only when the mask is decoded.
     """
+    if isinstance(value, str) and value[:1] in "[{":  # as tables hold it; neither begins run lengths
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and "counts" in value[0]:
         value = value[0]
     if isinstance(value, str) and value:
@@ -128,6 +134,8 @@ def _parsed_rle(value: dict[str, Any], height: int, width: int) -> ParsedSegment
     counts = value["counts"]
     if isinstance(counts, bytes):
         counts = counts.decode("latin-1")
+    if isinstance(counts, str) and counts[:2] in ("b'", 'b"') and counts[-1:] == counts[1]:  # str() of bytes
+        counts = counts[2:-1].replace("\\\\", "\\")
     runs = _runs_from_counts(counts)
     if runs is None or runs.min(initial=0) < 0 or runs.sum() != height * width:
         return ParsedSegmentation(None, _MALFORMED, f"RLE whose runs do not add up to {height}×{width} pixels")

@@ -189,6 +189,9 @@ OUTSIDE = [[1, 2, 5, 2, 5, 1e9]]
         ({"segmentation": [RLE]}, None),
         ({"segmentation": {"counts": BLOCK_RUNS}}, None),
         ({"segmentation": "83300000`0"}, None),
+        ({"segmentation": {**RLE, "counts": "b'83300000`0'"}}, None),
+        ({"segmentation": json.dumps(RLE)}, None),
+        ({"segmentation": json.dumps(SQUARE["segmentation"])}, None),
         ({"segmentation": {**RLE, "counts": [float(run) for run in BLOCK_RUNS]}}, None),
         ({"image_id": "5"}, None),
         ({"image_id": 5.0, "category_id": "30"}, None),
@@ -341,6 +344,26 @@ def test_boxes_written_as_corners_or_fractions_are_recognised(tmp_path, segmente
         if segmented:
             area = (box[2] - box[0]) * (box[3] - box[1])
             assert instance_mask(fractions.images[0], instance).sum() == area
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (lambda polygon: polygon / (80, 60), "polygons that are fractions of the image"),
+        (lambda polygon: polygon[:, ::-1], "polygons written as (y, x), not (x, y)"),
+    ],
+    ids=["fractions", "yx"],
+)
+def test_polygons_that_fit_their_boxes_otherwise_are_read_so(tmp_path, written, reason):
+    entries = squares(*BOXES)
+    for entry in entries:
+        entry["segmentation"] = [written(np.array(entry["segmentation"][0]).reshape(-1, 2)).ravel().tolist()]
+    data = load(tmp_path, *entries, images=[{**CONTENT["images"][0], "height": 60, "width": 80}])
+    assert data.notes.counts() == {reason: 1}
+    for instance, (x, y, w, h) in zip(data.images[0].instances, BOXES, strict=True):
+        expected = np.zeros((60, 80), bool)
+        expected[y : y + h, x : x + w] = True
+        assert np.array_equal(instance_mask(data.images[0], instance), expected)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,9 @@ def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path):
         (None, r"v\.json cannot be read \(No such file"),
         (b'{\n"a" 1}', r"v\.json, line 2, column 5: not JSON \(Expecting ':' delimiter\)"),
         (b'"\xff"', r"v\.json: not JSON"),
+        (b"", r"v\.json: an empty file"),
+        (b"\x1f\x8b\x08", r"v\.json: a gzip file, not JSON\n.*\n.*unpack it"),
+        (b'{"a": 1}\n{"a": 2}\n', r"v\.json, line 2, column 1: not JSON(.|\n)*JSON Lines"),
         (b"[" * 200_000, r"v\.json: not JSON"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from maskrcnn.data.check import check_dataset
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.data.convert.conversion import convert
-from maskrcnn.data.layouts import find_split, get_split, list_splits, training_splits
+from maskrcnn.data.layouts import ImageFinder, find_split, get_split, list_splits, training_splits
 from maskrcnn.errors import UserError
 from maskrcnn.keypoints import mirrored
 
@@ -258,6 +258,27 @@ def test_a_file_of_another_kind_is_named_with_the_next_step(root, name, text):
     (root / name).write_text("<?xml version='1.0'?>")
     with pytest.raises(UserError, match=text):
         list_splits(root / name)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "in_file"),
+    [
+        ("u\u0308.jpg", "\xfc.jpg"),  # a letter and its mark, as macOS writes them
+        ("\xfc.jpg", "u\u0308.jpg"),
+        ("a b.jpg", "a%20b.jpg"),
+        ("a%20b.jpg", "a%20b.jpg"),
+        ("a.jpg", "3f2a1b4c-a.jpg"),  # Label Studio's upload
+        ("a.JPG", "a.jpg"),
+        ("a.png", "a.jpg"),
+    ],
+)
+def test_an_image_is_found_by_a_name_written_otherwise(tmp_path, on_disk, in_file):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / on_disk).touch()
+    finder = ImageFinder([tmp_path / "val", tmp_path])
+    finder.choose([in_file])
+    assert finder.find(in_file) == tmp_path / "val" / on_disk
 
 
 def test_links_that_go_round_do_not_end_the_search(shapes, root):
