@@ -15,7 +15,7 @@ import numpy as np
 
 from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.machine import available_cpus, is_quota_bound
-from maskrcnn.metadata import ModelMetadata, not_ours
+from maskrcnn.metadata import ModelMetadata, not_ours, sha256_of
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs, keep_for_ever
 from maskrcnn.runtime.engine_files import check_portable, read_metadata, read_model
 
@@ -197,7 +197,14 @@ def read_openvino_model(core: Any, path: Path) -> tuple[Any, ModelMetadata]:
             "both files of an OpenVINO engine",
             "build it: `maskrcnn build-engine --fp16 --target openvino`",
         )
-    metadata = read_metadata(path)
+    metadata, weights = read_metadata(path), path.with_suffix(".bin")
+    stated = metadata.stamp.get("bin_sha256")  # absent in older files
+    if stated is not None and sha256_of(weights) != stated:
+        raise UserError(
+            f"{weights}: not the weights that {path.name} was written with",
+            "the two files of one OpenVINO engine",
+            "copy both again, or rebuild here: `maskrcnn build-engine --fp16 --target openvino`",
+        )
     if _execution_precision(metadata) == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise UserError(
             f"{path}: built for bfloat16 execution ({metadata.stamp.get('cpu', 'another CPU')}); this CPU has none",

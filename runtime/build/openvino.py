@@ -90,6 +90,7 @@ def build_openvino_engine(
             images=images,
         )
         metadata.stamp["compared"] = str(comparison)
+        metadata.stamp["bin_sha256"] = sha256_of(draft.with_suffix(".bin"))  # the same when it is saved again
         _save(model, metadata, draft, half=half)
         path = output if comparison.accepted else output.with_suffix(".rejected.xml")
         # Weights first: an .xml without its .bin would be half an engine.

@@ -202,6 +202,18 @@ def test_a_half_precision_engine_is_kept_when_it_agrees(tmp_path, onnx_file):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.fp16.bin", "model.fp16.xml"]
 
 
+def test_weights_of_another_engine_are_refused(tmp_path, half_openvino_engine):
+    path = tmp_path / "model.xml"
+    path.write_bytes(half_openvino_engine.read_bytes())
+    content = bytearray(half_openvino_engine.with_suffix(".bin").read_bytes())
+    path.with_suffix(".bin").write_bytes(content)
+    load_backend(path)
+    content[len(content) // 2] ^= 1
+    path.with_suffix(".bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.bin: not the weights that model\.xml was written with"):
+        load_backend(path)
+
+
 def test_an_engine_that_differs_is_set_aside(tmp_path, onnx_file, monkeypatch):
     from maskrcnn.runtime.build import openvino as engine
 
