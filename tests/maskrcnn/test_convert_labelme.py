@@ -143,6 +143,13 @@ def test_folders_named_train_and_val_are_the_splits(source, tmp_path):
     assert content(tmp_path / "out", "val")["images"][0] == {"id": 2, "file_name": "b.jpg", "height": 20, "width": 30}
 
 
+@pytest.mark.parametrize("kind", ["rectangle", "rotation", "quadrilateral"])
+def test_shapes_of_four_corners_are_polygons(tmp_path, kind):
+    corners = [[4, 6], [12, 2], [16, 10], [8, 14]]
+    data, _ = whole("labelme", one(tmp_path, ("x", kind, corners)), tmp_path / "out")
+    assert data["annotations"][0]["segmentation"] == [[value for point in corners for value in point]]
+
+
 # --- bad input ---------------------------------------------------------------------------------------
 
 SHAPES = {  # shape, reason, error text
@@ -169,8 +176,9 @@ SHAPES = {  # shape, reason, error text
 def test_a_shape_at_fault_is_named_or_counted(tmp_path, name):
     shape, reason, text = SHAPES[name]
     source = one(tmp_path, ("x", "polygon", TRIANGLE), shape)
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(UserError, match=text) as refused:
         whole("labelme", source, tmp_path / "out")
+    assert "--keep-going" in refused.value.fix
     data, report = whole("labelme", source, tmp_path / "out", keep_going=True)
     assert report.skipped == {reason: 1} and len(data["annotations"]) == 1
 

@@ -188,7 +188,8 @@ def _labelme_outline(shape: dict[str, Any], size_hw: tuple[int, int], where: str
         return _ellipse(cx, cy, radius, radius)
     if kind == "rectangle" and len(points) == 2:
         return _rectangle(*points[0], *points[1])
-    if kind in ("polygon", "rectangle") and len(points) > 2:  # similar tools write rectangles of four corners
+    # X-AnyLabeling writes rectangles of four corners, and has rotated ones ("rotation") and quadrilaterals.
+    if kind in ("polygon", "rectangle", "rotation", "quadrilateral") and len(points) > 2:
         return [value for point in points for value in point]
     expected = "a polygon of three or more, a rectangle or circle of two different ones, or a mask"
     raise BadEntry(_NO_AREA, f"{where}: {kind} of {len(points)} points", expected, "outline the object")

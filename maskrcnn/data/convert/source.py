@@ -58,7 +58,8 @@ class Faults:
     def handle(self, fault: BadEntry) -> None:
         """Raises the fault, or counts it with `keep_going`."""
         if not self.keep_going:
-            raise fault
+            fix = f"{fault.fix}; or skip and count such entries with --keep-going"
+            raise BadEntry(fault.reason, fault.found, fault.expected, fix) from fault.__cause__
         self.skipped[fault.reason] += 1
         self._examples.setdefault(fault.reason, fault.found)
 
