@@ -268,7 +268,7 @@ def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[An
     """
     if not isinstance(content, dict):
         raise UserError(
-            f"{source}: the file is of type {type(content).__name__}{_looks_like(content)}",
+            f"{source}: the file is of type {type(content).__name__}{looks_like(content)}",
             "an object with the lists images, annotations and categories",
             _FIX,
         )
@@ -279,12 +279,15 @@ def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[An
             value = []
         if not isinstance(value, list):
             kind = "has no key" if name not in content else f"is of type {type(value).__name__} at"
-            raise UserError(f"{source}: the file {kind} {name!r}{_looks_like(content)}", f"{name!r}: a list", _FIX)
+            raise UserError(f"{source}: the file {kind} {name!r}{looks_like(content)}", f"{name!r}: a list", _FIX)
         lists.append(value)
     return lists[0], lists[1], lists[2]
 
 
-def _looks_like(content: Any) -> str:
+_LABEL_STUDIO = {"annotations", "completions", "predictions"}  # beside "data" in its tasks
+
+
+def looks_like(content: Any) -> str:
     """A hint at the format of content that is not COCO's."""
     first = content[0] if isinstance(content, list) and content else content
     if isinstance(content, list) and isinstance(first, dict) and {"image_id", "score"} <= first.keys():
@@ -296,6 +299,12 @@ def _looks_like(content: Any) -> str:
         values and isinstance(values[0], dict) and "regions" in values[0]
     ):
         return " (it looks like a file of VGG Image Annotator: maskrcnn data convert via FILE OUT)"
+    if isinstance(content, list) and isinstance(first, dict) and "data" in first and first.keys() & _LABEL_STUDIO:
+        return " (it looks like Label Studio's own JSON: export as COCO there)"
+    if isinstance(content, dict) and ("projectType" in content or "classTitle" in str(content.get("objects"))[:2000]):
+        return " (it looks like Supervisely's format: export as COCO there)"
+    if isinstance(content, dict) and isinstance(content.get("items"), list):
+        return " (it looks like Datumaro's format: maskrcnn data convert datumaro:datumaro FOLDER OUT)"
     return ""
 
 

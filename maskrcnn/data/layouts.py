@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 import yaml
 
+from maskrcnn.data.annotations import looks_like
 from maskrcnn.data.images import IMAGE_SUFFIXES, upright_size
 from maskrcnn.errors import UserError
 from maskrcnn.files import files_below, read_json
@@ -569,7 +570,9 @@ def _advice(root: Path) -> str:
             return f"convert it (LabelMe): maskrcnn data convert labelme {root} OUT"
         if isinstance(content, dict) and ("_via_img_metadata" in content or "regions" in str(content)[:2000]):
             return f"convert it (VGG Image Annotator): maskrcnn data convert via {path} OUT"
-        return f"{path} is not in COCO's format; {_NAME_BOTH}"
+        return f"{path} is not in COCO's format{looks_like(content)}; {_NAME_BOTH}"
+    if (root / "annotations.xml").is_file():
+        return f"export as COCO in CVAT, or convert it: maskrcnn data convert datumaro:cvat {root} OUT"
     if (root / "masks").is_dir():
         return f"convert it (masks as images): maskrcnn data convert id-masks {root} OUT"
     return f"{_NAME_BOTH}; or see maskrcnn data convert --help"

@@ -158,7 +158,8 @@ def _what(path: Path, head: bytes) -> UserError | None:
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return _other(path, "a web page", "download the file itself; the page may ask for a login or a confirmation")
     if path.suffix == ".onnx":
-        return _other(path, "an ONNX file", "name it without --weights")
+        fix = "name the checkpoint that it was exported from; `maskrcnn export FILE.onnx --precision …` converts it"
+        return _other(path, "an ONNX file", fix)
     is_pickle = head[:1] == b"\x80" or path.suffix == PICKLE_SUFFIX
     if is_pickle:
         return None

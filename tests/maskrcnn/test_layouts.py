@@ -242,6 +242,10 @@ def test_class_names_of_yolo_are_texts(shapes, root):
         ({"VOC/Annotations/a.xml": "<a/>"}, r"convert it \(Pascal VOC\): maskrcnn data convert voc"),
         ({"a.json": '{"shapes": []}'}, r"convert it \(LabelMe\): maskrcnn data convert labelme"),
         ({"v.json": '{"_via_img_metadata": {}}'}, r"convert it \(VGG Image Annotator\)"),
+        ({"annotations.xml": "<annotations/>"}, "datumaro:cvat"),
+        ({"p.json": '[{"id": 1, "data": {}, "annotations": []}]'}, "Label Studio's own JSON: export as COCO"),
+        ({"meta.json": '{"classes": [], "projectType": "images"}'}, "Supervisely"),
+        ({"a/default.json": '{"items": [], "categories": {}}'}, "datumaro:datumaro"),
         ({"photo.jpg": "", "notes.txt": ""}, r"it holds notes.txt, photo.jpg(.|\n)*--annotations FILE --images DIR"),
     ],
 )
