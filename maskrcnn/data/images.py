@@ -680,6 +680,8 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
         return samples
     if samples.dtype == bool:
         return samples.astype(np.uint8) * np.uint8(255)
+    if samples.dtype.kind not in "iuf":
+        raise ValueError(f"samples of {samples.dtype}, which are neither integers nor floats")
     values: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)
     is_nan = np.isnan(values)
     if is_nan.any():

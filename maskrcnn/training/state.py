@@ -59,7 +59,7 @@ def load_state(path: Path, step: Step) -> Progress:
     Raises:
         UserError: if the file is not a state, or is of another model.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = _read(path)
     load_weights(step.model, _part(tensors, "model."), path)
     parameters = {name: each for name, each in step.model.named_parameters() if each.requires_grad}
     for place, value in _part(tensors, "optimizer.").items():
@@ -83,7 +83,19 @@ def read_progress(run: Path) -> Progress:
         UserError: if the file is not a state of this version.
     """
     path = run / runs.STATE
-    return _progress_of(read_tensors(path)[1], path)
+    return _progress_of(_read(path)[1], path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the state of a run; the error for a damaged one names what is left of the run."""
+    try:
+        return read_tensors(path)
+    except UserError as error:
+        last = path.with_name(runs.LAST)
+        if not path.is_file() or not last.is_file():
+            raise
+        fix = f"restore it, or start a new run from the last epoch's weights: `maskrcnn train --weights {last}`"
+        raise UserError(error.found, error.expected, fix) from error
 
 
 def _progress_of(header: dict[str, Any], path: Path) -> Progress:

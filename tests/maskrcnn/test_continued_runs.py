@@ -142,6 +142,15 @@ def test_weights_are_not_given_to_a_run_that_has_them(run, began, fitted, checkp
     assert not fitted
 
 
+def test_a_damaged_state_names_the_weights_that_are_left(run, began, fitted):
+    folder, _ = began()
+    state = folder / runs.STATE
+    state.write_bytes(state.read_bytes()[:-8])
+    (folder / runs.LAST).touch()
+    expect_error(run("train", "--resume", folder), runs.STATE, f"--weights {folder / runs.LAST}")
+    assert not fitted
+
+
 def saved(run) -> dict:
     return read_tensors(run / runs.STATE)[0]
 

@@ -289,6 +289,15 @@ def test_samples_of_unknown_range_are_refused(tmp_path, samples, text):
     assert "--pixel-range LOW,HIGH" in caught.value.fix
 
 
+def test_complex_samples_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 2), np.complex64))
+    with pytest.raises(UserError, match=r"a\.npy cannot be decoded .*complex64"):
+        read_image(tmp_path / "a.npy")
+    pytest.importorskip("tifffile").imwrite(tmp_path / "a.tif", np.zeros((2, 2), np.complex64))
+    with pytest.raises(UserError, match=r"a\.tif cannot be decoded .*complex64"):
+        read_image(tmp_path / "a.tif")
+
+
 def test_missing_file_folder_empty_file_and_no_image(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("not a picture")
