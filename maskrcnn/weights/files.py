@@ -125,6 +125,12 @@ def _unpickled(path: Path, head: bytes) -> Any:
             return torch.load(file, map_location="cpu", weights_only=False, pickle_module=restricted, encoding="latin1")
     except UserError:
         raise
+    except _UnknownTypeError as error:
+        raise UserError(
+            f"{path}: tensors in a type of later versions of PyTorch, such as float8 or uint16",
+            "tensors of float32, float16 or bfloat16",
+            "save them in one of these: {name: value.float() for name, value in state_dict.items()}",
+        ) from error
     except Exception as error:  # a damaged file can raise nearly any error
         reason = str(error).splitlines()[0] if str(error) else ""
         raise _damaged(path, f"{type(error).__name__}: {reason}") from error
@@ -257,12 +263,18 @@ _ALLOWED: dict[str, Any] = {
 }
 
 
+class _UnknownTypeError(Exception):
+    """A tensor without a storage class of its type, of which float8 and the wider unsigned integers have none."""
+
+
 class _TensorsOnly(pickle.Unpickler):
     """Unpickler that resolves only the names in `_ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a name of the pickle."""
         origin = f"{module}.{name}"
+        if origin == "torch.storage.UntypedStorage":
+            raise _UnknownTypeError
         return _ALLOWED[origin] if origin in _ALLOWED else _stand_in(origin)
 
 

@@ -137,6 +137,7 @@ OTHER_FILES = {
     "script": (script, "a TorchScript program"),
     "exported": (exported, "a torch.export program"),
     "sparse": (lambda: saved({"a": torch.eye(2).to_sparse()}), "'a' is a sparse tensor"),
+    "float8": (lambda: saved({"a": torch.ones(2).to(torch.float8_e4m3fn)}), r"tensors in a type of later .*float8"),
     "meta": (lambda: saved({"a": torch.ones(2, device="meta")}), "'a' is a tensor without values"),
     "quantised": (
         lambda: saved({"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}),
