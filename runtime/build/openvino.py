@@ -90,8 +90,11 @@ def build_openvino_engine(
             images=images,
         )
         metadata.stamp["compared"] = str(comparison)
-        metadata.stamp["bin_sha256"] = sha256_of(draft.with_suffix(".bin"))  # the same when it is saved again
+        metadata.stamp["bin_sha256"] = sha256_of(draft.with_suffix(".bin"))
         _save(model, metadata, draft, half=half)
+        if sha256_of(draft.with_suffix(".bin")) != metadata.stamp["bin_sha256"]:  # a version that orders weights anew
+            del metadata.stamp["bin_sha256"]
+            _save(model, metadata, draft, half=half)
         path = output if comparison.accepted else output.with_suffix(".rejected.xml")
         # Weights first: an .xml without its .bin would be half an engine.
         os.replace(draft.with_suffix(".bin"), path.with_suffix(".bin"))
