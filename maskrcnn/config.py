@@ -452,9 +452,9 @@ def check_ranges(settings: dict[str, Any], section: str = "") -> None:
 
 def check_range(name: str, value: float | None, low: float, high: float = _LIMITLESS) -> None:
     """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
-    if value is not None and not (low <= value <= high and value < math.inf):
-        least = "above 0" if low == _POSITIVE[0] else f"at least {low}"
-        bounds = f"{least} and finite" if high == math.inf else f"{low} to {high}"
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        least = "above 0 and " if low == _POSITIVE[0] else f"at least {low} and " if math.isfinite(low) else ""
+        bounds = f"{least}finite" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -203,6 +204,7 @@ def predict(
     for name, value in (("batch_size", batch_size), ("workers", workers), ("limit", limit)):
         check_range(name, value, 1)
     check_range("threshold", threshold, 0, 1)
+    check_range("keypoint_threshold", keypoint_threshold, -math.inf)
     check_range("tolerance", tolerance, 0)
     progress = progress or Progress()
     save = [save] if isinstance(save, str) else save
@@ -354,8 +356,10 @@ def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Poo
     """The actors of a run on Ray; see `predict`."""
     from maskrcnn.runtime.cluster import Pool
 
+    check_range("actor_cpus", cpus, 0)
+    check_range("actor_gpus", gpus, 0)
     least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
-    if least < 1 or (most is not None and most < least) or cpus < 0 or gpus < 0:
+    if least < 1 or (most is not None and most < least):
         raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
     return Pool(least, most, cpus, gpus)
 
