@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
+from maskrcnn.errors import check_range
 from maskrcnn.files import DRAWING, Output, check_output_folder, check_outputs, report_kind, write_report
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import ONNX, Output, check_outputs, folder_beside
 
 if TYPE_CHECKING:

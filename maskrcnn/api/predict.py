@@ -17,9 +17,8 @@ from maskrcnn import runs
 from maskrcnn.api.predict_output import BlockFolder, Job, PredictionFolder, jobs_of, run_facts
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
 from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote
-from maskrcnn.errors import UserError, did_you_mean
+from maskrcnn.errors import UserError, check_range, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
 
 if TYPE_CHECKING:

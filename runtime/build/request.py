@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from maskrcnn.config import check_range
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights

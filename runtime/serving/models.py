@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from maskrcnn.config import check_range
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import kind_of
 from maskrcnn.metadata import ModelMetadata, not_ours
 from maskrcnn.plugins import build

@@ -120,6 +120,11 @@ def test_evaluate_returns_metrics_and_writes_nothing(onnx_file, shapes, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unknown_kind_of_overlap_is_refused_before_detecting(tmp_path):
+    with pytest.raises(UserError, match="kind of evaluation 'masks'\n  expected: one of bbox, segm, keypoints"):
+        maskrcnn.evaluate(tmp_path / "m.onnx", data=tmp_path / "nowhere", iou_type=["masks"])
+
+
 def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"data": "nowhere"}')
     monkeypatch.setenv("WORLD_SIZE", "2")
