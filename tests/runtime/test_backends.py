@@ -340,6 +340,10 @@ try:
 except UserError as error:
     assert "forked" in error.found and "spawn" in error.fix
     del detector  # must not wait either
+    try:
+        Detector.load({str(checkpoint if kind == "torch" else onnx_file)!r}, {kind!r}).detect(images)
+    except UserError as error:  # of PyTorch, if it has threads
+        assert "forked" in error.found and "spawn" in error.fix
     sys.exit(7)  # nor must the end of the process
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
