@@ -212,6 +212,9 @@ def predict(
         raise UserError(f"--format {format}", "png or jpg", "choose one of these")
     if folder is None and (resume or save) and ray is None:
         raise UserError("save or resume without output", "a folder to write to", "name it: output=DIR")
+    if ray is None and (actors, actor_cpus, actor_gpus) != (None, 1, 0):
+        option = "--actors, --actor-cpus or --actor-gpus without --ray"
+        raise UserError(option, "a run on a Ray cluster", "add --ray local, or drop them (--workers: images in work)")
     if isinstance(images, Iterator):
         images = list(images)
     sources = find_sources(images, leave_out=folder)

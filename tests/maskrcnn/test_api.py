@@ -120,6 +120,12 @@ def test_evaluate_returns_metrics_and_writes_nothing(onnx_file, shapes, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", [{"actors": 2}, {"actor_cpus": 4}, {"actor_gpus": 1}], ids=str)
+def test_options_of_a_cluster_need_one(option):
+    with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')}.* without --ray"):
+        maskrcnn.predict("m.png", model="m.onnx", **option)
+
+
 def test_an_unknown_kind_of_overlap_is_refused_before_detecting(tmp_path):
     with pytest.raises(UserError, match="kind of evaluation 'masks'\n  expected: one of bbox, segm, keypoints"):
         maskrcnn.evaluate(tmp_path / "m.onnx", data=tmp_path / "nowhere", iou_type=["masks"])
