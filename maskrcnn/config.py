@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maskrcnn.data.images import EXIF_RULES
-from maskrcnn.errors import UserError, did_you_mean
+from maskrcnn.errors import SMALLEST_POSITIVE, UserError, check_range, did_you_mean
 from maskrcnn.imaging.preprocess import Preprocessing, with_channels
 from maskrcnn.keypoints import COCO_NAMES, COCO_SIGMAS, COCO_SKELETON, check_skeleton
 from maskrcnn.settings import typed
@@ -314,11 +314,11 @@ class TrainConfig:
 
 
 def _check_levels(name: str, values: tuple[float, ...]) -> None:
-    """Raise a UserError unless there is a positive value for each pyramid level."""
-    if len(values) != len(LEVELS) or not min(values) > 0:
+    """Raise a UserError unless there is a value for each pyramid level."""
+    if len(values) != len(LEVELS):
         raise UserError(
             f"{name} {list(values)}",
-            f"{len(LEVELS)} values above 0, one for each of the levels {', '.join(LEVELS)}",
+            f"{len(LEVELS)} values, one for each of the levels {', '.join(LEVELS)}",
             "give one value per level, or omit it for the default",
         )
 
@@ -348,17 +348,19 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 _LIMITLESS = math.inf
 _SHARE = (0, 1)  # a fraction, a probability, an IoU
-_POSITIVE = (1e-12, _LIMITLESS)
+_POSITIVE = (SMALLEST_POSITIVE, _LIMITLESS)
 _COUNT = (1, _LIMITLESS)
 _FROM_0 = (0, _LIMITLESS)
 
 # The least and the largest value of every number in a configuration, by its key in YAML; of each number of a list.
-# `_check_levels` and `Preprocessing` check those that depend on others.
+# `Preprocessing` checks its own.
 RANGES: dict[str, tuple[float, float]] = {
     "model.channels": (1, _MAX_CHANNELS),
     "model.batch_norm_epsilon": _FROM_0,
     "model.bifpn_repeats": _COUNT,
     "model.fpn_channels": _COUNT,
+    "model.anchor_sizes_px": _POSITIVE,
+    "model.anchor_strides_px": _COUNT,
     "model.anchor_aspect_ratios": _POSITIVE,
     "model.rpn_convolutions": _COUNT,
     "model.rpn_candidates_per_level": _COUNT,
@@ -448,14 +450,6 @@ def check_ranges(settings: dict[str, Any], section: str = "") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if f"{section}{name}" in RANGES:
                 check_range(f"{section}{name}", number, *RANGES[f"{section}{name}"])
-
-
-def check_range(name: str, value: float | None, low: float, high: float = _LIMITLESS) -> None:
-    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
-    if value is not None and not (low <= value <= high and value < math.inf):
-        least = "above 0" if low == _POSITIVE[0] else f"at least {low}"
-        bounds = f"{least} and finite" if high == math.inf else f"{low} to {high}"
-        raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")
 
 
 def usual_epsilon(backbone: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ _DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 _OURS = ("", "maskrcnn")  # modules that no installation of another package provides
+SMALLEST_POSITIVE = 1e-12  # lower bound of values that must be above 0
 _MEMORY_TEXTS = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
@@ -48,6 +50,14 @@ class UserError(Exception):
 def missing_library(name: str, enables: str, install: str) -> UserError:
     """The error for a backend whose library is not installed."""
     return UserError(f"no Python package {name}", f"{name}, to {enables}", f"`{install}`; see `maskrcnn doctor`")
+
+
+def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
+    if value is not None and not (low <= value <= high and math.isfinite(value)):
+        least = "above 0 and " if low == SMALLEST_POSITIVE else f"at least {low} and " if math.isfinite(low) else ""
+        bounds = f"{least}finite" if high == math.inf else f"{low} to {high}"
+        raise UserError(f"{name} {value}", bounds, f"set {name} to a value in this range")
 
 
 def did_you_mean(given: object, choices: Iterable[str]) -> str:

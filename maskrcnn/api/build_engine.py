@@ -79,7 +79,7 @@ def build_engine(
     calibration_images: int = CALIBRATION_IMAGES,
     keep: Sequence[str] = (),
     tf32: bool = False,
-    batch: str = BATCH,
+    batch: str | int = BATCH,
     size: str = SIZE,
     plugin_library: bool = False,
     workspace: float | None = None,
@@ -110,7 +110,7 @@ def build_engine(
         calibration_images: maximum number of images to take from it.
         keep: with int8, layers that stay in floating point; see `export`.
         tf32: round the factors of float32 products to 10 bits; TensorRT only.
-        batch: batch sizes: "1,4,8" makes three profiles, "1:4:8" a range tuned for 4.
+        batch: batch size, or several: "1,4,8" makes three profiles, "1:4:8" a range tuned for 4.
         size: image sizes: "HxW", a range "HxW:HxW:HxW", "coco", "landscape", "portrait"; several with commas.
         plugin_library: leave the plugins in libmaskrcnn_plugins.so instead of compiling them into the engine.
         workspace: limit of a layer's scratch memory in GB. Default: all GPU memory.
@@ -150,7 +150,7 @@ def build_engine(
         calibration=_path(calibration),
         calibration_images=calibration_images,
         keep=tuple(keep),
-        batch=batch,
+        batch=str(batch),
         size=size,
         plugins=PluginForm.LIBRARY if plugin_library else PluginForm.AOT,
         tf32=tf32 or precision == "tf32",

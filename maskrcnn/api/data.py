@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
+from maskrcnn.errors import check_range
 from maskrcnn.files import DRAWING, Output, check_output_folder, check_outputs, report_kind, write_report
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def convert(
     from maskrcnn.data.convert.conversion import split_plan
     from maskrcnn.data.convert.source import Options
 
+    check_range("seed", seed, 0)
     options = Options(
         classes=None if classes is None else str(classes),
         alias=None if alias is None else Path(alias),
@@ -187,6 +189,7 @@ def check_data(
     from maskrcnn.data.check import check_dataset
     from maskrcnn.data.check_report import draw_findings
 
+    check_range("images", images, 0)
     progress = progress or Progress()
     if output is not None:
         check_output_folder("--output", Path(output), [data, image_folder], [DRAWING], overwrite=overwrite)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import (
     PAGE,
     RESULTS_FILE,
@@ -202,7 +201,8 @@ def evaluate(
     )
     options = _with_run(options, progress)
     _check(options)
-    protocol_of("bbox", options.max_detections)  # faults show before detecting
+    for kind in options.kinds or ("bbox",):  # faults show before detecting
+        protocol_of(kind, options.max_detections)
     if options.model is not None:
         evaluation = _evaluate_model(options, options.model, options.kinds, options.resume, progress)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from maskrcnn import runs
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import ONNX, Output, check_outputs, folder_beside
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _write_onnx(
             loaded.model,
             target,
             source=loaded.path,
-            opset=opset or OPSET,
+            opset=OPSET if opset is None else opset,
             assumed=loaded.assumed,
             max_unmatched=max_unmatched,
         )
@@ -273,6 +273,7 @@ def _check_options(
 ) -> None:
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
+    check_range("calibration_images", calibration_images, 1)
     if path is not None and weights is not None:
         raise UserError(f"{path} and --weights {weights}", "one of the two", "drop one of them")
     if weights is None and (given := [name for name, value in of_weights.items() if value is not None]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,8 @@ from maskrcnn import runs
 from maskrcnn.api.predict_output import BlockFolder, Job, PredictionFolder, jobs_of, run_facts
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
 from maskrcnn.data.sources import ImageItem, Source, find_sources, is_remote, left_out_of
-from maskrcnn.errors import UserError, did_you_mean
+from maskrcnn.errors import UserError, check_range, did_you_mean
 from maskrcnn.imaging.postprocess import Detections
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def predict(
     for name, value in (("batch_size", batch_size), ("workers", workers), ("limit", limit)):
         check_range(name, value, 1)
     check_range("threshold", threshold, 0, 1)
+    check_range("keypoint_threshold", keypoint_threshold, -math.inf)
     check_range("tolerance", tolerance, 0)
     progress = progress or Progress()
     save = [save] if isinstance(save, str) else save
@@ -211,6 +212,9 @@ def predict(
         raise UserError(f"--format {format}", "png or jpg", "choose one of these")
     if folder is None and (resume or save) and ray is None:
         raise UserError("save or resume without output", "a folder to write to", "name it: output=DIR")
+    if ray is None and (actors, actor_cpus, actor_gpus) != (None, 1, 0):
+        option = "--actors, --actor-cpus or --actor-gpus without --ray"
+        raise UserError(option, "a run on a Ray cluster", "add --ray local, or drop them (--workers: images in work)")
     if isinstance(images, Iterator):
         images = list(images)
     sources = find_sources(images, leave_out=folder)
@@ -356,8 +360,10 @@ def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Poo
     """The actors of a run on Ray; see `predict`."""
     from maskrcnn.runtime.cluster import Pool
 
+    check_range("actor_cpus", cpus, 0)
+    check_range("actor_gpus", gpus, 0)
     least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
-    if least < 1 or (most is not None and most < least) or cpus < 0 or gpus < 0:
+    if least < 1 or (most is not None and most < least):
         raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
     return Pool(least, most, cpus, gpus)
 

@@ -56,6 +56,14 @@ _Begin = Callable[..., tuple[Trainer, CocoDataset]]
 # Datasets that are drawn if `data` is their name and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
 _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
+# Arguments of `train` that say where the data is, and the fields of `TrainConfig` that hold them.
+_PLACE_FIELDS = {
+    "images": "images",
+    "split": "train_split",
+    "val_split": "val_split",
+    "val_annotations": "val_data",
+    "val_images": "val_images",
+}
 AUTO = "auto"  # in place of the run to continue
 _RATES, _RATE_STEPS = (1e-6, 1.0), 100  # of a range test
 _CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
@@ -201,41 +209,22 @@ def _rates(progress: Progress, processes: Processes, settings: dict[str, Any], *
     return LearningRates(suggestion, config.batch_size, found[:: _RATE_STEPS // 20])
 
 
-def _chosen(
-    data: str | Path | None,
-    *,
-    annotations: str | Path | None = None,
-    images: str | Path | None = None,
-    split: str | None = None,
-    val_split: str | None = None,
-    val_annotations: str | Path | None = None,
-    val_images: str | Path | None = None,
-    model: str | None = None,
-    config: str | Path | None = None,
-    settings: Sequence[str] | dict[str, Any] = (),
-    min_size: int | None = None,
-    max_size: int | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+def _chosen(data: str | Path | None, **arguments: Any) -> dict[str, Any]:
     """The settings that the arguments of `train` give, with the types of `TrainConfig`."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    annotations = given.pop("annotations", None)
     if annotations is not None and data is not None:
         raise UserError("--data with --annotations", "one of them", "drop --data: the annotation file says the dataset")
-    named = {
-        "data": annotations or data,
-        "images": images,
-        "train_split": split,
-        "val_split": val_split,
-        "val_data": val_annotations,
-        "val_images": val_images,
-    }
-    sizes = {name: size for name, size in (("min_size_px", min_size), ("max_size_px", max_size)) if size is not None}
+    named = {"data": annotations or data} | {field: given.pop(name, None) for name, field in _PLACE_FIELDS.items()}
+    sizes = {f"{name}_px": given.pop(name) for name in ("min_size", "max_size") if name in given}
+    config, settings, model = given.pop("config", None), given.pop("settings", ()), given.pop("model", None)
     layers = [
         with_sections(read_settings(Path(config))) if config else {},
         settings if isinstance(settings, dict) else assignments(list(settings)),
         {name: str(value) for name, value in named.items() if value is not None},
         {"model": {"name": model}} if model else {},
         {"model": {"preprocessing": sizes}} if sizes else {},
-        {name: value for name, value in options.items() if value is not None},
+        given,
     ]
     chosen: dict[str, Any] = {}
     for layer in layers:

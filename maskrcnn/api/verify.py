@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maskrcnn.api.progress import Progress
 from maskrcnn.api.results import Result
-from maskrcnn.config import check_range
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import PAGE, Output, atomic_path, check_outputs, report_kind, report_path, write_report
 
 if TYPE_CHECKING:

@@ -261,7 +261,9 @@ def _explained_video(name: str) -> Iterator[None]:
         raise UserError(
             f"{name} cannot be decoded as a video ({reason_of(error)})",
             "a complete video file, or a camera that is connected",
-            "restore the file, or convert it: `ffmpeg -i IN -c:v libx264 OUT.mp4`",
+            "connect the camera, or check its address and its permissions"
+            if name.startswith(_LIVE)
+            else "restore the file, or convert it: `ffmpeg -i IN -c:v libx264 OUT.mp4`",
         ) from error
 
 
@@ -305,16 +307,21 @@ def _suffix(name: str) -> str:
     return PurePosixPath(name.partition("?")[0] if is_remote(name) else name).suffix.lower()
 
 
+def _is_pattern(name: str) -> bool:
+    """Whether a URL has wildcards; in HTTP a question mark begins the query, such as a signature."""
+    return glob.has_magic(name.partition("?")[0] if name.startswith(("http://", "https://")) else name)
+
+
 def _remote_sources(name: str) -> list[Source]:
     """The sources of a URL: a file, a pattern, or a folder with its subfolders."""
-    if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *_NAMED_SUFFIXES) and not glob.has_magic(name):
+    if _suffix(name) in (*VIDEO_SUFFIXES, *LIST_SUFFIXES, *_NAMED_SUFFIXES) and not _is_pattern(name):
         return _file_sources(name)
     with file_system(name) as (system, path):
-        names = sorted(system.glob(path) if glob.has_magic(path) else system.find(path))
+        names = sorted(system.glob(path) if _is_pattern(name) else system.find(path))
         if names == [path] and not system.isdir(path):
             return [Source(name)]
         found = [system.unstrip_protocol(each) for each in names]
-    suffixes = _NAMED_SUFFIXES if glob.has_magic(path) else IMAGE_SUFFIXES
+    suffixes = _NAMED_SUFFIXES if _is_pattern(name) else IMAGE_SUFFIXES
     sources = [Source(each) for each in found if _suffix(each) in suffixes and "/." not in each]
     if not sources:
         raise UserError(f"{name}: no image in it, of {len(found)} files", _KINDS, "correct the URL")

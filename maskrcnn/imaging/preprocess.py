@@ -63,6 +63,9 @@ class Preprocessing:
                 f"mean {self.mean}, std {self.std}",
                 "a number per channel each (three for RGB), those of std above 0",
             )
+        if not np.isfinite([*self.mean, *self.std, *self.pixel_range]).all():
+            found = f"mean {self.mean}, std {self.std}, pixel_range {self.pixel_range}"
+            raise _invalid(found, "finite numbers")
         if self.channel_order not in ("RGB", "BGR"):
             raise _invalid(f"channel_order {self.channel_order!r}", "'RGB' or 'BGR'")
         if self.channel_order == "BGR" and self.channels != 3:

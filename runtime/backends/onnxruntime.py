@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError, missing_library, reason_of
+from maskrcnn.errors import UserError, check_range, missing_library, reason_of
 from maskrcnn.imaging.postprocess import Paste
 from maskrcnn.imaging.preprocess import batch_sizes
 from maskrcnn.machine import available_cores
@@ -172,6 +172,7 @@ class OnnxRuntimeBackend(Backend):
         providers: list[str] | None = None,
         threads: int = 0,
     ) -> None:
+        check_range("threads", threads, 0)
         try:
             import onnxruntime  # noqa: F401
         except ImportError as error:

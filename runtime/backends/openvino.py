@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from maskrcnn.errors import UserError, missing_library, reason_of
+from maskrcnn.errors import UserError, check_range, missing_library, reason_of
 from maskrcnn.machine import available_cpus, is_quota_bound
 from maskrcnn.metadata import ModelMetadata, not_ours, sha256_of
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs, keep_for_ever
@@ -88,6 +88,8 @@ class OpenVinoBackend(Backend):
     name = "OpenVINO"
 
     def __init__(self, path: Path, *, precision: str | None = None, threads: int = 0, streams: int = 1) -> None:
+        check_range("threads", threads, 0)
+        check_range("streams", streams, 1)
         core = openvino_core()
         self.path = path
         model, self.metadata = read_openvino_model(core, path)

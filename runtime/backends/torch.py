@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,7 @@ from maskrcnn.runtime.gpu.memory import Cuda
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
 COMPILER = "inductor"  # backend of `torch.compile`
+_first_process = 0  # that loaded a checkpoint
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +88,21 @@ class TorchBackend(Backend):
 
     @classmethod
     def load(cls, path: Path, **options: Any) -> TorchBackend:
-        """Loads a checkpoint."""
+        """Loads a checkpoint.
+
+        Raises:
+            UserError: for a file that is no checkpoint, and in a process forked from one that loaded a model: PyTorch
+                would wait for that one's threads for ever.
+        """
+        global _first_process
+        first = _first_process or os.getpid()
+        if first != os.getpid() and torch.get_num_threads() > 1:
+            raise UserError(
+                f"a checkpoint to load in process {os.getpid()}, forked from process {first}, which loaded one before",
+                "a process without a fork since PyTorch started its threads, which do not survive it",
+                'start processes by "spawn", load the first model after the fork, or set OMP_NUM_THREADS=1',
+            )
+        _first_process = first
         return cls(load_checkpoint(path), source=path, **options)
 
     def describe(self) -> tuple[Specs, Specs]:

@@ -7,6 +7,7 @@ metadata with the stamp.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.metadata import ModelMetadata
 from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, Weights
@@ -72,10 +73,12 @@ class BuildRequest:
     stage_of: Callable[[str], str] = lambda node: ""  # detector stage of a node of `graph`, "" if unknown
 
     def __post_init__(self) -> None:
+        check_range("calibration_images", self.calibration_images, 1)
+        check_range("gate_max_images", self.gate_max_images, 1)
         if self.optimization_level is not None and self.optimization_level not in range(6):
             found = f"--optimization-level {self.optimization_level}"
             raise UserError(found, "0 to 5", "drop it, or use 5 for the most thorough search")
-        if self.workspace_gb is not None and not self.workspace_gb > 0:
+        if self.workspace_gb is not None and not 0 < self.workspace_gb < math.inf:
             raise UserError(f"--workspace {self.workspace_gb:g}", "gigabytes, more than 0", "drop it")
         if self.aux_streams is not None and self.aux_streams < 0:
             raise UserError(f"--aux-streams {self.aux_streams}", "0 or more", "drop it")

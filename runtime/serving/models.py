@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from maskrcnn.errors import UserError
+from maskrcnn.errors import UserError, check_range
 from maskrcnn.files import kind_of
 from maskrcnn.metadata import ModelMetadata, not_ours
 from maskrcnn.plugins import build
@@ -68,6 +68,11 @@ class ServingOptions:
         for value, allowed, option in ((self.masks, _MASKS, "--masks"), (self.kind, _INSTANCE_KINDS, "--kind")):
             if value not in allowed:
                 raise UserError(f"{option} {value}", f"one of {', '.join(allowed)}", "choose one of these")
+        for name in ("max_batch", "instances", "step_instances"):
+            check_range(name, getattr(self, name), 1)
+        check_range("queue_delay", self.queue_delay_us, 0)
+        check_range("threads", self.threads, 0)
+        check_range("min_score", self.min_score, 0, 1)
 
 
 def served_model(path: Path, *, plugin_library: Path | None = None, network: str = "native") -> ServedModel:

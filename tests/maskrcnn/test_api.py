@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -119,6 +120,17 @@ def test_evaluate_returns_metrics_and_writes_nothing(onnx_file, shapes, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", [{"actors": 2}, {"actor_cpus": 4}, {"actor_gpus": 1}], ids=str)
+def test_options_of_a_cluster_need_one(option):
+    with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')}.* without --ray"):
+        maskrcnn.predict("m.png", model="m.onnx", **option)
+
+
+def test_an_unknown_kind_of_overlap_is_refused_before_detecting(tmp_path):
+    with pytest.raises(UserError, match="kind of evaluation 'masks'\n  expected: one of bbox, segm, keypoints"):
+        maskrcnn.evaluate(tmp_path / "m.onnx", data=tmp_path / "nowhere", iou_type=["masks"])
+
+
 def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"data": "nowhere"}')
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -128,6 +140,35 @@ def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
         with pytest.raises(UserError):
             maskrcnn.evaluate(tmp_path / "m.onnx", progress=messages)
         assert any("on the data of its run" in line for line in messages.lines) == reports
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name", "value"),
+    [
+        ("export", {}, "calibration_images", 0),
+        ("build_engine", {}, "calibration_images", 0),
+        ("build_engine", {}, "gate_max_images", -1),
+        ("triton", {"out": "out"}, "max_batch", 0),
+        ("triton", {"out": "out"}, "instances", 0),
+        ("triton", {"out": "out"}, "step_instances", 0),
+        ("triton", {"out": "out"}, "queue_delay", -1),
+        ("triton", {"out": "out"}, "threads", -1),
+        ("triton", {"out": "out"}, "min_score", math.nan),
+        ("predict", {}, "batch_size", 0),
+        ("predict", {}, "threshold", math.nan),
+        ("predict", {}, "keypoint_threshold", math.nan),
+        ("predict", {"ray": "local", "output": "out", "model": "m.onnx"}, "actor_cpus", math.nan),
+        ("evaluate", {}, "threshold", 1.5),
+        ("verify", {"other": "m.onnx"}, "max_images", 0),
+        ("check_data", {}, "images", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_work_begins(function, arguments, name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("m.png")
+    with pytest.raises(UserError, match=f"^{name} {value}\n"):
+        getattr(maskrcnn, function)("m.png" if function == "predict" else "m.onnx", **arguments, **{name: value})
+    assert [path.name for path in tmp_path.iterdir()] == ["m.png"]
 
 
 def test_unknown_names_are_attribute_errors():

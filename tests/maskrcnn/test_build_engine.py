@@ -1,6 +1,7 @@
 """`maskrcnn build-engine` and `maskrcnn refit-engine` on a machine without TensorRT, and invalid options."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,8 @@ def test_the_python_function_returns_what_the_command_prints(road, capsys):
     [
         ({"precision": "fp8"}, "precision fp8"),
         ({"target": "cpu"}, "--target cpu"),
+        ({"target": "openvino", "batch": 4}, "--batch 4 for OpenVINO"),
+        ({"workspace": math.inf}, "--workspace inf"),
         ({"precision": "int8"}, "int8 without calibration images"),
         ({"calibration": "photos"}, "calibration images with fp16"),
     ],

@@ -95,7 +95,7 @@ def test_an_unknown_precision(run, road):
 
 def test_an_opset_that_is_too_old_or_too_new(run, road):
     before = sorted(road.iterdir())
-    for opset in (17, 999):
+    for opset in (0, 17, 999):
         expect_error(run("export", "--onnx", "--opset", opset), f"opset {opset}", "20 to ", "use --opset 20")
     assert sorted(road.iterdir()) == before
 

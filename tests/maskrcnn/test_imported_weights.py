@@ -136,7 +136,7 @@ def test_a_checkpoint_of_this_package_leaves_nothing_to_assume(checkpoint):
         ({"anchor_aspect_ratios": (0.5, 2.0)}, r"3 anchors in each cell, and a model with 2.*0\.5, 2\.0"),
         ({"class_names": ("a", "b")}, "weights of 3 classes, and 2 class names"),
         ({"mask_head_channels": (256, 256)}, r"1 missing|2 missing \(first: roi_heads\.mask_head\.1"),
-        ({"anchor_sizes_px": (8, 16)}, "5 values above 0"),
+        ({"anchor_sizes_px": (8, 16)}, "5 values, one for each"),
         ({"anchor_size": 3}, r"unknown field\(s\) anchor_size"),
     ],
 )

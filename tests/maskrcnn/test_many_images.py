@@ -87,6 +87,9 @@ def test_sources_of_every_kind_name_the_same_images(photos, tmp_path, monkeypatc
     for name in files:
         memory.pipe(f"/{name}", (tmp_path / name).read_bytes())
     assert names_of("memory://photos") == [f"memory:///{name}" for name in files]
+    assert names_of("memory://photos/?.png") == [f"memory:///{name}" for name in files[:4]]
+    signed = "https://host/a.png?signature=[*]"  # a query, not wildcards: nothing is looked up
+    assert names_of(signed) == [signed] and find_sources(signed)[0].stem == "a"
     item = next(find_sources("memory://photos/1.png")[0].images())
     pixels, _ = item.read(Preprocessing(), ImageNotes())
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(photos / "1.png").convert("RGB")))

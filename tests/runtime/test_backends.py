@@ -179,6 +179,19 @@ def test_a_model_of_other_classes_is_refused(onnx_file, shapes, tmp_path):
     assert names_line(detector, CocoDataset.load(shapes, "val")) is None
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "words"),
+    [
+        ("onnxruntime", {"threads": -1}, "threads -1\n  expected: at least 0"),
+        ("openvino", {"threads": -1}, "threads -1\n  expected: at least 0"),
+        ("openvino", {"streams": 0}, "streams 0\n  expected: at least 1"),  # every call would wait for ever
+    ],
+)
+def test_numbers_of_threads_out_of_range_are_refused(onnx_file, backend, options, words):
+    with pytest.raises(UserError, match=words):
+        load_backend(onnx_file, backend, **options)
+
+
 def test_an_engine_that_was_cut_short_is_told_by_every_reader(half_openvino_engine, tmp_path):
     for suffix in (".xml", ".bin"):
         shutil.copy(half_openvino_engine.with_suffix(suffix), tmp_path / f"m{suffix}")
@@ -339,6 +352,10 @@ try:
 except UserError as error:
     assert "forked" in error.found and "spawn" in error.fix
     del detector  # must not wait either
+    try:
+        Detector.load({str(checkpoint if kind == "torch" else onnx_file)!r}, {kind!r}).detect(images)
+    except UserError as error:  # of PyTorch, if it has threads
+        assert "forked" in error.found and "spawn" in error.fix
     sys.exit(7)  # nor must the end of the process
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
