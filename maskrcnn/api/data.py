@@ -57,7 +57,7 @@ def convert(
     with_masks: bool = False,
     difficult: str = "crowd",
     zero_based: bool = False,
-    image_folder: str | None = None,
+    images: str | None = None,
     mask_folder: str | None = None,
     mask_suffix: str | None = None,
     divisor: int | None = None,
@@ -89,7 +89,7 @@ def convert(
         with_masks: "voc": take the masks of its segmentation lists instead of the boxes.
         difficult: "voc": "crowd", "keep" or "drop" its difficult objects.
         zero_based: "voc": box coordinates count from 0.
-        image_folder: "id-masks", "via": folder of the images below `source`; "coco": of the images of its file.
+        images: "id-masks", "via": folder of the images below `source`; "coco": of the images of its file.
         mask_folder: "id-masks": folder of the masks below `source`.
         mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
         divisor: "id-masks": pixel values are class · divisor + instance.
@@ -116,7 +116,7 @@ def convert(
         difficult=difficult,
         zero_based=zero_based,
         class_attribute=class_attribute,
-        image_folder=image_folder,
+        image_folder=images,
         mask_folder=mask_folder,
         mask_suffix=mask_suffix,
         divisor=divisor,
@@ -158,11 +158,11 @@ def convert(
 def check_data(
     data: str | Path,
     *,
-    image_folder: str | Path | None = None,
+    images: str | Path | None = None,
     split: Sequence[str] = (),
     exif: str = "auto",
     output: str | Path | None = None,
-    images: int = 16,
+    pictures: int = 16,
     json: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -171,11 +171,11 @@ def check_data(
 
     Args:
         data: folder of the dataset (see docs/formats.md for the layouts), or its annotation file.
-        image_folder: folder of the images. Default: searched for near the annotations.
+        images: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
         exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
         output: folder to write images of the findings and of samples to.
-        images: maximum number of images per finding.
+        pictures: maximum number of images to draw per finding.
         json: file to write the report to.
         overwrite: replace files that `check_data` did not write; never one of the dataset.
         progress: receives messages and progress.
@@ -189,18 +189,16 @@ def check_data(
     from maskrcnn.data.check import check_dataset
     from maskrcnn.data.check_report import draw_findings
 
-    check_range("images", images, 0)
+    check_range("pictures", pictures, 0)
     progress = progress or Progress()
     if output is not None:
-        check_output_folder("--output", Path(output), [data, image_folder], [DRAWING], overwrite=overwrite)
+        check_output_folder("--output", Path(output), [data, images], [DRAWING], overwrite=overwrite)
     if json is not None:
-        check_outputs(
-            [Output("--json", Path(json), report_kind("data check"))], [data, image_folder], overwrite=overwrite
-        )
+        check_outputs([Output("--json", Path(json), report_kind("data check"))], [data, images], overwrite=overwrite)
     with _counted(progress, "checking") as advance:
-        report = check_dataset(Path(data), split, images=image_folder, exif=exif, progress=advance)
+        report = check_dataset(Path(data), split, images=images, exif=exif, progress=advance)
     if output is not None:
-        count = draw_findings(report, Path(output), per_problem=images)
+        count = draw_findings(report, Path(output), per_problem=pictures)
         progress.message(f"{count} images → {output}")
     if json is not None:
         write_report(json, "data check", report.to_dict())

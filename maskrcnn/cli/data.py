@@ -88,8 +88,15 @@ def data_convert(
     zero_based: Annotated[
         bool, _option(_FORMAT, "--zero-based", help="Read box coordinates as counted from 0 (voc).")
     ] = False,
-    image_folder: Annotated[
-        str | None, _option(_FORMAT, help="Folder of the images (coco); below SOURCE (id-masks: images; via: SOURCE).")
+    images: Annotated[
+        str | None,
+        _option(
+            _FORMAT,
+            "--images",
+            "--image-folder",
+            metavar="DIR",
+            help="Folder of the images (coco); below SOURCE (id-masks: images; via: SOURCE).",
+        ),
     ] = None,
     mask_folder: Annotated[
         str | None, _option(_FORMAT, help="Folder of the masks below SOURCE (id-masks; default: masks).")
@@ -128,7 +135,7 @@ def data_convert(
         with_masks=with_masks,
         difficult=difficult.value,
         zero_based=zero_based,
-        image_folder=image_folder,
+        images=images,
         mask_folder=mask_folder,
         mask_suffix=mask_suffix,
         divisor=divisor,
@@ -194,17 +201,18 @@ def _draw(generate: Callable[..., Path], out: Path, **options: int) -> None:
 @data_app.command("check")
 def data_check(
     data: Annotated[Path, typer.Argument(help="Folder of a dataset, or its annotation file.")],
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the images (default: searched for near the annotations).")
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images", "--image-folder", help="Folder of the images (default: searched for near the annotations)."
+        ),
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to check; repeatable (default: all).")] = None,
     exif: ExifRule = "auto",
     output: Annotated[
         Path | None, _option(_OUTPUT, help="Folder to write images of the findings and of samples to.")
     ] = None,
-    pictures: Annotated[
-        int, _option(_OUTPUT, "--images", "--pictures", min=0, help="Maximum number of images per finding.")
-    ] = 16,
+    pictures: Annotated[int, _option(_OUTPUT, min=0, help="Maximum number of images to draw per finding.")] = 16,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the report to.")] = None,
     overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 for remarks too.")] = False,
@@ -217,11 +225,11 @@ def data_check(
 
     report = check_data(
         data,
-        image_folder=image_folder,
+        images=images,
         split=split or (),
         exif=exif,
         output=output,
-        images=pictures,
+        pictures=pictures,
         json=json,
         overwrite=overwrite,
         progress=ConsoleProgress(),

@@ -50,7 +50,7 @@ def test_options_reach_the_converter(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(conversion, "convert", convert)
     words = "--keep-going --copy --split a=0.2 --rest b --seed 3 --sets x,y --classes c --alias d --class e"
-    words += " --class-attribute f --with-masks --difficult drop --zero-based --image-folder g --mask-folder h"
+    words += " --class-attribute f --with-masks --difficult drop --zero-based --images g --mask-folder h"
     words += " --mask-suffix i --divisor 10 --void 11 --no-crowd"
     assert run("data", "convert", "voc", tmp_path, "out", *words.split())[0] == 0
     assert given["keep_going"] and given["copies"]

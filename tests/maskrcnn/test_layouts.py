@@ -179,13 +179,18 @@ def test_a_conversion_writes_cocos_layout(shapes, root, tmp_path, write):
     assert objects_of(loaded(tmp_path / "out", names)) == objects_of(before)
 
 
-def test_an_annotation_file_and_a_folder_of_images(shapes, root, tmp_path):
+def test_an_annotation_file_and_a_folder_of_images(shapes, root, tmp_path, run):
     content = content_of(shapes, "train")
     place(shapes, "train", content, tmp_path / "far" / "away", root / "labels" / "mine.json")
     with pytest.raises(UserError, match=r"images of .* are missing"):
         CocoDataset.load(root / "labels" / "mine.json", "mine")
     found = CocoDataset.load(root / "labels" / "mine.json", "mine", images=tmp_path / "far")
     assert objects_of([found]) == objects_of(loaded(shapes, ["train"]))
+    both = (root / "labels" / "mine.json", "--images", tmp_path / "far")
+    code, out, _ = run("data", "check", *both)
+    assert code == 0 and f"mine: {len(found.images)} images" in out
+    assert run("data", "convert", "coco", both[0], tmp_path / "out", *both[1:])[0] == 0
+    assert objects_of(loaded(tmp_path / "out", ["train", "val"])) == objects_of([found])
     names = training_splits(root / "labels" / "mine.json", "train", "val", val_data=root / "labels" / "mine.json")
     assert names == ("mine", "mine")
 

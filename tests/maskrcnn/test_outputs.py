@@ -64,7 +64,7 @@ INPUTS = {  # the other paths
     "web": {"model", "onnxruntime_web"},
     "doctor": {"places"},
     "data convert": {"source", "alias"},
-    "data check": {"data", "image_folder"},
+    "data check": {"data", "images"},
     "build-plugins": {"tensorrt_include"},
 }
 
