@@ -276,7 +276,7 @@ def _saved(save: Sequence[str] | None, sources: Sequence[Source]) -> frozenset[s
         )
     for each in save:
         if each not in SAVED:
-            raise UserError(f"--save {each}", ", ".join(SAVED), f"choose of these{did_you_mean(each, SAVED)}")
+            raise UserError(f"--save {each}", ", ".join(SAVED), f"choose from these{did_you_mean(each, SAVED)}")
     if {"labelme", "yolo", "coco"} & set(save):
         from maskrcnn.data.prelabels import require_files
 
