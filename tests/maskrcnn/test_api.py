@@ -160,7 +160,7 @@ def test_the_first_process_of_torchrun_reports(tmp_path, monkeypatch):
         ("predict", {"ray": "local", "output": "out", "model": "m.onnx"}, "actor_cpus", math.nan),
         ("evaluate", {}, "threshold", 1.5),
         ("verify", {"other": "m.onnx"}, "max_images", 0),
-        ("check_data", {}, "images", -1),
+        ("check_data", {}, "pictures", -1),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_work_begins(function, arguments, name, value, tmp_path, monkeypatch):
