@@ -294,7 +294,7 @@ class TrainConfig:
     log_every: int = _setting(50, "Steps between lines of losses in log.jsonl; 0 writes those of epochs only.")
     tensorboard: bool = _setting(True, "Write TensorBoard scalars and images to the run's folder.")
     pictures: int = _setting(4, "Images of augmented samples, and of predictions at each evaluation, to save.")
-    device: str = _setting("auto", "Training device.", "auto", "cpu", "cuda")
+    device: str = _setting("auto", "Training device.", "auto", "cpu", "cuda", "mps")
     cuda_graphs: bool = _setting(
         False, "Take steps as CUDA graphs, one per batch shape: faster for small images on a fast GPU."
     )

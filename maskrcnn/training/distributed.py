@@ -80,15 +80,17 @@ def joined(device: str) -> Iterator[Processes]:
     Release models wrapped for several processes before the block ends.
 
     Args:
-        device: "auto", "cpu" or "cuda"; GPUs communicate by NCCL, CPUs by gloo.
+        device: "auto", "cpu", "cuda" or "mps"; GPUs communicate by NCCL, CPUs by gloo.
 
     Raises:
-        UserError: if the environment of `torchrun` is incomplete or malformed.
+        UserError: if the environment of `torchrun` is incomplete or malformed, and for several processes on "mps".
     """
     world_size = _number("WORLD_SIZE", at_least=1)
     if world_size == 1:
         yield Processes()
         return
+    if device == "mps":
+        raise UserError(f"--device mps in {world_size} processes", "one process", "start it without torchrun")
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -131,15 +133,19 @@ def _number(name: str, *, at_least: int = 0) -> int:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device for "auto", "cpu" or "cuda".
+    """Device for "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU).
 
     Args:
         name: requested device.
         local_rank: rank of this process on its machine; each process uses its own GPU.
 
     Raises:
-        UserError: if CUDA is requested but unavailable, or there are fewer GPUs than processes.
+        UserError: if the requested device is unavailable, or there are fewer GPUs than processes.
     """
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps", "an Apple GPU that torch can use", "use cpu, or cuda on an NVIDIA GPU")
+        return torch.device("mps")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not available:
         raise UserError("--device cuda", "a CUDA GPU that torch can use", "see `maskrcnn doctor`, or use cpu")
@@ -171,7 +177,11 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name not in ("auto", "fp32", "bf16", "fp16"):
         raise UserError(f"precision {name!r}", "auto, fp32, bf16 or fp16", "set --precision to one of them")
     if name != "auto":
+        if name == "fp16" and device.type == "mps":
+            raise UserError("--precision fp16 on an Apple GPU", "fp32 or bf16", "its optimizers do not scale gradients")
         return name
+    if device.type == "mps":
+        return "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -172,6 +172,10 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             return
+        if self.device.type == "mps":  # whose fused optimizers cannot skip a step
+            if bool(finite):
+                self.optimizer.step()
+            return
         # The fused optimizers read these attributes, which GradScaler sets too, and skip the step on the device.
         vars(self.optimizer).update(grad_scale=None, found_inf=(~finite).float())
         self.optimizer.step()

@@ -40,7 +40,8 @@ class TorchBackend(Backend):
         source: the file it was loaded from, for its hash.
         precision: "fp32", or "bf16" or "fp16" for convolutions and matrix products, weights included; coordinates and
             scores stay in float32.
-        device: "cpu", "cuda", "cuda:1" … (default: CUDA if available). The calling thread's current GPU is preserved.
+        device: "cpu", "cuda", "cuda:1", "mps" … (default: CUDA if available). The calling thread's current GPU is
+            preserved.
         compile: use `torch.compile`, which takes a minute at the first call, and at the second if its images have
             another size.
         graphs: run each batch and image size as a CUDA graph from its second call on.
@@ -228,7 +229,7 @@ def _to_device(value: Any, device: torch.device) -> torch.Tensor:
         return torch.as_tensor(value, device=device)
     tensor = torch.from_numpy(np.ascontiguousarray(value))
     if device.type != "cuda":
-        return tensor
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # PyTorch keeps pinned memory until it has been read
 
 
@@ -237,7 +238,7 @@ def _on_host(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     values = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in values.items()}
     on_gpu = next((value.device for value in values.values() if value.is_cuda), None)
     if on_gpu is None:
-        return {name: value.numpy() for name, value in values.items()}
+        return {name: value.cpu().numpy() for name, value in values.items()}
     copied = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
     torch.cuda.current_stream(on_gpu).synchronize()
     return {name: value.numpy() for name, value in copied.items()}

@@ -25,7 +25,7 @@ from maskrcnn.data.shapes import generate_shapes
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.training import trainer as trainer_module
-from maskrcnn.training.distributed import choose_precision, choose_workers
+from maskrcnn.training.distributed import choose_device, choose_precision, choose_workers, joined
 from maskrcnn.training.loader import collate
 from maskrcnn.training.optimizer import learning_rate, make_optimizer, without_effect
 from maskrcnn.training.samples import TrainingSamples
@@ -634,6 +634,20 @@ def test_precision_is_chosen_by_the_processor(monkeypatch):
     assert choose_precision("fp32", cpu) == "fp32"
     with pytest.raises(UserError, match="precision 'fp8'"):
         choose_precision("fp8", cpu)
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+    with pytest.raises(UserError, match="fp16 on an Apple GPU"):
+        choose_precision("fp16", torch.device("mps"))
+
+
+def test_an_apple_gpu_is_used_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device mps\n  expected: an Apple GPU"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps") and choose_device("auto").type != "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="mps in 2 processes"), joined("mps"):
+        pass
 
 
 def test_workers_take_the_other_cores(monkeypatch):
