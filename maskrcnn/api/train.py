@@ -547,7 +547,7 @@ def _with_pixel_range(progress: Progress, config: TrainConfig, survey: ImageSurv
     preprocessing = config.model.preprocessing
     if preprocessing.pixel_range:
         return config
-    value_range, line = measured_range(survey)
+    value_range, line = measured_range(survey, preprocessing)
     if value_range is None:
         return config
     progress.message(line)

@@ -60,6 +60,7 @@ _NPY_START = b"\x93NUMPY"
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
 _FEW_LEVELS = 32  # of 256; an image of 12 bits in 16 has 16
 _BANDS_OF_MODE = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "La": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "P": 3}
+_GREY_ALPHA = "LA;16B"
 _SAMPLES_MODE = {  # modes whose samples are not bands, and the mode to convert them to
     "1": "L",
     "P": "RGB",
@@ -218,10 +219,19 @@ def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
         return opened.header
 
 
-def read_samples(path: Path) -> np.ndarray:
-    """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor turned."""
-    with _source(path) as source, explained(f"image {path}"), _opened(source) as opened:
-        return opened.samples()
+def read_samples(path: Path, preprocessing: Preprocessing | None = None) -> np.ndarray:
+    """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor turned.
+
+    Args:
+        path: image file.
+        preprocessing: of a model, to which only the bands that it reads are returned: no alpha channel, for example.
+    """
+    name = f"image {path}"
+    with _source(path) as source, explained(name), _opened(source) as opened:
+        samples = opened.samples()
+        if preprocessing is None:
+            return samples
+        return _bands_read(samples, preprocessing, ImageNotes(), name, has_alpha=opened.has_alpha())
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
@@ -487,6 +497,8 @@ class _Pillow(OpenedImage):
         (width, height), bands = image.size, _BANDS_OF_MODE.get(image.mode, len(image.getbands()))
         self._needs_tifffile = False
         self._packing = _packing_of_16_bits(image)
+        if self._packing == _GREY_ALPHA:
+            bands = 2
         bits = 16 if self._packing or image.mode.startswith("I") or image.mode == "F" else 8
         stated = None
         if image.format == "TIFF":
@@ -514,10 +526,14 @@ class _Pillow(OpenedImage):
             image = image.convert(_SAMPLES_MODE[image.mode])
         array = np.array(image)
         if self._packing:  # Pillow keeps the high byte; read in the other byte order, it keeps the low one
+            has_grey = self._packing == _GREY_ALPHA  # whose four bytes per pixel are read as they are
             with Image.open(self._source) as opened:
-                low: Any = opened
-                low.tile = [tile._replace(args=self._packing[:-1] + "L") for tile in low.tile]
-                array = array.astype(np.uint16) << 8 | np.array(low)
+                other: Any = opened
+                packing = "RGBA" if has_grey else self._packing[:-1] + "L"
+                other.tile = [tile._replace(args=packing) for tile in other.tile]
+                low = np.array(other)
+            high, low = (low[..., ::2], low[..., 1::2]) if has_grey else (array, low)
+            array = high.astype(np.uint16) << 8 | low
         array = self._as_stored(array)
         return array.reshape(*array.shape[:2], -1)
 
@@ -572,10 +588,13 @@ def _stated_range(bits: Any, most_sample: Any) -> tuple[float, float] | None:
 
 
 def _packing_of_16_bits(image: Image.Image) -> str:
-    """Pillow's packing of PNG colours of 16 bits, such as "RGB;16B", of which it decodes 8; "" for other images."""
+    """Pillow's packing of PNG colours of 16 bits, such as "RGB;16B", of which it decodes 8; "" for other images.
+
+    Grey with alpha is RGBA to Pillow.
+    """
     tiles: Any = getattr(image, "tile", None) if image.format == "PNG" else None
     arguments = tiles[0].args if tiles else None
-    return arguments if isinstance(arguments, str) and arguments in ("RGB;16B", "RGBA;16B") else ""
+    return arguments if isinstance(arguments, str) and arguments in ("RGB;16B", "RGBA;16B", _GREY_ALPHA) else ""
 
 
 def _has_more_frames(image: Image.Image) -> bool:
@@ -659,8 +678,11 @@ def pixels_of(opened: OpenedImage, preprocessing: Preprocessing, notes: ImageNot
             if header.is_wide:
                 notes.add("few levels" if rgb.max() < _FEW_LEVELS else "high byte", name)
             return rgb if preprocessing.channels == 3 else _luminance(rgb)
-    samples = _scaled(opened.samples(), value_range, notes, name)
-    return _chosen(samples, preprocessing, notes, name, has_alpha=opened.has_alpha())
+    samples = _bands_read(opened.samples(), preprocessing, notes, name, has_alpha=opened.has_alpha())
+    samples = _scaled(samples, value_range, notes, name)
+    if preprocessing.channels == 1 and samples.shape[2] == 3:
+        return _luminance(samples)
+    return samples if samples.shape[2] == preprocessing.channels else np.repeat(samples, preprocessing.channels, axis=2)
 
 
 def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -712,17 +734,18 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
     return scaled
 
 
-def _chosen(
+def _bands_read(
     samples: np.ndarray, preprocessing: Preprocessing, notes: ImageNotes, name: str, *, has_alpha: bool
 ) -> np.ndarray:
-    """The bands of a model's channels from samples `[H, W, bands]`."""
+    """The bands of samples `[H, W, bands]` that a model reads: one per channel, one of grey, or three of colour."""
     count, channels, bands = samples.shape[2], preprocessing.channels, preprocessing.bands
     if channels in (1, 3) and not bands:
-        if count > 3:
-            notes.add("alpha" if has_alpha and count == 4 else "bands", name)
-        if count < 3:
-            return np.repeat(samples[..., :1], channels, axis=2)
-        return samples[..., :3] if channels == 3 else _luminance(samples[..., :3])
+        if has_alpha and count in (2, 4):
+            if np.ptp(samples[..., -1]) > 0:
+                notes.add("alpha", name)
+        elif count > 3:
+            notes.add("bands", name)
+        return samples[..., : 3 if count >= 3 else 1]
     needed = max(bands, default=channels)
     if count < needed:
         raise UserError(

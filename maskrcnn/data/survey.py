@@ -61,7 +61,7 @@ def read_for_display(record: ImageRecord) -> np.ndarray:
     """
     rule = Preprocessing()
     if read_header(record.path).is_wide:
-        samples = read_samples(record.path)
+        samples = read_samples(record.path, rule)
         finite = samples[np.isfinite(samples)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         rule = Preprocessing(pixel_range=(low, high if high > low else low + 1))
@@ -179,11 +179,14 @@ def _remarks(record: ImageRecord, header: ImageHeader, preprocessing: Preprocess
         )
 
 
-def measured_range(survey: ImageSurvey) -> tuple[tuple[float, float] | None, str]:
+def measured_range(
+    survey: ImageSurvey, preprocessing: Preprocessing | None = None
+) -> tuple[tuple[float, float] | None, str]:
     """The pixel range of samples of more than 8 bits, and a line about it; None and "" for images of 8 bits.
 
     The range is what the files state, else that of the samples of up to 200 images: for non-negative integers up to the
-    next power of two, for floats 0–1 or 0–255 if they are inside, else from the lowest to the highest.
+    next power of two, for floats 0–1 or 0–255 if they are inside, else from the lowest to the highest. Only the bands
+    that a model of this preprocessing reads count; without one, all.
 
     Raises:
         UserError: if an image cannot be read, or some are floats from 0 to 1 and others integers.
@@ -197,7 +200,7 @@ def measured_range(survey: ImageSurvey) -> tuple[tuple[float, float] | None, str
         unit, wider = "", ""  # the first image of floats from 0 to 1, and of integers beyond
         for index in indices:
             path = survey.wide[index].path
-            samples = read_samples(path)
+            samples = read_samples(path, preprocessing)
             is_float = samples.dtype.kind == "f"
             if is_float:
                 is_integer, samples = False, samples[np.isfinite(samples)]

@@ -169,6 +169,14 @@ def test_the_range_of_wide_samples_is_measured(tmp_path, dtype, bright, expected
     assert check_dataset(tmp_path).by_problem(is_error=True) == {}
 
 
+def test_the_range_is_that_of_the_bands_that_are_read(tmp_path):
+    pixels = drawn(dtype=np.uint16, bright=4000, bands=4)
+    pixels[..., 3] = 65535  # an alpha channel, or a band that the model has no channel for
+    survey = survey_images(dataset(tmp_path, lambda path: np.save(path, pixels), names=("a.npy",)))
+    assert measured_range(survey, AS_IS)[0] == (0, 4095)
+    assert measured_range(survey, with_channels(AS_IS, 4))[0] == (0, 65535)
+
+
 def test_floats_from_0_to_1_among_integers_are_an_error(tmp_path):
     kinds = {"a.npy": drawn(dtype=np.uint16, bright=4000), "b.npy": (drawn() / 255).astype(np.float32)}
     data = dataset(tmp_path, lambda path: np.save(path, kinds[path.name]), names=(*kinds,))

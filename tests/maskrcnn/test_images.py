@@ -126,13 +126,13 @@ def test_an_image_of_another_size_is_scaled_to_its_annotation(tmp_path, orientat
 
 
 def png16(path, samples):
-    """A PNG of 16 bits, [H, W, 1 or 3], written by hand: Pillow writes no colours of 16 bits."""
+    """A PNG of 16 bits, [H, W, 1 to 4], written by hand: Pillow writes no colours of 16 bits."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width, bands = samples.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[bands], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
     parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
@@ -152,6 +152,7 @@ def tiff(path, samples, **options):
 
 
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64, 1)
+OPAQUE = np.full_like(RAMP, 65535)
 TWELVE = Preprocessing(pixel_range=(0, 4095))
 
 
@@ -160,19 +161,22 @@ TWELVE = Preprocessing(pixel_range=(0, 4095))
     [
         ("a.png", png16, RAMP, (0, 4095)),
         ("a.png", png16, np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]]), (0, 4095)),
+        ("a.png", png16, np.dstack([RAMP, OPAQUE]), (0, 4095)),
+        ("a.png", png16, np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1], OPAQUE]), (0, 4095)),
         ("a.tif", tiff, np.dstack([RAMP, RAMP[::-1], RAMP[:, ::-1]]), (0, 4095)),
         ("a.tif", tiff, RAMP.astype(np.float32) / 4095, (0, 1)),
         ("a.tif", tiff, RAMP.astype(np.int16) - 1000, (-1000, 3095)),
         ("a.npy", npy, RAMP.astype(np.int32) * 1000, (0, 4095000)),
         ("a.npy", npy, (RAMP >> 4).astype(np.uint16), (0, 255)),
     ],
-    ids=["grey", "rgb", "rgb-tiff", "float", "signed", "32-bit", "8-in-16"],
+    ids=["grey", "rgb", "grey-alpha", "rgb-alpha", "rgb-tiff", "float", "signed", "32-bit", "8-in-16"],
 )
 def test_samples_of_more_than_8_bits_keep_them_with_a_range(tmp_path, name, write, samples, pixel_range):
     notes = ImageNotes()
     pixels = read_image(write(tmp_path / name, samples), Preprocessing(pixel_range=pixel_range), notes=notes)
     low, high = pixel_range
-    expected = np.broadcast_to((samples.astype(np.float64) - low) * 255 / (high - low), (64, 64, 3))
+    colours = samples[..., : 3 if samples.shape[2] > 2 else 1]
+    expected = np.broadcast_to((colours.astype(np.float64) - low) * 255 / (high - low), (64, 64, 3))
     assert pixels.dtype == np.float32 and pixels.shape == (64, 64, 3)
     np.testing.assert_allclose(pixels, expected, atol=1e-3)
     assert not notes.counts
