@@ -163,17 +163,23 @@ def find_sources(
 
 
 def left_out_of(named: Any) -> list[str]:
-    """One line for each folder among what is named with files that may be images and that are not searched for."""
+    """One line for each folder and pattern among what is named, of files that may be images and are not read."""
     several = [named] if isinstance(named, (str, Path)) else named if isinstance(named, (list, tuple)) else []
     lines = []
-    for folder in (Path(each) for each in several if isinstance(each, (str, Path)) and Path(each).is_dir()):
-        files = files_below(folder, UNSEARCHED_SUFFIXES)
+    for each in (str(one) for one in several if isinstance(one, (str, Path))):
+        if Path(each).is_dir():
+            files = files_below(Path(each), UNSEARCHED_SUFFIXES)
+        elif not is_remote(each) and glob.has_magic(each) and not Path(each).exists():
+            matches = (Path(match) for match in sorted(glob.glob(each, recursive=True)))
+            files = [path for path in matches if path.suffix.lower() in UNSEARCHED_SUFFIXES and path.suffix != ".npy"]
+        else:
+            continue
         if files:
-            kinds = ", ".join(sorted({path.suffix.lower() for path in files}))
-            lines.append(
-                f"{len(files)} file(s) {kinds} in {folder} are left out, such as {files[0]}: name .npy files "
-                f"('{folder}/*.npy'), and convert others to JPEG or PNG"
-            )
+            kinds = sorted({path.suffix.lower() for path in files})
+            fixes = [f"name .npy files ('{each}/*.npy')"] if ".npy" in kinds else []
+            fixes += ["convert them to JPEG or PNG"] if kinds != [".npy"] else []
+            found = f"{len(files)} file(s) {', '.join(kinds)} of {each} are left out, such as {files[0]}"
+            lines.append(f"{found}: {', '.join(fixes)}")
     return lines
 
 

@@ -222,7 +222,7 @@ def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
         resized_planes = [np.asarray(plane.resize(size_hw[::-1], Image.Resampling.BILINEAR)) for plane in planes]
         return np.stack(resized_planes, axis=-1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    return np.array(resized)  # of its own, which PyTorch may write to
 
 
 def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:

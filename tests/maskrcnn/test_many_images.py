@@ -305,7 +305,13 @@ def test_files_that_folders_are_not_searched_for_are_named(photos, onnx_file, tm
     Image.new("RGB", (64, 64)).save(folder / "b.gif")
     told = Told()
     assert maskrcnn.predict(folder, model=onnx_file, progress=told).images == [str(folder / "b.gif")]
-    assert [text for text in told.texts if text.startswith("1 file(s) .npy in ") and "a.npy" in text]
+    assert [text for text in told.texts if text.startswith("1 file(s) .npy of ") and "a.npy" in text]
+    (folder / "c.HEIC").write_bytes(b"of a phone")
+    told = Told()
+    assert len(maskrcnn.predict(f"{folder}/*", model=onnx_file, progress=told).images) == 2
+    assert told.texts[0] == (
+        f"1 file(s) .heic of {folder}/* are left out, such as {folder / 'c.HEIC'}: convert them to JPEG or PNG"
+    )
 
 
 def test_sources_that_are_bad_are_named(run, road, photos, tmp_path, monkeypatch):
