@@ -337,23 +337,28 @@ class ImageFinder:
         if direct is not None:
             return direct
         if self._index is None:
-            self._index = {}
-            is_disk = self.folder == Path(self.folder.anchor)
-            for folder, _, files in () if is_disk else os.walk(self.folder):
-                for file in files:
-                    if file.lower().endswith(IMAGE_SUFFIXES):
-                        path = Path(folder, file)
-                        for key in _keys(file):
-                            self._index.setdefault(key, []).append(path)
+            self._index = self._searched()  # assigned when it is complete: other threads may be here
+        index = self._index
         last = Path(name).name
         names = dict.fromkeys((last, unquote(last), _UPLOADED.sub("", last)))
         for key in dict.fromkeys(chain.from_iterable(map(_keys, names))):
-            found = sorted(set(self._index.get(key, ())))
+            found = sorted(set(index.get(key, ())))
             for likely in (self.folder, *self._folders) if found else ():  # of several the one in a likelier folder
                 inside = [path for path in found if likely in path.parents]
                 if len(inside) == 1:
                     return inside[0]
         return self.folder / last
+
+    def _searched(self) -> dict[str, list[Path]]:
+        """The images in the folder and below, by what they may be called."""
+        index: dict[str, list[Path]] = {}
+        is_disk = self.folder == Path(self.folder.anchor)
+        for folder, _, files in () if is_disk else os.walk(self.folder):
+            for file in files:
+                if file.lower().endswith(IMAGE_SUFFIXES):
+                    for key in _keys(file):
+                        index.setdefault(key, []).append(Path(folder, file))
+        return index
 
     @staticmethod
     def _direct(folder: Path, name: str) -> Path | None:
@@ -372,9 +377,9 @@ class ImageFinder:
 
 
 def _yolo_files(root: Path) -> list[Split]:
-    """The splits of a folder with a YAML file of YOLO's, or with images/ and labels/."""
-    for path in _files(root, (".yaml", ".yml"), depth=2):
-        splits = _yolo_splits(path, is_required=False)
+    """The splits of a folder with a YAML file of YOLO's, with Darknet's obj.data, or with images/ and labels/."""
+    for path in _files(root, (".yaml", ".yml", ".data"), depth=2):
+        splits = _darknet_splits(path) if path.suffix == ".data" else _yolo_splits(path, is_required=False)
         if splits:
             return splits
     if not (root / "labels").is_dir():
@@ -429,11 +434,32 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
     return splits
 
 
+def _darknet_splits(path: Path) -> list[Split]:
+    """The splits of a file of Darknet, such as CVAT's obj.data; none for another file."""
+    fields = dict(map(str.strip, line.split("=", 1)) for line in _lines(path) if "=" in line)
+    if "names" not in fields:
+        return []
+    base = path.parent
+    classes = dict(enumerate(_lines(_below(base, base, fields["names"]))))
+    return [
+        Split(name, path, partial(_yolo_content, [_below(base, base, fields[key])], classes, {}, base), (base,))
+        for key, name in (("train", "train"), ("valid", "val"))
+        if fields.get(key)
+    ]
+
+
 def _below(base: Path, folder: Path, value: str) -> Path:
-    """A path of YOLO's YAML file; Roboflow writes `../train/images` for `train/images`."""
-    stripped = re.sub(r"^(\.\./)+", "", value.replace("\\", "/"))
-    candidates = (base / value, folder / value, base / stripped, folder / stripped)
-    return next((path for path in candidates if path.exists()), base / stripped)
+    """A path of YOLO's files, which may have been written elsewhere.
+
+    Roboflow writes `../train/images` for `train/images`, CVAT `data/images/train/a.jpg` for `images/train/a.jpg`, and
+    others where the dataset was on their machine. Of folders the last two parts must be there: `val/images` is not
+    `images`.
+    """
+    parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    least = 1 if len(parts) < 2 or PurePath(value).suffix else 2
+    shortened = ("/".join(parts[start:]) for start in range(max(1, len(parts) - least + 1)))
+    candidates = (Path(root, name) for name in (value, *shortened) for root in (base, folder))
+    return next((path for path in candidates if path.exists()), base / "/".join(parts))
 
 
 def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, options: dict[str, Any], base: Path) -> Any:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,54 @@ def roboflow_yolo(source, root):
     yolo(source, root, split_folders=False)
 
 
-BOTH = (roboflow, datumaro, two_files, yolo, roboflow_yolo)  # have a split to validate on
+def lists_of_images(root, place):
+    for split in ("train", "val"):
+        names = sorted(path.name for path in (root / "images" / split).iterdir())
+        (root / f"{split}.txt").write_text("".join(f"{place.format(split)}/{name}\n" for name in names))
+
+
+def cvat_yolo(source, root):
+    yolo(source, root)
+    lists_of_images(root, "data/images/{}")
+    names = (root / "data.yaml").read_text().splitlines()[-1]
+    (root / "data.yaml").write_text(f"path: ./\ntrain: train.txt\nval: val.txt\n{names}\n")
+
+
+def moved_yolo(source, root):
+    yolo(source, root)
+    lists_of_images(root, "C:\\Users\\me\\shapes\\images\\{}")
+    names = (root / "data.yaml").read_text().splitlines()[-1]
+    (root / "data.yaml").write_text(
+        f"path: /home/me/shapes\ntrain: /home/me/shapes/train.txt\nval: [val.txt]\n{names}\n"
+    )
+
+
+def darknet(source, root):
+    yolo(source, root)
+    lists_of_images(root, "data/obj_{}_data")
+    names = [category["name"] for category in content_of(source, "train")["categories"]]
+    (root / "obj.names").write_text("\n".join(names))
+    (root / "obj.data").write_text(
+        "classes = 3\ntrain = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n"
+    )
+    for split in ("train", "val"):
+        shutil.move(root / "images" / split, root / f"obj_{split}_data")
+        for label in (root / "labels" / split).iterdir():
+            shutil.move(label, root / f"obj_{split}_data")
+    (root / "data.yaml").unlink()
+    shutil.rmtree(root / "labels")
+
+
+BOTH = (
+    roboflow,
+    datumaro,
+    two_files,
+    yolo,
+    roboflow_yolo,
+    cvat_yolo,
+    moved_yolo,
+    darknet,
+)  # have a split to validate on
 ONE = (cvat, label_studio, fiftyone, trainval, windows)
 
 
@@ -188,11 +237,30 @@ def test_an_annotation_file_and_a_folder_of_images(shapes, root, tmp_path, run):
     assert objects_of([found]) == objects_of(loaded(shapes, ["train"]))
     both = (root / "labels" / "mine.json", "--images", tmp_path / "far")
     code, out, _ = run("data", "check", *both)
-    assert code == 0 and f"mine: {len(found.images)} images" in out
+    assert code == 0 and f"mine: {len(found.images)} images" in out, out
     assert run("data", "convert", "coco", both[0], tmp_path / "out", *both[1:])[0] == 0
     assert objects_of(loaded(tmp_path / "out", ["train", "val"])) == objects_of([found])
     names = training_splits(root / "labels" / "mine.json", "train", "val", val_data=root / "labels" / "mine.json")
     assert names == ("mine", "mine")
+
+
+def test_several_threads_find_images_at_once(tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(8)]
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "far" / "away" / name).touch()
+    walk = os.walk
+
+    def slow(folder):
+        for entry in walk(folder):
+            time.sleep(0.05)
+            yield entry
+
+    monkeypatch.setattr(os, "walk", slow)
+    finder = ImageFinder([tmp_path])
+    finder.choose(names)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(finder.find, names)) == [tmp_path / "far" / "away" / name for name in names]
 
 
 def test_the_division_keeps_every_class_in_both_parts_and_does_not_depend_on_order(shapes, root):
