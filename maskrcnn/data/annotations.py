@@ -281,6 +281,13 @@ def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[An
             kind = "has no key" if name not in content else f"is of type {type(value).__name__} at"
             raise UserError(f"{source}: the file {kind} {name!r}{looks_like(content)}", f"{name!r}: a list", _FIX)
         lists.append(value)
+    first = lists[1][0] if lists[1] else None
+    if isinstance(first, dict) and "segments_info" in first and "category_id" not in first:
+        raise UserError(
+            f"{source}: panoptic annotations ('segments_info')",
+            "annotations of instances, each with its category and segmentation",
+            "name COCO's instances_*.json, or export instances",
+        )
     return lists[0], lists[1], lists[2]
 
 

@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 from pycocotools import mask as mask_api
 
+from maskrcnn import __version__
 from maskrcnn.data.annotations import (
     SAMPLE,
     AnnotationFile,
@@ -106,7 +107,7 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
         cached = None
         if len(data) >= _CACHED_BYTES:
             with suppress(OSError, UserError):
-                cached = cache_folder() / "annotations" / f"{_digest(data)}-{drop_roots:d}-{FORMAT}"
+                cached = cache_folder() / "annotations" / f"{_digest(data)}-{drop_roots:d}-{__version__}-{FORMAT}"
         if cached is not None:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 table, facts = Table.read(cached)
@@ -267,7 +268,7 @@ def _read_plain(data: mmap.mmap, source: str, *, size_of: SizeOf, drop_roots: bo
     raws = content.annotations
     lists = [json.loads(bytes(content.images)), json.loads(bytes(content.categories))]
     images, categories = (value if isinstance(value, list) else [] for value in lists)
-    if [images, categories] != lists:
+    if [images, categories] != lists or (raws and b'"segments_info"' in bytes(raws[0])):
         raise UnlikeCocoError
     pool = Pool()
     found, others = _plain(raws, pool)

@@ -19,7 +19,7 @@ from maskrcnn.data.layouts import ImageFinder
 from maskrcnn.data.segmentation import Segmentation, box_polygon, compressed_rle
 from maskrcnn.files import atomic_path
 
-FORMAT = 1  # of `Table.write`; part of the name of a cached file
+FORMAT = 2  # of `Table.write`, and of how annotations are read; part of the name of a cached file
 _MAGIC = b"maskrcnn arrays\n"
 _ALIGNMENT = 64  # bytes
 NO_COUNT = np.iinfo(np.int64).min  # `stated_keypoints` of an object without

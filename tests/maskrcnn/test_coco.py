@@ -441,6 +441,7 @@ TWO_IMAGES, TWO_CATEGORIES = CONTENT["images"], CONTENT["categories"]
         ("[]", "the file is of type list"),
         ('[{"image_id": 1, "score": 0.5}]', "looks like detections in COCO's results format"),
         ('{"shapes": []}', "looks like a LabelMe file: maskrcnn data convert labelme"),
+        (changed(["annotations", 0], {"id": 7, "image_id": 1, "segments_info": []}), "panoptic annotations"),
         (changed(["images"], ...), "the file has no key 'images'"),
         (changed(["annotations"], {}), "'annotations'"),
         (changed(["images"], []), "no images"),
