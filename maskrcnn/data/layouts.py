@@ -436,8 +436,9 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
 
 def _darknet_splits(path: Path) -> list[Split]:
     """The splits of a file of Darknet, such as CVAT's obj.data; none for another file."""
-    fields = dict(map(str.strip, line.split("=", 1)) for line in _lines(path) if "=" in line)
-    if "names" not in fields:
+    pairs = (line.partition("=") for line in _lines(path))
+    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    if not fields.get("names"):
         return []
     base = path.parent
     classes = dict(enumerate(_lines(_below(base, base, fields["names"]))))
