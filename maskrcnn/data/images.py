@@ -22,7 +22,7 @@ import importlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +242,14 @@ def upright_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
+def kinds_not_read(files: Sequence[Path], where: str) -> tuple[str, str]:
+    """The suffixes of files of `where` that may be images and are not read, and what to do about them."""
+    kinds = sorted({path.suffix.lower() for path in files})
+    fixes = [f"name .npy files ('{where}/*.npy')"] if ".npy" in kinds else []
+    fixes += ["convert them to JPEG or PNG"] if set(kinds) - {".npy"} else []
+    return ", ".join(kinds), ", ".join(fixes)
+
+
 def images_in(folder: Path, limit: int) -> list[Path]:
     """The images of a folder and its subfolders: at most `limit`, evenly spaced in the sorted list.
 
@@ -252,13 +260,11 @@ def images_in(folder: Path, limit: int) -> list[Path]:
         raise UserError(f"no folder {folder}", "a folder of images", "name a folder of images like those to predict on")
     files = files_below(folder, IMAGE_SUFFIXES)
     if not files:
-        others = ", ".join(sorted({path.suffix.lower() for path in files_below(folder, UNSEARCHED_SUFFIXES)}))
+        others, fix = kinds_not_read(files_below(folder, UNSEARCHED_SUFFIXES), str(folder))
         raise UserError(
             f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})" + (f", but files {others}" if others else ""),
             "images",
-            f"name .npy files ('{folder}/*.npy') and convert others to JPEG or PNG"
-            if others
-            else "add images, or name another folder",
+            fix or "add images, or name another folder",
         )
     indices = np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)
     return [files[index] for index in indices]
@@ -741,7 +747,7 @@ def _bands_read(
     count, channels, bands = samples.shape[2], preprocessing.channels, preprocessing.bands
     if channels in (1, 3) and not bands:
         if has_alpha and count in (2, 4):
-            if np.ptp(samples[..., -1]) > 0:
+            if samples[..., -1].min() < samples[..., -1].max():
                 notes.add("alpha", name)
         elif count > 3:
             notes.add("bands", name)

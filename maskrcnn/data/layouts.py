@@ -429,9 +429,16 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
             continue
         sources = [_below(base, path.parent, str(each)) for each in (value if isinstance(value, list) else [value])]
         if any(source.exists() for source in sources) or key in ("train", "val"):
-            read = partial(_yolo_content, sources, classes, content, base)
-            splits.append(Split(key, path, read, (base, Path(base.absolute().anchor))))
+            splits.append(_yolo_split(key, path, sources, classes, content, base))
     return splits
+
+
+def _yolo_split(
+    name: str, path: Path, sources: Sequence[Path], classes: dict[Any, Any], options: dict[str, Any], base: Path
+) -> Split:
+    """A split of a file that names folders or lists of images, which may lie anywhere."""
+    read = partial(_yolo_content, sources, classes, options, base)
+    return Split(name, path, read, (base, Path(base.absolute().anchor)))
 
 
 def _darknet_splits(path: Path) -> list[Split]:
@@ -443,7 +450,7 @@ def _darknet_splits(path: Path) -> list[Split]:
     base = path.parent
     classes = dict(enumerate(_lines(_below(base, base, fields["names"]))))
     return [
-        Split(name, path, partial(_yolo_content, [_below(base, base, fields[key])], classes, {}, base), (base,))
+        _yolo_split(name, path, [_below(base, base, fields[key])], classes, {}, base)
         for key, name in (("train", "train"), ("valid", "val"))
         if fields.get(key)
     ]
@@ -457,7 +464,7 @@ def _below(base: Path, folder: Path, value: str) -> Path:
     `images`.
     """
     parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    least = 1 if len(parts) < 2 or PurePath(value).suffix else 2
+    least = 1 if len(parts) < 2 or PurePath(parts[-1]).suffix else 2
     shortened = ("/".join(parts[start:]) for start in range(max(1, len(parts) - least + 1)))
     candidates = (Path(root, name) for name in (value, *shortened) for root in (base, folder))
     return next((path for path in candidates if path.exists()), base / "/".join(parts))

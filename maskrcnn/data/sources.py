@@ -20,7 +20,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskrcnn.data.images import IMAGE_SUFFIXES, UNSEARCHED_SUFFIXES, ImageNotes, images_in, read_upright
+from maskrcnn.data.images import (
+    IMAGE_SUFFIXES,
+    UNSEARCHED_SUFFIXES,
+    ImageNotes,
+    images_in,
+    kinds_not_read,
+    read_upright,
+)
 from maskrcnn.errors import UserError, missing_library, reason_of
 from maskrcnn.files import atomic_path, files_below, parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
@@ -171,15 +178,12 @@ def left_out_of(named: Any) -> list[str]:
             files = files_below(Path(each), UNSEARCHED_SUFFIXES)
         elif not is_remote(each) and glob.has_magic(each) and not Path(each).exists():
             matches = (Path(match) for match in sorted(glob.glob(each, recursive=True)))
-            files = [path for path in matches if path.suffix.lower() in UNSEARCHED_SUFFIXES and path.suffix != ".npy"]
+            files = [path for path in matches if path.suffix.lower() in {*UNSEARCHED_SUFFIXES} - {".npy"}]
         else:
             continue
         if files:
-            kinds = sorted({path.suffix.lower() for path in files})
-            fixes = [f"name .npy files ('{each}/*.npy')"] if ".npy" in kinds else []
-            fixes += ["convert them to JPEG or PNG"] if kinds != [".npy"] else []
-            found = f"{len(files)} file(s) {', '.join(kinds)} of {each} are left out, such as {files[0]}"
-            lines.append(f"{found}: {', '.join(fixes)}")
+            kinds, fix = kinds_not_read(files, each)
+            lines.append(f"{len(files)} file(s) {kinds} of {each} are left out, such as {files[0]}: {fix}")
     return lines
 
 

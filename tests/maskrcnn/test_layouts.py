@@ -289,6 +289,16 @@ def test_keypoints_of_yolo_have_mirrored_partners(shapes, root):
     assert mirrored(dataset.keypoint_names) == (1, 0, 2)
 
 
+def test_lists_of_darknet_name_images_anywhere(shapes, root, tmp_path):
+    darknet(shapes, root)
+    (tmp_path / "far").mkdir()
+    for split in ("train", "val"):
+        images = shutil.move(root / f"obj_{split}_data", tmp_path / "far")
+        files = sorted(path for path in Path(images).iterdir() if path.suffix == ".png")
+        (root / f"{split}.txt").write_text("\n".join(map(str, files)))
+    assert objects_of(loaded(root, ["train", "val"])) == objects_of(loaded(shapes, ["train", "val"]))
+
+
 def test_lines_of_yolo_that_cannot_be_read_are_counted(shapes, root):
     yolo(shapes, root)
     label = next((root / "labels" / "train").iterdir())
