@@ -174,11 +174,14 @@ class WebResult(Result):
     out: Path
     files: list[Path]
     size_mb: float
+    detections: int  # in the image by which the page checks a browser
 
     def lines(self) -> list[str]:
         """The result as lines of text."""
+        count = self.detections or "none, so the check shows nothing: name a photo of the model's classes with --image"
         return [
             f"{self.out}: {len(self.files)} files, {self.size_mb:.1f} MB",
+            f"detections in the image that checks a browser: {count}",
             f"open: python -m http.server --directory {shlex.quote(str(self.out))} 8000, then http://localhost:8000",
         ]
 
@@ -188,6 +191,7 @@ def web(
     out: str | Path,
     *,
     onnxruntime_web: str | Path | None = None,
+    image: str | Path | None = None,
     progress: Progress | None = None,
 ) -> WebResult:
     """Writes a web page that runs an ONNX file in the browser, as static files.
@@ -196,18 +200,19 @@ def web(
         model: file of `maskrcnn export --onnx`.
         out: folder: new, empty, or that of an earlier page, which is replaced.
         onnxruntime_web: the npm package onnxruntime-web, a folder or `.tgz`. Default: npm fetches it.
+        image: file with objects of the model's classes, by which the page checks a browser. Default: drawn shapes.
         progress: receives the steps.
 
     Raises:
-        UserError: for a model that the page cannot run, a folder of other files, and a runtime that is missing or of
-            another version.
+        UserError: for a model that the page cannot run, a folder of other files, an image that cannot be read or is too
+            large, and a runtime that is missing or of another version.
     """
     from maskrcnn.runtime.serving.web import write_page
 
-    package = None if onnxruntime_web is None else Path(onnxruntime_web)
+    package, photo = (None if path is None else Path(path) for path in (onnxruntime_web, image))
     with (progress or Progress()).task(f"writing {out}"):
-        files = write_page(Path(model), Path(out), onnxruntime_web=package)
-    return WebResult(Path(out), files, sum(path.stat().st_size for path in files) / 1e6)
+        files, detections = write_page(Path(model), Path(out), onnxruntime_web=package, image=photo)
+    return WebResult(Path(out), files, sum(path.stat().st_size for path in files) / 1e6, detections)
 
 
 def _value(choice: Enum | str) -> str:

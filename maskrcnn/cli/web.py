@@ -17,8 +17,13 @@ def web(
         Path | None,
         typer.Option(help="Package onnxruntime-web, a folder or .tgz of npm (default: fetched by npm)."),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Photo of the model's classes, by which the page checks a browser (default: drawn shapes)."),
+    ] = None,
 ) -> None:
     """Write a web page that detects on photos and the camera in the browser: static files, nothing is uploaded."""
     from maskrcnn.api.serving import web as run
 
-    show("\n".join(run(model, out, onnxruntime_web=onnxruntime_web, progress=ConsoleProgress()).lines()))
+    result = run(model, out, onnxruntime_web=onnxruntime_web, image=image, progress=ConsoleProgress())
+    show("\n".join(result.lines()))

@@ -18,7 +18,7 @@ from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from maskrcnn.runtime.build.profiles import Profile, padded_shape
 from maskrcnn.runtime.build.request import BuildRequest, Comparison, Progress
 from maskrcnn.runtime.detector import Detector
-from maskrcnn.runtime.verification.compare import EXACT, HALF, INT8, compare_outputs, merge
+from maskrcnn.runtime.verification.compare import TOLERANCES, compare_outputs, merge
 from maskrcnn.runtime.verification.inputs import Batch, batches_of_shapes, drawn_batches
 from maskrcnn.runtime.verification.report import VerifyReport
 from maskrcnn.runtime.verification.verify import verify
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 Feeds = dict[str, np.ndarray]
 _MAX_BATCH = 8  # of the evaluation
 
-# Accepted difference by precision; TF32 has the ten bits of FP16.
-TOLERANCES = {"fp32": EXACT, "tf32": HALF, "fp16": HALF, "bf16": HALF, "int8": INT8}
 # Accepted loss of AP. Half precision changed the AP of a trained detector by 0.003.
 MAX_AP_LOSS = {"fp32": 0.001, "tf32": 0.005, "fp16": 0.005, "bf16": 0.01, "int8": 0.02}
 

@@ -1,21 +1,30 @@
-"""A static web page that runs an ONNX file in the browser: the page, the model, and ONNX Runtime compiled to
-WebAssembly (onnxruntime-web).
+"""A static web page that runs an ONNX file in the browser: the page, the model, ONNX Runtime for WebGPU and WebAssembly
+(onnxruntime-web), and an image with its detections, by which the page checks the browser.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError, reason_of
 from maskrcnn.files import atomic_path, kind_of, make_folder
+from maskrcnn.imaging.preprocess import resized_size
 from maskrcnn.metadata import ModelMetadata
+from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.engine_files import check_portable, read_model
+from maskrcnn.runtime.verification.compare import TOLERANCES
 
 RUNTIME_VERSION = "1.30.0"  # of onnxruntime-web
 # SHA-256 of the files of that version that the page loads, all in the package's folder dist.
@@ -23,39 +32,53 @@ RUNTIME_FILES = {
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
     "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
     "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+    "ort.webgpu.min.mjs": "3dffff71811bc13a3a3d9591c57ca5ee5735b8f5f3eaf789510b02bb040ae3a0",
+    "ort-wasm-simd-threaded.asyncify.mjs": "3d1c85995364bb643302fc6fd877a0c3ba5ae72401815e0f24828a53d9191e28",
+    "ort-wasm-simd-threaded.asyncify.wasm": "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",
 }
 _PAGE = Path(__file__).parent / "page"
 _MARK = "model.json"  # by which a page's folder is recognised
+_CHECK_IMAGE, _CHECK = "check.png", "check.json"
+_DRAWN_HW, _DRAWN_SEED = (240, 320), 5  # of the image that is drawn where none is named
+_MAX_CHECK_PIXELS = 4_000_000  # of a named image, which every visitor may download
 _SOURCE = f"onnxruntime-web {RUNTIME_VERSION} (`npm pack onnxruntime-web@{RUNTIME_VERSION}`)"
 
 
-def write_page(model: Path, out: Path, *, onnxruntime_web: Path | None = None) -> list[Path]:
+def write_page(
+    model: Path, out: Path, *, onnxruntime_web: Path | None = None, image: Path | None = None
+) -> tuple[list[Path], int]:
     """Writes the page of an ONNX file into a folder; a page that is there is replaced.
 
     Args:
         model: file of `maskrcnn export --onnx`.
         out: the folder: new, empty, or that of an earlier page.
         onnxruntime_web: the unpacked package or its `.tgz` (default: npm fetches it).
+        image: file with objects of the model's classes, by which the page checks a browser (default: drawn shapes).
 
     Returns:
-        The files.
+        The files, and the number of detections in the image.
 
     Raises:
-        UserError: before anything is written, for a model that the page cannot run, a folder of other files, and a
-            runtime that is missing or of another version.
+        UserError: before anything is written, for a model that the page cannot run, a folder of other files, an image
+            that cannot be read or is too large, and a runtime that is missing or of another version.
     """
     metadata = _checked(model)
     _check_folder(out, model)
+    pixels, check = _expected(model, image)
     with tempfile.TemporaryDirectory() as temporary:
         runtime = _runtime(onnxruntime_web, Path(temporary))
         files = {path.name: path for path in sorted(_PAGE.iterdir())} | runtime | {"model.onnx": model}
         make_folder(out)
         with atomic_path(out / _MARK) as path:
             path.write_text(replace(metadata, stamp={}).to_json() + "\n", encoding="utf-8")
+        with atomic_path(out / _CHECK) as path:
+            path.write_text(json.dumps(check) + "\n", encoding="utf-8")
+        with atomic_path(out / _CHECK_IMAGE) as path:
+            Image.fromarray(pixels).save(path, format="PNG")
         for name, source in files.items():
             with atomic_path(out / name) as path:
                 shutil.copyfile(source, path)
-    return [out / name for name in (_MARK, *files)]
+    return [out / name for name in (_MARK, _CHECK, _CHECK_IMAGE, *files)], len(check["detections"])
 
 
 def _checked(model: Path) -> ModelMetadata:
@@ -79,6 +102,34 @@ def _checked(model: Path) -> ModelMetadata:
     if metadata.precision == "bf16":
         raise UserError(f"{model}: a file in bfloat16", "fp32, fp16 or int8", "export it with another --precision")
     return metadata
+
+
+def _expected(model: Path, image: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """An image, its detections in ONNX Runtime, and by how much those of a browser may differ."""
+    detector = Detector.load(model, "onnxruntime:cpu")
+    pixels = shapes_image(np.random.default_rng(_DRAWN_SEED), _DRAWN_HW)[0] if image is None else detector.read(image)
+    height, width = pixels.shape[:2]
+    if height * width > _MAX_CHECK_PIXELS:
+        raise UserError(
+            f"{image}: {height * width / 1e6:.1f} megapixels",
+            f"at most {_MAX_CHECK_PIXELS / 1e6:.0f}, as visitors download the image",
+            "reduce it first",
+        )
+    (found,) = detector.detect([pixels])
+    tolerance = TOLERANCES[detector.metadata.precision]
+    scale = min(resized_size((height, width), detector.preprocessing)) / min(height, width)
+    return pixels, {
+        "detections": found.to_coco(),
+        "tolerance": {
+            "box_px": tolerance.box_px / min(scale, 1),  # of the image, where the tolerance is of the resized one
+            "keypoint_px": tolerance.keypoints.px / min(scale, 1),
+            "keypoint_share": tolerance.keypoints.share,
+            "score": tolerance.score,
+            "mask_mean": tolerance.mask_mean,
+            "min_iou": tolerance.min_iou,
+            "departing_share": tolerance.departing_share,
+        },
+    }
 
 
 def _check_folder(out: Path, model: Path) -> None:

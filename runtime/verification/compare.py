@@ -236,6 +236,8 @@ INT8 = Tolerance(
     min_iou=0.6,
     departing_share=0.2,
 )
+# By the precision of a model or an engine; TF32 has the ten bits of FP16.
+TOLERANCES = {"fp32": EXACT, "tf32": HALF, "fp16": HALF, "bf16": HALF, "int8": INT8}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from command_line import MessageLog
 from maskrcnn.api.progress import Progress
 from maskrcnn.errors import UserError
 from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from maskrcnn.runtime.build.gate import MAX_AP_LOSS, TOLERANCES, PaddedBackend, check_gate_images, gate, padded_feeds
+from maskrcnn.runtime.build.gate import MAX_AP_LOSS, PaddedBackend, check_gate_images, gate, padded_feeds
 from maskrcnn.runtime.build.profiles import parse_profiles
 from maskrcnn.runtime.build.refit import refit_tensorrt_engine
 from maskrcnn.runtime.build.request import BuildRequest, Comparison
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
 from maskrcnn.runtime.engine_files import STAGE_PREFIX, staged_graph
-from maskrcnn.runtime.verification.compare import EXACT, HALF, Difference
+from maskrcnn.runtime.verification.compare import EXACT, HALF, TOLERANCES, Difference
 from maskrcnn.runtime.verification.inputs import batches_of_shapes
 from maskrcnn.stages import OF_KEYPOINTS, STAGES
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import tarfile
 
@@ -37,14 +38,35 @@ def fake_package(tmp_path, monkeypatch):
 
 
 def test_the_folder_is_whole_and_written_again(tmp_path, onnx_file, fake_package):
-    files = write_page(onnx_file, tmp_path / "page", onnxruntime_web=fake_package)
+    files, detections = write_page(onnx_file, tmp_path / "page", onnxruntime_web=fake_package)
     assert {path.name for path in files} == {path.name for path in (tmp_path / "page").iterdir()}
-    assert {"index.html", "page.js", "detect.js", "model.json", "model.onnx", *RUNTIME_FILES} == {p.name for p in files}
+    own = {"index.html", "page.js", "detect.js", "model.json", "model.onnx", "check.json", "check.png"}
+    assert own | set(RUNTIME_FILES) == {path.name for path in files}
     model = json.loads((tmp_path / "page/model.json").read_text())
     assert model["class_names"] == ["circle", "rectangle", "triangle"] and model["contract"] == 1
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as archive:
         archive.add(fake_package, "package")
-    assert write_page(onnx_file, tmp_path / "page", onnxruntime_web=tmp_path / "package.tgz") == files
+    again = write_page(onnx_file, tmp_path / "page", onnxruntime_web=tmp_path / "package.tgz")
+    assert again == (files, detections)
+
+
+def test_the_image_that_checks_a_browser(tmp_path, onnx_file, fake_package, image_file):
+    def expected(image):
+        _, detections = write_page(onnx_file, tmp_path / "page", onnxruntime_web=fake_package, image=image)
+        check = json.loads((tmp_path / "page/check.json").read_text())
+        (found,) = Detector.load(onnx_file).detect([tmp_path / "page/check.png"])
+        assert check["detections"] == json.loads(json.dumps(found.to_coco())) and detections == len(found) > 5
+        return check, Image.open(tmp_path / "page/check.png").size
+
+    (drawn, size), (named, named_size) = expected(None), expected(image_file)
+    assert size == (320, 240) and named_size == (150, 200) and drawn["detections"] != named["detections"]
+    least = Detector.load(onnx_file).preprocessing.min_size_px
+    assert named["tolerance"]["box_px"] == pytest.approx(0.5 * max(150 / least, 1), rel=0.02)
+    Image.new("RGB", (3000, 2000)).save(tmp_path / "large.png")
+    for image, text in ((tmp_path / "large.png", "6.0 megapixels"), (onnx_file, "not an image|cannot")):
+        with pytest.raises(UserError, match=text):
+            write_page(onnx_file, tmp_path / "other", onnxruntime_web=fake_package, image=image)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_become_a_page(tmp_path, onnx_file, fake_package, monkeypatch):
@@ -133,6 +155,113 @@ def test_the_page_detects_as_the_detector(browser, pages, onnx_file, joint_onnx_
         assert_as_detected(results, found)
         assert not browser.errors
         assert {result["segmentation"]["counts"] for result in results} & {rle["counts"] for rle in found.rles()}
+
+
+@pytest.fixture(scope="module")
+def gpu_browser(tmp_path_factory):
+    """Chromium with a software adapter for WebGPU, and one page."""
+    if chromium.EXECUTABLE is None:
+        pytest.skip("no Chromium")
+    running = chromium.Browser(tmp_path_factory.mktemp("gpu-browser"), webgpu=True)
+    yield running
+    running.close()
+
+
+def status(browser):
+    browser.wait("['ready', 'done', 'error'].includes(document.body.dataset.state)", timeout_s=600)
+    return browser.value("document.getElementById('status').textContent || error.textContent")
+
+
+@pytest.mark.parametrize("name", ["masks", "poses"])
+def test_webgpu_detects_as_the_detector(gpu_browser, pages, onnx_file, joint_onnx_file, image_file, name):
+    (found,) = Detector.load({"masks": onnx_file, "poses": joint_onnx_file}[name]).detect([image_file])
+    with served(pages / name) as address:
+        gpu_browser.open(f"{address}?runtime=webgpu")
+        text = status(gpu_browser)
+        compared, expected = re.match(r"ready: WebGPU; (\d+) of (\d+) detections of the test image as", text).groups()
+        assert compared == expected and int(expected) > 5
+        assert_as_detected(detect(gpu_browser, image_file), found)
+        assert not gpu_browser.errors
+
+
+def test_which_runtime_the_page_takes(browser, gpu_browser, pages, tmp_path):
+    """WebGPU where a GPU computes it and the check passes; as the address says; else WebAssembly."""
+    with served(pages / "masks") as address:
+        gpu_browser.open(address)
+        assert status(gpu_browser).startswith("ready: WebAssembly")  # the adapter is software
+        browser.open(f"{address}?runtime=webgpu")
+        text = status(browser)
+        assert "WebGPU" in text and "fix:      choose WebAssembly" in text
+        browser.value("runtime.value = 'wasm'; runtime.dispatchEvent(new Event('change'))")
+        browser.wait("location.search === '?runtime=wasm' && document.body.dataset.state === 'ready'")
+    real = "Object.defineProperty(GPUAdapterInfo.prototype, 'isFallbackAdapter', { get: () => false })"
+    script = gpu_browser.call("Page.addScriptToEvaluateOnNewDocument", source=real)["identifier"]
+    other = shutil.copytree(pages / "masks", tmp_path / "other")
+    check = json.loads((other / "check.json").read_text())
+    check["detections"][0]["score"] -= 0.01
+    (other / "check.json").write_text(json.dumps(check))
+    for folder, text in ((pages / "masks", "ready: WebGPU"), (other, "ready: WebAssembly")):
+        with served(folder) as address:
+            gpu_browser.open(address)
+            shown = status(gpu_browser)
+            assert shown.startswith(text) and ("; not WebGPU: differs: " in shown) == (folder == other)
+    gpu_browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["masks", "poses"])
+def test_the_check_of_a_browser(browser, pages, name):
+    check = json.loads((pages / name / "check.json").read_text())
+    first = check["detections"][0]  # of a score far from the lowest
+
+    def differs(change, detections=None):
+        changed = json.loads(json.dumps(detections or check["detections"]))
+        change(changed)
+        results = json.dumps(changed)
+        call = f"import('./detect.js').then(({{ compare }}) => compare({results}, {json.dumps(check)}))"
+        return browser.value(call)
+
+    def turned(detections):  # the mask of another object, in the place of this one's
+        detections[0]["segmentation"] = next(
+            each["segmentation"] for each in detections if coco_mask.iou([each["segmentation"]], [mask], [False]) < 0.5
+        )
+
+    def moved(key, offset, by):
+        def change(detections):
+            detections[0][key][offset] += by
+
+        return change
+
+    mask = first["segmentation"]
+    with served(pages / name) as address:
+        browser.open(address)
+        browser.wait("document.body.dataset.state === 'ready'")
+        browser.value("document.getElementById('check').click()")
+        browser.wait("document.body.dataset.state === 'done'")
+        assert re.match(r"(\d+) of \1 detections of the test image as in ONNX Runtime \(boxes ≤ ", status(browser))
+        same = differs(lambda detections: None)
+        assert same == {"equal": True, "expected": same["found"], "found": len(check["detections"]), "others": 0} | {
+            "boxPx": 0,
+            "score": 0,
+        }
+        least = check["tolerance"]["box_px"]
+        for wrong in (
+            moved("bbox", 0, 1.1 * least),
+            lambda detections: detections[0].update(score=first["score"] - 0.006),
+            lambda detections: detections[0].update(category_id=first["category_id"] % 3 + 1),
+            lambda detections: detections.pop(0),
+            turned,
+            lambda detections: detections[0].pop("segmentation"),
+        ):
+            assert not differs(wrong)["equal"]
+        assert differs(lambda detections: detections.append({**first, "bbox": [0, 0, 5, 5]}))["others"] == 1
+        assert differs(moved("bbox", 0, 0.9 * least))["equal"]
+        lowest = differs(lambda detections: detections.pop())  # whose score is at the lower end
+        assert lowest["equal"] and lowest["expected"] == len(check["detections"]) - 1
+        if name == "poses":
+            assert differs(moved("keypoints", 0, 5))["equal"]  # one of many points may lie elsewhere
+            nowhere = [0] * len(first["keypoints"])
+            assert not differs(lambda detections: detections[0].update(keypoints=nowhere))["equal"]
 
 
 def saved(browser, name):

@@ -37,12 +37,15 @@ class Browser:
 
     Args:
         folder: for its profile and downloads.
+        webgpu: with WebGPU, computed by Chromium's software adapter.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, webgpu: bool = False) -> None:
         (read, their_write), (their_read, write) = os.pipe(), os.pipe()
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, _FREE) for end in (their_read, their_write)]
-        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+        flags = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run")
+        gpu = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+        flags += gpu if webgpu else ("--disable-gpu",)
         flags += ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")  # a camera with a drawn image
         command = [EXECUTABLE, *flags, "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
         shell = f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}'  # the numbers that the browser expects

@@ -287,3 +287,89 @@ export function labelMe(detections, height, width, imageName, imageData = null) 
   const head = { version: "5.4.1", flags: {}, shapes, imagePath: imageName, imageData };
   return { ...head, imageHeight: height, imageWidth: width };
 }
+
+/** Pixels of COCO's compressed run lengths, `[width, height]` of 0 and 1: the inverse of `runLengths`. */
+function decoded({ counts, size: [height, width] }) {
+  const pixels = new Uint8Array(height * width);
+  const runs = [];
+  let [at, position] = [0, 0];
+  while (position < counts.length) {
+    let [run, bits, code] = [0, 0, 0];
+    do {
+      code = counts.charCodeAt(position++) - 48;
+      run |= (code & 31) << bits;
+      bits += 5;
+    } while (code & 32);
+    if (code & 16) run |= -1 << bits;
+    if (runs.length > 2) run += runs[runs.length - 2];
+    if (runs.length % 2) pixels.fill(1, at, at + run);
+    at += run;
+    runs.push(run);
+  }
+  return pixels;
+}
+
+/**
+ * Compares detections of an image with those expected, both COCO results in descending order of score.
+ *
+ * As verification/compare.py: each expected one takes the best overlap of its class that is left. Scores at the lower
+ * end need no partner.
+ *
+ * check: content of check.json.
+ *
+ * Returns `{ equal, expected, found, others, boxPx, score }`: whether all are within the tolerance, how many were expected
+ * and found so, how many others were found, and the largest differences of those that were expected.
+ */
+export function compare(results, { detections, tolerance }) {
+  const left = new Set(results);
+  const difference = { found: 0, boxPx: 0, score: 0 };
+  const lowest = Math.min(...detections.map(({ score }) => score), ...results.map(({ score }) => score));
+  const isExcused = ({ score }) => score <= lowest + tolerance.score;
+  let [excused, departing] = [0, 0];
+  for (const expected of detections) {
+    const overlap = (result) => (result.category_id === expected.category_id ? boxIou(result.bbox, expected.bbox) : -1);
+    const best = [...left].reduce((a, b) => (a && overlap(a) >= overlap(b) ? a : b), null);
+    if (!best || !(overlap(best) >= tolerance.min_iou)) {
+      if (isExcused(expected)) excused++;
+      else departing++;
+      continue;
+    }
+    left.delete(best);
+    const boxPx = Math.max(...corners(best.bbox).map((side, k) => Math.abs(side - corners(expected.bbox)[k])));
+    const score = Math.abs(best.score - expected.score);
+    const near = boxPx <= tolerance.box_px && score <= tolerance.score;
+    if (near && areMasksNear(best, expected, tolerance) && arePointsNear(best, expected, tolerance)) {
+      difference.found++;
+      difference.boxPx = Math.max(difference.boxPx, boxPx);
+      difference.score = Math.max(difference.score, score);
+    } else departing++;
+  }
+  const others = [...left].filter((result) => !isExcused(result)).length;
+  const equal = departing + others <= tolerance.departing_share * detections.length;
+  return { equal, expected: detections.length - excused, others, ...difference };
+}
+
+const corners = ([x, y, width, height]) => [x, y, x + width, y + height];
+
+function boxIou(first, second) {
+  const [a, b] = [corners(first), corners(second)];
+  const side = (k) => Math.max(Math.min(a[k + 2], b[k + 2]) - Math.max(a[k], b[k]), 0);
+  const both = side(0) * side(1);
+  return both / Math.max(first[2] * first[3] + second[2] * second[3] - both, 1e-9);
+}
+
+/** Masks may differ along the outline by the tolerance of the box, and elsewhere by that of the probabilities. */
+function areMasksNear({ segmentation }, { bbox, segmentation: expected }, tolerance) {
+  if (!expected) return !segmentation;
+  if (!segmentation || String(segmentation.size) !== String(expected.size)) return false;
+  const [pixels, wanted] = [decoded(segmentation), decoded(expected)];
+  let different = 0;
+  for (let k = 0; k < pixels.length; k++) different += pixels[k] !== wanted[k];
+  const [, , width, height] = bbox;
+  return different <= tolerance.box_px * 2 * (width + height) + tolerance.mask_mean * width * height;
+}
+
+function arePointsNear({ keypoints = [] }, { keypoints: expected = [] }, tolerance) {
+  const far = expected.filter((value, k) => !(Math.abs(value - keypoints[k]) <= tolerance.keypoint_px)).length;
+  return keypoints.length === expected.length && far <= 2 * Math.ceil((tolerance.keypoint_share * expected.length) / 3);
+}

@@ -1,7 +1,11 @@
 // The page of `maskrcnn web`: a photo or the camera in, detections drawn on it out. Nothing leaves the browser.
 
-import * as ort from "./ort.wasm.min.mjs";
-import { UserError, checkModel, checkSize, cocoResults, labelMe, networkInputs, unpack } from "./detect.js";
+import { UserError, checkModel, checkSize, cocoResults, compare, labelMe, networkInputs, unpack } from "./detect.js";
+
+const RUNTIMES = {
+  webgpu: { name: "WebGPU", module: "./ort.webgpu.min.mjs" },
+  wasm: { name: "WebAssembly", module: "./ort.wasm.min.mjs" },
+};
 
 const POINT_SCORE = 2; // lowest score of a keypoint that is drawn, as imaging/draw.py
 const OPACITY = 0.45; // of masks
@@ -9,7 +13,7 @@ const element = (id) => document.getElementById(id);
 const canvas = element("canvas");
 const context = canvas.getContext("2d", { willReadFrequently: true });
 
-let model, session;
+let model, session, ort;
 let stream = null; // of the camera while it runs
 let photo = null; // of the last detections: name, pixels, detections; isFrame: of the camera, in no file
 let busy = false; // with a file
@@ -21,7 +25,7 @@ function show(state, text = "") {
 }
 
 function fail(error) {
-  const parts = error instanceof UserError ? error : new UserError(String(error), "", "reload the page");
+  const parts = error instanceof UserError ? error : new UserError(String(error), "", "reload the page, or choose another runtime");
   show("error");
   element("error").hidden = false;
   element("error").textContent =
@@ -30,12 +34,32 @@ function fail(error) {
 
 async function load() {
   show("loading", "loading the model …");
-  const answer = await fetch("model.json");
-  model = await answer.json();
+  model = await (await fetch("model.json")).json();
   checkModel(model);
   document.title = element("title").textContent = model.model;
-  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
-  session = await ort.InferenceSession.create("model.onnx", { executionProviders: ["wasm"] });
+  const asked = new URLSearchParams(location.search).get("runtime");
+  const isAsked = Object.hasOwn(RUNTIMES, asked);
+  let runtime = isAsked ? asked : (await hasGpu()) ? "webgpu" : "wasm";
+  let note = "";
+  element("runtime").value = runtime;
+  element("runtime").disabled = false;
+  if (runtime === "webgpu") {
+    // The first call compiles the shaders, which takes long: the check is that call.
+    try {
+      await start("webgpu");
+      show("loading", "checking WebGPU on the test image …");
+      const checked = await check();
+      note = inWords(checked);
+      if (!checked.equal && !isAsked) throw new Error(note);
+    } catch (error) {
+      if (isAsked) throw new UserError(`WebGPU: ${error.message}`, "a browser with WebGPU", "choose WebAssembly");
+      note = `not WebGPU: ${error.message}`;
+      await session?.release();
+      runtime = "wasm";
+    }
+  }
+  if (runtime === "wasm") await start("wasm");
+  element("runtime").value = runtime;
   model.class_names.forEach((name, k) => {
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true, value: k + 1 });
     box.addEventListener("change", draw);
@@ -43,15 +67,52 @@ async function load() {
     label.append(box, ` ${name}`);
     element("classes").append(label);
   });
-  show("ready", `ready: ${ort.env.wasm.numThreads} thread(s)`);
-  for (const id of ["file", "camera"]) element(id).disabled = false;
+  const threads = runtime === "wasm" ? `, ${ort.env.wasm.numThreads} thread(s)` : "";
+  show("ready", `ready: ${RUNTIMES[runtime].name}${threads}${note && `; ${note}`}`);
+  for (const id of ["file", "camera", "check"]) element(id).disabled = false;
 }
 
-/** Detects in an image or a video frame, after the calls before. */
-function detect(...what) {
-  const done = turn.then(() => detectNow(...what));
+/** Whether the browser offers WebGPU on a GPU; a software adapter is slower than WebAssembly. */
+async function hasGpu() {
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
+}
+
+async function start(runtime) {
+  session = null;
+  ort = await import(RUNTIMES[runtime].module);
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
+  const options = { executionProviders: [runtime], logSeverityLevel: 3 }; // errors only: operators on the CPU are no fault
+  session = await ort.InferenceSession.create("model.onnx", options);
+}
+
+/** Compares the detections in the test image with those of ONNX Runtime where the page was written. */
+async function check() {
+  const expected = await (await fetch("check.json")).json();
+  const image = await createImageBitmap(await (await fetch("check.png")).blob(), { colorSpaceConversion: "none" });
+  const { width, height } = image;
+  const copy = Object.assign(document.createElement("canvas"), { width, height }).getContext("2d");
+  copy.drawImage(image, 0, 0);
+  const detections = await inTurn(() => run(copy.getImageData(0, 0, width, height)));
+  return compare(cocoResults(detections, height, width, model), expected);
+}
+
+function inWords({ equal, expected, found, others, boxPx, score }) {
+  const size = `boxes ≤ ${boxPx.toPrecision(2)} px, scores ≤ ${score.toPrecision(2)}`;
+  const more = others ? `, and ${others} other(s)` : "";
+  return `${equal ? "" : "differs: "}${found} of ${expected} detections of the test image as in ONNX Runtime (${size})${more}`;
+}
+
+/** Runs a call of the model after the calls before. */
+function inTurn(call) {
+  const done = turn.then(call);
   turn = done.catch(() => {});
   return done;
+}
+
+/** Detects in an image or a video frame, and draws what was found. */
+function detect(...what) {
+  return inTurn(() => detectNow(...what));
 }
 
 async function detectNow(source, width, height, name, isFrame = false) {
@@ -60,7 +121,18 @@ async function detectNow(source, width, height, name, isFrame = false) {
   [canvas.width, canvas.height] = [width, height];
   context.drawImage(source, 0, 0);
   const pixels = context.getImageData(0, 0, width, height);
-  const { images, shape, size } = networkInputs(pixels.data, height, width, model.preprocessing);
+  photo = { name, isFrame, pixels, detections: await run(pixels, mark) };
+  draw();
+  mark("draw");
+  element("timing").textContent = times
+    .slice(1)
+    .map(([stage, time], k) => `${stage} ${(time - times[k][1]).toFixed(0)} ms`)
+    .join(", ");
+}
+
+/** The detections in the pixels of a canvas. */
+async function run({ data, height, width }, mark = () => {}) {
+  const { images, shape, size } = networkInputs(data, height, width, model.preprocessing);
   mark("resize");
   const results = await session.run({
     images: new ort.Tensor("float32", images, shape),
@@ -68,14 +140,9 @@ async function detectNow(source, width, height, name, isFrame = false) {
   });
   mark("network");
   const outputs = Object.fromEntries(Object.entries(results).map(([key, tensor]) => [key, tensor.data]));
-  photo = { name, isFrame, pixels, detections: unpack(outputs, size, height, width, model) };
+  const detections = unpack(outputs, size, height, width, model);
   mark("masks");
-  draw();
-  mark("draw");
-  element("timing").textContent = times
-    .slice(1)
-    .map(([stage, time], k) => `${stage} ${(time - times[k][1]).toFixed(0)} ms`)
-    .join(", ");
+  return detections;
 }
 
 async function detectFile(file) {
@@ -242,6 +309,21 @@ element("file").addEventListener("change", ({ target }) => {
   target.value = ""; // so that the same file can be chosen again
 });
 element("camera").addEventListener("click", startCamera);
+element("runtime").addEventListener("change", ({ target }) => (location.search = `runtime=${target.value}`));
+element("check").addEventListener("click", async () => {
+  if (busy) return;
+  busy = true;
+  stopCamera();
+  element("error").hidden = true;
+  show("running", "checking the test image …");
+  try {
+    show("done", inWords(await check()));
+  } catch (error) {
+    fail(error);
+  } finally {
+    busy = false;
+  }
+});
 element("threshold").addEventListener("input", draw);
 element("png").addEventListener("click", () => canvas.toBlob((blob) => save(blob, `${stem()}.png`)));
 const saveJson = (content, name) => save(new Blob([JSON.stringify(content)], { type: "application/json" }), name);
