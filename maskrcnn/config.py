@@ -163,7 +163,7 @@ class AugmentConfig:
             raise UserError(
                 f"augment.transform {self.transform!r}",
                 "package.module:function",
-                "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
+                "for example augment.transform=transforms:rotated for `rotated` in transforms.py",
             )
         if self.largest_aspect_ratio:
             check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)

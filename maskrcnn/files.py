@@ -155,13 +155,13 @@ def check_target(path: str | Path) -> None:
         raise UserError(
             f"folder {path.parent} cannot be created ({folder} is no folder)",
             "a writable folder",
-            "name another output folder",
+            "choose another output folder",
         )
     if not _is_device(path) and not os.access(folder, os.W_OK):
         raise UserError(
             f"folder {folder} cannot be written",
             "a writable folder",
-            "name another output, or change the permissions of this one",
+            "choose another output, or change the permissions of this one",
         )
 
 
@@ -203,7 +203,7 @@ def read_json(path: str | Path, what: str) -> Any:
 
 def parse_json(data: bytes, name: str, what: str) -> Any:
     """Parses JSON text in UTF-8; `name` stands for the file in errors, see `read_json`."""
-    fix = "restore the file, or name another one"
+    fix = "restore the file, or choose another one"
     for start, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive")):
         if data.startswith(start):
             raise UserError(f"{name}: {kind}, not JSON", what, "unpack it, and name the file in it")
@@ -232,7 +232,7 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"folder {path} cannot be created ({error.strerror or error})",
             "a writable folder",
-            "name another output folder, or change the permissions of this one",
+            "choose another output folder, or change the permissions of this one",
         ) from error
 
 
@@ -449,7 +449,7 @@ def disk_errors(*paths: Path) -> Iterator[None]:
         raise UserError(
             f"{paths[0]} cannot be written ({error.strerror or error})",
             "room and permission to write there",
-            "make room, or name another output",
+            "make room, or choose another output",
         ) from error
 
 

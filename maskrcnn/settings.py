@@ -56,7 +56,7 @@ def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             found = f"{name} {value!r} of type {type(value).__name__}"
-            raise UserError(found, "values by name", f"write for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
+            raise UserError(found, "values by name", f"for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
         return {str(key): _value(f"{name}.{key}", typing.get_args(kind)[1], item) for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
@@ -152,7 +152,7 @@ def assignments(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
-            raise UserError(f"--set {text}", "section.field=value", "write for example --set model.detections=300")
+            raise UserError(f"--set {text}", "section.field=value", "for example --set model.detections=300")
         try:
             given = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -123,7 +123,9 @@ def _form(value: Form | str) -> Form:
 def _architectures(text: str | None, toolchain: Toolchain) -> tuple[int, ...]:
     """The architectures of --arch; empty for the default of this machine."""
     if text == "native" and not toolchain.gpus:
-        raise UserError("--arch native without a GPU", "an NVIDIA GPU and its driver", "name one: --arch 80,90")
+        raise UserError(
+            "--arch native without a GPU", "an NVIDIA GPU and its driver", "specify some, such as --arch 80,90"
+        )
     if text is None or text == "native":
         return ()
     words = [word.strip() for word in text.split(",")]

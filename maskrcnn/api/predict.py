@@ -364,7 +364,7 @@ def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Poo
     check_range("actor_gpus", gpus, 0)
     least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
     if least < 1 or (most is not None and most < least):
-        raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
+        raise UserError(f"--actors {least}-{most}", "N, or MIN-MAX, at least 1", "correct the numbers")
     return Pool(least, most, cpus, gpus)
 
 

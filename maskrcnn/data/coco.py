@@ -160,7 +160,7 @@ class CocoDataset:
         number = f"only {objects} object(s)" if objects else "no object"
         found = f"{self.annotation_path}: {number} to {purpose} in {len(self.images)} image(s)"
         parts = [f"{crowds} crowd region(s)"] * bool(crowds) + [f"{skipped} skipped annotation(s)"] * bool(skipped)
-        fix = "annotate objects, or name another file"
+        fix = "annotate objects, or choose another file"
         if crowds and not objects:
             here = "--crowd-objects, or " if purpose == "learn" else ""
             fix = (

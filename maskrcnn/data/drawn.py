@@ -76,7 +76,7 @@ def write_drawn_dataset(
         raise UserError(
             f"{out} exists and is not the complete {name} dataset of {arguments}",
             "a folder that is missing, empty, or of the same arguments",
-            "name another folder, or remove this one",
+            "choose another folder, or remove this one",
         )
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
@@ -94,7 +94,7 @@ def write_drawn_dataset(
         raise UserError(
             f"the {name} dataset cannot be written to {out} ({error.strerror or error})",
             "a writable folder, on a disk with space",
-            "name another folder, or free space",
+            "choose another folder, or free space",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -264,7 +264,7 @@ def images_in(folder: Path, limit: int) -> list[Path]:
         raise UserError(
             f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})" + (f", but files {others}" if others else ""),
             "images",
-            fix or "add images, or name another folder",
+            fix or "add images, or choose another folder",
         )
     indices = np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)
     return [files[index] for index in indices]

@@ -50,7 +50,7 @@ def generate_shapes(
         raise UserError(
             f"class shares {', '.join(map(str, class_shares))}",
             f"{len(CLASS_NAMES)} numbers of at least 0, not all 0, for {', '.join(CLASS_NAMES)}",
-            "write for example --class-shares 100,10,1",
+            "for example --class-shares 100,10,1",
         )
     odds = shares / shares.sum() if shares.size else None
 

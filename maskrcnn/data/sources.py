@@ -161,7 +161,7 @@ def find_sources(
         else:
             found += _sources_of(str(each), leave_out)
     if not found:
-        raise UserError("no images", _KINDS, "name at least one")
+        raise UserError("no images", _KINDS, "specify at least one")
     for source in found:
         if source.is_video and not source.is_live:
             with opened_video(source):  # an unsupported codec is known before any work
@@ -253,7 +253,7 @@ def opened_video(source: Source) -> Iterator[Any]:
         file = stack.enter_context(open_source(name)) if is_remote(name) else name
         container = stack.enter_context(closing(av.open(file, **options)))
         if not container.streams.video:
-            raise UserError(f"{source.name} has no video stream", "a video", "name another file")
+            raise UserError(f"{source.name} has no video stream", "a video", "choose another file")
         if container.streams.video[0].codec_context is None:
             raise UserError(
                 f"{source.name}: a video in a codec that this PyAV cannot decode",
@@ -376,7 +376,7 @@ def _listed(name: str) -> list[Source]:
 def _checked(name: str, sources: list[Source]) -> list[Source]:
     """The sources of a list; raises `UserError` if it has none that exists."""
     if not sources:
-        raise UserError(f"{name}: an empty list", "names of images", "name at least one")
+        raise UserError(f"{name}: an empty list", "names of images", "specify at least one")
     if not any(is_remote(each.name) or Path(each.name).is_file() for each in sources):
         expected = "names relative to the list's folder or to the working directory, or absolute"
         found = f"{name}: none of its {len(sources)} images exists, such as {sources[0].name}"

@@ -156,7 +156,7 @@ def split_plan(
         name, _, value = text.partition("=")
         if not value or name in lists or name in shares or not _SPLIT_NAME.fullmatch(name) or name == rest:
             found = f"--split {text}" + (f" with --rest {rest}" if rest else "")
-            raise UserError(found, "NAME=LIST.txt or NAME=SHARE, unique names", "write for example --split val=0.1")
+            raise UserError(found, "NAME=LIST.txt or NAME=SHARE, unique names", "for example --split val=0.1")
         try:
             shares[name] = float(value)
         except ValueError:
@@ -237,7 +237,7 @@ def convert(
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
     if source.is_dir() and Path(os.path.realpath(source)) in out.parents:
         found = f"{out}, in {source}, which the command reads"
-        raise UserError(found, "a folder elsewhere: the next command would read its annotations too", "name another")
+        raise UserError(found, "a folder elsewhere: the next command would read its annotations too", "choose another")
     opened = chosen.open(source, options, faults)
     splits = plan.assign(opened.entries, faults, has_splits=opened.has_splits)
     for split in sorted({split for split in splits if split}):
@@ -385,7 +385,7 @@ def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool, faults: 
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         expected = "a folder that is missing or empty"
-        raise UserError(f"{out} exists already", expected, "name another folder, or remove this one")
+        raise UserError(f"{out} exists already", expected, "choose another folder, or remove this one")
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
@@ -407,6 +407,6 @@ def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool, faults: 
         os.rename(temporary, out)
     except OSError as error:
         found = f"the dataset cannot be written to {out} ({error.strerror or error})"
-        raise UserError(found, "a writable folder, on a disk with space", "name another folder") from error
+        raise UserError(found, "a writable folder, on a disk with space", "choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
