@@ -468,7 +468,7 @@ def _library_obstacle(tools: Toolchain, version: str | None) -> str:
     if headers is None or (version or "").partition(".")[0] == headers.version.partition(".")[0]:
         return ""
     return (
-        f"the headers in {headers.folder} are of TensorRT {headers.version}, but {version} is installed; to compile "
+        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; to compile "
         "with its headers: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
     )
 

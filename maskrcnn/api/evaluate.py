@@ -256,7 +256,7 @@ def _with_run(options: _Options, progress: Progress) -> _Options:
     if options.data or options.annotations or not config.is_file():
         return replace(options, model=model)
     settings = read_json(config, "the settings of a run")
-    if not isinstance(settings, dict):  # somebody else's file of that name
+    if not isinstance(settings, dict):  # another program's file of the same name
         return replace(options, model=model)
     data = settings.get("val_data") or settings.get("data")
     if not data:
@@ -465,7 +465,7 @@ def _other_files(results: Path, truth: GroundTruth) -> list[str]:
         files = read_json(index, "the image files of `maskrcnn predict`")
     except UserError:
         files = None
-    if not isinstance(files, dict):  # somebody else's file of that name
+    if not isinstance(files, dict):  # another program's file of the same name
         return []
     known = set(truth.image_ids.tolist())
     named = {int(key): Path(str(name)).name for key, name in files.items() if key.isdigit() and int(key) in known}
