@@ -188,13 +188,13 @@ def require_changes_of_a_run(settings: dict[str, Any]) -> None:
         raise UserError(
             f"--resume with the weights {settings['weights']!r}",
             "no --weights: a run continues from its own weights",
-            "omit --weights, or start a new run from these weights without --resume",
+            "omit --weights, or start a new run from those weights without --resume",
         )
     if "name" in settings.get("model", {}):
         raise UserError(
             f"--resume with the model {settings['model']['name']!r}",
             "no model: a run keeps its own model",
-            "omit it, or start a new run with that model without --resume",
+            "omit it, or start a new run of that model without --resume",
         )
 
 

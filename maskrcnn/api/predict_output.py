@@ -463,7 +463,7 @@ def _check_label_names(sources: Sequence[Source]) -> None:
     for source in sources:
         first = taken.setdefault(os.path.splitext(os.path.abspath(source.name))[0], source.name)
         if first is not source.name:
-            found = f"labels of {first} and {source.name}, which would be the same file"
+            found = f"labels of {first} and {source.name}, which would be one file"
             raise UserError(found, "images whose names differ without suffix", "rename one, or use --save coco")
 
 

@@ -512,7 +512,7 @@ def _check_new(run: Path) -> None:
     if present := [name for name in names if (run / name).exists()]:
         expected = "a new folder, or one without the files of a run"
         raise UserError(
-            f"{run}, which contains {present[0]}",
+            f"{run}, which holds {present[0]}",
             expected,
             f"continue it with --resume {run}, or choose another folder",
         )
