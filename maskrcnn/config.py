@@ -340,7 +340,7 @@ def _check_steps(schedule: str, epochs: tuple[int, ...]) -> None:
     if any(late <= early for early, late in zip((0, *epochs), epochs, strict=False)):
         raise UserError(
             f"step_epochs {list(epochs)}",
-            "epochs from 1, in ascending order",
+            "epochs from 1 on, in ascending order",
             "sort them, as in --step-epochs 8,11",
         )
     if schedule == "step" and not epochs:

@@ -110,7 +110,7 @@ def multilevel_roi_crop(
 ) -> Tensor:
     """RoICrop: bilinear samples at 2S × 2S grid points of each RoI, then 2 × 2 max pooling.
 
-    The grid maps the unit square affinely onto the RoI with its outermost points on the edges: point k of an axis lies
+    The grid maps the unit square affinely onto the RoI with its outermost points on the edges: point k of an axis is
     at start + k · (end - start) / (2S - 1), in pixels of the level. Features outside the map are zero, with a linear
     transition over one pixel. RoIs get no gradient.
 
