@@ -311,7 +311,7 @@ def _check_options(
         raise UserError(f"--opset with {path}", "a checkpoint", "export the checkpoint with --opset")
     if precision == "fp32" and not tensorrt:
         raise UserError(
-            f"{path}, which already is an ONNX file in single precision",
+            f"{path}, which is an ONNX file in single precision already",
             "a checkpoint; or an ONNX file with another --precision or --tensorrt",
             "add --precision fp16, bf16 or int8, or export a checkpoint",
         )

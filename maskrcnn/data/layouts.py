@@ -343,9 +343,7 @@ class ImageFinder:
         names = dict.fromkeys((last, unquote(last), _UPLOADED.sub("", last)))
         for key in dict.fromkeys(chain.from_iterable(map(_keys, names))):
             found = sorted(set(index.get(key, ())))
-            for likely in (
-                (self.folder, *self._folders) if found else ()
-            ):  # of several files, the one in the most likely folder
+            for likely in (self.folder, *self._folders) if found else ():  # the most likely folder first
                 inside = [path for path in found if likely in path.parents]
                 if len(inside) == 1:
                     return inside[0]

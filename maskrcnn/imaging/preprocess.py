@@ -66,7 +66,7 @@ class Preprocessing:
         if not len(self.mean) == len(self.std) > 0 or not all(value > 0 for value in self.std):
             raise _invalid(
                 f"mean {self.mean}, std {self.std}",
-                "one number per channel each (three for RGB), std above 0",
+                "a number per channel each (three for RGB), those of std above 0",
             )
         if not np.isfinite([*self.mean, *self.std, *self.pixel_range]).all():
             found = f"mean {self.mean}, std {self.std}, pixel_range {self.pixel_range}"

@@ -125,8 +125,7 @@ def multilevel_roi_crop(
         float32 `[N, R, C, S, S]`.
 
     Source: crop pooling of Chen and Gupta 2017, "An Implementation of Faster RCNN with Study for Region Sampling",
-        which
-    PyTorch implementations of Faster R-CNN write as `affine_grid` and `grid_sample` with `align_corners=True`.
+    written as `affine_grid` and `grid_sample` with `align_corners=True` in PyTorch implementations of Faster R-CNN.
     """
     batch, count = rois.shape[:2]
     rois, points = rois.detach().to(torch.float32), _CROP_SAMPLES * output_size

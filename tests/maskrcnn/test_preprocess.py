@@ -224,7 +224,7 @@ def test_a_file_that_does_not_say_how_to_resize_means_as_torchvision():
         ({"mean": None}, "values of the wrong type"),
         ({"divisor": 0}, r"divisor = \(800, 1333, 0\)"),
         ({"max_size_px": "1333"}, "whole numbers of at least 1"),
-        ({"std": [1.0, 1.0]}, "one number per channel each"),
+        ({"std": [1.0, 1.0]}, "a number per channel each"),
         ({"std": [1.0, 0.0, 1.0]}, "those of std above 0"),
         ({"mean": [0.5, float("nan"), 0.5]}, "finite numbers"),
         ({"pixel_range": [0, float("inf")]}, "finite numbers"),
