@@ -216,9 +216,7 @@ class PredictionFolder:
                 done += 1
         make_folder(self.folder)
         write_report(self._manifest, "predict", {"is_complete": False, **self._about})
-        for path, kind in (
-            () if self.is_resumed else self._made.items()
-        ):  # from an earlier run, whose lines are replaced
+        for path, kind in () if self.is_resumed else self._made.items():  # of an earlier run, which is replaced
             if path.is_file() and kind.recognises(path):
                 path.unlink()
         self._lines = Predictions(self.lines, keep=done)
