@@ -25,14 +25,14 @@ OTHER_BACKBONES = ("vgg16", "vgg16_bn", "mobilenet_v3_large", "convnext_tiny")
 BACKBONES = (*RESNETS, *OTHER_BACKBONES, *_WIDER)  # torchvision's names
 NECKS = ("fpn", "panet", "bifpn")
 POOL_METHODS = ("align", "pool", "crop")
-_MAX_CHANNELS = 512  # of input images; hyperspectral cameras have some 300 bands
+_MAX_CHANNELS = 512  # channels of input images; hyperspectral cameras have about 300 bands
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Mask R-CNN with a feature pyramid (He et al. 2017; Lin et al. 2017), or Faster R-CNN if it has no masks.
 
-    Either may also predict keypoints (He et al. 2017, section 5), the same ones for every class. Defaults are those of
+    Both can also predict keypoints (He et al. 2017, section 5), the same set for every class. Defaults are those of
     torchvision's `maskrcnn_resnet50_fpn`. Lengths are pixels of the resized image. Labels run from 1 to
     `len(class_names)`; label 0 is background and padding.
     """
@@ -40,10 +40,10 @@ class ModelConfig:
     name: str = "maskrcnn_resnet50_fpn"
     class_names: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()  # category_ids[k - 1] is the dataset's id of label k
-    channels: int = 3  # of the input images; 3: RGB
+    channels: int = 3  # channels of the input images; 3: RGB
     backbone: str = "resnet50"  # one of BACKBONES
     frozen_batch_norm: bool = False  # freeze batch norm of the backbone, for fine-tuning in small batches
-    batch_norm_epsilon: float = 1e-5  # of the backbone; 0 for torchvision's COCO_V1 weights of version 1
+    batch_norm_epsilon: float = 1e-5  # epsilon of the backbone; 0 for torchvision's COCO_V1 weights of version 1
     stride_in_1x1: bool = False  # stride in the first convolution of a bottleneck, as in Detectron2
     neck: str = "fpn"  # one of NECKS
     bifpn_repeats: int = 3  # bidirectional passes of the neck "bifpn"
@@ -53,7 +53,7 @@ class ModelConfig:
     anchor_aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     anchors_rounded: bool = True  # round anchor corners to whole pixels, as torchvision does
     anchor_strides_px: tuple[int, ...] = ()  # one per level; (): image side // map side, as in torchvision
-    rpn_convolutions: int = 1  # before the RPN's two predictors
+    rpn_convolutions: int = 1  # convolutions before the RPN's two predictors
     rpn_candidates_per_level: int = 1000  # anchors per level that enter NMS
     rpn_candidates_per_level_training: int = 2000
     proposals: int = 1000  # proposals per image that reach the box head
@@ -65,11 +65,11 @@ class ModelConfig:
         int, ...
     ] = ()  # channels, with batch norm, before one linear layer; (): two linear layers
     box_pool_size: int = 7
-    has_masks: bool = True  # whether there is a mask head
+    has_masks: bool = True  # has a mask head
     mask_pool_size: int = 14
     mask_head_channels: tuple[int, ...] = (256, 256, 256, 256)
-    has_keypoints: bool = False  # whether there is a keypoint head
-    keypoint_names: tuple[str, ...] = ()  # of the K keypoints; training uses the dataset's
+    has_keypoints: bool = False  # has a keypoint head
+    keypoint_names: tuple[str, ...] = ()  # names of the K keypoints; training uses the dataset's
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints (numbered from 1), for drawing
     keypoint_sigmas: tuple[float, ...] = ()  # OKS sigmas
     keypoint_pool_size: int = 14  # heat maps have four times as many cells per side
@@ -95,12 +95,12 @@ class ModelConfig:
             _check_levels("model.anchor_strides_px", self.anchor_strides_px)
         for name in ("anchor_aspect_ratios", "mask_head_channels", "keypoint_head_channels"):
             if not getattr(self, name):
-                raise UserError(f"model.{name} []", "at least one", "set some, or omit it for the default")
+                raise UserError(f"model.{name} []", "at least one value", "set values, or omit it for the default")
         check_skeleton("model.keypoint_skeleton", self.keypoint_skeleton, len(self.keypoint_names))
         if self.keypoint_sigmas and len(self.keypoint_sigmas) != len(self.keypoint_names):
             raise UserError(
                 f"{len(self.keypoint_sigmas)} model.keypoint_sigmas for {len(self.keypoint_names)} keypoint names",
-                "one for each name, or none",
+                "one sigma per name, or none",
                 "give model.keypoint_names and model.keypoint_sigmas the same length",
             )
 
@@ -163,7 +163,7 @@ class AugmentConfig:
             raise UserError(
                 f"augment.transform {self.transform!r}",
                 "package.module:function",
-                "write for example augment.transform=transforms:rotated for `rotated` in transforms.py",
+                "for example augment.transform=transforms:rotated for `rotated` in transforms.py",
             )
         if self.largest_aspect_ratio:
             check_range("augment.largest_aspect_ratio", self.largest_aspect_ratio, low=1)
@@ -171,7 +171,7 @@ class AugmentConfig:
 
 BOX_LOSSES = ("smooth_l1", "iou", "giou", "diou", "ciou")
 CLASS_LOSSES = ("cross_entropy", "focal")
-CLASS_WEIGHTS = ("none", "inverse", "effective")  # names that stand for weights, see `class_weights`
+CLASS_WEIGHTS = ("none", "inverse", "effective")  # weighting schemes, see `class_weights`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +191,15 @@ class LossConfig:
     box_loss: str = "smooth_l1"  # one of BOX_LOSSES, for the box head
     rpn_box_loss_weight: float = 1.0
     box_loss_weight: float = 1.0
-    # Weights of the box head's classification loss: of each class by its name, or one of CLASS_WEIGHTS, which the
-    # training split replaces by such (see `maskrcnn.training.recipe.class_weights`). Background has weight 1.
+    # Weights of the box head's classification loss: class name → weight, or one of CLASS_WEIGHTS, from which weights
+    # are computed for the training split (`maskrcnn.training.recipe.class_weights`). Background has weight 1.
     class_weights: str | dict[str, float] = "none"
-    class_weights_beta: float = 0.999  # of "effective" (Cui et al. 2019); 0: equal weights, near 1: inverse frequency
+    class_weights_beta: float = (
+        0.999  # beta of "effective" (Cui et al. 2019); 0: equal weights, near 1: inverse frequency
+    )
     objectness_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the RPN
     classification_loss: str = "cross_entropy"  # one of CLASS_LOSSES, for the box head
-    focal_gamma: float = 2.0  # of "focal" (Lin et al. 2017); 0: cross-entropy
+    focal_gamma: float = 2.0  # gamma of "focal" (Lin et al. 2017); 0: cross-entropy
     focal_alpha: float = 0.25  # weight of objects in the RPN's focal loss; that of background is 1 - alpha
 
     def __post_init__(self) -> None:
@@ -211,8 +213,8 @@ class LossConfig:
             if self.class_weights not in CLASS_WEIGHTS:
                 raise UserError(
                     f"loss.class_weights {self.class_weights!r}",
-                    f"one of {', '.join(CLASS_WEIGHTS)}, or the weights of classes by name",
-                    "write --set loss.class_weights=inverse, or --set 'loss.class_weights={cat: 2, dog: 1}'",
+                    f"one of {', '.join(CLASS_WEIGHTS)}, or a weight for each class name",
+                    "use --set loss.class_weights=inverse, or --set 'loss.class_weights={cat: 2, dog: 1}'",
                 )
         else:
             for name, weight in self.class_weights.items():
@@ -220,7 +222,7 @@ class LossConfig:
 
 
 def _setting(default: Any, text: str, *choices: str) -> Any:
-    """A field that is an option of `maskrcnn train`, with its help text and allowed values."""
+    """Defines a field that is also an option of `maskrcnn train`, with its help text and allowed values."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -228,7 +230,7 @@ def _setting(default: Any, text: str, *choices: str) -> Any:
 class TrainConfig:
     """One training run. Every field with a help text is an option of `maskrcnn train` and a key of its YAML file.
 
-    One optimizer step takes `batch_size` images, regardless of the number of processes and accumulation steps.
+    One optimizer step uses `batch_size` images, regardless of the number of processes and accumulation steps.
     """
 
     model: ModelConfig
@@ -238,32 +240,32 @@ class TrainConfig:
     images: str = ""  # folder of the images; "": searched for near the annotation file
     train_split: str = "train"
     val_split: str = "val"
-    val_data: str = ""  # of the split to validate on; "": `data`
+    val_data: str = ""  # dataset of the validation split; "": `data`
     val_images: str = ""
     weights: str = _setting(
         "",
         "Pretrained weights: a checkpoint, a torchvision, Detectron2 or mmdetection file, or a name such as COCO_V1.",
     )
-    epochs: int = _setting(12, "Number of epochs; the default of small datasets is larger, for 300 steps.")
-    batch_size: int = _setting(8, "Images per optimizer step, over all processes; 4 by default for the small model.")
-    accumulate: int = _setting(1, "Gradient accumulation steps per batch; saves memory.")
-    group_by_aspect_ratio: bool = _setting(True, "Separate batches for images of different aspect ratios.")
+    epochs: int = _setting(12, "Number of epochs; by default more for small datasets, to reach 300 steps.")
+    batch_size: int = _setting(8, "Images per optimizer step, across all processes; 4 by default for the small model.")
+    accumulate: int = _setting(1, "Gradient accumulation steps per batch, to save memory.")
+    group_by_aspect_ratio: bool = _setting(True, "Batch images of similar aspect ratios together.")
     aspect_ratio_groups: int = _setting(
-        2, "Groups of aspect ratios; 2: landscape and portrait, 4: also separates ratios beyond 2:1."
+        2, "Number of aspect ratio groups; 2: landscape and portrait, 4: also separates ratios beyond 2:1."
     )
     repeat_threshold: float = _setting(
-        0.0, "Repeat images of classes that are in less than this share of the images (repeat factors); 0 disables."
+        0.0, "Repeat images of classes that occur in less than this share of the images (repeat factors); 0 disables."
     )
     empty_images: bool = _setting(True, "Train on images without objects.")
     crowd_objects: bool = _setting(False, "Train on crowd regions as objects.")
     optimizer: str = _setting("sgd", "Optimizer.", "sgd", "adam", "adamw")
     learning_rate: float = _setting(0.02, "Peak learning rate.")
     base_batch_size: int = _setting(
-        0, "Batch size that the learning rate is given for; scales the rate linearly to the actual one; 0: unscaled."
+        0, "Batch size that the learning rate refers to; the rate is scaled linearly to the actual one; 0: unscaled."
     )
     momentum: float = _setting(0.9, "Momentum of SGD.")
     weight_decay: float = _setting(
-        1e-4, "Weight decay of convolution and linear weights; 0.05 is usual for AdamW; L2 penalty for Adam."
+        1e-4, "Weight decay of convolution and linear weights; usually 0.05 for AdamW; L2 penalty for Adam."
     )
     warmup_steps: int = _setting(200, "Steps of linear warm-up from learning rate / 1000, at most half the run.")
     schedule: str = _setting("cosine", "Learning rate schedule.", "cosine", "step", "constant")
@@ -274,29 +276,39 @@ class TrainConfig:
     step_factor: float = _setting(0.1, "Factor of each decay of the step schedule.")
     clip_gradient_norm: float = _setting(10.0, "Maximum gradient norm; 0 disables clipping.")
     precision: str = _setting("auto", "Training precision.", "auto", "fp32", "bf16", "fp16")
-    ema_decay: float = _setting(0.0, "Decay of the weight average that is evaluated and saved; 0 disables it.")
+    ema_decay: float = _setting(
+        0.0, "Decay of the exponential moving average of weights, which is evaluated and saved; 0 disables it."
+    )
     batch_norm: str = _setting(
-        "train", "Batch norm statistics: per process, frozen, or over all processes.", "train", "frozen", "sync"
+        "train",
+        "Batch norm statistics: per process, frozen, or synchronized across processes.",
+        "train",
+        "frozen",
+        "sync",
     )
     trainable_stages: int = _setting(
-        5, "Trainable backbone stages, counted from the last; 5 is all, 3 is usual for COCO."
+        5, "Number of trainable backbone stages, counted from the last; 5: all, 3: usual for COCO."
     )
-    on_nonfinite: str = _setting("stop", "Action at a non-finite loss or gradient.", "stop", "skip")
-    workers: int = _setting(-1, "Data loading processes; 0 loads in the training process, -1 uses the remaining cores.")
-    exif: str = _setting("auto", "EXIF orientations: by the annotated sizes, or for all images.", *EXIF_RULES)
-    seed: int = _setting(0, "Random seed of weights, order, augmentation and sampling.")
+    on_nonfinite: str = _setting("stop", "Action on a non-finite loss or gradient.", "stop", "skip")
+    workers: int = _setting(
+        -1, "Number of data loading processes; 0 loads in the training process, -1 uses the remaining cores."
+    )
+    exif: str = _setting("auto", "EXIF orientation: from the annotated sizes, or the same for all images.", *EXIF_RULES)
+    seed: int = _setting(0, "Random seed for weights, order, augmentation and sampling.")
     evaluate_every: int = _setting(1, "Epochs between evaluations; the last epoch is always evaluated.")
-    validation_loss: bool = _setting(False, "Compute the losses on the validation split too.")
+    validation_loss: bool = _setting(False, "Also compute the losses on the validation split.")
     best_metric: str = _setting(
         "", "Metric of the best checkpoint, such as box_ap, mask_ap50, mask_ap/CLASS or validation_loss."
     )
-    patience: int = _setting(0, "Evaluations without a better best metric after which training stops; 0: never.")
-    log_every: int = _setting(50, "Steps between lines of losses in log.jsonl; 0 writes those of epochs only.")
+    patience: int = _setting(
+        0, "Evaluations without improvement of the best metric after which training stops; 0: never."
+    )
+    log_every: int = _setting(50, "Steps between loss lines in log.jsonl; 0 writes only one line per epoch.")
     tensorboard: bool = _setting(True, "Write TensorBoard scalars and images to the run's folder.")
-    pictures: int = _setting(4, "Images of augmented samples, and of predictions at each evaluation, to save.")
+    pictures: int = _setting(4, "Number of images to save of augmented samples, and of predictions at each evaluation.")
     device: str = _setting("auto", "Training device.", "auto", "cpu", "cuda", "mps")
     cuda_graphs: bool = _setting(
-        False, "Take steps as CUDA graphs, one per batch shape: faster for small images on a fast GPU."
+        False, "Run steps as CUDA graphs, one per batch shape: faster for small images on a fast GPU."
     )
 
     def __post_init__(self) -> None:
@@ -352,8 +364,8 @@ _POSITIVE = (SMALLEST_POSITIVE, _LIMITLESS)
 _COUNT = (1, _LIMITLESS)
 _FROM_0 = (0, _LIMITLESS)
 
-# The least and the largest value of every number in a configuration, by its key in YAML; of each number of a list.
-# `Preprocessing` checks its own.
+# Minimum and maximum of every number in a configuration, by its YAML key; for a list, of each of its numbers.
+# `Preprocessing` checks its own numbers.
 RANGES: dict[str, tuple[float, float]] = {
     "model.channels": (1, _MAX_CHANNELS),
     "model.batch_norm_epsilon": _FROM_0,
@@ -443,7 +455,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_ranges(settings: dict[str, Any], section: str = "") -> None:
-    """Raise a UserError for a number of settings, nested ones too, outside its range in `RANGES`."""
+    """Raise a UserError if a number in (nested) settings is outside its range in `RANGES`."""
     for name, value in settings.items():
         if isinstance(value, dict):
             check_ranges(value, f"{section}{name}.")
@@ -453,7 +465,7 @@ def check_ranges(settings: dict[str, Any], section: str = "") -> None:
 
 
 def usual_epsilon(backbone: str) -> float:
-    """Batch norm epsilon with which torchvision trains a backbone's ImageNet weights."""
+    """Batch norm epsilon of torchvision's ImageNet weights for a backbone."""
     return 1e-3 if backbone == "mobilenet_v3_large" else 1e-5
 
 
@@ -475,7 +487,7 @@ _SMALL = {
 # Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers", as torchvision builds it.
 _V2: dict[str, Any] = {"head_batch_norm": True, "rpn_convolutions": 2, "box_head_convolutions": (256, 256, 256, 256)}
 
-# No masks, and COCO's person keypoints by default, as in torchvision.
+# As in torchvision: no masks, and COCO's person keypoints by default.
 _POSE = {
     "has_masks": False,
     "has_keypoints": True,
@@ -486,7 +498,7 @@ _POSE = {
 _FAMILIES: dict[str, dict[str, Any]] = {"maskrcnn": {}, "fasterrcnn": {"has_masks": False}, "keypointrcnn": _POSE}
 _VERSIONS: dict[str, dict[str, Any]] = {"": {}, "_v2": _V2}
 
-# Named models, as differences from ModelConfig's defaults. A model with the name of one in torchvision is the same.
+# Named models, as differences from ModelConfig's defaults. Models named as in torchvision are the same as there.
 SMALL_MODEL = "maskrcnn_resnet18_fpn_small"  # the default
 MODELS: dict[str, dict[str, Any]] = {
     "maskrcnn_resnet18_fpn_small": _SMALL,
@@ -501,7 +513,8 @@ MODELS: dict[str, dict[str, Any]] = {
         f"{family}_{backbone}_fpn": {"backbone": backbone, **heads, "batch_norm_epsilon": usual_epsilon(backbone)}
         for family, heads in _FAMILIES.items()
         for backbone in OTHER_BACKBONES
-        if (family, backbone) != ("fasterrcnn", "mobilenet_v3_large")  # another model in torchvision, finest stride 32
+        if (family, backbone)
+        != ("fasterrcnn", "mobilenet_v3_large")  # a different model in torchvision, with a finest stride of 32
     },
 }
 

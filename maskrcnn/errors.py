@@ -1,4 +1,4 @@
-"""The errors that a user is meant to read, and how a program prints them."""
+"""Errors meant for the user, and how a program prints them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-# What stands for the signs of our messages where an output encoding lacks them.
+# ASCII replacements for characters of our messages that an output encoding lacks.
 _SIGNS = {"→": "->", "×": "x", "…": "...", "·": "*", "±": "+/-", "≤": "<=", "≥": ">=", "−": "-", "σ": "sigma", "–": "-"}
-# What to install for a module of another name.
+# Packages to install for modules of another name.
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "onnx_ir": "onnxscript",
@@ -24,18 +24,18 @@ _DISTRIBUTIONS = {
     "torchvision": "torch torchvision",
     "yaml": "pyyaml",
 }
-_OURS = ("", "maskrcnn")  # modules that no installation of another package provides
+_OURS = ("", "maskrcnn")  # modules that no other package provides
 SMALLEST_POSITIVE = 1e-12  # lower bound of values that must be above 0
 _MEMORY_TEXTS = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
 
 
 class UserError(Exception):
-    """Something outside the program is not as it must be: a file, a flag, a missing library.
+    """Something outside the program is wrong: a file, an option, a missing library.
 
     Args:
-        found: what was found, naming the file, line or object.
-        expected: what would have been right.
-        fix: what the user can do about it, a command where there is one.
+        found: what was found, with the file, line or object.
+        expected: what would have been valid.
+        fix: what the user can do about it, if possible a command.
     """
 
     def __init__(self, found: str, expected: str, fix: str) -> None:
@@ -43,7 +43,7 @@ class UserError(Exception):
         super().__init__(f"{found}\n  expected: {expected}\n  fix:      {fix}")
 
     def __reduce__(self) -> tuple:
-        """So that it survives the way between processes."""
+        """Pickles the three parts, so that the error can be sent between processes."""
         return type(self), (self.found, self.expected, self.fix)
 
 
@@ -53,7 +53,7 @@ def missing_library(name: str, enables: str, install: str) -> UserError:
 
 
 def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
-    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None stands for a default."""
+    """Raise a UserError unless low ≤ value ≤ high and the value is finite; None (a default) is accepted."""
     if value is not None and not (low <= value <= high and math.isfinite(value)):
         least = "above 0 and " if low == SMALLEST_POSITIVE else f"at least {low} and " if math.isfinite(low) else ""
         bounds = f"{least}finite" if high == math.inf else f"{low} to {high}"
@@ -61,33 +61,33 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
 
 
 def did_you_mean(given: object, choices: Iterable[str]) -> str:
-    """`; did you mean …?` if a choice resembles what was given, else an empty text; to be appended to a fix."""
+    """Returns `; did you mean …?`, to be appended to a fix, if a choice resembles what was given; else ""."""
     near = difflib.get_close_matches(str(given), [*choices], n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def reason_of(error: BaseException | str) -> str:
-    """The whole text of another library's error on one line; the name of its class if it has none."""
+    """The whole text of another library's error on one line; the name of its class if the text is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python, NumPy, PyTorch or a runtime says that memory ran out."""
+    """Whether an error of Python, NumPy, PyTorch or a runtime means that memory ran out."""
     if not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)
     return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in _MEMORY_TEXTS)
 
 
 def require_memory(needed_bytes: float, what: str, fix: str) -> None:
-    """Refuse work that cannot fit into memory before it begins: Linux ends a process that fills it without a word.
+    """Refuse work that cannot fit into memory before it begins, as Linux would kill the process without a message.
 
     Args:
-        needed_bytes: lower bound of what is needed.
-        what: what needs it, for the error.
-        fix: how to need less.
+        needed_bytes: lower bound of the memory needed.
+        what: what needs the memory, for the error.
+        fix: how to reduce the need.
 
     Raises:
-        UserError: if more is needed than this machine, or the container's limit, has left.
+        UserError: if more is needed than is available on this machine or within the container's limit.
     """
     available = _available_bytes()
     if available is not None and needed_bytes > available:
@@ -96,7 +96,7 @@ def require_memory(needed_bytes: float, what: str, fix: str) -> None:
 
 
 def _available_bytes() -> float | None:
-    """Memory that can be taken without swapping; None where the system does not say (Windows, macOS)."""
+    """Memory available without swapping, in bytes; None where the system does not report it (Windows, macOS)."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
@@ -116,14 +116,14 @@ def _read(path: str) -> str:
 
 @contextmanager
 def report_errors(show_traceback: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Ends a program whatever happens inside this context with a message and an exit code, and without a traceback.
+    """Ends the program on any exception in this context with a message and an exit code, without a traceback.
 
-    A `UserError` is printed to standard error, with exit code 1; so are errors of the system and of memory. Any other
-    exception is a fault of the program: the message says where its traceback was written. An interruption gives 130.
-    Standard output and error get replacements for characters that their encoding lacks.
+    A `UserError` is printed to standard error, with exit code 1; so are operating system and out-of-memory errors. Any
+    other exception is a fault of the program: the message says where its traceback was written. An interruption exits
+    with 130. On standard output and error, characters that the encoding lacks are replaced.
 
     Args:
-        show_traceback: called with an error at hand: whether to print its traceback too.
+        show_traceback: called when an exception was caught; returns whether to print its traceback too.
     """
     codecs.register_error("maskrcnn", _replacement)
     for stream in (sys.stdout, sys.stderr):
@@ -135,7 +135,7 @@ def report_errors(show_traceback: Callable[[], bool] = lambda: False) -> Iterato
             sys.stdout.flush()  # here rather than at exit, where a full disk could not be reported
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         _silence_output()
         sys.exit(1)
     except Exception as error:
@@ -160,18 +160,18 @@ def _explained(error: Exception) -> UserError:
         where = " ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return UserError(
             f"{where or 'a file'}: {error.strerror}",
-            "files, folders and disks that can be read and written",
-            "check the path, its permissions and the space on the disk; --verbose shows where it happened",
+            "files and folders that can be read and written",
+            "check the path, its permissions and the disk space; --verbose shows where it happened",
         )
     return UserError(
         f"internal error, {type(error).__name__}: {error}",
-        "a result, or an error that explains itself",
+        "a result, or an error with an explanation",
         f"report it with its traceback: {_saved_traceback()}",
     )
 
 
 def _saved_traceback() -> str:
-    """Writes the traceback of the error at hand to a temporary file; returns its path, or the traceback itself."""
+    """Writes the traceback of the current exception to a temporary file; returns its path, or else the traceback."""
     text = f"{shlex.join(sys.argv)}\nPython {sys.version}\n{traceback.format_exc()}"
     try:
         with tempfile.NamedTemporaryFile(prefix="maskrcnn-", suffix=".txt", delete=False) as file:
@@ -191,13 +191,13 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _silence_output() -> None:
-    """Lets the interpreter's last flush of standard output succeed."""
+    """Redirects standard output to the null device, so that the interpreter's final flush succeeds."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _replacement(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Our signs in ASCII; anything else, such as a file name that is not UTF-8, as escapes."""
+    """Replaces our own characters by ASCII; anything else, such as a file name that is not UTF-8, by escapes."""
     if not isinstance(error, UnicodeEncodeError):
         return codecs.backslashreplace_errors(error)
     text = error.object[error.start : error.end]

@@ -1,4 +1,4 @@
-"""JSON files, atomic writing of files, what a command may write over, and the cache folder."""
+"""JSON files, atomic writing of files, rules for overwriting, and the cache folder."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from typing import Any
 
 from maskrcnn.errors import UserError
 
-_HEAD_BYTES = 1024  # of a file, in which its kind shows
+_HEAD_BYTES = 1024  # bytes at the start of a file that show its kind
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # of any file
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Temporary path beside `path` that replaces it if the block ends without an exception.
+    """Temporary path next to `path` that replaces it if the block ends without an exception.
 
-    The temporary name is hidden and keeps the suffix, by which some writers choose the format. Missing parent folders
+    The temporary name is hidden and keeps the suffix, from which some writers choose the format. Missing parent folders
     are created. On an exception the temporary file is removed and `path` is unchanged.
 
-    A device or pipe, such as /dev/stdout, is written to and stays what it is.
+    A device or pipe, such as /dev/stdout, is written to directly.
 
     Raises:
         UserError: if the file cannot be written: it is a folder, the disk is full or read-only.
@@ -63,13 +63,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, *, found: str, expected: str, fix: str) -> Iterator[bool]:
-    """Holds a lock on a file, which ends with this process; the file exists as long as the lock.
+    """Holds a lock on a file until the block or this process ends; the file exists as long as the lock.
 
     Args:
-        path: created if missing, in a folder that exists; holds the process id and the machine.
-        found: of the error, followed by these two.
-        expected: of the error.
-        fix: of the error.
+        path: created if missing, in an existing folder; contains the process id and the machine.
+        found: first part of the error, to which these two are appended.
+        expected: second part of the error.
+        fix: third part of the error.
 
     Yields:
         False if the file system has no locks, so that nothing is held.
@@ -84,7 +84,7 @@ def locked(path: Path, *, found: str, expected: str, fix: str) -> Iterator[bool]
             is_held = _lock(file.fileno())
             if not is_held or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        except FileNotFoundError:  # the holder before has just removed it: lock a new one
+        except FileNotFoundError:  # the previous holder has just removed it: lock a new file
             pass
         except OSError as error:
             file.seek(0)
@@ -119,7 +119,7 @@ def _lock(descriptor: int) -> bool:
         else:
             import fcntl
 
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, forked processes do not hold it
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike with flock, forked processes do not hold it
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise
@@ -129,10 +129,10 @@ def _lock(descriptor: int) -> bool:
 
 @contextmanager
 def folder_beside(path: str | Path, *, prefix: str) -> Iterator[Path]:
-    """Empty temporary folder beside `path`, on the same disk.
+    """Empty temporary folder next to `path`, on the same disk.
 
     Raises:
-        UserError: if no file `path` could be written (see `check_target`), or the disk is full.
+        UserError: if `path` could not be written (see `check_target`), or the disk is full.
     """
     path = Path(path)
     check_target(path)
@@ -149,19 +149,19 @@ def check_target(path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: a folder", "the name of a file", f"name a file, such as {path / 'NAME'}")
+        raise UserError(f"{path}: a folder", "the name of a file", f"add a file name, such as {path / 'NAME'}")
     folder = next(each for each in path.absolute().parents if os.path.lexists(each))
     if not folder.is_dir():
         raise UserError(
             f"folder {path.parent} cannot be created ({folder} is no folder)",
             "a writable folder",
-            "name another output folder",
+            "choose another output folder",
         )
     if not _is_device(path) and not os.access(folder, os.W_OK):
         raise UserError(
             f"folder {folder} cannot be written",
             "a writable folder",
-            "name another output, or change the permissions of this one",
+            "choose another output, or change the permissions of this one",
         )
 
 
@@ -192,7 +192,7 @@ def read_json(path: str | Path, what: str) -> Any:
         what: what the file should be ("an annotation file in COCO's format"), for the error text.
 
     Raises:
-        UserError: where the file cannot be read or is not JSON; names the file, and the line of a syntax error.
+        UserError: if the file cannot be read or is not JSON; the message has the file, and the line of a syntax error.
     """
     try:
         data = Path(path).read_bytes()
@@ -202,11 +202,11 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def parse_json(data: bytes, name: str, what: str) -> Any:
-    """Parses JSON text in UTF-8; `name` stands for the file in errors, see `read_json`."""
-    fix = "restore the file, or name another one"
+    """Parses JSON text in UTF-8; `name` is the file's name in errors, see `read_json`."""
+    fix = "restore the file, or choose another one"
     for start, kind in ((b"\x1f\x8b", "a gzip file"), (b"PK\x03\x04", "a zip archive")):
         if data.startswith(start):
-            raise UserError(f"{name}: {kind}, not JSON", what, "unpack it, and name the file in it")
+            raise UserError(f"{name}: {kind}, not JSON", what, "unpack it, and use the file in it")
     if not data.strip():
         raise UserError(f"{name}: an empty file, not JSON", what, fix)
     try:
@@ -232,27 +232,27 @@ def make_folder(path: Path) -> None:
         raise UserError(
             f"folder {path} cannot be created ({error.strerror or error})",
             "a writable folder",
-            "name another output folder, or change the permissions of this one",
+            "choose another output folder, or change the permissions of this one",
         ) from error
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files with these suffixes (in lower case) in a folder and its subfolders, sorted.
 
-    Hidden ones are left out: what tools keep for themselves, such as macOS's `._photo.jpg` and `.ipynb_checkpoints`.
+    Hidden files are left out, such as macOS's `._photo.jpg` and `.ipynb_checkpoints`.
     """
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def cache_folder() -> Path:
-    """Returns the folder of files that can be made again; it may not exist yet.
+    """Returns the folder of files that can be recreated; it may not exist yet.
 
     It is $MASKRCNN_CACHE, else ~/.cache/maskrcnn, else, for a user whose home folder is missing or cannot be written,
     `maskrcnn-<user id>` in the temporary folder, which only this user may access.
 
     Raises:
-        UserError: if that folder belongs to somebody else.
+        UserError: if that folder belongs to another user.
     """
     if root := os.environ.get("MASKRCNN_CACHE"):
         return Path(root)
@@ -272,7 +272,7 @@ def _private_temporary_folder() -> Path:
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != user or (os.name == "posix" and state.st_mode & 0o077):
         raise UserError(
-            f"{folder}, which others may write, instead of a home folder",
+            f"{folder}, which other users may write to, instead of a home folder",
             "a writable home folder, or MASKRCNN_CACHE",
             "set MASKRCNN_CACHE to a private folder of this user",
         )
@@ -284,15 +284,15 @@ def report_path(path: Path) -> Path:
     return path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
 
 
-# What a command may write over
+# Rules for overwriting
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file that a command writes, and how one from an earlier run is recognised."""
+    """A kind of file that a command writes, and how a file from an earlier run is recognised."""
 
     name: str  # such as "an HTML page of maskrcnn"
-    recognises: Callable[[Path], bool]  # of an existing, non-empty file
+    recognises: Callable[[Path], bool]  # recognises an existing, non-empty file
 
     @classmethod
     def starting_with(cls, name: str, pattern: bytes) -> FileKind:
@@ -323,9 +323,9 @@ OPENVINO = FileKind.starting_with("an OpenVINO model", rb"<\?xml[^>]*>\s*<net\b"
 
 @dataclass(frozen=True)
 class Output:
-    """A file that a command is to write."""
+    """A file that a command will write."""
 
-    option: str  # that names it, for errors: "--json"
+    option: str  # the option for this file, for errors: "--json"
     path: Path
     kind: FileKind | None  # None: the writer itself refuses files of other kinds
 
@@ -333,11 +333,12 @@ class Output:
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | Path | None], *, overwrite: bool = False) -> None:
     """Check, before any work, that a command's outputs replace nothing but its own earlier outputs.
 
-    A file that the command reads is never replaced, by whatever path, link or hard link it is named, nor is any other
-    file in a folder that the command reads. Elsewhere a file of another kind is replaced with `overwrite` only.
+    A file that the command reads is never replaced, regardless of the path, link or hard link by which it is given, nor
+    is any other file in a folder that the command reads. Elsewhere, a file of another kind is replaced only with
+    `overwrite`.
 
     Args:
-        outputs: files to write; those of the same kind, from an earlier run, are replaced.
+        outputs: files to write; existing files of the same kind, from an earlier run, are replaced.
         inputs: files and folders that the command reads; None is ignored.
         overwrite: replace files of another kind too.
 
@@ -382,11 +383,11 @@ def check_output_folder(
     """Check, before any work, that a folder for outputs is not one that the command reads, and can be written.
 
     Args:
-        option: that names the folder, for errors.
+        option: the option for this folder, for errors.
         folder: folder to write to.
         inputs: files and folders that the command reads; None is ignored.
-        kinds: kinds of the files that are written; in a folder that the command reads, `folder` may hold no others.
-        overwrite: write beside other files elsewhere.
+        kinds: kinds of the written files; inside a folder that the command reads, `folder` may contain no others.
+        overwrite: elsewhere, allow writing next to other files.
 
     Raises:
         UserError: otherwise.
@@ -396,15 +397,17 @@ def check_output_folder(
     read = [Path(path) for path in inputs if path is not None and Path(path).is_dir()]
     if any(set(_identities(folder)) & set(_identities(path)) for path in read):
         found = f"{named}, a folder that the command reads"
-        raise UserError(found, "a folder of its own for what is written", f"choose another {option}")
+        raise UserError(found, "a separate folder for the output", f"choose another {option}")
     is_read = any(_is_inside(folder, path) for path in read)
     if overwrite and not is_read:
         return
     known = tuple(kinds)
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_dir() or not any(kind.recognises(path) for kind in known):
-            fix = f"choose another {option}" + ("" if is_read else ", or write beside these files with --overwrite")
-            raise UserError(f"{named}, which holds {path.name}", "a folder that is new or of the same command", fix)
+            fix = f"choose another {option}" + ("" if is_read else ", or write next to these files with --overwrite")
+            raise UserError(
+                f"{named}, which holds {path.name}", "a new folder, or one written by the same command", fix
+            )
 
 
 def _head(path: Path) -> bytes:
@@ -421,7 +424,7 @@ def _is_device(path: Path) -> bool:
 
 
 def _identities(path: Path) -> list[str | tuple[int, int]]:
-    """What two names of one file or folder have in common: the path without links, or the inode of hard links."""
+    """Identities shared by all names of a file or folder: the path without links, or the inode of hard links."""
     try:
         state = path.stat()
     except OSError:  # missing, or a loop of links
@@ -430,7 +433,7 @@ def _identities(path: Path) -> list[str | tuple[int, int]]:
 
 
 def kind_of(path: Path) -> str:
-    """What a path is that does not have a suffix of the expected files, for an error."""
+    """Describes a path without an expected suffix, for an error."""
     return "a folder" if path.is_dir() else f"a file of kind {path.suffix!r}"
 
 
@@ -440,7 +443,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def disk_errors(*paths: Path) -> Iterator[None]:
-    """Turns operating system errors about `paths` into a UserError that names the first."""
+    """Turns operating system errors about `paths` into a UserError about the first."""
     try:
         yield
     except OSError as error:
@@ -448,8 +451,8 @@ def disk_errors(*paths: Path) -> Iterator[None]:
             raise  # about another file
         raise UserError(
             f"{paths[0]} cannot be written ({error.strerror or error})",
-            "room and permission to write there",
-            "make room, or name another output",
+            "disk space and permission to write there",
+            "free disk space, or choose another output",
         ) from error
 
 

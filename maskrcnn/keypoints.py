@@ -49,7 +49,7 @@ COCO_SIGMAS = tuple(
     tenths / 10
     for tenths in (0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89)
 )
-USUAL_SIGMA = 0.05  # for other keypoints; COCO's range from 0.025 (eyes) to 0.107 (hips)
+USUAL_SIGMA = 0.05  # sigma of other keypoints; COCO's range from 0.025 (eyes) to 0.107 (hips)
 
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
@@ -62,8 +62,8 @@ def sigmas_of(names: tuple[str, ...]) -> tuple[float, ...]:
 def mirrored(names: tuple[str, ...]) -> tuple[int, ...]:
     """Index of each keypoint's mirrored counterpart, its own index if it has none.
 
-    Counterparts are names that differ in one part, separated by `_`, `-`, `.` or spaces: left and right, or l and r, in
-    any case. Examples: left_eye and right_eye, Paw-L and Paw-R.
+    Counterparts are names that differ in one part, separated by `_`, `-`, `.` or spaces: left and right, or l and r,
+    ignoring case. Examples: left_eye and right_eye, Paw-L and Paw-R.
     """
     keys = {_parts(name): index for index, name in enumerate(names)}
     swapped = (tuple(_SIDES.get(part, part) for part in _parts(name)) for name in names)

@@ -1,4 +1,4 @@
-"""What the machine grants this process: CPUs, by affinity and control group, and shared memory."""
+"""Resources available to this process: CPUs, by affinity and control group, and shared memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SHARED_MEMORY = Path("/dev/shm")
 def available_cpus() -> int:
     """Returns the number of logical CPUs that this process may use, at least 1.
 
-    It is bounded by the affinity (`taskset`, cpusets) and by the CPU quota of the control groups (`docker --cpus`,
+    It is limited by the affinity (`taskset`, cpusets) and by the CPU quota of the control groups (`docker --cpus`,
     Kubernetes limits), rounded up.
     """
     return max(1, math.ceil(min(len(_affinity()), cpu_quota())))
 
 
 def available_cores() -> int:
-    """As `available_cpus`, counting the hardware threads of a core once where the system tells them."""
+    """As `available_cpus`, counting the hardware threads of a core once if the system reports them."""
     cores = set()
     for cpu in _affinity():
         try:
@@ -35,7 +35,7 @@ def available_cores() -> int:
 
 
 def is_quota_bound() -> bool:
-    """Whether the quota of the control groups allows fewer CPUs than the affinity."""
+    """Whether the control groups' quota allows fewer CPUs than the affinity."""
     return available_cpus() < len(_affinity())
 
 
@@ -67,7 +67,7 @@ def cpu_quota(mount: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> float:
 
 
 def _quota_of(group: Path) -> float:
-    """Quota of a control group alone."""
+    """Quota of a single control group."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
@@ -84,7 +84,7 @@ def _affinity() -> set[int]:
 
 
 def shared_memory_mb() -> tuple[int, int] | None:
-    """Returns the size and the free part of the shared memory that processes exchange tensors in, MB; None without."""
+    """Returns the total and free shared memory for exchanging tensors between processes, MB; None if unknown."""
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:  # not Linux

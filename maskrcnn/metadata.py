@@ -29,15 +29,15 @@ class ModelMetadata:
     keypoint_names: tuple[str, ...] = ()  # (): no output `keypoints`, as in older files
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()  # lines between keypoints, numbered from 1 as in COCO
     keypoint_sigmas: tuple[float, ...] = ()  # OKS sigmas
-    # What decides detections inside the graph; empty or None in older files.
+    # Settings of postprocessing inside the graph; empty or None in older files.
     anchor_sizes_px: tuple[float, ...] = ()
     anchor_aspect_ratios: tuple[float, ...] = ()
     score_threshold: float | None = None
     nms_iou: float | None = None
-    recommended_threshold: float | None = None  # score from which detections are shown
+    recommended_threshold: float | None = None  # minimum score of shown detections
     assumed: tuple[str, ...] = ()  # fields of the model that imported weights did not state
     precision: str = "fp32"  # precision of weights and computation
-    source_sha256: str = ""  # file that this one was made from
+    source_sha256: str = ""  # the source file
     versions: dict[str, str] = field(default_factory=dict)  # software that wrote the file
     stamp: dict[str, Any] = field(default_factory=dict)  # engines: hardware, runtime, how it was verified
     contract: int = CONTRACT
@@ -70,7 +70,7 @@ class ModelMetadata:
                     "export the model again with this version of maskrcnn",
                 )
             if not isinstance(values.get("stamp", {}), dict):
-                raise TypeError("its stamp is no mapping")
+                raise TypeError("its stamp is not a mapping")
             values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
             for key in ("class_names", "category_ids"):
                 values[key] = tuple(values[key])
@@ -87,12 +87,12 @@ def not_ours(path: Path, what: str) -> UserError:
     return UserError(
         f"{path}: {what}",
         "a file written by maskrcnn train, export or build-engine",
-        "make one with `maskrcnn export --onnx` (torchvision weights: `--weights FILE --model NAME`)",
+        "create one with `maskrcnn export --onnx` (torchvision weights: `--weights FILE --model NAME`)",
     )
 
 
 def check_complete(path: Path, expected_bytes: int) -> None:
-    """Rejects a file that was cut short, as by a full disk or an interrupted copy."""
+    """Rejects a truncated file, as left by a full disk or an interrupted copy."""
     found = path.stat().st_size
     if found < expected_bytes:
         raise UserError(f"{path}: {found} bytes", f"at least {expected_bytes} bytes of tensors", "copy the file again")
@@ -102,15 +102,15 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     """Reads the JSON header of a safetensors file, which follows its length in 8 bytes.
 
     Returns:
-        Type, shape and offsets of each tensor by name, and texts by name as `__metadata__` where there are any.
+        Type, shape and offsets of each tensor by name, and texts by name as `__metadata__` if present.
 
     Raises:
-        UserError: if the file is of another kind, or was cut short.
+        UserError: if the file is of another kind, or truncated.
     """
     with open(path, "rb") as file:
         start = file.read(8)
         if not start:
-            raise UserError(f"{path}: an empty file, not a checkpoint", "a whole file", "copy or download it again")
+            raise UserError(f"{path}: an empty file, not a checkpoint", "a complete file", "copy or download it again")
         length = int.from_bytes(start, "little")
         text = file.read(min(length, path.stat().st_size))
     if text[:1] != b"{":

@@ -19,7 +19,7 @@ EVENTS, PICTURES = "tensorboard", "pictures"  # folders
 
 
 def next_run(parent: Path = FOLDER, prefix: str = "train") -> Path:
-    """The path `parent/prefix-NUMBER` with the number after the highest there is."""
+    """The path `parent/prefix-NUMBER` with the number after the highest existing one."""
     numbers = [
         int(path.name.rpartition("-")[2])
         for path in parent.glob(f"{prefix}-*")
@@ -44,7 +44,7 @@ def claim_next(parent: Path = FOLDER, prefix: str = "train") -> Path:
             continue
         except OSError as error:
             found = f"folder {path} cannot be created ({error.strerror or error})"
-            raise UserError(found, "a writable folder", "name one with --output") from error
+            raise UserError(found, "a writable folder", "choose one with --output") from error
 
 
 def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER, variants: bool = True) -> Path:
@@ -58,7 +58,7 @@ def newest(pattern: str, *, what: str, make_with: str, parent: Path = FOLDER, va
         variants: include names with several suffixes.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no file matches.
     """
     found = sorted(parent.glob(f"*/{pattern}"), key=lambda path: path.stat().st_mtime)
     if not variants:
@@ -74,5 +74,5 @@ def newest_checkpoint() -> Path:
 
 
 def newest_onnx() -> Path:
-    """The ONNX file exported last, in single precision; variants have a second suffix (model.fp16.onnx)."""
+    """The newest exported ONNX file in single precision; variants have a second suffix (model.fp16.onnx)."""
     return newest("*.onnx", what="ONNX file", make_with="maskrcnn export --onnx", variants=False)

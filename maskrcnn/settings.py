@@ -22,8 +22,8 @@ def typed(kind: type, values: dict[str, Any], *, where: str = "") -> dict[str, A
     """Convert values to the types of a dataclass's fields; sections stay dictionaries.
 
     Lists become tuples and integers become floats where required. For a list of numbers, `8,11` is accepted, and a
-    single number is a list of one unless the default has several values. An empty section (None) becomes {}, and the
-    name of a preset its fields.
+    single number becomes a list of one unless the default has several values. An empty section (None) becomes {}, and
+    the name of a preset becomes its fields.
 
     Args:
         kind: the dataclass.
@@ -51,18 +51,18 @@ def _value(name: str, kind: Any, value: Any, default: Any = None) -> Any:
         return _section(name, kind, value)
     if typing.get_origin(kind) is tuple:
         return _several(name, typing.get_args(kind)[0], value, default)
-    if isinstance(kind, types.UnionType):  # a name that stands for values, or the values
+    if isinstance(kind, types.UnionType):  # the name of a preset, or values
         kind = str if isinstance(value, str) else next(each for each in typing.get_args(kind) if each is not str)
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             found = f"{name} {value!r} of type {type(value).__name__}"
-            raise UserError(found, "values by name", f"write for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
+            raise UserError(found, "values by name", f"for example --set '{name}={{cat: 2.0, dog: 1.0}}'")
         return {str(key): _value(f"{name}.{key}", typing.get_args(kind)[1], item) for key, item in value.items()}
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         found = f"{name} {value!r} of type {type(value).__name__}"
-        raise UserError(found, kind.__name__, "write a value of that type; in YAML 1e-4 is a string, 1.0e-4 a number")
+        raise UserError(found, kind.__name__, "use a value of that type; in YAML, 1e-4 is a string, 1.0e-4 a number")
     return value
 
 
@@ -120,12 +120,12 @@ def recipes() -> dict[str, Path]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML file, from the `config.json` of a run, or from a recipe, by its name.
+    """Read settings from a YAML file, from the `config.json` of a run, or from a recipe given by its name.
 
     Raises:
         UserError: if the file is missing, is not YAML or contains no mapping.
     """
-    if not path.exists():  # configs/finetune.yaml of the clone is finetune elsewhere
+    if not path.exists():  # configs/finetune.yaml of a clone is the recipe finetune elsewhere
         known = recipes()
         if path.stem not in known or path.parent.name not in ("", "configs"):
             expected = f"a YAML file of settings, or a recipe: {', '.join(known)}"
@@ -138,7 +138,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({error})", "a YAML file of settings", "correct the file") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: {type(values).__name__}", "a mapping of settings", "write `epochs: 12` and the like")
+        raise UserError(f"{path}: {type(values).__name__}", "a mapping of settings", "use lines such as `epochs: 12`")
     return values
 
 
@@ -152,11 +152,11 @@ def assignments(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not all(name.split(".")):
-            raise UserError(f"--set {text}", "section.field=value", "write for example --set model.detections=300")
+            raise UserError(f"--set {text}", "section.field=value", "for example --set model.detections=300")
         try:
             given = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {text}", "a value that is YAML", "quote it or correct it") from error
+            raise UserError(f"--set {text}", "a YAML value", "quote it or correct it") from error
         for part in reversed(name.split(".")):
             given = {part: given}
         result = merged(result, with_sections(given))
@@ -164,9 +164,9 @@ def assignments(texts: list[str]) -> dict[str, Any]:
 
 
 def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """Expand names that stand for a section: `model: NAME`, `preprocessing: caffe`.
+    """Replace preset names by the sections they stand for: `model: NAME`, `preprocessing: caffe`.
 
-    Only sections can be merged with other settings of the same section.
+    This allows merging with other settings of the same section.
 
     Raises:
         UserError: for an unknown preset.
@@ -182,18 +182,18 @@ def with_sections(settings: dict[str, Any]) -> dict[str, Any]:
 def require_changes_of_a_run(settings: dict[str, Any]) -> None:
     """Raises a UserError unless these settings, all typed, can change a run that has begun.
 
-    Weights and model are what it has learnt; given anew they would not be taken.
+    Weights and model come from the run's checkpoint; new values would have no effect.
     """
     if "weights" in settings:
         raise UserError(
             f"--resume with the weights {settings['weights']!r}",
-            "no --weights: a run continues from its own",
+            "no --weights: a run continues from its own weights",
             "omit --weights, or start a new run from those weights without --resume",
         )
     if "name" in settings.get("model", {}):
         raise UserError(
             f"--resume with the model {settings['model']['name']!r}",
-            "no model: a run keeps its own",
+            "no model: a run keeps its own model",
             "omit it, or start a new run of that model without --resume",
         )
 

@@ -1,7 +1,7 @@
 """Names of the intermediate tensors of the detector, in order.
 
-PyTorch's model records them under these names and exported graphs name their values so; two models can thus be compared
-stage by stage. Shapes as in docs/contracts.md: R proposals, L rows with masks or keypoints.
+The PyTorch model records them under these names, and exported graphs use the same names for their values, so that two
+models can be compared stage by stage. Shapes as in docs/contracts.md: R proposals, L rows with masks or keypoints.
 """
 
 from __future__ import annotations

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 EnginePrecision = Literal["fp16", "fp32", "bf16", "int8", "tf32"]
 _HALF = ("fp16", "bf16")
-_MAX_WARNINGS = 3  # of TensorRT that are printed; the result has all
+_MAX_WARNINGS = 3  # number of TensorRT's warnings to print; the result has all
 BATCH, SIZE, GATE_IMAGES = "1", "coco", 16  # defaults
 
 
 class Target(str, Enum):
     """Library that an engine is built for."""
 
-    AUTO = "auto"  # TensorRT if it can be used here, else OpenVINO
+    AUTO = "auto"  # TensorRT if available, else OpenVINO
     TENSORRT = "tensorrt"
     OPENVINO = "openvino"
 
 
 @dataclass(frozen=True, repr=False)
 class BuildResult(Result):
-    """An engine, and how far it is from the ONNX file that it was built from."""
+    """An engine, and its difference from the ONNX file that it was built from."""
 
     path: Path
     source: Path
@@ -50,7 +50,7 @@ class BuildResult(Result):
     stamp: dict[str, str] = field(repr=False)  # machine, versions and settings of the build
 
     def lines(self, *, verbose: bool = False) -> list[str]:
-        """The result as lines of text, with all figures of the comparison if verbose."""
+        """The result as lines of text, with all values of the comparison if verbose."""
         stamp = self.stamp
         compared = self.comparison.summary()
         if verbose:
@@ -96,35 +96,35 @@ def build_engine(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Builds the fastest engine for this machine, compared with the ONNX file before it is kept.
+    """Builds the fastest engine for this machine, and compares it with the ONNX file before keeping it.
 
-    From `batch` to `timing_cache`, options apply to TensorRT only.
+    The options from `batch` to `timing_cache` apply to TensorRT only.
 
     Args:
         model: exported ONNX file in single precision, or a checkpoint, which is exported first. Default: the newest
             export.
-        precision: of the arithmetic; "bf16" and "tf32" for TensorRT only.
+        precision: precision of the arithmetic; "bf16" and "tf32" for TensorRT only.
         target: library to build for.
-        output: engine to write, `.engine` or `.xml`. Default: beside the ONNX file, with the precision in its name.
+        output: engine to write, `.engine` or `.xml`. Default: next to the ONNX file, with the precision in its name.
         calibration: with int8, folder of images to compute the scales from.
-        calibration_images: maximum number of images to take from it.
+        calibration_images: maximum number of calibration images.
         keep: with int8, layers that stay in floating point; see `export`.
-        tf32: round the factors of float32 products to 10 bits; TensorRT only.
+        tf32: round the factors of float32 products to 10-bit mantissas; TensorRT only.
         batch: batch size, or several: "1,4,8" makes three profiles, "1:4:8" a range tuned for 4.
-        size: image sizes: "HxW", a range "HxW:HxW:HxW", "coco", "landscape", "portrait"; several with commas.
-        plugin_library: leave the plugins in libmaskrcnn_plugins.so instead of compiling them into the engine.
-        workspace: limit of a layer's scratch memory in GB. Default: all GPU memory.
+        size: image sizes: "HxW", a range "HxW:HxW:HxW", "coco", "landscape", "portrait"; separate several by commas.
+        plugin_library: use the plugins of libmaskrcnn_plugins.so instead of compiling them into the engine.
+        workspace: scratch memory limit per layer, GB. Default: all GPU memory.
         optimization_level: 0 (fast build) to 5. Default: TensorRT's, 3.
         aux_streams: maximum number of auxiliary streams. Default: TensorRT's choice.
         version_compatible: build an engine that later TensorRT versions load; slower.
         hardware_compatible: "same_compute_capability" or "ampere_plus": also run on these GPUs; slower.
         refit: weights can be replaced later, see `refit_engine`.
         strip_weights: write the engine without its weights; `refit_engine` puts them back.
-        timing_cache: file of TensorRT's measurements. Default: one for this machine in the cache folder.
-        gate_images: folder of images to compare on, beside drawn ones.
-        gate_annotations: COCO annotations of these images; AP is compared, too.
-        gate_max_images: maximum number of images to take from `gate_images`; AP uses all annotated ones.
-        overwrite: replace files of the engine's names that are no engines; never a file that is read.
+        timing_cache: TensorRT timing cache file. Default: one for this machine in the cache folder.
+        gate_images: folder of images to compare on, in addition to drawn images.
+        gate_annotations: COCO annotations of these images, to compare AP as well.
+        gate_max_images: maximum number of images of `gate_images` to compare on; AP uses all annotated images.
+        overwrite: replace existing output files that are not engines; input files are never replaced.
         progress: receives messages and steps.
 
     Raises:
@@ -192,16 +192,13 @@ def refit_engine(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
-    """Puts the weights of an ONNX file into a TensorRT engine, compared with the file before it is kept.
+    """Puts the weights of an ONNX file into a TensorRT engine, and compares it with the file before keeping it.
 
     Args:
-        engine: engine built with `refit` or `strip_weights`; it is not changed.
+        engine: engine built with `refit` or `strip_weights`; this file is not changed.
         model: exported ONNX file in single precision.
         output: engine to write.
-        gate_images: as `build_engine`, also the next two.
-        gate_annotations: COCO annotations.
-        gate_max_images: maximum number of images.
-        overwrite: as `build_engine`.
+        gate_images, gate_annotations, gate_max_images, overwrite: as in `build_engine`.
         progress: receives messages and steps.
 
     Raises:
@@ -238,9 +235,9 @@ def refit_engine(
 
 
 def _exported(model: Path, progress: Progress) -> Path:
-    """The ONNX file of a checkpoint: the one beside it if it was made from this checkpoint, else a new export."""
+    """Returns the ONNX file of a checkpoint: the one next to it if exported from it, else a new export."""
     if model.is_dir():
-        raise UserError(f"{model}: a folder", "an ONNX file, or a checkpoint", "name the file")
+        raise UserError(f"{model}: a folder", "an ONNX file, or a checkpoint", "give the path of the file")
     if model.suffix != ".safetensors":
         return model
     from maskrcnn.api.export import export
@@ -248,7 +245,7 @@ def _exported(model: Path, progress: Progress) -> Path:
     from maskrcnn.runtime.engine_files import read_model
 
     onnx = model.with_name(runs.ONNX)
-    with suppress(UserError):  # no such file, or one of another kind
+    with suppress(UserError):  # the file is missing or not a checkpoint's export
         metadata = read_model(onnx)[1]
         if metadata.source_sha256 == sha256_of(model) and metadata.precision == "fp32":
             return onnx
@@ -256,7 +253,7 @@ def _exported(model: Path, progress: Progress) -> Path:
 
 
 class _StageOfNode:
-    """Maps the nodes of a graph to stages of the detector; reads the file when first called."""
+    """Maps the nodes of a graph to stages of the detector; reads the file on the first call."""
 
     def __init__(self, graph: Path) -> None:
         self._graph = graph
@@ -305,21 +302,21 @@ def _check_options(
 
 
 def _check_outputs(request: BuildRequest, *inputs: Path, overwrite: bool) -> None:
-    """Refuses an engine whose files would replace files that are read, or no engines."""
+    """Refuses outputs that would replace input files, or files that are not engines."""
     from maskrcnn.runtime.engine_files import metadata_path
 
     path = request.output
     description = FileKind.starting_with("the metadata of an engine", rb'\{"model": ')
     plan = FileKind("an engine of maskrcnn", lambda path: description.recognises(metadata_path(path)))
     weights = FileKind("the weights of an OpenVINO model", lambda path: OPENVINO.recognises(path.with_suffix(".xml")))
-    cache = FileKind("a timing cache, .cache", lambda path: path.suffix == ".cache")  # its content is TensorRT's
+    cache = FileKind("a timing cache, .cache", lambda path: path.suffix == ".cache")  # in TensorRT's own format
     if path.suffix == ".xml":
         outputs = [Output("--output", path, OPENVINO), Output("--output", path.with_suffix(".bin"), weights)]
     else:
         outputs = [
             Output("--output", path, plan),
             Output("--output", metadata_path(path), description),
-            Output("MODEL", request.graph, ONNX),  # written beside the model
+            Output("MODEL", request.graph, ONNX),  # written next to the model
             *([Output("--timing-cache", request.timing_cache, cache)] if request.timing_cache else []),
         ]
     read = (request.model, request.calibration, request.gate_images, request.gate_annotations, *inputs)
@@ -374,11 +371,11 @@ def _build_tensorrt(request: BuildRequest, obstacle: UserError | None, progress:
 
 
 def _write_graph(request: BuildRequest, progress: Progress) -> None:
-    """Writes the graph for TensorRT's parser, lints it, and compiles the plugins: all that needs no TensorRT.
+    """Writes the graph for TensorRT's parser, lints it, and compiles the plugins: all steps that need no TensorRT.
 
     Raises:
-        UserError: for a file that is not in single precision, if the graph in another precision differs from it, and if
-            the lint reports errors.
+        UserError: if the file is not in single precision, if the graph in another precision differs from it, or if the
+            lint reports errors.
     """
     from maskrcnn.runtime.backends.tensorrt_library import PluginForm
 
@@ -390,7 +387,7 @@ def _write_graph(request: BuildRequest, progress: Progress) -> None:
             request.model,
             draft,
             precision="fp32" if precision == "tf32" else precision,
-            # For half precision, the images of the comparison also determine the range of activations.
+            # For half precision, the comparison images also determine the range of activations.
             calibration=request.calibration or (request.gate_images if precision in _HALF else None),
             calibration_images=request.calibration_images,
             keep=request.keep,
@@ -424,22 +421,22 @@ def _compile_kernels(request: BuildRequest, progress: Progress) -> None:
     tools = toolchain.find_toolchain()
     if not (tools.nvrtc or tools.nvcc):
         missing = toolchain.NVRTC
-        progress.message(f"kernels of the plugins: not compiled, no {missing.what}; to install it: {missing.remedy}")
+        progress.message(f"plugin kernels not compiled: no {missing.what}; to install it: {missing.remedy}")
         return
     image, note = aot_kernels.Image.PTX, ""
     if request.hardware is Hardware.AMPERE_PLUS:
         arch = aot_kernels.architecture(tools, OLDEST_ARCH)
     elif tools.gpus:
         arch, image = aot_kernels.architecture(tools), aot_kernels.image_for(tools)
-    else:  # the oldest common architecture: newer GPUs run its PTX
+    else:  # the oldest common architecture, whose PTX runs on newer GPUs
         arch, note = aot_kernels.architecture(tools, build.COMMON_ARCHITECTURES[0]), ", as there is no GPU here"
     kernels = kernels_of(onnx.load(request.graph))
-    with progress.task("compiling the kernels of the plugins", len(kernels)) as advance:
+    with progress.task("compiling the plugin kernels", len(kernels)) as advance:
         for kernel in kernels:
             aot_kernels.compile_kernel(kernel, arch=arch, toolchain=tools, image=image)
             advance(1)
     compiler = aot_kernels.compiler_name(tools)
-    progress.message(f"{len(kernels)} kernels of the plugins compiled by {compiler} for sm_{arch}{note}")
+    progress.message(f"{len(kernels)} plugin kernels compiled by {compiler} for sm_{arch}{note}")
 
 
 def _find_library(progress: Progress) -> None:
@@ -471,13 +468,13 @@ def _library_obstacle(tools: Toolchain, version: str | None) -> str:
     if headers is None or (version or "").partition(".")[0] == headers.version.partition(".")[0]:
         return ""
     return (
-        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; with headers "
-        "of that version: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
+        f"the headers in {headers.folder} are of TensorRT {headers.version}, and {version} is installed; to compile "
+        "with its headers: `maskrcnn build-plugins --form library --tensorrt-include DIR`"
     )
 
 
 def _report_simulated_ap(request: BuildRequest, progress: Progress) -> None:
-    """Reports the AP of the graph if every layer rounds to its precision, beside that of single precision."""
+    """Reports the AP of the graph with every layer rounded to its precision, and the AP in single precision."""
     from maskrcnn.runtime.build.gate import gate_dataset
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.evaluation.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""`maskrcnn.convert(...)` and `maskrcnn.check_data(...)`: datasets converted to COCO format, and checked."""
+"""`maskrcnn.convert(...)` and `maskrcnn.check_data(...)`: convert datasets to COCO format, and check them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class ConvertResult(Result):
-    """The converted dataset, and what was left out."""
+    """The converted dataset, and the entries left out."""
 
     out: Path
     classes: int
     images: dict[str, int]  # by split
     objects: dict[str, int]  # by split
-    skipped: dict[str, int]  # what could not be converted: reason → count
-    left_out: dict[str, int]  # what is not converted by design: reason → count
-    repaired: dict[str, int]  # what was not taken as it is: reason → count
+    skipped: dict[str, int]  # entries that could not be converted: reason → count
+    left_out: dict[str, int]  # entries not converted by design: reason → count
+    repaired: dict[str, int]  # entries changed on reading: reason → count
     notes: list[str] = field(default_factory=list)  # one line per reason, with an example
 
     def lines(self) -> list[str]:
@@ -74,29 +74,29 @@ def convert(
             "penn-fudan", "synthia", "cityscapes", "id-masks", "mask-files", "labelme", "via", or "datumaro:FORMAT" for
             any format that the library Datumaro reads.
         source: folder of the dataset; for "coco", "yolo" and "via" also its annotation file.
-        out: folder to write; it must not exist or be empty.
-        keep_going: skip and count what cannot be converted instead of stopping.
+        out: folder to write; must be new or empty.
+        keep_going: skip and count entries that cannot be converted instead of stopping.
         copy: copy the images. Default: hard links.
         split: splits, each `NAME=LIST` (a file of image names or ids) or `NAME=SHARE` (0 to 1).
-        rest: name of the split of all other images.
+        rest: name of the split for all other images.
         val_fraction: short for `split=["val=FRACTION"], rest="train"`. Default: 0.1 if the source has no splits.
-        seed: random seed of shares.
-        sets: splits of the source to take ("coco", "voc", "cityscapes").
+        seed: random seed for splits given by shares.
+        sets: splits of the source to convert ("coco", "voc", "cityscapes").
         classes: file with one class per line (`name` or `id: name`), or the number of most frequent classes to keep.
-        alias: file with the names of one class per line, separated by commas.
-        class_name: class of all objects.
+        alias: file of synonyms: on each line, all names of one class, separated by commas.
+        class_name: class to give to all objects.
         class_attribute: "via": the attribute that holds the class.
-        with_masks: "voc": take the masks of its segmentation lists instead of the boxes.
-        difficult: "voc": "crowd", "keep" or "drop" its difficult objects.
-        zero_based: "voc": box coordinates count from 0.
-        images: "id-masks", "via": folder of the images below `source`; "coco": of the images of its file.
+        with_masks: "voc": use the masks of the segmentation lists instead of the boxes.
+        difficult: "voc": treatment of difficult objects: "crowd", "keep" or "drop".
+        zero_based: "voc": box coordinates are zero-based.
+        images: folder of the images; for "id-masks" and "via" relative to `source`.
         mask_folder: "id-masks": folder of the masks below `source`.
-        mask_suffix: "id-masks": what a mask's name has after the image's, such as "_mask".
+        mask_suffix: "id-masks": suffix that mask names add to image names, such as "_mask".
         divisor: "id-masks": pixel values are class · divisor + instance.
-        void: "id-masks": pixel value of no object, besides 0.
+        void: "id-masks": pixel value, besides 0, that marks no object.
         crowd: "coco": keep crowd regions. False: convert them to objects.
         json: file to write the counts to.
-        overwrite: replace `json` even if `convert` did not write it; never a file that is read.
+        overwrite: replace `json` even if `convert` did not write it; input files are never replaced.
         progress: receives progress.
 
     Raises:
@@ -167,24 +167,24 @@ def check_data(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DatasetReport:
-    """Checks a dataset for what training would refuse, skip, or learn wrongly.
+    """Checks a dataset for faults that stop training, are skipped by it, or mislead it.
 
     Args:
         data: folder of the dataset (see docs/formats.md for the layouts), or its annotation file.
         images: folder of the images. Default: searched for near the annotations.
         split: splits to check. Default: all.
-        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
-        output: folder to write images of the findings and of samples to.
+        exif: EXIF orientation: "auto" from the annotated sizes, "upright" or "stored" for all images.
+        output: folder for images of the findings and of samples.
         pictures: maximum number of images to draw per finding.
         json: file to write the report to.
-        overwrite: replace files that `check_data` did not write; never one of the dataset.
+        overwrite: replace files that `check_data` did not write; files of the dataset are never replaced.
         progress: receives messages and progress.
 
     Returns:
         a report with `findings`, `text()` and `to_dict()`.
 
     Raises:
-        UserError: if there is no dataset.
+        UserError: if no dataset is found.
     """
     from maskrcnn.data.check import check_dataset
     from maskrcnn.data.check_report import draw_findings

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class EvaluateResult(Result):
-    """COCO metrics, and what was written."""
+    """COCO metrics, and the files written."""
 
     source: str  # the model or the results file
     annotations: str  # the file of the ground truth
     images: int
     metrics: dict[str, dict[str, float]]  # "box", "mask", "keypoint" → metric → value
-    seconds: dict[str, float]  # time of each part
-    files: list[Path] = field(default_factory=list)  # results, JSON and report that were written
+    seconds: dict[str, float]  # seconds by part
+    files: list[Path] = field(default_factory=list)  # results, JSON and report
     remarks: list[str] = field(default_factory=list)
     differences: dict[str, Difference] = field(default_factory=dict, repr=False)  # by kind, with `compare`
     voc: dict[str, Any] = field(default_factory=dict, repr=False)  # see `voc_metrics`, with `voc`
@@ -124,33 +124,33 @@ def evaluate(
     Args:
         model: checkpoint, ONNX file or engine. Default, without `results`: the best checkpoint of the newest run.
         data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file. Default for a model in
-            the folder of a run: the data of the run's validation.
+            the folder of a run: the run's validation data.
         split: split of `data` to evaluate on.
         backend, provider, precision: as `maskrcnn.predict`.
-        batch_size: images per batch. A batch has images of one padded size, so that metrics do not depend on it. With
-            `tile`, tiles per batch.
+        batch_size: images per batch, or with `tile`, tiles per batch. All images of a batch have the same padded size,
+            so that metrics do not depend on the batch size.
         tile, overlap: as `maskrcnn.predict`.
         processes: number of worker processes.
-        resume: file to keep the detections in, image by image; an interrupted evaluation continues from it.
+        resume: file to save the detections of each image to; an interrupted evaluation continues from it.
         results: results file in COCO format to score instead of a model.
         annotations: annotation file in COCO format, instead of `data`.
-        images: folder of its images. Default: searched for near it.
-        iou_type: "bbox", "segm", "keypoints". Default: all that the detections have.
-        max_detections: limits of detections per image and class, ascending, such as (1, 10, 500): average recall is
+        images: folder of the images. Default: searched for near the annotations.
+        iou_type: "bbox", "segm", "keypoints". Default: all kinds of the detections.
+        max_detections: maximum detections per image and class, ascending, such as (1, 10, 500): average recall is
             measured at each, all other metrics at the last. Default: COCO's 1, 10 and 100 (20 for keypoints).
-        voc: also compute Pascal VOC's average precision of boxes, by its 11-point and its area rule.
-        compare: results file or model to compare with: difference in AP with its interval.
-        resamples: bootstrap resamples of the images for intervals of AP.
+        voc: also compute Pascal VOC's box AP, by its 11-point and its area rule.
+        compare: results file or model to compare with: computes the difference in AP and its interval.
+        resamples: number of bootstrap resamples of the images for AP intervals.
         seed: random seed of the resamples.
-        threshold: lowest score in comparisons of images, in confusions and in the images of the report.
-        exif: EXIF orientations: "auto" by the annotated sizes, "upright" or "stored" for all images.
-        pixel_range: as `maskrcnn.predict`.
-        save_results: file to write the results to, as COCO's server takes them.
+        threshold: minimum score in comparisons of images, in confusions and in the images of the report.
+        exif: EXIF orientation: "auto" from the annotated sizes, "upright" or "stored" for all images.
+        pixel_range: as in `maskrcnn.predict`.
+        save_results: file to write the results to, in the format of COCO's evaluation server.
         json: file to write metrics and results to.
         report: HTML file to write, or a folder for `report.html`.
         worst: maximum number of images in the report.
         strict: refuse annotation files with entries that are skipped or repaired.
-        overwrite: replace output files that `evaluate` did not write; never one that it reads.
+        overwrite: replace output files that `evaluate` did not write; input files are never replaced.
         progress: receives messages.
 
     Returns:
@@ -170,7 +170,7 @@ def evaluate(
     check_range("seed", seed, 0)
     check_range("worst", worst, 0)
     check_range("threshold", threshold, 0, 1)
-    if progress is None or Share.of_environment().rank:  # of torchrun's processes, the first reports
+    if progress is None or Share.of_environment().rank:  # with torchrun, only the first process reports
         progress = Progress()
     options = _Options(
         model=_path(model),
@@ -201,7 +201,7 @@ def evaluate(
     )
     options = _with_run(options, progress)
     _check(options)
-    for kind in options.kinds or ("bbox",):  # faults show before detecting
+    for kind in options.kinds or ("bbox",):  # to find errors before detecting
         protocol_of(kind, options.max_detections)
     if options.model is not None:
         evaluation = _evaluate_model(options, options.model, options.kinds, options.resume, progress)
@@ -215,7 +215,7 @@ def evaluate(
         progress.message(remark)
     files: list[Path] = []
     if options.save_results is not None:  # before the comparison, which may fail
-        if options.model is None:  # a model's were written before the scoring
+        if options.model is None:  # results of a model were written before scoring
             _save(options.save_results, evaluation.results, tuple(evaluation.scored))
         files += _kind_paths(options.save_results, tuple(evaluation.scored)).values()
     by_voc = voc_metrics(truth, evaluation.results) if voc else {}
@@ -248,7 +248,7 @@ def _remarks(evaluation: Evaluation) -> list[str]:
 
 
 def _with_run(options: _Options, progress: Progress) -> _Options:
-    """The options completed by the newest run, or by the run of the model: its best checkpoint, its validation data."""
+    """Completes the options from the newest run, or the model's run: its best checkpoint and validation data."""
     if options.results is not None:
         return options
     model = options.model or runs.newest_checkpoint()
@@ -256,7 +256,7 @@ def _with_run(options: _Options, progress: Progress) -> _Options:
     if options.data or options.annotations or not config.is_file():
         return replace(options, model=model)
     settings = read_json(config, "the settings of a run")
-    if not isinstance(settings, dict):  # somebody else's file of that name
+    if not isinstance(settings, dict):  # another program's file of the same name
         return replace(options, model=model)
     data = settings.get("val_data") or settings.get("data")
     if not data:
@@ -271,7 +271,7 @@ def _check(options: _Options) -> None:
     """Refuses options that contradict each other."""
     if options.model is not None and options.results is not None:
         fix = "maskrcnn evaluate MODEL --data DIR, or --results FILE --annotations FILE"
-        raise UserError("a model and --results", "one of them", fix)
+        raise UserError("a model and --results", "only one of them", fix)
     if (options.annotations is None) == (options.data is None):
         given = "a model" if options.model is not None else "--results"
         found = f"{given} with --annotations and --data" if options.data else f"{given} without --data or --annotations"
@@ -293,7 +293,7 @@ def _check(options: _Options) -> None:
 
 
 def _results_paths(path: Path | None) -> list[Path]:
-    """The files that `save_results` may stand for: itself for one kind, and one for each of several."""
+    """The files that `save_results` may write: itself for one kind, and one for each of several kinds."""
     if path is None:
         return []
     from maskrcnn.runtime.evaluation.protocol import KIND_NAMES
@@ -309,7 +309,7 @@ def _dataset(options: _Options, progress: Progress, *, require_images: bool) -> 
     place = options.data or options.annotations
     assert place is not None
     splits = list_splits(place, options.images)
-    is_only = options.annotations is not None and len(splits) == 1  # else the split of --split
+    is_only = options.annotations is not None and len(splits) == 1  # otherwise --split selects the split
     split = splits[0] if is_only else find_split(place, options.split, options.images)
     dataset = CocoDataset.load(place, split, images=options.images, require_images=require_images)
     dataset = with_exif(dataset, options.exif)
@@ -361,7 +361,7 @@ def _evaluate_model(
 def _detect(
     options: _Options, model: Path, resume: Path | None, dataset: CocoDataset, share: Share, progress: Progress
 ) -> tuple[list[dict[str, Any]], Any, dict[str, Any]] | None:
-    """Results, time, and facts about the model: by this process, by several, or by those of torchrun."""
+    """Results, time, and facts about the model, from this process, several, or the processes of torchrun."""
     from maskrcnn.data.coco import crowded_line
     from maskrcnn.data.survey import survey_images
     from maskrcnn.runtime.detector import Detector
@@ -411,7 +411,7 @@ def _detect(
                     progress=advance,
                     keep=lambda *batch: done.append(batch),
                 )
-            except BaseException:  # an error or an interruption loses no image that is done
+            except BaseException:  # an error or an interruption loses no completed image
                 if done:
                     kept = task.log(_free_name(Path("detections.jsonl")), dataset)
                     kept.write(facts_of(detector), done)
@@ -433,7 +433,7 @@ def _detect(
 
 
 def _free_name(path: Path) -> Path:
-    """The path, with a number if a file has it already."""
+    """The path, with a number appended to the name if it exists already."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -457,7 +457,7 @@ def _evaluate_file(options: _Options, progress: Progress) -> Evaluation:
 
 
 def _other_files(results: Path, truth: GroundTruth) -> list[str]:
-    """A warning if `predict` made the results from other files than the annotations have under the same image ids."""
+    """Returns a warning if `predict` used the annotations' image ids for other files."""
     index = results.parent / IMAGES
     if not index.is_file():
         return []
@@ -465,7 +465,7 @@ def _other_files(results: Path, truth: GroundTruth) -> list[str]:
         files = read_json(index, "the image files of `maskrcnn predict`")
     except UserError:
         files = None
-    if not isinstance(files, dict):  # somebody else's file of that name
+    if not isinstance(files, dict):  # another program's file of the same name
         return []
     known = set(truth.image_ids.tolist())
     named = {int(key): Path(str(name)).name for key, name in files.items() if key.isdigit() and int(key) in known}
@@ -483,7 +483,7 @@ def _other_files(results: Path, truth: GroundTruth) -> list[str]:
 def _differences(
     options: _Options, evaluation: Evaluation, truth: GroundTruth, progress: Progress
 ) -> dict[str, Difference]:
-    """The difference to `compare`, by kind."""
+    """The difference from `compare`, by kind."""
     if options.compare is None:
         return {}
     from maskrcnn.runtime.detector import BACKENDS
@@ -497,7 +497,7 @@ def _differences(
         other: Evaluation | None = score_file(truth, options.compare, kinds, options.max_detections)
     elif Share.of_environment().count > 1:
         found = f"--compare {options.compare}, a model, under torchrun"
-        fix = "run it without torchrun; or --save-results of that model, and compare with the file"
+        fix = "run it without torchrun; or evaluate that model with --save-results, and compare with the file"
         raise UserError(found, "a results file, or a dataset to run the model on", fix)
     else:
         other = _evaluate_model(options, options.compare, kinds, None, progress)
@@ -521,12 +521,12 @@ def _differences(
 
 
 def _kind_paths(path: Path, kinds: Sequence[str]) -> dict[str, Path]:
-    """The results file of each kind: `path` itself for a single one."""
+    """The results file of each kind: `path` itself for a single kind."""
     return {kind: path if len(kinds) == 1 else path.with_suffix(f".{kind}{path.suffix}") for kind in kinds}
 
 
 def _save(path: Path, results: list[dict[str, Any]], kinds: Sequence[str]) -> None:
-    """Writes one results file per kind that the results have."""
+    """Writes one results file per kind."""
     from maskrcnn.runtime.evaluation.results_file import FIELDS, write_server_results
 
     for kind, own in _kind_paths(path, kinds).items():
@@ -591,7 +591,7 @@ def _write_report(
 
 
 def _image_file(options: _Options, truth: GroundTruth) -> Callable[[int], Path] | None:
-    """The file of an image id; None if no images are wanted, or some are missing."""
+    """Maps image ids to files; None if no images are wanted, or some are missing."""
     if options.worst == 0 or truth.images.missing():
         return None
     return truth.path

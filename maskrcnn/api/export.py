@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from maskrcnn.runtime.verification.compare import Difference
     from maskrcnn.weights.torchvision import LoadedDetector
 
-_TEMPORARY = ".export-"  # prefix of folders that exist while a file is written
+_TEMPORARY = ".export-"  # prefix of temporary folders that exist while a file is written
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 CALIBRATION_IMAGES = 64
@@ -27,14 +27,14 @@ CALIBRATION_IMAGES = 64
 
 @dataclass(frozen=True, repr=False)
 class ExportResult(Result):
-    """The exported file and how far it is from its source."""
+    """The exported file, and its difference from its source."""
 
     path: Path
     source: Path
     precision: str
     size_mb: float
-    differences: list[str]  # one line per comparison: from what, and the tolerance that was needed
-    lint: LintReport | None = field(default=None, repr=False)  # for TensorRT: what its parser would object to
+    differences: list[str]  # one line per comparison: compared with what, and the tolerance needed
+    lint: LintReport | None = field(default=None, repr=False)  # with `tensorrt`: findings about TensorRT's parser
 
 
 def export(
@@ -62,36 +62,36 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Writes one ONNX file, compared with its source before it is kept.
+    """Writes one ONNX file, and compares it with its source before keeping it.
 
     Args:
         checkpoint: a `.safetensors` checkpoint, or an exported `.onnx` file to write in another precision. Default: the
             best checkpoint of the newest run.
-        output: file to write. Default: `model.onnx` beside the checkpoint, with the precision in its name.
-        precision: of the graph.
+        output: file to write. Default: `model.onnx` next to the checkpoint, with the precision in its name.
+        precision: precision of the graph.
         calibration: folder of images; determines the scales of int8 and the range check of fp16.
-        calibration_images: maximum number of images to take from it.
+        calibration_images: maximum number of calibration images.
         keep: with int8, layers that stay in floating point: "first", "last", "heads", "backbone", "fpn", or names.
-        simulate: with fp16, bf16 and int8, write a float32 graph that rounds after every layer instead, as TensorRT
-            does (int8: the layers that are not in 8 bits are in fp16).
+        simulate: with fp16, bf16 and int8, write a float32 graph that instead rounds after every layer, as TensorRT
+            does (int8: layers that are not quantized use fp16).
         tensorrt: write the graph for TensorRT's parser, with plugin nodes.
-        aot: with `tensorrt`, plugins whose kernels are compiled into the engine.
+        aot: with `tensorrt`, use plugins whose kernels are compiled into the engine.
         opset: ONNX opset version. Default: 20.
         weights: weights instead of a checkpoint: a torchvision, Detectron2 or mmdetection file, a checkpoint, or a name
             such as "COCO_V1".
-        model: architecture of torchvision `weights`. Default: told by a file's tensors, if its backbone is a ResNet.
-        batch_norm_epsilon: of `weights`. Default: 0 for COCO_V1 weights, 1e-5 for others.
+        model: architecture of torchvision `weights`. Default: inferred from the tensors, if the backbone is a ResNet.
+        batch_norm_epsilon: batch norm epsilon of `weights`. Default: 0 for COCO_V1 weights, 1e-5 for others.
         anchor_sizes: anchor size of each level P2 … P6, px. Default: the model's; for weights that do not state it,
             their library's.
-        min_size: shorter side of the resized images, px. Default: as `anchor_sizes`.
-        max_size: maximum longer side of the resized images, px. Default: as `anchor_sizes`.
+        min_size: shorter side of the resized images, px. Default: as for `anchor_sizes`.
+        max_size: maximum longer side of the resized images, px. Default: as for `anchor_sizes`.
         class_names: names of labels 1, 2, …: a list, names separated by commas, or a text file with a name on each
-            line. Default: as `anchor_sizes`.
+            line. Default: as for `anchor_sizes`.
         settings: further fields of the model, as `["model.nms_iou=0.6"]` or nested dictionaries.
         detectron2_config: YAML configuration of Detectron2 `weights`. Default: config.yaml in their folder.
-        max_unmatched: share of the compared detections that may lack a partner or differ by more than the tolerance, 0
-            to 1, for models in which boxes tie.
-        overwrite: replace `output` even if it is not an ONNX file; never a file that is read.
+        max_unmatched: share of the compared detections, 0 to 1, that may be unmatched or differ by more than the
+            tolerance, for models in which boxes tie.
+        overwrite: replace `output` even if it is not an ONNX file; input files are never replaced.
         progress: receives messages.
 
     Raises:
@@ -205,7 +205,7 @@ def write_variant(
     max_unmatched: float = 0.0,
     progress: Progress,
 ) -> tuple[list[str], LintReport | None]:
-    """Writes an exported file in another precision, for TensorRT's parser, or both. Arguments as `export`.
+    """Writes an exported file in another precision, for TensorRT's parser, or both. Arguments as in `export`.
 
     Returns:
         one line per comparison, and with `tensorrt` the lint report.
@@ -275,19 +275,19 @@ def _check_options(
         raise UserError(f"--precision {precision}", ", ".join(PRECISIONS), "choose one of these")
     check_range("calibration_images", calibration_images, 1)
     if path is not None and weights is not None:
-        raise UserError(f"{path} and --weights {weights}", "one of the two", "drop one of them")
+        raise UserError(f"{path} and --weights {weights}", "only one of them", "drop one of them")
     if weights is None and (given := [name for name, value in of_weights.items() if value is not None]):
         raise UserError(
             f"{' and '.join(given)} without --weights",
-            "a checkpoint or an ONNX file, whose metadata has all that",
+            "a checkpoint or an ONNX file, whose metadata contains these settings",
             "add --weights, or drop these options",
         )
     if not 0 <= max_unmatched <= 1:
-        raise UserError(f"--max-unmatched {max_unmatched:g}", "a share from 0 to 1", "write 0.01 for one percent")
+        raise UserError(f"--max-unmatched {max_unmatched:g}", "a share from 0 to 1", "use 0.01 for one percent")
     if precision == "int8" and calibration is None:
         raise UserError(
             "--precision int8 without --calibration",
-            "a folder of images like those of the deployment, to compute the 8-bit scales from",
+            "a folder of images like those in deployment, to compute the 8-bit scales from",
             "add --calibration FOLDER",
         )
     if simulate and (precision == "fp32" or tensorrt):
@@ -304,8 +304,8 @@ def _check_options(
     if changes:
         raise UserError(
             f"settings of the model ({', '.join(changes)}) with {path}, in which they are fixed",
-            "the checkpoint or the weights that it was made from",
-            "name these, or drop --anchor-sizes, --min-size, --max-size, --class-names and --set",
+            "the checkpoint or the weights that it was exported from",
+            "export these, or drop --anchor-sizes, --min-size, --max-size, --class-names and --set",
         )
     if opset is not None:
         raise UserError(f"--opset with {path}", "a checkpoint", "export the checkpoint with --opset")
@@ -313,7 +313,7 @@ def _check_options(
         raise UserError(
             f"{path}, which is an ONNX file in single precision already",
             "a checkpoint; or an ONNX file with another --precision or --tensorrt",
-            "add --precision fp16, bf16 or int8, or name a checkpoint",
+            "add --precision fp16, bf16 or int8, or export a checkpoint",
         )
 
 
@@ -324,13 +324,13 @@ def _model_settings(
     class_names: Sequence[str] | str | Path | None,
     settings: Sequence[str] | dict[str, Any],
 ) -> dict[str, Any]:
-    """Fields of the model that options name, typed."""
+    """Model fields set by options, typed."""
     from maskrcnn.config import ModelConfig
     from maskrcnn.settings import assignments, merged, typed
 
     given = settings if isinstance(settings, dict) else assignments(list(settings))
     if others := sorted(set(given) - {"model"}):
-        raise UserError(f"--set {others[0]}", "settings of the model", "write --set model.FIELD=VALUE")
+        raise UserError(f"--set {others[0]}", "settings of the model", "use --set model.FIELD=VALUE")
     fields = given.get("model", {})
     if isinstance(fields, str):
         fields = {"name": fields}
@@ -355,7 +355,7 @@ def _names(given: Sequence[str] | str | Path) -> tuple[str, ...]:
             return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"--class-names {path}: {error}", "a text file in UTF-8 with a name on each line", "save it so"
+                f"--class-names {path}: {error}", "a UTF-8 text file with a name on each line", "save it as UTF-8"
             ) from error
     if path.suffix == ".txt" or isinstance(given, Path):
         raise UserError(f"no file {path}", "a text file with a name on each line", "check --class-names")
@@ -376,11 +376,11 @@ def _check_output(target: Path, inputs: Sequence[str | Path | None], *, overwrit
 
 @contextlib.contextmanager
 def temporary_folder(beside: Path, origin: Path | None = None) -> Iterator[Path]:
-    """A folder beside a file, deleted at the end; files rejected in it are moved beside the file.
+    """A folder next to a file, deleted at the end; rejected files in it are moved next to the file.
 
     Args:
-        beside: the file that is written.
-        origin: what error messages name instead of the folder's `model.onnx`.
+        beside: the file to be written.
+        origin: path that error messages show instead of the folder's `model.onnx`.
     """
     with folder_beside(beside, prefix=_TEMPORARY) as folder:
         try:

@@ -1,4 +1,4 @@
-"""`maskrcnn.inspect(...)` and `maskrcnn.lint(...)`: what a model file holds, and what TensorRT's parser makes of it."""
+"""`maskrcnn.inspect(...)` and `maskrcnn.lint(...)`: describe a model file, and lint it for TensorRT's parser."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def inspect(
 
 
 def lint(file: str | Path, *, json: str | Path | None = None, overwrite: bool = False) -> LintReport:
-    """Lists the nodes of an ONNX file that TensorRT's parser rejects or runs badly. Needs no TensorRT.
+    """Lists the nodes of an ONNX file that TensorRT would reject or run poorly. Does not need TensorRT.
 
-    A file of `maskrcnn.export` is checked in the form that TensorRT gets, with plugin nodes; others as they are.
+    A file of `maskrcnn.export` is checked in its form for TensorRT, with plugin nodes; others are checked unchanged.
 
     Args:
         file: any ONNX file.
@@ -63,7 +63,7 @@ def lint(file: str | Path, *, json: str | Path | None = None, overwrite: bool = 
 
 
 def lint_file(path: Path, *, json: str | Path | None = None, overwrite: bool = False) -> tuple[LintReport, bool]:
-    """The lint report of a file, and whether `maskrcnn.export` wrote the file; arguments as `lint`."""
+    """The lint report of a file, and whether `maskrcnn.export` wrote the file; arguments as in `lint`."""
     import onnx
 
     from maskrcnn.export.passes.quantize import symmetric

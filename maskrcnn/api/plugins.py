@@ -1,4 +1,4 @@
-"""`maskrcnn.build_plugins(...)`: the CUDA kernels and TensorRT plugins compiled for the GPUs of a machine."""
+"""`maskrcnn.build_plugins(...)`: compiles the CUDA kernels and TensorRT plugins for the GPUs of a machine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 class Form(str, Enum):
-    """What to compile."""
+    """Parts to compile."""
 
     KERNELS = "kernels"  # library of the kernels, for PyTorch
-    LIBRARY = "library"  # that, and the library of the TensorRT plugins
+    LIBRARY = "library"  # the same, and the library of the TensorRT plugins
     AOT = "aot"  # kernels of the ahead-of-time plugins, which become part of an engine
     ALL = "all"  # everything that can be compiled here
 
 
 @dataclass(frozen=True, repr=False)
 class PluginBuild(Result):
-    """What was compiled, from which compilers."""
+    """The compiled parts, and the compilers used."""
 
     compilers: str
     built: dict[str, str]  # library or kernels: time or "from the cache", size, architectures, path
-    left_out: dict[str, str]  # what could not be compiled: what is missing, and how to install it
+    left_out: dict[str, str]  # parts not compiled: what is missing, and how to install it
 
 
 def build_plugins(
@@ -46,19 +46,19 @@ def build_plugins(
     force: bool = False,
     progress: Progress | None = None,
 ) -> PluginBuild:
-    """Compiles the CUDA kernels and TensorRT plugins into the cache; what the cache holds is not compiled again.
+    """Compiles the CUDA kernels and TensorRT plugins into the cache; cached parts are not compiled again.
 
     Args:
-        form: "kernels", "library", "aot" or "all". All of it must compile, except for "all", of which parts may be
-            missing.
-        arch: "native", or compute capabilities as "80,90". Default: native, and without a GPU the common ones.
+        form: "kernels", "library", "aot" or "all". With "all", parts that cannot be compiled are left out; otherwise
+            they are an error.
+        arch: "native", or compute capabilities such as "80,90". Default: native, and without a GPU common ones.
         output: folder to copy the libraries to.
         tensorrt_include: folder of TensorRT's C++ headers. Default: the usual folders.
-        force: compile even what the cache holds.
+        force: compile again what is already cached.
         progress: receives one message per library.
 
     Raises:
-        UserError: if something cannot be compiled; everything else is compiled before.
+        UserError: if something cannot be compiled, after everything else was compiled.
     """
     from maskrcnn.plugins import build
     from maskrcnn.plugins.build import Library
@@ -117,13 +117,15 @@ def _form(value: Form | str) -> Form:
         return Form(value)
     except ValueError as error:
         known = ", ".join(form.value for form in Form)
-        raise UserError(f"--form {value}", f"one of {known}", "drop it to compile everything that can be") from error
+        raise UserError(f"--form {value}", f"one of {known}", "drop it to compile everything possible") from error
 
 
 def _architectures(text: str | None, toolchain: Toolchain) -> tuple[int, ...]:
     """The architectures of --arch; empty for the default of this machine."""
     if text == "native" and not toolchain.gpus:
-        raise UserError("--arch native without a GPU", "an NVIDIA GPU and its driver", "name one: --arch 80,90")
+        raise UserError(
+            "--arch native without a GPU", "an NVIDIA GPU and its driver", "specify some, such as --arch 80,90"
+        )
     if text is None or text == "native":
         return ()
     words = [word.strip() for word in text.split(",")]

@@ -29,35 +29,35 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 SAVED = ("overlays", "video", "results", "parquet", "coco", "labelme", "yolo")
-_THRESHOLD = 0.5  # of models without a recommended one
-_LINES = 20  # images up to which each gets a line of its own
-_TILES = 50  # of an image, from which its progress is told
-_MOST_CALLS = 8  # of the model at the same time on a CPU; each needs memory for its activations
+_THRESHOLD = 0.5  # score threshold of models without a recommended one
+_LINES = 20  # up to this number of images, one line is printed for each
+_TILES = 50  # images with at least this number of tiles report progress
+_MOST_CALLS = 8  # maximum concurrent model calls on a CPU; each needs memory for its activations
 
 Images = str | Path | np.ndarray | Iterable[str | Path | np.ndarray]
 
 
 @dataclass(frozen=True, repr=False)
 class PredictResult(Result):
-    """The detections of each image, and the files that were written."""
+    """The detections of each image, and the files written."""
 
     model: Path
     runs_in: str  # backend and precision
     images: list[str]  # name of each image with detections: file, URL, `video.mp4#12`, or the index of an array
-    counts: list[int] = field(default_factory=list)  # detections of each image; [] of runs on Ray
+    counts: list[int] = field(default_factory=list)  # detections of each image; [] for runs on Ray
     results: Path | str | None = None  # COCO results of all images, or another file with them
-    overlays: list[Path] = field(default_factory=list)  # and annotated videos
-    failed: dict[str, str] = field(default_factory=dict)  # images without detections: what was wrong
+    overlays: list[Path] = field(default_factory=list)  # overlays and annotated videos
+    failed: dict[str, str] = field(default_factory=dict)  # images that failed: name → reason
     total: int = 0  # detections of all images
-    detections: list[Detections] = field(default_factory=list, repr=False)  # [] where `output` has them
+    detections: list[Detections] = field(default_factory=list, repr=False)  # [] if written to `output`
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What decides how images are processed and what is written."""
+    """Options of processing and output."""
 
     saved: frozenset[str]
-    suffix: str  # of overlays
+    suffix: str  # file suffix of overlays
     threshold: float
     keypoint_threshold: float
     tolerance_px: float
@@ -147,10 +147,10 @@ def predict(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PredictResult | Iterator[Detections]:
-    """Detects objects in images: reading, detecting and writing overlap, and memory does not grow with their number.
+    """Detects objects in images: reading, detecting and writing overlap; memory use does not grow with their number.
 
-    An image that cannot be read is named and counted, and the others are processed. What was detected before an error
-    or an interruption is written, and `resume` goes on from there.
+    An image that cannot be read is reported and counted, and the others are processed. Detections made before an error
+    or an interruption are written, and `resume` continues from there.
 
     Args:
         images: image files, folders, patterns, lists, annotation files, videos, cameras, URLs, or arrays uint8
@@ -161,41 +161,42 @@ def predict(
         precision: arithmetic of PyTorch: "fp32", "bf16" or "fp16".
         pixel_range: (low, high) of samples of more than 8 bits, which become 0 and 255. Default: the model's, else what
             a TIFF file states, else the high byte.
-        output: folder for `detections.jsonl` (one line per image), `images.json` (file of each image id) and what
-            `save` names. Default: nothing is written.
+        output: folder for `detections.jsonl` (one line per image), `images.json` (file of each image id) and the
+            outputs given by `save`. Default: nothing is written.
         save: any of "overlays" (a drawing of each image), "video" (an annotated video of each video), "results"
-            (`results.json`, COCO results), "parquet" (`detections.parquet`), and first labels for annotation tools with
-            the detections of at least `threshold`: "coco" (`annotations.json`), "labelme" and "yolo" (folders).
+            (`results.json`, COCO results), "parquet" (`detections.parquet`), and labels for annotation tools with the
+            detections that score at least `threshold`: "coco" (`annotations.json`), "labelme" and "yolo" (folders).
             Default: overlays of images, annotated videos of videos, and results.
-        format: of the overlays.
-        annotations: COCO annotation file of these images, whose image ids the results get. Default: that of the dataset
-            whose images they are (`annotations/instances_NAME.json` beside the folder NAME, or `_annotations.coco.json`
-            in it); else images are counted from 1.
-        threshold: lowest score of a detection in overlays and labels; the results have all detections. Default: the one
-            that training recommended for the model, else 0.5.
-        keypoint_threshold: lowest score (heat map logit) of a keypoint in the overlays.
-        tolerance: largest distance in pixels of a label's simplified outline from the mask's.
-        batch_size: most images, or tiles, of one call of the model; only images of one size are in a batch.
-        tile: side in pixels of the tiles in which larger images are detected in, one image at a time; see
-            `maskrcnn.runtime.tiles`. Files in TIFF are read tile by tile. Default: images are detected in whole.
-        overlap: share of a tile's side that its neighbour covers too.
-        workers: images in work at the same time. Default: the available CPUs, at most 8; 1 with `tile`.
-        limit: process at most this many images or frames, for instance of a camera.
-        resume: continue the run in `output` that was interrupted, with the same images and model.
+        format: file format of the overlays.
+        annotations: COCO annotation file with the image ids for the results. Default: that of the dataset that contains
+            the images (`annotations/instances_NAME.json` next to the folder NAME, or `_annotations.coco.json` in it);
+            else images are numbered from 1.
+        threshold: minimum score of a detection in overlays and labels; the results contain all detections. Default: the
+            threshold that training recommended for the model, else 0.5.
+        keypoint_threshold: minimum score (heat map logit) of a keypoint in the overlays.
+        tolerance: maximum distance in pixels of a label's simplified outline from the mask's.
+        batch_size: maximum number of images, or tiles, per model call; only images of one size are batched.
+        tile: side in pixels of the tiles that larger images are divided into, one image at a time; see
+            `maskrcnn.runtime.tiles`. TIFF files are read tile by tile. Default: images are processed whole.
+        overlap: overlap of neighbouring tiles, as a share of their side.
+        workers: number of images processed concurrently. Default: the available CPUs, at most 8; 1 with `tile`.
+        limit: maximum number of images or frames to process, for instance of a camera.
+        resume: continue the interrupted run in `output`, with the same images and model.
         ray: run on a Ray cluster: "local" (this machine), "auto" (the cluster of this node) or "ray://HOST:10001".
             Writes `detections.parquet` only, a folder of files, to `output`, which may be a URL. Not for videos.
-        actors: copies of the model on the cluster, or (least, most). Default: as many as there is work and room for.
-        actor_cpus: CPUs of an actor, which are the threads of its model.
-        actor_gpus: GPUs of an actor.
-        stream: return an iterator that yields the detections of one image after the other, with `name` and `image`;
-            nothing is written.
+        actors: number of actors (copies of the model) on the cluster, or (minimum, maximum). Default: as many as the
+            work and the cluster allow.
+        actor_cpus: CPUs per actor; also its number of threads.
+        actor_gpus: GPUs per actor.
+        stream: return an iterator that yields the detections image by image, with `name` and `image`; nothing is
+            written.
         strict: stop at the first image that cannot be used.
         overwrite: replace files in `output` that maskrcnn did not write, and an interrupted run.
         progress: receives messages.
 
     Raises:
         UserError: before anything is written, for images that do not exist and files that would be replaced; with
-            `strict`, for the first image that cannot be used; if none can be.
+            `strict`, for the first image that cannot be used; otherwise if no image can be used.
     """
     from maskrcnn.runtime.cluster import ray_package
     from maskrcnn.runtime.tiles import tiles_of
@@ -211,10 +212,10 @@ def predict(
     if format not in ("png", "jpg"):
         raise UserError(f"--format {format}", "png or jpg", "choose one of these")
     if folder is None and (resume or save) and ray is None:
-        raise UserError("save or resume without output", "a folder to write to", "name it: output=DIR")
+        raise UserError("save or resume without output", "a folder to write to", "add output=DIR")
     if ray is None and (actors, actor_cpus, actor_gpus) != (None, 1, 0):
         option = "--actors, --actor-cpus or --actor-gpus without --ray"
-        raise UserError(option, "a run on a Ray cluster", "add --ray local, or drop them (--workers: images in work)")
+        raise UserError(option, "a run on a Ray cluster", "add --ray local, or drop them (without Ray: --workers)")
     if isinstance(images, Iterator):
         images = list(images)
     sources = find_sources(images, leave_out=folder)
@@ -228,13 +229,13 @@ def predict(
             raise UserError(
                 "a run on Ray with stream or workers, without output, or with another output than parquet",
                 "--output DIR-OR-URL, --save parquet",
-                "leave the others out, or leave out --ray",
+                "drop the other options, or drop --ray",
             )
         if any(source.is_video or source.pixels is not None for source in sources):
             expected = "image files and URLs, which any node can read by itself"
-            raise UserError("a video, camera or array with --ray", expected, "leave out --ray, or extract the frames")
+            raise UserError("a video, camera or array with --ray", expected, "drop --ray, or extract the frames")
         pool = _pool(actors, actor_cpus, actor_gpus)
-        ray_package()  # is there
+        ray_package()  # raises if Ray is missing
         blocks = BlockFolder(str(output), resume=resume, overwrite=overwrite)
         ids = _ids(sources, annotations, progress, is_written=True)
         given = {"tiles": tiles, "batch": batch_size, "strict": strict}
@@ -242,7 +243,7 @@ def predict(
     workers = workers if tiles is None else 1
     if stream:
         if folder is not None:
-            raise UserError("output with stream", "one of both", "write what the iterator yields, or leave out stream")
+            raise UserError("output with stream", "only one of them", "write what the iterator yields, or drop stream")
         return _streamed(sources, path, spec, tiles, batch_size, workers, limit, strict, progress)
     saved = _saved(save, sources)
     run = None
@@ -268,7 +269,7 @@ def predict(
 
 
 def _saved(save: Sequence[str] | None, sources: Sequence[Source]) -> frozenset[str]:
-    """What is written; see `predict`."""
+    """The outputs to write; see `predict`."""
     if save is None:
         videos = {source.is_video for source in sources}
         return frozenset(
@@ -283,12 +284,12 @@ def _saved(save: Sequence[str] | None, sources: Sequence[Source]) -> frozenset[s
         require_files([source.name for source in sources], "labels")
         if any(source.is_video for source in sources):
             fix = "extract its frames first: `ffmpeg -i VIDEO frames/%06d.png`"
-            raise UserError("labels of a video", "image files, to which the labels refer", fix)
+            raise UserError("labels of a video", "image files, to which labels can refer", fix)
     return frozenset(save)
 
 
 def _load(path: Path, spec: tuple[Any, ...], workers: int | None, sources: Sequence[Source]) -> tuple[Detector, int]:
-    """The model, and how many calls of it run at the same time: several on a CPU, of one thread or a few each."""
+    """The model, and its number of concurrent calls: on a CPU several, with one or a few threads each."""
     from maskrcnn.machine import available_cpus
     from maskrcnn.runtime.detector import BACKENDS, Detector, backend_spec
 
@@ -324,7 +325,9 @@ def _on_ray(
 
     backend, provider, precision, pixel_range = spec
     load = {"backend": backend_spec(backend, provider, precision), "pixel_range": pixel_range}
-    detector = Detector.load(path, load["backend"], pixel_range=pixel_range)  # it works here before it travels
+    detector = Detector.load(
+        path, load["backend"], pixel_range=pixel_range
+    )  # check that the model loads here before sending it to the cluster
     if options["tiles"] is not None:
         options["tiles"].check(detector.preprocessing)
     about = run_facts(detector, path, options["tiles"])
@@ -364,7 +367,7 @@ def _pool(actors: int | tuple[int, int] | None, cpus: float, gpus: float) -> Poo
     check_range("actor_gpus", gpus, 0)
     least, most = (actors, actors) if isinstance(actors, int) else actors or (1, None)
     if least < 1 or (most is not None and most < least):
-        raise UserError(f"--actors {least}-{most}", "N, or LEAST-MOST", "correct the numbers")
+        raise UserError(f"--actors {least}-{most}", "N, or MIN-MAX, at least 1", "correct the numbers")
     return Pool(least, most, cpus, gpus)
 
 
@@ -379,7 +382,7 @@ def _streamed(
     strict: bool,
     progress: Progress,
 ) -> Iterator[Detections]:
-    """The detections of one image after the other; images that cannot be used are told to `progress`."""
+    """Yields the detections image by image; images that cannot be used are reported to `progress`."""
     from itertools import islice
 
     def finish(item: ImageItem, image: np.ndarray, orientation: int, detections: Detections) -> Detections:
@@ -407,7 +410,7 @@ def _found(
     calls: int,
     progress: Progress,
 ) -> Iterator[tuple[ImageItem, _T | UserError]]:
-    """Each image with what `finish` made of its detections, or with what was wrong."""
+    """Yields each image with the result of `finish` for its detections, or with its error."""
     from maskrcnn.runtime.pipeline import detect_images
     from maskrcnn.runtime.tiles import detect_scenes
 
@@ -423,7 +426,7 @@ def _found(
 
 @dataclass(frozen=True, eq=False)
 class _Finished:
-    """What is left of an image when its overlay is written."""
+    """What is kept of an image after its overlay was written."""
 
     record: str  # its line of JSON
     text: str  # for the user
@@ -444,7 +447,7 @@ def _detect(
     limit: int | None,
     progress: Progress,
 ) -> PredictResult:
-    """Runs all images through the pipeline and writes what is asked for."""
+    """Runs all images through the pipeline and writes the requested outputs."""
     from itertools import islice
 
     metadata = detector.metadata
@@ -459,8 +462,8 @@ def _detect(
             progress.message(f"continues after {done} images")
         if run.undrawn:
             progress.message(
-                f"{run.undrawn} of them without a drawing, which --resume does not make of images that are done; "
-                "detect again with --overwrite instead of --resume to draw them"
+                f"{run.undrawn} of them without a drawing, which --resume does not add to completed images; to draw "
+                "them, detect again with --overwrite instead of --resume"
             )
     is_told = total is not None and total <= _LINES
     finish = _finisher(metadata, options, is_written=run is not None)
@@ -491,7 +494,7 @@ def _detect(
                         progress.message(outcome.text)
                 advance(1)
         is_complete = True
-    finally:  # an error or an interruption loses no image that is done
+    finally:  # an error or an interruption loses no completed image
         results.close()  # type: ignore[attr-defined]
         if run is not None:
             run.finish(
@@ -524,13 +527,13 @@ def _detect(
 
 def _none_usable(failed: dict[str, str]) -> UserError:
     reasons = "\n".join(failed.values())
-    return UserError(f"none of {len(failed)} images can be used:\n{reasons}", "image files", "name other images")
+    return UserError(f"none of {len(failed)} images can be used:\n{reasons}", "image files", "choose other images")
 
 
 def _finisher(
     metadata: ModelMetadata, options: _Options, *, is_written: bool
 ) -> Callable[[ImageItem, np.ndarray, int, Detections], _Finished]:
-    """What is done with the detections of an image, in any thread: the overlay, and the line of JSON."""
+    """Returns the function that processes an image's detections, in any thread: overlay, and line of JSON."""
     from maskrcnn.imaging.draw import overlay, save_drawing
     from maskrcnn.runtime.predictions import record_of
     from maskrcnn.runtime.tiles import SHOWN_MEGAPIXELS
@@ -563,7 +566,7 @@ def _finisher(
 
 
 def _in_words(shown: Detections, detections: Detections, threshold: float, class_names: Sequence[str]) -> str:
-    """What an overlay shows: `2 of 9 detections drawn (person, dog)`; without any, the best score there was."""
+    """Describes an overlay: `2 of 9 detections drawn (person, dog)`; if none is drawn, with the best score."""
     text = f"{len(shown)} of {len(detections)} detections drawn"
     if len(shown):
         counts = Counter(class_names[label - 1] for label in shown.labels.tolist())
@@ -576,7 +579,7 @@ def _in_words(shown: Detections, detections: Detections, threshold: float, class
 def _ids(
     sources: Sequence[Source], annotations: str | Path | None, progress: Progress, *, is_written: bool
 ) -> list[int] | None:
-    """The image id of each source; None: images are counted from 1."""
+    """The image id of each source; None: images are numbered from 1."""
     given = [source.image_id for source in sources if source.image_id is not None]
     if annotations is None and len(set(given)) == len(sources):
         return given
@@ -586,9 +589,9 @@ def _ids(
 
 
 def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: Progress) -> list[int]:
-    """The image ids of these files in their dataset's annotations; counted from 1 without such a file.
+    """The image ids of these files in their dataset's annotations; numbered from 1 without such a file.
 
-    Files that an annotation file named by the user lacks get ids after its highest.
+    Files missing from an annotation file given by the user get ids after its highest.
     """
     from maskrcnn.data.annotations import usable_id
     from maskrcnn.files import read_json
@@ -622,7 +625,7 @@ def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: 
             continue
         progress.message(f"image ids are those of {path}")
         if missing:
-            progress.message(f"{len(missing)} image(s) that it does not have get other ids, such as {missing[0]}")
+            progress.message(f"{len(missing)} image(s) not in this file get new ids, such as {missing[0]}")
         highest = max(each for entries in known.values() for _, each in entries)
         others = iter(range(highest + 1, highest + 1 + len(missing)))
         return [next(others) if each is None else each for each in ids]
@@ -630,7 +633,7 @@ def _image_ids(files: Sequence[Path], annotations: str | Path | None, progress: 
 
 
 def _id_of(file: Path, entries: Sequence[tuple[str, int]]) -> int | None:
-    """The id of a file among the entries (file_name, id) of its name; of several the one whose folders agree too."""
+    """The id of a file among the entries (file_name, id) with its name; of several, the one with the same folders."""
     if len(entries) > 1:
         entries = [each for each in entries if file.as_posix().endswith(f"/{each[0]}")]
     return entries[0][1] if len(entries) == 1 else None

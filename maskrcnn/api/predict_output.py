@@ -1,4 +1,4 @@
-"""The output folder of `maskrcnn predict`: what is in it, and how an interrupted run goes on."""
+"""The output folder of `maskrcnn predict`: its files, and how an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from maskrcnn.runtime.tiles import Tiles
 
 RUN, FAILED, LABELS = "run.json", "failed.txt", "annotations.json"
-_READERS = 16  # files that are read at the same time
+_READERS = 16  # files read concurrently
 _FAILED_HEAD = "# images that maskrcnn could not use"
 
 
 @dataclass(frozen=True, eq=False)
 class Job(ImageItem):
-    """An image with what is to be written of it."""
+    """An image, and what to write for it."""
 
     image_id: int = 0
     source: Source | None = None
-    target: Path | None = None  # of the overlay
-    fault: UserError | None = None  # of a video that ends early, in place of its next frame
+    target: Path | None = None  # path of the overlay
+    fault: UserError | None = None  # for a video that ends early: its error, in place of the next frame
 
     @property
     def is_file(self) -> bool:
@@ -48,7 +48,7 @@ class Job(ImageItem):
 
 
 def jobs_of(sources: Sequence[Source], ids: Sequence[int] | None, targets: dict[Source, Path]) -> Iterator[Job]:
-    """The images of all sources; those without ids are counted from 1."""
+    """The images of all sources, numbered from 1 if `ids` is None."""
     number = 0
     for index, source in enumerate(sources):
         target = targets.get(source)
@@ -74,8 +74,8 @@ class PredictionFolder:
     """The output folder of a run.
 
     Raises:
-        UserError: if it would replace images or other files, has an interrupted run and `resume` and `overwrite` are
-            not set, or has none to resume.
+        UserError: if images or other files would be replaced; if the folder has an interrupted run, but neither
+            `resume` nor `overwrite` is set; or if there is no run to resume.
     """
 
     def __init__(
@@ -143,18 +143,20 @@ class PredictionFolder:
         if not {"labelme", "yolo"}.isdisjoint(saved):
             _check_label_names(sources)
         own = {predictions.RESULTS: RESULTS_FILE, predictions.PARQUET: table, predictions.IMAGES: index, LABELS: labels}
-        self._made = {folder / name: kind for name, kind in own.items()}  # at the end, from the lines
+        self._made = {folder / name: kind for name, kind in own.items()}  # written at the end, from the lines
         self.lines, self._manifest = folder / predictions.LINES, folder / RUN
         self.results = folder / (predictions.RESULTS if "results" in saved else predictions.LINES)
         if "parquet" in saved and "results" not in saved:
             self.results = folder / predictions.PARQUET
         self.drawn: list[Path] = []
-        self.undrawn = 0  # images that are done and have no overlay, nor a frame in an annotated video
-        self._video: Any = None  # that is being written, with its source
-        for name in ("labelme", "yolo"):  # whose files are there to be corrected
+        self.undrawn = 0  # completed images without an overlay or a frame in an annotated video
+        self._video: Any = None  # the video being written, and its source
+        for name in ("labelme", "yolo"):  # their files may have been corrected by hand
             if name in saved and not resume and not overwrite and (folder / name).exists():
-                found = f"--save {name}: {folder / name} exists, perhaps with labels that were corrected"
-                raise UserError(found, "a folder without it", "choose another --output, or replace it with --overwrite")
+                found = f"--save {name}: {folder / name} exists, perhaps with corrected labels"
+                raise UserError(
+                    found, "an output folder without it", "choose another --output, or replace it with --overwrite"
+                )
         before = self._read_manifest()
         self._is_extended = False
         self._was_complete = resume and before is not None and bool(before.get("is_complete"))
@@ -162,7 +164,7 @@ class PredictionFolder:
             raise UserError(f"--resume: no {self._manifest}", "the folder of an interrupted run", "leave out --resume")
         if before is not None and not resume and not overwrite and before.get("is_complete") is False:
             raise UserError(
-                f"{folder} has a run that was interrupted",
+                f"{folder} has an interrupted run",
                 "a new folder, or one with a complete run",
                 "continue it with --resume, start again with --overwrite, or choose another --output",
             )
@@ -178,7 +180,7 @@ class PredictionFolder:
     def start(
         self, about: dict[str, Any], jobs: Iterator[Job]
     ) -> tuple[Iterator[Job], int, list[str], list[int], dict[str, str]]:
-        """Opens the files; returns the images that are left, and what is known of those that are done.
+        """Opens the files; returns the remaining images, and the records of the completed ones.
 
         Raises:
             UserError: if an interrupted run has another model, other options or other images.
@@ -200,7 +202,7 @@ class PredictionFolder:
                 if job is None or job.name != record["file"]:
                     found = f"image {done + 1} is {None if job is None else job.name}, not {record['file']}"
                     expected = f"the images of the run in {self.folder}, in their order"
-                    raise UserError(found, expected, "name the same images, or choose another --output")
+                    raise UserError(found, expected, "pass the same images, or choose another --output")
                 if job.target is not None and job.target.is_file() and "error" not in record:
                     self.drawn.append(job.target)
                 elif "error" not in record:
@@ -214,14 +216,14 @@ class PredictionFolder:
                 done += 1
         make_folder(self.folder)
         write_report(self._manifest, "predict", {"is_complete": False, **self._about})
-        for path, kind in () if self.is_resumed else self._made.items():  # of an earlier run, whose lines are replaced
+        for path, kind in () if self.is_resumed else self._made.items():  # of an earlier run, which is replaced
             if path.is_file() and kind.recognises(path):
                 path.unlink()
         self._lines = Predictions(self.lines, keep=done)
         return jobs, done, names, counts, failed
 
     def _interrupted_video(self) -> str | None:
-        """The video of the last image that was done, whose annotated video was not finished and starts again."""
+        """The video of the last completed image, if its annotated video was not finished and must start again."""
         from maskrcnn.runtime.predictions import read_predictions
 
         last = ""
@@ -231,7 +233,7 @@ class PredictionFolder:
         return name if any(source.name == name for source in self.videos) else None
 
     def add(self, job: Job, record: str, drawn: np.ndarray | None) -> None:
-        """Writes the line of an image, and its frame of the annotated video."""
+        """Writes the line of an image, and its frame in the annotated video."""
         from maskrcnn.data.video import AnnotatedVideo
 
         if self._video is not None and self._video[0] is not job.source:
@@ -253,12 +255,12 @@ class PredictionFolder:
     def finish(
         self, metadata: ModelMetadata, threshold: float, tolerance_px: float, *, is_complete: bool, is_empty: bool
     ) -> None:
-        """Closes the files and writes those that are made from the lines; an empty run leaves nothing behind.
+        """Closes the files and writes those derived from the lines; an empty run leaves nothing behind.
 
         Args:
-            metadata: of the model.
-            threshold: lowest score of labels.
-            tolerance_px: of their outlines, see `maskrcnn.data.prelabels.outlines`.
+            metadata: the model's metadata.
+            threshold: minimum score of labels.
+            tolerance_px: tolerance of their outlines, see `maskrcnn.data.prelabels.outlines`.
             is_complete: whether all images are done.
             is_empty: whether no image could be used.
         """
@@ -272,11 +274,11 @@ class PredictionFolder:
         if is_empty:
             for path in (self.lines, self._manifest):
                 path.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # not empty
                 self.folder.rmdir()
             return
 
-        def is_due(kind: str, name: str) -> bool:  # if nothing was added, what exists may have been corrected since
+        def is_due(kind: str, name: str) -> bool:  # if nothing was added, existing labels may have been corrected since
             is_kept = self._was_complete and not self._is_extended and (self.folder / name).exists()
             return kind in self.saved and not is_kept
 
@@ -310,19 +312,19 @@ class PredictionFolder:
 
 
 class BlockFolder:
-    """The output of a run on Ray: the folder `detections.parquet`, a file for each block of images.
+    """The output of a run on Ray: the folder `detections.parquet`, with a file for each block of images.
 
-    Local files are in `detections.parquet.part` until all are there, so that an earlier result stays until there is a
-    new one; at a URL, where folders cannot be renamed, they are at their place at once.
+    Local files are written to `detections.parquet.part`, which is renamed when complete, so that an earlier result is
+    kept until then; at a URL, where folders cannot be renamed, they are written directly to their final place.
 
     Args:
         output: folder or URL.
-        resume: whether to keep the blocks that an interrupted run has written.
+        resume: whether to keep the blocks written by an interrupted run.
         overwrite: whether to replace an earlier result.
 
     Raises:
-        UserError: if there is an earlier result or an interrupted run, and neither is set; if there is nothing to
-            resume; if a folder has other files than Parquet.
+        UserError: if there is an earlier result or an interrupted run, but neither option is set; if there is nothing
+            to resume; if the folder has files other than Parquet.
     """
 
     def __init__(self, output: str, *, resume: bool, overwrite: bool) -> None:
@@ -349,11 +351,11 @@ class BlockFolder:
         self._is_resumed = resume
 
     def start(self, names: Collection[str], about: dict[str, Any]) -> dict[str, tuple[int, dict[int, str]]]:
-        """Creates the folder; returns the detections and errors of the blocks that are done.
+        """Creates the folder; returns the detections and errors of the completed blocks.
 
         Args:
             names: the files of the run.
-            about: what it is made with.
+            about: model and options of the run.
 
         Raises:
             UserError: if an interrupted run has another model, other options or other images.
@@ -369,7 +371,7 @@ class BlockFolder:
         files = _parquet_files(self.place) or []
         if other := next((file for file in files if file not in names), None):
             found = f"{self.place} has the results of other images ({other})"
-            raise UserError(found, "the images of the interrupted run, in their order", "name the same images")
+            raise UserError(found, "the images of the interrupted run, in their order", "pass the same images")
         done = {}
         with ThreadPoolExecutor(_READERS) as readers:  # for remote files
             blocks = readers.map(lambda file: read_block(f"{self.place}/{file}"), files)
@@ -388,7 +390,7 @@ class BlockFolder:
                 system.rm(path, recursive=True)
         elif not is_remote(self.place):
             place, result = Path(self.place), Path(self.result)
-            for draft in place.glob(".*"):  # of actors that died
+            for draft in place.glob(".*"):  # left by actors that died
                 draft.unlink()
             if place != result:
                 if result.exists():
@@ -398,10 +400,10 @@ class BlockFolder:
 
 
 def _parquet_files(folder: str) -> list[str] | None:
-    """The names of the files in a folder or at a URL; None if there is none.
+    """The names of the files in a folder or at a URL; None if it does not exist.
 
     Raises:
-        UserError: if it has other files than Parquet.
+        UserError: if it has files other than Parquet.
     """
     with file_system(folder) as (system, path):
         system.invalidate_cache()
@@ -414,7 +416,7 @@ def _parquet_files(folder: str) -> list[str] | None:
 
 
 def _check_same(place: Path | str, before: dict[str, Any], about: dict[str, Any]) -> None:
-    """Checks that a run that goes on is made with what it was begun with."""
+    """Checks that a continued run uses the model and options that it was started with."""
     for key in ("model_sha256", "backend", "precision", "preprocessing", "tiles"):
         if json.loads(json.dumps(before.get(key))) != json.loads(json.dumps(about[key])):
             found = f"{place} has a run with {key} {before.get(key)}, not {about[key]}"
@@ -422,7 +424,7 @@ def _check_same(place: Path | str, before: dict[str, Any], about: dict[str, Any]
 
 
 def run_facts(detector: Detector, model: Path, tiles: Tiles | None = None) -> dict[str, Any]:
-    """What a run is made with: the model, and what its detections depend on."""
+    """The model of a run, and everything else that its detections depend on."""
     return {
         "model": str(model),
         "model_sha256": _digest(model),
@@ -446,7 +448,7 @@ def _categories(metadata: ModelMetadata) -> list[dict[str, Any]]:
 
 
 def _digest(model: Path) -> str:
-    """SHA-256 of a model file; of an OpenVINO engine, of its weights as well."""
+    """SHA-256 of a model file; for an OpenVINO engine, including its weights."""
     from maskrcnn.metadata import sha256_of
 
     weights = model.with_suffix(".bin")
@@ -454,7 +456,7 @@ def _digest(model: Path) -> str:
 
 
 def _check_label_names(sources: Sequence[Source]) -> None:
-    """Checks that no two images have the same file of labels, which is named after the image without its suffix."""
+    """Checks that no two images have the same label file, which is named after the image without its suffix."""
     taken: dict[str, str] = {}
     for source in sources:
         first = taken.setdefault(os.path.splitext(os.path.abspath(source.name))[0], source.name)
@@ -464,7 +466,7 @@ def _check_label_names(sources: Sequence[Source]) -> None:
 
 
 def _stems(sources: Sequence[Source]) -> list[str]:
-    """The name of each source's overlay without suffix: its own, with a number if several have the same."""
+    """The name of each source's overlay without suffix: the source's name, numbered if several are equal."""
     stems = [source.stem for source in sources]
     repeated = Counter(stems)
     taken: set[str] = set()

@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Receives the messages and the progress of a function of `maskrcnn.api`; this class ignores them.
+    """Receives the messages and the progress of a function of `maskrcnn.api`; this base class ignores them.
 
-    Subclass it to show them: the command line prints messages and draws bars, a notebook may collect them.
+    Subclass it to display them: the command line prints messages and draws bars, a notebook may collect them.
     """
 
     def message(self, text: str) -> None:
         """Receives one line of plain text for the user."""
 
     def detail(self, text: str) -> None:
-        """Receives lines that matter only where a result is in doubt: the command line prints them with --verbose."""
+        """Receives details for diagnosis, which the command line prints with --verbose."""
 
     @contextmanager
     def task(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Encloses a part of the work that takes long.
+        """Context of a long-running task.
 
         Args:
-            title: what is done, such as "exporting model.safetensors".
-            total: number of steps; None if it is unknown.
+            title: description, such as "exporting model.safetensors".
+            total: number of steps; None if unknown.
 
         Yields:
             a function that is called with the number of steps completed since the last call.
@@ -37,5 +37,5 @@ class Progress:
 
     @contextmanager
     def training(self) -> Iterator[TrainingProgress | None]:
-        """Encloses a training; yields what receives its steps and epochs, or None."""
+        """Context of a training; yields the receiver of its steps and epochs, or None."""
         yield None

@@ -1,4 +1,4 @@
-"""The base of what the functions of `maskrcnn.api` return."""
+"""Base class of the results of `maskrcnn.api`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Result:
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as values that JSON can hold: paths as text, enumerations as their value."""
+        """The fields as JSON-serialisable values: paths as text, enumerations as their value."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         return {field.name: _plain(getattr(self, field.name)) for field in fields if field.repr}
 

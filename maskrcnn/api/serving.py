@@ -16,22 +16,22 @@ from maskrcnn.errors import UserError
 class MaskFormat(str, Enum):
     """Format of the masks that clients receive."""
 
-    RLE = "rle"  # compressed run lengths of COCO
-    BITS = "bits"  # eight pixels a byte
+    RLE = "rle"  # COCO's compressed run lengths
+    BITS = "bits"  # eight pixels per byte
     NONE = "none"
 
 
 class NetworkStep(str, Enum):
-    """What runs the network on the server."""
+    """The backend that runs the network on the server."""
 
     NATIVE = "native"  # Triton's backend for the file: ONNX Runtime, OpenVINO or TensorRT
-    PYTHON = "python"  # Triton's Python backend, with the backends of maskrcnn
+    PYTHON = "python"  # Triton's Python backend, with maskrcnn's backends
 
 
 class InstanceKind(str, Enum):
     """Where a server runs ONNX files."""
 
-    AUTO = "auto"  # on a GPU if there is one
+    AUTO = "auto"  # on a GPU if present
     GPU = "gpu"
     CPU = "cpu"
 
@@ -40,13 +40,13 @@ class InstanceKind(str, Enum):
 class ServedModelResult(Result):
     """A model file in a repository."""
 
-    name: str  # for clients
+    name: str  # model name that clients use
     path: Path
     precision: str
-    backend: str  # of Triton
+    backend: str  # Triton's backend
     version: int
-    is_new: bool  # False if the newest version was this file already
-    models: list[str]  # of the repository that it consists of
+    is_new: bool  # False if the newest version already was this file
+    models: list[str]  # the models of the repository that it consists of
     needs: list[str]  # requirements on the server
 
     def lines(self) -> list[str]:
@@ -100,19 +100,19 @@ def triton(
     Args:
         models: ONNX files, TensorRT engines, OpenVINO engines (`.xml`).
         out: folder of the repository; an existing one receives another version of each model.
-        name: for clients, with one model. Default: from the file name.
-        raw: write the network only: tensors in, tensors out.
-        network: what runs the network: "native", Triton's backend for the file, or "python", Triton's Python backend
-            with the backends of maskrcnn.
+        name: model name that clients use, for a single model. Default: from the file name.
+        raw: write only the network: tensors in, tensors out.
+        network: backend of the network: "native", Triton's backend for the file, or "python", Triton's Python backend
+            with maskrcnn's backends.
         masks: format of the masks: "rle", "bits" or "none".
-        min_score: detections below are not sent.
-        max_batch: maximum batch size. Default: 8, or what an engine allows.
+        min_score: minimum score of a detection to send.
+        max_batch: maximum batch size. Default: 8, or the engine's maximum.
         queue_delay: microseconds that a request waits to be batched with others.
         pad_to: (height, width) in pixels that images are padded to, as only images of equal size are batched.
-        instances: instances of the network on each GPU.
-        step_instances: processes of each step around the network.
-        kind: where ONNX files run: "auto", "gpu" or "cpu".
-        threads: threads of an instance on a CPU; 0: the default of the runtime.
+        instances: number of instances of the network on each GPU.
+        step_instances: number of processes for each step before and after the network.
+        kind: device for ONNX files: "auto", "gpu" or "cpu".
+        threads: number of threads per CPU instance; 0: the runtime's default.
         cuda_graphs: run TensorRT engines as CUDA graphs.
         plugin_library: libmaskrcnn_plugins.so, for engines that use it. Default: from the cache.
         keep_config: add versions under existing configurations, even if these differ.
@@ -139,7 +139,7 @@ def triton(
         cuda_graphs=cuda_graphs,
     )
     if name is not None and len(paths) > 1:
-        raise UserError(f"--name {name} for {len(paths)} models", "one model", "drop it, or name one model")
+        raise UserError(f"--name {name} for {len(paths)} models", "one model", "drop it, or pass a single model")
     library = None if plugin_library is None else Path(plugin_library)
     served = [
         (name or default_name(path), served_model(path, plugin_library=library, network=_value(network)))
@@ -174,11 +174,11 @@ class WebResult(Result):
     out: Path
     files: list[Path]
     size_mb: float
-    detections: int  # in the image by which the page checks a browser
+    detections: int  # number of detections in the image of the page's browser check
 
     def lines(self) -> list[str]:
         """The result as lines of text."""
-        count = self.detections or "none, so the check shows nothing: name a photo of the model's classes with --image"
+        count = self.detections or "none, so the check proves nothing: use --image with a photo of the model's classes"
         return [
             f"{self.out}: {len(self.files)} files, {self.size_mb:.1f} MB",
             f"detections in the image that checks a browser: {count}",
@@ -194,18 +194,18 @@ def web(
     image: str | Path | None = None,
     progress: Progress | None = None,
 ) -> WebResult:
-    """Writes a web page that runs an ONNX file in the browser, as static files.
+    """Writes a static web page that runs an ONNX file in the browser.
 
     Args:
-        model: file of `maskrcnn export --onnx`.
+        model: file written by `maskrcnn export --onnx`.
         out: folder: new, empty, or that of an earlier page, which is replaced.
-        onnxruntime_web: the npm package onnxruntime-web, a folder or `.tgz`. Default: npm fetches it.
-        image: file with objects of the model's classes, by which the page checks a browser. Default: drawn shapes.
+        onnxruntime_web: the npm package onnxruntime-web, a folder or `.tgz`. Default: downloaded with npm.
+        image: file with objects of the model's classes, for the page's check of a browser. Default: drawn shapes.
         progress: receives the steps.
 
     Raises:
-        UserError: for a model that the page cannot run, a folder of other files, an image that cannot be read or is too
-            large, and a runtime that is missing or of another version.
+        UserError: for a model that the page cannot run, a folder with other files, an image that cannot be read or is
+            too large, and a runtime that is missing or has another version.
     """
     from maskrcnn.runtime.serving.web import write_page
 

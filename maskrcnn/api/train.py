@@ -53,10 +53,10 @@ from maskrcnn.weights.finetuning import finetuning_tensors
 
 _Begin = Callable[..., tuple[Trainer, CocoDataset]]
 
-# Datasets that are drawn if `data` is their name and no such folder exists.
+# Datasets that are drawn if `data` is one of these names and no such folder exists.
 GENERATED = {"shapes": generate_shapes, "poses": generate_poses, "figures": generate_poses}  # "figures": former name
 _PLACE = {"data": "", "images": "", "train_split": "train", "val_split": "val", "val_data": "", "val_images": ""}
-# Arguments of `train` that say where the data is, and the fields of `TrainConfig` that hold them.
+# Arguments of `train` that locate the data, and the corresponding fields of `TrainConfig`.
 _PLACE_FIELDS = {
     "images": "images",
     "split": "train_split",
@@ -64,22 +64,22 @@ _PLACE_FIELDS = {
     "val_annotations": "val_data",
     "val_images": "val_images",
 }
-AUTO = "auto"  # in place of the run to continue
-_RATES, _RATE_STEPS = (1e-6, 1.0), 100  # of a range test
-_CHOSEN = ("exif", "empty_images", "crowd_objects")  # what is trained on, and how images are read
-_DRAWN_SCORE, _DRAWN_PX = 0.5, 1024  # lowest score of a detection in the images of the log; their longest side
+AUTO = "auto"  # value of `resume` that selects the run
+_RATES, _RATE_STEPS = (1e-6, 1.0), 100  # learning rates and steps of a range test
+_CHOSEN = ("exif", "empty_images", "crowd_objects")  # settings of what is trained on, and how images are read
+_DRAWN_SCORE, _DRAWN_PX = 0.5, 1024  # minimum score of detections in the images of the log; their longest side
 
 
 @dataclass(frozen=True, repr=False)
 class TrainResult(Result):
     """A finished run."""
 
-    run: Path  # folder
+    run: Path  # folder of the run
     checkpoint: Path  # the best checkpoint
     best_by: str  # metric of the best checkpoint: "mask AP", "validation_loss" …
     best_score: float | None  # its value; None if it could not be measured
     epochs: int
-    metrics: dict[str, Any]  # of the last epoch
+    metrics: dict[str, Any]  # metrics of the last epoch
     recommended_threshold: float | None = None  # score with the best F1 on the validation split
 
 
@@ -126,21 +126,21 @@ def train(
 
     Args:
         data: folder of a dataset (see docs/formats.md for the layouts), or its annotation file; "shapes" or "poses" for
-            a drawn one. Default: shapes.
+            a drawn dataset. Default: shapes.
         annotations: annotation file, instead of `data`.
-        images: folder of its images. Default: searched for near the annotations.
+        images: folder of the images. Default: searched for near the annotations.
         split: split to train on. Default: the one whose name begins with "train".
         val_split: split to evaluate on. Default: the one whose name begins with "val"; without one, a tenth of the
-            training images, class by class.
+            training images, divided class by class.
         val_annotations: annotation file to evaluate on, if it is not in `data`.
-        val_images: folder of its images. Default: searched for near it.
+        val_images: folder of the images of `val_annotations`. Default: searched for near it.
         strict: refuse annotation files with entries that are skipped or repaired.
         model: architecture, such as "maskrcnn_resnet50_fpn". Default: a small one.
         config: YAML file of settings, or the name of a recipe; arguments override it.
         settings: any settings, as `["model.detections=300"]` or nested dictionaries.
         output: folder of the run. Default: runs/train-N.
         resume: folder of the run to continue; other arguments change it from here on. "auto": the newest unfinished
-            run of the same settings beside `output` (default: in runs/); a new one if there is none.
+            run with the same settings next to `output` (default: in runs/), or a new run if none exists.
         min_size: shorter side of the resized images, px.
         max_size: maximum longer side of the resized images, px.
         progress: receives messages and the progress of the training.
@@ -175,16 +175,16 @@ def train(
 def find_learning_rate(
     data: str | Path | None = None, *, strict: bool = False, progress: Progress | None = None, **arguments: Any
 ) -> LearningRates:
-    """Suggests a learning rate for a training: a range test of a hundred steps (Smith 2017). Writes no run.
+    """Suggests a learning rate with a range test of a hundred steps (Smith 2017). Writes no run.
 
     Args:
-        data: as for `train`.
-        strict: as for `train`.
+        data: as in `train`.
+        strict: as in `train`.
         progress: receives messages.
-        arguments: those of `train` but `output` and `resume`. `learning_rate`, schedule and epochs have no effect.
+        arguments: those of `train` except `output` and `resume`. `learning_rate`, schedule and epochs have no effect.
 
     Raises:
-        UserError: as `train`, and if the loss is not finite at the lowest rate.
+        UserError: as in `train`, and if the loss is not finite at the lowest rate.
     """
     settings = _chosen(data, **arguments) | {"base_batch_size": 0}
     with joined(settings.get("device", "auto")) as processes:
@@ -202,7 +202,7 @@ def _rates(progress: Progress, processes: Processes, settings: dict[str, Any], *
     if not found:
         raise UserError(
             f"a loss that is not finite at learning rate {_RATES[0]:g}",
-            "a loss that is finite at so low a rate",
+            "a finite loss at such a low rate",
             "check the data with `maskrcnn data check`, or use --precision fp32",
         )
     suggestion = min(found, key=lambda pair: pair[1])[0] / 10
@@ -210,11 +210,11 @@ def _rates(progress: Progress, processes: Processes, settings: dict[str, Any], *
 
 
 def _chosen(data: str | Path | None, **arguments: Any) -> dict[str, Any]:
-    """The settings that the arguments of `train` give, with the types of `TrainConfig`."""
+    """The settings given by the arguments of `train`, with the types of `TrainConfig`."""
     given = {name: value for name, value in arguments.items() if value is not None}
     annotations = given.pop("annotations", None)
     if annotations is not None and data is not None:
-        raise UserError("--data with --annotations", "one of them", "drop --data: the annotation file says the dataset")
+        raise UserError("--data with --annotations", "only one of them", "drop --data: the annotation file is enough")
     named = {"data": annotations or data} | {field: given.pop(name, None) for name, field in _PLACE_FIELDS.items()}
     sizes = {f"{name}_px": given.pop(name) for name in ("min_size", "max_size") if name in given}
     config, settings, model = given.pop("config", None), given.pop("settings", ()), given.pop("model", None)
@@ -242,7 +242,7 @@ def run_training(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Trains with settings that `maskrcnn.settings.typed` has checked; other arguments as `train`."""
+    """Trains with settings that `maskrcnn.settings.typed` has checked; other arguments as in `train`."""
     begin: _Begin
     if _is_folder(resume):
         begin = partial(_continued, run=Path(resume or ""))
@@ -254,7 +254,7 @@ def run_training(
 
 
 def _is_folder(resume: str | Path | None) -> bool:
-    """Whether `resume` names a run: it may also be absent, or "auto"."""
+    """Whether `resume` is the folder of a run, rather than None or "auto"."""
     return resume is not None and str(resume) != AUTO
 
 
@@ -299,7 +299,7 @@ def _train(begin: _Begin, processes: Processes, settings: dict[str, Any], progre
 
 
 def _say_length(progress: Progress, config: TrainConfig, steps: int) -> None:
-    """Reports the number of steps, and whether it is too small."""
+    """Reports the number of steps, and warns if it is too small."""
     total = config.epochs * steps
     progress.message(f"{total} steps: {config.epochs} epochs of {steps}, with {config.batch_size} images per step")
     if total < MIN_STEPS:
@@ -363,7 +363,7 @@ def _unfinished(config: TrainConfig, output: Path | None, held: contextlib.ExitS
     folders = sorted(runs.FOLDER.glob("train-*")) if output is None else [output]
     found = [run for run in folders if (run / runs.CONFIG).is_file() and (run / runs.STATE).is_file()]
     for run in sorted(found, key=lambda run: (run / runs.STATE).stat().st_mtime, reverse=True):
-        with contextlib.suppress(UserError):  # of another version, damaged, or locked
+        with contextlib.suppress(UserError):  # from another version, damaged, or locked
             if read_run(run) == config and not read_progress(run).is_finished(config):
                 _lock(progress, run, held)
                 return str(run)
@@ -382,8 +382,8 @@ def _lock(progress: Progress, run: Path, held: contextlib.ExitStack) -> None:
         locked(
             run / runs.LOCK,
             found=f"{run}, which another process is training",
-            expected="a run that is trained by one command at a time",
-            fix="wait until it ends, or end it; a new run needs another --output",
+            expected="a run trained by one command at a time",
+            fix="wait until it ends, or stop it; for a new run, choose another --output",
         )
     )
     if not is_locked:
@@ -393,7 +393,7 @@ def _lock(progress: Progress, run: Path, held: contextlib.ExitStack) -> None:
 def _configured(
     progress: Progress, trainset: CocoDataset, valset: CocoDataset, settings: dict[str, Any]
 ) -> tuple[TrainConfig, torchvision.StartingWeights | None]:
-    """The configuration, adapted to the weights to start from, and these weights."""
+    """The configuration, adapted to the initial weights, and these weights."""
     spec = settings.get("weights")
     if not spec:
         return training_config(trainset, valset, settings), None
@@ -413,7 +413,7 @@ def _configured(
         progress.message(line)
     fixed = set(given)
     if not given.get("preprocessing", {}).keys() & PRESETS["imagenet"].keys():
-        fixed.discard("preprocessing")  # sizes alone, which the weights do not change
+        fixed.discard("preprocessing")  # sizes only, which do not depend on the weights
     changes = {k: v for k, v in torchvision.model_changes(weights, config.model).items() if k not in fixed}
     if "batch_norm" in settings:
         changes["frozen_batch_norm"] = config.model.frozen_batch_norm
@@ -424,7 +424,7 @@ def _configured(
 def _check(
     progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset, processes: Processes
 ) -> None:
-    """Checks what can be known of the data before the first step, and reports what may surprise."""
+    """Checks the data as far as possible before the first step, and reports what may be unexpected."""
     require_measurable(config, valset)
     for dataset in (trainset, valset):
         if line := crowded_line(dataset, config.model.detections, config.model.candidates, config.model.proposals):
@@ -446,7 +446,7 @@ def _continued(
     held: contextlib.ExitStack,
     strict: bool,
 ) -> tuple[Trainer, CocoDataset]:
-    settings_of_run(run)  # before the lock, which is a file: the folder may not be a run
+    settings_of_run(run)  # before the lock creates a file: the folder may not be a run
     if processes.is_first:
         _lock(progress, run, held)
     before = settings_of_run(run)
@@ -472,7 +472,7 @@ def _continued(
 def _restored(
     progress: Progress, processes: Processes, run: Path, config: TrainConfig, trainset: CocoDataset
 ) -> Trainer:
-    """The trainer of a run in its last saved state."""
+    """The trainer of a run, in its last saved state."""
     trainer = Trainer(config, run, trainset, processes)
     trainer.load_state()
     if processes.is_first:  # the next --resume continues with the same settings
@@ -483,7 +483,7 @@ def _restored(
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
-    """One line per changed setting; settings that an older version did not write are left out."""
+    """One line per changed setting, without settings that an older version did not write."""
     lines = []
     for name, value in now.items():
         if isinstance(value, dict):
@@ -512,17 +512,19 @@ def _check_new(run: Path) -> None:
     if present := [name for name in names if (run / name).exists()]:
         expected = "a new folder, or one without the files of a run"
         raise UserError(
-            f"{run}, which holds {present[0]}", expected, f"continue a run with --resume {run}, or name another"
+            f"{run}, which holds {present[0]}",
+            expected,
+            f"continue it with --resume {run}, or choose another folder",
         )
 
 
 def _remove_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # absent, or not empty
+    with contextlib.suppress(OSError):  # missing, or not empty
         folder.rmdir()
 
 
 def _root(data: str, processes: Processes) -> Path:
-    """The folder of the dataset; a drawn one is generated first. Default: shapes."""
+    """The folder of the dataset; a drawn dataset is generated first. Default: shapes."""
     name = data or "shapes"
     if name not in GENERATED or (data and Path(data).exists()):
         return Path(data)
@@ -534,7 +536,7 @@ def _root(data: str, processes: Processes) -> Path:
 
 
 def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, valset: CocoDataset) -> ImageSurvey:
-    """Reads the headers of all images and reports how they will be read; the survey of the training images."""
+    """Reads the headers of all images and reports how they will be read; returns the survey of the training images."""
     surveys = [survey_images(dataset, config.model.preprocessing) for dataset in (trainset, valset)]
     for survey in surveys:
         for line in survey.lines():
@@ -543,7 +545,7 @@ def _surveyed(progress: Progress, config: TrainConfig, trainset: CocoDataset, va
 
 
 def _with_pixel_range(progress: Progress, config: TrainConfig, survey: ImageSurvey) -> TrainConfig:
-    """The configuration with the range of the training images' samples, if these have more than 8 bits."""
+    """The configuration with the sample range of the training images, if these have more than 8 bits."""
     preprocessing = config.model.preprocessing
     if preprocessing.pixel_range:
         return config
@@ -578,7 +580,7 @@ def _datasets(
         trainset, valset = with_exif(trainset, exif), with_exif(valset, exif)
         trainset = trainset.for_training(empty_images=empty_images, crowd_objects=crowd_objects)
         if trainset.category_ids == valset.category_ids:
-            break  # else a super-category has objects in one split alone
+            break  # otherwise a super-category has objects in one split only
     for line in dict.fromkeys((*trainset.note_lines(), *valset.note_lines())):
         progress.message(line)
     for dataset in (trainset, valset):
@@ -603,7 +605,7 @@ def _datasets(
 
 
 def _check_readable(progress: Progress, valset: CocoDataset, config: TrainConfig, processes: Processes) -> None:
-    """Decodes this process's validation images, so that a damaged one is named now and not after the first epoch."""
+    """Decodes this process's validation images, to report a damaged one now rather than after the first epoch."""
     records = valset.images[processes.rank :: processes.world_size]
     workers = choose_workers(-1, processes.local_size) + 1
     with progress.task(f"reading {len(valset.images)} validation images"):
@@ -682,7 +684,7 @@ def _annotated(record: ImageRecord, names: Sequence[str], skeleton: Sequence[tup
 
 
 def _drawing(valset: CocoDataset, config: TrainConfig) -> Callable[[MaskRCNN], list[NamedImage]]:
-    """The first images of the validation split: their annotations, and beside them the predictions."""
+    """Draws the first images of the validation split, with annotations and predictions side by side."""
     names, skeleton = config.model.class_names, config.model.keypoint_skeleton
 
     def draw(model: MaskRCNN) -> list[NamedImage]:

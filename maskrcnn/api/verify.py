@@ -1,4 +1,4 @@
-"""`maskrcnn.verify(...)`: two model files compared stage by stage."""
+"""`maskrcnn.verify(...)`: compares two model files stage by stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class VerifyResult(Result):
-    """Whether two models agree, and the first stage at which they do not."""
+    """Whether two models agree, and the first stage that differs."""
 
     ok: bool
     reference: Path
@@ -49,14 +49,14 @@ def verify(
 
     Args:
         reference: checkpoint, ONNX file or engine.
-        other: the file to compare with it.
+        other: the file to compare with the reference.
         images: image files and folders. Default: drawn shapes.
         max_images: maximum number of images to compare on.
-        size: shorter side of the resized images, px. Default: that of the models.
-        tolerance: limits of every stage. Default: by the lower precision of the two files.
+        size: shorter side of the resized images, px. Default: the models'.
+        tolerance: limits of every stage. Default: those of the lower of the two precisions.
         json: file to write every stage's errors to.
         report: HTML file to write, or a folder for `report.html`.
-        overwrite: replace output files that `verify` did not write; never one that it reads.
+        overwrite: replace output files that `verify` did not write; input files are never replaced.
         progress: receives messages.
 
     Raises:
@@ -108,7 +108,7 @@ def verify(
 
 
 def _image_files(paths: Sequence[str | Path], limit: int) -> list[Path]:
-    """The image files among files and folders; of a folder at most `limit`, evenly spread over the names."""
+    """The image files among files and folders; from a folder at most `limit`, evenly spaced by name."""
     from maskrcnn.data.images import images_in
 
     files: list[Path] = []
@@ -123,7 +123,7 @@ def _image_files(paths: Sequence[str | Path], limit: int) -> list[Path]:
 
 
 def _on_cpu(path: Path) -> Backend:
-    """The model on the CPU, which computes in the precision of the file: GPUs shorten FP32 by default (TF32)."""
+    """The model on the CPU, which computes in the precision of the file: GPUs may use TF32 for FP32 by default."""
     from maskrcnn.runtime.detector import load_backend
     from maskrcnn.runtime.engine_files import check_portable, read_model
 

@@ -43,7 +43,7 @@ app.command()(evaluate.evaluate)
 app.command()(verify.verify)
 app.command()(inspect.inspect)
 app.command()(inspect.lint)
-# Its options are the program's own, --help included.
+# The benchmark program parses its own options, including --help.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     benchmark.benchmark
 )
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _with_home(word: str) -> str:
-    """A word with `~/` replaced by the home folder, which shells leave as it is after `--option=` and in quotes."""
+    """Expands `~/` to the home folder in an argument; shells do not expand it after `--option=` and in quotes."""
     option, value = word.split("=", 1) if word.startswith("--") and "=" in word else ("", word)
     return f"{option}{'=' * bool(option)}{os.path.expanduser(value)}" if value.startswith("~/") else word
 

@@ -17,7 +17,7 @@ def benchmark(context: typer.Context) -> None:
     """
     spec = find_spec("maskrcnn.benchmarks")
     assert spec is not None and spec.origin is not None  # part of the package
-    # The programs import each other by name, as when Python starts one of them.
+    # The programs import each other by module name, as if Python had started one of them.
     sys.path.insert(0, str(Path(spec.origin).parent))
-    sys.argv[0] = "maskrcnn benchmark"  # for the usage
+    sys.argv[0] = "maskrcnn benchmark"  # shown in the usage line
     importlib.import_module("run").main(context.args)

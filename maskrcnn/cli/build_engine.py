@@ -23,15 +23,17 @@ def _option(panel: str, *names: str, **options: Any) -> Any:
 
 _GateImages = Annotated[
     Path | None,
-    _option(_GATE, "--gate-images", help="Folder of images to compare on, beside drawn ones (default: drawn only)."),
+    _option(_GATE, "--gate-images", help="Folder of images to compare on, in addition to drawn images."),
 ]
 _GateAnnotations = Annotated[
     Path | None,
-    _option(_GATE, "--gate-annotations", help="COCO annotations of these images; the AP is compared, too."),
+    _option(_GATE, "--gate-annotations", help="COCO annotations of these images, to compare AP as well."),
 ]
 _GateMaxImages = Annotated[
     int,
-    _option(_GATE, "--gate-max-images", min=1, help="Maximum number of images to compare; AP uses all annotated ones."),
+    _option(
+        _GATE, "--gate-max-images", min=1, help="Maximum number of images to compare on; AP uses all annotated images."
+    ),
 ]
 
 
@@ -59,14 +61,14 @@ def build_engine(
         _option(
             _PRECISION,
             "--tf32",
-            help="Use TF32, fp32 with factors of 10 bits; also for the fp32 layers of other precisions. TensorRT only.",
+            help="Use TF32: products of 10-bit mantissas; also in fp32 layers of other precisions; TensorRT only.",
         ),
     ] = False,
     target: Annotated[
-        Target, _option(_ENGINE, help="Library to build for; auto: TensorRT if it can be used here, else OpenVINO.")
+        Target, _option(_ENGINE, help="Library to build for; auto: TensorRT if available, else OpenVINO.")
     ] = Target.AUTO,
     output: Annotated[
-        Path | None, _option(_ENGINE, help="Engine to write, .engine or .xml (default: beside the ONNX file).")
+        Path | None, _option(_ENGINE, help="Engine to write, .engine or .xml (default: next to the ONNX file).")
     ] = None,
     calibration_images: Annotated[
         int, _option(_INT8, min=1, help="Maximum number of calibration images.")
@@ -86,8 +88,8 @@ def build_engine(
         str,
         _option(
             _PROFILES,
-            help="Image sizes in px: HEIGHTxWIDTH, MIN:OPT:MAX of these, coco (range of the resized images), "
-            "landscape, portrait; several with commas.",
+            help="Image sizes in px, comma-separated: HEIGHTxWIDTH, a range MIN:OPT:MAX of such sizes, coco (range of "
+            "the resized images), landscape, portrait.",
         ),
     ] = SIZE,
     plugin_library: Annotated[
@@ -99,7 +101,7 @@ def build_engine(
         ),
     ] = False,
     workspace: Annotated[
-        float | None, _option(_TENSORRT, metavar="GB", help="Limit of a layer's scratch memory (default: all memory).")
+        float | None, _option(_TENSORRT, metavar="GB", help="Scratch memory limit per layer, GB (default: all memory).")
     ] = None,
     optimization_level: Annotated[
         int | None, _option(_TENSORRT, help="Optimization level, 0 (fast build) to 5 (default: TensorRT's, 3).")
@@ -133,7 +135,7 @@ def build_engine(
     gate_max_images: _GateMaxImages = GATE_IMAGES,
     overwrite: Overwrite = False,
 ) -> None:
-    """Build the fastest engine for this machine, compared with the ONNX file before it is kept."""
+    """Build the fastest engine for this machine, and compare it with the ONNX file before keeping it."""
     from maskrcnn.api.build_engine import build_engine as run
 
     flags = {"fp16": fp16, "fp32": fp32, "bf16": bf16, "int8": int8 is not None}
@@ -180,7 +182,7 @@ def refit_engine(
     gate_max_images: _GateMaxImages = GATE_IMAGES,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put weights into a TensorRT engine, compared with their ONNX file before it is kept."""
+    """Put weights into a TensorRT engine, and compare it with their ONNX file before keeping it."""
     from maskrcnn.api.build_engine import refit_engine as run
 
     result = run(

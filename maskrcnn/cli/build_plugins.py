@@ -18,7 +18,7 @@ def build_plugins(
         Form,
         typer.Option(
             help="Part to compile: kernels (library for PyTorch), library (also the TensorRT plugins), aot (kernels "
-            "that become part of engines), or all that can be compiled here."
+            "to embed in engines), or all (everything that can be compiled here)."
         ),
     ] = Form.ALL,
     output: Annotated[
@@ -27,7 +27,7 @@ def build_plugins(
     arch: Annotated[
         str | None,
         typer.Option(
-            help="Compute capabilities to compile for, such as 80,90, or native (default: native; without a GPU the "
+            help="Compute capabilities to compile for, such as 80,90, or native (default: native; without a GPU, "
             "common ones).",
             rich_help_panel=_COMPILER,
         ),
@@ -37,7 +37,7 @@ def build_plugins(
         typer.Option(metavar="DIR", help="Folder of TensorRT's C++ headers.", rich_help_panel=_COMPILER),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Compile even what the cache holds.", rich_help_panel=_COMPILER)
+        bool, typer.Option("--force", help="Compile again what is already cached.", rich_help_panel=_COMPILER)
     ] = False,
 ) -> None:
     """Compile the CUDA kernels and TensorRT plugins."""

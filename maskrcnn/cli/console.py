@@ -1,4 +1,4 @@
-"""The console of the command line, and the progress that it shows."""
+"""The console of the command line, and its progress display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from maskrcnn.training.trainer import TrainingProgress
 
-# Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`. Brackets and colons of names are no markup.
+# Rich reads NO_COLOR itself. `maskrcnn --quiet` sets `console.quiet`. Brackets and colons in names are not markup.
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 verbosity = {"verbose": False}  # set by `maskrcnn --verbose`
 
@@ -28,7 +28,7 @@ def show(text: object) -> None:
 
 
 class ConsoleProgress(Progress):
-    """Prints messages; shows bars of the open tasks on a terminal, one below the other."""
+    """Prints messages; on a terminal, shows a progress bar for each open task."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # TensorRT's builder reports from its own threads
@@ -49,7 +49,7 @@ class ConsoleProgress(Progress):
 
         def advance(steps: int) -> None:
             nonlocal left
-            steps = int(min(steps, left))  # a bar beyond its end would show a negative time
+            steps = int(min(steps, left))  # beyond 100 %, the bar would show a negative time
             left -= steps
             bars.advance(task, steps)
 
@@ -60,7 +60,7 @@ class ConsoleProgress(Progress):
             self._release()
 
     def _acquire(self) -> Bars:
-        """Returns the bars that all open tasks share, as a terminal has one live display."""
+        """Returns the progress display that all open tasks share: a terminal can have only one."""
         from rich.progress import (
             BarColumn,
             ProgressColumn,

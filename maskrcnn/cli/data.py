@@ -1,4 +1,4 @@
-"""`maskrcnn data`: datasets drawn, converted and checked."""
+"""`maskrcnn data`: draw, convert and check datasets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUTPUT, _SPLITS, _CLASSES, _FORMAT = "Output", "Splits", "Classes", "Options of
 
 
 class Difficult(str, Enum):
-    """How VOC's difficult objects are converted."""
+    """Conversion of VOC's difficult objects."""
 
     CROWD = "crowd"
     KEEP = "keep"
@@ -41,9 +41,9 @@ def data_convert(
         ),
     ],
     source: Annotated[Path, typer.Argument(help="Folder of the dataset, or its annotation file (coco, yolo, via).")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.")],
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Skip and count what cannot be converted instead of stopping.")
+        bool, typer.Option("--keep-going", help="Skip and count entries that cannot be converted instead of stopping.")
     ] = False,
     copy: Annotated[bool, _option(_OUTPUT, "--copy", help="Copy images instead of hard-linking them.")] = False,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the counts to.")] = None,
@@ -53,17 +53,17 @@ def data_convert(
         _option(
             _SPLITS,
             metavar="NAME=LIST|SHARE",
-            help="Split: a file of image names or ids, or a share (0 to 1); repeatable.",
+            help="Split, given by a file of image names or ids, or by its share (0 to 1); repeatable.",
         ),
     ] = None,
-    rest: Annotated[str | None, _option(_SPLITS, metavar="NAME", help="Split of all other images.")] = None,
+    rest: Annotated[str | None, _option(_SPLITS, metavar="NAME", help="Split for all other images.")] = None,
     val_fraction: Annotated[
         float | None,
         _option(_SPLITS, help="Share of validation images (default: 0.1 if the source has no splits)."),
     ] = None,
-    seed: Annotated[int, _option(_SPLITS, min=0, help="Random seed of shares.")] = 0,
+    seed: Annotated[int, _option(_SPLITS, min=0, help="Random seed for splits given by shares.")] = 0,
     sets: Annotated[
-        str | None, _option(_SPLITS, help="Splits of the source to take, comma-separated (coco, voc, cityscapes).")
+        str | None, _option(_SPLITS, help="Splits of the source to convert, comma-separated (coco, voc, cityscapes).")
     ] = None,
     classes: Annotated[
         str | None,
@@ -75,18 +75,20 @@ def data_convert(
     ] = None,
     alias: Annotated[
         Path | None,
-        _option(_CLASSES, metavar="FILE", help="File with the names of one class per line, comma-separated."),
+        _option(
+            _CLASSES, metavar="FILE", help="File of synonyms: on each line, all names of one class, comma-separated."
+        ),
     ] = None,
     class_name: Annotated[
-        str | None, _option(_CLASSES, "--class", metavar="NAME", help="Class of all objects.")
+        str | None, _option(_CLASSES, "--class", metavar="NAME", help="Class to give to all objects.")
     ] = None,
     class_attribute: Annotated[str | None, _option(_CLASSES, help="Attribute that holds the class (via).")] = None,
     with_masks: Annotated[
-        bool, _option(_FORMAT, "--with-masks", help="Take the masks of the segmentation lists (voc).")
+        bool, _option(_FORMAT, "--with-masks", help="Use the masks of the segmentation lists (voc).")
     ] = False,
     difficult: Annotated[Difficult, _option(_FORMAT, help="Treatment of difficult objects (voc).")] = Difficult.CROWD,
     zero_based: Annotated[
-        bool, _option(_FORMAT, "--zero-based", help="Read box coordinates as counted from 0 (voc).")
+        bool, _option(_FORMAT, "--zero-based", help="Read box coordinates as zero-based (voc).")
     ] = False,
     images: Annotated[
         str | None,
@@ -95,20 +97,20 @@ def data_convert(
             "--images",
             "--image-folder",
             metavar="DIR",
-            help="Folder of the images (coco); below SOURCE (id-masks: images; via: SOURCE).",
+            help="Folder of the images (coco); relative to SOURCE (id-masks, default: images; via, default: SOURCE).",
         ),
     ] = None,
     mask_folder: Annotated[
         str | None, _option(_FORMAT, help="Folder of the masks below SOURCE (id-masks; default: masks).")
     ] = None,
     mask_suffix: Annotated[
-        str | None, _option(_FORMAT, help="Suffix of a mask's name after the image's, such as _mask (id-masks).")
+        str | None, _option(_FORMAT, help="Suffix that mask names add to image names, such as _mask (id-masks).")
     ] = None,
     divisor: Annotated[
         int | None, _option(_FORMAT, help="Divisor of pixel values: class · divisor + instance (id-masks).")
     ] = None,
     void: Annotated[
-        int | None, _option(_FORMAT, help="Pixel value that marks no object, besides 0 (id-masks).")
+        int | None, _option(_FORMAT, help="Pixel value, besides 0, that marks no object (id-masks).")
     ] = None,
     crowd: Annotated[
         bool, _option(_FORMAT, "--crowd/--no-crowd", help="Keep crowd regions, or convert them to objects (coco).")
@@ -175,7 +177,7 @@ def data_shapes(
         shares = [float(part) for part in class_shares.split(",")] if class_shares else []
     except ValueError as error:
         found = f"--class-shares {class_shares}"
-        raise UserError(found, "numbers, separated by commas", "write for example --class-shares 100,10,1") from error
+        raise UserError(found, "numbers, separated by commas", "for example --class-shares 100,10,1") from error
     generate = functools.partial(generate_shapes, class_shares=shares)
     _draw(generate, out, train_images=train_images, val_images=val_images, size_px=size, seed=seed)
 
@@ -209,15 +211,13 @@ def data_check(
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to check; repeatable (default: all).")] = None,
     exif: ExifRule = "auto",
-    output: Annotated[
-        Path | None, _option(_OUTPUT, help="Folder to write images of the findings and of samples to.")
-    ] = None,
+    output: Annotated[Path | None, _option(_OUTPUT, help="Folder for images of the findings and of samples.")] = None,
     pictures: Annotated[int, _option(_OUTPUT, min=0, help="Maximum number of images to draw per finding.")] = 16,
     json: Annotated[Path | None, _option(_OUTPUT, help="JSON file to write the report to.")] = None,
     overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with code 1 for remarks too.")] = False,
 ) -> None:
-    """Check a dataset for what training would refuse, skip, or learn wrongly.
+    """Check a dataset for faults that stop training, are skipped by it, or mislead it.
 
     Exit code 1 for errors, which stop training; 0 for remarks, unless --strict.
     """

@@ -16,7 +16,7 @@ def doctor(
         list[Path] | None, typer.Argument(help="Engine or folder of engines to check, besides runs/; repeatable.")
     ] = None,
 ) -> None:
-    """Report versions, devices, compilers, plugins and engines, and what each missing one would enable."""
+    """Report versions, devices, compilers, plugins and engines, and what missing components would enable."""
     from maskrcnn.runtime.doctor import diagnose, report
     from maskrcnn.runtime.engine_files import find_engines
 

@@ -26,7 +26,7 @@ _RESULTS, _METRICS, _OUTPUT = "Results of any detector", "Metrics and comparison
 
 
 class Kind(str, Enum):
-    """Kind of overlap that is scored, by pycocotools' names."""
+    """Kind of overlap to score, as named by pycocotools."""
 
     BBOX = "bbox"
     SEGM = "segm"
@@ -40,10 +40,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of a dataset, or its annotation file (default: the validation data of its run)."),
+        typer.Option(help="Folder of a dataset, or its annotation file (default: validation data of the model's run)."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images, or tiles, per batch.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size in images (with --tile: in tiles).")] = 1,
     tile: TileSize = None,
     overlap: TileOverlap = 0.2,
     processes: Annotated[
@@ -51,7 +51,7 @@ def evaluate(
     ] = 1,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="File to keep detections in, image by image, and to continue from."),
+        typer.Option(metavar="FILE", help="File to save the detections of each image to, and to resume from."),
     ] = None,
     backend: BackendName = None,
     provider: ProviderName = None,
@@ -70,35 +70,35 @@ def evaluate(
     iou_type: Annotated[
         list[Kind] | None,
         typer.Option(
-            help="Kind of overlap to score; repeatable (default: all that the results have).", rich_help_panel=_METRICS
+            help="Kind of overlap to score; repeatable (default: all kinds in the results).", rich_help_panel=_METRICS
         ),
     ] = None,
     max_detections: Annotated[
         str | None,
         typer.Option(
             metavar="N,…",
-            help="Limits of detections per image and class; other limits than COCO's are labelled (default: 1,10,100).",
+            help="Maximum detections per image and class; limits other than COCO's are labelled (default: 1,10,100).",
             rich_help_panel=_METRICS,
         ),
     ] = None,
     voc: Annotated[
         bool,
         typer.Option(
-            "--voc", help="Also print Pascal VOC's AP of boxes: 11-point and area rule.", rich_help_panel=_METRICS
+            "--voc", help="Also print Pascal VOC's box AP, by the 11-point and the area rule.", rich_help_panel=_METRICS
         ),
     ] = False,
     compare: Annotated[
         Path | None,
-        typer.Option(help="Results file or model to compare with: difference in AP.", rich_help_panel=_METRICS),
+        typer.Option(help="Results file or model to compare AP with.", rich_help_panel=_METRICS),
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=1, help="Bootstrap resamples for intervals of AP.", rich_help_panel=_METRICS)
+        int, typer.Option(min=1, help="Number of bootstrap resamples for AP intervals.", rich_help_panel=_METRICS)
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the resamples.", rich_help_panel=_METRICS)] = 0,
     threshold: Annotated[
         float,
         typer.Option(
-            min=0, max=1, help="Lowest score in comparisons, confusions and images.", rich_help_panel=_METRICS
+            min=0, max=1, help="Minimum score in comparisons, confusions and images.", rich_help_panel=_METRICS
         ),
     ] = 0.5,
     per_class: Annotated[
@@ -106,7 +106,7 @@ def evaluate(
     ] = False,
     save_results: Annotated[
         Path | None,
-        typer.Option(help="Results file to write, in the format of COCO's server.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Results file to write, in the format of COCO's evaluation server.", rich_help_panel=_OUTPUT),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="JSON file to write metrics and results to.", rich_help_panel=_OUTPUT)
@@ -123,7 +123,7 @@ def evaluate(
     overwrite: Overwrite = False,
     scorer: Annotated[str | None, typer.Option(help="Ignored.", hidden=True)] = None,
 ) -> None:
-    """Compute COCO metrics of boxes, masks and keypoints: of a model on a dataset, or of a results file."""
+    """Compute COCO box, mask and keypoint metrics of a model on a dataset, or of a results file."""
     from maskrcnn.api.evaluate import evaluate as run
 
     if scorer is not None:
@@ -184,7 +184,7 @@ def _limits(text: str | None) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as error:
         found = f"--max-detections {text}"
-        raise UserError(found, "whole numbers, separated by commas", "write such as 1,10,500") from error
+        raise UserError(found, "whole numbers, separated by commas", "for example --max-detections 1,10,500") from error
 
 
 def _class_table(kind: str, by_class: dict[str, dict[str, float]]) -> str:

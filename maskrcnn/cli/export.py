@@ -32,7 +32,7 @@ def export(
     onnx: Annotated[bool, typer.Option("--onnx", help="Write an ONNX file, the only format (default).")] = True,
     output: Annotated[
         Path | None,
-        typer.Option(help="ONNX file to write (default: model.onnx beside the checkpoint).", rich_help_panel=_OUTPUT),
+        typer.Option(help="ONNX file to write (default: model.onnx next to the checkpoint).", rich_help_panel=_OUTPUT),
     ] = None,
     precision: Annotated[
         Precision, typer.Option(help="Precision of the graph.", rich_help_panel=_OUTPUT)
@@ -42,7 +42,7 @@ def export(
         bool,
         typer.Option(
             "--simulate",
-            help="Write a float32 graph that rounds as fp16 or bf16 would, or TensorRT with int8.",
+            help="Write a float32 graph that rounds like fp16, bf16, or TensorRT's int8.",
             rich_help_panel=_OUTPUT,
         ),
     ] = False,
@@ -52,7 +52,8 @@ def export(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images to calibrate int8 scales, and to check the range of fp16.", rich_help_panel=_INT8
+            help="Folder of images to calibrate int8 scales with, and to check the range of fp16 on.",
+            rich_help_panel=_INT8,
         ),
     ] = None,
     calibration_images: Annotated[
@@ -72,7 +73,7 @@ def export(
     aot: Annotated[
         bool,
         typer.Option(
-            "--aot", help="Use plugins that are compiled into the engine (with --tensorrt).", rich_help_panel=_TENSORRT
+            "--aot", help="Use plugins compiled into the engine (with --tensorrt).", rich_help_panel=_TENSORRT
         ),
     ] = False,
     weights: Annotated[
@@ -86,7 +87,7 @@ def export(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Architecture of torchvision weights (default: told by their tensors).", rich_help_panel=_WEIGHTS
+            help="Architecture of torchvision weights (default: inferred from their tensors).", rich_help_panel=_WEIGHTS
         ),
     ] = None,
     batch_norm_epsilon: Annotated[
@@ -106,7 +107,7 @@ def export(
     anchor_sizes: Annotated[
         str | None,
         typer.Option(
-            help="Anchor size of each level P2 to P6, px, as 8,16,32,64,128 (default: the model's).",
+            help="Anchor size of each level P2 to P6, px, such as 8,16,32,64,128 (default: the model's).",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -139,12 +140,12 @@ def export(
     max_unmatched: Annotated[
         float,
         typer.Option(
-            help="Share of the compared detections that may be unmatched, 0 to 1, where boxes tie.",
+            help="Maximum share of unmatched detections in the comparison, 0 to 1, for models in which boxes tie.",
             rich_help_panel=_OUTPUT,
         ),
     ] = 0.0,
 ) -> None:
-    """Export a model to one ONNX file, compared with its source before it is kept."""
+    """Export a model to one ONNX file, and compare it with its source before keeping it."""
     from maskrcnn.api.export import export as run
 
     result = run(

@@ -30,11 +30,11 @@ def inspect(
 
 
 def lint(
-    file: Annotated[Path, typer.Argument(help="ONNX file, exported by maskrcnn or by any other tool.")],
+    file: Annotated[Path, typer.Argument(help="ONNX file, exported by maskrcnn or any other tool.")],
     json: Annotated[Path | None, typer.Option(help="JSON file to write the findings to.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """List the nodes of an ONNX file that TensorRT's parser rejects or runs badly; needs no TensorRT.
+    """List the nodes of an ONNX file that TensorRT would reject or run poorly; does not need TensorRT.
 
     Exit code 1 if there are errors.
     """

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def range_from_text(text: str | None) -> tuple[float, ...] | None:
 BackendName = Annotated[
     str | None,
     typer.Option(
-        help="Backend: torch, onnxruntime, openvino or tensorrt (default: the first that runs this kind of file).",
+        help="Backend: torch, onnxruntime, openvino or tensorrt (default: the first that can run the file).",
         rich_help_panel=_BACKEND,
     ),
 ]
@@ -37,7 +37,7 @@ PixelRange = Annotated[
     str | None,
     typer.Option(
         metavar="LOW,HIGH",
-        help="Samples of more than 8 bits that become black and white (default: the model's range).",
+        help="Sample values to map to black and white, for images of more than 8 bits (default: the model's range).",
         rich_help_panel="Images",
     ),
 ]
@@ -46,17 +46,21 @@ TileSize = Annotated[
     typer.Option(
         "--tile",
         metavar="PX",
-        help="Side of the tiles in which larger images are detected in, such as 1024 (default: whole images).",
+        help="Side of the tiles to divide larger images into, such as 1024 (default: whole images).",
         rich_help_panel="Images",
     ),
 ]
 TileOverlap = Annotated[
     float,
-    typer.Option("--overlap", help="Share of a tile's side that its neighbour covers too.", rich_help_panel="Images"),
+    typer.Option(
+        "--overlap", help="Overlap of neighbouring tiles, as a share of their side.", rich_help_panel="Images"
+    ),
 ]
 ExifRule = Annotated[
     str,
-    typer.Option(help="EXIF orientations: auto (by the annotated sizes), upright or stored.", rich_help_panel="Images"),
+    typer.Option(
+        help="EXIF orientation: auto (from the annotated sizes), upright or stored.", rich_help_panel="Images"
+    ),
 ]
 ProviderName = Annotated[
     str | None,
@@ -73,7 +77,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace output files that this command did not write; never a file that it reads.",
+        help="Replace output files that this command did not write; input files are never replaced.",
         rich_help_panel="Output",
     ),
 ]

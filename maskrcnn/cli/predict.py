@@ -22,7 +22,7 @@ from maskrcnn.cli.options import (
 from maskrcnn.errors import UserError
 
 _CLUSTER = "Cluster"
-_NAMED = 20  # images that an error names
+_NAMED = 20  # maximum number of images that an error lists
 
 
 class ImageFormat(str, Enum):
@@ -49,16 +49,16 @@ def predict(
     precision: PrecisionName = None,
     pixel_range: PixelRange = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images of one size, or tiles, in a call of the model, at most.")
+        int, typer.Option(min=1, help="Maximum number of images of one size, or of tiles, per batch.")
     ] = 1,
     tile: TileSize = None,
     overlap: TileOverlap = 0.2,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Images in work at the same time (default: available CPUs, at most 8)."),
+        typer.Option(min=1, help="Number of images to process concurrently (default: available CPUs, at most 8)."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Images or video frames to process at most (default: all).")
+        int | None, typer.Option(min=1, help="Maximum number of images or video frames to process (default: all).")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the interrupted run in the output folder.")
@@ -73,22 +73,22 @@ def predict(
     actors: Annotated[
         str | None,
         typer.Option(
-            help="Copies of the model on the cluster: N, or LEAST-MOST (default: as the room allows).",
+            help="Number of actors (copies of the model) on the cluster: N, or MIN-MAX (default: as many as fit).",
             rich_help_panel=_CLUSTER,
         ),
     ] = None,
     actor_cpus: Annotated[
-        float, typer.Option(min=0, help="CPUs of a copy, the threads of its model.", rich_help_panel=_CLUSTER)
+        float, typer.Option(min=0, help="CPUs per actor; also its number of threads.", rich_help_panel=_CLUSTER)
     ] = 1,
-    actor_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a copy.", rich_help_panel=_CLUSTER)] = 0,
+    actor_gpus: Annotated[float, typer.Option(min=0, help="GPUs per actor.", rich_help_panel=_CLUSTER)] = 0,
     output: Annotated[
         str, typer.Option(help="Folder to write to; with --ray also a URL.", rich_help_panel="Output")
     ] = "predictions",
     save: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to write, repeatable: overlays, video (annotated), results (COCO), parquet; labels for "
-            "annotation tools: coco, labelme, yolo (default: overlays or video, and results).",
+            help="Output to write: overlays, video (annotated), results (COCO), parquet; labels for annotation tools: "
+            "coco, labelme, yolo; repeatable (default: overlays or video, and results).",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -98,8 +98,8 @@ def predict(
     annotations: Annotated[
         Path | None,
         typer.Option(
-            help="COCO annotation file of these images, whose image ids the results get (default: the one of their "
-            "dataset, if the images are in one; else they are counted).",
+            help="COCO annotation file with the image ids for the results (default: that of the dataset that contains "
+            "the images; else images are numbered).",
             rich_help_panel="Output",
         ),
     ] = None,
@@ -108,28 +108,28 @@ def predict(
         typer.Option(
             min=0,
             max=1,
-            help="Lowest score of a detection in overlays and labels (default: recommended by training, else 0.5).",
+            help="Minimum score of a detection in overlays and labels (default: recommended by training, else 0.5).",
             rich_help_panel="Output",
         ),
     ] = None,
     keypoint_threshold: Annotated[
-        float, typer.Option(help="Lowest score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
+        float, typer.Option(help="Minimum score (heat map logit) of a keypoint to draw.", rich_help_panel="Output")
     ] = 2.0,
     tolerance: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Largest distance in pixels of a label's simplified outline from the mask's.",
+            help="Maximum distance of a label's simplified outline from the mask's, px.",
             rich_help_panel="Output",
         ),
     ] = 0.5,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Detect objects in images and videos: an overlay of each, and all results in COCO format.
+    """Detect objects in images and videos; write an overlay of each, and all results in COCO format.
 
-    Images that cannot be used are named and left out, with exit code 1 at the end. Every image that is done is in
-    detections.jsonl at once; --resume continues after the last one.
+    Images that cannot be used are skipped and listed at the end, with exit code 1. The detections of an image are
+    written to detections.jsonl as soon as it is done; --resume continues after the last image in that file.
     """
     from maskrcnn.api.predict import predict as run
     from maskrcnn.api.predict_output import FAILED
@@ -177,11 +177,11 @@ def predict(
 
 
 def _actors(text: str | None) -> int | tuple[int, int] | None:
-    """`N` or `LEAST-MOST`."""
+    """Parses `N` or `MIN-MAX`."""
     if text is None:
         return None
     try:
         least, _, most = text.partition("-")
         return (int(least), int(most)) if most else int(least)
     except ValueError as error:
-        raise UserError(f"--actors {text}", "N, or LEAST-MOST", "for example --actors 2-8") from error
+        raise UserError(f"--actors {text}", "N, or MIN-MAX", "for example --actors 2-8") from error

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_SECONDS_BETWEEN_LINES = 20.0  # where there is no terminal
+_SECONDS_BETWEEN_LINES = 20.0  # if the output is not a terminal
 
 
 class EpochProgress:
@@ -61,7 +61,7 @@ class EpochProgress:
         self._done += images
         rate = (self._done - self._at_start) / max(time.perf_counter() - self._started, 1e-9)
         numbers = f"epoch {epoch}  loss {loss:.3f}  {rate:.1f} images/s"
-        shown = min(self._done, self._total)  # the last batch of an epoch may be filled up with images of its first
+        shown = min(self._done, self._total)  # the last batch of an epoch may be filled up with images of the first
         if self._bar is not None:
             self._bar.update(self._task, completed=shown, numbers=numbers)
         elif time.perf_counter() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -74,5 +74,5 @@ class EpochProgress:
         self.message("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
 
     def message(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
         self._console.print(text, soft_wrap=True)

@@ -112,7 +112,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of a run to continue; auto: the newest unfinished run of the same settings, else a new one.",
+            help="Folder of a run to continue; auto: the newest unfinished run with the same settings, else a new one.",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -120,7 +120,7 @@ def train(
         bool,
         typer.Option(
             "--find-learning-rate",
-            help="Suggest a learning rate instead of training: a hundred steps, nothing is written.",
+            help="Suggest a learning rate instead of training (100 steps; writes nothing).",
             rich_help_panel=_RUN,
         ),
     ] = False,
@@ -128,7 +128,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="FILE|NAME",
-            help="YAML file of settings; options override it. Or a recipe's name, such as finetune.",
+            help="YAML file of settings, or name of a recipe, such as finetune; options override it.",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -137,7 +137,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Any setting, such as model.detections=300 or augment.mosaic_probability=0.5; repeatable.",
+            help="Setting, such as model.detections=300 or augment.mosaic_probability=0.5; repeatable.",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -171,6 +171,6 @@ def train(
         return
     if output is not None or resume is not None:
         raise UserError(
-            "--find-learning-rate with --output or --resume", "a test that writes nothing", "omit these options"
+            "--find-learning-rate with --output or --resume", "a test, which writes nothing", "omit these options"
         )
     show(api.find_learning_rate(data, **arguments))

@@ -23,17 +23,17 @@ def triton(
     models: Annotated[list[Path], typer.Argument(help="ONNX files, TensorRT engines, OpenVINO engines (.xml).")],
     out: Annotated[Path, typer.Argument(help="Model repository: a new folder, or one to add versions to.")],
     name: Annotated[
-        str | None, _option(_REPOSITORY, help="Name of the model for clients (default: from the file name).")
+        str | None, _option(_REPOSITORY, help="Model name that clients use (default: from the file name).")
     ] = None,
     raw: Annotated[
-        bool, _option(_REPOSITORY, "--raw", help="Write the network only: tensors in, tensors out.")
+        bool, _option(_REPOSITORY, "--raw", help="Write only the network: tensors in, tensors out.")
     ] = False,
     network: Annotated[
         NetworkStep,
         _option(
             _SERVER,
-            help="What runs the network; native: Triton's backend for the file, python: its Python backend with the "
-            "runtime installed in the server's Python (also for servers without the native backend).",
+            help="Backend of the network; native: Triton's backend for the file, python: Triton's Python backend, with "
+            "the runtime installed in the server's Python (for servers without the native backend, too).",
         ),
     ] = NetworkStep.NATIVE,
     keep_config: Annotated[
@@ -49,15 +49,17 @@ def triton(
     ] = None,
     masks: Annotated[
         MaskFormat,
-        _option(_DETECTIONS, help="Format of masks; rle: run lengths of COCO, bits: eight pixels a byte."),
+        _option(_DETECTIONS, help="Mask format; rle: COCO's run lengths, bits: eight pixels per byte."),
     ] = MaskFormat.RLE,
-    min_score: Annotated[float, _option(_DETECTIONS, min=0, max=1, help="Lowest score of a detection to send.")] = 0.0,
+    min_score: Annotated[float, _option(_DETECTIONS, min=0, max=1, help="Minimum score of a detection to send.")] = 0.0,
     max_batch: Annotated[
-        int | None, _option(_BATCHING, min=1, help="Maximum batch size (default: 8, or what an engine allows).")
+        int | None, _option(_BATCHING, min=1, help="Maximum batch size (default: 8, or the engine's maximum).")
     ] = None,
     queue_delay: Annotated[
         int,
-        _option(_BATCHING, min=0, metavar="MICROSECONDS", help="Time that a request waits to be batched with others."),
+        _option(
+            _BATCHING, min=0, metavar="MICROSECONDS", help="Time that a request waits to be batched with others, µs."
+        ),
     ] = 0,
     pad_to: Annotated[
         list[str] | None,
@@ -69,13 +71,13 @@ def triton(
     ] = None,
     instances: Annotated[int, _option(_SERVER, min=1, help="Number of instances of the network on each GPU.")] = 1,
     step_instances: Annotated[
-        int, _option(_SERVER, min=1, help="Number of processes of each step around the network.")
+        int, _option(_SERVER, min=1, help="Number of processes for each step before and after the network.")
     ] = 2,
     kind: Annotated[
-        InstanceKind, _option(_SERVER, help="Device of ONNX files; auto: a GPU if there is one.")
+        InstanceKind, _option(_SERVER, help="Device for ONNX files; auto: a GPU if present.")
     ] = InstanceKind.AUTO,
     threads: Annotated[
-        int, _option(_SERVER, min=0, help="Number of threads of an instance on a CPU; 0: default of the runtime.")
+        int, _option(_SERVER, min=0, help="Number of threads per CPU instance; 0: the runtime's default.")
     ] = 0,
     cuda_graphs: Annotated[bool, _option(_SERVER, help="Run TensorRT engines as CUDA graphs.")] = True,
 ) -> None:

@@ -31,7 +31,7 @@ def verify(
         int | None, typer.Option(min=1, help="Shorter side of the resized images, px (default: the model's).")
     ] = None,
     tolerance: Annotated[
-        Tolerance | None, typer.Option(help="Limits of each stage (default: by the lower precision of the two).")
+        Tolerance | None, typer.Option(help="Limits of each stage (default: those of the lower of the two precisions).")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="JSON file to write the report to.", rich_help_panel="Output")
@@ -43,8 +43,8 @@ def verify(
 ) -> None:
     """Compare two models stage by stage, and name the first stage that differs.
 
-    Prints one line if they agree; `maskrcnn --verbose verify` prints the table of stages. Exit code 1 if one differs by
-    more than the tolerance.
+    Prints one line if they agree; `maskrcnn --verbose verify` prints the table of stages. Exit code 1 if a stage
+    differs by more than its tolerance.
     """
     from maskrcnn.api.verify import verify as run
 

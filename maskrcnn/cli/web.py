@@ -11,18 +11,20 @@ from maskrcnn.cli.console import ConsoleProgress, show
 
 
 def web(
-    model: Annotated[Path, typer.Argument(help="ONNX file of `maskrcnn export --onnx`.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the page: a new one, or that of an earlier page.")],
+    model: Annotated[Path, typer.Argument(help="ONNX file written by `maskrcnn export --onnx`.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the page: new, or that of an earlier page.")],
     onnxruntime_web: Annotated[
         Path | None,
-        typer.Option(help="Package onnxruntime-web, a folder or .tgz of npm (default: fetched by npm)."),
+        typer.Option(help="npm package onnxruntime-web, as a folder or .tgz (default: downloaded with npm)."),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Photo of the model's classes, by which the page checks a browser (default: drawn shapes)."),
+        typer.Option(
+            help="Photo with objects of the model's classes, for the page's check of a browser (default: drawn shapes)."
+        ),
     ] = None,
 ) -> None:
-    """Write a web page that detects on photos and the camera in the browser: static files, nothing is uploaded."""
+    """Write a static web page that detects objects in photos and camera images in the browser, without uploads."""
     from maskrcnn.api.serving import web as run
 
     result = run(model, out, onnxruntime_web=onnxruntime_web, image=image, progress=ConsoleProgress())

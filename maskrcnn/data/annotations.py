@@ -1,7 +1,7 @@
-"""Annotation files in COCO's format, as the tools of the world write them: one tolerant reader.
+"""A tolerant reader of annotation files in COCO's format, as various tools write them.
 
-Training, evaluation, checks and conversions all read through `read_annotations`, so that a file counts the same
-everywhere. What cannot be used is left out, and what follows from other fields is computed; either is counted by its
+Training, evaluation, checks and conversions all use `read_annotations`, so that a file is read the same way
+everywhere. Unusable entries are left out, and missing values are computed from other fields; both are counted by
 reason in `Notes`. Only faults that make the whole file unusable are errors.
 """
 
@@ -36,25 +36,25 @@ from maskrcnn.keypoints import COCO_NAMES
 
 _FIX = "correct the file (format: cocodataset.org/#format-data)"
 _LISTS = ("images", "annotations", "categories")
-_VISIBILITIES = (0, 1, 2)  # of keypoints: not labelled; labelled and hidden; labelled and visible
+_VISIBILITIES = (0, 1, 2)  # visibility of keypoints: not labelled; labelled and hidden; labelled and visible
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _MAX_ID = 2**63
-_MAX_SIDE_PX = 1_000_000  # of an image; larger statements are taken for errors
-_URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # of image entries without file_name
-SAMPLE = 2000  # annotations that the box convention is measured on
-_FIT_PX = 2.0  # largest distance of a box from the extent of its polygons, by which its convention is recognised
+_MAX_SIDE_PX = 1_000_000  # maximum side of an image; larger values are treated as errors
+_URL_KEYS = ("path", "filename", "name", "coco_url", "flickr_url", "url")  # alternatives to file_name
+SAMPLE = 2000  # number of annotations from which the box convention is determined
+_FIT_PX = 2.0  # maximum distance of a box from the extent of its polygons, to recognise its convention
 _POLYGONS = {
     "polygon fractions": "polygons that are fractions of the image",
     "polygon yx": "polygons written as (y, x), not (x, y)",
 }
-_KEPT_NOTES = 200  # notes of each reason that are kept in full; all are counted
+_KEPT_NOTES = 200  # number of notes per reason to keep in full; all are counted
 
 DROPPED, BOX_ONLY, REPAIRED = "dropped", "box only", "repaired"
 
 
 @dataclass(frozen=True)
 class Note:
-    """An entry of a file that was not used as it is."""
+    """An entry of a file that was left out or changed."""
 
     outcome: str  # DROPPED, BOX_ONLY (an object without its mask) or REPAIRED
     reason: str  # kind of fault
@@ -72,7 +72,7 @@ class Notes:
         self._kept: dict[tuple[str, str], list[Note]] = {}
 
     def add(self, note: Note) -> None:
-        """Counts a note; of those that cost nothing only the first are kept."""
+        """Counts a note; keeps all of dropped entries, but only the first of other outcomes."""
         key = note.outcome, note.reason
         self._counts[key] += 1
         kept = self._kept.setdefault(key, [])
@@ -80,7 +80,7 @@ class Notes:
             kept.append(note)
 
     def counts(self, *outcomes: str) -> dict[str, int]:
-        """Number of notes by reason (default: of all outcomes)."""
+        """Number of notes by reason, for some or all outcomes."""
         found: Counter[str] = Counter()
         for (outcome, reason), count in self._counts.items():
             if not outcomes or outcome in outcomes:
@@ -88,7 +88,7 @@ class Notes:
         return dict(found)
 
     def of(self, outcome: str) -> list[Note]:
-        """The notes that are kept."""
+        """The kept notes of an outcome."""
         return [note for (kind, _), notes in self._kept.items() if kind == outcome for note in notes]
 
     def to_json(self) -> list[Any]:
@@ -99,7 +99,7 @@ class Notes:
 
     @classmethod
     def from_json(cls, content: list[Any]) -> Notes:
-        """The notes of `to_json`."""
+        """The notes from the data of `to_json`."""
         notes = cls()
         for outcome, reason, count, kept in content:
             notes._counts[outcome, reason] = count
@@ -123,7 +123,7 @@ class Notes:
 
 
 def usable_id(value: Any) -> int | str | None:
-    """An id in one form: integers, also written as text or as 1.0, as int; other texts as they are; else None."""
+    """Normalizes an id: integers, also written as text or as 1.0, become int; other texts are kept; else None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -137,7 +137,7 @@ def usable_id(value: Any) -> int | str | None:
 
 
 def category_key(annotation: Any) -> int | str | None:
-    """The id of the category of an entry of `annotations`, see `usable_id`."""
+    """The category id of an entry of `annotations`, see `usable_id`."""
     return usable_id(annotation.get("category_id")) if isinstance(annotation, dict) else None
 
 
@@ -163,10 +163,10 @@ class ObjectEntry:
     category_id: int
     bbox_xywh: tuple[float, float, float, float]  # px, not clipped to the image
     box_xyxy: tuple[float, float, float, float]  # px, clipped to the image
-    segmentation: Segmentation  # of an object without a usable mask: the pixels of its box
+    segmentation: Segmentation  # for an object without a usable mask: the pixels of its box
     has_mask: bool
     is_crowd: bool
-    area: float  # px; the file's, else of the mask, else of the box
+    area: float  # px²; from the file, else of the mask, else of the box
     keypoints: np.ndarray | None  # see `checked_keypoints`
     stated_keypoints: int | None  # the file's `num_keypoints`
     index: int  # in the file's list
@@ -193,7 +193,7 @@ class AnnotationFile:
     keypoints: CategoryKeypoints
     has_masks: bool  # False: no annotation has a segmentation
     notes: Notes
-    image_keys: dict[str, int] = field(default_factory=dict)  # numbers of image ids that are texts
+    image_keys: dict[str, int] = field(default_factory=dict)  # numbers given to image ids that are texts
     category_keys: dict[str, int] = field(default_factory=dict)
 
 
@@ -210,19 +210,19 @@ def read_annotations(
 ) -> AnnotationFile:
     """Reads the content of an annotation file.
 
-    Left out and counted are annotations of an unknown image or category, and those with neither a usable box nor a
-    usable mask. An object with a box but without a usable mask is kept as a box; in a file without any segmentation
-    all are. Computed and counted are boxes, areas, crowd flags, sizes and class names that are missing or malformed.
+    Annotations of an unknown image or category, or with neither a usable box nor a usable mask, are left out and
+    counted. An object with a box but without a usable mask is kept as a box; in a file without any segmentation, all
+    are. Missing or malformed boxes, areas, crowd flags, sizes and class names are computed and counted.
 
     Args:
         content: the parsed JSON.
         source: file name, for errors and notes.
-        size_of: gives (height, width) for a `file_name`, one of those of all images, where its entry does not.
-        drop_roots: leave out categories without annotations that others name as their `supercategory` (as exported by
+        size_of: returns (height, width) for a `file_name`, given the names of all images, if its entry has no size.
+        drop_roots: leave out categories without annotations that are the `supercategory` of others (as exported by
             Roboflow).
 
     Raises:
-        UserError: for content of another structure, and for two images or classes with one id.
+        UserError: for content of another structure, and for two images or classes with the same id.
     """
     images, annotations, categories = entries_of(content, source)
     reader = Reader(images, list(enumerate(annotations)), categories, source, size_of)
@@ -249,13 +249,13 @@ def load_annotations(path: Path) -> Any:
     """The JSON content of an annotation file.
 
     Raises:
-        UserError: where there is no such file, or it is not JSON.
+        UserError: if the file does not exist, or is not JSON.
     """
     if not path.exists():
         raise UserError(
             f"annotation file {path} does not exist",
             "a JSON file in COCO's format",
-            "correct the path, or name the dataset's folder with --data",
+            "correct the path, or give the dataset's folder with --data",
         )
     return read_json(path, "a complete JSON file in COCO's format")
 
@@ -264,7 +264,7 @@ def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[An
     """The lists `images`, `annotations` and `categories`; missing or null annotations and categories are empty.
 
     Raises:
-        UserError: for content of another structure; names the format that it looks like.
+        UserError: for content of another structure; the message includes the format that it looks like.
     """
     if not isinstance(content, dict):
         raise UserError(
@@ -286,16 +286,16 @@ def entries_of(content: Any, source: str) -> tuple[list[Any], list[Any], list[An
         raise UserError(
             f"{source}: panoptic annotations ('segments_info')",
             "annotations of instances, each with its category and segmentation",
-            "name COCO's instances_*.json, or export instances",
+            "use COCO's instances_*.json, or export instances",
         )
     return lists[0], lists[1], lists[2]
 
 
-_LABEL_STUDIO = {"annotations", "completions", "predictions"}  # beside "data" in its tasks
+_LABEL_STUDIO = {"annotations", "completions", "predictions"}  # besides "data" in its tasks
 
 
 def looks_like(content: Any) -> str:
-    """A hint at the format of content that is not COCO's."""
+    """A hint about the format of content that is not COCO's."""
     first = content[0] if isinstance(content, list) and content else content
     if isinstance(content, list) and isinstance(first, dict) and {"image_id", "score"} <= first.keys():
         return " (it looks like detections in COCO's results format: evaluate --results)"
@@ -316,11 +316,11 @@ def looks_like(content: Any) -> str:
 
 
 class UnlikeCocoError(Exception):
-    """The objects of a file were read as plain ones, but it is of another convention."""
+    """The objects of a file were read as plain ones, but the file uses another convention."""
 
 
 class PlainObjects(NamedTuple):
-    """What is known of the annotations that `Reader` is not given, as nothing in them has to be repaired."""
+    """Facts about the annotations that are not passed to `Reader`, as they need no repair."""
 
     number: int = 0
     have_masks: bool = False
@@ -329,7 +329,7 @@ class PlainObjects(NamedTuple):
 
 
 class Reader:
-    """Reads the entries of one file, see `read_annotations`; its methods are called in their order.
+    """Reads the entries of one file, see `read_annotations`; call its methods in the order of their definition.
 
     Args:
         images: entries of the file.
@@ -356,7 +356,7 @@ class Reader:
         """Names by id, in ascending order of the ids, and the keypoints.
 
         Args:
-            used: ids that annotations name, see `category_key`.
+            used: category ids of the annotations, see `category_key`.
             drop_roots: see `read_annotations`.
         """
         categories, by_id = self._categories(used)
@@ -366,7 +366,7 @@ class Reader:
                 name = categories.pop(category_id)
                 self._note(REPAIRED, "super-category without objects left out of the classes", "category", repr(name))
                 del by_id[category_id]
-        taken = set[str]()  # counts and metrics are told by name
+        taken = set[str]()  # counts and metrics are reported by class name
         for category_id in sorted(categories, key=lambda key: (key not in in_use, key)):
             name = categories[category_id]
             if name in taken:
@@ -381,7 +381,7 @@ class Reader:
 
     @staticmethod
     def _known(key: int | str | None, keys: Mapping[str, int], known: Mapping[int, Any]) -> int | None:
-        """The id that a usable key stands for; None for an unknown one."""
+        """The id for a usable key; None if it is unknown."""
         number = keys.get(key) if isinstance(key, str) else key
         return number if number in known else None
 
@@ -407,7 +407,7 @@ class Reader:
         return numbered
 
     def _categories(self, used: set[int | str]) -> tuple[dict[int, str], dict[int, dict[str, Any]]]:
-        """Names and entries by id. A file without categories gets those that its annotations name."""
+        """Names and entries by id. For a file without categories, they are taken from its annotations."""
         if not self.category_entries and used:
             self.category_entries = [{"id": key, "name": str(key)} for key in sorted(used, key=str)]
             self._note(REPAIRED, "no categories: classes are named by the annotations' ids", "file", f"{len(used)} ids")
@@ -428,7 +428,7 @@ class Reader:
         return names, by_id
 
     def _with_keypoint_names(self, by_id: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """The categories; where none names its keypoints but objects have them, those of the objects are named."""
+        """The categories; if none has keypoint names but objects have keypoints, these get generated names."""
         entries = list(by_id.values())
         if any(entry.get("keypoints") for entry in entries):
             return entries
@@ -443,13 +443,13 @@ class Reader:
         return [{**entry, "keypoints": names} for entry in entries]
 
     def images(self) -> dict[int, ImageEntry]:
-        """The images by id, in the order of the file; their size is 0 where the file does not give it."""
+        """The images by id, in the order of the file; sizes that the file does not give are 0."""
         images: dict[int, ImageEntry] = {}
         has_names = any(isinstance(entry, dict) and _file_name(entry) for entry in self.image_entries)
         for index, image_id, entry in self._ids(self.image_entries, "image", self.image_keys):
             name = _file_name(entry)
             if name is None and not has_names:
-                name = ""  # a file for results alone
+                name = ""  # a file used only to score results
             if name is None:
                 detail = f"file_name {entry.get('file_name')!r}"
                 self._note(REPAIRED, "image without a file name left out", f"image number {index}", detail)
@@ -470,7 +470,7 @@ class Reader:
         return images
 
     def placed(self, images: Mapping[int, ImageEntry], categories: Mapping[int, str]) -> Any:
-        """(index, image id, category id, entry) of the annotations of known images and categories."""
+        """(index, image id, category id, entry) of the annotations with known images and categories."""
         for index, entry in self.annotations:
             if not isinstance(entry, dict):
                 self._note(DROPPED, "not an object", f"annotation number {index}", f"of type {type(entry).__name__}")
@@ -488,7 +488,7 @@ class Reader:
             yield index, image_id, category_id, entry
 
     def sized(self, images: dict[int, ImageEntry], placed: Sequence[Any]) -> dict[int, ImageEntry]:
-        """The images with sizes: the file's, else of the image, of its run lengths, or what its objects extend to."""
+        """The images with sizes: from the file, the image, its run lengths, or else the extent of its objects."""
         unknown = {image_id for image_id, entry in images.items() if not (entry.height and entry.width)}
         if not unknown:
             return images
@@ -527,7 +527,7 @@ class Reader:
         """The objects, and whether the file has any usable mask.
 
         Raises:
-            UnlikeCocoError: if there are plain objects, and the boxes of the file are not COCO's.
+            UnlikeCocoError: if there are plain objects, but the boxes of the file do not follow COCO's convention.
         """
         segmentations = [
             parse_segmentation(entry.get("segmentation"), images[image_id].height, images[image_id].width)
@@ -578,8 +578,8 @@ class Reader:
     def _convention(self, sample: Sequence[Any], images: Mapping[int, ImageEntry]) -> str:
         """How boxes are written: "xywh" as in COCO, "xyxy" (corners), or "fractions" of the image.
 
-        Corners are recognised by polygons that they fit, or else by boxes of which COCO's reading leaves the image. The
-        polygons of COCO's boxes that fit them only so are "polygon fractions" of the image, or "polygon yx".
+        Corners are recognised by polygons that they fit, or else by boxes that would leave the image if read as COCO's.
+        Polygons that fit COCO's boxes only if read so are "polygon fractions" of the image, or "polygon yx".
         """
         boxes, sizes, extents = [], [], []
         for _, image_id, _, entry in sample:
@@ -680,7 +680,7 @@ class Reader:
     def _bbox(
         self, entry: dict[str, Any], name: str, convention: str, size_hw: tuple[int, int]
     ) -> tuple[Sequence[float] | None, str, np.ndarray | None]:
-        """COCO's box (x, y, width, height), or None with what was found; and the outline of a rotated box."""
+        """COCO's box (x, y, width, height), or None and what was found; and the outline of a rotated box."""
         value = entry.get("bbox")
         numbers = finite_numbers(value)
         found = f"bbox {str(value)[:200]}"
@@ -692,9 +692,9 @@ class Reader:
             numbers[2:] -= numbers[:2]
         attributes = entry.get("attributes")
         angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
-        if numbers.size == 5:  # Detectron2's rotated boxes: centre, size, and degrees against the clock
+        if numbers.size == 5:  # Detectron2's rotated boxes: centre, size, and degrees counterclockwise
             centre, degrees = numbers[:2], -float(numbers[4])
-        elif type(angle) in (int, float) and math.isfinite(angle) and angle % 360:  # CVAT: with the clock
+        elif type(angle) in (int, float) and math.isfinite(angle) and angle % 360:  # CVAT: clockwise
             centre, degrees = numbers[:2] + numbers[2:4] / 2, float(angle)
         else:
             x, y, width, height = numbers.tolist()
@@ -715,7 +715,7 @@ class Reader:
 
     def _crowd(self, entry: dict[str, Any], name: str) -> bool:
         value = entry.get("iscrowd", 0)
-        if value in (0, 1):  # False, True and fractions too
+        if value in (0, 1):  # also accepts False, True and fractions
             return bool(value)
         known = {"0": False, "1": True, "false": False, "true": True}
         flag = known.get(value.strip().lower()) if isinstance(value, str) else None
@@ -745,7 +745,7 @@ def _name(entry: Mapping[str, Any], index: int) -> str:
 
 
 def _file_name(entry: Mapping[str, Any]) -> str | None:
-    """The name of an image's file with slashes; of an entry without one the last part of its path or URL."""
+    """The file name of an image with slashes; for an entry without one, the last part of its path or URL."""
     value = entry.get("file_name")
     if isinstance(value, str) and value.strip():
         name = value.replace("\\", "/")
@@ -777,7 +777,7 @@ def _extent(segmentation: Segmentation) -> list[float]:
 
 
 def _clipped(bbox: Sequence[float], height: int, width: int) -> tuple[float, float, float, float] | None:
-    """COCO's (x, y, width, height) as xyxy, clipped to the image; None outside of it."""
+    """COCO's (x, y, width, height) as xyxy, clipped to the image; None if outside the image."""
     x, y, box_width, box_height = bbox
     left, top = max(x, 0.0), max(y, 0.0)
     right, bottom = min(x + box_width, float(width)), min(y + box_height, float(height))
@@ -785,7 +785,7 @@ def _clipped(bbox: Sequence[float], height: int, width: int) -> tuple[float, flo
 
 
 def _unused_roots(categories: Mapping[int, Mapping[str, Any]], used: set[int | None]) -> list[int]:
-    """Categories without annotations that others name as their super-category, and that have none themselves."""
+    """Categories without annotations that are the super-category of others, and have none themselves."""
     parents = {
         entry.get("supercategory") for entry in categories.values() if isinstance(entry.get("supercategory"), str)
     }
@@ -803,7 +803,7 @@ def _unused_roots(categories: Mapping[int, Mapping[str, Any]], used: set[int | N
 
 
 def read_keypoints(source: str, entries: list[dict[str, Any]]) -> CategoryKeypoints:
-    """Reads the keypoints of a file's categories. A fault is returned, as boxes and masks of the file can be used.
+    """Reads the keypoints of a file's categories. A fault is returned, as boxes and masks can still be used.
 
     Args:
         source: annotation file, for errors.
@@ -820,7 +820,7 @@ def read_keypoints(source: str, entries: list[dict[str, Any]]) -> CategoryKeypoi
                 raise UserError(
                     f"{source}: categories {first['id']} and {entry['id']} with different keypoints",
                     "the same keypoints in all categories that have any, as a model predicts one set of them",
-                    "keep the keypoints of one category, or write a file for each",
+                    "keep the keypoints of one category, or write one file per category",
                 )
         skeleton = _skeleton(first, len(names))
     except UserError as fault:
@@ -837,7 +837,7 @@ def _keypoint_names(source: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _skeleton(entry: dict[str, Any], count: int) -> tuple[tuple[int, int], ...]:
-    """The lines between keypoints, numbered from 1; those that join no two keypoints are left out."""
+    """The lines between keypoints, numbered from 1; lines that do not join two keypoints are left out."""
     lines = entry.get("skeleton")
     pairs = [tuple(line) for line in lines if isinstance(line, list)] if isinstance(lines, list) else []
     pairs = [pair for pair in pairs if len(pair) == 2 and all(type(number) is int for number in pair)]
@@ -850,10 +850,10 @@ def _skeleton(entry: dict[str, Any], count: int) -> tuple[tuple[int, int], ...]:
 def checked_keypoints(value: Any, count: int) -> np.ndarray | None:
     """The keypoints of an annotation, float64 `[K, 3]`: x, y, px, and visibility; zeros where not labelled.
 
-    Coordinates are the file's, measured from the image's corner; as in torchvision, no half pixel is added.
+    Coordinates are those of the file, relative to the image's corner; as in torchvision, no half pixel is added.
 
     Args:
-        value: `keypoints` of the annotation; None or an empty list is an object without keypoints.
+        value: `keypoints` of the annotation; None or an empty list for an object without keypoints.
         count: K, the number of keypoints of its category.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Annotation files as arrays, of files of COCO's size too.
+"""Annotation files as arrays, also for files of COCO's size.
 
-Entries that are plainly good are decoded by type and checked many at a time. All others go through the tolerant reader
-(`maskrcnn.data.annotations`), which gives the same objects and notes as for the whole file. The arrays of larger files
-are kept in the cache folder under a hash of the file's content.
+Entries that need no repair are decoded by type and checked in bulk. All others are read by the tolerant reader
+(`maskrcnn.data.annotations`), with the same objects and notes as if it had read the whole file. The arrays of larger
+files are cached under a hash of the file's content.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from maskrcnn.files import cache_folder
 from maskrcnn.imaging.run_lengths import runs_from_strings
 
 _AT_ONCE = 2048  # annotations
-_BLOCK = 1 << 24  # bytes that are hashed at once
-_CACHED_BYTES = 1 << 22  # smallest annotation file whose arrays are kept
-_KEPT_S = 30 * 86400  # cached arrays that were not used for this long are removed
+_BLOCK = 1 << 24  # bytes hashed at once
+_CACHED_BYTES = 1 << 22  # minimum size of annotation files whose arrays are cached
+_KEPT_S = 30 * 86400  # cached arrays are removed after this time without use
 
 _Id = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 
@@ -63,7 +63,7 @@ class _RunLengths(msgspec.Struct, gc=False):
 
 
 class _Attributes(msgspec.Struct, gc=False):
-    rotation: Literal[0] = 0  # of CVAT's boxes
+    rotation: Literal[0] = 0  # attributes of CVAT's boxes
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -88,7 +88,7 @@ class _File(msgspec.Struct):
 
 
 def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, AnnotationFile]:
-    """The arrays of an annotation file, and what else is known of it, as by `read_annotations`, without its objects.
+    """The arrays of an annotation file, and the result of `read_annotations` without the objects.
 
     Args:
         path: JSON file.
@@ -103,7 +103,7 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # missing or empty
         return table_of_content(load_annotations(path), str(path), size_of=size_of, drop_roots=drop_roots)
-    with file:  # the map ends with the last reference
+    with file:  # the mapping is released with its last reference
         cached = None
         if len(data) >= _CACHED_BYTES:
             with suppress(OSError, UserError):
@@ -112,7 +112,7 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
             with suppress(OSError, ValueError, KeyError, TypeError):
                 table, facts = Table.read(cached)
                 read = _file_of_facts(facts, str(path))
-                with suppress(OSError):  # a folder that is read-only
+                with suppress(OSError):  # a read-only folder
                     cached.touch()  # for `_remove_old`
                 return table, read
         was_asked = False
@@ -134,13 +134,13 @@ def table_of(path: Path, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, A
 
 
 def _release_memory() -> None:
-    """Returns to the system what glibc keeps of the parsed file."""
+    """Returns the memory of the parsed file from glibc to the system."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def table_of_content(content: Any, source: str, *, size_of: SizeOf, drop_roots: bool) -> tuple[Table, AnnotationFile]:
-    """As `table_of`, of parsed content."""
+    """As `table_of`, for parsed content."""
     file = read_annotations(content, source, size_of=size_of, drop_roots=drop_roots)
     pool = Pool()
     columns = _columns(file.objects, file.images, file.categories, pool)
@@ -158,7 +158,7 @@ def _read(data: mmap.mmap, path: Path, *, size_of: SizeOf, drop_roots: bool) -> 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Without the search for reference cycles, which takes longer than parsing, as it visits every list each time."""
+    """Disables garbage collection, which would take longer than parsing, as it visits every list each time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -169,7 +169,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def _digest(data: mmap.mmap) -> str:
-    """A hash of the content, by several threads."""
+    """A hash of the content, computed by several threads."""
     with memoryview(data) as view, ThreadPoolExecutor() as pool:
         blocks = [view[start : start + _BLOCK] for start in range(0, len(view), _BLOCK)]
         digests = list(pool.map(lambda block: hashlib.sha256(block).digest(), blocks))
@@ -222,7 +222,7 @@ def _table(images: dict[int, ImageEntry], columns: dict[str, np.ndarray], pool: 
 
 
 def _rows_of(image_ids: np.ndarray, images: dict[int, ImageEntry]) -> np.ndarray:
-    """The place of each id among the images; -1 for an unknown one."""
+    """The position of each id among the images; -1 if unknown."""
     known = np.fromiter(images, np.int64, len(images))
     order = np.argsort(known)
     at = order[np.searchsorted(known, image_ids, sorter=order).clip(max=len(known) - 1)]
@@ -286,7 +286,7 @@ def _read_plain(data: mmap.mmap, source: str, *, size_of: SizeOf, drop_roots: bo
     good &= _fits_keypoints(found, keypoints)
     has_mask = found["part_count"] + found["text_count"] > 0
     if (good & has_mask).any() or any(isinstance(each, dict) and each.get("segmentation") for each in rest.values()):
-        good &= has_mask  # an object without a mask is only noted where others have one
+        good &= has_mask  # an object without a mask is noted only if others have one
     taken = {usable_id(each.get("id")) for each in rest.values() if isinstance(each, dict)}
     taken_ids = [key for key in taken if isinstance(key, int) and 0 < key <= 2**62]
     _, place, count = np.unique(found["id"], return_inverse=True, return_counts=True)
@@ -327,7 +327,7 @@ def _read_plain(data: mmap.mmap, source: str, *, size_of: SizeOf, drop_roots: bo
 
 
 def _require_utf8(data: mmap.mmap) -> None:
-    """Raises ValueError for other text, as `json.loads`; msgspec does not look at texts that it skips."""
+    """Raises ValueError for other encodings, like `json.loads`; msgspec does not check strings that it skips."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(data), _BLOCK):
         block = data[start : start + _BLOCK]
@@ -337,9 +337,9 @@ def _require_utf8(data: mmap.mmap) -> None:
 
 
 def _plain(raws: Sequence[msgspec.Raw], pool: Pool) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Columns of the entries that are plain by themselves, and the indices of the others.
+    """Columns of the entries that need no repair by themselves, and the indices of the others.
 
-    Polygons and run lengths are added to the pool. The columns are those of `_chunk`, still to be compared with the
+    Polygons and run lengths are added to the pool. The columns are those of `_chunk`, not yet checked against the
     images and categories.
     """
     decode = msgspec.json.Decoder(_Annotation).decode
@@ -403,7 +403,7 @@ def _chunk(entries: list[_Annotation], indices: list[int], pool: Pool) -> tuple[
 
 
 def _extents(values: np.ndarray, lengths: np.ndarray, part_counts: np.ndarray) -> np.ndarray:
-    """Least and greatest x and y of the polygons of each entry, `[N, 4]`; zeros for an entry without."""
+    """Minimum and maximum x and y of the polygons of each entry, `[N, 4]`; zeros for an entry without polygons."""
     extents = np.zeros((len(part_counts), 4))
     outlined = part_counts > 0
     if outlined.any():
@@ -417,7 +417,7 @@ def _extents(values: np.ndarray, lengths: np.ndarray, part_counts: np.ndarray) -
 
 
 def _run_lengths(entries: Sequence[_Annotation]) -> tuple[list[bytes], np.ndarray]:
-    """Run lengths in COCO's form, b"" for entries without, and the image size `[N, 2]` (height, width) they are for.
+    """Run lengths in COCO's form (b"" for entries without), and the image size `[N, 2]` (height, width) of each.
 
     The size is -1 for entries without run lengths, and 0 for malformed ones.
     """

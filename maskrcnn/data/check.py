@@ -1,8 +1,8 @@
-"""Checks a dataset for faults that stop training, skip annotations or mislead it.
+"""Checks a dataset for faults that stop training, are skipped by it, or mislead it.
 
 An error stops `maskrcnn train`: an annotation file that cannot be used, images that are missing, cannot be decoded or
-have another aspect ratio than their entries, and splits with different category ids. A remark does not: annotations
-that are skipped, annotations and images that are probably wrong, and images that are scaled or not read completely.
+have another aspect ratio than their entries, and splits with different category ids. A remark does not: skipped
+annotations, annotations and images that are probably wrong, and images that are scaled or not read completely.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from maskrcnn.imaging.preprocess import Preprocessing
 from maskrcnn.machine import available_cpus
 from maskrcnn.metadata import sha256_of
 
-_MIN_MASK_PX = 4  # a smaller mask is more often a slip of the mouse than an object
-_DUPLICATE_IOU = 0.95  # of masks or boxes of one class, above which they are one object
-_MIN_FIT_IOU = 0.5  # of a box and the extent of its mask
-_ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # of samples of more than 8 bits: training measures the range
+_MIN_MASK_PX = 4  # smaller masks are more often mistakes than objects
+_DUPLICATE_IOU = 0.95  # IoU of masks or boxes of one class, above which they are duplicates
+_MIN_FIT_IOU = 0.5  # minimum IoU of a box and the extent of its mask
+_ANY_RANGE = Preprocessing(pixel_range=(0, 65535))  # for more than 8 bits, whose range training measures
 _DEFAULT_DETECTIONS = model_config(SMALL_MODEL).detections
 _SMALL_PX, _MEDIUM_PX = 32**2, 96**2  # areas that separate COCO's sizes
 
@@ -85,7 +85,7 @@ def check_dataset(
         progress: called with the numbers of checked images and of all images.
 
     Raises:
-        UserError: where there is no such folder or split; faults of the dataset are in the report.
+        UserError: if the folder or split does not exist; faults of the dataset are in the report.
     """
     root = Path(root)
     datasets, findings = [], []
@@ -143,7 +143,7 @@ def _statistics(dataset: CocoDataset) -> SplitStatistics:
 
 
 def _category_findings(datasets: Sequence[CocoDataset]) -> Iterator[Finding]:
-    """Differences between the categories of the first split and those of each other one."""
+    """Differences between the categories of the first split and those of every other split."""
     for dataset in datasets[1:]:
         first = datasets[0]
         expected, found = (dict(zip(d.category_ids, d.class_names, strict=True)) for d in (first, dataset))
@@ -239,7 +239,7 @@ def _image_findings(
     """Findings of each image, and files with the content of earlier ones."""
     places = [(dataset, index) for dataset in datasets for index in range(len(dataset.images))]
     seen: dict[str, list[_Place]] = {}
-    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes without holding Python's lock
+    with ThreadPoolExecutor(workers) as pool:  # Pillow releases the GIL while decoding
         for number, (own, digest) in enumerate(pool.map(lambda at: _examine(at[0].split, at[0].images[at[1]]), places)):
             yield from own
             if digest is not None:
@@ -250,7 +250,7 @@ def _image_findings(
 
 
 def _repeated(place: _Place, earlier: list[_Place]) -> Iterator[Finding]:
-    """A finding if an earlier image has the same content: in the same split if there is one, else in another."""
+    """A finding if an earlier image, preferably of the same split, has the same content."""
     if not earlier:
         return
     dataset, index = place
@@ -349,7 +349,7 @@ def _keypoint_problems(record: ImageRecord, instance: Instance) -> Iterator[tupl
 
 
 def _duplicates(objects: list[Instance], rles: list[dict[str, Any]]) -> Iterator[tuple[Instance, Instance, str]]:
-    """Pairs of an object and a later one of its class with the same box or mask, with the detail."""
+    """Pairs of an object and a later object of its class with the same box or mask, and the detail."""
     by_class: dict[int, list[int]] = defaultdict(list)
     for index, instance in enumerate(objects):
         by_class[instance.label].append(index)

@@ -20,8 +20,8 @@ from maskrcnn.data.survey import read_for_display
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.draw import colour_of, save_drawing, stacked
 
-_EXAMPLES = 3  # of each problem
-_MAX_CLASSES = 100  # rows of the table; JSON has all classes
+_EXAMPLES = 3  # examples per problem
+_MAX_CLASSES = 100  # rows of the table; the JSON file has all classes
 _SIZES = ("small", "medium", "large")  # COCO's: areas below 32², below 96², and the rest
 
 
@@ -96,7 +96,7 @@ class DatasetReport:
         }
 
     def text(self) -> str:
-        """A summary of each split, the table of classes, and each problem with its first examples."""
+        """The report as text: a summary of each split, the class table, and each problem with its first examples."""
         lines = [f"{self.root}", *(_summary(split) for split in self.splits)]
         if self.splits:
             lines += ["", *_class_table(self.splits)]
@@ -206,7 +206,7 @@ def draw_findings(report: DatasetReport, folder: Path, *, per_problem: int) -> i
     Args:
         report: result of `check_dataset`.
         folder: output folder.
-        per_problem: largest number of images of each problem.
+        per_problem: maximum number of images per problem.
 
     Returns:
         The number of images written.
@@ -246,7 +246,7 @@ def _draw_finding(finding: Finding, class_names: dict[str, tuple[str, ...]]) -> 
 
 
 def _contact_sheet(datasets: Sequence[CocoDataset]) -> Image.Image | None:
-    """Up to 16 random images (with a fixed seed) with all their objects; None where no image can be read."""
+    """Up to 16 random images (with a fixed seed) with all their objects; None if no image can be read."""
     pool = [(dataset, index) for dataset in datasets for index in np.flatnonzero(dataset.images.counts).tolist()]
     cells = []
     for place in np.random.default_rng(0).permutation(len(pool)):
@@ -284,7 +284,7 @@ def _with_masks(image: np.ndarray, record: ImageRecord, instances: Sequence[Inst
 
 
 def _enlarged_view(boxes: Sequence[_Box], size_hw: tuple[int, int]) -> _Box | None:
-    """The part of the image around the boxes; None where it is more than half the image's length."""
+    """The part of the image around the boxes; None if it is longer than half the image."""
     if not boxes:
         return None
     height, width = size_hw
@@ -326,7 +326,7 @@ def _panel(
 
 
 def _with_caption(image: Image.Image, text: str) -> Image.Image:
-    """The image below its caption, wrapped to the image's width."""
+    """The image under a caption that is wrapped to the image's width."""
     letters = max(int(image.width / _LETTER_PX), 20)
     # Pillow's font has no multiplication sign.
     lines = [part for line in text.replace("×", "x").splitlines() for part in textwrap.wrap(line, letters)]

@@ -33,8 +33,8 @@ from maskrcnn.data.segmentation import compressed_rle
 from maskrcnn.errors import UserError
 from maskrcnn.metadata import hash_of_text, sha256_of
 
-VAL_SHARE = 0.1  # of a dataset without a split to validate on
-_MAX_SKIPPED = 9  # skipped annotations for each object, above which a file is not used: something is wrong with all
+VAL_SHARE = 0.1  # validation share of a dataset without a validation split
+_MAX_SKIPPED = 9  # maximum ratio of skipped annotations to objects; beyond it, the whole file is rejected
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +51,14 @@ class CocoDataset:
     class_names: tuple[str, ...]  # in ascending order of the category id
     category_ids: tuple[int, ...]
     images: Records  # in the order of the file
-    notes: Notes  # what was not used as it is in the file
+    notes: Notes  # entries left out or changed on reading
     has_masks: bool = True  # False: no annotation has a segmentation; each object's mask is its box
     keypoint_names: tuple[str, ...] = ()  # of the categories with keypoints, see `CategoryKeypoints`
     keypoint_skeleton: tuple[tuple[int, int], ...] = ()
     keypoint_fault: UserError | None = None
     image_keys: dict[str, int] = field(default_factory=dict)  # numbers of image ids that are texts in the file
     category_keys: dict[str, int] = field(default_factory=dict)
-    division: str = ""  # how the split was made of a larger one
+    division: str = ""  # how the split was divided from a larger one
 
     @classmethod
     def load(
@@ -80,8 +80,8 @@ class CocoDataset:
             drop_roots: see `maskrcnn.data.annotations.read_annotations`.
 
         Raises:
-            UserError: where the annotation file is missing or cannot be used as a whole, see `read_annotations`, and
-                where image files are missing.
+            UserError: if the annotation file is missing or unusable as a whole, see `read_annotations`, or image files
+                are missing.
         """
         found = get_split(root, split, images)
         dataset = _dataset(found, Path(root), require_images=require_images, drop_roots=drop_roots)
@@ -95,7 +95,7 @@ class CocoDataset:
 
     @classmethod
     def from_content(cls, content: Any, source: str) -> CocoDataset:
-        """As `load`, for the parsed content of an annotation file, without images; None: of the file `source`."""
+        """As `load`, without images, for the parsed content of an annotation file (None: of the file `source`)."""
         split = Split(Path(source).stem, Path(source), None if content is None else lambda: content, ())
         return _dataset(split, Path(), require_images=False, drop_roots=False)
 
@@ -110,11 +110,11 @@ class CocoDataset:
 
     @property
     def objects(self) -> int:
-        """Number of objects to learn: without crowd regions."""
+        """Number of objects to learn, without crowd regions."""
         return int((~self.images.objects("is_crowd")).sum())
 
     def objects_of_images(self) -> np.ndarray:
-        """Number of objects to learn of each image, `[N]` int64."""
+        """Number of objects to learn in each image, `[N]` int64."""
         return np.bincount(self.images.image_of_object[~self.images.objects("is_crowd")], minlength=len(self.images))
 
     def labels_of_images(self) -> list[list[int]]:
@@ -124,35 +124,35 @@ class CocoDataset:
         return [labels[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def for_training(self, *, empty_images: bool, crowd_objects: bool) -> CocoDataset:
-        """The split with crowd regions as objects (`crowd_objects`) or without images that have no object to learn."""
+        """The split with crowd regions as objects (`crowd_objects`), and with or without `empty_images`."""
         chosen = replace(self, images=replace(self.images, crowd_objects=crowd_objects))
         filled = np.flatnonzero(chosen.objects_of_images())
         return chosen if empty_images or not len(filled) else replace(chosen, images=chosen.images.take(filled))
 
     @property
     def skipped_annotations(self) -> list[Note]:
-        """The annotations that are not used."""
+        """The skipped annotations."""
         return self.notes.of(DROPPED)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of annotations that are not used, by reason."""
+        """Number of skipped annotations, by reason."""
         return self.notes.counts(DROPPED)
 
     @property
     def skipped_examples(self) -> dict[str, str]:
-        """The first annotation that is not used, by reason."""
+        """The first skipped annotation, by reason."""
         first: dict[str, str] = {}
         for note in self.skipped_annotations:
             first.setdefault(note.reason, f"{note.name}: {note.detail}")
         return first
 
     def note_lines(self) -> list[str]:
-        """What was divided, left out or repaired: one line of text for each reason."""
+        """One line of text for each reason for which entries were divided, left out or repaired."""
         return [*([self.division] if self.division else []), *self.notes.lines(self.annotation_path)]
 
     def require_objects(self, purpose: str) -> None:
-        """Raises a UserError, with what was found instead, where the split has (nearly) no object to `purpose`."""
+        """Raises a UserError, with what was found instead, if the split has (nearly) no object to `purpose`."""
         objects, skipped = self.objects, sum(self.skipped.values())
         if objects and skipped <= _MAX_SKIPPED * objects:
             return
@@ -160,11 +160,11 @@ class CocoDataset:
         number = f"only {objects} object(s)" if objects else "no object"
         found = f"{self.annotation_path}: {number} to {purpose} in {len(self.images)} image(s)"
         parts = [f"{crowds} crowd region(s)"] * bool(crowds) + [f"{skipped} skipped annotation(s)"] * bool(skipped)
-        fix = "annotate objects, or name another file"
+        fix = "annotate objects, or choose another file"
         if crowds and not objects:
             here = "--crowd-objects, or " if purpose == "learn" else ""
             fix = (
-                "take crowd regions as objects (CVAT marks brush masks with iscrowd 1): "
+                "treat crowd regions as objects (CVAT marks brush masks with iscrowd 1): "
                 f"{here}maskrcnn data convert coco {self.root} OUT --no-crowd"
             )
         elif skipped:
@@ -173,13 +173,13 @@ class CocoDataset:
         raise UserError(f"{found}{': ' if parts else ''}{', '.join(parts)}", "at least one annotated object", fix)
 
     def require_unchanged(self) -> None:
-        """Raises a UserError where an entry of the annotation file was not used as it is."""
+        """Raises a UserError if an entry of the annotation file was left out or changed."""
         lines = self.notes.lines(self.annotation_path)
         if lines:
-            raise UserError("\n  ".join(lines), "with --strict, entries that are used as they are", "correct the file")
+            raise UserError("\n  ".join(lines), "with --strict, entries that need no repair", "correct the file")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the annotations: of the file as it is, else of their content."""
+        """SHA-256 of the annotations: of the file if it is unchanged, else of their content."""
         if self.annotation_path.suffix == ".json" and not self.division:
             return sha256_of(self.annotation_path)
         digest = hashlib.sha256(repr((self.split, self.class_names, self.category_ids)).encode())
@@ -191,14 +191,14 @@ class CocoDataset:
 
 @dataclass(frozen=True, eq=False)
 class SplitContent:
-    """What the annotation file of a split holds, and where its images are."""
+    """The content of a split's annotation file, and the paths of its images."""
 
     file: AnnotationFile
     images: list[Any]  # the entries of the file; see `ImageEntry.index`
     annotations: list[Any]  # see `ObjectEntry.index`
     categories: list[Any]
     folder: Path  # of the images
-    paths: dict[int, Path]  # by image id; an image that is missing has a path too
+    paths: dict[int, Path]  # by image id; missing images have a path too
 
 
 def read_split(split: Split) -> SplitContent:
@@ -237,7 +237,7 @@ def _dataset(split: Split, root: Path, *, require_images: bool, drop_roots: bool
         raise UserError(
             f"{len(missing)} of {len(images)} images of {split.annotations} are missing, the first is {missing[0]}",
             f"every image of the file below {folder}",
-            "complete the image folder or name it with --images; or leave these images out: "
+            "complete the image folder or specify it with --images; or leave these images out: "
             "maskrcnn data convert coco … --keep-going",
         )
     return CocoDataset(
@@ -259,19 +259,19 @@ def _dataset(split: Split, root: Path, *, require_images: bool, drop_roots: bool
 
 
 def divided(dataset: CocoDataset, part: str, share: float = VAL_SHARE) -> CocoDataset:
-    """The images of a split to train on or to validate on.
+    """The part of a split to train on or to validate on.
 
-    A class in several images is in both parts: the rarest class is divided first. The order within a class is that of a
-    hash of the file names, so that a part depends on the content alone.
+    A class that occurs in several images is in both parts: the rarest class is divided first. Images of a class are
+    ordered by a hash of their file names, so that a part depends only on the content.
     """
     images = dataset.images
     if len(images) < 2:
         found = f"{dataset.annotation_path}: 1 image, and no split to validate on"
-        raise UserError(found, "two images or more, to divide them", "add images, or a split: --val-split")
+        raise UserError(found, "at least two images, to divide them", "add images, or a split: --val-split")
     order = sorted(range(len(images)), key=lambda index: hash_of_text(images.path(index).name))
     labels = [set(own) for own in dataset.labels_of_images()]
     images_of = Counter(label for own in labels for label in own)
-    kept, chosen = images_of.copy(), set()  # images of each class that are left to train on; images to validate on
+    kept, chosen = images_of.copy(), set()  # remaining training images of each class; validation images
     for label, count in sorted(images_of.items(), key=lambda item: (item[1], item[0])):
         wanted = max(1, round(share * count))
         for index in (k for k in order if label in labels[k] and k not in chosen):
@@ -301,12 +301,12 @@ def instance_mask(record: ImageRecord, instance: Instance) -> np.ndarray:
 
 
 def crowded_line(dataset: CocoDataset, detections: int, candidates: int = 0, proposals: int = 0) -> str | None:
-    """A line about images with more objects than a model returns; None if there are none.
+    """A line about images with more objects than a model returns; None if no image has more.
 
     Args:
         dataset: images and annotations.
         detections: rows of the model's output, `model.detections`.
-        candidates: `model.candidates`, which no more detections can come from; 0: not known.
+        candidates: `model.candidates`, which also limits the number of detections; 0: not known.
         proposals: `model.proposals`, likewise.
     """
     limits = {"detections": detections, "candidates": candidates, "proposals": proposals}

@@ -1,4 +1,4 @@
-"""Common parts of the drawn datasets: backgrounds, paint, and a dataset folder that is written whole or not at all."""
+"""Common parts of the drawn datasets: backgrounds, paint, and atomic writing of the dataset folder."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def write_drawn_dataset(
     """Writes a dataset to `out` (`train/`, `val/`, `annotations/`) and returns `out`.
 
     Image i of split s (train 0, val 1) is drawn with `np.random.default_rng([seed, s, i])`. The same arguments give
-    the same bytes of JSON. The folder is written whole or not at all; an existing folder of the same arguments is
-    kept.
+    the same bytes of JSON. The folder is written completely or not at all; an existing folder with the same arguments
+    is kept.
 
     Args:
-        out: folder that is missing, empty, or holds this dataset.
+        out: folder that is new, empty, or contains this dataset.
         draw: draws square images of `size_px`.
-        name: of the dataset, for messages.
+        name: name of the dataset, for messages.
         info: `info` of the annotation files, to which the arguments are added.
         categories: COCO's, from id 1.
         train_images, val_images: number of images, at least 1.
@@ -55,7 +55,7 @@ def write_drawn_dataset(
         seed: random seed, non-negative.
 
     Raises:
-        UserError: for arguments out of range, and where `out` holds anything else.
+        UserError: for arguments out of range, and if `out` contains anything else.
     """
     if min(train_images, val_images) < 1 or size_px < _MIN_SIZE_PX or seed < 0:
         raise UserError(
@@ -75,8 +75,8 @@ def write_drawn_dataset(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(
             f"{out} exists and is not the complete {name} dataset of {arguments}",
-            "a folder that is missing, empty, or of the same arguments",
-            "name another folder, or remove this one",
+            "a folder that is new, empty, or has the same dataset",
+            "choose another folder, or remove this one",
         )
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
@@ -94,7 +94,7 @@ def write_drawn_dataset(
         raise UserError(
             f"the {name} dataset cannot be written to {out} ({error.strerror or error})",
             "a writable folder, on a disk with space",
-            "name another folder, or free space",
+            "choose another folder, or free space",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,7 +106,7 @@ def _annotation_path(root: Path, split: str) -> Path:
 
 
 def _is_complete(root: Path, info: dict[str, Any], counts: dict[str, int]) -> bool:
-    """Whether `root` holds both splits of these arguments, with all their images."""
+    """Whether `root` contains both splits with these arguments, and all their images."""
     for split, count in counts.items():
         try:
             content = read_json(_annotation_path(root, split), "an annotation file")

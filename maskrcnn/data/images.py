@@ -1,19 +1,19 @@
-"""Image files as arrays: orientation, sample ranges and bands, for every command alike.
+"""Image files as arrays: orientation, sample ranges and bands, in the same way for every command.
 
-**Orientation.** An image is returned upright, as viewers show it. Where an annotation gives a size, the size decides:
-if it is that of the pixels as stored and not that of the upright image, the annotation refers to the pixels as stored.
-Sizes cannot tell for orientations 2, 3 and 4 (mirrored or upside down) and square images; these are upright too, as
+**Orientation.** An image is returned upright, as viewers show it. If an annotation gives a size, the size decides: if
+it matches the pixels as stored and not the upright image, the annotation refers to the pixels as stored. Sizes cannot
+decide for orientations 2, 3 and 4 (mirrored or upside down) and square images; these are returned upright too, as
 labelling tools, OpenCV and Detectron2 show them. `exif` overrides the rule.
 
-**Range.** Samples of 8 bits are 0–255. Wider ones (integers of 16 or 32 bits, floats) become float32 by
-`Preprocessing.pixel_range`, whose ends are 0 and 255, or else by the range that a TIFF file states. Without either, of
-16 bits the high byte is kept, and other samples are an error.
+**Range.** Samples of 8 bits are 0–255. Wider samples (integers of 16 or 32 bits, floats) are scaled to float32 with
+`Preprocessing.pixel_range`, which maps to 0 and 255, or else with the range stated in a TIFF file. Without either, the
+high byte of 16-bit samples is kept, and other samples are an error.
 
 **Bands.** A model of three channels without `Preprocessing.bands` reads RGB: grey is repeated, palettes, CMYK, YCbCr
-and LAB are converted, an alpha channel and further bands are dropped. One of another number of channels reads the first
-bands of a file, or `bands`; one of a single channel reads grey, or the luminance of RGB.
+and LAB are converted, an alpha channel and further bands are dropped. A model with another number of channels reads the
+first bands of a file, or `bands`; a model with one channel reads grey, or the luminance of RGB.
 
-What is lost on the way is counted in `ImageNotes`.
+Losses in these conversions are counted in `ImageNotes`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import files_below
 from maskrcnn.imaging.preprocess import Preprocessing, resize_antialiased
 
-# Of image files in folders.
+# Suffixes of image files in folders.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jp2", ".avif")
-# Of other files that may hold images: arrays, which are read where they are named, and photos that are not read.
+# Suffixes of other files that may be images: arrays, which are read if given explicitly, and photos that are not read.
 UNSEARCHED_SUFFIXES = (".npy", ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm")
 EXIF_RULES = ("auto", "upright", "stored")
 MAX_PIXELS_VARIABLE = "MASKRCNN_MAX_IMAGE_PIXELS"
 _MAX_PIXELS = 1_000_000_000  # 3 GB of RGB; Pillow's own limit is 179 million
-_IN_TILES = "read it in tiles (--tile 1024) from a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)"
+_IN_TILES = "read it in tiles (--tile 1024) from a tiled TIFF file (gdal_translate -of COG IN OUT.tif)"
 _READABLE = "an image file that Pillow or tifffile reads, such as JPEG, PNG or TIFF, or an .npy file"
 _ORIENTATION_TAG = 274  # EXIF 2.3, and TIFF 6.0 like the next ones
 _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG, _EXTRA_TAG = (
@@ -54,11 +54,11 @@ _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _SAMPLES_TAG, _MAX_SAMPLE_TAG, _SUBFILE_TAG,
     254,
     338,
 )
-_PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # Pillow's names of where PNG files keep it
+_PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}  # Pillow's keys of EXIF data in PNG files
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_START = b"\x93NUMPY"
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode L
-_FEW_LEVELS = 32  # of 256; an image of 12 bits in 16 has 16
+_FEW_LEVELS = 32  # out of 256 levels; a 12-bit image stored in 16 bits has 16
 _BANDS_OF_MODE = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "La": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3, "P": 3}
 _GREY_ALPHA = "LA;16B"
 _SAMPLES_MODE = {  # modes whose samples are not bands, and the mode to convert them to
@@ -71,21 +71,20 @@ _SAMPLES_MODE = {  # modes whose samples are not bands, and the mode to convert 
     "LAB": "RGB",
     "HSV": "RGB",
 }
-# Pillow refuses PNG files with more than 1 MB in a text or profile; both are read and not used.
+# Pillow rejects PNG files with more than 1 MB in a text or profile, which are read but not used.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 << 20)
 PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 256 << 20)
 
 RANGE_OPTION = "set --pixel-range LOW,HIGH (training: --set model.preprocessing.pixel_range=[LOW,HIGH])"
 _NOTES = {
-    "frames": "of several frames or pages, of which the first is read; split the file to use the others",
+    "frames": "with several frames or pages, of which the first is read; split the file to use the others",
     "alpha": "with transparency, which is dropped; train with --set model.channels=4 to read it as a band",
-    "bands": "of more bands than the model reads, which are dropped; train with --set model.channels=N, or choose some "
-    "with --set model.preprocessing.bands=[…]",
+    "bands": "with more bands than the model reads; the others are dropped; train with --set model.channels=N, or "
+    "choose bands with --set model.preprocessing.bands=[…]",
     "cmyk": "in CMYK, converted without their colour profile; convert them to RGB for exact colours",
-    "high byte": f"of 16 bits read by a model without a pixel range, of which 8 bits are kept; {RANGE_OPTION} to keep "
-    "all",
+    "high byte": f"of 16 bits, of which a model without a pixel range keeps 8; {RANGE_OPTION} to keep all",
     "few levels": f"of more than 8 bits with values in less than an eighth of the range, almost black; {RANGE_OPTION}",
-    "unit range": f"of floats from 0 to 1 read by a model without a pixel range, taken as 0–255; else {RANGE_OPTION}",
+    "unit range": f"of floats from 0 to 1, read as 0–255 as the model has no pixel range; or {RANGE_OPTION}",
     "clipped": f"with values outside the pixel range, which are clipped; {RANGE_OPTION} to change it",
     "nan": "with values that are not numbers, read as the low end of the pixel range",
     "resized": "of another size than their annotations, resized to the annotated size",
@@ -94,7 +93,7 @@ _NOTES = {
 
 @dataclass
 class ImageNotes:
-    """What reading images has lost or changed, counted by kind."""
+    """Information lost or changed in reading images, counted by kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -105,7 +104,7 @@ class ImageNotes:
         self.examples.setdefault(kind, name)
 
     def texts(self) -> list[str]:
-        """The kinds in words, without those that depend on the pixel range."""
+        """Descriptions of the kinds, without those that depend on the pixel range."""
         return [f"an image {_NOTES[kind]}" for kind in self.counts if kind not in ("clipped", "nan")]
 
     def lines(self) -> list[str]:
@@ -115,17 +114,17 @@ class ImageNotes:
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image file tells without decoding it."""
+    """Properties of an image file that are known without decoding it."""
 
-    size_hw: tuple[int, int]  # of the pixels as stored
+    size_hw: tuple[int, int]  # size of the pixels as stored
     orientation: int  # EXIF orientation, 1 (upright) to 8
     bands: int
     is_wide: bool  # whether samples have more than 8 bits
-    stated_range: tuple[float, float] | None = None  # of the samples, where the file tells
+    stated_range: tuple[float, float] | None = None  # range of the samples, if the file states it
     frames: int = 1  # 1 or 2 (more than one)
 
     def orientation_for(self, annotated_hw: tuple[int, int] | None = None, exif: str = "auto") -> int:
-        """The orientation to apply, 1 for none, by the rule at the top of this module.
+        """The orientation to apply (1: none), by the rule at the top of this module.
 
         Args:
             annotated_hw: size in the annotation.
@@ -157,7 +156,8 @@ def read_image(
 ) -> np.ndarray:
     """Reads an image file as `[H, W, C]`: uint8, or float32 from 0 to 255 for samples of more than 8 bits.
 
-    The rules of orientation, range and bands are at the top of this module. Of several frames the first is read.
+    The rules of orientation, range and bands are at the top of this module. If the file has several frames, the first
+    is read.
 
     Args:
         path: the file.
@@ -165,10 +165,10 @@ def read_image(
         annotated_hw: size in the annotation of the image: it decides on the orientation, and an image of another size
             but the same aspect ratio is resized to it.
         exif: one of `EXIF_RULES`.
-        notes: counts what is lost.
+        notes: counts information losses.
 
     Raises:
-        UserError: where the file is missing, empty, damaged, not an image, has no pixels, more than
+        UserError: if the file is missing, empty, damaged or not an image, or has no pixels, more than
             `MASKRCNN_MAX_IMAGE_PIXELS`, samples without a known range, too few bands, or another aspect ratio than
             `annotated_hw`.
     """
@@ -180,16 +180,16 @@ def read_image(
 def decode_image(
     data: bytes, name: str, preprocessing: Preprocessing | None = None, *, notes: ImageNotes | None = None
 ) -> np.ndarray:
-    """Decodes the content of an image file, as `read_image` does that of a file.
+    """Decodes the content of an image file, like `read_image`.
 
     Args:
         data: content of the file.
         name: name of the image in errors.
         preprocessing: see `read_image`.
-        notes: counts what is lost.
+        notes: counts information losses.
 
     Raises:
-        UserError: as `read_image`.
+        UserError: as in `read_image`.
     """
     return read_upright(data, name, preprocessing or Preprocessing(), notes)[0]
 
@@ -197,7 +197,7 @@ def decode_image(
 def read_upright(
     content: Path | bytes, name: str, preprocessing: Preprocessing, notes: ImageNotes | None = None
 ) -> tuple[np.ndarray, int]:
-    """As `read_image` or `decode_image`, of a file or its content; also returns the EXIF orientation, 1 for none."""
+    """As `read_image` or `decode_image`, for a file or its content; also returns the EXIF orientation (1: none)."""
     if isinstance(content, bytes):
         if not content:
             raise UserError(f"image {name} is empty", _READABLE, "send the content of an image file")
@@ -207,10 +207,10 @@ def read_upright(
 
 
 def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
-    """Reads the header of an image file, or of the content of one, which `name` names in errors.
+    """Reads the header of an image file or of its content; `name` is its name in errors.
 
     Raises:
-        UserError: where the file is missing, empty or not an image.
+        UserError: if the file is missing, empty or not an image.
     """
     if isinstance(content, bytes):
         with explained(f"image {name}"), _opened(io.BytesIO(content)) as opened:
@@ -220,11 +220,11 @@ def read_header(content: str | Path | bytes, name: str = "") -> ImageHeader:
 
 
 def read_samples(path: Path, preprocessing: Preprocessing | None = None) -> np.ndarray:
-    """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor turned.
+    """Reads the samples of an image in their own type, `[H, W, bands]`, as stored, neither scaled nor rotated.
 
     Args:
         path: image file.
-        preprocessing: of a model, to which only the bands that it reads are returned: no alpha channel, for example.
+        preprocessing: a model's: return only the bands that it reads, without an alpha channel, for example.
     """
     name = f"image {path}"
     with _source(path) as source, explained(name), _opened(source) as opened:
@@ -235,7 +235,7 @@ def read_samples(path: Path, preprocessing: Preprocessing | None = None) -> np.n
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
-    """Height and width of an image after its EXIF orientation is applied, from its header; None if it has none."""
+    """Height and width of an image after its EXIF orientation is applied, from its header; None without a header."""
     try:
         return read_header(path).shown_hw()
     except UserError:
@@ -243,9 +243,9 @@ def upright_size(path: Path) -> tuple[int, int] | None:
 
 
 def kinds_not_read(files: Sequence[Path], where: str) -> tuple[str, str]:
-    """The suffixes of files of `where` that may be images and are not read, and what to do about them."""
+    """The suffixes of files in `where` that may be images but are not read, and the fix."""
     kinds = sorted({path.suffix.lower() for path in files})
-    fixes = [f"name .npy files ('{where}/*.npy')"] if ".npy" in kinds else []
+    fixes = [f"give .npy files explicitly ('{where}/*.npy')"] if ".npy" in kinds else []
     fixes += ["convert them to JPEG or PNG"] if set(kinds) - {".npy"} else []
     return ", ".join(kinds), ", ".join(fixes)
 
@@ -254,17 +254,19 @@ def images_in(folder: Path, limit: int) -> list[Path]:
     """The images of a folder and its subfolders: at most `limit`, evenly spaced in the sorted list.
 
     Raises:
-        UserError: where there is no such folder, or no image in it.
+        UserError: if the folder does not exist, or has no image.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}", "a folder of images", "name a folder of images like those to predict on")
+        raise UserError(
+            f"no folder {folder}", "a folder of images", "choose a folder of images like those to predict on"
+        )
     files = files_below(folder, IMAGE_SUFFIXES)
     if not files:
         others, fix = kinds_not_read(files_below(folder, UNSEARCHED_SUFFIXES), str(folder))
         raise UserError(
             f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})" + (f", but files {others}" if others else ""),
             "images",
-            fix or "add images, or name another folder",
+            fix or "add images, or choose another folder",
         )
     indices = np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)
     return [files[index] for index in indices]
@@ -274,7 +276,7 @@ def fits_size(size_hw: tuple[int, int], annotated_hw: tuple[int, int], name: str
     """Whether an image has the size of its annotation; False for another size of the same aspect ratio.
 
     Raises:
-        UserError: for another aspect ratio; `name` names the image.
+        UserError: for another aspect ratio; `name` identifies the image.
     """
     if size_hw == annotated_hw:
         return True
@@ -288,9 +290,9 @@ def fits_size(size_hw: tuple[int, int], annotated_hw: tuple[int, int], name: str
 
 
 def same_ratio(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> bool:
-    """Whether two sizes are the same up to scale, with sides of the smaller one rounded to a pixel.
+    """Whether two sizes are the same up to scale, if the sides of the smaller one are rounded to pixels.
 
-    An image that differs in one side only has been cropped or padded, not scaled.
+    An image that differs in only one side has been cropped or padded, not scaled.
     """
     (height, width), (other_height, other_width) = first_hw, second_hw
     if (height == other_height) != (width == other_width):
@@ -303,7 +305,7 @@ def same_ratio(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> bool:
 
 @contextmanager
 def _source(path: Path) -> Iterator[Path]:
-    """Checks that there is a file with content."""
+    """Checks that the file exists and is not empty."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"image {path} {what}", _READABLE, "correct the path or restore the file")
@@ -314,7 +316,7 @@ def _source(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into a UserError."""
+    """Turns any exception of a decoder into a UserError."""
     try:
         yield
     except UserError:
@@ -327,21 +329,21 @@ def explained(name: str) -> Iterator[None]:
         raise UserError(
             f"{name} does not fit into memory", "an image that can be decoded here", f"scale it down, or {_IN_TILES}"
         ) from error
-    except Image.DecompressionBombError as error:  # of more than twice the limit, by Pillow
+    except Image.DecompressionBombError as error:  # Pillow's error for more than twice the limit
         raise _too_large(name) from error
     except Exception as error:  # decoders raise any exception on damaged bytes
         raise UserError(
             f"{name} cannot be decoded ({type(error).__name__}: {error})",
-            "an undamaged image file of complete length",
+            "a complete, undamaged image file",
             "restore the file from its source, or convert it to 8-bit PNG",
         ) from error
 
 
 def max_pixels() -> int:
-    """The largest number of pixels of an image that is read.
+    """The maximum number of pixels of an image to read.
 
     Raises:
-        UserError: where the environment variable is not a number.
+        UserError: if the environment variable is not a number.
     """
     text = os.environ.get(MAX_PIXELS_VARIABLE, "")
     try:
@@ -351,7 +353,7 @@ def max_pixels() -> int:
             f"{MAX_PIXELS_VARIABLE}={text}", "a number of pixels", "correct or unset the variable"
         ) from error
     if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own check has no message that leads on
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow's own check does not suggest a fix
     return limit
 
 
@@ -379,7 +381,7 @@ class OpenedImage:
         raise NotImplementedError
 
     def rgb(self, notes: ImageNotes, name: str) -> np.ndarray | None:
-        """uint8 `[H, W, 3]` as stored, as Pillow converts it; None if it cannot."""
+        """uint8 `[H, W, 3]` as stored, converted by Pillow; None if Pillow cannot convert it."""
         return None
 
     def has_alpha(self) -> bool:
@@ -423,7 +425,7 @@ def _beginning(source: Path | io.BytesIO) -> bytes:
 
 
 def open_tiff(source: Path | io.BytesIO) -> Any:
-    """Opens a file with tifffile; to be closed.
+    """Opens a file with tifffile; the caller must close it.
 
     Raises:
         UserError: if tifffile is not installed.
@@ -432,7 +434,7 @@ def open_tiff(source: Path | io.BytesIO) -> Any:
         tifffile = importlib.import_module("tifffile")
     except ImportError as error:
         raise UserError(
-            "a TIFF file of more bands or bits than Pillow reads, and no tifffile",
+            "a TIFF file with more bands or bits than Pillow reads, without tifffile",
             "the library tifffile",
             "pip install tifffile imagecodecs (the latter for compressed files)",
         ) from error
@@ -493,7 +495,7 @@ class TiffPage(OpenedImage):
 
 
 class _Pillow(OpenedImage):
-    """An image that Pillow reads."""
+    """An image read by Pillow."""
 
     def __init__(self, image: Image.Image, source: Path | io.BytesIO) -> None:
         self._image, self._source = image, source
@@ -508,7 +510,7 @@ class _Pillow(OpenedImage):
         bits = 16 if self._packing or image.mode.startswith("I") or image.mode == "F" else 8
         stated = None
         if image.format == "TIFF":
-            # Keeps Pillow from mapping the file into memory: of turned ones, 13.0 exchanges width and height then.
+            # Prevents memory mapping, with which Pillow 13.0 exchanges width and height of rotated images.
             image.filename = ""  # type: ignore[attr-defined]
             tags = image.tag_v2  # type: ignore[attr-defined]
             width, height = tags[_WIDTH_TAG], tags[_HEIGHT_TAG]  # `size` of newer versions is that of the upright image
@@ -531,8 +533,8 @@ class _Pillow(OpenedImage):
         elif image.mode in _SAMPLES_MODE:
             image = image.convert(_SAMPLES_MODE[image.mode])
         array = np.array(image)
-        if self._packing:  # Pillow keeps the high byte; read in the other byte order, it keeps the low one
-            has_grey = self._packing == _GREY_ALPHA  # whose four bytes per pixel are read as they are
+        if self._packing:  # Pillow keeps the high byte; with the byte order swapped, it keeps the low byte
+            has_grey = self._packing == _GREY_ALPHA  # its four bytes per pixel are read unchanged
             with Image.open(self._source) as opened:
                 other: Any = opened
                 packing = "RGBA" if has_grey else self._packing[:-1] + "L"
@@ -586,7 +588,7 @@ def _value(page: Any, tag: int) -> Any:
 
 
 def _stated_range(bits: Any, most_sample: Any) -> tuple[float, float] | None:
-    """The range of samples that a TIFF file's tags state, of those with more than 8 and at most 16 bits."""
+    """The range of samples stated in the tags of a TIFF file, for more than 8 and at most 16 bits."""
     bits, most = int(max(_numbers(bits))), max(_numbers(most_sample), default=0)
     if 8 < bits < 16:
         return 0.0, float((1 << bits) - 1)
@@ -594,7 +596,7 @@ def _stated_range(bits: Any, most_sample: Any) -> tuple[float, float] | None:
 
 
 def _packing_of_16_bits(image: Image.Image) -> str:
-    """Pillow's packing of PNG colours of 16 bits, such as "RGB;16B", of which it decodes 8; "" for other images.
+    """Pillow's packing of 16-bit PNG colours, such as "RGB;16B", of which it decodes 8 bits; "" for other images.
 
     Grey with alpha is RGBA to Pillow.
     """
@@ -604,7 +606,7 @@ def _packing_of_16_bits(image: Image.Image) -> str:
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Whether there are frames beside the first, not counting the overviews of a TIFF file."""
+    """Whether the image has several frames, not counting the overviews of a TIFF file."""
     if image.format not in ("GIF", "PNG", "TIFF", "WEBP"):
         return False
     try:
@@ -612,7 +614,7 @@ def _has_more_frames(image: Image.Image) -> bool:
             return bool(getattr(image, "is_animated", False))
         image.seek(1)
         return not image.tag_v2.get(_SUBFILE_TAG, 0) & 1  # type: ignore[attr-defined]
-    except Exception:  # a damaged second frame; the first may be whole
+    except Exception:  # a damaged second frame; the first may be intact
         return False
     finally:
         image.seek(0)
@@ -622,7 +624,7 @@ def _orientation(image: Image.Image, source: Path | io.BytesIO) -> int:
     """The EXIF orientation, 1 without one or if the metadata cannot be read, as in viewers."""
     try:
         if image.format == "PNG" and not (_PNG_EXIF & image.info.keys() or _has_late_exif(source)):
-            return 1  # `getexif` would decode the whole image in search of one
+            return 1  # `getexif` would decode the whole image to search for EXIF data
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # Pillow raises any exception
         return 1
@@ -630,7 +632,7 @@ def _orientation(image: Image.Image, source: Path | io.BytesIO) -> int:
 
 
 def _has_late_exif(source: Path | io.BytesIO) -> bool:
-    """Whether a PNG file has EXIF data, perhaps after the pixels, where opening it does not find them."""
+    """Whether a PNG file has EXIF data, also after the pixels, where Pillow does not find it on opening."""
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as file:
         file.seek(8)
         while len(start := file.read(8)) == 8 and start[4:] != b"eXIf":
@@ -649,7 +651,7 @@ def _read(
     exif: str,
     notes: ImageNotes | None,
 ) -> tuple[np.ndarray, int]:
-    """Pixels, and the orientation that was applied to them."""
+    """Pixels, and the orientation applied to them."""
     notes = notes if notes is not None else ImageNotes()
     with explained(name), _opened(source) as opened:
         header = opened.header
@@ -743,7 +745,7 @@ def _scaled(samples: np.ndarray, value_range: tuple[float, ...] | None, notes: I
 def _bands_read(
     samples: np.ndarray, preprocessing: Preprocessing, notes: ImageNotes, name: str, *, has_alpha: bool
 ) -> np.ndarray:
-    """The bands of samples `[H, W, bands]` that a model reads: one per channel, one of grey, or three of colour."""
+    """The bands of samples `[H, W, bands]` that a model reads: one per channel, one grey, or three colour bands."""
     count, channels, bands = samples.shape[2], preprocessing.channels, preprocessing.bands
     if channels in (1, 3) and not bands:
         if has_alpha and count in (2, 4):
@@ -757,7 +759,7 @@ def _bands_read(
         raise UserError(
             f"{name} has {count} band(s)",
             f"at least {needed}, as the model reads",
-            "use images with all bands (multi-band TIFF, .npy), or train a model of other "
+            "use images with all bands (multi-band TIFF, .npy), or train a model with other "
             "--set model.channels or model.preprocessing.bands",
         )
     if bands:

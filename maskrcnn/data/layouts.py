@@ -1,11 +1,11 @@
-"""How a dataset lies in its folder: which annotation file belongs to which split, and where its images are.
+"""Layouts of datasets: which annotation file belongs to which split, and where its images are.
 
-Recognised are COCO's layout (`annotations/instances_<split>.json` beside `<split>/` or `images/`, also as exported by
-CVAT and Datumaro), annotation files beside their images (Roboflow, Label Studio, FiftyOne, or any one JSON file and an
-image folder), and YOLO's text files. A dataset can also be named by its annotation file.
+Recognised layouts are COCO's (`annotations/instances_<split>.json` next to `<split>/` or `images/`, also as exported by
+CVAT and Datumaro), annotation files next to their images (Roboflow, Label Studio, FiftyOne, or a single JSON file and
+an image folder), and YOLO's text files. A dataset can also be given by its annotation file.
 
-A dataset without a split to validate on is divided: the parts `name[train]` and `name[val]` of a split are made by
-`maskrcnn.data.coco`.
+A dataset without a validation split is divided: `maskrcnn.data.coco` makes the parts `name[train]` and `name[val]` of a
+split.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from maskrcnn.data.images import IMAGE_SUFFIXES, upright_size
 from maskrcnn.errors import UserError
 from maskrcnn.files import files_below, read_json
 
-LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json beside <split>/"
+LAYOUT = "a folder in COCO layout: annotations/instances_<split>.json next to <split>/"
 LAYOUTS = f"""{LAYOUT}; or one annotation file in
             COCO's format and a folder of images (Roboflow, CVAT, Label Studio, FiftyOne); or YOLO's data.yaml with
             images/ and labels/"""
 
-_PREFIX = "instances_"  # of annotation files
-_KEYPOINTS_PREFIX = "person_keypoints_"  # of COCO's annotation files of keypoints; part of the split's name
+_PREFIX = "instances_"  # prefix of annotation files
+_KEYPOINTS_PREFIX = "person_keypoints_"  # prefix of COCO's keypoint annotation files; part of the split's name
 _SPLIT_WORD = re.compile(r"(?:^|[^a-z])((?:train|val|test|dev|eval)[a-z]*\d*)(?![a-z])", re.IGNORECASE)
 _PLAIN_NAMES = ("_annotations.coco", "_annotations", "annotations", "annotation", "instances", "coco", "labels")
 _IMAGE_FOLDERS = ("images", "Images", "data", "JPEGImages", "imgs", "img", "image")
-_DEPTH = 3  # folders below the dataset's that annotation files are searched in
-_MAX_FILES = 200  # JSON files that are looked at
-_HEAD = 1 << 16  # bytes at either end of a JSON file by which its format is recognised
-_SAMPLE = 50  # image names that an image folder is chosen by
-_ANNOTATION_FOLDERS = {"annotations", "annotation", "labels"}  # beside folders of images, in that of the dataset
-_NAME_BOTH = "name the annotation file and the folder of its images: --annotations FILE --images DIR"
+_DEPTH = 3  # levels of subfolders in which annotation files are searched for
+_MAX_FILES = 200  # maximum number of JSON files to inspect
+_HEAD = 1 << 16  # bytes at either end of a JSON file from which its format is recognised
+_SAMPLE = 50  # number of image names from which the image folder is chosen
+_ANNOTATION_FOLDERS = {"annotations", "annotation", "labels"}  # next to image folders, in the dataset's folder
+_NAME_BOTH = "give the annotation file and the folder of its images: --annotations FILE --images DIR"
 _ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar", ".xz", ".bz2")
-_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # what Label Studio puts before the name of an uploaded file
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")  # prefix that Label Studio adds to the names of uploaded files
 _PARTS = ("train", "val")
 _PART = re.compile(r"(.+)\[(train|val)\]")  # the name of a part of a split
 
@@ -55,9 +55,9 @@ class Split:
     """One split of a dataset."""
 
     name: str
-    annotations: Path  # its file; of YOLO's the YAML file, or the folder
+    annotations: Path  # the annotation file; for YOLO, the YAML file or the folder
     content: Callable[[], Any] | None  # reads the annotations in COCO's structure; None: they are JSON in COCO's format
-    image_folders: tuple[Path, ...]  # folders that its images may be in, the likeliest first
+    image_folders: tuple[Path, ...]  # folders that may contain its images, the most likely first
     part: str = ""  # "train" or "val": a part of an annotation file, by name `file[part]`
 
 
@@ -69,7 +69,7 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
         images: folder of the images (default: searched for near the annotation file).
 
     Raises:
-        UserError: where there is none; lists what was found.
+        UserError: if there is no dataset; the message lists what was found.
     """
     root = Path(data)
     folders: tuple[Path, ...] = (Path(images),) if images else ()
@@ -78,7 +78,7 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
     if root.suffix.lower() in (".yaml", ".yml") and root.is_file():
         found = _yolo_splits(root)
     elif root.is_file() and root.suffix.lower() in _ARCHIVES:
-        raise UserError(f"{root}: an archive", LAYOUTS, "unpack it, and name the folder")
+        raise UserError(f"{root}: an archive", LAYOUTS, "unpack it, and give the folder")
     elif root.is_file() and root.suffix.lower() == ".xml":
         convert = "maskrcnn data convert voc DIR OUT, or datumaro:cvat DIR OUT for CVAT's"
         raise UserError(f"{root}: a file in XML", LAYOUTS, f"convert the dataset: {convert}")
@@ -88,7 +88,7 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
         base = _parent(beside) if is_inner else beside
         found = [_json_split(root, base, folders, _split_name(root, beside))]
     elif not root.is_dir():
-        raise UserError(f"{root} does not exist", LAYOUTS, "name the dataset where it is: --data DIR")
+        raise UserError(f"{root} does not exist", LAYOUTS, "give the dataset's location: --data DIR")
     else:
         found = _coco_layout(root, folders) or _yolo_files(root) or _any_layout(root, folders)
     if not found:
@@ -100,7 +100,7 @@ def splits_of(data: str | Path, images: str | Path | None = None) -> dict[str, S
             raise UserError(
                 f"two annotation files of the split {split.name!r}: {files}",
                 "one annotation file for each split",
-                "name the file itself, e.g. --data " + str(split.annotations),
+                "give the file itself, e.g. --data " + str(split.annotations),
             )
         splits[split.name] = split
     return splits
@@ -112,10 +112,10 @@ def list_splits(data: str | Path, images: str | Path | None = None) -> list[str]
 
 
 def find_split(data: str | Path, kind: str, images: str | Path | None = None) -> str:
-    """The name of a split: of the one of this name, else of the only one whose name begins with it.
+    """The name of the split with this name, else of the only split whose name begins with it.
 
-    Where a dataset has one split that is not for tests, "val" is a part of it, see `training_splits`; so is "train" if
-    that split has another name.
+    If a dataset has a single split that is not for tests, "val" is a part of it, see `training_splits`; so is "train"
+    if that split has another name.
 
     Args:
         data: see `splits_of`.
@@ -123,7 +123,7 @@ def find_split(data: str | Path, kind: str, images: str | Path | None = None) ->
         images: see `splits_of`.
 
     Raises:
-        UserError: where no split or several match; lists the dataset's splits.
+        UserError: if no split or several match; the message lists the dataset's splits.
     """
     return _find(data, kind, splits_of(data, images))
 
@@ -139,16 +139,16 @@ def training_splits(
 ) -> tuple[str, str]:
     """The names of the splits to train on and to validate on.
 
-    A dataset without a split to validate on is divided: the names are those of its parts, `name[train]` and
-    `name[val]`, if the split to train on is the one of which "val" is a part. Nothing is divided with `val_data`.
+    A dataset without a validation split is divided: the names are those of its parts, `name[train]` and `name[val]`, if
+    the split to train on is the one of which "val" is a part. With `val_data`, nothing is divided.
 
     Args:
         data, images: see `splits_of`.
         train, val: see `find_split`.
-        val_data, val_images: where the split to validate on is, if it is not in `data`.
+        val_data, val_images: location of the validation split, if it is not in `data`.
 
     Raises:
-        UserError: as `find_split`.
+        UserError: as in `find_split`.
     """
     splits = splits_of(data, images)
     if val_data is not None:
@@ -158,10 +158,10 @@ def training_splits(
 
 
 def get_split(data: str | Path, name: str, images: str | Path | None = None) -> Split:
-    """The split of an exact name, as `find_split` gives it.
+    """The split with an exact name, as returned by `find_split`.
 
     Raises:
-        UserError: where there is none; lists the dataset's splits.
+        UserError: if it does not exist; the message lists the dataset's splits.
     """
     splits = splits_of(data, images)
     part = _PART.fullmatch(name)
@@ -185,7 +185,7 @@ def _find(data: str | Path, kind: str, splits: dict[str, Split]) -> str:
         return kind if kind in splits else matching[0]
     if matching:
         found = f"several splits for {kind!r} in {data}: {', '.join(sorted(matching))}"
-        raise UserError(found, "one split", "name one of them exactly")
+        raise UserError(found, "one split", "give the exact name of one of them")
     divisible = [name for name in splits if not name.lower().startswith("test")]
     if kind in _PARTS and len(divisible) == 1 and not divisible[0].lower().startswith("val"):
         return f"{divisible[0]}[{kind}]"
@@ -198,11 +198,11 @@ def _only_or(kind: str, data: str | Path, splits: dict[str, Split]) -> str:
 
 def _no_split(data: str | Path, name: str, splits: dict[str, Split]) -> UserError:
     expected = f"one of: {', '.join(sorted(splits))}"
-    return UserError(f"no split {name!r} in {data}", expected, "name a split that exists, or add its annotation file")
+    return UserError(f"no split {name!r} in {data}", expected, "choose an existing split, or add its annotation file")
 
 
 def find_splits(data: str | Path, names: Sequence[str], images: str | Path | None = None) -> list[str]:
-    """The splits of these names or prefixes without duplicates, see `find_split`; all splits for no names."""
+    """The splits with these names or prefixes, without duplicates, see `find_split`; without names, all splits."""
     found = [find_split(data, name, images) for name in names] or list_splits(data, images)
     return list(dict.fromkeys(found))
 
@@ -215,7 +215,7 @@ def _json_split(path: Path, root: Path, folders: tuple[Path, ...], name: str) ->
 
 
 def _coco_layout(root: Path, folders: tuple[Path, ...]) -> list[Split]:
-    """The splits of COCO's layout; those of keypoint files where there are no others."""
+    """The splits of COCO's layout; those of keypoint files if there are no others."""
     return _coco_files(root, _PREFIX, folders) or _coco_files(root, _KEYPOINTS_PREFIX, folders)
 
 
@@ -242,7 +242,7 @@ def _files(root: Path, suffixes: tuple[str, ...], depth: int = _DEPTH) -> Iterat
 
 
 def _is_annotation_file(path: Path) -> bool:
-    """Whether the ends of a file, or the whole of a small one, look like COCO's format."""
+    """Whether both ends of a file, or a small file as a whole, look like COCO's format."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -260,12 +260,12 @@ def _is_annotation_file(path: Path) -> bool:
     try:
         content = read_json(path, "JSON")
     except UserError:
-        return True  # damaged: say so when it is read
+        return True  # damaged: reported when it is read
     return isinstance(content, dict) and isinstance(content.get("images"), list)
 
 
 def _split_name(path: Path, root: Path) -> str:
-    """The split of an annotation file: the word train, val, test … in its name or its folder's, else its name."""
+    """The split of an annotation file: the word train, val, test … in its name or its folder's name, else its name."""
     stem = path.name[: -len(path.suffix)] if path.suffix else path.name
     word = _SPLIT_WORD.search(stem)
     if word:
@@ -280,12 +280,12 @@ def _split_name(path: Path, root: Path) -> str:
 
 
 def _parent(folder: Path) -> Path:
-    """The folder above one; unlike `Path.parent` also that of "."."""
+    """The parent folder; unlike `Path.parent`, also that of "."."""
     return Path(os.path.normpath(folder / os.pardir))
 
 
 def _image_folders(path: Path, root: Path, split: str) -> Iterator[Path]:
-    """Folders that the images of an annotation file may be in, the likeliest first."""
+    """Folders that may contain the images of an annotation file, the most likely first."""
     name = split.removeprefix(_KEYPOINTS_PREFIX)
     yield root / name
     near = dict.fromkeys([path.parent, root, _parent(path.parent)])
@@ -297,21 +297,21 @@ def _image_folders(path: Path, root: Path, split: str) -> Iterator[Path]:
 
 
 def _keys(file: str) -> tuple[str, ...]:
-    """What the file of an image is found by: its name, without regard to case, and without its suffix.
+    """Keys to find the file of an image: its name, as given, in lower case, and without its suffix.
 
-    Letters with marks are one character or two, as macOS writes them.
+    Unicode is normalized, as macOS writes accented letters as two characters.
     """
     plain = unicodedata.normalize("NFC", file)
     return (plain, plain.lower(), f"{PurePath(plain).stem.lower()}.")
 
 
 class ImageFinder:
-    """Finds the files of a split's images, whatever folder or system their names were written on.
+    """Finds the files of a split's images, independent of the folder or system on which their names were written.
 
-    Only files in the folders are found: an annotation file cannot name others.
+    Only files in the folders are found: an annotation file cannot refer to others.
 
     Args:
-        folders: folders that the images may be in, the likeliest first; (): the images are not needed.
+        folders: folders that may contain the images, the most likely first; (): the images are not needed.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -320,7 +320,7 @@ class ImageFinder:
         self._index: dict[str, list[Path]] | None = None
 
     def choose(self, names: Sequence[str]) -> Path:
-        """Sets and returns the folder with most of some of these images."""
+        """Sets and returns the folder that contains most of a sample of these images."""
         self.folder = self._folders[0]
         some = names[:: max(1, len(names) // _SAMPLE)][:_SAMPLE] if self._is_known else []
         counts = [sum(self._direct(folder, name) is not None for name in some) for folder in self._folders]
@@ -332,25 +332,25 @@ class ImageFinder:
         return self.folder
 
     def find(self, name: str) -> Path:
-        """The file of an image; where there is none, the path where it was expected."""
+        """The file of an image; if missing, the path where it was expected."""
         direct = self._direct(self.folder, name) if self._is_known else Path(name)
         if direct is not None:
             return direct
         if self._index is None:
-            self._index = self._searched()  # assigned when it is complete: other threads may be here
+            self._index = self._searched()  # assigned only when complete: other threads may read it
         index = self._index
         last = Path(name).name
         names = dict.fromkeys((last, unquote(last), _UPLOADED.sub("", last)))
         for key in dict.fromkeys(chain.from_iterable(map(_keys, names))):
             found = sorted(set(index.get(key, ())))
-            for likely in (self.folder, *self._folders) if found else ():  # of several the one in a likelier folder
+            for likely in (self.folder, *self._folders) if found else ():  # the most likely folder first
                 inside = [path for path in found if likely in path.parents]
                 if len(inside) == 1:
                     return inside[0]
         return self.folder / last
 
     def _searched(self) -> dict[str, list[Path]]:
-        """The images in the folder and below, by what they may be called."""
+        """The images in the folder and below, by their keys."""
         index: dict[str, list[Path]] = {}
         is_disk = self.folder == Path(self.folder.anchor)
         for folder, _, files in () if is_disk else os.walk(self.folder):
@@ -362,7 +362,7 @@ class ImageFinder:
 
     @staticmethod
     def _direct(folder: Path, name: str) -> Path | None:
-        """The file of this name, or of its last parts, below a folder."""
+        """The file with this name, or with its last parts, below a folder."""
         parts = [part for part in Path(os.path.normpath(name)).parts if part not in (os.sep, os.pardir)]
         if (parts and os.path.splitdrive(parts[0])[0]) or (parts and parts[0].endswith(":")):
             parts = parts[1:]
@@ -415,7 +415,7 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
                 f"{path} has no names and paths", "YOLO's data.yaml: names, and train: or val:", "correct the file"
             )
         return []
-    names = yaml.load(text, yaml.BaseLoader)["names"]  # texts as they are: `no` is a name, not False
+    names = yaml.load(text, yaml.BaseLoader)["names"]  # keeps texts unchanged: `no` is a name, not False
     classes = dict(enumerate(names)) if isinstance(names, list) else names if isinstance(names, dict) else {"": ""}
     if not all(str(key).isdecimal() and isinstance(name, str) for key, name in classes.items()):
         raise UserError(f"{path}: names is {names!r}", "a list of class names, or number: name", "correct the file")
@@ -436,13 +436,13 @@ def _yolo_splits(path: Path, *, is_required: bool = True) -> list[Split]:
 def _yolo_split(
     name: str, path: Path, sources: Sequence[Path], classes: dict[Any, Any], options: dict[str, Any], base: Path
 ) -> Split:
-    """A split of a file that names folders or lists of images, which may lie anywhere."""
+    """A split of a file that refers to folders or lists of images, which may be anywhere."""
     read = partial(_yolo_content, sources, classes, options, base)
     return Split(name, path, read, (base, Path(base.absolute().anchor)))
 
 
 def _darknet_splits(path: Path) -> list[Split]:
-    """The splits of a file of Darknet, such as CVAT's obj.data; none for another file."""
+    """The splits of a Darknet file, such as CVAT's obj.data; none for another file."""
     pairs = (line.partition("=") for line in _lines(path))
     fields = {key.strip(): value.strip() for key, _, value in pairs}
     if not fields.get("names"):
@@ -457,10 +457,10 @@ def _darknet_splits(path: Path) -> list[Split]:
 
 
 def _below(base: Path, folder: Path, value: str) -> Path:
-    """A path of YOLO's files, which may have been written elsewhere.
+    """Resolves a path in YOLO's files, which may have been written on another machine.
 
     Roboflow writes `../train/images` for `train/images`, CVAT `data/images/train/a.jpg` for `images/train/a.jpg`, and
-    others where the dataset was on their machine. Of folders the last two parts must be there: `val/images` is not
+    others the dataset's path on their machine. For folders, the last two parts must match: `val/images` is not
     `images`.
     """
     parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".", "..")]
@@ -483,7 +483,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
         elif source.is_file():
             files += [_below(source.parent, base, line) for line in _lines(source)]
         else:
-            raise UserError(f"{source} does not exist", "the images that data.yaml names", "correct data.yaml")
+            raise UserError(f"{source} does not exist", "the images given in data.yaml", "correct data.yaml")
     is_below = all(file.is_relative_to(base) for file in files)
     shape = options.get("kpt_shape")
     points = tuple(shape) if isinstance(shape, list) and len(shape) == 2 else None
@@ -509,7 +509,7 @@ def _yolo_content(sources: Sequence[Path], classes: dict[Any, Any] | None, optio
 
 
 def _keypoint_names(count: int, options: dict[str, Any]) -> list[str]:
-    """Names by which mirrored pairs are recognised: the file's, else from its `flip_idx`."""
+    """Names from which mirrored pairs are recognised: the file's, else generated from its `flip_idx`."""
     names = options.get("kpt_names")
     if isinstance(names, dict):
         names = next(iter(names.values()), None)
@@ -523,7 +523,7 @@ def _keypoint_names(count: int, options: dict[str, Any]) -> list[str]:
 
 
 def _label_file(image: Path) -> Path:
-    """The text file of an image: in `labels` instead of the last `images`, else beside it."""
+    """The text file of an image: in `labels` instead of the last `images`, else next to the image."""
     parts = list(image.parts)
     if "images" in parts[:-1]:
         index = len(parts) - 1 - parts[::-1].index("images")
@@ -536,7 +536,7 @@ def _label_file(image: Path) -> Path:
 
 
 def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[Any, ...] | None) -> dict[str, Any]:
-    """COCO's fields of a line; a malformed one has no box and is counted by the reader."""
+    """COCO's fields of a line; a malformed line has no box and is counted by the reader."""
     try:
         category, values = int(float(fields[0])), [float(each) for each in fields[1:]]
     except (ValueError, OverflowError):
@@ -565,7 +565,7 @@ def _yolo_annotation(fields: list[str], size_hw: tuple[int, int], points: tuple[
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank; none of a missing file."""
+    """The non-blank lines of a text file; none if it is missing."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
@@ -577,7 +577,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _contents(root: Path) -> str:
-    """What a folder holds, in a few words."""
+    """A short description of a folder's content."""
     try:
         entries = sorted(root.iterdir())
     except OSError as error:
@@ -587,7 +587,7 @@ def _contents(root: Path) -> str:
 
 
 def _advice(root: Path) -> str:
-    """The next step for a folder in no layout that is recognised."""
+    """The next step for a folder without a recognised layout."""
     nearest = next((each for each in (root, *_folders(root)) if (each / "Annotations").is_dir()), None)
     if nearest is not None and any((nearest / "Annotations").rglob("*.xml")):
         return f"convert it (Pascal VOC): maskrcnn data convert voc {nearest} OUT"

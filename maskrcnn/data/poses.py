@@ -1,8 +1,8 @@
 """The drawn dataset of poses: stick figures with masks and joints, in COCO's format.
 
 Left and right are not encoded in colour: a figure that faces the camera has a face, and its left hand is on the right
-of its body in the image; a figure seen from behind shows hair, and the sides are swapped. So a mirrored figure is a
-figure whose left and right joints have changed names, as with people.
+of its body in the image; a figure seen from behind shows hair, and the sides are swapped. As with people, a mirrored
+figure is therefore a figure whose left and right joints have exchanged names.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ JOINTS = (
 SKELETON = ((1, 2), (2, 3), (2, 4), (4, 6), (2, 5), (5, 7), (3, 8), (8, 10), (3, 9), (9, 11))  # numbers from 1
 _EMPTY_FRACTION = 0.05  # share of images without a figure
 _MAX_FIGURES = 3
-_HEIGHT_PX = (56, 100)  # of an upright figure, in an image whose shorter side is 128 px
-_MIN_VISIBLE = 0.5  # share of a figure's pixels in the image; a figure with less is not drawn
+_HEIGHT_PX = (56, 100)  # height of an upright figure, in an image whose shorter side is 128 px
+_MIN_VISIBLE = 0.5  # minimum share of a figure's pixels in the image; other figures are not drawn
 _MIN_VISIBLE_PX = 60
 _MAX_TILT = math.radians(35)
 
@@ -58,10 +58,10 @@ def generate_poses(
 ) -> Path:
     """Writes the dataset to `out` and returns `out`, see `write_drawn_dataset`.
 
-    A visible joint has visibility 2, one covered by another figure 1, and one outside the image 0.
+    Joints have visibility 2 if visible, 1 if covered by another figure, and 0 outside the image.
 
     Raises:
-        UserError: for arguments out of range, and where `out` holds anything else.
+        UserError: for arguments out of range, and if `out` contains anything else.
     """
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -197,7 +197,7 @@ def _capsule(start: np.ndarray, end: np.ndarray, radius_px: float, size_hw: tupl
 def _visible_figures(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]:
     """The figures that are visible enough, back to front, with their visible masks.
 
-    Other figures are not drawn, so that nothing is drawn without its annotation.
+    Other figures are not drawn, so that everything drawn is annotated.
     """
     kept: list[tuple[_Figure, np.ndarray]] = []
     covered = np.zeros((), bool)
@@ -210,7 +210,7 @@ def _visible_figures(figures: list[_Figure]) -> list[tuple[_Figure, np.ndarray]]
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, figure: _Figure) -> None:
-    """Paints a figure: light skin, dark hair, clothes of which the torso and legs contrast with the background."""
+    """Paints a figure: light skin, dark hair, and clothes whose torso and legs contrast with the background."""
     tone, dark = rng.uniform(0.75, 1.0), rng.uniform(5, 45)
     colours: dict[str, np.ndarray | None] = {
         "skin": tone * np.array([245, 205, 170], np.float32),

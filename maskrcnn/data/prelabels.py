@@ -1,8 +1,8 @@
-"""Detections as first labels for annotation tools: COCO datasets, LabelMe files, YOLO's text files.
+"""Detections as pre-labels for annotation tools: COCO datasets, LabelMe files, YOLO's text files.
 
-Masks become outlines on the edges between pixels, simplified to a tolerance. Polygons cannot have holes in these
-formats, nor several parts in YOLO's: a hole or another part is connected by a line there and back, which covers nothing
-and leaves the filled polygon as it was.
+Masks become outlines along the edges between pixels, simplified to a tolerance. Polygons cannot have holes in these
+formats, nor several parts in YOLO's: a hole or another part is connected by a line there and back, which has no area
+and does not change the filled polygon.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from maskrcnn.errors import UserError, missing_library
 from maskrcnn.files import atomic_path, make_folder, write_json
 from maskrcnn.imaging.run_lengths import runs_from_strings, window_of
 
-_MIN_AREA_PX = 1.0  # of a part that is kept
+_MIN_AREA_PX = 1.0  # minimum area of a part
 
-Records = Callable[[], Iterator[dict[str, Any]]]  # the images in order, as `runtime.predictions` keeps them, repeatedly
+Records = Callable[
+    [], Iterator[dict[str, Any]]
+]  # iterates over the images in order, as stored by `runtime.predictions`; may be called repeatedly
 
 
 def outlines(segmentation: dict[str, Any], tolerance_px: float) -> list[np.ndarray]:
@@ -32,11 +34,11 @@ def outlines(segmentation: dict[str, Any], tolerance_px: float) -> list[np.ndarr
 
     Args:
         segmentation: run lengths in COCO's format, `{"size": [H, W], "counts": str}`.
-        tolerance_px: largest distance of the simplified outline from the mask's; 0: not simplified.
+        tolerance_px: maximum distance of the simplified outline from the mask's; 0: not simplified.
 
     Returns:
-        float64 `[P, 2]` (x, y) in pixels of the image for each part, largest first, not closed. Parts of less than a
-        pixel are left out, unless it is the only one.
+        float64 `[P, 2]` (x, y) in pixels of the image for each part, largest first, not closed. Parts smaller than a
+        pixel are left out, except a single one.
 
     Raises:
         UserError: if contourpy or shapely is not installed.
@@ -69,7 +71,7 @@ def outlines(segmentation: dict[str, Any], tolerance_px: float) -> list[np.ndarr
 
 
 def mask_window(segmentation: dict[str, Any]) -> tuple[np.ndarray, int, int]:
-    """The part of a mask that holds its object, bool `[h, w]`, and the row and column of its first pixel.
+    """The part of a mask that contains its object, bool `[h, w]`, and the row and column of its first pixel.
 
     Args:
         segmentation: run lengths in COCO's format, of an image of any size.
@@ -79,7 +81,7 @@ def mask_window(segmentation: dict[str, Any]) -> tuple[np.ndarray, int, int]:
 
 
 def joined(rings: Sequence[np.ndarray]) -> np.ndarray:
-    """One ring that runs along several, connected by lines between their nearest points.
+    """Joins rings into one, connected by lines between their nearest points.
 
     Args:
         rings: float64 `[P, 2]` each, not closed.
@@ -100,10 +102,10 @@ def write_coco(
     """Writes an annotation file in COCO's format: polygons, which CVAT, Label Studio and FiftyOne can edit.
 
     Args:
-        records: of the images.
+        records: records of the images.
         path: file to write.
         categories: entries of `categories`.
-        threshold: lowest score.
+        threshold: minimum score.
         tolerance_px: see `outlines`.
     """
     base = _base_of(records)
@@ -140,14 +142,14 @@ def write_coco(
 
 
 def write_labelme(records: Records, folder: Path, threshold: float, tolerance_px: float, *, keep: bool = False) -> None:
-    """Writes a LabelMe file for each image; the parts of an object have a group id in common.
+    """Writes a LabelMe file for each image; the parts of an object share a group id.
 
     Args:
-        records: of the images.
-        folder: folder to write to; files have the images' paths below the folder that all have in common.
-        threshold: lowest score.
+        records: records of the images.
+        folder: folder to write to; files have the images' paths relative to their common parent folder.
+        threshold: minimum score.
         tolerance_px: see `outlines`.
-        keep: leave files as they are that exist, perhaps corrected since.
+        keep: keep existing files, which may have been corrected.
     """
     base = _base_of(records)
     for record in _usable(records):
@@ -192,12 +194,12 @@ def write_yolo(
     the image.
 
     Args:
-        records: of the images.
+        records: records of the images.
         folder: folder to write to.
         categories: with `id` and `name`, in the order of the classes.
-        threshold: lowest score.
+        threshold: minimum score.
         tolerance_px: see `outlines`.
-        keep: as for `write_labelme`.
+        keep: as in `write_labelme`.
     """
     base = _base_of(records)
     number_of = {category["id"]: number for number, category in enumerate(categories)}
@@ -239,7 +241,7 @@ def require_files(names: Sequence[str], option: str) -> None:
     for name in names:
         if "://" in name or not Path(name).is_file():
             raise UserError(
-                f"{option} of {name}", "image files, to which the labels refer", "save its images as files first"
+                f"{option} of {name}", "image files, to which labels can refer", "save its images as files first"
             )
 
 
@@ -248,7 +250,7 @@ def _usable(records: Records) -> Iterator[dict[str, Any]]:
 
 
 def _base_of(records: Records) -> str:
-    """The folder that all images are in."""
+    """The common parent folder of all images."""
     base = ""
     for record in records():
         folder = os.path.dirname(os.path.abspath(record["file"]))
@@ -261,13 +263,13 @@ def _below(name: str, base: str) -> str:
 
 
 def _relative(file: str | Path, folder: Path) -> str:
-    """The path of a file from a folder; a path with `..` leads there only if no link is on the way."""
+    """The path of a file relative to a folder; a path with `..` is valid only without links on the way."""
     place = os.path.join(os.path.realpath(os.path.dirname(file)), os.path.basename(file))
     return Path(os.path.relpath(place, os.path.realpath(folder))).as_posix()
 
 
 def _link(image: Path, target: Path) -> None:
-    """A symbolic link to an image, or a copy where the file system has none."""
+    """Creates a symbolic link to an image, or a copy if the file system has no links."""
     make_folder(target.parent)
     with suppress(FileNotFoundError):
         target.unlink()

@@ -1,7 +1,7 @@
-"""Annotated images and objects as flat arrays: in a file that processes map into memory, read one image at a time.
+"""Annotated images and objects as flat arrays, in a file that processes map into memory and read image by image.
 
-Python objects would take ten times the memory, and each loading process would copy them, as reading one writes its
-reference count.
+Python objects would take ten times the memory, and each loading process would copy them, because reading an object
+writes its reference count.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from maskrcnn.data.layouts import ImageFinder
 from maskrcnn.data.segmentation import Segmentation, box_polygon, compressed_rle
 from maskrcnn.files import atomic_path
 
-FORMAT = 2  # of `Table.write`, and of how annotations are read; part of the name of a cached file
+FORMAT = 2  # version of `Table.write`, and of the reading of annotations; part of the name of a cached file
 _MAGIC = b"maskrcnn arrays\n"
 _ALIGNMENT = 64  # bytes
-NO_COUNT = np.iinfo(np.int64).min  # `stated_keypoints` of an object without
-_SCALE = 100  # polygons with at most two decimals, as in COCO's files, are kept as integers
+NO_COUNT = np.iinfo(np.int64).min  # `stated_keypoints` of an object without keypoints
+_SCALE = 100  # polygons with at most two decimals, as in COCO's files, are stored as integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Instance:
     annotation_id: int  # unique in the dataset and positive
     label: int  # 1 … number of classes
     box_xyxy_px: tuple[float, float, float, float]  # clipped to the image
-    segmentation: Segmentation  # of an object without a mask: the pixels of its box
+    segmentation: Segmentation  # for an object without a mask: the pixels of its box
     is_crowd: bool
     area_px: float  # the file's, else the pixels of the mask
     # float64 [K, 3] x, y in pixels and visibility: 0 not labelled, 1 hidden, 2 visible. None: none is labelled.
@@ -55,7 +55,7 @@ class ImageRecord:
 
 
 class Pool:
-    """Collects segmentations and keypoints, which objects refer to by their place."""
+    """Collects segmentations and keypoints, which objects refer to by position."""
 
     def __init__(self) -> None:
         self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("part_start", "part_length", "text")}
@@ -63,7 +63,7 @@ class Pool:
         self._sizes = dict.fromkeys(self._arrays, 0)
 
     def _add(self, name: str, array: np.ndarray) -> int:
-        """Appends an array and returns the place of its first element."""
+        """Appends an array and returns the position of its first element."""
         place = self._sizes[name]
         self._arrays[name].append(array)
         self._sizes[name] += len(array)
@@ -73,8 +73,8 @@ class Pool:
         """Appends polygons and returns the number of the first.
 
         Args:
-            values: coordinates x, y, x, y, … of one polygon after the other, float64.
-            lengths: coordinates of each, positive.
+            values: coordinates x, y, x, y, … of the concatenated polygons, float64.
+            lengths: number of coordinates of each, positive.
         """
         starts = np.cumsum(lengths) - lengths
         with np.errstate(over="ignore", invalid="ignore"):
@@ -89,7 +89,7 @@ class Pool:
         return self._add("part_start", np.where(exact_parts, places + whole, ~(places + other)))
 
     def add_texts(self, texts: Sequence[bytes]) -> int:
-        """Appends run lengths in COCO's form and returns the place of the first character."""
+        """Appends run lengths in COCO's form and returns the position of the first character."""
         return self._add("text", np.frombuffer(b"".join(texts), np.uint8))
 
     def add_keypoints(self, keypoints: Sequence[np.ndarray] | np.ndarray) -> int:
@@ -113,7 +113,7 @@ def object_columns(
     sizes_hw: Sequence[tuple[int, int]],
     bboxes_xywh_px: Sequence[Sequence[float]],
 ) -> dict[str, np.ndarray]:
-    """The arrays of objects, whose segmentations and keypoints are added to a pool.
+    """The arrays of objects; segmentations and keypoints are added to a pool.
 
     Args:
         objects: the objects.
@@ -157,20 +157,20 @@ def object_columns(
 
 
 def placed(first: int, counts: np.ndarray, name: str) -> dict[str, np.ndarray]:
-    """Where the parts of objects are in a pool, of which `counts` are added at `first` one after the other."""
+    """Positions of the objects' parts in a pool, where `counts` parts each are appended from `first`."""
     return {f"{name}_first": np.cumsum(counts) - counts + first, f"{name}_count": counts.astype(np.int32)}
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The arrays of a dataset; the objects of an image are neighbours.
+    """The arrays of a dataset; the objects of an image are contiguous.
 
-    Of N images: `image_id`, `size` (height, width), `name_end` of the names in `names`, `object_end` of the objects.
-    Of G objects: `object_columns`. Of all: those of `Pool`.
+    For N images: `image_id`, `size` (height, width), `name_end` (ends of the names in `names`), `object_end`. For G
+    objects: `object_columns`. In addition, those of `Pool`.
     """
 
     arrays: Mapping[str, np.ndarray]
-    path: Path | None = None  # the file that the arrays are in
+    path: Path | None = None  # the file of the arrays
 
     @classmethod
     def of(
@@ -184,8 +184,8 @@ class Table:
 
         Args:
             images: the images.
-            image_row: place of the image of each object, whose order within an image is kept.
-            columns: of the objects, see `object_columns`.
+            image_row: position of the image of each object; the order within an image is kept.
+            columns: columns of the objects, see `object_columns`.
             pool: their segmentations and keypoints.
         """
         names = [name.encode("utf-8", "surrogatepass") for _, name, _, _ in images]
@@ -227,8 +227,8 @@ class Table:
         """The arrays of a file, mapped into memory, and its JSON data.
 
         Raises:
-            OSError: if there is no such file.
-            ValueError: for a file that is incomplete or something else.
+            OSError: if the file does not exist.
+            ValueError: for an incomplete file, or one of another kind.
         """
         content = np.memmap(path, np.uint8, "r")
         head = len(_MAGIC) + 16
@@ -246,7 +246,7 @@ class Table:
         return cls(arrays, path), header["facts"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the same file."""
+        """Pickles the path, so that another process maps the same file."""
         return (_mapped, (self.path,)) if self.path else (Table, (self.arrays,))
 
     def polygons(self, row: int) -> list[np.ndarray]:
@@ -282,17 +282,17 @@ def _mapped(path: Path) -> Table:
 
 @dataclass(frozen=True, eq=False)
 class Records(Sequence[ImageRecord]):
-    """Images and their objects, made of arrays when they are read."""
+    """Images and their objects, created from arrays on access."""
 
     table: Table
-    rows: np.ndarray  # int64 [N], places of the images in the table
-    finder: ImageFinder | None = None  # finds the files of the images; None: their names are paths
+    rows: np.ndarray  # int64 [N], positions of the images in the table
+    finder: ImageFinder | None = None  # finds the image files; None: the names are paths
     exif: str = "auto"
     crowd_objects: bool = False  # crowd regions are objects
 
     @classmethod
     def of(cls, records: Iterable[ImageRecord]) -> Records:
-        """The arrays of records, which have one `exif`."""
+        """The arrays of records, all with the same `exif`."""
         records, pool = list(records), Pool()
         objects = [each for record in records for each in record.instances]
         row = np.repeat(np.arange(len(records)), [len(record.instances) for record in records])
@@ -360,12 +360,12 @@ class Records(Sequence[ImageRecord]):
         return [blob[start:end].decode("utf-8", "surrogatepass") for start, end in spans]
 
     def path(self, index: int) -> Path:
-        """The file of an image; where there is none, the path where it was expected."""
+        """The file of an image; if missing, the path where it was expected."""
         return self.finder.find(self.name(index)) if self.finder else Path(self.name(index))
 
     def missing(self) -> list[Path]:
         """The paths of the images that do not exist."""
-        listed: dict[str, set[str]] = {}  # folder -> its files: faster than a look at each
+        listed: dict[str, set[str]] = {}  # folder -> its files: faster than checking each file
         found = []
         for index, name in enumerate(self.names()):
             folder, _, file = name.rpartition("/")
@@ -390,7 +390,7 @@ class Records(Sequence[ImageRecord]):
 
     @property
     def counts(self) -> np.ndarray:
-        """Objects and crowd regions of each image, `[N]` int64; they are numbered in this order, G in all."""
+        """Number of objects and crowd regions of each image, `[N]` int64, G in total, numbered in this order."""
         counts: np.ndarray = np.diff(self.table.arrays["object_end"], prepend=0)[self.rows]
         return counts
 
@@ -417,7 +417,7 @@ class Records(Sequence[ImageRecord]):
         """Keypoints `[G, K, 3]` float64 of the objects; zeros for objects without any.
 
         Args:
-            count: K, of a dataset without keypoints.
+            count: K for a dataset without keypoints.
         """
         at, points = self.objects("keypoint_row"), self.table.arrays["keypoints"]
         found = np.zeros((len(at), points.shape[1] if points.ndim == 3 else count, 3))
@@ -425,7 +425,7 @@ class Records(Sequence[ImageRecord]):
         return found
 
     def stated_keypoints(self, otherwise: np.ndarray) -> np.ndarray:
-        """The file's `num_keypoints` of each object `[G]`; where it has none, the value of `otherwise`."""
+        """The file's `num_keypoints` of each object `[G]`; if missing, the value of `otherwise`."""
         stated = self.objects("stated")
         return np.where(stated == NO_COUNT, otherwise, stated)
 

@@ -1,9 +1,9 @@
 """Large images, read window by window.
 
-TIFF files (BigTIFF and COG too; in strips, tiles or contiguous) and .npy files are read in parts: memory holds the
-strips or tiles of the file that one row of windows touches. Other files, and TIFF files that need a colour conversion
-or a codec that is not installed, are decoded whole, up to `MASKRCNN_MAX_IMAGE_PIXELS`. Either way a window has the
-pixels that `read_image` returns at its place.
+TIFF files (including BigTIFF and COG; in strips, tiles or contiguous) and .npy files are read in parts: only the strips
+or tiles of the file that one row of windows touches are in memory. Other files, and TIFF files that need a colour
+conversion or a codec that is not installed, are decoded whole, up to `MASKRCNN_MAX_IMAGE_PIXELS`. In both cases, a
+window has the same pixels as in the result of `read_image`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from maskrcnn.data.images import (
 from maskrcnn.errors import require_memory
 from maskrcnn.imaging.preprocess import Preprocessing
 
-_IN_TILES = "free memory, or convert it to a TIFF file in tiles (gdal_translate -of COG IN OUT.tif)"
-_BYTES_WHOLE = 4 + 3  # of a pixel that is decoded whole: Pillow's RGB, and the array
+_IN_TILES = "free memory, or convert it to a tiled TIFF file (gdal_translate -of COG IN OUT.tif)"
+_BYTES_WHOLE = 4 + 3  # bytes per pixel of an image decoded whole: Pillow's RGB, and the array
 
 
 class Window(NamedTuple):
@@ -55,7 +55,7 @@ class Scene:
     """An image whose windows are read one at a time; see `open_scene`.
 
     Args:
-        size_hw: of the upright image.
+        size_hw: size of the upright image.
         orientation: EXIF orientation to apply, 1 to 8.
         read_stored: reads a window of the pixels as stored.
     """
@@ -66,7 +66,7 @@ class Scene:
 
     @classmethod
     def of_array(cls, image: np.ndarray, applied_orientation: int = 1) -> Scene:
-        """A scene in memory, `[H, W, C]`, to which an EXIF orientation may have been applied."""
+        """A scene from an array `[H, W, C]`, to which an EXIF orientation may have been applied."""
         scene = cls((image.shape[0], image.shape[1]), 1, lambda window: image[window.slices])
         scene.applied_orientation = applied_orientation
         return scene
@@ -82,7 +82,7 @@ class Scene:
         return np.ascontiguousarray(oriented(self._read_stored(self.stored(window)), self._orientation))
 
     def stored(self, window: Window) -> Window:
-        """The place of a window in the pixels as stored."""
+        """The position of a window in the pixels as stored."""
         top, left, height, width = window
         rows, columns = self.size_hw
         if self._orientation > 4:
@@ -108,7 +108,7 @@ def open_scene(
     An image of another size than `annotated_hw` is decoded and resized whole.
 
     Raises:
-        UserError: as `read_image`; for an image that has to be decoded whole, also if memory is short.
+        UserError: as in `read_image`; for an image that must be decoded whole, also if memory is insufficient.
     """
     path, name = Path(path), f"image {path}"
     preprocessing, notes = preprocessing or Preprocessing(), notes if notes is not None else ImageNotes()
@@ -159,9 +159,9 @@ class _InParts:
 
 
 def _opened_in_parts(path: Path, name: str, stack: ExitStack) -> tuple[_InParts | None, str]:
-    """The file, or None if it is to be decoded whole; and what would change that."""
+    """The file, or None if it must be decoded whole, and how to avoid that."""
     if not path.is_file() or path.stat().st_size == 0:
-        return None, ""  # the reader of whole files says what is wrong
+        return None, ""  # the reader of whole files reports the error
     with explained(name):
         if is_npy(path):
             array = ArrayFile(path)
@@ -175,7 +175,7 @@ def _opened_in_parts(path: Path, name: str, stack: ExitStack) -> tuple[_InParts 
 
 
 class _Segments:
-    """The strips or tiles of a TIFF page; keeps those decoded until reading has passed them."""
+    """The strips or tiles of a TIFF page; keeps decoded ones until reading has passed them."""
 
     def __init__(self, page: Any) -> None:
         self._page, self._kept = page, dict[int, np.ndarray]()
@@ -195,10 +195,10 @@ class _Segments:
 
     @classmethod
     def of(cls, page: Any, name: str) -> tuple[_Segments | None, str]:
-        """The segments, or None where samples would need a conversion, or cannot be decoded; and the remedy.
+        """The segments, or None if samples need a conversion or cannot be decoded; and the remedy.
 
         Raises:
-            UserError: if memory is short for a row of them, which is kept.
+            UserError: if memory is insufficient for a row of segments, which is kept.
         """
         bits = page.bitspersample
         is_plain = int(page.photometric) in (1, 2)  # grey (0 is black) or RGB
@@ -249,7 +249,7 @@ class _Segments:
         if index not in self._kept:
             page = self._page
             data = None
-            if page.databytecounts[index]:  # else a tile that a sparse file leaves out
+            if page.databytecounts[index]:  # otherwise a tile missing from a sparse file
                 file = page.parent.filehandle
                 file.seek(page.dataoffsets[index])
                 data = file.read(page.databytecounts[index])

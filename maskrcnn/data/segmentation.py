@@ -1,4 +1,4 @@
-"""Segmentations in the forms that tools write: polygons and run lengths, checked before pycocotools sees them."""
+"""Segmentations in the forms that tools write: polygons and run lengths, checked before pycocotools uses them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AnnotationError(Exception):
 
 
 def finite_numbers(values: Any) -> np.ndarray | None:
-    """A list of finite numbers as float64 `[N]`; numbers written as text count. None for anything else."""
+    """A list of finite numbers, possibly written as text, as float64 `[N]`; None for anything else."""
     if not isinstance(values, (list, tuple)):
         return None
     if not all(type(value) in (int, float) for value in values):
@@ -54,7 +54,7 @@ def finite_numbers(values: Any) -> np.ndarray | None:
 
 @dataclass(frozen=True, eq=False)
 class ParsedSegmentation:
-    """A segmentation in one form, and how it was found."""
+    """A segmentation in normalized form, and its state."""
 
     segmentation: Segmentation | None  # None: not usable
     reason: str = ""  # why it is not usable, or what was repaired
@@ -62,16 +62,16 @@ class ParsedSegmentation:
 
 
 def parse_segmentation(value: Any, height: int, width: int) -> ParsedSegmentation:
-    """Reads a segmentation of an image of this size in any of the forms that tools write.
+    """Reads a segmentation for an image of this size, in any of the forms that tools write.
 
     Polygons may be lists of lists, one flat list, lists of points `[x, y]`, or objects with `x` and `y`; parts with
     fewer than three points or far outside the image are left out. Run lengths (RLE) may be lists or COCO's strings,
-    also as Python prints bytes (`b'…'`); all may be JSON within a text.
+    also as Python prints bytes (`b'…'`); any form may be JSON in a string.
 
-    pycocotools 2.0.11 leaves the rest of a mask uninitialised where run lengths end before the image, and rejects
-    longer ones only when the mask is decoded.
+    pycocotools 2.0.11 leaves the rest of a mask uninitialised if run lengths end before the image, and rejects longer
+    ones only when the mask is decoded.
     """
-    if isinstance(value, str) and value[:1] in "[{":  # as tables hold it; neither begins run lengths
+    if isinstance(value, str) and value[:1] in "[{":  # as in tables; run lengths begin with neither
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and "counts" in value[0]:
@@ -110,7 +110,7 @@ def _is_point(value: Any) -> bool:
 
 
 def _parsed_polygon(part: Any, height: int, width: int) -> tuple[np.ndarray | None, str]:
-    """The polygon (x, y, x, y, …), or None and what was found instead."""
+    """The polygon (x, y, x, y, …), or None and a description of what was found."""
     if isinstance(part, list) and part and all(_is_point(point) for point in part):
         pairs = [(point["x"], point["y"]) if isinstance(point, dict) else point for point in part]
         part = [number for pair in pairs for number in pair]
@@ -147,7 +147,7 @@ def _parsed_rle(value: dict[str, Any], height: int, width: int) -> ParsedSegment
 
 
 def checked_segmentation(segmentation: Any, height: int, width: int) -> Segmentation:
-    """A segmentation of which nothing had to be left out.
+    """A segmentation from which nothing had to be left out.
 
     Raises:
         AnnotationError: for a missing, empty or malformed segmentation.
@@ -185,6 +185,6 @@ def _runs_from_counts(counts: Any) -> np.ndarray | None:
 
 
 def box_polygon(box_xyxy: Sequence[float]) -> list[np.ndarray]:
-    """The whole pixels that a box touches, so that no box is without a pixel."""
+    """A polygon of all pixels that a box touches, so that every box has at least one pixel."""
     (left, top), (right, bottom) = map(math.floor, box_xyxy[:2]), map(math.ceil, box_xyxy[2:])
     return [np.array([left, top, right, top, right, bottom, left, bottom], np.float64)]

@@ -1,7 +1,7 @@
 """The drawn dataset of shapes: circles, rectangles and triangles on textured backgrounds, in COCO's format.
 
 It needs no download, so that training, export and their tests run anywhere. A detector reaches a high AP within
-minutes, but not by colour alone: fills, backgrounds, sizes and angles are random, shapes overlap, and some images are
+minutes, but not from colour alone: fills, backgrounds, sizes and angles are random, shapes overlap, and some images are
 empty.
 """
 
@@ -22,10 +22,10 @@ from maskrcnn.errors import UserError
 CLASS_NAMES = ("circle", "rectangle", "triangle")  # label k is CLASS_NAMES[k - 1]
 _EMPTY_FRACTION = 0.05  # share of images without an object
 _MAX_OBJECTS = 6
-_DIAMETER_PX = (14, 60)  # of an image whose shorter side is 128 px
-_MIN_VISIBLE = 0.35  # share of a shape's area; a shape with less is not drawn
+_DIAMETER_PX = (14, 60)  # sizes in an image whose shorter side is 128 px
+_MIN_VISIBLE = 0.35  # minimum share of a shape's area; other shapes are not drawn
 _MIN_VISIBLE_PX = 40
-_MIN_POLYGON_IOU = 0.92  # of a polygon drawn by pycocotools and the shape; else the shape is written as RLE
+_MIN_POLYGON_IOU = 0.92  # minimum IoU of a shape and its polygon drawn by pycocotools; otherwise it is written as RLE
 
 
 def generate_shapes(
@@ -40,17 +40,17 @@ def generate_shapes(
     """Writes the dataset to `out` and returns `out`, see `write_drawn_dataset`.
 
     Image i of split s (train 0, val 1) is `shapes_image(np.random.default_rng([seed, s, i]), (size_px, size_px))`,
-    with `class_shares` (relative frequencies of the classes) one of other classes.
+    with `class_shares` (relative frequencies of the classes) an image with other classes.
 
     Raises:
-        UserError: for arguments out of range, and where `out` holds anything else.
+        UserError: for arguments out of range, and if `out` contains anything else.
     """
     shares = np.array(class_shares, np.float64)
     if shares.size and not (shares.shape == (len(CLASS_NAMES),) and (shares >= 0).all() and 0 < shares.sum() < np.inf):
         raise UserError(
             f"class shares {', '.join(map(str, class_shares))}",
             f"{len(CLASS_NAMES)} numbers of at least 0, not all 0, for {', '.join(CLASS_NAMES)}",
-            "write for example --class-shares 100,10,1",
+            "for example --class-shares 100,10,1",
         )
     odds = shares / shares.sum() if shares.size else None
 
@@ -89,7 +89,7 @@ def shapes_image(rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[np
 class _Shape:
     label: int
     coverage: np.ndarray  # [H, W] float32, 0 … 1: soft over one pixel at the edge
-    area_px: float  # of the whole shape, including covered parts
+    area_px: float  # area of the whole shape, including covered parts
     outline: np.ndarray  # [P, 2] x, y
     visible: np.ndarray  # [H, W] bool
     is_whole: bool = True  # neither covered nor cut by the image
@@ -153,7 +153,7 @@ def polygon_distance(outline: np.ndarray, y: np.ndarray, x: np.ndarray) -> tuple
 def _visible_shapes(shapes: list[_Shape], size_hw: tuple[int, int]) -> list[_Shape]:
     """The shapes that are visible enough, back to front, with their visible masks.
 
-    Other shapes are not drawn, so that nothing is drawn without its annotation.
+    Other shapes are not drawn, so that everything drawn is annotated.
     """
     height, width = size_hw
     covered = np.zeros(size_hw, bool)
@@ -172,7 +172,7 @@ def _visible_shapes(shapes: list[_Shape], size_hw: tuple[int, int]) -> list[_Sha
 
 
 def _annotation(shape: _Shape) -> dict[str, Any]:
-    """COCO's fields of a shape: a polygon if it is whole and drawn accurately, else compressed RLE."""
+    """COCO's fields of a shape: a polygon if it is entirely visible and accurate, else compressed RLE."""
     values = mask_annotation(shape.label, shape.visible)
     if shape.is_whole:
         polygon = [np.round(shape.outline, 2).ravel().tolist()]

@@ -1,8 +1,8 @@
-"""Where images come from: files, folders, patterns, lists, annotation files, videos, cameras, and remote storage.
+"""Sources of images: files, folders, patterns, lists, annotation files, videos, cameras, and remote storage.
 
-`find_sources` turns what a user names into `Source`s, in order; `Source.images` yields their images one by one, so that
-neither the frames of a video nor the pixels of a folder are in memory together. Remote names (`s3://…`, `https://…`)
-are read through fsspec, videos and cameras through PyAV.
+`find_sources` turns the user's input into `Source`s, in order; `Source.images` yields their images one by one, so that
+neither all frames of a video nor all images of a folder are in memory. Remote names (`s3://…`, `https://…`) are read
+with fsspec, videos and cameras with PyAV.
 """
 
 from __future__ import annotations
@@ -33,16 +33,23 @@ from maskrcnn.files import atomic_path, files_below, parse_json
 from maskrcnn.imaging.preprocess import Preprocessing
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
-_NAMED_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")  # of images that a pattern matches
+_NAMED_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")  # suffixes of images that a pattern matches
 LIST_SUFFIXES = (".txt", ".json", ".parquet")
 _LIVE = ("camera:", "/dev/video", "rtsp://", "rtsps://", "rtmp://", "udp://", "srt://")
-_COLUMNS = ("file", "path", "file_name", "image", "uri", "url")  # of a Parquet file with names of images
+_COLUMNS = (
+    "file",
+    "path",
+    "file_name",
+    "image",
+    "uri",
+    "url",
+)  # columns of a Parquet file that may have the names of images
 _KINDS = "image files, folders, patterns, lists (.txt, .json, .parquet), videos, cameras, or URLs of them"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The place of an image in a video."""
+    """The position of an image in a video."""
 
     index: int  # from 0
     time_s: float | None  # from the start of the video; None: unknown
@@ -54,16 +61,16 @@ class ImageItem:
     """One image to detect objects in."""
 
     name: str  # path, URL, or `video.mp4#12`
-    pixels: np.ndarray | None = None  # uint8 [H, W, 3] RGB where the image is in memory; None: read from `name`
+    pixels: np.ndarray | None = None  # uint8 [H, W, 3] RGB if the image is in memory; None: read from `name`
     frame: Frame | None = None
 
     @property
     def is_file(self) -> bool:
-        """Whether it is read from a local file."""
+        """Whether the image is read from a local file."""
         return self.pixels is None and not is_remote(self.name)
 
     def read(self, preprocessing: Preprocessing, notes: ImageNotes) -> tuple[np.ndarray, int]:
-        """The pixels, upright, as `read_image`, and the EXIF orientation that was applied (1: none).
+        """The upright pixels, as from `read_image`, and the applied EXIF orientation (1: none).
 
         Raises:
             UserError: for an image that cannot be read.
@@ -76,11 +83,11 @@ class ImageItem:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An image, or a video with many."""
+    """An image, or a video with many images."""
 
     name: str
-    pixels: np.ndarray | None = None  # of an image in memory
-    image_id: int | None = None  # in the annotation file that names the image
+    pixels: np.ndarray | None = None  # pixels of an image in memory
+    image_id: int | None = None  # id in the annotation file that lists the image
     is_video: bool = False
 
     @property
@@ -92,7 +99,7 @@ class Source:
 
     @property
     def is_live(self) -> bool:
-        """Whether it is a camera or a network stream, without an end."""
+        """Whether the source is a camera or a network stream, without an end."""
         return self.name.startswith(_LIVE)
 
     def images(self) -> Iterator[ImageItem]:
@@ -113,10 +120,10 @@ class Source:
                 place = Frame(index, None if frame.time is None else float(frame.time), frame.pts)
                 yield ImageItem(f"{self.name}#{index}", np.ascontiguousarray(pixels), place)
             if index < 0:
-                raise UserError(f"video {self.name} has no frames", "a video with pictures", "restore the file")
+                raise UserError(f"video {self.name} has no frames", "a video with frames", "restore the file")
 
     def length(self) -> int | None:
-        """Number of images, as a video's header states it; None: unknown."""
+        """Number of images, for a video as stated in its header; None: unknown."""
         if not self.is_video:
             return 1
         if self.is_live:
@@ -133,24 +140,24 @@ class Source:
 def find_sources(
     named: str | Path | np.ndarray | Iterable[str | Path | np.ndarray], *, leave_out: Path | None = None
 ) -> list[Source]:
-    """The sources that a user names, in order; folders give their images, sorted, and those of their subfolders.
+    """The sources given by a user, in order; folders yield their images and those of their subfolders, sorted.
 
     Args:
         named: image files, folders, patterns (`photos/**/*.jpg`), lists (`.txt`: a name per line, `#` begins a
             comment; `.json`: a list of names, or an annotation file in COCO's format; `.parquet`: a column of names),
             videos, cameras (`camera:0`, `rtsp://…`), URLs that fsspec opens, or arrays uint8 `[H, W, 3]` RGB.
-        leave_out: folder whose images are not taken from folders that hold it.
+        leave_out: folder whose images are left out of folders that contain it.
 
     Raises:
         UserError: for a name without a file, a pattern without a match, a folder or list without images, a video that
-            cannot be decoded, a missing library, and if nothing is named.
+            cannot be decoded, a missing library, and if nothing is given.
     """
     several = [named] if isinstance(named, (str, Path, np.ndarray)) or not isinstance(named, Iterable) else list(named)
     for each in several:
         if not isinstance(each, (str, Path, np.ndarray)):
             kind = f"an image that is a {type(each).__module__}.{type(each).__name__}"
             raise UserError(
-                kind, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, such as numpy.asarray(image)"
+                kind, f"{_KINDS}; or arrays uint8 [H, W, 3] RGB", "convert it, for example with numpy.asarray(image)"
             )
     found: list[Source] = []
     arrays = 0
@@ -161,16 +168,16 @@ def find_sources(
         else:
             found += _sources_of(str(each), leave_out)
     if not found:
-        raise UserError("no images", _KINDS, "name at least one")
+        raise UserError("no images", _KINDS, "specify at least one")
     for source in found:
         if source.is_video and not source.is_live:
-            with opened_video(source):  # an unsupported codec is known before any work
+            with opened_video(source):  # reports an unsupported codec before any work
                 pass
     return found
 
 
 def left_out_of(named: Any) -> list[str]:
-    """One line for each folder and pattern among what is named, of files that may be images and are not read."""
+    """One line for each given folder and pattern with files that may be images but are not read."""
     several = [named] if isinstance(named, (str, Path)) else named if isinstance(named, (list, tuple)) else []
     lines = []
     for each in (str(one) for one in several if isinstance(one, (str, Path))):
@@ -194,10 +201,10 @@ def is_remote(name: str) -> bool:
 
 @contextmanager
 def open_source(name: str) -> Iterator[IO[bytes]]:
-    """Opens a file, or a remote one through fsspec.
+    """Opens a local file, or a remote file with fsspec.
 
     Raises:
-        UserError: if it cannot be opened: no such file, no credentials, a missing library.
+        UserError: if it cannot be opened: missing file, credentials or library.
     """
     if not is_remote(name):
         with open(name, "rb") as file:
@@ -210,7 +217,7 @@ def open_source(name: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_file(name: str) -> Iterator[Path]:
-    """A temporary path whose content becomes a file, local or remote, if the block ends without an error.
+    """A temporary path whose content becomes a local or remote file if the block ends without an error.
 
     Raises:
         UserError: if it cannot be written.
@@ -228,10 +235,10 @@ def atomic_file(name: str) -> Iterator[Path]:
 
 @contextmanager
 def file_system(name: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a path or URL as fsspec knows it, and the path there.
+    """fsspec's file system for a path or URL, and the path in it.
 
     Raises:
-        UserError: for what the storage refuses in the block.
+        UserError: for operations in the block that the storage rejects.
     """
     fsspec = _fsspec()
     with _explained_remote(name):
@@ -253,7 +260,7 @@ def opened_video(source: Source) -> Iterator[Any]:
         file = stack.enter_context(open_source(name)) if is_remote(name) else name
         container = stack.enter_context(closing(av.open(file, **options)))
         if not container.streams.video:
-            raise UserError(f"{source.name} has no video stream", "a video", "name another file")
+            raise UserError(f"{source.name} has no video stream", "a video", "choose another file")
         if container.streams.video[0].codec_context is None:
             raise UserError(
                 f"{source.name}: a video in a codec that this PyAV cannot decode",
@@ -270,7 +277,7 @@ def _explained_video(name: str) -> Iterator[None]:
     except pyav().error.FFmpegError as error:
         raise UserError(
             f"{name} cannot be decoded as a video ({reason_of(error)})",
-            "a complete video file, or a camera that is connected",
+            "a complete video file, or a connected camera",
             "connect the camera, or check its address and its permissions"
             if name.startswith(_LIVE)
             else "restore the file, or convert it: `ffmpeg -i IN -c:v libx264 OUT.mp4`",
@@ -339,7 +346,7 @@ def _remote_sources(name: str) -> list[Source]:
 
 
 def _listed(name: str) -> list[Source]:
-    """The images that a list names, relative to its folder."""
+    """The images of a list, relative to its folder."""
     suffix = _suffix(name)
     base = name.rpartition("/")[0] if is_remote(name) else str(Path(name).parent)
     if suffix == ".parquet":
@@ -362,7 +369,7 @@ def _listed(name: str) -> list[Source]:
                 return _checked(name, _annotated(name, entries))
             if not are_names:
                 expected = 'a list of names, ["a.jpg", …], or annotations in COCO\'s format'
-                raise UserError(f"{name}: another content", expected, "correct the file, or name the images")
+                raise UserError(f"{name}: another content", expected, "correct the file, or give the images themselves")
             names = entries
     sources = []
     for each in names:
@@ -374,9 +381,9 @@ def _listed(name: str) -> list[Source]:
 
 
 def _checked(name: str, sources: list[Source]) -> list[Source]:
-    """The sources of a list; raises `UserError` if it has none that exists."""
+    """The sources of a list; raises `UserError` if none of them exists."""
     if not sources:
-        raise UserError(f"{name}: an empty list", "names of images", "name at least one")
+        raise UserError(f"{name}: an empty list", "names of images", "specify at least one")
     if not any(is_remote(each.name) or Path(each.name).is_file() for each in sources):
         expected = "names relative to the list's folder or to the working directory, or absolute"
         found = f"{name}: none of its {len(sources)} images exists, such as {sources[0].name}"
@@ -428,7 +435,7 @@ def _fsspec() -> Any:
 
 
 def pyarrow_parquet() -> tuple[Any, Any]:
-    """The packages pyarrow and pyarrow.parquet; raises `UserError` where they are missing."""
+    """The packages pyarrow and pyarrow.parquet; raises `UserError` if they are missing."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -438,7 +445,7 @@ def pyarrow_parquet() -> tuple[Any, Any]:
 
 
 def pyav() -> Any:
-    """The package PyAV; raises `UserError` where it is missing."""
+    """The package PyAV; raises `UserError` if it is missing."""
     try:
         import av
     except ImportError as error:
@@ -448,7 +455,7 @@ def pyav() -> Any:
 
 @contextmanager
 def _explained_remote(name: str) -> Iterator[None]:
-    """Turns what fsspec and its file systems raise into a UserError."""
+    """Turns exceptions of fsspec and its file systems into a UserError."""
     try:
         yield
     except UserError:
@@ -457,12 +464,12 @@ def _explained_remote(name: str) -> Iterator[None]:
         protocol = name.partition("://")[0]
         raise UserError(
             f"{name}: no library for {protocol} ({reason_of(error)})",
-            "the package of fsspec for this protocol, such as s3fs, gcsfs, adlfs or aiohttp",
+            "fsspec's package for this protocol, such as s3fs, gcsfs, adlfs or aiohttp",
             "install it with pip",
         ) from error
-    except Exception as error:  # each file system has errors of its own, also for credentials
+    except Exception as error:  # each file system has its own errors, also for credentials
         raise UserError(
             f"{name} cannot be accessed ({type(error).__name__}: {reason_of(error)})",
-            "an existing file or a folder, and credentials that permit it",
-            "check the URL, and the credentials in the environment as the storage's own tools take them",
+            "an existing file or folder, and credentials with access to it",
+            "check the URL, and the credentials in the environment, as for the storage's own tools",
         ) from error

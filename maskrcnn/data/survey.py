@@ -1,4 +1,4 @@
-"""The images of a dataset: how they are read by their annotations, and a survey of their headers before work starts."""
+"""The images of a dataset: reading them according to their annotations, and a survey of their headers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.draw import displayed
 from maskrcnn.imaging.preprocess import Preprocessing
 
-_THREADS = 8  # that read headers
-_MEASURED = 200  # images whose samples are read for the range
+_THREADS = 8  # threads that read headers
+_MEASURED = 200  # number of images from which the range is measured
 
 
 def read_record(
@@ -52,9 +52,9 @@ def unreadable_images(records: Sequence[ImageRecord], preprocessing: Preprocessi
 
 
 def read_for_display(record: ImageRecord) -> np.ndarray:
-    """Reads an annotated image for the eye, uint8 `[H, W, 3]`; samples of more than 8 bits by their own range.
+    """Reads an annotated image for display, uint8 `[H, W, 3]`; samples of more than 8 bits are scaled by their range.
 
-    An image that does not fit its annotation is returned as it is.
+    An image that does not fit its annotation is returned unchanged.
 
     Raises:
         UserError: if it cannot be read.
@@ -72,7 +72,7 @@ def read_for_display(record: ImageRecord) -> np.ndarray:
 
 
 def with_exif(dataset: CocoDataset, exif: str) -> CocoDataset:
-    """A dataset whose images are read by a rule of EXIF orientations, one of `images.EXIF_RULES`.
+    """A dataset whose images are read with an EXIF orientation rule, one of `images.EXIF_RULES`.
 
     Raises:
         UserError: for another rule.
@@ -84,12 +84,12 @@ def with_exif(dataset: CocoDataset, exif: str) -> CocoDataset:
 
 @dataclass(frozen=True)
 class ImageSurvey:
-    """Headers of the images of one split, counted."""
+    """Statistics of the image headers of one split."""
 
     split: str
     images: int
     wide: tuple[ImageRecord, ...]  # images whose samples have more than 8 bits
-    stated_range: tuple[float, float] | None  # the widest that a wide image states
+    stated_range: tuple[float, float] | None  # the widest range stated in an image of more than 8 bits
     counts: Counter[str] = field(default_factory=Counter)  # images by remark
     examples: dict[str, str] = field(default_factory=dict)  # the first image by remark
 
@@ -102,14 +102,14 @@ class ImageSurvey:
 
 
 def survey_images(dataset: CocoDataset, preprocessing: Preprocessing | None = None) -> ImageSurvey:
-    """Reads the headers of a dataset's images. Images that cannot be opened are left to the reader of their pixels.
+    """Reads the headers of a dataset's images. Images that cannot be opened are reported when their pixels are read.
 
     Args:
         dataset: images and annotations.
         preprocessing: the model's (default: its channels and bands are not compared with the images).
 
     Raises:
-        UserError: where images have another aspect ratio than their annotations, or fewer bands than the model reads.
+        UserError: if images have another aspect ratio than their annotations, or fewer bands than the model reads.
     """
     faults: list[UserError] = []
     wide: list[ImageRecord] = []
@@ -155,9 +155,9 @@ def _remarks(record: ImageRecord, header: ImageHeader, preprocessing: Preprocess
     annotated_hw = (record.height, record.width)
     if header.orientation != 1:
         if header.orientation_for(annotated_hw, record.exif) == 1:
-            yield "are read as stored, not as their EXIF orientation says (--exif)"
+            yield "are read as stored, ignoring their EXIF orientation (--exif)"
         else:
-            yield "are turned or mirrored by their EXIF orientation (--exif)"
+            yield "are rotated or mirrored by their EXIF orientation (--exif)"
     if not fits_size(header.shown_hw(annotated_hw, record.exif), annotated_hw, str(record.path)):
         yield "of another size than their annotations are scaled to the annotated size"
     if preprocessing is None:
@@ -184,16 +184,16 @@ def measured_range(
 ) -> tuple[tuple[float, float] | None, str]:
     """The pixel range of samples of more than 8 bits, and a line about it; None and "" for images of 8 bits.
 
-    The range is what the files state, else that of the samples of up to 200 images: for non-negative integers up to the
-    next power of two, for floats 0–1 or 0–255 if they are inside, else from the lowest to the highest. Only the bands
-    that a model of this preprocessing reads count; without one, all.
+    The range is stated in the files, else measured on up to 200 images: for non-negative integers up to the next power
+    of two, for floats 0–1 or 0–255 if these contain them, else from minimum to maximum. Only the bands that a model
+    with this preprocessing reads are used; without `preprocessing`, all bands.
 
     Raises:
         UserError: if an image cannot be read, or some are floats from 0 to 1 and others integers.
     """
     if not survey.wide:
         return None, ""
-    value_range, how = survey.stated_range, "which the files state"
+    value_range, how = survey.stated_range, "stated in the files"
     if value_range is None:
         indices = np.linspace(0, len(survey.wide) - 1, min(len(survey.wide), _MEASURED)).round().astype(int)
         low, high, is_integer = np.inf, -np.inf, True
@@ -220,12 +220,12 @@ def measured_range(
     shown = f"{value_range[0]:g},{value_range[1]:g}"
     return value_range, (
         f"{survey.split}: {len(survey.wide)} of {survey.images} image(s) with more than 8 bits per sample: pixel range "
-        f"[{shown}], {how}; it is kept with the model (to change it: --set model.preprocessing.pixel_range=[LOW,HIGH])"
+        f"[{shown}], {how}; stored with the model (to change it: --set model.preprocessing.pixel_range=[LOW,HIGH])"
     )
 
 
 def _rounded(low: float, high: float, *, is_integer: bool) -> tuple[float, float]:
-    if not low < high:  # constant, or without a number
+    if not low < high:  # constant, or only NaN
         return (min(low, 0.0), max(low, 0.0) + 1) if np.isfinite(low) else (0.0, 1.0)
     if low >= 0 and is_integer:
         return 0.0, float((1 << max(8, int(high).bit_length())) - 1)

@@ -1,4 +1,4 @@
-"""Annotated videos: drawn frames at the times of the original, with its sound."""
+"""Annotated videos: drawn frames with the timestamps and the sound of the original."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _COMMENT = "drawn by maskrcnn"
 
 
 def video_suffix(source: Source) -> str:
-    """The suffix of the annotated video of a source: of a container that takes its sound as it is."""
+    """The suffix of a source's annotated video: a container that can hold its sound unchanged."""
     return ".mp4" if source.is_live or Path(source.name.partition("?")[0]).suffix.lower() in _MP4 else ".mkv"
 
 
 class AnnotatedVideo:
     """Writes a video frame by frame; the file appears when it is closed.
 
-    Frames keep their times, and the sound is copied where the container takes its codec. The codec is H.264, or MPEG-4
-    where FFmpeg was built without it.
+    Frames keep their timestamps, and the sound is copied if the container supports its codec. The video codec is H.264,
+    or MPEG-4 if FFmpeg was built without it.
 
     Args:
-        source: the video that is annotated.
+        source: the original video.
         path: the file to write, with the suffix of `video_suffix`.
 
     Raises:
@@ -43,12 +43,12 @@ class AnnotatedVideo:
             self._time_base, self._rate = stream.time_base, stream.average_rate or 25
             draft = stack.enter_context(atomic_path(path))
             self._output = stack.enter_context(av.open(str(draft), "w"))
-            self._output.metadata["comment"] = _COMMENT  # by which `VIDEO` recognises it
+            self._output.metadata["comment"] = _COMMENT  # from which `VIDEO` recognises it
             self._stream: Any = None
             self._sound: Iterator[Any] = iter(())
             self._sound_stream: Any = None
             if original.streams.audio and not source.is_live:
-                with suppress(ValueError, av.error.FFmpegError):  # a codec that the container does not take
+                with suppress(ValueError, av.error.FFmpegError):  # a codec that the container does not support
                     self._sound_stream = self._output.add_stream_from_template(original.streams.audio[0])
                     self._sound = original.demux(original.streams.audio[0])
             self._packet: Any = next(self._sound, None)
@@ -74,7 +74,7 @@ class AnnotatedVideo:
         self._output.mux(self._stream.encode(image))
 
     def _add_sound(self, until_s: float) -> None:
-        """Copies the sound up to a time, so that both streams stay side by side in the file."""
+        """Copies the sound up to a time, so that both streams are interleaved in the file."""
         while self._packet is not None:
             if self._packet.dts is not None:
                 if float(self._packet.dts * self._packet.time_base) > until_s:
@@ -84,7 +84,7 @@ class AnnotatedVideo:
             self._packet = next(self._sound, None)
 
     def close(self, *, is_complete: bool = True) -> None:
-        """Finishes the file; one that is not complete is removed."""
+        """Finishes the file; an incomplete file is removed."""
         with suppress(_Incomplete), self._stack:
             if not is_complete or self._stream is None:
                 raise _Incomplete

@@ -22,12 +22,12 @@ Colour = tuple[int, int, int]
 _Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 _Line = tuple[_Box, Colour]
 
-# Lowest score of a keypoint that is drawn, as in Detectron. It is a logit of the heat map, not a probability: its range
-# depends on the training, and a hidden keypoint may have a high score as well.
+# Minimum score of drawn keypoints, as in Detectron. It is a logit of the heat map, not a probability: its range depends
+# on the training, and a hidden keypoint may also have a high score.
 POINT_SCORE = 2.0
 _OPACITY = 0.45
 _MIN_SIDE_PX = 640  # smaller images are enlarged, so that the text does not hide them
-# Sizes as shares of the image's longer side, so that a large photo looks as a small one when both fill the screen.
+# Sizes as shares of the image's longer side, so that large and small photos look the same when they fill the screen.
 _LINE, _POINT, _FONT = 1 / 400, 1 / 220, 1 / 55  # width of lines, radius of keypoints, height of text
 _DARK = 110  # luma of a label below which its text is white
 _JPEG_QUALITY = 92
@@ -38,9 +38,9 @@ class Mark:
     """An object to draw, in pixels of the image."""
 
     box_xyxy_px: _Box
-    text: str  # beside the box
+    text: str  # label of the box
     colour: Colour
-    mask: np.ndarray | None = None  # bool [H, W], or the part of it that holds the object
+    mask: np.ndarray | None = None  # bool [H, W], or the part of it that contains the object
     mask_at: tuple[int, int] = (0, 0)  # row and column of its first pixel
     points_px: Sequence[tuple[float, float]] = ()  # x, y
     lines: Sequence[_Line] = ()
@@ -53,9 +53,9 @@ def colour_of(index: int) -> Colour:
 
 
 def displayed(image: np.ndarray) -> np.ndarray:
-    """An image `[H, W, C]`, uint8 or float32 from 0 to 255, for the eye: uint8 `[H, W, 3]`.
+    """Converts an image `[H, W, C]`, uint8 or float32 from 0 to 255, for display: uint8 `[H, W, 3]`.
 
-    The first three bands are taken as RGB, or the first of fewer as grey.
+    The first three bands are used as RGB; with fewer bands, the first is used as grey.
     """
     if image.dtype != np.uint8:
         image = image.round().astype(np.uint8)
@@ -73,17 +73,16 @@ def overlay(
 ) -> Image.Image:
     """Draws detections on an image: box, class and score, and mask with outline and keypoints if present.
 
-    The highest score is on top. Lines and text grow with the image; small images are enlarged by an integer factor to
-    at least 640 px on the longer side. A label stands where it covers no other one, if there is such a place at its
-    box.
+    The highest score is on top. Lines and text scale with the image; small images are enlarged by an integer factor to
+    at least 640 px on the longer side. A label is placed where it covers no other label, if its box has such a place.
 
     Args:
         image: `[H, W, C]`, see `displayed`.
-        detections: of this image, in its pixels.
-        class_names: of labels 1, 2, ….
+        detections: detections in pixels of this image.
+        class_names: names of labels 1, 2, ….
         skeleton: pairs of keypoints, counted from 1, connected by a line; each pair has its own colour.
-        point_score: lowest score of a keypoint that is drawn, with the lines to it; see `POINT_SCORE`.
-        with_scores: write the score beside the class; False for annotations.
+        point_score: minimum score of drawn keypoints and their lines; see `POINT_SCORE`.
+        with_scores: write the score after the class; False for annotations.
     """
     image = displayed(image)
     scale = _scale(image)
@@ -112,11 +111,11 @@ def with_pose(
     """Returns a mark with keypoints and skeleton lines.
 
     Args:
-        mark: of the object.
+        mark: mark of the object.
         keypoints: `[K, 3]` x, y in pixels of the image; the third value is not used.
         is_shown: bool `[K]`.
         skeleton: see `overlay`; a line is drawn if both its ends are shown.
-        colour: of all lines (default: a different one for each).
+        colour: colour of all lines (default: a different colour for each).
     """
     places = keypoints[:, :2].astype(float).tolist()
     lines = [
@@ -128,11 +127,11 @@ def with_pose(
 
 
 def draw_marks(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
-    """Draws marks on an image, the first on top; enlarged as by `overlay`.
+    """Draws marks on an image, the first on top; enlarged as in `overlay`.
 
     Args:
         image: `[H, W, C]`, see `displayed`.
-        marks: in its pixels.
+        marks: marks in pixels of the image.
     """
     image = displayed(image)
     scale = _scale(image)
@@ -162,7 +161,7 @@ def stacked(images: Sequence[Image.Image], *, vertical: bool = False, background
 
 
 def save_drawing(image: Image.Image, path: Path) -> None:
-    """Writes a JPEG (.jpg) or a PNG file that `maskrcnn.files.DRAWING` recognises: an entry in it says maskrcnn."""
+    """Writes a JPEG (.jpg) or PNG file with an entry from which `maskrcnn.files.DRAWING` recognises it."""
     entries = PngInfo()
     entries.add_text("Software", "maskrcnn")
     with atomic_path(path) as draft:
@@ -206,7 +205,7 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> Image.Image:
 
 
 def _label_boxes(marks: Sequence[Mark], font: Any, size_wh: tuple[int, int]) -> list[_Box]:
-    """Places for the labels, of the first mark first: where they cover no earlier label, else as little as possible.
+    """Places labels, starting with the first mark, where they cover no earlier label, or else as little as possible.
 
     Tried in order: above the box, inside its upper left corner, below it, and the same at its right side.
     """
@@ -236,7 +235,7 @@ def _tint(canvas: np.ndarray, mask: np.ndarray, colour: Colour, line: int) -> No
     tint = np.array(colour, np.float32)
     part[inside] = ((1 - _OPACITY) * part[inside] + _OPACITY * tint).round()
     core = inside
-    for _ in range(line):  # a pixel less on all sides
+    for _ in range(line):  # eroded by a pixel on all sides
         padded = np.pad(core, 1)
         core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:] & core
     part[inside & ~core] = colour
@@ -251,8 +250,8 @@ def _enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _masks(detections: Detections, scale: int) -> list[tuple[np.ndarray | None, tuple[int, int]]]:
-    """The mask of each detection on an image of `scale` times the size, and its place, as `Mark` has them."""
-    if detections.mask_runs is not None:  # of tiles: never whole scenes
+    """The mask of each detection on an image enlarged by `scale`, and its position, as in `Mark`."""
+    if detections.mask_runs is not None:  # joined from tiles: never in the whole scene
         windows = (window_of(spans, detections.size_hw[0]) for spans in detections.runs().spans())
         return [(_enlarge(mask, scale), (scale * top, scale * left)) for mask, top, left in windows]
     if not detections.has_masks:
@@ -261,7 +260,7 @@ def _masks(detections: Detections, scale: int) -> list[tuple[np.ndarray | None, 
 
 
 def _enlarged(detections: Detections, scale: int) -> Detections:
-    """The detections on an image of `scale` times the size."""
+    """The detections on an image enlarged by `scale`."""
     height, width = detections.size_hw
     points = None if detections.keypoints is None else detections.keypoints * np.array([scale, scale, 1], np.float32)
     size_hw = height * scale, width * scale

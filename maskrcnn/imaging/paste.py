@@ -1,14 +1,14 @@
 """Pasting of masks, given in the frame of their box, as pixels of an image or directly as run lengths. NumPy only.
 
-Masks are pasted as by torchvision's `paste_masks_in_image`: one pixel of zero padding, the box enlarged in proportion
+Masks are pasted as in torchvision's `paste_masks_in_image`: one pixel of zero padding, the box enlarged in proportion
 and truncated to integers, then linear interpolation. Only the part of a box inside the image is computed.
 
 Run lengths are computed without pixels. Down a column, interpolation between rows a and b of the mask is monotonic and
-stays between them, in float32 too: a + w · (b − a) is rounded three times, each time monotonically, and a weight is at
+stays between them, also in float32: a + w · (b − a) is rounded three times, each time monotonically, and a weight is at
 most 1 − 2⁻²³, which compensates the rounding of difference and product (w can be 1 − 2⁻²⁴ in the first row, but there a
-is zero and the difference exact). So a run starts or ends only between two rows of the mask on either side of the
-threshold, and its first pixel is found by bisection. The cost grows with the width of a box, not with its area, and the
-result equals that of the pixels.
+is zero and the difference exact). A run therefore starts or ends only between two rows of the mask on either side of
+the threshold, and bisection finds its first pixel. The cost grows with the width of a box, not with its area, and the
+result is the same as with pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from maskrcnn.imaging.run_lengths import Runs
 
 _PADDING_PX = 1  # zeros around a mask before pasting, torchvision's default
-MAX_COLUMNS = 1 << 15  # interpolated at a time, to stay within the CPU's cache
+MAX_COLUMNS = 1 << 15  # maximum columns interpolated at a time, to stay within the CPU's cache
 
 
 class _Axis(NamedTuple):
@@ -32,7 +32,7 @@ class _Axis(NamedTuple):
     counts: np.ndarray  # [D] int64, pixels of the window; 0 if the box does not touch the image
     low: np.ndarray  # [sum of counts] int64
     high: np.ndarray  # [sum of counts] int64, the same pixel at the border
-    weight: np.ndarray  # [sum of counts] float32, of `high`; that of `low` is one minus it
+    weight: np.ndarray  # [sum of counts] float32, of `high`; the weight of `low` is one minus this
 
     @property
     def owner(self) -> np.ndarray:
@@ -51,7 +51,7 @@ def paste_mask(mask: np.ndarray, box_xyxy_px: np.ndarray, size_hw: tuple[int, in
 
     Args:
         mask: `[M, M]` float32 probabilities in the frame of the box.
-        box_xyxy_px: `[4]` in pixels of the image; may lie partly or wholly outside it.
+        box_xyxy_px: `[4]` in pixels of the image; may be partly or completely outside it.
         size_hw: height and width of the image.
 
     Returns:
@@ -72,7 +72,7 @@ def pasted_runs(masks: np.ndarray, boxes_xyxy_px: np.ndarray, size_hw: tuple[int
 
     Args:
         masks: `[D, M, M]` float32 probabilities in the frames of the boxes, not negative.
-        boxes_xyxy_px: `[D, 4]` in pixels of the image; may lie partly or wholly outside it.
+        boxes_xyxy_px: `[D, 4]` in pixels of the image; may be partly or completely outside it.
         size_hw: height and width of the image.
         threshold: 0 or more.
     """
@@ -158,7 +158,7 @@ def _runs(masks: np.ndarray, boxes: np.ndarray, size_hw: tuple[int, int], thresh
 def _turns(
     lines: np.ndarray, columns: _Axis, rows: _Axis, threshold: np.float32
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where pixels cross the threshold, downwards, column by column: window, column of all windows, row of the window.
+    """Rows at which pixels cross the threshold, column by column: window, column of all windows, row of the window.
 
     Args:
         lines: `[columns, taps]` float32, see `_interpolated_columns`.

@@ -15,7 +15,7 @@ from maskrcnn.errors import UserError, require_memory
 from maskrcnn.imaging.paste import paste_mask, pasted_runs
 from maskrcnn.imaging.run_lengths import Runs, strings_from_runs
 
-_TILES_THRESHOLD = 0.5  # of masks that are joined from tiles
+_TILES_THRESHOLD = 0.5  # mask threshold of objects joined from tiles
 
 # Masks [D, S, S], boxes [D, 4] xyxy px, (height, width) of the image and a threshold, to bool [D, height, width].
 Paste = Callable[[np.ndarray, np.ndarray, tuple[int, int], float], np.ndarray]
@@ -29,17 +29,17 @@ class Detections:
     scores: np.ndarray  # [D] float32, 0–1
     labels: np.ndarray  # [D] int64, 1 … number of classes
     masks: np.ndarray | None  # [D, 28, 28] float32 probabilities in the box frame; None: without a mask head
-    size_hw: tuple[int, int]  # of the original image
+    size_hw: tuple[int, int]  # size of the original image
     paste: Paste | None = field(default=None, repr=False)  # pastes masks on a GPU; None: on the CPU
     # [D, K, 3] float32: x, y in the frame of the boxes (pixel j covers [j, j + 1]), and the score, a logit of the heat
     # map; None: without a keypoint head.
     keypoints: np.ndarray | None = None
-    class_names: tuple[str, ...] = field(default=(), repr=False)  # of labels 1, 2, …; () if unknown
+    class_names: tuple[str, ...] = field(default=(), repr=False)  # names of labels 1, 2, …; () if unknown
     category_ids: tuple[int, ...] = field(default=(), repr=False)  # dataset ids of labels 1, 2, …; () if unknown
     keypoint_skeleton: tuple[tuple[int, int], ...] = field(default=(), repr=False)  # pairs counted from 1
-    name: str = ""  # of the image: its file, URL, or `video.mp4#12`; "" if unknown
-    image: np.ndarray | None = field(default=None, repr=False)  # its pixels [H, W, C], where they were kept
-    # Run lengths in the whole image at a threshold of 0.5, of objects joined from tiles, which have no `masks`.
+    name: str = ""  # name of the image: file, URL, or `video.mp4#12`; "" if unknown
+    image: np.ndarray | None = field(default=None, repr=False)  # pixels [H, W, C] of the image, if kept
+    # For objects joined from tiles, which have no `masks`: run lengths in the whole image at a threshold of 0.5.
     mask_runs: Runs | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Detections:
         return self.keypoints is not None
 
     def above(self, score: float) -> Detections:
-        """Returns the detections of at least this score."""
+        """Returns the detections with at least this score."""
         keep = self.scores >= score
         return replace(
             self,
@@ -77,7 +77,7 @@ class Detections:
         if self.mask_runs is not None:
             height, width = self.size_hw
             what = f"{len(self)} masks of {width}×{height} px"
-            require_memory(len(self) * float(height) * width, what, "use `rles` or `polygons`, which have no pixels")
+            require_memory(len(self) * float(height) * width, what, "use `rles` or `polygons`, which need no pixels")
             flat = np.zeros((len(self), width * height), bool)
             for pixels, spans in zip(flat, self.runs(threshold).spans(), strict=True):
                 for start, stop in spans.tolist():
@@ -93,7 +93,7 @@ class Detections:
         return full
 
     def rles(self, threshold: float = 0.5) -> list[dict[str, Any]]:
-        """Returns the same masks as COCO's compressed run lengths, without computing their pixels.
+        """Returns the masks of `full_masks` as COCO's compressed run lengths, without computing their pixels.
 
         Args:
             threshold: 0 or more.
@@ -113,7 +113,7 @@ class Detections:
         if threshold != _TILES_THRESHOLD:
             expected = f"{_TILES_THRESHOLD}, at which tiles are joined: probabilities are not kept"
             raise UserError(
-                f"a mask threshold of {threshold:g} for objects joined from tiles", expected, "leave it out"
+                f"a mask threshold of {threshold:g} for objects joined from tiles", expected, "omit the threshold"
             )
         return self.mask_runs
 
@@ -149,8 +149,8 @@ class Detections:
         """The image (uint8 `[H, W, 3]` RGB) with boxes, class names, masks and keypoints, as a `PIL.Image.Image`.
 
         Args:
-            image: the image of these detections (default: the one that was kept with them).
-            min_score: lowest score of a detection that is drawn.
+            image: the image of these detections (default: the one kept with them).
+            min_score: minimum score of drawn detections.
 
         Raises:
             UserError: without an image.
@@ -169,7 +169,7 @@ class Detections:
             raise UserError(
                 "detections without masks",
                 "the outputs of a model with a mask head",
-                "use a Mask R-CNN, or ask for boxes only",
+                "use a Mask R-CNN, or request only boxes",
             )
         return self.masks
 
@@ -181,7 +181,7 @@ def unpack(
     *,
     paste: Paste | None = None,
 ) -> list[Detections]:
-    """Splits a batch's outputs into detections per image, without padding rows, in pixels of the original images.
+    """Splits a batch's outputs into detections per image, in pixels of the original images, without padding rows.
 
     Args:
         outputs: `num_detections` `[N]`, `boxes` `[N, D, 4]` xyxy in pixels of the resized images, `scores` and
@@ -229,18 +229,18 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Converts the detections of one image to COCO's results format, one dictionary each.
 
-    If the model has a keypoint head, `keypoints` are x, y, 1 for each, as required by COCO's server, and
+    If the model has a keypoint head, `keypoints` are x, y, 1 for each, as required by COCO's evaluation server, and
     `keypoint_scores` their scores. The coordinates are those of `Detections.keypoints`: as in torchvision, they are not
-    shifted by half a pixel, neither here nor when annotations are read for training, so both are in the same frame.
+    shifted by half a pixel, neither here nor when annotations are read for training, so both use the same frame.
 
     Args:
-        detections: in pixels of the original image.
+        detections: detections in pixels of the original image.
         image_id: dataset id of the image.
         category_ids: dataset ids of labels 1, 2, ….
         with_masks: add `segmentation` to `bbox`.
 
     Raises:
-        UserError: for a label without category, and if masks are requested of a model without them.
+        UserError: for a label without category, and if masks are requested from a model without them.
     """
     unknown = sorted({int(label) for label in detections.labels} - set(range(1, len(category_ids) + 1)))
     if unknown:

@@ -1,12 +1,11 @@
 """Preprocessing: images resized, padded and batched as in torchvision, in NumPy.
 
-Pixel centres are at half-integers: pixel i covers [i, i + 1) and its value is that of position i + 0.5. Linear
+Pixel centres are at half-integers: pixel i covers [i, i + 1), and its value belongs to position i + 0.5. Linear
 interpolation reads output pixel j at input position (j + 0.5) · in / out, clamped to the first and last centre, without
 antialiasing (torch's `align_corners=False` without `antialias`). Normalisation is in the graph, so pixels stay between
 0 and 255 here.
 
-Weights from Detectron2 need its way of resizing (`Preprocessing.resize`): Pillow, with antialiasing and rounding to
-integers.
+Weights from Detectron2 need its resizing (`Preprocessing.resize`): with Pillow, antialiasing and rounding to integers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "std": (1 / 255, 1 / 255, 1 / 255),
     },
 }
-# Of the first feature map: 64 channels at half the resolution.
+# Size of the first feature map: 64 channels at half the resolution.
 _FEATURE_BYTES_PER_PIXEL = 64 * 4 / 4
 _OPTIONAL = ("resize", "pixel_range", "bands")  # fields that files may lack
 _BAND_ROWS = 32  # output rows resized at once, to stay within a core's cache
@@ -42,14 +41,20 @@ class Preprocessing:
 
     min_size_px: int = 800  # length of the shorter side
     max_size_px: int = 1333  # maximum length of the longer side
-    divisor: int = 32  # height and width of a batch are multiples of it
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of pixels scaled to 0–1, in the channels' order; one per channel
+    divisor: int = 32  # height and width of a batch are multiples of this
+    mean: tuple[float, ...] = (
+        0.485,
+        0.456,
+        0.406,
+    )  # mean of pixels scaled to 0–1, in the channels' order; one per channel
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    channel_order: str = "RGB"  # or "BGR", of a model of three channels; input images are always RGB
-    resize: str = "torchvision"  # or "pillow", as Detectron2; absent in older files
-    # How image files become 0–255; absent in files of models that read RGB of 8 bits (see `data/images.py`).
-    pixel_range: tuple[float, ...] = ()  # (low, high): samples of more than 8 bits that become 0 and 255; (): unknown
-    bands: tuple[int, ...] = ()  # of the file, numbered from 1, one per channel; (): RGB, or the first bands
+    channel_order: str = "RGB"  # or "BGR", for a model with three channels; input images are always RGB
+    resize: str = "torchvision"  # or "pillow", as in Detectron2; absent in older files
+    # Scaling of image files to 0–255; absent for models that read 8-bit RGB (see `data/images.py`).
+    pixel_range: tuple[
+        float, ...
+    ] = ()  # (low, high): sample values that map to 0 and 255, for more than 8 bits; (): unknown
+    bands: tuple[int, ...] = ()  # bands of the file, numbered from 1, one per channel; (): RGB, or the first bands
 
     def __post_init__(self) -> None:
         sizes = (self.min_size_px, self.max_size_px, self.divisor)
@@ -111,14 +116,14 @@ class Preprocessing:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**fields)
         except TypeError as error:
-            raise _invalid(f"values of wrong type ({error})", "what `to_dict` writes") from error
+            raise _invalid(f"values of the wrong type ({error})", "the output of `to_dict`") from error
 
 
 def with_preset(changes: Any) -> Any:
     """Replaces the name of a preset by its fields.
 
     Args:
-        changes: fields of a `Preprocessing`, possibly with `preset`, a name of `PRESETS`, or such a name alone. Other
+        changes: fields of a `Preprocessing`, possibly with `preset`, a name from `PRESETS`, or only such a name. Other
             fields override those of the preset.
 
     Raises:
@@ -129,17 +134,17 @@ def with_preset(changes: Any) -> Any:
         return changes
     name = changes["preset"]
     if name not in PRESETS:
-        raise UserError(f"preprocessing {name!r}", f"one of {', '.join(PRESETS)}", "name one, or set mean and std")
+        raise UserError(f"preprocessing {name!r}", f"one of {', '.join(PRESETS)}", "choose one, or set mean and std")
     return {**PRESETS[name], **{key: value for key, value in changes.items() if key != "preset"}}
 
 
 def with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
     """Extends the mean and standard deviation of RGB to a number of channels.
 
-    Further channels get the average of the three; a single channel gets it too.
+    Further channels, and a single channel, get the average of the three.
 
     Raises:
-        UserError: for a preprocessing of another number of channels than three and `channels`.
+        UserError: if the preprocessing has neither three nor `channels` channels.
     """
     found = preprocessing.channels
     if found == channels:
@@ -158,16 +163,16 @@ def with_channels(preprocessing: Preprocessing, channels: int) -> Preprocessing:
 
 
 def channels_from_rgb(image: np.ndarray, channels: int) -> np.ndarray:
-    """A drawn RGB image `[H, W, 3]` for a model of any number of channels: the three in turn, `[H, W, C]`."""
+    """A drawn RGB image `[H, W, 3]` for a model with any number of channels: the three repeated, `[H, W, C]`."""
     return image if channels == 3 else image[..., np.arange(channels) % 3]
 
 
 def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Returns height and width of an image after resizing, in pixels.
 
-    The shorter side becomes `min_size_px` unless the longer one would then exceed `max_size_px`. Both are rounded down,
-    as in torchvision's `GeneralizedRCNNTransform`, or with "pillow" to the nearest, as in Detectron2's
-    `ResizeShortestEdge`. A side is at least 1 pixel, where both libraries fail.
+    The shorter side becomes `min_size_px` unless the longer side would then exceed `max_size_px`. Both are rounded
+    down, as in torchvision's `GeneralizedRCNNTransform`, or with "pillow" to nearest, as in Detectron2's
+    `ResizeShortestEdge`. A side is at least 1 pixel, whereas both libraries fail at 0.
     """
     if preprocessing.resize == "pillow":
         return _nearest_size(size_hw, preprocessing)
@@ -177,7 +182,7 @@ def resized_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tupl
 
 
 def _nearest_size(size_hw: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """As `resized_size`, in two steps and float64, which decides sides near one half."""
+    """As `resized_size`, but in two steps and float64, which affects the rounding of sides near one half."""
     shorter, target = min(size_hw), float(preprocessing.min_size_px)
     sides = [target if side == shorter else target / shorter * side for side in size_hw]
     if max(sides) > preprocessing.max_size_px:
@@ -213,8 +218,8 @@ def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
         from PIL import Image
     except ImportError as error:
         raise UserError(
-            "a model whose images Pillow resizes, and no Pillow",
-            "Pillow: this model's weights are Detectron2's",
+            "a model whose images Pillow resizes, without Pillow",
+            "Pillow: this model's weights are from Detectron2",
             "pip install pillow",
         ) from error
     if image.shape[2] != 3 or image.dtype != np.uint8:  # band by band
@@ -222,7 +227,7 @@ def resize_antialiased(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
         resized_planes = [np.asarray(plane.resize(size_hw[::-1], Image.Resampling.BILINEAR)) for plane in planes]
         return np.stack(resized_planes, axis=-1)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size_hw[::-1], Image.Resampling.BILINEAR)
-    return np.array(resized)  # of its own, which PyTorch may write to
+    return np.array(resized)  # a copy, which PyTorch may write to
 
 
 def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
@@ -244,7 +249,7 @@ def batch_images(images: Sequence[np.ndarray], preprocessing: Preprocessing) -> 
     require_memory(
         len(images) * float(padded_hw[0]) * padded_hw[1] * (4 * preprocessing.channels + _FEATURE_BYTES_PER_PIXEL),
         f"{len(images)} image(s) of {padded_hw[0]}×{padded_hw[1]} px",
-        "resize images to a smaller size, or take fewer per batch",
+        "resize images to a smaller size, or use fewer per batch",
     )
     batch = np.zeros((len(images), preprocessing.channels, *padded_hw), np.float32)
     for slot, image, (height, width) in zip(batch, images, sizes, strict=True):
@@ -286,12 +291,12 @@ def linear_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np
 
     Returns:
         `low`, `high` `[size_out]` int64, the two input pixels (equal at the border), and the weight `[size_out]`
-        float32 of `high`; that of `low` is one minus it.
+        float32 of `high`; the weight of `low` is one minus this.
     """
     scale = np.float32(size_in) / np.float32(size_out)
     centres = np.arange(size_out, dtype=np.float32) + np.float32(0.5)
-    # Rounded once, after the subtraction, as torch with one thread. With several threads it rounds the product as well,
-    # which changes a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
+    # Rounded once, after the subtraction, like torch with one thread. With several threads, torch also rounds the
+    # product, which changes a weight by up to 1e-4 near position 1000, and a pixel by hundredths of a level.
     positions = (centres.astype(np.float64) * np.float64(scale) - 0.5).astype(np.float32)
     positions = np.maximum(positions, np.float32(0))
     low = np.minimum(positions.astype(np.int64), size_in - 1)
@@ -348,7 +353,7 @@ def _check_image(image: Any, index: int, preprocessing: Preprocessing) -> None:
             "read it with maskrcnn.data.images.read_image(path, preprocessing of the model's metadata)",
         )
     if image.size == 0:
-        raise UserError(f"image {index} of shape {image.shape}", "at least 1×1 pixel", "leave empty images out")
+        raise UserError(f"image {index} of shape {image.shape}", "at least 1×1 pixel", "leave out empty images")
     if image.dtype == np.float32 and not (image.min() >= 0 and image.max() <= 255):  # also false for NaN
         raise UserError(
             f"image {index} of float32 from {image.min():g} to {image.max():g}",
@@ -360,7 +365,7 @@ def _check_image(image: Any, index: int, preprocessing: Preprocessing) -> None:
         raise UserError(
             f"image {index} of float32 from {image.min():g} to {image.max():g}",
             "values from 0 to 255, of which these are almost black",
-            "multiply them by 255; or if the image is that dark, pass it as uint8",
+            "multiply them by 255; or if the image really is this dark, pass it as uint8",
         )
 
 

@@ -1,4 +1,4 @@
-"""Detections as other tools take them: outlines, tables, and `supervision` objects."""
+"""Detections in the formats of other tools: outlines, tables, and `supervision` objects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
     """Outlines of the masks, between pixels, where the mask probability crosses `threshold`.
 
     Args:
-        detections: of one image, with masks.
+        detections: detections of one image, with masks.
         threshold: mask probability, 0 to 1.
 
     Returns:
-        for each detection a list of closed outlines, float64 `[P, 2]` (x, y) in pixels of the original image, one per
-        connected part; the first point is repeated at the end. Holes are left out. A mask below the threshold
-        everywhere has none.
+        for each detection, a list of closed outlines, float64 `[P, 2]` (x, y) in pixels of the original image, one per
+        connected part; the first point is repeated at the end. Holes are left out. A mask that is below the threshold
+        everywhere has no outline.
 
     Raises:
         UserError: for detections without masks, and if contourpy is not installed.
@@ -50,7 +50,7 @@ def polygons(detections: Detections, threshold: float = 0.5) -> list[list[np.nda
 
 
 def _windows(detections: Detections, threshold: float) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Mask probabilities, or 0 and 1, in the part of the image that holds the mask, and its first row and column."""
+    """Mask probabilities, or 0 and 1, in the part of the image that contains the mask, and its first row and column."""
     if detections.mask_runs is None:
         for mask, box in zip(detections.require_masks(), detections.boxes_xyxy_px, strict=True):
             yield paste_mask(mask, box, detections.size_hw)

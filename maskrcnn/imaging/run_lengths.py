@@ -2,12 +2,12 @@
 
 A mask is encoded as runs down the columns, from left to right, alternating between background and object, starting with
 a (possibly empty) run of background. Each character of the string encodes six bits, as its code minus 48: five bits of
-the number, least significant first, and one that is set if more follow; the top bit of a number's last five is its
-sign. From the fourth run on, the number is the difference from the run before the previous one.
+the number, least significant first, and a continuation bit; the top bit of a number's last five is its sign. From the
+fourth run on, the number is the difference from the run before the previous one.
 
 Source: pycocotools, `rleToString`.
 
-Masks of large scenes are combined without pixels too, as spans: int64 `[S, 2]`, first pixel and the one after the last
+Masks of large scenes are also combined without pixels, as spans: int64 `[S, 2]`, start (inclusive) and end (exclusive)
 of each piece of a mask, ascending, where pixels are numbered down the columns as in run lengths.
 """
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 _BITS, _MORE, _SIGN, _ZERO = 5, 32, 16, 48
-_MAX_CHARACTERS = 8  # of a number below 2³⁹ in magnitude
-_FEW_CHARACTERS = 6  # of one below 2²⁹, as every run of all but very large images: 32 bits suffice
+_MAX_CHARACTERS = 8  # characters of a number below 2³⁹ in magnitude
+_FEW_CHARACTERS = 6  # characters of a number below 2²⁹, as all runs except in very large images: 32 bits suffice
 
 
 class Runs(NamedTuple):
@@ -48,7 +48,7 @@ class Runs(NamedTuple):
         return object_total[ends] - object_total[self.starts], total[ends] - total[self.starts]
 
     def chosen(self, keep: np.ndarray) -> Runs:
-        """The masks of which `keep`, bool `[masks]`, is true."""
+        """The masks for which `keep`, bool `[masks]`, is true."""
         return Runs(self.runs[np.repeat(keep, self.lengths)], self.lengths[keep])
 
     def spans(self) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ class Runs(NamedTuple):
 
 def strings_from_runs(masks: Runs) -> list[str]:
     """Returns the COCO string of each mask, empty for a mask without runs."""
-    # Runs of most images fit into 32 bits; half the memory takes half the time.
+    # Runs of most images fit into 32 bits; halving the memory halves the time.
     is_small = masks.runs.max(initial=0) < 1 << _BITS * _FEW_CHARACTERS - 1
     number: type[np.signedinteger] = np.int32 if is_small else np.int64
     rest = masks.runs.astype(number)
@@ -120,7 +120,7 @@ def runs_from_strings(strings: Sequence[str | bytes]) -> tuple[Runs, np.ndarray]
 
 
 def _summed(masks: Runs) -> np.ndarray:
-    """Runs from the numbers of strings: from the fourth on, each is added to the one before the previous."""
+    """Runs from the numbers of strings: from the fourth on, each is relative to the run before the previous one."""
     places, starts = masks.places(), masks.starts
     is_odd = (places & 1).astype(bool)
     found = masks.runs
@@ -159,8 +159,8 @@ def moved(spans: np.ndarray, size_hw: tuple[int, int], top: int, left: int, into
 
     Args:
         spans: int64 `[S, 2]` of the window's pixels.
-        size_hw: of the window.
-        top, left: place of the window in the image.
+        size_hw: size of the window.
+        top, left: position of the window in the image.
         into_height: height of the image.
     """
     height = size_hw[0]
@@ -175,10 +175,10 @@ def moved(spans: np.ndarray, size_hw: tuple[int, int], top: int, left: int, into
 
 
 def clipped(spans: np.ndarray, height: int, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-    """The part of spans within rows and columns (first, and the one after the last) of an image of this height.
+    """The part of spans within rows and columns (start inclusive, end exclusive) of an image of this height.
 
     Args:
-        spans: as `moved` returns them, none longer than a column.
+        spans: as returned by `moved`, none longer than a column.
     """
     column = spans[:, 0] // height
     start = np.maximum(spans[:, 0], column * height + rows[0])

@@ -1,8 +1,8 @@
 """Backbones (torchvision's classifiers, maps C2 … C5) and necks (maps P2 … P6 of equal width).
 
 Tensors are named as in torchvision's detectors, `backbone.body.…` and `backbone.fpn.…`, for every backbone and neck:
-the layers of a classifier keep their names there, without the `features.` prefix of those that are not ResNets. Maps
-are passed by torchvision's names: "0" … "3" are C2 … C5 and P2 … P5, "pool" is P6.
+the layers of a classifier keep their names, without the `features.` prefix of classifiers other than ResNets. Maps have
+torchvision's names: "0" … "3" are C2 … C5 and P2 … P5, "pool" is P6.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PathAggregation(FeaturePyramidNetwork):
 class BiFpn(nn.Module):
     """Bidirectional passes over P2 … P6 that fuse maps with learnt weights.
 
-    1 × 1 convolutions give C2 … C5 equal width; P6 is another one of C5, max-pooled 3 × 3 with stride 2.
+    1 × 1 convolutions give C2 … C5 equal width; P6 is another convolution of C5, max-pooled 3 × 3 with stride 2.
 
     Source: Tan et al. 2020, "EfficientDet: Scalable and Efficient Object Detection", section 3 (there P3 … P7); the
     convolution before P6 follows its published code.
@@ -153,7 +153,7 @@ class Fusion(nn.Module):
 
 
 def _halved(feature: Tensor) -> Tensor:
-    """Max pool to half the height and width, rounded up, so that P6 of an odd map has the extra row too."""
+    """Max pool to half the height and width, rounded up, so that P6 of an odd map includes the extra row."""
     return F.max_pool2d(feature, kernel_size=3, stride=2, padding=1)
 
 
@@ -164,8 +164,8 @@ def _named(like: dict[str, Tensor], maps: list[Tensor], last: Tensor) -> dict[st
 class FoldedBatchNorm2d(FrozenBatchNorm2d):
     """Frozen batch norm computed by the preceding `FoldedConv2d`; names and values are torchvision's.
 
-    A frozen norm is a constant scale and shift per channel. As a separate operation it reads and writes every feature
-    map once more, and under autocast converts it to float32; folded into the convolution's weights it costs nothing.
+    A frozen norm is a constant scale and shift per channel. As a separate operation, it reads and writes every feature
+    map again, and under autocast converts it to float32; folded into the convolution's weights, it costs nothing.
     """
 
     def constants(self) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class FoldedBatchNorm2d(FrozenBatchNorm2d):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Identity; during export the norm itself, which keeps the graph readable and which runtimes fold."""
+        """Identity; during export the norm itself, which keeps the graph readable and is folded by runtimes."""
         return super().forward(x) if torch.compiler.is_exporting() else x
 
 
@@ -201,7 +201,7 @@ def fold_norms(body: nn.Module) -> nn.Module:
             if isinstance(getattr(module, norm), FoldedBatchNorm2d):
                 folded = getattr(module, convolution)
                 folded.__class__ = FoldedConv2d
-                # Bypasses registration as a submodule: the norm is one of the body already.
+                # Bypasses registration as a submodule: the norm already is a submodule of the body.
                 object.__setattr__(folded, "norm", getattr(module, norm))
     return body
 
@@ -209,7 +209,7 @@ def fold_norms(body: nn.Module) -> nn.Module:
 def conv_norm_pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of a module's convolutions and of the batch norms after them.
 
-    ResNet blocks name them conv1 and bn1; in a sequence of layers they are adjacent.
+    In ResNet blocks they are named conv1 and bn1; in a sequence of layers they are adjacent.
     """
     children = dict(module.named_children())
     named = [(name, f"bn{name[4:]}") for name in children if name.startswith("conv")]
@@ -224,7 +224,7 @@ class Layout:
     """Layers of a classifier that produce the maps."""
 
     stages: tuple[tuple[str, ...], ...]  # layers of the five stages; the last layers of stages 2 to 5 give C2 … C5
-    channels: tuple[int, ...]  # of C2 … C5
+    channels: tuple[int, ...]  # channels of C2 … C5
 
 
 def _numbered(ends: Sequence[int]) -> tuple[tuple[str, ...], ...]:
@@ -234,8 +234,8 @@ def _numbered(ends: Sequence[int]) -> tuple[tuple[str, ...], ...]:
 
 
 RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-# Maps: VGG after pooling (torchvision has no such detector to follow); MobileNet the last of each stride; ConvNeXt
-# stages begin with the downsampling convolution.
+# Maps: VGG's after pooling (torchvision has no such detector); MobileNet's last map of each stride; ConvNeXt's stages
+# begin with the downsampling convolution.
 _LAYOUTS = {
     "vgg16": Layout(_numbered((4, 9, 16, 23, 30)), (128, 256, 512, 512)),
     "vgg16_bn": Layout(_numbered((6, 13, 23, 33, 43)), (128, 256, 512, 512)),
@@ -307,7 +307,7 @@ def _body(config: ModelConfig) -> tuple[nn.Module, Layout]:
     if name.startswith("vgg"):
         body = _vgg(norm if name.endswith("_bn") else None)
     elif name.startswith("convnext"):
-        # Stochastic depth would make a sample depend on more than seed, epoch and image.
+        # With stochastic depth, a sample would depend on more than seed, epoch and image.
         body = torchvision.models.get_model(name, weights=None, stochastic_depth_prob=0.0).features
     elif name.startswith("mobilenet"):
         body = torchvision.models.get_model(name, weights=None, norm_layer=norm).features
@@ -332,7 +332,7 @@ def inflated(weight: Tensor, channels: int) -> Tensor:
     """RGB weights of the first convolution `[O, 3, k, k]` for another number of input channels.
 
     More channels: the weights of R, G and B and their mean for each further channel; fewer: their mean for each. All
-    are scaled by 3 / channels, so that an image of equal channels has the response of a grey RGB image.
+    are scaled by 3 / channels, so that an image with equal channels has the same response as a grey RGB image.
     """
     mean = weight.mean(dim=1, keepdim=True)
     kept = weight if channels > 3 else weight[:, :0]

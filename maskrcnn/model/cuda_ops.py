@@ -40,9 +40,9 @@ def multilevel_roi_align(
     min_level: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`maskrcnn.model.ops.multilevel_roi_align` by the kernels; `dtype` is float32 or the features' type.
+    """`maskrcnn.model.ops.multilevel_roi_align` with the kernels; `dtype` is float32 or the features' type.
 
-    Fastest if all feature maps are channels last, which are then read without a copy.
+    Fastest if all feature maps are channels last, as they are then read without a copy.
     """
     batch, channels = features[0].shape[:2]
     is_last = all(f.is_contiguous(memory_format=torch.channels_last) and f.stride(1) == 1 for f in features)
@@ -86,14 +86,14 @@ def multilevel_roi_align_gradient(
     aligned: bool,
     min_level: int,
 ) -> list[Tensor]:
-    """Gradient of the features of `multilevel_roi_align`, whose sums have no fixed order.
+    """Gradient of the features of `multilevel_roi_align`, summed in no fixed order.
 
     Args:
-        kernels: of the tensors' GPU.
+        kernels: kernels of the tensors' GPU.
         pooled: gradient of the result, `[N, R, C, S, S]`.
         rois: `[N, R, 4]` xyxy px.
         sizes_hw: height and width of each feature map.
-        output_size, sampling_ratio, aligned, min_level: as of `multilevel_roi_align`.
+        output_size, sampling_ratio, aligned, min_level: as in `multilevel_roi_align`.
 
     Returns:
         float32 `[N, C, H_l, W_l]`, channels last, one for each feature map.
@@ -153,7 +153,7 @@ class TrainedRoiAlign(torch.autograd.Function):
 def batched_nms(
     kernels: Kernels, boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, max_output: int
 ) -> tuple[Tensor, Tensor]:
-    """`maskrcnn.model.ops.batched_nms` by the kernels."""
+    """`maskrcnn.model.ops.batched_nms` with the kernels."""
     boxes, groups, counts = boxes.to(torch.float32).contiguous(), groups.contiguous(), counts.contiguous()
     batch, num_boxes = boxes.shape[:2]
     indices = groups.new_empty((batch, max_output))

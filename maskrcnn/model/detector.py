@@ -14,9 +14,9 @@ from maskrcnn.stages import LEVELS, record
 
 
 class MaskRCNN(nn.Module):
-    """Mask R-CNN on fixed shapes (He et al. 2017); Faster R-CNN without masks, either optionally with keypoints.
+    """Mask R-CNN with fixed shapes (He et al. 2017); Faster R-CNN without masks; both optionally with keypoints.
 
-    After the image, everything is a batched tensor padded to a fixed count and no control flow depends on values, so
+    All intermediate values are batched tensors padded to a fixed count, and no control flow depends on values, so that
     the same code trains, runs, exports and compiles. Loads torchvision state dicts of the same architecture unchanged.
     """
 
@@ -81,8 +81,8 @@ class MaskRCNN(nn.Module):
         """Compute the training losses of a batch; the training objective is their sum.
 
         Args:
-            images: as for `forward`.
-            image_sizes: as for `forward`.
+            images: as in `forward`.
+            image_sizes: as in `forward`.
             truth: padded ground truth: `boxes` float32 `[N, G, 4]` xyxy in pixels of the resized image; `labels` int64
                 `[N, G]`; `valid` bool `[N, G]`; `masks` uint8 `[N, G, M, M]` of 0 or 255 (all 0: no mask), crops of the
                 region `mask_frames` float32 `[N, G, 4]`; `keypoints` float32 `[N, G, K, 3]` (x, y in pixels of the

@@ -1,9 +1,8 @@
 """Model for inference: folded batch norm, half precision by a fixed rule, CUDA graphs.
 
-The rule is that of exported graphs (`maskrcnn.export.passes.precision`): convolutions and matrix products, and whatever
-only passes on their results, run in half precision; pixels, anchors, box coordinates, scores and NMS in single
-precision. Here that is determined by which modules have half-precision weights, and a cast of the features they
-receive.
+The rule is the same as for exported graphs (`maskrcnn.export.passes.precision`): convolutions and matrix products, and
+operations that only pass on their results, run in half precision; pixels, anchors, box coordinates, scores and NMS in
+single precision. Here this is implemented by modules with half-precision weights, and a cast of their input features.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from maskrcnn.model.detector import MaskRCNN
 
 
 def respect_cpu_quota() -> None:
-    """Lowers PyTorch's number of threads to a CPU quota; without OMP_NUM_THREADS it respects the affinity alone."""
+    """Limits PyTorch's threads to the CPU quota; without OMP_NUM_THREADS, PyTorch respects only the affinity."""
     if is_quota_bound() and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > available_cpus():
         torch.set_num_threads(available_cpus())
 
 
 def inference_copy(model: MaskRCNN, dtype: torch.dtype = torch.float32) -> MaskRCNN:
-    """Copy of a model in evaluation mode with the same results but faster; it cannot be trained or saved.
+    """Faster copy of a model in evaluation mode, with the same results; it cannot be trained or saved.
 
     Args:
         model: left unchanged.
@@ -91,15 +90,15 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 _Outputs = dict[str, Tensor]
 _Run = Callable[[Tensor, Tensor], _Outputs]
-_WARM_UPS = 2  # runs before the capture, in which libraries select their kernels
+_WARM_UPS = 2  # calls before the capture, in which libraries select their kernels
 
 
 class GraphedModel:
     """Runs a model as CUDA graphs, one per input shape, captured at the second call with that shape.
 
-    Possible because the model never synchronises and no shape depends on a value. It is faster where launching some
-    thousand kernels takes longer than running them: small batches, half precision. May be called on any stream, and on
-    different ones, as long as calls do not overlap.
+    This is possible because the model never synchronises and no shape depends on a value. It is faster if launching
+    several thousand kernels takes longer than running them: small batches, half precision. May be called on any stream,
+    also on different ones, if calls do not overlap.
 
     Args:
         run: the model, possibly compiled by `torch.compile`; its tensors are on one GPU.
@@ -146,7 +145,7 @@ class GraphedModel:
 
     @contextmanager
     def _in_turn(self, device: torch.device) -> Iterator[None]:
-        """Order work launched inside after work launched in an earlier such context, on whichever stream."""
+        """Order work launched in this context after work launched in earlier contexts, on any stream."""
         stream = torch.cuda.current_stream(device)
         if self._done is None:
             self._done = torch.cuda.Event()
@@ -168,7 +167,7 @@ class GraphedModel:
         torch.cuda.current_stream(images.device).wait_stream(self._side)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # The default capture stream is on the GPU of the process's first capture. Other threads may allocate meanwhile.
+        # The default capture stream is on the GPU of the process's first capture. Other threads may allocate memory.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
             outputs = self.run(*given)
 

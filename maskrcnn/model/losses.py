@@ -1,4 +1,4 @@
-"""Losses of the region proposal network and the RoI heads, on fixed shapes.
+"""Losses of the region proposal network and the RoI heads, with fixed shapes.
 
 Every loss is a sum over sampled rows divided by their count. In distributed training, `mean_count` averages each count
 over all processes, so that the averaged gradients equal those of one process with the whole batch.
@@ -93,7 +93,7 @@ def box_loss(
 def focal(cross_entropy: Tensor, gamma: float) -> Tensor:
     """Focal loss (1 - p)^gamma · cross-entropy `[…]`, where p = exp(-cross-entropy) (Lin et al. 2017, equation 4).
 
-    Of a sigmoid it is torchvision's `sigmoid_focal_loss` without alpha.
+    For a sigmoid, this is torchvision's `sigmoid_focal_loss` without alpha.
     """
     # Not below the resolution of p near 1: the gradient of x^gamma at 0 is infinite for gamma below 1.
     miss = (-torch.expm1(-cross_entropy)).clamp(min=torch.finfo(cross_entropy.dtype).tiny)
@@ -101,7 +101,7 @@ def focal(cross_entropy: Tensor, gamma: float) -> Tensor:
 
 
 def _label_weights(loss: LossConfig, like: Tensor) -> Tensor:
-    """Weight of each label, `[1 + classes]`; that of background is 1."""
+    """Weight of each label, `[1 + classes]`; 1 for background."""
     if isinstance(loss.class_weights, str):
         raise ValueError(f"class weights {loss.class_weights!r}, which training_config replaces by numbers")
     return torch.tensor([1.0, *loss.class_weights.values()], device=like.device)
@@ -182,7 +182,7 @@ def roi_losses(
     with torch.no_grad():
         rois, labels, positive, sampled, owner = _sample_rois(proposals, used, truth, loss)
         rois = _fill_unused(rois, sampled)
-        # Unsampled slots have zero weight but may hold empty boxes: a unit box keeps their loss finite.
+        # Unsampled slots have zero weight but may contain empty boxes: a unit box keeps their loss finite.
         corner = torch.arange(4, device=rois.device) >= 2
         target = torch.where(positive[..., None], take_rows(truth["boxes"], owner), rois)
         target = torch.where(sampled[..., None], target, corner.to(rois.dtype))
@@ -212,9 +212,9 @@ def roi_losses(
 
 
 def _positive_slots(positive: Tensor, max_positives: int) -> int:
-    """Number of leading slots, which hold the positives, that the mask and keypoint heads process.
+    """Number of leading slots, which contain the positives, that the mask and keypoint heads process.
 
-    On a CPU in eager mode: the largest number of positives of an image. Otherwise the fixed maximum, because reading
+    On a CPU in eager mode: the maximum number of positives of an image. Otherwise the fixed maximum, because reading
     the count would synchronise with the GPU or break the compiled graph.
     """
     if positive.device.type != "cpu" or torch.compiler.is_compiling():
@@ -246,7 +246,7 @@ def _mask_loss(
             logits.shape[-1],
             aligned=loss.mask_target_aligned,
         )
-        # An object without a pixel is one without a mask: its RoIs count in the other losses alone.
+        # An all-zero mask means an object without a mask: its RoIs count only in the other losses.
         has_mask = (truth["masks"] != 0).flatten(2).any(dim=-1)
         positive = positive & has_mask.gather(1, owner)
     mask = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(-1, -2))
@@ -284,7 +284,7 @@ def _fill_unused(rois: Tensor, used: Tensor) -> Tensor:
 
 def _sample_rois(proposals: Tensor, used: Tensor, truth: Truth, loss: LossConfig) -> tuple[Tensor, ...]:
     """RoIs `[N, S, 4]`, their labels, is positive, is sampled, and the index of their object."""
-    # The ground-truth boxes are proposals too (torchvision's add_gt_proposals).
+    # The ground-truth boxes are also proposals (torchvision's add_gt_proposals).
     proposals = torch.cat([proposals, truth["boxes"]], dim=1)
     used = torch.cat([used, truth["valid"]], dim=1)
     picks = []

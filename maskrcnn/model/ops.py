@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from maskrcnn.model import cuda_ops
 
 CANONICAL_LEVEL, CANONICAL_SIZE_PX = 4, 224.0  # FPN equation 1: a 224 px box is pooled at P4
-LEVEL_EPSILON = 1e-6  # torchvision adds it to the logarithm, so that exact powers of two round up
+LEVEL_EPSILON = 1e-6  # torchvision adds this to the logarithm, so that exact powers of two round up
 
 
 def assign_levels(rois: Tensor, *, min_level: int, num_levels: int) -> Tensor:
@@ -50,7 +50,7 @@ def _axis_taps(
         size: `[P]`, length of the grid.
         bins: bins of the axis.
         ratio: samples per bin.
-        aligned: without it, lengths are at least 1.
+        aligned: if false, lengths are at least 1.
     """
     if not aligned:
         length = length.clamp(min=1.0)
@@ -84,8 +84,8 @@ def _pool_by_table(
     """RoIAlign as one weighted table look-up over all levels and images.
 
     Each pixel of each level is a row of the table; an output bin is a weighted sum of (2 · sampling_ratio)² rows.
-    Shapes depend on shapes only, every RoI reads only its own level, and sums run over contiguous channels: fast on a
-    CPU, free of synchronisation on a GPU.
+    Shapes depend only on shapes, every RoI reads only its own level, and sums run over contiguous channels: fast on a
+    CPU, without synchronisation on a GPU.
     """
     batch, count = rois.shape[:2]
     channels = features[0].shape[1]
@@ -239,9 +239,9 @@ def multilevel_roi_align(
 
 
 def _pool_by_kernels(features: list[Tensor], rois: Tensor, **attributes: int) -> Tensor | None:
-    """RoIAlign with a gradient by the GPU's kernels; None where they cannot give it.
+    """RoIAlign with a gradient, by the GPU's kernels; None if they cannot compute it.
 
-    Their sums have no fixed order, which `torch.use_deterministic_algorithms` excludes.
+    Their sums have no fixed order, which `torch.use_deterministic_algorithms` forbids.
     """
     is_plain = not torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled()
     is_known = all(feature.dtype in cuda_ops.DTYPES for feature in features) and not rois.requires_grad
@@ -330,7 +330,7 @@ def _(boxes, labels, counts):
 
 
 def live_rows(boxes: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Truncate to the first L rows, L being the largest count of the batch (at least 1).
+    """Truncate to the first L rows, where L is the maximum count of the batch (at least 1).
 
     On a CPU only; on other devices all D rows are returned, since reading the counts would synchronise.
 

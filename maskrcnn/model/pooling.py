@@ -110,7 +110,7 @@ def multilevel_roi_crop(
 ) -> Tensor:
     """RoICrop: bilinear samples at 2S × 2S grid points of each RoI, then 2 × 2 max pooling.
 
-    The grid maps the unit square affinely onto the RoI with its outermost points on the edges: point k of an axis lies
+    The grid maps the unit square affinely onto the RoI with its outermost points on the edges: point k of an axis is
     at start + k · (end - start) / (2S - 1), in pixels of the level. Features outside the map are zero, with a linear
     transition over one pixel. RoIs get no gradient.
 
@@ -125,8 +125,7 @@ def multilevel_roi_crop(
         float32 `[N, R, C, S, S]`.
 
     Source: crop pooling of Chen and Gupta 2017, "An Implementation of Faster RCNN with Study for Region Sampling",
-        which
-    PyTorch implementations of Faster R-CNN write as `affine_grid` and `grid_sample` with `align_corners=True`.
+    written as `affine_grid` and `grid_sample` with `align_corners=True` in PyTorch implementations of Faster R-CNN.
     """
     batch, count = rois.shape[:2]
     rois, points = rois.detach().to(torch.float32), _CROP_SAMPLES * output_size

@@ -1,6 +1,6 @@
 """Box, mask and keypoint heads over a fixed number of RoIs per image.
 
-Keypoint heat maps divide a RoI into S × S cells (S = 56). A keypoint at (x, y) lies in column floor((x - x1) · S / w);
+Keypoint heat maps divide a RoI into S × S cells (S = 56). A keypoint at (x, y) is in column floor((x - x1) · S / w);
 column i is decoded to its centre x1 + (i + 0.5) · w / S (Heckbert 1990; He et al. 2017, section 5).
 """
 
@@ -34,8 +34,8 @@ def keypoints_from_heatmaps(logits: Tensor, rois: Tensor) -> Tensor:
 
     Torchvision upsamples each heat map bicubically to the whole pixels of its RoI and takes the maximum. This function
     finds the best cell first and evaluates the same surface at the same pixels in a fixed window around it, so no shape
-    depends on a value. The result differs only where the maximum lies outside the window, that is in maps with two
-    peaks of nearly equal height, and in RoIs longer than 1764 px, where the window skips pixels.
+    depends on a value. The result differs only if the maximum is outside the window, that is in maps with two peaks of
+    nearly equal height, and in RoIs longer than 1764 px, where the window skips pixels.
 
     Args:
         logits: float32 `[N, D, K, S, S]`.
@@ -69,7 +69,7 @@ def keypoints_from_heatmaps(logits: Tensor, rois: Tensor) -> Tensor:
 
 
 def _window(cell: Tensor, pixels: Tensor, side: int) -> Tensor:
-    """Ascending pixels `[…, WINDOW]` of a RoI around a cell; the last one is repeated where the RoI has fewer.
+    """Ascending pixels `[…, WINDOW]` of a RoI around a cell; the last pixel is repeated if the RoI has fewer.
 
     Args:
         cell: `[…]` index along an axis.
@@ -95,7 +95,7 @@ def _weights(at: Tensor, pixels: Tensor, side: int) -> Tensor:
     position = (at + 0.5) * (side / pixels[..., None]) - 0.5  # cell i lies at i
     cells = torch.arange(-_MARGIN, side + _MARGIN, device=at.device, dtype=at.dtype)
     distance = (position[..., None] - cells).abs()
-    # Each of the two pieces of the kernel vanishes on the other one's interval.
+    # Each of the two pieces of the kernel is zero on the interval of the other.
     near, far = distance.clamp(max=1.0), distance.clamp(min=1.0, max=2.0)
     inner = (1 - near) * (1 + near - (_CUBIC + 2) * near * near)
     return inner + _CUBIC * (far - 1) * (far - 2) * (far - 2)

@@ -15,8 +15,8 @@ from maskrcnn.model.ops import batched_nms
 from maskrcnn.stages import LEVELS
 
 BOX_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-# Logit of padding: the lowest number of half precision. TopK of several GPU libraries returns wrong indices where the
-# K-th value is infinite (onnxruntime#9843).
+# Logit of padding: the lowest number in half precision. TopK of several GPU libraries returns wrong indices if the K-th
+# value is infinite (onnxruntime#9843).
 _PADDING = -65504.0
 
 
@@ -100,8 +100,8 @@ class RegionProposalNetwork(nn.Module):
     def at_anchors(self, features: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """Head outputs at selected anchors: logits `[N, S]` and deltas `[N, S, 4]`.
 
-        Equal to `forward`, but the head runs only on the receptive fields of these anchors. A loss on a few hundred
-        anchors then has cheap gradients.
+        Equal to `forward`, but the head runs only on the receptive fields of these anchors, so that gradients of a loss
+        on a few hundred anchors are cheap.
 
         Args:
             features: P2 … P6.

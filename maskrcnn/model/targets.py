@@ -1,11 +1,11 @@
-"""Training targets on fixed shapes: matching, sampling and mask targets.
+"""Training targets with fixed shapes: matching, sampling and mask targets.
 
 No shape depends on a value, so a training step never synchronises with the device.
 
 Mask targets equal torchvision's, which pool each RoI from the full-size mask by RoIAlign (`aligned=False`, one sample
 per pixel). Bilinear sampling and averaging over a bin both separate into rows and columns: target = A_y · mask · A_xᵀ,
-where row b of A_y holds the weight of each pixel row in bin row b. The mask may then be a crop that contains every
-pixel of the object.
+where row b of A_y contains the weight of each pixel row in bin row b. The mask can therefore be a crop that contains
+every pixel of the object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskrcnn.model.boxes import pairwise_iou, take_rows
 
-_MAX_PAIRS = 1 << 22  # boxes × objects whose IoU is held at once: 16 MB per array
+_MAX_PAIRS = 1 << 22  # maximum boxes × objects whose IoU is computed at once: 16 MB per array
 
 
 def match_anchors(
@@ -30,8 +30,8 @@ def match_anchors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match boxes to objects (Ren et al. 2015, section 3.1.2).
 
-    The memory does not depend on the product of A and G: overlaps are computed for portions of the boxes. With
-    `keep_best` and several portions they are computed twice.
+    Memory use does not depend on the product of A and G: overlaps are computed for portions of the boxes. With
+    `keep_best` and several portions, they are computed twice.
 
     Args:
         boxes: `[A, 4]` anchors or proposals.
@@ -39,7 +39,7 @@ def match_anchors(
         valid: bool `[G]`, false in padded rows.
         foreground: minimum IoU of a positive box.
         background: IoU below which a box is negative.
-        keep_best: also make every box positive that is the best one of some object, ties included.
+        keep_best: also make every box positive that is the best for an object, including ties.
         max_pairs: boxes × objects of a portion.
 
     Returns:
@@ -69,13 +69,13 @@ def _overlaps(boxes: Tensor, objects: Tensor, valid: Tensor) -> Tensor:
     return pairwise_iou(boxes, objects).masked_fill_(~valid, -1.0)
 
 
-_BITS = 29  # of a random key; positives also set the next bit, so that all keys fit an int32
+_BITS = 29  # bits of a random key; positives also set the next bit, so that all keys fit an int32
 
 
 def random_keys(seed: Tensor, count: int) -> Tensor:
-    """Random integers that depend on the seed alone: int32 `[count]` in [0, 2^29).
+    """Random integers that depend only on the seed: int32 `[count]` in [0, 2^29).
 
-    A hash of (seed, position) rather than a random generator: an image gets the same sample on every device, in every
+    A hash of (seed, position) instead of a random generator: an image gets the same sample on every device, in every
     process and after resuming, without storing a generator's state.
 
     Args:
@@ -104,7 +104,7 @@ def sample_balanced(
 
     Returns:
         index int64 `[S]` with S = min(count, A), positives first; is_positive bool `[S]`; is_sampled bool `[S]`, false
-        in slots left over for lack of boxes.
+        in slots that remain unused for lack of boxes.
     """
     size = min(count, positive.shape[0])
     max_positives = min(int(count * positive_fraction), size)
@@ -142,7 +142,7 @@ def mask_targets(
         owner: int64 `[N, P]`, index of each RoI's object.
         image_sizes: int64 `[N, 2]`, (height, width) of the resized images.
         size: bins per side.
-        aligned: place pixel centres at half-integers; torchvision's targets have them at integers, which shifts masks
+        aligned: place pixel centres at half-integers; torchvision's targets place them at integers, which shifts masks
             by half a pixel to the right and down.
     """
     side = masks.shape[-1]
@@ -163,7 +163,7 @@ def mask_targets(
         )
         for axis in (1, 0)
     )
-    # Targets in float32 under autocast too.
+    # Targets are float32, also under autocast.
     with torch.autocast(masks.device.type, enabled=False):
         return rows @ crops @ columns.transpose(-1, -2) / 255
 
@@ -189,8 +189,8 @@ def _axis_weights(
     limit = limit[:, None, None].to(start.dtype)
     weights = start.new_zeros(*start.shape, size, side)
     bin_length = (length / size)[..., None]
-    # One sample of every bin at a time: within it no pixel is written twice except with a zero, so that the result does
-    # not depend on the order of a GPU's atomic additions.
+    # One sample of every bin at a time: within it, no pixel is written twice except with zero, so that the result does
+    # not depend on the order of atomic additions on a GPU.
     for sample in range(_MAX_SAMPLES):
         position = start[..., None] + bins * bin_length + (sample + 0.5) * bin_length / count  # pixel i lies at i
         counts = (sample < count) & (position >= -1) & (position <= limit)

@@ -1,7 +1,7 @@
 """Random views, colours and compositions of training images.
 
 All randomness of a sample comes from one NumPy generator. Torchvision's transforms use torch's global generator, which
-is seeded from the sample's while they run.
+is seeded from the sample's generator while they run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Scene:
     Masks are full-size, so that objects can be covered, moved and warped.
     """
 
-    image: np.ndarray  # [C, h, w], 0–255: uint8, or float32 where an image has more than 8 bits per sample
+    image: np.ndarray  # [C, h, w], 0–255: uint8, or float32 if an image has more than 8 bits per sample
     masks: np.ndarray  # bool [G, h, w], visible pixels of each object
     labels: np.ndarray  # int64 [G]
     visible: np.ndarray  # float [G], visible fraction of each object's area
     keypoints: np.ndarray  # float32 [G, K, 3]: x, y, visibility; zeros if unlabelled or outside the canvas
-    has_mask: np.ndarray  # bool [G]; False: the mask is the box of an object without one
+    has_mask: np.ndarray  # bool [G]; False: the object has no mask, its box is used
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class Scene:
         return self.only(self.masks.any(axis=(1, 2)) & (self.visible >= min_visible))
 
     def covered(self, masks: np.ndarray) -> Scene:
-        """The scene with masks `[G, h, w]` of which a part has been covered or moved away."""
+        """The scene with masks `[G, h, w]` that may be partly covered or moved away."""
         before, after = (np.count_nonzero(stack, axis=(1, 2)) for stack in (self.masks, masks))
         return replace(self, masks=masks, visible=self.visible * after / np.maximum(before, 1))
 
@@ -120,7 +120,7 @@ def mosaic(tiles: Sequence[Scene]) -> Scene:
 
 
 def mixup(first: Scene, second: Scene, weight: float) -> Scene:
-    """Blend two scenes of equal size with the objects of both; `weight` is that of the first (Zhang et al. 2019)."""
+    """Blend two scenes of equal size, with the objects of both; `weight` is the first's (Zhang et al. 2019)."""
     one, other = (scene.image.astype(np.float32, copy=False) for scene in (first, second))
     image = np.float32(weight) * one + np.float32(1 - weight) * other
     return _concatenated(as_pixels(image, np.result_type(first.image, second.image)), first, second)
@@ -129,8 +129,8 @@ def mixup(first: Scene, second: Scene, weight: float) -> Scene:
 def copy_paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
     """Paste objects of another scene of equal size (Ghiasi et al. 2021).
 
-    Covered pixels are removed from the masks below, and keypoints below become hidden ones (visibility 1), as
-    annotators label keypoints that can be inferred. Edges are not blurred: the paper found no difference.
+    Covered pixels are removed from the masks below, and covered keypoints become hidden (visibility 1), as annotators
+    label keypoints that can be inferred. Edges are not blurred: the paper found no difference.
 
     Args:
         scene: background.
@@ -172,8 +172,8 @@ def as_pixels(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def resized(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """An image `[H, W, C]`, uint8 or float32, at another size, `[C, h, w]` of the same type.
 
-    As `resize_bilinear`, which inference uses. PyTorch computes uint8 in integers, three times as fast: it rounds
-    after each axis, which changes no pixel by more than one level from that of inference.
+    As `resize_bilinear`, which inference uses. PyTorch computes uint8 in integers, three times as fast, but rounds
+    after each axis, which changes pixels by at most one level compared with inference.
     """
     if image.dtype != np.uint8:
         return resize_bilinear(image, size_hw)
@@ -185,7 +185,7 @@ def resized(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 def torch_seeded_from(rng: np.random.Generator) -> Iterator[None]:
     """Seed torch's CPU generator from `rng` inside the context and restore it afterwards.
 
-    Limits torch to one thread, as in a loading process: sums, and with them colours, depend on the number of threads.
+    Limits torch to one thread, as in a loading process: sums, and thus colours, depend on the number of threads.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -217,9 +217,9 @@ class Augmentation:
         self._tilt = v2.RandomPerspective(config.perspective_distortion, p=1.0)
 
     def image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> np.ndarray:
-        """Canvas of an image `[C, h, w]` from `[H, W, C]`, both uint8 or both float32, with random colours.
+        """Canvas `[C, h, w]` of an image `[H, W, C]`, both uint8 or both float32, with random colours.
 
-        Colour changes take most of the time, so they are applied before or after resizing, wherever there are fewer
+        Colour changes take most of the time, so they are applied before or after resizing, to whichever has fewer
         pixels.
         """
         part = np.ascontiguousarray(view.cut(image))
@@ -235,7 +235,7 @@ class Augmentation:
     def _jitter_colours(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Change the colours of an image `[C, h, w]`, uint8 or float32 from 0 to 255.
 
-        Of more than three channels, those of the first three, RGB; of two, none.
+        With more than three channels, only the first three (RGB) change; with two, none.
         """
         if len(image) == 2:
             return image
@@ -281,7 +281,7 @@ class Augmentation:
     def _jittered(self, size_hw: tuple[int, int], canvas_hw: tuple[int, int], rng: np.random.Generator) -> View:
         """Large-scale jitter, equal to v2's ScaleJitter, RandomCrop and Pad up to a pixel of rounding.
 
-        Those would resize whole images and masks before cropping them.
+        v2's transforms would resize whole images and masks before cropping them.
         """
         scale = rng.uniform(self.config.jitter_least_scale, self.config.jitter_largest_scale)
         fitting = min(canvas / size for canvas, size in zip(canvas_hw, size_hw, strict=True))
@@ -298,8 +298,8 @@ class Augmentation:
         # Relative to the fill, because torchvision blends the border with zeros.
         fill = as_pixels(self.fill, scene.image.dtype).astype(np.float32)[:, None, None]
         image = tv_tensors.Image(torch.from_numpy(scene.image - fill))
-        # The index of each pixel, from 1, warped like a mask gives the source of each pixel, so that one mask is warped
-        # whatever the number of objects. Float32 represents it exactly up to 2^24.
+        # Pixel indices from 1, warped like a mask, give the source of each pixel, so that a single warp suffices for
+        # any number of objects. Float32 represents them exactly up to 2^24.
         numbers = tv_tensors.Mask(torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width))
         places = tv_tensors.KeyPoints(torch.from_numpy(scene.keypoints[..., :2]), canvas_size=scene.size_hw)
         with torch_seeded_from(rng):

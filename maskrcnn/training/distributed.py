@@ -21,12 +21,12 @@ from maskrcnn.errors import UserError
 from maskrcnn.machine import available_cpus
 
 _LAUNCH = "launch with `torchrun --nproc-per-node N -m maskrcnn train …`, or unset WORLD_SIZE"
-_TIMEOUT = datetime.timedelta(hours=2)  # other processes wait while one scores an evaluation
+_TIMEOUT = datetime.timedelta(hours=2)  # the other processes wait while one scores an evaluation
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that train together."""
+    """This process among all training processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -75,7 +75,7 @@ class Processes:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Join the processes started by `torchrun`; without it, this process alone.
+    """Join the processes started by `torchrun`; without it, use only this process.
 
     Release models wrapped for several processes before the block ends.
 
@@ -116,16 +116,16 @@ def joined(device: str) -> Iterator[Processes]:
     )
     try:
         yield processes
-        processes.wait()  # a process that ends early would disconnect the others
+        processes.wait()  # a process that exits early would disconnect the others
     finally:
         # A gloo thread that releases a tensor during interpreter shutdown aborts the process. The group ends its
-        # threads once nothing refers to it, and wrapped models do so in reference cycles.
+        # threads when it is no longer referenced; wrapped models reference it in cycles.
         gc.collect()
         dist.destroy_process_group()
 
 
 def _number(name: str, *, at_least: int = 0) -> int:
-    """A variable of torchrun; `at_least` where it is not set."""
+    """A variable of torchrun; `at_least` if it is not set."""
     text = os.environ.get(name, str(at_least))
     if not text.isdecimal() or int(text) < at_least:
         raise UserError(f"{name}={text} in the environment", f"a whole number, at least {at_least}", _LAUNCH)
@@ -133,7 +133,7 @@ def _number(name: str, *, at_least: int = 0) -> int:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Device for "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU).
+    """Device for "auto" (a CUDA GPU if present, else the CPU), "cpu", "cuda" or "mps" (an Apple GPU).
 
     Args:
         name: requested device.
@@ -173,7 +173,7 @@ def choose_workers(workers: int, processes: int = 1) -> int:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Precision "fp32", "bf16" or "fp16"; "auto" is bf16 if the processor computes in it, otherwise fp32."""
+    """Precision "fp32", "bf16" or "fp16"; "auto" is bf16 if the processor supports it, otherwise fp32."""
     if name not in ("auto", "fp32", "bf16", "fp16"):
         raise UserError(f"precision {name!r}", "auto, fp32, bf16 or fp16", "set --precision to one of them")
     if name != "auto":

@@ -23,11 +23,11 @@ from maskrcnn.training.view import MASK_SIDE
 class StepSampler(Sampler[list[tuple[int, int, int]]]):
     """Batches of (epoch, index, copy) for one process; `copy` numbers the occurrences of a repeated image from 0.
 
-    The images of an optimizer step, the global batch, depend on the seed, the epoch and the batch size alone. Each of
-    `world_size` processes takes an equal slice, in `accumulate` equal parts. A run may therefore continue with other
-    numbers of processes or parts, and every gradient is a mean over equally many images.
+    The images of an optimizer step, the global batch, depend only on the seed, the epoch and the batch size. Each of
+    `world_size` processes takes an equal slice, in `accumulate` equal parts. A run can therefore continue with another
+    number of processes or parts, and every gradient is a mean over equally many images.
 
-    Each image occurs once per epoch, or with `repeats` as often as these say on average over the epochs. The last
+    Each image occurs once per epoch, or with `repeats` the given number of times on average over the epochs. The last
     global batch is filled up from the start of the epoch's order, so fewer than `batch_size` images occur once more
     (all of them, repeatedly, if the dataset is smaller than a batch).
 
@@ -35,16 +35,16 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
         length: number of images.
         batch_size: images per optimizer step, over all processes and parts.
         seed: non-negative.
-        groups: group of each image, `length` of them; a batch holds images of one group, except the last ones, which
+        groups: group of each image, `length` values; a batch contains images of one group, except the last ones, which
             combine the remainders. None: one group.
-        repeats: how often each image occurs in an epoch, `length` numbers of at least 1; fractions are probabilities.
+        repeats: occurrences of each image per epoch, `length` numbers of at least 1; fractions are probabilities.
             Their sum is rounded, so that all epochs have equally many images. None: once.
         rank: rank of this process.
         world_size: number of processes.
         accumulate: parts of each process's slice.
 
     Attributes:
-        length: images of an epoch, occurrences of the same one included.
+        length: number of images of an epoch, including repeated ones.
         epoch: epoch of the next iteration.
         start: batches of this process to skip, for a run that continues within an epoch.
 
@@ -107,11 +107,11 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
         return np.resize(order, (self.steps, self.batch_size))  # repeats from the start
 
     def _repeated(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Every image as often as its repeats say, fractions rounded at random: int64 `[length]`.
+        """Every image repeated as given by `repeats`, with fractions rounded at random: int64 `[length]`.
 
         Systematic sampling over a random order: marks at distance 1 from a random start fall on images whose lengths
-        are their fractions. Rounding each image by itself, as the paper does, would give epochs of varying length, and
-        the learning rate and a resumed run count in steps.
+        are their fractions. Rounding each image independently, as in the paper, would give epochs of varying length,
+        while the learning rate and a resumed run count steps.
         """
         assert self.repeats is not None
         whole = np.floor(self.repeats[order]).astype(np.int64)
@@ -127,7 +127,7 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
 
 @dataclass
 class Batch:
-    """A batch on fixed shapes; G is the largest number of objects of an image, at least 1."""
+    """A batch with fixed shapes; G is the maximum number of objects of an image, at least 1."""
 
     # uint8, or float32 if an image has more than 8 bits per sample; the model makes both float32.
     images: Tensor  # [N, C, H, W], 0–255, padded right and bottom; channels in the model's order
@@ -160,7 +160,7 @@ class Batch:
 
 
 class PipedBatch(Batch):
-    """A batch that is sent to the training process by value, because there was no room for it in shared memory."""
+    """A batch that is sent to the training process by value, because it did not fit into shared memory."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
@@ -215,10 +215,10 @@ def _collate_or_error(samples: list[Sample | UserError], divisor: int) -> Batch 
 
 
 def _shared(batch: Batch) -> Batch:
-    """The batch in shared memory, or, where there is no room, one that is sent by value.
+    """The batch in shared memory, or if it does not fit, a batch that is sent by value.
 
-    PyTorch would move it to shared memory in a thread of the worker, whose error reaches nobody: the training process
-    would wait for ever.
+    PyTorch would move it to shared memory in a thread of the worker, whose errors are lost: the training process would
+    wait forever.
     """
     try:
         for value in vars(batch).values():
@@ -230,14 +230,14 @@ def _shared(batch: Batch) -> Batch:
 
 
 def _start_worker(number: int) -> None:
-    """Keeps the garbage collector from writing to, and so copying, the memory shared with the training process."""
+    """Prevents the garbage collector from writing to, and thus copying, memory shared with the training process."""
     gc.freeze()
 
 
 def aspect_ratio_group(ratios: np.ndarray, groups: int) -> np.ndarray:
     """Group of each image, int64: 2 groups are landscape and portrait.
 
-    The bounds of more groups are spaced evenly in logarithm from 1:2 to 2:1, as in torchvision's reference training.
+    The bounds of more groups are spaced logarithmically from 1:2 to 2:1, as in torchvision's reference training.
 
     Args:
         ratios: height / width of each image.
@@ -248,13 +248,13 @@ def aspect_ratio_group(ratios: np.ndarray, groups: int) -> np.ndarray:
 
 
 def repeat_factors(labels: Sequence[Collection[int]], threshold: float) -> np.ndarray:
-    """How often each image occurs in an epoch, float64: repeat factor sampling (Gupta et al. 2019, appendix A).
+    """Occurrences of each image per epoch, float64: repeat factor sampling (Gupta et al. 2019, appendix A).
 
-    A class in a fraction f of the images has the factor max(1, √(threshold / f)), an image that of its rarest class.
+    A class in a fraction f of the images has the factor max(1, √(threshold / f)); an image has its rarest class's.
 
     Args:
         labels: classes of the objects of each image.
-        threshold: fraction of the images; images of classes in fewer are repeated.
+        threshold: fraction of the images; images of less frequent classes are repeated.
     """
     counts = Counter(label for own in labels for label in set(own))
     factors = {label: math.sqrt(threshold * len(labels) / count) for label, count in counts.items()}
@@ -287,8 +287,8 @@ def training_loader(
         rank: rank of this process.
         world_size: number of processes.
         accumulate: batches of the loader per optimizer step.
-        aspect_ratio_groups: groups of images whose batches are separate and so need less padding, see
-            `aspect_ratio_group`; 1: none.
+        aspect_ratio_groups: number of groups of images that are batched separately, to need less padding, see
+            `aspect_ratio_group`; 1: no grouping.
         repeats: see `StepSampler`.
 
     Raises:

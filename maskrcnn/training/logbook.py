@@ -1,4 +1,4 @@
-"""Records of a run beside its checkpoints: metrics per epoch, TensorBoard events, images."""
+"""Records of a run in addition to its checkpoints: metrics per epoch, TensorBoard events, images."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Logbook:
     """Writes `log.jsonl`, `pictures/*.png` and, if enabled and installed, TensorBoard events.
 
     `log.jsonl` has a line for each epoch, and one with the key `step` for every `log_every`-th optimizer step; events
-    have every step. An epoch's records belong to its last step.
+    are written for every step. An epoch's records have the number of its last step.
 
     Args:
         run: folder of the run.
-        tensorboard: write events to `tensorboard/` in it.
-        log_every: steps between the lines of steps; 0: none.
-        first_step: step at which training continues; lines and events of later ones, which will be repeated, are
+        tensorboard: write events to `tensorboard/` in this folder.
+        log_every: steps between step lines; 0: none.
+        first_step: step at which training continues; lines and events from this step on, which will be repeated, are
             discarded.
         first_epoch: epoch, from 1, that ends next; likewise.
 
@@ -97,7 +97,7 @@ class Logbook:
 
 
 def _is_before(line: str, step: int, epoch: int) -> bool:
-    """Whether a line of the log is whole and of an earlier step or, if it is an epoch's, of an earlier epoch."""
+    """Whether a line of the log is complete and from an earlier step or, for an epoch's line, an earlier epoch."""
     try:
         found = json.loads(line)
         return bool(found["step"] < step if "step" in found else found["epoch"] < epoch)

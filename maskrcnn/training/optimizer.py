@@ -18,8 +18,8 @@ from maskrcnn.model.detector import MaskRCNN
 def freeze_stages(model: MaskRCNN, trainable: int) -> list[nn.Module]:
     """Freeze all but the last `trainable` of the five backbone stages; returns the frozen modules.
 
-    Stages are counted as in torchvision's `trainable_backbone_layers`; neck and heads always train. The caller keeps
-    the frozen modules in evaluation mode, which freezes their batch norm statistics too.
+    Stages are counted as in torchvision's `trainable_backbone_layers`; neck and heads always train. The caller must
+    keep the frozen modules in evaluation mode, which also freezes their batch norm statistics.
     """
     stages = model.backbone.stages[::-1]
     frozen = [model.backbone.body[name] for stage in stages[trainable:] for name in stage]
@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Create the optimizer of a run in its fused form, which can skip a step without synchronisation."""
+    """Create the fused optimizer of a run, which can skip a step without synchronisation."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer in ("adam", "adamw"):
         kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -57,7 +57,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 class AveragedWeights:
     """Exponential moving average of a model's weights and batch norm statistics.
 
-    The decay rises as (1 + n) / (10 + n) with the step n up to its final value, so that random initial weights are
+    The decay rises with step n as (1 + n) / (10 + n) up to its final value, so that random initial weights are
     forgotten quickly (as in TensorFlow's `ExponentialMovingAverage` with `num_updates`). Skipped steps do not count.
     PyTorch's `AveragedModel` copies its counter to the device at every step, which synchronises.
 
@@ -112,7 +112,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def peak_learning_rate(config: TrainConfig) -> float:
-    """The learning rate, scaled linearly to the batch size if it is given for another (Goyal et al. 2017)."""
+    """The learning rate, scaled linearly to the batch size if given for another one (Goyal et al. 2017)."""
     return config.learning_rate * (config.batch_size / config.base_batch_size if config.base_batch_size else 1)
 
 

@@ -15,12 +15,12 @@ from maskrcnn.errors import UserError
 from maskrcnn.keypoints import sigmas_of
 from maskrcnn.settings import typed, with_sections
 
-SHAPES_SIZE_PX = 128  # side of a generated image, and input size of the small model for them
+SHAPES_SIZE_PX = 128  # side of drawn images, and input size of the small model for them
 _SMALL_SIZE_PX = 256  # shorter side of the small model's input for other data
 
 MIN_STEPS = 300  # fewer rarely suffice, also with pretrained weights
 
-# On a CPU the cost of a step grows with its images and with the samples per image; the small model needs fewer.
+# On a CPU, the cost of a step grows with its images and the samples per image; the small model needs fewer.
 _SMALL_LOSS = LossConfig(rpn_samples=64, box_samples=64)
 _SMALL_BATCH = 4
 
@@ -50,7 +50,9 @@ def training_config(
         found = (
             f"a shorter side of {sizes['min_size_px']} px (--min-size), a longer one of at most {sizes['max_size_px']}"
         )
-        raise UserError(found, "a shorter side of at most the longer one", "raise --max-size, or lower --min-size")
+        raise UserError(
+            found, "a shorter side that does not exceed the longer one", "raise --max-size, or lower --min-size"
+        )
     small = name == SMALL_MODEL
     native = int(dataset.images.sizes_hw.max())
     default_size = (_SMALL_SIZE_PX if native > SHAPES_SIZE_PX else SHAPES_SIZE_PX) if small else 800
@@ -75,7 +77,7 @@ def training_config(
         config,
         batch_norm="frozen" if frozen else config.batch_norm,
         model=replace(config.model, frozen_batch_norm=frozen),
-        # Absolute, since a run may be resumed from another folder.
+        # Absolute, since a run may be resumed in another working directory.
         data=str(dataset.root.resolve()),
         images=str(Path(config.images).resolve()) if config.images else "",
         val_data=str(validation.root.resolve()) if config.val_data else "",
@@ -86,7 +88,7 @@ def training_config(
 
 
 def _length(dataset: CocoDataset, settings: dict[str, Any]) -> dict[str, int]:
-    """Default epochs and intervals of evaluation of a dataset for which the usual epochs are too few steps."""
+    """Default epochs and evaluation interval for a dataset for which the usual epochs have too few steps."""
     steps = -(-len(dataset.images) // settings["batch_size"])
     epochs = -(-MIN_STEPS // steps)
     if epochs <= TrainConfig.epochs or "epochs" in settings or "step_epochs" in settings:
@@ -95,12 +97,12 @@ def _length(dataset: CocoDataset, settings: dict[str, Any]) -> dict[str, int]:
 
 
 def class_weights(loss: LossConfig, dataset: CocoDataset) -> str | dict[str, float]:
-    """`loss.class_weights` with names in place of `LossConfig.class_weights`'s rules: every class, in label order.
+    """`loss.class_weights` as a weight for every class name, in label order, in place of a weighting scheme.
 
-    Weights by rule are scaled to a mean of 1 over the objects, so that objects and background keep their balance: those
-    of "inverse" are objects / (classes · objects of the class), as scikit-learn's `balanced`; those of "effective"
+    Computed weights are scaled to a mean of 1 over the objects, so that objects and background keep their balance:
+    "inverse" weights are objects / (classes · objects of the class), as scikit-learn's `balanced`; "effective" weights
     are proportional to (1 - beta) / (1 - beta^objects of the class) (Cui et al. 2019, equation 2). Classes without
-    objects, and given weights' other classes, have 1.
+    objects, or without a given weight, have weight 1.
 
     Raises:
         UserError: for names that are not classes.
@@ -175,8 +177,8 @@ def _check_keypoints(model: ModelConfig, dataset: CocoDataset, validation: CocoD
             raise UserError(
                 f"{model.name} learns keypoints, but {each.annotation_path} has none",
                 "a category with keypoint names, and objects with keypoints",
-                "name such a split (COCO's are person_keypoints_train2017 and person_keypoints_val2017), or add "
-                "--set model.has_keypoints=false",
+                "use a split with keypoints (COCO's are person_keypoints_train2017 and person_keypoints_val2017), or "
+                "add --set model.has_keypoints=false",
             )
         if each.keypoint_names != model.keypoint_names:
             raise UserError(

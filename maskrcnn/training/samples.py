@@ -1,4 +1,4 @@
-"""Training samples, each random by (seed, epoch, index) alone.
+"""Training samples, whose randomness depends only on (seed, epoch, index).
 
 Augmentation is thus independent of the number of workers and processes, and of interruptions of the run.
 """
@@ -29,7 +29,7 @@ from maskrcnn.training.augmentation import (
 from maskrcnn.training.transform import OwnTransform
 from maskrcnn.training.view import Objects, View, objects_in_view
 
-_MIN_MOSAIC_PX = 8  # shorter side of a canvas that is divided in four
+_MIN_MOSAIC_PX = 8  # minimum shorter side of a canvas that is divided in four
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class TrainingSamples(Dataset):
             if self._transform is not None:
                 scene = self._transform(scene.shown(config.least_visible), rng, record.path)
             image, objects = scene.image, objects_of_scene(scene, config.least_visible)
-        else:  # no full-size masks, which would take most of the time and memory
+        else:  # without full-size masks, which would take most of the time and memory
             image = self._augmentation.image(read_record(record, self.preprocessing), view, rng)
             objects = objects_in_view(record, view, config.least_visible, self._partners)
         if self.preprocessing.channel_order == "BGR":

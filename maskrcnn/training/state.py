@@ -25,7 +25,7 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     step: int = 0  # finished optimizer steps of the current epoch
-    best_score: float | None = None  # of the best checkpoint; larger is better; None: nothing measured so far
+    best_score: float | None = None  # score of the best checkpoint; larger is better; None: nothing measured so far
     stale: int = 0  # evaluations since the best one
     skipped: int = 0  # consecutive non-finite steps
     totals: dict[str, float] = field(default_factory=dict)  # sums of the metrics over the steps of the current epoch
@@ -53,18 +53,18 @@ def save_state(path: Path, step: Step, config: TrainConfig, progress: Progress) 
 def load_state(path: Path, step: Step) -> Progress:
     """Load the state written by `save_state` into a step whose optimizer is new.
 
-    The optimizer's state is matched by the name of the parameter; one that was frozen before starts without.
+    The optimizer's state is matched by parameter name; a parameter that was frozen before starts without state.
     If the batch size has changed within an epoch, the progress is converted to steps of the new size.
 
     Raises:
-        UserError: if the file is not a state, or is of another model.
+        UserError: if the file is not a state, or belongs to another model.
     """
     tensors, header = _read(path)
     load_weights(step.model, _part(tensors, "model."), path)
     parameters = {name: each for name, each in step.model.named_parameters() if each.requires_grad}
     for place, value in _part(tensors, "optimizer.").items():
         name, _, key = place.rpartition(".")
-        if name in parameters:  # others are frozen from here on
+        if name in parameters:  # the others are frozen from here on
             step.optimizer.state[parameters[name]][key] = _like(value, parameters[name])
     if step.averaged is not None:
         load_weights(step.averaged.model, _part(tensors, "averaged.") or _part(tensors, "model."), path)
@@ -87,7 +87,7 @@ def read_progress(run: Path) -> Progress:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads the state of a run; the error for a damaged one names what is left of the run."""
+    """Reads the state of a run; the error for a damaged state suggests the run's last checkpoint."""
     try:
         return read_tensors(path)
     except UserError as error:
@@ -109,7 +109,7 @@ def _progress_of(header: dict[str, Any], path: Path) -> Progress:
         ) from error
 
 
-# Fields of a model that may change while it trains: they change neither its tensors nor what these mean.
+# Fields of a model that may change during training: they change neither its tensors nor their meaning.
 _CHANGEABLE = {
     "rpn_candidates_per_level",
     "rpn_candidates_per_level_training",
@@ -130,10 +130,10 @@ _CHANGEABLE = {
 
 
 def require_changeable(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises a UserError that names the first setting that differs and that a run cannot change once it has begun.
+    """Raises a UserError with the first changed setting that cannot be changed once a run has begun.
 
     Args:
-        before: settings of the run; those that its version did not have are absent.
+        before: settings of the run, without those that its version did not have.
         now: all settings.
     """
     model = before.get("model", {})
@@ -164,19 +164,19 @@ def read_run(run: Path) -> TrainConfig:
     """Configuration of an interrupted run.
 
     Raises:
-        UserError: as `settings_of_run`, and if this version rejects the settings.
+        UserError: as in `settings_of_run`, and if this version rejects the settings.
     """
     return from_dict(TrainConfig, settings_of_run(run))
 
 
 def settings_of_run(run: Path) -> dict[str, Any]:
-    """Settings of an interrupted run; those that its version did not have are absent.
+    """Settings of an interrupted run, without those that its version did not have.
 
     Raises:
         UserError: if the folder is not a run or has no state.
     """
     for name in (runs.CONFIG, runs.STATE):
         if not (run / name).is_file():
-            fix = f"name its folder: {run.parent}" if run.is_file() else "start a new run: `maskrcnn train`"
+            fix = f"give its folder: {run.parent}" if run.is_file() else "start a new run: `maskrcnn train`"
             raise UserError(f"{run} without {name}", "the folder of a run", fix)
     return typed(TrainConfig, read_json(run / runs.CONFIG, "the settings of a run"))

@@ -1,4 +1,4 @@
-"""One optimizer step. Nothing in it synchronises with the device or branches on a value."""
+"""One optimizer step, which neither synchronises with the device nor branches on a value."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from maskrcnn.training.loader import Batch, collate
 from maskrcnn.training.optimizer import AveragedWeights
 from maskrcnn.training.samples import Sample, TrainingSamples
 
-# oneDNN keeps 1024 compiled primitives unless told otherwise: those of some 25 image sizes, which multi-scale training
-# varies. A step takes about 100 of them, at most half of which depend on the size. Read when oneDNN is first used.
+# By default, oneDNN keeps 1024 compiled primitives: enough for about 25 image sizes, while multi-scale training has
+# more. A step uses about 100 of them, at most half of which depend on the size. Read when oneDNN is first used.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-_EAGER_STEPS = 2  # with a shape before its capture, in which libraries select their kernels
+_EAGER_STEPS = 2  # steps with a shape before its capture, in which libraries select their kernels
 _MAX_GRAPHS = 16
 _MAX_PENDING = 8  # steps queued on the device before the host waits for the oldest
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Losses(nn.Module):
-    """The losses as the forward of a module, as `DistributedDataParallel` requires."""
+    """The losses as a module's forward, as required by `DistributedDataParallel`."""
 
     def __init__(self, model: MaskRCNN, loss: LossConfig, processes: Processes) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class Step:
     Args:
         model: in training mode.
         optimizer: fused, see `maskrcnn.training.optimizer.make_optimizer`.
-        config: of the run.
-        device: of the model.
+        config: configuration of the run.
+        device: device of the model.
         precision: "fp32", "bf16" or "fp16".
         processes: processes that train together.
         averaged: moving average to update, if any.
@@ -88,10 +88,10 @@ class Step:
         self.graphs = StepGraphs(self._take, optimizer, device) if config.cuda_graphs else None
 
     def run(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
-        """Take the step, with `config.cuda_graphs` as a CUDA graph where there is one, see `StepGraphs`.
+        """Take the step; with `config.cuda_graphs`, as a CUDA graph if captured, see `StepGraphs`.
 
-        Several parts, of equally many images, give the step of one batch: each loss is divided by its count over all of
-        them, which a forward pass without gradients finds first. Batch norm statistics remain those of each part.
+        Several parts, of equally many images, give the same step as one batch: each loss is divided by its count over
+        all parts, which a forward pass without gradients finds first. Batch norm statistics remain those of each part.
 
         Args:
             parts: gradient accumulation steps of the batch, on any device.
@@ -100,7 +100,7 @@ class Step:
             scalars on the device, equal in every process: each loss over all parts and processes, their sum `loss`,
             `gradient_norm` before clipping, `finite`, 1 if the step was taken and 0 if it was skipped, and
             `nonfinite_part`, the first part whose loss is not finite (parts of the first process first), else -1.
-            Those of a graph are overwritten by the next step.
+            Scalars of a graph are overwritten by the next step.
         """
         return self._take(parts) if self.graphs is None else self.graphs.run(parts[0])
 
@@ -119,7 +119,7 @@ class Step:
         values = self.processes.stacked(values)
         metrics = dict(zip(found[0], values.mean(dim=0).unbind(), strict=True))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # An infinite loss may have a finite gradient; through the gradient, the scaler of fp16 skips the step too.
+        # An infinite loss may have a finite gradient; with a nonfinite gradient, fp16's scaler also skips the step.
         gradients[0].add_(torch.where(torch.isfinite(metrics["loss"]), 0.0, torch.nan))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm(gradients)
@@ -144,7 +144,7 @@ class Step:
 
     @torch.no_grad()
     def _mean_counts(self, parts: Sequence[Batch]) -> list[Tensor]:
-        """The counts that the losses are divided by, in the order in which they ask, averaged over all parts."""
+        """The counts that the losses are divided by, in the order of their use, averaged over all parts."""
         statistics = [statistic.clone() for statistic in self.statistics]
         whole = self.losses.module if isinstance(self.losses, DistributedDataParallel) else self.losses
         counts: list[list[Tensor]] = []
@@ -172,7 +172,7 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             return
-        if self.device.type == "mps":  # whose fused optimizers cannot skip a step
+        if self.device.type == "mps":  # its fused optimizers cannot skip a step
             if bool(finite):
                 self.optimizer.step()
             return
@@ -183,10 +183,10 @@ class Step:
 
 @dataclass
 class _GraphedShape:
-    """What is kept for one shape of a batch."""
+    """Buffers and graph for one batch shape."""
 
     inputs: Batch  # on the device
-    steps: int = 0  # before the capture
+    steps: int = 0  # steps before the capture
     graph: torch.cuda.CUDAGraph | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)  # overwritten at each replay
 
@@ -203,16 +203,16 @@ class _GraphedShape:
 
 
 class StepGraphs:
-    """Takes steps as CUDA graphs, one per shape of a batch, captured at the third step with that shape.
+    """Runs steps as CUDA graphs, one per batch shape, captured at the third step with that shape.
 
-    A step launches some thousand kernels; where that takes longer than running them (small images, small batches), a
-    graph is faster. Possible because a step never synchronises and no shape in it depends on a value. The number of
-    objects is padded to a power of two, so that batches of images of one size share few graphs. The first 16 shapes
-    get a graph each, others none; the memory of their steps is shared.
+    A step launches several thousand kernels; if launching takes longer than running them (small images, small batches),
+    a graph is faster. Capture is possible because a step never synchronises and none of its shapes depends on a value.
+    The number of objects is padded to a power of two, so that batches of images of one size share few graphs. The first
+    16 shapes get a graph each, others none; their memory is shared.
 
     Args:
         take: the step on parts of a batch; its tensors are on one GPU.
-        optimizer: fused; reads its learning rates from the device meanwhile.
+        optimizer: fused; reads its learning rates from the device during steps.
         device: the GPU.
     """
 
@@ -223,13 +223,15 @@ class StepGraphs:
         self._shapes: dict[tuple[Any, ...], _GraphedShape] = {}
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._pool: Any = None  # one graph runs at a time
-        self._side: torch.cuda.Stream | None = None  # of all captures: graphs of different streams share no memory
+        self._side: torch.cuda.Stream | None = (
+            None  # stream of all captures: graphs of different streams share no memory
+        )
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
-        """Metrics as of `Step.run`.
+        """Takes a step; returns metrics as in `Step.run`.
 
         Args:
-            batch: on any device.
+            batch: batch on any device.
         """
         objects = max(8, 1 << (batch.valid.shape[1] - 1).bit_length())
         key = (tuple(batch.images.shape), batch.images.dtype, objects)
@@ -258,7 +260,7 @@ class StepGraphs:
         self._side = self._side or torch.cuda.Stream(self._device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (of the data loader) may allocate page-locked memory meanwhile.
+        # Other threads (of the data loader) may allocate page-locked memory at the same time.
         with self._rates_from_device(), torch.cuda.graph(
             graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
         ):  # fmt: skip
@@ -267,7 +269,7 @@ class StepGraphs:
 
     @contextlib.contextmanager
     def _rates_from_device(self) -> Iterator[None]:
-        """Gives the optimizer its learning rates as tensors: a number would be fixed in the graph."""
+        """Passes the optimizer its learning rates as tensors: numbers would be constants in the graph."""
         groups = self._optimizer.param_groups
         before = [dict(group) for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
@@ -280,7 +282,7 @@ class StepGraphs:
 
 
 def _inputs_like(batch: Batch, objects: int, device: torch.device) -> Batch:
-    """A batch of this shape on a device, for this number of objects per image."""
+    """A batch of the same shape on a device, for a number of objects per image."""
     values = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
     for name, value in values.items():
         per_object = name not in ("images", "image_sizes", "seeds")
@@ -293,7 +295,7 @@ def _inputs_like(batch: Batch, objects: int, device: torch.device) -> Batch:
 def validation_losses(
     model: MaskRCNN, samples: TrainingSamples, indices: Sequence[int], *, batch_size: int, loss: LossConfig
 ) -> dict[str, float]:
-    """Sums of the losses over samples, each image with the mean of its batch, in single precision.
+    """Sums of the losses over samples, each image counted with the mean of its batch, in single precision.
 
     Args:
         model: in evaluation mode.
@@ -319,7 +321,7 @@ def validation_losses(
 
 
 def _replay(counts: list[Tensor]) -> CountMean:
-    """A `mean_count` that gives these counts one after another."""
+    """A `mean_count` that returns these counts one after another."""
     left = iter(counts)
     return lambda count: next(left)
 
@@ -347,7 +349,7 @@ class PendingMetrics:
         self._pending.append((tag, list(metrics), values, event))
 
     def pop(self, *, wait: bool = False) -> list[tuple[Any, dict[str, float]]]:
-        """Tags and metrics of the finished steps, in order; with `wait` of all steps pushed."""
+        """Tags and metrics of the finished steps, in order; with `wait`, of all queued steps."""
         done = []
         while self._pending:
             tag, names, values, event = self._pending[0]

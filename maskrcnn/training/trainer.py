@@ -1,4 +1,4 @@
-"""The training loop. Reads top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from maskrcnn.training.optimizer import AveragedWeights, freeze_stages, learning
 from maskrcnn.training.step import PendingMetrics, Step
 from maskrcnn.weights.checkpoint import load_weights, save_checkpoint
 
-# Returns at least "box_ap", with masks "mask_ap" and with keypoints "keypoint_ap", in [0, 1] or -1 without objects, and
-# the metric that selects the best checkpoint; equal in every process.
+# Returns at least "box_ap", "mask_ap" (with masks) and "keypoint_ap" (with keypoints), in [0, 1] or -1 without objects,
+# and the metric that selects the best checkpoint; equal in every process.
 Evaluate = Callable[[MaskRCNN], dict[str, float]]
 Draw = Callable[[MaskRCNN], list[NamedImage]]
 
-SECONDS_BETWEEN_STATES = 600.0  # within an epoch; the state is always saved at its end
-_MAX_SKIPPED = 100  # consecutive steps without a finite gradient: the model is not learning
+SECONDS_BETWEEN_STATES = 600.0  # interval within an epoch; the state is always saved at its end
+_MAX_SKIPPED = 100  # maximum consecutive steps without a finite gradient: beyond it, the model is not learning
 
 
 class TrainingProgress(Protocol):
@@ -45,7 +45,7 @@ class TrainingProgress(Protocol):
         """Begins a run of `total_images` over all epochs, `done_images` of which an earlier process trained on."""
 
     def step(self, images: int, *, epoch: int, loss: float) -> None:
-        """Records an optimizer step over `images` images; epochs count from 1."""
+        """Records an optimizer step with `images` images; epochs count from 1."""
 
     def epoch(self, metrics: dict[str, Any]) -> None:
         """Records the metrics of a finished epoch."""
@@ -70,7 +70,7 @@ class Trainer:
         config: model, data and hyperparameters.
         run: folder of the run.
         dataset: training split.
-        processes: processes that train together (default: this one alone).
+        processes: processes that train together (default: only this one).
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Trainer:
         self.step = Step(self.model, self.optimizer, config, self.device, self.precision, self.processes, self.averaged)
         self.progress = state.Progress()
         self._pending = PendingMetrics()
-        self._is_new = False  # whether the run begins with this object
+        self._is_new = False  # whether the run was started by this object
         self._piped = False  # whether batches did not fit into shared memory
-        self._logbook: Logbook | None = None  # of the first process, during `fit`
+        self._logbook: Logbook | None = None  # only in the first process, during `fit`
         self._display: TrainingProgress = _Silent()
 
     def begin(self) -> None:
@@ -136,7 +136,7 @@ class Trainer:
     def fit(
         self, evaluate: Evaluate, draw: Draw | None = None, display: TrainingProgress | None = None
     ) -> dict[str, Any]:
-        """Train to the last epoch, or until patience ends, and return the metrics of the last one.
+        """Train to the last epoch, or until patience is exhausted, and return the metrics of the last epoch.
 
         A new run that fails before its first step is removed.
 
@@ -183,12 +183,12 @@ class Trainer:
 
     @property
     def _is_untouched(self) -> bool:
-        """Whether the run begins with this object and has not taken a step."""
+        """Whether the run was started by this object and has not taken a step."""
         return self._is_new and self.progress.epoch == self.progress.step == 0
 
     @contextmanager
     def _discarded_if_refused(self) -> Iterator[None]:
-        """Removes the files of a run, and no others, if it fails before its first step."""
+        """Removes only the files of the run if it fails before its first step."""
         try:
             yield
         except BaseException:
@@ -202,13 +202,13 @@ class Trainer:
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
                 for folder in (*folders, self.run):
-                    with suppress(OSError):  # absent, or holds other files
+                    with suppress(OSError):  # missing, or contains other files
                         folder.rmdir()
             raise
 
     @property
     def _again(self) -> str:
-        """How to go on after an error; options follow."""
+        """How to continue after an error; to be followed by options."""
         return "start again with" if self._is_untouched else f"continue with --resume {self.run}"
 
     def losses_by_rate(self, lowest: float, highest: float, steps: int) -> list[tuple[float, float]]:
@@ -244,13 +244,13 @@ class Trainer:
         return found
 
     def _step_number(self) -> int:
-        """Optimizer steps of the whole run so far."""
+        """Number of optimizer steps of the whole run so far."""
         return self.progress.epoch * self.sampler.steps + self.progress.step
 
     def _train_epoch(self) -> None:
         """Take the remaining steps of an epoch, saving the state periodically."""
         config, progress, sampler = self.config, self.progress, self.sampler
-        # Epoch and index determine all randomness, so a resumed run repeats what an uninterrupted one does.
+        # Epoch and index determine all randomness, so a resumed run is the same as an uninterrupted one.
         sampler.epoch, sampler.start = progress.epoch, progress.step * config.accumulate
         saved = time.monotonic()
         for parts in self._step_batches():
@@ -279,7 +279,7 @@ class Trainer:
             found = f"data loading processes that cannot be started ({error.strerror})"
             raise UserError(found, "memory, open files and processes for them", self._fewer_workers()) from error
         for batch in batches:
-            if isinstance(batch, UserError):  # --resume continues from here once the file is right
+            if isinstance(batch, UserError):  # --resume continues from here once the file is corrected
                 self._record_steps(wait=True)
                 if self.processes.is_first and not self._is_untouched:
                     self._save_state()
@@ -294,7 +294,7 @@ class Trainer:
 
     @contextmanager
     def _explain_workers(self) -> Iterator[None]:
-        """Turns the end of a data loading process, which a signal reports at any time, into a `UserError`."""
+        """Turns the death of a data loading process, reported at any time by a signal, into a `UserError`."""
         try:
             yield
         except RuntimeError as error:
@@ -319,7 +319,7 @@ class Trainer:
         return f"images of {shapes} and up to {objects} objects each"
 
     def _memory_advice(self, parts: list[Batch]) -> str:
-        """What would lower the memory of such a step, the change with least effect first."""
+        """Ways to reduce the memory of such a step, the change with the smallest effect first."""
         config, images = self.config, len(parts[0].images)
         preprocessing = config.model.preprocessing
         advice = []
@@ -345,7 +345,7 @@ class Trainer:
             self._display.step(self.config.batch_size, epoch=epoch, loss=metrics["loss"])
 
     def _images_of(self, number: int, part: int) -> list[int]:
-        """Ids of the images of a part of a step, see `Step.run`; of the whole step if the part is -1."""
+        """Ids of the images of a part of a step, see `Step.run`; if the part is -1, of the whole step."""
         batch = self.sampler.global_batches()[number % self.sampler.steps] % self.sampler.images
         if part >= 0:
             batch = batch.reshape(self.processes.world_size * self.config.accumulate, -1)[part]
@@ -384,7 +384,7 @@ class Trainer:
         config, progress = self.config, self.progress
         is_evaluated = (progress.epoch + 1) % config.evaluate_every == 0 or progress.epoch + 1 == config.epochs
         if is_evaluated and self.processes.is_first:
-            self._save_state()  # of all steps: if the evaluation fails, --resume repeats the evaluation only
+            self._save_state()  # all steps are done: if the evaluation fails, --resume repeats only the evaluation
         last = self._step_number() - 1
         taken = max(progress.totals.pop("finite", 0.0), 1.0)
         metrics: dict[str, Any] = {"epoch": progress.epoch + 1}
@@ -397,7 +397,7 @@ class Trainer:
             smaller = "a lower --batch-size" if size > 1 else "lower --max-size and --min-size"
             with _explained(f"validation batches of {size} image(s)", f"{self._again} and {smaller}"):
                 metrics |= evaluate(model.eval())
-                # Of these weights: the checkpoint carries it.
+                # Belongs to these weights: the checkpoint stores it.
                 model.config = replace(model.config, recommended_threshold=metrics.get("recommended_threshold", 0.0))
                 if self._logbook is not None and draw is not None and config.pictures:
                     self._logbook.images(last, draw(model))
@@ -428,7 +428,7 @@ class Trainer:
 
 
 def _kinds(config: TrainConfig) -> list[str]:
-    """What the model finds, as in the names of metrics."""
+    """The kinds of results of the model, as in the names of metrics."""
     model = config.model
     return ["box", *(["mask"] if model.has_masks else []), *(["keypoint"] if model.has_keypoints else [])]
 
@@ -476,9 +476,9 @@ def score_of(metrics: dict[str, float], name: str = "") -> float | None:
     """Score that selects the best checkpoint, the larger the better; None if it could not be measured.
 
     Args:
-        metrics: of an evaluated epoch.
-        name: the metric; losses are negated. Default: the mean of mask and keypoint AP, or the box AP of a model
-            without either.
+        metrics: metrics of an evaluated epoch.
+        name: the metric; losses are negated. Default: the mean of mask and keypoint AP, or the box AP for a model
+            with neither.
     """
     names: list[str] = (
         [name] if name else [each for each in metrics if each in ("mask_ap", "keypoint_ap")] or ["box_ap"]
@@ -486,11 +486,11 @@ def score_of(metrics: dict[str, float], name: str = "") -> float | None:
     score = sum(metrics[each] for each in names) / len(names)
     if "_ap" not in names[0]:
         return -score
-    return score if score >= 0 else None  # COCO's -1: there are no objects
+    return score if score >= 0 else None  # COCO's -1: no objects
 
 
 def _synchronised(model: MaskRCNN, device: torch.device) -> MaskRCNN:
-    """The model with batch norm statistics over all processes."""
+    """The model with batch norm statistics synchronised across processes."""
     if device.type != "cuda":
         raise UserError(
             f"--batch-norm sync on {device.type}",
@@ -525,7 +525,7 @@ def _no_shared_memory(batch: Batch) -> str:
 
 @contextmanager
 def _explained(what: str, fix: str) -> Iterator[None]:
-    """Turns an out-of-memory error, and batch norm of a single value, into a `UserError`."""
+    """Turns an out-of-memory error, or batch norm of a single value, into a `UserError`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # the CPU allocator raises a plain RuntimeError
@@ -535,6 +535,6 @@ def _explained(what: str, fix: str) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        expected = "two values or more in every channel: larger images, or more of them in a batch"
+        expected = "at least two values per channel: larger images, or more images per batch"
         fix = "raise --batch-size or --min-size, or keep the statistics of the weights with --batch-norm frozen"
-        raise UserError(f"{what}, from which trained batch norm has a single value", expected, fix) from error
+        raise UserError(f"{what}, for which batch norm has a single value per channel", expected, fix) from error

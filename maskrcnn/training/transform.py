@@ -2,19 +2,19 @@
 
 It is a callable `function(image, target, generator)` that returns `(image, target)`:
 
-- `image`: `tv_tensors.Image` float32 `[C, h, w]`, 0 to 1, RGB; resized as the model's preprocessing says, after the
-  other augmentations. It may return another size. The result is rounded to 8 bits if the file has no more.
+- `image`: `tv_tensors.Image` float32 `[C, h, w]`, 0 to 1, RGB; resized by the model's preprocessing, after the other
+  augmentations. The function may return another size. The result is rounded to 8 bits if the file has 8 bits.
 - `target["boxes"]`: `tv_tensors.BoundingBoxes` float32 `[G, 4]` xyxy, the extents of the masks.
 - `target["labels"]`: int64 `[G]`, from 1.
 - `target["masks"]`: `tv_tensors.Mask` uint8 `[G, h, w]`, 1 inside the object; 2 inside the box of an object that has no
   mask.
 - `target["keypoints"]`: `tv_tensors.KeyPoints` float32 `[G, K, 2]` x, y, and `target["visibility"]` int64 `[G, K]`, 0
   where unlabelled; only of datasets with keypoints.
-- `generator`: `torch.Generator`, seeded by (seed, epoch, image). So are, during the call, the global generators of
-  torch, NumPy and `random`.
+- `generator`: `torch.Generator`, seeded by (seed, epoch, image). During the call, the global generators of torch, NumPy
+  and `random` are seeded in the same way.
 
-It may drop and add objects, in all entries of the target alike. Objects without a pixel left are dropped afterwards,
-and boxes become the extents of the masks; those returned are only compared with them, and may be left out.
+The function may drop and add objects, consistently in all entries of the target. Objects without remaining pixels are
+dropped afterwards, and boxes become the extents of the masks; returned boxes are optional and only compared with them.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ from maskrcnn.training.view import mask_extent, only_inside
 
 Transform = Callable[[Tensor, dict[str, Any], torch.Generator], tuple[Tensor, dict[str, Any]]]
 
-_STRICT_SAMPLES = 64  # of each process, whose boxes are compared with the masks
-_BOX_SLACK = 0.1  # by which a mask may lie outside its box, as a fraction of the box's longer side
+_STRICT_SAMPLES = 64  # number of samples per process whose boxes are compared with the masks
+_BOX_SLACK = 0.1  # maximum distance of a mask beyond its box, as a fraction of the box's longer side
 _BOX_SLACK_PX = 2.0
 
 
 def load_transform(name: str) -> Transform:
-    """The callable of a name `package.module:function`; modules in the working directory are found.
+    """The callable with the name `package.module:function`; modules in the working directory are found.
 
     Raises:
-        UserError: if it cannot be imported or is no callable.
+        UserError: if it cannot be imported or is not callable.
     """
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # last, so that no file there hides an installed package
+        sys.path.append(here)  # last, so that files in it do not hide installed packages
     expected = "package.module:function, importable from here"
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # any exception of the user's module
         raise UserError(
             f"augment.transform {name}: module {module_name} cannot be imported ({type(error).__name__}: {error})",
             expected,
-            f"correct the name or the module, run in the folder that holds it (this one is {here}), or set PYTHONPATH",
+            f"correct the name or the module, run in its folder (current folder: {here}), or set PYTHONPATH",
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -105,8 +105,8 @@ class OwnTransform:
             path: image, for errors.
 
         Raises:
-            UserError: if the transform fails, or returns what contradicts itself. Boxes are compared with masks in the
-                first samples only, because such an error would show there.
+            UserError: if the transform fails, or its result is inconsistent. Boxes are compared with masks only in the
+                first samples, because such an error would show there.
         """
         has_keypoints = scene.keypoints.shape[1] > 0
         with _seeded_from(rng):
@@ -137,7 +137,7 @@ class OwnTransform:
         return changed
 
     def _place(self, error: Exception) -> str:
-        """Where in the transform's own file the error arose."""
+        """The location of the error in the transform's own file."""
         file = getattr(sys.modules.get(self.name.partition(":")[0]), "__file__", None)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         return f" ({file}, line {lines[-1]})" if lines else ""
@@ -180,7 +180,7 @@ def _given(scene: Scene) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _scene_of(result: Any, channels: int, num_classes: int, keypoints: int) -> tuple[Scene, np.ndarray | None]:
-    """Scene and boxes `[G, 4]` xyxy, if any, of what a transform returned."""
+    """Scene and boxes `[G, 4]` xyxy, if any, from the result of a transform."""
     if not (isinstance(result, (tuple, list)) and len(result) == 2 and isinstance(result[1], dict)):
         raise _Inconsistent(f"returned {_kind(result)}", "(image, target), target a dictionary")
     image, target = result
@@ -192,7 +192,7 @@ def _scene_of(result: Any, channels: int, num_classes: int, keypoints: int) -> t
     if image.dim() != 3 or len(image) != channels or not image.is_floating_point() or 0 in image.shape:
         raise _Inconsistent(f"returned {_kind(image)} as image", f"a tensor [{channels}, h, w] of floating point")
     low, high = (float(value) for value in torch.aminmax(image.detach()))
-    if not (low >= -0.5 and high <= 1.5):  # filters overshoot a little; NaN fails both
+    if not (low >= -0.5 and high <= 1.5):  # filters overshoot slightly; NaN fails both comparisons
         raise _Inconsistent(f"returned an image of values from {low:g} to {high:g}", "0 to 1, not normalised")
     size_hw, count = (int(image.shape[1]), int(image.shape[2])), len(target["labels"])
     shapes: dict[str, tuple[int, ...]] = {
@@ -219,7 +219,7 @@ def _scene_of(result: Any, channels: int, num_classes: int, keypoints: int) -> t
     if labels.is_floating_point() or (count and not (int(labels.min()) >= 1 and int(labels.max()) <= num_classes)):
         raise _Inconsistent(f"returned labels {labels.tolist()[:9]}", f"integers from 1 to {num_classes}")
     values = masks.detach().numpy()
-    inside = values > 0.5  # also of masks interpolated as floating point
+    inside = values > 0.5  # also for masks interpolated as floating point
     shown = np.zeros((count, keypoints, 3), np.float32)
     if keypoints:
         shown[..., :2], shown[..., 2] = target["keypoints"].detach().numpy(), target["visibility"].numpy()
@@ -234,7 +234,7 @@ def _scene_of(result: Any, channels: int, num_classes: int, keypoints: int) -> t
 
 
 def _require_boxes_at_masks(boxes: np.ndarray, masks: np.ndarray) -> None:
-    """Raise unless each mask lies inside its box, up to interpolation; the box may be larger, as after a rotation."""
+    """Raise unless each mask is inside its box, up to interpolation; the box may be larger, as after a rotation."""
     for number, (box, mask) in enumerate(zip(boxes, masks, strict=True)):
         extent = mask_extent(mask)
         if extent is None:

@@ -1,7 +1,7 @@
 """Geometric views of an image and its objects: cropped, mirrored and resized.
 
-Every axis-aligned change of a sample is one `View`, which transforms pixels, masks and boxes alike. Nothing is computed
-that is cropped afterwards, and masks are processed one at a time.
+Every axis-aligned change of a sample is one `View`, which transforms pixels, masks and boxes consistently. Pixels that
+are cropped afterwards are not computed, and masks are processed one at a time.
 
 Object masks become crops of constant size, from which `maskrcnn.model.targets` computes training targets. Pixel i of a
 resized mask is pixel floor(i · in / out) of the original (nearest neighbour, as torchvision resizes masks); the crop
@@ -51,8 +51,7 @@ def mask_crop(mask: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, n
     """Crop of a mask after resizing, and the region of the resized image that it covers.
 
     Along each axis on which the resized object is at most `MASK_SIDE` pixels long, the crop starts at the object's
-    first pixel and has one pixel per pixel. Otherwise it spans the object exactly and samples it at the centres of its
-    pixels.
+    first pixel at full resolution. Otherwise it spans the object exactly and samples it at the centres of its pixels.
 
     Args:
         mask: bool `[H, W]`.
@@ -91,7 +90,7 @@ def _crop_pixels(index: np.ndarray) -> tuple[int, np.ndarray]:
     """Resized pixels covered by a crop along an axis, and the original pixels it contains.
 
     Args:
-        index: original pixel of each resized one of the object.
+        index: original pixel of each resized pixel of the object.
     """
     if index.size <= MASK_SIDE:
         return MASK_SIDE, index
@@ -115,7 +114,7 @@ class View:
         return part[:: -1 if self.is_upside_down else 1, :: -1 if self.is_mirrored else 1]
 
     def points(self, keypoints: np.ndarray) -> np.ndarray:
-        """Transform keypoints `[…, 3]` (x, y, visibility) to the canvas; those outside the window become zeros."""
+        """Transform keypoints `[…, 3]` (x, y, visibility) to the canvas; points outside the window become zeros."""
         top, left, bottom, right = self.window
         x, y = keypoints[..., 0] - left, keypoints[..., 1] - top
         if self.is_mirrored:
@@ -200,7 +199,7 @@ def instances_of(record: ImageRecord) -> list[Instance]:
 
 
 def only_inside(keypoints: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Keypoints `[…, 3]` with those unlabelled or outside an image of this size replaced by zeros."""
+    """Keypoints `[…, 3]`; unlabelled ones and those outside an image of this size become zeros."""
     x, y, shown = np.moveaxis(keypoints, -1, 0)
     inside = (shown > 0) & (x >= 0) & (y >= 0) & (x <= size_hw[1]) & (y <= size_hw[0])
     return np.where(inside[..., None], keypoints, np.float32(0))
@@ -221,7 +220,7 @@ def keypoints_in_view(instances: list[Instance], view: View, partners: tuple[int
 
 
 def objects_in_view(record: ImageRecord, view: View, min_visible: float, partners: tuple[int, ...] = ()) -> Objects:
-    """Objects of an image on the canvas; `partners` as for `keypoints_in_view`.
+    """Objects of an image on the canvas; `partners` as in `keypoints_in_view`.
 
     Boxes are the annotated ones, or the extent of the remaining mask for objects cut by the view. Objects are dropped
     if no pixel is left after resizing, a side is shorter than `MIN_SIDE_PX`, or less than `min_visible` of their area

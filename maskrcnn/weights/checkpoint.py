@@ -1,6 +1,6 @@
 """Reading and writing checkpoints.
 
-A checkpoint is one safetensors file: the weights, and the model configuration as JSON in its header. Files of other
+A checkpoint is one safetensors file with the weights, and the model configuration as JSON in its header. Files of other
 programs are read by `maskrcnn.weights.files`.
 """
 
@@ -65,7 +65,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, None if header is None else json.loads(header)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        safetensors_header(path)  # raises what is wrong, if it can tell
+        safetensors_header(path)  # raises the specific error, if it can be determined
         raise not_ours(path, f"not a checkpoint, and no safetensors ({error})") from error
 
 
@@ -98,7 +98,7 @@ def config_of(header: dict[str, Any], path: Path) -> ModelConfig:
         raise UserError(
             f"{path}: not a checkpoint but the state of a run",
             "a checkpoint, such as best.safetensors or last.safetensors",
-            "name one of those; a run is continued with `maskrcnn train --resume FOLDER`",
+            "use one of those; a run is continued with `maskrcnn train --resume FOLDER`",
         )
     return from_dict(ModelConfig, config)
 
@@ -107,7 +107,7 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
     """Load a state dict that must have the names and shapes of the model's own.
 
     Raises:
-        UserError: naming the first tensors that are missing, unexpected, or of another shape.
+        UserError: with the first tensors that are missing, unexpected, or of another shape.
     """
     counter = "num_batches_tracked"  # unused, and absent with frozen batch norm
     own = model.state_dict()
@@ -128,13 +128,13 @@ def load_weights(model: MaskRCNN, tensors: dict[str, Tensor], source: Path | str
             f"{source}: tensors that do not fit {model.config.name} with {model.config.num_classes} classes: "
             + "; ".join(problems),
             "a state dict of this architecture and class count",
-            "name the right architecture with --model",
+            "choose the right architecture with --model",
         )
     model.load_state_dict(tensors, strict=False)
 
 
 def metadata_of(config: ModelConfig, source: Path | None = None, assumed: tuple[str, ...] = ()) -> ModelMetadata:
-    """Metadata of files exported from this model; `assumed` are fields that imported weights did not state."""
+    """Metadata of files exported from this model; `assumed` are fields that the imported weights did not state."""
     keypoints: dict[str, Any] = {}
     if config.has_keypoints:
         keypoints = {

@@ -1,7 +1,7 @@
 """Detectron2's Faster and Mask R-CNN with ResNet or ResNeXt and FPN: names, conventions, and its YAML configuration.
 
-Weights do not define how a model computes. The settings here are those of Detectron2's `Base-RCNN-FPN.yaml` and its
-model zoo, unless the file's buffers or a configuration beside it state others.
+Weights alone do not define a model's computation. The settings here are those of Detectron2's `Base-RCNN-FPN.yaml` and
+its model zoo, unless the file's buffers or a configuration next to it state others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from maskrcnn.weights.foreign import (
     scaled_boxes,
 )
 
-CONFIG_NAME = "config.yaml"  # that Detectron2's trainer writes beside its checkpoints
+CONFIG_NAME = "config.yaml"  # written by Detectron2's trainer next to its checkpoints
 _BODY = "backbone.bottom_up."
 _PIXEL_MEAN_BGR, _PIXEL_STD = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)  # MODEL.PIXEL_MEAN and PIXEL_STD
 _PIXEL_STD_RESNEXT = (57.375, 57.12, 58.395)  # of mask_rcnn_X_101_32x8d_FPN_3x.yaml
@@ -103,7 +103,7 @@ def from_detectron2(tensors: dict[str, Tensor], source: str | Path, config_file:
 
     Returns:
         the tensors and the configuration of the model: architecture, widths and number of classes follow from the
-        tensors; the rest is stated by the configuration file, by buffers of older files, or by `CONVENTIONS`.
+        tensors; the rest comes from the configuration file, from buffers of older files, or from `CONVENTIONS`.
 
     Raises:
         UserError: for tensors or settings of another architecture, and a configuration file that contradicts the
@@ -134,7 +134,7 @@ def from_detectron2(tensors: dict[str, Tensor], source: str | Path, config_file:
     pixels = stated.pop("preprocessing", {})
     order = pixels.pop("channel_order", "BGR")
     mean, std = pixels.pop("mean", mean_bgr), pixels.pop("std", std_bgr)
-    if order == "BGR":  # turned round, so that images stay RGB
+    if order == "BGR":  # reversed, so that images stay RGB
         mean, std = mean[::-1], std[::-1]
         first = f"{BODY}conv1.weight"
         found[first] = found[first].flip(1)
@@ -162,7 +162,7 @@ def _our_name(name: str, source: str | Path) -> str:
 
 
 def _of_buffers(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Any]:
-    """Fields that follow from pixel statistics and anchors, which older files contain, if they are not the usual."""
+    """Fields that follow from the pixel statistics and anchors in older files, if they are not the usual ones."""
     fields: dict[str, Any] = {}
     pixels: dict[str, Any] = {}
     for name, field, usual in (("pixel_mean", "mean", _PIXEL_MEAN_BGR), ("pixel_std", "std", _PIXEL_STD)):
@@ -172,7 +172,7 @@ def _of_buffers(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Any
         if len(found) != 3:
             raise _unsupported(source, f"{name} of {len(found)} channels")
         if field == "mean" and _near(found, usual[::-1]):
-            pixels["channel_order"] = "RGB"  # the usual colour in the other order
+            pixels["channel_order"] = "RGB"  # the usual values in the other channel order
         if not _near(found, usual):
             pixels[field] = found
     cells = {
@@ -186,7 +186,7 @@ def _of_buffers(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Any
         sides = corners.float()[:, 2:] - corners.float()[:, :2]
         usual_cells = cell_anchors(sizes[level], default.anchor_aspect_ratios, rounded=False)
         usual_sides = usual_cells[:, 2:] - usual_cells[:, :2]
-        # Loose tolerance: Detectron's first version rounded its anchors, which Detectron2 ignores too.
+        # Loose tolerance: Detectron's first version rounded its anchors, which Detectron2 also ignores.
         if sides.shape == usual_sides.shape and torch.allclose(sides, usual_sides, rtol=0.05, atol=2):
             ratios.add(default.anchor_aspect_ratios)
             continue
@@ -211,13 +211,13 @@ def _unsupported(source: str | Path, found: str) -> UserError:
         f"{source}: {found}",
         "a Faster or Mask R-CNN of Detectron2's Base-RCNN-FPN.yaml with ResNet 18, 34, 50 or 101 or ResNeXt 101, such "
         "as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x",
-        "export a model of that configuration",
+        "export a model with that configuration",
     )
 
 
 # Detectron2's configuration
 
-# Fields of ModelConfig by Detectron2's keys whose values are taken as they are.
+# Fields of ModelConfig by Detectron2's keys, for values that are used unchanged.
 _KEYS: dict[str, tuple[str, type]] = {
     "MODEL.RESNETS.STRIDE_IN_1X1": ("stride_in_1x1", bool),
     "MODEL.RPN.PRE_NMS_TOPK_TEST": ("rpn_candidates_per_level", int),
@@ -233,7 +233,7 @@ _KEYS: dict[str, tuple[str, type]] = {
     "INPUT.MAX_SIZE_TEST": ("preprocessing.max_size_px", int),
     "INPUT.FORMAT": ("preprocessing.channel_order", str),
 }
-# Settings with the values that a model here can have.
+# Settings with their supported values.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
     "MODEL.BACKBONE.NAME": ("build_resnet_fpn_backbone",),
@@ -249,7 +249,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 class _DetectronConfig:
-    """Detectron2's YAML file, with the files that it is based on.
+    """Detectron2's YAML file, including its base files.
 
     Raises:
         UserError: if it cannot be read, is not YAML, or has settings of another architecture.
@@ -267,10 +267,10 @@ class _DetectronConfig:
             for head in ("BOX", "MASK")
         )
         if self.value("MODEL.MASK_ON") and None not in (*box, *mask) and box != mask:
-            raise self._wrong("MODEL.ROI_MASK_HEAD.POOLER_TYPE", f"{mask} beside {box} of the box head", "the same")
+            raise self._wrong("MODEL.ROI_MASK_HEAD.POOLER_TYPE", f"{mask}, but {box} in the box head", "the same")
 
     def _read(self, path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-        """Settings of a file over those of its base."""
+        """Settings of a file merged over those of its base."""
         try:
             values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe loader
         except OSError as error:
@@ -341,11 +341,11 @@ class _DetectronConfig:
                 raise UserError(
                     f"{self.path}: {key} {stated}, and {source} with {found}",
                     "the configuration of these weights",
-                    "name theirs with --detectron2-config FILE, or move this one away",
+                    "specify it with --detectron2-config FILE, or move this file away",
                 )
 
     def fields(self) -> dict[str, Any]:
-        """The stated fields of `ModelConfig`; pixel statistics from 0 to 255 in the model's order of channels."""
+        """The stated fields of `ModelConfig`; pixel statistics from 0 to 255 in the model's channel order."""
         fields: dict[str, Any] = {}
         for key, (field, kind) in _KEYS.items():
             value = self.value(key)
@@ -370,7 +370,7 @@ class _DetectronConfig:
         return fields
 
     def _of_levels(self, key: str) -> tuple[float, ...] | None:
-        """Anchor sizes, one a level; or aspect ratios, the same on all levels."""
+        """Anchor sizes, one per level; or aspect ratios, the same on all levels."""
         found = self.value(key)
         if found is None:
             return None
@@ -392,7 +392,7 @@ class _DetectronConfig:
         return UserError(
             f"{self.path}: {key} {found}",
             f"{expected}: a Faster or Mask R-CNN of Base-RCNN-FPN.yaml",
-            "export a model of that configuration, or correct the file",
+            "export a model with that configuration, or correct the file",
         )
 
 

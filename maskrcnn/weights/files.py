@@ -1,10 +1,10 @@
-"""Reading the tensors of weight files, whoever wrote them, without running anything that is in them.
+"""Reading the tensors of weight files of any origin, without executing their content.
 
-A pickle is a program that names functions and calls them. The unpickler here knows the few that rebuild tensors and
-arrays; for every other name it puts an inert stand-in, so that a checkpoint opens whatever its optimizer and arguments
-are made of, and nothing of it is imported or called.
+A pickle is a program that looks up functions by name and calls them. The unpickler here knows only those that rebuild
+tensors and arrays; every other name is replaced by an inert stand-in, so that any checkpoint opens regardless of its
+optimizer and arguments, and nothing in it is imported or called.
 
-The kind of a file is decided by its first bytes, not by its suffix.
+The kind of a file is determined from its first bytes, not from its suffix.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from maskrcnn.errors import UserError
 from maskrcnn.weights.checkpoint import SUFFIX, read_safetensors
 from maskrcnn.weights.detectron2 import is_detectron2
 
-PICKLE_SUFFIX = ".pkl"  # of the files of Detectron2's model zoo
+PICKLE_SUFFIX = ".pkl"  # of files in Detectron2's model zoo
 SUFFIXES = (SUFFIX, PICKLE_SUFFIX, ".pth", ".pt", ".bin", ".ckpt")
 _JOIN = "write them into one file: model.save_pretrained(DIR, max_shard_size='100GB'), or join the parts' tensors"
-_SAVE = "save the weights alone: torch.save(model.state_dict(), FILE)"
+_SAVE = "save only the weights: torch.save(model.state_dict(), FILE)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """Tensors of a file, by the names that they have in the model itself."""
+    """Tensors of a file, by their names in the model itself."""
 
     tensors: dict[str, Tensor]
     header: dict[str, Any] | None = None  # maskrcnn's, if the file is one of its checkpoints
-    meta: dict[str, Any] = field(default_factory=dict)  # the entry "meta", in which mmdetection describes a model
-    notes: tuple[str, ...] = ()  # what was unwrapped, stripped or left out
+    meta: dict[str, Any] = field(default_factory=dict)  # the entry "meta", mmdetection's description of a model
+    notes: tuple[str, ...] = ()  # notes on what was unwrapped, stripped or left out
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read the tensors of a file: safetensors, a file of torch.save in any version, or a pickle of arrays.
+    """Read the tensors of a file: safetensors, a file written by any version of torch.save, or a pickle of arrays.
 
-    A state dict is found in the entry of a training checkpoint, and prefixes of wrappers (`module.`, `_orig_mod.`,
-    `model.`) are stripped from its names. Tensors come to the CPU from whichever device they were saved on.
+    The state dict of a training checkpoint is found in its entries, and wrapper prefixes (`module.`, `_orig_mod.`,
+    `model.`) are stripped from its names. Tensors are loaded to the CPU, regardless of the device they were saved on.
 
     Raises:
-        UserError: for a missing, damaged or other file, and one without a state dict.
+        UserError: for a missing or damaged file, one of another kind, or one without a state dict.
     """
     if path.is_dir():
         inside = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
         raise UserError(
-            f"{path}: a folder", "a file of weights", f"name the file: {path / inside[0] if inside else 'PATH.pth'}"
+            f"{path}: a folder", "a file of weights", f"give the file: {path / inside[0] if inside else 'PATH.pth'}"
         )
     if not path.is_file():
         raise UserError(f"no file {path}", "a file of weights", "check the path given with --weights")
@@ -88,14 +88,14 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def _listed(names: Iterable[Any], most: int = 6) -> str:
-    """Names, the first `most` of them."""
+    """The first `most` names."""
     names = list(map(str, names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # Kinds of files
 
-# What files begin with that are taken for weights by mistake, with what they are and the way on.
+# First bytes of files that are mistaken for weights, with their kind and the fix.
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull"),
     (b"\x89HDF", "an HDF5 file", "use PyTorch weights; Keras and TensorFlow weights are not supported"),
@@ -104,16 +104,18 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (b"\xfd7zXZ", "an xz archive", "unpack it, and name the file of weights in it"),
     (b"\x93NUMPY", "a NumPy array", _SAVE),
 )
-_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of files of torch.save before PyTorch 1.6
+_TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of files written by torch.save before PyTorch 1.6
 
 
 def _unpickled(path: Path, head: bytes) -> Any:
-    """Content of a file of torch.save or a pickle."""
+    """Content of a pickle or a file written by torch.save."""
     try:
         if head.startswith(b"PK"):
             _check_archive(path)
         elif tarfile.is_tarfile(path):
-            raise _other(path, "a tar archive", "unpack it, or if PyTorch 0.1 wrote it, save it again with a newer one")
+            raise _other(
+                path, "a tar archive", "unpack it, or if PyTorch 0.1 wrote it, save it again with a newer version"
+            )
         elif _TORCH_MAGIC not in head[:20]:
             if (found := _what(path, head)) is not None:
                 raise found
@@ -127,7 +129,7 @@ def _unpickled(path: Path, head: bytes) -> Any:
         raise
     except _UnknownTypeError as error:
         raise UserError(
-            f"{path}: tensors in a type of later versions of PyTorch, such as float8 or uint16",
+            f"{path}: tensors in a type of later PyTorch versions, such as float8 or uint16",
             "tensors of float32, float16 or bfloat16",
             "save them in one of these: {name: value.float() for name, value in state_dict.items()}",
         ) from error
@@ -139,7 +141,7 @@ def _unpickled(path: Path, head: bytes) -> Any:
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(
         f"{path}: a damaged or incomplete file of {path.stat().st_size:,} bytes ({reason})",
-        "a whole file of torch.save(model.state_dict(), …), safetensors, or a .pkl of Detectron2's model zoo",
+        "a complete file of torch.save(model.state_dict(), …), safetensors, or a .pkl of Detectron2's model zoo",
         "copy or download it again, and compare its size with the original's",
     )
 
@@ -155,7 +157,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _what(path: Path, head: bytes) -> UserError | None:
-    """The error for a file that is neither of torch.save nor a pickle."""
+    """The error for a file that is neither from torch.save nor a pickle."""
     for start, what, fix in _OTHERS:
         if head.startswith(start):
             return _other(path, what, fix)
@@ -164,15 +166,15 @@ def _what(path: Path, head: bytes) -> UserError | None:
     if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return _other(path, "a web page", "download the file itself; the page may ask for a login or a confirmation")
     if path.suffix == ".onnx":
-        fix = "name the checkpoint that it was exported from; `maskrcnn export FILE.onnx --precision …` converts it"
+        fix = "give the checkpoint that it was exported from; `maskrcnn export FILE.onnx --precision …` converts it"
         return _other(path, "an ONNX file", fix)
     is_pickle = head[:1] == b"\x80" or path.suffix == PICKLE_SUFFIX
     if is_pickle:
         return None
     if not re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", head):
         line = head.decode("utf-8", errors="replace").strip().splitlines()
-        return _other(path, f"a text file ({line[0][:60] if line else 'blank'})", "name the file of weights itself")
-    return _other(path, f"no known kind of file (first bytes {head[:8].hex(' ')})", _SAVE)
+        return _other(path, f"a text file ({line[0][:60] if line else 'blank'})", "give the weight file itself")
+    return _other(path, f"an unknown kind of file (first bytes {head[:8].hex(' ')})", _SAVE)
 
 
 def _other(path: Path, what: str, fix: str) -> UserError:
@@ -185,7 +187,7 @@ def _other(path: Path, what: str, fix: str) -> UserError:
 
 
 class _StandIn:
-    """What is left of an object whose class or function was not looked up; it accepts all that a pickle does to it."""
+    """Placeholder for an object whose class or function was not looked up; accepts all operations of a pickle."""
 
     origin = ""  # module and name in the pickle
     dump_patches = False  # read by torch.load
@@ -215,7 +217,7 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 
 def _no_bytes() -> bytes:
-    """Replaces `bytes`, which Python 3 calls for empty ones; an argument could exhaust the memory."""
+    """Replaces `bytes`, which Python 3 calls for empty bytes; an argument could exhaust the memory."""
     return b""
 
 
@@ -225,7 +227,7 @@ def _dense(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, 
 
 
 def _of_type(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
-    """A tensor whose type is not its storage's: rest is requires_grad, hooks and the type."""
+    """A tensor whose type differs from its storage's: rest is requires_grad, hooks and the type."""
     return torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, OrderedDict(), rest[2])
 
 
@@ -264,14 +266,14 @@ _ALLOWED: dict[str, Any] = {
 
 
 class _UnknownTypeError(Exception):
-    """A tensor without a storage class of its type, of which float8 and the wider unsigned integers have none."""
+    """A tensor of a type without a storage class, such as float8 and the wider unsigned integers."""
 
 
 class _TensorsOnly(pickle.Unpickler):
     """Unpickler that resolves only the names in `_ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name of the pickle."""
+        """The replacement for a name in the pickle."""
         origin = f"{module}.{name}"
         if origin == "torch.storage.UntypedStorage":
             raise _UnknownTypeError
@@ -287,8 +289,8 @@ _RESTRICTED = types.SimpleNamespace(__name__="restricted_pickle", Unpickler=_Ten
 
 # State dicts
 
-# Entries of a checkpoint that hold the model's weights, in the order in which they are looked for: those of Lightning,
-# mmdetection and common training scripts; averaged weights last.
+# Entries of a checkpoint that may contain the model's weights, in search order: those of Lightning, mmdetection and
+# common training scripts; averaged weights last.
 _WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "detector", "weights", "params"),
     *("module", "ema", "model_ema", "ema_state_dict", "state_dict_ema"),
@@ -305,14 +307,14 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _holds_weights(value: Any, depth: int = 4) -> bool:
-    """Whether tensors lie in a dictionary, or in one inside it."""
+    """Whether a dictionary, or one nested in it, contains tensors."""
     if not isinstance(value, dict) or not depth:
         return False
     return any(_tensor(each) is not None or _holds_weights(each, depth - 1) for each in value.values())
 
 
 def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], list[str]]:
-    """The state dict in a file's content, and what was left out around it."""
+    """The state dict in a file's content, and notes on what was left out."""
     notes: list[str] = []
     found, entry = content, ""
     while isinstance(found, dict):
@@ -331,7 +333,7 @@ def _state_dict(path: Path, content: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _without_objects(path: Path, found: dict[Any, Any], entry: str) -> dict[str, Any]:
-    """The state dict itself, unless an object of unknown class lies among its tensors."""
+    """The state dict itself; an object of unknown class among its tensors is an error."""
     strange = [(name, value) for name, value in found.items() if isinstance(value, _StandIn)]
     modules = [pair for pair in strange if not str(pair[0]).endswith("_extra_state")]
     if modules:
@@ -341,12 +343,12 @@ def _without_objects(path: Path, found: dict[Any, Any], entry: str) -> dict[str,
         raise UserError(
             f"{path}: {entry}{name!r} is a pickled {value.origin}, which was not run",
             "tensors only, by name",
-            f"{_SAVE}; a pickle can execute any program, so make sure of the origin of this file",
+            f"{_SAVE}; a pickle can execute any program, so verify the origin of this file",
         )
     return found
 
 
-# Functions that rebuild tensors which cannot be read as weights, and what these are.
+# Functions that rebuild tensors that cannot be read as weights, and the kinds of these tensors.
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantised tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -358,7 +360,7 @@ def _other_tensor(path: Path, where: str, value: _StandIn) -> UserError:
     return UserError(
         f"{path}: {where} is {_OTHER_TENSORS[value.origin]}",
         "dense tensors of float32, float16 or bfloat16, with their values",
-        "save the model as it was before quantisation, or its tensors made dense on the CPU",
+        "save the model before quantisation, or its tensors converted to dense ones on the CPU",
     )
 
 
@@ -374,8 +376,8 @@ def _no_state_dict(path: Path, found: Any, entry: str) -> UserError:
         where = f"{name!r} is " if name else ""
         return UserError(
             f"{path}: {where}a whole pickled object, {value.origin}, not its weights",
-            "a state dict; objects are not unpickled, since that runs whatever program the file holds",
-            f"load it where it was made, and {_SAVE}",
+            "a state dict; objects are not unpickled, since that executes any program in the file",
+            f"load it where it was created, and {_SAVE}",
         )
     several = [str(name) for name, value in inside if _holds_weights(value) and not str(name).startswith("optimizer")]
     if len(several) > 1:
@@ -394,15 +396,15 @@ def _no_state_dict(path: Path, found: Any, entry: str) -> UserError:
 
 # Names
 
-# Components that wrappers put into names: data parallelism, torch.compile, FSDP, activation checkpointing.
+# Components that wrappers add to names: data parallelism, torch.compile, FSDP, activation checkpointing.
 _WRAPPING = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# First components of a detector's names and of a classifier's; what is before them is a prefix.
+# First components of a detector's or a classifier's names; everything before them is a prefix.
 _DETECTOR = re.compile(r"((?:\w+\.)*?)backbone\.")
 _CLASSIFIER = re.compile(r"((?:\w+\.)*?)(?:layer1|features)\.")
 
 
 def _cleaned(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], notes: list[str]) -> WeightFile:
-    """The file without prefixes in its names, and with present names instead of torchvision's former ones."""
+    """The file without prefixes in its names, and with torchvision's current names instead of former ones."""
     plain = {".".join(part for part in name.split(".") if part not in _WRAPPING): name for name in tensors}
     if len(plain) == len(tensors) and (wrapped := [old for new, old in plain.items() if new != old]):
         parts = [part for part in _WRAPPING if any(part in name.split(".") for name in wrapped)]

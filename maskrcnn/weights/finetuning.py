@@ -1,4 +1,4 @@
-"""Fitting pretrained weights to a model with other classes, keypoints or parts."""
+"""Adapting pretrained weights to a model with other classes, keypoints or parts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from maskrcnn.model.detector import MaskRCNN
 from maskrcnn.weights.foreign import BODY, HEAT_MAPS, check_shapes
 from maskrcnn.weights.torchvision import StartingWeights
 
-# Of ResNets, VGG, and the other backbones.
+# First convolutions of ResNets, VGG, and the other backbones.
 FIRST_CONVOLUTIONS = tuple(f"backbone.body.{layer}.weight" for layer in ("conv1", "0", "0.0"))
 _MASK_HEAD = "roi_heads.mask_"
 _KEYPOINT_HEAD = "roi_heads.keypoint_"
 _NECK = "backbone.fpn."
-# Parts of necks, each present as a whole or absent: FPN, PANet's second path, BiFPN.
+# Parts of necks, each completely present or absent: FPN, PANet's second path, BiFPN.
 _NECK_PARTS = (
     ("backbone.fpn.inner_blocks.", "backbone.fpn.layer_blocks."),
     ("backbone.fpn.down_blocks.", "backbone.fpn.fuse_blocks."),
@@ -31,12 +31,12 @@ _CLASS_TENSORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """Tensors that `finetuning_tensors` did not take from the weights."""
+    """Tensors that `finetuning_tensors` did not use from the weights."""
 
     source: str
     classes: str  # comparison of the classes; empty for a backbone
     keypoints: str = ""  # comparison of the keypoints; empty unless both have some
-    channels: str = ""  # how weights of RGB were taken for other channels; empty for equal ones
+    channels: str = ""  # how RGB weights were adapted to other channels; empty if channels are equal
     reset: tuple[str, ...] = ()  # tensors initialised randomly because classes or keypoints differ
     added: tuple[str, ...] = ()  # tensors initialised randomly because the weights do not have them
     dropped: tuple[str, ...] = ()  # tensors that the model does not have
@@ -60,10 +60,10 @@ class FineTuning:
 def finetuning_tensors(model: MaskRCNN, weights: StartingWeights) -> tuple[dict[str, Tensor], FineTuning]:
     """Adapt pretrained weights to a model with other classes or parts.
 
-    Tensors that keep the model's initial values: those whose shape depends on the number of classes or keypoints,
+    The following keep the model's initial values: tensors whose shape depends on the number of classes or keypoints,
     unless these are the same; a mask head, keypoint head or neck part missing from the weights; with a classifier's
-    weights, everything but the backbone. Parts missing from the model are dropped. Everything else is passed on to
-    `load_weights`, which rejects what does not fit.
+    weights, everything except the backbone. Parts missing from the model are dropped. All other tensors are passed to
+    `load_weights`, which rejects those that do not fit.
 
     Returns:
         the tensors for `load_weights`, and a summary.
@@ -96,7 +96,7 @@ def _inflate(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
         if name in tensors and name in own and tensors[name].shape[1] != own[name].shape[1] and own[name].dim() == 4:
             given, channels = tensors[name].shape[1], own[name].shape[1]
             if given != 3:
-                break  # which channel is which is unknown; `load_weights` reports the shapes
+                break  # the meaning of the channels is unknown; `load_weights` reports the shapes
             tensors[name] = inflated(tensors[name], channels)
             return f"their first convolution reads RGB and is adapted to {channels} channels"
     return ""
@@ -110,7 +110,7 @@ def _compare_classes(weights: StartingWeights, config: ModelConfig) -> tuple[boo
     if count != config.num_classes:
         return False, f"they know {count} classes, this model {config.num_classes}"
     if names is None:
-        return True, f"their {count} classes have no names and are taken for this model's"
+        return True, f"their {count} classes have no names and are assumed to be this model's"
     for label, (theirs, ours) in enumerate(zip(names, config.class_names, strict=True), start=1):
         if theirs != ours:
             return False, f"they know other classes: label {label} is {theirs!r} to them and {ours!r} here"
@@ -125,7 +125,7 @@ def _compare_keypoints(weights: StartingWeights, config: ModelConfig) -> tuple[b
     if count != len(ours):
         return False, f"they find {count} keypoints, this model {len(ours)}"
     if names is None:
-        return True, f"their {count} keypoints have no names and are taken for this model's"
+        return True, f"their {count} keypoints have no names and are assumed to be this model's"
     if names != ours:
         theirs, own = next(pair for pair in zip(names, ours, strict=True) if pair[0] != pair[1])
         return False, f"they find other keypoints: one is {theirs!r} to them and {own!r} here"

@@ -1,4 +1,4 @@
-"""Weights of other libraries: what names and shapes tell about a detector, what they cannot tell, and class order.
+"""Weights of other libraries: what names and shapes determine about a detector, what they do not, and class order.
 
 Tensors have torchvision's names here.
 """
@@ -25,8 +25,8 @@ ANCHOR_SCORES = "rpn.head.cls_logits."  # weight [anchors of a cell, channels, 1
 ANCHOR_BOXES = "rpn.head.bbox_pred."
 HEAT_MAPS = "roi_heads.keypoint_predictor.kps_score_lowres."  # weight [channels, keypoints, 4, 4] and bias
 
-# Backbones by blocks of the four stages, convolutions of a block, and output and input channels of the second one in
-# the first block: a group's width is the latter.
+# Backbones by blocks of the four stages, convolutions of a block, and output and input channels of the second
+# convolution of the first block; the input channels are the width of a group.
 _RESNETS: dict[tuple[tuple[int, ...], int, tuple[int, int]], str] = {
     ((2, 2, 2, 2), 2, (64, 64)): "resnet18",
     ((3, 4, 6, 3), 2, (64, 64)): "resnet34",
@@ -42,7 +42,7 @@ _RESNETS: dict[tuple[tuple[int, ...], int, tuple[int, int]], str] = {
 
 
 def resnet_layout(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int, tuple[int, int]]:
-    """Blocks of the four stages, convolutions of a block, and channels of the second one in the first block."""
+    """Blocks of the four stages, convolutions of a block, and channels of the first block's second convolution."""
     blocks = {found[0] for name in tensors if (found := re.match(r"backbone\.body\.layer(\d)\.\d+\.", name))}
     counts = tuple(sum(block.startswith(f"{BODY}layer{stage}.") for block in blocks) for stage in (1, 2, 3, 4))
     convolutions = 3 if f"{BODY}layer1.0.conv3.weight" in tensors else 2
@@ -67,7 +67,7 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def fields_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fields of `ModelConfig` that follow from shapes, where the tensors are there."""
+    """Fields of `ModelConfig` that follow from the shapes of the tensors that are present."""
     fields: dict[str, Any] = {}
     if (stem := tensors.get(f"{BODY}conv1.weight")) is not None:
         fields["channels"] = stem.shape[1]
@@ -94,7 +94,7 @@ def class_count(tensors: Mapping[str, Tensor]) -> int:
 
 
 def check_shapes(config: ModelConfig, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Check the settings that a user can get wrong against the tensors that contradict them.
+    """Check settings that a user can get wrong against the tensors.
 
     Raises:
         UserError: for another number of anchors, classes or keypoints.
@@ -112,7 +112,7 @@ def check_shapes(config: ModelConfig, tensors: Mapping[str, Tensor], source: str
         raise UserError(
             f"{source}: weights of {count} classes, and {config.num_classes} class names",
             f"{count} names, without background",
-            "name every class in the order of the labels: --class-names FILE, with one name on a line",
+            "list every class in the order of the labels: --class-names FILE, with one name per line",
         )
     heat_maps = tensors.get(f"{HEAT_MAPS}weight")
     if heat_maps is not None and config.has_keypoints and heat_maps.shape[1] != len(config.keypoint_names):
@@ -123,12 +123,12 @@ def check_shapes(config: ModelConfig, tensors: Mapping[str, Tensor], source: str
         )
 
 
-# Older repositories whose models are built otherwise: prefix of their names, what they are, what to use instead.
+# Older repositories with other model structures: prefix of their names, description, and what to use instead.
 _OLDER = (
     (
         "RCNN_",
         "a Faster R-CNN of faster-rcnn.pytorch (RCNN_base, RCNN_rpn, RCNN_top), which has no feature pyramid",
-        "train from the backbone that such models start from (--weights resnet101_caffe.pth or vgg16_caffe.pth), or "
+        "train from the backbone of such models (--weights resnet101_caffe.pth or vgg16_caffe.pth), or "
         "from a detector: --model fasterrcnn_resnet50_fpn --weights COCO_V1",
     ),
     (
@@ -147,7 +147,7 @@ def refuse_older(names: Iterable[str], source: str | Path) -> None:
             raise UserError(f"{source}: {what}", "a Faster or Mask R-CNN with a feature pyramid (FPN)", instead)
 
 
-# What tensors cannot tell
+# Fields that tensors do not determine
 
 ANCHORS = ("anchor_sizes_px", "anchor_aspect_ratios")
 SIZES = ("preprocessing.min_size_px", "preprocessing.max_size_px")
@@ -192,15 +192,15 @@ def coco_classes() -> tuple[tuple[str, ...], tuple[int, ...]]:
     return names, ids
 
 
-# Libraries whose background class is the last
+# Libraries whose background class is last
 
 
 class Imported(NamedTuple):
-    """A detector of another library in our names, order of classes and channels."""
+    """A detector of another library with our names and order of classes and channels."""
 
     tensors: dict[str, Tensor]
     config: ModelConfig
-    unstated: tuple[str, ...]  # fields of `UNSTATED` that neither the file nor a configuration beside it states
+    unstated: tuple[str, ...]  # fields of `UNSTATED` that neither the file nor a configuration next to it states
     notes: tuple[str, ...] = ()
 
 
@@ -212,7 +212,7 @@ def detector_of(
     Args:
         renamed: a Faster or Mask R-CNN on a ResNet with FPN, background last, boxes and masks of each class.
         conventions: fields of `ModelConfig` that do not follow from shapes.
-        unsupported: makes the error for another architecture, given what was found.
+        unsupported: returns the error for another architecture, given what was found.
 
     Raises:
         UserError: for tensors of another architecture.
@@ -256,7 +256,7 @@ def _landmarks(*, has_masks: bool) -> set[str]:
 
 
 def _background_first(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move the background class from last to 0, and add its boxes and masks, which these libraries do not have."""
+    """Move the background class from last to 0, and add its boxes and masks, which these libraries lack."""
     converted = dict(renamed)
     for name, value in renamed.items():
         if name.startswith(CLASS_SCORES):
@@ -271,13 +271,13 @@ def _background_first(renamed: dict[str, Tensor]) -> dict[str, Tensor]:
 def scaled_boxes(
     tensors: dict[str, Tensor], layer: str, weights: Iterable[float], ours: Iterable[float]
 ) -> dict[str, Tensor]:
-    """Scale the predictor of box deltas, so that deltas divided by our weights are those divided by the model's own.
+    """Scale the predictor of box deltas, so that our division by `ours` has the same result as the model's own.
 
     Args:
-        tensors: of a detector.
+        tensors: tensors of a detector.
         layer: `CLASS_BOXES` or `ANCHOR_BOXES`, with 4 rows for each class or anchor.
-        weights: the four weights that the model divides its deltas by.
-        ours: the four that this package divides them by.
+        weights: the four weights by which the model divides its deltas.
+        ours: the four weights by which this package divides them.
     """
     factors = torch.tensor([our / own for our, own in zip(ours, weights, strict=True)])
     scaled = dict(tensors)

@@ -1,8 +1,9 @@
 """mmdetection's Faster and Mask R-CNN with ResNet or ResNeXt and FPN, of versions 2 and 3.
 
-A checkpoint of its trainer holds the class names and the text of the configuration in the entry `meta`. The text is a
-Python program of assignments; only its literals are read. What it does not state has the values of mmdetection's
-`mask-rcnn_r50_fpn.py`. Images are resized as in torchvision, with sides up to a pixel shorter than mmdetection's.
+A checkpoint of its trainer contains the class names and the text of the configuration in the entry `meta`. The text is
+a Python program of assignments, of which only literals are read. Settings that it does not state have the values of
+mmdetection's `mask-rcnn_r50_fpn.py`. Images are resized as in torchvision, with sides up to a pixel shorter than
+mmdetection's.
 """
 
 from __future__ import annotations
@@ -71,21 +72,21 @@ def from_mmdetection(tensors: dict[str, Tensor], source: str | Path, meta: dict[
     Args:
         tensors: a Faster or Mask R-CNN under mmdetection's names; 80 classes without names are COCO's.
         source: origin of the tensors, for error messages.
-        meta: the entry of this name in its checkpoint.
+        meta: the entry `meta` of the checkpoint.
 
     Returns:
         the tensors and the configuration: architecture, widths and number of classes follow from the tensors, the rest
         from the configuration in `meta` or the conventions.
 
     Raises:
-        UserError: for tensors or settings of another architecture, and class names that are not as many as the classes.
+        UserError: for tensors or settings of another architecture, and if classes and class names differ in number.
     """
 
     def unsupported(found: str) -> UserError:
         return UserError(
             f"{source}: {found}",
             "a Faster or Mask R-CNN of mmdetection 2 or 3 with ResNet or ResNeXt and FPN, such as mask-rcnn_r50_fpn",
-            "export a model of that configuration",
+            "export a model with that configuration",
         )
 
     renamed = {}
@@ -137,7 +138,7 @@ def _class_names(meta: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _literals(text: str) -> dict[str, Any]:
-    """Values that are assigned in a Python text, as far as they are literals; nothing is run."""
+    """Literal values assigned in a Python text, which is not executed."""
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError):
@@ -186,7 +187,7 @@ def _steps(values: Any) -> Iterator[dict[str, Any]]:
 def _fields(
     settings: dict[str, Any], unsupported: Callable[[str], UserError]
 ) -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
-    """Fields of `ModelConfig` that a configuration states, and the weights of box deltas by layer."""
+    """Fields of `ModelConfig` stated by a configuration, and the weights of box deltas by layer."""
     model = settings.get("model")
     test = _at(model, "test_cfg") or settings.get("test_cfg")
     for path, allowed in (
@@ -249,7 +250,7 @@ def _anchors(anchors: dict[str, Any], unsupported: Callable[[str], UserError]) -
 
 
 def _pixels(settings: dict[str, Any]) -> dict[str, Any]:
-    """Order of the channels, mean and std."""
+    """Channel order, mean and std."""
     places = (_at(settings, "model.data_preprocessor"), settings.get("data_preprocessor"), settings.get("img_norm_cfg"))
     steps = (step for step in _steps(settings.get("test_pipeline")) if step["type"] == "Normalize")
     stated = next((place for place in (*places, *steps) if isinstance(place, dict) and place.get("mean")), None)

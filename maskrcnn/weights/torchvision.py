@@ -45,11 +45,11 @@ _COCO_LABELS = 90  # labels of torchvision's COCO weights: COCO's category ids, 
 
 
 def _named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
-    """Torchvision's enumeration member of a name.
+    """Torchvision's enumeration member with a name.
 
     Args:
         name: member of the detector's or the backbone's enumeration (`COCO_V1`), or a full name.
-        config: model that the weights are for.
+        config: model for the weights.
 
     Raises:
         UserError: for an unknown name.
@@ -71,7 +71,7 @@ def _named_weights(name: str, config: ModelConfig | None) -> WeightsEnum:
 
 
 def _pixels_of(weights: WeightsEnum) -> dict[str, Any]:
-    """Pixel mean and std that weights were trained with, if not the usual (`VGG16_Weights.IMAGENET1K_FEATURES`)."""
+    """Pixel mean and std of weights, if not the usual ones (`VGG16_Weights.IMAGENET1K_FEATURES`)."""
     given = getattr(weights.transforms, "keywords", {})
     return {name: tuple(given[name]) for name in ("mean", "std") if name in given}
 
@@ -90,32 +90,32 @@ def downloaded(weights: WeightsEnum) -> Path:
             raise UserError(
                 f"{weights!r}: {weights.url} cannot be downloaded ({error})",
                 f"a network connection, or the file at {path}",
-                "download it elsewhere, and place it there or pass it with --weights FILE",
+                "download it elsewhere, and copy it to this path or pass it with --weights FILE",
             ) from error
     return path
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """Pretrained tensors and what is known about them."""
+    """Pretrained tensors and their known properties."""
 
     tensors: dict[str, Tensor]  # named as in our model
     source: str  # name in messages
     path: Path
     config: ModelConfig | None = None  # configuration of the saved model, if known
-    pixels: dict[str, Any] = field(default_factory=dict)  # mean and std of a classifier, if not the usual
+    pixels: dict[str, Any] = field(default_factory=dict)  # mean and std of a classifier, if not the usual ones
     is_legacy: bool = False  # torchvision's COCO_LEGACY keypoint weights, whose tensors look like COCO_V1
     unstated: tuple[str, ...] = ()  # fields of the model that neither the file nor its name states
     notes: tuple[str, ...] = ()  # what was unwrapped, stripped or left out of the file
 
     @property
     def is_backbone(self) -> bool:
-        """Whether they are of a classifier, which shares only the backbone with a detector."""
+        """Whether the weights are a classifier's, which shares only the backbone with a detector."""
         return all(name.startswith(BODY) for name in self.tensors)
 
     @property
     def is_caffe(self) -> bool:
-        """Whether they are of a backbone converted from Caffe, which only the usual names of such files tell."""
+        """Whether the weights are a backbone converted from Caffe, judging only from the usual file names."""
         return self.is_backbone and "caffe" in self.path.name.lower()
 
     @property
@@ -147,7 +147,7 @@ class StartingWeights:
 
     @property
     def is_coco_pose(self) -> bool:
-        """Whether they match torchvision's COCO keypoint weights: one class, 17 keypoints."""
+        """Whether the weights match torchvision's COCO keypoint weights: one class, 17 keypoints."""
         return self.class_count == 1 and self.keypoint_count == len(COCO_NAMES)
 
 
@@ -161,7 +161,7 @@ def starting_weights(
             mmdetection, in any file that `read_weights` reads; or the name of torchvision's weights, either a member of
             the enumeration for the detector or the backbone (`COCO_V1`) or a full name
             (`FasterRCNN_ResNet50_FPN_Weights.COCO_V1`).
-        config: model that they are for; it resolves names.
+        config: model for the weights; used to resolve names.
         detectron2_config: YAML configuration of a Detectron2 detector (default: config.yaml in the file's folder).
 
     Raises:
@@ -190,22 +190,22 @@ def starting_weights(
         raise UserError(
             f"--detectron2-config {detectron2_config} with {source}",
             "weights of Detectron2, whose names begin with backbone.bottom_up",
-            "leave out --detectron2-config, or name weights of Detectron2",
+            "omit --detectron2-config, or use weights of Detectron2",
         )
     weights = StartingWeights(
         tensors=_for_detector(tensors), source=source, path=path, notes=notes, config=saved, **known
     )
     if weights.is_caffe:
         note = (
-            f"{path.name}: Caffe's, by its name: pixels BGR 0–255 minus Caffe's mean, stride in 1×1 convolutions "
-            "(other pixels: --set model.preprocessing=imagenet, or rename the file)"
+            f"{path.name}: from Caffe, judging by its name: pixels BGR 0–255 minus Caffe's mean, stride in 1×1 "
+            "convolutions (other pixels: --set model.preprocessing=imagenet, or rename the file)"
         )
         weights = dataclasses.replace(weights, pixels=PRESETS["caffe"], notes=(*weights.notes, note))
     return weights
 
 
 def continued_model(saved: ModelConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a model that starts from another one's weights: those of that model, but for what is given.
+    """Settings of a model that starts from another model's weights: the settings of that model, updated with `given`.
 
     Another architecture (`name`) changes the fields in which the two named models differ. Classes and keypoints are
     left out, since they are the dataset's; so is the maximum image size if only the minimum is given.
@@ -227,10 +227,10 @@ def continued_model(saved: ModelConfig, given: dict[str, Any]) -> dict[str, Any]
 
 
 def model_changes(weights: StartingWeights, config: ModelConfig) -> dict[str, Any]:
-    """Fields of `config` that these weights require in order to compute what they were trained to.
+    """Fields of `config` that these weights require in order to compute as in their training.
 
-    These are the batch norm settings, and the pixels of a classifier. The rest of a saved model is in
-    `continued_model`. An ImageNet backbone keeps its batch norm statistics as in torchvision's detectors, except with
+    These are the batch norm settings, and the pixel statistics of a classifier. `continued_model` has the other fields
+    of a saved model. An ImageNet backbone keeps its batch norm statistics as in torchvision's detectors, except with
     heads of version 2, which train all batch norms. A backbone without batch norm has none to keep.
     """
     if weights.config is not None:
@@ -260,7 +260,7 @@ def _pixel_changes(pixels: dict[str, Any], config: ModelConfig) -> dict[str, Any
 
 
 class LoadedDetector(NamedTuple):
-    """A detector in evaluation mode on the CPU, and where it is from."""
+    """A detector in evaluation mode on the CPU, and its origin."""
 
     model: MaskRCNN
     path: Path  # of the file
@@ -268,7 +268,7 @@ class LoadedDetector(NamedTuple):
     notes: tuple[str, ...]  # what was unwrapped, stripped or left out of the file
 
     def messages(self) -> list[str]:
-        """What to tell the user: how the file was read, the model, and what was assumed."""
+        """Messages for the user: how the file was read, the model, and assumed fields."""
         config = self.model.config
         model = f"{config.name}: {config.num_classes} classes, batch norm epsilon {config.batch_norm_epsilon:g}"
         return [*self.notes, model, *filter(None, [assumptions(config, self.assumed)])]
@@ -285,13 +285,13 @@ def load_detector(
     """Load a detector from weights.
 
     Args:
-        spec: as for `starting_weights`.
+        spec: as in `starting_weights`.
         name: architecture, one of `maskrcnn.config.MODELS`; not needed for checkpoints, Detectron2 weights and files of
             torchvision detectors with a ResNet.
         batch_norm_epsilon: epsilon of a saved torchvision model, which the file does not contain (default: 0 for
             COCO_V1, 1e-5 for others).
         settings: fields of `ModelConfig` that replace those of the weights, `preprocessing` as a nested dictionary.
-        detectron2_config: as for `starting_weights`.
+        detectron2_config: as in `starting_weights`.
 
     Raises:
         UserError: if weights, architecture and settings do not fit, or the architecture is unknown.
@@ -317,7 +317,7 @@ def load_detector(
 
 
 def _saved_config(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> ModelConfig | None:
-    """Configuration of weights that come with one; options must not contradict it."""
+    """Configuration of weights that include one; options must not contradict it."""
     config = weights.config
     if config is None:
         return None
@@ -326,13 +326,13 @@ def _saved_config(weights: StartingWeights, name: str | None, batch_norm_epsilon
             f"{weights.source}: a checkpoint of {config.name} with batch norm epsilon {config.batch_norm_epsilon:g}, "
             "and options that contradict it",
             "no such options: the file contains them",
-            "leave out --model and --batch-norm-epsilon",
+            "omit --model and --batch-norm-epsilon",
         )
     return config
 
 
 def _foreign_config(weights: StartingWeights, name: str | None, batch_norm_epsilon: float | None) -> ModelConfig:
-    """Configuration of torchvision's weights: what follows from the tensors, and torchvision's defaults."""
+    """Configuration of torchvision's weights: fields that follow from the tensors, and torchvision's defaults."""
     count = weights.class_count
     if not count:
         raise UserError(
@@ -344,7 +344,7 @@ def _foreign_config(weights: StartingWeights, name: str | None, batch_norm_epsil
     name = name or architecture_of(weights.tensors)
     if name is None:
         raise UserError(
-            f"--weights {weights.source} without --model, and a backbone that is no known ResNet",
+            f"--weights {weights.source} without --model, and a backbone that is not a known ResNet",
             "the architecture of the weights",
             f"add --model with one of {', '.join(MODELS)}",
         )
@@ -373,8 +373,8 @@ def _default_batch_norm_epsilon(weights: StartingWeights, usual: float = 1e-5) -
     """Epsilon with which torchvision runs these weights.
 
     Its COCO_V1 weights of version 1 were trained with 0 (`overwrite_eps`). They are recognised by 90 classes, or one
-    class and 17 keypoints, and by frozen batch norm, which saves no `num_batches_tracked`. All others, COCO_LEGACY of
-    keypoints included, have the usual one.
+    class and 17 keypoints, and by frozen batch norm, which saves no `num_batches_tracked`. All others, including
+    COCO_LEGACY for keypoints, have the usual epsilon.
     """
     is_coco = weights.class_count == _COCO_LABELS or (weights.is_coco_pose and not weights.is_legacy)
     return 0.0 if is_coco and _is_frozen(weights.tensors) else usual

@@ -78,7 +78,7 @@ def test_results_have_the_image_ids_of_the_dataset(run, road, shapes, tmp_path):
     assert code == 0, err
     written = json.loads((tmp_path / "predictions" / "images.json").read_text())
     assert list(written) == [str(ids["000002.png"]), str(max(ids.values()) + 1)]
-    assert "1 image(s) that it does not have" in out
+    assert "1 image(s) not in this file get new ids" in out
     # Numbers of another annotation file: the warning of `evaluate`.
     (tmp_path / "predictions" / "images.json").write_text(json.dumps({str(ids["000002.png"]): "000003.png"}))
     entries = json.loads((tmp_path / "predictions" / "results.json").read_text())

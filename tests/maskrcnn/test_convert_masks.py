@@ -286,7 +286,7 @@ def test_folders_of_another_kind_are_refused(tmp_path, kind, folders, text):
         ({"divisor": 1000}, "--divisor without --classes"),
         ({"classes": "x"}, "--classes without --divisor"),
         ({"classes": "{file}", "divisor": 1}, "--divisor 1"),
-        ({"classes": "{file}", "divisor": 10, "class_name": "a"}, "--class beside them"),
+        ({"classes": "{file}", "divisor": 10, "class_name": "a"}, "--class together with them"),
         ({"classes": "missing.txt", "divisor": 10}, "missing.txt cannot be read"),
     ],
 )

@@ -184,5 +184,5 @@ def test_the_cache_folder_of_a_user_with_and_without_a_home(tmp_path, monkeypatc
     if os.name == "posix":
         assert folder.stat().st_mode & 0o777 == 0o700
         folder.chmod(0o777)
-        with pytest.raises(UserError, match=r"others may write(.|\n)*set MASKRCNN_CACHE"):
+        with pytest.raises(UserError, match=r"other users may write(.|\n)*set MASKRCNN_CACHE"):
             cache_folder()

@@ -116,7 +116,7 @@ def test_a_resumed_run_has_its_weights(started, words):
 
 def test_the_help_says_which_of_file_and_options_counts():
     (option,) = [p for p in _command("train").params if "--config" in p.opts]
-    assert option.help.startswith("YAML file of settings; options override it.")
+    assert option.help.startswith("YAML file of settings, or name of a recipe, such as finetune; options override it.")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_file_that_does_not_say_how_to_resize_means_as_torchvision():
     ("changes", "text"),
     [
         ({"min_size": 3}, r"unknown key\(s\) min_size\n"),
-        ({"mean": None}, "values of wrong type"),
+        ({"mean": None}, "values of the wrong type"),
         ({"divisor": 0}, r"divisor = \(800, 1333, 0\)"),
         ({"max_size_px": "1333"}, "whole numbers of at least 1"),
         ({"std": [1.0, 1.0]}, "a number per channel each"),

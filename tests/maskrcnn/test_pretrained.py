@@ -411,7 +411,7 @@ def test_caffes_backbones_choose_caffes_pixels_by_their_name(
     model = configs[0].config.model
     assert {name: getattr(model.preprocessing, name) for name in PRESETS["caffe"]} == PRESETS["caffe"]
     assert model.stride_in_1x1 is strides
-    assert f"{backbone}_caffe.pth: Caffe's, by its name" in out
+    assert f"{backbone}_caffe.pth: from Caffe, judging by its name" in out
     first = "conv1.weight" if strides else "0.weight"
     given = weights[first if strides else f"features.{first}"]
     assert torch.equal(configs[0].model.state_dict()[f"backbone.body.{first}"].cpu(), given)

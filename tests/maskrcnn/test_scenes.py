@@ -125,7 +125,7 @@ def test_a_scene_that_is_decoded_whole_needs_memory(tmp_path: Path, monkeypatch:
     Image.fromarray(_RGB).save(path)
     with pytest.raises(UserError, match="decoded whole") as caught, open_scene(path):
         pass
-    assert "TIFF file in tiles" in caught.value.fix
+    assert "tiled TIFF file" in caught.value.fix
 
 
 def test_a_huge_compressed_strip_needs_memory_and_strips_and_tiles_need_that_of_a_row(
@@ -138,7 +138,7 @@ def test_a_huge_compressed_strip_needs_memory_and_strips_and_tiles_need_that_of_
         tifffile.imwrite(path, _RGB, **layout, **deflate)
         with pytest.raises(UserError, match="of which a row is decoded") as caught, open_scene(path):
             pass
-        assert str(path) in caught.value.found and "TIFF file in tiles" in caught.value.fix
+        assert str(path) in caught.value.found and "tiled TIFF file" in caught.value.fix
     for layout in ({"rowsperstrip": 50}, {"tile": (64, 64)}):  # 63,000 and 86,016 bytes
         tifffile.imwrite(path, _RGB, **layout, **deflate)
         _check_windows(path, Preprocessing())

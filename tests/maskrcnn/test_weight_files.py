@@ -133,7 +133,7 @@ OTHER_FILES = {
     "zip": (lambda: b"PK\x03\x04" + bytes(60), "a damaged or incomplete file of 64 bytes"),
     "keras": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(60), "an HDF5 file"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(60), "a gzip archive"),
-    "random": (lambda: b"\x01\x02\x03" + bytes(range(256)), "no known kind of file"),
+    "random": (lambda: b"\x01\x02\x03" + bytes(range(256)), "an unknown kind of file"),
     "script": (script, "a TorchScript program"),
     "exported": (exported, "a torch.export program"),
     "sparse": (lambda: saved({"a": torch.eye(2).to_sparse()}), "'a' is a sparse tensor"),

@@ -1,6 +1,6 @@
-"""LabelMe and VGG Image Annotator (VIA): outlines drawn by hand, in JSON files beside the images.
+"""LabelMe and VGG Image Annotator (VIA): outlines drawn by hand, in JSON files next to the images.
 
-Both tools show an image after its EXIF orientation is applied, and coordinates refer to the image on the screen.
+Both tools apply the EXIF orientation of an image before showing it; coordinates refer to the image as shown.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from maskrcnn.files import files_below
 
 _NO_AREA = "shape that has no area"
 _MALFORMED = "malformed shape"
-_SAGITTA_PX = 0.05  # largest distance of an ellipse from its polygon
-_MIN_CORNERS, _MAX_CORNERS = 16, 720  # of such a polygon
+_SAGITTA_PX = 0.05  # maximum distance of an ellipse from its polygon
+_MIN_CORNERS, _MAX_CORNERS = 16, 720  # corners of such a polygon
 
 
 def _ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> list[float]:
-    """A polygon (x, y, x, y, …) with its corners on an ellipse.
+    """A polygon (x, y, x, y, …) whose corners lie on an ellipse.
 
     Args:
         cx, cy: centre, px.
@@ -73,18 +73,18 @@ def _rectangle(x1: float, y1: float, x2: float, y2: float) -> list[float]:
 
 # --- LabelMe -----------------------------------------------------------------------------------------
 
-_LABELME_LAYOUT = "LabelMe's JSON files beside their images"
+_LABELME_LAYOUT = "LabelMe's JSON files next to their images"
 _IGNORED_LABELS = ("__ignore__", "_background_")  # LabelMe's labels of regions that are not objects
 
 
 def open_labelme(root: Path, options: Options, faults: Faults) -> Source:
     """Opens all JSON files of a folder and its subfolders; images without one are not converted.
 
-    Subfolders named train…, val… or test… are the splits. Shapes of one label and one `group_id` are one object, as
+    Subfolders named train…, val… or test… are the splits. Shapes with the same label and `group_id` are one object, as
     in LabelMe's own exporters.
 
     Raises:
-        UserError: where there is no JSON file, or labels clash.
+        UserError: if there is no JSON file, or labels clash.
     """
     files = files_below(require_folder(root, _LABELME_LAYOUT), (".json",))
     has_splits = are_splits(path.relative_to(root) for path in files)
@@ -100,7 +100,7 @@ def open_labelme(root: Path, options: Options, faults: Faults) -> Source:
 def _labelme_entry(root: Path, index: int, path: Path, *, has_splits: bool) -> Entry:
     content = object_at(read_json(path), str(path))
     image = text_at(content.get("imagePath"), f"{path}, imagePath")
-    # Paths may be Windows'; like LabelMe, fall back to an image of this name beside the JSON file.
+    # Paths may be Windows paths; like LabelMe, fall back to an image of this name next to the JSON file.
     relative = PurePosixPath(image.replace("\\", "/"))
     candidates = (path.parent / relative, path.parent / relative.name)
     file = next((candidate for candidate in candidates if candidate.is_file()), candidates[-1])
@@ -140,7 +140,7 @@ def _read_labelme(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> An
         category_id = vocabulary.id_of(label, where, faults)
         if category_id is None:
             return None
-        # A part without an outline is left out of its object, not the object with it.
+        # A part without an outline is left out; its object is kept.
         parts = list(faults.convert_each(group, partial(_labelme_part, label=label, size_hw=size_hw)))
         if not parts:
             return None
@@ -157,7 +157,7 @@ def _embedded_image(content: dict[str, Any], path: Path, file: Path) -> bytes:
     data = content.get("imageData")
     if not isinstance(data, str) or not data:
         found = f"{path}: no file {file}, and no imageData"
-        raise BadEntry("missing image", found, "the image beside the JSON file", "restore the image")
+        raise BadEntry("missing image", found, "the image next to the JSON file", "restore the image")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -188,17 +188,17 @@ def _labelme_outline(shape: dict[str, Any], size_hw: tuple[int, int], where: str
         return _ellipse(cx, cy, radius, radius)
     if kind == "rectangle" and len(points) == 2:
         return _rectangle(*points[0], *points[1])
-    # X-AnyLabeling writes rectangles of four corners, and has rotated ones ("rotation") and quadrilaterals.
+    # X-AnyLabeling has rectangles with four corners, rotated rectangles ("rotation") and quadrilaterals.
     if kind in ("polygon", "rectangle", "rotation", "quadrilateral") and len(points) > 2:
         return [value for point in points for value in point]
-    expected = "a polygon of three or more, a rectangle or circle of two different ones, or a mask"
+    expected = "a polygon of three or more points, a rectangle or circle of two different points, or a mask"
     raise BadEntry(_NO_AREA, f"{where}: {kind} of {len(points)} points", expected, "outline the object")
 
 
 def _labelme_mask(
     shape: dict[str, Any], points: list[tuple[float, float]], size_hw: tuple[int, int], where: str
 ) -> np.ndarray:
-    """The mask of the whole image; the points are the first and the last pixel of the stored part."""
+    """The mask of the whole image; the shape's points are the first and last pixel of the stored part."""
     expected = "an image in base64 that fits between its two points"
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True))) as image:
@@ -217,20 +217,20 @@ def _labelme_mask(
 
 # --- VIA 2.x and 1.x ---------------------------------------------------------------------------------
 
-_VIA_LAYOUT = "VIA's JSON file beside its images, or folders train and val with one each"
+_VIA_LAYOUT = "VIA's JSON file next to its images, or folders train and val with one each"
 _METADATA = "_via_img_metadata"  # key in a project file; an exported file has only its value
 
 _NameOf = Callable[[dict[str, Any], str], str]  # class of a region's attributes; the second argument is its place
 
 
 def open_via(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens a JSON file, or those of a folder and its subfolders; images lie beside it or in `options.image_folder`.
+    """Opens a JSON file, or those of a folder and its subfolders; images are next to it or in `options.image_folder`.
 
     Subfolders named train…, val… or test… are the splits. The class of a region is one of its attributes. Polylines
     are outlines, closed from the last point to the first.
 
     Raises:
-        UserError: where there is no JSON file, the class attribute is ambiguous, or classes clash.
+        UserError: if there is no JSON file, the class attribute is ambiguous, or classes clash.
     """
     files = [root] if root.is_file() else files_below(root, (".json",))
     base = root.parent if root.is_file() else root
@@ -285,8 +285,8 @@ def _class_attribute(entries: list[Entry], requested: str | None) -> str:
     if requested in attributes or (requested is None and len(attributes) == 1):
         return requested or next(iter(attributes))
     names = f"the attributes {', '.join(sorted(attributes))}" if attributes else "no attributes"
-    expected = f"the attribute {requested}" if requested else "one attribute, the class"
-    fix = "name it with --class-attribute, or one class for all regions with --class"
+    expected = f"the attribute {requested}" if requested else "one attribute with the class"
+    fix = "specify it with --class-attribute, or one class for all regions with --class"
     raise UserError(f"{entries[0].path}: regions with {names}", expected, fix)
 
 

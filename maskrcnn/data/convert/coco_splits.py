@@ -1,4 +1,4 @@
-"""COCO-format datasets and all layouts that training reads, with new splits, copied, or cleaned; and Datumaro's."""
+"""Converts COCO datasets and all layouts that training reads (new splits, copy, cleanup), and Datumaro's formats."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from maskrcnn.data.layouts import LAYOUTS, find_splits, get_split
 from maskrcnn.data.segmentation import AnnotationError
 from maskrcnn.errors import UserError, missing_library, reason_of
 
-DATUMARO = "datumaro:"  # of kinds, followed by Datumaro's name of the format, or "auto"
+DATUMARO = "datumaro:"  # prefix of kinds, followed by Datumaro's name of the format, or "auto"
 
 
 def open_coco(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens the splits of `options.sets` (prefixes suffice), by default all, of any layout that training reads.
+    """Opens the splits of `options.sets` (prefixes suffice; default: all) of any layout that training reads.
 
-    Ids, categories and all further fields are kept, and what was repaired is written repaired. A dataset of one split
-    that is not named train…, val… or test… is divided as in training.
+    Ids, categories and all other fields are kept; repaired entries are written in repaired form. A dataset with one
+    split that is not named train…, val… or test… is divided as in training.
 
     Raises:
         UserError: for a file in another format, and for splits whose categories clash.
@@ -54,14 +54,14 @@ def open_coco(root: Path, options: Options, faults: Faults) -> Source:
             if first.name != category.name:
                 names_of = f"category {category.id} is {category.name!r}, in another split {first.name!r}"
                 found = f"{split.annotations}: {names_of}"
-                fix = "correct the files, or convert them one by one"
+                fix = "correct the files, or convert them separately"
                 raise UserError(found, "the same categories in all splits", fix)
         check_categories(categories.values(), f"{split.annotations} and the splits before it")
         _count(read, faults)
         entries += _entries(read, split.annotations, name, annotation_ids, with_crowds=options.crowd)
     require_entries(entries, root, LAYOUTS)
     if len({entry.image_id for entry in entries}) < len(entries):  # as exported by Roboflow: each split counts from 0
-        faults.repair("image ids that another split has too: images are numbered anew", str(root))
+        faults.repair("image ids that another split has too: images are renumbered", str(root))
         entries = [replace(entry, image_id=None) for entry in entries]
     has_splits = len(names) > 1 or names[0].lower().startswith(SPLIT_PREFIXES)
     if not has_splits and len(entries) > 1:
@@ -78,7 +78,7 @@ def open_coco(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def _categories(read: SplitContent) -> list[Category]:
-    """The classes of a file with all fields of their entries."""
+    """The classes of a file, with all fields of their entries."""
     by_name: dict[str, dict[str, Any]] = {}
     for entry in read.categories:
         if isinstance(entry, dict) and isinstance(entry.get("name"), str):
@@ -90,7 +90,7 @@ def _categories(read: SplitContent) -> list[Category]:
 
 
 def _count(read: SplitContent, faults: Faults) -> None:
-    """Counts what the reader dropped, which is a fault, and what it repaired."""
+    """Counts the entries that the reader dropped, which are faults, and those that it repaired."""
     for note in read.file.notes.of(DROPPED):
         found = f"{read.file.source}, {note.name}: {note.detail}"
         faults.handle(BadEntry(note.reason, found, "an annotation in COCO's format", "correct the file"))
@@ -132,11 +132,11 @@ def _entries(
 
 
 def _fields(entry: dict[str, Any], each: ObjectEntry, keypoints: int, *, with_crowds: bool) -> dict[str, Any]:
-    """COCO's fields of an object as it was read, and all further fields of its entry.
+    """COCO's fields of an object as read, and all other fields of its entry.
 
     Args:
         entry: the annotation in the file.
-        each: the object that was read from it.
+        each: the object read from it.
         keypoints: number of keypoints of an object; malformed ones are left out.
         with_crowds: keep the flag of a crowd region.
     """
@@ -173,12 +173,12 @@ def open_datumaro(root: Path, options: Options, faults: Faults, *, format_name: 
 
     Args:
         root: the dataset.
-        options: `sets` are the subsets to take.
+        options: `sets` are the subsets to convert.
         faults: counts what the reader repairs.
         format_name: Datumaro's name of the format; "auto": detected.
 
     Raises:
-        UserError: where the library is missing, or cannot read the dataset.
+        UserError: if the library is missing, or cannot read the dataset.
     """
     try:
         library: Any = importlib.import_module("datumaro.components.dataset")
@@ -188,19 +188,19 @@ def open_datumaro(root: Path, options: Options, faults: Faults, *, format_name: 
     try:
         dataset = library.Dataset.import_from(str(root), None if format_name == "auto" else format_name)
         dataset.export(folder.name, "coco_instances", save_media=True)
-    except Exception as error:  # its importers raise exceptions of many libraries
+    except Exception as error:  # its importers raise exceptions from many libraries
         reasons: list[BaseException] = [error]
         while reasons[-1].__cause__ is not None:
             reasons.append(reasons[-1].__cause__)
         raise UserError(
             f"{root}: Datumaro cannot read it as {format_name}: {'; '.join(map(reason_of, reasons))}",
             "a dataset of a format that Datumaro imports",
-            f"name its format: datum detect {root} lists those that fit",
+            f"specify its format: datum detect {root} lists those that fit",
         ) from error
     source = open_coco(Path(folder.name), options, faults)
     read = source.read
 
-    def read_while_there(entry: Any, _kept: Any = folder) -> Any:  # holds the folder as long as the source
+    def read_while_there(entry: Any, _kept: Any = folder) -> Any:  # keeps the folder as long as the source exists
         return read(entry)
 
     return replace(source, read=read_while_there)

@@ -29,7 +29,7 @@ from maskrcnn.errors import UserError
 from maskrcnn.files import make_folder
 from maskrcnn.metadata import hash_of_text
 
-_DEFAULT_VAL_SHARE = 0.1  # of a dataset without splits
+_DEFAULT_VAL_SHARE = 0.1  # validation share of a dataset without splits
 _SPLIT_NAME = re.compile(r"[\w.-]+")
 _LISTS = ("images", "annotations")  # lists of an annotation file that grow with the dataset
 
@@ -69,8 +69,8 @@ class SplitPlan:
 
     lists: dict[str, Path] = dataclasses.field(default_factory=dict)  # split -> file of image names or ids
     shares: dict[str, float] = dataclasses.field(default_factory=dict)  # split -> share of the images not in a list
-    rest: str | None = None  # split of all other images (default: their own; without one they are left out)
-    seed: int = 0  # of the shares
+    rest: str | None = None  # split for all other images (default: their own split; images without one are left out)
+    seed: int = 0  # random seed for shares
 
     def assign(self, entries: Sequence[Entry], faults: Faults, *, has_splits: bool) -> list[str | None]:
         """The split of each entry; None, counted in `faults`, for an entry without one.
@@ -101,7 +101,7 @@ class SplitPlan:
                 indices[key].add(index)
         for split, path in self.lists.items():
             for where, key in _read_list(path):
-                first_word = key.partition(" ")[0]  # of lists with more columns
+                first_word = key.partition(" ")[0]  # the first column of lists with several
                 matching = indices.get(key) or indices.get(first_word, set())
                 if len(matching) != 1:
                     found = f"{where}: {key}" + (f", the name of {len(matching)} images" if matching else "")
@@ -117,9 +117,10 @@ class SplitPlan:
         return splits
 
     def _assign_shares(self, entries: Sequence[Entry], splits: list[str | None]) -> None:
-        """Fills in the shares, in the order of a hash of seed and image name.
+        """Assigns images to the shares, in the order of a hash of seed and image name.
 
-        So the split of an image depends neither on the order of files nor, but at the borders, on other images.
+        The split of an image therefore depends neither on the order of files nor, except at the boundaries, on other
+        images.
         """
         free = [index for index, split in enumerate(splits) if split is None]
         free.sort(key=lambda index: hash_of_text(f"{self.seed}:{entries[index].name}"))
@@ -141,9 +142,9 @@ def split_plan(
 
     Args:
         texts: `NAME=LIST.txt`, `NAME=LIST.json` or `NAME=SHARE` each.
-        rest: split of all other images.
+        rest: split for all other images.
         val_fraction: short for `val=FRACTION` with the rest `train`.
-        seed: of the shares.
+        seed: random seed for shares.
 
     Raises:
         UserError: for a malformed text or name, a duplicate split, or shares that are not between 0 and 1.
@@ -156,13 +157,13 @@ def split_plan(
         name, _, value = text.partition("=")
         if not value or name in lists or name in shares or not _SPLIT_NAME.fullmatch(name) or name == rest:
             found = f"--split {text}" + (f" with --rest {rest}" if rest else "")
-            raise UserError(found, "NAME=LIST.txt or NAME=SHARE, unique names", "write for example --split val=0.1")
+            raise UserError(found, "NAME=LIST.txt or NAME=SHARE, unique names", "for example --split val=0.1")
         try:
             shares[name] = float(value)
         except ValueError:
             lists[name] = Path(value)
     if rest is not None and not _SPLIT_NAME.fullmatch(rest):
-        raise UserError(f"--rest {rest}", "letters, digits, - and _", "name a split")
+        raise UserError(f"--rest {rest}", "letters, digits, - and _", "correct the name of the split")
     if any(not 0 < share < 1 for share in shares.values()) or sum(shares.values()) > 1:
         found = "shares " + ", ".join(f"{name}={share:g}" for name, share in shares.items())
         raise UserError(found, "each between 0 and 1, at most 1 in total", "correct the shares")
@@ -170,7 +171,7 @@ def split_plan(
 
 
 def _read_list(path: Path) -> list[tuple[str, str]]:
-    """The images of a list with the place of each: from lines of text, a JSON list, or COCO JSON's image ids."""
+    """The images of a list, each with its place: from lines of text, a JSON list, or the image ids of COCO JSON."""
     if path.suffix.lower() != ".json":
         return [(f"{path}, line {number}", line.replace("\t", " ")) for number, line in read_lines(path)]
     content = values = read_json(path)
@@ -192,7 +193,7 @@ class ConversionReport:
     objects: dict[str, int]
     skipped: dict[str, int]  # reason of a fault -> count
     left_out: dict[str, int]  # reason to exclude an entry -> count
-    repaired: dict[str, int]  # what was not taken as it is -> count
+    repaired: dict[str, int]  # reason of a repair -> count
     notes: tuple[str, ...]  # one line for each reason, with an example
 
 
@@ -207,7 +208,7 @@ def convert(
     copies: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionReport:
-    """Converts a dataset. The same input gives the same bytes of JSON.
+    """Converts a dataset. The same input gives byte-identical JSON.
 
     Images are read one at a time. Image ids are the dataset's own, or the position in its list, so that a skipped
     image does not change the ids of others.
@@ -215,7 +216,7 @@ def convert(
     Args:
         kind: format, one of `KINDS`, or "datumaro:FORMAT".
         source: the dataset's folder, or for some formats its annotation file.
-        out: folder to write, missing or empty.
+        out: folder to write, new or empty.
         options: options of the format.
         plan: splits to make.
         keep_going: skip and count entries that cannot be converted, instead of stopping at the first.
@@ -237,7 +238,7 @@ def convert(
         raise UserError(f"{source} does not exist", f"a dataset of kind {kind}", "correct the path")
     if source.is_dir() and Path(os.path.realpath(source)) in out.parents:
         found = f"{out}, in {source}, which the command reads"
-        raise UserError(found, "a folder elsewhere: the next command would read its annotations too", "name another")
+        raise UserError(found, "a folder elsewhere: the next command would read its annotations, too", "choose another")
     opened = chosen.open(source, options, faults)
     splits = plan.assign(opened.entries, faults, has_splits=opened.has_splits)
     for split in sorted({split for split in splits if split}):
@@ -272,8 +273,8 @@ def _kind(name: str) -> _Kind:
     if name.startswith(DATUMARO) and name != DATUMARO:
         return _Kind(partial(open_datumaro, format_name=name.removeprefix(DATUMARO)), ("sets",))
     if name not in KINDS:
-        expected = f"one of {', '.join(KINDS)}, or {DATUMARO}FORMAT for what the library Datumaro reads"
-        raise UserError(f"kind {name!r}", expected, "name the dataset's format")
+        expected = f"one of {', '.join(KINDS)}, or {DATUMARO}FORMAT for formats of the library Datumaro"
+        raise UserError(f"kind {name!r}", expected, "specify the dataset's format")
     return KINDS[name]
 
 
@@ -308,7 +309,7 @@ class _DatasetWriter:
         """Writes one image and its objects.
 
         Raises:
-            UserError: where the split has an image of this name.
+            UserError: if the split already has an image of this name.
         """
         target = self._root / split / name
         if target.exists():
@@ -381,11 +382,11 @@ def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool, faults: 
     """A writer whose folder becomes `out` when the block ends without an exception, and is removed otherwise.
 
     Raises:
-        UserError: where `out` is not empty or cannot be written.
+        UserError: if `out` is not empty or cannot be written.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        expected = "a folder that is missing or empty"
-        raise UserError(f"{out} exists already", expected, "name another folder, or remove this one")
+        expected = "a new or empty folder"
+        raise UserError(f"{out} exists already", expected, "choose another folder, or remove this one")
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
@@ -407,6 +408,6 @@ def _new_dataset(kind: str, source: Source, out: Path, *, copies: bool, faults: 
         os.rename(temporary, out)
     except OSError as error:
         found = f"the dataset cannot be written to {out} ({error.strerror or error})"
-        raise UserError(found, "a writable folder, on a disk with space", "name another folder") from error
+        raise UserError(found, "a writable folder, on a disk with space", "choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

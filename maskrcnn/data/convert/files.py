@@ -1,6 +1,6 @@
 """Reads annotation files, images and id masks of source datasets, and writes converted images.
 
-A file that cannot be read is a `BadEntry`, which names the file and, for JSON and XML, the line.
+A file that cannot be read raises a `BadEntry` with the file name and, for JSON and XML, the line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from maskrcnn.imaging.preprocess import Preprocessing
 UNREADABLE = "annotation file that cannot be read"
 _UNREADABLE_MASK = "mask that cannot be read"
 _RESTORE = "restore the file from its source"
-_ID_MODES = ("1", "L", "P", "I")  # Pillow's modes of one number per pixel, besides those that begin with I;16
+_ID_MODES = ("1", "L", "P", "I")  # Pillow's modes with one number per pixel, besides those that begin with I;16
 
 
 @contextmanager
@@ -40,13 +40,13 @@ def as_fault(reason: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises a BadEntry where it is missing or not JSON."""
+    """Reads a JSON file; raises a BadEntry if it is missing or not JSON."""
     with as_fault(UNREADABLE):
         return files.read_json(path, "a complete JSON file in UTF-8")
 
 
 def object_at(value: Any, where: str) -> dict[str, Any]:
-    """Returns the value if it is a JSON object, else raises a BadEntry; `where` names it."""
+    """Returns the value if it is a JSON object, else raises a BadEntry; `where` identifies it in the error."""
     if isinstance(value, dict):
         return value
     raise _malformed(f"{where}: of type {type(value).__name__}", "an object")
@@ -81,11 +81,11 @@ def _malformed(found: str, expected: str) -> BadEntry:
 def read_xml(path: Path) -> ElementTree.Element:
     """Reads an XML file and returns its root element.
 
-    A document type declaration is rejected: annotations need none, and the entities it may declare can expand to
-    fill the memory. External entities are never fetched.
+    A document type declaration is rejected: annotations need none, and entities that it declares could expand to fill
+    the memory. External entities are never fetched.
 
     Raises:
-        BadEntry: where the file is missing, not XML, or has a document type declaration.
+        BadEntry: if the file is missing, not XML, or has a document type declaration.
     """
     try:
         return ElementTree.fromstring(path.read_bytes(), parser=ElementTree.XMLParser(target=_NoDeclarations()))
@@ -113,10 +113,10 @@ class _NoDeclarations(ElementTree.TreeBuilder):
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields number and text of each line of a file, except empty lines and those that begin with `#`.
+    """Yields number and text of each line of a file, except empty lines and lines that begin with `#`.
 
     Raises:
-        UserError: where the file cannot be read.
+        UserError: if the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -131,19 +131,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def annotated_size(
     content: Path | bytes, declared_hw: tuple[int, int] | None = None, where: str = "", name: str = ""
 ) -> tuple[int, int]:
-    """Decodes an image, so that it can be read in training, and returns the size of the image that was annotated.
+    """Decodes an image, to check that training can read it, and returns the size of the annotated image.
 
-    That is the declared size; without one, the size of the upright image (see `data/images.py`). Of a JPEG only an
-    eighth of the pixels is computed; the whole file is read for it.
+    This is the declared size; without one, the size of the upright image (see `data/images.py`). A JPEG file is read
+    completely, but only an eighth of its pixels is computed.
 
     Args:
         content: image file, or the content of one.
-        declared_hw: height and width that the annotation states.
+        declared_hw: height and width in the annotation.
         where: name of the annotation in errors.
         name: name of the content in errors.
 
     Raises:
-        BadEntry: where the file is missing, damaged or not an image, or of another aspect ratio than declared.
+        BadEntry: if the file is missing, damaged or not an image, or has another aspect ratio than declared.
     """
     with as_fault("image that cannot be read"):
         header = read_header(content, name)
@@ -164,13 +164,13 @@ def _is_complete_jpeg(content: Path | bytes) -> bool:
             if image.format != "JPEG" or image.draft(None, (1, 1)) is None:
                 return False
             image.load()
-    except Exception:  # Pillow's decoders raise any exception; `read_image` names the cause
+    except Exception:  # Pillow's decoders raise any exception; `read_image` reports the cause
         return False
     return True
 
 
 def require_size(size_hw: tuple[int, ...], image_hw: tuple[int, int], where: str) -> None:
-    """Raises a BadEntry where an annotation is for an image of another size than `image_hw`."""
+    """Raises a BadEntry if an annotation is for an image of another size than `image_hw`."""
     if tuple(size_hw) != tuple(image_hw):
         found = f"{where}: for {size_hw[1]}×{size_hw[0]} pixels"
         expected = f"the image's size, {image_hw[1]}×{image_hw[0]}"
@@ -179,12 +179,12 @@ def require_size(size_hw: tuple[int, ...], image_hw: tuple[int, int], where: str
 
 
 def write_image(content: Path | bytes, target: Path, *, copies: bool) -> None:
-    """Writes an image to `target`, byte by byte: an EXIF orientation is applied by whoever reads it.
+    """Writes an image to `target` unchanged: readers apply its EXIF orientation.
 
     Args:
         content: image file, or the content of one.
         target: file to write.
-        copies: copy a file instead of hard-linking it; where the file system has no links, it is copied anyway.
+        copies: copy a file instead of hard-linking it; it is also copied if the file system has no links.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
@@ -201,10 +201,10 @@ def write_image(content: Path | bytes, target: Path, *, copies: bool) -> None:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Reads a single-channel image as int64 `[H, W]`; of a palette image the indices, not the colours.
+    """Reads a single-channel image as int64 `[H, W]`; for a palette image, the indices, not the colours.
 
     Raises:
-        BadEntry: where the file is missing, damaged, or has several channels.
+        BadEntry: if the file is missing, damaged, or has several channels.
     """
     pixels, mode = _decode(path)
     if mode not in _ID_MODES and not mode.startswith("I;16"):
@@ -217,7 +217,7 @@ def read_two_channels(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads the first two channels of an image of 8 or 16 bits per channel, int64 `[H, W]` each.
 
     Raises:
-        BadEntry: where the file is missing, damaged, or has fewer than three channels.
+        BadEntry: if the file is missing, damaged, or has fewer than three channels.
     """
     pixels, mode = _decode(path)
     if mode not in ("RGB", "RGBA"):

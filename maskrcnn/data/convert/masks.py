@@ -1,6 +1,6 @@
-"""Masks in PNG files: instance ids (Penn-Fudan, SYNTHIA, Cityscapes and similar), and one file for each object.
+"""Masks in PNG files: instance ids (Penn-Fudan, SYNTHIA, Cityscapes and similar), or one file for each object.
 
-An instance is the set of all pixels of its number, whether they are connected or not.
+An instance is the set of all pixels with its number, connected or not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from maskrcnn.files import files_below
 _CITYSCAPES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"}
 _CITYSCAPES |= {32: "motorcycle", 33: "bicycle"}
 _CITYSCAPES_DIVISOR = 1000
-# Ids of the classes with instances in SYNTHIA-RAND-CITYSCAPES: those that move.
+# Ids of the classes with instances in SYNTHIA-RAND-CITYSCAPES: the movable objects.
 _SYNTHIA = {8: "car", 10: "pedestrian", 11: "bicycle", 12: "motorcycle", 17: "rider", 18: "truck"}
 _SYNTHIA |= {19: "bus", 20: "train"}
 _UNKNOWN = 0  # category id of an instance of an unknown class
@@ -45,16 +45,16 @@ _UNKNOWN = 0  # category id of an instance of an unknown class
 
 @dataclass(frozen=True)
 class _Layout:
-    """Folders of images and masks; both have the same relative path, without ending and suffix."""
+    """Folders of images and masks; an image and its mask have the same relative path without ending and suffix."""
 
     images: str
     masks: str
-    image_ending: str = ""  # of the name, before its suffix
+    image_ending: str = ""  # end of the file name, before its suffix
     mask_ending: str = ""
     sets: tuple[str, ...] = ()  # first folders to convert; (): all
 
     def __str__(self) -> str:
-        names = f"{self.images}/NAME{self.image_ending}.png beside {self.masks}/NAME{self.mask_ending}.png"
+        names = f"{self.images}/NAME{self.image_ending}.png and {self.masks}/NAME{self.mask_ending}.png"
         return f"a folder with {names}"
 
 
@@ -71,7 +71,7 @@ def open_penn_fudan(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def open_synthia(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens SYNTHIA: `RGB` and `GT/LABELS`, whose first channel is the class and second one the instance.
+    """Opens SYNTHIA: `RGB` and `GT/LABELS`, whose first channel is the class and whose second is the instance.
 
     Pixels of a class without an instance number are a crowd region. Classes without instances are left out.
     """
@@ -84,7 +84,7 @@ def open_synthia(root: Path, options: Options, faults: Faults) -> Source:
 def open_cityscapes(root: Path, options: Options, faults: Faults) -> Source:
     """Opens Cityscapes: `leftImg8bit` and `gtFine/…_instanceIds.png`, by default train and val; test has no labels.
 
-    A pixel is class · 1000 + instance. A group of indistinguishable instances has the class alone and becomes a crowd
+    A pixel is class · 1000 + instance. A group of indistinguishable instances has only the class and becomes a crowd
     region.
     """
     layout = _Layout("leftImg8bit", "gtFine", "_leftImg8bit", "_gtFine_instanceIds", options.sets or ("train", "val"))
@@ -94,28 +94,28 @@ def open_cityscapes(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def open_id_masks(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens a folder of images and one of masks: of one class, or with `divisor` and a file of classes with ids.
+    """Opens a folder of images and one of masks: of a single class, or with `divisor` and a file of classes with ids.
 
     Raises:
-        UserError: where options contradict each other, or there is nothing to convert.
+        UserError: if options contradict each other, or there is nothing to convert.
     """
     ending = options.mask_suffix or ""
     layout = _Layout(options.image_folder or "images", options.mask_folder or "masks", mask_ending=ending)
     if (options.divisor is None) != (options.classes is None) or (options.classes and options.class_name):
-        found = "--divisor without --classes, --classes without --divisor, or --class beside them"
-        raise UserError(found, "--class NAME, or --divisor N with --classes FILE", "use one of both")
+        found = "--divisor without --classes, --classes without --divisor, or --class together with them"
+        raise UserError(found, "--class NAME, or --divisor N with --classes FILE", "use one of the two")
     if options.divisor is None or options.classes is None:
         vocabulary = Vocabulary([Category(1, options.class_name or "object")])
         return _open(root, layout, vocabulary, partial(_decode_ids, void=options.void), faults)
     if options.divisor < 2:
-        raise UserError(f"--divisor {options.divisor}", "2 or more, as Cityscapes' 1000", "correct the option")
+        raise UserError(f"--divisor {options.divisor}", "2 or more, such as Cityscapes' 1000", "correct the option")
     vocabulary = Vocabulary(*read_classes(Path(options.classes)), origin=options.classes)
     decode = partial(_decode_divided, divisor=options.divisor, void=options.void, vocabulary=vocabulary, faults=faults)
     return _open(root, layout, vocabulary, decode, faults)
 
 
 def _closed_vocabulary(names: dict[int, str], options: Options) -> Vocabulary:
-    """The dataset's own classes, or those of a file with their ids; other classes are left out."""
+    """The dataset's own classes, or those of a file, with their ids; other classes are left out."""
     if options.classes:
         categories, aliases = read_classes(Path(options.classes))
         return Vocabulary(categories, aliases, is_closed=True, origin=options.classes)
@@ -160,16 +160,16 @@ def _files_by_key(folder: Path, ending: str, sets: tuple[str, ...]) -> dict[Path
 def _read(entry: Entry, *, decode: _Decoder, faults: Faults) -> AnnotatedImage:
     image, mask = entry.data
     if image is None:
-        raise BadEntry("mask without an image", str(mask), "an image of the same name", "complete the images")
+        raise BadEntry("mask without an image", str(mask), "an image of the same name", "add the missing image")
     if mask is None:
-        raise BadEntry("image without a mask", str(image), f"its mask, {entry.path}", "complete the masks")
+        raise BadEntry("image without a mask", str(image), f"its mask, {entry.path}", "add the missing mask")
     (height, width), instances = decode(mask)
     size_hw = annotated_size(image, (height, width), str(mask))
 
     def convert(_: int, item: tuple[int, np.ndarray, bool, str]) -> ObjectAnnotation:
         category_id, pixels, is_crowd, name = item
         if category_id == _UNKNOWN:
-            raise BadEntry("unknown class", f"{mask}, {name}", "a class of --classes", "complete the file of classes")
+            raise BadEntry("unknown class", f"{mask}, {name}", "a class of --classes", "add it to the file of classes")
         return ObjectAnnotation(category_id, mask_fields(pixels, f"{mask}, {name}", is_crowd=is_crowd))
 
     return AnnotatedImage(image, size_hw, tuple(faults.convert_each(instances, convert)))
@@ -205,7 +205,7 @@ def _decode_divided(
 
 
 def _decode_channels(path: Path, *, vocabulary: Vocabulary) -> tuple[tuple[int, ...], _Instances]:
-    """The first channel is the class, the second one the instance; 0 is a group."""
+    """The first channel is the class, the second is the instance; 0 is a group."""
     classes, numbers = read_two_channels(path)
 
     def instances() -> _Instances:
@@ -218,18 +218,18 @@ def _decode_channels(path: Path, *, vocabulary: Vocabulary) -> tuple[tuple[int, 
     return classes.shape, instances()
 
 
-# One mask file for each object, as in the Data Science Bowl 2018: `ID/images/ID.png` beside `ID/masks/*.png`.
+# One mask file for each object, as in the Data Science Bowl 2018: `ID/images/ID.png` and `ID/masks/*.png`.
 
 _MASK_FILES_LAYOUT = "a folder for each image, with the image in images/ and a mask of each object in masks/"
 
 
 def open_mask_files(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens folders of one image with a mask file for each object: its pixels other than 0; masks may overlap.
+    """Opens folders of one image and a mask file per object, whose nonzero pixels are the mask; masks may overlap.
 
     Parent folders named train…, val… or test… are the splits.
 
     Raises:
-        UserError: where there is no such folder.
+        UserError: if there is no such folder.
     """
     folders = sorted({path.parent for pattern in ("*/images", "*/*/images") for path in root.glob(pattern)})
     has_splits = are_splits(path.relative_to(root) for path in folders)

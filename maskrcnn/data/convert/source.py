@@ -18,7 +18,7 @@ from pycocotools import mask as mask_api
 from maskrcnn.data.segmentation import AnnotationError, checked_segmentation, compressed_rle
 from maskrcnn.errors import UserError
 
-SPLIT_PREFIXES = ("train", "val", "test")  # of folder names that are splits
+SPLIT_PREFIXES = ("train", "val", "test")  # prefixes of folder names that are splits
 _CORRECT = "correct the annotation"
 
 _Item = TypeVar("_Item")
@@ -52,7 +52,7 @@ class Faults:
         self.keep_going = keep_going
         self.skipped: Counter[str] = Counter()  # faults, by reason
         self.left_out: Counter[str] = Counter()  # entries excluded by the format or an option, by reason
-        self.repaired: Counter[str] = Counter()  # entries that were not taken as they are, by reason
+        self.repaired: Counter[str] = Counter()  # entries changed on reading, by reason
         self._examples: dict[str, str] = {}
 
     def handle(self, fault: BadEntry) -> None:
@@ -64,12 +64,12 @@ class Faults:
         self._examples.setdefault(fault.reason, fault.found)
 
     def repair(self, reason: str, example: str, count: int = 1) -> None:
-        """Counts entries that were not taken as they are; this is never raised."""
+        """Counts entries that were changed on reading; never raises."""
         self.repaired[reason] += count
         self._examples.setdefault(reason, example)
 
     def leave_out(self, reason: str, example: str) -> None:
-        """Counts an entry that the format or an option excludes; this is never raised."""
+        """Counts an entry that the format or an option excludes; never raises."""
         self.left_out[reason] += 1
         self._examples.setdefault(reason, example)
 
@@ -106,18 +106,18 @@ class Category:
 
 @dataclass(frozen=True)
 class Entry:
-    """An image that a dataset lists."""
+    """An image listed by a dataset."""
 
     name: str  # unique path of the image file below its split's folder, with slashes
     path: Path  # the annotation file or folder, for error messages
     split: str | None = None  # the dataset's own split
     image_id: int | None = None  # the dataset's own positive id; None: numbered in list order
-    data: Any = None  # the converter's own
+    data: Any = None  # data of the converter
 
 
 @dataclass(frozen=True)
 class ObjectAnnotation:
-    """An object with COCO's annotation fields; `fields` has an `id` where the dataset has one."""
+    """An object with COCO's annotation fields; `fields` has an `id` if the dataset has one."""
 
     category_id: int
     fields: dict[str, Any]
@@ -128,7 +128,7 @@ class AnnotatedImage:
     """One image and its objects."""
 
     content: Path | bytes  # image file, or the content of one
-    size_hw: tuple[int, int]  # of the image that the objects refer to, see `annotated_size`
+    size_hw: tuple[int, int]  # size of the image that the objects refer to, see `annotated_size`
     objects: Sequence[ObjectAnnotation] = ()
     fields: dict[str, Any] = field(default_factory=dict)  # further fields of COCO's image entry
 
@@ -141,7 +141,7 @@ class Source:
     entries: Sequence[Entry]  # in the order of their ids
     read: Callable[[Entry], AnnotatedImage]  # raises BadEntry for an image that cannot be read
     has_splits: bool = False  # whether entries have the dataset's own splits
-    first_annotation_id: int = 1  # of objects without an id
+    first_annotation_id: int = 1  # first id for objects without an id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +176,9 @@ def split_off(path: Path, *, has_splits: bool) -> tuple[str | None, Path]:
 
 
 def require_folder(path: Path, layout: str) -> Path:
-    """Returns `path`; raises a UserError that expects `layout` where there is no such folder."""
+    """Returns `path`; raises a UserError that expects `layout` if the folder does not exist."""
     if not path.is_dir():
-        raise UserError(f"no folder {path}", layout, "name the folder that holds the dataset")
+        raise UserError(f"no folder {path}", layout, "give the folder that contains the dataset")
     return path
 
 
@@ -198,15 +198,15 @@ def require_entries(entries: Sequence[Entry], root: Path, layout: str) -> None:
             raise UserError(found, "unique image names", "rename one, or convert the folders separately")
 
 
-# Masks given as pixels are written as run lengths (RLE), which hold holes and separate parts exactly. Polygons stay
-# polygons, because they are what was annotated; objects of polygons and masks together become run lengths.
+# Masks given as pixels are written as run lengths (RLE), which represent holes and separate parts exactly. Polygons are
+# kept, as they are what was annotated; objects that combine polygons and masks become run lengths.
 
 
 def mask_fields(mask: np.ndarray, where: str, *, is_crowd: bool = False) -> dict[str, Any]:
     """COCO's fields of an object from its mask, bool `[H, W]`.
 
     Raises:
-        BadEntry: for a mask without a pixel; `where` names the object.
+        BadEntry: for a mask without a pixel; `where` identifies the object.
     """
     return rle_fields(_rle(mask), where, is_crowd=is_crowd)
 
@@ -280,7 +280,7 @@ def _area(rle: dict[str, Any], where: str) -> int:
 
 
 def checked_polygons(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int], where: str) -> list[np.ndarray]:
-    """Polygons (x, y, x, y, …) as arrays; raises a BadEntry, which `where` names, for a malformed one."""
+    """Polygons (x, y, x, y, …) as arrays; raises a BadEntry for `where` if one is malformed."""
     try:
         segmentation = checked_segmentation([list(polygon) for polygon in polygons], *size_hw)
     except AnnotationError as fault:

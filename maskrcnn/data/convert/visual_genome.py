@@ -1,8 +1,8 @@
 """Visual Genome: `objects.json`, boxes with free-text names.
 
 Names are compared without case, repeated spaces and a full stop at the end. Boxes are clipped to the image.
-`objects.json` has some hundred megabytes: it is read entry by entry, first for the position of each entry and the
-names, then again image by image.
+`objects.json` has several hundred megabytes: it is read entry by entry, first for the positions and names of all
+entries, then again image by image.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def open_visual_genome(root: Path, options: Options, faults: Faults) -> Source:
     """Opens all images of `objects.json`, with the objects whose class is in the vocabulary.
 
     Raises:
-        UserError: without `options.classes`, or where there is nothing to convert.
+        UserError: without `options.classes`, or if there is nothing to convert.
     """
     if options.classes is None:
         expected = "--classes FILE, or --classes N for the N most frequent"
         raise UserError("Visual Genome without --classes", expected, "add for example --classes 1600")
     path = root / "objects.json"
     if not path.is_file():
-        raise UserError(f"no file {path}", _LAYOUT, "name the folder that holds it")
+        raise UserError(f"no file {path}", _LAYOUT, "give the folder that contains it")
     aliases = read_aliases(options.alias, faults) if options.alias else {}
     max_classes = int(options.classes) if options.classes.isdecimal() and not Path(options.classes).exists() else None
     if max_classes == 0:
@@ -75,7 +75,7 @@ def open_visual_genome(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def _list_images(root: Path, path: Path, faults: Faults) -> tuple[list[Entry], Counter[str]]:
-    """The images of `objects.json`, and the number of objects of each name."""
+    """The images of `objects.json`, and the number of objects per name."""
     images: dict[str, Path] = {}  # image id as text -> file
     for name in _IMAGE_FOLDERS:
         for file in sorted((root / name).glob("*.jpg")):
@@ -113,7 +113,7 @@ def _most_frequent(counts: Counter[str], aliases: dict[str, str], max_classes: i
 
 
 def _declared_sizes(path: Path) -> dict[int, tuple[int, int]]:
-    """Image id -> (height, width); empty where there is no such file."""
+    """Image id -> (height, width); empty if the file does not exist."""
     if not path.is_file():
         return {}
     sizes_hw = {}
@@ -126,7 +126,7 @@ def _declared_sizes(path: Path) -> dict[int, tuple[int, int]]:
 
 
 def _read_entry(path: Path, span: tuple[int, int]) -> tuple[int, list[Any]]:
-    """The image id and the objects of an entry; in older files the key of the id is `id`."""
+    """The image id and the objects of an entry; older files use the key `id`."""
     with open(path, "rb") as file:
         file.seek(span[0])
         where = f"{path}, entry at byte {span[0]}"
@@ -171,14 +171,14 @@ def _read(entry: Entry, *, vocabulary: Vocabulary, faults: Faults) -> AnnotatedI
 
 
 def array_spans(path: Path, *, chunk_bytes: int = 1 << 20) -> Iterator[tuple[int, int]]:
-    """Yields (start, end) in bytes of each entry of a JSON file with one list, without holding the file in memory.
+    """Yields (start, end) in bytes of each entry of a JSON file with one list, without loading the whole file.
 
     Args:
         path: file to read.
         chunk_bytes: number of bytes read at a time.
 
     Raises:
-        BadEntry: where the file is missing or is not such a list.
+        BadEntry: if the file is missing or is not such a list.
     """
     decoder = json.JSONDecoder()
     try:
@@ -213,7 +213,8 @@ def _not_a_list(path: Path, byte: int) -> BadEntry:
 class _Window:
     """The part of a file in memory, decoded to one character per byte.
 
-    JSON's structure is ASCII, and no byte of a longer UTF-8 character is; strings need not be decoded to find it.
+    JSON's structural characters are ASCII, and no byte of a multi-byte UTF-8 character is, so that strings need not be
+    decoded to find them.
     """
 
     def __init__(self, file: BinaryIO, chunk_bytes: int) -> None:
@@ -230,7 +231,7 @@ class _Window:
         return bool(read)
 
     def next_character(self) -> str:
-        """Moves `position` to the next character that is not a space and returns it; empty at the end."""
+        """Moves `position` to the next non-space character and returns it; empty at the end."""
         while True:
             match = _NOT_SPACE.search(self.text, self.position)
             if match:

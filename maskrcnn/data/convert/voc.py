@@ -1,8 +1,8 @@
 """Pascal VOC 2007 to 2012, and folders of XML boxes in its format.
 
-Conventions of VOC's development kit: pixel (1, 1) is the first, and a box includes its last row and column. A pixel of
-`SegmentationObject` is the number of the object in the XML file, one of `SegmentationClass` the number of the class,
-and 255 is an unlabelled border.
+Conventions of VOC's development kit: pixel (1, 1) is the first, and a box includes its last row and column. Pixels of
+`SegmentationObject` are numbers of objects in the XML file, pixels of `SegmentationClass` numbers of classes, and 255
+marks an unlabelled border.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ CLASS_NAMES += ("diningtable", "dog", "horse", "motorbike", "person", "pottedpla
 CLASS_NAMES += ("tvmonitor",)
 _VOID = 255  # borders, and objects too difficult to outline
 _SETS = ("train", "val", "test")
-_MIN_AGREEMENT = 0.9  # share of an object's pixels that must have its class
-_FLAGGED = re.compile(r"(.+?)\s+(-?\d)")  # a line of a class's list: stem, and 1, 0 or -1
+_MIN_AGREEMENT = 0.9  # minimum share of an object's pixels that have its class
+_FLAGGED = re.compile(r"(.+?)\s+(-?\d)")  # a line of a class list: stem, and 1, 0 or -1
 _LAYOUT = "a folder such as VOC2012, with Annotations, JPEGImages and optional ImageSets"
 _DIFFICULT = ("crowd", "keep", "drop")
 _CORRECT = "correct the file"
 
 
 def open_voc(root: Path, options: Options, faults: Faults) -> Source:
-    """Opens the boxes of `ImageSets/Main`'s lists, or with `with_masks` the masks of `ImageSets/Segmentation`'s.
+    """Opens the boxes of the lists in `ImageSets/Main`, or with `with_masks` the masks of `ImageSets/Segmentation`.
 
-    Difficult objects become crowd regions by default, which training leaves out and evaluation ignores, as VOC's own
-    evaluation does. Truncated and occluded ones are ordinary objects. The flags are kept as fields.
+    By default, difficult objects become crowd regions, which training leaves out and evaluation ignores, as VOC's own
+    evaluation does. Truncated and occluded objects are ordinary ones. The flags are kept as fields.
 
-    A folder with several years (VOCdevkit with VOC2007 and VOC2012) becomes one dataset: lists of one name are joined,
-    and a list may be missing in some years, as VOC2012's test.
+    A folder with several years (VOCdevkit with VOC2007 and VOC2012) becomes one dataset: lists of the same name are
+    joined, and a list may be missing in some years, such as VOC2012's test.
 
     Raises:
         UserError: for a folder in another layout, a missing list, or an image in two lists.
@@ -79,12 +79,12 @@ def open_voc(root: Path, options: Options, faults: Faults) -> Source:
 
 
 def _lists(folder: Path, options: Options) -> Path:
-    """The folder of a year's lists."""
+    """The folder with the lists of a year."""
     return folder / "ImageSets" / ("Segmentation" if options.with_masks else "Main")
 
 
 def _sets(folders: list[Path], options: Options) -> list[str]:
-    """The lists to read: those requested, else of `_SETS`; each is in some of the folders."""
+    """The lists to read, each from some of the folders: the requested lists, else those of `_SETS`."""
     present = {path.stem for folder in folders for path in _lists(folder, options).glob("*.txt")}
     if missing := [name for name in options.sets if name not in present]:
         places = ", ".join(str(_lists(folder, options)) for folder in folders)
@@ -114,21 +114,21 @@ def _entries(folder: Path, sets: list[str], options: Options) -> Iterator[Entry]
 
 
 def _read_splits(lists: Path, sets: list[str], images: Container[str]) -> dict[str, str | None]:
-    """Image stem -> name of the list that has it; lines may have a flag, and stems of `images` spaces."""
+    """Image stem -> name of its list; lines may have a flag, and stems of `images` may contain spaces."""
     names = [name for name in sets if (lists / f"{name}.txt").is_file()]
     if not names:
-        raise UserError(f"no list in {lists}", f"{', '.join(sets or _SETS)} (.txt)", "name lists with --sets")
+        raise UserError(f"no list in {lists}", f"{', '.join(sets or _SETS)} (.txt)", "choose lists with --sets")
     splits: dict[str, str | None] = {}
     for name in names:
         for number, line in read_lines(lists / f"{name}.txt"):
             flagged = None if line in images else _FLAGGED.fullmatch(line)
             stem, flag = flagged.groups() if flagged else (line, "")
-            if flag == "-1":  # a class's list: the image has no object of the class
+            if flag == "-1":  # a class list: the image has no object of the class
                 continue
             first = splits.setdefault(stem, name)
             if first != name:
                 found = f"{lists / name}.txt, line {number}: {stem}, also in {first}.txt"
-                raise UserError(found, "lists without common images", "name disjoint lists with --sets")
+                raise UserError(found, "lists without common images", "choose disjoint lists with --sets")
     return splits
 
 
@@ -180,7 +180,7 @@ def _read_boxes(entry: Entry, *, vocabulary: Vocabulary, options: Options, fault
 def _category_of(
     name: str, flags: dict[str, int], where: str, vocabulary: Vocabulary, options: Options, faults: Faults
 ) -> int | None:
-    """The category id of an object; None for one that is left out and counted."""
+    """The category id of an object; None if it is left out and counted."""
     if flags.get("difficult") and options.difficult == "drop":
         faults.leave_out("difficult object", where)
         return None

@@ -1,8 +1,8 @@
 """Class names and their category ids.
 
-A file of classes has one class on each line: `name`, or `id: name`, and after commas synonyms of the class
-(`person, man, woman`). A file of aliases has such lines without ids. Two names with one id, a name on two lines, and
-names that differ only in case or spaces are errors, because training would not notice them.
+A file of classes has one class on each line: `name`, or `id: name`, followed by synonyms of the class, separated by
+commas (`person, man, woman`). A file of aliases has such lines without ids. Two names with one id, a name on two lines,
+and names that differ only in case or spaces are errors, because training would not notice them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WITH_ID = re.compile(r"(\d+)\s*:\s*(.*)")
 
 
 def normalized(name: str) -> str:
-    """The name in lower case with single spaces; classes are compared by it."""
+    """The name in lower case with single spaces, which is used to compare classes."""
     return " ".join(name.split()).casefold()
 
 
@@ -57,7 +57,7 @@ class Vocabulary:
         """The category id of a class name; None, and counted in `faults`, for an unknown name if `is_closed`.
 
         Raises:
-            BadEntry: for an unknown name otherwise; `where` names the object.
+            BadEntry: for an unknown name otherwise; `where` identifies the object.
         """
         key = normalized(name)
         category_id = self._ids.get(self.aliases.get(key, key))
@@ -76,7 +76,7 @@ class Vocabulary:
 
 
 def check_categories(categories: Iterable[Category], origin: str) -> None:
-    """Raises a UserError for two categories of one id, or of names that differ at most in case and spaces."""
+    """Raises a UserError for two categories with the same id, or with names that differ only in case and spaces."""
     ids: dict[int, str] = {}
     names: dict[str, Category] = {}
     for category in categories:
@@ -91,12 +91,12 @@ def check_categories(categories: Iterable[Category], origin: str) -> None:
 
 
 def build_vocabulary(options: Options, faults: Faults, names: Iterable[tuple[str, str]]) -> Vocabulary:
-    """The vocabulary of `options.classes`, else of the class names in a dataset; with the synonyms of `options.alias`.
+    """The vocabulary from `options.classes`, else from the class names in a dataset, with synonyms of `options.alias`.
 
     Args:
         options: see `Options`.
         faults: counts faults of the file of aliases.
-        names: class names with the place of each; iterated only without `options.classes`.
+        names: class names, each with its place; iterated only without `options.classes`.
 
     Raises:
         UserError: for files that cannot be read or whose names clash, and names that differ only in case or spaces.
@@ -112,11 +112,11 @@ def vocabulary_from_names(names: Iterable[tuple[str, str]], aliases: dict[str, s
     """The class names of a dataset, sorted and numbered from 1.
 
     Args:
-        names: class names with the place of each.
+        names: class names, each with its place.
         aliases: normalized synonym -> class name.
 
     Raises:
-        UserError: where two names differ only in case or spaces, with both places.
+        UserError: if two names differ only in case or spaces; the message has both places.
     """
     classes: dict[str, tuple[str, str]] = {}
     for given, where in names:
@@ -133,7 +133,7 @@ def read_classes(path: Path) -> tuple[list[Category], dict[str, str]]:
     """Reads a file of classes: the categories, numbered from 1 where lines have no id, and normalized synonym -> name.
 
     Raises:
-        UserError: where the file cannot be read, has no class, ids on some lines only, or names that clash.
+        UserError: if the file cannot be read, has no class, ids on some lines only, or names that clash.
     """
     categories: list[Category] = []
     aliases: dict[str, str] = {}
@@ -160,10 +160,10 @@ def read_classes(path: Path) -> tuple[list[Category], dict[str, str]]:
 def read_aliases(path: Path, faults: Faults) -> dict[str, str]:
     """Reads a file of aliases: each normalized name -> the first name of its line.
 
-    A name that an earlier line has is a fault; with `keep_going`, the earlier line counts.
+    A name that occurs on an earlier line is a fault; with `keep_going`, the earlier line is used.
 
     Raises:
-        UserError: where the file cannot be read.
+        UserError: if the file cannot be read.
         BadEntry: for a name on two lines, unless faults are counted.
     """
     aliases: dict[str, str] = {}
