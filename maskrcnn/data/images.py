@@ -84,7 +84,7 @@ _NOTES = {
     "cmyk": "in CMYK, converted without their colour profile; convert them to RGB for exact colours",
     "high byte": f"of 16 bits, of which a model without a pixel range keeps 8; {RANGE_OPTION} to keep all",
     "few levels": f"of more than 8 bits with values in less than an eighth of the range, almost black; {RANGE_OPTION}",
-    "unit range": f"of floats from 0 to 1, read as 0–255 as the model has no pixel range; or {RANGE_OPTION}",
+    "unit range": f"of floats from 0 to 1, scaled to 0–255 as the model has no range; {RANGE_OPTION} to change it",
     "clipped": f"with values outside the pixel range, which are clipped; {RANGE_OPTION} to change it",
     "nan": "with values that are not numbers, read as the low end of the pixel range",
     "resized": "of another size than their annotations, resized to the annotated size",

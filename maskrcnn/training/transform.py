@@ -3,7 +3,7 @@
 It is a callable `function(image, target, generator)` that returns `(image, target)`:
 
 - `image`: `tv_tensors.Image` float32 `[C, h, w]`, 0 to 1, RGB; resized by the model's preprocessing, after the other
-  augmentations. The function may return another size. The result is rounded to 8 bits if the file has 8 bits.
+  augmentations. The function may return another size. The result is rounded to 8 bits if the file has at most 8 bits.
 - `target["boxes"]`: `tv_tensors.BoundingBoxes` float32 `[G, 4]` xyxy, the extents of the masks.
 - `target["labels"]`: int64 `[G]`, from 1.
 - `target["masks"]`: `tv_tensors.Mask` uint8 `[G, h, w]`, 1 inside the object; 2 inside the box of an object that has no
