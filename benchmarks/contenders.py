@@ -98,7 +98,7 @@ def given_artefacts(paths: Sequence[Path]) -> Artefacts:
             raise UserError(f"no file {path}", "a checkpoint, an ONNX file or an engine", "check the path")
     checkpoints = [path for path in paths if path.suffix == SUFFIX]
     if len(checkpoints) > 1:
-        raise UserError(f"{len(checkpoints)} checkpoints", "at most one: the source of the other files", "name one")
+        raise UserError(f"{len(checkpoints)} checkpoints", "at most one: the source of the other files", "pass one")
     known = (SUFFIX, ".onnx", ".xml")
     return Artefacts(
         checkpoint=checkpoints[0] if checkpoints else None,

@@ -2,17 +2,17 @@
 
     python benchmarks/data.py DATASET [--split train] [--min-size 800] [--images 200] [--workers 2]
 
-prints, for one core, the stages of a plain sample and whole samples with each augmentation alone, and the rate of the
-loader with its workers. DATASET is a COCO-format folder.
+prints, for one core, the time of each stage of a plain sample and of whole samples with each augmentation alone, and
+the rate of the loader with its workers. DATASET is a COCO-format folder.
 
     python benchmarks/data.py [--images 118287] [--workers 8] [--samples 2000] [--start-method fork]
 
-draws an annotation file like COCO's train2017 and prints the time and memory of loading it with pycocotools, and with
-this package first and again, and the memory of the training process and its loading processes.
+generates an annotation file like COCO's train2017 and prints the time and memory of loading it with pycocotools and
+with this package (first and cached), and the memory of the training process and its loader processes.
 
     python benchmarks/data.py --objects 30,300,3000
 
-prints the memory of a training step on one image of 800×1344 with so many objects.
+prints the memory of a training step on one image of 800×1344 with these numbers of objects.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ AUGMENTATIONS = {
 
 
 def _stage_seconds(dataset: CocoDataset, preprocessing: Preprocessing, images: int) -> dict[str, float]:
-    """Seconds per image in each stage of a sample that is flipped and resized; flipping copies nothing."""
+    """Seconds per image in each stage of a flipped and resized sample; flipping copies nothing."""
     config = AugmentConfig()
     augmentation, rng = Augmentation(config, preprocessing), np.random.default_rng(0)
     seconds = dict.fromkeys(("decode", "flip and resize", "masks", "collate"), 0.0)
@@ -116,7 +116,7 @@ def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int
             if isinstance(batch, UserError):
                 raise batch
             if start is None:
-                start = time.perf_counter()  # after the first batch, which waited for the workers
+                start = time.perf_counter()  # after the first batch, which includes the start of the workers
                 continue
             count += 1
             if count == batches:
@@ -125,7 +125,7 @@ def loader_rate(dataset: CocoDataset, preprocessing: Preprocessing, workers: int
     return count * _BATCH_SIZE / (time.perf_counter() - start)
 
 
-# --- a file of COCO's size ---------------------------------------------------------------------------
+# --- a file of COCO size ---------------------------------------------------------------------------
 
 _COCO_IMAGES, _COCO_OBJECTS = 118_287, 860_001  # of train2017
 _SIZE_HW = (480, 640)
@@ -148,9 +148,9 @@ for line in open("/proc/self/status"):
 
 
 def write_like_coco(root: str | Path, images: int) -> int:
-    """Writes a dataset with as many polygons per image, and as many corners per polygon, as COCO's train2017.
+    """Writes a dataset with as many polygons per image and vertices per polygon as COCO's train2017.
 
-    The images are links to a few files. Returns the bytes of the annotation file.
+    The images are links to a few files. Returns the size of the annotation file in bytes.
     """
     rng, root = np.random.default_rng(0), Path(root)
     (root / "train").mkdir(parents=True)
@@ -194,7 +194,7 @@ def write_like_coco(root: str | Path, images: int) -> int:
 
 
 def loading(root: Path) -> dict[str, tuple[float, float, float, float]]:
-    """Seconds, CPU seconds, and MiB afterwards and at most, of each way to load a dataset in a new process."""
+    """Seconds, CPU seconds, and final and peak MiB of each way to load a dataset in a new process."""
     found = {}
     for name, (imports, load) in _LOADERS.items():
         command = [sys.executable, "-c", _MEASURED.format(imports=imports, load=load), str(root)]
@@ -205,7 +205,7 @@ def loading(root: Path) -> dict[str, tuple[float, float, float, float]]:
 
 
 def process_memory(dataset: CocoDataset, workers: int, samples: int) -> tuple[float, float]:
-    """MiB of this process before it starts loading processes, and of all together after their samples.
+    """MiB of this process before it starts loader processes, and of all processes together after their samples.
 
     Shared pages count once: the sum of the proportional set sizes.
     """
@@ -229,10 +229,10 @@ def _proportional_mib(pid: int | None) -> float:
 
 
 def compare_loading(images: int, workers: int, samples: int) -> None:
-    """Print the table of loading and that of the processes."""
+    """Print the tables of loading times and of process memory."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MASKRCNN_CACHE"] = f"{folder}/cache"
-        # In a new process: the memory of what is written would count as the training process's.
+        # In a new process: otherwise its memory would count towards the training process.
         size = call_in_new_process("data:write_like_coco", {"root": f"{folder}/many", "images": images})
         print(f"{images} images, {size / 1e6:.0f} MB of annotations")
         print(f"{'loaded by':22}{'seconds':>10}{'CPU s':>10}{'MiB after':>12}{'MiB at most':>13}", flush=True)
@@ -247,7 +247,7 @@ def compare_loading(images: int, workers: int, samples: int) -> None:
 
 
 def step_memory_mb(objects: int) -> float | None:
-    """Growth of the memory by losses and gradients of ResNet-50 FPN for one image with so many objects, MB."""
+    """Memory growth in MB from losses and gradients of ResNet-50 FPN, for one image with this number of objects."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, size = MaskRCNN(ModelConfig(class_names=("a", "b"), category_ids=(1, 2))), torch.tensor((1333.0, 800.0))
@@ -270,17 +270,25 @@ def step_memory_mb(objects: int) -> float | None:
 def main() -> None:
     """Measure and print the tables and the machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset", type=Path, nargs="?", help="COCO-format folder; default: a drawn one of COCO's size")
+    parser.add_argument(
+        "dataset", type=Path, nargs="?", help="COCO-format folder; default: a generated one of COCO's size"
+    )
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument(
         "--min-size", type=int, default=800, help="shorter side of the resized images, px; default: 800"
     )
-    parser.add_argument("--images", type=int, help="images per measurement, or of the drawn dataset; default: 200")
-    parser.add_argument("--workers", type=int, help="processes of the loader; default: 2, of the drawn dataset 8")
-    parser.add_argument("--samples", type=int, default=2000, help="samples per process, of the drawn dataset")
+    parser.add_argument("--images", type=int, help="images per measurement, or in the generated dataset; default: 200")
+    parser.add_argument("--workers", type=int, help="loader processes; default: 2, or 8 for the generated dataset")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="samples per process, for the generated dataset; default: 2000"
+    )
     methods = multiprocessing.get_all_start_methods()
-    parser.add_argument("--start-method", choices=methods, default=methods[0], help="of the processes")
-    parser.add_argument("--objects", type=numbers, default=(), help="only memory of a step with so many objects")
+    parser.add_argument(
+        "--start-method", choices=methods, default=methods[0], help="start method of the loader processes"
+    )
+    parser.add_argument(
+        "--objects", type=numbers, default=(), help="measure only the memory of a step, for these numbers of objects"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
     with report_errors():

@@ -2,11 +2,11 @@
 
     python benchmarks/many_images.py MODEL [--images FOLDER] [--counts 200,2000] [--workers 2] [--ray 1,2]
 
-Both give COCO results with run lengths, without overlays: the loop `json.dump(Detector.detect(file).to_coco(id))`, the
-pipeline `maskrcnn.predict(files, save=["results"])`. Each measurement is a process of its own; seconds begin when the
-model is loaded, on Ray when the cluster is there. Images are those of a folder, repeated as needed, or drawn ones in
-eight sizes. `--ray` also runs `predict --ray local` with these numbers of actors, of one CPU each, and tells when each
-had done its first block, and the rate from then on.
+Both write COCO results with run lengths, without overlays: the loop `json.dump(Detector.detect(file).to_coco(id))`, the
+pipeline `maskrcnn.predict(files, save=["results"])`. Each measurement runs in its own process; timing starts when the
+model is loaded, on Ray when the cluster is running. Images come from a folder, repeated as needed, or are generated in
+eight sizes. `--ray` also runs `predict --ray local` with these numbers of actors, with one CPU each, and reports when
+every actor had completed its first block, and the rate from then on.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from maskrcnn.data.images import images_in
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import report_errors
 
-_LIMIT_S = 3600.0  # of a measurement
+_LIMIT_S = 3600.0  # time limit of a measurement
 _SIZES_HW = ((480, 640), (640, 480), (427, 640), (375, 500), (500, 375), (768, 1024), (1080, 1920), (240, 320))
 
 
 def draw_images(folder: Path, count: int) -> list[Path]:
-    """Writes drawn photos, JPEG, of the sizes `_SIZES_HW` in turn."""
+    """Writes generated JPEG images, cycling through the sizes `_SIZES_HW`."""
     from PIL import Image
 
     files = []
@@ -47,7 +47,7 @@ def draw_images(folder: Path, count: int) -> list[Path]:
 
 
 class _Blocks(Progress):
-    """Collects when the blocks of a run on Ray were done, and their images."""
+    """Records when the blocks of a Ray run were completed, and their numbers of images."""
 
     def __init__(self) -> None:
         self.done: list[tuple[float, int]] = []
@@ -58,7 +58,7 @@ class _Blocks(Progress):
 
 
 def measure(way: str, model: str, folder: str, workers: int | None, output: str) -> dict[str, float]:
-    """Runs one way in this process; returns seconds, detections and the peak of the resident memory in MB."""
+    """Runs one variant in this process; returns seconds, detections and peak resident memory in MB."""
     import maskrcnn
     from maskrcnn.runtime.detector import Detector
 
@@ -81,7 +81,7 @@ def measure(way: str, model: str, folder: str, workers: int | None, output: str)
         found = maskrcnn.predict(files, model=model, output=output, ray="local", actors=actors, progress=blocks)
         row = {"seconds": time.perf_counter() - began, "detections": found.total, "mb": float("nan")}
         if len(blocks.done) > actors:
-            first, last = blocks.done[actors - 1][0], blocks.done[-1][0]  # each actor has done one
+            first, last = blocks.done[actors - 1][0], blocks.done[-1][0]  # each actor has completed one
             row["start_s"] = first - began
             row["then"] = sum(images for _, images in blocks.done[actors:]) / (last - first)
         return row
@@ -99,13 +99,13 @@ def measure(way: str, model: str, folder: str, workers: int | None, output: str)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures all ways in processes of their own and prints a table."""
+    """Measures each variant in its own process and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="ONNX file or engine")
-    parser.add_argument("--images", type=Path, help="folder of images (default: drawn ones)")
-    parser.add_argument("--counts", type=numbers, default=(200, 2000), help="numbers of images")
-    parser.add_argument("--workers", type=int, help="of the pipeline (default: its own)")
-    parser.add_argument("--ray", type=numbers, default=(), help="numbers of actors")
+    parser.add_argument("--images", type=Path, help="folder of images (default: generated images)")
+    parser.add_argument("--counts", type=numbers, default=(200, 2000), help="numbers of images (default: 200,2000)")
+    parser.add_argument("--workers", type=int, help="worker threads of the pipeline (default: the pipeline's)")
+    parser.add_argument("--ray", type=numbers, default=(), help="numbers of Ray actors to measure (default: none)")
     parser.add_argument("--only-ray", action="store_true", help="leave out the loop and the pipeline")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:

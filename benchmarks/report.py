@@ -170,7 +170,7 @@ def _notes(workload: Workload, environment: dict[str, Any]) -> list[str]:
         "nearest-rank samples, p90 of 10 calls or more, p99 of 100 or more; spread: interquartile range / median.",
         "- × torchvision: torchvision's p50 in eager PyTorch divided by the row's, at the same size and batch size; "
         "× tv ONNX: the same for its legacy export in ONNX Runtime. Above 1 the row is faster.",
-        "- Δ: difference to the reference, PyTorch FP32. AP is measured image by image.",
+        "- Δ: difference from the reference, PyTorch FP32. AP is measured image by image.",
         "- Inexact: half precision or integers whose detections differ from the reference beyond the tolerance.",
         "- Memory, with --memory: peak of a process with this row only, Python and libraries included; model MB is the "
         "part added by opening the file and two calls.",
@@ -192,7 +192,7 @@ def _warnings(rows: Sequence[Measurement]) -> list[str]:
     most = spread(noisiest.latencies_ms)
     return [
         f"Warning: a noisy machine. The calls of {_name(noisiest)} spread by {most:.0%} around their median; "
-        "smaller differences between rows mean nothing. End other programs, or raise --repeat."
+        "smaller differences between rows are noise. Stop other programs, or raise --repeat."
     ]
 
 

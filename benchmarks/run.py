@@ -128,14 +128,14 @@ def _check_options(given: argparse.Namespace) -> None:
     without_ap = workload or ("--size" if given.size else "")
     no_gpu = given.gpu_only and not torch.cuda.is_available()
     for is_refused, found, expected, fix in (
-        (given.checkpoint_only and not workload, "--checkpoint-only without --workload", "the workload, whose files it "
-         "leaves out", "name a checkpoint by --model"),
+        (given.checkpoint_only and not workload, "--checkpoint-only without --workload", "--workload, whose files it "
+         "leaves out", "pass a checkpoint with --model"),
         (workload and given.model, f"--model with {workload}", "one of them: the workload makes its files", "drop one"),
         (workload and given.max_images, f"--max-images with {workload}", "a model with an AP", "drop --max-images"),
         (without_ap and given.min_ap is not None, f"--min-ap with {without_ap}", "a measured AP", "drop one of them"),
         (workload and given.afresh, f"--afresh with {workload}", "a model; a workload is never resumed",
          "drop --afresh"),
-        (given.split and not given.data, f"--split {given.split}", "the dataset of the split, too", "add --data"),
+        (given.split and not given.data, f"--split {given.split}", "the dataset of the split as well", "add --data"),
         (no_gpu, "--gpu-only", "a CUDA GPU that PyTorch can use", "drop --gpu-only; see `maskrcnn doctor`"),
     ):  # fmt: skip
         if is_refused:
@@ -250,8 +250,8 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = str(error)
     if reason:
-        found = f"{path}: no results of this benchmark ({reason})"
-        raise UserError(found, "a results.json", "name one that `run.py` wrote")
+        found = f"{path}: not results of this benchmark ({reason})"
+        raise UserError(found, "a results.json", "pass one that `run.py` wrote")
     return content
 
 

@@ -3,11 +3,11 @@
     python benchmarks/scenes.py --dataset runs/scenes    # to train MODEL on: maskrcnn train --data runs/scenes
     python benchmarks/scenes.py MODEL [--side 20000 --objects 3000 --tile 512] [--json FILE]
 
-Draws a BigTIFF file (tiles of 512 px, deflate) with circles, rectangles and triangles apart from each other on a smooth
-ground, one of 150 a bar that is longer than a tile. MODEL detects in tiles and in the whole, each in a process of its
-own. The images of the dataset are such tiles at 128 px, with their objects cut at the border. A detection is right if
-it has the class of an object and a mask IoU of at least 0.5 with it; each object counts once, for the detection of the
-best score.
+Draws a BigTIFF file (tiles of 512 px, deflate) with separate circles, rectangles and triangles on a smooth background;
+one in 150 objects is a bar longer than a tile. MODEL runs on tiles and on the whole scene, each in its own process. The
+images of the dataset are such tiles at 128 px, with objects cut at the border. A detection is correct if it has the
+class of an object and a mask IoU of at least 0.5 with it; each object counts once, for the detection with the highest
+score.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from maskrcnn.files import write_json
 from maskrcnn.imaging.run_lengths import moved, runs_from_spans, strings_from_runs
 from maskrcnn.runtime.tiles import Tiles
 
-_LIMIT_S = 7200.0  # of a measurement
+_LIMIT_S = 7200.0  # time limit of a measurement
 _FILE_TILE_PX = 512
-_TRAINING_PX = 128  # side of the tiles of the dataset
-_TRAINING_OBJECTS = 24  # on 4 × 4 tiles, of which one is in the middle
-_DIAMETERS = (20 / 128, 60 / 128)  # of a tile's side
+_TRAINING_PX = 128  # tile side in the dataset
+_TRAINING_OBJECTS = 24  # on an area of 4 × 4 tiles, whose middle is the image
+_DIAMETERS = (20 / 128, 60 / 128)  # relative to the tile side
 _ONE_LARGE_OF = 150
-_LARGE = (1.3, 2.0)  # length of a bar, of a tile's side
-_THICKNESS = 0.25  # of a tile's side
+_LARGE = (1.3, 2.0)  # length of a bar, relative to the tile side
+_THICKNESS = 0.25  # relative to the tile side
 _GAP_PX = 6
-_KNOTS = 3  # of the ground's gradient, on a tile's side
+_KNOTS = 3  # of the background gradient, per tile side
 _GROUND = (95, 160)  # darkest and brightest
 _NOISE = 5.0
 _MIN_IOU = 0.5
-_SCORE = 0.5  # of models without a recommended threshold
-_MIN_VISIBLE_PX = 20  # of an object of the dataset
+_SCORE = 0.5  # for models without a recommended threshold
+_MIN_VISIBLE_PX = 20  # of an object in the dataset
 _BATCH = 8
 KINDS = ("whole in a tile", "over borders", "larger than a tile")
 
@@ -66,12 +66,12 @@ class Drawn:
 
     @cached_property
     def box(self) -> tuple[int, int, int, int]:
-        """The pixels around it: left, top, right, bottom."""
+        """The bounding box in whole pixels: left, top, right, bottom."""
         low, high = np.floor(self.outline.min(axis=0)) - 1, np.ceil(self.outline.max(axis=0)) + 1
         return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
     def coverage(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """How much of each pixel of a window it covers, `[H, W]`, 0 to 1."""
+        """The covered fraction of each pixel in a window, `[H, W]`, 0 to 1."""
         distance, _ = polygon_distance(self.outline - (left, top), *pixel_centres((bottom - top, right - left)))
         return np.clip(0.5 - distance, 0, 1)
 
@@ -80,10 +80,10 @@ class DrawnScene:
     """A square scene, drawn window by window; the same arguments give the same pixels.
 
     Args:
-        side_px: of the scene.
-        objects: their number.
+        side_px: side of the scene.
+        objects: number of objects.
         tile_px: side of the tiles for which the objects are sized.
-        seed: of the random numbers.
+        seed: random seed.
     """
 
     def __init__(self, side_px: int, objects: int, tile_px: int, seed: int = 0) -> None:
@@ -93,7 +93,7 @@ class DrawnScene:
         self._knots = rng.uniform(*_GROUND, (knots, knots, 3)).astype(np.float32)
         self.objects: list[Drawn] = []
         taken: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
-        reach = 1.1 * max(_LARGE) * tile_px + 2 * _GAP_PX  # two objects further apart than this cannot touch
+        reach = 1.1 * max(_LARGE) * tile_px + 2 * _GAP_PX  # objects farther apart than this cannot touch
         for number in range(objects):
             label, corners = _shape(rng, tile_px, is_large=number < max(1, objects // _ONE_LARGE_OF))
             radius = float(np.linalg.norm(corners, axis=1).max()) + _GAP_PX
@@ -106,7 +106,7 @@ class DrawnScene:
                 if all(math.hypot(x - a, y - b) > radius + other for a, b, other in near):
                     break
             else:
-                raise SystemExit(f"no room for {objects} objects in {side_px} px: use fewer, or a larger --side")
+                raise SystemExit(f"{objects} objects do not fit into {side_px} px: use fewer, or a larger --side")
             taken.setdefault(cell, []).append((x, y, radius))
             under = self._ground(int(x), int(y), int(x) + 1, int(y) + 1)[0, 0]
             self.objects.append(Drawn(label, corners + np.array([x, y]), contrasting_colour(rng, under)))
@@ -161,7 +161,7 @@ class DrawnScene:
         return [{"size": size, "counts": text} for text in strings]
 
     def kinds(self, tiles: Tiles) -> np.ndarray:
-        """Of each object the index in `KINDS`."""
+        """The index in `KINDS` of each object."""
         starts = np.array(tiles.starts(self.side_px))
         kinds = []
         for each in self.objects:
@@ -187,7 +187,7 @@ def _shape(rng: np.random.Generator, tile_px: int, *, is_large: bool) -> tuple[i
         if is_large:
             length = rng.uniform(*_LARGE)
             radius, half_angle = math.hypot(length, _THICKNESS) * tile_px / 2, math.atan(_THICKNESS / length)
-            turn = rng.integers(2) * math.pi / 2 + rng.uniform(-0.3, 0.3)  # so that it is longer than a tile in x or y
+            turn = rng.integers(2) * math.pi / 2 + rng.uniform(-0.3, 0.3)  # keeps it longer than a tile in x or y
         angles = np.array([half_angle, math.pi - half_angle, math.pi + half_angle, -half_angle])
     return label, radius * np.stack([np.cos(angles + turn), np.sin(angles + turn)], axis=1)
 
@@ -221,13 +221,13 @@ def detect(model: str, scene: str, tile: int | None, overlap: float, output: str
 
     Args:
         model: ONNX file or engine.
-        scene: file.
-        tile: side of the tiles; None: the scene is detected in as a whole.
-        overlap: of the tiles.
+        scene: file of the scene.
+        tile: tile side; None: detect in the whole scene at once.
+        overlap: overlap of the tiles.
         output: JSON file to write.
 
     Returns:
-        Seconds, MB of resident memory before and at its peak, and the score from which the model's detections count.
+        Seconds, initial and peak resident memory in MB, and the minimum score of the detections that count.
     """
     from maskrcnn.runtime.detector import Detector
     from maskrcnn.runtime.tiles import detect_tiles
@@ -259,12 +259,12 @@ def scored(
     Args:
         entries: the detections; `category_id` is the label.
         truth: RLE of each object.
-        labels: of each object.
-        kinds: of each object the index in `KINDS`.
+        labels: label of each object.
+        kinds: index in `KINDS` of each object.
 
     Returns:
-        The number of detections, their recall and precision; how many of the others are the mask of an object with
-        another class, or of one that is found already; and of each of `KINDS` the objects found, and all.
+        The number of detections, their recall and precision; how many of the incorrect ones match an object of another
+        class, or one that is already found; and for each of `KINDS` the numbers of found and of all objects.
     """
     entries = sorted(entries, key=lambda each: -each["score"])
     is_found = np.zeros(len(truth), bool)
@@ -290,20 +290,22 @@ def scored(
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Draws, detects in processes of their own, prints a table, and returns the results."""
+    """Draws the scene, detects in separate processes, prints a table, and returns the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="ONNX file or engine, trained on the dataset")
-    parser.add_argument("--dataset", type=Path, help="folder to write the dataset to, instead of a measurement")
-    parser.add_argument("--images", type=count, default=1000, help="of the dataset (default: 1000)")
+    parser.add_argument("--dataset", type=Path, help="write the dataset to this folder instead of measuring")
+    parser.add_argument("--images", type=count, default=1000, help="number of images in the dataset (default: 1000)")
     parser.add_argument("--side", type=count, default=4096, help="side of the scene, px (default: 4096)")
     parser.add_argument("--objects", type=count, default=100, help="number of objects (default: 100)")
     parser.add_argument("--tile", type=count, default=512, help="side of the tiles, px (default: 512)")
-    parser.add_argument("--overlap", type=float, default=0.2, help="of the tiles (default: 0.2)")
-    parser.add_argument("--score", type=float, help="least score of a detection (default: the model's, else 0.5)")
+    parser.add_argument(
+        "--overlap", type=float, default=0.2, help="overlap of the tiles, share of their side (default: 0.2)"
+    )
+    parser.add_argument("--score", type=float, help="minimum score of a detection (default: the model's, else 0.5)")
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     given = parser.parse_args(arguments)
     if (given.model is None) == (given.dataset is None):
-        parser.error("name a model, or give --dataset")
+        parser.error("pass a model, or --dataset")
     if given.dataset is not None:
         write_dataset(given.dataset, given.images)
         return {}

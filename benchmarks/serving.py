@@ -3,12 +3,12 @@
     python benchmarks/serving.py MODEL --server localhost:8001 [--name NAME] [--images FOLDER] [--clients 1,2,4,8,16]
                                        [--seconds 10] [--pid PID] [--soak SECONDS]
 
-A request is an image file in memory, from its bytes to boxes and run lengths of masks: `Detector.detect` in N threads
-of this process against N clients of the server (gRPC). Closed loop: every client sends its next request when it has the
-answer. Open loop: requests arrive at random at a fixed rate, here shares of the best closed loop, and their latency
-counts from the arrival. With `--pid` the processor time of the server (PID and its children) is counted too: on a
-machine that others use, requests per second depend on how the system shares it, and CPU time hardly does. `--soak`
-keeps 4 clients busy and prints the memory of the server's processes at even intervals.
+A request covers one image file in memory, from its bytes to boxes and run lengths of masks: `Detector.detect` in N
+threads of this process against N clients of the server (gRPC). Closed loop: each client sends its next request when it
+receives the answer. Open loop: requests arrive at random at a fixed average rate, a share of the best closed-loop rate,
+and latency is measured from the arrival. `--pid` also measures the CPU time of the server (PID and its children): on a
+shared machine, requests per second depend on scheduling, while CPU time hardly does. `--soak` keeps 4 clients busy and
+prints the memory of the server processes at regular intervals.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from timing import environment, machine, percentile
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import UserError, report_errors
 
-_SIZES_HW = ((480, 640), (640, 480))  # of drawn images: the most frequent sizes in COCO
+_SIZES_HW = ((480, 640), (640, 480))  # of generated images: the most frequent sizes in COCO
 _SHARES = (0.5, 0.8, 0.95)  # of the best throughput, in the open loop
-_WORKERS = 64  # requests of the open loop under way at most
+_WORKERS = 64  # maximum concurrent requests in the open loop
 _LOCAL, _REMOTE = "in process", "Triton"
-_TURNS = 4  # of each measurement
+_TURNS = 4  # repetitions of each measurement
 _SOAK_CLIENTS, _SOAK_ROWS = 4, 6
 
 Call = Callable[[int], object]  # the request's number
@@ -44,7 +44,7 @@ Call = Callable[[int], object]  # the request's number
 
 @dataclass(frozen=True)
 class Load:
-    """Finished requests of a measurement."""
+    """Completed requests of a measurement."""
 
     latencies_ms: tuple[float, ...]
     seconds: float
@@ -57,14 +57,14 @@ class Load:
         return len(self.latencies_ms) / self.seconds
 
     def cells(self) -> list[str]:
-        """Throughput, three percentiles in ms, CPU time of a request in ms, and errors, for a table."""
+        """Throughput, three percentiles in ms, CPU time per request in ms, and errors, for a table."""
         shown = [f"{percentile(self.latencies_ms, p):.0f}" if self.latencies_ms else "" for p in (50, 90, 99)]
         cpu = "" if self.cpu_seconds is None else f"{1e3 * self.cpu_seconds / max(len(self.latencies_ms), 1):.0f}"
         return [f"{self.per_second:.1f}", *shown, cpu, str(self.errors)]
 
 
 class _Record:
-    """Latencies and errors, from any thread."""
+    """Latencies and errors; thread-safe."""
 
     def __init__(self) -> None:
         self.latencies_ms: list[float] = []
@@ -87,7 +87,7 @@ class _Record:
 
 
 def closed_loop(call: Call, clients: int, seconds: float) -> Load:
-    """Runs `clients` threads that each send the next request when the last is answered."""
+    """Runs `clients` threads that each send the next request when the previous one is answered."""
     record, numbers_, began = _Record(), count(), time.perf_counter()
 
     def work() -> None:
@@ -101,7 +101,7 @@ def closed_loop(call: Call, clients: int, seconds: float) -> Load:
 
 
 def open_loop(call: Call, rate: float, seconds: float, seed: int = 0) -> Load:
-    """Sends requests at random times, `rate` a second on average, whether or not earlier ones are answered."""
+    """Sends requests at random times, on average `rate` per second, without waiting for earlier answers."""
     record, began = _Record(), time.perf_counter()
     gaps = np.random.default_rng(seed).exponential(1 / rate, max(round(rate * seconds), 1))
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -112,7 +112,7 @@ def open_loop(call: Call, rate: float, seconds: float, seed: int = 0) -> Load:
 
 
 def soak(call: Call, seconds: float, memory_mb: Callable[[], float]) -> Iterator[tuple[float, float, Load]]:
-    """Keeps clients busy; yields minutes so far, memory, and the load since the last row."""
+    """Keeps clients busy; yields elapsed minutes, memory, and the load since the last row."""
     for row in range(1, _SOAK_ROWS + 1):
         load = closed_loop(call, _SOAK_CLIENTS, seconds / _SOAK_ROWS)
         yield row * seconds / _SOAK_ROWS / 60, memory_mb(), load
@@ -127,7 +127,7 @@ def tree_mb(pid: int) -> float:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """Processor time so far of this process and, if given, of another one and its descendants."""
+    """CPU seconds used so far by this process and, if given, by another process and its descendants."""
     spent = time.process_time()
     if pid is not None:
         import psutil
@@ -138,7 +138,7 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 def in_process(path: Path, files: Sequence[bytes], threads: int) -> Call:
-    """The request in this process."""
+    """Returns a call that runs a request in this process."""
     from maskrcnn.data.images import decode_image
     from maskrcnn.runtime import Detector
 
@@ -153,7 +153,7 @@ def in_process(path: Path, files: Sequence[bytes], threads: int) -> Call:
 
 
 def through_triton(server: str, name: str, files: Sequence[bytes]) -> Call:
-    """The request through a server."""
+    """Returns a call that sends a request to a server."""
     import tritonclient.grpc as triton
 
     client = triton.InferenceServerClient(server)
@@ -162,11 +162,11 @@ def through_triton(server: str, name: str, files: Sequence[bytes]) -> Call:
     except triton.InferenceServerException as error:
         raise UserError(
             f"no answer from {server} ({error.message()})",
-            "gRPC of a Triton server",
+            "the gRPC endpoint of a Triton server",
             "start one: tritonserver --model-repository=FOLDER, see docs/serving.md",
         ) from error
     if not ready:
-        raise UserError(f"no model {name} on {server}", "a model of `maskrcnn triton`", "name it with --name")
+        raise UserError(f"no model {name} on {server}", "a model of `maskrcnn triton`", "specify it with --name")
     inputs = []
     for file in files:
         inputs.append(triton.InferInput("image", [1, 1], "BYTES"))
@@ -180,11 +180,11 @@ def through_triton(server: str, name: str, files: Sequence[bytes]) -> Call:
 
 
 def image_files(folder: Path | None) -> list[bytes]:
-    """The content of the image files of a folder, or of eight drawn JPEG files."""
+    """The contents of the image files in a folder, or of eight generated JPEG files."""
     if folder is not None:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         if not files:
-            raise UserError(f"no images in {folder}", "JPEG or PNG files", "name another folder with --images")
+            raise UserError(f"no images in {folder}", "JPEG or PNG files", "pass another folder with --images")
         return [path.read_bytes() for path in files]
     drawn, rng = [], np.random.default_rng(0)
     for number in range(8):
@@ -197,15 +197,21 @@ def image_files(folder: Path | None) -> list[bytes]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the options, measures, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model file, for the measurement in this process")
-    parser.add_argument("--server", required=True, help="host and port of the server's gRPC")
-    parser.add_argument("--name", help="model on the server (default: from the file name)")
-    parser.add_argument("--images", type=Path, help="folder of JPEG and PNG files (default: drawn JPEG files)")
+    parser.add_argument("model", type=Path, help="model file for the measurement in this process")
+    parser.add_argument("--server", required=True, help="host and port of the server's gRPC endpoint")
+    parser.add_argument("--name", help="name of the model on the server (default: from the file name)")
+    parser.add_argument("--images", type=Path, help="folder of JPEG and PNG files (default: generated JPEG files)")
     parser.add_argument("--clients", type=numbers, default=(1, 2, 4, 8, 16), help="default: 1,2,4,8,16")
-    parser.add_argument("--seconds", type=positive, default=10, help="of each measurement (default: 10)")
-    parser.add_argument("--threads", type=int, default=0, help="of the model in this process (default: all cores)")
-    parser.add_argument("--soak", type=positive, help="seconds of load with memory sampled, instead of the tables")
-    parser.add_argument("--pid", type=int, help="process of the server, for its CPU time and memory")
+    parser.add_argument(
+        "--seconds", type=positive, default=10, help="duration of each measurement, seconds (default: 10)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of the model in this process (default: all cores)"
+    )
+    parser.add_argument(
+        "--soak", type=positive, help="sample memory under load for this many seconds instead of printing the tables"
+    )
+    parser.add_argument("--pid", type=int, help="PID of the server process, to measure its CPU time and memory")
     given = parser.parse_args(arguments)
     if given.soak and not given.pid:
         parser.error("--soak needs --pid")
@@ -224,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _in_turns(calls: dict[str, Call], pid: int | None, measure: Callable[[str, Call], Load]) -> dict[str, Load]:
-    """Measures each call several times in turns, so that drift of the machine affects all, and joins its loads."""
+    """Measures the calls repeatedly in turn, so that machine drift affects all of them; merges each call's loads."""
     loads: dict[str, list[Load]] = {name: [] for name in calls}
     for _ in range(_TURNS):
         for name, call in calls.items():
@@ -254,7 +260,7 @@ def _compare(local: Call, remote: Call, clients: Sequence[int], seconds: float, 
             best[name] = max(best[name], load.per_second)
             rows.append([str(number), name, *load.cells()])
     print(aligned(["clients", "where", *head], rows))
-    print(f"\nbest throughput through Triton: {best[_REMOTE] / best[_LOCAL]:.2f} of that in process\n")
+    print(f"\nbest throughput through Triton: {best[_REMOTE] / best[_LOCAL]:.2f} of the in-process throughput\n")
     rows = []
     for share in _SHARES:
         rates = {name: share * rate for name, rate in best.items()}

@@ -3,9 +3,9 @@
     python benchmarks/soak.py MODEL [--backend NAME] [--shapes 2000] [--sides 32,512] [--options '{"threads": 1}']
     python benchmarks/soak.py --train [--shapes 500] [--sides 64,512]
 
-runs a model on drawn images whose padded height and width change in every call, and prints the resident memory at even
-intervals. Memory that keeps growing belongs to a cache that grows with the shapes. `--train` takes optimizer steps of
-the default model on the CPU instead. One process measures one backend: run the command once for each.
+runs a model on generated images whose padded height and width change with every call, and prints the resident memory
+at regular intervals. Steadily growing memory indicates a cache that grows with the shapes. `--train` instead runs
+optimizer steps of the default model on the CPU. One process measures one backend: run the command once per backend.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from session import aligned
 from maskrcnn.data.shapes import shapes_image
 from maskrcnn.errors import report_errors
 
-_ROWS = 8  # of the table
-_DIVISOR = 32  # of padded sides, px
+_ROWS = 8  # in the table
+_DIVISOR = 32  # padded sides are multiples of this, px
 
 
 def shapes_hw(count: int, low_px: int, high_px: int, seed: int = 0) -> Iterator[tuple[int, int]]:
@@ -37,7 +37,7 @@ def shapes_hw(count: int, low_px: int, high_px: int, seed: int = 0) -> Iterator[
 def soak(
     call: Callable[[tuple[int, int]], None], sizes: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, float, float]]:
-    """Calls with each size; yields rows of calls so far, resident MB and mean milliseconds since the last row."""
+    """Calls with each size; yields the number of calls, resident MB and mean milliseconds since the last row."""
     began, done = time.perf_counter(), 0
     marks = {1, 50, *np.linspace(0, len(sizes), _ROWS + 1).astype(int)[1:].tolist()}
     for number, size in enumerate(sizes, start=1):
@@ -99,14 +99,14 @@ def main() -> None:
     """Parses the options, runs, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="model file")
-    parser.add_argument("--backend", help="backend of the model (default: that of the file)")
-    parser.add_argument("--train", action="store_true", help="training steps instead of inference")
+    parser.add_argument("--backend", help="backend of the model (default: the file's default backend)")
+    parser.add_argument("--train", action="store_true", help="run training steps instead of inference")
     parser.add_argument("--shapes", type=int, default=2000, help="number of calls (default: 2000)")
     parser.add_argument("--sides", default="32,512", help="smallest and largest padded side, px (default: 32,512)")
     parser.add_argument("--options", default="{}", help="options of the backend as JSON")
     given = parser.parse_args()
     if given.train == (given.model is not None):
-        parser.error("name a model, or give --train")
+        parser.error("pass a model, or --train")
     low, high = (int(side) for side in given.sides.split(","))
     with report_errors():
         call = _training() if given.train else _inference(given.model, given.backend, json.loads(given.options))

@@ -128,7 +128,7 @@ def _profiles(path: Path, detector: Detector, feeds: dict[str, np.ndarray], repe
         return _onnxruntime_profiles(path, feeds, repeat, detector.backend.session.get_providers())
     if detector.backend.name == "OpenVINO":
         return _openvino_profiles(detector, feeds, repeat)
-    raise UserError(f"{path}: {detector.backend.name} has no profile", "an ONNX file or an engine", "name one of those")
+    raise UserError(f"{path}: {detector.backend.name} has no profile", "an ONNX file or an engine", "pass one of these")
 
 
 def _onnxruntime_profiles(

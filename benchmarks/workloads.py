@@ -42,8 +42,8 @@ _RESNET50 = "maskrcnn_resnet50_fpn"
 _CLASSES = 91  # COCO's, with background
 _RANDOM_WEIGHTS = (
     "random weights: detections are compared; an AP would be meaningless",
-    "random weights score neighbouring boxes alike, and half precision keeps others of them: only the AP of a trained "
-    "model shows the cost in accuracy",
+    "random weights give neighbouring boxes similar scores, and half precision keeps other boxes: only the AP of a "
+    "trained model shows the cost in accuracy",
 )
 # The second file of an engine. It is moved first: an .xml without its .bin would be incomplete.
 _SECOND_FILES = {
@@ -136,12 +136,12 @@ def _known_split(
         return (data, find_split(data, split or "val"), None), ""
     path = artefacts.checkpoint.with_name(runs.CONFIG) if artefacts.checkpoint else None
     if path is None or not path.is_file():
-        return None, "no AP: no dataset is known for these files; name one with --data"
+        return None, "no AP: no dataset is known for these files; pass one with --data"
     config = json.loads(path.read_text(encoding="utf-8"))
     place = Path(config.get("val_data") or config["data"])  # older runs lack some of these
     images = config.get("val_images" if config.get("val_data") else "images")
     if not place.exists():
-        return None, f"no AP: the run's dataset {place} does not exist; name one with --data"
+        return None, f"no AP: the run's dataset {place} does not exist; pass one with --data"
     return (place, config["val_split"], Path(images) if images else None), ""
 
 

@@ -1,6 +1,6 @@
-"""PyTorch → ONNX, and passes over the ONNX graph. Only files pass from here to `maskrcnn.runtime`.
+"""PyTorch → ONNX, and passes over the ONNX graph. It passes only files to `maskrcnn.runtime`.
 
-The package itself can be called: `maskrcnn.export(...)` is `maskrcnn.api.export.export`, the command `maskrcnn export`.
+The package itself is callable: `maskrcnn.export(...)` is `maskrcnn.api.export.export`, the command `maskrcnn export`.
 """
 
 from __future__ import annotations

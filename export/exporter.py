@@ -1,6 +1,6 @@
 """Export of a PyTorch model to one ONNX file that every runtime can run.
 
-The model is traced once and never edited. The file holds nodes of the custom ops together with their ONNX functions,
+The model is traced once and never edited. The file contains the custom op nodes together with their ONNX functions,
 and is compared with PyTorch before it is kept.
 """
 
@@ -49,7 +49,7 @@ _FORBIDDEN_OPS = frozenset(
 
 
 class _WithStages(nn.Module):
-    """The model with its outputs in the order of `OUTPUTS`, then the intermediate tensors, which so get names."""
+    """The model with its outputs in the order of `OUTPUTS`, then the intermediate tensors, which gives them names."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def export_onnx(
     """Exports a model to ONNX and returns the difference between the file and PyTorch.
 
     Batch size, height and width stay dynamic. The comparison uses batch sizes and shapes other than the traced ones,
-    among them an image without detections. If nothing is detected on any, the stages before are compared.
+    among them an image without detections. If nothing is detected in any image, the preceding stages are compared.
 
     Args:
         model: detector of this package; it is not changed.
         output: path of the file to write; nothing is left there on failure.
         source: checkpoint of the model, whose hash is recorded in the file.
         opset: ONNX opset version, 20 or newer (default: 20).
-        assumed: fields of the model that imported weights did not state; recorded in the file.
+        assumed: fields of the model that imported weights do not state; recorded in the file.
         max_unmatched: share of the detections, 0 to 1, that may lack a partner or differ by more than the tolerance.
 
     Raises:
@@ -134,7 +134,7 @@ def _check_versions(opset: int) -> None:
 
 
 def _check_weights(model: MaskRCNN) -> None:
-    """Rejects NaN and infinity: without detections in any runtime, the comparison with PyTorch would pass."""
+    """Rejects NaN and infinity: no runtime would detect anything, so the comparison with PyTorch would pass."""
     if not model.config.class_names:
         raise UserError("a model without classes", "at least one class", "set class_names in its configuration")
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
@@ -235,17 +235,17 @@ def _live_rows_node(boxes: Any, labels: Any, counts: Any) -> Any:
 
 
 def _integer_division(dividend: Any, divisor: Any, rounding_mode: Any = None) -> Any:
-    """Division of indices, which are not negative, so that rounding down and ONNX's rounding towards zero agree.
+    """Division of non-negative indices, for which rounding down and ONNX's rounding towards zero agree.
 
-    PyTorch's own translation divides in single precision and rounds down: with a compiler that multiplies by a rounded
-    reciprocal instead, quotients of whole numbers come out one too small.
+    PyTorch's own translation divides in single precision and rounds down: a compiler that multiplies by a rounded
+    reciprocal instead makes integer quotients one too small.
     """
     assert rounding_mode == "floor" and dividend.dtype.is_integer(), "the model divides integers only, rounding down"
     return onnxscript.opset20.Div(dividend, divisor)
 
 
 def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
-    """Adds the functions of the custom ops that occur in the graph, and sets the versions that it needs."""
+    """Adds the functions of the custom ops in the graph, and sets the required versions."""
     opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
     used, levels = set(op_counts(proto)), len(config.strides_px)
     for function in (
@@ -258,7 +258,7 @@ def _add_functions(proto: onnx.ModelProto, config: ModelConfig) -> None:
             proto.functions.append(function)
     if not any(entry.domain == contract.DOMAIN for entry in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid(contract.DOMAIN, contract.VERSION))
-    # The lowest that the opset needs, so that older runtimes read the file; PyTorch writes its own constant.
+    # The lowest IR version that the opset allows, so that older runtimes read the file; PyTorch writes a fixed one.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
 
 

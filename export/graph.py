@@ -117,12 +117,12 @@ def set_metadata(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
     onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
 
 
-# Shape letters of the contract that no input has, with the attribute that sets each (of a list, its first element).
+# Shape letters of the contract that occur in no input, with the attribute that sets each (a list: its first element).
 _LENGTHS_BY_ATTRIBUTE = (("S", "output_size"), ("S", "pooled_shape"), ("M", "max_output"))
 
 
 def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a copy with inferred types and shapes, the outputs of the custom ops included.
+    """Returns a copy with inferred types and shapes, including the outputs of the custom ops.
 
     Without the functions ONNX cannot infer the custom ops' shapes; they are taken from the contract.
     """
@@ -135,7 +135,7 @@ def with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def tensor_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto.Tensor]:
-    """Returns type and shape of every tensor for which the graph records them, initializers included."""
+    """Returns type and shape of every tensor for which the graph records them, including initializers."""
     known = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
     for tensor in graph.initializer:
         known[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims)).tensor_type

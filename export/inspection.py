@@ -28,7 +28,7 @@ from maskrcnn.runtime.backends.placement import Placement, placements
 from maskrcnn.runtime.engine_files import read_metadata
 from maskrcnn.stages import LEVELS
 
-_DEFAULT_IMAGE_HW = (480, 640)  # a common image size; the default input size is what it is resized and padded to
+_DEFAULT_IMAGE_HW = (480, 640)  # a common image size; resized and padded, it gives the default input size
 _MAX_SHOWN_OPERATORS = 12
 # Number formats by the names that ONNX, OpenVINO, safetensors and NumPy use.
 _PRECISIONS = {
@@ -81,7 +81,7 @@ class Inspection:
     computing: dict[str, dict[str, int]] = field(default_factory=dict)  # precision → convolutions, matrix products
     results: dict[str, int] = field(default_factory=dict)  # output type → nodes
     costs: _Costs | None = None
-    remarks: tuple[str, ...] = ()  # what could not be determined, and why
+    remarks: tuple[str, ...] = ()  # information that could not be determined, and why
     placements: list[Placement] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     except Exception as error:  # protobuf's decode error has no stable base class
         raise not_ours(path, f"not an ONNX file ({error})") from error
     if not proto.ir_version:  # protobuf reads an empty file as a message without fields
-        raise not_ours(path, "not an ONNX file: it states no version")
+        raise not_ours(path, "not an ONNX file: no IR version")
     text = {entry.key: entry.value for entry in proto.metadata_props}.get(KEY)
     metadata = None if text is None else ModelMetadata.from_json(text, path)
     preprocessing = metadata.preprocessing if metadata else Preprocessing()
@@ -181,7 +181,7 @@ def _inspect_onnx(path: Path, size_hw: tuple[int, int] | None, *, with_placement
     try:
         costs = costs_of(proto, size_hw)
     except ModuleNotFoundError:
-        remarks = ("cost of one image: not counted, which needs `pip install onnxscript`",)
+        remarks = ("cost of one image: not counted; this requires `pip install onnxscript`",)
     return Inspection(
         path=path,
         kind=f"ONNX IR {proto.ir_version}, opset {opset}{_oldest_runtime(proto, opset)}"
@@ -263,7 +263,7 @@ def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> _Costs | None:
     operations are not counted, as is usual.
 
     Args:
-        proto: model with the input `images`, exported by this package or not; it is not changed.
+        proto: model with the input `images`, from this package or another source; it is not changed.
         size_hw: height and width of the input in pixels, after resizing and padding.
 
     Returns:
@@ -289,7 +289,7 @@ def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> _Costs | None:
 
 
 def stages_by_node(proto: onnx.ModelProto) -> list[str]:
-    """Returns the name of the stage that each node belongs to; "whole model" if the graph does not name its stages."""
+    """Returns the stage name of each node; "whole model" if the graph does not name its stages."""
     producers = Graph(proto).producers
     if not any(level in producers for level in LEVELS):
         return ["whole model"] * len(proto.graph.node)
@@ -430,7 +430,7 @@ def _port_text(layer: ElementTree.Element) -> str:
 
 
 def _inspect_tensorrt(path: Path) -> Inspection:
-    """A TensorRT engine, from the metadata file beside it; only TensorRT can read the engine itself."""
+    """A TensorRT engine, from its metadata file; only TensorRT can read the engine itself."""
     metadata = read_metadata(path)
     inputs, outputs = detector_specs(metadata)
     return Inspection(
@@ -492,7 +492,7 @@ def _provenance(metadata: ModelMetadata) -> list[str]:
 
 
 def _inside(metadata: ModelMetadata) -> list[str]:
-    """Settings inside the graph, if recorded, and which of the model's were assumed."""
+    """Settings inside the graph, if recorded, and the model settings that were assumed."""
     if not metadata.anchor_sizes_px:
         return []
     sizes, ratios = (
@@ -503,7 +503,7 @@ def _inside(metadata: ModelMetadata) -> list[str]:
         f"anchors: {sizes} px, ratios {ratios}; score threshold {metadata.score_threshold:g}, "
         f"NMS IoU {metadata.nms_iou:g}"
     ]
-    return lines + ([f"assumed, the weights did not state: {', '.join(metadata.assumed)}"] if metadata.assumed else [])
+    return lines + ([f"assumed (not stated in the weights): {', '.join(metadata.assumed)}"] if metadata.assumed else [])
 
 
 def _megabytes(size: int) -> str:

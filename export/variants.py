@@ -1,6 +1,6 @@
 """Files derived from an exported ONNX file: in half precision, with 8-bit integers, or for TensorRT's parser.
 
-Except for TensorRT's parser, each is compared with the exported file before it is kept.
+All but the last are compared with the exported file before they are kept.
 """
 
 from __future__ import annotations
@@ -59,26 +59,26 @@ def write_half(
 ) -> tuple[CastReport, Difference]:
     """Writes a half-precision file and compares it with its source.
 
-    Compared are the arithmetic of a device that rounds after every layer, see `simulate_half`, and the file itself in
-    a runtime that supports it.
+    The comparison covers a simulation of a device that rounds after every layer (see `simulate_half`) and the file
+    itself in a runtime that supports it.
 
     Args:
         source: file written by `export_onnx`.
         output: path of the file to write.
         precision: "fp16" or "bf16"; ONNX Runtime has no kernels for bf16, OpenVINO does.
-        images: folder of images; activations near the limit of FP16 on these or on drawn shapes stay in single
+        images: folder of images; activations near the limit of FP16 on these images or on drawn shapes stay in single
             precision.
         limit: maximum number of images from the folder.
         simulate: write the simulation instead, which any runtime runs.
-        max_unmatched: share of the detections that may lack a partner or differ by more than the tolerance, if larger
-            than the tolerance's own.
+        max_unmatched: share of the detections that may lack a partner or differ by more than the tolerance; used if it
+            is larger than the share in the tolerance.
 
     Returns:
         The nodes in half precision, and the difference between the simulation and the source.
 
     Raises:
         UserError: if the source is not a single-precision file of this package, or if the difference exceeds the
-            tolerance; the rejected file is then kept beside `output` as `*.rejected.onnx`.
+            tolerance; the rejected file is then kept next to `output` as `*.rejected.onnx`.
     """
     if precision not in HALF_TYPES:
         raise UserError(f"precision {precision!r}", " or ".join(HALF_TYPES), "pass one of these")
@@ -123,14 +123,14 @@ def write_int8(
         calibration: folder of images that represent the data at inference.
         keep: layers to leave in single precision, see `to_int8`.
         limit: maximum number of images from the folder.
-        for_tensorrt: write and compare the form that `write_tensorrt` needs: symmetric, and what is not in 8 bits in
-            FP16 by the rule of `to_half`.
+        for_tensorrt: write and compare the form that `write_tensorrt` requires: symmetric quantisation, and FP16 for
+            the remaining layers by the rule of `to_half`.
         simulate: write the simulation of that form instead, which any runtime runs.
         max_unmatched: as for `write_half`.
 
     Returns:
-        The quantised nodes, and the difference between the file and the source; with `for_tensorrt` or `simulate`, of
-        the arithmetic of a device that rounds after every layer.
+        The quantised nodes, and the difference between the file and the source; with `for_tensorrt` or `simulate`, the
+        difference of a simulated device that rounds after every layer.
 
     Raises:
         UserError: as for `write_half`, and if the folder has no images.
@@ -160,8 +160,8 @@ def write_tensorrt(source: Path, output: Path, *, aot: bool = False) -> LintRepo
     """Writes a copy for TensorRT's parser, see `tensorrt_flavour`.
 
     Args:
-        source: file of this package in any precision. Write an 8-bit source with `for_tensorrt`; any other is made
-            symmetric here, without a comparison.
+        source: file of this package in any precision. Write an 8-bit source with `for_tensorrt`; any other 8-bit
+            source is made symmetric here, without a comparison.
         output: path of the file to write.
         aot: see `tensorrt_flavour`.
 
@@ -195,20 +195,20 @@ def single_precision(source: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
 def _describe(
     model: onnx.ModelProto, metadata: ModelMetadata, source: Path, precision: str, stamp: dict[str, Any]
 ) -> None:
-    """Records precision, report and the source's hash in the metadata, beside the hash of the checkpoint."""
+    """Records precision, report and the source's hash in the metadata, next to the hash of the checkpoint."""
     stamp = {**metadata.stamp, **stamp, "onnx_sha256": sha256_of(source)}
     set_metadata(model, dataclasses.replace(metadata, precision=precision, stamp=stamp))
 
 
 def with_share(tolerance: Tolerance, max_unmatched: float) -> Tolerance:
-    """A tolerance that accepts at least this share of unmatched detections."""
+    """Returns a tolerance that accepts at least this share of unmatched detections."""
     return dataclasses.replace(tolerance, departing_share=max(tolerance.departing_share, max_unmatched))
 
 
 def unmatched_hint(difference: Difference) -> str:
-    """How to accept a difference that single tied boxes make up; empty if it is of another kind."""
+    """A hint for accepting a difference caused by a few tied boxes; empty for any other difference."""
     share = math.ceil(difference.unmatched_share * 1e4) / 1e4
-    return f"; where single boxes tie, accept them with --max-unmatched {share:g}" if 0 < share < 0.5 else ""
+    return f"; if only a few tied boxes differ, accept them with --max-unmatched {share:g}" if 0 < share < 0.5 else ""
 
 
 def _outputs_of(source: Path, batches: Iterable[_Tensors]) -> list[tuple[_Tensors, _Tensors]]:

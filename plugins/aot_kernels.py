@@ -309,7 +309,7 @@ def _file_name(kernel: Kernel, image: Image) -> str:
 def _compiler(toolchain: Toolchain) -> Nvrtc | Nvcc:
     found = toolchain.nvrtc or toolchain.nvcc
     if found is None:
-        raise UserError("neither NVRTC nor nvcc on this machine", f"one, for {NVRTC.enables}", NVRTC.remedy)
+        raise UserError("neither NVRTC nor nvcc on this machine", f"NVRTC or nvcc, for {NVRTC.enables}", NVRTC.remedy)
     return found
 
 

@@ -177,7 +177,7 @@ def architectures(toolchain: Toolchain, wanted: Sequence[int] = ()) -> tuple[int
         raise UserError(
             f"architecture {', '.join(map(str, unknown))}",
             f"some of {', '.join(map(str, known))}, which {nvcc.path} supports",
-            "choose among these, or install a newer CUDA toolkit",
+            "choose from these, or install a newer CUDA toolkit",
         )
     if wanted:
         return tuple(sorted(set(wanted)))
@@ -279,7 +279,7 @@ def source_files(kind: Library) -> list[Path]:
 def _record(kind: Library, arch: tuple[int, ...], toolchain: Toolchain) -> dict[str, Any]:
     """Everything that the library depends on."""
     if missing := obstacle(kind, toolchain):
-        raise UserError(f"no {missing.what} on this machine", f"one, for {missing.enables}", missing.remedy)
+        raise UserError(f"no {missing.what} on this machine", f"{missing.what}, for {missing.enables}", missing.remedy)
     record = {
         "library": kind.value,
         "architectures": list(arch),
@@ -333,5 +333,5 @@ def _run(command: list[str], output: Path) -> None:
 
 def _nvcc(toolchain: Toolchain) -> Nvcc:
     if toolchain.nvcc is None:
-        raise UserError("no nvcc on this machine", f"one, for {NVCC.enables}", NVCC.remedy)
+        raise UserError("no nvcc on this machine", f"nvcc, for {NVCC.enables}", NVCC.remedy)
     return toolchain.nvcc

@@ -321,6 +321,6 @@ def _kernels_by_nvrtc(arch: int) -> Kernels | None:
         gpu = Gpu(arch)
         gpu.prepare("batched_nms", "keep_kernel")  # shows whether NVRTC and the driver work; every model uses it
     except UserError as error:
-        warnings.warn(f"the GPU's kernels are not used, which is slower: {error}", stacklevel=2)
+        warnings.warn(f"the GPU kernels are not used, so inference is slower: {error}", stacklevel=2)
         return None
     return Kernels(NvrtcLibrary(gpu.launch, gpu.error_string), origin=str(gpu))

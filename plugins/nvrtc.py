@@ -277,7 +277,7 @@ def _loaded(code: bytes, symbol: str) -> Any:
         status, kernel = driver.cuLibraryGetKernel(library, symbol.encode())
     if int(status):
         raise UserError(
-            f"the CUDA driver does not load a kernel that NVRTC has compiled ({status.name})",
+            f"the CUDA driver does not load a kernel compiled by NVRTC ({status.name})",
             "a driver of CUDA 12 or newer that supports the GPU and NVRTC's version",
             "update the driver, or set MASKRCNN_KERNELS=off",
         )

@@ -103,7 +103,7 @@ def detect_blocks(
             raise cause from error
         raise UserError(
             f"the run on Ray failed ({type(error).__name__}: {reason_of(error)[:2000]})",
-            "nodes that can import maskrcnn and read the images, and an output that they can write",
+            "nodes that can import maskrcnn, read the images and write the output",
             "see the logs of Ray (/tmp/ray/session_latest/logs on each node)",
         ) from error
 
@@ -217,9 +217,9 @@ def _check_resources(ray: Any, pool: Pool) -> None:
     for name, needed in (("CPU", pool.cpus * pool.least), ("GPU", pool.gpus * pool.least)):
         if needed > total.get(name, 0):
             raise UserError(
-                f"{pool.least} actors that need {needed:g} {name}s of a cluster with {total.get(name, 0):g}",
-                "a cluster with room for all of them",
-                "use fewer with --actors, or less for each with --actor-cpus and --actor-gpus",
+                f"{pool.least} actors need {needed:g} {name}s; the cluster has {total.get(name, 0):g}",
+                "enough resources for all actors",
+                "use fewer --actors, or lower --actor-cpus and --actor-gpus",
             )
 
 

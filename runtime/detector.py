@@ -127,7 +127,7 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
         raise UserError(
             f"{path}: {kind_of(path)}",
             f"one of {', '.join(BACKENDS)}",
-            "name a checkpoint, an exported model or an engine; "
+            "pass a checkpoint, an exported model or an engine; "
             "for torchvision weights: `maskrcnn export --weights FILE --model NAME --onnx`",
         )
     chosen, _, variant = (backend or kinds[0]).partition(":")
@@ -141,7 +141,7 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
         raise UserError(
             f"a provider for {path} in {chosen}",
             "ONNX Runtime, the only backend with providers",
-            "leave it out, or name an ONNX file and --backend onnxruntime",
+            "omit it, or pass an ONNX file with --backend onnxruntime",
         )
     if chosen == "torch":
         from maskrcnn.runtime.backends.torch import TorchBackend
@@ -182,5 +182,5 @@ def _precision_is_fixed(precision: str, what: str | Path) -> UserError:
     return UserError(
         f"precision {precision} for {what}",
         "a checkpoint in PyTorch; other files have a fixed precision",
-        "leave it out, or make such a file with `maskrcnn export --precision` or `maskrcnn build-engine`",
+        "omit it, or make such a file with `maskrcnn export --precision` or `maskrcnn build-engine`",
     )

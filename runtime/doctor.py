@@ -378,7 +378,7 @@ def engine_finding(path: Path, facts: dict[str, Facts], gpus: Sequence[Gpu]) -> 
             if all(errors) and errors[0] is not None:  # one GPU that runs it is enough
                 raise errors[0]
     except UserError as error:
-        enables = f"running it, which takes {error.expected}"
+        enables = f"running it, which requires {error.expected}"
         return Finding(f"engine {path}", f"{description}: {error.found}", enables, error.fix, is_enough=False)
     return Finding(f"engine {path}", f"{description}: fits this machine{remark}", "inference", "nothing to do")
 
@@ -387,7 +387,7 @@ def _check_openvino(path: Path, stamp: dict[str, Any], openvino: Facts) -> str:
     """Raises unless this machine runs an OpenVINO engine; returns a remark if it was built on another CPU."""
     weights = path.with_suffix(".bin")
     if not weights.is_file():
-        raise UserError(f"no {weights.name} beside it", "both files of an OpenVINO engine", "copy both")
+        raise UserError(f"no {weights.name} next to it", "both files of an OpenVINO engine", "copy both")
     if "version" not in openvino:
         raise UserError("no OpenVINO here", "OpenVINO", "`pip install 'openvino>=2025.3'`")
     device = next((each for each in openvino.get("devices", []) if each.startswith("CPU ")), "")

@@ -119,7 +119,7 @@ def find_engines(places: Iterable[Path]) -> list[Path]:
             raise UserError(f"no file or folder {place}", "engines, or folders with engines", "check the path")
         elif place.suffix not in (".engine", ".xml"):
             raise UserError(
-                f"{place}: not an engine", "a file .engine or .xml", "inspect other files with `maskrcnn inspect`"
+                f"{place}: not an engine", "an .engine or .xml file", "inspect other files with `maskrcnn inspect`"
             )
         else:
             found.append(place)
@@ -160,7 +160,7 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, ModelMetadata]:
     versions = {entry.version for entry in model.opset_import if entry.domain == contract.DOMAIN}
     if not versions <= {contract.VERSION}:
         raise UserError(
-            f"{path}: operators {contract.DOMAIN} of version {', '.join(map(str, versions))}",
+            f"{path}: {contract.DOMAIN} operators of version {', '.join(map(str, versions))}",
             f"version {contract.VERSION}",
             "export the model again with this version of maskrcnn",
         )
@@ -179,7 +179,7 @@ def check_portable(model: onnx.ModelProto, path: Path) -> None:
         raise UserError(
             f"{path}: {', '.join(sorted(bare))} without bodies in standard operators, which only TensorRT can run",
             "a file of `maskrcnn export --onnx` without --tensorrt",
-            "name the file that this one was made from",
+            "pass the file that this one was made from",
         )
 
 

@@ -55,10 +55,10 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.size_px < 1:
-            raise UserError(f"tiles of {self.size_px} px (--tile)", "at least 1 px", "choose such as 1024")
+            raise UserError(f"tiles of {self.size_px} px (--tile)", "at least 1 px", "use a value such as 1024")
         if not 0 <= self.overlap < 1:
             found = f"an overlap of {self.overlap:g} (--overlap)"
-            raise UserError(found, "a share of the tile's side, from 0 to less than 1", "choose such as 0.2")
+            raise UserError(found, "a share of the tile's side, from 0 to less than 1", "use a value such as 0.2")
 
     def check(self, preprocessing: Preprocessing) -> None:
         """Checks that a model can run on tiles of this size.
@@ -70,7 +70,7 @@ class Tiles:
             raise UserError(
                 f"tiles of {self.size_px} px (--tile)",
                 f"at least {preprocessing.divisor} px, the stride of the model's coarsest features",
-                "choose a tile in which objects have the size of those in the training images",
+                "choose a tile size at which objects are about as large as in the training images",
             )
 
     def starts(self, length_px: int) -> list[int]:
@@ -88,7 +88,7 @@ def tiles_of(tile: int | None, overlap: float) -> Tiles | None:
     """
     if tile is None:
         if overlap != Tiles.overlap:
-            raise UserError(f"--overlap {overlap:g} without --tile", "the size of a tile", "add such as --tile 1024")
+            raise UserError(f"--overlap {overlap:g} without --tile", "a tile size", "add --tile, such as --tile 1024")
         return None
     return Tiles(tile, overlap)
 

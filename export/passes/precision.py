@@ -1,11 +1,11 @@
-"""Mixed precision as a graph pass: `Cast` nodes, placed by one rule, so that every runtime computes the same.
+"""Mixed precision as a graph pass: one rule places `Cast` nodes, so that every runtime computes the same.
 
 Convolutions and matrix products compute in half precision (FP16 or BF16), and so do operators whose features are all
 in half precision: addition, multiplication, activations, pooling, resizing, RoIAlign. Everything else stays in single
 precision: normalisation of pixels and of ConvNeXt's features, averages over a map, anchors, box coordinates, scores,
 NMS, RoI coordinates, and the keypoint search in heat maps, which includes matrix products of two computed tensors. A
 node whose weights or activations exceed the range of FP16 stays in single precision too. In a model with 8-bit
-integers, quantisation reads and dequantisation gives half precision, with scales of that type.
+integers, quantisation reads half precision and dequantisation returns it, with scales of that type.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from maskrcnn.plugins import contract
 
 HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-# Operators that start half precision, with the positions of their feature and weight inputs.
+# Operators that introduce half precision, with the positions of their feature and weight inputs.
 COMPUTING = {"Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1)}
-# Operators that continue half precision if all their feature inputs have it; None means every input.
+# Operators that propagate half precision if all their feature inputs have it; None means every input.
 _PASSING: dict[str, tuple[int, ...] | None] = {
     **{"Add": (0, 1), "Concat": None, "Relu": (0,), "MaxPool": (0,), "Resize": (0,)},
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
@@ -101,9 +101,9 @@ def to_half(
 def simulate_half(
     proto: onnx.ModelProto, precision: str = "fp16", *, largest: Mapping[str, float] | None = None
 ) -> onnx.ModelProto:
-    """Returns a copy in single precision that rounds every value which `to_half` computes in half precision.
+    """Returns a copy in single precision that rounds every value that `to_half` computes in half precision.
 
-    It computes what a device with half-precision products and single-precision accumulation does. ONNX Runtime's CPU
+    It simulates a device with half-precision products and single-precision accumulation. ONNX Runtime's CPU
     provider runs consecutive layers of the `to_half` model in single precision, without rounding in between.
 
     Args:
@@ -157,7 +157,7 @@ def _feature_inputs(node: onnx.NodeProto) -> list[str] | None:
 
 
 def candidates(proto: onnx.ModelProto) -> list[str]:
-    """Returns the names of the activations that `to_half` may convert, whose magnitudes `largest` must hold."""
+    """Returns the names of the activations that `to_half` may convert, whose magnitudes `largest` must contain."""
     graph = Graph(proto)
     names: dict[str, None] = {}
     half = _choose(graph, "bf16", {}, CastReport("bf16"))
@@ -195,7 +195,7 @@ def _is_exempt(graph: Graph, node: onnx.NodeProto, precision: str) -> bool:
     if node.op_type == "Sigmoid":  # computes scores or masks, unless it is part of a swish, x · sigmoid(x)
         reader = graph.only_consumer(node.output[0])
         return reader is None or reader.op_type != "Mul" or node.input[0] not in reader.input
-    if node.op_type == "MatMul":  # without a weight it resamples heat maps, whose neighbouring pixels would tie
+    if node.op_type == "MatMul":  # without a weight, it resamples heat maps, whose pixels rounding would make equal
         return not any(_is_weight(graph, name) for name in node.input)
     return precision == "bf16" and node.op_type in _NOT_IN_BF16
 

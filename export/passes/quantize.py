@@ -55,7 +55,7 @@ class QuantizationReport:
     quantized: Counter[str] = field(default_factory=Counter)  # number of nodes by operator
     kept: list[str] = field(default_factory=list)  # names of the layers left out
     images: int = 0  # number of calibration images
-    casts: CastReport | None = None  # if the rest is in half precision
+    casts: CastReport | None = None  # if the other nodes are in half precision
 
     def text(self) -> str:
         """Report of a few lines."""
@@ -105,7 +105,7 @@ def to_int8(
 
 
 def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a copy with int8 activations of zero point 0 and unquantised biases, which TensorRT requires.
+    """Returns a copy with int8 activations with zero point 0 and unquantised biases, as TensorRT requires.
 
     The larger side of an activation's range sets its scale. A model without 8-bit integers is returned unchanged.
     """
@@ -128,9 +128,9 @@ def symmetric(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_half_scales(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Returns a copy whose scales are numbers of FP16, and its weights rounded in steps of these.
+    """Returns a copy whose scales are representable in FP16, and whose weights are rounded with these scales.
 
-    `to_half` can then give the scales that type, as TensorRT requires where values between the integers are in FP16.
+    `to_half` can then store the scales in FP16, as TensorRT requires where values between integer layers are in FP16.
     """
     model: onnx.ModelProto = copy_of(proto)
     graph = Graph(model)
@@ -216,7 +216,7 @@ class _Quantizer:
                 self._activation(name)
 
     def share(self) -> None:
-        """Connects every reader of a quantised activation to the 8-bit tensor, as fusion needs a single output type."""
+        """Connects every reader of a quantised activation to the 8-bit tensor: fusion requires a single output type."""
         for name in self.scales:
             for reader in self.graph.consumers[name]:
                 reader.input[:] = [self.dequantized[name] if each == name else each for each in reader.input]
@@ -263,7 +263,7 @@ class _Quantizer:
         return self.dequantized[name], scale
 
     def _bias(self, name: str, scale: np.ndarray) -> str:
-        """The dequantised tensor of a bias; one per layer and activation, whose scale it depends on."""
+        """The dequantised tensor of a bias; one per layer and activation, as it depends on the activation's scale."""
         bias = self.graph.value(name)
         steps = np.rint(bias.astype(np.float64) / scale)
         if np.abs(steps).max(initial=0) >= 2**31:

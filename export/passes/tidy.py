@@ -32,7 +32,7 @@ def _drop_annotations(graph: onnx.GraphProto) -> None:
 
 
 def _name_weights(graph: onnx.GraphProto) -> None:
-    """Gives weights their names in the checkpoint, except where a node's output has that name already."""
+    """Gives weights their checkpoint names, unless a node's output already has that name."""
     outputs = {name for node in graph.node for name in node.output}  # e.g. "mean", from an average
     names = {tensor.name: _checkpoint_name(tensor.name) for tensor in graph.initializer}
     _rename_constants(graph, {old: new for old, new in names.items() if new not in outputs})
@@ -51,14 +51,14 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Names nodes with a weight after its module; if a module occurs again (RPN head), from the second on with #k."""
+    """Names nodes with a weight after its module; nodes of a repeated module (RPN head) get #k from the second on."""
     weights = {tensor.name for tensor in graph.initializer}
     counts: Counter[str] = Counter()
     biased = {node.input[0]: node.input[1] for node in graph.node if node.op_type == "Add"}
     for node in graph.node:
         if node.op_type in _WEIGHTED_OPS and len(node.input) > 1 and node.input[1] in weights:
             module = node.input[1].removesuffix(".weight")
-            if node.op_type == "MatMul":  # its transposed weight has lost the module's name; the bias has kept it
+            if node.op_type == "MatMul":  # its transposed weight has lost the module's name, but the bias still has it
                 module = biased.get(node.output[0], module).removesuffix(".bias")
             counts[module] += 1
             node.name = module if counts[module] == 1 else f"{module}#{counts[module]}"

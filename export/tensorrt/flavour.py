@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 # "maskrcnn::BatchedNms", which `tensorrt.plugin.register` uses for a Python plugin.
 PLUGIN_NAMESPACE = contract.DOMAIN
 PLUGIN_VERSION = str(contract.VERSION)
-PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # of a node, in addition to the contract's
+PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # node attributes in addition to the contract's
 
 _GRID_SAMPLE_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}  # opset 20 name → name before opset 20
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-_DESIGN_CELLS = 25 * 42  # of 32 × 32 px in an image of 800×1344, for which TopK is grouped
+_DESIGN_CELLS = 25 * 42  # cells of 32 × 32 px in an image of 800×1344, the design size of the TopK groups
 _MIN_GROUPS = 3
-_LOWEST = -65504.0  # of half precision; below every score and every logit that matters
+_LOWEST = -65504.0  # minimum of half precision, below every relevant score and logit
 
 
 def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.ModelProto:
@@ -40,8 +40,8 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
 
     The functions are removed and the custom nodes name their plugins. `LiveRows`, an optimisation for runtimes with
     data-dependent shapes, is replaced by its inputs. `Clip` of integers becomes `Min` and `Max`; TensorRT 10 and 11
-    accept 64-bit integers in all other operators that the exporter writes. `TopK` over a long axis becomes one over
-    groups of it and one over their results. Constants are folded. Names of tensors and metadata are unchanged.
+    accept 64-bit integers in all other operators that the exporter writes. `TopK` over a long axis becomes a `TopK`
+    per group and one over the group results. Constants are folded. Names of tensors and metadata are unchanged.
 
     Args:
         proto: file of this package; it is not changed.
@@ -50,7 +50,7 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
             plugins ignore the attribute.
 
     Raises:
-        UserError: if the model has functions that are not in the contract, for which there are no plugins.
+        UserError: if the model has functions that are not in the contract and therefore have no plugins.
     """
     foreign = sorted({function.name for function in proto.functions} - contract.OPS.keys())
     if foreign:
@@ -78,7 +78,7 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
 
 
 def take_all_rows(graph: onnx.GraphProto) -> None:
-    """Replaces `LiveRows` by its inputs, and its number of rows in all shapes by theirs, in place."""
+    """Replaces `LiveRows` with its inputs, and its number of rows in all shapes with that of the inputs, in place."""
     known = tensor_types(graph)
     for node in [n for n in graph.node if n.op_type == contract.LIVE_ROWS.name and n.domain == contract.DOMAIN]:
         boxes, live_boxes = known.get(node.input[0]), known.get(node.output[0])
@@ -105,7 +105,7 @@ def _set_length(graph: onnx.GraphProto, symbol: str, length: int) -> None:
 
 
 def _without_integer_clip(node: onnx.NodeProto, known: dict[str, onnx.TypeProto.Tensor]) -> Iterator[onnx.NodeProto]:
-    """The node, or for a `Clip` of integers `Max` with the lower and `Min` with the upper bound."""
+    """Yields the node, or for an integer `Clip` a `Max` with the lower bound and a `Min` with the upper bound."""
     kind = known.get(node.input[0]) if node.op_type == "Clip" and not node.domain else None
     if kind is None or kind.elem_type not in _INTEGERS:
         yield node
@@ -126,15 +126,15 @@ def _topk_in_groups(
     known: dict[str, onnx.TypeProto.Tensor],
     constants: dict[str, onnx.TensorProto | onnx.AttributeProto],
 ) -> Iterator[onnx.NodeProto]:
-    """The node, or for a `TopK` over a long axis of `[N, L]` a `TopK` in each of G groups and one over their results.
+    """Yields the node, or for a `TopK` over a long axis of `[N, L]` a `TopK` per group (G groups) and a final one.
 
-    The result is the same, equal values in the order of their indices included: the groups are consecutive pieces of
-    the axis. TensorRT walks the axis of a `TopK` serially (about 51 µs for 24,000 elements, ultralytics#25666), so the
+    The result is the same, including the order of equal values by index: the groups are consecutive parts of the
+    axis. TensorRT processes the axis of a `TopK` serially (about 51 µs for 24,000 elements, ultralytics#25666), so the
     time falls from L to L / G + G · K, which is smallest for G = √(L / K).
     """
     kind = known.get(node.input[0]) if node.op_type == "TopK" else None
     constant = constants.get(node.input[1]) if kind is not None else None
-    is_joined = node.input[0] == f"{node.output[0]}_all_best"  # of a flavour: the second step
+    is_joined = node.input[0] == f"{node.output[0]}_all_best"  # already split: the second step
     if kind is None or constant is None or len(kind.shape.dim) != 2 or is_joined:
         yield node
         return
@@ -168,7 +168,7 @@ def _topk_in_groups(
         "column": [groups, 1],
     }.items():
         yield given(name, values)
-    # Groups of equal length, of at least K elements, the last one padded.
+    # Groups of equal length with at least K elements; the last one is padded.
     yield step("Shape", [node.input[0]], "length", start=1, end=2)
     yield step("Add", own("length", "rounding"), "rounded")
     yield step("Div", own("rounded", "groups"), "share")
@@ -180,7 +180,7 @@ def _topk_in_groups(
     yield step("Concat", own("as_before", "size"), "shape", axis=0)
     yield step("Reshape", own("padded", "shape"), "grouped")
     yield step("TopK", own("grouped", "k"), "best", "place", axis=-1)
-    # Indices in the group to indices in the axis.
+    # Convert indices in the group to indices along the axis.
     yield step("Mul", own("numbers", "size"), "first_in_row")
     yield step("Reshape", own("first_in_row", "column"), "first")
     yield step("Add", own("place", "first"), "index")
@@ -196,12 +196,12 @@ def _design_length(dim: onnx.TensorShapeProto.Dimension) -> int:
     """The length of an axis in an image of 800×1344: a number, or the leading term of the exporter's expression."""
     if not dim.dim_param:
         return dim.dim_value
-    term = re.match(r"(\d+)\*\w+\*\w+\b", dim.dim_param)  # so many elements in each cell of 32 × 32 px
+    term = re.match(r"(\d+)\*\w+\*\w+\b", dim.dim_param)  # number of elements per cell of 32 × 32 px
     return int(term[1]) * _DESIGN_CELLS if term else 0
 
 
 def _without_batched_nms(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """The node, or for `BatchedNms` the nodes `BatchedNmsKeep` and `BatchedNmsCompact`."""
+    """Yields the node, or for `BatchedNms` the nodes `BatchedNmsKeep` and `BatchedNmsCompact`."""
     if node.domain != contract.DOMAIN or node.op_type != contract.BATCHED_NMS.name:
         yield node
         return
@@ -226,7 +226,7 @@ def _rename_modes(graph: onnx.GraphProto) -> None:
 
 
 def _name_plugins(graph: onnx.GraphProto, *, aot: bool) -> None:
-    """Adds the attributes that name the plugin to each custom node; the domain stays, for ONNX's tools."""
+    """Adds the attributes that name the plugin to each custom node; the domain is kept for ONNX tools."""
     added = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION, **({"aot": 1} if aot else {})}
     for node in graph.node:
         if node.domain == contract.DOMAIN:
@@ -263,7 +263,7 @@ def _drop_empty_pads(graph: onnx_ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-# Kernels of the ahead-of-time plugins. Compiling them before TensorRT does gives a readable error message, and shows
+# Kernels of the ahead-of-time plugins. Compiling them before TensorRT does gives readable error messages, and checks
 # without TensorRT that they compile.
 
 _DTYPES: dict[int, str] = {

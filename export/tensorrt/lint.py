@@ -47,7 +47,7 @@ class LintReport:
     """All findings of one file."""
 
     findings: tuple[Finding, ...]
-    nodes: int  # number of checked nodes, those of subgraphs and functions included
+    nodes: int  # number of checked nodes, including those in subgraphs and functions
 
     @property
     def errors(self) -> list[Finding]:
@@ -85,10 +85,10 @@ class LintReport:
 
 
 def lint(proto: onnx.ModelProto) -> LintReport:
-    """Checks every node, those of subgraphs and functions included.
+    """Checks every node, including those in subgraphs and functions.
 
     Args:
-        proto: model with at least its small constants in the file; it is not changed. For a file of this package pass
+        proto: model with at least its small constants in the file; it is not changed. For a file of this package, pass
             its `tensorrt_flavour`.
 
     Raises:
@@ -110,7 +110,7 @@ def _file_findings(proto: onnx.ModelProto) -> Iterator[Finding]:
         why = f"opset {version} is {'documented for TensorRT 10.15, not for 10.1' if newer else 'not documented'}"
         yield _file_warning("opset", why, "export with opset 20", operators.MATRIX)
     for function in proto.functions:
-        why = "a function of the file; some versions of the parser expand it even if a plugin has its name"
+        why = "a function in the file; some versions of the parser expand it even if a plugin has its name"
         remedy = "use the flavour without functions: maskrcnn.export.tensorrt.flavour.tensorrt_flavour"
         if function.name not in contract.OPS:
             remedy = "inline it: onnx.inliner.inline_local_functions"

@@ -21,14 +21,14 @@ _SIZED_BY_VALUES = (*DATA_DEPENDENT, "Unique", "Compress")
 
 
 class Origin(IntEnum):
-    """What a tensor's value depends on; a later member includes the earlier ones."""
+    """Dependencies of a tensor's value; each member includes the earlier ones."""
 
     GIVEN = 0  # nothing: an initializer or a Constant node
     COMPUTED = 1  # constants only
     SHAPE = 2  # shapes of the model's inputs
     SHAPE_OF_DATA = 3  # the shape of a tensor whose size depends on values
-    INPUT = 4  # an integer input of the model, through arithmetic that the host can do
-    DATA = 5  # results of the GPU
+    INPUT = 4  # an integer input of the model, through arithmetic that runs on the host
+    DATA = 5  # values computed on the GPU
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph and the tensors visible in it, those of enclosing graphs included."""
+    """A graph and the tensors visible in it, including those of enclosing graphs."""
 
     graph: onnx.GraphProto
     path: str  # of the subgraph; "" for the main graph
@@ -177,7 +177,7 @@ def _typed_inputs(node: onnx.NodeProto) -> tuple[int, ...]:
     listed: tuple[int, ...] | None = table.TYPED_INPUTS.get(node.op_type)
     if listed is not None:
         return listed
-    if not onnx.defs.has(node.op_type):  # only the parser has it
+    if not onnx.defs.has(node.op_type):  # known only to the parser
         return (0,)
     schema = onnx.defs.get_schema(node.op_type)
     variables = [p.type_str for p in schema.inputs]
@@ -287,7 +287,7 @@ def _operator_rules(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
 
 
 def _floor(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
-    """Whole numbers divided in floating point: a rounded reciprocal gives quotients that are one too small."""
+    """Integers divided in floating point: a rounded reciprocal can make quotients one too small."""
     producers = {name: other for other in scope.graph.node for name in other.output}
     division = producers.get(node.input[0])
     if division is None or division.op_type != "Div":
@@ -391,7 +391,7 @@ def _plugin_problems(node: onnx.NodeProto, scope: Scope) -> Iterator[Problem]:
     values = _attribute_values(node)
     yield from _contract_attributes(op, values)
     if values.get("aot") and op.name not in contract.AOT_OPS:
-        why = "aot = 1, but no ahead-of-time plugin, which can only have one kernel"
+        why = "aot = 1, but the op has no ahead-of-time plugin, which can only have one kernel"
         yield Problem(why, f"{flavour}(…, aot=True)", table.CONTRACT)
     namespace = values.get("plugin_namespace", b"")
     if namespace != PLUGIN_NAMESPACE.encode():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OLDEST = (10, 9)  # the first version with ahead-of-time Python plugins; engines need at least this one
+OLDEST = (10, 9)  # the first version with ahead-of-time Python plugins, which engines require
 OPSETS = range(9, 25)  # support matrices of 10.15 and 11.0; the matrix of 10.1 ends at opset 20
 OPSETS_EVERYWHERE = range(9, 21)
 

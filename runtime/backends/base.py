@@ -94,7 +94,7 @@ class Backend(ABC):
             raise UserError(
                 f"a model loaded in process {self._process} and used in process {os.getpid()}, forked from it",
                 "a model loaded by the process that uses it; the threads of runtimes do not survive a fork",
-                'load it after the fork (gunicorn: without --preload), or start processes by "spawn"',
+                'load it after the fork (gunicorn: without --preload), or start processes with "spawn"',
             )
 
     @abstractmethod
@@ -140,7 +140,7 @@ class Backend(ABC):
         if not accepts_gpu and any(is_on_device(value) for value in feeds.values()):
             raise UserError(
                 "arrays on a GPU",
-                f"arrays of the host: {self.name} does not run on the GPU here, or cannot read its arrays",
+                f"arrays in host memory: {self.name} does not run on the GPU here, or cannot read its arrays",
                 "copy them to the host first, or load the model on the GPU; see docs/gpu.md",
             )
         divisor = self.metadata.preprocessing.divisor

@@ -101,7 +101,7 @@ class TorchBackend(Backend):
             raise UserError(
                 f"a checkpoint to load in process {os.getpid()}, forked from process {first}, which loaded one before",
                 "a process without a fork since PyTorch started its threads, which do not survive it",
-                'start processes by "spawn", load the first model after the fork, or set OMP_NUM_THREADS=1',
+                'start processes with "spawn", load the first model after the fork, or set OMP_NUM_THREADS=1',
             )
         _first_process = first
         return cls(load_checkpoint(path), source=path, **options)

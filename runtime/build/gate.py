@@ -144,7 +144,7 @@ def gate(engine: Backend, request: BuildRequest, profiles: Sequence[Profile], pr
     if not difference.detections:
         progress.message(
             f"no detection in the {difference.images} images compared: boxes, scores and masks of the engine are not "
-            "proven; compare on images with objects: --gate-images DIR"
+            "verified; compare on images with objects: --gate-images DIR"
         )
     return Comparison(
         difference=difference,

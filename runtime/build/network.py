@@ -272,7 +272,7 @@ def run_stoppable(work: Callable[[threading.Event], _Result]) -> _Result:
     if was_interrupted:
         raise UserError(
             "a build that was stopped by Ctrl-C",
-            "a build of several minutes; --optimization-level 0 to 2 builds faster",
+            "a build that completes, in several minutes; --optimization-level 0 to 2 builds faster",
             "run it again: the measurements so far are in the timing cache",
         ) from (errors[0] if errors else None)
     if errors:

@@ -37,7 +37,7 @@ class Span:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"{[*astuple(self)]} is no range: 1 ≤ MIN ≤ OPT ≤ MAX")
+            raise ValueError(f"{[*astuple(self)]} is not a range: 1 ≤ MIN ≤ OPT ≤ MAX")
 
     @property
     def is_fixed(self) -> bool:
@@ -100,7 +100,7 @@ def parse_profiles(batch: str, size: str, preprocessing: Preprocessing) -> list[
     profiles = list(dict.fromkeys(Profile(b, *hw) for hw, b in itertools.product(sizes, batches)))
     if len(profiles) > _MAX_PROFILES:
         found = f"--batch {batch} with --size {size}: {len(profiles)} profiles"
-        raise UserError(found, f"at most {_MAX_PROFILES}", "use a range, as --batch 1:4:8, or build several engines")
+        raise UserError(found, f"at most {_MAX_PROFILES}", "use a range such as --batch 1:4:8, or several engines")
     return profiles
 
 
@@ -168,7 +168,7 @@ def padded_shape(
 def _outside(profiles: Sequence[Profile], shape: tuple[int, int, int], rebuild: str) -> UserError:
     batch, height, width = shape
     return UserError(
-        f"a batch of {batch} of {height}×{width} for an engine with other profiles",
+        f"a batch of {batch} image(s) of {height}×{width}, outside the profiles of the engine",
         "; ".join(map(str, profiles)) or "no profile",
         "use another batch size or image size, or build an engine for this one: --batch and --size of "
         f"`{rebuild or 'maskrcnn build-engine'}`",

@@ -58,7 +58,7 @@ def refit_tensorrt_engine(engine: Path, request: BuildRequest, progress: Progres
     stamp["onnx_sha256"] = source
     if stamp["plugins"] == PluginForm.LIBRARY.value:
         load_plugins(trt, PluginForm.LIBRARY, arch=gpu.arch)
-    with progress.task("putting the weights in"):
+    with progress.task("adding the weights"):
         plan = refit_plan(
             trt,
             engine.read_bytes(),
@@ -165,13 +165,13 @@ def check_refittable(engine: Path, model: Path) -> ModelMetadata:
         raise UserError(
             f"{model}: {source.model} of {len(source.class_names)} classes",
             f"{metadata.model} of {len(metadata.class_names)} classes, as {engine}",
-            "name an export of the same model, or build an engine from this one",
+            "pass an export of the same model, or build an engine from this one",
         )
     is_same = metadata.stamp.get("onnx_sha256") == sha256_of(model)
     if weights == Weights.STRIPPED.value and not is_same:
         raise UserError(
-            f"{model}, with other weights than {engine} was built from",
+            f"{model}, whose weights differ from those that {engine} was built from",
             "the ONNX file of the engine, as a stripped engine is correct with its own weights only",
-            "name that file; to replace weights, build with --refit",
+            "pass that file; to replace weights, build with --refit",
         )
     return metadata

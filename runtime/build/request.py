@@ -87,7 +87,7 @@ class BuildRequest:
             raise UserError(found, "the folder of the annotated images", "add --gate-images FOLDER")
         if self.version_compatible and self.plugins is PluginForm.AOT:
             found = "--version-compatible with ahead-of-time plugins, which other versions of TensorRT may not run"
-            raise UserError(found, "--plugin-library with it", "add --plugin-library, or drop --version-compatible")
+            raise UserError(found, "--plugin-library as well", "add --plugin-library, or drop --version-compatible")
 
     @property
     def compared_images(self) -> str:
@@ -163,7 +163,7 @@ class Comparison:
         return self.difference.within(self.tolerance) and all(loss <= self.max_ap_loss for loss in losses)
 
     def __str__(self) -> str:
-        aps = "".join(f"; {name} {engine:.4f}, of the ONNX file {ref:.4f}" for name, (ref, engine) in self.ap.items())
+        aps = "".join(f"; {name} {engine:.4f}, ONNX file {ref:.4f}" for name, (ref, engine) in self.ap.items())
         return f"{self.difference}{aps}"
 
     def summary(self) -> str:

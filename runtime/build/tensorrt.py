@@ -59,7 +59,7 @@ def build_tensorrt_engine(request: BuildRequest, progress: Progress) -> BuiltEng
         runnable = draft
         if request.weights is Weights.STRIPPED:
             metadata = metadata_with_weights(build.metadata, build.trt)
-            with progress.task("putting the weights back for the comparison"):
+            with progress.task("restoring the weights for the comparison"):
                 complete = refit_plan(
                     build.trt,
                     bytes(plan),
@@ -130,7 +130,7 @@ class _Build:
 
         profiles = self.request.profiles(self.metadata.preprocessing)
         try:
-            with self.progress.task("searching the stage that differs, in an engine with the stages as outputs"):
+            with self.progress.task("locating the stage that differs, using an engine with the stages as outputs"):
                 report = stage_report(engine, open_stages, self.request.model, profiles)
         except UserError as error:
             return f"its stages could not be compared: {error.found}"

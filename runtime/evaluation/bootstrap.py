@@ -114,7 +114,7 @@ def _interval(
     classes, recalls = [_by_class(records) for records in results], results[0].protocol.recall_thresholds
     value = value_of([_resampled_ap(own, np.ones((1, images), np.int32), recalls) for own in classes])[0]
     if not np.isfinite(value):
-        raise UserError("annotations without objects", "at least one object", "name other annotations")
+        raise UserError("annotations without objects", "at least one object", "pass other annotations")
     drawn = []
     for weights in _draws(images, resamples, seed):
         drawn.append(value_of([_resampled_ap(own, weights, recalls) for own in classes]))

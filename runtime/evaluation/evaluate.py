@@ -276,7 +276,7 @@ def score_kinds(
         UserError: for results that lack what a kind needs, and for masks or keypoints that the dataset lacks.
     """
     if "segm" in kinds and not dataset.has_masks:
-        found = f"masks to be scored on {dataset.annotation_path}, which has boxes only"
+        found = f"masks to be scored on {dataset.annotation_path}, which has only boxes"
         raise UserError(found, "annotations with segmentation", "score --iou-type bbox")
     if "keypoints" in kinds and not dataset.has_keypoints:
         found = f"keypoints to be scored on {dataset.annotation_path}, whose categories name none"
@@ -284,7 +284,7 @@ def score_kinds(
     for kind in kinds:
         if results and FIELDS[kind] not in results[0]:
             found = f"--iou-type {kind} and detections without {FIELDS[kind]}"
-            raise UserError(found, f"a model that finds {FIELDS[kind]}", "score what the model finds")
+            raise UserError(found, f"a model that predicts {FIELDS[kind]}", "score only kinds that the model predicts")
     began = time.perf_counter()
     truth = GroundTruth(dataset, sigmas)
     scored = {

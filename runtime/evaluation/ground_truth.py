@@ -117,7 +117,7 @@ class GroundTruth:
         names = self.dataset.keypoint_names
         if self._given_sigmas and names and len(names) != len(self._given_sigmas):
             found, expected = f"{len(names)} keypoints", f"the model's {len(self._given_sigmas)}"
-            raise UserError(f"{self.source}: {found}", expected, "correct the file, or name another one")
+            raise UserError(f"{self.source}: {found}", expected, "correct the file, or pass another one")
         return np.array(self._given_sigmas or sigmas_of(names) or SIGMAS)
 
     @cached_property
@@ -131,7 +131,7 @@ class GroundTruth:
         sigmas = self.sigmas
         if not self.dataset.keypoint_names and len(self):
             found = f"{self.source}: no category with keypoints"
-            raise UserError(found, "a category with keypoint names", "name another annotation file")
+            raise UserError(found, "a category with keypoint names", "pass another annotation file")
         return self.images.keypoints(len(sigmas))
 
     @cached_property

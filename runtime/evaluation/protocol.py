@@ -85,7 +85,7 @@ def protocol_of(kind: str, max_detections: Sequence[int] = ()) -> Protocol:
         return protocol
     if list(limits) != sorted(set(limits)) or limits[0] < 1:
         found = f"limits of detections {', '.join(map(str, limits))}"
-        raise UserError(found, "positive numbers, each larger than the one before", "write such as 1,10,500")
+        raise UserError(found, "positive numbers, each larger than the one before", "use, for example, 1,10,500")
     if kind == "keypoints":
         return replace(protocol, max_detections=limits[-1:])
     recalls = tuple(f"AR_{limit}" for limit in limits)

@@ -117,7 +117,7 @@ def _curves(scored: Scored) -> str:
     largest = np.sort(np.argsort(-objects, kind="stable")[:_MAX_CURVES])  # in the order of the table
     names = scored.truth.category_names
     classes = {f"{names[scores.classes[index]]}": precision[0, :, index] for index in largest.tolist()}
-    few = "" if len(largest) == len(scores.classes) else f", the {_MAX_CURVES} with most objects"
+    few = "" if len(largest) == len(scores.classes) else f", the {_MAX_CURVES} with the most objects"
     plots = (
         line_chart(
             title,
@@ -146,8 +146,8 @@ def _thresholds(scored: Scored) -> str:
     chart = line_chart("all classes", "score threshold", "", points, x_range=(0, 1), y_range=(0, 1.02), markers=False)
     iou = scored.records.protocol.iou_thresholds[0]
     words = (
-        f"Recommended score threshold: <b>{threshold:.2f}</b>, with the best F1 of all classes, {f1:.3f} (precision "
-        f"{precision:.3f}, recall {recall:.3f}, IoU {iou:g})."
+        f"Recommended score threshold: <b>{threshold:.2f}</b>, which gives the best F1 over all classes, {f1:.3f} "
+        f"(precision {precision:.3f}, recall {recall:.3f}, IoU {iou:g})."
     )
     return f"<h3>Score threshold</h3><p>{words}</p>{chart}"
 
@@ -158,13 +158,13 @@ def _confusion(scored: Scored, min_score: float) -> str:
     classes = np.arange(len(names))
     caption = (
         f"IoU {scored.records.protocol.iou_thresholds[0]:g}, score {min_score:g} or more. Rows are annotated classes, "
-        "columns detected ones. The diagonal holds COCO's true positives, the other cells the remaining detections and "
-        "objects."
+        "columns are detected classes. The diagonal holds COCO's true positives, the other cells the "
+        "remaining detections and objects."
     )
     if len(names) > _MAX_CONFUSED:
         wrong = matrix.sum(axis=0)[:-1] + matrix.sum(axis=1)[:-1] - 2 * np.diag(matrix)[:-1]
         classes = np.sort(np.argsort(-wrong, kind="stable")[:_MAX_CONFUSED])
-        caption += f" Only the {_MAX_CONFUSED} classes with most errors."
+        caption += f" Only the {_MAX_CONFUSED} classes with the most errors."
     shown = np.append(classes, len(names))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     rows = []
@@ -206,8 +206,8 @@ def _difference(found: Difference) -> str:
     metrics = "".join(row((name, f"{value:+.4f}")) for name, value in found.metrics.items())
     interval, images = (text(line) for line in found.lines(0)[:2])
     return (
-        f"<h3>Difference to the other result</h3><p>{interval}.</p>{table(('other minus this', ''), [metrics])}"
-        f"<p>{images}; those that differ most:</p>{table(heads, rows)}"
+        f"<h3>Difference from the other result</h3><p>{interval}.</p>{table(('other minus this', ''), [metrics])}"
+        f"<p>{images}; largest differences:</p>{table(heads, rows)}"
     )
 
 
@@ -233,7 +233,7 @@ def _gallery(
     caption = (
         "By ascending AP of the image. Annotations at the left: "
         f"{key('found', _FOUND)}, {key('missed', _MISSED)}, {key('not counted', _IGNORED)}. Detections of score "
-        f"{min_score:g} or more at the right: {key('right', _FOUND)}, {key('wrong', _FALSE)}, "
+        f"{min_score:g} or more at the right: {key('correct', _FOUND)}, {key('wrong', _FALSE)}, "
         f"{key('not counted', _IGNORED)}. At IoU {scored.records.protocol.iou_thresholds[0]:g}."
     )
     parts = [_image(scored, scores, index, image_file, min_score) for index in indices]

@@ -65,12 +65,12 @@ class Results:
         if self.unknown_categories:
             ids = ", ".join(list(self.unknown_categories)[:_MAX_NAMED])
             remarks.append(
-                f"{sum(self.unknown_categories.values())} result(s) of categories that the annotations do not have "
+                f"{sum(self.unknown_categories.values())} result(s) of categories that are not in the annotations "
                 f"({ids}) are not scored"
             )
         if self.kind != "bbox" and self.measured_by == "bbox":
             remarks.append(
-                f"the results have boxes beside {FIELDS[self.kind]}: as in pycocotools, boxes decide on "
+                f"the results have boxes in addition to {FIELDS[self.kind]}: as in pycocotools, box areas determine "
                 "small, medium and large"
             )
         return "; ".join(remarks)
@@ -112,7 +112,7 @@ def checked_results(
     """
 
     def fault(index: int, what: str, expected: str = _FORMAT) -> UserError:
-        return UserError(f"{source}: result {index}: {what}", expected, "correct the file, or name another one")
+        return UserError(f"{source}: result {index}: {what}", expected, "correct the file, or pass another one")
 
     measured_by = _check_fields(entries, kind, measured_by, fault)
     images = _image_indices(truth, entries, source)
@@ -170,7 +170,7 @@ def _check_fields(entries: Sequence[Any], kind: str, measured_by: str | None, fa
     if kind == "bbox" and measured_by != "bbox":
         for index, entry in enumerate(entries):
             if entry.get("bbox", []) != []:
-                raise fault(index, "has a bbox, which the first result has not", "bbox in all results or in none")
+                raise fault(index, "has a bbox, but the first result does not", "bbox in all results or in none")
     return measured_by
 
 
@@ -196,9 +196,9 @@ def _image_indices(truth: GroundTruth, entries: Sequence[dict[str, Any]], source
     if unknown:
         ids = ", ".join(list(unknown)[:_MAX_NAMED])
         raise UserError(
-            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} image(s) that are unknown: image_id {ids}",
+            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} unknown image(s): image_id {ids}",
             f"image ids of {truth.source}, which has {len(truth.images)} image(s)",
-            "name the annotations of the images that the results are of",
+            "pass the annotations of the images in the results",
         )
     return indices
 

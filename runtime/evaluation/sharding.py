@@ -175,12 +175,12 @@ class DetectionsLog:
                 raise UserError(
                     f"{part}: detections of another {word}: {_described(header['names'].get(field), other)}",
                     f"{word} {_described(self._names.get(field), own)}",
-                    "name another file for --resume, or delete this one to start over",
+                    "pass another file to --resume, or delete this one to start over",
                 )
 
 
 def _no_log(part: Path, what: str) -> UserError:
-    return UserError(f"{part}: {what}", "a file that --resume wrote, or a new name", "name another file for --resume")
+    return UserError(f"{part}: {what}", "a file that --resume wrote, or a new name", "pass another file to --resume")
 
 
 def _is_torn_header(line: bytes) -> bool:

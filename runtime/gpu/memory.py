@@ -95,7 +95,7 @@ class Cuda:
         self.index = index
         count = self.call("cudaGetDeviceCount")
         if not 0 <= index < count:
-            raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "name another device")
+            raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "choose another device")
         self.call("cuInit", 0)
         # The context shared by the runtime and all libraries on it. Never released, as the runtime never does.
         self._context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
@@ -162,16 +162,18 @@ class Cuda:
         status = next((kind for kind in kinds if int(kind) == int(status)), kinds.cudaErrorUnknown)
         if status == kinds.cudaErrorMemoryAllocation:
             size = f"{arguments[0] / 1e6:.0f} MB" if name in ("cudaMalloc", "cudaHostAlloc") else "more memory"
-            where = "of pinned host memory" if name == "cudaHostAlloc" else f"on GPU {self.index}"
+            where = "of pinned host memory left" if name == "cudaHostAlloc" else f"left on GPU {self.index}"
             fix = "use smaller batches or images or fewer contexts, or stop other programs on it (`nvidia-smi`)"
-            return UserError(f"no {size} {where} left", "free memory", fix)
+            return UserError(f"no {size} {where}", "free memory", fix)
         if status in (kinds.cudaErrorNoDevice, kinds.cudaErrorInitializationError):
             return UserError(
-                "no GPU that CUDA can use", "an NVIDIA GPU", "run it where there is one; see `maskrcnn doctor`"
+                "no GPU that CUDA can use", "an NVIDIA GPU", "run it on a machine with a GPU; see `maskrcnn doctor`"
             )
         if status == kinds.cudaErrorInsufficientDriver:
             found = "no NVIDIA driver, or one older than the installed CUDA"
-            return UserError(found, "a driver for it", "install a newer driver: https://www.nvidia.com/drivers")
+            return UserError(
+                found, "a driver that supports it", "install a newer driver: https://www.nvidia.com/drivers"
+            )
         text = self.runtime.cudaGetErrorString(status)[1].decode(errors="replace")
         fix = "see CUDA's list of errors"
         if status in (kinds.cudaErrorIllegalAddress, kinds.cudaErrorLaunchFailure):

@@ -144,14 +144,14 @@ def _openvino(path: Path, *, is_native: bool) -> ServedModel:
         raise UserError(
             f"{path}: an engine in single precision, which Triton's OpenVINO backend would run in bfloat16",
             "an engine in half precision or 8-bit integers, or an ONNX file",
-            "run it in our backend with --network python, serve its ONNX file, or build with --fp16",
+            "run it in maskrcnn's backend with --network python, serve its ONNX file, or build with --fp16",
         )
     needs = [f"the CPU that the engine was built for ({stamp.get('cpu', 'unknown')}) or a similar one"]
     if stamp.get("execution") == "bf16":
         needs.append("bfloat16 in the CPU (AVX512-BF16 or AMX)")
     elif is_native:
         needs.append("a CPU without bfloat16, as the one it was built on; for a CPU with it, build the engine there")
-    needs.append(f"an OpenVINO that reads files of {stamp.get('openvino', 'another version').partition('-')[0]}")
+    needs.append(f"OpenVINO able to read files from {stamp.get('openvino', 'another version').partition('-')[0]}")
     files = {"model.xml": path, "model.bin": weights}
     return ServedModel(path=path, metadata=metadata, backend="openvino", files=files, needs=tuple(needs))
 
@@ -163,9 +163,9 @@ def _tensorrt(path: Path, plugin_library: Path | None, *, is_native: bool) -> Se
         raise not_ours(path, f"an engine for {stamp.get('target', 'an unknown target')}")
     if stamp.get("refit") == "stripped":
         raise UserError(
-            f"{path}: an engine without its weights, which Triton would run as it is",
+            f"{path}: an engine without its weights, which Triton would run regardless",
             "an engine with its weights",
-            f"put them in: `maskrcnn refit-engine {path} MODEL.onnx --output NEW.engine`",
+            f"add them: `maskrcnn refit-engine {path} MODEL.onnx --output NEW.engine`",
         )
     profiles = tuple(from_json(str(stamp.get("profiles"))))
     flags, files = [], {"model.plan": path}
@@ -176,8 +176,8 @@ def _tensorrt(path: Path, plugin_library: Path | None, *, is_native: bool) -> Se
         if not is_native:
             raise UserError(
                 f"{path}: an engine that calls the plugin library, with --network python",
-                "an engine with its kernels inside",
-                "build it without --plugin-library, or leave out --network python",
+                "an engine that contains its kernels",
+                "build it without --plugin-library, or omit --network python",
             )
         files |= _libraries(stamp, plugin_library)
         flags.append(f"--backend-config=tensorrt,plugins={{folder}}/{_REGISTERING_LIBRARY}")
@@ -211,9 +211,9 @@ def _libraries(stamp: dict[str, str], given: Path | None) -> dict[str, Path]:
     capability = stamp.get("compute_capability", "").replace(".", "")
     if given is None and stamp.get("plugin_hash") != plugin_hash(PluginForm.LIBRARY):
         raise UserError(
-            f"an engine built with plugins of other sources ({stamp.get('plugin_hash', 'unknown')[:12]}…)",
-            f"the sources here ({plugin_hash(PluginForm.LIBRARY)[:12]}…)",
-            f"rebuild it: `{stamp.get('command', 'maskrcnn build-engine --fp16 --plugin-library')}`, or name its "
+            f"an engine built with plugins from other sources ({stamp.get('plugin_hash', 'unknown')[:12]}…)",
+            f"plugins from the present sources ({plugin_hash(PluginForm.LIBRARY)[:12]}…)",
+            f"rebuild it: `{stamp.get('command', 'maskrcnn build-engine --fp16 --plugin-library')}`, or pass its "
             "library with --plugin-library",
         )
     arch = int(capability) if capability.isdigit() else None
@@ -222,7 +222,7 @@ def _libraries(stamp: dict[str, str], given: Path | None) -> dict[str, Path]:
         raise UserError(
             f"no plugin library {library or 'in the cache'} for compute capability {stamp.get('compute_capability')}",
             f"{Library.PLUGINS.file_name}, which this engine uses",
-            "`maskrcnn build-plugins --form library --arch …`, or name one with --plugin-library",
+            "`maskrcnn build-plugins --form library --arch …`, or pass one with --plugin-library",
         )
     registering = library.with_name(_REGISTERING_LIBRARY)
     if not registering.is_file():

@@ -79,7 +79,7 @@ def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing | None
         from maskrcnn.data.images import decode_image
     except ImportError as error:
         raise UserError(
-            f"image {name} in a format that Pillow reads, and no Pillow on the server",
+            f"image {name} in a format that requires Pillow, and no Pillow on the server",
             "Pillow, or images as PPM or .npy files",
             "`pip install pillow` in the server's image (docs/serving.md), or send PPM or .npy",
         ) from error
@@ -97,7 +97,7 @@ def _from_npy(data: bytes, name: str) -> np.ndarray:
             raise ValueError(f"{dtype} {list(shape)}{' in Fortran order' if is_fortran else ''}")
         return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
     except (ValueError, KeyError) as error:
-        raise UserError(f"image {name} is no .npy file of an image ({error})", _FORMATS, "send one of these") from error
+        raise UserError(f"image {name} is not an .npy image ({error})", _FORMATS, "send one of these") from error
 
 
 def _from_ppm(data: bytes, name: str) -> np.ndarray:

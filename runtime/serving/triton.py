@@ -161,7 +161,7 @@ def _check_names(names: Sequence[str]) -> None:
     invalid = sorted(name for name in names if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name))
     if repeated or invalid:
         found = f"two models named {repeated[0]}" if repeated else f"a model named {invalid[0]!r}"
-        raise UserError(found, "a unique name for each, of letters, digits, -, _ and .", "choose one with --name")
+        raise UserError(found, "a unique name for each, made of letters, digits, -, _ and .", "choose one with --name")
 
 
 def _check_folder(out: Path) -> None:
@@ -171,7 +171,7 @@ def _check_folder(out: Path) -> None:
         raise UserError(
             f"{out}: the folder of one model ({_CONFIG} or versions in it)",
             "the folder that holds models",
-            f"name the folder above it: {out.parent}",
+            f"pass the parent folder: {out.parent}",
         )
 
 
@@ -190,7 +190,7 @@ def _check_config(folder: Path, model: _RepositoryModel, *, keep_config: bool) -
     present_line = next((line for line in present if line not in new), "other lines").strip()
     new_line = next((line for line in new if line not in present), "other lines").strip()
     raise UserError(
-        f"{path} has `{present_line}`, this model and these options give `{new_line}`",
+        f"{path} has `{present_line}`; this model and these options require `{new_line}`",
         "the same configuration for all versions of a model",
         "choose another --name, or add the version under the existing configuration with --keep-config",
     )

@@ -89,7 +89,7 @@ def _checked(model: Path) -> ModelMetadata:
     preprocessing = metadata.preprocessing
     if preprocessing.channels != 3 or preprocessing.bands:
         raise UserError(
-            f"{model}: a model of {preprocessing.channels} channels or chosen bands",
+            f"{model}: a model with {preprocessing.channels} channels or selected bands",
             "a model of RGB images, which browsers read",
             "serve it with `maskrcnn triton`",
         )
@@ -134,7 +134,7 @@ def _expected(model: Path, image: Path | None) -> tuple[np.ndarray, dict[str, An
 
 def _check_folder(out: Path, model: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: a file", "a new folder, or that of an earlier page", "choose another folder")
+        raise UserError(f"{out}: a file", "a new folder, or the folder of an earlier page", "choose another folder")
     if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in (_MARK, "page.js")):
         raise UserError(f"{out}: a folder with other files", "a new folder", "choose another folder")
     if model.resolve().parent == out.resolve():
@@ -150,13 +150,13 @@ def _runtime(given: Path | None, temporary: Path) -> dict[str, Path]:
     for name, expected in RUNTIME_FILES.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"no {name} in {folder}", _SOURCE, "name its folder or .tgz with --onnxruntime-web")
+            raise UserError(f"no {name} in {folder}", _SOURCE, "pass its folder or .tgz with --onnxruntime-web")
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise UserError(
                 f"{path}: SHA-256 {found[:12]}…, another version or damaged",
                 f"{expected[:12]}… of {_SOURCE}",
-                "fetch that version, or leave out --onnxruntime-web",
+                "fetch that version, or omit --onnxruntime-web",
             )
     return {name: folder / name for name in RUNTIME_FILES}
 
@@ -167,7 +167,7 @@ def _fetched(temporary: Path) -> Path:
         raise UserError(
             "no npm, which fetches onnxruntime-web",
             f"npm, or {_SOURCE} from another machine",
-            "install Node.js, or name the package with --onnxruntime-web",
+            "install Node.js, or pass the package with --onnxruntime-web",
         )
     command = [npm, "pack", f"onnxruntime-web@{RUNTIME_VERSION}", "--silent", "--pack-destination", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
@@ -176,7 +176,7 @@ def _fetched(temporary: Path) -> Path:
         raise UserError(
             f"npm cannot fetch onnxruntime-web: {(done.stderr.strip() or 'no file').splitlines()[-1]}",
             "a package registry that npm reaches",
-            "check the network and `npm config get registry`, or name the package with --onnxruntime-web",
+            "check the network and `npm config get registry`, or pass the package with --onnxruntime-web",
         )
     return packed[0]
 

@@ -114,7 +114,7 @@ class KeypointTolerance:
     share: float  # of the keypoints that may differ by more, rounded up to whole keypoints
 
     def __str__(self) -> str:
-        return f"keypoints within {self.px:g} px and their scores within {self.score:g}, but for {self.share:.0%}"
+        return f"keypoints within {self.px:g} px and their scores within {self.score:g}, except for {self.share:.0%}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +207,8 @@ class Tolerance:
     def __str__(self) -> str:
         text = f"boxes within {self.box_px:g} px, scores {self.score:g}, masks {self.mask_mean:g} on average"
         single = f" and {self.mask:g} at any pixel" if self.mask < 1 else ""
-        share = f", but for {self.departing_share:.0%} of the detections" if self.departing_share else ""
-        return f"{text}{single}{share}; {self.keypoints} of the keypoints, where there are any"
+        share = f", except for {self.departing_share:.0%} of the detections" if self.departing_share else ""
+        return f"{text}{single}{share}; {self.keypoints} of the keypoints, if any"
 
 
 # Single precision in another order of summation. Measured: trained weights a thousandth of this; random weights, whose

@@ -30,10 +30,10 @@ _CAUSES = {
     "class_logits": "the box head or its classifier",
     "box_deltas": "the box head or its regressor",
     "boxes": "decoding weights, score threshold, candidates, or the NMS threshold between detections",
-    "scores": "softmax, or the background's place among the classes",
+    "scores": "softmax, or the position of the background class",
     "labels": "the order of classes, or NMS across instead of within them",
     "mask_features": "RoIAlign 14 × 14: pixel centres (aligned), sampling ratio, choice of level",
-    "mask_logits": "the mask head, which class's mask is taken, or transposed masks",
+    "mask_logits": "the mask head, the class whose mask is selected, or transposed masks",
     "masks": "sigmoid, transposed masks, or rows past the last detection",
     "keypoint_features": "RoIAlign 14 × 14: pixel centres (aligned), sampling ratio, choice of level",
     "keypoint_logits": "the keypoint head, the resizing of its maps, or the order of keypoints",
@@ -295,7 +295,7 @@ def _evidence(report: VerifyReport, worst: Evidence, names: tuple[str, str], met
         )
         for name, found in zip(names, worst.detections, strict=True)
     )
-    caption = f"The image that differs first, or most; at most {_MAX_DRAWN} detections are drawn."
+    caption = f"The image with the earliest or largest difference; at most {_MAX_DRAWN} detections are drawn."
     section = f'<h2>{text(worst.name)}</h2><p>{caption}</p><div class="images large">{images}</div>'
     if worst.maps:
         largest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())

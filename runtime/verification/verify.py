@@ -68,20 +68,20 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
         raise UserError(
             f"models of {counts[0]} and of {counts[1]} classes",
             "the same number of classes",
-            "name two forms of one model",
+            "pass two files of the same model",
         )
     if reference.has_masks != other.has_masks:
         raise UserError(
-            "a model with masks and one without", "both with, or both without", "name two forms of one model"
+            "a model with masks and one without", "both with, or both without", "pass two files of the same model"
         )
     counts = [len(metadata.keypoint_names) for metadata in (reference, other)]
     if counts[0] != counts[1]:
         found = f"models of {counts[0]} and of {counts[1]} keypoints"
-        raise UserError(found, "the same number of keypoints", "name two forms of one model")
+        raise UserError(found, "the same number of keypoints", "pass two files of the same model")
     reading = [(rule.channels, rule.bands, rule.pixel_range) for rule in (reference.preprocessing, other.preprocessing)]
     if reading[0] != reading[1]:
-        found = "models of channels, bands and pixel range {} and {}".format(*reading)
-        raise UserError(found, "the same ones, so that both read the same images", "name two forms of one model")
+        found = "models with channels, bands and pixel range {} and {}".format(*reading)
+        raise UserError(found, "equal values, so that both read the same images", "pass two files of the same model")
 
 
 def with_stages(difference: Difference, reference: Backend, other: Backend) -> Difference:
@@ -141,7 +141,7 @@ class _Comparison:
             UserError: if no batch was added.
         """
         if not self.names:
-            raise UserError("no images", "at least one", "name image files, or a folder that holds some")
+            raise UserError("no images", "at least one", "pass image files, or a folder with images")
         first, second = (f"{model.name} {model.precision}" for model in self.models)
         return VerifyReport(
             models=(first, second),
@@ -192,7 +192,7 @@ class _Comparison:
 
     def _notes_of_weights(self) -> list[str]:
         return [
-            f"the weights of {which} did not state {', '.join(model.metadata.assumed)}: its values are assumed"
+            f"the weights of {which} do not record {', '.join(model.metadata.assumed)}: assumed values are used"
             for which, model in zip(("the reference", "the other"), self.models, strict=True)
             if model.metadata.assumed
         ]

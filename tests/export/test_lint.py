@@ -309,7 +309,7 @@ def test_a_node_that_follows_the_contract_has_no_findings():
         ({"max_output": 4.0}, "attribute max_output is float, not int"),
         ({"classes": 3}, "attribute classes is not in the contract"),
         ({"groups": TensorProto.INT64}, "input groups is INT64; the contract has INT32"),
-        ({"aot": 1}, "aot = 1, but no ahead-of-time plugin, which can only have one kernel"),
+        ({"aot": 1}, "aot = 1, but the op has no ahead-of-time plugin, which can only have one kernel"),
     ],
 )
 def test_a_violation_of_the_contract_is_an_error(changes, why):
@@ -344,7 +344,7 @@ def test_an_exported_file_itself_has_findings(onnx_file):
     report = lint(proto)
     assert proto.SerializeToString(deterministic=True) == before
     assert [error.op for error in report.errors] == ["maskrcnn::LiveRows"]
-    functions = [f for f in report.warnings if f.why.startswith("a function of the file")]
+    functions = [f for f in report.warnings if f.why.startswith("a function in the file")]
     assert {finding.op.partition("::")[2] for finding in functions} == set(contract.OPS) - {"MultilevelRoiPool"}
     inside = [f for f in report.warnings if f.graph == "function MultilevelRoiAlign"]
     assert {finding.op for finding in inside} >= {"NonZero"}

@@ -314,7 +314,7 @@ def test_a_refit_without_tensorrt_is_an_error(run, road, engine):
     [
         ({"refit": "fixed"}, "an engine with fixed weights"),
         ({"precision": "int8"}, "an engine with 8-bit scales"),
-        ({"refit": "stripped", "onnx_sha256": "another"}, "with other weights than"),
+        ({"refit": "stripped", "onnx_sha256": "another"}, "whose weights differ from those that"),
     ],
 )
 def test_engines_without_refittable_weights(run, road, engine, changes, found):

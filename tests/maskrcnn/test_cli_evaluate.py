@@ -81,7 +81,7 @@ def test_two_results_files_are_compared(run, files, tmp_path):
     assert written["interval"]["low"] <= written["interval"]["value"] <= written["interval"]["high"] < 1
     assert len(written["images"]) == 8
     page = (tmp_path / "pages" / "report.html").read_text()
-    assert "Difference to the other result" in page and "<img" not in page  # the folder of the images is unknown
+    assert "Difference from the other result" in page and "<img" not in page  # the folder of the images is unknown
 
 
 def test_empty_results_are_fine(run, files, tmp_path):

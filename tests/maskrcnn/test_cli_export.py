@@ -110,7 +110,7 @@ def test_operators_of_another_contract(run, road):
     next(entry for entry in proto.opset_import if entry.domain == "maskrcnn").version = 2
     onnx.save(proto, road / "other.onnx")
     for command in (("export", "--onnx", "--precision", "fp16"), ("build-engine", "--fp16")):
-        expect_error(run(command[0], road / "other.onnx", *command[1:]), "operators maskrcnn of version 2", "version 1")
+        expect_error(run(command[0], road / "other.onnx", *command[1:]), "maskrcnn operators of version 2", "version 1")
 
 
 def test_the_copy_for_tensorrt_is_no_source(run, road):
@@ -121,7 +121,7 @@ def test_the_copy_for_tensorrt_is_no_source(run, road):
         ("build-engine", copy, "--fp16"),
         ("verify", road / "model.onnx", copy),
     ):
-        expect_error(run(*command), "MultilevelRoiAlign without bodies", "name the file that this one was made from")
+        expect_error(run(*command), "MultilevelRoiAlign without bodies", "pass the file that this one was made from")
 
 
 def test_what_is_refused_in_between_is_kept_and_named(run, road, monkeypatch):

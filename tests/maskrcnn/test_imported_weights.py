@@ -106,9 +106,9 @@ def test_with_its_settings_the_file_detects_what_torchvision_does(run, theirs, w
     assert "preprocessing.mean" in metadata.assumed and "anchor_sizes_px" not in metadata.assumed
     code, out, _ = run("inspect", "m.onnx")
     assert "anchors: 8, 16, 32, 64, 128 px, ratios 0.5, 1, 2; score threshold 0.15, NMS IoU 0.4" in out
-    assert "assumed, the weights did not state: anchor_aspect_ratios, preprocessing.channel_order" in out
+    assert "assumed (not stated in the weights): anchor_aspect_ratios, preprocessing.channel_order" in out
     code, out, _ = run("verify", "m.onnx", "m.onnx")
-    assert code == 0 and "the weights of the reference did not state anchor_aspect_ratios" in out
+    assert code == 0 and "the weights of the reference do not record anchor_aspect_ratios" in out
 
 
 def test_what_the_file_cannot_tell_is_said_with_how_to_change_it(weights_file):

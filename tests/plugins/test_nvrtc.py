@@ -204,7 +204,7 @@ def test_kernels_that_do_not_compile_or_load_are_a_warning(cache, monkeypatch, s
         monkeypatch.setattr(nvrtc.Gpu, "compile", fail)
     else:
         monkeypatch.setattr(nvrtc, "_loaded", fail)
-    with pytest.warns(UserWarning, match="kernels are not used, which is slower: NVRTC failed"):
+    with pytest.warns(UserWarning, match="kernels are not used, so inference is slower: NVRTC failed"):
         assert native.kernels_for(90) is None
     monkeypatch.setenv(native.SWITCH, "off")
     assert native.kernels_for(90) is None

@@ -159,7 +159,7 @@ def test_the_runtime_needs_only_its_requirements(onnx_file, shapes, tmp_path):
     ]
     done = run_blocked(_RUNTIME_COMMANDS.format(commands=commands, model=model, photo=photo), blocked, limit_s=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "cost of one image: not counted, which needs `pip install onnxscript`" in done.stdout
+    assert "cost of one image: not counted; this requires `pip install onnxscript`" in done.stdout
     assert "AP50" in done.stdout and done.stdout.rstrip().endswith("detections")
     assert (tmp_path / "out" / "photo.png").exists()
 

@@ -110,7 +110,7 @@ class OnGpu:
 
 
 def test_arrays_on_a_gpu_are_refused_where_the_model_is_not(backend):
-    with pytest.raises(UserError, match="arrays on a GPU\n  expected: arrays of the host"):
+    with pytest.raises(UserError, match="arrays on a GPU\n  expected: arrays in host memory"):
         backend({**feeds(), "images": OnGpu()})
 
 

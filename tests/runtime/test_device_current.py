@@ -103,7 +103,7 @@ def test_errors_preserve_the_context(runtime):
 
 def test_a_context_that_cannot_be_created(runtime):
     runtime.driver.failing["cuDevicePrimaryCtxRetain"] = real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(UserError, match="no more memory on GPU 1 left"):
+    with pytest.raises(UserError, match="no more memory left on GPU 1"):
         Cuda(1, runtime, runtime.driver)
     runtime.driver.failing["cuDevicePrimaryCtxRetain"] = real_driver.CUresult.CUDA_ERROR_DEVICE_UNAVAILABLE
     with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain returns cudaErrorDevicesUnavailable"):

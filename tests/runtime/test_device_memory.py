@@ -125,7 +125,7 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda, runtime):
 @pytest.mark.parametrize(
     ("function", "status", "call", "message"),
     [
-        ("cudaMalloc", "cudaErrorMemoryAllocation", lambda c: c.memory(3_000_000), "no 3 MB on GPU 0 left"),
+        ("cudaMalloc", "cudaErrorMemoryAllocation", lambda c: c.memory(3_000_000), "no 3 MB left on GPU 0"),
         ("cudaHostAlloc", "cudaErrorMemoryAllocation", lambda c: c.pinned(2_000_000), "no 2 MB of pinned host memory"),
         ("cudaGraphInstantiate", "cudaErrorMemoryAllocation", lambda c: c.stream().capture(list), "no more memory on"),
     ],

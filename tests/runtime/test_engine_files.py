@@ -124,4 +124,4 @@ def test_an_openvino_engine(tmp_path, half_openvino_engine):
         == "fits this machine"
     )
     half.with_suffix(".bin").unlink()
-    assert check(half, here) == "no half.bin beside it"
+    assert check(half, here) == "no half.bin next to it"

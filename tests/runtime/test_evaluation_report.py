@@ -148,4 +148,4 @@ def test_of_many_classes_those_with_most_errors_are_shown():
     )
     head = page.cells.index("annotated \\ detected")
     assert page.cells[head + 1 : head + 42] == [*names[:10], *names[30:], "missed"]
-    assert "Only the 40 classes with most errors" in page.text
+    assert "Only the 40 classes with the most errors" in page.text

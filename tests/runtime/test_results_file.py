@@ -70,7 +70,7 @@ def test_a_malformed_result_is_named(kind, wrong, message):
 
 
 def test_boxes_in_some_results_only_are_refused():
-    with pytest.raises(UserError, match="result 1: has a bbox, which the first result has not"):
+    with pytest.raises(UserError, match="result 1: has a bbox, but the first result does not"):
         checked_results(GroundTruth.of_content(CONTENT, "gt"), [without("bbox"), FINE], "bbox", "file.json")
 
 

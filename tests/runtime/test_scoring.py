@@ -160,7 +160,7 @@ def test_categories_without_objects_and_results_without_category(categories):
     results = [result(content, bbox=[1, 1, 30, 30]), result(content, bbox=[1, 1, 30, 30], category_id=4711)]
     scored = expect_equal(content, results, "bbox")
     assert scored.results.remark() == (
-        "1 result(s) of categories that the annotations do not have (4711) are not scored"
+        "1 result(s) of categories that are not in the annotations (4711) are not scored"
     )
 
 

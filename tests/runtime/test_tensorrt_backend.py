@@ -353,7 +353,7 @@ def test_too_little_memory_says_what_to_do(engine, runtime, trt):
     with pytest.raises(UserError, match=r"creates no execution context[\s\S]*too little free memory"):
         backend(feeds())
     runtime.failing["cudaMalloc"] = fake_cuda.real.cudaError_t.cudaErrorMemoryAllocation, 0
-    with pytest.raises(UserError, match="on GPU 0 left"):
+    with pytest.raises(UserError, match="left on GPU 0"):
         load_backend(engine)
 
 

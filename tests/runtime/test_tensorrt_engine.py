@@ -106,7 +106,7 @@ def test_weights_can_be_replaced_again_if_tensorrt_supports_it(value):
         ("refit_without_some_weights", "2 are missing, first conv1.weight"),
         ("refit_that_the_parser_refuses", "conv1 (Conv): REFIT_FAILED: weights of another size"),
         ("engine_for_more_gpus_with_an_old_driver", "with NVRTC 13.2 and a driver for CUDA 13.0"),
-        ("image_outside_all_profiles", "a batch of 1 of 96×96 for an engine with other profiles"),
+        ("image_outside_all_profiles", "a batch of 1 image(s) of 96×96, outside the profiles of the engine"),
     ],
 )
 def test_failures_name_the_cause(error, flow, found):

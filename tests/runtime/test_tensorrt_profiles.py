@@ -58,7 +58,7 @@ def test_a_shape_outside_all_profiles_is_an_error_with_all_profiles_and_the_comm
     profiles = parse_profiles("1,4", "800x1344", USUAL)
     with pytest.raises(UserError) as raised:
         choose(profiles, (2, 800, 1344), rebuild="maskrcnn build-engine m.onnx --fp16")
-    assert raised.value.found == "a batch of 2 of 800×1344 for an engine with other profiles"
+    assert raised.value.found == "a batch of 2 image(s) of 800×1344, outside the profiles of the engine"
     assert raised.value.expected == "batch 1 of 800×1344; batch 4 of 800×1344"
     assert "--batch and --size of `maskrcnn build-engine m.onnx --fp16`" in raised.value.fix
 

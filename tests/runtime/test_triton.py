@@ -386,7 +386,7 @@ def test_invalid_folders_and_names(tmp_path, onnx_file):
     with pytest.raises(UserError, match="file: a file"):
         write(tmp_path / "file", onnx_file)
     write(tmp_path / "repo", onnx_file)
-    with pytest.raises(UserError, match=r"the folder of one model(.|\n)*name the folder above it: .*repo"):
+    with pytest.raises(UserError, match=r"the folder of one model(.|\n)*pass the parent folder: .*repo"):
         write(tmp_path / "repo/det", onnx_file)
     (tmp_path / "repo/new_network").touch()
     with pytest.raises(UserError, match="new_network: a file"):

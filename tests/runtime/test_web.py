@@ -204,7 +204,7 @@ def test_which_runtime_the_page_takes(browser, gpu_browser, pages, tmp_path):
         with served(folder) as address:
             gpu_browser.open(address)
             shown = status(gpu_browser)
-            assert shown.startswith(text) and ("; not WebGPU: differs: " in shown) == (folder == other)
+            assert shown.startswith(text) and ("; WebGPU not used: differs: " in shown) == (folder == other)
     gpu_browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
 
@@ -238,7 +238,7 @@ def test_the_check_of_a_browser(browser, pages, name):
         browser.wait("document.body.dataset.state === 'ready'")
         browser.value("document.getElementById('check').click()")
         browser.wait("document.body.dataset.state === 'done'")
-        assert re.match(r"(\d+) of \1 detections of the test image as in ONNX Runtime \(boxes ≤ ", status(browser))
+        assert re.match(r"(\d+) of \1 detections of the test image match ONNX Runtime \(boxes ≤ ", status(browser))
         same = differs(lambda detections: None)
         assert same == {"equal": True, "expected": same["found"], "found": len(check["detections"]), "others": 0} | {
             "boxPx": 0,

@@ -53,7 +53,7 @@ async function load() {
       if (!checked.equal && !isAsked) throw new Error(note);
     } catch (error) {
       if (isAsked) throw new UserError(`WebGPU: ${error.message}`, "a browser with WebGPU", "choose WebAssembly");
-      note = `not WebGPU: ${error.message}`;
+      note = `WebGPU not used: ${error.message}`;
       await session?.release();
       runtime = "wasm";
     }
@@ -100,7 +100,7 @@ async function check() {
 function inWords({ equal, expected, found, others, boxPx, score }) {
   const size = `boxes ≤ ${boxPx.toPrecision(2)} px, scores ≤ ${score.toPrecision(2)}`;
   const more = others ? `, and ${others} other(s)` : "";
-  return `${equal ? "" : "differs: "}${found} of ${expected} detections of the test image as in ONNX Runtime (${size})${more}`;
+  return `${equal ? "" : "differs: "}${found} of ${expected} detections of the test image match ONNX Runtime (${size})${more}`;
 }
 
 /** Runs a call of the model after the calls before. */
