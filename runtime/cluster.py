@@ -1,9 +1,9 @@
-"""Detection on a Ray cluster: a pipeline of Ray Data, whose pool of actors reads, detects and writes Parquet.
+"""Detection on a Ray cluster: a Ray Data pipeline whose pool of actors reads images, detects, and writes Parquet.
 
-The unit of work is a block of images, and the unit of output its file. The actor that detects writes it as well, under
-a name that the images of the block determine, so that a block repeated after an actor has died replaces its own file.
-What goes back to the driver is a row of numbers for each block. The model file goes into Ray's object store, which
-moves it to each node once.
+The unit of work is a block of images, which produces one output file. The actor that processes a block also writes its
+file. The file name depends on the images of the block, so a block repeated after an actor has died replaces its own
+file. Each block returns only one row of counts to the driver. The model file is put into Ray's object store, which
+transfers it to each node once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from maskrcnn.runtime.predictions import Record, write_parquet
 from maskrcnn.runtime.tiles import Tiles
 
 _CONNECT_S = 10.0
-_BLOCK = 32  # images of a block, the unit that is repeated when an actor dies
-_MOST_BLOCKS = 20_000  # of a run, from which blocks are larger: the driver keeps a list of them
+_BLOCK = 32  # images per block, the unit that is repeated when an actor dies
+_MOST_BLOCKS = 20_000  # maximum per run; beyond it blocks get larger, as the driver keeps a list of them
 
-Images = Sequence[tuple[int, str]]  # image id and name of each
+Images = Sequence[tuple[int, str]]  # image id and name of each image
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Pool:
     """The actors of a run."""
 
     least: int = 1
-    most: int | None = None  # Ray adds actors as there is work and room; None: as many as fit
-    cpus: float = 1  # of an actor, which are also the threads of its model
+    most: int | None = None  # Ray adds actors while there is work and capacity; None: as many as fit
+    cpus: float = 1  # per actor; also the number of threads of its model
     gpus: float = 0
 
 
 def blocks_of(images: Images) -> dict[str, Images]:
-    """The blocks of a run, by the names of their files."""
+    """Returns the blocks of a run by file name."""
     size = max(_BLOCK, -(-len(images) // _MOST_BLOCKS))
     blocks = [images[start : start + size] for start in range(0, len(images), size)]
     return {
@@ -61,25 +61,25 @@ def detect_blocks(
     batch: int = 1,
     strict: bool = False,
 ) -> Iterator[tuple[int, int, dict[int, str]]]:
-    """Detects in blocks of images on the cluster of `connected`, and writes a file for each, a row per detection.
+    """Detects in blocks of images on the cluster of `connected`; writes a file per block with a row per detection.
 
     Args:
         blocks: see `blocks_of`; every node must be able to read the images.
-        folder: path or URL that every node can write.
+        folder: path or URL that every node can write to.
         model: the model file.
-        options: arguments of `Detector.load` besides the file.
+        options: other arguments of `Detector.load`.
         about: metadata of the Parquet files.
         pool: number and resources of the actors.
-        tiles: of images that are larger; None: images are detected in whole.
-        batch: most images of one size, or tiles, of a call of the model.
-        strict: whether an image that cannot be used ends the run.
+        tiles: tiles for larger images; None: each image is processed as a whole.
+        batch: maximum number of images of one size, or of tiles, per model call.
+        strict: stop the run at the first image that cannot be used.
 
     Yields:
-        For each block, as they are done: the numbers of images and detections, and what was wrong with images that
-        could not be used, by id.
+        For each completed block: the numbers of images and detections, and the errors of images that could not be
+        used, by image id.
 
     Raises:
-        UserError: with `strict`, for an image; if the folder cannot be written, or the run fails.
+        UserError: for an unusable image with `strict`; if the folder cannot be written, or the run fails.
     """
     import ray.data
 
@@ -97,7 +97,7 @@ def detect_blocks(
     try:
         for row in done.iter_rows():
             yield row["images"], row["detections"], {int(key): text for key, text in json.loads(row["failed"]).items()}
-    except Exception as error:  # Ray wraps what an actor raised, in several ways
+    except Exception as error:  # Ray wraps exceptions of actors in several ways
         cause = _user_error_in(error)
         if cause is not None:
             raise cause from error
@@ -109,7 +109,7 @@ def detect_blocks(
 
 
 class _DetectionActor:
-    """Detects in blocks of images and writes their files; an actor of Ray Data."""
+    """A Ray Data actor that detects in blocks of images and writes their files."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _DetectionActor:
         return {"images": len(images), "detections": count - len(failed), "failed": json.dumps(failed)}
 
     def _records(self, images: Images, failed: dict[int, str]) -> Iterator[Record]:
-        """The records of a block; what was wrong with images goes into `failed` too."""
+        """The records of a block; errors of images are also stored in `failed`."""
         from maskrcnn.data.sources import ImageItem
         from maskrcnn.runtime.pipeline import detect_images
         from maskrcnn.runtime.predictions import record_of
@@ -163,7 +163,7 @@ class _DetectionActor:
 
 
 def ray_package() -> Any:
-    """The package Ray with Ray Data; raises `UserError` where it is missing."""
+    """Imports Ray with Ray Data; raises `UserError` if it is missing."""
     try:
         import ray
         import ray.data
@@ -174,14 +174,14 @@ def ray_package() -> Any:
 
 @contextmanager
 def connected(address: str, pool: Pool) -> Iterator[None]:
-    """A connection to a Ray cluster with room for a pool; it ends with the block unless the caller had one.
+    """A connection to a Ray cluster that can run a pool; closed at the end unless the caller was already connected.
 
     Args:
-        address: "local" starts Ray on this machine; else as `ray.init` takes it, such as "auto" or "ray://HOST:10001".
-        pool: whose first actors must fit.
+        address: "local" starts Ray on this machine; otherwise passed to `ray.init`, such as "auto" or "ray://HOST:10001".
+        pool: pool whose minimum number of actors must fit.
 
     Raises:
-        UserError: if Ray is missing, there is no cluster at the address, or it lacks what an actor needs.
+        UserError: if Ray is missing, there is no cluster at the address, or it lacks resources for the actors.
     """
     ray = ray_package()
     if ray.is_initialized():
@@ -191,7 +191,7 @@ def connected(address: str, pool: Pool) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         place = address.rpartition("://")[2]
-        if ":" in place:  # Ray itself waits for a minute and ends the process
+        if ":" in place:  # otherwise Ray waits for a minute and ends the process
             host, _, port = place.rpartition(":")
             socket.create_connection((host, int(port)), _CONNECT_S).close()
         if address == "local":
@@ -212,7 +212,7 @@ def connected(address: str, pool: Pool) -> Iterator[None]:
 
 
 def _check_resources(ray: Any, pool: Pool) -> None:
-    """Refuses a pool whose first actors would wait for ever."""
+    """Refuses a pool whose minimum number of actors could never be started."""
     total = ray.cluster_resources()
     for name, needed in (("CPU", pool.cpus * pool.least), ("GPU", pool.gpus * pool.least)):
         if needed > total.get(name, 0):
@@ -224,19 +224,19 @@ def _check_resources(ray: Any, pool: Pool) -> None:
 
 
 def _threads(options: dict[str, Any], pool: Pool) -> dict[str, Any]:
-    """The threads of an actor's model, for the backends that take them."""
+    """The `threads` option of an actor's model, for backends that support it."""
     on_gpu = pool.gpus > 0 or str(options.get("backend") or "").partition(":")[0] in ("torch", "tensorrt")
     return {} if on_gpu else {"threads": max(1, int(pool.cpus))}
 
 
 def _files_of(model: Path) -> dict[str, bytes]:
-    """The model file and those that belong to it, by name."""
-    weights, metadata = model.with_suffix(".bin"), model.with_name(f"{model.name}.json")  # of OpenVINO, of TensorRT
+    """Contents of the model file and its companion files, by name."""
+    weights, metadata = model.with_suffix(".bin"), model.with_name(f"{model.name}.json")  # OpenVINO, TensorRT
     return {file.name: file.read_bytes() for file in (model, weights, metadata) if file.is_file()}
 
 
 def _unpacked(files: dict[str, bytes]) -> Path:
-    """A folder of this machine with the files, which the actors of a node share."""
+    """Writes the files to a local folder, shared by the actors of a node, and returns the folder."""
     from maskrcnn.files import atomic_path, cache_folder
 
     digest = hashlib.sha256()
@@ -252,7 +252,7 @@ def _unpacked(files: dict[str, bytes]) -> Path:
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError that caused an error of Ray."""
+    """The UserError that caused a Ray error, if any."""
     while error is not None:
         if isinstance(error, UserError):
             return error

@@ -33,7 +33,7 @@ class Detector:
 
     Args:
         backend: the loaded model.
-        pixel_range: (low, high) of samples of more than 8 bits in image files, which become 0 and 255 (default: the
+        pixel_range: (low, high) of samples with more than 8 bits in image files, mapped to 0 and 255 (default: the
             model's; see `data/images.py`).
     """
 
@@ -58,8 +58,8 @@ class Detector:
             path: `.safetensors`, `.onnx`, `.xml` or `.engine`.
             backend: "torch", "onnxruntime", "openvino" or "tensorrt", if the kind of file has several. A suffix
                 selects a provider of ONNX Runtime ("onnxruntime:cuda") or a precision of PyTorch ("torch:fp16").
-            pixel_range: as the class takes it.
-            options: of the backend, such as `threads`, `precision` or `graphs`.
+            pixel_range: see the class.
+            options: options of the backend, such as `threads`, `precision` or `graphs`.
 
         Raises:
             UserError: if the file cannot be used or the backend's library is missing.
@@ -73,8 +73,8 @@ class Detector:
 
     @cached_property
     def notes(self) -> ImageNotes:
-        """What reading image files has lost."""
-        from maskrcnn.data.images import ImageNotes  # needs Pillow, which arrays do not
+        """Losses while reading image files."""
+        from maskrcnn.data.images import ImageNotes  # needs Pillow, which is not required for arrays
 
         return ImageNotes()
 
@@ -85,10 +85,10 @@ class Detector:
     def read(self, path: str | Path) -> np.ndarray:
         """Reads an image file for `detect`: upright, in the model's bands and pixel range, `[H, W, C]`.
 
-        What is lost is counted in `notes`.
+        Losses are counted in `notes`.
 
         Raises:
-            UserError: as `maskrcnn.data.images.read_image`.
+            UserError: see `maskrcnn.data.images.read_image`.
         """
         from maskrcnn.data.images import read_image
 
@@ -98,8 +98,8 @@ class Detector:
         """Returns the detections of a batch of images, in pixels of each original image.
 
         Args:
-            images: files, or arrays uint8 `[H, W, 3]` RGB (or of the model's other channels; or float32 from 0 to 255),
-                of any sizes; the batch is padded to the largest.
+            images: files or arrays of any size: uint8 `[H, W, 3]` RGB (or the model's own channels; or float32 from 0
+                to 255). The batch is padded to the largest image.
         """
         self.backend.check_process()
         if isinstance(images, (str, Path)) or getattr(images, "ndim", 4) < 4:
@@ -161,15 +161,15 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
 
 
 def backend_spec(backend: str | None, provider: str | None, precision: str | None) -> str | None:
-    """Returns the backend's name with its provider or precision, as `load_backend` takes it.
+    """Returns the backend name with its provider or precision, in the form that `load_backend` expects.
 
     Args:
-        backend: name, or None for the default of the file.
-        provider: of ONNX Runtime, or None for the best that works.
-        precision: of PyTorch, or None for float32.
+        backend: backend name, or None for the file's default.
+        provider: ONNX Runtime provider, or None for the best that works.
+        precision: PyTorch precision, or None for float32.
 
     Raises:
-        UserError: for a precision of another backend than PyTorch, and for a precision with a provider.
+        UserError: for a precision with a backend other than PyTorch, and for a precision with a provider.
     """
     if precision is None:
         return f"{backend or 'onnxruntime'}:{provider}" if provider else backend

@@ -1,7 +1,7 @@
 """Inspection of the machine: libraries, compilers, GPUs, plugins and engines, and what each missing one would enable.
 
-Every library is imported in a subprocess, so that one that crashes, hangs or prints costs a line in the report and
-nothing else.
+Every library is imported in a subprocess, so that a library that crashes, hangs or prints affects only its own line of
+the report.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from maskrcnn.runtime.engine_files import read_metadata
 
 TIMEOUT_S = 120.0  # per library; importing torch from a cold disk takes tens of seconds
 
-Facts = dict[str, Any]  # of one library: `version`, `error`, `missing` and more
+Facts = dict[str, Any]  # facts about one library: `version`, `error`, `missing` and more
 
 # Names in /proc/cpuinfo (x86, then Arm) of the features that fast kernels depend on.
 _CPU_FEATURES = (
@@ -49,7 +49,7 @@ _OLDEST_TENSORRT = ".".join(map(str, OLDEST))
 _CUDA_OF_TENSORRT = {10: 12, 11: 13}  # oldest CUDA major version by TensorRT major version
 _DRIVERS = "https://www.nvidia.com/drivers"
 _NO_GPU = f"an NVIDIA GPU and its driver: {_DRIVERS}"
-_SHARED_MEMORY_MB = 1000  # eight images of 800×1344 in a batch are 103 MB, and each process holds some batches ready
+_SHARED_MEMORY_MB = 1000  # a batch of eight images of 800×1344 takes 103 MB, and each process prefetches several
 _REJECTED = ".rejected"  # suffix of an engine whose comparison with its ONNX file failed
 
 
@@ -59,13 +59,13 @@ class Finding:
 
     component: str
     found: str | None  # version and capabilities; None: missing or unusable
-    enables: str  # what maskrcnn uses it for
+    enables: str  # its use in maskrcnn
     remedy: str  # how to get it
     is_enough: bool = True  # False: found but unsuitable; `enables` and `remedy` are reported too
 
 
 def diagnose(engines: Sequence[Path] = ()) -> list[Finding]:
-    """Inspects everything maskrcnn can use, in about the time of importing it. Never raises.
+    """Inspects everything maskrcnn can use; takes about as long as importing it. Never raises.
 
     Args:
         engines: engine files to check against this machine.
@@ -88,7 +88,7 @@ def diagnose(engines: Sequence[Path] = ()) -> list[Finding]:
 
 
 def report(findings: list[Finding]) -> str:
-    """Formats findings as a plain text table, with purpose and remedy of those that are missing or unsuitable."""
+    """Formats findings as a plain text table, with purpose and remedy of missing or unsuitable components."""
     width = max((len(finding.component) for finding in findings), default=0)
     lines = []
     for finding in findings:
@@ -101,7 +101,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def _guarded(group: Callable[[], list[Finding]]) -> list[Finding]:
-    """The group's findings; an exception becomes a finding, so that the rest of the report appears."""
+    """The group's findings; an exception becomes a finding, so that the rest of the report is printed."""
     try:
         return group()
     except Exception as error:
@@ -140,7 +140,7 @@ def shared_memory_finding(sizes_mb: tuple[int, int] | None) -> Finding:
     """Returns the finding for /dev/shm.
 
     Args:
-        sizes_mb: its size and its free part; None: there is none.
+        sizes_mb: total and free size; None: /dev/shm does not exist.
     """
     found = sizes_mb and f"{sizes_mb[0]} MB, {sizes_mb[1]} MB free"
     remedy = "Docker: `--shm-size=2g`; Kubernetes: an emptyDir of medium Memory mounted at /dev/shm"
@@ -165,8 +165,8 @@ def library_findings(facts: dict[str, Facts], driver: str | None) -> list[Findin
     """Returns the findings for Python libraries.
 
     Args:
-        facts: by library, as `probe` returns them; a library without facts counts as missing.
-        driver: description of the NVIDIA driver, None without one.
+        facts: facts by library, as `probe` returns them; a library without facts counts as missing.
+        driver: description of the NVIDIA driver; None if there is no driver.
     """
     known = {name: facts.get(name, {"missing": True}) for name in _PROBES}
     groups = (_torch, _onnx, _openvino, _tensorrt, _pycocotools)
@@ -297,7 +297,7 @@ def _first_line(*command: str, lines: int = 1) -> str | None:
 
 
 def _toolchain() -> list[Finding]:
-    """What the plugins are compiled with, and the compiled libraries that this machine's first GPU runs."""
+    """Findings for the plugin toolchain, and the compiled libraries that the first GPU of this machine runs."""
     toolchain = tools.find_toolchain()
     nvcc, nvrtc, headers = toolchain.nvcc, toolchain.nvrtc, toolchain.tensorrt
     arch = toolchain.gpus[0] if toolchain.gpus else None
@@ -315,12 +315,12 @@ def _toolchain() -> list[Finding]:
 
 
 def plugin_findings(gpus: Sequence[Gpu]) -> list[Finding]:
-    """Returns the plugin libraries in the cache: what each was compiled for, and whether the GPUs run it."""
+    """Returns findings for the cached plugin libraries: their target architectures, and whether the GPUs run them."""
     findings, outdated = [], 0
     for folder, record in build.records():
         kind = next((each for each in Library if each.value == record.get("library")), None)
         if kind is None or not (folder / kind.file_name).is_file():
-            continue  # kernels of ahead-of-time plugins, which each engine compiles for itself
+            continue  # kernels of ahead-of-time plugins, compiled separately for each engine
         if record.get("sources") != build.sources_hash(build.source_files(kind)):
             outdated += 1
             continue
@@ -343,12 +343,12 @@ def plugin_findings(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def engine_finding(path: Path, facts: dict[str, Facts], gpus: Sequence[Gpu]) -> Finding:
-    """Returns whether this machine runs an engine, by the engine's stamp.
+    """Returns a finding that says, based on the engine's stamp, whether this machine runs the engine.
 
     Args:
-        path: of the engine, `.engine` or `.xml`.
-        facts: of `tensorrt` and `openvino`, as `probe` returns them.
-        gpus: of this machine.
+        path: engine file, `.engine` or `.xml`.
+        facts: facts about `tensorrt` and `openvino`, as `probe` returns them.
+        gpus: GPUs of this machine.
     """
     description, remark = "cannot be used", ""
     try:
@@ -429,7 +429,7 @@ def _probe_onnxruntime() -> Iterator[Facts]:
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # the CUDA libraries that pip installed
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only, which name the libraries that a provider lacks
+    options.log_severity_level = 3  # errors only; they name the libraries that a provider lacks
     states: dict[str, str] = {}
     for provider in onnxruntime.get_available_providers():
         try:
@@ -442,7 +442,7 @@ def _probe_onnxruntime() -> Iterator[Facts]:
 
 
 def tiny_model() -> bytes:
-    """An ONNX model y = Identity(x) of one float, in protobuf's wire format, so that no library is needed."""
+    """An ONNX model y = Identity(x) of one float, encoded in protobuf's wire format without a library."""
 
     def part(number: int, content: bytes | str) -> bytes:  # a field with text or another message
         content = content.encode() if isinstance(content, str) else content
@@ -495,7 +495,7 @@ _PROBES: dict[str, Callable[[], Iterator[Facts]]] = {
     "pycuda": _version_of("pycuda"),
     "pycocotools": _version_of("pycocotools"),
 }
-_MARK = "maskrcnn-doctor:"  # starts a line of facts, to tell it from whatever the library prints
+_MARK = "maskrcnn-doctor:"  # prefix of a line of facts, to distinguish it from library output
 
 
 def print_facts(name: str) -> None:
@@ -508,7 +508,7 @@ def print_facts(name: str) -> None:
         for facts in _PROBES[name]():
             emit(facts)
     except ModuleNotFoundError as error:
-        # Missing only if the library itself is; a library without one of its dependencies is broken.
+        # Missing only if the library itself is missing; a library that lacks a dependency is broken.
         absent = (error.name or "").partition(".")[0]
         emit({"error": str(error), "missing": absent == ("cuda" if name == "cuda-python" else name)})
     except Exception as error:
@@ -516,7 +516,7 @@ def print_facts(name: str) -> None:
 
 
 def probe(name: str) -> Facts:
-    """Returns the facts of a library: `version` and more, and `error` and `missing` if it cannot be used."""
+    """Returns facts about a library: `version` and more, and `error` and `missing` if it cannot be used."""
     # Without the working directory, where a folder `onnx` or `torch` would be imported instead of the library.
     package_parent = str(Path(inspect.getfile(errors)).resolve().parents[1])
     code = (

@@ -1,7 +1,7 @@
 """Model and engine files: the only reader of their metadata.
 
 Metadata is read from the file itself, without the library that runs it: an ONNX file's properties, an OpenVINO model's
-`rt_info`, and the `.json` beside a TensorRT engine.
+`rt_info`, and the `.json` file next to a TensorRT engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from maskrcnn.plugins import contract
 if TYPE_CHECKING:
     import onnx
 
-STAGE_PREFIX = "stage."  # of the outputs that `staged_graph` adds; the tensor itself keeps the stage's name
+STAGE_PREFIX = "stage."  # prefix of outputs added by `staged_graph`; the tensor itself keeps the stage's name
 _RT_INFO_BYTES = 1 << 16  # the end of an OpenVINO model's XML, where `rt_info` is
 
 
@@ -31,7 +31,7 @@ def metadata_path(engine: Path) -> Path:
 def read_metadata(path: Path) -> ModelMetadata:
     """Reads the metadata of an ONNX file, an OpenVINO engine (`.xml`) or a TensorRT engine (`.engine`).
 
-    Works on any machine; whether the engine runs there is not checked.
+    Works on any machine; does not check whether the engine runs there.
 
     Raises:
         UserError: if a file is missing, cannot be read or was not written by maskrcnn.
@@ -66,7 +66,7 @@ def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:
     Args:
         text: JSON, or None if the file has no such entry.
         path: the file, for errors.
-        kind: what the file is without metadata, for errors: "an ONNX file".
+        kind: description of the file, for errors: "an ONNX file".
 
     Raises:
         UserError: if there is no metadata, or it cannot be read.
@@ -77,7 +77,7 @@ def parse_metadata(text: str | None, path: Path, kind: str) -> ModelMetadata:
 
 
 def read_engine(path: Path) -> tuple[ModelMetadata, bytes]:
-    """Reads both files of a TensorRT engine that is to be run.
+    """Reads both files of a TensorRT engine in order to run it.
 
     Returns:
         The metadata and the plan.
@@ -171,7 +171,7 @@ def check_portable(model: onnx.ModelProto, path: Path) -> None:
     """Raises unless the custom ops have function bodies; the copy of a model for TensorRT has none.
 
     Raises:
-        UserError: naming the operators without body.
+        UserError: lists the operators without a body.
     """
     bodies = {(function.domain, function.name) for function in model.functions}
     bare = {n.op_type for n in model.graph.node if n.domain == contract.DOMAIN and (n.domain, n.op_type) not in bodies}
@@ -187,11 +187,11 @@ def staged_graph(graph: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, s
     """Adds intermediate tensors to a graph's outputs, in float32.
 
     Args:
-        graph: an ONNX file with types and shapes of its tensors, as `export.tensorrt.tensorrt_flavour` makes it.
-        names: of tensors, see `maskrcnn.stages`; names that the graph lacks are ignored.
+        graph: content of an ONNX file with tensor types and shapes, as written by `export.tensorrt.tensorrt_flavour`.
+        names: tensor names, see `maskrcnn.stages`; names that the graph lacks are ignored.
 
     Returns:
-        The file, and the tensor of each output; tensors that were outputs before are included.
+        The file, and the tensor of each output, including the original outputs.
     """
     import onnx
 

@@ -24,7 +24,7 @@ td:first-child, th:first-child, td.text { text-align: left } svg { background: #
 pre { white-space: pre-wrap }
 .key { color: #111; border-radius: 3px } .bar { display: inline-block; width: 12rem; height: .8rem }
 """
-# A click on a column's name sorts its table: numbers by value, the largest first, and texts by name; again: reversed.
+# Clicking a column name sorts the table: numbers in descending, texts in ascending order; a second click reverses it.
 _SORT = """
 document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
   const rows = [...head.closest("table").rows].slice(1), column = head.cellIndex
@@ -55,7 +55,7 @@ def text(value: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[str]) -> str:
-    """A table from column names and rows of HTML; a click on a name sorts it, and a wide one scrolls."""
+    """A table from column names and HTML rows; clicking a name sorts it, and a wide table scrolls."""
     head = "".join(f"<th>{text(name)}</th>" for name in heads)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
@@ -66,7 +66,7 @@ def row(cells: Iterable[str]) -> str:
 
 
 def key(word: str, colour: tuple[int, int, int]) -> str:
-    """A word of a legend on its colour."""
+    """A legend entry: a word on its colour."""
     return f'<span class="key" style="background:rgb{colour}">&nbsp;{text(word)}&nbsp;</span>'
 
 

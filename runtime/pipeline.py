@@ -1,8 +1,8 @@
-"""Detection in a stream of images: reading, detecting and finishing overlap, results come out in order.
+"""Detection in a stream of images: reading, inference and finishing overlap, and results are returned in order.
 
-Threads read images ahead, within a window; images of one size form a batch, so that a batch is padded no more than its
-images alone; other threads finish what was detected (drawing, run lengths). NumPy, Pillow and the runtimes release
-Python's lock while they work. Memory depends on the window and the sizes of its images, not on their number.
+Threads read images ahead within a window; only images of one size form a batch, so that batching adds no padding;
+other threads finish the detections (drawing, run lengths). NumPy, Pillow and the runtimes release the GIL while they
+work. Memory depends on the window and the sizes of its images, not on the total number of images.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from maskrcnn.data.sources import ImageItem
     from maskrcnn.runtime.detector import Detector
 
-_WINDOW_BYTES = 1 << 29  # of decoded images; more are read only where one alone is larger
+_WINDOW_BYTES = 1 << 29  # limit of decoded images in memory; exceeded only by a single larger image
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Entry(Generic[T]):
-    """An image on its way."""
+    """An image being processed."""
 
     item: ImageItem
     image: Future[np.ndarray]
@@ -41,7 +41,7 @@ class _Entry(Generic[T]):
     is_started: bool = False
 
     def bytes(self) -> int:
-        """Of its pixels, as far as they are known."""
+        """Size of the pixels, if known."""
         done = self.image.done() and not self.image.cancelled() and self.image.exception() is None
         return self.image.result().nbytes if done else 0
 
@@ -55,19 +55,19 @@ def detect_images(
     calls: int = 1,
     threads: int = 2,
 ) -> Iterator[tuple[ImageItem, T | UserError]]:
-    """Yields each item with what `finish` made of its detections, in the order of the items.
+    """Yields each item with the result of `finish` for its detections, in the order of the items.
 
     Args:
         detector: the loaded model.
         items: images, read as needed.
         finish: called in any thread with the item, its pixels, its EXIF orientation and its detections.
-        batch: most images of one call of the model; only images of the same size are in one.
-        calls: calls of the model at the same time.
-        threads: that read and finish images.
+        batch: maximum number of images per model call; a batch contains only images of the same size.
+        calls: number of concurrent model calls.
+        threads: number of threads that read and finish images.
 
     Yields:
-        the item, and the result or the error of the image: that of a file that cannot be read or does not fit the
-        model. What was lost in reading is counted in `detector.notes`.
+        The item, and the result or the error of the image: an error if the file cannot be read or does not fit the
+        model. Losses while reading are counted in `detector.notes`.
     """
     window = 2 * (threads + calls * batch)
     order: deque[_Entry[T]] = deque()
@@ -89,7 +89,7 @@ def detect_images(
             if not order:
                 return
             waiting = [entry for entry in order if not entry.is_started]
-            # The model is kept busy; a batch is complete when the window has no more of its size.
+            # Keep the model busy: a batch is complete when the window has no more images of its size.
             while waiting and (order[0] is waiting[0] or sum(e.is_started for e in order) < calls * batch * 2):
                 group = _next_batch(waiting, batch)
                 for entry in group:
@@ -114,7 +114,7 @@ def detect_images(
 
 
 def _read(detector: Detector, entry: _Entry[T]) -> None:
-    """Reads the image of an entry; a failure is its outcome."""
+    """Reads the image of an entry; a failure is stored as its outcome."""
     try:
         image, entry.orientation = entry.item.read(detector.preprocessing, entry.notes)
         entry.image.set_result(image)
@@ -123,7 +123,7 @@ def _read(detector: Detector, entry: _Entry[T]) -> None:
 
 
 def _next_batch(waiting: list[_Entry[T]], batch: int) -> list[_Entry[T]]:
-    """The first images of one size that wait, [] if the first cannot be read; waits for them to be read."""
+    """The first waiting images of one size, [] if the first cannot be read; waits until they are read."""
     group: list[_Entry[T]] = []
     for entry in waiting:
         if error := entry.image.exception():
@@ -142,7 +142,7 @@ def _detect(
     finish: Callable[[ImageItem, np.ndarray, int, Detections], T],
     finishers: ThreadPoolExecutor,
 ) -> None:
-    """Detects in the images of a group; of one that fails, each alone."""
+    """Detects in the images of a group; if that fails, in each image separately."""
     try:
         found = detector.detect([entry.image.result() for entry in group])
     except UserError as error:

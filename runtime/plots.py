@@ -28,7 +28,7 @@ _COLOURS = (
     "#827717",
     "#37474f",
 )
-_LABEL_STEP = 10  # points between the places of a label
+_LABEL_STEP = 10  # distance in points between candidate label positions
 _LEADER = {"arrowstyle": "-", "color": "#9e9e9e", "linewidth": 0.5}  # from a point to its label
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -56,21 +56,21 @@ def line_chart(
     labels_at_points: bool = False,
     size_in: tuple[float, float] = (5.5, 4.2),
 ) -> str:
-    """Draws one line per series, and a legend at the right or the names beside the points.
+    """Draws one line per series, and a legend at the right or the names next to the points.
 
     Args:
         title: chart title.
         x_label: x axis label.
         y_label: y axis label.
         series: points (x, y) `[P, 2]` by series name, in legend order; colours repeat after ten. Points that cannot be
-            drawn (not finite, or not positive on a logarithmic axis) are left out, and so is a series without points.
+            drawn (not finite, or not positive on a logarithmic axis) are omitted, and so is a series without points.
         log_x: logarithmic x axis.
         log_y: logarithmic y axis.
         x_range: limits of the x axis (default: the data's).
         y_range: limits of the y axis (default: the data's).
         y_span: smallest extent of a linear y axis without `y_range`, so that noise does not fill the chart.
         markers: mark each point and list the values in the series' tooltip.
-        labels_at_points: write each name beside the last point of its series instead of a legend.
+        labels_at_points: write each name next to the last point of its series instead of a legend.
         size_in: width and height of the plot in inches, without the legend.
 
     Returns:
@@ -92,7 +92,7 @@ def line_chart(
     if not drawn:
         raise ValueError("found: a chart without a point; expected: at least one; fix: leave the chart out")
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=size_in, dpi=72)  # SVG's, so that extents of texts are those of the file
+        figure = Figure(figsize=size_in, dpi=72)  # SVG's resolution, so that text extents match those in the file
         FigureCanvasSVG(figure)
         axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
         axes.grid(color="#e0e0e0", linewidth=0.6)
@@ -123,7 +123,7 @@ def line_chart(
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=no_metadata)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # without the XML declaration, which may not stand inside HTML
+    text = text[text.index("<svg") :]  # without the XML declaration, which is not allowed inside HTML
     for number, (name, points) in enumerate(drawn.items()):
         values = [f"{x:.4g}, {y:.4g}" for x, y in points.tolist()] if markers else []
         tooltip = html.escape("\n".join([name, *values]))
@@ -132,11 +132,11 @@ def line_chart(
 
 
 def _label_points(figure: Figure, axes: Axes, drawn: Mapping[str, np.ndarray]) -> None:
-    """Writes each name beside its last point, where it covers neither a point nor another name."""
+    """Writes each name next to its last point, without covering a point or another name."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # so that the limits of the axes are known
+    figure.draw_without_rendering()  # computes the limits of the axes
     ends = {name: points[-1] for name, points in drawn.items()}
     colours = {name: _COLOURS[number % len(_COLOURS)] for number, name in enumerate(drawn)}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform([*ends.values()])]
@@ -156,7 +156,7 @@ def _label_points(figure: Figure, axes: Axes, drawn: Mapping[str, np.ndarray]) -
                 fontsize=8,
                 arrowprops={**_LEADER, "relpos": (0 if side > 0 else 1, 0.5)} if rise else None,
             )
-            label.get_window_extent()  # moves the text to its place
+            label.get_window_extent()  # moves the text to its position
             extent = Text.get_window_extent(label).padded(1)  # without the line to the point
             if (side, rise) == places[-1] or not any(extent.overlaps(each) for each in taken):
                 taken.append(extent)

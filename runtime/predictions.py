@@ -1,11 +1,11 @@
 """The detections of many images on disk: JSON Lines, and the files made from them.
 
-`Predictions` appends one line per image to `detections.jsonl` as images are done, in their order; a run that was killed
-leaves whole lines and at most one partial one, which is cut off when the run goes on. COCO results and Parquet are
-written from that file, line by line, so that memory does not grow with the number of images.
+`Predictions` appends one line per finished image to `detections.jsonl`, in the order of the images; a run that was
+killed leaves complete lines and at most one partial line, which is removed when the run is resumed. COCO results and
+Parquet are written from that file, line by line, so that memory does not grow with the number of images.
 
-A line is `{"image_id", "file", "height", "width", "detections": […]}`, where an entry of `detections` is one of COCO's
-results with `category_name`. It may have `orientation` (EXIF, if it was applied), and for videos `frame` and `time_s`.
+A line is `{"image_id", "file", "height", "width", "detections": […]}`, where an entry of `detections` is a COCO result
+with `category_name`. It may have `orientation` (EXIF, if it was applied), and for videos `frame` and `time_s`.
 An image that cannot be used has `error` instead of size and detections.
 """
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from maskrcnn.metadata import ModelMetadata
 
 LINES, RESULTS, IMAGES, PARQUET = "detections.jsonl", "results.json", "images.json", "detections.parquet"
-_ROWS = 16384  # of a row group of Parquet
+_ROWS = 16384  # per Parquet row group
 
 Record = dict[str, Any]  # a line of `detections.jsonl`
 
 
 class Predictions:
-    """The file `detections.jsonl` of a run, open for more lines.
+    """The file `detections.jsonl` of a run, open for appending.
 
     Args:
-        path: the file; a partial last line is cut off.
-        keep: number of lines to keep of an existing file.
+        path: the file; a partial last line is removed.
+        keep: number of lines of an existing file to keep.
 
     Raises:
         UserError: if it cannot be written.
@@ -52,10 +52,10 @@ class Predictions:
             self._file.truncate()
 
     def append(self, record: str) -> None:
-        """Writes the JSON of an image; on return it survives the end of this process.
+        """Writes the JSON of an image; on return, it is safe from the end of this process.
 
         Raises:
-            UserError: if the disk is full; the lines so far are whole.
+            UserError: if the disk is full; earlier lines stay complete.
         """
         with disk_errors(self.path):
             end = self._file.tell()
@@ -79,10 +79,10 @@ def record_of(
 
     Args:
         item: the image.
-        image_id: of the dataset.
+        image_id: image id in the dataset.
         orientation: the EXIF orientation that was applied, 1 for none.
-        detections: of the image.
-        metadata: of the model.
+        detections: detections in the image.
+        metadata: metadata of the model.
     """
     class_of = dict(zip(metadata.category_ids, metadata.class_names, strict=True))
     height, width = detections.size_hw
@@ -97,7 +97,7 @@ def record_of(
 
 
 def read_predictions(path: Path) -> Iterator[Record]:
-    """The whole lines of `detections.jsonl`, without a partial last one.
+    """Yields the complete lines of `detections.jsonl`, without a partial last line.
 
     Raises:
         UserError: if the file cannot be read, or a line before the last is damaged.
@@ -133,7 +133,7 @@ def write_results(lines: Path, path: Path) -> None:
 
 
 def write_images(lines: Path, path: Path) -> None:
-    """Writes the file of each image id, also of images that could not be used."""
+    """Writes the file name of each image id, including images that could not be used."""
     with atomic_path(path) as draft, open(draft, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("{")
         separator = "\n"
@@ -145,12 +145,12 @@ def write_images(lines: Path, path: Path) -> None:
 
 
 def write_parquet(records: Iterable[Record], path: Path | str, about: dict[str, Any]) -> int:
-    """Writes one row per detection; see `rows_of`. The file is complete or missing.
+    """Writes one row per detection; see `rows_of`. The file is written completely or not at all.
 
     Args:
-        records: of the images.
-        path: file to write, or a URL.
-        about: the model and its preprocessing, for the file's metadata.
+        records: records of the images.
+        path: file or URL to write to.
+        about: model and preprocessing, for the metadata of the file.
 
     Returns:
         The number of rows.
@@ -170,7 +170,7 @@ def write_parquet(records: Iterable[Record], path: Path | str, about: dict[str, 
 
 
 def parquet_schema(about: dict[str, Any]) -> Any:
-    """The pyarrow schema of a detection: the columns of `rows_of`, and metadata under the key "maskrcnn" (JSON)."""
+    """The pyarrow schema: the columns of `rows_of`, and metadata under the key "maskrcnn" (JSON)."""
     arrow, _ = pyarrow_parquet()
     numbers = arrow.list_(arrow.float64())
     columns = {
@@ -196,7 +196,7 @@ def rows_of(record: Record) -> list[dict[str, Any]]:
 
     An image that cannot be used has one row with `error`, without a score.
     """
-    # Parquet's text is UTF-8: a byte of a file name that is not becomes an escape.
+    # Parquet text is UTF-8: invalid bytes in a file name are escaped.
     texts = {key: record[key] for key in ("file", "error") if key in record}
     record = {**record, **{key: text.encode("utf-8", "backslashreplace").decode() for key, text in texts.items()}}
     if "error" in record:
@@ -214,10 +214,10 @@ def rows_of(record: Record) -> list[dict[str, Any]]:
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The COCO results in a file of `write_parquet`, or in the files of a folder.
+    """Reads the COCO results from a file of `write_parquet`, or from the files in a folder.
 
     Raises:
-        UserError: if pyarrow is missing, or the file is not one of these.
+        UserError: if pyarrow is missing, or a file was not written by `write_parquet`.
     """
     _, parquet = pyarrow_parquet()
     try:
@@ -239,10 +239,10 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def read_block(path: str) -> tuple[dict[str, Any], int, dict[int, str]] | None:
-    """What a file of `write_parquet` is made with, its number of detections, and its errors by image id.
+    """Reads the metadata of a file of `write_parquet`, its number of detections, and its errors by image id.
 
     Args:
-        path: the file, or a URL.
+        path: file or URL.
 
     Returns:
         None for a file that is damaged or incomplete.

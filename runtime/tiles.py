@@ -1,9 +1,10 @@
 """Detection in large scenes: tile by tile, with the detections of overlapping tiles joined.
 
-A tile sees some objects whole and others cut by its border. What is cut and lies within another tile is left to that
-one, which sees more of it. What two tiles see of the same object overlaps where the tiles do: two detections of a class
-are the same object if there, or for two whole ones altogether, their masks intersect in at least half of the smaller
-mask (boxes, for models without masks). An object is then its best whole view, or the union of its parts.
+A tile contains some objects completely and others cut by its border. An object cut by a tile's border that is fully
+inside a neighbouring tile is taken from that neighbour. Two detections of one class in overlapping tiles are merged if
+the intersection of their masks (boxes, for models without masks) is at least half of the smaller mask, measured in the
+overlap of the tiles, or on the full masks if neither is cut. An object is then its best complete view, or the union of
+its parts.
 
 Masks are spans of the scene's pixels (`maskrcnn.imaging.run_lengths`): the cost grows with the objects, not with the
 scene.
@@ -32,19 +33,19 @@ if TYPE_CHECKING:
     from maskrcnn.data.sources import ImageItem
 
 T = TypeVar("T")
-SHOWN_MEGAPIXELS = 40  # scenes up to which are read whole too, to be drawn
-_SAME = 0.5  # least intersection over the smaller of two views of an object, as in SAHI
-_WHOLE = 0.8  # least share of the union of all views that one has which shows the whole object
-_BORDER = 0.01  # of a tile's side: boxes that end this near to its border are taken as cut
+SHOWN_MEGAPIXELS = 40  # larger scenes are not read as a whole for drawing
+_SAME = 0.5  # minimum intersection over the smaller of two views of an object, as in SAHI
+_WHOLE = 0.8  # minimum share of the union of all views covered by a view that shows the whole object
+_BORDER = 0.01  # share of a tile's side: boxes that end this close to its border count as cut
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of a scene: squares, or less in scenes that are narrower.
+    """The tiles of a scene: squares, cropped in narrower scenes.
 
     Args:
-        size_px: side of a tile, in pixels of the scene; a tile is resized as an image of its size is.
-        overlap: share of a tile's side that its neighbour covers too, 0 to 1; the last tiles cover more.
+        size_px: side of a tile in pixels of the scene; a tile is resized like an image of its size.
+        overlap: share of a tile's side that its neighbour also covers, 0 to 1; the last tiles overlap more.
 
     Raises:
         UserError: for numbers out of range.
@@ -74,17 +75,17 @@ class Tiles:
             )
 
     def starts(self, length_px: int) -> list[int]:
-        """The first pixel of each tile along a side of a scene."""
+        """Returns the first pixel of each tile along a side of a scene."""
         last = max(0, length_px - self.size_px)
         step = max(1, round(self.size_px * (1 - self.overlap)))
         return [*range(0, last, step), last]
 
 
 def tiles_of(tile: int | None, overlap: float) -> Tiles | None:
-    """The tiles of the options `tile` and `overlap`; None without.
+    """Returns the tiles for the options `tile` and `overlap`; None without `tile`.
 
     Raises:
-        UserError: for numbers out of range, and an overlap without tiles.
+        UserError: for numbers out of range, and for an overlap without tiles.
     """
     if tile is None:
         if overlap != Tiles.overlap:
@@ -102,14 +103,14 @@ def detect_scenes(
     batch: int = 1,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Iterator[tuple[ImageItem, T | UserError]]:
-    """As `maskrcnn.runtime.pipeline.detect_images`, tile by tile, one image at a time.
+    """Like `maskrcnn.runtime.pipeline.detect_images`, but tile by tile, one image at a time.
 
     Args:
-        detector, items: as there.
-        finish: as there; the pixels of more than `SHOWN_MEGAPIXELS` are `[0, 0, C]`.
-        tiles: their size and overlap.
-        batch: tiles per call of the model.
-        progress: called with the name of an image, the number of its tiles done, and of all.
+        detector, items: see `detect_images`.
+        finish: see `detect_images`; images of more than `SHOWN_MEGAPIXELS` are passed as `[0, 0, C]`.
+        tiles: tile size and overlap.
+        batch: tiles per model call.
+        progress: called with the name of an image, the number of finished tiles, and the total number.
     """
     for item in items:
         try:
@@ -127,7 +128,7 @@ def detect_scenes(
 
 @contextmanager
 def _opened(item: ImageItem, detector: Detector) -> Iterator[tuple[Scene, int]]:
-    """The scene of an item, and its EXIF orientation: a file in parts, anything else whole."""
+    """The scene of an item, and its EXIF orientation: files are read in parts, other images as a whole."""
     if item.is_file:
         with open_scene(item.name, detector.preprocessing, notes=detector.notes) as scene:
             yield scene, scene.applied_orientation
@@ -146,15 +147,15 @@ def detect_tiles(
 ) -> Detections:
     """Detects in a scene tile by tile.
 
-    A scene that fits into one tile is detected in as any image. Else the masks are `Detections.mask_runs`, keypoints
-    are those of the best view of an object, and there may be more detections than the model finds in an image.
+    A scene that fits into one tile is processed like any image. Otherwise masks are `Detections.mask_runs`, keypoints
+    come from the best view of an object, and there may be more detections than the model's limit per image.
 
     Args:
-        detector: of any backend.
-        scene: file, array as `Detector.detect` takes it, or an opened scene.
-        tiles: their size and overlap.
-        batch_size: tiles per call of the model.
-        progress: called with the number of tiles done, and of all tiles.
+        detector: a detector with any backend.
+        scene: file, array as for `Detector.detect`, or an opened scene.
+        tiles: tile size and overlap.
+        batch_size: tiles per model call.
+        progress: called with the number of finished tiles, and the total number.
 
     Raises:
         UserError: if the scene cannot be read, or a tile is smaller than the model's stride.
@@ -204,10 +205,10 @@ class _Joiner:
         self._margin_px = max(1.0, _BORDER * tiles.size_px)
         self.windows = [Window(top, left, *self._side_hw) for top, left in product(self._tops, self._lefts)]
         self._views: dict[Window, list[_View]] = {}
-        self._first: Detections | None = None  # for what all have in common
+        self._first: Detections | None = None  # for fields common to all
 
     def add(self, window: Window, found: Detections) -> None:
-        """Adds the detections of a tile, without those that another tile sees better."""
+        """Adds the detections of a tile, except those that another tile contains more completely."""
         self._first = self._first or found
         boxes = found.boxes_xyxy_px + np.array([window.left, window.top] * 2, np.float32)
         is_cut = self._is_cut(boxes, window)
@@ -237,7 +238,7 @@ class _Joiner:
         return np.concatenate([at_low, at_high], axis=1)
 
     def _fits(self, boxes: np.ndarray, axis: int) -> np.ndarray:
-        """Whether a tile clearly has boxes `[D, 4]` inside along an axis (0: x): two never leave one to each other."""
+        """Whether boxes `[D, 4]` are clearly inside some tile along an axis (0: x); tiles never defer to each other."""
         starts, side, length = (
             (self._lefts, self._side_hw[1], self._size_hw[1]),
             (self._tops, self._side_hw[0], self._size_hw[0]),
@@ -295,7 +296,7 @@ class _Joiner:
         )
 
     def _neighbours(self) -> Iterator[tuple[Window, Window]]:
-        """The pairs of tiles that overlap and have detections."""
+        """The pairs of overlapping tiles that have detections."""
         near = [
             [[other for other in starts if abs(other - start) < side] for start in starts]
             for starts, side in zip((self._tops, self._lefts), self._side_hw, strict=True)
@@ -310,9 +311,9 @@ class _Joiner:
     def _same_objects(
         self, first: Window, second: Window
     ) -> tuple[list[tuple[_View, _View]], list[tuple[_View, _View]]]:
-        """The pairs of detections of two tiles that are one object, each detection in at most one pair.
+        """The pairs of detections of two tiles that show one object, each detection in at most one pair.
 
-        And those of further detections, which overlap one of a pair: the further one, and the one of the pair.
+        Also returns the pairs of other detections that overlap a paired one: the other detection and the paired one.
         """
         height = self._size_hw[0]
         ones, others = self._views[first], self._views[second]
@@ -346,7 +347,7 @@ class _Joiner:
 
 
 def _object(views: Sequence[_View]) -> _View:
-    """An object from all views of it: the best whole one, or the union of all."""
+    """An object from all its views: the best complete view, or the union of all."""
     ordered = sorted(views, key=lambda view: -view.score)
     best = ordered[0]
     if len(views) == 1:
@@ -366,7 +367,7 @@ def _intersection(first: Window, second: Window) -> Window:
 
 
 def _borders_inside(window: Window, other: Window) -> np.ndarray:
-    """Which of a window's left, top, right and bottom border lie inside another window, bool `[4]`."""
+    """Whether each border (left, top, right, bottom) of a window is inside another window, bool `[4]`."""
     x = np.array([window.left, window.left + window.width])
     y = np.array([window.top, window.top + window.height])
     in_x, in_y = (x > other.left) & (x < other.left + other.width), (y > other.top) & (y < other.top + other.height)
@@ -389,7 +390,7 @@ def _common(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _union(shapes: Sequence[np.ndarray]) -> np.ndarray:
-    """The pixels of any mask; of boxes the one around all."""
+    """The union of masks; for boxes, the enclosing box."""
     if shapes[0].ndim == 2:
         return covered(shapes, 1)
     corners = np.array(shapes)

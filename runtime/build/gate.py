@@ -1,6 +1,6 @@
 """The comparison that decides whether a TensorRT engine is kept: against its ONNX file in ONNX Runtime.
 
-An engine accepts only the shapes of its profiles, so batches are padded to them, on both sides alike.
+An engine accepts only the shapes of its profiles, so batches are padded to these shapes for both models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from maskrcnn.data.coco import CocoDataset
 
 Feeds = dict[str, np.ndarray]
-_MAX_BATCH = 8  # of the evaluation
+_MAX_BATCH = 8  # for the evaluation
 
 # Accepted loss of AP. Half precision changed the AP of a trained detector by 0.003.
 MAX_AP_LOSS = {"fp32": 0.001, "tf32": 0.005, "fp16": 0.005, "bf16": 0.01, "int8": 0.02}
@@ -36,12 +36,12 @@ MAX_AP_LOSS = {"fp32": 0.001, "tf32": 0.005, "fp16": 0.005, "bf16": 0.01, "int8"
 class PaddedBackend(Backend):
     """A backend whose batches are padded to shapes that the profiles of an engine accept.
 
-    Images are padded right and bottom, which does not change the detections; batches are padded with images of size
-    0 × 0, whose results are dropped.
+    Images are padded at the right and bottom, which does not change the detections; batches are padded with images of
+    size 0 × 0, whose results are dropped.
 
     Args:
         backend: the engine, or the reference of the comparison.
-        profiles: of the engine.
+        profiles: profiles of the engine.
         one_by_one: run the images one at a time, which needs less memory.
     """
 
@@ -100,7 +100,7 @@ def padded_feeds(feeds: Feeds, profiles: Sequence[Profile]) -> Feeds:
 
 
 def check_gate_images(request: BuildRequest) -> None:
-    """Reads the images and annotations of the comparison, before a build that takes minutes.
+    """Reads the images and annotations for the comparison, so that errors appear before the long build.
 
     Raises:
         UserError: for a folder without images, and annotations that cannot be read.
@@ -125,8 +125,8 @@ def gate(engine: Backend, request: BuildRequest, profiles: Sequence[Profile], pr
 
     Args:
         engine: the engine.
-        request: the ONNX file, the precision of the engine, and images to compare on beside drawn shapes.
-        profiles: of the engine; each is run at its min, opt and max shape.
+        request: the ONNX file, the precision of the engine, and images to compare on in addition to drawn shapes.
+        profiles: profiles of the engine; each is run at its min, opt and max shape.
         progress: receives the steps.
 
     Raises:
@@ -165,9 +165,9 @@ def stage_report(
 
     Args:
         engine: the engine.
-        open_stages: returns a function from a batch to the named stages, computed as the engine computes them.
+        open_stages: returns a function that computes the named stages of a batch as the engine does.
         model: the ONNX file.
-        profiles: of the engine.
+        profiles: profiles of the engine.
 
     Raises:
         UserError: if the profiles accept none of these images.
@@ -200,7 +200,7 @@ def _batches(engine: Backend, request: BuildRequest, profiles: Sequence[Profile]
 
 
 def gate_feeds(request: BuildRequest, preprocessing: Preprocessing) -> Iterator[tuple[str, Feeds]]:
-    """The user's images of the comparison, one by one: file name and inputs; none without a folder."""
+    """Yields file name and inputs of each of the user's comparison images; nothing without a folder."""
     for path in [] if request.gate_images is None else images_in(request.gate_images, request.gate_max_images):
         pixels, sizes = batch_images([read_image(path, preprocessing)], preprocessing)
         yield path.name, {"images": pixels, "image_sizes": sizes}
@@ -214,7 +214,7 @@ def average_precision(
     Args:
         engine: the engine.
         request: the ONNX file, and the annotated images.
-        profiles: of a TensorRT engine; () for an engine without fixed shapes.
+        profiles: profiles of a TensorRT engine; () for an engine without fixed shapes.
         progress: receives the steps.
     """
     from maskrcnn.runtime.evaluation.evaluate import evaluate

@@ -14,7 +14,7 @@ from maskrcnn.errors import UserError, reason_of
 from maskrcnn.plugins import contract
 from maskrcnn.runtime.backends.tensorrt_library import Message
 
-_MAX_ERRORS = 3  # in one text
+_MAX_ERRORS = 3  # per error text
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ _REPORT = "report this with the file that `build-engine` wrote for TensorRT; unt
 
 
 def failure(messages: Iterable[Message], what: str, expected: str) -> UserError:
-    """Returns the error for a call that TensorRT failed, with the cause that its log names.
+    """Returns the error for a failed TensorRT call, with the cause found in its log.
 
     Args:
-        messages: what TensorRT logged during the call.
+        messages: TensorRT's log messages during the call.
         what: the failure, such as "TensorRT built no engine".
         expected: what the call should have returned.
     """
@@ -113,7 +113,7 @@ def parsing_failure(parser: Any, messages: Iterable[Message], stage_of: Callable
 
     Args:
         parser: has `num_errors` and `get_error`.
-        messages: what TensorRT logged during the call.
+        messages: TensorRT's log messages during the call.
         stage_of: returns the detector stage of a node name, "" if unknown.
     """
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -137,7 +137,7 @@ def _described(error: Any, stage_of: Callable[[str], str]) -> str:
 
 
 def _code_of(error: Any) -> str:
-    """Such as UNSUPPORTED_NODE; parsed from the text, as `name` of these codes cannot be called in TensorRT 10.9."""
+    """The code, such as UNSUPPORTED_NODE; parsed from the text because `name` of these codes fails in TensorRT 10.9."""
     return str(error.code()).rpartition(".")[2]
 
 

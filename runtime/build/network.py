@@ -3,8 +3,8 @@
 The same source works on TensorRT 10.9 and 11: every network is strongly typed (a flag in 10, the only kind in 11), so
 the graph alone determines the precision of each operation.
 
-CUDA graphs need nothing of the builder: no shape of the graph depends on a value, and auxiliary streams are captured
-with the main one. They work best with profiles of one shape, and without auxiliary streams where contexts share a GPU.
+CUDA graphs need no builder settings: no shape of the graph depends on a value, and auxiliary streams are captured with
+the main one. They work best with profiles of one shape, and without auxiliary streams if contexts share a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from maskrcnn.runtime.build.request import BuildRequest, Progress
 from maskrcnn.runtime.engine_files import STAGE_PREFIX
 
 _Result = TypeVar("_Result")
-_POLL_S = 0.1  # the main thread reacts to Ctrl-C within this time
+_POLL_S = 0.1  # maximum delay of the main thread's reaction to Ctrl-C
 _GIGABYTE = 1 << 30
 _DTYPES = {"float32": "FLOAT", "int64": "INT64", "int32": "INT32"}  # TensorRT's names of NumPy types
 
@@ -49,19 +49,19 @@ def build_plan(
     Args:
         trt: the tensorrt module.
         graph: content of an ONNX file for TensorRT's parser.
-        metadata: of the model.
+        metadata: metadata of the model.
         request: profiles and settings; its paths are not read.
         progress: receives the builder's phases as tasks, from the builder's threads.
-        timing_cache: file of measurements, read before and written after the build, even if that fails.
-        plugin_library: library that version-compatible engines carry, as they may be loaded elsewhere.
+        timing_cache: file of layer timings, read before and written after the build, even if the build fails.
+        plugin_library: library to embed in version-compatible engines, as they may be loaded elsewhere.
         stop: ends the build once it is set.
 
     Returns:
         the plan (a TensorRT buffer) and TensorRT's warnings.
 
     Raises:
-        UserError: with the cause, if the parser or the builder fails, or if the inputs and outputs of the graph are not
-            those of the detector contract.
+        UserError: with the cause, if the parser or the builder fails, or if the inputs and outputs of the graph do not
+            match the detector contract.
     """
     log = listen(trt)
     aot.faults.clear()
@@ -81,7 +81,7 @@ def build_plan(
     _add_profiles(builder, config, request.profiles(metadata.preprocessing), metadata.preprocessing.channels, log)
     if timing_cache is not None:
         _load_timings(config, timing_cache)
-        log.restart()  # TensorRT logs a cache that does not fit as an error
+        log.restart()  # TensorRT logs an incompatible cache as an error
     with ExitStack() as phases:
         monitor = _make_monitor(trt, progress, stop or threading.Event(), phases)
         config.progress_monitor = monitor
@@ -176,8 +176,8 @@ def _add_profiles(builder: Any, config: Any, profiles: Sequence[Profile], channe
 def _make_monitor(trt: Any, progress: Progress, stop: threading.Event, phases: ExitStack) -> Any:
     """Makes a `trt.IProgressMonitor` that reports phases as tasks and ends the build once `stop` is set.
 
-    An exception of `progress` must not pass through TensorRT's own code, which would end the process: it stops the
-    build and is kept as the monitor's `fault`.
+    An exception of `progress` must not propagate through TensorRT's code, which would end the process: it stops the
+    build and is stored as the monitor's `fault`.
 
     Args:
         trt: the tensorrt module.
@@ -235,10 +235,10 @@ class _Phase(ExitStack):
 
 
 def run_stoppable(work: Callable[[threading.Event], _Result]) -> _Result:
-    """Runs `work` in another thread; Ctrl-C sets the event that it receives, and waits for its end.
+    """Runs `work` in another thread; Ctrl-C sets the event passed to it and waits until it returns.
 
-    TensorRT builds inside one long call that holds no Python lock, so Ctrl-C would otherwise wait for its end; it
-    polls the progress monitor after every step.
+    TensorRT builds inside one long call that releases the GIL, so Ctrl-C would otherwise take effect only at its end;
+    TensorRT polls the progress monitor after every step.
 
     Raises:
         UserError: after Ctrl-C.
@@ -280,11 +280,11 @@ def run_stoppable(work: Callable[[threading.Event], _Result]) -> _Result:
     return results[0]
 
 
-# The timing cache: how fast each implementation of a layer was in earlier builds, which makes later builds faster.
+# The timing cache: measured times of layer implementations, which make later builds faster.
 
 
 def timing_path(trt: Any, gpu: Gpu) -> Path:
-    """The timing cache of this TensorRT version and GPU, in `tensorrt` beside the cache of compiled plugins."""
+    """The timing cache of this TensorRT version and GPU, in `tensorrt` next to the cache of compiled plugins."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
     return build.folder().parent / "tensorrt" / f"timing-{trt.__version__}-sm{gpu.arch}-{name}.cache"
 
@@ -298,7 +298,7 @@ def _load_timings(config: Any, path: Path) -> None:
 
 
 def _save_timings(config: Any, path: Path) -> None:
-    """Writes the entries, merged with those that concurrent builds have written to the file meanwhile."""
+    """Writes the entries, merged with those written by concurrent builds in the meantime."""
     timing = config.get_timing_cache()
     if timing is None:
         return

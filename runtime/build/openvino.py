@@ -37,18 +37,18 @@ def build_openvino_engine(
 
     Args:
         onnx_path: file written by `maskrcnn export --onnx`, in single precision or with 8-bit integers.
-        output: `.xml` file to write; the weights are written beside it as `.bin`.
+        output: `.xml` file to write; the weights are written next to it as `.bin`.
         half: store weights in float16, and execute in bfloat16 if the CPU supports it: all layers of a file in single
             precision, the floating-point layers of a file with 8-bit integers.
-        reference: ONNX file to compare with. Default: the one that the engine is built from.
+        reference: ONNX file to compare with. Default: `onnx_path`.
         batches: inputs to compare on. Default: `validation_batches`.
-        images: what these are, for the report.
-        average_precision: returns the metrics of the ONNX file and of the engine by name; a loss beyond that of the
-            precision rejects the engine. Default: not compared.
+        images: description of these inputs, for the report.
+        average_precision: returns the metrics of the ONNX file and of the engine by name; a loss greater than the
+            precision allows rejects the engine. Default: not compared.
 
     Raises:
-        UserError: if the engine differs from the ONNX file by more than its precision explains; it is then kept beside
-            `output` as `*.rejected.xml`.
+        UserError: if the engine differs from the ONNX file by more than its precision explains; it is then kept next
+            to `output` as `*.rejected.xml`.
     """
     core = openvino_core()
     from openvino import get_version
@@ -92,7 +92,7 @@ def build_openvino_engine(
         metadata.stamp["compared"] = str(comparison)
         metadata.stamp["bin_sha256"] = sha256_of(draft.with_suffix(".bin"))
         _save(model, metadata, draft, half=half)
-        if sha256_of(draft.with_suffix(".bin")) != metadata.stamp["bin_sha256"]:  # a version that orders weights anew
+        if sha256_of(draft.with_suffix(".bin")) != metadata.stamp["bin_sha256"]:  # a version that reorders weights
             del metadata.stamp["bin_sha256"]
             _save(model, metadata, draft, half=half)
         path = output if comparison.accepted else output.with_suffix(".rejected.xml")
@@ -118,13 +118,13 @@ def _save(model: Any, metadata: ModelMetadata, path: Path, *, half: bool) -> Non
 def _keep_coordinates_in_fp32(model: Any) -> None:
     """Keeps box coordinates in FP32 when the CPU executes in bfloat16.
 
-    OpenVINO executes in bfloat16 what precedes a convolution or matrix product, and leaves the tail of the graph in
-    FP32. RoI coordinates, which precede such layers through RoIAlign, would be moved by up to 4 pixels at 1000. As
-    outputs of the graph, which nothing reads, they belong to the tail.
+    OpenVINO executes operations before a convolution or matrix product in bfloat16, and leaves the tail of the graph in
+    FP32. RoI coordinates, which precede such layers through RoIAlign, would move by up to 4 pixels at 1000. As unused
+    graph outputs, they belong to the tail.
 
     The two matrix products that interpolate heat maps between their cells must not receive positions in bfloat16
-    either. Their inputs are kept by outputs that reduce each to a single number; the products themselves stay in
-    bfloat16, which rounds what they add to the best cell of a map (`maskrcnn.model.roi_heads`).
+    either. Outputs that reduce each of their inputs to a single number keep these in FP32; the products themselves stay
+    in bfloat16, which rounds only what they add to the best cell of a map (`maskrcnn.model.roi_heads`).
     """
     from openvino import opset13
 
@@ -142,7 +142,7 @@ def _keep_coordinates_in_fp32(model: Any) -> None:
 
 
 def _is_computed(value: Any) -> bool:
-    """Whether a value depends on an input of the model, as features do and weights do not."""
+    """Whether a value depends on an input of the model: true for features, false for weights."""
     waiting, seen = [value.get_node()], set()
     while waiting:
         node = waiting.pop()

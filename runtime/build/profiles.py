@@ -1,7 +1,7 @@
 """Optimization profiles: the batch sizes and image sizes that a TensorRT engine accepts.
 
 TensorRT tunes an engine for the `opt` shape of each profile, and the engine rejects shapes outside every profile. A
-profile of one fixed shape runs fastest, and suits CUDA graphs, which hold one shape each.
+profile with one fixed shape runs fastest, and suits CUDA graphs, each of which captures one shape.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import Preprocessing, resized_size
 
 _USUAL_IMAGE_HW = (480, 640)  # the most frequent size in COCO; a range is tuned for its resized shape
-_MIN_SIDE_DIVISOR = 4  # a range starts at min_size_px / 4, which holds images six times as long as wide
-_MAX_PROFILES = 8  # each takes as long to build as the first, and memory for its largest shape at run time
+_MIN_SIDE_DIVISOR = 4  # a range starts at min_size_px / 4, which covers images six times as long as wide
+_MAX_PROFILES = 8  # each adds the same build time, and run-time memory for its largest shape
 _NAMED_SIZES = ("coco", "landscape", "portrait")
-_SIZE_SYNTAX = f"HEIGHTxWIDTH, MIN:OPT:MAX of these, or {', '.join(_NAMED_SIZES)}; separated by commas"
+_SIZE_SYNTAX = f"HEIGHTxWIDTH, MIN:OPT:MAX of such sizes, or {', '.join(_NAMED_SIZES)}; separated by commas"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Span:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the range holds one length only."""
+        """Whether the range contains only one length."""
         return self.min == self.max
 
     def __contains__(self, length: int) -> bool:
@@ -84,13 +84,13 @@ class Profile:
 
 
 def parse_profiles(batch: str, size: str, preprocessing: Preprocessing) -> list[Profile]:
-    """Parses `--batch` and `--size` into one profile for each batch size with each image size.
+    """Parses `--batch` and `--size` into one profile for each combination of batch size and image size.
 
     Args:
         batch: numbers or ranges MIN:OPT:MAX, separated by commas: `1,4,8` or `1:4:8`.
-        size: `HxW`, ranges `HxW:HxW:HxW`, or names, separated by commas. `landscape` and `portrait` are the shape of
-            the largest resized images; `coco` is a range that holds the usual ones.
-        preprocessing: of the model; all sizes must be multiples of its divisor.
+        size: `HxW`, ranges `HxW:HxW:HxW`, or names, separated by commas. `landscape` and `portrait` are the shapes
+            of the largest resized images; `coco` is a range that covers the usual shapes.
+        preprocessing: preprocessing of the model; all sizes must be multiples of its divisor.
 
     Raises:
         UserError: on a syntax error, and for more than eight profiles.
@@ -127,15 +127,15 @@ def from_json(text: str) -> list[Profile]:
 
 
 def choose(profiles: Sequence[Profile], shape: tuple[int, int, int], *, rebuild: str = "") -> int:
-    """Returns the index of the profile for a shape: a fixed one if there is, else the one tuned for the nearest shape.
+    """Returns the index of the profile for a shape: a fixed one if it exists, else the one tuned for the nearest shape.
 
     Args:
-        profiles: of an engine, in its order.
+        profiles: profiles of an engine, in its order.
         shape: (batch, height, width), height and width in pixels.
         rebuild: the command that builds the engine, for the error text.
 
     Raises:
-        UserError: if the shape lies outside every profile; names all of them.
+        UserError: if the shape is outside every profile; lists all of them.
     """
 
     def distance(profile: Profile) -> float:
@@ -153,7 +153,7 @@ def padded_shape(
     """Returns the smallest shape inside a profile to which a batch of this shape can be padded.
 
     Raises:
-        UserError: if the shape exceeds every profile; names all of them.
+        UserError: if the shape exceeds every profile; lists all of them.
     """
     padded = []
     for profile in profiles:

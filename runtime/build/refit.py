@@ -1,4 +1,4 @@
-"""Putting weights into a TensorRT engine that was built without them, or to receive others."""
+"""Adding weights to a TensorRT engine that was built without them, or replacing those of a refittable engine."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from maskrcnn.runtime.build.request import (
 )
 from maskrcnn.runtime.engine_files import read_metadata, read_model
 
-_REFITTED = "refitted"  # stamp entry `refit`, beside the values of `Weights`: weights can be replaced again
+_REFITTED = "refitted"  # value of the stamp entry `refit`, in addition to `Weights`: weights can be replaced again
 _REMAIN_REFITTABLE = "INCLUDE_REFIT"  # a SerializationFlag that TensorRT 10.16 has and 10.9 lacks
 
 
 def refit_tensorrt_engine(engine: Path, request: BuildRequest, progress: Progress) -> BuiltEngine:
-    """Puts the weights of a graph into an engine, compares it with the ONNX file, and keeps it if they agree.
+    """Adds the weights of a graph to an engine, compares it with the ONNX file, and keeps it if they agree.
 
     Args:
         engine: built with refittable or stripped weights; it is not changed.
         request: the ONNX file, the graph made from it in the precision of the engine, the output, and images to compare
-            on. Profiles and settings are those of the engine.
+            on. Profiles and settings are taken from the engine.
         progress: receives the steps.
 
     Raises:
-        UserError: as `check_refittable` and `refit_plan`, and if the refitted engine differs from the ONNX file.
+        UserError: see `check_refittable` and `refit_plan`; also if the refitted engine differs from the ONNX file.
     """
     check_gate_images(request)
     trt, gpu = import_tensorrt(), find_gpu()
@@ -97,10 +97,10 @@ def refit_plan(
 
     Args:
         trt: the tensorrt module.
-        plan: built refittable, or without its weights.
+        plan: plan that was built refittable, or without its weights.
         graph: content of an ONNX file for TensorRT's parser: the one that the plan was built from, or, for a refittable
             plan, one of the same model with other weights. A stripped plan with other weights gives wrong results.
-        version_compatible: whether the plan was built version-compatible, and holds code to run.
+        version_compatible: whether the plan was built version-compatible, and contains host code.
         remains_refittable: whether weights of the result can be replaced again.
         stage_of: see `parsing_failure`.
 
@@ -133,7 +133,7 @@ def refit_plan(
 
 def metadata_with_weights(metadata: ModelMetadata, trt: Any) -> ModelMetadata:
     """The metadata of a stripped or refittable engine once it has its weights, before it is compared."""
-    is_stripped = metadata.stamp["refit"] == Weights.STRIPPED.value  # accepts its own weights only
+    is_stripped = metadata.stamp["refit"] == Weights.STRIPPED.value  # accepts only its own weights
     is_fixed = is_stripped or not hasattr(trt.SerializationFlag, _REMAIN_REFITTABLE)
     return metadata_of_other_plan(metadata, weights=Weights.FIXED.value if is_fixed else _REFITTED)
 
@@ -142,8 +142,8 @@ def check_refittable(engine: Path, model: Path) -> ModelMetadata:
     """Returns the metadata of an engine that can receive the weights of an ONNX file in single precision.
 
     Raises:
-        UserError: if a file is missing, the engine's weights are fixed, the ONNX file is of another model, or the
-            engine is stripped and the ONNX file has other weights than its own.
+        UserError: if a file is missing, the engine's weights are fixed, the ONNX file belongs to another model, or
+            the engine is stripped and the weights of the ONNX file differ from its own.
     """
     if not engine.is_file() or engine.suffix != SUFFIX:
         raise UserError(f"no engine {engine}", "both files of a TensorRT engine", "correct the path")

@@ -1,7 +1,7 @@
 """The value objects of an engine build, and the files of a TensorRT engine.
 
-`model.fp16.engine` is the plan alone, as trtexec and Triton read it; `model.fp16.engine.json` beside it is the model's
-metadata with the stamp.
+`model.fp16.engine` contains only the plan, as trtexec and Triton read it; `model.fp16.engine.json` next to it contains
+the model's metadata with the stamp.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ _PLAN_FIELDS = ("plan_sha256", "compared")  # stamp entries that describe one pl
 
 
 class Progress(Protocol):
-    """Receives messages and the steps of a build, from any thread; as `maskrcnn.api.progress.Progress`."""
+    """Receives messages and the steps of a build, from any thread; see `maskrcnn.api.progress.Progress`."""
 
     def message(self, text: str) -> None:
         """Receives one line of plain text."""
 
     def task(self, title: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
-        """Encloses a part of the work; gives a function that is called with the number of completed steps."""
+        """Encloses a part of the work; yields a function to call with the number of completed steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What to build, or into which engine to put weights.
+    """Parameters of an engine build, or of adding weights to an engine.
 
     Every default of a TensorRT setting is TensorRT's own, except TF32, which changes results.
     """
 
-    model: Path  # exported ONNX file in single precision, which the engine is compared with
+    model: Path  # exported ONNX file in single precision, with which the engine is compared
     graph: Path  # ONNX file for TensorRT's parser, made from `model`
     output: Path  # ends in .engine, or .xml for OpenVINO
     precision: str  # fp32, tf32, fp16, bf16 or int8
-    calibration: Path | None = None  # images for the scales of int8
+    calibration: Path | None = None  # calibration images for int8
     calibration_images: int = 64
     keep: Sequence[str] = ()  # layers that int8 leaves in floating point
     batch: str = "1"  # see `parse_profiles`
@@ -62,14 +62,14 @@ class BuildRequest:
     tf32: bool = False  # round the factors of float32 products to 10 bits
     workspace_gb: float | None = None  # limit of a layer's scratch memory; None: all of the GPU's memory
     optimization_level: int | None = None  # 0 to 5
-    aux_streams: int | None = None  # for branches that run concurrently
+    aux_streams: int | None = None  # streams for branches that run concurrently
     hardware: Hardware = Hardware.NONE
     version_compatible: bool = False
     weights: Weights = Weights.FIXED
-    timing_cache: Path | None = None  # None: the one of this TensorRT and GPU
-    gate_images: Path | None = None  # folder of images to compare on, beside drawn ones
+    timing_cache: Path | None = None  # None: the cache of this TensorRT version and GPU
+    gate_images: Path | None = None  # folder of images to compare on, in addition to drawn ones
     gate_annotations: Path | None = None  # COCO annotations of images in the folder: AP is compared too
-    gate_max_images: int = 16  # of the folder; AP uses all annotated images
+    gate_max_images: int = 16  # limit for the folder; AP uses all annotated images
     stage_of: Callable[[str], str] = lambda node: ""  # detector stage of a node of `graph`, "" if unknown
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class BuildRequest:
 
     @property
     def compared_images(self) -> str:
-        """Which images the engine is compared on, in words."""
+        """Description of the images that the engine is compared on."""
         return "drawn images" if self.gate_images is None else f"drawn images and {self.gate_images}"
 
     def profiles(self, preprocessing: Preprocessing) -> list[Profile]:
@@ -108,7 +108,7 @@ class BuildRequest:
         """The command-line options for TensorRT that differ from the defaults.
 
         Args:
-            with_paths: include those that name files of this machine.
+            with_paths: include options whose values are local paths.
         """
         values: dict[str, Any] = {
             "--tf32": self.tf32 and self.precision not in ("fp32", "tf32"),
@@ -134,7 +134,7 @@ class BuildRequest:
         return words
 
     def command(self) -> str:
-        """The command line that builds the TensorRT engine again; paths are shortened to file names."""
+        """The command line that rebuilds the TensorRT engine; paths are shortened to file names."""
         words = ["maskrcnn", "build-engine", self.model.name, f"--{self.precision}"]
         if self.calibration is not None:
             words += [self.calibration.name, *(word for name in self.keep for word in ("--keep", name))]
@@ -154,7 +154,7 @@ class Comparison:
     tolerance: Tolerance
     ap: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # name: (ONNX file, engine)
     max_ap_loss: float = 0.0
-    images: str = "drawn images"  # on which the two were compared
+    images: str = "drawn images"  # images used for the comparison
 
     @property
     def accepted(self) -> bool:
@@ -191,8 +191,8 @@ def metadata_of_other_plan(metadata: ModelMetadata, *, weights: str) -> ModelMet
     """The metadata of another plan of the same model and settings, before that plan is compared.
 
     Args:
-        metadata: of the present plan.
-        weights: the stamp's entry `refit` of the other plan.
+        metadata: metadata of the present plan.
+        weights: stamp entry `refit` of the other plan.
     """
     stamp = {name: value for name, value in metadata.stamp.items() if name not in _PLAN_FIELDS}
     return dataclasses.replace(metadata, stamp={**stamp, "refit": weights})
@@ -211,7 +211,7 @@ def write_metadata(engine: Path, metadata: ModelMetadata) -> None:
 
 
 def move_engine(draft: Path, path: Path) -> Path:
-    """Moves both files of an engine; the plan last, as engines are loaded by its name."""
+    """Moves both files of an engine; the plan last, because engines are loaded by its path."""
     os.replace(metadata_path(draft), metadata_path(path))
     os.replace(draft, path)
     return path

@@ -47,7 +47,7 @@ def build_tensorrt_engine(request: BuildRequest, progress: Progress) -> BuiltEng
 
     Raises:
         UserError: if TensorRT fails, and if the engine differs from the ONNX file by more than its precision explains.
-            The engine is then kept beside `output` as `*.rejected.engine`, and the text names the first stage that
+            The engine is then kept next to `output` as `*.rejected.engine`, and the text names the first stage that
             differs.
     """
     check_target(request.output)
@@ -86,7 +86,7 @@ def build_tensorrt_engine(request: BuildRequest, progress: Progress) -> BuiltEng
 
 
 class _Build:
-    """One build: the request, and the machine it runs on. The graph is kept in memory, as its file may be rewritten."""
+    """One build: the request, and the machine it runs on. The graph is kept in memory: its file may be overwritten."""
 
     def __init__(self, request: BuildRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
@@ -97,7 +97,7 @@ class _Build:
         self._timing_cache = request.timing_cache or timing_path(self.trt, gpu)
 
     def plan(self, graph: bytes, request: BuildRequest) -> tuple[Any, tuple[str, ...]]:
-        """Builds the plan of a graph, as `build_plan`; Ctrl-C stops it."""
+        """Builds the plan of a graph, see `build_plan`; Ctrl-C stops the build."""
         with self.progress.task("building"):
             return run_stoppable(
                 lambda stop: build_plan(
@@ -113,12 +113,12 @@ class _Build:
             )
 
     def first_difference(self, engine: Backend, folder: Path, kept: Path) -> str:
-        """Names the first stage that differs, from an engine with the stages as outputs, built for this.
+        """Names the first stage that differs, using a second engine that is built with the stages as outputs.
 
         Args:
             engine: the rejected engine.
-            folder: for the second engine.
-            kept: path of the rejected engine; the report of all stages is written beside it.
+            folder: folder for the second engine.
+            kept: path of the rejected engine; the report of all stages is written next to it.
         """
 
         def open_stages(names: Sequence[str]) -> Callable[[Feeds], Feeds]:
@@ -167,7 +167,7 @@ def _stamped(request: BuildRequest, trt: Any, gpu: Gpu) -> ModelMetadata:
 
 
 def _require_ptx(toolchain: Toolchain) -> None:
-    """Refuses a compiler whose PTX this driver cannot read: the engine is compared here, before it is kept."""
+    """Refuses a compiler whose PTX this driver cannot read: the engine must run here for the comparison."""
     if (toolchain.nvrtc or toolchain.nvcc) and image_for(toolchain) is Image.CUBIN:
         driver = ".".join(map(str, toolchain.driver_cuda or ()))
         raise UserError(
@@ -182,7 +182,7 @@ def _load_plugins(request: BuildRequest, trt: Any, gpu: Gpu) -> Path | None:
     if request.plugins is PluginForm.LIBRARY:
         return load_plugins(trt, request.plugins, arch=gpu.arch)
     if request.hardware is Hardware.AMPERE_PLUS:
-        # Machine code would run on one GPU generation only.
+        # Machine code would run on only one GPU generation.
         _require_ptx(find_toolchain())
         return load_plugins(trt, request.plugins, arch=OLDEST_ARCH, image=Image.PTX)
     return load_plugins(trt, request.plugins)

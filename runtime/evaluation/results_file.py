@@ -196,7 +196,7 @@ def _image_indices(truth: GroundTruth, entries: Sequence[dict[str, Any]], source
     if unknown:
         ids = ", ".join(list(unknown)[:_MAX_NAMED])
         raise UserError(
-            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} unknown image(s): image_id {ids}",
+            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} image(s) that are unknown: image_id {ids}",
             f"image ids of {truth.source}, which has {len(truth.images)} image(s)",
             "pass the annotations of the images in the results",
         )

@@ -1,4 +1,4 @@
-"""Pairing and comparing the detections of two models, and the tolerances of sound precisions."""
+"""Pairing and comparing the detections of two models, and the tolerances of correct models by precision."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from maskrcnn.errors import UserError
 
-_TAKEN = -1.0  # in a matrix of overlaps: this pair may not be made
+_TAKEN = -1.0  # marks pairs in an overlap matrix that are no longer allowed
 
 
 class Pairs(NamedTuple):
-    """Rows `first[k]` and `second[k]` are paired; the other rows of either side are not. All int64."""
+    """Rows `first[k]` and `second[k]` are paired; all other rows are unpaired. All int64."""
 
     first: np.ndarray
     second: np.ndarray
@@ -38,9 +38,9 @@ def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def pair_detections(
     boxes: np.ndarray, labels: np.ndarray, other_boxes: np.ndarray, other_labels: np.ndarray, min_iou: float
 ) -> Pairs:
-    """Pairs detections of the same label: in the order of the first side, each takes the best overlap that is left.
+    """Pairs detections of the same label: in the order of the first side, each takes the best remaining overlap.
 
-    COCO's evaluation matches in the same way, by descending score.
+    COCO's evaluation matches detections in the same way, by descending score.
 
     Args:
         boxes: `[A, 4]` xyxy of one image; a row whose overlaps are NaN stays unpaired.
@@ -60,10 +60,10 @@ def pair_detections(
 
 
 def pair_boxes(boxes: np.ndarray, other_boxes: np.ndarray, min_iou: float) -> Pairs:
-    """Pairs boxes in descending order of overlap: no box takes the partner that another overlaps more.
+    """Pairs boxes in descending order of overlap: no box takes a partner that another box overlaps more.
 
     Args:
-        boxes: `[A, 4]` xyxy; NaN makes no pair.
+        boxes: `[A, 4]` xyxy; boxes with NaN stay unpaired.
         other_boxes: `[B, 4]` xyxy.
         min_iou: minimum overlap of a pair.
     """
@@ -86,7 +86,7 @@ def _with_unpaired(pairs: list[tuple[int, int]], shape: tuple[int, ...]) -> Pair
 
 
 def at_edge(scores: np.ndarray, rows: np.ndarray, margin: float, score_threshold: float, max_rows: int) -> np.ndarray:
-    """Whether detections without a partner are excused, bool `[A]`: the other model may just not have reported them.
+    """Whether detections without a partner are excused, bool `[A]`: the other model may have missed them narrowly.
 
     Args:
         scores: `[K]` of all detections of a side; NaN is never excused.
@@ -100,9 +100,9 @@ def at_edge(scores: np.ndarray, rows: np.ndarray, margin: float, score_threshold
     return is_excused
 
 
-# A keypoint is the best pixel of a heat map. Where two pixels score nearly alike, rounding decides, and the two may be
-# one pixel or half a person apart, which no tolerance in pixels covers. So a share of the keypoints may
-# lie elsewhere, and the tolerance is for the others.
+# A keypoint is the best pixel of a heat map. If two pixels have nearly equal scores, rounding decides between them, and
+# they may be one pixel or half a person apart, which no tolerance in pixels covers. Therefore a share of the keypoints
+# may be elsewhere, and the tolerance applies to the others.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +110,8 @@ class KeypointTolerance:
     """Maximum differences of the same keypoint in two models."""
 
     px: float  # along either axis
-    score: float  # of the logits, relative; see `score_differences`
-    share: float  # of the keypoints that may differ by more, rounded up to whole keypoints
+    score: float  # relative difference of the logits; see `score_differences`
+    share: float  # share of the keypoints that may differ by more, rounded up to whole keypoints
 
     def __str__(self) -> str:
         return f"keypoints within {self.px:g} px and their scores within {self.score:g}, except for {self.share:.0%}"
@@ -125,14 +125,14 @@ class KeypointDifference:
     beyond: int  # keypoints outside the tolerance that they were compared with
     px: float  # maximum difference of the others along an axis
     score: float  # maximum difference of the others
-    largest_px: float  # of all; NaN if any is NaN
+    largest_px: float  # maximum over all keypoints; NaN if any is NaN
     largest_score: float
 
     def within(self, tolerance: KeypointTolerance) -> bool:
         """Whether all keypoints but the allowed share are inside the tolerance; NaN never is.
 
         Args:
-            tolerance: the one that they were compared with; of any other, no keypoint may be outside.
+            tolerance: the tolerance used for the comparison; for any other, no keypoint may be outside.
         """
         if math.isnan(self.largest_px) or math.isnan(self.largest_score):
             return False
@@ -162,13 +162,13 @@ def compare_keypoints(reference: np.ndarray, other: np.ndarray, tolerance: Keypo
 
 
 def keypoint_distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Distances `[P, K]` px of keypoints `[P, K, 3]` along the axis on which they are farther apart."""
+    """Distances `[P, K]` px of keypoints `[P, K, 3]`: the larger of the distances along x and y."""
     distances: np.ndarray = np.abs(reference[..., :2] - other[..., :2]).max(axis=-1, initial=0.0)
     return distances
 
 
 def score_differences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Differences `[P, K]` of the scores of keypoints `[P, K, 3]`, relative to the reference's or to 1, if larger."""
+    """Score differences `[P, K]` of keypoints `[P, K, 3]`, relative to the reference score or to 1, if larger."""
     size = np.maximum(np.abs(reference[..., 2]), 1.0)
     differences: np.ndarray = np.abs(reference[..., 2] - other[..., 2]) / size
     return differences
@@ -182,13 +182,13 @@ def merge_keypoints(parts: Sequence[KeypointDifference | None]) -> KeypointDiffe
 
 
 def _merged(parts: Sequence[Any], sums: Sequence[str], largest: Sequence[str]) -> dict[str, Any]:
-    """Fields of several differences: their sums, and the maxima of those that are not None; None if all are."""
+    """Fields of several differences: sums, and maxima of the values that are not None; None if all are None."""
     values = {name: [value for part in parts if (value := getattr(part, name)) is not None] for name in largest}
     maxima = {name: largest_of(np.array(found)) if found else None for name, found in values.items()}
     return {name: sum(getattr(part, name) for part in parts) for name in sums} | maxima
 
 
-# Measured in single precision with random weights: 1e-4 px, scores 1e-5, no keypoint elsewhere.
+# Measured in single precision with random weights: 1e-4 px, scores 1e-5, no displaced keypoint.
 _EXACT_KEYPOINTS = KeypointTolerance(px=0.5, score=1e-2, share=0.05)
 
 
@@ -198,11 +198,11 @@ class Tolerance:
 
     box_px: float
     score: float
-    mask: float  # of any pixel
-    mask_mean: float  # of a mask on average
+    mask: float  # for any pixel
+    mask_mean: float  # average over a mask
     keypoints: KeypointTolerance = _EXACT_KEYPOINTS
-    min_iou: float = 0.5  # of a pair of detections of the same label
-    departing_share: float = 0.0  # of the reference's detections that may lack a partner or differ by more
+    min_iou: float = 0.5  # for a pair of detections of the same label
+    departing_share: float = 0.0  # share of the reference's detections that may lack a partner or differ by more
 
     def __str__(self) -> str:
         text = f"boxes within {self.box_px:g} px, scores {self.score:g}, masks {self.mask_mean:g} on average"
@@ -211,12 +211,12 @@ class Tolerance:
         return f"{text}{single}{share}; {self.keypoints} of the keypoints, if any"
 
 
-# Single precision in another order of summation. Measured: trained weights a thousandth of this; random weights, whose
-# fifty layers amplify rounding, 0.14 px, 0.0012 and 0.05.
+# Single precision with another summation order. Measured: a thousandth of this for trained weights; for random weights,
+# whose fifty layers amplify rounding, 0.14 px, 0.0012 and 0.05.
 EXACT = Tolerance(box_px=0.5, score=5e-3, mask=0.1, mask_mean=1e-2)
 # bfloat16 keeps 8 bits, 0.4 % of a value, and more is lost over fifty layers. A box that moves by a pixel moves the
-# outline in its mask, so a single pixel may change from 0 to 1. Where two proposals of an object score alike, either
-# may be kept, which gives another box and another mask.
+# outline in its mask, so a single pixel may change from 0 to 1. If two proposals of an object have similar scores,
+# either may be kept, which gives another box and another mask.
 HALF = Tolerance(
     box_px=16.0,
     score=0.15,
@@ -236,7 +236,7 @@ INT8 = Tolerance(
     min_iou=0.6,
     departing_share=0.2,
 )
-# By the precision of a model or an engine; TF32 has the ten bits of FP16.
+# By precision of a model or an engine; TF32 has ten mantissa bits like FP16.
 TOLERANCES = {"fp32": EXACT, "tf32": HALF, "fp16": HALF, "bf16": HALF, "int8": INT8}
 
 
@@ -245,16 +245,16 @@ class Difference:
     """Maximum differences between the paired detections of two models' outputs."""
 
     images: int
-    detections: int  # of the reference
+    detections: int  # number in the reference
     box_px: float
     score: float
-    mask: float | None  # of any pixel; None: models without masks
+    mask: float | None  # maximum over all pixels; None: models without masks
     mask_mean: float | None
     unpaired: int  # detections of either side without a partner, without excused ones (see `at_edge`)
-    departing: int  # pairs outside the tolerance that they were compared with
+    departing: int  # pairs outside the tolerance used for the comparison
     images_without_detections: int
     keypoints: KeypointDifference | None = None  # of pairs whose boxes and scores agree; None: models without keypoints
-    stages: str = ""  # without any detection: which stages before them were compared
+    stages: str = ""  # without any detection: the preceding stages that were compared
     departure: str = ""  # the first of these stages that differs
 
     @property
@@ -266,7 +266,7 @@ class Difference:
         """Whether all pairs but the allowed share are inside the tolerance; NaN never is.
 
         Args:
-            tolerance: the one that the outputs were compared with; of any other, no pair may be outside.
+            tolerance: the tolerance used for the comparison; for any other, no pair may be outside.
         """
         if self.departure:
             return False
@@ -285,7 +285,7 @@ class Difference:
         return self.unpaired + departing <= tolerance.departing_share * self.detections
 
     def summary(self, than: str) -> str:
-        """One line for a difference within its tolerance: how far the detections are from those of `than`."""
+        """One line for a difference within its tolerance: the distance of the detections from those of `than`."""
         if not self.detections:
             return str(self)
         matched = max(self.detections - self.departing - self.unpaired, 0)
@@ -334,7 +334,7 @@ def compare_outputs(
         num_classes: labels of `other` must be within 1 and this number (default: not checked).
 
     Raises:
-        UserError: if only one of the two has masks or keypoints, and for impossible labels.
+        UserError: if only one of the models has masks or keypoints, or for impossible labels.
     """
     if num_classes is not None:
         live = np.arange(other["labels"].shape[1]) < other["num_detections"].reshape(-1, 1)
@@ -397,5 +397,5 @@ def _compare_image(
 
 
 def largest_of(values: np.ndarray) -> float:
-    """The maximum of an array; 0 of an empty one, NaN if any is NaN."""
+    """The maximum of an array; 0 if it is empty, NaN if any value is NaN."""
     return float(np.asarray(values, np.float64).max()) if values.size else 0.0

@@ -1,4 +1,4 @@
-"""Inputs on which two models are compared: batches of tensors, and images with each model's preprocessing."""
+"""Inputs for comparing two models: batches of tensors, and images with each model's preprocessing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from maskrcnn.runtime.verification.compare import Difference, Tolerance, compare
 def validation_batches(divisor: int, channels: int = 3, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
     """Generates inputs of several batch sizes and shapes: drawn shapes, a grey image, and an empty slot.
 
-    An empty slot is an image of size 0 × 0, all padding; it has no detections whatever the weights. The grey image has
-    a slight gradient: on a uniform one, a barely trained model may give equal scores everywhere, and rounding would
-    decide which are best.
+    An empty slot is an image of size 0 × 0 that is all padding; it has no detections with any weights. The grey image
+    has a slight gradient: on a uniform image, a barely trained model may give equal scores everywhere, and rounding
+    would decide which are best.
 
     Args:
-        divisor: number that height and width are multiples of.
-        channels: of the images, see `channels_from_rgb`.
+        divisor: number of which height and width are multiples.
+        channels: channels of the images, see `channels_from_rgb`.
         seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def batches_of_shapes(
     Args:
         shapes: (images, height, width) of each batch. The second image of a batch is smaller than the batch; the last
             of three or more is an empty slot.
-        channels: of the images, see `channels_from_rgb`.
+        channels: channels of the images, see `channels_from_rgb`.
         seed: random seed of the drawings.
     """
     rng = np.random.default_rng(seed)
@@ -104,7 +104,7 @@ def drawn_batches(channels: int = 3, seed: int = 0) -> list[Batch]:
 class _Feeding:
     """Preprocessing of one of two compared models."""
 
-    own: Preprocessing  # by its metadata
+    own: Preprocessing  # from its metadata
     shared: Preprocessing  # with the reference's sizes, so that tensors can be compared
 
     def own_feeds(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

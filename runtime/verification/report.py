@@ -58,8 +58,8 @@ class _StageResult:
     needed: float | None  # minimum tolerance at which the stage agrees; None: nothing was compared
     limit: Limit
     beyond: float  # share of the errors beyond the tolerance
-    largest: float  # absolute difference, in the stage's unit
-    compared: int  # elements of a dense stage, rows of the others
+    largest: float  # maximum absolute difference, in the stage's unit
+    compared: int  # elements of a dense stage, rows of other stages
     per_image: tuple[float | None, ...]  # minimum tolerance of each image
     note: str = ""
 
@@ -76,7 +76,7 @@ class Evidence:
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3] RGB
-    detections: tuple[Detections, Detections]  # of the reference and the other, in pixels of the image
+    detections: tuple[Detections, Detections]  # of the reference and the other model, in pixels of the image
     maps: dict[str, np.ndarray]  # by level: [H_l, W_l] mean difference over the channels relative to the RMS
 
 
@@ -84,7 +84,7 @@ class Evidence:
 class VerifyReport:
     """Comparison of two models, stage by stage in order."""
 
-    models: tuple[str, str]  # backend and precision of the reference and of the other
+    models: tuple[str, str]  # backend and precision of the reference and the other model
     tolerances: str  # name, see `tolerances_named`
     images: tuple[str, ...]
     stages: tuple[_StageResult, ...]
@@ -98,7 +98,7 @@ class VerifyReport:
 
     @property
     def first_departure(self) -> str | None:
-        """The first stage that differs; later stages inherit its difference."""
+        """The first stage that differs; its difference propagates to later stages."""
         return next((result.stage for result in self.stages if result.verdict is Verdict.DEPARTS), None)
 
     def result(self, stage: str) -> _StageResult:
@@ -106,7 +106,7 @@ class VerifyReport:
         return next(result for result in self.stages if result.stage == stage)
 
     def conclusion(self) -> str:
-        """One or two lines: that the models agree, and how closely, or where they differ first and the usual cause."""
+        """One or two lines: how closely the models agree, or the first stage that differs and its usual cause."""
         departure = self.first_departure
         if departure is None:
             skipped = sum(result.verdict is Verdict.NOT_COMPARED for result in self.stages)
@@ -186,7 +186,7 @@ def judged(stage: str, errors: Sequence[StageError | None], limit: Limit, absent
 
 
 def _remark(errors: Sequence[StageError], absent: Sequence[bool]) -> str:
-    """The note beside a stage that does not agree."""
+    """The remark on a stage that does not agree."""
     where = [name for name, lacks in zip(("the reference", "the other"), absent, strict=True) if lacks]
     if where:
         return f"no such name in {' and '.join(where)}"
@@ -231,9 +231,9 @@ def _finite(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
 
 
-_MAX_DRAWN = 20  # detections in an image
+_MAX_DRAWN = 20  # detections drawn per image
 _MAP_WIDTH_PX = 240
-_CALM = ((236, 239, 244), (129, 161, 193), (46, 80, 119))  # of maps of models that agree
+_CALM = ((236, 239, 244), (129, 161, 193), (46, 80, 119))  # for maps of models that agree
 _LOUD = ((0, 0, 0), (255, 0, 0), (255, 255, 0), (255, 255, 255))
 _COLOURS = {Verdict.AGREES: "var(--good)", Verdict.DEPARTS: "var(--bad)", Verdict.NOT_COMPARED: "var(--pale)"}
 
@@ -299,7 +299,7 @@ def _evidence(report: VerifyReport, worst: Evidence, names: tuple[str, str], met
     section = f'<h2>{text(worst.name)}</h2><p>{caption}</p><div class="images large">{images}</div>'
     if worst.maps:
         largest = max(float(np.nan_to_num(values, posinf=0.0).max(initial=0.0)) for values in worst.maps.values())
-        # Models that agree get quiet colours, in which an allowed difference is pale.
+        # Models that agree get muted colours, in which an allowed difference is pale.
         allowed = max((each.limit.tolerance for each in report.stages if each.stage in worst.maps), default=0.0)
         end = max(largest, allowed) if report.ok else largest
         colours = _CALM if report.ok else _LOUD
@@ -324,7 +324,7 @@ def _best(detections: Detections) -> Detections:
 
 
 def _map_image(values: np.ndarray, end: float, colours: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """A map `[H, W]` in colours, evenly spaced from 0 to `end`; NaN and infinity have the last."""
+    """A map `[H, W]` in colours, evenly spaced from 0 to `end`; NaN and infinity get the last colour."""
     share = np.nan_to_num(values / max(end, 1e-12), nan=1.0, posinf=1.0).clip(0, 1)
     at = np.linspace(0, 1, len(colours))
     channels = [np.interp(share, at, channel) for channel in zip(*colours, strict=True)]

@@ -2,8 +2,8 @@
 
 A dense stage (pixels, feature maps, RPN outputs per anchor) has one error: the RMS of the difference relative to the
 RMS of the reference. A row stage has one error per row. Rows of the two models are paired by their boxes, and the
-stages of a row are compared only where the two boxes agree, so that a stage is blamed for its own fault and not for
-another order of rows.
+stages of a row are compared only if the two boxes agree, so that errors are attributed to the stage that causes them
+and not to a different order of rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DENSE = ("normalised", *LEVELS, *_OF_ANCHORS)
 _OF_PROPOSALS = ("box_features", "class_logits", "box_deltas")
 _OF_DETECTIONS = ("mask_features", "mask_logits", "keypoint_features", "keypoint_logits")
 _SMALLEST_PX = 16.0  # shifts of smaller boxes are measured relative to this size
-_TINY = 1e-12  # in place of an RMS of 0: any difference from zeros is beyond every tolerance
+_TINY = 1e-12  # replaces an RMS of 0: any difference from zeros exceeds every tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class StageError:
     """The difference of one stage of one image between two models."""
 
     values: np.ndarray  # [K] error of the image, or of each row or keypoint; infinite for rows without a partner
-    largest: float = 0.0  # absolute difference, in the stage's unit
-    compared: int = 0  # elements of a dense stage, rows of the others
+    largest: float = 0.0  # maximum absolute difference, in the stage's unit
+    compared: int = 0  # elements of a dense stage, rows of other stages
     alone: int = 0  # rows of either side without a partner, without excused ones (see `compare.at_edge`)
     note: str = ""  # why nothing was compared
 
@@ -48,14 +48,14 @@ class Side(NamedTuple):
     """Inputs, outputs and stages of one model for a batch."""
 
     feeds: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]  # of the unmodified model
-    stages: dict[str, np.ndarray]  # of its instrumented copy, outputs included
+    outputs: dict[str, np.ndarray]  # outputs of the unmodified model
+    stages: dict[str, np.ndarray]  # stages of its instrumented copy, including outputs
 
 
 def image_errors(
     reference: Side, other: Side, index: int, tolerances: StageTolerances, threshold: float = 0.05
 ) -> dict[str, StageError]:
-    """Errors by stage of one image, for the stages that both sides have.
+    """Returns the errors of one image by stage, for the stages of both models.
 
     Args:
         reference: the reference model.
@@ -92,7 +92,7 @@ def dense_error(reference: np.ndarray, other: np.ndarray) -> StageError:
 
 
 def valid_part(side: Side, stage: str, index: int) -> np.ndarray:
-    """A dense stage of one image without its padding; `normalised` with it, as it must be zero there."""
+    """A dense stage of one image without its padding; `normalised` includes the padding, which must be zero."""
     value = _float(side.stages[stage][index])
     if stage == "normalised":
         return value
@@ -127,7 +127,7 @@ def _sizes_px(boxes: np.ndarray) -> np.ndarray:
 
 def _proposal_errors(first: Side, second: Side, index: int, tolerances: StageTolerances) -> dict[str, StageError]:
     boxes = [_float(side.stages["proposals"][index]) for side in (first, second)]
-    rows = [np.flatnonzero(~(box == 0).all(axis=1)) for box in boxes]  # unused ones are zero
+    rows = [np.flatnonzero(~(box == 0).all(axis=1)) for box in boxes]  # unused rows are zero
     boxes = [box[used] for box, used in zip(boxes, rows, strict=True)]
     pairs = pair_boxes(boxes[0], boxes[1], tolerances.min_iou)
     alone = len(pairs.unpaired_first) + len(pairs.unpaired_second)
@@ -147,7 +147,7 @@ def _detection_errors(
     alone = [
         left[~at_edge(side["scores"], left, *limit)] for side, left, limit in zip(sides, alone, limits, strict=True)
     ]
-    # A detection without a partner of its label may have one of another: then the label is wrong, not the box.
+    # A detection may have a partner only with another label: then the label is wrong, not the box.
     mislabelled = pair_boxes(sides[0]["boxes"][alone[0]], sides[1]["boxes"][alone[1]], tolerances.min_iou)
     labels = np.concatenate([np.zeros(len(a)), np.full(len(mislabelled.first), np.inf)])
     a = np.concatenate([a, alone[0][mislabelled.first]])
@@ -212,7 +212,7 @@ def _row_error(reference: np.ndarray, other: np.ndarray, *, is_relative: bool = 
 
 
 def _keypoint_error(reference: np.ndarray, other: np.ndarray, boxes: np.ndarray) -> StageError:
-    """Errors of keypoints `[P, K, 3]` in boxes `[P, 4]`: the larger of relative shift and score difference."""
+    """Errors of keypoints `[P, K, 3]` in boxes `[P, 4]`: the maximum of relative shift and score difference."""
     if len(reference) == 0:
         return StageError(values=np.zeros(0), note="no rows whose boxes agree")
     distances = keypoint_distances(reference, other)

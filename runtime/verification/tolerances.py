@@ -1,4 +1,4 @@
-"""Tolerances of each stage between two correct models, by the lower precision of the two."""
+"""Tolerances of each stage for two correct models, by the lower of their precisions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Limit:
     """Limit of a stage's errors: dense stages have one per image, row stages one per row."""
 
     tolerance: float
-    share: float = 0.0  # of a row stage's errors that may be larger
+    share: float = 0.0  # share of a row stage's errors that may be larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class StageTolerances:
 
     name: str
     limits: dict[str, Limit]  # by stage, see `stage_kind`
-    agreement: float  # maximum shift of two boxes whose rows are compared, relative to their size
-    min_iou: float  # of paired proposals and detections
-    score: float  # margin of scores that may lack a partner, see `compare.at_edge`
+    agreement: float  # maximum shift between two boxes whose rows are compared, relative to their size
+    min_iou: float  # for pairs of proposals and of detections
+    score: float  # score margin within which a partner may be missing, see `compare.at_edge`
 
     def limit(self, stage: str) -> Limit:
         """The limit of a stage of `maskrcnn.stages`, or of `images`."""
@@ -42,7 +42,7 @@ def stage_kind(stage: str) -> str:
     return "levels" if stage in LEVELS else name if level in LEVELS else stage
 
 
-# By stage: the limits in single precision, in half precision and with 8-bit integers; with a pair, the second number is
+# By stage: the limits in single precision, in half precision and with 8-bit integers; in a pair, the second number is
 # the share of a row stage's errors that may be larger.
 _LIMITS: dict[str, tuple[float | tuple[float, float], ...]] = {
     "images": (1e-6, 1e-6, 1e-6),
@@ -88,7 +88,7 @@ _BY_NAME = {tolerances.name: tolerances for tolerances in (EXACT_STAGES, HALF_ST
 
 
 def tolerances_named(name: str) -> StageTolerances:
-    """The tolerances "exact", "half" or "int8".
+    """Returns the tolerances named "exact", "half" or "int8".
 
     Raises:
         UserError: for another name.
@@ -102,7 +102,7 @@ def tolerances_for(models: Iterable[tuple[ModelMetadata, str]]) -> StageToleranc
     """The tolerances for the lowest precision of the models.
 
     Args:
-        models: metadata of each, and the precision that its backend reports.
+        models: metadata of each model, and the precision that its backend reports.
     """
     kinds = set()
     for metadata, precision in models:

@@ -1,4 +1,4 @@
-"""Compares two models stage by stage, from the pixels to masks and keypoints."""
+"""Compares two models stage by stage, from pixels to masks and keypoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskrcnn.runtime.verification.stage_errors import Side, StageError, dense_e
 from maskrcnn.runtime.verification.tolerances import StageTolerances, tolerances_for
 from maskrcnn.stages import LEVELS, OF_KEYPOINTS, OF_MASKS, STAGES
 
-JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # the number shows in `boxes`
+JUDGED = ("images", *(stage for stage in STAGES if stage != "num_detections"))  # the number is checked with `boxes`
 
 
 def verify(
@@ -30,12 +30,12 @@ def verify(
     size_px: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> VerifyReport:
-    """Compares two models stage by stage, and finds the first stage that departs.
+    """Compares two models stage by stage, and finds the first stage that differs.
 
-    Each model preprocesses the images by its own metadata, which is the first stage, `images`. The later stages of both
-    models are computed from images in the reference's resized size, each in its own channel order, so that they can be
-    compared where the sizes differ. Detections are those of the unmodified models; the intermediate tensors are those
-    of their instrumented copies.
+    Each model preprocesses the images according to its own metadata; this is the first stage, `images`. The later
+    stages of both models are computed from images in the reference's resized size, each in its own channel order, so
+    that they can be compared even if the sizes differ. Detections come from the unmodified models, intermediate tensors
+    from their instrumented copies.
 
     Args:
         reference: the reference model.
@@ -43,10 +43,10 @@ def verify(
         batches: the images.
         tolerances: limits of the stages (default: those of the models' precisions).
         size_px: shorter side of the resized images (default: each model's own).
-        progress: called with the name of each image when it is done.
+        progress: called with the name of each finished image.
 
     Raises:
-        UserError: for models of different tasks, and without images.
+        UserError: for models of different tasks, or without images.
     """
     check_comparable(reference.metadata, other.metadata)
     comparison = _Comparison((reference, other), tolerances, size_px)
@@ -85,9 +85,9 @@ def check_comparable(reference: ModelMetadata, other: ModelMetadata) -> None:
 
 
 def with_stages(difference: Difference, reference: Backend, other: Backend) -> Difference:
-    """The difference between two models' detections; if there were none, that of the stages before them as well.
+    """Returns the difference between two models' detections; without detections, adds that of the preceding stages.
 
-    Compared are drawn shapes of 160 px. What depends on detections (masks, keypoints) stays uncompared.
+    The stages are compared on drawn shapes of 160 px, except those that depend on detections (masks, keypoints).
     """
     if difference.detections:
         return difference
@@ -178,7 +178,7 @@ class _Comparison:
                 found.append(compare_outputs(side.outputs, instrumented, EXACT))
 
     def _badness_of(self, found: dict[str, StageError]) -> tuple[float, float]:
-        """Sort key of images: larger for an earlier departure, then for a larger error."""
+        """Sort key of images: larger for an earlier differing stage, then for a larger error."""
         order, ratio = -np.inf, 0.0
         for index, stage in enumerate(self._stages()):
             limit = self.tolerances.limit(stage)

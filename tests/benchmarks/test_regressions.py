@@ -90,5 +90,5 @@ def test_files_of_something_else_are_refused(tmp_path, content):
     path = tmp_path / "x.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match="no results of this benchmark"):
+    with pytest.raises(UserError, match="not results of this benchmark"):
         read_results(path)

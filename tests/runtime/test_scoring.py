@@ -175,7 +175,7 @@ def test_boxes_decide_on_sizes_where_results_have_them(kind):
     rng = np.random.default_rng(0)
     results = [{**entry, "bbox": rng.uniform(1, 200, 4).tolist()} for entry in results]
     scored = expect_equal(content, results, kind)
-    assert "boxes decide" in scored.results.remark()
+    assert "box areas determine" in scored.results.remark()
 
 
 @pytest.mark.parametrize("kind", ["segm", "keypoints"])

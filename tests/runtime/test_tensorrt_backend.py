@@ -175,7 +175,7 @@ def test_a_batch_is_padded_to_what_a_profile_takes(tmp_path, onnx_file, machine,
     assert wanted["num_detections"].tolist()[3:] == [0]
     assert_equal(found, {name: value[:3] for name, value in wanted.items()})
     np.testing.assert_array_equal(sizes, wanted_sizes)
-    with pytest.raises(UserError, match=r"a batch of 5 of 160×\d+ for an engine[\s\S]*batch 4 of 160×160"):
+    with pytest.raises(UserError, match=r"a batch of 5 image\(s\) of 160×\d+, outside[\s\S]*batch 4 of 160×160"):
         Detector.load(path).detect(images[:1] * 5)
 
 

@@ -221,7 +221,7 @@ def test_the_plugin_library_of_an_engine_is_copied(tmp_path, onnx_file):
 
 def test_the_plugin_library_of_the_cache_must_be_of_the_engines_sources(tmp_path, onnx_file, monkeypatch):
     engine = write_engine(tmp_path / "m.engine", onnx_file, plugins="library")
-    with pytest.raises(UserError, match="plugins of other sources"):
+    with pytest.raises(UserError, match="plugins from other sources"):
         served_model(engine)
     engine = write_engine(engine, onnx_file, plugins="library", plugin_hash=plugin_hash(PluginForm.LIBRARY))
     asked = []
