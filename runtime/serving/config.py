@@ -193,7 +193,7 @@ def _parameters(values: dict[str, str]) -> list[Message]:
 
 
 def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Message:
-    """One graph for each size and batch that the engine is tuned for; other requests run without."""
+    """A graph per tuned size, for the tuned batches, 1 and the limit, if a profile accepts it; others run without."""
     sizes = options.pad_to or sorted({(p.height.opt, p.width.opt) for p in model.profiles})
     batches = sorted({1, limit, *(p.batch.opt for p in model.profiles if p.batch.opt <= limit)})
     channels = model.metadata.preprocessing.channels

@@ -1,5 +1,5 @@
 """A static web page that runs an ONNX file in the browser: the page, the model, ONNX Runtime for WebGPU and WebAssembly
-(onnxruntime-web), and an image with its detections, by which the page checks the browser.
+(onnxruntime-web), and an image with its expected detections, used to check the browser.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _SOURCE = f"onnxruntime-web {RUNTIME_VERSION} (`npm pack onnxruntime-web@{RUNTIM
 def write_page(
     model: Path, out: Path, *, onnxruntime_web: Path | None = None, image: Path | None = None
 ) -> tuple[list[Path], int]:
-    """Writes the page of an ONNX file into a folder; a page that is there is replaced.
+    """Writes the page of an ONNX file into a folder; an existing page is replaced.
 
     Args:
         model: file of `maskrcnn export --onnx`.
         out: the folder: new, empty, or that of an earlier page.
         onnxruntime_web: the unpacked package or its `.tgz` (default: npm fetches it).
-        image: file with objects of the model's classes, by which the page checks a browser (default: drawn shapes).
+        image: file with objects of the model's classes, used to check the browser (default: drawn shapes).
 
     Returns:
         The files, and the number of detections in the image.
@@ -105,7 +105,7 @@ def _checked(model: Path) -> ModelMetadata:
 
 
 def _expected(model: Path, image: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
-    """An image, its detections in ONNX Runtime, and by how much those of a browser may differ."""
+    """An image, its detections in ONNX Runtime, and the tolerances for those of a browser."""
     detector = Detector.load(model, "onnxruntime:cpu")
     pixels = shapes_image(np.random.default_rng(_DRAWN_SEED), _DRAWN_HW)[0] if image is None else detector.read(image)
     height, width = pixels.shape[:2]
@@ -136,7 +136,11 @@ def _check_folder(out: Path, model: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file", "a new folder, or the folder of an earlier page", "choose another folder")
     if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in (_MARK, "page.js")):
-        raise UserError(f"{out}: a folder with other files", "a new folder", "choose another folder")
+        raise UserError(
+            f"{out}: a folder with other files",
+            "a new or empty folder, or that of an earlier page",
+            "choose another folder",
+        )
     if model.resolve().parent == out.resolve():
         raise UserError(f"{out}: the folder of {model.name}", "another folder", "choose another folder")
 

@@ -29,7 +29,7 @@ export function checkSize(name, width, height) {
   if (width * height > MAX_PIXELS) {
     throw new UserError(
       `${name}: ${Math.round((width * height) / 1e6)} megapixels`,
-      `at most ${MAX_PIXELS / 1e6}`,
+      `at most ${MAX_PIXELS / 1e6} megapixels`,
       "reduce the photo first; the model sees a far smaller one",
     );
   }

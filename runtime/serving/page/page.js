@@ -154,7 +154,7 @@ async function detectFile(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(() => {
-      throw new UserError(`${file.name} is not an image that this browser reads`, "JPEG, PNG, WebP, BMP or GIF", "choose another file");
+      throw new UserError(`${file.name} is not an image that this browser can read`, "JPEG, PNG, WebP, BMP or GIF", "choose another file");
     });
     checkSize(file.name, bitmap.width, bitmap.height);
     await detect(bitmap, bitmap.width, bitmap.height, file.name);
@@ -215,7 +215,7 @@ function encoded() {
   return copy.toDataURL("image/png").split(",")[1];
 }
 
-/** The detections that the filters leave. */
+/** Detections that pass the filters. */
 function shown() {
   const lowest = Number(element("threshold").value);
   const labels = new Set([...element("classes").querySelectorAll(":checked")].map((box) => Number(box.value)));
