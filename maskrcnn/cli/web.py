@@ -15,7 +15,7 @@ def web(
     out: Annotated[Path, typer.Argument(help="Folder for the page: new, or that of an earlier page.")],
     onnxruntime_web: Annotated[
         Path | None,
-        typer.Option(help="npm package onnxruntime-web, as a folder or .tgz (default: downloaded with npm)."),
+        typer.Option(help="Folder or .tgz of the npm package onnxruntime-web (default: downloaded with npm)."),
     ] = None,
     image: Annotated[
         Path | None,

@@ -186,7 +186,7 @@ def test_the_earlier_run_is_read_before_its_file_is_replaced(tmp_path, onnx_file
 
 def test_a_wrong_earlier_run_is_refused_before_measuring(tmp_path, onnx_file, monkeypatch):
     monkeypatch.setattr(run, "measure", lambda *given, **options: pytest.fail("it was measured"))
-    with pytest.raises(UserError, match=r"none\.json: no results of this benchmark"):
+    with pytest.raises(UserError, match=r"none\.json: not results of this benchmark"):
         run.main(["--model", str(onnx_file), "--compare", str(tmp_path / "none.json"), "--output", str(tmp_path)])
 
 

@@ -102,5 +102,5 @@ def test_masks_are_not_scored_on_boxes(root):
         "score": 1.0,
     }
     assert score_kinds(dataset, [result], ("bbox",)).box["AR_1"] > 0
-    with pytest.raises(UserError, match="boxes only"):
+    with pytest.raises(UserError, match="only boxes"):
         score_kinds(dataset, [result], ("bbox", "segm"))

@@ -58,7 +58,7 @@ def test_the_graph_for_tensorrt_is_written_without_tensorrt(run, road, tmp_path,
     files = {path.name for path in road.iterdir()}
     assert files == {"best.safetensors", "model.onnx", "model.fp16.tensorrt.onnx"}
     if find_nvrtc() or find_nvcc():
-        assert "8 kernels of the plugins compiled by " in out
+        assert "8 plugin kernels compiled by " in out
         assert len(list((kernels / "plugins").glob("*/*.ptx"))) == 8
 
 

@@ -98,7 +98,7 @@ def test_boxes_train_a_model_without_masks_and_no_other(run, tmp_path):
     best = tmp_path / "runs" / "train-1" / "best.safetensors"
     code, out, err = run("evaluate", best, "--data", "boxes", "--json", "metrics.json")
     assert code == 0, err
-    expect_error(run("evaluate", best, "--data", "boxes", "--iou-type", "segm"), "boxes only", "--iou-type bbox")
+    expect_error(run("evaluate", best, "--data", "boxes", "--iou-type", "segm"), "only boxes", "--iou-type bbox")
 
 
 def test_a_fault_stops_it_or_is_counted(run, tmp_path):

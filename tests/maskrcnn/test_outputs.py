@@ -61,7 +61,7 @@ INPUTS = {  # the other paths
     "predict": {"annotations", "images", "model"},
     "train": {"data", "annotations", "images", "val_annotations", "val_images", "config"} | {"resume"},  # a run
     "triton": {"models", "plugin_library"},
-    "web": {"model", "onnxruntime_web"},
+    "web": {"model", "onnxruntime_web", "image"},
     "doctor": {"places"},
     "data convert": {"source", "alias"},
     "data check": {"data", "images"},

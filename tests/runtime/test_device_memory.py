@@ -127,7 +127,12 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda, runtime):
     [
         ("cudaMalloc", "cudaErrorMemoryAllocation", lambda c: c.memory(3_000_000), "no 3 MB left on GPU 0"),
         ("cudaHostAlloc", "cudaErrorMemoryAllocation", lambda c: c.pinned(2_000_000), "no 2 MB of pinned host memory"),
-        ("cudaGraphInstantiate", "cudaErrorMemoryAllocation", lambda c: c.stream().capture(list), "no more memory on"),
+        (
+            "cudaGraphInstantiate",
+            "cudaErrorMemoryAllocation",
+            lambda c: c.stream().capture(list),
+            "no more memory left on",
+        ),
     ],
 )
 def test_out_of_memory_is_a_user_error(cuda, runtime, function, status, call, message):

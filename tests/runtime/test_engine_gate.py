@@ -79,7 +79,7 @@ def test_a_batch_that_fits_is_not_copied_and_a_larger_one_is_rejected(profiles):
     (feeds,) = batches_of_shapes([(3, 128, 160)])
     assert padded_feeds(feeds, profiles) is feeds
     (large,) = batches_of_shapes([(1, 160, 160)])
-    with pytest.raises(UserError, match="a batch of 1 of 160×160"):
+    with pytest.raises(UserError, match=r"a batch of 1 image\(s\) of 160×160"):
         padded_feeds(large, profiles)
 
 

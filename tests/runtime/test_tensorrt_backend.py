@@ -189,7 +189,9 @@ def test_each_shape_runs_in_the_profile_that_fits_best(tmp_path, onnx_file, mach
     for batch in (1, 2):
         assert_equal(backend(feeds(batch)), reference(feeds(batch)))
     assert [context.profile for context in trt.engines[0].contexts] == [1, 0]
-    with pytest.raises(UserError, match=r"a batch of 1 of 416×96[\s\S]*384[\s\S]*build-engine model.onnx --fp32"):
+    with pytest.raises(
+        UserError, match=r"a batch of 1 image\(s\) of 416×96[\s\S]*384[\s\S]*build-engine model.onnx --fp32"
+    ):
         backend(feeds(1, height=416))
     assert len(trt.engines[0].contexts) == 2
 

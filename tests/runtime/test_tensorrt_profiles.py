@@ -67,9 +67,9 @@ def test_batches_are_padded_to_the_smallest_shape():
     profiles = parse_profiles("1,4", "224x224:800x1088:1344x1344", USUAL)
     assert padded_shape(profiles, (1, 32, 800)) == (1, 224, 800)
     assert padded_shape(profiles, (2, 640, 640)) == (4, 640, 640)
-    with pytest.raises(UserError, match="a batch of 5 of 32×32"):
+    with pytest.raises(UserError, match=r"a batch of 5 image\(s\) of 32×32"):
         padded_shape(profiles, (5, 32, 32))
-    with pytest.raises(UserError, match="a batch of 1 of 32×1376"):
+    with pytest.raises(UserError, match=r"a batch of 1 image\(s\) of 32×1376"):
         padded_shape(profiles, (1, 32, 1376))
 
 

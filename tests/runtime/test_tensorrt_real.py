@@ -179,7 +179,7 @@ def test_images_of_any_size_are_padded_to_a_profile(engine, onnx_file):
 
 def test_a_batch_outside_all_profiles_is_refused(engine):
     (feeds,) = feeds_of((5, 96, 128))
-    with pytest.raises(UserError, match="a batch of 5 of 96×128"):
+    with pytest.raises(UserError, match=r"a batch of 5 image\(s\) of 96×128"):
         TensorRtBackend(engine)(feeds)
 
 

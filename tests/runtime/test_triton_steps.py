@@ -67,11 +67,11 @@ def test_a_ppm_file_with_comments(steps):
         (b"P6 2 2 255\n12345", "ends before its 2×2 pixels"),
         (b"P6 2 2 65535\n", "more than 8 bits or damaged"),
         (b"P6 999999999 1 255\n", "more than 8 bits or damaged"),
-        (b"\x93NUMPY\x01\x00", r"no \.npy file"),
-        (b"\x93NUMPY\x09\x00", r"no \.npy file"),
+        (b"\x93NUMPY\x01\x00", r"not an \.npy image"),
+        (b"\x93NUMPY\x09\x00", r"not an \.npy image"),
         (encoded(np.zeros((2, 2, 3), np.float64), "NPY"), "float64"),
         (encoded(np.zeros((2, 2), np.uint8), "NPY"), r"uint8 \[2, 2\]"),
-        (encoded(np.zeros((2, 4, 3), np.uint8), "NPY")[:-1], r"no \.npy file"),
+        (encoded(np.zeros((2, 4, 3), np.uint8), "NPY")[:-1], r"not an \.npy image"),
     ],
 )
 def test_invalid_images(steps, data, text):
@@ -83,7 +83,7 @@ def test_the_header_of_an_array_does_not_allocate(steps):
     file = io.BytesIO()
     header = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)}
     np.lib.format.write_array_header_1_0(file, header)
-    with pytest.raises(UserError, match=r"no \.npy file"):
+    with pytest.raises(UserError, match=r"not an \.npy image"):
         steps[0].image_from_bytes(file.getvalue(), "0")
 
 

@@ -178,7 +178,9 @@ def test_webgpu_detects_as_the_detector(gpu_browser, pages, onnx_file, joint_onn
     with served(pages / name) as address:
         gpu_browser.open(f"{address}?runtime=webgpu")
         text = status(gpu_browser)
-        compared, expected = re.match(r"ready: WebGPU; (\d+) of (\d+) detections of the test image as", text).groups()
+        compared, expected = re.match(
+            r"ready: WebGPU; (\d+) of (\d+) detections of the test image match", text
+        ).groups()
         assert compared == expected and int(expected) > 5
         assert_as_detected(detect(gpu_browser, image_file), found)
         assert not gpu_browser.errors
