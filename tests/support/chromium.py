@@ -108,9 +108,9 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, expression: str, timeout_s: float = 120) -> None:
-        """Waits until an expression is true."""
+        """Waits until an expression is true, once the document of a navigation has its body."""
         deadline = time.monotonic() + timeout_s
-        while not self.value(expression):
+        while not self.value(f"document.body !== null && ({expression})"):
             assert time.monotonic() < deadline, (expression, self.errors, self.value("document.body.innerText"))
             time.sleep(0.05)
 
