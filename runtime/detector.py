@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -143,21 +144,37 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
             "ONNX Runtime, the only backend with providers",
             "omit it, or pass an ONNX file with --backend onnxruntime",
         )
-    if chosen == "torch":
+    kind = _backend(chosen)
+    parameters = inspect.signature(kind).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "source"]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(
+            f"option {', '.join(unknown)} for {path} in {chosen}",
+            f"options of this backend: {', '.join(known)}",
+            "ONNX Runtime chooses the device by its provider, such as backend='onnxruntime:cuda'"
+            if chosen == "onnxruntime" and "device" in unknown
+            else "leave it out, or use one of these",
+        )
+    return kind.load(path, **options) if chosen == "torch" else kind(path, **options)
+
+
+def _backend(backend: str) -> Any:
+    """Imports a backend; each needs its own library."""
+    if backend == "torch":
         from maskrcnn.runtime.backends.torch import TorchBackend
 
-        return TorchBackend.load(path, **options)
-    if chosen == "onnxruntime":
+        return TorchBackend
+    if backend == "onnxruntime":
         from maskrcnn.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(path, **options)
-    if chosen == "tensorrt":
+        return OnnxRuntimeBackend
+    if backend == "tensorrt":
         from maskrcnn.runtime.backends.tensorrt import TensorRtBackend
 
-        return TensorRtBackend(path, **options)
+        return TensorRtBackend
     from maskrcnn.runtime.backends.openvino import OpenVinoBackend
 
-    return OpenVinoBackend(path, **options)
+    return OpenVinoBackend
 
 
 def backend_spec(backend: str | None, provider: str | None, precision: str | None) -> str | None:

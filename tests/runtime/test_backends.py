@@ -319,6 +319,25 @@ def test_files_and_backends_that_do_not_go_together(tmp_path, onnx_file):
         load_backend(tmp_path / "model.engine", "onnxruntime")
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (
+            "onnx",
+            {"device": "cpu"},
+            "provider, gpu, providers, threads\n  fix:      ONNX Runtime chooses the device by",
+        ),
+        ("onnx", {"backend": "openvino", "thread": 1}, "precision, threads, streams\n  fix:      leave it out"),
+        ("checkpoint", {"threads": 1}, "precision, device, compile, graphs\n  fix:      leave it out"),
+    ],
+)
+def test_an_option_of_another_backend_is_refused(checkpoint, onnx_file, kind, options, words):
+    with pytest.raises(
+        UserError, match=f"option (device|threads?) for .*\n  expected: options of this backend: {words}"
+    ):
+        load_backend(onnx_file if kind == "onnx" else checkpoint, **options)
+
+
 def test_a_precision_that_openvino_does_not_have(onnx_file):
     with pytest.raises(UserError, match="precision 'fp8'\n  expected: fp32 or bf16"):
         load_backend(onnx_file, "openvino", precision="fp8")
