@@ -294,8 +294,8 @@ def _value(result: tuple[Any, ...]) -> Any:
 # TensorRT's messages
 #
 # TensorRT takes a logger for each object that it creates, but sends other messages to the first logger it received. If
-# that logger were freed with its engine, TensorRT would call into freed memory. Therefore one logger per process records
-# all warnings and errors.
+# that logger were freed with its engine, TensorRT would call into freed memory. Therefore one logger per process
+# records all warnings and errors.
 
 _MAX_MESSAGES = 500  # kept; a failed build logs its reason last
 
