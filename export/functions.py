@@ -40,8 +40,8 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
 def multilevel_roi_pool(num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
     """Returns the function of `MultilevelRoiPool`, on the standard MaxRoiPool; arguments as for `multilevel_roi_align`.
 
-    RoIs are rounded to integer pixels, halves away from zero, before MaxRoiPool does the same: a runtime that computes in
-    bfloat16 represents these integers exactly.
+    RoIs are rounded to integer pixels, halves away from zero, before MaxRoiPool does the same: integers are exact even
+    if a runtime computes in bfloat16.
     """
     pool = "".join(
         f"""

@@ -37,7 +37,7 @@ _PRECISIONS = {
     **{"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"},
     "float32": "fp32",
 }
-_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's names; indices and counts, not weights
+_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's types of indices and counts
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norm, which are not parameters
 
 

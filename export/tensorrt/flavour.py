@@ -22,8 +22,8 @@ from maskrcnn.plugins.aot_kernels import Kernel
 if TYPE_CHECKING:
     import onnx_ir
 
-# The namespace equals the nodes' domain, the default of parsers from 10.10 on, and the prefix of "maskrcnn::BatchedNms",
-# which `tensorrt.plugin.register` uses for a Python plugin.
+# The namespace equals the nodes' domain, the default of parsers from 10.10 on, and the prefix of
+# "maskrcnn::BatchedNms", which `tensorrt.plugin.register` uses for a Python plugin.
 PLUGIN_NAMESPACE = contract.DOMAIN
 PLUGIN_VERSION = str(contract.VERSION)
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version", "aot")  # node attributes in addition to the contract's

@@ -76,7 +76,7 @@ def test_boxes_in_some_results_only_are_refused():
 
 def test_results_of_unknown_images_are_counted_and_named():
     strange = [without(image_id=value) for value in (777, 778, 777, "x", None, [1])]
-    with pytest.raises(UserError, match=r"6 result.* of 5 image.* unknown: image_id 777, 778, 'x', None, \[1\]"):
+    with pytest.raises(UserError, match=r"6 result.* of 5 unknown image.*: image_id 777, 778, 'x', None, \[1\]"):
         checked_results(GroundTruth.of_content(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
 
 
