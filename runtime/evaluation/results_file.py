@@ -18,7 +18,7 @@ from maskrcnn.files import read_json, write_json
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, checked_masks
 from maskrcnn.runtime.predictions import read_parquet, read_predictions
 
-_FORMAT = "a list in COCO's results format (cocodataset.org/#format-results)"
+_FORMAT = "a list of results in COCO's format (cocodataset.org/#format-results)"
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # field of a result by kind
 _REQUIRED = ("image_id", "category_id", "score")
 _MAX_NAMED = 5  # unknown ids in a message

@@ -241,7 +241,7 @@ class DeviceArray:
     ) -> Any:
         """Returns a capsule; the consumer's stream (None: the default, -1: none) waits for writes to the array."""
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("found: copy=True or another dl_device; expected: neither; fix: copy the imported array")
+            raise BufferError("found: copy=True or another device; expected: neither; fix: copy the imported array")
         if stream is None or stream >= 0:
             self.stream.hold_up_stream(stream or LEGACY_STREAM)
         device_type, device_id = self.__dlpack_device__()

@@ -100,7 +100,7 @@ class Gpu(TorchDispatchMode):
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # other memory that the capture writes, and its content
         self._own_capture_stream: Stream | None = None
         self._uses: dict[Any, tuple[dict[Stream, int], dict[Stream, int]]] = {}  # reads and writes
-        self._kept: list[Any] = []  # prevents that addresses are reused
+        self._kept: list[Any] = []  # keeps objects alive, so that addresses are not reused
         self._watching = True
         self._pools = itertools.count(1)
 
