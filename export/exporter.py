@@ -49,7 +49,7 @@ _FORBIDDEN_OPS = frozenset(
 
 
 class _WithStages(nn.Module):
-    """The model with its outputs in the order of `OUTPUTS`, then the intermediate tensors, which gives them names."""
+    """The model with outputs in the order of `OUTPUTS`, then the intermediate tensors, so that these get names."""
 
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def export_onnx(
         source: checkpoint of the model, whose hash is recorded in the file.
         opset: ONNX opset version, 20 or newer (default: 20).
         assumed: fields of the model that imported weights do not state; recorded in the file.
-        max_unmatched: share of the detections, 0 to 1, that may lack a partner or differ by more than the tolerance.
+        max_unmatched: fraction of the detections, 0 to 1, that may lack a partner or differ by more than the tolerance.
 
     Raises:
         UserError: if the weights are not finite, the opset or PyTorch is too old, the graph contains a forbidden
@@ -235,10 +235,10 @@ def _live_rows_node(boxes: Any, labels: Any, counts: Any) -> Any:
 
 
 def _integer_division(dividend: Any, divisor: Any, rounding_mode: Any = None) -> Any:
-    """Division of non-negative indices, for which rounding down and ONNX's rounding towards zero agree.
+    """Divides non-negative indices, for which rounding down equals ONNX's rounding towards zero.
 
-    PyTorch's own translation divides in single precision and rounds down: a compiler that multiplies by a rounded
-    reciprocal instead makes integer quotients one too small.
+    PyTorch's own translation divides in single precision and rounds down. If a compiler replaces the division by a
+    multiplication with a rounded reciprocal, integer quotients are one too small.
     """
     assert rounding_mode == "floor" and dividend.dtype.is_integer(), "the model divides integers only, rounding down"
     return onnxscript.opset20.Div(dividend, divisor)

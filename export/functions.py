@@ -17,8 +17,8 @@ _COORDINATES = {False: "output_half_pixel", True: "half_pixel"}
 def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opset: int) -> onnx.FunctionProto:
     """Returns the function of `MultilevelRoiAlign`, which pools each RoI at its own level only.
 
-    A function body can neither depend on the number of inputs nor derive a mode's name from an integer, so these
-    attributes are fixed per function.
+    A function body cannot depend on the number of inputs or derive a mode's name from an integer, so these attributes
+    are fixed per function.
 
     Args:
         num_levels: number of pyramid levels.
@@ -40,8 +40,8 @@ def multilevel_roi_align(num_levels: int, *, aligned: bool, min_level: int, opse
 def multilevel_roi_pool(num_levels: int, *, min_level: int, opset: int) -> onnx.FunctionProto:
     """Returns the function of `MultilevelRoiPool`, on the standard MaxRoiPool; arguments as for `multilevel_roi_align`.
 
-    RoIs are rounded to integer pixels, halves away from zero, before MaxRoiPool does the same: integers are exact in a
-    runtime that computes in bfloat16.
+    RoIs are rounded to integer pixels, halves away from zero, before MaxRoiPool does the same: integers are exact even
+    if a runtime computes in bfloat16.
     """
     pool = "".join(
         f"""
@@ -223,7 +223,7 @@ def batched_nms(opset: int) -> onnx.FunctionProto:
 
 
 def live_rows(opset: int) -> onnx.FunctionProto:
-    """Returns the function of `LiveRows`, which removes rows that hold no detection in any image."""
+    """Returns the function of `LiveRows`, which removes rows without a detection in any image."""
     op = contract.LIVE_ROWS
     text = f"""
     <domain: "{contract.DOMAIN}", opset_import: ["": {opset}]>

@@ -117,7 +117,7 @@ def set_metadata(proto: onnx.ModelProto, metadata: ModelMetadata) -> None:
     onnx.helper.set_model_props(proto, {KEY: metadata.to_json()})
 
 
-# Shape letters of the contract that occur in no input, with the attribute that sets each (a list: its first element).
+# Shape letters of the contract that no input has, with the attribute that sets each (for a list: its first element).
 _LENGTHS_BY_ATTRIBUTE = (("S", "output_size"), ("S", "pooled_shape"), ("M", "max_output"))
 
 

@@ -37,15 +37,15 @@ _PRECISIONS = {
     **{"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", "U8": "uint8"},
     "float32": "fp32",
 }
-_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's names; indices and counts, not weights
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norm; not parameters
+_INTEGERS = {"i64": "int64", "i32": "int32"}  # OpenVINO's types of indices and counts
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norm, which are not parameters
 
 
 @dataclass(frozen=True)
 class _Costs:
     """MACs of one image."""
 
-    size_hw: tuple[int, int]  # of the network's input
+    size_hw: tuple[int, int]  # size of the network's input
     macs: dict[str, int]  # by stage
     uncounted: tuple[str, ...]  # nodes whose shapes could not be inferred
 
@@ -253,7 +253,7 @@ _STAGE_TENSORS = (
     ("keypoint head", ("keypoints",)),
 )
 _MAX_SHAPE_ELEMENTS = 1024  # a larger constant does not determine a shape
-_MAX_ROUNDS = 12  # of shape inference and constant folding; the detector needs about 5
+_MAX_ROUNDS = 12  # rounds of shape inference and constant folding; the detector needs about 5
 
 
 def costs_of(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> _Costs | None:
@@ -305,7 +305,7 @@ def stages_by_node(proto: onnx.ModelProto) -> list[str]:
 
 
 def _at_size(proto: onnx.ModelProto, size_hw: tuple[int, int]) -> onnx.ModelProto:
-    """A copy without weights and functions whose shapes are those of one image of this size."""
+    """Returns a copy without weights and functions, with the shapes for one image of this size."""
     import onnx_ir
     from onnxscript import optimizer
 

@@ -1,6 +1,6 @@
-"""Files derived from an exported ONNX file: in half precision, with 8-bit integers, or for TensorRT's parser.
+"""Files derived from an exported ONNX file: half precision, 8-bit integers, and the copy for TensorRT's parser.
 
-All but the last are compared with the exported file before they are kept.
+Files in half precision or with 8-bit integers are compared with the exported file before they are kept.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def write_half(
             precision.
         limit: maximum number of images from the folder.
         simulate: write the simulation instead, which any runtime runs.
-        max_unmatched: share of the detections that may lack a partner or differ by more than the tolerance; used if it
-            is larger than the share in the tolerance.
+        max_unmatched: fraction of the detections that may lack a partner or differ by more than the tolerance; used if
+            it is larger than the fraction in the tolerance.
 
     Returns:
         The nodes in half precision, and the difference between the simulation and the source.
@@ -206,7 +206,7 @@ def with_share(tolerance: Tolerance, max_unmatched: float) -> Tolerance:
 
 
 def unmatched_hint(difference: Difference) -> str:
-    """A hint for accepting a difference caused by a few tied boxes; empty for any other difference."""
+    """Returns a hint on how to accept a difference from a few tied boxes; empty for any other difference."""
     share = math.ceil(difference.unmatched_share * 1e4) / 1e4
     return f"; if only a few tied boxes differ, accept them with --max-unmatched {share:g}" if 0 < share < 0.5 else ""
 

@@ -3,9 +3,9 @@
 Running such an engine needs no plugin library and no Python; building it needs neither the CUDA toolkit nor TensorRT's
 headers. The graph must be the AOT flavour: `maskrcnn export --tensorrt --aot`.
 
-`tensorrt.plugin` requires functions with one named argument per tensor, whose names it checks at registration, whereas
-RoIAlign has one feature map per pyramid level. The functions here therefore accept any number of tensors, and their
-`__signature__` declares four levels; TensorRT calls them with the tensors of the node.
+`tensorrt.plugin` requires functions with one named argument per tensor and checks the names at registration, but
+RoIAlign has one feature map per pyramid level. Therefore the functions here accept any number of tensors, and their
+`__signature__` declares four levels. TensorRT calls them with the tensors of the node.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Plugin:
     launch: Callable[[Any, Sequence[Any], Mapping[str, Any]], Launch]
 
 
-# TensorRT logs only the text of an exception of a plugin, and builds no engine; the exceptions of the latest build.
+# Exceptions of plugins in the latest build. TensorRT logs only their text, and builds no engine.
 faults: list[Exception] = []
 _target: _Target | None = None  # from the latest `register`; the plugins themselves are registered once
 
@@ -125,7 +125,7 @@ def _register(tensorrt: Any, trtp: Any, plugin: _Plugin) -> None:
 
 
 def _describe(tensorrt: Any, trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """The function that returns types and shapes of the outputs."""
+    """Creates the function that returns types and shapes of the outputs."""
 
     def describe(*tensors: Any, **attributes: Any) -> Any:
         outputs = plugin.outputs(tensorrt, trtp, tensors, aot_kernels.checked(plugin.op, attributes))
@@ -139,13 +139,13 @@ def _describe(tensorrt: Any, trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
 
 
 def _tune(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """The function that returns the supported combinations of types and formats."""
+    """Creates the function that returns the supported combinations of types and formats."""
 
     def tune(*tensors: Any) -> Any:  # the inputs and a tuple of the outputs
         formats = plugin.formats(len(tensors) - 1)
-        # The network is strongly typed: kernels for other types than the first tensor's would be compiled in vain. For
-        # a type that no kernel has, all combinations are offered, and TensorRT rejects the node; with none, NVIDIA's
-        # glue code would declare the type supported.
+        # The network is strongly typed, so only combinations with the first tensor's type are returned. If no kernel
+        # has that type, all combinations are returned, and TensorRT rejects the node; for an empty list, NVIDIA's glue
+        # code would declare the type supported.
         own = _TYPES.get(_DTYPES.get(tensors[0].dtype.name, ""))
         matching = [each for each in formats if each[0].partition(",")[0] == own]
         return [trtp.AutoTuneCombination(types, layouts) for types, layouts in matching or formats]
@@ -154,13 +154,13 @@ def _tune(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
 
 
 def _implement(trtp: Any, plugin: _Plugin) -> Callable[..., Any]:
-    """The function that returns name and code of the kernel, its grid and its integer arguments."""
+    """Creates the function that returns name and code of the kernel, its grid and its integer arguments."""
 
     def implement(*arguments: Any) -> Any:  # the inputs, the attributes, a tuple of the outputs, the tactic
         tensors = [argument for argument in arguments if isinstance(argument, trtp.TensorDesc)]
         values = arguments[len(tensors) : -2]
-        # The parser and `tensorrt.plugin.op` pass attributes in the order of the creator's fields, which is that of the
-        # contract; `checked` raises if there are too few.
+        # The parser and `tensorrt.plugin.op` pass attributes in the order of the creator's fields, which is the order
+        # in the contract; `checked` raises if there are too few.
         named = dict(zip(plugin.op.attributes, values, strict=False))
         return _compiled(trtp, plugin.launch(trtp, tensors, named))
 
@@ -191,7 +191,7 @@ def _with_signature(
     *,
     returned: Any = inspect.Signature.empty,
 ) -> Callable[..., Any]:
-    """The function with these arguments as its `__signature__`; its exceptions are added to `faults`."""
+    """Wraps a function: sets its `__signature__` to these arguments, and adds its exceptions to `faults`."""
 
     def recording(*given: Any, **named: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Kernels of the ahead-of-time plugins: source file, macros and grid of each, compiled by NVRTC or else nvcc.
+"""Kernels of the ahead-of-time plugins: source file, macros and grid of each. NVRTC or else nvcc compiles them.
 
 An engine contains each kernel compiled for one node: attributes, feature type and memory layout are constants, lengths
 are arguments. The sources are csrc/*/aot.cu. Compiled kernels are kept in the cache of `plugins.build`.
@@ -33,7 +33,7 @@ _PITCH_UNITS = {"LINEAR": 0, "HWC": 1, "HWC8": 8}
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _FEATURES = {"float32": "float", "float16": "maskrcnn::Half", "bfloat16": "maskrcnn::BFloat16"}
 _MAX_LEVELS = 16  # MASKRCNN_MAX_LEVELS of csrc/kernels.h
-# Sizes of the kernels, which csrc/*/aot.cu asserts: threads per block, and for channels last the bins per block and the
+# Sizes of the kernels, checked by csrc/*/aot.cu: threads per block, and for channels last the bins per block and the
 # bytes per lane.
 _PLANES_THREADS, _CHANNELS_LAST_THREADS, _NMS_THREADS, _WARP, _BINS_OF_TILE, _LANE_BYTES = 256, 224, 1024, 32, 49, 16
 _PLANES_OF_BLOCK = 64  # kPlanesOfBlock of csrc/multilevel_roi_align/launch.cu
@@ -59,7 +59,7 @@ class Kernel:
     name: str
     defines: Mapping[str, str]
     threads: int  # per block
-    expression: str = ""  # C++ name with template arguments, of a kernel whose symbol is not `name`; NVRTC only
+    expression: str = ""  # C++ name with template arguments, if the symbol is not `name`; NVRTC only
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ def _float(value: float) -> str:
 
 # Compiling
 
-_SHOWN_LINES = 25  # of the compiler's output on failure
-_SYMBOL = ".symbol"  # file beside a kernel with an expression
+_SHOWN_LINES = 25  # shown of the compiler's output on failure
+_SYMBOL = ".symbol"  # suffix of the file with the symbol of a kernel with an expression
 
 
 class Image(str, Enum):
     """Format of a compiled kernel."""
 
-    PTX = "ptx"  # assembly, which the driver compiles for any GPU from the architecture on
+    PTX = "ptx"  # assembly, which the driver compiles for this or any newer architecture
     CUBIN = "cubin"  # machine code of one generation
 
 
@@ -267,7 +267,7 @@ def compile_kernel(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Im
 
 
 def compile_expression(kernel: Kernel, *, arch: int, toolchain: Toolchain, image: Image) -> tuple[bytes, str]:
-    """As `compile_kernel`, for a kernel with an `expression`; returns its symbol too."""
+    """Does the same as `compile_kernel` for a kernel with an `expression`; returns its code and symbol."""
     code = compile_kernel(kernel, arch=arch, toolchain=toolchain, image=image)
     path = build.find(_record(kernel, arch, toolchain, image), _file_name(kernel, image))
     assert path is not None  # compiled above

@@ -1,8 +1,8 @@
 """Libraries of the kernels and TensorRT plugins, compiled by nvcc and kept in a cache.
 
 `libmaskrcnn_kernels` exports the C interface of csrc/kernels.h and needs CUDA only. `libmaskrcnn_plugins` contains the
-same kernels as TensorRT C++ plugins and needs TensorRT's headers. `libmaskrcnn_plugins_register` beside it registers
-the plugins when it is loaded. csrc/CMakeLists.txt builds the same libraries.
+same kernels as TensorRT C++ plugins and needs TensorRT's headers. `libmaskrcnn_plugins_register` in the same folder
+registers the plugins when it is loaded. csrc/CMakeLists.txt builds the same libraries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from maskrcnn.plugins.toolchain import HOST_COMPILER, NVCC, TENSORRT_HEADERS, Ab
 # temporary folder and renames it, so that concurrent builds are safe; the first result is kept.
 
 SOURCES = Path(__file__).with_name("csrc")
-RECORD = "build.json"  # in each folder: what its files depend on
+RECORD = "build.json"  # file in each folder: everything that its files depend on
 
 
 def folder() -> Path:
@@ -78,7 +78,7 @@ def store(record: Mapping[str, Any], name: str, make: Callable[[Path], None], *,
     Args:
         record: everything that the file depends on, as JSON values.
         name: name of the file.
-        make: writes the file to the given path; may write more files beside it. Nothing is kept if it raises.
+        make: writes the file to the given path; may write more files to its folder. Nothing is kept if it raises.
         force: create the file even if it is cached.
 
     Raises:
@@ -143,7 +143,7 @@ _FLAGS = (
     *("-Xlinker", "--exclude-libs,ALL,--no-undefined"),
 )
 _REGISTER = "libmaskrcnn_plugins_register.so"
-_SHOWN_LINES = 25  # of the compiler's output on failure
+_SHOWN_LINES = 25  # shown of the compiler's output on failure
 
 
 class Library(str, Enum):
@@ -159,7 +159,7 @@ class Library(str, Enum):
 
     @property
     def companions(self) -> tuple[str, ...]:
-        """Files to keep beside the library."""
+        """Files to keep in the library's folder."""
         return (_REGISTER,) if self is Library.PLUGINS else ()
 
 

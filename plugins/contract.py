@@ -1,7 +1,7 @@
 """Contract of the custom ops: names, inputs, outputs and attributes.
 
-The ONNX nodes and functions, the NumPy reference and the TensorRT plugins are tested against it. The name of an op must
-differ from every standard ONNX operator, because TensorRT's parser prefers its own importers.
+Tests compare the ONNX nodes and functions, the NumPy reference and the TensorRT plugins with it. The name of an op must
+differ from all standard ONNX operators, because TensorRT's parser prefers its own importers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Op:
     doc: str
 
 
-# Attributes that determine the pyramid level of a RoI.
+# Attributes that select the pyramid level of a RoI.
 _LEVELS = ("min_level", "canonical_level", "canonical_size", "level_epsilon")
 
 MULTILEVEL_ROI_ALIGN = Op(
@@ -60,7 +60,7 @@ MULTILEVEL_ROI_POOL = Op(
     inputs=MULTILEVEL_ROI_ALIGN.inputs,
     outputs=MULTILEVEL_ROI_ALIGN.outputs,
     attributes={
-        "pooled_shape": list,  # [S, S], the form of MaxRoiPool: a function can only pass attributes on
+        "pooled_shape": list,  # [S, S] as in MaxRoiPool: an ONNX function passes attributes unchanged
         **{name: MULTILEVEL_ROI_ALIGN.attributes[name] for name in _LEVELS},
     },
     doc="RoIPool of each RoI at its own pyramid level: the maximum over the pixels of a bin. It has no plugin.",
@@ -92,7 +92,7 @@ LIVE_ROWS = Op(
 
 OPS = {op.name: op for op in (MULTILEVEL_ROI_ALIGN, MULTILEVEL_ROI_POOL, BATCHED_NMS, LIVE_ROWS)}
 
-# BatchedNms in two steps, for TensorRT's ahead-of-time plugins, each of which is one kernel. Only
+# BatchedNms in two steps for TensorRT's ahead-of-time plugins, which have one kernel each. Only
 # `export.tensorrt.flavour.tensorrt_flavour(…, aot=True)` writes these nodes; they have no ONNX functions.
 BATCHED_NMS_KEEP = Op(
     name="BatchedNmsKeep",

@@ -1,4 +1,4 @@
-"""Python binding of the kernels: the C interface of `csrc/kernels.h`, by a compiled library or by `plugins.nvrtc`.
+"""Python binding of the kernels: the C interface of `csrc/kernels.h`, in a compiled library or in `plugins.nvrtc`.
 
 Arguments are addresses in the memory of the device that the library was compiled for. Calls neither copy nor
 synchronise; the caller keeps the memory alive until the stream has finished.
@@ -27,8 +27,8 @@ SWITCH = "MASKRCNN_KERNELS"  # environment variable: "off", or the path of a lib
 class Pyramid:
     """Feature maps in device memory, one address, height and width per level.
 
-    A map is `[batch, channels, height, width]` in layout "NCHW" and `[batch, height, width, channel_pitch]` in layout
-    "NHWC", of which the first `channels` are used.
+    A map is `[batch, channels, height, width]` in layout "NCHW". In layout "NHWC" it is
+    `[batch, height, width, channel_pitch]`, and the first `channels` elements of a pixel are used.
     """
 
     addresses: Sequence[int]
@@ -49,7 +49,7 @@ class Kernels:
 
     Args:
         library: path of `libmaskrcnn_kernels.so`, built by `maskrcnn build-plugins`; or kernels compiled by NVRTC.
-        origin: says to users where the kernels come from (default: the path).
+        origin: text for users that says where the kernels come from (default: the path).
 
     Raises:
         OSError: if the file cannot be loaded.
@@ -111,7 +111,7 @@ class Kernels:
             rois: address of float32 `[N, R, 4]` xyxy px.
             num_rois: R.
             pooled: address of the result's gradient, `pooled_dtype` `[N, R, C, S, S]`.
-            attributes: as of `multilevel_roi_align`.
+            attributes: as for `multilevel_roi_align`.
         """
         params = _roi_align_params(gradients, num_rois, pooled_dtype, **attributes)
         self._check(self._library.maskrcnn_multilevel_roi_align_gradient(params, rois, pooled, stream))
@@ -285,14 +285,14 @@ def _load(path: str | Path) -> ctypes.CDLL:
 def kernels_for(arch: int) -> Kernels | None:
     """Returns the kernels for a GPU; the result is cached.
 
-    They are those that `maskrcnn build-plugins` has compiled, or else NVRTC compiles each when it is first used.
+    These are the kernels that `maskrcnn build-plugins` has compiled; without them, NVRTC compiles each at first use.
 
     Args:
         arch: compute capability of the GPU, 90 for 9.0.
 
     Returns:
-        None without compiled kernels and NVRTC, if NVRTC or the driver fails, which is a warning, and with
-        `MASKRCNN_KERNELS=off`.
+        None with `MASKRCNN_KERNELS=off`, without compiled kernels and NVRTC, or, after a warning, if NVRTC or the
+        driver fails.
 
     Raises:
         OSError: if the environment variable `MASKRCNN_KERNELS` names a file that cannot be loaded.

@@ -1,8 +1,8 @@
-"""The kernels on a machine without nvcc: NVRTC, which comes with PyTorch, compiles each when it is first used.
+"""The kernels on a machine without nvcc: NVRTC, which is part of PyTorch, compiles each kernel at first use.
 
 `NvrtcLibrary` has the functions of csrc/kernels.h. NVRTC compiles no host code, so they repeat the host part of
-csrc/*/launch.cu: which arguments are valid, and which kernel runs on what grid. A compiled kernel is kept in the cache
-of `plugins.build`; compiling takes one to three seconds.
+csrc/*/launch.cu: argument checks, and the selection of kernel and grid. Compiled kernels are kept in the cache of
+`plugins.build`; compiling a kernel takes one to three seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskrcnn.plugins.aot_kernels import Image, Kernel
 from maskrcnn.plugins.interface import DTYPES, INVALID, LAYOUTS, MAX_LEVELS, RoiAlignParams
 from maskrcnn.plugins.toolchain import Toolchain, find_driver_cuda, find_nvrtc
 
-# Constants of the sources, named as there.
+# Constants of the sources, with the same names.
 _WARP, _MOST_BLOCKS, _MOST_ROWS, _MOST_PIXELS = 32, 0x7FFFFFFF, 65535, 1 << 24
 _NMS_THREADS, _SCANNED = 1024, 4
 _PASTE_THREADS, _PASTE_WARPS = 256, 8
@@ -36,7 +36,7 @@ Launch = Callable[[str, str, Grid, int, Sequence[Any], int], int]
 
 
 class NvrtcLibrary:
-    """The C interface of csrc/kernels.h; each function returns what the one of the compiled library would.
+    """The C interface of csrc/kernels.h. Each function returns the same as in the compiled library.
 
     Args:
         launch: starts a kernel (`Gpu.launch`).
@@ -201,7 +201,7 @@ def _is_valid(p: RoiAlignParams) -> bool:
 
 
 def _has_wide_pixels(p: RoiAlignParams) -> bool:
-    """Whether every pixel begins at a multiple of 16 bytes, so that a lane can read so many at once."""
+    """Whether every pixel begins at a multiple of 16 bytes, so that a lane can read 16 bytes at once."""
     is_aligned = all((p.features[level] or 0) % _LANE_BYTES == 0 for level in range(p.num_levels))
     return is_aligned and p.channel_pitch % (_LANE_BYTES // _BYTES[p.dtype]) == 0
 
@@ -219,8 +219,8 @@ class Gpu:
     def __init__(self, arch: int) -> None:
         self._toolchain = Toolchain(nvrtc=find_nvrtc(), gpus=(arch,), driver_cuda=find_driver_cuda())
         self._target = aot_kernels.architecture(self._toolchain)
-        # Machine code runs on its own generation, with any driver; PTX also on later ones, unless the driver is older
-        # than NVRTC.
+        # Machine code runs only on its own generation, with any driver. PTX also runs on later generations, unless the
+        # driver is older than NVRTC.
         self._image = Image.CUBIN if self._target // 10 == arch // 10 else Image.PTX
         self._functions: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
@@ -269,7 +269,7 @@ class Gpu:
 
 
 def _loaded(code: bytes, symbol: str) -> Any:
-    """The kernel in all contexts of the process; never unloaded, since graphs may hold it."""
+    """Loads the kernel for all contexts of the process; it is never unloaded, as CUDA graphs may use it."""
     from cuda.bindings import driver
 
     status, library = driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)
@@ -285,7 +285,7 @@ def _loaded(code: bytes, symbol: str) -> Any:
 
 
 def _bind_context(arguments: Sequence[Any]) -> int:
-    """Binds the primary context of the arguments' GPU to a thread that has none, as the CUDA runtime would."""
+    """Binds the primary context of the arguments' GPU to a thread without a context, as the CUDA runtime would."""
     from cuda.bindings import driver
 
     status, context = driver.cuCtxGetCurrent()

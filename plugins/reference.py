@@ -1,6 +1,6 @@
-"""NumPy reference of the custom ops: slow and short; every other implementation is compared with it.
+"""NumPy reference of the custom ops: slow and short. Tests compare all other implementations with it.
 
-Pixel model: the centre of pixel (i, j) of a feature map is (j + 0.5, i + 0.5) in units of its stride with `aligned`,
+Pixel model: in units of the stride, the centre of pixel (i, j) of a feature map is (j + 0.5, i + 0.5) with `aligned`
 and (j, i) without.
 """
 
@@ -180,7 +180,7 @@ def batched_nms_keep(
 
 
 def _batched_nms_compact(keep: np.ndarray, *, max_output: int) -> tuple[np.ndarray, np.ndarray]:
-    """`BatchedNmsCompact` of the contract: keep `[N, K]`; returns as `batched_nms`."""
+    """Computes `BatchedNmsCompact` of the contract from keep `[N, K]`; returns the same as `batched_nms`."""
     indices = np.zeros((keep.shape[0], max_output), np.int32)
     num = np.zeros(keep.shape[0], np.int32)
     for n in range(keep.shape[0]):

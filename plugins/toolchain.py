@@ -1,6 +1,6 @@
 """Toolchain discovery: compilers and headers for the plugins, and the GPUs to compile for.
 
-A missing part is None in `Toolchain` and not an error; `absences` lists what it is needed for and how to install it.
+A missing part is None in `Toolchain`, not an error; `absences` lists what it is needed for and how to install it.
 """
 
 from __future__ import annotations

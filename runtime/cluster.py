@@ -174,7 +174,7 @@ def ray_package() -> Any:
 
 @contextmanager
 def connected(address: str, pool: Pool) -> Iterator[None]:
-    """A connection to a Ray cluster that can run a pool; closed at the end unless the caller was already connected.
+    """Connects to a Ray cluster that can run a pool; disconnects at the end unless the caller was already connected.
 
     Args:
         address: "local" starts Ray on this machine; otherwise passed to `ray.init`, such as "auto" or "ray://HOST:10001".
@@ -212,7 +212,7 @@ def connected(address: str, pool: Pool) -> Iterator[None]:
 
 
 def _check_resources(ray: Any, pool: Pool) -> None:
-    """Refuses a pool whose minimum number of actors could never be started."""
+    """Raises if the cluster cannot start the minimum number of actors."""
     total = ray.cluster_resources()
     for name, needed in (("CPU", pool.cpus * pool.least), ("GPU", pool.gpus * pool.least)):
         if needed > total.get(name, 0):

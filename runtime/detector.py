@@ -1,4 +1,4 @@
-"""`Detector`: images in, detections in the original images out."""
+"""`Detector`: computes detections in images with any model file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Detector:
             backend: "torch", "onnxruntime", "openvino" or "tensorrt", if the kind of file has several. A suffix
                 selects a provider of ONNX Runtime ("onnxruntime:cuda") or a precision of PyTorch ("torch:fp16").
             pixel_range: see the class.
-            options: options of the backend, such as `threads`, `precision` or `graphs`.
+            options: backend options such as `threads`, `precision` or `graphs`.
 
         Raises:
             UserError: if the file cannot be used or the backend's library is missing.
@@ -186,7 +186,7 @@ def backend_spec(backend: str | None, provider: str | None, precision: str | Non
         precision: PyTorch precision, or None for float32.
 
     Raises:
-        UserError: for a precision with a backend other than PyTorch, and for a precision with a provider.
+        UserError: for a precision with a backend other than PyTorch or with a provider.
     """
     if precision is None:
         return f"{backend or 'onnxruntime'}:{provider}" if provider else backend

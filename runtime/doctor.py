@@ -1,4 +1,4 @@
-"""Inspection of the machine: libraries, compilers, GPUs, plugins and engines, and what each missing one would enable.
+"""Inspection of the machine: libraries, compilers, GPUs, plugins and engines, and what missing components enable.
 
 Every library is imported in a subprocess, so that a library that crashes, hangs or prints affects only its own line of
 the report.
@@ -70,7 +70,7 @@ def diagnose(engines: Sequence[Path] = ()) -> list[Finding]:
     Args:
         engines: engine files to check against this machine.
     """
-    with ThreadPoolExecutor(max_workers=2) as pool:  # the processes mostly wait for the disk
+    with ThreadPoolExecutor(max_workers=2) as pool:  # the subprocesses mostly wait for the disk
         facts = dict(zip(_PROBES, pool.map(probe, _PROBES), strict=True))
     driver = _first_line(
         "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", lines=16
@@ -101,7 +101,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def _guarded(group: Callable[[], list[Finding]]) -> list[Finding]:
-    """The group's findings; an exception becomes a finding, so that the rest of the report is printed."""
+    """Returns the group's findings; an exception becomes a finding, so that the report continues."""
     try:
         return group()
     except Exception as error:
@@ -239,7 +239,7 @@ def _pycocotools(facts: dict[str, Facts], driver: str | None) -> list[Finding]:
 
 
 def _library(component: str, facts: Facts, enables: str, install: str, found: str | None = None) -> Finding:
-    """The finding for a library; one that is installed but broken counts as missing, with its error."""
+    """Returns the finding for a library; an installed but broken library counts as missing, with its error."""
     if "version" in facts:
         return Finding(component, found or facts["version"], enables, install)
     if not facts.get("missing"):
@@ -297,7 +297,7 @@ def _first_line(*command: str, lines: int = 1) -> str | None:
 
 
 def _toolchain() -> list[Finding]:
-    """Findings for the plugin toolchain, and the compiled libraries that the first GPU of this machine runs."""
+    """Returns findings for the plugin toolchain and for the compiled libraries that the first GPU can run."""
     toolchain = tools.find_toolchain()
     nvcc, nvrtc, headers = toolchain.nvcc, toolchain.nvrtc, toolchain.tensorrt
     arch = toolchain.gpus[0] if toolchain.gpus else None
@@ -499,7 +499,7 @@ _MARK = "maskrcnn-doctor:"  # prefix of a line of facts, to distinguish it from 
 
 
 def print_facts(name: str) -> None:
-    """Runs a probe and prints its facts; the program of each subprocess."""
+    """Runs a probe and prints its facts; each subprocess runs this function."""
 
     def emit(facts: Facts) -> None:
         print(f"\n{_MARK}{json.dumps(facts)}", flush=True)
@@ -517,7 +517,7 @@ def print_facts(name: str) -> None:
 
 def probe(name: str) -> Facts:
     """Returns facts about a library: `version` and more, and `error` and `missing` if it cannot be used."""
-    # Without the working directory, where a folder `onnx` or `torch` would be imported instead of the library.
+    # Without the working directory: a folder `onnx` or `torch` there would be imported instead of the library.
     package_parent = str(Path(inspect.getfile(errors)).resolve().parents[1])
     code = (
         f"import sys; sys.path = [p for p in sys.path if p] + [{package_parent!r}]; "

@@ -1,8 +1,8 @@
-"""Detection in a stream of images: reading, inference and finishing overlap, and results are returned in order.
+"""Detection in a stream of images. Reading, inference and finishing overlap; results are returned in order.
 
-Threads read images ahead within a window; only images of one size form a batch, so that batching adds no padding;
-other threads finish the detections (drawing, run lengths). NumPy, Pillow and the runtimes release the GIL while they
-work. Memory depends on the window and the sizes of its images, not on the total number of images.
+Threads read images ahead within a window. Only images of one size form a batch, so batching adds no padding. Other
+threads finish the detections (drawing, run lengths). NumPy, Pillow and the runtimes release the GIL while they work.
+Memory depends on the window and the sizes of its images, not on the total number of images.
 """
 
 from __future__ import annotations

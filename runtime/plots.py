@@ -56,7 +56,7 @@ def line_chart(
     labels_at_points: bool = False,
     size_in: tuple[float, float] = (5.5, 4.2),
 ) -> str:
-    """Draws one line per series, and a legend at the right or the names next to the points.
+    """Draws one line per series, with a legend on the right or names next to the points.
 
     Args:
         title: chart title.
@@ -68,7 +68,7 @@ def line_chart(
         log_y: logarithmic y axis.
         x_range: limits of the x axis (default: the data's).
         y_range: limits of the y axis (default: the data's).
-        y_span: smallest extent of a linear y axis without `y_range`, so that noise does not fill the chart.
+        y_span: smallest extent of a linear y axis without `y_range`, so that noise does not fill it.
         markers: mark each point and list the values in the series' tooltip.
         labels_at_points: write each name next to the last point of its series instead of a legend.
         size_in: width and height of the plot in inches, without the legend.
@@ -90,7 +90,7 @@ def line_chart(
     drawn = {name: _drawable(points, log_x, log_y) for name, points in series.items()}
     drawn = {name: points for name, points in drawn.items() if len(points)}
     if not drawn:
-        raise ValueError("found: a chart without a point; expected: at least one; fix: leave the chart out")
+        raise ValueError("found: a chart without a point; expected: at least one; fix: omit the chart")
     with rc_context(_SETTINGS):
         figure = Figure(figsize=size_in, dpi=72)  # SVG's resolution, so that text extents match those in the file
         FigureCanvasSVG(figure)

@@ -1,8 +1,8 @@
-"""The detections of many images on disk: JSON Lines, and the files made from them.
+"""Detections of many images on disk: a JSON Lines file, and the files made from it.
 
-`Predictions` appends one line per finished image to `detections.jsonl`, in the order of the images; a run that was
-killed leaves complete lines and at most one partial line, which is removed when the run is resumed. COCO results and
-Parquet are written from that file, line by line, so that memory does not grow with the number of images.
+`Predictions` appends one line per finished image to `detections.jsonl`, in the order of the images. A killed run leaves
+complete lines and at most one partial line, which is removed when the run is resumed. COCO results and Parquet are
+written from that file line by line, so memory does not grow with the number of images.
 
 A line is `{"image_id", "file", "height", "width", "detections": […]}`, where an entry of `detections` is a COCO result
 with `category_name`. It may have `orientation` (EXIF, if it was applied), and for videos `frame` and `time_s`.
@@ -52,7 +52,7 @@ class Predictions:
             self._file.truncate()
 
     def append(self, record: str) -> None:
-        """Writes the JSON of an image; on return, it is safe from the end of this process.
+        """Writes the JSON of an image. After return, it is kept even if this process is killed.
 
         Raises:
             UserError: if the disk is full; earlier lines stay complete.
@@ -145,7 +145,7 @@ def write_images(lines: Path, path: Path) -> None:
 
 
 def write_parquet(records: Iterable[Record], path: Path | str, about: dict[str, Any]) -> int:
-    """Writes one row per detection; see `rows_of`. The file is written completely or not at all.
+    """Writes one row per detection, see `rows_of`. On failure no file is written.
 
     Args:
         records: records of the images.

@@ -1,9 +1,9 @@
-"""Detection in large scenes: tile by tile, with the detections of overlapping tiles joined.
+"""Detection in large scenes, tile by tile; detections of overlapping tiles are joined.
 
 A tile contains some objects completely and others cut by its border. An object cut by a tile's border that is fully
 inside a neighbouring tile is taken from that neighbour. Two detections of one class in overlapping tiles are merged if
 the intersection of their masks (boxes, for models without masks) is at least half of the smaller mask, measured in the
-overlap of the tiles, or on the full masks if neither is cut. An object is then its best complete view, or the union of
+overlap of the tiles, or on the full masks if neither is cut. The object is then the best complete view, or the union of
 its parts.
 
 Masks are spans of the scene's pixels (`maskrcnn.imaging.run_lengths`): the cost grows with the objects, not with the
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SHOWN_MEGAPIXELS = 40  # larger scenes are not read as a whole for drawing
 _SAME = 0.5  # minimum intersection over the smaller of two views of an object, as in SAHI
-_WHOLE = 0.8  # minimum share of the union of all views covered by a view that shows the whole object
-_BORDER = 0.01  # share of a tile's side: boxes that end this close to its border count as cut
+_WHOLE = 0.8  # minimum fraction of the union of all views that a view of the whole object covers
+_BORDER = 0.01  # fraction of a tile's side: boxes that end this close to its border count as cut
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tiles:
 
     Args:
         size_px: side of a tile in pixels of the scene; a tile is resized like an image of its size.
-        overlap: share of a tile's side that its neighbour also covers, 0 to 1; the last tiles overlap more.
+        overlap: fraction of a tile's side that its neighbour also covers, 0 to 1; the last tiles overlap more.
 
     Raises:
         UserError: for numbers out of range.
@@ -85,7 +85,7 @@ def tiles_of(tile: int | None, overlap: float) -> Tiles | None:
     """Returns the tiles for the options `tile` and `overlap`; None without `tile`.
 
     Raises:
-        UserError: for numbers out of range, and for an overlap without tiles.
+        UserError: for numbers out of range, or an overlap without tiles.
     """
     if tile is None:
         if overlap != Tiles.overlap:
@@ -238,7 +238,10 @@ class _Joiner:
         return np.concatenate([at_low, at_high], axis=1)
 
     def _fits(self, boxes: np.ndarray, axis: int) -> np.ndarray:
-        """Whether boxes `[D, 4]` are clearly inside some tile along an axis (0: x); tiles never defer to each other."""
+        """Whether boxes `[D, 4]` are clearly inside some tile along an axis (0: x).
+
+        The margin is twice that of `_is_cut`, so that no tile leaves a box to another tile that also does.
+        """
         starts, side, length = (
             (self._lefts, self._side_hw[1], self._size_hw[1]),
             (self._tops, self._side_hw[0], self._size_hw[0]),

@@ -1,4 +1,4 @@
-"""Mixed precision as a graph pass: one rule places `Cast` nodes, so that every runtime computes the same.
+"""Mixed precision as a graph pass: `Cast` nodes in the graph define the precision for every runtime.
 
 Convolutions and matrix products compute in half precision (FP16 or BF16), and so do operators whose features are all
 in half precision: addition, multiplication, activations, pooling, resizing, RoIAlign. Everything else stays in single
@@ -32,7 +32,7 @@ _PASSING: dict[str, tuple[int, ...] | None] = {
     **{"Reshape": (0,), "Flatten": (0,), "Transpose": (0,), "Squeeze": (0,), "Unsqueeze": (0,), "Identity": (0,)},
     **{"GatherElements": (0,), "Slice": (0,)},
     **{"Mul": (0, 1), "Gelu": (0,), "HardSigmoid": (0,), "HardSwish": (0,), "Sigmoid": (0,)},
-    **{"QuantizeLinear": (0, 1), "DequantizeLinear": (1,)},  # 1: the scale
+    **{"QuantizeLinear": (0, 1), "DequantizeLinear": (1,)},  # input 1 is the scale
 }
 _NOT_IN_BF16 = ("HardSwish",)  # rejected by TensorRT's importer, although the support matrix lists it
 _ROI_ALIGN = contract.MULTILEVEL_ROI_ALIGN.name
@@ -41,7 +41,7 @@ _POOLING = (_ROI_ALIGN, contract.MULTILEVEL_ROI_POOL.name)
 _ARITHMETIC = ("Add", "Mul", "Gelu", "HardSigmoid", "HardSwish", "Sigmoid", "DequantizeLinear", _ROI_ALIGN)
 _MAX_FP16 = 65504.0
 _BFLOAT16_OPSET = 22  # the first opset whose convolutions accept bfloat16
-_MARGIN = 4.0  # allowed ratio of an activation on other images to its maximum on the observed ones
+_MARGIN = 4.0  # allowed ratio of an activation on other images to its maximum on the observed images
 _SHAPE_READERS = ("Shape", "Size")  # accept any type
 
 

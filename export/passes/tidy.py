@@ -93,7 +93,7 @@ def _fold_norms(proto: onnx.ModelProto) -> None:
 
 
 def _reader(graph: Graph, name: str, op_type: str) -> tuple[onnx.NodeProto, np.ndarray] | None:
-    """The only reader of a tensor and its constant, if it is of this type and the constant is per-channel."""
+    """The only reader of a tensor, if it has this operator and a per-channel constant, and that constant."""
     node = graph.only_consumer(name)
     if node is None or node.op_type != op_type:
         return None

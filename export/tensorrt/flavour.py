@@ -1,8 +1,8 @@
 """TensorRT flavour: a copy of the exported graph for TensorRT's ONNX parser, and the AOT kernels that it needs.
 
-The parser looks up an operator by name only: in its importers, in the file's functions, in the registered plugins. The
-parser of TensorRT 11 tries the plugins first if the node has a `plugin_namespace` (sources of onnx-tensorrt 10.1 and
-11.0). The flavour therefore has no functions, and its custom nodes name their plugins.
+The parser looks up an operator only by name: first in its importers, then in the file's functions, then in the
+registered plugins. The parser of TensorRT 11 tries the plugins first if the node has a `plugin_namespace` (sources of
+onnx-tensorrt 10.1 and 11.0). Therefore the flavour has no functions, and its custom nodes name their plugins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from maskrcnn.plugins.aot_kernels import Kernel
 if TYPE_CHECKING:
     import onnx_ir
 
-# The namespace equals the nodes' domain, which parsers from 10.10 on use if the attribute is missing, and the prefix of
+# The namespace equals the nodes' domain, the default of parsers from 10.10 on, and the prefix of
 # "maskrcnn::BatchedNms", which `tensorrt.plugin.register` uses for a Python plugin.
 PLUGIN_NAMESPACE = contract.DOMAIN
 PLUGIN_VERSION = str(contract.VERSION)
@@ -78,7 +78,7 @@ def tensorrt_flavour(proto: onnx.ModelProto, *, aot: bool = False) -> onnx.Model
 
 
 def take_all_rows(graph: onnx.GraphProto) -> None:
-    """Replaces `LiveRows` with its inputs, and its number of rows in all shapes with that of the inputs, in place."""
+    """Replaces `LiveRows` with its inputs, and in all shapes its number of rows with that of the inputs, in place."""
     known = tensor_types(graph)
     for node in [n for n in graph.node if n.op_type == contract.LIVE_ROWS.name and n.domain == contract.DOMAIN]:
         boxes, live_boxes = known.get(node.input[0]), known.get(node.output[0])
@@ -263,8 +263,8 @@ def _drop_empty_pads(graph: onnx_ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-# Kernels of the ahead-of-time plugins. Compiling them before TensorRT does gives readable error messages, and checks
-# without TensorRT that they compile.
+# Kernels of the ahead-of-time plugins. Compiling them before TensorRT does gives readable error messages, and the check
+# works without TensorRT.
 
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",

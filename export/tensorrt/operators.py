@@ -52,7 +52,7 @@ class _ConstantRule:
 
     position: int
     what: str
-    may_be_computed: bool = False  # from constants; otherwise it must be an initializer or a Constant node
+    may_be_computed: bool = False  # from constants; if false, only an initializer or a Constant node
     source: str = MATRIX
 
 

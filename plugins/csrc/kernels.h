@@ -1,14 +1,14 @@
-/* The C interface of the kernels: device pointers and a stream in, an error code out.
+/* C interface of the kernels. Functions take device pointers and a stream, and return an error code.
 
    libmaskrcnn_kernels.so exports these functions, libmaskrcnn_plugins.so calls them from TensorRT's enqueue, and the
    tests build the same sources for the CPU, where pointers are host memory and the stream is ignored.
    No function allocates memory, synchronises or keeps a pointer, so all can be captured in a CUDA graph.
-   Each returns 0, a CUDA error code, or MASKRCNN_INVALID for invalid arguments, in which case nothing was launched. */
+   Each returns 0, a CUDA error code, or MASKRCNN_INVALID for invalid arguments; then nothing was launched. */
 
 #ifndef MASKRCNN_KERNELS_H
 #define MASKRCNN_KERNELS_H
 
-#if !defined(__CUDACC_RTC__) /* NVRTC, for which the kernels need the types below, has no functions of the host */
+#if !defined(__CUDACC_RTC__) /* NVRTC has no standard headers; it uses only the types below */
 #include <stddef.h>
 #include <stdint.h>
 #endif
@@ -39,7 +39,7 @@ typedef struct {
     int32_t widths[MASKRCNN_MAX_LEVELS];
     int32_t num_levels;    /* 1 .. MASKRCNN_MAX_LEVELS */
     int32_t batch;         /* N >= 0 */
-    int32_t num_rois;      /* R >= 0, of each image */
+    int32_t num_rois;      /* R >= 0, per image */
     int32_t channels;      /* C >= 0 */
     int32_t channel_pitch; /* P, elements from one pixel to the next; used for MASKRCNN_NHWC only, P * width < 2^29 */
     int32_t dtype;         /* maskrcnn_dtype of the features */
@@ -61,8 +61,8 @@ typedef struct {
 MASKRCNN_EXPORT int maskrcnn_multilevel_roi_align(const maskrcnn_roi_align_params *params, const float *rois,
                                                   void *pooled, void *stream);
 
-/* Its gradient. `features` of the parameters are float32 [N, H, W, P] (dtype and layout say so), to which the gradient
-   of the features is added, in no fixed order; they are written although declared const. pooled: the gradient of the
+/* Gradient of MultilevelRoiAlign. Adds the gradient of the features to `features` of the parameters, in no fixed order:
+   float32 [N, H, W, P], with dtype and layout set accordingly, written although declared const. pooled: gradient of the
    result, of any output_dtype. The RoIs have no gradient. */
 MASKRCNN_EXPORT int maskrcnn_multilevel_roi_align_gradient(const maskrcnn_roi_align_params *params, const float *rois,
                                                            const void *pooled, void *stream);
@@ -85,8 +85,8 @@ MASKRCNN_EXPORT int maskrcnn_paste_masks(const void *masks, const float *boxes, 
                                          int32_t dtype, int32_t height, int32_t width, float threshold,
                                          int32_t by_columns, uint32_t *bits, void *stream);
 
-/* The detector's input from one image: resizes uint8 [height, width, 3] to resized_height x resized_width by linear
-   interpolation with half-integer pixel centres and no antialiasing, and writes it to the upper left of float32
+/* Computes the detector's input from an image: resizes uint8 [height, width, 3] to resized_height x resized_width by
+   linear interpolation with half-integer pixel centres and no antialiasing, and writes it to the upper left of float32
    [3, padded_height, padded_width], padded with zeros. Values stay 0 to 255. swap_channels 1: converts RGB to BGR. */
 MASKRCNN_EXPORT int maskrcnn_resize_pad(const uint8_t *image, int32_t height, int32_t width, float *padded,
                                         int32_t resized_height, int32_t resized_width, int32_t padded_height,

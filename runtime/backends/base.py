@@ -1,4 +1,4 @@
-"""Interface of a backend: `describe`, `infer`, and protocols for what only some backends have."""
+"""Interface of a backend: `describe`, `infer`, and protocols for optional features."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class TensorSpec:
 
 
 Specs = dict[str, TensorSpec]
-_loaded: weakref.WeakSet[Backend] = weakref.WeakSet()  # of this process and those it was forked from
+_loaded: weakref.WeakSet[Backend] = weakref.WeakSet()  # models of this process and of the processes it was forked from
 
 
 def keep_for_ever(thing: Any) -> None:
-    """Keeps an object from ever being freed, by a reference that nothing drops."""
+    """Prevents an object from being freed, by an additional reference that is never released."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _keep_models_of_parent() -> None:
-    """In a forked process: freeing a runtime's model would wait for the threads that only its parent has."""
+    """Runs in a forked process, where freeing a model would wait for threads that exist only in the parent."""
     for backend in _loaded:
         keep_for_ever(backend)
 
@@ -67,16 +67,16 @@ def detector_specs(metadata: ModelMetadata) -> tuple[Specs, Specs]:
 
 
 class Backend(ABC):
-    """A loaded model. Subclasses implement `describe` and `infer`; callers call the object, which checks the inputs.
+    """A loaded model. Subclasses implement `describe` and `infer`; to infer, call the object, which checks the inputs.
 
-    What only some backends support is declared by the protocols of this module. A model belongs to the process that
-    loaded it: after a fork the runtimes' threads are missing, and inference would wait for them for ever.
+    The protocols of this module declare optional features. A model belongs to the process that loaded it: a forked
+    process lacks the runtimes' threads, and inference would wait for them for ever.
     """
 
-    name: str  # of the software, for tables
-    precision: str  # of the arithmetic, for tables
+    name: str  # name of the software, for tables
+    precision: str  # precision of the arithmetic, for tables
     metadata: ModelMetadata
-    _process: int  # that loaded it
+    _process: int  # process that loaded the model
 
     def __new__(cls, *arguments: Any, **options: Any) -> Backend:
         backend = super().__new__(cls)
@@ -88,7 +88,7 @@ class Backend(ABC):
         """Checks that this process loaded the model.
 
         Raises:
-            UserError: if it was forked from the one that did.
+            UserError: if this process was forked from the one that loaded the model.
         """
         if self._process != os.getpid():
             raise UserError(
@@ -109,7 +109,7 @@ class Backend(ABC):
         """Preprocesses and infers images of any sizes.
 
         Args:
-            images: `[H, W, C]`, uint8 or float32, as `batch_images` takes them.
+            images: `[H, W, C]`, uint8 or float32, as in `batch_images`.
 
         Returns:
             Outputs by name, in pixels of the resized images, and `image_sizes` int64 `[N, 2]`.
@@ -153,9 +153,9 @@ class Backend(ABC):
 
 @runtime_checkable
 class GpuInputs(Protocol):
-    """A backend whose inputs may be GPU arrays of any library that `runtime/gpu/arrays.py` reads.
+    """A backend that accepts GPU arrays as inputs, of any library that `runtime/gpu/arrays.py` supports.
 
-    If `images` is one, the outputs are GPU arrays too.
+    If `images` is a GPU array, the outputs are GPU arrays too.
     """
 
     takes_gpu_arrays: bool
@@ -163,7 +163,7 @@ class GpuInputs(Protocol):
 
 @runtime_checkable
 class GpuPasting(Protocol):
-    """A backend that may paste masks into images faster than the CPU."""
+    """A backend that can paste masks into images on the GPU."""
 
     paste: Paste | None
 
@@ -172,8 +172,8 @@ class GpuPasting(Protocol):
 class IntermediateStages(Protocol):
     """A backend that returns intermediate tensors, from a second, instrumented copy of the model.
 
-    Requesting a tensor keeps a runtime from fusing it away and may change the precision around it, so detections are
-    taken from the call, not from here.
+    A requested tensor cannot be fused away, and the precision around it may change. Take detections from a call
+    instead.
     """
 
     def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -181,10 +181,10 @@ class IntermediateStages(Protocol):
 
         Args:
             feeds: as for a call, checked.
-            names: of `maskrcnn.stages`; outputs may be among them.
+            names: names from `maskrcnn.stages`; outputs are allowed too.
 
         Returns:
-            The tensors that the model has under these names; files older than the names have the outputs only.
+            The tensors with these names that the model has; files older than the names have the outputs only.
         """
 
 
@@ -193,7 +193,7 @@ class TimedInference(Protocol):
     """A backend that measures the parts of a call on the GPU."""
 
     def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Returns outputs on the host, and milliseconds of `copy in`, `engine` and `copy out`; none on a CPU."""
+        """Returns outputs on the host, and the milliseconds of `copy in`, `engine` and `copy out` (empty on a CPU)."""
 
 
 @runtime_checkable
@@ -201,7 +201,7 @@ class Remarks(Protocol):
     """A backend that reports how the model runs here."""
 
     def remarks(self) -> list[str]:
-        """Returns lines for the user, such as nodes that the GPU left to the CPU."""
+        """Returns lines for the user, for example about nodes that run on the CPU instead of the GPU."""
 
 
 def stages_of(backend: Backend, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -215,7 +215,7 @@ def stages_of(backend: Backend, feeds: dict[str, Any], names: Sequence[str]) -> 
         raise UserError(
             f"a model in {backend.name}",
             "a backend that returns intermediate tensors",
-            "verify the ONNX file or the checkpoint that this one was made from",
+            "verify the ONNX file or the checkpoint that this file was made from",
         )
     return backend.stages(feeds, names)
 

@@ -46,11 +46,11 @@ _ON_GPU = (Provider.CUDA.full_name, Provider.TENSORRT.full_name)
 
 
 class _GpuBinding:
-    """Inputs and outputs of a session in GPU memory; any number of threads may use it.
+    """Inputs and outputs of a session in GPU memory. Any number of threads may use it.
 
     Args:
         cuda: the GPU.
-        metadata: of the model.
+        metadata: metadata of the model.
     """
 
     def __init__(self, cuda: Cuda, metadata: ModelMetadata) -> None:
@@ -62,17 +62,17 @@ class _GpuBinding:
         if kernels is not None and resizes_on_gpu(metadata.preprocessing):
             self.loader = ImageLoader(kernels, cuda, metadata.preprocessing)
         self._images = GrowableBuffer(cuda)
-        self._pools: dict[tuple[str, int], BufferPool] = {}  # outputs by bytes, which depend on the batch
+        self._pools: dict[tuple[str, int], BufferPool] = {}  # by output name and size in bytes
         self._lock = threading.Lock()
 
     def infer(self, session: Any, outputs: Specs, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Runs a session; outputs are on the GPU if `images` is."""
+        """Runs a session; the outputs are on the GPU if `images` is."""
         return self._run(session, outputs, feeds, outputs_on_gpu=is_on_device(feeds["images"]))
 
     def run_images(
         self, session: Any, outputs: Specs, images: Sequence[np.ndarray], loader: ImageLoader
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`, with images resized and padded on the GPU."""
+        """Does the same as `Backend.run_images`, but resizes and pads the images on the GPU."""
         sizes, padded_hw = batch_sizes(images, self.preprocessing)
         image_sizes, shape = np.array(sizes, np.int64), (len(images), 3, *padded_hw)
         with self._lock, self.cuda.active():
@@ -84,7 +84,7 @@ class _GpuBinding:
 
     def _run(self, session: Any, outputs: Specs, feeds: dict[str, Any], *, outputs_on_gpu: bool) -> dict[str, Any]:
         batch = len(feeds["images"])
-        with self.cuda.active():  # ONNX Runtime makes its GPU current and leaves it so
+        with self.cuda.active():  # ONNX Runtime changes the current GPU and does not restore it
             binding = session.io_binding()
             kept = [self._bind_input(binding, name, value) for name, value in feeds.items()]
             bind_outputs = self._bind_outputs if outputs_on_gpu else _bind_host_outputs
@@ -126,12 +126,12 @@ def gpu_binding(device: int, metadata: ModelMetadata) -> _GpuBinding | None:
 
 
 def _bind_host_input(binding: Any, name: str, value: Any) -> None:
-    """Binds an array of the host; a GPU provider copies it."""
+    """Binds an array in host memory; a GPU provider copies it."""
     binding.bind_cpu_input(name, np.ascontiguousarray(value))
 
 
 def _bind_host_outputs(binding: Any, specs: Specs, batch: int) -> dict[str, Any]:
-    """Binds all outputs to new arrays of the host, and returns these."""
+    """Binds all outputs to new arrays in host memory, and returns these."""
     found = {name: np.empty(_with_batch(spec, batch), spec.dtype) for name, spec in specs.items()}
     for name, array in found.items():
         binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -139,20 +139,20 @@ def _bind_host_outputs(binding: Any, specs: Specs, batch: int) -> dict[str, Any]
 
 
 def _with_batch(spec: TensorSpec, batch: int) -> tuple[int, ...]:
-    """Shape of an output, of which only the batch is dynamic."""
+    """Shape of an output; only its batch dimension is dynamic."""
     return (batch, *(int(length or 0) for length in spec.shape[1:]))
 
 
 class OnnxRuntimeBackend(Backend):
-    """An exported file in ONNX Runtime, which inlines the functions of the custom ops.
+    """An ONNX file in ONNX Runtime, which inlines the functions of the custom ops.
 
-    Inputs and outputs are bound: arrays on the GPU are read in place, and outputs are written into allocated memory.
-    Any number of threads may call it. Without cuda-bindings a GPU provider accepts arrays of the host only.
+    Any number of threads may call it. Inputs on the GPU are read without a copy, and outputs are written into
+    preallocated memory. Without cuda-bindings a GPU provider accepts only arrays in host memory.
 
     Args:
         path: the ONNX file.
-        provider: "cpu", "cuda" or "tensorrt", which must then work (default: CUDA if it works, else the CPU, with a
-            remark if there is a GPU).
+        provider: "cpu", "cuda" or "tensorrt"; an error if it does not work (default: CUDA if it works, else the CPU,
+            with a remark if there is a GPU).
         gpu: options of the GPU providers.
         providers: ONNX Runtime's own names in order of preference, instead of `provider`.
         threads: number of threads of the CPU provider; 0: one per available core.
@@ -193,7 +193,7 @@ class OnnxRuntimeBackend(Backend):
         self.bind_to(gpu_binding(self.gpu.device, self.metadata) if first in _ON_GPU else None)
 
     def _session(self, provider: str | None, providers: list[str] | None) -> Any:
-        """The session with a provider that must work, with the best that does, or as ONNX Runtime chooses."""
+        """Creates the session with `provider`, with `providers`, or by default with the best provider that works."""
         if provider is not None:
             return self._session_with(provider_named(provider))
         if providers is not None:
@@ -204,7 +204,7 @@ class OnnxRuntimeBackend(Backend):
             return self._session_with(best)
         try:
             return self._session_with(best)
-        except UserError as error:  # often a missing CUDA library; an error of the file is raised again below
+        except UserError as error:  # often a missing CUDA library; if the file is wrong, the CPU raises the error again
             session = self._session_with(Provider.CPU)
             self._gpu_refusal = f"on the CPU, though there is a GPU: {error.found}; {error.fix}"
             return session
@@ -226,11 +226,11 @@ class OnnxRuntimeBackend(Backend):
         return session
 
     def _open(self, providers: Sequence[Any], *, model: bytes | None = None, can_fall_back: bool = True) -> Any:
-        """The session of a model (default: of the file)."""
+        """Creates the session of a model (default: of the file)."""
         import onnxruntime
 
         self._providers = list(providers)
-        # By default ONNX Runtime prints a failure and falls back to another provider.
+        # By default ONNX Runtime prints an error and falls back to another provider.
         fallback = {} if can_fall_back else {"enable_fallback": 0}
         try:
             with _preserve_gpu(providers):
@@ -247,7 +247,7 @@ class OnnxRuntimeBackend(Backend):
             ) from error
 
     def bind_to(self, gpu: _GpuBinding | None) -> None:
-        """Binds inputs and outputs to GPU memory, or to the host's."""
+        """Binds inputs and outputs to GPU memory, or to host memory if `gpu` is None."""
         self._gpu_binding, self.takes_gpu_arrays = gpu, gpu is not None
         self.paste: Paste | None = None if gpu is None else gpu.paste
 
@@ -255,7 +255,7 @@ class OnnxRuntimeBackend(Backend):
         return self._inputs, self._outputs
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Returns outputs on the host, or, if `images` is on the GPU, on the GPU in memory of their own."""
+        """Returns outputs on the host, or in new GPU memory if `images` is on the GPU."""
         if self._gpu_binding is not None:
             return self._gpu_binding.infer(self.session, self._outputs, feeds)
         binding = self.session.io_binding()
@@ -266,7 +266,7 @@ class OnnxRuntimeBackend(Backend):
         return found
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`; with a GPU and compiled kernels the images are resized and padded there."""
+        """Does the same as `Backend.run_images`; resizes and pads on the GPU if there are compiled kernels."""
         gpu = self._gpu_binding
         if gpu is None or gpu.loader is None or not are_bytes(images):
             return super().run_images(images)
@@ -279,7 +279,7 @@ class OnnxRuntimeBackend(Backend):
         return [f"ONNX Runtime on {placement.text()}"] if placement else []
 
     def placement(self) -> Placement | None:
-        """Returns the nodes that the GPU provider left to the CPU; None on the CPU."""
+        """Returns which nodes the GPU provider runs and which the CPU; None for the CPU provider."""
         first = self.session.get_providers()[0]
         return None if first == Provider.CPU.full_name else placement_in(self.session, first)
 
@@ -292,7 +292,7 @@ class OnnxRuntimeBackend(Backend):
             return dict(zip(present, session.run(present, feeds), strict=True))
 
     def _instrumented_session(self, names: Sequence[str]) -> Any:
-        """A session of the same graph with the named tensors as outputs."""
+        """Creates a session of the same graph with the named tensors as outputs."""
         import onnxruntime
 
         try:
@@ -304,7 +304,7 @@ class OnnxRuntimeBackend(Backend):
         model = onnx.load(self.path)
         outputs = {output.name for output in model.graph.output}
         values = {name for node in model.graph.node for name in node.output}
-        # Without a type, which differs between FP32 and FP16 graphs: ONNX Runtime infers it.
+        # Without a type: ONNX Runtime infers it, as it differs between FP32 and FP16 graphs.
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name in values - outputs)
         with _preserve_gpu(self._providers):
             return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=self._providers)
@@ -313,8 +313,8 @@ class OnnxRuntimeBackend(Backend):
 def session_options(threads: int = 0) -> Any:
     """Creates session options.
 
-    The number of threads is always given (default: one per available core): ONNX Runtime would otherwise count the
-    machine's cores and bind threads to them, which fails in a cpuset with an error per thread and ignores quotas.
+    The number of threads is always set (default: one per available core). Otherwise ONNX Runtime would create one
+    thread per core of the machine and pin it, which ignores CPU quotas and prints one error per thread in a cpuset.
     """
     import onnxruntime
 
@@ -322,12 +322,12 @@ def session_options(threads: int = 0) -> Any:
         onnxruntime.disable_telemetry_events()  # where ONNX Runtime was imported before this package
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
-    options.log_severity_level = 3  # errors only; on a CPU machine warnings name missing CUDA libraries
+    options.log_severity_level = 3  # errors only; without a GPU it warns of missing CUDA libraries
     return options
 
 
 def usable_providers() -> list[str]:
-    """Returns ONNX Runtime's names of CUDA, prepared, if there is a GPU for it, and of the CPU."""
+    """Returns the full names of the CUDA provider, if it is usable, and of the CPU provider. Loads CUDA's libraries."""
     best = best_provider()
     prepare(best)
     return list(dict.fromkeys([best.full_name, Provider.CPU.full_name]))

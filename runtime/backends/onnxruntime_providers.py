@@ -1,6 +1,6 @@
 """ONNX Runtime's execution providers: selection and options.
 
-Source: documentation of the CUDA and TensorRT execution providers, whose options are strings.
+Source: ONNX Runtime's documentation of the CUDA and TensorRT execution providers. All options are strings.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class Provider(str, Enum):
         return {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}[self.value]
 
 
-# Search for cuDNN's convolution algorithms: by heuristic from the shape, by timing all of them for each new image size,
-# or the default one, which always works.
+# How cuDNN's convolution algorithms are chosen: by a heuristic from the shape, by timing all of them for each new image
+# size, or always the default algorithm.
 _SEARCHES = ("heuristic", "exhaustive", "default")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuOptions:
-    """Options of the GPU providers. The precision is the graph's."""
+    """Options of the GPU providers. The graph defines the precision."""
 
     device: int = 0
-    memory_limit_gb: float | None = None  # of CUDA's arena, and of TensorRT's workspace
-    search: str = "heuristic"  # of cuDNN's algorithms: heuristic, exhaustive or default
-    tf32: bool = False  # round the factors of float32 convolutions and products to 10 bits
+    memory_limit_gb: float | None = None  # limit of CUDA's arena, and of TensorRT's workspace
+    search: str = "heuristic"  # search of cuDNN's algorithms: heuristic, exhaustive or default
+    tf32: bool = False  # round the inputs of float32 convolutions and matrix products to 10 bits
     cache: Path | None = None  # folder of TensorRT's engines and timings (default: below $MASKRCNN_CACHE)
-    profile: Profile | None = None  # shapes of TensorRT's engine (default: those seen, rebuilding for new ones)
+    profile: Profile | None = None  # shapes of TensorRT's engine (default: it is rebuilt for new shapes)
 
     def __post_init__(self) -> None:
         if self.search not in _SEARCHES:
@@ -75,12 +75,12 @@ def provider_named(name: str) -> Provider:
 
 
 def provider_chain(provider: Provider, options: GpuOptions, *, channels: int = 3) -> list[tuple[str, dict[str, str]]]:
-    """Returns providers with their options in order of preference; nodes that one does not support go to the next.
+    """Returns providers with their options, by preference. Nodes that a provider does not support go to the next.
 
     Args:
-        provider: the first of them.
-        options: of the GPU providers.
-        channels: of the model's images, for the shapes of TensorRT's engine.
+        provider: the preferred provider.
+        options: options of the GPU providers.
+        channels: number of channels of the model's images, for the shapes of TensorRT's engine.
 
     Raises:
         UserError: if the cache folder cannot be created.
@@ -106,7 +106,7 @@ def best_provider() -> Provider:
 
 
 def prepare(provider: Provider) -> None:
-    """Loads the CUDA libraries that pip installed, before a session is created.
+    """Loads the CUDA libraries that pip installed; call it before a session is created.
 
     Raises:
         UserError: if this ONNX Runtime was compiled without the provider.
@@ -159,19 +159,19 @@ OneClass (boxes, groups_long, num_groups, live, order_score, never) => (apart, n
 }}"""
 
 
-# Values of the function of BatchedNms that only one class per group needs (maskrcnn.export.functions).
+# Values in the function of BatchedNms that are used only with one class per group (maskrcnn.export.functions).
 _OF_ONE_CLASS_PER_GROUP = {
     *("all_groups", "group_column", "groups_wide", "own_group", "live_wide", "member", "nms_scores"),
 }
 
 
 def with_one_nms_call(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replaces the groups of `BatchedNms` by one class of boxes that lie apart, in place; returns the model.
+    """Replaces the groups of `BatchedNms` by one class of shifted boxes, in place; returns the model.
 
-    ONNX Runtime's CUDA kernel of NonMaxSuppression treats classes one after the other and waits for the GPU after each.
-    The groups are laid out in a square grid, so that shifted coordinates stay small: the rounding is 2^-24 of
-    (√groups · the extent of all boxes), 0.0005 px for 80 groups in 1344 px. Only boxes whose overlap is so close to the
-    threshold can be decided otherwise. torchvision shifts boxes likewise, along one line.
+    ONNX Runtime's CUDA kernel of NonMaxSuppression processes one class after the other and waits for the GPU after
+    each. This function shifts the groups into a square grid, which keeps the coordinates small: the rounding error is
+    2^-24 · √groups · (extent of all boxes), 0.0005 px for 80 groups in 1344 px. The result can differ only for boxes
+    with an overlap that close to the threshold. torchvision also shifts boxes, along one line.
     """
     import onnx
 
@@ -189,8 +189,8 @@ def with_one_nms_call(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-# ONNX Runtime by the IR version and the opset that it was the first to read in full: the table of ONNX versions in its
-# documentation, for the versions that exports may have.
+# First ONNX Runtime version that supports an IR version and an opset. Source: table of ONNX versions in its
+# documentation, for the versions that exported files may have.
 _FIRST_TO_READ = {(9, 20): "1.17", (10, 21): "1.18", (10, 22): "1.21"}
 
 
@@ -200,7 +200,7 @@ def oldest_onnxruntime(ir_version: int, opset: int) -> str | None:
 
 
 def too_new(path: Path, reason: str) -> UserError | None:
-    """Returns the error for a file that is newer than ONNX Runtime; None if it failed for another reason.
+    """Returns the error for a file that is newer than ONNX Runtime; None if loading failed for another reason.
 
     Args:
         path: the ONNX file.
@@ -236,7 +236,7 @@ def unusable(provider: Provider, reason: str) -> UserError:
 def _cuda_options(options: GpuOptions) -> dict[str, str]:
     found = {
         "device_id": str(options.device),
-        "arena_extend_strategy": "kSameAsRequested",  # powers of two waste up to half of it for large activations
+        "arena_extend_strategy": "kSameAsRequested",  # the default, powers of two, wastes up to half of it
         "cudnn_conv_algo_search": options.search.upper(),
         "cudnn_conv_use_max_workspace": "1",
         "do_copy_in_default_stream": "1",

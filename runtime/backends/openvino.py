@@ -19,21 +19,21 @@ from maskrcnn.metadata import ModelMetadata, not_ours, sha256_of
 from maskrcnn.runtime.backends.base import Backend, Specs, detector_specs, keep_for_ever
 from maskrcnn.runtime.engine_files import check_portable, read_metadata, read_model
 
-_cores: list[Any] = []  # of this process: none or one
+_cores: list[Any] = []  # the process's core, once created
 _core_lock = threading.Lock()
-# Kernels that a compiled model keeps, some hundred for each image size and number of detections. By default OpenVINO
-# keeps 5000, and memory grows over hundreds of sizes (docs/results.md); without any, each call prepares them again.
+# Kernels that a compiled model caches, about a hundred for each image size and number of detections. With OpenVINO's
+# default of 5000, memory grows over hundreds of sizes (docs/results.md); without a cache, each call creates them again.
 _CACHED_PRIMITIVES = 1000
 _first_lock, _first_call = threading.Lock(), threading.Event()  # see `OpenVinoBackend.infer`
 _HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names of precisions
 
 
 def openvino_core() -> Any:
-    """Returns the process's one `openvino.Core`.
+    """Returns the `openvino.Core` of the process; there is only one.
 
-    Each further core that compiles for the CPU installs another signal stack in the thread and removes it with its last
-    model. If the older of two goes first, the thread keeps a freed stack, and the next signal with a handler (Ctrl-C,
-    the end of a data loader's worker) is a segmentation fault. Observed in OpenVINO 2026.4.
+    Each core that compiles for the CPU installs a signal stack in the thread and removes it with its last model. If the
+    older of two cores is removed first, the thread keeps a freed stack, and the next signal with a handler (Ctrl-C, the
+    end of a data loader's worker) causes a segmentation fault. Observed in OpenVINO 2026.4.
 
     Raises:
         UserError: if OpenVINO is not installed.
@@ -56,10 +56,10 @@ def openvino_core() -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Makes OpenVINO's tools import their own stub in place of the package `openvino_telemetry`.
+    """Makes OpenVINO's tools import their own stub instead of the package `openvino_telemetry`.
 
-    That package sends statistics unless a file in the home folder forbids it, and cannot be imported by a user without
-    a home folder. Whoever wants it imports it first.
+    That package sends statistics unless a file in the home folder forbids it, and its import fails for a user without a
+    home folder. To use it, import it before this package.
     """
     name = "openvino_telemetry"
     if name in sys.modules:
@@ -73,13 +73,13 @@ def _without_telemetry() -> Iterator[None]:
 
 
 class OpenVinoBackend(Backend):
-    """A model in OpenVINO on the CPU. Any number of threads may call it; as many calls as it has streams run at once.
+    """A model in OpenVINO on the CPU. Any number of threads may call it; `streams` calls run at the same time.
 
     Args:
         path: an engine's `.xml`, or an ONNX file.
-        precision: of the arithmetic, "fp32" or "bf16" (default: that of the engine's metadata).
+        precision: precision of the arithmetic, "fp32" or "bf16" (default: from the engine's metadata).
         threads: number of threads of all streams; 0: OpenVINO's choice, at most the available CPUs.
-        streams: calls that run at the same time; they share the weights and divide the threads.
+        streams: number of calls that run at the same time; they share the weights and divide the threads.
 
     Raises:
         UserError: if OpenVINO is missing, or the file cannot be used.
@@ -101,16 +101,16 @@ class OpenVinoBackend(Backend):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": _HINTS[execution],
         }
-        if threads or is_quota_bound():  # OpenVINO respects the affinity, but not a quota
+        if threads or is_quota_bound():  # OpenVINO respects CPU affinity, but not CPU quotas
             self._options["INFERENCE_NUM_THREADS"] = threads or available_cpus()
-        if threads:  # OpenVINO pins its threads to the first cores: processes side by side would share these
+        if threads:  # by default OpenVINO pins threads to the first cores, which several processes would share
             self._options["ENABLE_CPU_PINNING"] = False
         if streams > 1:
             self._options["NUM_STREAMS"] = str(streams)
-        self._lock = threading.Lock()  # of the instrumented request
+        self._lock = threading.Lock()  # protects the instrumented request
         self._instrumented: tuple[tuple[str, ...], Any] | None = None  # names, request
         self.compiled = core.compile_model(model, "CPU", self._options)
-        # A request's tensors hold its last inference, so that each is in use by one call at a time.
+        # A request's tensors hold the results of its last inference, so one call at a time may use it.
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(self.compiled.create_infer_request())
@@ -120,8 +120,8 @@ class OpenVinoBackend(Backend):
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
         _, outputs = self.describe()
-        # The first two calls of a process can wait for each other for ever: one thread initialises a static variable of
-        # OpenVINO's Python module and waits for Python's lock, which another holds that waits for the variable.
+        # The first two calls of a process can deadlock: one thread initialises a static variable of OpenVINO's Python
+        # module and waits for the GIL; the other holds the GIL and waits for the variable.
         if not _first_call.is_set():
             with _first_lock:
                 found = self._infer(feeds, outputs)
@@ -153,7 +153,7 @@ class OpenVinoBackend(Backend):
         return core.compile_model(model, "CPU", {**self._options, "PERF_COUNT": True}).create_infer_request()
 
     def _instrumented_request(self, names: Sequence[str]) -> Any:
-        """An inference request whose model has the named tensors as outputs."""
+        """Creates an inference request of the model with the named tensors as outputs."""
         core = openvino_core()
         model, _ = read_openvino_model(core, self.path)
         values = {name for node in model.get_ordered_ops() for out in node.outputs() for name in out.get_names()}
@@ -163,7 +163,7 @@ class OpenVinoBackend(Backend):
 
 
 def _array(tensor: Any) -> np.ndarray:
-    """A copy of a tensor's values; bfloat16, whose bits OpenVINO returns as float16, as float32."""
+    """Copies a tensor's values; converts bfloat16, which OpenVINO returns as bits of float16, to float32."""
     if tensor.get_element_type().to_string() != "bf16":
         return np.array(tensor.data)
     bits: np.ndarray = tensor.data.view(np.uint16).astype(np.uint32) << 16
@@ -175,7 +175,7 @@ def _execution_precision(metadata: ModelMetadata) -> str:
 
 
 def _shown_precision(metadata: ModelMetadata, execution: str) -> str:
-    """Precision of the graph's own casts or 8-bit integers, and of the rest if it differs."""
+    """Precision that the graph defines by casts or 8-bit integers, and the precision of the rest if it differs."""
     if "target" in metadata.stamp and metadata.precision != "int8":
         return execution  # the engine's weights are converted when it is loaded
     if metadata.precision == "int8" and execution != "fp32":
@@ -186,7 +186,7 @@ def _shown_precision(metadata: ModelMetadata, execution: str) -> str:
 def read_openvino_model(core: Any, path: Path) -> tuple[Any, ModelMetadata]:
     """Reads an engine or an ONNX file; returns the OpenVINO model and the metadata."""
     if path.suffix == ".onnx":
-        # OpenVINO supports neither model-local functions nor our ops: inline the functions first.
+        # OpenVINO supports neither model-local functions nor the custom ops: inline the functions first.
         model, metadata = read_model(path)
         check_portable(model, path)
         import onnx.inliner

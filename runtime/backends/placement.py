@@ -24,9 +24,9 @@ _TIMEOUT_S = 300.0  # per provider; the TensorRT provider builds its engines whe
 _SUFFIX = "ExecutionProvider"
 _CPU = f"CPU{_SUFFIX}"
 _MAX_NODE_NAMES = 8
-_MARK = "maskrcnn-placement:"  # starts the result line, to tell it from whatever the libraries print
+_MARK = "maskrcnn-placement:"  # marks the result line among output of the libraries
 _CODE = (
-    # Without the working directory, where a folder `onnxruntime` would be imported instead of the library.
+    # Without the working directory: a folder `onnxruntime` there would be imported instead of the library.
     "import sys; sys.path = [folder for folder in sys.path if folder] + [{package_parent!r}]; "
     "from maskrcnn.runtime.backends.placement import print_placement; print_placement({path!r}, {provider!r})"
 )
@@ -34,14 +34,14 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Placement of a model's nodes, functions inlined, for a session that prefers one provider."""
+    """Placement of a model's nodes, with inlined functions, in a session with one preferred provider."""
 
     provider: str  # ONNX Runtime's name
     taken: dict[str, int] = field(default_factory=dict)  # number of nodes on the provider, by operator
     left: dict[str, int] = field(default_factory=dict)  # number of nodes on the CPU instead, by operator
     left_names: tuple[str, ...] = ()  # names of the first nodes on the CPU
     why_not: str = ""  # reason why the provider or its placement is not available
-    elsewhere: dict[str, int] = field(default_factory=dict)  # number of nodes by other provider, e.g. CUDA
+    elsewhere: dict[str, int] = field(default_factory=dict)  # number of nodes on each other provider, e.g. CUDA
 
     def text(self) -> str:
         """One-line summary."""
@@ -129,7 +129,7 @@ def _placement_in_subprocess(path: Path, provider: str) -> Placement:
 
 
 def print_placement(path: str, provider: str) -> None:
-    """Prints the placement of a file's nodes for one provider as JSON; the program of each subprocess."""
+    """Prints the placement of a file's nodes for one provider as JSON; each subprocess runs this function."""
     print(f"\n{_MARK}{json.dumps(asdict(_placement_of(path, provider)))}", flush=True)
 
 

@@ -23,14 +23,14 @@ from maskrcnn.runtime.gpu.images import ImageLoader, MaskPaster, are_bytes, resi
 
 
 class TensorRtBackend(Backend):
-    """A TensorRT engine on one GPU; any number of threads may call it.
+    """A TensorRT engine on one GPU. Any number of threads may call it.
 
     Args:
-        path: the plan, `X.engine`, beside its `X.engine.json`.
-        device: index of the GPU, as CUDA counts.
-        graphs: run each input shape as a CUDA graph from its second run on.
-        contexts: number of calls that run at the same time, each with its own stream and memory; further calls wait.
-        shapes: number of input shapes kept ready, for each of them.
+        path: path of the plan `X.engine`, with `X.engine.json` in the same folder.
+        device: CUDA's index of the GPU.
+        graphs: run each input shape as a CUDA graph from the second run on.
+        contexts: number of calls that run at the same time, each with its own stream and memory. Other calls wait.
+        shapes: number of input shapes for which each of them keeps execution contexts.
 
     Raises:
         UserError: if something is missing, or the engine was built for another machine.
@@ -56,7 +56,7 @@ class TensorRtBackend(Backend):
             self._paster = MaskPaster(self._kernels, self.cuda)
         self.paste: Paste | None = self._paster
         self._contexts: list[ExecutionContexts] = []
-        self._idle: LifoQueue[ExecutionContexts] = LifoQueue()  # last in first out: its shapes are the likeliest
+        self._idle: LifoQueue[ExecutionContexts] = LifoQueue()  # last in, first out: most likely has the shape
         self._lock = threading.Lock()
         self._idle.put(self._new_contexts())
 
@@ -64,9 +64,9 @@ class TensorRtBackend(Backend):
         return self.plan.inputs, self.plan.outputs
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Returns outputs on the host, or, if `images` is on the GPU, on the GPU in memory of their own.
+        """Returns outputs on the host, or in new GPU memory if `images` is on the GPU.
 
-        In both cases the GPU has finished with inputs and outputs on return.
+        On return the GPU no longer uses the inputs, and the outputs are complete.
         """
         on_gpu = is_on_device(feeds["images"])
         with self.acquire() as contexts:
@@ -80,7 +80,7 @@ class TensorRtBackend(Backend):
     def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Returns outputs on the host, and milliseconds of `copy in`, `engine` and `copy out` on the GPU."""
         with self.acquire() as contexts:
-            contexts.bind(_shape_of(feeds))  # slow the first time
+            contexts.bind(_shape_of(feeds))  # creates an execution context for a new shape, which must not be timed
             marks = [self.cuda.event(timing=True) for _ in range(4)]
             contexts.stream.record(marks[0])
             binding = self._bind(contexts, feeds)
@@ -94,14 +94,14 @@ class TensorRtBackend(Backend):
         return outputs, {part: a.milliseconds(b) for part, (a, b) in zip(parts, pairwise(marks), strict=True)}
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`; a batch that fits no profile is padded to a larger one that does.
+        """Does the same as `Backend.run_images`, but pads a batch that fits no profile to a larger shape that fits.
 
-        With compiled kernels the images are resized and padded on the GPU.
+        Resizes and pads on the GPU if there are compiled kernels.
         """
         sizes, (height, width) = batch_sizes(images, self.metadata.preprocessing)
         image_sizes = np.array(sizes, np.int64)
         shape = self.plan.padded_shape((len(images), height, width))
-        # The CPU's part is done before a context is acquired.
+        # The CPU does its part before it acquires a context.
         on_gpu = self._resizes_on_gpu and are_bytes(images)
         pixels = None if on_gpu else batch_images(images, self.metadata.preprocessing)[0]
         with self.acquire() as contexts:
@@ -129,7 +129,7 @@ class TensorRtBackend(Backend):
             self._idle.put(contexts)
 
     def close(self) -> None:
-        """Frees all memory; nothing may be running, and the backend cannot be used afterwards."""
+        """Frees all memory. No call may be running, and the backend cannot be used afterwards."""
         for contexts in self._contexts:
             contexts.close()
         self._contexts.clear()
@@ -143,7 +143,7 @@ class TensorRtBackend(Backend):
 
     def graph_refusals(self) -> dict[Shape, str]:
         """Returns input shapes that could not be captured as a CUDA graph, and why."""
-        # Copies: other threads add contexts and bindings meanwhile.
+        # Copies, because other threads may add contexts and bindings meanwhile.
         bindings = (item for contexts in list(self._contexts) for item in list(contexts.bindings.items()))
         return {shape: binding.graph_refusal for shape, binding in bindings if binding.graph_refusal}
 

@@ -30,7 +30,7 @@ from maskrcnn.runtime.gpu.images import ImageLoader
 from maskrcnn.runtime.gpu.memory import BufferPool, Cuda, DeviceMemory, Graph, PooledBuffer, StagingBuffer
 
 _REBUILD = "maskrcnn build-engine --fp16 --target tensorrt"
-_DTYPES = {  # NumPy's names of TensorRT's types
+_DTYPES = {  # TensorRT type to NumPy type
     "FLOAT": "float32",
     "HALF": "float16",
     "INT64": "int64",
@@ -41,7 +41,7 @@ _DTYPES = {  # NumPy's names of TensorRT's types
 
 @dataclass(frozen=True)
 class _LoadedPlan:
-    """An engine in a GPU's memory, from which execution contexts are created."""
+    """An engine in GPU memory; it creates execution contexts."""
 
     cuda: Cuda
     trt: Any  # the tensorrt module
@@ -54,7 +54,7 @@ class _LoadedPlan:
     outputs: Specs
 
     def failure(self, what: str) -> UserError:
-        """Returns the error for an operation that TensorRT refused, with TensorRT's messages."""
+        """Returns the error for a failed TensorRT operation, with TensorRT's messages."""
         return failure(self.log.take(), what, "an engine that runs")
 
     def choose(self, shape: Shape) -> int:
@@ -74,8 +74,8 @@ def load_plan(path: Path, device: int) -> _LoadedPlan:
     """Loads an engine onto a GPU.
 
     Raises:
-        UserError: if a file is missing or not ours, TensorRT or the GPU is missing, the stamp is for another machine,
-            weights or a plugin library are missing, or TensorRT refuses the plan.
+        UserError: if a file is missing or not an engine of this package, TensorRT or the GPU is missing, the stamp is
+            for another machine, weights or a plugin library are missing, or TensorRT cannot load the plan.
     """
     metadata, plan = read_engine(path)
     trt = import_tensorrt()
@@ -88,7 +88,7 @@ def load_plan(path: Path, device: int) -> _LoadedPlan:
     with cuda.active():
         runtime = trt.Runtime(log.logger)
         if metadata.stamp.get("version_compatible") == "yes":
-            runtime.engine_host_code_allowed = True  # such a plan contains a runtime of the version it was built with
+            runtime.engine_host_code_allowed = True  # a version-compatible plan contains its own TensorRT runtime
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise failure(log.messages, f"{path}: TensorRT cannot load it", f"a plan of `{_REBUILD}`")
@@ -103,7 +103,7 @@ def load_plan(path: Path, device: int) -> _LoadedPlan:
 
 
 def _tensors(trt: Any, engine: Any, path: Path) -> tuple[Specs, Specs]:
-    """Inputs and outputs by name; a length that depends on the profile is None."""
+    """Inputs and outputs by name; a dimension that depends on the profile is None."""
     inputs: Specs = {}
     outputs: Specs = {}
     for index in range(engine.num_io_tensors):
@@ -118,10 +118,10 @@ def _tensors(trt: Any, engine: Any, path: Path) -> tuple[Specs, Specs]:
 
 
 def _check_contract(tensors: Specs, metadata: ModelMetadata, path: Path) -> None:
-    """Raises if the plan's tensors are not those of its metadata, which then belongs to another file."""
+    """Raises if the plan's tensors differ from its metadata, which then belongs to another file."""
     inputs, outputs = detector_specs(metadata)
     expected = {**inputs, **outputs}
-    # An engine built for verification has its stages as further outputs.
+    # An engine built for verification also has its stages as outputs.
     found = {name: spec for name, spec in tensors.items() if not name.startswith(STAGE_PREFIX)}
     differing = {name for name in expected.keys() | found.keys() if not _agree(found.get(name), expected.get(name))}
     if differing:
@@ -129,7 +129,7 @@ def _check_contract(tensors: Specs, metadata: ModelMetadata, path: Path) -> None
 
 
 def _agree(found: TensorSpec | None, expected: TensorSpec | None) -> bool:
-    """Whether two specs agree; a dynamic length agrees with any."""
+    """Whether two specs agree; a dynamic dimension agrees with any length."""
     if found is None or expected is None or found.dtype != expected.dtype or len(found.shape) != len(expected.shape):
         return False
     return all(None in pair or pair[0] == pair[1] for pair in zip(found.shape, expected.shape, strict=True))
@@ -137,19 +137,19 @@ def _agree(found: TensorSpec | None, expected: TensorSpec | None) -> bool:
 
 # Execution
 #
-# A CUDA graph captures a context as it is, and TensorRT does not document what of the context may change afterwards. So
-# each input shape has its own context, whose shape, profile and addresses are fixed. Contexts that run on one stream,
-# one at a time, share their scratch memory, which is the large part of a context.
+# A CUDA graph captures the state of a context, and TensorRT does not document what may change afterwards. Therefore
+# each input shape has its own context with a fixed shape, profile and addresses. Contexts of one stream run one at a
+# time and share their scratch memory, which is most of a context's memory.
 
 _ALIGNMENT = 256  # bytes, of every address passed to TensorRT (IExecutionContext::setTensorAddress)
-_CAPTURED_RUN = 2  # the first run lets TensorRT initialise itself, which a graph cannot capture
+_CAPTURED_RUN = 2  # in the first run TensorRT initialises, which cannot be captured
 
 Shape = tuple[int, int, int]  # images, height and width in pixels
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Place of a tensor in a block of memory."""
+    """Position of a tensor in a block of memory."""
 
     offset: int
     shape: tuple[int, ...]
@@ -161,7 +161,7 @@ class _Slot:
 
 
 def _layout(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, _Slot], int]:
-    """Slots of tensors in one block, so that one copy moves all of them, and the block's bytes."""
+    """Returns slots of tensors in one block, which one copy transfers, and the block's size in bytes."""
     slots: dict[str, _Slot] = {}
     end = 0
     for name, (shape, dtype) in tensors.items():
@@ -175,12 +175,12 @@ class Binding:
 
     Args:
         plan: the engine.
-        shape: of the images.
-        contexts: owner of the stream and of the shared memory.
+        shape: number, height and width of the images.
+        contexts: owner of the stream and the shared memory.
         graphs: capture a graph on the second run and launch it from then on.
 
     Raises:
-        UserError: if no profile fits the shape, or memory is short.
+        UserError: if no profile fits the shape, or memory is insufficient.
     """
 
     def __init__(self, plan: _LoadedPlan, shape: Shape, contexts: ExecutionContexts, *, graphs: bool) -> None:
@@ -188,8 +188,8 @@ class Binding:
         self.graph: Graph | None = None
         self.graph_refusal = ""  # why the engine cannot be captured
         self._runs = 0
-        self._addresses: dict[str, int] = {}  # those that the context has
-        self._borrowed: dict[str, DeviceArray] = {}  # the callers' arrays that the run reads
+        self._addresses: dict[str, int] = {}  # addresses set in the context
+        self._borrowed: dict[str, DeviceArray] = {}  # callers' arrays that the run reads
         user_managed = plan.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         profile = plan.choose(shape)
         self.context = plan.engine.create_execution_context(user_managed)
@@ -221,10 +221,10 @@ class Binding:
         """Sets an input.
 
         Args:
-            name: of the input.
-            value: on the host, padded with zeros if it is smaller, or on the GPU. An array on the GPU is read in place
-                and must not change before the run ends; with a graph, whose addresses are fixed, it is copied, unless
-                it is `input(name)`.
+            name: name of the input.
+            value: array on the host, padded with zeros if it is smaller, or on the GPU. An array on the GPU is read in
+                place and must not change before the run ends. With a CUDA graph it is copied, as addresses are
+                fixed, unless it is `input(name)`.
         """
         slot = self._inputs[name]
         address = self._input_memory.address + slot.offset
@@ -247,17 +247,17 @@ class Binding:
         self._set_address(name, address)
 
     def input(self, name: str) -> DeviceArray:
-        """Returns the memory that an input is read from, to be written on the contexts' stream before a run."""
+        """Returns the memory of an input; write to it on the contexts' stream before a run."""
         slot = self._inputs[name]
         self._set_address(name, self._input_memory.address + slot.offset)
         return self._view(slot, self._input_memory)
 
     def run(self, *, own_outputs: bool = False) -> dict[str, DeviceArray]:
-        """Starts the engine on the inputs, without waiting for it.
+        """Starts inference without waiting for it.
 
         Args:
-            own_outputs: return outputs in memory of their own. Otherwise they are valid until the next run, and
-                `fetch` copies them to the host.
+            own_outputs: return outputs in new memory. Otherwise they are valid until the next run, and `fetch` copies
+                them to the host.
         """
         self._runs += 1
         target = self._pool.acquire(self.stream) if own_outputs else self._output_memory
@@ -303,7 +303,7 @@ class Binding:
         self._borrowed.clear()
 
     def close(self) -> None:
-        """Frees everything but outputs that callers hold."""
+        """Frees everything except outputs that callers hold."""
         if self.graph is not None:
             self.graph.close()
         self.context = self.graph = None
@@ -313,7 +313,7 @@ class Binding:
     def _capture(self) -> None:
         try:
             self.graph = self.stream.capture(lambda: self._call_context("execute_async_v3", self.stream.address))
-        except Exception as error:  # of CUDA or TensorRT; the engine also runs without a graph
+        except Exception as error:  # from CUDA or TensorRT; the engine also runs without a graph
             self.graph_refusal = " ".join(str(error).split())
             self.graphs = False
 
@@ -327,7 +327,7 @@ class Binding:
 
 
 class ExecutionContexts:
-    """Execution contexts of an engine on one stream, one for each recent input shape; for one thread at a time.
+    """Execution contexts of an engine on one stream, one for each recent input shape. For one thread at a time.
 
     Args:
         plan: the engine.
@@ -344,13 +344,13 @@ class ExecutionContexts:
         self.bindings: OrderedDict[Shape, Binding] = OrderedDict()  # by last use, the most recent last
 
     def bind(self, shape: Shape) -> Binding:
-        """Returns the binding for an input shape; a new one replaces the least recently used.
+        """Returns the binding for an input shape. A new binding replaces the least recently used one.
 
         Raises:
             UserError: as `Binding`.
         """
         if shape not in self.bindings:
-            self.plan.choose(shape)  # raises before another shape is dropped
+            self.plan.choose(shape)  # raises before another binding is closed
             with self.plan.cuda.active():
                 while len(self.bindings) >= self.shapes:
                     self.stream.synchronize()

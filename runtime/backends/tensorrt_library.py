@@ -1,6 +1,6 @@
 """TensorRT's Python package, its logger, the plugins in its registry, and the compatibility of engines.
 
-TensorRT is imported on demand and passed as `trt`: nothing here needs it before an engine is built or run.
+TensorRT is imported only when an engine is built or run, and passed as `trt`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from maskrcnn.metadata import ModelMetadata
 from maskrcnn.plugins import build, contract
 from maskrcnn.plugins.build import Library
 
-OLDEST = (10, 9)  # the first version with ahead-of-time plugins that the ONNX parser finds
-OLDEST_ARCH = 80  # of AMPERE_PLUS engines, whose ahead-of-time kernels must run on each of their GPUs
+OLDEST = (10, 9)  # first version with an ONNX parser that finds ahead-of-time plugins
+OLDEST_ARCH = 80  # lowest compute capability for AMPERE_PLUS engines
 _INSTALL = "`pip install '.[tensorrt]'` in the clone, which downloads TensorRT from NVIDIA; see docs/tensorrt.md"
 
 
 class PluginForm(str, Enum):
     """How an engine contains the custom ops."""
 
-    AOT = "aot"  # their kernels are part of the engine, which needs nothing else where it runs
-    LIBRARY = "library"  # they are in libmaskrcnn_plugins.so, which is loaded before the engine
+    AOT = "aot"  # the engine contains their kernels and needs no other file
+    LIBRARY = "library"  # in libmaskrcnn_plugins.so, which is loaded before the engine
 
 
 class Hardware(str, Enum):
-    """On which GPUs an engine runs: TensorRT's HardwareCompatibilityLevel in lower case."""
+    """GPUs that an engine runs on: TensorRT's HardwareCompatibilityLevel in lower case."""
 
     NONE = "none"  # the GPU model it was built on
     SAME_COMPUTE_CAPABILITY = "same_compute_capability"
@@ -45,12 +45,12 @@ class Weights(str, Enum):
 
     FIXED = "fixed"
     REFITTABLE = "refittable"  # can be replaced later
-    STRIPPED = "stripped"  # none; the same weights are added where it is used
+    STRIPPED = "stripped"  # no weights; they are added before use
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver describes it."""
+    """Properties of a GPU, from the driver."""
 
     name: str
     compute_capability: tuple[int, int]
@@ -73,7 +73,7 @@ def import_tensorrt() -> Any:
         raise UserError("no Python package tensorrt", f"TensorRT {oldest} or newer", _INSTALL)
     try:
         import tensorrt
-    except Exception as error:  # ImportError or OSError for missing libraries, others from a half-removed package
+    except Exception as error:  # ImportError or OSError for missing libraries, other errors from a half-removed package
         raise UserError(
             f"the Python package tensorrt, which cannot be loaded ({reason_of(error)})",
             f"TensorRT {oldest} or newer with its libraries",
@@ -93,7 +93,7 @@ def version_of(trt: Any) -> tuple[int, ...]:
 
 
 def find_gpu(device: int = 0) -> Gpu:
-    """Describes a GPU of this machine, by the driver and without creating a context.
+    """Describes a GPU of this machine with the driver API, without creating a context.
 
     Raises:
         UserError: if cuda-bindings, the driver or the GPU is missing.
@@ -109,7 +109,7 @@ def find_gpu(device: int = 0) -> Gpu:
         kinds = driver.CUdevice_attribute
         major = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
         minor = _value(driver.cuDeviceGetAttribute(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
-    except Exception as error:  # the bindings raise several types without a driver
+    except Exception as error:  # without a driver the bindings raise several types
         raise UserError(
             f"no NVIDIA GPU {device} on this machine ({reason_of(error)})",
             "a GPU that the NVIDIA driver shows",
@@ -119,7 +119,7 @@ def find_gpu(device: int = 0) -> Gpu:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """Describes the NVIDIA GPUs of this machine; none without a driver."""
+    """Describes the NVIDIA GPUs of this machine; empty without a driver."""
     found: list[Gpu] = []
     try:
         while True:
@@ -129,7 +129,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def tensorrt_obstacle(device: int = 0) -> UserError | None:
-    """Returns why no TensorRT engine can be built or run here, with everything that is missing, or None."""
+    """Returns an error that lists what is missing to build or run TensorRT engines here, or None."""
     errors = []
     for check in (import_tensorrt, lambda: find_gpu(device)):
         try:
@@ -162,22 +162,22 @@ def load_plugins(
 ) -> Path | None:
     """Registers the plugins with TensorRT, once per process.
 
-    Not needed to run an engine with ahead-of-time plugins.
+    An engine with ahead-of-time plugins runs without this.
 
     Args:
         trt: the tensorrt module.
-        form: of the plugins.
+        form: form of the plugins.
         arch: compute capability to compile ahead-of-time kernels for, or that the library must support: 90 for 9.0
             (default: those of this machine's GPUs).
-        image: of ahead-of-time kernels, see `plugins.aot.register`.
-        library: path of the plugin library (default: that of the cache for this TensorRT).
+        image: image of ahead-of-time kernels, see `plugins.aot.register`.
+        library: path of the plugin library (default: from the cache, for this TensorRT version).
 
     Returns:
         Path of the plugin library, None for ahead-of-time plugins.
 
     Raises:
-        UserError: if the plugins cannot be compiled, found or loaded, or the other form is registered in this process:
-            both define `MultilevelRoiAlign`.
+        UserError: if the plugins cannot be compiled, found or loaded, or the other form, which also defines
+            `MultilevelRoiAlign`, is registered in this process.
     """
     if form is PluginForm.AOT:
         from maskrcnn.plugins import aot
@@ -194,7 +194,7 @@ def load_plugins(
         )
     if _is_loaded(trt):
         return path
-    # None if it cannot be loaded, or one of its plugins is registered already; the library logs its own reason.
+    # None if it cannot be loaded, or one of its plugins is registered already; the library logs the reason.
     handle = trt.get_plugin_registry().load_library(str(path.resolve()))
     if handle is None or not _is_loaded(trt):
         raise UserError(
@@ -209,7 +209,7 @@ def _is_loaded(trt: Any) -> bool:
     """Whether the library's plugins are registered.
 
     Raises:
-        UserError: if the ahead-of-time plugins are.
+        UserError: if the ahead-of-time plugins are registered.
     """
     registry, version = trt.get_plugin_registry(), str(contract.VERSION)
     if registry.get_creator(contract.BATCHED_NMS.name, version, contract.DOMAIN) is not None:
@@ -231,16 +231,16 @@ def check_stamp(
 ) -> UserError | None:
     """Checks an engine's stamp against this machine.
 
-    The kernels of ahead-of-time plugins are in the engine, so changes of their sources do not matter.
+    The engine contains the kernels of ahead-of-time plugins, so changes to their sources do not matter.
 
     Args:
-        metadata: of the engine.
+        metadata: metadata of the engine.
         trt: the tensorrt module.
         gpu: name of the GPU, from the driver.
-        compute_capability: of the GPU, (9, 0) for 9.0.
+        compute_capability: compute capability of the GPU, (9, 0) for 9.0.
 
     Returns:
-        None if the engine runs here, or an error with the differing field, both values, and the command that rebuilds.
+        None if the engine runs here, or an error with the differing field, both values, and the rebuild command.
     """
     stamp = metadata.stamp
     rebuild = f"rebuild it here: `{stamp.get('command') or 'maskrcnn build-engine --fp16 --target tensorrt'}`"
@@ -261,7 +261,7 @@ def check_stamp(
 def _requirements(
     stamp: dict[str, Any], version: tuple[int, ...], gpu: str, capability: tuple[int, int]
 ) -> dict[str, tuple[str, str]]:
-    """Fields that must be equal, by name: the engine's value and this machine's."""
+    """Fields that must be equal, by name, with the engine's value and this machine's value."""
     fields: dict[str, tuple[str, str]] = {}
     is_portable = stamp.get("version_compatible") == "yes" and _numbers(stamp.get("tensorrt", "")) <= version
     if not is_portable:
@@ -285,7 +285,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _value(result: tuple[Any, ...]) -> Any:
-    """The value that a driver function returned behind its status."""
+    """Returns the value that a driver function returned after its status."""
     if int(result[0]) != 0:
         raise RuntimeError(str(result[0]))
     return result[1] if len(result) > 1 else None
@@ -293,11 +293,11 @@ def _value(result: tuple[Any, ...]) -> Any:
 
 # TensorRT's messages
 #
-# TensorRT takes a logger wherever it creates an object, but messages outside of that go to the first logger it ever
-# received. If that were freed with its engine, TensorRT would call into freed memory. So one logger per process records
-# all warnings and errors.
+# TensorRT takes a logger for each object that it creates, but sends other messages to the first logger it received. If
+# that logger were freed with its engine, TensorRT would call into freed memory. Therefore one logger per process
+# records all warnings and errors.
 
-_MAX_MESSAGES = 500  # kept; a build that fails gives its reason at the end
+_MAX_MESSAGES = 500  # kept; a failed build logs its reason last
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class Log:
     """TensorRT's messages since this object was created.
 
     Args:
-        logger: to pass to TensorRT's constructors.
+        logger: logger to pass to TensorRT's constructors.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -320,18 +320,18 @@ class Log:
         self.restart()
 
     def restart(self) -> None:
-        """Drops the messages so far."""
+        """Discards the messages so far."""
         self._start = self.logger.record.count
 
     @property
     def messages(self) -> list[Message]:
-        """Warnings and errors, the newest 500, of all threads: TensorRT builds in several."""
+        """The newest 500 warnings and errors of all threads: TensorRT builds in several threads."""
         return [entry.message for entry in self.logger.record.since(self._start)]
 
     def take(self) -> list[Message]:
         """Removes and returns the messages of the calling thread; if it has none, returns those of all threads.
 
-        For calls in the calling thread, so that errors of other engines and of earlier runs are excluded.
+        Use it after a call in this thread: it excludes errors of other engines and of earlier runs.
         """
         return self.logger.record.take(self._start) or self.messages
 
@@ -350,7 +350,7 @@ class _Record:
     def __init__(self) -> None:
         self.count = 0
         self._entries: deque[_Entry] = deque(maxlen=_MAX_MESSAGES)
-        # Reentrant: TensorRT also logs when Python frees one of its objects within these lines.
+        # Reentrant: TensorRT also logs if Python frees a TensorRT object while the lock is held.
         self._lock = threading.RLock()
 
     def add(self, message: Message) -> None:
@@ -370,8 +370,8 @@ class _Record:
         return [entry.message for entry in mine]
 
 
-# By module. Python keeps an imported module, and so its logger, to which TensorRT refers. Weak keys free the loggers of
-# the modules that replace TensorRT in tests.
+# Logger by module. Python keeps an imported module, and so its logger, which TensorRT uses. Tests replace the module;
+# weak keys free the loggers of replaced modules.
 _LOGGERS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _LOGGERS_LOCK = threading.Lock()
 
@@ -389,12 +389,12 @@ def listen(trt: Any) -> Log:
 
 
 def _new_logger(trt: Any) -> Any:
-    base, severity = trt.ILogger, trt.ILogger.Severity  # not `trt`, which the class would keep alive
+    base, severity = trt.ILogger, trt.ILogger.Severity  # the class must not refer to `trt` and keep it alive
     ignored = (severity.VERBOSE, severity.INFO)  # hundreds of thousands of messages
 
     class RecordingLogger(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            base.__init__(self)  # the bindings require a call by name
+            base.__init__(self)  # TensorRT's bindings require this form of the call
             self.record = _Record()
 
         def log(self, severity: Any, msg: str) -> None:

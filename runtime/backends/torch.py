@@ -27,27 +27,27 @@ from maskrcnn.runtime.gpu.memory import Cuda
 from maskrcnn.weights.checkpoint import load_checkpoint, metadata_of
 
 COMPILER = "inductor"  # backend of `torch.compile`
-_first_process = 0  # that loaded a checkpoint
+_first_process = 0  # first process that loaded a checkpoint
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchBackend(Backend):
-    """A model in PyTorch, on the GPU if there is one. Any number of threads may call it; one at a time runs.
+    """A model in PyTorch, on the GPU if there is one. Any number of threads may call it; calls run one at a time.
 
     Args:
-        model: the model. By default it is used in evaluation mode and channels-last layout; in half precision, compiled
-            or with graphs a copy is used, whose norms are folded into its convolutions.
-        source: the file it was loaded from, for its hash.
-        precision: "fp32", or "bf16" or "fp16" for convolutions and matrix products, weights included; coordinates and
-            scores stay in float32.
+        model: the model, which is set to evaluation mode and channels-last layout. In half precision, compiled or with
+            graphs, the backend uses a copy with norms folded into the convolutions.
+        source: file that it was loaded from, for the hash.
+        precision: precision of convolutions and matrix products and their weights: "fp32", "bf16" or "fp16".
+            Coordinates and scores stay in float32.
         device: "cpu", "cuda", "cuda:1", "mps" … (default: CUDA if available). The calling thread's current GPU is
             preserved.
-        compile: use `torch.compile`, which takes a minute at the first call, and at the second if its images have
-            another size.
-        graphs: run each batch and image size as a CUDA graph from its second call on.
+        compile: use `torch.compile`. Compilation takes a minute at the first call, and at the second if its images
+            have another size.
+        graphs: run each batch and image size as a CUDA graph from the second call on.
 
     Raises:
-        UserError: for an unknown precision, and for graphs without a GPU.
+        UserError: for an unknown precision, or for graphs without a GPU.
     """
 
     name = "PyTorch"
@@ -72,7 +72,7 @@ class TorchBackend(Backend):
         if precision != "fp32" or compile or graphs:
             model = inference_copy(model, _PRECISIONS[precision])
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device = next(self.model.parameters()).device  # with an index: "cuda" alone follows the current GPU
+        self.device = next(self.model.parameters()).device  # with an index: "cuda" alone means the current GPU
         self.metadata = metadata_of(model.config, source)
         self.precision = precision
         self._run: Callable[..., Any] = torch.compile(self.model, backend=COMPILER) if compile else self.model
@@ -92,8 +92,8 @@ class TorchBackend(Backend):
         """Loads a checkpoint.
 
         Raises:
-            UserError: for a file that is no checkpoint, and in a process forked from one that loaded a model: PyTorch
-                would wait for that one's threads for ever.
+            UserError: for a file that is not a checkpoint, or in a process forked from one that loaded a model: PyTorch
+                would wait for threads of that process for ever.
         """
         global _first_process
         first = _first_process or os.getpid()
@@ -110,13 +110,13 @@ class TorchBackend(Backend):
         return detector_specs(self.metadata)
 
     def infer(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        """Returns outputs as NumPy arrays, or, if `images` is on a GPU, as tensors there."""
+        """Returns outputs as NumPy arrays, or as tensors on the GPU if `images` is on a GPU."""
         with self._lock, torch.inference_mode(), self._on_device():
             outputs = self._run(*self._inputs(feeds))
             return dict(outputs) if is_on_device(feeds["images"]) else _on_host(outputs)
 
     def infer_timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Returns outputs, and on a GPU the milliseconds of `copy in`, `engine` and `copy out`."""
+        """Returns outputs, and the milliseconds of `copy in`, `engine` and `copy out` (empty on a CPU)."""
         if self.device.type != "cuda":
             return self.infer(feeds), {}
         with self._lock, torch.inference_mode(), self._on_device():
@@ -133,7 +133,7 @@ class TorchBackend(Backend):
         return found, {part: a.elapsed_time(b) for part, (a, b) in zip(parts, pairwise(marks), strict=True)}
 
     def run_images(self, images: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `Backend.run_images`; on a GPU the images are resized and padded there."""
+        """Does the same as `Backend.run_images`; resizes and pads on the GPU if the model is there."""
         preprocessing = self.metadata.preprocessing
         if self.device.type != "cuda" or not resizes_on_gpu(preprocessing):
             return super().run_images(images)
@@ -152,11 +152,11 @@ class TorchBackend(Backend):
     def stages(self, feeds: dict[str, Any], names: Sequence[str]) -> dict[str, np.ndarray]:
         found: dict[str, torch.Tensor] = {}
         with self._lock, torch.inference_mode(), self._on_device():
-            self.model(*self._inputs(feeds), found)  # neither a graph nor compiled code returns them
+            self.model(*self._inputs(feeds), found)  # CUDA graphs and compiled code do not return stages
             return _on_host({name: found[name] for name in names if name in found})
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """Makes the model's GPU current, on which streams, events and Triton's kernels are created."""
+        """Makes the model's GPU current: streams, events and Triton kernels are created on the current GPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _inputs(self, feeds: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +165,7 @@ class TorchBackend(Backend):
 
 
 class _BatchLoader:
-    """`ImageLoader` on a stream of its own, with which PyTorch's current stream is synchronised."""
+    """`ImageLoader` on its own stream, synchronised with PyTorch's current stream."""
 
     def __init__(self, loader: ImageLoader, cuda: Cuda) -> None:
         self._loader, self._cuda, self._stream = loader, cuda, cuda.stream()
@@ -184,7 +184,7 @@ class _BatchLoader:
 
 
 def _cuda(device: torch.device) -> Cuda | None:
-    """The GPU, or None without cuda-bindings."""
+    """Returns the GPU, or None without cuda-bindings."""
     try:
         return Cuda(device.index)
     except UserError:
@@ -198,14 +198,14 @@ def resize_batch(
     preprocessing: Preprocessing,
     device: torch.device,
 ) -> torch.Tensor:
-    """Resizes and pads images by PyTorch, as `preprocess.batch_images`.
+    """Resizes and pads images in PyTorch, as `preprocess.batch_images` does.
 
     Args:
         images: `[H, W, 3]` RGB, uint8 or float32.
         sizes: height and width of each after resizing.
         padded_hw: height and width of the batch.
-        preprocessing: of the model, for which `resizes_on_gpu` holds.
-        device: that resizes them.
+        preprocessing: preprocessing of the model, for which `resizes_on_gpu` is true.
+        device: device that resizes them.
 
     Returns:
         float32 `[N, 3, H, W]` on the device.
@@ -220,7 +220,7 @@ def resize_batch(
 
 
 def _to_device(value: Any, device: torch.device) -> torch.Tensor:
-    """An array of any library as a tensor, without a copy if it is on the device."""
+    """Converts an array of any library to a tensor, without a copy if it is on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if is_on_device(value):
@@ -234,7 +234,7 @@ def _to_device(value: Any, device: torch.device) -> torch.Tensor:
 
 
 def _on_host(values: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Tensors as NumPy arrays, bfloat16 as float32; synchronises once for all of them."""
+    """Converts tensors to NumPy arrays, bfloat16 to float32; synchronises once for all of them."""
     values = {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in values.items()}
     on_gpu = next((value.device for value in values.values() if value.is_cuda), None)
     if on_gpu is None:

@@ -1,11 +1,11 @@
-"""Bootstrap intervals of an AP, or of the difference of two, over images drawn with replacement.
+"""Bootstrap intervals of an AP, or of the difference of two APs, over images drawn with replacement.
 
-Detections are matched once. A resample gives each image a weight, the number of times that it was drawn, and AP follows
-from weighted sums over the match records. Both results of a difference are scored on the same resamples, so that the
-difficulty of an image, which they share, does not widen the interval.
+Detections are matched once. In a resample each image has a weight, the number of times that it was drawn, and AP is
+computed from weighted sums over the match records. Both results of a difference are scored on the same resamples, so
+that differences in difficulty between images do not widen the interval.
 
-Resamples score slightly higher than the dataset: repeated images make precision rougher over recall, and AP takes its
-peaks. The interval is therefore shifted so that the resamples' mean is the measured value.
+Resamples score slightly higher than the dataset: with repeated images the precision-recall curve has larger steps, and
+AP uses the maximum precision. Therefore the interval is shifted so that the resamples' mean is the measured value.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from maskrcnn.runtime.evaluation.scoring import average_precision
 
 RESAMPLES = 1000
 _LEVEL = 0.95
-_MAX_ELEMENTS = 1 << 20  # of an intermediate array
+_MAX_ELEMENTS = 1 << 20  # maximum size of an intermediate array
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the interval that holds the given share of the resampled values."""
+    """A value, and the interval that contains the fraction `level` of the resampled values."""
 
     value: float
     low: float
@@ -72,20 +72,20 @@ def interval_of_difference(
     """AP of `other` minus AP of `records`, with its bootstrap interval over the images.
 
     Args:
-        records, other: two results on the same images, of one kind.
+        records, other: two results of one kind on the same images.
         resamples: number of resamples.
         seed: random seed of the resamples.
-        level: share of the resampled differences inside the interval.
+        level: fraction of the resampled differences inside the interval.
         progress: called with the number of resamples done since the last call.
 
     Raises:
-        UserError: for annotations without objects, and for less than one resample.
+        UserError: for annotations without objects, or less than one resample.
     """
     return _interval([records, other], lambda values: values[1] - values[0], resamples, seed, level, progress)
 
 
 def resampled_ap(records: MatchRecords, weights: np.ndarray) -> np.ndarray:
-    """AP `[B]` over all areas of datasets that hold each image `weights` `[B, images]` times; NaN without objects."""
+    """AP `[B]` over all areas of B datasets with each image `weights` `[B, images]` times; NaN without objects."""
     return _resampled_ap(_by_class(records), weights, records.protocol.recall_thresholds)
 
 
@@ -125,7 +125,7 @@ def _interval(
 
 
 def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """The weight of each image in each resample `[B, images]` int32, in portions."""
+    """Yields the weights of the images in each resample, `[B, images]` int32, B resamples at a time."""
     rng, at_once = np.random.default_rng(seed), max(1, _MAX_ELEMENTS // images)
     for start in range(0, resamples, at_once):
         count = min(at_once, resamples - start)
@@ -134,7 +134,7 @@ def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _by_class(records: MatchRecords) -> list[_ClassRecords]:
-    """The classes with objects, of all areas."""
+    """The records of each class with objects, over all areas."""
     order = records.by_score
     edges = np.searchsorted(records.category[order], np.arange(records.categories + 1))
     counted = np.flatnonzero(records.is_counted[:, 0])

@@ -13,8 +13,8 @@ from maskrcnn.runtime.evaluation.results_file import Results
 from maskrcnn.runtime.evaluation.scoring import Scored, average_precision
 from maskrcnn.runtime.verification.compare import pair_detections
 
-_MIN_IOU = 0.5  # of the boxes of paired detections
-# Smaller shifts of a pair are rounding of another runtime or precision, and count as no difference.
+_MIN_IOU = 0.5  # between the boxes of paired detections
+# Smaller shifts are rounding errors of another runtime or precision and do not count as differences.
 _SCORE_SHIFT, _BOX_SHIFT_PX = 0.01, 1.0
 
 
@@ -34,14 +34,14 @@ class ImageScores:
         return missed
 
     def worst(self, count: int) -> list[int]:
-        """Up to `count` images with objects, or with false positives, by ascending AP, then by descending errors."""
+        """Up to `count` images with objects or false positives, by ascending AP, then descending number of errors."""
         errors = self.missed + self.false
         order = np.lexsort((-errors, np.where(self.ap < 0, 0.0, self.ap)))
         return [image for image in order.tolist() if errors[image] or self.ap[image] >= 0][:count]
 
 
 def image_scores(records: MatchRecords, min_score: float) -> ImageScores:
-    """Metrics of each image; counts are of detections of at least `min_score`, AP is of all."""
+    """Metrics of each image. Counts include detections of at least `min_score`; AP includes all."""
     confident = records.score >= min_score
     outcome = records.outcome[:, 0, 0]
     objects, found, false = (
@@ -91,7 +91,7 @@ def _group_ap(group: np.ndarray, outcome: np.ndarray, objects: np.ndarray, recal
 
 @dataclass(frozen=True)
 class _ImageDifference:
-    """Differences on one image; counts and shifts are of detections of at least the given score."""
+    """Differences on one image. Counts and shifts include detections of at least `min_score`."""
 
     image_id: int
     file_name: str
@@ -101,18 +101,18 @@ class _ImageDifference:
     gained: int  # objects that only the other result finds
     unpaired: int  # detections of either result without a partner of the same class in the other
     score_shift: float  # maximum over the pairs
-    box_shift_px: float  # maximum over the sides of the pairs
+    box_shift_px: float  # maximum over the box sides of the pairs
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing differs but scores by up to 0.01 and boxes by up to 1 px."""
+        """Whether scores differ by at most 0.01, boxes by at most 1 px, and nothing else."""
         is_near = self.score_shift <= _SCORE_SHIFT and self.box_shift_px <= _BOX_SHIFT_PX
         return is_near and not (self.lost or self.gained or self.unpaired)
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Comparison of another result with a first one."""
+    """Comparison of two results."""
 
     kind: str
     interval: Interval  # of the AP difference, other minus first
@@ -121,7 +121,7 @@ class Difference:
     min_score: float
 
     def lines(self, max_images: int = 10) -> list[str]:
-        """The difference as text, with a table of the images that differ most."""
+        """The comparison as text, with a table of the images that differ most."""
         differing = [image for image in self.images if not image.is_equal]
         lines = [
             f"AP difference {self.interval}",
@@ -158,12 +158,12 @@ def difference(
     seed: int = 0,
     progress: Callable[[int], None] = lambda resamples: None,
 ) -> Difference:
-    """Compares two results of one kind on one ground truth.
+    """Compares two results of the same kind on the same ground truth.
 
     Args:
         first: the reference.
         other: the second result.
-        min_score: minimum score of detections that are compared image by image; AP is of all.
+        min_score: minimum score of the detections that are compared image by image; AP includes all.
         resamples, seed, progress: see `interval_of_difference`.
 
     Raises:

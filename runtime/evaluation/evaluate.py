@@ -26,11 +26,11 @@ from maskrcnn.runtime.tiles import Tiles, detect_tiles
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of each part of an evaluation, summed over the processes."""
+    """Duration of each part of an evaluation, summed over the processes."""
 
     data: float = 0.0  # reading and decoding image files
     compute: float = 0.0  # preprocessing, inference, boxes in pixels of the original image
-    encode: float = 0.0  # masks as run-length encodings, COCO's results format
+    encode: float = 0.0  # encoding masks as run lengths; COCO's results format
     score: float = 0.0  # matching, precision and recall
 
     def __add__(self, other: Seconds) -> Seconds:
@@ -38,7 +38,7 @@ class Seconds:
 
     @property
     def detect(self) -> float:
-        """All parts but the scoring."""
+        """Sum of all parts except scoring."""
         return self.data + self.compute + self.encode
 
     def line(self) -> str:
@@ -53,7 +53,7 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
     """Checks that a model has the classes and keypoints of a dataset.
 
     Raises:
-        UserError: if it has not; names the missing categories, or both lists of keypoints.
+        UserError: if it does not; names the missing categories, or both lists of keypoints.
     """
     known = set(detector.metadata.category_ids)
     unknown = [category_id for category_id in dataset.category_ids if category_id not in known]
@@ -73,7 +73,7 @@ def check_classes(detector: Detector, dataset: CocoDataset) -> None:
 
 
 def names_line(detector: Detector, dataset: CocoDataset) -> str | None:
-    """A warning if classes of one category id have other names in the model than in the dataset; None otherwise."""
+    """Returns a warning if category ids have other class names in the model than in the dataset, else None."""
     names = dict(zip(detector.metadata.category_ids, detector.metadata.class_names, strict=True))
     pairs = [
         (key, names.get(key, name), name) for key, name in zip(dataset.category_ids, dataset.class_names, strict=True)
@@ -89,7 +89,7 @@ def names_line(detector: Detector, dataset: CocoDataset) -> str | None:
 
 
 def facts_of(detector: Detector) -> dict[str, Any]:
-    """Facts about a model that its detections are scored with: `runs_in`, `has_masks`, `has_keypoints`, `sigmas`."""
+    """Facts about a model that scoring needs: `runs_in`, `has_masks`, `has_keypoints`, `sigmas`."""
     backend, metadata = detector.backend, detector.metadata
     return {
         "runs_in": f"{backend.name} {backend.precision}",
@@ -114,9 +114,9 @@ def detect_records(
         detector: detector of any backend.
         records: the images, in any order; may be empty.
         batch_size: images, or tiles, per inference.
-        tiles: detects tile by tile.
+        tiles: if given, detect tile by tile.
         progress: called with the number of images done in each batch.
-        keep: called with the image ids, results and time of each batch, to keep them if a later one fails.
+        keep: called with the image ids, results and time of each batch, to save them in case a later batch fails.
 
     Returns:
         Boxes and, if the model has them, masks and keypoints in COCO's results format, and the time they took.
@@ -137,10 +137,10 @@ def detect_records(
 
 
 def batches_of(records: Records, batch_size: int, preprocessing: Preprocessing) -> list[Records]:
-    """Splits images into batches of one padded size each; some are smaller than `batch_size`.
+    """Splits images into batches of one padded size each; some batches are smaller than `batch_size`.
 
-    The padding of an image changes its features near the border slightly. In such batches every image is padded as it
-    is alone, so that metrics depend on the batch size by rounding only, and no pixel is computed for nothing.
+    Padding changes the features of an image slightly near its border. In these batches each image is padded as it would
+    be alone: only rounding makes metrics depend on the batch size, and no additional pixels are computed.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(records.sizes_hw.tolist()):
@@ -152,9 +152,10 @@ def batches_of(records: Records, batch_size: int, preprocessing: Preprocessing) 
 def detect_batch(
     detector: Detector, batch: Sequence[ImageRecord], tiles: Tiles | None = None, batch_size: int = 1
 ) -> tuple[list[list[dict[str, Any]]], Seconds]:
-    """The results of each image of one batch, and the time they took.
+    """Returns the results of each image of one batch, and the time they took.
 
-    With tiles each image is detected in by `detect_tiles`, `batch_size` tiles at a time; reading counts as computing.
+    With `tiles`, calls `detect_tiles` for each image with `batch_size` tiles at a time; the time for reading is then in
+    `compute`.
 
     Raises:
         UserError: if an image cannot be read.
@@ -227,7 +228,7 @@ def evaluate(
     batch_size: int = 1,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Runs a detector on a dataset and scores boxes and, where both have them, masks and keypoints.
+    """Runs a detector on a dataset and scores boxes, and masks and keypoints if both have them.
 
     Args:
         detector: detector of any backend.
@@ -249,7 +250,7 @@ def evaluate(
 
 
 def kinds_found(*, with_masks: bool, with_keypoints: bool) -> tuple[str, ...]:
-    """The kinds to score for a model: boxes always."""
+    """The kinds to score for a model; boxes are always included."""
     return ("bbox", *(("segm",) if with_masks else ()), *(("keypoints",) if with_keypoints else ()))
 
 
@@ -262,7 +263,7 @@ def score_kinds(
     max_detections: Sequence[int] = (),
     seconds: Seconds | None = None,
 ) -> Evaluation:
-    """Scores a detector's results on a whole dataset; each kind like a file of that kind for COCO's server.
+    """Scores a detector's results on a whole dataset, each kind as in a results file with only that kind.
 
     Args:
         dataset: the annotations; an image without results counts as one without detections.
@@ -273,7 +274,7 @@ def score_kinds(
         seconds: time of the detection.
 
     Raises:
-        UserError: for results that lack what a kind needs, and for masks or keypoints that the dataset lacks.
+        UserError: for results without the fields of a kind, or a dataset without masks or keypoints.
     """
     if "segm" in kinds and not dataset.has_masks:
         found = f"masks to be scored on {dataset.annotation_path}, which has only boxes"
@@ -305,7 +306,7 @@ def score_kinds(
 def score_file(
     truth: GroundTruth, path: Path, kinds: Sequence[str] = (), max_detections: Sequence[int] = ()
 ) -> Evaluation:
-    """Scores a results file of any origin; metrics equal pycocotools' for the same file.
+    """Scores a results file from any source. The metrics equal those of pycocotools for the same file.
 
     Args:
         truth: the annotations.

@@ -1,9 +1,9 @@
 """Annotated objects as arrays.
 
-Image ids, boxes, areas and crowd flags are the file's, so that metrics equal the official ones.
+Image ids, boxes, areas and crowd flags are read from the file unchanged, so that metrics equal COCO's.
 
-Polygons and masks become compressed run-length encodings by `pycocotools.mask`, whose C code rasterises polygons as
-COCO's annotations expect; everything else is NumPy.
+`pycocotools.mask` converts polygons and masks to compressed run-length encodings, as its C code rasterises polygons
+the way COCO does; everything else is NumPy.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from maskrcnn.imaging.run_lengths import Runs, runs_from_strings, strings_from_r
 from maskrcnn.keypoints import sigmas_of
 from maskrcnn.runtime.evaluation.protocol import SIGMAS
 
-_STRINGS_AT_ONCE = 256  # strings of some hundred characters, so that their numbers stay in the processor's cache
+_STRINGS_AT_ONCE = 256  # strings have some hundred characters; their numbers fit into the CPU cache
 
 _Fault = Callable[[int, str], UserError]
-_Masks = tuple[list[dict[str, Any]], np.ndarray]  # compressed run-length encodings, and pixels `[N]` int64 of each
+_Masks = tuple[list[dict[str, Any]], np.ndarray]  # compressed run-length encodings and areas `[N]` int64 in pixels
 
 
 class GroundTruth:
@@ -55,10 +55,10 @@ class GroundTruth:
 
         Args:
             path: JSON file in COCO's format.
-            folder: the images, if they are at hand.
+            folder: folder of the images, if available.
 
         Raises:
-            UserError: for a file that cannot be read or is of another structure.
+            UserError: for a file that cannot be read or has another structure.
         """
         if folder is not None:
             return cls(CocoDataset.read(path, folder, require_images=False))
@@ -66,7 +66,7 @@ class GroundTruth:
 
     @classmethod
     def of_content(cls, content: Any, source: str, sigmas: Sequence[float] = ()) -> GroundTruth:
-        """The objects of the parsed content of an annotation file, else of the file `source`."""
+        """Creates the ground truth from the parsed content of an annotation file, or reads `source` if it is None."""
         return cls(CocoDataset.from_content(content, source), sigmas)
 
     def __len__(self) -> int:
@@ -101,17 +101,17 @@ class GroundTruth:
 
     @cached_property
     def areas_px(self) -> np.ndarray:
-        """Areas `[G]` float64 as the file has them."""
+        """Areas `[G]` float64 from the file."""
         return self.images.objects("area")
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        """Boxes `[G, 4]` float64 (x, y, width, height) as the file has them."""
+        """Boxes `[G, 4]` float64 (x, y, width, height) from the file."""
         return self.images.objects("bbox")
 
     @cached_property
     def sigmas(self) -> np.ndarray:
-        """OKS sigmas `[K]` float64: those given, else `maskrcnn.keypoints`' for the keypoint names, else a person's."""
+        """OKS sigmas `[K]` float64: as given, else of `maskrcnn.keypoints` by name, else COCO's for persons."""
         if self.dataset.keypoint_fault is not None:
             raise self.dataset.keypoint_fault
         names = self.dataset.keypoint_names
@@ -136,7 +136,7 @@ class GroundTruth:
 
     @cached_property
     def masks(self) -> _Masks:
-        """Compressed run-length encodings, and pixels `[G]` int64 of each; of an object without a mask, its box."""
+        """Compressed run-length encodings and areas `[G]` int64 in pixels; the box if an object has no mask."""
         masks = [compressed_rle(*each) for each in self.images.segmentations()]
         return masks, _pixel_counts(masks)
 
@@ -146,7 +146,7 @@ class GroundTruth:
         return self.images.objects("is_crowd")
 
     def is_ignored(self, kind: str) -> np.ndarray:
-        """Objects `[G]` bool that need not be found.
+        """Objects `[G]` bool that are ignored in scoring.
 
         These are crowd regions; for keypoints, objects without labelled keypoints; for masks, objects without a mask.
         """
@@ -173,16 +173,16 @@ def _index(value: Any, keys: Mapping[str, int], indices: Mapping[int, int]) -> i
 def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, int]], fault: _Fault) -> _Masks:
     """Converts COCO's segmentations to compressed run-length encodings.
 
-    `pycocotools.mask` trusts its input and reads beyond a mask whose runs exceed the image, so run lengths are checked
-    first, many strings at a time: results files hold them by the hundred thousand.
+    `pycocotools.mask` does not check its input and reads out of bounds if the runs exceed the image. Run lengths are
+    therefore checked first, many strings at a time: results files contain hundreds of thousands.
 
     Args:
         segmentations: polygons, or run lengths as a list or as COCO's string; a mask may be empty.
-        sizes_hw: (height, width) of the image of each.
-        fault: makes the error for the index of a segmentation and what is wrong with it.
+        sizes_hw: (height, width) of the image of each segmentation.
+        fault: returns the error for the index of a segmentation and a description of what is wrong.
 
     Raises:
-        UserError: made by `fault`, for a malformed segmentation or one of another size than its image.
+        UserError: from `fault`, for a malformed segmentation or one with another size than its image.
     """
     masks: list[dict[str, Any]] = []
     areas = [np.zeros(0, np.int64)]
@@ -206,7 +206,7 @@ def checked_masks(segmentations: Sequence[Any], sizes_hw: Sequence[tuple[int, in
 
 
 def _pixel_counts(masks: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Pixels `[N]` int64 of compressed masks; `pycocotools.mask.area` fails for more than 255 with NumPy 2."""
+    """Areas `[N]` int64 in pixels; `pycocotools.mask.area` fails for more than 255 masks with NumPy 2."""
     counts = [np.zeros(0, np.int64)]
     for start in range(0, len(masks), _STRINGS_AT_ONCE):
         runs, _ = runs_from_strings([mask["counts"] for mask in masks[start : start + _STRINGS_AT_ONCE]])
@@ -224,7 +224,7 @@ def _is_compressed(segmentation: Any, size_hw: tuple[int, int]) -> bool:
 
 
 def _compressed(segmentation: Any, size_hw: tuple[int, int], index: int, fault: _Fault) -> dict[str, Any]:
-    """Compresses any other segmentation; its string is not checked yet."""
+    """Compresses any other segmentation, without checking its string."""
     height, width = size_hw
     if isinstance(segmentation, list):
         try:
@@ -234,12 +234,12 @@ def _compressed(segmentation: Any, size_hw: tuple[int, int], index: int, fault: 
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise fault(index, f"segmentation of type {type(segmentation).__name__}, neither polygons nor run lengths")
     if list(segmentation["size"]) != [height, width]:
-        raise fault(index, f"a mask of size {segmentation['size']!r}, its image measures [{height}, {width}]")
+        raise fault(index, f"a mask of size {segmentation['size']!r} in an image of size [{height}, {width}]")
     counts = segmentation["counts"]
     if isinstance(counts, list):
         runs = finite_numbers(counts)
         if runs is None or not runs.size or runs.min() < 0 or runs.max() > height * width or (runs % 1).any():
-            raise fault(index, "run lengths that are not numbers of pixels")
+            raise fault(index, f"run lengths that are not integers from 0 to {height * width}")
         counts = strings_from_runs(Runs(runs.astype(np.int64), np.array([runs.size])))[0]
     if not isinstance(counts, (str, bytes)):
         raise fault(index, f"run lengths of type {type(counts).__name__}")

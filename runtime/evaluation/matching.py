@@ -1,12 +1,12 @@
-"""COCO's matching of detections to objects for all images at once, equal to pycocotools' `evaluateImg`.
+"""COCO's matching of detections to objects, for all images at once. Equal to `evaluateImg` of pycocotools.
 
-Detections of one image and class choose objects in descending order of score, each the one with the largest overlap.
-The order matters only inside such a group, so the k-th detections of all groups choose at the same time, for every
-area range and threshold.
+Detections of one image and class are matched in descending order of score, each to the object with the largest overlap.
+The order matters only within an image and class, so the k-th detections of all groups are matched at the same time, for
+every area range and threshold.
 
-Overlaps equal pycocotools' to the last digit. Boxes and keypoints are computed in NumPy for all pairs at once. Masks
-are compared by `pycocotools.mask.iou`, image by image: it walks two compressed run-length encodings in C without
-decoding them to pixels, which NumPy cannot do at that speed.
+Overlaps equal those of pycocotools to the last digit. Boxes and keypoints are computed in NumPy for all pairs at once.
+Masks are compared image by image with `pycocotools.mask.iou`, which reads run-length encodings in C without decoding
+them to pixels; NumPy would be slower.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from maskrcnn.runtime.evaluation.ground_truth import GroundTruth
 from maskrcnn.runtime.evaluation.protocol import Protocol, protocol_of
 from maskrcnn.runtime.evaluation.results_file import Results
 
-# Outcome of a detection at one threshold and area range. An ignored detection matched a crowd or an object outside the
-# area range, or is outside itself and matched nothing.
+# Outcome of a detection at one threshold and area range. A detection is ignored if it matched a crowd or an object
+# outside the area range, or if it matched nothing and is itself outside the range.
 IGNORED, FALSE_POSITIVE, TRUE_POSITIVE = 0, 1, 2
 
-_CLOSE_TO_ONE = 1 - 1e-10  # pycocotools caps the threshold here
-# Pairs whose overlaps are computed at once, to bound the memory; a pair of poses has one value per keypoint.
+_CLOSE_TO_ONE = 1 - 1e-10  # upper limit of the threshold in pycocotools
+# Number of pairs for which overlaps are computed at once, to limit memory; keypoints have one value each per pair.
 _MAX_PAIRS, _MAX_KEYPOINT_PAIRS = 1 << 18, 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
 class MatchRecords:
-    """Outcome of each detection, from which every metric can be computed.
+    """Outcome of each detection; all metrics can be computed from it.
 
-    Detections are sorted by class, image and descending score. Those beyond the last of `protocol.max_detections` of an
-    image and class are left out.
+    Detections are sorted by class, image and descending score. Detections of an image and class beyond the last of
+    `protocol.max_detections` are left out.
     """
 
     protocol: Protocol
@@ -50,7 +50,7 @@ class MatchRecords:
     score: np.ndarray  # [D] float64
     rank: np.ndarray  # [D] int64, by score in its image and class, from 0
     outcome: np.ndarray  # [D, A, T] uint8: IGNORED, FALSE_POSITIVE or TRUE_POSITIVE
-    matched_object: np.ndarray  # [D, T] int64, index of the matched object of any area; -1: none
+    matched_object: np.ndarray  # [D, T] int64, index of the matched object, over all areas; -1: none
     object_image: np.ndarray  # [G] int64
     object_category: np.ndarray  # [G] int64
     is_counted: np.ndarray  # [G, A] bool, objects that are not ignored
@@ -61,7 +61,7 @@ class MatchRecords:
         return np.lexsort((-self.score, self.category))
 
     def found_objects(self, min_score: float) -> np.ndarray:
-        """Objects `[G]` bool matched by a true positive of at least this score, at the lowest threshold."""
+        """Objects `[G]` bool with a true positive of at least this score, at the lowest threshold."""
         true = (self.score >= min_score) & (self.outcome[:, 0, 0] == TRUE_POSITIVE)
         is_found = np.zeros(len(self.object_image), bool)
         is_found[self.matched_object[true, 0]] = True
@@ -76,7 +76,7 @@ class _Side(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Overlapping rows of the two sides, by ascending row of the detections."""
+    """Pairs of a detection and an object that overlap, as rows of their sides, by ascending detection row."""
 
     detection: np.ndarray  # [P] int64
     truth: np.ndarray  # [P] int64
@@ -92,7 +92,7 @@ def match_records(truth: GroundTruth, results: Results, max_detections: Sequence
         max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
-        UserError: if the annotations lack what the kind needs.
+        UserError: if the annotations lack the fields of the kind.
     """
     protocol, images = protocol_of(results.kind, max_detections), len(truth.image_ids)
     is_counted = ~(_is_outside(truth.areas_px, protocol) | truth.is_ignored(protocol.kind)[:, None])
@@ -137,17 +137,17 @@ def match_records(truth: GroundTruth, results: Results, max_detections: Sequence
 def confusion_matrix(
     truth: GroundTruth, results: Results, records: MatchRecords, min_score: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Confusion matrix at the lowest threshold: rows are true classes, columns detected ones.
+    """Confusion matrix at the lowest threshold: rows are true classes, columns are detected classes.
 
-    The diagonal holds COCO's true positives. Each remaining detection is then matched to a remaining object of any
+    The diagonal contains COCO's true positives. Each remaining detection is then matched to a remaining object of any
     class. The last row counts detections without an object, the last column missed objects. Crowds are left out.
 
     Args:
-        truth, results, records: of one scoring.
+        truth, results, records: from the same scoring.
         min_score: minimum score of a detection.
 
     Returns:
-        The indices `[C]` int64 of the classes that occur, ascending, and the matrix `[C + 1, C + 1]` int64 of these.
+        The indices `[C]` int64 of the classes that occur, ascending, and their matrix `[C + 1, C + 1]` int64.
     """
     classes = np.union1d(records.object_category, records.category)
     index = np.zeros(records.categories + 1, np.int64)
@@ -159,7 +159,7 @@ def confusion_matrix(
     np.add.at(matrix, (index[records.category[true]], index[records.category[true]]), 1)
     false = np.flatnonzero(confident & (records.outcome[:, 0, 0] == FALSE_POSITIVE))
     left = np.flatnonzero(records.is_counted[:, 0] & ~records.found_objects(min_score))
-    # Groups of all classes of an image, as any class may be confused with any other.
+    # One group per image with all classes, as any class may be confused with any other.
     objects = _sorted_side(records.object_image[left], np.zeros(len(left)))
     objects = _Side(left[objects.order], objects.group)
     detections = _sorted_side(records.image[false], -records.score[false])
@@ -193,7 +193,7 @@ def _is_outside(areas_px: np.ndarray, protocol: Protocol) -> np.ndarray:
 def _box_overlaps(boxes: np.ndarray, objects: np.ndarray, is_crowd: np.ndarray) -> np.ndarray:
     """IoU `[P]` float64 of boxes `[P, 4]` and objects `[P, 4]`, both (x, y, width, height).
 
-    For a crowd region the intersection is divided by the area of the box alone.
+    For a crowd region the intersection is divided by the area of the box only.
 
     Source: pycocotools, `bbIou`.
     """
@@ -216,11 +216,11 @@ def keypoint_overlaps(
     """Object keypoint similarity (OKS) `[P]` float64.
 
     Args:
-        keypoints: `[P, K, 3]` x, y and a third value, which is not read.
+        keypoints: `[P, K, 3]` x, y and a third value, which is not used.
         objects: `[P, K, 3]` x, y and visibility; 0: not annotated. For an object without annotated keypoints, distances
             are measured to a box twice its size.
         boxes: `[P, 4]` (x, y, width, height) of the objects.
-        areas_px: `[P]` of the objects.
+        areas_px: `[P]` areas of the objects.
         sigmas: `[K]` OKS sigmas, relative to the object's size.
 
     Source: pycocotools, `computeOks`.
@@ -236,7 +236,7 @@ def keypoint_overlaps(
     squares = distances[0] ** 2 + distances[1] ** 2
     with np.errstate(over="ignore"):
         terms = np.exp(-(squares / (sigmas * 2) ** 2 / (areas_px + np.spacing(1))[:, None] / 2))
-    # Sum rows of equal length together: zeros in between would change the order of addition.
+    # Sum rows of equal length together: padding with zeros would change the order of addition.
     used = np.where(visible == 0, len(sigmas), visible)
     is_used = is_visible | (visible == 0)[:, None]
     similarity = np.empty(len(keypoints))
@@ -247,20 +247,20 @@ def keypoint_overlaps(
 
 
 def _sorted_side(group: np.ndarray, key: np.ndarray) -> _Side:
-    """Rows by group, inside a group by ascending key, ties in the given order."""
+    """Sorts rows by group, then by ascending key; ties keep their order."""
     order = np.lexsort((key, group))
     return _Side(order, group[order])
 
 
 def _run_edges(values: np.ndarray) -> list[int]:
-    """Start of each run of equal values, and the length."""
+    """Start of each run of equal values, and the number of values."""
     return [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)] if len(values) else [0]
 
 
 def _overlapping_pairs(
     truth: GroundTruth, results: Results, detections: _Side, objects: _Side, min_overlap: float
 ) -> _Pairs:
-    """All pairs of a group that overlap by at least `min_overlap`, which is not 0."""
+    """All pairs in the same group with an overlap of at least `min_overlap`, which is not 0."""
     find = _mask_pairs if results.kind == "segm" else _box_or_keypoint_pairs
     parts = list(find(truth, results, detections, objects, min_overlap))
     empty = _Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
@@ -270,7 +270,7 @@ def _overlapping_pairs(
 def _all_pairs(
     detections: _Side, objects: _Side, max_pairs: int = _MAX_PAIRS
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of all pairs of a group, in portions."""
+    """Yields the rows of all pairs in the same group, a limited number at a time."""
     start = np.searchsorted(objects.group, detections.group, "left")
     number = np.searchsorted(objects.group, detections.group, "right") - start
     for begin, end in pairwise(_run_edges(np.cumsum(number) // max_pairs)):
@@ -285,7 +285,7 @@ def _all_pairs(
 def _box_or_keypoint_pairs(
     truth: GroundTruth, results: Results, detections: _Side, objects: _Side, min_overlap: float
 ) -> Iterator[_Pairs]:
-    object_boxes = truth.boxes  # also without a pair: an annotation without a valid box is an error
+    object_boxes = truth.boxes  # read even without a pair: an annotation without a valid box is an error
     for detection, row in _all_pairs(
         detections, objects, _MAX_KEYPOINT_PAIRS if results.kind == "keypoints" else _MAX_PAIRS
     ):
@@ -302,7 +302,7 @@ def _box_or_keypoint_pairs(
 def _mask_pairs(
     truth: GroundTruth, results: Results, detections: _Side, objects: _Side, min_overlap: float
 ) -> Iterator[_Pairs]:
-    """Pairs of masks; those whose areas alone exclude the overlap are not compared."""
+    """Pairs of masks; pairs with areas that exclude the overlap are not compared."""
     masks, pixels = truth.masks
     is_possible = np.zeros(len(detections.order), bool)
     for detection, row in _all_pairs(detections, objects):
@@ -328,19 +328,19 @@ def _mask_pairs(
 def _greedy_matches(
     pairs: _Pairs, group: np.ndarray, is_counted: np.ndarray, is_crowd: np.ndarray, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The object that each detection matches.
+    """Returns the object that each detection matches.
 
     Args:
         pairs: rows of detections and objects that overlap.
-        group: `[D]` int64, ascending, of the detections.
-        is_counted: `[G, A]` bool of the objects; a detection prefers one that counts to any that does not.
-        is_crowd: `[G]` bool of the objects; a crowd can be matched any number of times.
+        group: `[D]` int64, group of each detection, ascending.
+        is_counted: `[G, A]` bool, objects that are not ignored; a detection prefers these.
+        is_crowd: `[G]` bool, crowd flags of the objects; a crowd can be matched any number of times.
         thresholds: `[T]` float64.
 
     Returns:
         The rows `[C]` of the detections with a pair, and the object row `[C, A, T]` int32 that each matches; G: none.
     """
-    # A detection prefers the larger overlap, and of equal ones the later object.
+    # A detection prefers the largest overlap; of equal overlaps, the last object.
     order = np.lexsort((-pairs.truth, -pairs.overlap, pairs.detection))
     candidates, overlap = pairs.truth[order].astype(np.int32), pairs.overlap[order]
     rows, first, number = np.unique(pairs.detection, return_index=True, return_counts=True)

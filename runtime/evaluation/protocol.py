@@ -18,7 +18,7 @@ KIND_NAMES = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}  # in tabl
 _AP = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 METRICS = (*_AP, "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 _KEYPOINT_METRICS = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR", "AR50", "AR75", "AR_medium", "AR_large")
-SIGMAS = np.array(COCO_SIGMAS)  # of the 17 keypoints of a person: the default
+SIGMAS = np.array(COCO_SIGMAS)  # default: the 17 keypoints of a person
 _AREAS_PX = {"all": (0, 1e5**2), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
 
 
@@ -32,7 +32,7 @@ class Protocol:
     max_detections: tuple[int, ...]  # per image and class, ascending
 
     def remark(self) -> str:
-        """A line about limits that are not COCO's; empty with COCO's."""
+        """A line about limits that differ from COCO's, or an empty text."""
         usual = PROTOCOLS[self.kind].max_detections
         if self.max_detections == usual:
             return ""
@@ -72,10 +72,10 @@ def protocol_of(kind: str, max_detections: Sequence[int] = ()) -> Protocol:
     Args:
         kind: one of `KINDS`.
         max_detections: limits of detections per image and class, ascending (default: COCO's). Recall (AR) is measured
-            at each, everything else at the last; keypoints have the last alone.
+            at each limit, other metrics at the last; keypoints use only the last.
 
     Raises:
-        UserError: for any other kind, and for limits that are not positive and ascending.
+        UserError: for any other kind, or limits that are not positive and ascending.
     """
     if kind not in PROTOCOLS:
         raise UserError(f"kind of evaluation {kind!r}", f"one of {', '.join(KINDS)}", "choose one of these")
@@ -107,7 +107,7 @@ class Scores:
     scores: np.ndarray  # [T, R, C, A, M] float64, detection score at each recall
 
     def of_all_classes(self, name: str) -> np.ndarray:
-        """Returns `precision`, `recall` or `scores` of all K categories, -1 without objects, as pycocotools has it."""
+        """Returns `precision`, `recall` or `scores` of all K categories as in pycocotools, -1 without objects."""
         values = getattr(self, name)
         axis = values.ndim - 3
         shape = (*values.shape[:axis], self.categories, *values.shape[axis + 1 :])

@@ -44,7 +44,7 @@ def report_page(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> str:
-    """The page: metrics, classes, curves, confusions, differences to another result, and the worst images.
+    """Creates the page: metrics, classes, curves, confusions, differences from another result, and the worst images.
 
     Args:
         title: name of the evaluated model or file.
@@ -54,7 +54,7 @@ def report_page(
         image_file: path of the image of an id; None: no images.
         min_score: minimum score in the confusion matrix and in images.
         worst: maximum number of images.
-        resamples, seed: of the interval of each AP, see `interval_of_ap`.
+        resamples, seed: for the interval of each AP, see `interval_of_ap`.
     """
     parts = [f"<h1>{text(title)}</h1>", f"<ul>{''.join(f'<li>{text(fact)}</li>' for fact in facts)}</ul>"]
     parts.append(_metrics(scored, resamples, seed))
@@ -86,7 +86,7 @@ def _metrics(scored: Mapping[str, Scored], resamples: int, seed: int) -> str:
 
 
 def _classes(scored: Scored, shown: Sequence[int]) -> str:
-    """Metrics of each class, with links to the images on the page that have an object or a detection of it."""
+    """Metrics of each class, with links to the images on the page that have an object or a detection of the class."""
     truth, records = scored.truth, scored.records
     places: dict[int, str] = {}
     for index in shown:
@@ -105,7 +105,7 @@ def _classes(scored: Scored, shown: Sequence[int]) -> str:
 
 
 def _curves(scored: Scored) -> str:
-    """Precision over recall: the mean of all classes, and single classes at the lowest threshold."""
+    """Precision over recall: the mean over all classes, and single classes at the lowest threshold."""
     scores = scored.scores
     precision, recalls = scores.precision[:, :, :, 0, -1], scores.protocol.recall_thresholds
     if not scores.classes.size:
@@ -212,28 +212,28 @@ def _difference(found: Difference) -> str:
 
 
 def _digits(value: float | None) -> str:
-    """A metric in four digits; empty for None and for -1, a metric without objects."""
+    """A metric with four digits; empty for None and -1 (no objects)."""
     return "" if value is None or value < 0 else f"{value:.4f}"
 
 
 def _gallery(
     scored: Scored, scores: ImageScores, indices: Sequence[int], image_file: _ImageFile, *, min_score: float
 ) -> str:
-    """HTML of the worst images: annotations at the left, detections at the right.
+    """HTML of the worst images: annotations on the left, detections on the right.
 
     Args:
         scored: the results.
-        scores: their `image_scores`, with the same `min_score`.
-        indices: of the images.
-        image_file: path of the image of an id; an error text replaces one that cannot be read.
+        scores: `image_scores` of the results, with the same `min_score`.
+        indices: indices of the images.
+        image_file: path of the image of an id; an error text replaces an image that cannot be read.
         min_score: minimum score drawn.
     """
     if not indices:
         return "<h2>Worst images</h2><p>No objects, and no false positives.</p>"
     caption = (
-        "By ascending AP of the image. Annotations at the left: "
+        "By ascending AP of the image. Annotations on the left: "
         f"{key('found', _FOUND)}, {key('missed', _MISSED)}, {key('not counted', _IGNORED)}. Detections of score "
-        f"{min_score:g} or more at the right: {key('correct', _FOUND)}, {key('wrong', _FALSE)}, "
+        f"{min_score:g} or more on the right: {key('correct', _FOUND)}, {key('wrong', _FALSE)}, "
         f"{key('not counted', _IGNORED)}. At IoU {scored.records.protocol.iou_thresholds[0]:g}."
     )
     parts = [_image(scored, scores, index, image_file, min_score) for index in indices]
@@ -303,5 +303,5 @@ def _mark(box: np.ndarray | None, name: str, colour: Colour, rle: dict[str, Any]
 
 
 def _posed(mark: Mark, keypoints: np.ndarray, skeleton: list[tuple[int, int]]) -> Mark:
-    """Adds the keypoints `[K, 3]` whose third value is positive, and the lines between them."""
+    """Adds the keypoints `[K, 3]` with a positive third value, and the lines between them."""
     return with_pose(mark, keypoints, keypoints[:, 2] > 0, skeleton, mark.colour)

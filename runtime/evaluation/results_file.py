@@ -1,4 +1,4 @@
-"""Detections in COCO's results format: reading, checking, and writing as COCO's server takes them."""
+"""Detections in COCO's results format: reading, checking, and writing for COCO's server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskrcnn.files import read_json, write_json
 from maskrcnn.runtime.evaluation.ground_truth import GroundTruth, checked_masks
 from maskrcnn.runtime.predictions import read_parquet, read_predictions
 
-_FORMAT = "a list of results as COCO's server takes them (cocodataset.org/#format-results)"
+_FORMAT = "a list of results in COCO's format (cocodataset.org/#format-results)"
 FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # field of a result by kind
 _REQUIRED = ("image_id", "category_id", "score")
 _MAX_NAMED = 5  # unknown ids in a message
@@ -53,7 +53,7 @@ class Results:
 
     @property
     def area_px(self) -> np.ndarray:
-        """Areas `[D]` float64, which decide on small, medium and large."""
+        """Areas `[D]` float64 for COCO's size ranges: small, medium and large."""
         if self.given_boxes is None:
             return self.pixels.astype(np.float64)
         areas: np.ndarray = self.given_boxes[:, 2] * self.given_boxes[:, 3]
@@ -77,10 +77,10 @@ class Results:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Reads the entries of a results file, or of Parquet and JSON Lines of `maskrcnn predict`, without checking them.
+    """Reads the entries of a results file, or of a Parquet or JSON Lines file of `maskrcnn predict`, without checks.
 
     Raises:
-        UserError: for a file that is missing, or has neither a JSON list nor these.
+        UserError: for a file that is missing or in none of these formats.
     """
     if path.suffix == ".parquet" or path.is_dir():
         return read_parquet(path)
@@ -99,7 +99,7 @@ def checked_results(
     """Converts results to arrays.
 
     Args:
-        truth: the images and categories that results may be of.
+        truth: ground truth with the images and categories of the results.
         entries: results in COCO's format, in any order; may be empty.
         kind: "bbox", "segm" or "keypoints".
         source: file name, for error texts.
@@ -107,8 +107,8 @@ def checked_results(
             `segmentation` and `keypoints` that the first result has).
 
     Raises:
-        UserError: for results of unknown images, with the number of them, and for the first result that is malformed
-            or lacks a field of the kind.
+        UserError: for results of unknown images, with their number, or for the first result that is malformed or lacks
+            a field of the kind.
     """
 
     def fault(index: int, what: str, expected: str = _FORMAT) -> UserError:
@@ -136,7 +136,7 @@ def checked_results(
         masks, pixels = checked_masks([entry.get("segmentation") for entry in kept], sizes_hw, kept_fault)
     if measured_by == "bbox":
         boxes = _numbers((entry.get("bbox") for entry in kept), 4, "bbox", kept_fault)
-    elif measured_by == "keypoints":  # around all, visible or not
+    elif measured_by == "keypoints":  # around all keypoints, visible or not
         low, high = points[:, :, :2].min(axis=1), points[:, :, :2].max(axis=1)
         boxes = np.concatenate([low, high - low], axis=1)
     return Results(
@@ -175,13 +175,13 @@ def _check_fields(entries: Sequence[Any], kind: str, measured_by: str | None, fa
 
 
 def write_server_results(path: Path, entries: Iterable[dict[str, Any]], kind: str) -> None:
-    """Writes results of one kind as COCO's server takes them: ids, score and the field of the kind."""
+    """Writes results of one kind for COCO's server: ids, score and the field of the kind."""
     fields = ("image_id", "category_id", FIELDS[kind], "score")
     write_json(path, [{name: entry[name] for name in fields} for entry in entries], indent=None)
 
 
 def kinds_of(entries: Sequence[Any]) -> tuple[str, ...]:
-    """The kinds that results can be scored as, by the first of them; boxes where there is none."""
+    """The kinds that results can be scored as, from the first result; boxes if there are no results."""
     fields = _fields_of(entries[0]) if entries and isinstance(entries[0], dict) else ()
     return tuple(kind for kind, field in FIELDS.items() if field in fields) or ("bbox",)
 
@@ -196,7 +196,7 @@ def _image_indices(truth: GroundTruth, entries: Sequence[dict[str, Any]], source
     if unknown:
         ids = ", ".join(list(unknown)[:_MAX_NAMED])
         raise UserError(
-            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} image(s) that are unknown: image_id {ids}",
+            f"{source}: {sum(unknown.values())} result(s) of {len(unknown)} unknown image(s): image_id {ids}",
             f"image ids of {truth.source}, which has {len(truth.images)} image(s)",
             "pass the annotations of the images in the results",
         )
@@ -204,7 +204,7 @@ def _image_indices(truth: GroundTruth, entries: Sequence[dict[str, Any]], source
 
 
 def _numbers(lists: Iterable[Any], count: int, name: str, fault: _Fault) -> np.ndarray:
-    """Lists of `count` finite numbers each as float64 `[D, count]`."""
+    """Converts lists of `count` finite numbers each to float64 `[D, count]`."""
     values = list(lists)
     for row, value in enumerate(values):
         if not isinstance(value, (list, tuple)) or len(value) != count:

@@ -1,7 +1,7 @@
 """COCO's metrics of results, equal to pycocotools' to the last digit.
 
-The matching is in `matching.py`; here are precision and recall (pycocotools' `accumulate`). Precision rises only at
-true positives, so it is computed at these alone.
+This module computes precision and recall (`accumulate` in pycocotools); matching is in `matching.py`. Precision rises
+only at true positives, so it is computed only there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STEP = np.spacing(1)  # pycocotools adds it to the number of detections
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Results with their scores, computed when first read."""
+    """Results with their scores, which are computed at first access."""
 
     truth: GroundTruth
     results: Results
@@ -55,7 +55,7 @@ class Scored:
         return self.scores.metrics()
 
     def by_class(self) -> dict[str, dict[str, float]]:
-        """Metrics by class name, with the number of `objects`; a name that occurs twice is followed by the id."""
+        """Metrics by class name, with the number of `objects`; a name that occurs twice gets the id appended."""
         names = self.truth.category_names
         count = Counter(names)
         keys = [
@@ -80,23 +80,23 @@ def score_entries(
 
     Args:
         truth: annotated objects.
-        entries: results; without any, precision is 0 for each class with objects.
+        entries: results; if empty, precision is 0 for each class with objects.
         kind: "bbox", "segm" or "keypoints".
         source: name of the results, for error texts.
         measured_by: field to take boxes and areas from, see `checked_results`.
         max_detections: limits of detections per image and class, see `protocol_of`.
 
     Raises:
-        UserError: for results that are malformed or of unknown images, and annotations that lack what the kind needs.
+        UserError: for results that are malformed or of unknown images, or annotations without the fields of the kind.
     """
     results = checked_results(truth, entries, kind, source, measured_by=measured_by)
     scored = Scored(truth, results, tuple(max_detections))
-    _ = scored.scores  # faults of the annotations show here
+    _ = scored.scores  # raises errors in the annotations here
     return scored
 
 
 class F1Curve(NamedTuple):
-    """Precision, recall and F1 of all classes together, if detections below a score are left out."""
+    """Precision, recall and F1 of all classes together, over the score threshold."""
 
     thresholds: np.ndarray  # [P] the scores that occur, descending
     precision: np.ndarray  # [P]
@@ -112,8 +112,8 @@ class F1Curve(NamedTuple):
     def best(self) -> tuple[float, float, float, float] | None:
         """The threshold of the highest F1 with its F1, precision and recall; None without a true positive.
 
-        The threshold is the middle between the lowest score that is kept and the next one, in three digits if these
-        tell the two apart.
+        The threshold is midway between the lowest score that is kept and the next lower one, rounded to three digits if
+        it then still separates the two.
         """
         f1 = self.f1
         if not f1.any():
@@ -134,7 +134,7 @@ def f1_curve(records: MatchRecords) -> F1Curve:
     score, true = score[order], np.cumsum(is_true[order])
     last = np.flatnonzero(
         np.append(score[1:] != score[:-1], True)[: len(score)]
-    )  # equal scores are kept or not together
+    )  # equal scores are kept or left out together
     objects = max(int(records.is_counted[:, 0].sum()), 1)
     return F1Curve(score[last], true[last] / (last + 1), true[last] / objects)
 
@@ -144,9 +144,9 @@ def _accumulate(records: MatchRecords) -> Scores:
     protocol = records.protocol
     recalls = protocol.recall_thresholds
     columns = (len(protocol.area_names), len(protocol.iou_thresholds))  # A, T
-    objects = np.zeros((records.categories, columns[0]), np.int64)  # to be found, of each class and area range
+    objects = np.zeros((records.categories, columns[0]), np.int64)  # number to find, by class and area range
     np.add.at(objects, records.object_category, records.is_counted)
-    classes = np.flatnonzero(objects[:, 0])  # arrays of these alone: there may be ten thousand others
+    classes = np.flatnonzero(objects[:, 0])  # only these need arrays: there may be ten thousand other classes
     shape = (*columns, len(classes), len(protocol.max_detections))
     precision, scores = (np.full((*shape, len(recalls)), -1.0) for _ in range(2))
     recall = np.full(shape, -1.0)
@@ -181,9 +181,9 @@ def _curves(
     """Precision and score `[L, R]` at each recall, and the maximum recall `[L, 1]`, of L lists of outcomes.
 
     Args:
-        outcome: `[L, D]` of detections by descending score.
-        score: `[D]`.
-        objects: `[L]` to be found; the values of lists without any are meaningless.
+        outcome: `[L, D]` outcomes of detections, by descending score.
+        score: `[D]` their scores.
+        objects: `[L]` number of objects to find; the results of a list with 0 are meaningless.
         recalls: `[R]`, ascending from 0.
     """
     lists = len(outcome)
@@ -195,7 +195,7 @@ def _curves(
     precise[row, rank] = (rank + 1.0) / (detections + _STEP)
     highest = np.maximum.accumulate(precise[:, ::-1], axis=1)[:, ::-1]
     to_find = np.maximum(objects, 1)
-    # The range of recalls that each true positive is the first to reach.
+    # The recalls that each true positive reaches and no earlier one does.
     reached = np.searchsorted(recalls, (rank + 1.0) / to_find[row], side="right")
     before = np.where(rank > 0, np.append(0, reached)[:-1], 0)
     source = np.repeat(np.arange(len(row)), reached - before)
@@ -209,15 +209,15 @@ def _curves(
 
 
 def average_precision(true: np.ndarray, counted: np.ndarray, objects: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """Average precision `[N]` of N lists of detections at once: of resampled datasets, or of single images.
+    """Average precision `[N]` of N lists of detections at once, for resampled datasets or single images.
 
-    It is COCO's: precision, made to fall with recall, averaged over 101 recalls. The sum here is over true positives
-    instead of recalls, which may change the last digit.
+    This is COCO's definition: the mean over 101 recalls of the precision, made monotonically decreasing. The sum here
+    is over true positives instead of recalls, which may change the last digit.
 
     Args:
         true: `[N, P]` true positives up to and including each true positive.
         counted: `[N, P]` detections that count up to and including it; infinity where a list has fewer than P.
-        objects: `[N]` to be found; NaN without any.
+        objects: `[N]` number of objects to find; with 0 the result is NaN.
         recalls: `[R]` ascending from 0 to 1 in even steps.
     """
     precision = np.divide(true, counted, out=np.zeros(true.shape), where=counted > 0)
@@ -229,7 +229,7 @@ def average_precision(true: np.ndarray, counted: np.ndarray, objects: np.ndarray
 
 
 def _reached(recall: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """The number of `recalls` up to each value of `recall`: a computed index, corrected by one where rounding erred."""
+    """The number of `recalls` up to each value of `recall`: a computed index, corrected by one for rounding errors."""
     beyond = np.append(recalls, np.inf)
     guess = (recall * (len(recalls) - 1)).astype(np.int32)
     guess -= np.take(recalls, guess) > recall

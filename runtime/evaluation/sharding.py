@@ -1,9 +1,9 @@
-"""An evaluation shared by several processes, started here or by `torchrun`, that meet in a log of detections.
+"""Evaluation in several processes, started here or by `torchrun`, that write to a common log of detections.
 
-The log makes an evaluation resumable as well: it is a JSON Lines file that grows image by image. Its first line holds
-what was detected with and on; each further line holds one image. A line counts once it is complete, so an interruption
-loses at most the last one. Every process writes its own part beside the file, `name.1.jsonl`, `name.2.jsonl`, …; the
-log is the union of all parts.
+The log also makes an evaluation resumable. It is a JSON Lines file: the first line identifies the model and the data,
+and each further line contains the results of one image. Incomplete lines are ignored, so an interruption loses at most
+the last image. Every further process writes its own part in the same folder, `name.1.jsonl`, `name.2.jsonl`, …; the log
+is the union of all parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from maskrcnn.runtime.tiles import Tiles
 
 _KEY, _VERSION = "maskrcnn_detections", 1
 _POLL_S = 0.2
-_PATIENCE_S = 1800.0  # without a new image from any process
+_PATIENCE_S = 1800.0  # maximum time without a new image from any process
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 _Progress = Callable[[int], None]
@@ -40,7 +40,7 @@ _ImageResults = tuple[list[dict[str, Any]], Seconds]  # results in COCO's format
 
 @dataclass(frozen=True)
 class Origin:
-    """What detections were made with and on; detections that differ in any field are not mixed."""
+    """The model, data and settings of detections. Detections that differ in any field are not mixed."""
 
     model: str  # SHA-256 of the file
     backend: str
@@ -53,9 +53,9 @@ class DetectionsLog:
     """A log of detections with all its parts.
 
     Args:
-        path: part of the first process; the others lie beside it.
+        path: part of the first process; the other parts are in the same folder.
         origin: origin of the detections.
-        names: file names by field of the origin, for error texts.
+        names: file names by field of `origin`, for error texts.
 
     Raises:
         UserError: if the path is a folder or a device.
@@ -68,7 +68,7 @@ class DetectionsLog:
         self._counted: dict[Path, tuple[int, int]] = {}  # bytes and lines of each part
 
     def read(self) -> dict[int, _ImageResults]:
-        """Reads all parts: results by image id.
+        """Reads all parts and returns the results by image id.
 
         Raises:
             UserError: for detections of another origin, and for a file that is not a log.
@@ -79,13 +79,13 @@ class DetectionsLog:
         return results
 
     def parts(self) -> list[Path]:
-        """The existing parts: of the first process and of the others."""
+        """The existing parts of all processes."""
         others = self.path.parent.glob(f"{glob.escape(self.path.stem)}.*{glob.escape(self.path.suffix)}")
         numbered = [path for path in others if path.name[len(self.path.stem) + 1 :].partition(".")[0].isdigit()]
         return [*([self.path] if self.path.exists() else []), *sorted(numbered)]
 
     def images(self) -> int:
-        """The number of complete and incomplete images: lines, counted from the end of the last count."""
+        """The number of complete and incomplete images: counts only lines that were added since the last call."""
         parts = self.parts()
         for part in parts:
             size, lines = self._counted.get(part, (0, -1))  # without the first line
@@ -98,7 +98,7 @@ class DetectionsLog:
         return sum(max(0, self._counted[part][1]) for part in parts)
 
     def facts(self) -> dict[str, Any]:
-        """The facts about the model in the first part; empty before any process has begun."""
+        """The facts about the model in the first part; empty before any process has started."""
         for part in self.parts():
             with open(part, "rb") as file:
                 header = _entry(file.readline())
@@ -107,7 +107,7 @@ class DetectionsLog:
         return {}
 
     def open_part(self, rank: int = 0, facts: Mapping[str, Any] | None = None) -> Path:
-        """Opens or creates the part of a process for `append`: an incomplete last line is cut off.
+        """Opens or creates the part of a process for `append`, and removes an incomplete last line.
 
         Args:
             rank: rank of the process.
@@ -129,7 +129,7 @@ class DetectionsLog:
     def write(
         self, facts: Mapping[str, Any], batches: Iterable[tuple[Sequence[int], Sequence[list[dict[str, Any]]], Seconds]]
     ) -> None:
-        """Writes batches of an evaluation that did not end: image ids, results and time of each."""
+        """Writes the batches of an incomplete evaluation: image ids, results and time of each batch."""
         part = self.open_part(facts=facts)
         for image_ids, results, seconds in batches:
             self.append(part, image_ids, results, seconds)
@@ -204,17 +204,17 @@ def _entry(line: bytes) -> Any:
 
 
 def _described(name: str | None, value: Any) -> str:
-    """A file by its name and the start of its hash, any other value unchanged."""
+    """Describes a file by its name and the start of its hash; any other value is unchanged."""
     return f"{name} (sha256 {str(value)[:12]}…)" if name else str(value)
 
 
 @dataclass(frozen=True)
 class Share:
-    """This process among those that share the images."""
+    """Rank of this process and number of processes that share the images."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0  # among the processes of this machine
+    local_rank: int = 0  # rank among the processes of this machine
 
     @classmethod
     def of_environment(cls, variables: Mapping[str, str] = os.environ) -> Share:
@@ -244,13 +244,13 @@ class DetectionTask:
     split: str
     backend: str | None = None
     batch_size: int = 1
-    images: Path | None = None  # folder of the images, if it is not searched for
+    images: Path | None = None  # folder of the images (default: search for it)
     exif: str = "auto"  # one of `images.EXIF_RULES`
-    pixel_range: tuple[float, ...] | None = None  # instead of the model's
+    pixel_range: tuple[float, ...] | None = None  # default: the model's
     tiles: Tiles | None = None
 
     def log(self, path: Path, dataset: CocoDataset) -> DetectionsLog:
-        """The log of this task, new or to be continued.
+        """Returns the log of this task, new or to be continued.
 
         Raises:
             UserError: if the model does not exist.
@@ -278,20 +278,20 @@ def detect_share(
     tiles: Tiles | None = None,
     progress: _Progress = lambda images: None,
 ) -> None:
-    """Detects on a process's share of the images, and appends to the log those that it lacks.
+    """Runs the detector on a process's share of the images, without those in the log, and appends the results to it.
 
-    A batch always holds the same images, whatever the number of processes and the state of the log.
+    Batches contain the same images for any number of processes and any state of the log.
 
     Args:
         detector: detector of any backend.
         dataset: the whole dataset.
-        log: log of the detections; its origin has the batch size.
+        log: log of the detections; its origin contains the batch size.
         share: share of this process.
         tiles: detects tile by tile.
-        progress: called with the number of images done, those that the log already has included.
+        progress: called with the number of images done, including images that the log already has.
 
     Raises:
-        UserError: if the model has other classes, an image cannot be read, or the log is of another origin.
+        UserError: if the model has other classes, an image cannot be read, or the log has another origin.
     """
     check_classes(detector, dataset)
     done = log.read()
@@ -320,10 +320,10 @@ def gathered(
         log: log of all processes.
         progress: called with the number of new images.
         patience_s: maximum time without a new image.
-        sleep: pauses.
+        sleep: function that waits.
 
     Raises:
-        UserError: after that time.
+        UserError: if `patience_s` passes without a new image.
     """
     seen, waited, ids = 0, 0.0, dataset.images.ids.tolist()
     while True:
@@ -338,7 +338,7 @@ def gathered(
         if waited > patience_s:
             raise UserError(
                 f"{log.path}: {now} of {len(dataset.images)} images, and none for {patience_s:.0f} s",
-                "every process to add its share",
+                "results from every process",
                 "look at the other processes' messages, then run the same command again",
             )
         sleep(_POLL_S)
@@ -350,13 +350,13 @@ def gathered(
 def detect_in_processes(
     task: DetectionTask, dataset: CocoDataset, log: DetectionsLog, processes: int, *, progress: _Progress
 ) -> tuple[list[dict[str, Any]], Seconds]:
-    """Starts worker processes that share the images; each loads the model and uses an equal part of the cores.
+    """Starts worker processes that share the images. Each loads the model and uses an equal part of the cores.
 
     Returns:
         All results in the order of the images, and the time.
 
     Raises:
-        UserError: of a worker, and if a worker ends without one.
+        UserError: from a worker, or if a worker process fails without one.
     """
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
@@ -389,7 +389,7 @@ def detect_in_processes(
 
 
 def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) -> None:
-    """Detects one share in a worker process; a `UserError` goes to the parent process."""
+    """Processes one share in a worker process; sends a `UserError` to the parent process."""
     try:
         use_own_gpu(share)
         dataset = with_exif(CocoDataset.load(task.data, task.split, images=task.images), task.exif)
@@ -411,7 +411,7 @@ def _worker(errors: Any, task: DetectionTask, log: DetectionsLog, share: Share) 
 
 
 def use_own_gpu(share: Share, variables: MutableMapping[str, str] = os.environ, gpus: Path = _GPUS) -> None:
-    """Restricts this process to one of the machine's GPUs if it is one of several; before a library looks for GPUs."""
+    """Restricts this process to one GPU if it is one of several. Call it before a library looks for GPUs."""
     visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if "CUDA_VISIBLE_DEVICES" not in variables and gpus.is_dir():
         visible = [str(index) for index in range(len(list(gpus.iterdir())))]

@@ -1,8 +1,8 @@
-"""Pascal VOC's average precision of boxes, by both of its rules.
+"""Pascal VOC's average precision of boxes: area rule and 11-point rule.
 
-Differs from COCO's AP at an overlap of 0.5 in more than the area under the curve: a detection counts for the object
-that it overlaps most, also where that one is found already (a false positive) or difficult (neither). Source: the
-development kit of VOC, `VOCevaldet`.
+Apart from the area under the curve, this differs from COCO's AP at an IoU of 0.5 in the matching: a detection always
+belongs to the object that it overlaps most. It is a false positive if that object is already found, and is ignored if
+the object is difficult. Source: VOC development kit, `VOCevaldet`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def voc_metrics(truth: GroundTruth, results: list[dict[str, Any]]) -> dict[str, 
         results: COCO's results format, with `bbox`; ties keep their order.
 
     Returns:
-        `mAP_area` (the area rule, VOC 2010 and later) and `mAP_11` (the 11-point rule of VOC 2007), means over the
-        classes with objects, -1 without any; and `per_class`, by name: `objects`, `AP_area`, `AP_11`.
+        `mAP_area` (area rule, VOC 2010 and later) and `mAP_11` (11-point rule, VOC 2007), means over the classes with
+        objects, -1 without objects; and `per_class`, by name: `objects`, `AP_area`, `AP_11`.
 
     Raises:
         UserError: for results without boxes.
@@ -36,10 +36,10 @@ def voc_metrics(truth: GroundTruth, results: list[dict[str, Any]]) -> dict[str, 
         raise UserError("results without bbox", "boxes, for VOC's metrics", "add bbox to the results, or drop --voc")
     boxes = truth.boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
-    own: dict[tuple[int, int], list[int]] = defaultdict(list)  # objects of an image and category, by their indices
+    own: dict[tuple[int, int], list[int]] = defaultdict(list)  # (image, category) indices to objects
     for index, (image, category) in enumerate(zip(truth.image.tolist(), truth.category.tolist(), strict=True)):
         own[image, category].append(index)
-    found: dict[int, list[tuple[float, int, Any]]] = defaultdict(list)  # score, image, box by category
+    found: dict[int, list[tuple[float, int, Any]]] = defaultdict(list)  # by category: score, image, box
     for result in results:
         where, what = truth.image_index(result["image_id"]), truth.category_index(result["category_id"])
         if where is not None and what is not None:
@@ -64,7 +64,7 @@ def _hits(
     boxes: np.ndarray,
     is_difficult: np.ndarray,
 ) -> np.ndarray:
-    """Whether each detection that counts is a true positive, bool by descending score."""
+    """Returns whether each detection that is not ignored is a true positive, by descending score."""
     hits, taken = [], set()
     for _, image, (x, y, width, height) in sorted(found, key=lambda each: -each[0]):
         indices = own.get((image, category), [])
@@ -90,7 +90,7 @@ def _overlaps(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Area below the precision that is made to fall monotonically: sum over the steps of the recall."""
+    """Area under the monotonically decreasing precision: sum over the steps of the recall."""
     if not len(recall):
         return 0.0
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
@@ -99,7 +99,7 @@ def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
 
 def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     """Mean of the highest precision at a recall of at least 0, 0.1, …, 1."""
-    # Tenths by division, as a recall of k / 10 is computed: np.arange(0, 1.1, 0.1) has 0.30000000000000004.
+    # Divide, as for a recall of k / 10: np.arange(0, 1.1, 0.1) contains 0.30000000000000004.
     return float(np.mean([precision[recall >= tenths / 10].max(initial=0.0) for tenths in range(11)]))
 
 

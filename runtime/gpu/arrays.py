@@ -19,7 +19,7 @@ CPU, CUDA, _CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 _ON_GPU = (CUDA, _CUDA_MANAGED)
 _NAME, _VERSIONED_NAME = b"dltensor", b"dltensor_versioned"
 _USED = {_NAME: b"used_dltensor", _VERSIONED_NAME: b"used_dltensor_versioned"}
-_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode, by NumPy's kind
+_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # NumPy kind to DLDataTypeCode
 
 
 def is_on_device(value: Any) -> bool:
@@ -71,7 +71,7 @@ class _Versioned(ctypes.Structure):
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Any:
-    """A capsule function of Python's C API; with its own prototype, as `ctypes.pythonapi` shares its own globally."""
+    """Returns a capsule function of Python's C API with its own prototype: `ctypes.pythonapi` shares prototypes."""
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
 
@@ -79,7 +79,7 @@ _new = _function("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_ch
 _is_valid = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
 _pointer_in = _function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _rename = _function("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
-# The same by address, for a capsule that is being destroyed, to which no reference may be made.
+# The same functions with the capsule's address: a destructor must not create references to its capsule.
 _is_dying_valid = _function("PyCapsule_IsValid", ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
 _pointer_in_dying = _function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
 
@@ -113,7 +113,7 @@ class ImportedTensor:
         self.dtype = np.dtype(f"{kind_code}{tensor.bits // 8}") if is_known else None  # None: not in NumPy
         self.device_type: int = tensor.device_type
         self.device_id: int = tensor.device_id
-        # In elements; None: contiguous, the last axis fastest.
+        # In elements; None: contiguous in row-major order.
         self.strides: tuple[int, ...] | None = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
 
     def __del__(self) -> None:
@@ -121,7 +121,7 @@ class ImportedTensor:
             self._deleter(self._pointer)
 
 
-_exported: dict[int, tuple[Any, ...]] = {}  # what consumers hold, by the address of its structure
+_exported: dict[int, tuple[Any, ...]] = {}  # objects that consumers hold, by the structure's address
 
 
 @_DELETER  # type: ignore[untyped-decorator]
@@ -142,8 +142,8 @@ def export_capsule(
     """Creates a capsule to return from `__dlpack__`.
 
     Args:
-        address: of the first element of a contiguous array, its last axis fastest.
-        shape: of the array.
+        address: address of the first element of a contiguous row-major array.
+        shape: shape of the array.
         dtype: a boolean, integer or floating-point type of NumPy.
         device_type: such as `CUDA`.
         device_id: index of the device.
@@ -172,10 +172,10 @@ class DeviceArray:
     `torch.from_dlpack(array)`, `cupy.from_dlpack(array)` and readers of `__cuda_array_interface__` use the same memory.
 
     Args:
-        address: of the first element.
-        shape: of the array; the last axis is the fastest.
-        dtype: of its elements, a NumPy type.
-        stream: on which it is written.
+        address: address of the first element.
+        shape: shape of the array, in row-major order.
+        dtype: NumPy type of the elements.
+        stream: stream that writes the array.
         owner: object kept alive with the array, such as its memory.
     """
 
@@ -241,7 +241,7 @@ class DeviceArray:
     ) -> Any:
         """Returns a capsule; the consumer's stream (None: the default, -1: none) waits for writes to the array."""
         if copy or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("found: a copy, or another device; expected: this memory; fix: copy the result")
+            raise BufferError("found: copy=True or another device; expected: neither; fix: copy the imported array")
         if stream is None or stream >= 0:
             self.stream.hold_up_stream(stream or LEGACY_STREAM)
         device_type, device_id = self.__dlpack_device__()
@@ -254,13 +254,13 @@ def as_device_array(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
     """Wraps a GPU array of any library, without a copy.
 
     Args:
-        value: with `__dlpack__` or `__cuda_array_interface__`.
-        cuda: the GPU that it must be on.
-        stream: that will read it. It waits for the stream that writes the array, or, if the array names none, for the
-            default stream.
+        value: array with `__dlpack__` or `__cuda_array_interface__`.
+        cuda: GPU that the array must be on.
+        stream: stream that will read the array. It waits for the stream that writes the array, or for the default
+            stream if the array names none.
 
     Raises:
-        UserError: if the array is elsewhere, not contiguous, or of a type that NumPy lacks.
+        UserError: if the array is on another device, not contiguous, or of a type that NumPy lacks.
     """
     with cuda.active():  # torch exports a tensor only while its GPU is current
         if isinstance(value, DeviceArray):
@@ -310,15 +310,15 @@ def _from_interface(value: Any, cuda: Cuda, stream: Stream) -> DeviceArray:
 
 
 def _check_contiguous(value: Any, shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> None:
-    """Raises unless the array is contiguous; strides in bytes, None if it is."""
+    """Raises unless the array is contiguous; `strides` are in bytes, None if it is contiguous."""
     if 0 in shape:
         return
     for length, step in reversed(list(zip(shape, strides or (), strict=False))):
         if length > 1 and step != itemsize:
             raise UserError(
-                f"{_described(value)} with gaps or another order of axes",
+                f"{_described(value)} that is not contiguous",
                 "a contiguous array",
-                "make it contiguous first: `.contiguous()` in torch, `cupy.ascontiguousarray`",
+                "make it contiguous first: `tensor.contiguous()`, `cupy.ascontiguousarray(array)`",
             )
         itemsize *= length
 
@@ -330,5 +330,5 @@ def _described(value: Any) -> str:
 
 def _elsewhere(value: Any, index: int | None, cuda: Cuda) -> UserError:
     where = "not on a GPU" if index is None else f"on GPU {index}"
-    fix = "move it there, or load the model on its GPU"
+    fix = "move it to that GPU, or load the model on the GPU of the array"
     return UserError(f"{_described(value)} {where}", f"one on GPU {cuda.index}", fix)

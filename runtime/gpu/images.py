@@ -12,18 +12,18 @@ from maskrcnn.plugins.native import Kernels
 from maskrcnn.runtime.gpu.arrays import DeviceArray
 from maskrcnn.runtime.gpu.memory import Cuda, GrowableBuffer, StagingBuffer
 
-MAX_BITS_BYTES = 64 << 20  # pasted masks on the GPU at a time, one bit per pixel
+MAX_BITS_BYTES = 64 << 20  # of pasted masks on the GPU at a time; one bit per pixel
 _ALIGNMENT = 256  # bytes, of each image's start
 _WORD_BITS = 32  # pixels of a mask per word
 
 
 def resizes_on_gpu(preprocessing: Preprocessing) -> bool:
-    """Whether the kernels can resize for a model: not as Pillow does, and only images of three channels."""
+    """Whether the kernels can resize a model's images: three channels, and not Pillow's resizing."""
     return preprocessing.resize == "torchvision" and preprocessing.channels == 3
 
 
 def are_bytes(images: Sequence[np.ndarray]) -> bool:
-    """Whether all images are uint8, as `ImageLoader` takes them; those of more bits are resized elsewhere."""
+    """Whether all images are uint8, which `ImageLoader` requires; images of more bits are resized elsewhere."""
     return all(image.dtype == np.uint8 for image in images)
 
 
@@ -33,7 +33,7 @@ class ImageLoader:
     Args:
         kernels: compiled for the GPU.
         cuda: the GPU.
-        preprocessing: of the model, for which `resizes_on_gpu` holds.
+        preprocessing: preprocessing of the model, for which `resizes_on_gpu` is true.
     """
 
     def __init__(self, kernels: Kernels, cuda: Cuda, preprocessing: Preprocessing) -> None:
@@ -41,12 +41,12 @@ class ImageLoader:
         self._staging, self._raw = StagingBuffer(cuda), GrowableBuffer(cuda)
 
     def fill(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], batch: DeviceArray) -> None:
-        """Starts writing images into a batch, on the stream of the batch; does not wait for it.
+        """Starts writing images into a batch on the batch's stream, without waiting for it.
 
         Args:
             images: uint8 `[H, W, 3]` RGB, checked by `preprocess.batch_sizes`.
             sizes: height and width of each after resizing.
-            batch: float32 `[N, 3, H, W]`, contiguous, N at least the number of images; the rest is zeroed.
+            batch: float32 `[N, 3, H, W]`, contiguous. N is at least the number of images; the rest is zeroed.
         """
         starts, end = [], 0
         for image in images:
@@ -78,7 +78,7 @@ class ImageLoader:
 
 
 class MaskPaster:
-    """Pastes masks into images; any number of threads may call it.
+    """Pastes masks into images. Any number of threads may call it.
 
     Args:
         kernels: compiled for the GPU.
@@ -95,7 +95,7 @@ class MaskPaster:
     def __call__(
         self, masks: np.ndarray, boxes_xyxy_px: np.ndarray, size_hw: tuple[int, int], threshold: float
     ) -> np.ndarray:
-        """Pastes masks into the whole image, as `Detections.full_masks`.
+        """Pastes masks into the whole image, as `Detections.full_masks` does.
 
         Args:
             masks: `[D, S, S]` probabilities in the frames of the boxes.

@@ -1,12 +1,12 @@
 """GPU memory, streams, events and CUDA graphs through cuda-bindings (12.6 or newer).
 
-Every object frees its resource when it is closed or garbage-collected. Objects may be created, used and freed in any
-thread, whatever its current GPU, which stays as it was. CUDA errors that a user can fix are raised as `UserError`,
-others as `RuntimeError` with CUDA's name.
+Every object frees its resource when it is closed or garbage-collected. Any thread may create, use and free objects;
+this does not change the thread's current GPU. CUDA errors that a user can fix are raised as `UserError`, others as
+`RuntimeError` with CUDA's name.
 
-CUDA works on the context that is current in the calling thread. It is set and restored through the driver:
-`cudaSetDevice` would create a context on GPU 0, with all its memory, for a caller that had none, and would replace the
-context of a caller that created its own, as PyCUDA does.
+CUDA works on the context that is current in the calling thread. This module sets and restores it with the driver API:
+`cudaSetDevice` would create a context on GPU 0, which takes memory, if the caller had none, and would replace a context
+that the caller created, as PyCUDA does.
 
 Source: CUDA Runtime API; CUDA Driver API, context management.
 """
@@ -82,7 +82,7 @@ class Cuda:
     """One GPU.
 
     Args:
-        index: of the GPU, as CUDA counts.
+        index: CUDA's index of the GPU.
         runtime: replaces the installed `cuda.bindings.runtime`.
         driver: replaces the installed `cuda.bindings.driver`.
 
@@ -97,7 +97,7 @@ class Cuda:
         if not 0 <= index < count:
             raise UserError(f"GPU {index}", f"one of {count}, counted from 0", "choose another device")
         self.call("cuInit", 0)
-        # The context shared by the runtime and all libraries on it. Never released, as the runtime never does.
+        # The context shared by the runtime and all libraries on it. It is never released: the runtime does not either.
         self._context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
         properties = self.call("cudaGetDeviceProperties", index)
         self.name = properties.name.decode(errors="replace").rstrip("\0")
@@ -128,7 +128,10 @@ class Cuda:
             self.driver.cuCtxSetCurrent(before)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Calls a function of the runtime or the driver and returns what follows its status: None, a value or a tuple.
+        """Calls a function of the runtime or the driver and returns its results without the status.
+
+        Returns:
+            None, one value, or a tuple of values.
 
         Raises:
             UserError: for an error that the user can fix.
@@ -157,7 +160,7 @@ class Cuda:
         return Event(self, timing=timing)
 
     def _error(self, name: str, status: Any, arguments: tuple[Any, ...]) -> Exception:
-        """The error for a status of the runtime, or of the driver, whose numbers are the same."""
+        """Returns the error for a status of the runtime or the driver; both use the same numbers."""
         kinds = self.runtime.cudaError_t
         status = next((kind for kind in kinds if int(kind) == int(status)), kinds.cudaErrorUnknown)
         if status == kinds.cudaErrorMemoryAllocation:
@@ -177,7 +180,7 @@ class Cuda:
         text = self.runtime.cudaGetErrorString(status)[1].decode(errors="replace")
         fix = "see CUDA's list of errors"
         if status in (kinds.cudaErrorIllegalAddress, kinds.cudaErrorLaunchFailure):
-            fix = "restart the program, as this process has lost the GPU; compute-sanitizer finds the kernel"
+            fix = "restart the program: this process can no longer use the GPU; compute-sanitizer finds the kernel"
         return RuntimeError(f"found: {name} returns {status.name} ({text}); expected: success; fix: {fix}")
 
 
@@ -199,8 +202,8 @@ class _Resource:
 
 
 def _free(cuda: Cuda, function: str, handle: Any) -> None:
-    """Frees a resource. Ignores errors: every call reports the error of an earlier kernel, which was raised there."""
-    with suppress(RuntimeError), cuda.active():  # a thread without context would get one on GPU 0
+    """Frees a resource. Ignores errors: an earlier kernel's error, which every call repeats, was raised before."""
+    with suppress(RuntimeError), cuda.active():  # without it, CUDA would create a context on GPU 0
         getattr(cuda.runtime, function)(handle)
 
 
@@ -215,7 +218,7 @@ class DeviceMemory(_Resource):
 
 
 class _PinnedMemory(_Resource):
-    """Page-locked memory on the host, which the GPU copies from and to asynchronously."""
+    """Page-locked host memory for asynchronous copies to and from the GPU."""
 
     def __init__(self, cuda: Cuda, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -227,9 +230,9 @@ class _PinnedMemory(_Resource):
         """Returns a NumPy view, which keeps the memory alive.
 
         Args:
-            shape: of the view.
-            dtype: of its elements.
-            offset: of its first element, in bytes.
+            shape: shape of the view.
+            dtype: type of the elements.
+            offset: offset of the first element, in bytes.
 
         Raises:
             ValueError: if the view exceeds the memory.
@@ -326,14 +329,14 @@ class Stream(_Resource):
         """Captures the work that a function puts on this stream, without running it.
 
         Raises:
-            RuntimeError: if the work cannot be captured, such as waiting for the GPU.
+            RuntimeError: if the work cannot be captured, for example because it waits for the GPU.
         """
-        # Relaxed: in the other modes, memory freed by Python's garbage collector meanwhile invalidates the capture.
+        # Relaxed: in other modes, the capture is invalid if Python's garbage collector frees GPU memory meanwhile.
         mode = self.cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self.cuda.call("cudaStreamBeginCapture", self.handle, mode)
         try:
             work()
-        except BaseException:  # end the capture, whose own error would hide this one
+        except BaseException:  # end the capture and raise this error, not the one of ending it
             _, graph = self.cuda.runtime.cudaStreamEndCapture(self.handle)
             if graph is not None and int(graph):
                 self.cuda.runtime.cudaGraphDestroy(graph)
@@ -342,7 +345,7 @@ class Stream(_Resource):
 
 
 class BufferPool:
-    """GPU buffers of one size, reused once their holder releases them.
+    """GPU buffers of one size, which are reused after release.
 
     A released buffer may still be read by work on the default stream; the next write to it waits for that work. A
     holder that works on other streams must keep the buffer until these have finished.
@@ -353,7 +356,7 @@ class BufferPool:
         self._free: deque[DeviceMemory] = deque()  # its methods are atomic: buffers return in any thread
 
     def acquire(self, stream: Stream) -> PooledBuffer:
-        """Returns an uninitialised buffer, to be written on a stream."""
+        """Returns an uninitialised buffer to write on a stream."""
         try:
             memory = self._free.pop()
         except IndexError:

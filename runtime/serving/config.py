@@ -1,7 +1,7 @@
-"""The `config.pbtxt` files of a Triton repository: the network, the steps around it, and the ensemble that joins them.
+"""The `config.pbtxt` files of a Triton repository: the network, pre- and postprocessing steps, and their ensemble.
 
-Fields are those of ModelConfig in model_config.proto of triton-inference-server/common. A client of the ensemble sends
-image files and receives detections in pixels of the original images.
+The fields are defined by ModelConfig in model_config.proto of triton-inference-server/common. A client of the ensemble
+sends image files and receives detections in pixels of the original images.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from maskrcnn.runtime.serving.models import ServedModel, ServingOptions, Size, b
 
 Message = dict[str, Any]  # fields of a protobuf message; a list for a repeated field
 Warmup = tuple[int, Size]  # batch; height and width
-_Tensors = dict[str, tuple[str, list[int]]]  # type and shape without the batch, by name
+_Tensors = dict[str, tuple[str, list[int]]]  # by name: type, and shape without the batch
 
 
 class _EnumName(str):
     """A value of an enumeration, written without quotes."""
 
 
-_TYPES = {  # NumPy's and Triton's names
+_TYPES = {  # NumPy type to Triton type
     "uint8": _EnumName("TYPE_UINT8"),
     "int32": _EnumName("TYPE_INT32"),
     "int64": _EnumName("TYPE_INT64"),
@@ -36,7 +36,7 @@ _ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def to_pbtxt(message: Mapping[str, Any]) -> str:
-    """Returns a message in the protobuf text format, one field a line.
+    """Returns a message in the protobuf text format, one field per line.
 
     Source: protobuf.dev/reference/protobuf/textformat-spec.
     """
@@ -79,10 +79,10 @@ def network_config(model: ServedModel, options: ServingOptions, name: str, warmu
 
     Args:
         model: the model file.
-        options: how it is served.
-        name: of the model on the server.
-        warmup: batches that each instance runs before it accepts requests, from the files named by `image_file` and
-            `size_file` in the model's folder `warmup`.
+        options: serving options.
+        name: name of the model on the server.
+        warmup: batches that each instance runs before it accepts requests, from `image_file` and `size_file` in the
+            model's folder `warmup`.
 
     Raises:
         UserError: as `batch_limit`.
@@ -99,7 +99,7 @@ def network_config(model: ServedModel, options: ServingOptions, name: str, warmu
         "instance_group": [_instances(model, options)],
     }
     if is_batched:
-        # Triton's manual advises against preferred sizes, unless a model is fastest at certain sizes.
+        # Triton's manual recommends preferred sizes only for models that are faster at certain sizes.
         tuned = sorted({p.batch.opt for p in model.profiles if 1 < p.batch.opt <= limit})
         preferred = {"preferred_batch_size": tuned} if tuned else {}
         config["dynamic_batching"] = {**preferred, "max_queue_delay_microseconds": options.queue_delay_us}
@@ -118,7 +118,7 @@ def network_config(model: ServedModel, options: ServingOptions, name: str, warmu
 
 
 def warmup_batches(model: ServedModel, options: ServingOptions) -> list[Warmup]:
-    """Returns batches to warm the network up with: those that its profiles are tuned for, or single images."""
+    """Returns batches to warm up the network: the optimal shapes of its profiles, or single images."""
     if options.pad_to:
         batches = [(1, size) for size in options.pad_to]
     elif model.profiles:
@@ -130,12 +130,12 @@ def warmup_batches(model: ServedModel, options: ServingOptions) -> list[Warmup]:
 
 
 def image_file(size: Size) -> str:
-    """The file name of the pixels of a warm-up image."""
+    """The name of the file with the pixels of a warm-up image."""
     return "images_{}x{}".format(*size)
 
 
 def size_file(size: Size) -> str:
-    """The file name of its height and width."""
+    """The name of the file with the height and width of a warm-up image."""
     return "image_sizes_{}x{}".format(*size)
 
 
@@ -152,7 +152,7 @@ def _tensor(name: str, spec: TensorSpec, *, is_batched: bool) -> Message:
     tensor = {"name": name, "data_type": _TYPES[spec.dtype]}
     if len(shape) > 1:
         return {**tensor, "dims": dims}
-    # Triton requires a dimension beside the batch: clients and other models see [N] as [N, 1].
+    # Triton requires a dimension after the batch: clients and other models see [N] as [N, 1].
     return {**tensor, "dims": [*dims, 1], "reshape": {"shape": dims}}
 
 
@@ -165,9 +165,9 @@ def _instances(model: ServedModel, options: ServingOptions) -> Message:
 
 
 def _ort_parameters(options: ServingOptions) -> dict[str, str]:
-    # cuDNN's exhaustive search, the default, runs again for every image size: 1 selects its heuristic. Arenas that
-    # double when they grow waste memory on varying sizes: 1 grows them by the requested amount. Triton documents these
-    # parameters as deprecated, but their defaults override the new place, `execution_accelerators`.
+    # By default cuDNN's exhaustive search runs again for every image size; 1 selects its heuristic. By default arenas
+    # double, which wastes memory with varying sizes; 1 extends them by the requested amount. Triton documents these
+    # parameters as deprecated, but their defaults override `execution_accelerators`, their replacement.
     parameters = {"cudnn_conv_algo_search": "1", "arena_extend_strategy": "1"}
     return parameters | ({"intra_op_thread_count": str(options.threads)} if options.threads else {})
 
@@ -181,7 +181,7 @@ def _openvino_parameters(model: ServedModel, options: ServingOptions) -> dict[st
 
 
 def _python_parameters(model: ServedModel, options: ServingOptions) -> dict[str, str]:
-    """Of `network.py`: the model's file, and options of its backend."""
+    """Parameters of `network.py`: the model's file, and options of its backend."""
     parameters = {"file": next(iter(model.files))}
     if model.path.suffix == ".engine":
         parameters["graphs"] = "yes" if options.cuda_graphs else "no"
@@ -193,7 +193,7 @@ def _parameters(values: dict[str, str]) -> list[Message]:
 
 
 def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Message:
-    """A graph per tuned size, for the tuned batches, 1 and the limit, if a profile accepts it; others run without."""
+    """CUDA graphs for each tuned size, at the tuned batches, 1 and the limit, where a profile accepts these."""
     sizes = options.pad_to or sorted({(p.height.opt, p.width.opt) for p in model.profiles})
     batches = sorted({1, limit, *(p.batch.opt for p in model.profiles if p.batch.opt <= limit)})
     channels = model.metadata.preprocessing.channels
@@ -210,7 +210,7 @@ def _cuda_graphs(model: ServedModel, options: ServingOptions, limit: int) -> Mes
 
 
 def _warmup(batch: int, shape: tuple[int, int, int], *, is_batched: bool) -> Message:
-    """Requests that an instance runs as one batch, or one request with the batch where Triton does not batch."""
+    """Requests that an instance runs as one batch, or one request with the whole batch if Triton does not batch."""
     leading, size = [] if is_batched else [batch], shape[1:]
     inputs = {
         "images": {"data_type": _TYPES["float32"], "dims": [*leading, *shape], "input_data_file": image_file(size)},
@@ -220,7 +220,7 @@ def _warmup(batch: int, shape: tuple[int, int, int], *, is_batched: bool) -> Mes
     return {"name": name, "batch_size": batch if is_batched else 1, "inputs": _map_entries(inputs), "count": 1}
 
 
-# The steps around the network, and the ensemble
+# The steps before and after the network, and the ensemble
 
 
 def _network_inputs(model: ServedModel) -> _Tensors:
@@ -289,7 +289,7 @@ def _tensors(tensors: _Tensors) -> list[Message]:
 
 
 def _same_names(tensors: _Tensors) -> dict[str, str]:
-    """The map of tensors that have the same name in a step and in the ensemble."""
+    """Maps tensors that have the same name in a step and in the ensemble."""
     return {name: name for name in tensors}
 
 
@@ -304,7 +304,7 @@ def _network_outputs(model: ServedModel, options: ServingOptions) -> _Tensors:
 
 
 def _detections(model: ServedModel, options: ServingOptions) -> _Tensors:
-    """The outputs for one image: rows, of which `num_detections` are used."""
+    """The outputs for one image: rows for detections; the first `num_detections` are valid."""
     rows = model.metadata.detections
     outputs: _Tensors = {
         "num_detections": ("int32", [1]),

@@ -1,4 +1,4 @@
-"""Model files on a Triton server: their backend, their files, and the batches and sizes that they accept."""
+"""Model files on a Triton server: backend, files, and the accepted batches and sizes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from maskrcnn.runtime.backends.tensorrt_library import Hardware, PluginForm, plu
 from maskrcnn.runtime.build.profiles import Profile, from_json
 from maskrcnn.runtime.engine_files import check_portable, metadata_path, read_metadata, read_model
 
-_REGISTERING_LIBRARY = "libmaskrcnn_plugins_register.so"  # loads the plugins beside it, see plugins/csrc
+_REGISTERING_LIBRARY = "libmaskrcnn_plugins_register.so"  # loads the plugin library from its folder, see plugins/csrc
 _MASKS = ("rle", "bits", "none")
 _INSTANCE_KINDS = ("auto", "gpu", "cpu")
 _NETWORKS = ("native", "python")
 PYTHON_PACKAGES = {".onnx": "onnxruntime (or onnxruntime-gpu)", ".xml": "openvino", ".engine": "tensorrt, cuda-python"}
-_DEFAULT_MAX_BATCH = 8  # of files that accept any batch; 8 images of 800 × 1333 take some gigabytes
+_DEFAULT_MAX_BATCH = 8  # for files that accept any batch; 8 images of 800 × 1333 take some gigabytes
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -32,20 +32,20 @@ class ServedModel:
 
     path: Path
     metadata: ModelMetadata
-    backend: str  # Triton's name of it
-    files: dict[str, Path]  # in a version's folder, by name there; the model itself first
+    backend: str  # name of the Triton backend
+    files: dict[str, Path]  # files in a version's folder, by name; the model is the first
     profiles: tuple[Profile, ...] = ()  # of TensorRT engines
-    needs: tuple[str, ...] = ()  # requirements on the server, in words
+    needs: tuple[str, ...] = ()  # requirements on the server, as text
     flags: tuple[str, ...] = ()  # of tritonserver; `{folder}` stands for the version's folder
 
     @property
     def is_batched_by_triton(self) -> bool:
-        """Whether Triton joins requests; its OpenVINO backend would fix the batch at the maximum."""
+        """Whether Triton batches requests. Not with its OpenVINO backend, which would fix the batch at the maximum."""
         return self.backend != "openvino"
 
     @property
     def kind(self) -> str | None:
-        """Where it runs, "gpu" or "cpu": TensorRT engines on GPUs, OpenVINO engines on CPUs; None: both work."""
+        """Device: "gpu" for TensorRT engines, "cpu" for OpenVINO engines, None if both work."""
         return {".engine": "gpu", ".xml": "cpu"}.get(self.path.suffix)
 
 
@@ -53,14 +53,14 @@ class ServedModel:
 class ServingOptions:
     """How models are served."""
 
-    max_batch: int | None = None  # images; None: what the file allows
-    instances: int = 1  # of the network, on each GPU
-    step_instances: int = 2  # processes of each step around it
+    max_batch: int | None = None  # maximum number of images in a batch; None: as the file allows
+    instances: int = 1  # number of instances of the network on each GPU
+    step_instances: int = 2  # number of processes of each step before and after the network
     kind: str = "auto"  # where ONNX files run: auto, gpu or cpu
-    queue_delay_us: int = 0  # time that a request waits to be batched with others
+    queue_delay_us: int = 0  # maximum time that a request waits to be batched with others
     pad_to: tuple[Size, ...] = ()  # sizes that images are padded to
     masks: str = "rle"  # format of the masks: rle, bits or none
-    min_score: float = 0.0  # detections below are not sent
+    min_score: float = 0.0  # detections with a lower score are not sent
     threads: int = 0  # per instance on a CPU; 0: the default of the runtime
     cuda_graphs: bool = True  # run TensorRT engines as CUDA graphs
 
@@ -80,9 +80,10 @@ def served_model(path: Path, *, plugin_library: Path | None = None, network: str
 
     Args:
         path: ONNX file, TensorRT engine with its JSON, or OpenVINO engine with its weights.
-        plugin_library: `libmaskrcnn_plugins.so`, for engines that use it, with the registering library beside it.
-            Default: those of the cache.
-        network: "native": it runs in Triton's own backend for the file; "python": in ours, in the Python backend.
+        plugin_library: `libmaskrcnn_plugins.so`, for engines that use it, with the registering library in the same
+            folder (default: from the cache).
+        network: "native" runs the network in Triton's backend for the file, "python" in maskrcnn's backend inside the
+        Python backend.
 
     Raises:
         UserError: for a file that is missing, not from maskrcnn, or that Triton cannot run correctly.
@@ -109,7 +110,7 @@ def served_model(path: Path, *, plugin_library: Path | None = None, network: str
 
 
 def _in_python(model: ServedModel) -> ServedModel:
-    """The same model in the Python backend (`network.py`)."""
+    """Returns the same model for the Python backend (`network.py`)."""
     suffix = model.path.suffix
     files = {f"model{suffix}": model.path}
     if suffix == ".xml":
@@ -139,8 +140,8 @@ def _openvino(path: Path, *, is_native: bool) -> ServedModel:
     metadata = read_metadata(path)
     stamp = metadata.stamp
     if stamp.get("weights") == "fp32" and is_native:
-        # OpenVINO's default is bfloat16 where the CPU supports it, and Triton's backend cannot request anything else;
-        # coordinates of an engine in single precision are not protected from that.
+        # OpenVINO's default is bfloat16 if the CPU supports it, and Triton's backend cannot change that. In engines in
+        # single precision, coordinates would then be bfloat16 too.
         raise UserError(
             f"{path}: an engine in single precision, which Triton's OpenVINO backend would run in bfloat16",
             "an engine in half precision or 8-bit integers, or an ONNX file",
@@ -235,7 +236,7 @@ def _libraries(stamp: dict[str, str], given: Path | None) -> dict[str, Path]:
 
 
 def largest_batch(profiles: Sequence[Profile]) -> int:
-    """Returns the largest n for which every batch from 1 to n fits, at every size of a profile; 0 if 1 does not.
+    """Returns the largest n such that every batch from 1 to n fits at every size of a profile; 0 if 1 does not fit.
 
     Triton joins the requests that are waiting, so a gap between profiles would cause errors.
     """

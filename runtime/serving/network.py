@@ -1,7 +1,8 @@
-"""The network on a Triton server in the Python backend: the inputs and outputs of the model file, run by our backends.
+"""The network on a Triton server in the Python backend: runs the model file in maskrcnn's backends.
 
-Written as the `model.py` of a model like the step before the network (`pre.py`), with the model file and the torch-free
-packages of maskrcnn beside it; the runtime (ONNX Runtime, OpenVINO or TensorRT) is installed in the server's Python.
+`maskrcnn triton` writes this file as the `model.py` of a model, like `pre.py`, with the model file and maskrcnn's
+packages without PyTorch in the same folder. Inputs and outputs are those of the model file. The runtime (ONNX Runtime,
+OpenVINO or TensorRT) must be installed in the server's Python.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class TritonPythonModel:
         """Loads the model file on the device that Triton chose for this instance.
 
         Raises:
-            UserError: if it cannot be loaded here; Triton reports the text.
+            UserError: if it cannot be loaded here; Triton reports the message.
         """
         entries = json.loads(args["model_config"])["parameters"]
         parameters = {name: entry["string_value"] for name, entry in entries.items()}
@@ -48,7 +49,7 @@ class TritonPythonModel:
         self.inputs, self.outputs = (list(specs) for specs in self.network.describe())
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Returns a response for each request; those with images of one size are run as one batch."""
+        """Returns a response for each request; requests with images of the same size run as one batch."""
         feeds = [
             {name: triton.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
             for request in requests

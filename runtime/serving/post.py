@@ -1,7 +1,7 @@
-"""The step after the network on a Triton server: its outputs in, detections in the original images out.
+"""Postprocessing on a Triton server: converts the network's outputs to detections in the original images.
 
-Written as the `model.py` of a model like the step before the network (`pre.py`). Outputs have the rows of the network's
-outputs; those past `num_detections` are zero or empty.
+`maskrcnn triton` writes this file as the `model.py` of a model, like `pre.py`. Outputs have as many rows as the
+network's outputs; rows after `num_detections` are zero or empty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TritonPythonModel:
     """Interface of Triton's Python backend; each instance is a separate process."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the model's metadata from beside this file, and the outputs from the configuration."""
+        """Reads the model's metadata from this file's folder, and the outputs from the configuration."""
         path = Path(__file__).with_name("metadata.json")
         metadata = ModelMetadata.from_json(path.read_text(encoding="utf-8"), path)
         config = json.loads(args["model_config"])
@@ -86,13 +86,13 @@ class TritonPythonModel:
 
 
 def bits(masks: list[np.ndarray]) -> np.ndarray:
-    """Packs the masks of several images: eight pixels of a row in a byte, the first in the highest bit.
+    """Packs the masks of several images: eight pixels of a row per byte, the first pixel in the highest bit.
 
     Args:
         masks: `[D, H, W]` bool of each image.
 
     Returns:
-        `[N, max D, max H, ceil(max W / 8)]` uint8, each at least 1, padded with zeros.
+        `[N, max D, max H, ceil(max W / 8)]` uint8, padded with zeros; each dimension is at least 1.
     """
     depth, height, width = (max(1, *(mask.shape[axis] for mask in masks)) for axis in range(3))
     packed = np.zeros((len(masks), depth, height, -(-width // 8)), np.uint8)

@@ -1,8 +1,8 @@
-"""The step before the network on a Triton server: image files in, the network's inputs out.
+"""Preprocessing on a Triton server: converts image files to the network's inputs.
 
-`maskrcnn triton` writes this file as the `model.py` of a model, with copies of the modules that it imports beside it:
-the server needs no installation of maskrcnn, and an installed one does not change the results. NumPy comes with the
-server; Pillow, which JPEG and other formats need, does not.
+`maskrcnn triton` writes this file as the `model.py` of a model, with copies of the modules that it imports in the same
+folder. The server needs no installation of maskrcnn, and an installed version does not change the results. The server
+includes NumPy, but not Pillow, which JPEG and other formats need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TritonPythonModel:
     """Interface of Triton's Python backend; each instance is a separate process."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Reads the model's metadata from beside this file, and the sizes that the network accepts."""
+        """Reads the model's metadata from this file's folder, and the sizes that the network accepts."""
         path = Path(__file__).with_name("metadata.json")
         self.preprocessing = ModelMetadata.from_json(path.read_text(encoding="utf-8"), path).preprocessing
         parameters = json.loads(args["model_config"]).get("parameters", {})
@@ -66,10 +66,10 @@ class TritonPythonModel:
 def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing | None = None) -> np.ndarray:
     """Decodes the content of an image file to `[H, W, C]`, upright, in the model's bands and pixel range.
 
-    An .npy file is taken as `batch_images` takes an array.
+    An .npy file is treated like an array in `batch_images`.
 
     Raises:
-        UserError: if it is not an image, and if Pillow is needed and missing.
+        UserError: if it is not an image, or Pillow is needed and missing.
     """
     if data.startswith(_NPY):
         return _from_npy(data, name)
@@ -87,7 +87,7 @@ def image_from_bytes(data: bytes, name: str, preprocessing: Preprocessing | None
 
 
 def _from_npy(data: bytes, name: str) -> np.ndarray:
-    """An array in the format of `numpy.save`; `numpy.load` would allocate whatever size the header claims."""
+    """Reads an array of `numpy.save`; `numpy.load` would allocate any size that the header states."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
@@ -101,7 +101,7 @@ def _from_npy(data: bytes, name: str) -> np.ndarray:
 
 
 def _from_ppm(data: bytes, name: str) -> np.ndarray:
-    """An 8-bit binary PPM file (netpbm.sourceforge.net/doc/ppm.html)."""
+    """Reads an 8-bit binary PPM file (netpbm.sourceforge.net/doc/ppm.html)."""
     header = _PPM_HEADER.match(data)
     if header is None or header[3] != b"255":
         raise UserError(f"image {name} is a PPM file of more than 8 bits or damaged", _FORMATS, "send another")
@@ -118,7 +118,7 @@ def sizes_from_text(text: str) -> list[tuple[int, int, int, int]]:
 
 
 def padded(images: np.ndarray, sizes: list[tuple[int, int, int, int]]) -> np.ndarray:
-    """Pads a batch `[N, 3, H, W]` with zeros right and bottom to the smallest allowed size.
+    """Pads a batch `[N, 3, H, W]` with zeros at the right and bottom to the smallest allowed size.
 
     Args:
         images: the batch.

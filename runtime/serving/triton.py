@@ -1,7 +1,7 @@
 """Model repositories for NVIDIA's Triton Inference Server.
 
-Each model file `NAME` becomes the network itself and, unless `raw`, a step before it, a step after it, and an ensemble
-of the three for clients. An existing repository receives another version; nothing in it is changed or removed.
+For each model file, the repository gets the network and, unless `raw`, a step before it, a step after it, and an
+ensemble of the three for clients. In an existing repository a version is added; nothing is changed or removed.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from maskrcnn.runtime.serving.config import (
 from maskrcnn.runtime.serving.models import ServedModel, ServingOptions, model_names
 
 _CONFIG, _METADATA, _LABELS, _KEYPOINTS = "config.pbtxt", "metadata.json", "labels.txt", "keypoints.txt"
-# A file where Python would make the folder for the bytecode of model.py: a server that polls would take that folder for
-# a change, and load the model again.
+# A file that prevents Python from creating its bytecode folder, which a polling server would treat as a change and load
+# the model again.
 _NO_BYTECODE = {"__pycache__": ""}
-_WARMUP = "warmup"  # folder that Triton resolves input_data_file in
-# Modules that the steps import, copied beside them; a test runs them with nothing else.
+_WARMUP = "warmup"  # folder in which Triton finds input_data_file
+# Modules that the steps import, copied to the same folder; a test runs the steps with only these.
 STEP_MODULES = (
     *("__init__", "errors", "files", "metadata", "data/__init__", "data/images"),
     *("imaging/__init__", "imaging/preprocess", "imaging/postprocess", "imaging/paste", "imaging/run_lengths"),
 )
-# What the network step imports (`--network python`): packages without PyTorch, and the sources of the kernels, by whose
-# hash a TensorRT engine is checked.
+# What the network step imports (`--network python`): packages without PyTorch, and the sources of the kernels. Their
+# hash is needed to check a TensorRT engine.
 _NETWORK_FILES = {
     "maskrcnn": ("*.py", "data/__init__.py", "data/images.py", "imaging/*.py"),
     "maskrcnn.plugins": ("*.py", "csrc/**/*"),
@@ -64,8 +64,8 @@ class WrittenModel:
 
     name: str  # for clients
     version: int
-    models: tuple[str, ...]  # of the repository that it consists of
-    is_new: bool  # False if the newest version was this very file already
+    models: tuple[str, ...]  # names of its models in the repository
+    is_new: bool  # False if the newest version already has this file
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _RepositoryModel:
     files: dict[str, Path]  # to copy, by name
     texts: dict[str, str]  # to write, by name
     warmup: tuple[Warmup, ...] = ()
-    channels: int = 3  # of the warm-up's images
+    channels: int = 3  # of the warm-up images
 
 
 def write_repository(
@@ -91,15 +91,15 @@ def write_repository(
     """Writes model files to a repository, each as a new version of its name.
 
     Args:
-        out: folder of the repository; it may hold other models, and earlier versions of these.
-        served: names for clients, and model files.
-        options: how they are served.
+        out: folder of the repository; it may contain other models, and earlier versions of these.
+        served: model files by their names for clients.
+        options: serving options.
         raw: write the networks only.
-        keep_config: add versions under existing configurations, even if these differ.
+        keep_config: add versions to existing models, even if the configurations differ.
 
     Raises:
-        UserError: before anything is written: for names that Triton rejects, existing configurations that differ, and
-            as `batch_limit` and `size_ranges`.
+        UserError: before anything is written, for names that Triton rejects, for existing configurations that differ,
+            and as `batch_limit` and `size_ranges` do.
     """
     parts = [(name, model, _models(name, model, options, raw=raw)) for name, model in served]
     _check_names([model.name for _, _, models in parts for model in models])
@@ -176,7 +176,7 @@ def _check_folder(out: Path) -> None:
 
 
 def _check_config(folder: Path, model: _RepositoryModel, *, keep_config: bool) -> None:
-    """Raises if the model exists with another configuration, or for another version of the contract."""
+    """Raises if the model exists with another configuration or another version of the contract."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file", "a model's folder, or nothing", "choose another --name")
     for version in _versions(folder)[-1:]:
@@ -203,7 +203,7 @@ def _versions(folder: Path) -> list[int]:
 
 
 def _version(out: Path, served: ServedModel, models: Sequence[_RepositoryModel]) -> tuple[int, bool]:
-    """Returns the version to write, equal in all models, and whether the newest version is this very file already."""
+    """Returns the version to write, equal in all models, and whether the newest version already has this file."""
     newest = max((number for model in models for number in _versions(out / model.name)), default=0)
     folder = out / models[0].name / str(newest)
     present = [folder / name for name in served.files]
@@ -225,8 +225,8 @@ def _write(out: Path, name: str, served: ServedModel, models: Sequence[_Reposito
     missing = [model for model in models if not (out / model.name / str(version)).is_dir()]
     with contextlib.ExitStack() as drafts:
         ready = [(drafts.enter_context(_draft(out, model)), model) for model in missing]
-        # The configuration first: Triton ignores one without a version, but serves a version without one, by guessing.
-        # The ensemble is last, as it uses the others.
+        # First the configuration: Triton ignores a configuration without a version, but generates a configuration for a
+        # version without one. The ensemble is last, as it uses the others.
         for draft, model in ready:
             folder = out / model.name
             make_folder(folder)
@@ -240,11 +240,12 @@ def _write(out: Path, name: str, served: ServedModel, models: Sequence[_Reposito
 
 @contextlib.contextmanager
 def _draft(out: Path, model: _RepositoryModel) -> Iterator[Path]:
-    """Writes a version under another name, to be renamed; deleted at the end, unless it was renamed.
+    """Writes a version under a temporary name, for the caller to rename; otherwise it is deleted at the end.
 
-    It lies beside the repository: a server that polls takes a folder in the repository for a model, and loads the
-    present versions of a model again when its folder changes. Where nothing can be renamed from there (the repository
-    is a mount, or the folder above it is read-only), it lies in the model's folder, which may cost a second load.
+    The draft is written next to the repository: a polling server treats a folder in the repository as a model, and
+    reloads the existing versions of a model when its folder changes. If renaming from there is impossible (the
+    repository is a mount, or its parent folder is read-only), the draft is written in the model's folder, which may
+    cause a second load.
     """
     make_folder(out)
     name = f".{model.name}.version-{secrets.token_hex(4)}"
@@ -263,7 +264,7 @@ def _draft(out: Path, model: _RepositoryModel) -> Iterator[Path]:
 
 
 def _renames_into(folder: Path, file: Path) -> bool:
-    """Tries it with an empty file of this path, which is deleted."""
+    """Returns whether an empty file at this path can be renamed into the folder; deletes the file."""
     try:
         file.touch()
         file.rename(folder / file.name)
@@ -276,9 +277,9 @@ def _renames_into(folder: Path, file: Path) -> bool:
 
 
 def _write_warmup(folder: Path, batches: Sequence[Warmup], channels: int) -> None:
-    """Writes the warm-up images: drawn shapes, not noise, so that there are detections to process.
+    """Writes warm-up images with drawn shapes, so that there are detections to process.
 
-    A file holds one image. Triton repeats it where it batches; otherwise the warm-up is one image.
+    A file contains one image. Triton repeats it if it batches; otherwise the warm-up is one image.
     """
     for size in {size for _, size in batches}:
         image = channels_from_rgb(shapes_image(np.random.default_rng(0), size)[0], channels)

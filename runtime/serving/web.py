@@ -1,5 +1,5 @@
-"""A static web page that runs an ONNX file in the browser: the page, the model, ONNX Runtime for WebGPU and WebAssembly
-(onnxruntime-web), and an image with its expected detections, used to check the browser.
+"""Static web page that runs an ONNX file in the browser: the page, the model, ONNX Runtime for WebGPU and WebAssembly
+(onnxruntime-web), and an image with expected detections to check the browser.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from maskrcnn.runtime.detector import Detector
 from maskrcnn.runtime.engine_files import check_portable, read_model
 from maskrcnn.runtime.verification.compare import TOLERANCES
 
-RUNTIME_VERSION = "1.30.0"  # of onnxruntime-web
-# SHA-256 of the files of that version that the page loads, all in the package's folder dist.
+RUNTIME_VERSION = "1.30.0"  # version of onnxruntime-web
+# SHA-256 of the files that the page loads from the folder dist of that version.
 RUNTIME_FILES = {
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
     "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
@@ -37,10 +37,10 @@ RUNTIME_FILES = {
     "ort-wasm-simd-threaded.asyncify.wasm": "39f9f0894d478800487ed9f7dbe92618498db320cf55c8e3d89adff8dce658da",
 }
 _PAGE = Path(__file__).parent / "page"
-_MARK = "model.json"  # by which a page's folder is recognised
+_MARK = "model.json"  # identifies the folder of a page
 _CHECK_IMAGE, _CHECK = "check.png", "check.json"
-_DRAWN_HW, _DRAWN_SEED = (240, 320), 5  # of the image that is drawn where none is named
-_MAX_CHECK_PIXELS = 4_000_000  # of a named image, which every visitor may download
+_DRAWN_HW, _DRAWN_SEED = (240, 320), 5  # size and seed of the drawn image, the default
+_MAX_CHECK_PIXELS = 4_000_000  # of a given image, which every visitor may download
 _SOURCE = f"onnxruntime-web {RUNTIME_VERSION} (`npm pack onnxruntime-web@{RUNTIME_VERSION}`)"
 
 
@@ -51,16 +51,16 @@ def write_page(
 
     Args:
         model: file of `maskrcnn export --onnx`.
-        out: the folder: new, empty, or that of an earlier page.
-        onnxruntime_web: the unpacked package or its `.tgz` (default: npm fetches it).
-        image: file with objects of the model's classes, used to check the browser (default: drawn shapes).
+        out: folder that is new, empty, or contains an earlier page.
+        onnxruntime_web: the unpacked package or its `.tgz` (default: fetch it with npm).
+        image: image file with objects of the model's classes, used to check the browser (default: drawn shapes).
 
     Returns:
-        The files, and the number of detections in the image.
+        The written files, and the number of detections in the image.
 
     Raises:
-        UserError: before anything is written, for a model that the page cannot run, a folder of other files, an image
-            that cannot be read or is too large, and a runtime that is missing or of another version.
+        UserError: before anything is written, for a model that the page cannot run, a folder with other files, an image
+            that cannot be read or is too large, or a runtime that is missing or has another version.
     """
     metadata = _checked(model)
     _check_folder(out, model)
@@ -105,7 +105,7 @@ def _checked(model: Path) -> ModelMetadata:
 
 
 def _expected(model: Path, image: Path | None) -> tuple[np.ndarray, dict[str, Any]]:
-    """An image, its detections in ONNX Runtime, and the tolerances for those of a browser."""
+    """Returns an image, its detections in ONNX Runtime, and tolerances for the browser's detections."""
     detector = Detector.load(model, "onnxruntime:cpu")
     pixels = shapes_image(np.random.default_rng(_DRAWN_SEED), _DRAWN_HW)[0] if image is None else detector.read(image)
     height, width = pixels.shape[:2]
@@ -121,7 +121,7 @@ def _expected(model: Path, image: Path | None) -> tuple[np.ndarray, dict[str, An
     return pixels, {
         "detections": found.to_coco(),
         "tolerance": {
-            "box_px": tolerance.box_px / min(scale, 1),  # of the image, where the tolerance is of the resized one
+            "box_px": tolerance.box_px / min(scale, 1),  # from pixels of the resized image to pixels of the image
             "keypoint_px": tolerance.keypoints.px / min(scale, 1),
             "keypoint_share": tolerance.keypoints.share,
             "score": tolerance.score,
@@ -186,7 +186,7 @@ def _fetched(temporary: Path) -> Path:
 
 
 def _unpacked(package: Path, temporary: Path) -> Path:
-    """The files of a `.tgz` of npm that the page needs, in a folder."""
+    """Extracts the files that the page needs from npm's `.tgz`, and returns the folder."""
     folder = temporary / "unpacked"
     folder.mkdir()
     try:

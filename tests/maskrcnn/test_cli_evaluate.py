@@ -100,7 +100,7 @@ def test_results_that_cannot_be_scored_are_named(run, files, tmp_path):
     )
     entries = json.loads(results.read_text())
     (tmp_path / "other.json").write_text(json.dumps([*entries, {**entries[0], "image_id": 424242}]))
-    expect_error(run("evaluate", "--results", "other.json", *options), "1 image(s) that are unknown: image_id 424242")
+    expect_error(run("evaluate", "--results", "other.json", *options), "1 unknown image(s): image_id 424242")
     expect_error(run("evaluate", "--results", truth, *options), "a list of results")
     expect_error(run("evaluate", "--results", "gone.json", *options), "gone.json cannot be read")
 

@@ -123,7 +123,7 @@ def test_a_consumers_stream_waits_for_writes(cuda, runtime, stream, held_up):
 
 def test_dlpack_refuses_copies_and_other_devices(cuda):
     array = array_of(cuda, VALUES)
-    with pytest.raises(BufferError, match="expected: this memory"):
+    with pytest.raises(BufferError, match="expected: neither"):
         array.__dlpack__(copy=True)
     with pytest.raises(BufferError, match="another device"):
         array.__dlpack__(dl_device=(1, 0))
@@ -250,8 +250,8 @@ def test_arrays_of_ours_pass_between_streams(cuda):
 @pytest.mark.parametrize(
     ("strides", "shape", "message"),
     [
-        ((4, 12), (3, 4), "with gaps or another order of axes"),
-        ((32, 4), (3, 4), "with gaps"),
+        ((4, 12), (3, 4), "that is not contiguous"),
+        ((32, 4), (3, 4), "that is not contiguous"),
         ((16, 4), (3, 4), None),
         ((99, 4), (1, 4), None),  # the stride of an axis of length 1 does not matter
         ((99, 99), (0, 4), None),  # nor that of an empty array

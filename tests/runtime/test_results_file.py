@@ -51,14 +51,14 @@ def rle(counts, size=SIZE_HW):
         ("segm", without("segmentation"), "result 1: without segmentation"),
         ("segm", without(segmentation=[]), "result 1: no segmentation"),
         ("segm", without(segmentation="mask"), "result 1: segmentation of type str"),
-        ("segm", without(segmentation=rle("51", (7, 9))), r"a mask of size \[7, 9\], its image measures \[120, 150\]"),
+        ("segm", without(segmentation=rle("51", (7, 9))), r"a mask of size \[7, 9\] in an image of size \[120, 150\]"),
         ("segm", without(segmentation=rle("")), "run lengths that do not add up to 120×150 pixels"),
         ("segm", without(segmentation=rle("500")), "do not add up"),
         ("segm", without(segmentation=rle(rle_of((0, 0, 9, 9))["counts"] + "1")), "do not add up"),
         ("segm", without(segmentation=rle("P\x00")), "do not add up"),
         ("segm", without(segmentation=rle(7)), "run lengths of type int"),
-        ("segm", without(segmentation=rle([5, -1, 120 * 150 - 4])), "not numbers of pixels"),
-        ("segm", without(segmentation=rle([5, 1.5])), "not numbers of pixels"),
+        ("segm", without(segmentation=rle([5, -1, 120 * 150 - 4])), "not integers from 0 to 18000"),
+        ("segm", without(segmentation=rle([5, 1.5])), "not integers from 0 to 18000"),
         ("segm", without(segmentation=[[1, 2, 3, 4]]), "malformed segmentation"),
         ("keypoints", without("keypoints"), "result 1: without keypoints"),
         ("keypoints", without(keypoints=[1, 2, 3]), r"result 1: keypoints is list \[1, 2, 3\], not 51 numbers"),
@@ -76,7 +76,7 @@ def test_boxes_in_some_results_only_are_refused():
 
 def test_results_of_unknown_images_are_counted_and_named():
     strange = [without(image_id=value) for value in (777, 778, 777, "x", None, [1])]
-    with pytest.raises(UserError, match=r"6 result.* of 5 image.* unknown: image_id 777, 778, 'x', None, \[1\]"):
+    with pytest.raises(UserError, match=r"6 result.* of 5 unknown image.*: image_id 777, 778, 'x', None, \[1\]"):
         checked_results(GroundTruth.of_content(CONTENT, "gt"), [FINE, *strange], "bbox", "file.json")
 
 

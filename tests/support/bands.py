@@ -1,4 +1,4 @@
-"""Drawn datasets of four bands and of 12 bits: discs of two classes that RGB of 8 bits does not show.
+"""Drawn datasets with four bands or 12 bits: discs of two classes that are invisible in 8-bit RGB.
 
 python tests/support/bands.py four-bands FOLDER
 python tests/support/bands.py 12-bit FOLDER
@@ -17,10 +17,10 @@ KINDS = ("four-bands", "12-bit")
 
 
 def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """An image `[H, W, 4]` uint8 or `[H, W]` uint16, and its objects (label, mask).
+    """Draws an image `[H, W, 4]` uint8 or `[H, W]` uint16; returns it with its objects (label, mask).
 
-    Of four bands, the discs are in the fourth only, bright (1) or dark (2); the others are noise. Of 12 bits, the discs
-    are 100 levels brighter or darker than the ground of 300, of 4095.
+    With four bands, the discs are only in the fourth, bright (1) or dark (2); the other bands are noise. With 12 bits,
+    the discs are 100 levels brighter or darker than the background of 300, out of 4095.
     """
     y, x = np.mgrid[:SIZE_PX, :SIZE_PX] + 0.5
     ground = rng.normal(128, 8, (SIZE_PX, SIZE_PX))
@@ -41,7 +41,7 @@ def draw(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[in
 
 
 def write_band_dataset(root: Path, kind: str, images: dict[str, int]) -> Path:
-    """Writes a dataset in COCO layout with so many images per split: TIFF of four bands, or PNG of 16 bits."""
+    """Writes a dataset in COCO layout with the given number of images per split: four-band TIFF, or 16-bit PNG."""
     for number, (split, count) in enumerate(images.items()):
         folder = root / split
         folder.mkdir(parents=True)
@@ -63,7 +63,7 @@ def write_band_dataset(root: Path, kind: str, images: dict[str, int]) -> Path:
 def _save(pixels: np.ndarray, path: Path) -> None:
     from PIL import Image
 
-    Image.fromarray(pixels).save(path)  # four bands: Pillow calls the fourth alpha, and stores it as it is
+    Image.fromarray(pixels).save(path)  # four bands: Pillow stores the fourth as alpha, unchanged
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A machine without compilers, headers and GPUs, to which a test adds the parts that it needs."""
+"""A machine without compilers, headers and GPUs; tests add the parts that they need."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def add_nvcc(path: Path, version: str = "13.0.88", architectures: str = "80 90 1
     )
 
 
-# Body of a compiler that writes its arguments to the output file, and a line per run to the file `calls` beside it.
+# Body of a compiler that writes its arguments to the output file, and a line per run to the file `calls` in its folder.
 WRITE_ARGUMENTS = """out=; last=
 for word in "$@"; do [ "$last" = -o ] && out=$word; last=$word; done
 echo call >> "${0%/*}/calls"

@@ -1,8 +1,8 @@
-"""Headless Chromium, driven by the DevTools protocol through a pipe.
+"""Headless Chromium, controlled with the DevTools protocol through a pipe.
 
     python tests/support/chromium.py PAGE PHOTO [SCREENSHOT.png]
 
-times the page of `maskrcnn web` on a photo, with one thread and with one for each core.
+measures the page of `maskrcnn web` on a photo, with one thread and with one thread per core.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Headers of a page that may use threads.
+# Headers that allow a page to use threads.
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-_CALLS = 7  # timed by the program, after one that warms up
+_CALLS = 7  # timed by the program, after a warm-up call
 _FREE = 10  # first file descriptor for the pipes, beyond those that the browser expects
 
 
@@ -36,8 +36,8 @@ class Browser:
     """A browser with one page.
 
     Args:
-        folder: for its profile and downloads.
-        webgpu: with WebGPU, computed by Chromium's software adapter.
+        folder: folder for its profile and downloads.
+        webgpu: enable WebGPU, with Chromium's software adapter.
     """
 
     def __init__(self, folder: Path, *, webgpu: bool = False) -> None:
@@ -96,19 +96,19 @@ class Browser:
             self.errors.append(parameters["entry"]["text"])
 
     def open(self, url: str) -> None:
-        """Loads a page; its scripts may still load the rest."""
+        """Loads a page; its scripts may still be loading data."""
         self.errors.clear()
         self.call("Page.navigate", url=url)
         self.wait(f"location.href === '{url}' && document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
-        """Returns the value of an expression of JavaScript, or of its promise."""
+        """Returns the value of a JavaScript expression, or of its promise."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, expression: str, timeout_s: float = 120) -> None:
-        """Waits until an expression is true, once the document of a navigation has its body."""
+        """Waits until the document has a body and an expression is true."""
         deadline = time.monotonic() + timeout_s
         while not self.value(f"document.body !== null && ({expression})"):
             assert time.monotonic() < deadline, (expression, self.errors, self.value("document.body.innerText"))
@@ -121,7 +121,7 @@ class Browser:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path.resolve())])
 
     def screenshot(self, path: Path) -> None:
-        """Saves what the page shows as a PNG file."""
+        """Saves a screenshot of the page as a PNG file."""
         import base64
 
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
@@ -136,7 +136,7 @@ class Browser:
 
 @contextmanager
 def served(folder: Path, headers: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Serves a folder on the loopback interface; gives its address."""
+    """Serves a folder on the loopback interface; yields its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def end_headers(self) -> None:

@@ -1,4 +1,4 @@
-"""Small random ground truths and results for every corner of COCO's evaluation."""
+"""Small random ground truths and results that cover the special cases of COCO's evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_case(
     grid: bool = False,
     kind: str = "segm",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An annotation file's content and results.
+    """Returns the content of an annotation file, and results.
 
     Args:
         seed: random seed.

@@ -1,4 +1,4 @@
-"""What tests of the command line and of the Python API share."""
+"""Common code of the tests of the command line and the Python API."""
 
 from maskrcnn.api.progress import Progress
 

@@ -1,6 +1,6 @@
-"""Detectron2's R-CNNs with FPN written down plainly: names and shapes of their tensors, and what they compute.
+"""Simple implementation of Detectron2's R-CNNs with FPN: tensor names and shapes, and inference.
 
-Typed from Detectron2's documentation of its layers, without a look at the importer, which is compared with it.
+Written from Detectron2's documentation of its layers, independently of the importer, which is compared with it.
 """
 
 import math
@@ -24,14 +24,14 @@ class Sizes:
     classes: int = 80
     fpn: int = 256
     box: int = 1024
-    mask: tuple[int, ...] = (256, 256, 256, 256)  # of each convolution; () for a Faster R-CNN
+    mask: tuple[int, ...] = (256, 256, 256, 256)  # channels of each convolution; () for a Faster R-CNN
     groups: int = 1  # RESNETS.NUM_GROUPS
     width: int = 64  # RESNETS.WIDTH_PER_GROUP
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tensors do not tell; the defaults are those of Base-RCNN-FPN.yaml."""
+    """Settings that the tensors do not contain; the defaults are those of Base-RCNN-FPN.yaml."""
 
     anchor_px: float = 32.0  # at P2; doubles at each level
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -50,7 +50,7 @@ SMALL = Sizes(classes=3, fpn=16, box=32, mask=(16,))
 
 
 def layout(depth: int, sizes: Sizes = ZOO) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters, and of the norms' statistics."""
+    """Names and shapes of all parameters and of the statistics of norms."""
     shapes = {"backbone.bottom_up.stem.conv1.weight": (64, 3, 7, 7)}
     shapes |= {f"backbone.bottom_up.stem.conv1.norm.{kind}": (64,) for kind in NORM}
     entering = 64
@@ -96,7 +96,7 @@ def _with_bias(prefix: str, weights: dict[str, tuple[int, ...]]) -> dict[str, tu
 
 
 def lively_tensors(depth: int, sizes: Sizes = SMALL, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights that detect something: maps of about unit size, scores and boxes with a spread."""
+    """Random weights with detections: activations of about unit size, and varied scores and boxes."""
     rng = torch.Generator().manual_seed(seed)
     gains = {
         "stem.conv1.weight": 0.02,  # pixels go up to 150
@@ -118,7 +118,7 @@ def lively_tensors(depth: int, sizes: Sizes = SMALL, seed: int = 0) -> dict[str,
             gain = next((gain for end, gain in gains.items() if name.endswith(end)), 1.0)
             value = gain * noise * math.sqrt(2 / math.prod(shape[1:]))
         tensors[name] = value
-    # Proposals smaller than their anchors: those of P6 would all become the whole of a small picture.
+    # Proposals smaller than their anchors: otherwise all proposals of P6 would be the whole image if it is small.
     sides = tensors["proposal_generator.rpn_head.anchor_deltas.bias"].view(3, 4)[:, 2:]
     sides -= 1.5
     return tensors
@@ -129,8 +129,8 @@ class PlainDetectron2:
 
     Args:
         tensors: named as in `layout`, with bottleneck blocks.
-        min_size_px, max_size_px: of `ResizeShortestEdge`.
-        settings: what the tensors do not tell.
+        min_size_px, max_size_px: parameters of `ResizeShortestEdge`.
+        settings: settings that the tensors do not contain.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class PlainDetectron2:
         self.blocks = [len({block for res, block in names if res == f"res{stage}"}) for stage in (2, 3, 4, 5)]
 
     def pixels(self, picture_rgb: np.ndarray) -> Tensor:
-        """`[1, 3, h, w]` of a picture uint8 `[H, W, 3]`: BGR, without the mean."""
+        """Returns the input `[1, 3, h, w]` for an image uint8 `[H, W, 3]`: BGR, with the mean subtracted."""
         height, width = picture_rgb.shape[:2]
         scale = self.min_size_px / min(height, width)
         scale = min(scale, self.max_size_px / max(height, width))
@@ -220,7 +220,10 @@ class PlainDetectron2:
         return F.linear(x, self.tensors[f"roi_heads.{name}.weight"], self.tensors[f"roi_heads.{name}.bias"])
 
     def detect(self, picture_rgb: np.ndarray) -> dict[str, Tensor]:
-        """`boxes` in the resized picture, `scores`, `classes` from 0, `masks` `[D, 28, 28]`; `pairs` counts rivals."""
+        """Returns `boxes` in the resized image, `scores`, `classes` from 0, `masks` `[D, 28, 28]`, and `pairs`.
+
+        `pairs` is the number of (box, class) pairs before NMS.
+        """
         pixels = self.pixels(picture_rgb)
         size_hw = pixels.shape[2:]
         features = self.features(F.pad(pixels, (0, -size_hw[1] % 32, 0, -size_hw[0] % 32)))
@@ -250,6 +253,6 @@ def moved(boxes: Tensor, deltas: Tensor, weights: tuple[float, ...]) -> Tensor:
 
 
 def clipped(boxes: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Boxes `[K, 4]` cut to the picture."""
+    """Boxes `[K, 4]` clipped to the image."""
     height, width = size_hw
     return torch.minimum(boxes.clamp(min=0), torch.tensor([width, height, width, height], dtype=torch.float32))

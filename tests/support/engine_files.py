@@ -1,4 +1,4 @@
-"""TensorRT engines as files: a stand-in for the plan, and the metadata that `build-engine` writes beside it."""
+"""Files of TensorRT engines: a placeholder for the plan, and the metadata that `build-engine` writes next to it."""
 
 import dataclasses
 import json

@@ -1,20 +1,20 @@
-"""Difference between an exported file and PyTorch: every architecture, several batch and image sizes, kinds of images.
+"""Difference between exported files and PyTorch, for every architecture and several batch sizes, image sizes and kinds.
 
     python tests/support/export_matrix.py --json OUT
     python tests/support/export_matrix.py --quick
     python tests/support/export_matrix.py --model maskrcnn_resnet101_fpn --model fasterrcnn_resnet50_fpn:detectron2
 
 Each model is exported once. The file runs in ONNX Runtime and the model in PyTorch, both on the CPU, on batches of 1, 2
-and 5 of four sizes, with ordinary images, with empty ones and empty slots, and with crowded ones, whose outputs are
-full. Weights are random (see `matrix_model`).
+and 5 images in four sizes. The images are ordinary, empty (or empty slots), or crowded, which fill the output. Weights
+are random (see `matrix_model`).
 
-The full matrix takes about half an hour on two cores. For that, only `maskrcnn_resnet50_fpn` and the small model are as
-named. The others have a ResNet-18, except with Detectron2's conventions, one of which concerns bottlenecks only; they
-have 300 proposals, and their longest images are narrower. Models given by `--model` are compared unchanged. ResNet-50
-in a batch of 5 needs 8 GB of memory.
+The full matrix takes about half an hour on two cores. To save time, only `maskrcnn_resnet50_fpn` and the small model
+are unchanged. The other models have 300 proposals, narrower longest images, and a ResNet-18, except with Detectron2's
+conventions, one of which concerns only bottlenecks. Models given by `--model` are compared unchanged. ResNet-50 in a
+batch of 5 needs 8 GB of memory.
 
-The exit code is 1 if a cell exceeds `EXACT` of `maskrcnn.runtime.verification.compare`, and if a kind of images does
-not have its kind of outputs.
+The exit code is 1 if a cell exceeds `EXACT` of `maskrcnn.runtime.verification.compare`, or if a kind of images does not
+produce its kind of outputs.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _with_objects(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndar
 
 
 def _mosaic(rng: np.random.Generator, size_hw: tuple[int, int]) -> np.ndarray:
-    """Many small images of shapes side by side, cropped at the right and the bottom."""
+    """Many small images of shapes side by side, cropped at the right and bottom."""
     side = int(np.clip(min(size_hw) // _TILES_ALONG, *_TILE_PX))
     rows, columns = (-(-length // side) for length in size_hw)
     tiles = [[shapes_image(rng, (side, side))[0] for _ in range(columns)] for _ in range(rows)]

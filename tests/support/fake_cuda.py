@@ -1,8 +1,8 @@
 """A simulated GPU in host memory: the functions of `cuda.bindings.runtime` and `.driver` that the package calls.
 
 All work is deferred: copies and kernels wait in their stream until it is synchronised, so memory that is written or
-freed too early gives wrong results or an error. Allocations are counted, addresses are checked, and any function can be
-made to fail. Resources belong to the thread's current GPU, and kernels are refused on a stream of another one.
+freed too early gives wrong results or an error. Allocations are counted, addresses are checked, and tests can make any
+function fail. Resources belong to the thread's current GPU; launching a kernel on a stream of another GPU is an error.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ NOT_WHILE_CAPTURING = real.cudaError_t.cudaErrorStreamCaptureUnsupported
 NAME = b"NVIDIA Simulated"
 CAPABILITY = (9, 0)
 _ALIGNMENT = 256
-_CONTEXTS = 0xC000  # the handles of the GPUs' primary contexts, one after the other
+_CONTEXTS = 0xC000  # first handle of the GPUs' primary contexts
 _WITHOUT_CONTEXT = ("cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaGetErrorString", "cudaSetDevice")
 _DEFAULT_STREAMS = (1, 2)  # cudaStreamLegacy, cudaStreamPerThread: those of the thread's GPU
 
 
 class Properties:
-    """The fields of cudaDeviceProp that are read."""
+    """The fields of cudaDeviceProp that the package reads."""
 
     name = NAME
     major, minor = CAPABILITY
 
 
 class PointerAttributes:
-    """The fields of cudaPointerAttributes that are read."""
+    """The fields of cudaPointerAttributes that the package reads."""
 
     def __init__(self, device: int) -> None:
         self.device = device
@@ -50,22 +50,22 @@ class FakeRuntime:
     """Replaces the module; enumerations and flags are the real ones.
 
     Args:
-        devices: how many GPUs there are.
+        devices: number of GPUs.
     """
 
     def __init__(self, devices: int = 1) -> None:
         self.devices = devices
         self.driver = FakeDriver(self)
         self.contexts: set[int] = set()  # GPUs with a primary context, which takes memory
-        self.device_of: dict[int, int] = {}  # by handle or address: the GPU it was made on
+        self.device_of: dict[int, int] = {}  # by handle or address: the GPU of the resource
         self.calls: list[str] = []
-        self.failing: dict[str, tuple[Any, int]] = {}  # by function: the status, and how many calls go well before
-        self.memory: dict[int, tuple[Any, int, str]] = {}  # by address: what holds it, bytes, "device" or "host"
-        self.handles: dict[int, str] = {}  # streams, events, graphs that are open
+        self.failing: dict[str, tuple[Any, int]] = {}  # by function: status, and number of successful calls before
+        self.memory: dict[int, tuple[Any, int, str]] = {}  # by address: its owner, bytes, "device" or "host"
+        self.handles: dict[int, str] = {}  # open streams, events and graphs
         self.queues: dict[int, list[Callable[[], None]]] = defaultdict(list)
         self.captures: dict[int, list[Callable[[], None]]] = {}
-        self.recorded: dict[int, tuple[int, int]] = {}  # by event: the stream, and how much was done by then
-        self.done: Counter[int] = Counter()  # by stream: pieces of work
+        self.recorded: dict[int, tuple[int, int]] = {}  # by event: the stream, and the number of completed operations
+        self.done: Counter[int] = Counter()  # by stream: number of completed operations
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.threads = threading.local()
         self._numbers = itertools.count(0x1000)
@@ -114,7 +114,7 @@ class FakeRuntime:
         self.threads.context = context
 
     def device(self) -> int:
-        """The calling thread's GPU; if it has none it gets the first one, as in the runtime."""
+        """The calling thread's GPU; by default the first, as in the runtime."""
         if self.context == 0:
             self.contexts.add(0)
             self.context = _CONTEXTS
@@ -126,7 +126,7 @@ class FakeRuntime:
         self.enqueue(stream, work)
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> None:
-        """Adds work to a stream or its capture."""
+        """Adds work to a stream or to its capture."""
         with self._lock:
             (self.captures[stream] if stream in self.captures else self.queues[stream]).append(work)
 
@@ -147,7 +147,7 @@ class FakeRuntime:
         return any(s <= address < s + size and kind == "host" for s, (_, size, kind) in self.memory.items())
 
     def array(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """The contents of device memory, as they are now."""
+        """The present contents of device memory."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.check(address, count)
         return np.ndarray(shape, dtype, (ctypes.c_byte * count).from_address(address))
@@ -184,7 +184,7 @@ class FakeRuntime:
         return self._forget(devPtr, "device")
 
     def cudaFreeHost(self, ptr):
-        return self._forget(ptr, "host")  # freed too early: found by the work that still reads it
+        return self._forget(ptr, "host")  # if freed too early, the work that still reads it fails
 
     def cudaPointerGetAttributes(self, ptr):
         return OK, PointerAttributes(self.device_of[ptr])
@@ -197,7 +197,7 @@ class FakeRuntime:
             kinds.cudaMemcpyDeviceToDevice: ("device", "device"),
         }[kind]
 
-        # Pageable memory of the host is not known here; pinned memory must live until it has been read.
+        # Pageable host memory is not tracked; pinned memory must exist until it has been read.
         held = [
             side or ("host" if self.is_pinned(each) else None) for each, side in zip((dst, src), sides, strict=True)
         ]
@@ -311,7 +311,7 @@ class FakeRuntime:
         return number
 
     def _queue(self, stream: Any) -> int:
-        """The number of a stream's queue: every GPU has default streams of its own."""
+        """The number of a stream's queue: every GPU has its own default streams."""
         return int(stream) + (self.device() << 32 if int(stream) in _DEFAULT_STREAMS else 0)
 
     def _close(self, handle: Any, kind: str) -> tuple:
@@ -333,7 +333,7 @@ class FakeDriver:
     """The module `cuda.bindings.driver` for the same GPUs.
 
     Args:
-        runtime: the runtime on it.
+        runtime: the simulated runtime.
     """
 
     CUcontext = real_driver.CUcontext
@@ -371,7 +371,7 @@ def install(monkeypatch: Any, runtime: FakeRuntime) -> None:
 
 
 class DeferredKernels(Kernels):
-    """The kernels compiled for the CPU, deferred in the simulated GPU's streams."""
+    """The kernels compiled for the CPU; their work is deferred in the simulated GPU's streams."""
 
     runtime: FakeRuntime
 

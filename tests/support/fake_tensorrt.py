@@ -1,7 +1,7 @@
 """TensorRT's runtime classes, implemented by ONNX Runtime.
 
-A plan is a JSON text that names an ONNX file. Contexts are as strict as TensorRT allows itself to be: nothing of a
-context may change once a graph holds it, its first run cannot be captured, addresses must be aligned and in memory.
+A plan is a JSON text that names an ONNX file. Contexts are as strict as TensorRT's documentation allows: a context must
+not change after a graph captured it, its first run cannot be captured, and addresses must be aligned and allocated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from maskrcnn.runtime.build import profiles as tensorrt_profiles
 from maskrcnn.runtime.build.profiles import Profile
 
 VERSION = "11.4.0.106"
-SCRATCH = 4096  # bytes that a context wants
+SCRATCH = 4096  # bytes that a context requires
 
 
 class TensorIOMode(Enum):
@@ -207,11 +207,11 @@ class Module:
         self.loggers[-1].log(self.ILogger.Severity.ERROR, text)
 
     def as_context(self, context: Context) -> Any:
-        """The context that `create_execution_context` returns; replaced by doubles of the real class."""
+        """The context that `create_execution_context` returns; doubles of the real class replace this method."""
         return context
 
     def as_engine(self, engine: Engine) -> Any:
-        """The engine that `deserialize_cuda_engine` returns; likewise."""
+        """The engine that `deserialize_cuda_engine` returns; doubles replace this method too."""
         return engine
 
     def _deserialize(self, data: bytes) -> Any:
@@ -234,7 +234,7 @@ def install(monkeypatch: Any, devices: int = 1) -> tuple[fake_cuda.FakeRuntime, 
 
 
 def write_engine(onnx_path: Path, path: Path, profiles: list[Profile], **stamp: str) -> Path:
-    """Writes both files of an engine for the simulated GPU and this TensorRT; `stamp` replaces fields of its stamp."""
+    """Writes both files of an engine for the simulated GPU and TensorRT; `stamp` replaces fields of its stamp."""
     session = onnxruntime.InferenceSession(str(onnx_path), session_options(1), providers=["CPUExecutionProvider"])
     metadata = ModelMetadata.from_json(session.get_modelmeta().custom_metadata_map[KEY], onnx_path)
     text = tensorrt_profiles.to_json(profiles)

@@ -1,10 +1,9 @@
-"""PyTorch's streams, events and CUDA graphs on a machine without a GPU, and a watch over what may overtake what.
+"""PyTorch's streams, events and CUDA graphs on a machine without a GPU, with detection of races.
 
-Tensors are the host's and are said to lie on one GPU. Operations run at once, but each is put down to the stream that
-is current there, and the order among streams is only what events make of it. Two uses of the same memory, one of them
-writing, that nothing orders are a race. A capture notes operations, if its stream is on the tensors' GPU, leaves
-rubbish in the memory that they take and what was there before unchanged, and refuses to read a value; graphs of one
-pool share memory.
+Tensors are in host memory and report one GPU as their device. Operations run immediately, but each is attributed to the
+GPU's current stream, and only events order the streams. Two uses of the same memory without an order are a race if one
+of them writes. A capture records operations if its stream is on the tensors' GPU. It fills memory that they allocate
+with an arbitrary value, restores other memory, and raises if a value is read. Graphs of one pool share memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ RUBBISH = 77
 
 
 class Stream:
-    """torch.cuda.Stream; its clock says what is done of every stream before its next work begins."""
+    """torch.cuda.Stream; its clock is the progress of every stream that its next operation waits for."""
 
     def __init__(self, gpu: Gpu, device: int) -> None:
         self.gpu, self.device = gpu, device
@@ -60,7 +59,7 @@ class Graph:
     def __init__(self, gpu: Gpu) -> None:
         self.gpu, self.pool = gpu, None
         self.work: list[tuple[Any, tuple, dict, list[Tensor]]] = []
-        self.newest: tuple[Stream, int] | None = None  # run of it
+        self.newest: tuple[Stream, int] | None = None  # stream and number of its last run
 
     def replay(self) -> None:
         with self.gpu.unwatched(), torch.no_grad():
@@ -82,10 +81,10 @@ class Graph:
 
 
 class Gpu(TorchDispatchMode):
-    """Stands for `torch.cuda` within its context.
+    """Replaces `torch.cuda` within its context.
 
     Args:
-        index: of the GPU that all tensors are said to lie on.
+        index: index of the GPU that all tensors report as their device.
     """
 
     def __init__(self, index: int) -> None:
@@ -97,11 +96,11 @@ class Gpu(TorchDispatchMode):
         self.races: list[str] = []
         self.capture: Graph | None = None
         self.capture_stream: Stream | None = None
-        self._new: set[int] = set()  # memory taken by the capture
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # other memory that it writes to, and the content
+        self._new: set[int] = set()  # memory allocated during the capture
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # other memory that the capture writes, and its content
         self._own_capture_stream: Stream | None = None
         self._uses: dict[Any, tuple[dict[Stream, int], dict[Stream, int]]] = {}  # reads and writes
-        self._kept: list[Any] = []  # so that no address is used again
+        self._kept: list[Any] = []  # keeps objects alive, so that addresses are not reused
         self._watching = True
         self._pools = itertools.count(1)
 
@@ -121,10 +120,10 @@ class Gpu(TorchDispatchMode):
 
     @property
     def stream_of_tensors(self) -> Stream:
-        """On which their operations run."""
+        """The stream of the tensors' operations."""
         return self.current[self.index]
 
-    # What stands for torch.cuda's
+    # Replacements of members of torch.cuda
 
     def _number(self, device: Any) -> int:
         return self.device_now if device is None else self.index
@@ -164,7 +163,7 @@ class Gpu(TorchDispatchMode):
     def _graph(
         self, graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
     ) -> Iterator[None]:
-        if stream is None:  # PyTorch keeps one for the whole process
+        if stream is None:  # PyTorch uses one for the whole process
             self._own_capture_stream = stream = self._own_capture_stream or self._Stream()
         graph.pool = pool
         with self._stream(stream):
@@ -181,7 +180,7 @@ class Gpu(TorchDispatchMode):
             for value, content in self._before.values():
                 value.copy_(content)
 
-    # What watches
+    # Detection of races
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         named = kwargs or {}
@@ -204,11 +203,11 @@ class Gpu(TorchDispatchMode):
         return found
 
     def _keep_written(self, function: Any, args: tuple, named: dict) -> None:
-        """Keeps the content of memory from before the capture that an operation writes to."""
+        """Saves the content of memory that an operation writes and that was allocated before the capture."""
         parameters = function._schema.arguments
         given = [*zip(parameters, args, strict=False), *((p, named[p.name]) for p in parameters if p.name in named)]
         for parameter, value in given:
-            # The schema of batch norm does not say that it writes to these.
+            # The schema of batch norm does not declare that it writes these.
             is_written = parameter.name in ("running_mean", "running_var") or (
                 parameter.alias_info is not None and parameter.alias_info.is_write
             )
@@ -222,7 +221,7 @@ class Gpu(TorchDispatchMode):
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """What is computed within is not put down to any stream."""
+        """Operations in this context are not attributed to a stream."""
         self._watching = False
         try:
             yield
@@ -230,7 +229,7 @@ class Gpu(TorchDispatchMode):
             self._watching = True
 
     def note(self, function: Any, arguments: tuple, named: dict, made: list[Tensor]) -> None:
-        """Puts an operation down to the stream of the tensors."""
+        """Attributes an operation to the stream of the tensors."""
         stream = self.stream_of_tensors
         read = [value for value in tree_leaves((arguments, named)) if isinstance(value, Tensor)]
         if all(any(self.alias(value, other) for other in read) for value in made) and not function._schema.is_mutable:
@@ -241,7 +240,7 @@ class Gpu(TorchDispatchMode):
             self.use(value.untyped_storage().data_ptr(), stream, writes=True, keep=value)
 
     def use(self, memory: Any, stream: Stream, *, writes: bool, keep: Any = None) -> None:
-        """One use of memory, which is a race where another one is not known to be over."""
+        """Records a use of memory, and a race if another use may not be complete."""
         self._kept.append(keep)
         stream.clock |= self.host
         reads, written = self._uses.setdefault(memory, ({}, {}))
@@ -253,5 +252,5 @@ class Gpu(TorchDispatchMode):
 
     @staticmethod
     def alias(one: Tensor, other: Tensor) -> bool:
-        """Whether both are the same memory."""
+        """Whether both use the same memory."""
         return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Faults that an export can have, planted into the graph of a sound ONNX file."""
+"""Faults that an export can have, inserted into the graph of a correct ONNX file."""
 
 import json
 from collections.abc import Callable
@@ -24,14 +24,14 @@ def plant(source: Path, target: Path, *changes: Change) -> Path:
 
 
 def initializer(model: onnx.ModelProto, fits: Callable[[str, np.ndarray], bool], change) -> None:
-    """Replaces the one initializer that fits by what `change` makes of it."""
+    """Applies `change` to the only initializer for which `fits` is true."""
     (found,) = [x for x in model.graph.initializer if fits(x.name, onnx.numpy_helper.to_array(x))]
     values = np.ascontiguousarray(change(onnx.numpy_helper.to_array(found)))
     found.CopyFrom(onnx.numpy_helper.from_array(values, found.name))
 
 
 def wrong_mean(model: onnx.ModelProto) -> None:
-    """The red channel's mean is that of 0.5 instead of 0.485."""
+    """Changes the red channel's mean from 0.485 to 0.5."""
     initializer(
         model,
         lambda _, values: values.size == 3 and np.allclose(values.ravel(), IMAGENET_MEAN),
@@ -40,13 +40,13 @@ def wrong_mean(model: onnx.ModelProto) -> None:
 
 
 def swapped_channels(model: onnx.ModelProto) -> None:
-    """The first convolution takes BGR."""
+    """Makes the first convolution read BGR."""
     weight = next(node for node in model.graph.node if node.op_type == "Conv").input[1]
     initializer(model, lambda name, _: name == weight, lambda values: values[:, ::-1])
 
 
 def shifted_roi_align(model: onnx.ModelProto) -> None:
-    """RoIAlign takes the other pixel model: boxes half a pixel off."""
+    """Changes RoIAlign's pixel model, which shifts boxes by half a pixel."""
     other = {b"output_half_pixel": b"half_pixel", b"half_pixel": b"output_half_pixel"}
     nodes = [node for function in model.functions for node in function.node if node.op_type == "RoiAlign"]
     assert nodes
@@ -56,7 +56,7 @@ def shifted_roi_align(model: onnx.ModelProto) -> None:
 
 
 def nms_threshold(which: int, value: float) -> Change:
-    """The RPN's (0) or the detections' (1) NMS takes another threshold."""
+    """Changes the IoU threshold of the NMS of proposals (0) or of detections (1)."""
 
     def change(model: onnx.ModelProto) -> None:
         node = [node for node in model.graph.node if node.op_type == "BatchedNms"][which]
@@ -67,7 +67,7 @@ def nms_threshold(which: int, value: float) -> Change:
 
 
 def transposed(stage: str) -> Change:
-    """The last two axes of a stage change places."""
+    """Transposes the last two axes of a stage."""
 
     def change(model: onnx.ModelProto) -> None:
         (node,) = [node for node in model.graph.node if stage in node.output]
@@ -79,7 +79,7 @@ def transposed(stage: str) -> Change:
 
 
 def bias_of(layer: str, index: int, value: float) -> Change:
-    """One entry of a layer's bias becomes another."""
+    """Changes one element of a layer's bias."""
 
     def changed(bias: np.ndarray) -> np.ndarray:
         bias = bias.copy()
@@ -90,7 +90,7 @@ def bias_of(layer: str, index: int, value: float) -> Change:
 
 
 def metadata(**changes) -> Change:
-    """The metadata say something else."""
+    """Changes fields of the metadata."""
 
     def change(model: onnx.ModelProto) -> None:
         (entry,) = [entry for entry in model.metadata_props if entry.key == KEY]
@@ -100,7 +100,7 @@ def metadata(**changes) -> Change:
 
 
 def preprocessing(**changes) -> Change:
-    """The metadata name another preprocessing than the graph was made for."""
+    """Changes the preprocessing in the metadata, but not the graph."""
 
     def change(model: onnx.ModelProto) -> None:
         (entry,) = [entry for entry in model.metadata_props if entry.key == KEY]
@@ -110,7 +110,7 @@ def preprocessing(**changes) -> Change:
 
 
 def nameless(model: onnx.ModelProto) -> None:
-    """Tensors on the way lose their names, as in files of before they had some."""
+    """Removes the names of intermediate tensors, as in files of older versions."""
     outputs = {output.name for output in model.graph.output}
     for node in model.graph.node:
         for names in (node.input, node.output):

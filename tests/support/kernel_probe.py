@@ -26,7 +26,7 @@ def rois_pooled(device: Device) -> Iterator[np.ndarray]:
         for ratio in (1, 2):
             given = {"output_size": 7, "sampling_ratio": ratio, "aligned": True, **form}
             yield kernel_calls.roi_align(device, features, rois, **given)
-    # Samples half-way between pixels of whole gradients: sums that are exact in any order.
+    # Samples half-way between pixels, and integer gradients: sums are exact in any order.
     pooled = rng.integers(-9, 9, (1, 2, 40, 4, 4)).astype(np.float32)
     rois = np.float32([[[8, 8, 40, 40], [16, 0, 48, 32]]])
     given = {"output_size": 4, "sampling_ratio": 2, "aligned": False}
@@ -34,7 +34,7 @@ def rois_pooled(device: Device) -> Iterator[np.ndarray]:
 
 
 def rows_kept(device: Device) -> Iterator[np.ndarray]:
-    """More boxes than a chunk of a small block holds, with a different pattern of suppression in each tile of 64."""
+    """Runs NMS on more boxes than a chunk of a small block has, with another suppression pattern per tile of 64."""
     rng = np.random.default_rng(1)
     corners = np.stack([np.arange(1500) * 9.0, np.zeros(1500)], axis=-1)
     for tile in range(0, 1400, 64):

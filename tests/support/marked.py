@@ -1,4 +1,4 @@
-"""A dataset whose keypoints are spots of one colour each, so that a pixel's colour gives its keypoint."""
+"""A dataset with a different colour for each keypoint's spot, so that a pixel's colour identifies the keypoint."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""mmdetection's Mask R-CNN with ResNet-50 and FPN written down plainly: names of its tensors, and what they compute.
+"""Simple implementation of mmdetection's Mask R-CNN with ResNet-50 and FPN: tensor names, and inference.
 
-Typed from the documentation of its layers and configuration, without a look at the importer, which is compared with it.
+Written from the documentation of its layers and configuration, independently of the importer that is compared with it.
 """
 
 import math
@@ -60,7 +60,7 @@ test_pipeline = [dict(type='Resize', scale=(1333, 800), keep_ratio=True)]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tensors do not tell; the defaults are those of `CONFIG_3`."""
+    """Settings that the tensors do not contain; the defaults are those of `CONFIG_3`."""
 
     is_rgb: bool = True
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
@@ -85,7 +85,7 @@ OF_CONFIG_2 = Settings(
 
 
 def lively_tensors(pixel_gain: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of a small model of three classes that detects something."""
+    """Random weights of a small model with three classes that has detections."""
     shapes: dict[str, tuple[int, ...]] = {"backbone.conv1.weight": (64, 3, 7, 7), "backbone.bn1": (64,)}
     entering, widths = 64, []
     for stage, blocks in enumerate(BLOCKS):
@@ -133,7 +133,7 @@ def lively_tensors(pixel_gain: float = 1.0, seed: int = 0) -> dict[str, Tensor]:
 
 
 class PlainMmdetection:
-    """Its inference on one image that is already resized."""
+    """mmdetection's inference on one resized image."""
 
     def __init__(self, tensors: dict[str, Tensor], settings: Settings) -> None:
         self.tensors, self.settings = tensors, settings
@@ -200,7 +200,7 @@ class PlainMmdetection:
         return F.linear(x, *(self.tensors[f"roi_head.bbox_head.{name}.{kind}"] for kind in ("weight", "bias")))
 
     def detect(self, resized_rgb: np.ndarray) -> dict[str, np.ndarray]:
-        """Detections in the form of our outputs, from a resized image uint8 `[H, W, 3]`."""
+        """Returns detections in the format of maskrcnn's outputs, for a resized image uint8 `[H, W, 3]`."""
         settings, size_hw = self.settings, resized_rgb.shape[:2]
         pixels = resized_rgb if settings.is_rgb else resized_rgb[:, :, ::-1]
         pixels = (pixels.astype(np.float32) - np.float32(settings.mean)) / np.float32(settings.std)
@@ -225,7 +225,7 @@ class PlainMmdetection:
 
 
 def decoded(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], size_hw: tuple[int, int]) -> Tensor:
-    """Boxes moved by deltas and cut to the image."""
+    """Boxes shifted by deltas and clipped to the image."""
     deltas = deltas * torch.tensor(stds)
     sides = boxes[:, 2:] - boxes[:, :2]
     most = abs(math.log(16 / 1000))

@@ -1,4 +1,4 @@
-"""The kernels of csrc/*/launch.cu compiled for the CPU, each started by its name like by `plugins.nvrtc.Gpu`."""
+"""The kernels of csrc/*/launch.cu compiled for the CPU, and started by name as in `plugins.nvrtc.Gpu`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ extern "C" MASKRCNN_EXPORT int launch_by_name(const char *name, int x, int y, in
 
 
 class Launcher:
-    """Starts the emulated kernels, and keeps the names of those started.
+    """Starts the emulated kernels, and records their names.
 
     Args:
         folder: folder for the compiled libraries, reused if they exist.

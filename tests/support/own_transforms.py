@@ -1,4 +1,4 @@
-"""Augmentations as a user writes them, for `augment.transform`."""
+"""Examples of users' augmentations for `augment.transform`."""
 
 import random
 
@@ -27,13 +27,13 @@ def same(image, target, generator):
 
 
 def noisy(image, target, generator):
-    """Darkened by a number of each generator."""
+    """Darkens the image by a random number from each generator."""
     numbers = random.random(), np.random.rand(), float(torch.rand(())), float(torch.rand((), generator=generator))
     return image * (0.5 + sum(numbers) / 8), target
 
 
 def boxes_left(image, target, generator):
-    """Moves everything but the boxes."""
+    """Moves everything except the boxes."""
     image, changed = v2.RandomHorizontalFlip(1.0)(image, target)
     return image, {**changed, "boxes": target["boxes"]}
 

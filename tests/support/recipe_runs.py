@@ -1,4 +1,4 @@
-"""Recipes as a user tries whether they start: small pictures, narrow heads, random numbers for published weights."""
+"""Short runs of recipes: small images, narrow heads, and random weights instead of published weights."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from maskrcnn.settings import read_settings, with_sections
 from maskrcnn.weights.torchvision import coco_labels
 
 BATCH, SIDE_PX = 2, 64
-# What stands behind a backbone, as narrow as it may be.
+# Settings for the narrowest layers after the backbone.
 NARROW = {
     "fpn_channels": 16,
     "box_head_channels": 16,
@@ -32,17 +32,17 @@ SMALL = [
 
 
 def settings_of(path: Path) -> tuple[dict, tuple[str, str]]:
-    """A recipe's settings, and the splits that it names."""
+    """The settings of a recipe, and the splits that it names."""
     settings = with_sections(read_settings(path))
     return settings, (settings.pop("train_split", "train"), settings.pop("val_split", "val"))
 
 
 def put_weights(settings: dict, folder: Path) -> None:
-    """Writes the weights that a recipe names, to `folder` or, below it, to where torch.hub keeps what it downloads.
+    """Writes the weights that a recipe names to `folder`, or to torch.hub's download folder below it.
 
     Args:
-        settings: the recipe's.
-        folder: the present one; the environment's TORCH_HOME has to be `folder / "torch"`.
+        settings: settings of the recipe.
+        folder: the working directory; the environment variable TORCH_HOME must be `folder / "torch"`.
     """
     spec, model = settings.get("weights", ""), settings["model"]["name"]
     backbone = model.split("_", 1)[1].split("_fpn")[0]
@@ -59,16 +59,16 @@ def put_weights(settings: dict, folder: Path) -> None:
 
 
 def _classifier(name: str) -> torch.nn.Module:
-    """A random classifier whose features stay of one size however many blocks there are."""
+    """A random classifier with features of about the same magnitude for any number of blocks."""
     if name.startswith("resnet"):
         return torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     model = torchvision.models.get_model(name, weights=None)
-    model.classifier = torch.nn.Identity()  # half a gigabyte that no detector reads
+    model.classifier = torch.nn.Identity()  # half a gigabyte that detectors do not use
     return model
 
 
 def _detector_state(name: str) -> dict[str, torch.Tensor]:
-    """A random narrow detector of COCO's 90 classes with frozen batch norm, which counts no batches."""
+    """A random narrow detector for COCO's 90 classes, with frozen batch norm, which has no `num_batches_tracked`."""
     classes = {"class_names": coco_labels(), "category_ids": tuple(range(1, 91))}
     narrow = {key: tuple(value) if isinstance(value, list) else value for key, value in NARROW.items()}
     state = MaskRCNN(model_config(name, **narrow, **classes)).state_dict()

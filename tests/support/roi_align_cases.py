@@ -66,9 +66,9 @@ def _box(rng: np.random.Generator, kind: str, extent: np.ndarray, stride: float)
     corner, side = rng.uniform(0, 1, 2) * extent, rng.uniform(0.05, 1, 2) * extent
     if kind == "inside":
         corner = rng.uniform(0, 1, 2) * (extent - side)
-    elif kind == "wide":  # around the whole image and much more
+    elif kind == "wide":  # much larger than the image
         corner, side = -rng.uniform(0, 4, 2) * extent, rng.uniform(1, 9, 2) * extent
-    elif kind == "across":  # a border
+    elif kind == "across":  # across a border
         corner = rng.choice([-0.5, 0.5], 2) * extent
     elif kind == "outside":
         corner = np.where(
@@ -96,7 +96,7 @@ def roi_cases(
     """Draws maps, types, layouts and attributes of every kind, with few RoIs.
 
     Args:
-        draw: of the strategy.
+        draw: draw function of the strategy.
         dtypes: types of the features.
         largest: greatest output size.
         least: smallest number of images, RoIs and channels.

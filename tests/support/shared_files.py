@@ -1,4 +1,4 @@
-"""Files that take long to make, once for all processes of a test run."""
+"""Files that take long to create; created once for all processes of a test run."""
 
 import dataclasses
 import hashlib
@@ -13,11 +13,11 @@ from maskrcnn.config import ModelConfig, from_dict, to_dict
 from maskrcnn.export import exporter
 from maskrcnn.model.detector import MaskRCNN
 
-_IN_TRAINING = ("rpn_candidates_per_level_training", "proposals_training")  # of no effect on an exported model
+_IN_TRAINING = ("rpn_candidates_per_level_training", "proposals_training")  # without effect on an exported model
 
 
 def made_once(root: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """The folder `name` in a folder of all processes, filled by `make` in the first process that wants it."""
+    """Returns the folder `name` in a folder shared by all processes; the first process that needs it calls `make`."""
     path, draft = root / name, root / f"{name}.draft"
     with FileLock(root / f"{name}.lock"):
         if not path.exists():
@@ -29,11 +29,11 @@ def made_once(root: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 def tracing_once(root: Path) -> Callable[[MaskRCNN, int], onnx.ModelProto]:
-    """The exporter's `_trace`, which takes half a minute, but for models that another process has traced."""
+    """Returns the exporter's `_trace`, which takes half a minute, but reuses models that another process has traced."""
     trace = exporter._trace
 
     def traced(model: MaskRCNN, opset: int) -> onnx.ModelProto:
-        config = from_dict(ModelConfig, to_dict(model.config))  # numbers as they are in a checkpoint
+        config = from_dict(ModelConfig, to_dict(model.config))  # with numbers as in a checkpoint
         config = dataclasses.replace(config, **dict.fromkeys(_IN_TRAINING, 1))
         text = f"{config} {opset} {sorted(name for name, part in model.named_modules() if part.training)}"
         key = hashlib.sha256(text.encode())

@@ -1,4 +1,4 @@
-"""A dataset whose objects have one colour for each label, so that a pixel's colour gives its label."""
+"""A dataset with one colour for the objects of each label, so that a pixel's colour identifies the label."""
 
 import json
 from pathlib import Path

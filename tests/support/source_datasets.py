@@ -1,4 +1,4 @@
-"""Small datasets in each source format, input of the converters."""
+"""Small datasets in each source format, as input of the converters."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from maskrcnn.data.convert.source import Options
 
 
 def noise_image(path, size_hw, seed=0, **options):
-    """Writes an image of noise; each seed gives other bytes, so that no image duplicates another."""
+    """Writes an image of noise; each seed gives other bytes, so that images are not duplicates."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (*size_hw, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -21,14 +21,14 @@ def noise_image(path, size_hw, seed=0, **options):
 
 
 def numbers(path, rows, dtype=np.uint8):
-    """Writes a PNG of one number per pixel."""
+    """Writes a PNG with one number per pixel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.array(rows, dtype)).save(path)
     return path
 
 
 def colour_16_bit(path, pixels):
-    """Writes a PNG of 16 bits per channel from `[H, W, 3]`; Pillow cannot."""
+    """Writes a PNG with 16 bits per channel from `[H, W, 3]`, which Pillow cannot write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -83,7 +83,7 @@ BIRD = """<annotation>
 
 
 def voc(root):
-    """Two images of 8 × 12 px: a bird, truncated, and a difficult cat, with boxes and masks."""
+    """Two images of 8 × 12 px with a truncated bird and a difficult cat, with boxes and masks."""
     for number, (stem, name) in enumerate((("000001", "train"), ("000002", "val"))):
         noise_image(root / "JPEGImages" / f"{stem}.jpg", (8, 12), number)
         (root / "Annotations").mkdir(exist_ok=True)

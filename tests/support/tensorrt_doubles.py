@@ -242,7 +242,7 @@ class Trt:
             return False
         try:
             graph = onnx.load_from_string(self.graph).graph
-        except Exception:  # a test that needs no graph
+        except Exception:  # in a test without a graph
             return True
         self._set_tensors("input", graph.input)
         self._set_tensors("output", graph.output)
@@ -275,7 +275,7 @@ def _name_of(flag: Any) -> str:
 
 
 def runnable(original: Path) -> Callable[[bytes], bytes]:
-    """Returns a `plan_of`: the graph for the parser, with functions in place of the plugins."""
+    """Returns a `plan_of` function: it returns the graph for the parser, with functions instead of plugins."""
 
     def plan_of(graph: bytes) -> bytes:
         model, source = onnx.load_from_string(graph), onnx.load(original)
@@ -288,7 +288,7 @@ def runnable(original: Path) -> Callable[[bytes], bytes]:
 
 
 class PlanBackend(OnnxRuntimeBackend):
-    """An engine whose plan is an ONNX file; it accepts the shapes of its profiles only, and checks its stamp."""
+    """An engine with an ONNX file as its plan. It accepts only shapes of its profiles, and checks its stamp."""
 
     name = "TensorRT"
 
@@ -309,5 +309,5 @@ class PlanBackend(OnnxRuntimeBackend):
         batch, _, height, width = feeds["images"].shape
         choose(self.profiles, (batch, height, width))
         self.shapes.append((batch, height, width))
-        names = [output.name for output in self.session.get_outputs()]  # stages among them, where they are shown
+        names = [output.name for output in self.session.get_outputs()]  # including stages, if these are outputs
         return dict(zip(names, self.session.run(names, feeds), strict=True))

@@ -33,7 +33,7 @@ from maskrcnn.runtime.build.refit import refit_plan, refit_tensorrt_engine
 from maskrcnn.runtime.build.request import BuildRequest
 from maskrcnn.runtime.build.tensorrt import build_tensorrt_engine
 
-FLOWS.clear()  # those of plans run in another process
+FLOWS.clear()  # the flows of tensorrt_flows.py run in another process
 
 
 def _build(trt: Trt, request: BuildRequest, progress: Progress | None = None) -> Any:
@@ -84,7 +84,7 @@ def _wrong(plan: bytes) -> bytes:
 
 @flow
 def engine_that_departs(given: Flow) -> Any:
-    """TensorRT changes a bias of the box head, in the engine with stages, too."""
+    """TensorRT changes a bias of the box head, also in the engine with stages."""
 
     def wrong(graph: bytes) -> bytes:
         return _wrong(runnable(given.reference)(graph))
@@ -132,7 +132,7 @@ def engine_without_weights(given: Flow) -> Any:
 
 @flow
 def engine_for_more_gpus(given: Flow) -> Any:
-    """With `load_plugins` itself; the kernels are for the oldest of these GPUs."""
+    """With the real `load_plugins`; the kernels are for the oldest of these GPUs."""
     request = given.request(graph=given.aot_graph, plugins=PluginForm.AOT, hardware=Hardware.AMPERE_PLUS)
     trt = Trt(runnable(given.reference))
     with mock.patch("maskrcnn.plugins.aot.register", autospec=True) as register, machine(trt, plugins=True):
@@ -160,7 +160,7 @@ def _refit(given: Flow, trt: Trt, target: Path, name: str) -> tuple[Any, dict[st
 def engine_with_other_weights(given: Flow) -> Any:
     trt = Trt(runnable(given.reference))
     first = _build(trt, given.request(weights=Weights.REFITTABLE)).path
-    # Another plan than before, as with other weights.
+    # A plan that differs from the first, as with other weights.
     trt.plan_of = lambda graph: runnable(given.reference)(graph) + b"\x32\x00"
     built, stamp = _refit(given, trt, first, "new.engine")
     kept = [call.args[0].name for call in trt.serialization.set_flag.call_args_list]
@@ -237,7 +237,7 @@ def image_outside_all_profiles(given: Flow) -> Any:
 
 
 def _commands(given: Flow, trt: Trt, *commands: list[str]) -> dict[str, Any]:
-    """Runs commands in the flow's folder; returns what they print and the files they leave."""
+    """Runs commands in the flow's folder; returns their output and the files that they write."""
     shutil.copy(given.reference, given.folder / "model.onnx")
     printed, folder = io.StringIO(), os.getcwd()
     cache = mock.patch.dict(os.environ, {"MASKRCNN_CACHE": str(given.folder.parent / "cache")})

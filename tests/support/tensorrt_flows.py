@@ -49,9 +49,9 @@ class Flow:
 
     folder: Path  # empty
     reference: Path  # ONNX file in single precision
-    graph: Path  # for the parser, in FP16, with the plugin library
+    graph: Path  # graph for the parser, in FP16, with the plugin library
     aot_graph: Path  # the same with ahead-of-time plugins
-    images: Path  # of a dataset whose annotations are beside it
+    images: Path  # images of a dataset; the annotations are in the same folder
 
     @property
     def metadata(self) -> ModelMetadata:
@@ -81,7 +81,7 @@ class Flow:
 
 
 class Recorded(Progress):
-    """Keeps what it receives."""
+    """Records all calls."""
 
     def __init__(self) -> None:
         self.titles: list[str] = []
@@ -97,14 +97,14 @@ class Recorded(Progress):
 
 @contextlib.contextmanager
 def machine(trt: Trt, *, plugins: bool = False) -> Iterator[tuple[Any, list[PlanBackend]]]:
-    """A machine with this TensorRT and a GPU, whose engines ONNX Runtime runs.
+    """A machine with this TensorRT and a GPU; ONNX Runtime runs its engines.
 
     Args:
         trt: the double.
         plugins: register the plugins as usual.
 
     Yields:
-        the mock of `load_plugins` (None with `plugins`), and the engines that were opened.
+        The mock of `load_plugins` (None with `plugins`), and the engines that were opened.
     """
     opened: list[PlanBackend] = []
 
@@ -128,7 +128,7 @@ def machine(trt: Trt, *, plugins: bool = False) -> Iterator[tuple[Any, list[Plan
 
 
 def run(**paths: str) -> dict[str, Any]:
-    """Runs all flows: their results under `value`, or the parts of an error, or the traceback of a crash."""
+    """Runs all flows; returns for each the result under `value`, the parts of an error, or a traceback."""
     folder, results = Path(paths.pop("folder")), {}
     for name in FLOWS:
         (folder / name).mkdir()

@@ -1,6 +1,6 @@
-"""Every name of TensorRT's Python interface that our sources use, read from their syntax trees.
+"""All names of TensorRT's Python interface that the sources use, read from their syntax trees.
 
-`python tests/support/tensorrt_names.py` looks each of them up in the bindings that are there, and counts them.
+`python tests/support/tensorrt_names.py` looks them up in the installed bindings, and counts them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"trt": "tensorrt", "trtp": "tensorrt.plugin"}  # how our sources call TensorRT's modules
-# Where the module itself is called `tensorrt`; elsewhere that is something of ours.
+MODULES = {"trt": "tensorrt", "trtp": "tensorrt.plugin"}  # names of TensorRT's modules in the sources
+# Files in which `tensorrt` is the module; in others the name is something else.
 BY_FULL_NAME = ("plugins/aot.py", "runtime/doctor.py", "runtime/backends/tensorrt_library.py")
-# What our sources call objects of TensorRT's classes, as a variable or as an attribute.
+# Variables and attributes in the sources that are objects of TensorRT's classes.
 OBJECTS = {
     "plugins/aot.py": {"registry": "IPluginRegistry"},
     "runtime/build/network.py": {
@@ -44,8 +44,8 @@ OBJECTS = {
         "config": "ISerializationConfig",
     },
 }
-RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # objects on which a method is called at once
-BY_TEXT = {"_call_context": "IExecutionContext"}  # our functions with the name of a method as first argument
+RETURNED = {"get_plugin_registry": "IPluginRegistry"}  # results on which a method is called directly
+BY_TEXT = {"_call_context": "IExecutionContext"}  # own functions with a method name as the first argument
 OURS = {
     "tensorrt.found",  # an attribute of a variable in doctor.py
     *(f"tensorrt.ICudaEngine.{name}" for name in ("is_file", "read_bytes", "suffix")),  # of a path in refit.py
@@ -53,7 +53,7 @@ OURS = {
 
 
 def names_used(root: Path = ROOT) -> dict[str, set[str]]:
-    """Files by the dotted name they use, such as `tensorrt.BuilderFlag.TF32` or `tensorrt.IBuilderConfig.set_flag`."""
+    """Files by dotted name, such as `tensorrt.BuilderFlag.TF32` or `tensorrt.IBuilderConfig.set_flag`."""
     found: dict[str, set[str]] = {}
     for folder in ("maskrcnn", "plugins", "export", "runtime", "benchmarks"):
         for path in sorted((root / folder).rglob("*.py")):
@@ -122,12 +122,12 @@ tell({"version": tensorrt.__version__, "missing": [name for name in json.loads(N
 
 
 def lookup(names: list[str]) -> str:
-    """Code for the rig, which reports the version and the names that TensorRT does not have."""
+    """Code for the rig that reports the version and the names that TensorRT lacks."""
     return f"NAMES = {json.dumps(json.dumps(names))}\n{LOOKUP}"
 
 
 def main() -> None:
-    """Prints how many names there are, and which are missing, for each version of the bindings."""
+    """Prints the number of names, and the missing names, for each version of the bindings."""
     from tensorrt_rig import rig
 
     used = names_used()

@@ -1,4 +1,4 @@
-"""Small detectors with every part, for tests."""
+"""Small detectors with all parts, for tests."""
 
 import torch
 import torchvision
@@ -21,7 +21,7 @@ TINY_POSE = {
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Configuration of a small detector with every part: 11 million parameters, mostly of ResNet-18."""
+    """Configuration of a small detector with all parts: 11 million parameters, mostly in ResNet-18."""
     values = {
         "fpn_channels": 16,
         "box_head_channels": 32,
@@ -40,7 +40,7 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 class NarrowResNet(ResNet):
-    """ResNet-18 with an eighth of the channels after its first layer: 200,000 parameters, and the same layer names."""
+    """ResNet-18 with an eighth of the channels after its first layer: 200,000 parameters, the same layer names."""
 
     def __init__(self, **options) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2], **options)
@@ -50,7 +50,7 @@ class NarrowResNet(ResNet):
 
 
 def narrow_model(name: str, *, get_model=torchvision.models.get_model, **options) -> torch.nn.Module:
-    """Replaces `torchvision.models.get_model`: ResNet-18 is narrow."""
+    """Replaces `torchvision.models.get_model` and returns a narrow ResNet-18."""
     options.pop("weights", None)
     return NarrowResNet(**options) if name == "resnet18" else get_model(name, weights=None, **options)
 
@@ -64,7 +64,7 @@ def keypoints_in(box_xywh_px: list[float], count: int = 5) -> dict[str, list | i
 
 
 def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
-    """A random model with detections: batch-norm statistics from noise, and last layers with a spread of scores."""
+    """A random model with detections: batch-norm statistics from noise, and last layers with varied scores."""
     torch.manual_seed(seed)
     model = MaskRCNN(config)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -75,7 +75,7 @@ def lively_model(config: ModelConfig, seed: int = 0) -> MaskRCNN:
         for _ in range(3):
             model.features(torch.rand(4, config.channels, 96, 128) * 255, torch.tensor([[96, 128]] * 4))
         model.eval()
-        for convolution in model.rpn.head.conv[1:]:  # their initial weights are so small that scores would tie
+        for convolution in model.rpn.head.conv[1:]:  # with the small initial weights, scores would be equal
             convolution[0].weight *= 10
         model.rpn.head.cls_logits.weight *= 30
         model.rpn.head.bbox_pred.weight *= 10

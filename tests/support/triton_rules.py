@@ -18,7 +18,7 @@ _SIZES = {"TYPE_FP32": 4, "TYPE_INT32": 4, "TYPE_INT64": 8, "TYPE_UINT8": 1}
 
 
 def parse(text: str) -> Message:
-    """A `config.pbtxt` as a dictionary of the fields that are set, and `max_batch_size`.
+    """Parses a `config.pbtxt` to a dictionary of the fields that are set, and `max_batch_size`.
 
     Raises:
         google.protobuf.text_format.ParseError: if Triton could not parse it.
@@ -116,5 +116,5 @@ def _check_warmup(sample: Message, config: Message, folder: Path) -> None:
 
 
 def compatible(dims: list[int], others: list[int]) -> bool:
-    """Whether two shapes can be of one tensor; -1 is any length."""
+    """Whether one tensor can have both shapes; -1 is any length."""
     return len(dims) == len(others) and all(-1 in pair or pair[0] == pair[1] for pair in zip(dims, others, strict=True))

@@ -1,5 +1,5 @@
-"""NVIDIA's Triton server with its Python backend, from the wheel of nvidia-pytriton that `make .venv` puts into the
-virtual environment's folder `triton`, with a NumPy that this server's Python accepts beside it.
+"""NVIDIA's Triton server with its Python backend, from the nvidia-pytriton wheel. `make .venv` installs it in the
+virtual environment's folder `triton`, with a NumPy that this server's Python can use.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _WHEEL = Path(sys.prefix) / "triton"
 _TRITON = _WHEEL / "pytriton" / "tritonserver"
 _VERSION = "{}.{}".format(*sys.version_info)
 _STUB = _TRITON / "python_backend_stubs" / _VERSION / "triton_python_backend_stub"
-# All that the steps find beside Python's standard library: the server isolates its Python from this environment.
+# The steps' only packages besides Python's standard library: the server's Python is isolated from this environment.
 _STEP_PACKAGES = ("PIL", "pillow.libs", "onnxruntime", "openvino")
 
 
 def obstacle() -> str | None:
-    """Why there is no server, or None."""
+    """Returns the reason why there is no server, or None."""
     if not (_TRITON / "bin" / "tritonserver").is_file() or not _STUB.is_file():
         return f"no Triton server for Python {_VERSION} in {_WHEEL}, see the Makefile"
     try:
@@ -47,11 +47,11 @@ class Server:
 
     Args:
         repository: the model repository.
-        folder: for its files.
-        flags: further arguments of tritonserver.
+        folder: folder for its files.
+        flags: additional arguments of tritonserver.
 
     Raises:
-        RuntimeError: with the end of its log, if it is not ready within five minutes.
+        RuntimeError: if it is not ready within five minutes; contains the end of its log.
     """
 
     def __init__(self, repository: Path, folder: Path, *flags: str) -> None:
@@ -67,7 +67,7 @@ class Server:
             f"--metrics-port={metrics.partition(':')[2]}",
             *flags,
         ]
-        # The server's Python takes the environment whose Python it finds first: not ours, whose NumPy it cannot use.
+        # The server's Python uses the first environment on PATH: it must not be this one, as it cannot use its NumPy.
         folders = [folder for folder in os.get_exec_path() if folder != str(Path(sys.prefix) / "bin")]
         environment = os.environ | {
             "LD_LIBRARY_PATH": str(_WHEEL / "nvidia_pytriton.libs"),
@@ -103,12 +103,12 @@ class Server:
         return [child for child in children if any(f"/{model}/" in word for word in child.cmdline())]
 
     def stop(self) -> int:
-        """Asks it to stop, as `docker stop` does, and returns its exit status."""
+        """Stops the server as `docker stop` does, and returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
     def kill(self) -> None:
-        """Ends it and its steps, if it still runs."""
+        """Kills the server and its steps if it is still running."""
         if self.process.poll() is None:
             children = psutil.Process(self.process.pid).children(recursive=True)
             self.process.kill()
@@ -146,13 +146,13 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _backends(folder: Path) -> Path:
-    """A folder with the Python backend, whose Python looks for packages there."""
+    """Creates a folder with the Python backend, which searches this folder for packages."""
     python = folder / "python"
     python.mkdir(parents=True)
     installed = Path(np.__file__).parents[1]
     files = [*(_TRITON / "backends" / "python").iterdir(), _STUB, _WHEEL / "numpy", _WHEEL / "numpy.libs"]
     for file in [*files, *(installed / package for package in _STEP_PACKAGES)]:
-        if file.exists():  # some wheels have no folder of libraries
+        if file.exists():  # some wheels have no library folder
             (python / file.name).symlink_to(file)
     return folder
 

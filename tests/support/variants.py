@@ -1,6 +1,6 @@
-"""Models of other backbones, necks and pooling methods for export tests.
+"""Models with other backbones, necks and pooling methods for export tests.
 
-Together they have every backbone family, neck and method; combinations are tested in training, which is faster.
+Together they include every backbone family, neck and method. Training tests, which are faster, cover combinations.
 """
 
 import functools
@@ -37,7 +37,7 @@ def variant_model(name: str) -> MaskRCNN:
     """A model of `EXPORTED` that detects objects in drawn shapes."""
     config = tiny_config(**EXPORTED[name])
     model = lively_model(config)
-    if config.preprocessing == CAFFE:  # otherwise pixels that are 57 times as large would saturate every score
+    if config.preprocessing == CAFFE:  # otherwise pixels, 57 times as large, would saturate all scores
         with torch.no_grad():
             model.backbone.body["0"].weight /= 57
     return model

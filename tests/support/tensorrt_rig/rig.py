@@ -50,7 +50,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Answer:
-    """Output of a process: the values that it told, in order, and everything printed, errors included."""
+    """Output of a process: the values passed to `tell`, in order, and everything printed, including errors."""
 
     told: list[Any]
     printed: str
@@ -114,7 +114,7 @@ def run(code: str, *, env: dict[str, str], timeout: float = 120.0) -> Answer:
 
 
 def ask(code: str, *, env: dict[str, str], timeout: float = 120.0) -> Any:
-    """Runs code that must succeed, and returns the one value that it tells."""
+    """Runs code that must succeed, and returns the only value passed to `tell`."""
     answer = run(code, env=env, timeout=timeout)
     assert answer.returncode == 0, f"the process ended with {answer.returncode}\n{answer.printed}"
     (value,) = answer.told
