@@ -61,9 +61,10 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
 
 
 def did_you_mean(given: object, choices: Iterable[str]) -> str:
-    """Returns `; did you mean …?`, to be appended to a fix, if a choice resembles what was given; else ""."""
-    near = difflib.get_close_matches(str(given), [*choices], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Returns `; did you mean …?`, to be appended to a fix, if choices resemble or contain what was given; else ""."""
+    names = [*choices]
+    near = difflib.get_close_matches(str(given), names, n=1) or [name for name in names if str(given) in name][:3]
+    return f"; did you mean {' or '.join(near)}?" if given and near else ""
 
 
 def reason_of(error: BaseException | str) -> str:
