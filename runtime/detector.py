@@ -155,7 +155,8 @@ def load_backend(path: Path, backend: str | None = None, **options: Any) -> Back
             if chosen == "onnxruntime" and "device" in unknown
             else "leave it out, or use one of these",
         )
-    return kind.load(path, **options) if chosen == "torch" else kind(path, **options)
+    loaded: Backend = kind.load(path, **options) if chosen == "torch" else kind(path, **options)
+    return loaded
 
 
 def _backend(backend: str) -> Any:
