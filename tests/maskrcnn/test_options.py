@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import maskrcnn
 from maskrcnn import cli
 from maskrcnn.cli import app
-from maskrcnn.config import LossConfig, TrainConfig, changed, from_dict, to_dict
+from maskrcnn.config import LossConfig, TrainConfig, changed, from_dict, model_config, to_dict
 from maskrcnn.data.coco import CocoDataset
 from maskrcnn.errors import UserError
 from maskrcnn.imaging.preprocess import PRESETS
@@ -223,7 +223,7 @@ def test_bad_settings_are_named(tmp_path, started):
     with pytest.raises(UserError, match="did you mean epochs"):
         started("--set", "epoch=3")
     with pytest.raises(UserError, match=r"did you mean maskrcnn_vgg16_fpn or maskrcnn_vgg16_bn_fpn\?"):
-        started("--model", "vgg16")
+        model_config("vgg16")
     with pytest.raises(UserError, match=r"'8,x'"):
         started("--step-epochs", "8,x")
 
