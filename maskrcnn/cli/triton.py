@@ -69,7 +69,15 @@ def triton(
             help="Size in px to pad images to, repeatable; only images of equal size are batched.",
         ),
     ] = None,
-    instances: Annotated[int, _option(_SERVER, min=1, help="Number of instances of the network on each GPU.")] = 1,
+    instances: Annotated[
+        int,
+        _option(
+            _SERVER,
+            min=1,
+            help="Number of instances of the network on each GPU, or on the CPU. There, one instance per core with "
+            "--threads 1 gives the highest throughput.",
+        ),
+    ] = 1,
     step_instances: Annotated[
         int, _option(_SERVER, min=1, help="Number of processes for each step before and after the network.")
     ] = 2,

@@ -54,7 +54,7 @@ class ServingOptions:
     """How models are served."""
 
     max_batch: int | None = None  # maximum number of images in a batch; None: as the file allows
-    instances: int = 1  # number of instances of the network on each GPU
+    instances: int = 1  # number of instances of the network on each GPU, or on the CPU
     step_instances: int = 2  # number of processes of each step before and after the network
     kind: str = "auto"  # where ONNX files run: auto, gpu or cpu
     queue_delay_us: int = 0  # maximum time that a request waits to be batched with others
